@@ -1,0 +1,1 @@
+"""Hydra groups (YAML) and their typed schemas."""

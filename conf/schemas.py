@@ -1,0 +1,214 @@
+"""The typed schema of a simulation, `conf/simulate.yaml`: every key that exists, its unit and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a value with one line."""
+    if not condition:
+        raise ValueError(message)
+
+
+def choose(key: str, value: str, options: tuple[str, ...]) -> None:
+    require(value in options, f"{key}={value}: must be one of: {', '.join(options)}")
+
+
+@dataclass
+class Base:
+    """The frozen diffusion base."""
+
+    path: str = MISSING  # name of a shipped base, or a folder in StableDiffusionPipeline layout
+    weights: str = "fp32"  # how the frozen weights are held
+    device: str = "auto"  # torch device; auto: cuda if there is one
+
+    def __post_init__(self) -> None:
+        choose("base.weights", self.weights, ("fp32", "int8"))
+
+
+@dataclass
+class Data:
+    """Whose pictures are on the devices."""
+
+    role: str = "development"  # which writers: development (tune on these) or test (looked at once per claim)
+    writers: int = 20  # how many; 0: none but your own pictures
+    train: int = 5  # glyphs that a writer gives
+    validation: int = 10  # glyphs that decide when to stop
+    test: int = 32  # glyphs that nobody trains on
+    pictures: list[str] = field(default_factory=list)  # your own folders: each takes the place of a writer
+
+    def __post_init__(self) -> None:
+        choose("data.role", self.role, ("development", "test"))
+        require(self.writers >= 0, f"data.writers={self.writers}: must be 0 or more")
+        require(1 <= self.train <= 20, f"data.train={self.train}: a writer gives 1 to 20 glyphs")
+        require(1 <= self.validation <= 10, f"data.validation={self.validation}: must be 1 to 10")
+        require(1 <= self.test <= 32, f"data.test={self.test}: must be 1 to 32")
+        require(self.writers + len(self.pictures) > 0, "data.writers=0: name a folder in data.pictures, or ask for writers")
+
+
+@dataclass
+class Profile:
+    """One kind of device. Values are estimates unless `source` says otherwise."""
+
+    name: str = MISSING
+    memory_gib: float = MISSING
+    examples_per_second: float = MISSING  # training examples of the glyph base
+    watts: float = MISSING  # while training
+    uplink_mbps: float = MISSING
+    downlink_mbps: float = MISSING
+    metered: bool = False
+    source: str = "estimate"
+
+
+@dataclass
+class Fleet:
+    """Which devices the writers hold, and how many are asked in a round."""
+
+    profiles: list[Profile] = MISSING  # dealt to the writers in turn
+    sample: int | None = None  # devices asked each round; null: all of them
+
+    def __post_init__(self) -> None:
+        require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
+        require(self.sample is None or self.sample > 0, f"fleet.sample={self.sample}: must be 1 or more, or null for all")
+
+
+@dataclass
+class Strategy:
+    """How adapters are combined and devices asked."""
+
+    aggregation: str = MISSING
+    max_rank: int | None = None  # cap on the rank of the global adapter; null: adapter.rank for fedit, none for exact
+    metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
+    deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
+
+    def __post_init__(self) -> None:
+        choose("strategy.aggregation", self.aggregation, ("exact", "fedit"))
+        require(self.max_rank is None or self.max_rank > 0, f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
+        require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
+        require(self.deadline is None or self.deadline > 0, f"strategy.deadline={self.deadline}: must be over 0, or null")
+
+
+@dataclass
+class Privacy:
+    """What is promised about one person's pictures."""
+
+    level: str = MISSING  # none, or example: DP-SGD on the device, the unit is one picture
+    epsilon: float = 8.0  # for all rounds together; σ is solved for it
+    delta: float = 1e-3
+    clip: float = 0.01  # C: bound on one picture's gradient norm
+    draws: int = 1  # noise multiplicity
+
+    def __post_init__(self) -> None:
+        choose("privacy.level", self.level, ("none", "example"))
+        require(self.epsilon > 0, f"privacy.epsilon={self.epsilon}: must be over 0")
+        require(0 < self.delta < 1, f"privacy.delta={self.delta}: must lie between 0 and 1")
+        require(self.clip > 0, f"privacy.clip={self.clip}: must be over 0")
+        require(self.draws >= 1, f"privacy.draws={self.draws}: must be 1 or more")
+
+
+@dataclass
+class LocalTraining:
+    """One adapter's training on one device."""
+
+    rank: int = 8
+    steps: int = 4  # shared: a round; personal and local: at most
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"adapter: {name}={value}: must be 1 or more")
+        require(self.learning_rate > 0, f"adapter: learning_rate={self.learning_rate}: must be over 0")
+
+
+@dataclass
+class AloneTraining:
+    """The same device alone: total steps and total rank follow from the other two, its rate is its own."""
+
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"adapter.local.learning_rate={self.learning_rate}: must be over 0")
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA adapters: where they sit and how they are trained."""
+
+    sites: str = MISSING  # regular expression on the names of the UNet's linear layers
+    shared: LocalTraining = field(default_factory=LocalTraining)
+    personal: LocalTraining = field(default_factory=LocalTraining)
+    local: AloneTraining = field(default_factory=AloneTraining)
+    look_every: int = 5  # steps between two looks at the validation glyphs (personal, local)
+    patience: int = 3  # looks without improvement before training ends
+
+    def __post_init__(self) -> None:
+        require(self.look_every >= 1, f"adapter.look_every={self.look_every}: must be 1 or more")
+        require(self.patience >= 1, f"adapter.patience={self.patience}: must be 1 or more")
+
+
+@dataclass
+class Grid:
+    """Who drives the clients."""
+
+    name: str = MISSING  # cohort: jobs of many clients in one pass; serial: one at a time
+    micro_batch: int = 64  # examples in one pass through the base
+
+    def __post_init__(self) -> None:
+        choose("grid.name", self.name, ("cohort", "serial"))
+        require(self.micro_batch >= 1, f"grid.micro_batch={self.micro_batch}: must be 1 or more")
+
+
+@dataclass
+class Tracker:
+    """Where numbers go beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = True
+
+
+@dataclass
+class EvaluationConfig:
+    """How the final arms (base, local, shared, personal) are judged."""
+
+    timesteps: int = 4  # fixed timesteps, and one fixed noise for each, per held-out glyph
+    gallery: int = 6  # test glyphs drawn per writer; 0: no pictures, no judge
+    steps: int = 10  # DDIM steps of a drawn glyph
+    guidance: float = 2.0  # classifier-free guidance; 1: none
+
+    def __post_init__(self) -> None:
+        require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
+        require(self.gallery >= 0, f"evaluation.gallery={self.gallery}: must be 0 or more")
+        require(self.steps >= 1, f"evaluation.steps={self.steps}: must be 1 or more")
+
+
+@dataclass
+class Simulation:
+    """A whole federation on one machine."""
+
+    rounds: int = 6
+    seed: int = 0
+    resume: bool = False  # continue the run in hydra.run.dir
+    base: Base = field(default_factory=Base)
+    data: Data = field(default_factory=Data)
+    fleet: Fleet = field(default_factory=Fleet)
+    strategy: Strategy = field(default_factory=Strategy)
+    privacy: Privacy = field(default_factory=Privacy)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    grid: Grid = field(default_factory=Grid)
+    tracker: Tracker = field(default_factory=Tracker)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
+        require(
+            self.fleet.sample is None or self.fleet.sample <= self.data.writers + len(self.data.pictures),
+            f"fleet.sample={self.fleet.sample}: there are only {self.data.writers + len(self.data.pictures)} devices",
+        )
+
+
+ConfigStore.instance().store(name="simulation_schema", node=Simulation)

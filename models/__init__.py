@@ -1,0 +1,1 @@
+"""The frozen base: load, quantise, adapter sites, objective, sampling, export."""

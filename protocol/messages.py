@@ -1,0 +1,143 @@
+"""The few things that a server and a device say to each other.
+
+Each is a frozen dataclass of plain values, so that it travels as JSON and can be checked field by field.
+Adapters travel beside them as bytes of `protocol.codec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceReport:
+    """What a device tells of itself: coarse on purpose, since fine traces identify people."""
+
+    device: str
+    """The device's own stable name; randomness is keyed by it, never by Flower's node id."""
+    base: str
+    """Content hash of the base that it holds."""
+    profile: str
+    """Kind of hardware, e.g. `pi4_4gb`."""
+    memory_gib: float
+    examples_per_second: float
+    """Training examples (forward and backward) per second, measured or from its profile."""
+    watts: float
+    """Power while training, measured or estimated."""
+    uplink_mbps: float
+    downlink_mbps: float
+    metered: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplePrivacy:
+    """DP-SGD on the device: adversary is everyone else, the unit is one picture, add/remove-one.
+
+    A plan that carries a seed does not exist: whoever knows the noise seed can subtract the noise.
+    """
+
+    noise_multiplier: float
+    """σ: each step adds N(0, (σ·clip)² I) to the sum of clipped gradients."""
+    clip: float
+    """C: bound on the norm of one picture's gradient."""
+    sampling_rate: float
+    """q of the Poisson batch."""
+    draws: int
+    """Noise multiplicity: (t, ε) draws per picture, averaged before the clip."""
+    delta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What one device is asked to do in one round."""
+
+    run: str
+    round: int
+    base: str
+    rank: int
+    """Rank that the device trains; directions of the sent adapter beyond it stay frozen beside it."""
+    steps: int
+    batch_size: int
+    """Examples a step; under DP the public constant that the noised sum is divided by."""
+    learning_rate: float
+    privacy: ExamplePrivacy | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train the shared adapter by this plan, starting from the adapter sent."""
+
+    plan: TrainingPlan
+    adapter: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """The trained factors of the plan's rank, and what they cost."""
+
+    device: str
+    run: str
+    round: int
+    rank: int
+    adapter: bytes
+    release: bool
+    """False when simulated noise was used: a server that is not itself in test mode rejects it."""
+    seconds: float
+    joules: float
+    quality: str
+    """How seconds and joules were had: `measured` or `estimate`."""
+    loss: float | None
+    """Mean training loss; None under DP: it was not noised."""
+    epsilon: float | None
+    """What the ledger has composed to so far, per picture at the plan's δ; None without DP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure the sent adapter on the device's own validation pictures."""
+
+    run: str
+    round: int
+    adapter: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Mean validation loss of the base and of the adapter sent."""
+
+    device: str
+    round: int
+    base: float
+    shared: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalise:
+    """Train the personal adapter on top of the shared one sent; nothing of it comes back."""
+
+    run: str
+    round: int
+    adapter: bytes
+    rank: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalised:
+    """The device has a personal adapter now; its cost, and no measure of its pictures."""
+
+    device: str
+    seconds: float
+    joules: float
+    quality: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Ask a device for its report."""
+
+
+Request = Query | Train | Evaluate | Personalise
+Reply = DeviceReport | Update | Evaluation | Personalised

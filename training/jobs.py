@@ -1,0 +1,104 @@
+"""What a client may ask of whoever drives it: encode pictures, train an adapter, measure one.
+
+A job is plain data. Drivers collect the jobs of many clients and run each kind together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from models.adapter import Adapter
+from privacy.noise import NoiseSource
+
+
+class Picture(NamedTuple):
+    """One picture, uint8 [H, W] grey or [H, W, 3] colour, and its caption."""
+
+    pixels: np.ndarray
+    caption: str
+
+
+class Examples(NamedTuple):
+    """Pictures as the denoiser sees them; cached once, so that the encoders can be freed."""
+
+    latents: Tensor  # [n, c, h, w], scaled as the base's scheduler expects
+    context: Tensor  # [n, tokens, d] text embeddings
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Turn pictures into Examples with the base's VAE and text encoder. Result: Examples."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGD:
+    """DP-SGD with Poisson batches (Abadi et al., 2016, arXiv:1607.00133, algorithm 1)."""
+
+    noise_multiplier: float  # σ
+    clip: float  # C
+    sampling_rate: float  # q
+    draws: int = 1  # (t, ε) draws per picture, averaged before the clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Keep the adapter that is best on validation examples; never in a private job."""
+
+    validation: Examples
+    every: int  # steps between two looks
+    patience: int  # looks without improvement before the job ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one adapter of one client on its examples. Result: Trained."""
+
+    client: str
+    round: int
+    purpose: str  # 'shared' | 'personal' | 'local': keys the random streams
+    seed: int  # of the ordinary stream: timesteps, diffusion noise, non-private batches
+    examples: Examples
+    start: Adapter  # where the trained adapter starts
+    frozen: Adapter | None = None  # adapter underneath it, not trained
+    steps: int
+    batch_size: int  # under DP the public constant that the noised sum is divided by
+    learning_rate: float
+    early_stopping: EarlyStopping | None = None
+    privacy: DPSGD | None = None
+    noise: NoiseSource | None = None  # DP noise and Poisson batches; required with privacy
+
+    def __post_init__(self) -> None:
+        if self.privacy and self.noise is None:
+            raise ValueError(f"client {self.client}: a private job needs a noise source")
+        if self.privacy and self.early_stopping:
+            raise ValueError(f"client {self.client}: early stopping looks at the pictures, so a private job can't")
+
+
+class Trained(NamedTuple):
+    """The trained adapter (the best on validation, where that was asked for)."""
+
+    adapter: Adapter
+    loss: float  # mean training loss over all steps; NaN if no example was seen
+    steps: int  # steps actually taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Mean denoising loss of an adapter on examples, at fixed timesteps and noise. Result: float."""
+
+    examples: Examples
+    adapter: Adapter | None  # None: the base alone
+
+
+Job = Encode | Train | Measure
+Result = Examples | Trained | float
