@@ -1,0 +1,87 @@
+"""Where bases and data lie: by content hash under ANTHER_HOME, never by a path relative to the code.
+
+`manifest.json` beside this module names what Anther ships. An asset is copied once from the installed
+package to ANTHER_HOME/assets/<hash>, so that a Flower App Bundle, which carries no weights, finds it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from conf.errors import AntherError
+
+IDENTITY = {".safetensors", ".json", ".txt", ".parquet"}  # what counts; cards and pictures don't
+
+
+def home() -> Path:
+    """ANTHER_HOME, by default ~/.anther."""
+    return Path(os.environ.get("ANTHER_HOME") or "~/.anther").expanduser()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over the names and contents of the files that make an asset what it is."""
+    total = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file() and file.suffix in IDENTITY:
+            name = file.name if file == path else file.relative_to(path).as_posix()
+            with file.open("rb") as content:
+                total.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def locate(name: str) -> Path:
+    """The file or folder of a shipped asset by its name, or of one's own by its path."""
+    manifest = json.loads(Path(__file__).with_name("manifest.json").read_text())
+    if name not in manifest:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise AntherError(f"{name}: no such folder, nor a shipped asset ({', '.join(sorted(manifest))})")
+        return path
+    wanted = manifest[name]["sha256"]
+    stored = home() / "assets" / wanted / Path(manifest[name]["path"]).name
+    if not stored.exists():
+        _seed(name, manifest[name]["path"], wanted, stored)
+    return stored
+
+
+def _seed(name: str, path: str, wanted: str, stored: Path) -> None:
+    """Copy an asset from the installed package; appears under its final name only when complete."""
+    for source in _installed(path):
+        if source.exists() and digest(source) == wanted:
+            break
+    else:
+        raise AntherError(f"asset {name} ({wanted[:12]}) is not in {home()}: install anther and run `python -m models.assets`")
+    stored.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stored.parent.parent) as scratch:
+        filling = Path(scratch) / "asset"
+        filling.mkdir()
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, filling / stored.name)
+        if not stored.exists():  # another process may have been faster
+            shutil.rmtree(stored.parent, ignore_errors=True)
+            filling.rename(stored.parent)
+
+
+def _installed(path: str) -> Iterator[Path]:
+    """Where the package's files may lie: beside the room that is on the path, or in the distribution."""
+    room, _, rest = path.partition("/")
+    spec = importlib.util.find_spec(room)  # finds a room without importing it
+    for location in (spec.submodule_search_locations if spec else None) or []:
+        yield Path(location) / rest
+    try:
+        yield Path(str(importlib.metadata.distribution("anther").locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        return
+
+
+if __name__ == "__main__":
+    for asset in json.loads(Path(__file__).with_name("manifest.json").read_text()):
+        print(f"{asset}: {locate(asset)}")

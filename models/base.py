@@ -1,0 +1,154 @@
+"""The frozen base: a folder in StableDiffusionPipeline layout, ready to carry adapters.
+
+The UNet stays; the VAE and the text encoder are loaded to encode pictures once, and freed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from conf.errors import AntherError
+from models import assets
+from models.adapter import Site, Sites
+from models.objective import Schedule
+from models.quantise import quantise_layers
+from models.slots import SlotBank, Stacks
+
+PIPELINE = "StableDiffusionPipeline"
+
+
+class Base:
+    """One frozen base on one torch device, with the sites that adapters may use.
+
+    Attributes:
+        hash: content hash of the folder; devices prove by it that they hold the same base.
+        sites: the adaptable linear layers, by their name in the UNet.
+        schedule: the forward process.
+        shape: latent shape (c, h, w).
+        resolution: side of a picture in pixels.
+    """
+
+    def __init__(self, folder: Path, *, sites: str, weights: str = "fp32", device: str = "cpu") -> None:
+        from diffusers import DDIMScheduler, UNet2DConditionModel  # slow imports, so only here
+
+        _check(folder)
+        self.folder, self.hash, self.device = folder, assets.digest(folder), torch.device(device)
+        unet: nn.Module = _load(UNet2DConditionModel, folder / "unet").requires_grad_(False).eval()
+        self.sites: Sites = find_sites(unet, sites)
+        if weights == "int8":
+            quantise_layers(unet)
+        self._bank = SlotBank(unet, self.sites)
+        self._unet = unet.to(self.device)
+        scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
+        self.schedule = Schedule(scheduler.alphas_cumprod.to(self.device), scheduler.config.prediction_type)
+        config: Any = unet.config
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        self._scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.resolution = config.sample_size * self._scale
+
+    def denoise(self, x: Tensor, t: Tensor, context: Tensor, adapters: Iterable[Stacks], index: Tensor) -> Tensor:
+        """The network's output [N, c, h, w] at x_t, with the sum of `adapters`, slots by `index` [N]."""
+        with self._bank.using(adapters, index):
+            output: Tensor = self._unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
+        return output
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[np.ndarray], batch: int = 64) -> Tensor:
+        """Scaled latents [n, c, h, w] of uint8 pictures of any size, grey or colour: the mean of the posterior."""
+        from diffusers import AutoencoderKL
+
+        vae: Any = _load(AutoencoderKL, self.folder / "vae").to(self.device)
+        pixels = torch.stack([self._pixels(image, vae.config.in_channels) for image in images])
+        latents = [vae.encode(part.to(self.device)).latent_dist.mode() for part in pixels.split(batch)]
+        return (torch.cat(latents) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Text embeddings [n, tokens, d]; captions that repeat are encoded once."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        distinct = list(dict.fromkeys(captions))
+        tokenizer: Any = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        encoder: Any = _load(CLIPTextModel, self.folder / "text_encoder").to(self.device)
+        tokens = tokenizer(
+            distinct, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        )
+        embeddings = encoder(tokens.input_ids.to(self.device))[0]
+        place = {caption: row for row, caption in enumerate(distinct)}
+        return embeddings[[place[caption] for caption in captions]]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 64) -> np.ndarray:
+        """Pictures uint8 [n, H, W] (grey base) or [n, H, W, 3] from scaled latents [n, c, h, w]."""
+        from diffusers import AutoencoderKL
+
+        vae: Any = _load(AutoencoderKL, self.folder / "vae").to(self.device)
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        pixels = torch.cat([vae.decode(part).sample for part in latents.split(batch)])
+        pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
+
+    def _pixels(self, image: np.ndarray, channels: int) -> Tensor:
+        """One picture as [channels, resolution, resolution] in [-1, 1]; cropped to the centre square if oblong."""
+        from PIL import Image, ImageOps
+
+        picture = Image.fromarray(image).convert("L" if channels == 1 else "RGB")
+        picture = ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
+        values = torch.from_numpy(np.array(picture, dtype=np.float32)) / 127.5 - 1
+        return values[None] if channels == 1 else values.permute(2, 0, 1)
+
+
+def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
+    """The linear layers whose whole name matches a regular expression, in the network's order."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise AntherError(f"adapter.sites={pattern}: not a regular expression ({error})") from error
+    linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    sites = {
+        name: Site(layer.in_features, layer.out_features) for name, layer in linear.items() if wanted.fullmatch(name)
+    }
+    if not sites:
+        raise AntherError(f"adapter.sites={pattern}: matches no linear layer of the base, such as {next(iter(linear))}")
+    return sites
+
+
+def load(path: str, *, sites: str, weights: str = "fp32", device: str = "cpu") -> Base:
+    """The base of that name or folder; `device` may be 'auto'. AntherError if it is missing or of another kind."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Base(assets.locate(path), sites=sites, weights=weights, device=device)
+
+
+def _check(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise AntherError(f"base {folder}: no model_index.json in it: give a folder in {PIPELINE} layout")
+    try:
+        found: Mapping[str, Any] = json.loads(index.read_text())
+    except ValueError as error:
+        raise AntherError(f"base {folder}: model_index.json is not JSON ({error})") from error
+    if found.get("_class_name") != PIPELINE:
+        raise AntherError(f"base {folder}: holds a {found.get('_class_name')}: only {PIPELINE} is supported")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise AntherError(f"base {folder}: its folder {part} is missing: copy the whole pipeline")
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    """A part of the pipeline in float32, from safetensors only, never from the network."""
+    try:
+        part = kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged or foreign file
+        reason = " ".join(str(error).split())[:200]
+        raise AntherError(f"base {folder}: can't load {kind.__name__} ({reason}): copy the pipeline again") from error
+    return part.eval()

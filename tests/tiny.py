@@ -1,0 +1,46 @@
+"""A real StableDiffusionPipeline, small enough for any test: random weights, saved in the real layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
+
+
+def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_prediction", seed: int = 0) -> Path:
+    """16×16 pictures, 8×8×4 latents, a 40-token vocabulary; every part from the real diffusers classes."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    words = folder / "words"
+    words.mkdir(parents=True)
+    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=8)
+    text = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, projection_dim=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        in_channels=channels, out_channels=channels, block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(prediction_type=prediction, clip_sample=False), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"

@@ -1,0 +1,49 @@
+"""`perform(base, jobs)`: run whatever jobs clients have asked for, each kind together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from conf.errors import AntherError
+from models.base import Base
+from models.slots import stack_adapters
+from training.inference import held_out_losses
+from training.jobs import Encode, Examples, Job, Measure, Result, Train
+from training.trainer import train
+
+
+def perform(base: Base, jobs: Sequence[Job], *, micro_batch: int = 64, timesteps: int = 4) -> list[Result | Exception]:
+    """Results in the jobs' order; a job that fails yields its exception and harms no other."""
+    results: list[Result | Exception] = [AntherError("not performed")] * len(jobs)
+
+    def place(kind: type, found: Sequence[Result | Exception]) -> None:
+        rows = [row for row, job in enumerate(jobs) if isinstance(job, kind)]
+        for row, result in zip(rows, found, strict=True):
+            results[row] = result
+
+    place(Encode, encode(base, [job for job in jobs if isinstance(job, Encode)]))
+    place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], micro_batch, timesteps))
+    training = [job for job in jobs if isinstance(job, Train)]
+    place(Train, train(base, training, micro_batch=micro_batch, timesteps=timesteps))
+    return results
+
+
+def encode(base: Base, jobs: Sequence[Encode]) -> list[Examples]:
+    """All pictures in one go, so that the encoders are loaded once, and freed."""
+    if not jobs:
+        return []
+    latents = base.encode_images([picture.pixels for job in jobs for picture in job.pictures]).cpu()
+    context = base.encode_captions([picture.caption for job in jobs for picture in job.pictures]).cpu()
+    counts = [len(job.pictures) for job in jobs]
+    parts = zip(latents.split(counts), context.split(counts), strict=True)
+    return [Examples(latents.clone(), context.clone()) for latents, context in parts]
+
+
+def measure(base: Base, jobs: Sequence[Measure], micro_batch: int, timesteps: int) -> list[float]:
+    """Held-out losses; jobs without an adapter share passes with those that have one."""
+    adapters = stack_adapters(base.sites, [job.adapter for job in jobs])
+    adapters = {name: type(s)(s.a.to(base.device), s.b.to(base.device)) for name, s in adapters.items()}
+    pools = [job.examples for job in jobs]
+    return held_out_losses(base, pools, [adapters], timesteps=timesteps, micro_batch=micro_batch)
