@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
@@ -15,7 +16,20 @@ def require(condition: bool, message: str) -> None:
 
 
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:
-    require(value in options, f"{key}={value}: must be one of: {', '.join(options)}")
+    """Refuse a value that is none of the options; what is missing yet is Hydra's to complain about."""
+    require(value in (*options, MISSING), f"{key}={value}: must be one of: {', '.join(options)}")
+
+
+def _none_or_positive(value: float | None) -> bool:
+    return value is None or value > 0
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return pattern == MISSING
+    return True
 
 
 @dataclass
@@ -47,7 +61,8 @@ class Data:
         require(1 <= self.train <= 20, f"data.train={self.train}: a writer gives 1 to 20 glyphs")
         require(1 <= self.validation <= 10, f"data.validation={self.validation}: must be 1 to 10")
         require(1 <= self.test <= 32, f"data.test={self.test}: must be 1 to 32")
-        require(self.writers + len(self.pictures) > 0, "data.writers=0: name a folder in data.pictures, or ask for writers")
+        somebody = self.writers > 0 or len(self.pictures) > 0
+        require(somebody, "data.writers=0: name a folder in data.pictures, or ask for writers")
 
 
 @dataclass
@@ -63,6 +78,11 @@ class Profile:
     metered: bool = False
     source: str = "estimate"
 
+    def __post_init__(self) -> None:
+        for name in ("memory_gib", "examples_per_second", "watts", "uplink_mbps", "downlink_mbps"):
+            value = getattr(self, name)
+            require(value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+
 
 @dataclass
 class Fleet:
@@ -73,7 +93,7 @@ class Fleet:
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
-        require(self.sample is None or self.sample > 0, f"fleet.sample={self.sample}: must be 1 or more, or null for all")
+        require(_none_or_positive(self.sample), f"fleet.sample={self.sample}: must be 1 or more, or null for all")
 
 
 @dataclass
@@ -87,9 +107,9 @@ class Strategy:
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, ("exact", "fedit"))
-        require(self.max_rank is None or self.max_rank > 0, f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
+        require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
-        require(self.deadline is None or self.deadline > 0, f"strategy.deadline={self.deadline}: must be over 0, or null")
+        require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")
 
 
 @dataclass
@@ -119,11 +139,12 @@ class LocalTraining:
     batch_size: int = 4
     learning_rate: float = 1e-3
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """Refuse values out of range, by the full name that `key` gives this training."""
         for name in ("rank", "steps", "batch_size"):
             value = getattr(self, name)
-            require(value >= 1, f"adapter: {name}={value}: must be 1 or more")
-        require(self.learning_rate > 0, f"adapter: learning_rate={self.learning_rate}: must be over 0")
+            require(value >= 1, f"{key}.{name}={value}: must be 1 or more")
+        require(self.learning_rate > 0, f"{key}.learning_rate={self.learning_rate}: must be over 0")
 
 
 @dataclass
@@ -148,6 +169,9 @@ class AdapterConfig:
     patience: int = 3  # looks without improvement before training ends
 
     def __post_init__(self) -> None:
+        self.shared.check("adapter.shared")
+        self.personal.check("adapter.personal")
+        require(_compiles(self.sites), f"adapter.sites={self.sites}: not a regular expression")
         require(self.look_every >= 1, f"adapter.look_every={self.look_every}: must be 1 or more")
         require(self.patience >= 1, f"adapter.patience={self.patience}: must be 1 or more")
 
@@ -184,6 +208,7 @@ class EvaluationConfig:
         require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
         require(self.gallery >= 0, f"evaluation.gallery={self.gallery}: must be 0 or more")
         require(self.steps >= 1, f"evaluation.steps={self.steps}: must be 1 or more")
+        require(self.guidance >= 1, f"evaluation.guidance={self.guidance}: must be 1 or more")
 
 
 @dataclass
@@ -205,10 +230,9 @@ class Simulation:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
-        require(
-            self.fleet.sample is None or self.fleet.sample <= self.data.writers + len(self.data.pictures),
-            f"fleet.sample={self.fleet.sample}: there are only {self.data.writers + len(self.data.pictures)} devices",
-        )
+        devices = self.data.writers + len(self.data.pictures)
+        sample = self.fleet.sample
+        require(sample is None or sample <= devices, f"fleet.sample={sample}: there are only {devices} devices")
 
 
 ConfigStore.instance().store(name="simulation_schema", node=Simulation)

@@ -58,7 +58,9 @@ def _seed(name: str, path: str, wanted: str, stored: Path) -> None:
         if source.exists() and digest(source) == wanted:
             break
     else:
-        raise AntherError(f"asset {name} ({wanted[:12]}) is not in {home()}: install anther and run `python -m models.assets`")
+        raise AntherError(
+            f"asset {name} ({wanted[:12]}) is not in {home()}: install anther and run `python -m models.assets`"
+        )
     stored.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=stored.parent.parent) as scratch:
         filling = Path(scratch) / "asset"

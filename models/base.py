@@ -53,6 +53,7 @@ class Base:
         vae = json.loads((folder / "vae" / "config.json").read_text())
         self._scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self._grey = vae["in_channels"] == 1
         self.resolution = config.sample_size * self._scale
 
     def denoise(self, x: Tensor, t: Tensor, context: Tensor, adapters: Iterable[Stacks], index: Tensor) -> Tensor:
@@ -67,7 +68,8 @@ class Base:
         from diffusers import AutoencoderKL
 
         vae: Any = _load(AutoencoderKL, self.folder / "vae").to(self.device)
-        pixels = torch.stack([self._pixels(image, vae.config.in_channels) for image in images])
+        pixels = torch.from_numpy(np.stack([self.fit(image) for image in images])).float() / 127.5 - 1
+        pixels = pixels[:, None] if self._grey else pixels.permute(0, 3, 1, 2)
         latents = [vae.encode(part.to(self.device)).latent_dist.mode() for part in pixels.split(batch)]
         return (torch.cat(latents) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
@@ -97,14 +99,12 @@ class Base:
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
 
-    def _pixels(self, image: np.ndarray, channels: int) -> Tensor:
-        """One picture as [channels, resolution, resolution] in [-1, 1]; cropped to the centre square if oblong."""
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        """A picture as the base sees it, uint8: grey or colour as its VAE, its centre square at its resolution."""
         from PIL import Image, ImageOps
 
-        picture = Image.fromarray(image).convert("L" if channels == 1 else "RGB")
-        picture = ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
-        values = torch.from_numpy(np.array(picture, dtype=np.float32)) / 127.5 - 1
-        return values[None] if channels == 1 else values.permute(2, 0, 1)
+        picture = Image.fromarray(image).convert("L" if self._grey else "RGB")
+        return np.array(ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
 
 def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:

@@ -5,7 +5,6 @@ An export is self-contained: concatenate shared and personal first. The scale is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +35,9 @@ def kohya_keys(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def export(adapter: Adapter, path: Path, *, layout: str = "diffusers", metadata: Mapping[str, str] | None = None) -> None:
+def export(
+    adapter: Adapter, path: Path, *, layout: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> None:
     """Write an adapter as one safetensors file; it appears under its name only when complete."""
     keys = {"diffusers": diffusers_keys, "kohya": kohya_keys}[layout]
     notes = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank(adapter))}
@@ -44,4 +45,4 @@ def export(adapter: Adapter, path: Path, *, layout: str = "diffusers", metadata:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     scratch.write_bytes(content)
-    os.replace(scratch, path)
+    scratch.replace(path)

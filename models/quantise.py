@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 _SMALLEST = 1024  # weights with fewer elements stay as they are: nothing to save
 
@@ -44,7 +45,7 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         values, scale = ctx.saved_tensors
         weight = values.to(grad.dtype) * scale.to(grad.dtype)
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.geometry), *[None] * 7
+        return conv2d_input(ctx.shape, weight, grad, *ctx.geometry), *[None] * 7
 
 
 class _Int8Layer(nn.Module):
@@ -68,7 +69,7 @@ class Int8Linear(_Int8Layer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.values, self.scale, self.bias)  # type: ignore[no-any-return]
+        return _Linear.apply(x, self.values, self.scale, self.bias)
 
 
 class Int8Conv2d(_Int8Layer):
@@ -79,7 +80,7 @@ class Int8Conv2d(_Int8Layer):
         self._geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Conv2d.apply(x, self.values, self.scale, self.bias, *self._geometry)  # type: ignore[no-any-return]
+        return _Conv2d.apply(x, self.values, self.scale, self.bias, *self._geometry)
 
 
 def quantise_layers(module: nn.Module) -> None:

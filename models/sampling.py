@@ -7,6 +7,7 @@ Implements eq. 12 of Song et al. (2021, arXiv:2010.02502) with σ = 0, and class
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def ddim(
     `null_context` [l, d] is the empty caption's embedding, needed when `guidance` is not 1.
     """
     times = torch.linspace(len(schedule) - 1, 0, steps + 1).round().long()
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         t = now.expand(len(x)).to(x.device)
         output = denoise(x, t, context)
         if guidance != 1.0:

@@ -7,6 +7,7 @@ clients (a cohort), examples (DP-SGD: the gradient of a slot *is* the per-exampl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -37,20 +38,27 @@ def slot_product(x: Tensor, stack: Stack, index: Tensor) -> Tensor:
     return product.view(*x.shape[:-1], b.shape[1])
 
 
-class SlotLinear(nn.Module):
-    """A frozen linear layer that adds the slots' products while a `SlotBank` lends it some."""
+class _Lent(threading.local):
+    """What the network adds now, in this thread: passes may run side by side."""
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.stacks: list[Stack] = []
+    def __init__(self) -> None:
+        self.adapters: list[Stacks] = []
         self.index: Tensor | None = None
+
+
+class SlotLinear(nn.Module):
+    """A frozen linear layer that adds the slots' products while its `SlotBank` lends it some."""
+
+    def __init__(self, base: nn.Module, name: str, lent: _Lent) -> None:
+        super().__init__()
+        self.base, self._name, self._lent = base, name, lent
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for stack in self.stacks:
-            assert self.index is not None
-            y = y + slot_product(x, stack, self.index)
+        for stacks in self._lent.adapters:
+            if (stack := stacks.get(self._name)) is not None and stack.a.shape[1] > 0:
+                assert self._lent.index is not None
+                y = y + slot_product(x, stack, self._lent.index)
         return y
 
 
@@ -58,29 +66,24 @@ class SlotBank:
     """The adaptable sites of one network."""
 
     def __init__(self, network: nn.Module, sites: Sites) -> None:
-        self._layers: dict[str, SlotLinear] = {}
+        self._lent = _Lent()
         for name in sites:
             parent, _, leaf = name.rpartition(".")
             owner = network.get_submodule(parent)
-            layer = SlotLinear(owner.get_submodule(leaf))
+            layer = SlotLinear(owner.get_submodule(leaf), name, self._lent)
             if isinstance(owner, nn.ModuleList | nn.Sequential):
                 owner[int(leaf)] = layer
             else:
                 setattr(owner, leaf, layer)
-            self._layers[name] = layer
 
     @contextmanager
     def using(self, adapters: Iterable[Stacks], index: Tensor) -> Iterator[None]:
         """Within this context the network adds the sum of these adapters; index [N] names each example's slot."""
-        adapters = [stacks for stacks in adapters if stacks]
-        for name, layer in self._layers.items():
-            layer.index = index
-            layer.stacks = [stacks[name] for stacks in adapters if name in stacks and stacks[name].a.shape[1] > 0]
+        self._lent.adapters, self._lent.index = list(adapters), index
         try:
             yield
         finally:
-            for layer in self._layers.values():
-                layer.index, layer.stacks = None, []
+            self._lent.adapters, self._lent.index = [], None
 
 
 class Layout:

@@ -1,7 +1,10 @@
 """Per-example clipping whose result carries its own guarantee.
 
-Abadi et al. (2016, arXiv:1607.00133), algorithm 1: g ← g · min(1, C / ‖g‖₂). A result that carries its
-sensitivity, from which the noise is derived, can't be noised for another bound than its own.
+Abadi et al. (2016, arXiv:1607.00133), algorithm 1: g ← g · min(1, C / ‖g‖₂). A sum that carries its sensitivity,
+from which the noise is derived, can't be noised for another bound than its own:
+
+    total = clip_rows(rows, clip).sum()        # over the micro-batches of one logical batch: total + clip_rows(…).sum()
+    deviation = gaussian_sigma(total, noise_multiplier)
 """
 
 from __future__ import annotations
@@ -17,18 +20,22 @@ from privacy.accounting import ADD_OR_REMOVE_ONE
 
 @dataclass(frozen=True)
 class BoundedSum:
-    """Sums over examples of clipped rows, one for each owner.
+    """A sum of clipped rows, one for each example.
 
-    Formal guarantee: adding or removing one example changes `values` by at most `l2_bound` in the L2 norm (up
-    to float32 rounding, 1 part in 10⁶): one example is one row, and a row has one owner.
+    Formal guarantee: adding or removing one example changes `values` by at most `l2_bound` in the L2 norm (up to
+    float32 rounding, 1 part in 10⁶), whatever the other examples are.
     """
 
-    values: Tensor  # [owners, D]
+    values: Tensor  # [D]
     l2_bound: float
     relation: str = ADD_OR_REMOVE_ONE
 
     def __add__(self, other: BoundedSum) -> BoundedSum:
-        """The sum over both sets of examples, which must be disjoint, e.g. two micro-batches of one Poisson batch."""
+        """The sum over both sets of examples, which must be disjoint, e.g. two micro-batches of one Poisson batch.
+
+        Raises:
+            ValueError: the two have different bounds.
+        """
         if (self.l2_bound, self.relation) != (other.l2_bound, other.relation):
             raise ValueError(f"can't add sums bounded by {self.l2_bound} and {other.l2_bound}: clip both to one bound")
         return BoundedSum(self.values + other.values, self.l2_bound, self.relation)
@@ -41,14 +48,9 @@ class ClippedRows:
     values: Tensor  # [N, D]
     l2_bound: float
 
-    def sum(self, owners: Tensor, count: int) -> BoundedSum:
-        """Sum the rows of each owner.
-
-        Args:
-            owners: which of the `count` owners each row belongs to, int64 [N].
-        """
-        sums = self.values.new_zeros(count, self.values.shape[1])
-        return BoundedSum(sums.index_add_(0, owners, self.values), self.l2_bound)
+    def sum(self) -> BoundedSum:
+        """The sum over examples [D]; zeros for an empty Poisson batch."""
+        return BoundedSum(self.values.sum(0), self.l2_bound)
 
 
 def clip_rows(gradients: Tensor, clip: float) -> ClippedRows:
@@ -64,7 +66,7 @@ def clip_rows(gradients: Tensor, clip: float) -> ClippedRows:
         raise ValueError(f"clip={clip}: must be 0 or more")
     norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
     scales = (clip / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
-    scaled = gradients.float() * scales.float()[:, None]
+    scaled = (gradients * scales[:, None]).float()
     return ClippedRows(scaled.masked_fill(~norms.isfinite()[:, None], 0.0), clip)
 
 

@@ -6,9 +6,11 @@ The server has no say in either: whoever knows the seed of the noise can subtrac
 from __future__ import annotations
 
 import hashlib
-import secrets
+import math
+import os
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +18,13 @@ from torch import Tensor
 class NoiseSource(Protocol):
     """Draws for one job, step by step, in order."""
 
-    release: bool
-    """Whether what is made with this source may count as a private release."""
+    @property
+    def release(self) -> bool:
+        """Whether what is made with this source may count as a private release."""
+        ...
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
-        """Indices of the members of range(size) that join this step, each with probability `rate`."""
+        """Indices of the members of range(size) that join this step, each independently with probability `rate`."""
         ...
 
     def gaussian(self, size: int) -> Tensor:
@@ -28,13 +32,13 @@ class NoiseSource(Protocol):
         ...
 
 
-class _Generated:
-    """Draws from a torch generator."""
+class Simulated:
+    """Reproducible noise, keyed by client, round and purpose: for simulations, never a release."""
 
-    release: bool
+    release = False
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, *, seed: int, client: str, round: int, purpose: str) -> None:
+        self._generator = torch.Generator().manual_seed(stream(seed, client, round, purpose, "privacy"))
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         return (torch.rand(size, generator=self._generator, dtype=torch.float64) < rate).nonzero().flatten()
@@ -43,13 +47,32 @@ class _Generated:
         return torch.randn(size, generator=self._generator)
 
 
-class Simulated(_Generated):
-    """Reproducible noise, keyed by client, round and purpose: for simulations, never a release."""
+class Secure:
+    """Noise from the operating system's CSPRNG: it has no seed, so nobody can choose or repeat it.
 
-    release = False
+    The guarantee is that of the real-valued mechanism. Floating-point Gaussians miss some values, and which
+    ones they can reach depends on the sum they hide (Mironov, 2012, "On significance of the least significant
+    bits for differential privacy"); drawing in float64 and rounding to float32 hides the coarsest of those
+    gaps, but it is no proof. A discrete Gaussian (Canonne et al., 2020, arXiv:2004.00010) would be one.
+    """
 
-    def __init__(self, *, seed: int, client: str, round: int, purpose: str) -> None:
-        super().__init__(stream(seed, client, round, purpose, "privacy"))
+    release = True
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(_uniforms(size) < rate))
+
+    def gaussian(self, size: int) -> Tensor:
+        """Box and Muller (1958): √(−2 ln u) (cos 2πv, sin 2πv) are two independent normals."""
+        u, v = _uniforms(size + size % 2).reshape(2, -1)
+        radius, angle = np.sqrt(-2.0 * np.log1p(-u)), 2.0 * math.pi * v  # 1 − u lies in (0, 1]: its logarithm is finite
+        normals = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        return torch.from_numpy(normals[:size].astype(np.float32))
+
+
+def _uniforms(size: int) -> np.ndarray:
+    """Float64 [size], uniform on the 2⁵³ multiples of 2⁻⁵³ in [0, 1)."""
+    bits = np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def stream(*key: object) -> int:

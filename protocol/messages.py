@@ -6,7 +6,15 @@ Adapters travel beside them as bytes of `protocol.codec`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import TypeVar
+
+from conf.errors import AntherError
+from protocol import plain
+
+_LONGEST = 64 * 1024
+"""Characters of a message's JSON; the longest that we write has about 500."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +130,10 @@ class Personalise:
     steps: int
     batch_size: int
     learning_rate: float
+    look_every: int
+    """Steps between two looks at the validation pictures, which keep the best adapter."""
+    patience: int
+    """Looks without improvement before training ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,3 +153,35 @@ class Query:
 
 Request = Query | Train | Evaluate | Personalise
 Reply = DeviceReport | Update | Evaluation | Personalised
+
+T = TypeVar("T", DeviceReport, Update, Evaluation, Personalised, Query, Train, Evaluate, Personalise)
+
+
+def payloads(message: Request | Reply) -> dict[str, bytes]:
+    """The fields that travel beside the JSON, by name: those whose value is bytes."""
+    return {name: value for name, value in vars(message).items() if isinstance(value, bytes)}
+
+
+def to_json(message: Request | Reply) -> str:
+    """Every field but the payloads. ValueError for a number that is not finite."""
+    beside = payloads(message)
+    fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    return plain.dumps({name: value for name, value in fields.items() if name not in beside})
+
+
+def from_json(kind: type[T], text: str, **beside: bytes) -> T:
+    """The message that `to_json` wrote, with its payloads by name.
+
+    Raises AntherError, naming the field, for an unknown or missing one, a wrong type or a number that is not finite.
+    """
+    if len(text) > _LONGEST:
+        raise AntherError(f"{kind.__name__}: a message of {len(text)} characters is too long")
+    try:
+        found = plain.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        if twice := found.keys() & beside.keys():
+            raise ValueError(f"{min(twice)}: travels beside the JSON, not in it")
+        return plain.from_plain(kind, found | beside, kind.__name__)
+    except ValueError as error:
+        raise AntherError(f"malformed message: {error}") from None

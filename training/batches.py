@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Batches:
         self._key = (job.seed, job.client, job.round, job.purpose)
         self._generator = torch.Generator().manual_seed(stream(*self._key))
         self._queue = torch.empty(0, dtype=torch.long)
+        self._names = [_name(latent) for latent in job.examples.latents] if job.privacy else []
         self._step = 0
 
     def next(self) -> Batch:
@@ -47,13 +49,22 @@ class Batches:
         return Batch(pictures, t, torch.randn(size, *self._shape, generator=self._generator))
 
     def _poisson(self) -> Batch:
-        """A Poisson batch. A picture's (t, ε) depend on no other picture: sensitivity is per picture."""
+        """A Poisson batch. A picture's (t, ε) are keyed by what it shows, so that they depend on no other picture.
+
+        Keyed by its place they would shift when an earlier picture is taken away, and more than one gradient change.
+        """
         privacy, noise = self._job.privacy, self._job.noise
-        assert privacy and noise
+        assert privacy
+        assert noise
         pictures = noise.poisson_batch(len(self._job.examples), privacy.sampling_rate)
         times, noises = [torch.empty(0, dtype=torch.long)], [torch.empty(0, *self._shape)]
         for picture in pictures.tolist():
-            generator = torch.Generator().manual_seed(stream(*self._key, self._step, picture))
+            generator = torch.Generator().manual_seed(stream(*self._key, self._step, self._names[picture]))
             times.append(stratified_timesteps(privacy.draws, self._length, generator))
             noises.append(torch.randn(privacy.draws, *self._shape, generator=generator))
         return Batch(pictures, torch.cat(times), torch.cat(noises))
+
+
+def _name(latent: Tensor) -> str:
+    """A name for a picture by its content."""
+    return hashlib.sha256(latent.contiguous().cpu().numpy().tobytes()).hexdigest()

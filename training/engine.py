@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from conf.errors import AntherError
 from models.base import Base
 from models.slots import stack_adapters

@@ -13,6 +13,7 @@ from models.sampling import ddim
 from models.slots import Stack, Stacks
 from privacy.noise import stream
 from training.jobs import Examples
+from training.passes import pass_size, run_passes
 
 
 def select(stacks: Stacks, slots: Sequence[int]) -> Stacks:
@@ -43,11 +44,15 @@ def held_out_losses(
     noise = torch.cat([noise[: len(pool)].flatten(0, 1) for pool in pools])
     t = times.repeat(len(latents) // timesteps).to(base.device)
     slot = torch.cat([torch.full((len(pool) * timesteps,), i) for i, pool in enumerate(pools)]).to(base.device)
-    losses = []
-    for part in torch.arange(len(latents), device=base.device).split(micro_batch):
+
+    @torch.no_grad()  # per thread
+    def loss(part: Tensor) -> Tensor:
         x = noised(base.schedule, latents[part], noise[part], t[part])
         output = base.denoise(x, t[part], context[part // timesteps], adapters, slot[part])
-        losses.append(per_example_loss(output, target(base.schedule, latents[part], noise[part], t[part])))
+        return per_example_loss(output, target(base.schedule, latents[part], noise[part], t[part]))
+
+    parts = torch.arange(len(latents), device=base.device).split(pass_size(base.device, len(latents), micro_batch))
+    losses = list(run_passes(base.device, loss, parts))
     per_pool = torch.cat(losses).double().split([len(pool) * timesteps for pool in pools])
     return torch.stack([loss.mean() for loss in per_pool]).tolist()
 
@@ -67,23 +72,18 @@ def draw(
     """Scaled latents [n, c, h, w] for the captions, each from its own seed's noise and under its own slot."""
     context = base.encode_captions([*captions, ""])
     context, null = context[:-1], context[-1]
-    x = torch.stack([torch.randn(base.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    x = torch.stack([torch.randn(base.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(
+        base.device
+    )
     index = torch.tensor(slots, device=base.device)
-    drawn = []
-    for part in torch.arange(len(x)).split(micro_batch):
 
-        def denoise(x: Tensor, t: Tensor, context: Tensor, slot: Tensor = index[part.to(base.device)]) -> Tensor:
-            return base.denoise(x, t, context, adapters, slot)
+    def sample(part: Tensor) -> Tensor:
+        def denoise(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            return base.denoise(x, t, context, adapters, index[part])
 
-        drawn.append(
-            ddim(
-                denoise,
-                base.schedule,
-                x[part].to(base.device),
-                context[part.to(base.device)],
-                steps=steps,
-                guidance=guidance,
-                null_context=null,
-            )
-        )
-    return torch.cat(drawn)
+        return ddim(
+            denoise, base.schedule, x[part], context[part], steps=steps, guidance=guidance, null_context=null
+        )  # fmt: skip
+
+    parts = torch.arange(len(x), device=base.device).split(pass_size(base.device, len(x), micro_batch))
+    return torch.cat(list(run_passes(base.device, sample, parts)))

@@ -24,6 +24,10 @@ from training.batches import Batch, Batches
 from training.inference import held_out_losses, select
 from training.jobs import Train, Trained
 from training.optimiser import AdamW
+from training.passes import pass_size, run_passes
+
+_Slot = tuple[int, bool, float, list[tuple[int, int]]]
+"""(row, whether it is one private picture, weight, entries as (pooled picture, place in the batch))."""
 
 
 class _Pack(NamedTuple):
@@ -84,24 +88,30 @@ class _Cohort:
         batches = {row: self.batches[row].next() for row in active}
         gradients = torch.zeros_like(self.rows)
         sums = {row: self._clipped(row, self.rows[:0]) for row in active if self.jobs[row].privacy}
-        for pack in self._packs(batches):
-            self._accumulate(pack, gradients, sums)
+        packs = list(self._packs(batches))
+        for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
+            self._accumulate(pack, *found, gradients, sums)
         for row, bounded in sums.items():
             gradients[row] = self._privatised(row, bounded)
         self.optimiser.step(gradients)
 
-    def _accumulate(self, pack: _Pack, gradients: Tensor, sums: dict[int, BoundedSum]) -> None:
-        """Add the pack's gradients to the rows, those of private pictures to their clipped sums."""
+    def _pass(self, pack: _Pack) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the gradient [s, D] of each slot, the loss [n] of each entry."""
         schedule = self.base.schedule
         leaves = self.rows[pack.rows].requires_grad_()
         x0, context = self.latents[pack.pictures], self.context[pack.pictures]
         x = noised(schedule, x0, pack.noise, pack.t)
         frozen = self.frozen if _common(self.frozen) else select(self.frozen, pack.rows.tolist())
-        adapters = [frozen, self.layout.stacks(leaves)]
-        output = self.base.denoise(x, pack.t, context, adapters, pack.slots)
+        output = self.base.denoise(x, pack.t, context, [frozen, self.layout.stacks(leaves)], pack.slots)
         losses = per_example_loss(output, target(schedule, x0, pack.noise, pack.t))
         (found,) = torch.autograd.grad((losses * pack.weights).sum(), leaves)
-        self.losses.index_add_(0, pack.rows[pack.slots], losses.detach())
+        return found, losses.detach()
+
+    def _accumulate(
+        self, pack: _Pack, found: Tensor, losses: Tensor, gradients: Tensor, sums: dict[int, BoundedSum]
+    ) -> None:
+        """Add the pack's gradients to the rows, those of private pictures to their clipped sums."""
+        self.losses.index_add_(0, pack.rows[pack.slots], losses)
         for row in sums.keys() & set(pack.rows.tolist()):
             sums[row] += self._clipped(row, found[pack.rows == row])
         plain = ~pack.private
@@ -120,7 +130,8 @@ class _Cohort:
         numbers that this client's adapter really has, also when the Poisson batch was empty.
         """
         job, mask = self.jobs[row], self.masks[row]
-        assert job.privacy and job.noise
+        assert job.privacy
+        assert job.noise
         noised_sum = bounded.values.clone()
         sigma = gaussian_sigma(bounded, job.privacy.noise_multiplier)
         noised_sum[mask] += sigma * job.noise.gaussian(int(mask.sum())).to(noised_sum)
@@ -130,8 +141,10 @@ class _Cohort:
         """Passes of at most `micro_batch` entries, across job boundaries; a private picture is never split."""
         device = self.base.device
         slots = [slot for row, batch in batches.items() for slot in self._slots(row, batch)]
+        size = pass_size(device, sum(len(batch.t) for batch in batches.values()), self.micro_batch)
         while slots:
-            taken, room = [], self.micro_batch
+            taken: list[_Slot] = []
+            room = size
             while slots and room > 0:
                 row, private, weight, entries = slots[0]
                 if private and len(entries) > room and taken:
@@ -151,8 +164,8 @@ class _Cohort:
                 noise=torch.stack([batches[row].noise[i] for row, (_, i) in flat]).to(device),
             )
 
-    def _slots(self, row: int, batch: Batch) -> list[tuple[int, bool, float, list[tuple[int, int]]]]:
-        """(row, private, weight, entries (pooled picture, place in the batch)) for each slot of one job's step."""
+    def _slots(self, row: int, batch: Batch) -> list[_Slot]:
+        """The slots of one job's step."""
         job, offset = self.jobs[row], self.offsets[row]
         pictures = (batch.pictures + offset).tolist()
         self.entries[row] += len(batch.t)
@@ -160,7 +173,8 @@ class _Cohort:
             return [(row, False, 1 / len(pictures), [(picture, i) for i, picture in enumerate(pictures)])]
         draws = job.privacy.draws
         return [
-            (row, True, 1 / draws, [(picture, i * draws + k) for k in range(draws)]) for i, picture in enumerate(pictures)
+            (row, True, 1 / draws, [(picture, i * draws + k) for k in range(draws)])
+            for i, picture in enumerate(pictures)
         ]
 
     def _look(self, step: int, active: list[int]) -> None:
@@ -172,9 +186,7 @@ class _Cohort:
                 looking.append(row)
                 pools.append(stopping.validation)
         adapters = [select(self.frozen, looking), self.layout.stacks(self.rows[looking])] if looking else []
-        found = held_out_losses(
-            self.base, pools, adapters, timesteps=self.timesteps, micro_batch=self.micro_batch
-        )
+        found = held_out_losses(self.base, pools, adapters, timesteps=self.timesteps, micro_batch=self.micro_batch)
         for row, loss in zip(looking, found, strict=True):
             self.stale[row] += 1
             if row not in self.best or loss < self.best[row][0]:
@@ -190,7 +202,9 @@ class _Cohort:
         final = self.best[row][1] if row in self.best else self.rows[row]
         if not final.isfinite().all() or not (job.privacy or self.losses[row].isfinite()):
             rate = job.learning_rate
-            return AntherError(f"{job.client}: training became not finite by step {step}; learning_rate={rate} too high?")
+            return AntherError(
+                f"{job.client}: training became not finite by step {step}; learning_rate={rate} too high?"
+            )
         loss = self.losses[row].item() / self.entries[row] if self.entries[row] else math.nan
         return Trained(self.layout.unpack(final, job.start), loss, step)
 

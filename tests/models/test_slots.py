@@ -44,7 +44,8 @@ def test_pack_and_unpack_are_inverse_and_padding_is_zero() -> None:
     assert (row[~layout.mask(adapter)] == 0).all()
     assert int(layout.mask(adapter).sum()) == 2 * (5 + 7 + 3 + 2)
     for name, factors in layout.unpack(row, adapter).items():
-        assert torch.equal(factors.a, adapter[name].a) and torch.equal(factors.b, adapter[name].b)
+        assert torch.equal(factors.a, adapter[name].a)
+        assert torch.equal(factors.b, adapter[name].b)
 
 
 def test_mask_counts_zero_entries_of_an_adapter_too() -> None:
@@ -69,4 +70,5 @@ def test_concatenation_adds_products_and_splitting_keeps_them() -> None:
     head, tail = head_and_tail(both, 2)
     for name in SITES:
         torch.testing.assert_close(both[name].b @ both[name].a, one[name].b @ one[name].a + two[name].b @ two[name].a)
-        assert torch.equal(head[name].a, one[name].a) and torch.equal(tail[name].b, two[name].b)
+        assert torch.equal(head[name].a, one[name].a)
+        assert torch.equal(tail[name].b, two[name].b)

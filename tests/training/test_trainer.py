@@ -142,7 +142,8 @@ def test_private_cohort_equals_clip_each_picture_then_noise_the_sum(base: Base, 
 def test_an_empty_poisson_batch_is_noise_alone(base: Base) -> None:
     plan = private(base, "nobody", rate=0.0, steps=1)
     (found,) = train(base, [plan], micro_batch=8, timesteps=2)
-    assert isinstance(found, Trained) and found.loss != found.loss  # NaN: no example was seen
+    assert isinstance(found, Trained)
+    assert found.loss != found.loss  # NaN: no example was seen
     moved = torch.cat([(f.a - plan.start[name].a).flatten() for name, f in found.adapter.items()])
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, plan.learning_rate), rtol=0.1, atol=0)  # Adam's ε
 
@@ -150,14 +151,16 @@ def test_an_empty_poisson_batch_is_noise_alone(base: Base) -> None:
 def test_a_client_does_not_depend_on_its_company(base: Base) -> None:
     alone = train(base, [job(base, "a")], micro_batch=8, timesteps=2)[0]
     together = train(base, [job(base, "b"), job(base, "a"), job(base, "c", rank=4)], micro_batch=8, timesteps=2)[1]
-    assert isinstance(alone, Trained) and isinstance(together, Trained)
+    assert isinstance(alone, Trained)
+    assert isinstance(together, Trained)
     assert_close(together, alone.adapter, job(base, "a").start)
 
 
 def test_the_same_jobs_give_the_same_bits(base: Base) -> None:
     one, two = (train(base, [job(base, "a"), private(base, "b")], micro_batch=4, timesteps=2) for _ in range(2))
     for first, second in zip(one, two, strict=True):
-        assert isinstance(first, Trained) and isinstance(second, Trained)
+        assert isinstance(first, Trained)
+        assert isinstance(second, Trained)
         for name in first.adapter:
             assert torch.equal(first.adapter[name].a, second.adapter[name].a)
             assert torch.equal(first.adapter[name].b, second.adapter[name].b)
@@ -165,7 +168,9 @@ def test_the_same_jobs_give_the_same_bits(base: Base) -> None:
 
 def test_nan_pictures_fail_their_own_job_only(base: Base) -> None:
     broken = job(base, "broken")
-    broken = dataclasses.replace(broken, examples=Examples(broken.examples.latents * torch.nan, broken.examples.context))
+    broken = dataclasses.replace(
+        broken, examples=Examples(broken.examples.latents * torch.nan, broken.examples.context)
+    )
     fine = job(base, "fine")
     failed, found = train(base, [broken, fine], micro_batch=16, timesteps=2)
     assert isinstance(failed, Exception) and "broken" in str(failed)
@@ -191,7 +196,8 @@ def test_early_stopping_keeps_the_best_look(base: Base) -> None:
             stop = look
             break
     (found,) = train(base, [dataclasses.replace(plan, early_stopping=stopping)], micro_batch=16, timesteps=2)
-    assert isinstance(found, Trained) and found.steps == looks[stop]
+    assert isinstance(found, Trained)
+    assert found.steps == looks[stop]
     wanted = lengths[best]
     assert isinstance(wanted, Trained)
     for name, factors in found.adapter.items():

@@ -1,0 +1,55 @@
+# `make simulate` and `make test` need nothing but Python 3.11 or newer with venv; everything goes into .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check  # errors alone are worth a line
+INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help simulate test test-slow format clean
+
+help:  ## list what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make simulate ARGS="rounds=3 seed=1"       any key of conf/simulate.yaml'
+	@echo '  make simulate PYTHON=python3.12            another interpreter (on a fresh .venv)'
+	@echo '  make simulate TORCH="torch --index-url …"  PyTorch from elsewhere, e.g. its CPU wheels'
+
+simulate: $(INSTALLED)  ## a whole federation on this machine, with a report (ARGS="key=value …")
+	@$(BIN)/python -m simulations.run $(ARGS)
+
+test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones, with coverage
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage report
+
+test-slow: $(INSTALLED_DEV)  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+format: $(INSTALLED_DEV)  ## mend format and what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and what tools and builds left; your outputs stay
+	rm -rf .venv build dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# PyTorch comes first and is then held where it is: resolved along with the rest, it may turn into a CUDA build of
+# several gigabytes.
+$(INSTALLED): pyproject.toml
+	@echo "Installing into .venv (once, about two minutes; more where PyTorch has to be downloaded) …"
+	@$(PYTHON) -c 'import sys; sys.exit("Anther needs Python 3.11 to 3.13" if not (3, 11) <= sys.version_info < (3, 14) else 0)'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $(TORCH)
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/held.txt
+	@$(PIP) --constraint .venv/held.txt --editable .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "Installing what the tests need (once, under a minute) …"
+	@$(PIP) --constraint .venv/held.txt --editable '.[dev]'
+	@touch $@

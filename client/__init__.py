@@ -1,0 +1,1 @@
+"""What runs on a device: its pictures, its store, and the one generator that answers requests."""

@@ -1,0 +1,79 @@
+"""The ClientApp: what a SuperNode runs for each message.
+
+It only connects things. `client.logic` decides, and nothing in a message chooses the device's files, policy or noise:
+those come from the node's own configuration and environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from client.device import from_config
+from client.drive import drive
+from client.logic import handle
+from conf.compose import compose
+from conf.errors import AntherError
+from models.base import Base, load
+from privacy.policy import Refusal
+from protocol import records
+from protocol.messages import Reply
+from training.engine import perform
+
+log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+
+@app.query()
+@app.train()
+@app.train("personalise")
+@app.evaluate()
+def answer(message: Message, context: Context) -> Message:
+    """Reply to any request; whatever goes wrong becomes this node's error reply."""
+    try:
+        request = records.request_from_records(message.metadata.message_type, message.content)
+        config = compose(str(context.run_config.get("overrides", "")))
+        node = _stated(context)
+        weights, device = str(node.get("weights", config.base.weights)), str(node.get("device", config.base.device))
+        base = _base(str(node.get("base", config.base.path)), config.adapter.sites, weights, device)
+        conversation = handle(request, from_config(node, base=base.hash, sites=base.sites))
+        micro_batch, timesteps = config.grid.micro_batch, config.evaluation.timesteps
+        work = functools.partial(perform, base, micro_batch=micro_batch, timesteps=timesteps)
+        outcome = drive({"": conversation}, work)[""]
+    except Exception as error:
+        outcome = error
+    return reply_message(outcome, message)
+
+
+def reply_message(outcome: Reply | Exception, request: Message) -> Message:
+    """The reply, or an error that tells the server only what a refusal may tell it.
+
+    Other exceptions can name the owner's files, so their text stays in the device's own log.
+    """
+    if not isinstance(outcome, Exception):
+        return Message(records.reply_to_records(outcome), reply_to=request)
+    unforeseen = None if isinstance(outcome, AntherError) else outcome
+    log.error("could not answer %s: %s", request.metadata.message_type, outcome, exc_info=unforeseen)
+    reason = str(outcome) if isinstance(outcome, Refusal) else f"{type(outcome).__name__}, see the device's own log"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
+
+
+def _stated(context: Context) -> dict[str, object]:
+    """The node's configuration; a simulated node has none of its own, so the environment can fill it in."""
+    node: dict[str, object] = dict(context.node_config)
+    for key, variable in (("data-root", "ANTHER_DATA_ROOT"), ("test", "ANTHER_TEST")):
+        if variable in os.environ:
+            node.setdefault(key, os.environ[variable])
+    return node
+
+
+@functools.lru_cache(maxsize=1)
+def _base(path: str, sites: str, weights: str, device: str) -> Base:
+    """Kept between the messages that one process answers."""
+    return load(path, sites=sites, weights=weights, device=device)

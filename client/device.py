@@ -1,0 +1,141 @@
+"""One device: what it tells of itself, what it keeps, what it allows, and where its randomness comes from."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from client.data import METADATA, Pictures, load_folder
+from client.store import Store
+from conf.errors import AntherError
+from models import assets
+from models.adapter import Sites
+from privacy import policy
+from privacy.noise import NoiseSource, Secure, Simulated
+from protocol.messages import DeviceReport
+
+# What a device is taken for that doesn't say: the slowest of conf/fleet, so that nothing is promised too soon.
+EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
+WATTS = 6.4  # Raspberry Pi 4, whole board
+UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """All that `client.logic` needs to answer for one device."""
+
+    name: str
+    report: DeviceReport
+    store: Store
+    pictures: Callable[[], Pictures]
+    """Reads the owner's pictures when they are needed, and raises AntherError if they can't be used."""
+    sites: Sites
+    """Where the base that it holds can be adapted."""
+    policy: policy.Policy
+    noise: Callable[[int, str], NoiseSource]
+    """The source for one round and purpose; the server has no say in it."""
+    seed: int
+    """Of the ordinary streams: batches without privacy, timesteps, diffusion noise."""
+
+
+def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> Device:
+    """The device that a SuperNode's own configuration describes.
+
+    Args:
+        node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which pick its k-th
+            sub-folder in a simulation. Optional: `name`; `store`, a folder; `test=true`, which makes noise
+            reproducible by `seed` and nothing a release; and what the report says: `examples-per-second`, `watts`,
+            `uplink-mbps`, `downlink-mbps`, `metered`.
+        base: content hash of the base that the device holds, and `sites` its sites.
+
+    Raises:
+        AntherError: a key is missing or its value can't be used.
+    """
+    pictures = _folder(node_config)
+    default = pictures.name if "data" not in node_config else platform.node()
+    name = str(node_config.get("name") or default or "device")
+    if Path(name).name != name:
+        raise AntherError(f"name={name!r}: must not be a path; set another name in the node's configuration")
+    store = Store(node_config.get("store") or assets.home() / "devices" / name)
+    seed = _whole(node_config, "seed") if _flag(node_config, "test") else store.seed()
+    return Device(
+        name=name,
+        report=probe(name, base, node_config),
+        store=store,
+        pictures=partial(load_folder, pictures),
+        sites=sites,
+        policy=policy.load(store.policy_file),
+        noise=partial(_simulated, seed, name) if _flag(node_config, "test") else _secure,
+        seed=seed,
+    )
+
+
+def probe(name: str, base: str, stated: Mapping[str, Any]) -> DeviceReport:
+    """The report of this machine: memory and cores as found, the rest as stated or taken for a small board's."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or 1
+    return DeviceReport(
+        device=name,
+        base=base,
+        profile=f"{platform.machine().lower()}_{cores}_cores",
+        memory_gib=float(round(psutil.virtual_memory().total / 2**30)),
+        examples_per_second=_positive(stated, "examples-per-second", EXAMPLES_PER_SECOND_PER_CORE * cores),
+        watts=_positive(stated, "watts", WATTS),
+        uplink_mbps=_positive(stated, "uplink-mbps", UPLINK_MBPS),
+        downlink_mbps=_positive(stated, "downlink-mbps", DOWNLINK_MBPS),
+        metered=_flag(stated, "metered"),
+    )
+
+
+def _folder(node_config: Mapping[str, Any]) -> Path:
+    """The owner's pictures, or those of one simulated owner."""
+    if "data" in node_config:
+        return Path(str(node_config["data"])).expanduser()
+    if "partition-id" not in node_config or "data-root" not in node_config:
+        raise AntherError(f"the node's configuration names no pictures: set data to a folder with {METADATA}")
+    root = Path(str(node_config["data-root"])).expanduser()
+    owners = sorted(folder for folder in root.glob("*/") if not folder.name.startswith("."))
+    chosen = _whole(node_config, "partition-id")
+    if chosen >= len(owners):
+        raise AntherError(f"{root}: has {len(owners)} sub-folders, so there is none for partition {chosen}")
+    return owners[chosen]
+
+
+def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
+    """A number over 0; Flower passes what a person wrote."""
+    try:
+        number = float(values.get(key, default))
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise AntherError(f"{key}={values[key]}: must be a number over 0")
+    return number
+
+
+def _whole(values: Mapping[str, Any], key: str) -> int:
+    """A whole number of 0 or more; 0 if it isn't stated."""
+    text = str(values.get(key, 0))
+    if not text.isdecimal():
+        raise AntherError(f"{key}={text}: must be a whole number of 0 or more")
+    return int(text)
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = str(values.get(key, False)).lower()
+    if value not in ("true", "false"):
+        raise AntherError(f"{key}={values[key]}: must be true or false")
+    return value == "true"
+
+
+def _simulated(seed: int, client: str, round: int, purpose: str) -> NoiseSource:
+    return Simulated(seed=seed, client=client, round=round, purpose=purpose)
+
+
+def _secure(_round: int, _purpose: str) -> NoiseSource:
+    return Secure()

@@ -1,0 +1,81 @@
+"""What Hydra and OmegaConf object to, in one line that names the key and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+EXPECTED = {
+    r"could not be converted to Integer": "must be a whole number",
+    r"could not be converted to Float": "must be a number",
+    r"is not a valid bool": "must be true or false",
+    r"is not a ListConfig, list or tuple": "must be a list: [a,b]",
+    r"Incompatible value 'None'|field .* is not Optional": "must not be null",
+    r"Cannot (assign|convert|merge) .* (DictConfig|dict)|is not a subclass": "is a group of keys, not a value",
+}
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key that a schema knows, groups and leaves."""
+    keys = []
+    for name, kind in get_type_hints(schema).items():
+        keys.append(prefix + name)
+        if is_dataclass(kind) and isinstance(kind, type):
+            keys += known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def explain(error: BaseException, known: Sequence[str]) -> str:
+    """One line for what Hydra or OmegaConf objects to."""
+    text = _flat(error)
+    cause = _flat(error.__cause__) if error.__cause__ else text
+    if option := re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.*)", text):
+        choice, group, options = option.groups()
+        listed = ", ".join(options.split(" Config search path")[0].split())
+        return f"{group}={choice.removeprefix(f'{group}/')}: no such option; {group} is one of: {listed}"
+    if unreadable := getattr(error, "override", None):
+        return f"{unreadable}: can't be read as key=value; quote commas, brackets and spaces"
+    if merging := re.search(r"Error merging override (.*)", text):
+        return f"{merging[1]}: {_expected(cause)}"
+    if nested := re.search(r"Could not override '([^']+)'.*", text):
+        inner = re.search(r"Key '([^']+)' not in '(\w+)'", cause)
+        if inner and nested[1] in known:  # the key is right, but the value holds a wrong one
+            return f"{nested[1]}: '{inner[1]}' is no key of a {inner[2]}"
+        return _no_such_key(nested[1].lstrip("+~"), known)
+    if twice := re.search(r"Multiple values for ([\w/]+)\.", text):
+        return f"{twice[1]}: chosen twice; write {twice[1]}=… once, without +"
+    full_key = re.search(r"full_key: ([\w.\[\]]+)", f"{cause} {text}")
+    if unknown := re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')", cause):
+        return _no_such_key(full_key[1] if full_key else unknown[1], known)
+    if full_key:
+        return f"{full_key[1]}: {_expected(cause)}"
+    return text.split(" Check that it's in your config search path")[0]
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _expected(cause: str) -> str:
+    for pattern, meaning in EXPECTED.items():
+        if re.search(pattern, cause):
+            return meaning
+    return cause.split(" full_key:")[0].rsplit("raised while composing config: ", 1)[-1]
+
+
+def _no_such_key(key: str, known: Sequence[str]) -> str:
+    """Suggest the nearest sibling, then the same or a near name elsewhere, else list what the parent holds."""
+    parent, _, leaf = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    everywhere: dict[str, list[str]] = {}
+    for name in known:
+        everywhere.setdefault(name.rpartition(".")[2], []).append(name)
+    if near := difflib.get_close_matches(leaf, siblings, n=1):
+        return f"{key}: no such key; did you mean {siblings[near[0]]}?"
+    if near := difflib.get_close_matches(leaf, everywhere, n=1):
+        return f"{key}: no such key; did you mean {' or '.join(everywhere[near[0]])}?"
+    listed = siblings or {name: name for name in known if "." not in name}
+    return f"{key}: no such key; known here: {', '.join(listed)}"

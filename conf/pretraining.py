@@ -1,0 +1,125 @@
+"""Typed schemas of the two training applications, `typefaces.train_base` and `typefaces.train_judge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+
+
+@dataclass
+class Stage:
+    """One run of the training loop."""
+
+    steps: int = 1000
+    """Optimiser steps at most."""
+    seconds: float | None = None
+    """Time budget, compilation not counted; the learning rate reaches zero with it. null: steps alone decide."""
+    batch: int = 512
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of a gradient."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are what is kept."""
+    compile: bool = True
+    bf16: bool = True
+    log_every: int = 200
+    checkpoint_every: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "warmup", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds={self.seconds}: must be positive, or null")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: must be in [0, 1)")
+
+
+@dataclass
+class Training:
+    """What both applications share."""
+
+    dataset: str | None = None
+    """A data set file; null: the one that comes with the package."""
+    output: str = "outputs/pretraining"
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    resume: bool = False
+    """Continue from the checkpoints in `output`."""
+    held_out: float = 0.08
+    """Share of the public designs that is kept from training, to measure on."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device}: must be one of: auto, cpu, cuda")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: must be in (0, 1)")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+
+
+@dataclass
+class TrainBase(Training):
+    """`python -m typefaces.train_base`: autoencoder, then denoiser with text encoder, then measurements."""
+
+    vae: Stage = field(default_factory=Stage)
+    kl: float = 1e-4
+    """Weight of the autoencoder's KL per latent element."""
+    diffusion: Stage = field(default_factory=Stage)
+    min_snr: float | None = None
+    """γ of min-SNR weighting; null: plain v-prediction."""
+    caption_dropout: float = 0.1
+    variants: int = 4
+    """Latents kept for each glyph: the glyph itself and variants - 1 jittered copies."""
+    judge: str | None = None
+    """Folder of a judge that measures the samples; null: no legibility is measured."""
+    guidance: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
+    sampling_steps: int = 10
+    samples: int = 1984
+    """Glyphs drawn at each guidance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout}: must be in [0, 1)")
+        if self.kl < 0:
+            raise ValueError(f"kl={self.kl}: must not be negative")
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise ValueError(f"min_snr={self.min_snr}: must be positive, or null")
+        for name in ("variants", "sampling_steps", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass
+class TrainJudge(Training):
+    """`python -m typefaces.train_judge`: the classifier and style embedding."""
+
+    judge: Stage = field(default_factory=Stage)
+    style: float = 0.5
+    """Weight of the family loss beside the glyph loss."""
+    smoothing: float = 0.05
+    """Label smoothing of the glyph loss."""
+    styles: int = 8
+    """Styles made of each family: itself and styles - 1 that are slanted, widened or bolder throughout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.style < 0:
+            raise ValueError(f"style={self.style}: must not be negative")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing}: must be in [0, 1)")
+        if self.styles < 1:
+            raise ValueError(f"styles={self.styles}: must be at least 1")
+
+
+store = ConfigStore.instance()
+store.store(name="train_base_schema", node=TrainBase)
+store.store(name="train_judge_schema", node=TrainJudge)

@@ -1,0 +1,120 @@
+"""A strict codec for named tensors: safetensors bytes, read as if a stranger had written them.
+
+safetensors itself accepts duplicate keys, any number of empty tensors, any dtype and NaN. Here the receiver says
+what it expects, and every check that can be made on the header is made before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from conf.errors import AntherError
+from protocol.plain import loads
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_HEADER_BYTES = 64 * 1024
+_HEADER_BYTES_PER_TENSOR = 200
+_FREE = -1
+
+Shape = tuple[int, ...]
+
+
+class CodecError(AntherError):
+    """Bytes that are not what was expected; names the key."""
+
+
+def encode(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32) -> bytes:
+    """safetensors bytes of the tensors cast to `dtype`: the same bytes for equal tensors in any order."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"{dtype=}: must be one of {list(_DTYPES)}")
+    return save({name: tensors[name].detach().to("cpu", dtype).contiguous() for name in sorted(tensors)})
+
+
+def decode(data: bytes, expected: Mapping[str, Shape], *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors of exactly the expected names, shapes and dtype, all finite, in the expected order.
+
+    A size of -1 stands for one unknown positive number, the same wherever it appears: the rank of an adapter whose
+    sites are known (`models.adapter.shapes(sites, -1)`). The tensors share one writable copy of `data`.
+
+    Raises CodecError for anything else than what `encode` writes of such tensors.
+    """
+    header, start = _header(data, len(expected))
+    _check_keys(header, expected)
+    sizes = _resolve(header, expected)
+    offsets = _check_layout(header, sizes, dtype, len(data) - start)
+    buffer = bytearray(data)
+    tensors = {}
+    for name, shape in sizes.items():
+        count = math.prod(shape)
+        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + offsets[name]) if count else None
+        tensors[name] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
+        if not tensors[name].isfinite().all():
+            raise CodecError(f"{name}: holds NaN or infinite values")
+    return tensors
+
+
+def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
+    """The parsed header, and where the data starts."""
+    if len(data) < 8:
+        raise CodecError(f"payload of {len(data)} bytes is too short for a header")
+    length = int.from_bytes(data[:8], "little")
+    if length > _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors:
+        raise CodecError(f"header of {length} bytes is too long for {tensors} tensors")
+    if length > len(data) - 8 or length % 8:  # the format pads it: tensors then lie aligned
+        raise CodecError(f"header of {length} bytes is cut off or not padded to 8")
+    try:
+        header = loads(data[8 : 8 + length].decode())
+    except ValueError as error:
+        raise CodecError(f"header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CodecError("header is not a JSON object")
+    return header, 8 + length
+
+
+def _check_keys(header: Mapping[str, object], expected: Mapping[str, Shape]) -> None:
+    if missing := sorted(expected.keys() - header.keys()):
+        raise CodecError(f"{missing[0]}: missing")
+    if extra := sorted(header.keys() - expected.keys()):  # __metadata__ too: nothing here needs it
+        raise CodecError(f"{extra[0][:100]!r}: not expected")
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise CodecError(f"{name}: entry must hold dtype, shape and data_offsets")
+        for key in ("shape", "data_offsets"):
+            if not isinstance(entry[key], list) or any(type(n) is not int or n < 0 for n in entry[key]):
+                raise CodecError(f"{name}: {key} must be a list of non-negative integers")
+
+
+def _resolve(header: Mapping, expected: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The expected shapes with the unknown size filled in, once the header's shapes agree with them."""
+    free: int | None = None
+    sizes = {}
+    for name, shape in expected.items():
+        declared = tuple(header[name]["shape"])
+        for size, wanted in zip(declared, shape, strict=False):
+            if wanted == _FREE and free is None and size > 0:
+                free = size
+        sizes[name] = tuple(free if wanted == _FREE and free else wanted for wanted in shape)
+        if declared != sizes[name]:
+            raise CodecError(f"{name}: shape must be {list(sizes[name])}, is {list(declared)[:8]}")
+    return sizes
+
+
+def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtype, total: int) -> dict[str, int]:
+    """Where each tensor starts: tensors must follow each other without gap or overlap and cover the data."""
+    position = 0
+    for name in sorted(sizes, key=lambda name: header[name]["data_offsets"]):
+        entry = header[name]
+        if entry["dtype"] != _DTYPES[dtype]:
+            raise CodecError(f"{name}: dtype must be {_DTYPES[dtype]}, is {str(entry['dtype'])[:20]}")
+        end = position + math.prod(sizes[name]) * dtype.itemsize
+        if entry["data_offsets"] != [position, end]:
+            raise CodecError(f"{name}: data_offsets must be {[position, end]}, are {entry['data_offsets'][:4]}")
+        position = end
+    if position != total:
+        raise CodecError(f"payload holds {total} bytes of data, its header declares {position}")
+    return {name: header[name]["data_offsets"][0] for name in sizes}

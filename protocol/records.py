@@ -1,0 +1,87 @@
+"""Messages as Flower's records: the JSON in a ConfigRecord, an adapter as the one Array of an ArrayRecord.
+
+The adapter's bytes stay those of `protocol.codec`; Flower cuts the Array into chunks and never parses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from conf.errors import AntherError
+from protocol import messages
+from protocol.messages import Reply, Request
+
+QUERY, TRAIN, EVALUATE, PERSONALISE = "query", "train", "evaluate", "train.personalise"
+
+_MESSAGE, _ARRAYS, _ADAPTER, _STYPE = "message", "arrays", "adapter", "safetensors"
+
+
+class _Exchange(NamedTuple):
+    request: Any
+    reply: Any
+
+
+_EXCHANGES = {
+    QUERY: _Exchange(messages.Query, messages.DeviceReport),
+    TRAIN: _Exchange(messages.Train, messages.Update),
+    EVALUATE: _Exchange(messages.Evaluate, messages.Evaluation),
+    PERSONALISE: _Exchange(messages.Personalise, messages.Personalised),
+}
+
+
+def message_type(request: Request) -> str:
+    """Flower's message type for a request, which routes it to the function of the ClientApp."""
+    return next(name for name, exchange in _EXCHANGES.items() if isinstance(request, exchange.request))
+
+
+def request_to_records(request: Request) -> RecordDict:
+    return _to_records(request)
+
+
+def request_from_records(message_type: str, records: RecordDict) -> Request:
+    """The request in a message of this type; AntherError with one line if it is malformed."""
+    return _from_records(_exchange(message_type).request, records)
+
+
+def reply_to_records(reply: Reply) -> RecordDict:
+    return _to_records(reply)
+
+
+def reply_from_records(message_type: str, records: RecordDict) -> Reply:
+    """The reply to a message of this type; AntherError with one line if it is malformed."""
+    return _from_records(_exchange(message_type).reply, records)
+
+
+def adapter_to_record(adapter: bytes) -> ArrayRecord:
+    """An adapter of `protocol.codec` as Flower holds global arrays: one Array of bytes."""
+    return ArrayRecord({_ADAPTER: Array(dtype="uint8", shape=(len(adapter),), stype=_STYPE, data=adapter)})
+
+
+def adapter_from_record(record: ArrayRecord) -> bytes:
+    """Inverse of `adapter_to_record`; AntherError if the record holds anything else."""
+    if list(record) != [_ADAPTER] or record[_ADAPTER].stype != _STYPE:
+        raise AntherError(f"arrays must hold one {_STYPE} entry named {_ADAPTER!r}, hold {sorted(record)[:5]}")
+    return record[_ADAPTER].data
+
+
+def _exchange(message_type: str) -> _Exchange:
+    if message_type not in _EXCHANGES:
+        raise AntherError(f"{message_type[:100]!r}: no such message type; known are {', '.join(_EXCHANGES)}")
+    return _EXCHANGES[message_type]
+
+
+def _to_records(message: Request | Reply) -> RecordDict:
+    records = RecordDict({_MESSAGE: ConfigRecord({"json": messages.to_json(message)})})
+    if beside := messages.payloads(message):
+        records[_ARRAYS] = adapter_to_record(beside[_ADAPTER])
+    return records
+
+
+def _from_records(kind: Any, records: RecordDict) -> Any:
+    config = records.config_records.get(_MESSAGE)
+    if config is None or not isinstance(text := config.get("json"), str):
+        raise AntherError(f"malformed message: a {kind.__name__} travels as JSON in the record {_MESSAGE!r}")
+    arrays = records.array_records.get(_ARRAYS)
+    return messages.from_json(kind, text, **({} if arrays is None else {_ADAPTER: adapter_from_record(arrays)}))

@@ -1,0 +1,96 @@
+"""The ServerApp: `flwr run . -c 'overrides="rounds=3 privacy=example"'`.
+
+Everything that it leaves lies in ANTHER_HOME/runs/<run>: a ServerApp's working directory is whatever its SuperLink was
+started in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from conf.compose import compose
+from conf.errors import AntherError
+from conf.schemas import Simulation
+from models import assets
+from models.base import load
+from privacy.durable import write
+from protocol import plain
+from server import checkpoint
+from server.federation import federate
+from server.state import Round
+from strategies.build import build, training_plan
+
+log = logging.getLogger(__name__)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation of the run configuration's `overrides`, then have every device personalise.
+
+    `resume=true` continues the newest run of the same configuration. ANTHER_TEST=true makes it a test: updates made
+    with reproducible noise are accepted, and nothing of the run is a private release.
+    """
+    _log_as_flower_does()
+    config = compose(str(context.run_config.get("overrides", "")))
+    base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
+    folder = run_folder(config, assets.home() / "runs")
+    plan = training_plan(config, run=folder.name, base=base.hash)
+    strategy = build(config, plan, base.sites, accept_simulated=os.environ.get("ANTHER_TEST") == "true")
+    saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
+    log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
+    state = federate(
+        config,
+        grid=grid,
+        strategy=strategy,
+        plan=plan,
+        saved=saved,
+        checkpoints=folder / "checkpoints",
+        on_round=_tell,
+        quorum=config.fleet.sample or 1,
+    )
+    best = state.best_round
+    log.info("done: best round %d, its adapter in %s", best, folder / "checkpoints" / f"round-{state.round:06d}")
+
+
+def run_folder(config: Simulation, runs: Path) -> Path:
+    """A new folder for this run, or with `resume` the newest one that was made for the same configuration.
+
+    A device answers for a run and round only once, so a new run must have a name that was never used.
+
+    Raises AntherError if there is nothing to resume.
+    """
+    identity = plain.dumps(dataclasses.replace(config, resume=False)).encode()
+    if config.resume:
+        for folder in sorted(runs.glob("*/"), reverse=True):
+            if (folder / "config.json").is_file() and (folder / "config.json").read_bytes() == identity:
+                return folder
+        raise AntherError(f"resume=true: {runs} holds no run of this configuration: leave it out to start one")
+    folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    write(folder / "config.json", identity)
+    return folder
+
+
+def _log_as_flower_does() -> None:
+    """Through Flower's handlers: `flwr run --stream` shows what they get."""
+    for room in ("server", "strategies"):
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        for handler in logging.getLogger("flwr").handlers:
+            logger.addHandler(handler)
+
+
+def _tell(done: Round) -> None:
+    train, validation = done.train, done.validation
+    replied = f"{train.replied} of {train.asked} replied, " if train else ""
+    loss = "no losses" if validation.shared is None else f"base {validation.base:.5f}, shared {validation.shared:.5f}"
+    log.info("round %d: %s%s, %.1f s", done.number, replied, loss, done.wall_seconds)

@@ -1,0 +1,118 @@
+"""A checkpoint for each round: whole or not there at all.
+
+    round-000012/
+        adapter.safetensors    the shared adapter after the round
+        best.safetensors       the best so far
+        state.json             everything else
+        manifest.json          SHA-256 of the other three
+
+A round is written into a hidden folder, made durable and then renamed, so whenever the process or the power dies, the
+newest `round-…` is the last complete round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.errors import AntherError
+from models.adapter import Adapter, Sites, from_tensors, shapes, to_tensors
+from privacy.durable import make_folder, sync_folder, write
+from protocol import plain
+from protocol.codec import decode, encode
+from server.state import Round, State
+
+_ADAPTER, _BEST, _STATE, _MANIFEST = "adapter.safetensors", "best.safetensors", "state.json", "manifest.json"
+_KEPT = 2  # newest checkpoints; the best adapter is in each
+_HIDDEN = ".partial-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    run: str
+    private: bool
+    best_round: int
+    history: tuple[Round, ...]
+
+
+def save(folder: Path, state: State) -> Path:
+    """Write the state's last round; the folder of the new checkpoint.
+
+    Raises AntherError if `folder` already holds this round or a later one: of another run.
+    """
+    make_folder(folder)
+    path = folder / f"round-{state.round:06d}"
+    if (rounds := _rounds(folder)) and rounds[-1] >= path:
+        raise AntherError(f"{folder}: holds {rounds[-1].name} already: resume that run, or choose an empty folder")
+    for leftover in folder.glob(f"{_HIDDEN}*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    saved = _Saved(run=state.run, private=state.private, best_round=state.best_round, history=state.history)
+    files = {
+        _ADAPTER: encode(to_tensors(state.adapter)),
+        _BEST: encode(to_tensors(state.best_adapter)),
+        _STATE: plain.dumps(saved).encode(),
+    }
+    files[_MANIFEST] = plain.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
+    partial = folder / f"{_HIDDEN}{path.name}"
+    for name, data in files.items():
+        write(partial / name, data)
+    partial.rename(path)
+    sync_folder(folder)
+    for old in _rounds(folder)[:-_KEPT]:
+        hidden = folder / f"{_HIDDEN}old-{old.name}"
+        old.rename(hidden)  # at once: half a deleted checkpoint must not look like one
+        shutil.rmtree(hidden)
+    return path
+
+
+def load(folder: Path, *, sites: Sites) -> State | None:
+    """The last complete round, verified; None if there is none.
+
+    Raises AntherError, naming the file and what to do, if a file is missing, cut off or edited, or the adapters do not
+    fit these sites.
+    """
+    rounds = _rounds(folder)
+    if not rounds:
+        return None
+    path = rounds[-1]
+    mend = f"delete {path} to go back to " + (rounds[-2].name if len(rounds) > 1 else "the start")
+    try:
+        manifest = plain.from_plain(dict[str, str], plain.loads(_read(path / _MANIFEST)))
+        files = {name: _read(path / name) for name in (_ADAPTER, _BEST, _STATE)}
+        for name, data in files.items():
+            if hashlib.sha256(data).hexdigest() != manifest.get(name):
+                raise AntherError(f"{path / name} is not as it was written (SHA-256 differs)")
+        saved = plain.from_plain(_Saved, plain.loads(files[_STATE]))
+        return State(
+            run=saved.run,
+            private=saved.private,
+            adapter=_adapter(files[_ADAPTER], sites, path / _ADAPTER),
+            history=saved.history,
+            best_round=saved.best_round,
+            best_adapter=_adapter(files[_BEST], sites, path / _BEST),
+        )
+    except AntherError as error:
+        raise AntherError(f"{error}: {mend}") from error
+    except ValueError as error:  # not the JSON that was written
+        raise AntherError(f"{path}: {_MANIFEST} or {_STATE} is damaged ({error}): {mend}") from error
+
+
+def _rounds(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("round-*"))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise AntherError(f"{file} can't be read ({error.strerror})") from error
+
+
+def _adapter(data: bytes, sites: Sites, file: Path) -> Adapter:
+    try:
+        return from_tensors(decode(data, shapes(sites, -1)))
+    except AntherError as error:
+        raise AntherError(f"{file} does not fit this base and adapter.sites ({error})") from error

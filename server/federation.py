@@ -1,0 +1,59 @@
+"""A whole federation over some grid: all rounds, then a personal adapter on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from conf.schemas import Simulation
+from models.adapter import initial, to_tensors
+from privacy.noise import stream
+from protocol.codec import encode
+from protocol.messages import Personalise, TrainingPlan
+from server.loop import personalise, run_rounds
+from server.state import Round, State
+from strategies.federated import Federated
+
+
+def federate(
+    config: Simulation,
+    *,
+    grid: Grid,
+    strategy: Federated,
+    plan: TrainingPlan,
+    saved: State | None,
+    checkpoints: Path,
+    on_round: Callable[[Round], None],
+    quorum: int,
+) -> State:
+    """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one."""
+    state = saved or State.start(
+        run=plan.run,
+        private=plan.privacy is not None,
+        adapter=initial(strategy.sites, config.adapter.shared.rank, stream(config.seed, "shared")),
+    )
+    state = run_rounds(
+        grid=grid,
+        strategy=strategy,
+        state=state,
+        rounds=config.rounds,
+        checkpoints=checkpoints,
+        on_round=on_round,
+        quorum=quorum,
+    )
+    personal = config.adapter.personal
+    request = Personalise(
+        run=plan.run,
+        round=config.rounds,
+        adapter=encode(to_tensors(state.best_adapter)),
+        rank=personal.rank,
+        steps=personal.steps,
+        batch_size=personal.batch_size,
+        learning_rate=personal.learning_rate,
+        look_every=config.adapter.look_every,
+        patience=config.adapter.patience,
+    )
+    personalise(grid=grid, strategy=strategy, request=request)
+    return state

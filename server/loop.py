@@ -1,0 +1,98 @@
+"""The round loop: ask, train, aggregate, evaluate, checkpoint.
+
+Flower's own `Strategy.start` begins at round 1 every time and keeps its result in memory; this one continues from
+wherever a State stands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from conf.errors import AntherError
+from models.adapter import from_tensors, shapes, to_tensors
+from protocol.codec import decode, encode
+from protocol.messages import Personalise
+from protocol.records import adapter_from_record, adapter_to_record
+from server import checkpoint
+from server.state import Round, State
+from strategies.facts import PersonalFacts, Validation
+from strategies.federated import Federated
+
+_POLL = 3.0  # seconds between two looks for devices
+
+
+def run_rounds(
+    *,
+    grid: Grid,
+    strategy: Federated,
+    state: State,
+    rounds: int,
+    checkpoints: Path,
+    on_round: Callable[[Round], None],
+    stop: Callable[[], bool] | None = None,
+    timeout: float = 3600.0,
+    quorum: int = 1,
+) -> State:
+    """Continue a run until `rounds` rounds of training are complete, or `stop` says so between two rounds.
+
+    Args:
+        state: fresh, or as `checkpoint.load` gave it. Round 0 only measures the initial adapter.
+        on_round: called after each round's checkpoint. A kill between the two loses the call, so whoever resumes
+            should first replay `state.history`.
+        timeout: seconds to wait for the replies of one leg, and for devices to appear.
+        quorum: devices that must be there to begin a round.
+
+    Raises AntherError if fewer devices than `quorum` are there after `timeout`.
+    """
+    strategy.summary()
+    for number in range(state.round + 1, rounds + 1):
+        if stop is not None and stop():
+            break
+        _wait_for_devices(grid, strategy, quorum, timeout)
+        state = _one_round(number, grid, strategy, state, timeout)
+        checkpoint.save(checkpoints, state)
+        on_round(state.history[-1])
+    return state
+
+
+def personalise(*, grid: Grid, strategy: Federated, request: Personalise, timeout: float = 3600.0) -> PersonalFacts:
+    """Ask every device to train its personal adapter on top of the one in `request`."""
+    return strategy.aggregate_personalise(
+        grid.send_and_receive(strategy.configure_personalise(request, grid), timeout=timeout)
+    )
+
+
+def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeout: float) -> State:
+    started = time.perf_counter()
+    arrays = adapter_to_record(encode(to_tensors(state.adapter)))
+    config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
+    train = None
+    if number > 0:
+        replies = grid.send_and_receive(strategy.configure_train(number, arrays, config, grid), timeout=timeout)
+        aggregated, _ = strategy.aggregate_train(number, replies)
+        arrays = arrays if aggregated is None else aggregated
+        train = strategy.trained
+    replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
+    strategy.aggregate_evaluate(number, replies)
+    adapter = from_tensors(decode(adapter_from_record(arrays), shapes(strategy.sites, -1)))
+    validation = strategy.validation or Validation(base=None, shared=None)
+    return state.after(
+        Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started), adapter
+    )
+
+
+def _wait_for_devices(grid: Grid, strategy: Federated, quorum: int, timeout: float) -> None:
+    """Return once `quorum` devices with our base are there."""
+    until = time.monotonic() + timeout
+    while len(found := strategy.query(grid)) < quorum:
+        if time.monotonic() >= until:
+            raise AntherError(
+                f"{len(found)} of {quorum} devices are there after {timeout:g} s: "
+                "check that they are connected and hold the base of this run"
+            )
+        time.sleep(min(_POLL, max(until - time.monotonic(), 0.0)))

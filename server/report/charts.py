@@ -1,0 +1,123 @@
+"""Line charts as inline SVG, coloured by the page's own style sheet so that they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 480, 250
+LEFT, TOP, BOTTOM = 62, 14, 36
+LABELS = 84  # room at the right for the names of curves
+LABEL_GAP = 16  # least distance between two labels at line ends
+
+Show = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: a value for every x, None where there is none."""
+
+    label: str
+    values: Sequence[float | None]
+    tone: str  # class of the style sheet: base, local, shared, personal, ink
+    dashed: bool = False
+
+
+def line_chart(x: Sequence[int], lines: Sequence[Line], show: Show, *, from_zero: bool, x_label: str) -> Markup:
+    """Curves over rounds, several labelled at their ends; `show` words a value, in ticks and tooltips."""
+    lines = [line for line in lines if any(value is not None for value in line.values)]
+    present = [value for line in lines for value in line.values if value is not None]
+    if not present:
+        return Markup("")
+    ticks = nice_ticks(min([0.0, *present] if from_zero else present), max(present))
+    low, high = ticks[0], ticks[-1]
+    right = WIDTH - (LABELS if len(lines) > 1 else 14)
+
+    def across(value: float) -> float:
+        span = max(x) - min(x)
+        share = (value - min(x)) / span if span else 0.5
+        return LEFT + share * (right - LEFT)
+
+    def up(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{up(t) + 4:.1f}" text-anchor="end">{escape(show(t))}</text>'
+        for t in ticks
+    ]
+    parts += [
+        f'<text class="tick" x="{across(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{t}</text>'
+        for t in whole_ticks(min(x), max(x))
+    ]
+    middle = (LEFT + right) / 2
+    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>')
+    ends = spread([up(last(line.values)) for line in lines])
+    for line, end in zip(lines, ends, strict=True):
+        points = [(across(at), up(value)) for at, value in zip(x, line.values, strict=True) if value is not None]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+        dash = ' stroke-dasharray="5 5"' if line.dashed else ""
+        parts.append(f'<polyline class="curve {line.tone}" points="{path}"{dash}/>')
+        for at, value in zip(x, line.values, strict=True):
+            if value is not None and not line.dashed:
+                words = escape(f"{x_label} {at}: {line.label} {show(value)}")
+                parts.append(
+                    f'<circle class="dot {line.tone}" cx="{across(at):.1f}" cy="{up(value):.1f}" r="3.5">'
+                    f"<title>{words}</title></circle>"
+                )
+        if len(lines) > 1:
+            parts.append(
+                f'<text class="end {line.tone}" x="{right + 10}" y="{end + 4:.1f}">{escape(line.label)}</text>'
+            )
+    summary = "; ".join(f"{line.label}: {show(first(line.values))} to {show(last(line.values))}" for line in lines)
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round values that enclose [low, high], about so many."""
+    if high <= low:
+        low, high = (0.0, high) if high > 0 else (low - 1, low + 1)
+    raw = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * (1 - 1e-9))
+    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(start, stop + 1)]
+
+
+def whole_ticks(low: int, high: int, most: int = 8) -> list[int]:
+    """Whole numbers from low to high, thinned out evenly."""
+    step = max(1, math.ceil((high - low) / most))
+    return list(range(low, high + 1, step))
+
+
+def spread(wanted: Sequence[float]) -> list[float]:
+    """Positions near the wanted ones, in their order, at least LABEL_GAP apart."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = [wanted[i] for i in order]
+    for _ in range(len(placed)):
+        for above, below in pairwise(range(len(placed))):
+            if (lack := LABEL_GAP - (placed[below] - placed[above])) > 0:
+                placed[above] -= lack / 2
+                placed[below] += lack / 2
+    result = [0.0] * len(wanted)
+    for i, position in zip(order, placed, strict=True):
+        result[i] = position
+    return result
+
+
+def first(values: Sequence[float | None]) -> float:
+    """The first value that is there; NaN if none is."""
+    return next((value for value in values if value is not None), math.nan)
+
+
+def last(values: Sequence[float | None]) -> float:
+    """The last value that is there; NaN if none is."""
+    return first(list(reversed(values)))

@@ -1,0 +1,190 @@
+"""`report.html`: what a run did, in one page that needs no other file, no script and no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from server.report import words
+from server.report.charts import Line, Show, line_chart
+from server.report.pictures import png
+
+ARMS = {
+    "real": ("real", "what the writer really wrote; no device trained on these"),
+    "base": ("base", "the frozen base, which never saw this writer"),
+    "local": ("alone", "the same device alone, with as many steps and as much rank in all"),
+    "shared": ("shared", "the adapter that the federation made, the same for everyone"),
+    "personal": ("shared + personal", "the shared adapter under the one that never left the device"),
+}
+HIGHLIGHTS = 4  # writers shown in the first screens
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One device: what it is, what its training cost, and how well each arm does on its test pictures."""
+
+    name: str
+    profile: str
+    rank: int
+    steps: int
+    seconds: float
+    joules: float
+    bytes_up: int
+    bytes_down: int
+    epsilon: float | None
+    loss: dict[str, float]
+    """Held-out test loss by arm: base, local, shared, personal."""
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """One writer's pictures: uint8, [H, W] grey or [H, W, 3] colour."""
+
+    name: str
+    kind: str
+    """What the writer is, e.g. `handwriting`; empty if there is nothing to say."""
+    given: list[np.ndarray]
+    given_captions: list[str]
+    captions: list[str]
+    """Of the held-out pictures, one for each column of every arm."""
+    arms: dict[str, list[np.ndarray]]
+    """By arm, in the order real, base, local, shared, personal; an arm may be missing."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says."""
+
+    title: str
+    command: str
+    config_yaml: str
+    summary: dict[str, Any]
+    """As in `summary.json`; legibility and style may be missing, or None for an arm."""
+    rounds: list[dict[str, Any]]
+    """One of each round: round, base and shared (mean validation losses, or None), bytes_up, bytes_down, seconds and
+    joules (of this round, over all devices), epsilon (so far, or None), dropped."""
+    devices: list[DeviceRow]
+    gallery: list[GalleryRow] = field(default_factory=list)
+    base: str = "glyphs"
+    """Name or folder of the base, for the lines that show how to use an adapter."""
+    quality: str = "estimate"
+    """How the devices' seconds and joules were had: `measured` or `estimate`."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled chart of the page."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+def render(report: Report) -> str:
+    """The whole page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=words.number,
+        short=words.short,
+        percent=words.percent,
+        data=words.data,
+        energy=words.energy,
+        duration=words.duration,
+        png=png,
+    )
+    losses = report.summary["loss"]
+    return environment.get_template("template.html").render(
+        report=report,
+        summary=report.summary,
+        arms=ARMS,
+        results=[arm for arm in ARMS if arm in losses],
+        gains={arm: gain(losses, arm) for arm in losses},
+        best=max((value for arm in losses if (value := gain(losses, arm)) is not None), default=0.0),
+        device_gains=[gain(device.loss, "personal") for device in report.devices],
+        judged=[name for name in ("legibility", "style") if set((report.summary.get(name) or {}).values()) - {None}],
+        highlights=highlights(report.gallery, report.devices),
+        charts=charts(report.rounds, report.quality, report.summary.get("best_round")),
+        given=span([len(row.given) for row in report.gallery]),
+        label=label,
+        example=next((caption for row in report.gallery for caption in row.captions), "a picture"),
+    )
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the page; it appears under its name only when complete."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(render(report), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def gain(losses: Mapping[str, float], arm: str) -> float | None:
+    """(L_base - L_arm) / L_base: by how much of itself the base's loss falls."""
+    if arm not in losses or not losses.get("base"):
+        return None
+    return (losses["base"] - losses[arm]) / losses["base"]
+
+
+def highlights(gallery: Sequence[GalleryRow], devices: Sequence[DeviceRow]) -> list[GalleryRow]:
+    """The writers whose loss fell most from base to personal, most first."""
+    gains = {device.name: gain(device.loss, "personal") or 0.0 for device in devices}
+    return sorted(gallery, key=lambda row: -gains.get(row.name, 0.0))[:HIGHLIGHTS]
+
+
+def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | None = None) -> list[Chart]:
+    """The curves of a run; ε only where there was a promise."""
+    if not rounds:
+        return []
+    x = [int(row["round"]) for row in rounds]
+
+    def chart(title: str, note: str, lines: list[Line], show: Show, *, from_zero: bool = True) -> Chart:
+        return Chart(title, note, line_chart(x, lines, show, from_zero=from_zero, x_label="round"))
+
+    def so_far(key: str) -> list[float]:
+        return list(accumulate(float(row[key]) for row in rounds))
+
+    loss = [
+        Line("base", [row["base"] for row in rounds], "base", dashed=True),
+        Line("shared", [row["shared"] for row in rounds], "shared"),
+    ]
+    traffic = [Line("up", so_far("bytes_up"), "shared"), Line("down", so_far("bytes_down"), "local")]
+    chosen = "" if best_round is None else f"; the adapter of round {best_round} is the one that stays"
+    elapsed = so_far("seconds")
+    unit, length = ("s", 1) if elapsed[-1] < 300 else ("min", 60) if elapsed[-1] < 18000 else ("h", 3600)
+    time = Line("time", [seconds / length for seconds in elapsed], "ink")
+    drawn = [
+        chart("Validation loss", f"mean over devices{chosen}", loss, words.number, from_zero=False),
+        chart("Bytes so far", "adapters and messages, all devices", traffic, words.data),
+        chart("Device time so far", f"all devices, {quality}", [time], lambda value: f"{words.short(value)} {unit}"),
+        chart("Energy so far", f"all devices, {quality}", [Line("energy", so_far("joules"), "ink")], words.energy),
+    ]
+    if any(row["epsilon"] is not None for row in rounds):
+        spent = [Line("ε", [row["epsilon"] for row in rounds], "personal")]
+        drawn.insert(1, chart("ε so far", "the largest of any device", spent, words.short))
+    return drawn
+
+
+def span(counts: Sequence[int]) -> str:
+    """`5`, or `3 to 8`; empty for none."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    if high == 0:
+        return ""
+    return str(high) if low == high else f"{low} to {high}"
+
+
+def label(caption: str) -> str:
+    """The letter that a caption ends with, where it names one; else nothing, for a column has little room."""
+    final = caption.rsplit(" ", 1)[-1]
+    return final if len(final) == 1 else ""

@@ -1,0 +1,59 @@
+"""Where a run stands: the shared adapter, the rounds so far, and the best of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from models.adapter import Adapter
+from strategies.facts import TrainFacts, Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One complete round."""
+
+    number: int
+    train: TrainFacts | None
+    """None for round 0, which measures the adapter that training starts from."""
+    validation: Validation
+    """Of the adapter after this round."""
+    wall_seconds: float
+    """On the server's clock."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class State:
+    """A run after its last complete round; `start` makes the first."""
+
+    run: str
+    private: bool
+    """Whether the best round is fixed beforehand (the last): to choose by validation would look at the pictures."""
+    adapter: Adapter
+    history: tuple[Round, ...] = ()
+    best_round: int = 0
+    best_adapter: Adapter
+
+    @staticmethod
+    def start(*, run: str, private: bool, adapter: Adapter) -> State:
+        """Before round 0."""
+        return State(run=run, private=private, adapter=adapter, best_adapter=adapter)
+
+    @property
+    def round(self) -> int:
+        """The last complete round; -1 before round 0."""
+        return len(self.history) - 1
+
+    @property
+    def best_loss(self) -> float | None:
+        """Mean validation loss of the best adapter; None where nobody measured it."""
+        return self.history[self.best_round].validation.shared if self.history else None
+
+    def after(self, round: Round, adapter: Adapter) -> State:
+        """The state with one more round."""
+        if round.number != self.round + 1:
+            raise ValueError(f"round {round.number} can't follow round {self.round}")
+        state = replace(self, adapter=adapter, history=(*self.history, round))
+        loss, best = round.validation.shared, self.best_loss
+        if self.private or best is None or (loss is not None and loss < best):
+            state = replace(state, best_round=round.number, best_adapter=adapter)
+        return state

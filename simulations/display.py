@@ -1,0 +1,199 @@
+"""What a person sees at the terminal while a simulation runs: a live line below the rounds, or plain lines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from server.report.words import data, duration, number, percent, short
+
+ARMS = {"base": "base", "local": "alone", "shared": "shared", "personal": "shared + personal"}
+BAR = 12  # characters
+FULL = 0.3  # gain over the base that fills a bar
+NARROW = 60  # columns that the whole table of results takes
+
+
+class Display:
+    """Live where the terminal can redraw a line, else one plain line for each phase and round.
+
+    Use as a context manager: `phase` and `advance` while working, `round` after each round, then `finish`, or
+    `stopped` when interrupted. It only shows: nothing that a run computes depends on it.
+    """
+
+    def __init__(
+        self, rounds: int, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`rounds`: how many there will be in all, those before a resumption among them."""
+        self._rounds = rounds
+        self._console = console or Console(highlight=False)
+        self._clock = clock
+        self._started = clock()
+        self._last_round: int | None = None
+        self._ends: list[float] = []  # when the rounds began, and when each one that this process saw was over
+        self._phase = ""
+        self._done = 0
+        self._total: int | None = None
+        redraws = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(console=self._console, get_renderable=self._status, transient=True) if redraws else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._settle()
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """What goes on now, e.g. `encoding`, `training`, `personalising`, `drawing`; of `total` parts if known."""
+        if name != self._phase and not self._live:
+            self._print(Text(f"{self._elapsed():>5}  {name} …"))
+        if name == "training" and not self._ends:
+            self._ends.append(self._clock())
+        self._phase, self._done, self._total = name, 0, total
+
+    def advance(self, parts: int = 1) -> None:
+        """So many parts of the phase are done."""
+        self._done += parts
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """A round is over, or was before a resumption.
+
+        Args:
+            record: `round`, `base` and `shared` (validation losses), and of a round in which devices trained
+                `replied` or `devices`, `dropped`, `bytes_up`, `bytes_down` and `epsilon` (so far, or None).
+        """
+        self._last_round = int(record["round"])
+        if self._ends:
+            now = self._clock()
+            self._ends = [now] if self._last_round == 0 else [*self._ends, now]  # before round 1 nothing is trained
+        self._print(self._line(record))
+
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
+        """The result, as in `summary.json`, and where things lie: what was written, and its path."""
+        self._settle()
+        self._print(Text())
+        self._console.print(results(summary, self._console.width))
+        if epsilon := summary.get("epsilon"):
+            promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
+            self._print(Text(f"{promise}, {epsilon['relation'].replace('_', ' ')}; simulated noise, so not a release"))
+        traffic = f"{data(summary['bytes']['up'])} up, {data(summary['bytes']['down'])} down"
+        counts = f"{summary['clients']} devices, {plural(summary['rounds'], 'round')}"
+        self._print(Text(f"{counts}, {traffic}, {duration(summary['seconds'])}"))
+        for name, path in paths.items():
+            self._print(Text(f"{name}: ").append(str(path), style="bold"))
+
+    def stopped(self, resume_command: str) -> None:
+        """The run was interrupted: how to go on."""
+        self._settle()
+        last = self._last_round
+        where = "before the first round" if last is None else f"after round {last} of {self._rounds}"
+        self._print(Text(f"Stopped {where}. To continue:"))
+        self._print(Text(f"  {resume_command}", style="bold"))
+
+    def _settle(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _print(self, line: Text) -> None:
+        """One line, never wrapped: paths and commands are there to be copied."""
+        self._console.print(line, soft_wrap=True)
+
+    def _line(self, record: Mapping[str, Any]) -> Text:
+        fall = gain(record["base"], record["shared"])
+        line = Text() if self._live else Text(f"{self._elapsed():>5}  ")
+        line.append(f"round {record['round']:>{len(str(self._rounds))}} of {self._rounds}  ")
+        line.append(f"loss {number(record['shared']):<7} ", style="bold" if self._live else "")
+        if self._live:
+            line.append(bar(fall / FULL), style="yellow").append(" ")
+        line.append(f"{against_base(fall):<22}")
+        if "bytes_up" in record:
+            dropped = f" ({record['dropped']} dropped)" if record.get("dropped") else ""
+            line.append(f"  {record.get('replied', record.get('devices'))} devices{dropped}", style="dim")
+            line.append(f"  {data(record['bytes_up'])} up, {data(record['bytes_down'])} down", style="dim")
+            if record.get("epsilon") is not None:
+                line.append(f"  ε {number(record['epsilon'])}", style="magenta")
+        if not self._live and (left := self._left()) is not None:
+            line.append(f"  about {duration(left)} of rounds left")
+        line.rstrip()
+        if self._live:
+            line.truncate(self._console.width, overflow="ellipsis")
+        return line
+
+    def _status(self) -> Text:
+        """The live line, drawn anew several times a second."""
+        status = Text(f"{self._elapsed():>5}  ", no_wrap=True, overflow="ellipsis")
+        if self._phase == "training":
+            status.append(f"round {min((self._last_round or 0) + 1, self._rounds)} of {self._rounds}  ", style="bold")
+        status.append(self._phase)
+        if self._total:
+            status.append(f" {bar(self._done / self._total)} {self._done}/{self._total}", style="cyan")
+        else:
+            status.append(" …")
+        if self._phase == "training" and (left := self._left()) is not None:
+            status.append(f"  about {duration(left)} of rounds left", style="dim")
+        return status
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(self._clock() - self._started), 60)
+        return f"{minutes}:{seconds:02}"
+
+    def _left(self) -> float | None:
+        """Seconds until the last round is over, by the mean of those that this process has seen."""
+        if len(self._ends) < 2 or self._last_round is None or self._last_round >= self._rounds:
+            return None
+        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return max(0.0, each * (self._rounds - self._last_round) - (self._clock() - self._ends[-1]))
+
+
+def gain(base: float | None, arm: float | None) -> float:
+    """By how much of itself the base's loss has fallen; NaN where somebody measured nothing."""
+    return (base - arm) / base if base and arm is not None else math.nan
+
+
+def against_base(fall: float) -> str:
+    """`12 % below the base`."""
+    if math.isnan(fall):
+        return "not measured"
+    if abs(fall) < 5e-4:
+        return "as the base"
+    return f"{percent(abs(fall))} {'below' if fall > 0 else 'above'} the base"
+
+
+def bar(share: float, width: int = BAR) -> str:
+    """A bar of which `share` is filled, in eighths of a character."""
+    filled = 0.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
+    full, part = divmod(round(filled * width * 8), 8)
+    return ("█" * full + " ▏▎▍▌▋▊▉"[part] * (part > 0)).ljust(width, "░")
+
+
+def plural(count: int, what: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def results(summary: Mapping[str, Any], width: int) -> Table:
+    """What a run showed on pictures that nobody trained on; loss and gain alone where there is little room."""
+    losses = summary["loss"]
+    judged = {name: summary.get(name) or {} for name in ("legibility", "style")}
+    measures = [name for name, by_arm in judged.items() if width >= NARROW and set(by_arm.values()) - {None}]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("unseen pictures", no_wrap=True)
+    for name in ("loss", "gain", *measures):
+        table.add_column(name, justify="right", no_wrap=True)
+    for arm, words in ARMS.items():
+        if arm in losses:
+            cells = [number(losses[arm]), "" if arm == "base" else percent(gain(losses["base"], losses[arm]))]
+            cells += [percent(judged[name].get(arm)) for name in measures]
+            table.add_row(words, *cells, style="bold" if arm == "personal" else None)
+    return table

@@ -1,0 +1,170 @@
+"""The four arms on glyphs that nobody trained on: base, local, shared, personal.
+
+*local* is the same device alone: the total steps and the total rank that it spends on the other two, a
+learning rate of its own, its best validation checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import numpy as np
+from PIL import Image
+
+from conf.schemas import Simulation
+from models.adapter import Adapter, concatenate, initial
+from models.base import Base
+from models.slots import stack_adapters
+from privacy.noise import stream
+from simulations.fleet import Participant
+from training.inference import draw
+from training.jobs import EarlyStopping, Encode, Examples, Job, Measure, Result, Train, Trained
+from typefaces.judge import Judge, legible, style_match
+
+ARMS = ("base", "local", "shared", "personal")
+Perform = Callable[[list[Job]], Sequence[Result | Exception]]
+Adapters = Mapping[str, Mapping[str, Adapter]]  # arm -> device -> adapter; base has none
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One person's gallery: real held-out pictures beside each arm's."""
+
+    captions: tuple[str, ...]
+    arms: dict[str, np.ndarray]  # 'real' and every arm -> uint8 [n, H, W] or [n, H, W, 3]
+
+
+class Score(NamedTuple):
+    """What the judge says of one person's letters under one arm."""
+
+    legibility: float | None = None  # share read as the writer's own
+    style: float | None = None  # 1: always nearest to the writer's own; 0.5: chance
+
+
+def encoded(people: Sequence[Participant], split: str, perform: Perform) -> dict[str, Examples]:
+    """One split of everybody's pictures."""
+    found = perform([Encode(pictures=getattr(person.pictures, split)) for person in people])
+    return {person.name: cast(Examples, _sound(result)) for person, result in zip(people, found, strict=True)}
+
+
+def train_local(config: Simulation, base: Base, people: Sequence[Participant], perform: Perform) -> dict[str, Adapter]:
+    """Everybody alone, from the base."""
+    shared, personal, alone = config.adapter.shared, config.adapter.personal, config.adapter.local
+    train, validation = (encoded(people, split, perform) for split in ("train", "validation"))
+    jobs: list[Job] = [
+        Train(
+            client=person.name, round=0, purpose="local", seed=config.seed, examples=train[person.name],
+            start=initial(base.sites, shared.rank + personal.rank, stream(config.seed, person.name, "local")),
+            steps=config.rounds * shared.steps + personal.steps, batch_size=personal.batch_size,
+            learning_rate=alone.learning_rate,
+            early_stopping=EarlyStopping(
+                validation=validation[person.name], every=config.adapter.look_every, patience=config.adapter.patience
+            ),
+        )
+        for person in people
+    ]  # fmt: skip
+    found = perform(jobs)
+    return {person.name: cast(Trained, _sound(result)).adapter for person, result in zip(people, found, strict=True)}
+
+
+def arms(people: Sequence[Participant], local: Mapping[str, Adapter], shared: Adapter, base: Base) -> Adapters:
+    """What each arm adds to the base on each device; a personal adapter counts with the shared one it sits on."""
+    personal = {}
+    for person in people:
+        kept = person.device.store.personal(base.sites)
+        personal[person.name] = concatenate([kept.shared, kept.adapter]) if kept else shared
+    return {"local": local, "shared": {person.name: shared for person in people}, "personal": personal}
+
+
+def losses(people: Sequence[Participant], adapters: Adapters, perform: Perform) -> dict[str, dict[str, float]]:
+    """Held-out test loss of every person under every arm."""
+    test = encoded(people, "test", perform)
+    found: dict[str, dict[str, float]] = {person.name: {} for person in people}
+    for arm in ARMS:
+        jobs: list[Job] = [
+            Measure(examples=test[person.name], adapter=adapters.get(arm, {}).get(person.name)) for person in people
+        ]
+        for person, result in zip(people, perform(jobs), strict=True):
+            found[person.name][arm] = cast(float, _sound(result))
+    return found
+
+
+def gallery(config: Simulation, base: Base, people: Sequence[Participant], adapters: Adapters) -> dict[str, Drawn]:
+    """The first test pictures of everybody, drawn under every arm from the same noise for the same caption.
+
+    Base and shared draw a caption alike for everybody, so each is drawn once.
+    """
+    chosen = {person.name: person.pictures.test[: config.evaluation.gallery] for person in people}
+    wanted: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
+    for person in people:
+        for picture in chosen[person.name]:
+            for arm in ARMS:
+                adapter = adapters.get(arm, {}).get(person.name)
+                wanted[arm, _owner(arm, person), picture.caption] = adapter
+    distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
+    slot = {key: place for place, key in enumerate(distinct)}
+    stacks = stack_adapters(base.sites, list(distinct.values()))
+    stacks = {name: type(s)(s.a.to(base.device), s.b.to(base.device)) for name, s in stacks.items()}
+    latents = draw(
+        base,
+        captions=[caption for _, _, caption in wanted],
+        seeds=[stream(config.seed, caption, "gallery") for _, _, caption in wanted],
+        adapters=[stacks],
+        slots=[slot[id(adapter)] for adapter in wanted.values()],
+        steps=config.evaluation.steps,
+        guidance=config.evaluation.guidance,
+        micro_batch=config.grid.micro_batch,
+    )
+    pictures = dict(zip(wanted, base.decode(latents), strict=True))
+    return {
+        person.name: Drawn(
+            captions=tuple(picture.caption for picture in chosen[person.name]),
+            arms={
+                "real": np.stack([base.fit(picture.pixels) for picture in chosen[person.name]]),
+                **{
+                    arm: np.stack([pictures[arm, _owner(arm, person), p.caption] for p in chosen[person.name]])
+                    for arm in ARMS
+                },
+            },
+        )
+        for person in people
+    }
+
+
+def scores(judge: Judge, people: Sequence[Participant], drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Score]]:
+    """Legibility and style match of everybody's drawn letters, under every arm, by the writers' real letters.
+
+    People whose pictures are not letters are left out; with one writer there is no other to match style against.
+    """
+    writers = [person for person in people if person.kind != "own"]
+    styles = {p.name: judge.embed(glyphs([picture.pixels for picture in p.pictures.test])) for p in writers}
+    found: dict[str, dict[str, Score]] = {}
+    for person in writers:
+        arms = {arm: glyphs(pictures) for arm, pictures in drawn[person.name].arms.items()}
+        reading = judge.read(arms["real"])
+        others = [style for name, style in styles.items() if name != person.name]
+        found[person.name] = {
+            arm: Score(
+                legibility=float(legible(judge.read(arms[arm]), reading).mean()),
+                style=style_match(judge.embed(arms[arm]), styles[person.name], others) if others else None,
+            )
+            for arm in ARMS
+        }
+    return found
+
+
+def glyphs(pictures: Iterable[np.ndarray]) -> np.ndarray:
+    """Pictures of any size as the judge sees them: grey uint8 [n, 64, 64]."""
+    return np.stack([np.asarray(Image.fromarray(picture).convert("L").resize((64, 64))) for picture in pictures])
+
+
+def _owner(arm: str, person: Participant) -> str:
+    return person.name if arm in ("local", "personal") else ""
+
+
+def _sound(result: Result | Exception) -> Result:
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -1,0 +1,208 @@
+"""What a finished run leaves: adapters, evaluation.json, summary.json, report.html."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.schemas import Simulation
+from models import assets
+from models.adapter import Adapter
+from models.base import Base
+from models.export import export
+from privacy import durable
+from privacy.accounting import Guarantee
+from server.report.report import DeviceRow, GalleryRow, Report, write
+from server.state import State
+from simulations import evaluation
+from simulations.display import Display
+from simulations.evaluation import ARMS, Drawn, Perform, Score
+from simulations.fleet import Participant
+from simulations.output import config_hash
+from typefaces import judge
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One person's result under one arm; legibility and style only for letters that were drawn."""
+
+    loss: float
+    legibility: float | None = None
+    style: float | None = None
+
+
+def finish(
+    config: Simulation,
+    folder: Path,
+    base: Base,
+    people: Sequence[Participant],
+    perform: Perform,
+    state: State,
+    display: Display,
+    started: float,
+    command: str,
+) -> dict[str, Any]:
+    """Train the local arm, judge all arms, write everything; the summary."""
+    display.phase("training everyone alone, to compare")
+    adapters = evaluation.arms(people, evaluation.train_local(config, base, people, perform), state.best_adapter, base)
+    export_adapters(folder / "adapters", base, people, adapters, state.best_adapter)
+    display.phase("measuring held-out letters")
+    losses = evaluation.losses(people, adapters, perform)
+    drawn: dict[str, Drawn] = {}
+    if config.evaluation.gallery:
+        display.phase("drawing the gallery")
+        drawn = evaluation.gallery(config, base, people, adapters)
+    judged = judge_all(people, losses, drawn)
+    report_evaluation(folder / "evaluation.json", people, judged)
+    summary = summarise(config, people, state, judged, time.perf_counter() - started)
+    durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    page = folder / "report.html"
+    write(build_report(config, people, state, judged, drawn, summary, command), page)
+    display.finish(summary, {"report": page, "adapters": folder / "adapters"})
+    return summary
+
+
+def export_adapters(
+    folder: Path, base: Base, people: Sequence[Participant], adapters: evaluation.Adapters, shared: Adapter
+) -> None:
+    """`shared.safetensors`, and a self-contained file for every person, as diffusers reads them."""
+    note = {"anther_base": base.hash}
+    export(shared, folder / "shared.safetensors", metadata=note)
+    for person in people:
+        export(adapters["personal"][person.name], folder / "personal" / f"{person.name}.safetensors", metadata=note)
+
+
+def judge_all(
+    people: Sequence[Participant], losses: Mapping[str, Mapping[str, float]], drawn: Mapping[str, Drawn]
+) -> dict[str, dict[str, Judged]]:
+    """Every person under every arm."""
+    scores = evaluation.scores(judge.load(assets.locate("judge")), people, drawn) if drawn else {}
+    return {
+        person.name: {
+            arm: Judged(losses[person.name][arm], *scores.get(person.name, {}).get(arm, Score())) for arm in ARMS
+        }
+        for person in people
+    }
+
+
+def summarise(
+    config: Simulation,
+    people: Sequence[Participant],
+    state: State,
+    judged: Mapping[str, Mapping[str, Judged]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The numbers of `summary.json`; means over people."""
+    trained = [record.train for record in state.history if record.train]
+    spent = [train.epsilon for train in trained if train.epsilon is not None]
+    guarantee = dataclasses.asdict(Guarantee(max(spent), config.privacy.delta)) if spent else None
+
+    def mean(field: str) -> dict[str, float | None]:
+        values = {arm: [getattr(judged[person.name][arm], field) for person in people] for arm in ARMS}
+        known = {arm: [value for value in found if value is not None] for arm, found in values.items()}
+        return {arm: sum(found) / len(found) if found else None for arm, found in known.items()}
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "rounds": config.rounds,
+        "best_round": state.best_round,
+        "clients": len(people),
+        "loss": mean("loss"),
+        "legibility": mean("legibility"),
+        "style": mean("style"),
+        "bytes": {"up": sum(t.bytes_up for t in trained), "down": sum(t.bytes_down for t in trained)},
+        "joules": {"value": sum(t.joules for t in trained), "quality": "estimate"},
+        "epsilon": guarantee,
+        "seconds": seconds,
+        "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
+        "seed": config.seed,
+        "config_hash": config_hash(config),
+    }
+
+
+def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping[str, Mapping[str, Judged]]) -> None:
+    """Every person's numbers, for paired comparisons."""
+    rows = [
+        {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(judged[p.name][arm]) for arm in ARMS}}
+        for p in people
+    ]
+    durable.write(file, json.dumps(rows, indent=1).encode())
+
+
+def build_report(
+    config: Simulation,
+    people: Sequence[Participant],
+    state: State,
+    judged: Mapping[str, Mapping[str, Judged]],
+    drawn: Mapping[str, Drawn],
+    summary: dict[str, Any],
+    command: str,
+) -> Report:
+    """The page's content."""
+    rounds = [
+        {
+            "round": record.number, "base": record.validation.base, "shared": record.validation.shared,
+            "bytes_up": record.train.bytes_up if record.train else 0,
+            "bytes_down": record.train.bytes_down if record.train else 0,
+            "seconds": record.train.seconds if record.train else 0.0,
+            "joules": record.train.joules if record.train else 0.0,
+            "epsilon": record.train.epsilon if record.train else None,
+            "dropped": sum(record.train.dropped.values()) if record.train else 0,
+        }
+        for record in state.history
+    ]  # fmt: skip
+    return Report(
+        title=title(people),
+        command=command,
+        config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
+        summary=summary,
+        rounds=rounds,
+        devices=[device_row(person, state, judged[person.name]) for person in people],
+        gallery=[gallery_row(person, drawn[person.name]) for person in people if person.name in drawn],
+        base=config.base.path,
+    )
+
+
+def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
+    """What one device did over all rounds."""
+    mine = [r.train.devices[person.name] for r in state.history if r.train and person.name in r.train.devices]
+    spent = [facts.epsilon for facts in mine if facts.epsilon is not None]
+    return DeviceRow(
+        name=person.name,
+        profile=person.profile,
+        rank=max((facts.rank for facts in mine), default=0),
+        steps=sum(facts.steps for facts in mine),
+        seconds=sum(facts.seconds for facts in mine),
+        joules=sum(facts.joules for facts in mine),
+        bytes_up=sum(facts.bytes_up for facts in mine),
+        bytes_down=sum(facts.bytes_down for facts in mine),
+        epsilon=max(spent, default=None),
+        loss={arm: judged[arm].loss for arm in ARMS},
+    )
+
+
+def gallery_row(person: Participant, drawn: Drawn) -> GalleryRow:
+    """One row of the page's gallery."""
+    return GalleryRow(
+        name=person.name,
+        kind={"hand": "handwriting", "individual": "individual design"}.get(person.kind, "own pictures"),
+        given=[picture.pixels for picture in person.pictures.train],
+        given_captions=[picture.caption for picture in person.pictures.train],
+        captions=list(drawn.captions),
+        arms={arm: list(pictures) for arm, pictures in drawn.arms.items()},
+    )
+
+
+def title(people: Sequence[Participant]) -> str:
+    """What happened, in a line."""
+    learned = "pictures" if any(person.kind == "own" for person in people) else "handwriting"
+    return f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"

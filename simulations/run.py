@@ -1,0 +1,128 @@
+"""A whole federation on one machine:  python -m simulations.run [key=value …]
+
+Composition root: configuration → base, fleet, strategy, grid → rounds → personal adapters → evaluation → report.
+Whatever is finished is on disk; killed at any moment, `resume=true` continues to the same result.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from conf.cli import application, output_dir
+from conf.schemas import Simulation
+from simulations import output
+from simulations.display import Display
+
+if TYPE_CHECKING:
+    from protocol.messages import TrainingPlan
+    from server.state import Round, State
+    from simulations.evaluation import Perform
+    from simulations.fleet import Participant
+    from strategies.federated import Federated
+
+
+@application("simulate", Simulation)
+def main(config: Simulation) -> None:
+    folder = Path(output_dir())
+    with Display(config.rounds) as display:
+        try:
+            simulate(config, folder, display)
+        except KeyboardInterrupt:
+            display.stopped(resume_command(folder))
+            raise
+
+
+def simulate(config: Simulation, folder: Path, display: Display) -> None:
+    """Run or continue the federation of `config` in `folder`."""
+    started = time.perf_counter()
+    display.phase("loading the base")
+    from models import base  # slow imports, after the first line is on the screen
+
+    frozen = base.load(
+        config.base.path, sites=config.adapter.sites, weights=config.base.weights, device=config.base.device
+    )
+    from simulations.fleet import participants
+    from strategies.build import build, training_plan
+    from typefaces import dataset
+
+    people = participants(config, frozen, folder / "devices")
+    plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
+    strategy = build(config, plan, frozen.sites, accept_simulated=True)
+    output.claim(folder, config, {"base": frozen.hash, "data": dataset.digest()})  # whatever can be refused, was
+    from simulations import results
+    from training.engine import perform
+
+    run = partial(perform, frozen, micro_batch=config.grid.micro_batch, timesteps=config.evaluation.timesteps)
+    state = federate(config, folder, strategy, plan, people, run, display)
+    results.finish(config, folder, frozen, people, run, state, display, started, command())
+
+
+def federate(
+    config: Simulation,
+    folder: Path,
+    strategy: Federated,
+    plan: TrainingPlan,
+    people: list[Participant],
+    perform: Perform,
+    display: Display,
+) -> State:
+    """All rounds, and a personal adapter on every device, on top of the best shared one."""
+    from server import checkpoint
+    from server.federation import federate
+    from server.tracker import trackers
+    from simulations.grid import InProcessGrid
+
+    grid = InProcessGrid([person.device for person in people], perform, cohort=config.grid.name == "cohort")
+    saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
+    with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
+
+        def on_round(record: Round) -> None:
+            tracker.log(record.number, numbers(record))
+            display.round(numbers(record))
+            if record.number == config.rounds:
+                display.phase("personalising")
+
+        for record in saved.history if saved else ():  # told again: a kill may have come before its line was written
+            on_round(record)
+        display.phase("training" if saved is None or saved.round < config.rounds else "personalising")
+        return federate(
+            config, grid=grid, strategy=strategy, plan=plan, saved=saved, checkpoints=folder / "checkpoints",
+            on_round=on_round, quorum=len(people),
+        )  # fmt: skip
+
+
+def numbers(record: Round) -> dict[str, Any]:
+    """One round as flat numbers, for trackers and the display."""
+    values: dict[str, Any] = {
+        "round": record.number,
+        "base": record.validation.base,
+        "shared": record.validation.shared,
+    }
+    if train := record.train:
+        values |= {
+            "asked": train.asked, "replied": train.replied, "dropped": sum(train.dropped.values()), "loss": train.loss,
+            "bytes_up": train.bytes_up, "bytes_down": train.bytes_down, "device_seconds": train.seconds,
+            "joules": train.joules, "epsilon": train.epsilon, **train.diagnostics,
+        }  # fmt: skip
+    return {**values, "seconds": record.wall_seconds}
+
+
+def command() -> str:
+    """The command that started this run, as one would type it."""
+    return shlex.join(["python", "-m", "simulations.run", *HydraConfig.get().overrides.task])
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues this run."""
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    return shlex.join(["python", "-m", "simulations.run", *overrides, f"hydra.run.dir={folder}", "resume=true"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How adapters are combined, devices chosen and asked: aggregation, selection, planning, and Flower's Strategy."""

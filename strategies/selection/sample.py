@@ -1,0 +1,25 @@
+"""Ask a random sample of fixed size.
+
+Not an amplification of privacy: the sample is reproducible from the seed, and is accounted as if everyone were asked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+
+from privacy.noise import stream
+
+
+class Sample:
+    """`size` devices without replacement, or all if there are fewer; the same for one seed, round and set of names."""
+
+    def __init__(self, *, size: int, seed: int) -> None:
+        if size < 1:
+            raise ValueError(f"{size=}: must be 1 or more")
+        self._size, self._seed = size, seed
+
+    def select(self, devices: Collection[str], *, round: int) -> list[str]:
+        names = sorted(devices)
+        draw = random.Random(stream(self._seed, round, "selection"))
+        return sorted(draw.sample(names, min(self._size, len(names))))

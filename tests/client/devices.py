@@ -1,0 +1,100 @@
+"""A device with tiny pictures and sites, and a stand-in for whoever performs its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.data import Pictures
+from client.device import Device
+from client.store import Store
+from models.adapter import Adapter, Factors, Site, initial, shapes, to_tensors
+from privacy.noise import NoiseSource, Secure
+from privacy.policy import Policy
+from protocol import codec
+from protocol.messages import DeviceReport, ExamplePrivacy, Train, TrainingPlan
+from training import jobs
+from training.jobs import Examples, Picture, Result, Trained
+
+SITES = {"down.to_q": Site(6, 4), "up.to_k": Site(3, 5)}
+BASE = "b" * 64
+PRIVACY = ExamplePrivacy(noise_multiplier=2.0, clip=0.01, sampling_rate=0.2, draws=1, delta=1e-3)
+
+
+def picture(seed: int) -> Picture:
+    return Picture(np.random.default_rng(seed).integers(0, 256, (9, 8, 3), np.uint8), f"picture {seed}")
+
+
+PICTURES = Pictures(tuple(map(picture, range(4))), tuple(map(picture, (4, 5))), (picture(6),))
+
+
+def make_device(
+    folder: Path, *, pictures: Pictures = PICTURES, policy: Policy | None = None, noise: NoiseSource | None = None
+) -> Device:
+    report = DeviceReport(
+        device="d",
+        base=BASE,
+        profile="p",
+        memory_gib=4,
+        examples_per_second=10,
+        watts=5,
+        uplink_mbps=1,
+        downlink_mbps=1,
+    )
+    return Device(
+        name="d", report=report, store=Store(folder), pictures=lambda: pictures, sites=SITES,
+        policy=policy or Policy(), noise=lambda _round, _purpose: noise or Secure(), seed=7,
+    )  # fmt: skip
+
+
+def adapter(rank: int, seed: int = 0) -> Adapter:
+    """One whose product is not zero."""
+    drawn = initial(SITES, rank, seed)
+    return {
+        name: Factors(f.a, torch.arange(f.b.numel(), dtype=torch.float32).view_as(f.b)) for name, f in drawn.items()
+    }
+
+
+def to_bytes(sent: Adapter) -> bytes:
+    return codec.encode(to_tensors(sent))
+
+
+def from_bytes(data: bytes, rank: int) -> dict[str, torch.Tensor]:
+    return codec.decode(data, shapes(SITES, rank))
+
+
+def train_request(*, number: int = 1, rank: int = 2, private: bool = True, sent: bytes | None = None) -> Train:
+    plan = TrainingPlan(
+        run="run", round=number, base=BASE, rank=rank, steps=5, batch_size=4, learning_rate=1e-3,
+        privacy=PRIVACY if private else None,
+    )  # fmt: skip
+    return Train(plan=plan, adapter=to_bytes(adapter(3)) if sent is None else sent)
+
+
+class Performer:
+    """Performs jobs in a trice and keeps them; what it trains differs each time, as with secure noise."""
+
+    def __init__(self) -> None:
+        self.jobs: list[jobs.Job] = []
+
+    def __call__(self, batch: list[jobs.Job]) -> Sequence[Result | Exception]:
+        self.jobs += batch
+        return [self._perform(job) for job in batch]
+
+    def _perform(self, job: jobs.Job) -> Result:
+        match job:
+            case jobs.Encode():
+                means = [float(pixels.mean()) for pixels, _ in job.pictures]
+                return Examples(
+                    torch.tensor(means)[:, None, None, None].expand(-1, 4, 2, 2), torch.zeros(len(means), 3, 2)
+                )
+            case jobs.Measure():
+                return 0.5 if job.adapter else 0.75
+            case jobs.Train():
+                drawn = Secure().gaussian(1)
+                return Trained(
+                    {name: Factors(f.a + drawn, f.b + drawn) for name, f in job.start.items()}, 0.25, job.steps
+                )

@@ -1,0 +1,154 @@
+"""A person's folder of pictures: what is read, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.data import Pictures, fingerprint, load_folder
+from conf.errors import AntherError
+from training.jobs import Picture
+
+
+def save(file: Path, *, size: tuple[int, int] = (12, 10), mode: str = "RGB", value: int = 0) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value, 20, 30)).save(file)
+
+
+def caption(folder: Path, **captions: object) -> None:
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def album(folder: Path, count: int = 10) -> Path:
+    for number in range(count):
+        save(folder / f"{number}.png", value=number)
+    caption(folder, **{f"{number}.png": f"picture {number}" for number in range(count)})
+    return folder
+
+
+def test_a_fifth_each_is_held_out_always_the_same(tmp_path: Path) -> None:
+    pictures = load_folder(album(tmp_path))
+    assert [len(split) for split in pictures] == [6, 2, 2]
+    assert {p.caption for split in pictures for p in split} == {f"picture {number}" for number in range(10)}
+    assert all(int(p.caption.split()[1]) == p.pixels[0, 0, 0] for split in pictures for p in split)
+    again = load_folder(str(tmp_path))
+    assert [fingerprint(split) for split in again] == [fingerprint(split) for split in pictures]
+
+
+def test_three_pictures_are_enough(tmp_path: Path) -> None:
+    assert [len(split) for split in load_folder(album(tmp_path, 3))] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("sheets", ["one", "each"])
+def test_split_folders(tmp_path: Path, sheets: str) -> None:
+    for split in Pictures._fields:
+        save(tmp_path / split / "a.png")
+        if sheets == "each":
+            caption(tmp_path / split, **{"a.png": split})
+    if sheets == "one":
+        caption(tmp_path, **{f"{split}/a.png": split for split in Pictures._fields})
+    assert [[p.caption for p in split] for split in load_folder(tmp_path)] == [["train"], ["validation"], ["test"]]
+
+
+def test_held_out_folders_may_be_left_out(tmp_path: Path) -> None:
+    save(tmp_path / "train/a.png")
+    caption(tmp_path / "train", **{"a.png": "a"})
+    assert [len(split) for split in load_folder(tmp_path)] == [1, 0, 0]
+
+
+def test_pixels_are_as_stored_and_upright(tmp_path: Path) -> None:
+    folder = album(tmp_path, 3)
+    save(folder / "0.png", mode="L", value=7)
+    upside_down = Image.new("RGB", (12, 10))
+    exif = upside_down.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    upside_down.save(folder / "1.jpg", exif=exif)
+    (folder / "1.png").unlink()
+    caption(folder, **{"0.png": " grey ", "1.jpg": "turned", "2.png": "Größe"})
+    found = {p.caption: p.pixels for split in load_folder(folder) for p in split}
+    assert found["grey"].shape == (10, 12)
+    assert found["turned"].shape == (12, 10, 3)
+    assert found["Größe"].shape == (10, 12, 3)
+    assert all(pixels.dtype == np.uint8 for pixels in found.values())
+
+
+def test_hidden_files_and_other_files_are_no_pictures(tmp_path: Path) -> None:
+    folder = album(tmp_path, 3)
+    save(folder / ".thumbnails/x.png")
+    (folder / "._0.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("x")
+    assert sum(map(len, load_folder(folder))) == 3
+
+
+def only_test_pictures(folder: Path) -> None:
+    for file in list(folder.iterdir()):
+        file.unlink()
+    save(folder / "test/a.png")
+    caption(folder, **{"test/a.png": "a"})
+
+
+def write_sheet(line: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "metadata.jsonl").write_text(line)
+
+
+@pytest.mark.parametrize(("spoil", "named", "mend"), [
+    (lambda f: (f / "metadata.jsonl").unlink(), "metadata.jsonl", "write it"),
+    (lambda f: caption(f, **{"0.png": "a", "1.png": "b", "2.png": " "}), "2.png", "write one"),
+    (lambda f: caption(f, **{"0.png": "a", "1.png": "b", "2.png": None}), "2.png", "write one"),
+    (lambda f: caption(f, **{"0.png": "a", "1.png": "b"}), "2.png", "add a line"),
+    (lambda f: (f / "1.png").unlink(), "1.png", "add the picture"),
+    (lambda f: (f / "1.png").write_bytes(b"no picture"), "1.png", "save it again"),
+    (lambda f: (f / "1.png").write_bytes((f / "1.png").read_bytes()[:40]), "1.png", "save it again"),
+    (lambda f: save(f / "1.png", size=(1, 1)), "1.png", "8×8"),
+    (lambda f: save(f / "1.png", size=(100, 7)), "1.png", "8×8"),
+    (lambda f: Image.new("I;16", (10, 10)).save(f / "1.png"), "1.png", "8-bit"),
+    (lambda f: caption(f, **{"../0.png": "a"}), "../0.png", "copy the picture"),
+    (lambda f: caption(f, **{"/etc/passwd": "a"}), "/etc/passwd", "copy the picture"),
+    (lambda f: ((f / "1.png").unlink(), (f / "1.png").symlink_to("/etc/passwd")), "1.png", "copy the picture"),
+    (lambda f: caption(f, **{"0.png": "a", "./0.png": "b"}), "0.png", "remove one"),
+    (lambda f: album(f, 2) and (f / "2.png").unlink(), str(2), "at least 3"),
+    (lambda f: save(f / "train/x.png"), "train/x.png", "add a line"),
+    (lambda f: (f / "train").mkdir(), ".png", "move it into"),
+    (only_test_pictures, "train", "put some there"),
+    (write_sheet("{"), "metadata.jsonl:1", "JSON object"),
+    (write_sheet("[]"), "metadata.jsonl:1", "JSON object"),
+    (write_sheet('"x"'), "metadata.jsonl:1", "JSON object"),
+    (write_sheet('{"text": "x"}'), "metadata.jsonl:1", "JSON object"),
+    (write_sheet('{"file_name": 3, "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
+    (write_sheet('{"file_name": "", "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
+])  # fmt: skip
+def test_every_mistake_is_one_line_that_names_the_file_and_the_mend(
+    tmp_path: Path, spoil: Callable[[Path], object], named: str, mend: str
+) -> None:
+    folder = album(tmp_path / "photos", 3)
+    spoil(folder)
+    with pytest.raises(AntherError) as raised:
+        load_folder(folder)
+    line = str(raised.value)
+    assert named in line
+    assert mend in line
+    assert "\n" not in line
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(AntherError, match=r"photos: no such folder"):
+        load_folder(tmp_path / "photos")
+
+
+def test_a_fingerprint_tells_any_change() -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    changed = pixels.copy()
+    changed[7, 7, 2] = 1
+    first, second = Picture(pixels, "a"), Picture(changed, "a")
+    kinds = [
+        [first], [second], [Picture(pixels, "b")], [first, second], [second, first], [],
+        [Picture(pixels.reshape(8, 24), "a")],
+    ]  # fmt: skip
+    assert len({fingerprint(pictures) for pictures in kinds}) == len(kinds)
+    assert fingerprint([first]) == fingerprint(iter([first]))

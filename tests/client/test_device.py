@@ -1,0 +1,104 @@
+"""A device as its own node's configuration describes it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from client.device import from_config
+from conf.errors import AntherError
+from privacy.noise import Secure, Simulated
+from tests.client.devices import BASE, SITES
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two owners of three pictures each."""
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    for owner in ("bob", "ann"):
+        folder = tmp_path / "owners" / owner
+        folder.mkdir(parents=True)
+        lines = [f'{{"file_name": "{number}.png", "text": "{owner}"}}' for number in range(3)]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        for number in range(3):
+            Image.new("L", (8, 8)).save(folder / f"{number}.png")
+    return tmp_path / "owners"
+
+
+def test_a_real_device_draws_secure_noise_and_keeps_its_seed(root: Path) -> None:
+    device = from_config({"data": str(root / "ann"), "name": "tablet"}, base=BASE, sites=SITES)
+    assert device.name == device.report.device == "tablet"
+    assert device.store.folder == root.parent / "home/devices/tablet"
+    assert device.pictures().train[0].caption == "ann"
+    assert isinstance(device.noise(1, "shared"), Secure)
+    assert device.noise(1, "shared").release
+    again = from_config({"data": str(root / "ann"), "name": "tablet", "seed": 3}, base=BASE, sites=SITES)
+    assert again.seed == device.seed  # nobody else chooses it
+
+
+@pytest.mark.parametrize("test", [True, "true"])
+def test_a_declared_test_is_reproducible_and_no_release(root: Path, test: object) -> None:
+    config = {"data": str(root / "ann"), "name": "tablet", "test": test, "seed": 3}
+    device, again = (from_config(config, base=BASE, sites=SITES) for _ in range(2))
+    assert isinstance(device.noise(1, "shared"), Simulated)
+    assert not device.noise(1, "shared").release
+    assert device.seed == 3
+    assert torch.equal(device.noise(1, "shared").gaussian(3), again.noise(1, "shared").gaussian(3))
+
+
+def test_simulated_owners_by_partition(root: Path) -> None:
+    devices = [
+        from_config({"data-root": str(root), "partition-id": number, "num-partitions": 2}, base=BASE, sites=SITES)
+        for number in range(2)
+    ]
+    assert [device.name for device in devices] == ["ann", "bob"]
+    assert [device.pictures().test[0].caption for device in devices] == ["ann", "bob"]
+    assert devices[0].store.folder != devices[1].store.folder
+
+
+def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Path) -> None:
+    stated = {"examples-per-second": "25", "watts": 6, "metered": "true", "store": str(tmp_path / "s")}
+    device = from_config({"data": str(root / "ann")} | stated, base=BASE, sites=SITES)
+    report = device.report
+    assert report.memory_gib == round(psutil.virtual_memory().total / 2**30)
+    assert (report.base, report.examples_per_second, report.watts, report.metered) == (BASE, 25.0, 6.0, True)
+    assert device.store.folder == tmp_path / "s"
+
+
+def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("max_epsilon = 2.5")
+    device = from_config({"data": str(root / "ann"), "store": str(tmp_path)}, base=BASE, sites=SITES)
+    assert device.policy.max_epsilon == 2.5
+
+
+@pytest.mark.parametrize(("config", "named"), [
+    ({}, "data"), ({"partition-id": 0}, "data"), ({"data-root": ".", "partition-id": 99}, "partition 99"),
+    ({"data": ".", "name": "../other"}, "name"), ({"data": ".", "test": "maybe"}, "test"),
+    ({"data": ".", "watts": "many"}, "watts"), ({"data": ".", "watts": "nan"}, "watts"),
+    ({"data": ".", "examples-per-second": 0}, "examples-per-second"),
+    ({"data": ".", "test": True, "seed": -1}, "seed"), ({"data-root": ".", "partition-id": "x"}, "partition-id"),
+])  # fmt: skip
+@pytest.mark.usefixtures("root")
+def test_mistakes_name_their_key(config: dict[str, object], named: str) -> None:
+    with pytest.raises(AntherError, match=named) as raised:
+        from_config(config, base=BASE, sites=SITES)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_device_imports_nothing_of_the_servers_and_nothing_of_flower() -> None:
+    script = (
+        "import sys, client.logic, client.device, client.drive\n"
+        "heavy = {'flwr', 'diffusers', 'transformers', 'PIL', 'dp_accounting', 'psutil'}\n"
+        "rooms = {'server', 'strategies', 'simulations', 'typefaces'}\n"
+        "print(sorted((heavy | rooms) & {name.split('.')[0] for name in sys.modules}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout.strip() == "[]"

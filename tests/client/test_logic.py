@@ -1,0 +1,302 @@
+"""What a device does with each request, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.data import Pictures
+from client.device import Device
+from client.drive import drive
+from client.logic import handle
+from conf.errors import AntherError
+from models.adapter import head_and_tail, initial, rank
+from privacy.ledger import RESERVED, SEALED, SENT
+from privacy.noise import Simulated, stream
+from privacy.policy import Policy, Refusal
+from protocol.codec import CodecError
+from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Query, Reply, Request, Update
+from tests.client.devices import (
+    BASE,
+    PICTURES,
+    PRIVACY,
+    SITES,
+    Performer,
+    adapter,
+    from_bytes,
+    make_device,
+    picture,
+    to_bytes,
+    train_request,
+)
+from training import jobs
+
+PERSONALISE = Personalise(
+    run="run", round=9, adapter=to_bytes(adapter(3)), rank=2, steps=10, batch_size=4, learning_rate=1e-3, look_every=5,
+    patience=3,
+)  # fmt: skip
+
+
+def ask(request: Request, device: Device, perform: Performer | None = None) -> Reply:
+    """The reply, or the exception raised."""
+    outcome = drive({"d": handle(request, device)}, perform or Performer())["d"]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def states(device: Device) -> list[str]:
+    return [entry.state for entry in device.store.ledger.entries()]
+
+
+def test_a_query_is_answered_with_the_report(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    assert ask(Query(), device) == device.report
+
+
+def test_a_private_round(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    reply = ask(train_request(), device, perform)
+    assert isinstance(reply, Update)
+    encode, train = perform.jobs
+    assert isinstance(encode, jobs.Encode)
+    assert isinstance(train, jobs.Train)
+    assert (train.client, train.round, train.purpose, train.steps, train.batch_size) == ("d", 1, "shared", 5, 4)
+    assert train.privacy == jobs.DPSGD(noise_multiplier=2.0, clip=0.01, sampling_rate=0.2, draws=1)
+    assert train.noise is not None
+    assert train.early_stopping is None
+    assert rank(train.start) == 2
+    assert reply.loss is None
+    assert reply.release
+    assert reply.epsilon == device.store.ledger.spent(1e-3).value > 0
+    assert (reply.seconds, reply.joules, reply.quality) == (2.0, 10.0, "estimate")
+    assert from_bytes(reply.adapter, 2)
+    assert states(device) == [SEALED]
+    assert device.store.ledger.entries()[0].reservation.clip == 0.01
+
+
+def test_a_round_without_privacy(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    reply = ask(train_request(private=False), device, perform)
+    assert isinstance(reply, Update)
+    assert (reply.loss, reply.epsilon) == (0.25, None)
+    train = perform.jobs[-1]
+    assert isinstance(train, jobs.Train)
+    assert train.privacy is None
+    assert train.noise is None
+    assert device.store.ledger.spent(1e-3).value == math.inf
+
+
+def test_the_head_is_trained_and_the_tail_stays_beside_it(tmp_path: Path) -> None:
+    perform, sent = Performer(), adapter(5)
+    ask(train_request(rank=2, sent=to_bytes(sent)), make_device(tmp_path), perform)
+    train = perform.jobs[-1]
+    assert isinstance(train, jobs.Train)
+    assert train.frozen is not None
+    for part, expected in zip((train.start, train.frozen), head_and_tail(sent, 2), strict=True):
+        assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
+    ask(train_request(number=2, rank=5, sent=to_bytes(sent)), make_device(tmp_path), perform)
+    assert isinstance(perform.jobs[-1], jobs.Train)
+    assert perform.jobs[-1].frozen is None
+
+
+def test_the_personal_adapter_never_enters_the_shared_job(tmp_path: Path) -> None:
+    device, fresh = make_device(tmp_path / "a"), make_device(tmp_path / "b")
+    ask(PERSONALISE, device)
+    with_personal, without = Performer(), Performer()
+    for private in (True, False):
+        ask(train_request(number=2 - private, private=private), device, with_personal)
+        ask(train_request(number=2 - private, private=private), fresh, without)
+    for one, other in zip(with_personal.jobs, without.jobs[1:], strict=True):  # the other one had to encode
+        for part in ("start", "frozen"):
+            pairs = [zip(getattr(one, part)[name], getattr(other, part)[name], strict=True) for name in SITES]
+            assert all(torch.equal(a, b) for pair in pairs for a, b in pair)
+
+
+def test_simulated_noise_is_no_release(tmp_path: Path) -> None:
+    for private in (True, False):
+        noise = Simulated(seed=0, client="d", round=1, purpose="shared")
+        device = make_device(tmp_path / str(private), noise=noise)
+        reply = ask(train_request(private=private), device)
+        assert isinstance(reply, Update)
+        assert not reply.release
+        assert not device.store.ledger.entries()[0].reservation.release
+
+
+def test_the_same_request_gets_the_same_bytes_and_no_second_training(tmp_path: Path) -> None:
+    perform = Performer()
+    first = ask(train_request(), make_device(tmp_path), perform)
+    before = len(perform.jobs)
+    assert ask(train_request(sent=to_bytes(adapter(4))), make_device(tmp_path), perform) == first
+    assert len(perform.jobs) == before
+
+
+def test_pictures_are_encoded_once_until_they_change(tmp_path: Path) -> None:
+    perform = Performer()
+    for number in (1, 2):
+        ask(train_request(number=number), make_device(tmp_path), perform)
+    assert sum(isinstance(job, jobs.Encode) for job in perform.jobs) == 1
+    other = Pictures((picture(99), *PICTURES.train[1:]), PICTURES.validation, PICTURES.test)
+    ask(train_request(number=3), make_device(tmp_path, pictures=other), perform)
+    assert sum(isinstance(job, jobs.Encode) for job in perform.jobs) == 2
+
+
+def test_a_later_round_settles_the_earlier_ones_of_its_run(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    for number in (1, 2):
+        ask(train_request(number=number), device)
+    assert states(device) == [SENT, SEALED]
+    with pytest.raises(Refusal, match="can't be sent again"):
+        ask(train_request(number=1), device)
+
+
+def test_a_failed_training_stays_charged_and_is_retried_under_its_reservation(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+
+    def fail(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+        return [MemoryError("too big") if isinstance(job, jobs.Train) else Performer()([job])[0] for job in batch]
+
+    assert isinstance(drive({0: handle(train_request(), device)}, fail)[0], MemoryError)
+    assert states(device) == [RESERVED]
+    spent = device.store.ledger.spent(1e-3)
+    ask(train_request(), device)
+    assert states(device) == [SEALED]
+    assert device.store.ledger.spent(1e-3) == spent
+
+
+@pytest.mark.parametrize("change", [
+    {"base": "another"}, {"rank": 4}, {"steps": 10**6}, {"privacy": dataclasses.replace(PRIVACY, noise_multiplier=0.0)},
+])  # fmt: skip
+def test_a_plan_that_does_not_fit_is_refused_at_no_charge(tmp_path: Path, change: dict[str, object]) -> None:
+    device, perform, request = make_device(tmp_path), Performer(), train_request()
+    plan = dataclasses.replace(request.plan, **change)  # type: ignore[arg-type]
+    with pytest.raises(Refusal):
+        ask(dataclasses.replace(request, plan=plan), device, perform)
+    assert not perform.jobs
+    assert not states(device)
+
+
+def test_a_round_is_trained_by_one_plan(tmp_path: Path) -> None:
+    device, request = make_device(tmp_path), train_request()
+    ask(request, device)
+    with pytest.raises(Refusal, match="another plan"):
+        ask(dataclasses.replace(request, plan=dataclasses.replace(request.plan, steps=6)), device)
+
+
+def test_the_owners_cap_ends_the_run(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path, policy=Policy(max_epsilon=1.0, delta=1e-3)), Performer()
+    outcomes = [drive({0: handle(train_request(number=number), device)}, perform)[0] for number in range(8)]
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
+    done = len(outcomes) - len(refusals)
+    assert 1 < done < 8
+    assert all("allows 1" in str(refusal) for refusal in refusals)
+    assert len(states(device)) == done
+    assert sum(isinstance(job, jobs.Train) for job in perform.jobs) == done
+    assert device.store.ledger.spent(1e-3).value <= 1.0
+
+
+def test_a_device_with_a_cap_shares_nothing_without_noise(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path, policy=Policy(max_epsilon=1.0)), Performer()
+    for request in (train_request(private=False), Evaluate(run="run", round=1, adapter=to_bytes(adapter(3)))):
+        with pytest.raises(Refusal):
+            ask(request, device, perform)
+    assert not perform.jobs
+    assert isinstance(ask(PERSONALISE, device), Personalised)  # what stays on the device is nobody's business
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"\x08" + bytes(20), to_bytes(adapter(3))[:-1], to_bytes({"x": adapter(1)["up.to_k"]})]
+)
+def test_a_malformed_adapter_is_refused_at_no_charge(tmp_path: Path, sent: bytes) -> None:
+    device = make_device(tmp_path)
+    with pytest.raises(CodecError):
+        ask(train_request(sent=sent), device)
+    assert not states(device)
+
+
+def test_an_adapter_of_a_rank_that_the_owner_forbids(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="rank 3"):
+        ask(train_request(), make_device(tmp_path, policy=Policy(max_rank=2)))
+
+
+def test_unusable_pictures_cost_nothing(tmp_path: Path) -> None:
+    def missing() -> Pictures:
+        raise AntherError("photos: no such folder")
+
+    device = dataclasses.replace(make_device(tmp_path), pictures=missing)
+    with pytest.raises(AntherError, match="photos"):
+        ask(train_request(), device)
+    assert not states(device)
+
+
+def test_an_evaluation_measures_the_base_once_a_run(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    for number in (1, 2):
+        request = Evaluate(run="run", round=number, adapter=to_bytes(adapter(3)))
+        assert ask(request, device, perform) == Evaluation(device="d", round=number, base=0.75, shared=0.5)
+    measured = [job for job in perform.jobs if isinstance(job, jobs.Measure)]
+    assert [job.adapter is None for job in measured] == [True, False, False]
+    assert all(len(job.examples) == len(PICTURES.validation) for job in measured)
+
+
+def test_an_evaluation_needs_validation_pictures(tmp_path: Path) -> None:
+    device = make_device(tmp_path, pictures=PICTURES._replace(validation=()))
+    with pytest.raises(Refusal, match="validation"):
+        ask(Evaluate(run="run", round=1, adapter=to_bytes(adapter(3))), device)
+
+
+def test_personalising(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    reply = ask(PERSONALISE, device, perform)
+    assert reply == Personalised(device="d", seconds=4.0, joules=20.0, quality="estimate")
+    train = perform.jobs[-1]
+    assert isinstance(train, jobs.Train)
+    assert train.early_stopping is not None
+    assert (train.early_stopping.every, train.early_stopping.patience) == (5, 3)
+    assert len(train.early_stopping.validation) == len(PICTURES.validation)
+    expected = initial(SITES, 2, stream(7, "d", "personal"))
+    assert all(torch.equal(train.start[name].a, expected[name].a) for name in SITES)
+    stored = device.store.personal(SITES)
+    assert stored is not None
+    assert stored.base == BASE
+    assert all(torch.equal(stored.shared[name].b, adapter(3)[name].b) for name in SITES)
+    assert not states(device)  # nothing left the device
+
+
+def test_personalising_goes_on_only_over_the_same_shared_adapter(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    ask(PERSONALISE, device)
+    stored = device.store.personal(SITES)
+    assert stored is not None
+    ask(dataclasses.replace(PERSONALISE, round=10), device, perform)
+    assert isinstance(perform.jobs[-1], jobs.Train)
+    assert torch.equal(perform.jobs[-1].start["up.to_k"].b, stored.adapter["up.to_k"].b)
+    changes = ({"adapter": to_bytes(adapter(3, seed=1))}, {"adapter": to_bytes(adapter(4))}, {"rank": 1})
+    for round, change in enumerate(changes, start=11):
+        ask(dataclasses.replace(PERSONALISE, round=round, **change), device, perform)
+        assert isinstance(perform.jobs[-1], jobs.Train)
+        assert perform.jobs[-1].start["up.to_k"].b.eq(0).all()
+
+
+def test_personalising_asked_twice_is_done_once(tmp_path: Path) -> None:
+    device, again = make_device(tmp_path), Performer()
+    first = ask(PERSONALISE, device)
+    assert ask(PERSONALISE, device, again) == first
+    assert again.jobs == []
+
+
+def test_personalising_without_validation_pictures_takes_every_step(tmp_path: Path) -> None:
+    perform = Performer()
+    ask(PERSONALISE, make_device(tmp_path, pictures=PICTURES._replace(validation=())), perform)
+    assert isinstance(perform.jobs[-1], jobs.Train)
+    assert perform.jobs[-1].early_stopping is None
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"steps": 10**6}, {"look_every": 0}, {"patience": 0}])
+def test_impossible_personalising_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    with pytest.raises(Refusal):
+        ask(dataclasses.replace(PERSONALISE, **change), make_device(tmp_path))  # type: ignore[arg-type]

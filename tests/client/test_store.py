@@ -1,0 +1,108 @@
+"""What a device keeps: it comes back as it was, or says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.store import Personal, Store
+from conf.errors import AntherError
+from models.adapter import Site
+from tests.client.devices import BASE, SITES, adapter
+from training.jobs import Examples
+
+PERSONAL = Personal(adapter(2), adapter(5, seed=1), BASE, "run:3")
+EXAMPLES = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
+
+
+def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> None:
+    assert Store(tmp_path).personal(SITES) is None
+    Store(tmp_path / "new").save_personal(PERSONAL)
+    found = Store(tmp_path / "new").personal(SITES)
+    assert found is not None
+    assert found.base == BASE
+    for part, expected in ((found.adapter, PERSONAL.adapter), (found.shared, PERSONAL.shared)):
+        assert part.keys() == expected.keys()
+        assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
+
+
+@pytest.mark.parametrize("kept", [0, 9, 400, -1])
+def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> None:
+    store, file = Store(tmp_path), tmp_path / "personal.safetensors"
+    store.save_personal(PERSONAL)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(AntherError, match="personalise again") as raised:
+        store.personal(SITES)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("sites", [
+    {}, {"up.to_k": Site(3, 5)}, SITES | {"more": Site(1, 1)}, SITES | {"up.to_k": Site(3, 6)},
+])  # fmt: skip
+def test_a_personal_adapter_for_other_sites_is_refused(tmp_path: Path, sites: dict[str, Site]) -> None:
+    store = Store(tmp_path)
+    store.save_personal(PERSONAL)
+    with pytest.raises(AntherError, match="not a personal adapter for this base"):
+        store.personal(sites)
+
+
+def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.examples("train", "k") is None
+    store.save_examples("train", "k", EXAMPLES)
+    found = Store(tmp_path).examples("train", "k")
+    assert found is not None
+    assert torch.equal(found.latents, EXAMPLES.latents)
+    assert torch.equal(found.context, EXAMPLES.context)
+    assert store.examples("train", "another") is None
+    assert store.examples("validation", "k") is None
+    store.save_examples("train", "another", EXAMPLES)  # the pictures of the old key don't stay on the disk
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["train.safetensors"]
+
+
+def test_losses_are_cached_under_their_key(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.loss("base", "k") is None
+    store.save_loss("base", "k", 0.1)
+    assert Store(tmp_path).loss("base", "k") == 0.1
+    assert store.loss("base", "another") is None
+
+
+def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save_examples("train", "k", EXAMPLES)
+    store.save_loss("base", "k", 0.1)
+    for file in (tmp_path / "cache").iterdir():
+        for content in (b"", b"[]", b"{}", b"\xff" * 40, file.read_bytes()[:20]):
+            file.write_bytes(content)
+            assert store.examples("train", "k") is None or file.suffix == ".json"
+            assert store.loss("base", "k") is None or file.suffix == ".safetensors"
+    store.save_examples("train", "k", EXAMPLES)
+    store.save_loss("base", "k", 0.2)
+    assert store.examples("train", "k") is not None
+    assert store.loss("base", "k") == 0.2
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.save_loss("base", "k", 0.1)
+
+    def full(_handle: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        store.save_loss("base", "k", 0.2)
+    assert store.loss("base", "k") == 0.1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["base.json"]
+
+
+def test_the_seed_is_drawn_once(tmp_path: Path) -> None:
+    seed = Store(tmp_path / "a").seed()
+    assert Store(tmp_path / "a").seed() == seed != Store(tmp_path / "b").seed()
+    assert (tmp_path / "a/seed").stat().st_mode & 0o077 == 0
+    (tmp_path / "a/seed").write_text("x")
+    with pytest.raises(AntherError, match="another seed"):
+        Store(tmp_path / "a").seed()

@@ -1,0 +1,168 @@
+"""Every mistake at the command line costs one line, exit code 2, and leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf import schemas
+from conf.cli import application
+from conf.errors import AntherError
+
+APP = """
+from conf.cli import application, output_dir
+from conf.schemas import Simulation
+
+@application("simulate", Simulation)
+def main(config):
+    print(config.rounds, config.privacy.level, config.fleet.profiles[0].name, output_dir())
+
+main()
+"""
+
+
+@application("simulate", schemas.Simulation)
+def app(config: schemas.Simulation) -> None:
+    """Prints what a test wants to see of the configuration."""
+    if config.seed == 13:
+        raise AntherError("seed=13: unlucky")
+    print(f"rounds={config.rounds} level={config.privacy.level} writers={config.data.writers}")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["app", *arguments])
+    try:
+        app()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+MISTAKES = {
+    "fleet=nope": "fleet=nope: no such option; fleet is one of: laptops, mixed, phones, pis",
+    "preset=nope": "preset=nope: no such option; preset is one of: metered, private, quick",
+    "base=null": "a group takes the name of one of its options; --help lists them",
+    "+preset=quick": "preset: chosen twice; write preset=… once, without +",
+    "roundz=3": "roundz: no such key; did you mean rounds?",
+    "adapter.shared.rnk=3": "adapter.shared.rnk: no such key; did you mean adapter.shared.rank?",
+    "rank=3": "rank: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
+    "adapter.zzz=3": "adapter.zzz: no such key; known here: sites, shared, personal, local, look_every, patience",
+    "+adapter.rnk=3": "adapter.rnk: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
+    "++sede=3": "sede: no such key; did you mean seed?",
+    "fleet.profiles=[{nam: a}]": "fleet.profiles: 'nam' is no key of a Profile",
+    "rounds=abc": "rounds=abc: must be a whole number",
+    "rounds=null": "rounds=null: must not be null",
+    "privacy.epsilon=": "privacy.epsilon=: must be a number",
+    "resume=perhaps": "resume=perhaps: must be true or false",
+    "data.pictures=photos": "data.pictures=photos: must be a list: [a,b]",
+    "adapter.shared=4": "adapter.shared=4: is a group of keys, not a value",
+    "adapter.sites=[": "adapter.sites=[: can't be read as key=value; quote commas, brackets and spaces",
+    "adapter.sites='['": "adapter.sites=[: not a regular expression",
+    "rounds=0": "rounds=0: must be 1 or more",
+    "adapter.shared.rank=0": "adapter.shared.rank=0: must be 1 or more",
+    "adapter.personal.steps=0": "adapter.personal.steps=0: must be 1 or more",
+    "strategy.aggregation=best": "strategy.aggregation=best: must be one of: exact, fedit",
+    "fleet.sample=21": "fleet.sample=21: there are only 20 devices",
+    "data=folder": "data.pictures[0]: needs a value",
+    "~strategy": "strategy.aggregation: needs a value",
+    "base.path=${nowhere}": "base.path: Interpolation key 'nowhere' not found",
+    "seed=13": "seed=13: unlucky",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_mistake_is_one_line(
+    argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, argument) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {MISTAKES[argument]}\n"
+    assert printed.out == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_refused_run_keeps_files_that_were_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    assert run(monkeypatch, "hydra.run.dir=mine", "rounds=0") == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "words"
+    assert run(monkeypatch, "hydra.run.dir=other", "rounds=0") == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_bad_job_stops_a_multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--multirun", "rounds=1,0,2") == 2
+    printed = capsys.readouterr()
+    assert printed.out == "rounds=1 level=none writers=20\n"
+    assert printed.err == "error: rounds=0: must be 1 or more\n"
+
+
+def test_a_multirun_runs_every_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--multirun", "rounds=1,2", "privacy=none,example") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_command_line_has_the_word_over_a_preset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "preset=private", "data.writers=3") == 0
+    assert run(monkeypatch, "preset=private", "privacy=none") == 0
+    assert capsys.readouterr().out == "rounds=6 level=example writers=3\nrounds=6 level=none writers=20\n"
+
+
+def test_broken_yaml_of_ones_own_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "own" / "fleet").mkdir(parents=True)
+    (tmp_path / "own" / "fleet" / "broken.yaml").write_text("profiles: [\n")
+    assert run(monkeypatch, "--config-dir", "own", "fleet=broken") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert "broken.yaml" in printed
+
+
+def test_wrong_key_in_a_yaml_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "own" / "privacy").mkdir(parents=True)
+    (tmp_path / "own" / "privacy" / "mine.yaml").write_text("level: example\nepsilonn: 3\n")
+    assert run(monkeypatch, "--config-dir", "own", "privacy=mine") == 2
+    assert capsys.readouterr().err == "error: privacy.epsilonn: no such key; did you mean privacy.epsilon?\n"
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    """What a person sees: --cfg job, and one line, from a fresh interpreter in another folder."""
+    (tmp_path / "app.py").write_text(APP)
+    root = Path(__file__).parents[2]
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "app.py", *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    shown = program("--cfg", "job", "preset=metered")
+    assert shown.returncode == 0
+    assert "rounds: 8" in shown.stdout
+    assert "pixel8" in shown.stdout
+    refused = program("rounds=abc")
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        2,
+        "",
+        "error: rounds=abc: must be a whole number\n",
+    )
+    helped = program("--help")
+    assert helped.returncode == 0
+    assert "preset: metered, private, quick" in helped.stdout
+    assert helped.stdout.count("  python -m simulations.run ") == 7  # the usage line and six examples

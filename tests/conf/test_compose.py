@@ -1,0 +1,28 @@
+"""One string of overrides, as on a command line, composes or is refused with one line."""
+
+import pytest
+
+from conf.compose import compose
+from conf.errors import AntherError
+
+
+def test_overrides_are_words_of_a_command_line():
+    config = compose("rounds=3 privacy=example 'data.pictures=[my photos,other]'")
+    assert (config.rounds, config.privacy.level, config.data.pictures) == (3, "example", ["my photos", "other"])
+    assert compose("").rounds == compose("  ").rounds
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("rouns=2", "did you mean rounds"),
+        ("privacy=none privacy.level=x", "must be one of"),
+        ("rounds=0", "must be 1 or more"),
+        ("it's", "No closing quotation"),
+        ("privacy=null", "privacy|group"),
+    ],
+)
+def test_mistakes_cost_one_line(overrides, message):
+    with pytest.raises(AntherError, match=message) as caught:
+        compose(overrides)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,66 @@
+"""The YAML groups agree with the schemas and with each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from conf import schemas
+from conf.cli import to_object
+from conf.explain import known_keys
+
+GROUPS = Path(schemas.__file__).parent
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}" for path in GROUPS.glob("*/*.yaml") if path.parent.name != "__pycache__"
+)
+
+
+def composed(*overrides: str) -> schemas.Simulation:
+    with initialize_config_module("conf", version_base="1.3"):
+        config: schemas.Simulation = to_object(compose("simulate", list(overrides)), schemas.Simulation)
+    return config
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option: str) -> None:
+    needed = ["data.pictures=[photos]"] if option == "data=folder" else []
+    assert isinstance(composed(option, *needed), schemas.Simulation)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_says_how_to_use_it(option: str) -> None:
+    group, _, name = option.partition("=")
+    header = (GROUPS / group / f"{name}.yaml").read_text().partition("\n\n")[0]
+    assert f"python -m simulations.run {option}" in header
+
+
+def test_a_device_is_the_same_in_every_fleet() -> None:
+    seen: dict[str, Any] = {}
+    for path in sorted((GROUPS / "fleet").glob("*.yaml")):
+        for profile in composed(f"fleet={path.stem}").fleet.profiles:
+            assert seen.setdefault(profile.name, profile) == profile, path.name
+    assert {"pi4_4gb", "pi5_8gb", "pixel8", "iphone15", "laptop"} <= set(seen)
+
+
+def test_folder_of_ones_own_pictures_joins_typeface_writers() -> None:
+    data = composed("data=folder", "data.pictures=[photos]").data
+    assert (data.pictures, data.writers) == (["photos"], 19)
+
+
+def test_known_keys_are_the_composed_ones() -> None:
+    def flat(node: Any, prefix: str = "") -> list[str]:
+        keys = []
+        for key, value in node.items():
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                keys += flat(value, f"{prefix}{key}.")
+        return keys
+
+    assert known_keys(schemas.Simulation) == flat(OmegaConf.to_container(OmegaConf.structured(schemas.Simulation)))
+
+
+def test_profile_values_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"watts=0 of toaster: must be over 0"):
+        schemas.Profile(name="toaster", memory_gib=1, examples_per_second=1, watts=0, uplink_mbps=1, downlink_mbps=1)

@@ -1,0 +1,90 @@
+"""Devices without a base: they answer at once, and can be told to misbehave. For tests of everything above them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from models.adapter import Factors, Site, from_tensors, head_and_tail, initial, shapes, to_tensors
+from privacy.noise import stream
+from protocol import messages
+from protocol.codec import decode, encode
+from protocol.messages import DeviceReport, TrainingPlan
+from server.state import State
+from strategies.aggregation.exact import Exact
+from strategies.federated import Federated
+from strategies.planning import Limits
+from strategies.selection.everyone import Everyone
+
+SITES = {"x": Site(6, 5), "y": Site(4, 7)}
+PLAN = TrainingPlan(run="run", round=0, base="base", rank=3, steps=2, batch_size=4, learning_rate=0.1)
+REPORT = DeviceReport(
+    device="", base="base", profile="p", memory_gib=4.0, examples_per_second=2.0, watts=5.0, uplink_mbps=8.0,
+    downlink_mbps=8.0,
+)  # fmt: skip
+
+
+@dataclass
+class FakeDevice:
+    """Its update moves the sent factors by noise of its name and round; its loss falls with the rounds."""
+
+    name: str
+    report: Any = None
+    misbehave: Callable[[Any], Any] | None = None
+    heard: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.report = self.report or replace(REPORT, device=self.name)
+
+
+def handle(request: Any, device: FakeDevice) -> Generator[Any, Any, Any]:
+    """Stands in for `client.logic.handle`: one job for each request but a query."""
+    device.heard.append(type(request).__name__)
+    if isinstance(request, messages.Query):
+        return device.report
+    yield (device.name, type(request).__name__)
+    reply = _reply(request, device)
+    return device.misbehave(reply) if device.misbehave else reply
+
+
+def perform(jobs: list[Any]) -> list[Any]:
+    return [0.0 for _ in jobs]
+
+
+def _reply(request: Any, device: FakeDevice) -> Any:
+    match request:
+        case messages.Train(plan=plan):
+            sent = from_tensors(decode(request.adapter, shapes(SITES, -1)))
+            generator = torch.Generator().manual_seed(stream(device.name, plan.round))
+            head, _ = head_and_tail(sent, plan.rank)
+            moved = {
+                site: Factors(*(part + 0.1 * torch.randn(part.shape, generator=generator) for part in factors))
+                for site, factors in head.items()
+            }
+            return messages.Update(
+                device=device.name, run=plan.run, round=plan.round, rank=plan.rank, adapter=encode(to_tensors(moved)),
+                release=False, seconds=float(len(device.name)), joules=2.0, quality="estimate",
+                loss=None if plan.privacy else 0.5, epsilon=1.5 if plan.privacy else None,
+            )  # fmt: skip
+        case messages.Evaluate():
+            return messages.Evaluation(
+                device=device.name, round=request.round, base=1.0, shared=1.0 / (1 + request.round)
+            )
+        case messages.Personalise():
+            return messages.Personalised(device=device.name, seconds=3.0, joules=4.0, quality="estimate")
+    raise AssertionError(request)
+
+
+def strategy(**changes: Any) -> Federated:
+    settings: dict[str, Any] = {
+        "plan": PLAN, "sites": SITES, "aggregation": Exact(rank=PLAN.rank, max_rank=None, seed=0),
+        "selection": Everyone(), "limits": Limits(),
+    }  # fmt: skip
+    return Federated(**settings | changes)
+
+
+def fresh_state(*, private: bool = False) -> State:
+    return State.start(run="run", private=private, adapter=initial(SITES, PLAN.rank, seed=0))

@@ -1,0 +1,133 @@
+"""ε against known anchors, another accountant, a closed form, and itself."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.errors import AntherError
+from privacy.accounting import Guarantee, NonPrivate, PoissonGaussian, epsilon, noise_multiplier_for
+from privacy.policy import Policy
+
+
+def events(sigma: float, rate: float, steps: int) -> list[PoissonGaussian]:
+    return [PoissonGaussian(noise_multiplier=sigma, sampling_rate=rate, steps=steps)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "delta", "sigmas"),
+    [
+        (10 / 50, 50, 1e-3, {1: 3.82, 4: 1.41, 8: 0.93}),
+        (16 / 200, 200, 1e-3, {1: 3.07, 4: 1.19, 8: 0.84}),
+        (32 / 1000, 500, 1e-4, {1: 2.44, 4: 0.99, 8: 0.74}),
+        (1.0, 5, 1e-3, {1: 5.76, 4: 1.84, 8: 1.07}),
+    ],
+)
+def test_anchors(rate: float, steps: int, delta: float, sigmas: dict[int, float]) -> None:
+    """σ for ε = 1, 4, 8, computed apart from this code."""
+    for target, sigma in sigmas.items():
+        assert epsilon(events(sigma, rate, steps), delta).value == pytest.approx(target, rel=0.05)
+        assert noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps) == pytest.approx(
+            sigma, rel=0.05
+        )
+
+
+def test_no_sampling_is_the_gaussian_mechanism() -> None:
+    """Balle and Wang (2018, arXiv:1805.06530), theorem 8: δ = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ), μ = √T/σ."""
+    sigma, steps, delta = 2.0, 9, 1e-5
+    found, mu = epsilon(events(sigma, 1.0, steps), delta).value, math.sqrt(steps) / sigma
+
+    def normal(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    assert normal(mu / 2 - found / mu) - math.exp(found) * normal(-mu / 2 - found / mu) == pytest.approx(
+        delta, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), [(1.0, 0.2, 50, 1e-3), (0.84, 0.08, 200, 1e-3)])
+def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float) -> None:
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    prv, rdp = PRVAccountant(), RDPAccountant()
+    prv.history = rdp.history = [(sigma, rate, steps)]
+    found = epsilon(events(sigma, rate, steps), delta).value
+    assert found == pytest.approx(prv.get_epsilon(delta), rel=0.01)
+    assert found <= rdp.get_epsilon(delta)
+
+
+def test_two_halves_are_the_whole_and_less_than_their_sum() -> None:
+    half, whole = events(2.0, 0.2, 25), events(2.0, 0.2, 50)
+    assert epsilon(half + half, 1e-3).value == epsilon(whole, 1e-3).value
+    assert epsilon(half, 1e-3).value < epsilon(whole, 1e-3).value < 2 * epsilon(half, 1e-3).value
+
+
+def test_different_mechanisms_compose_in_any_order() -> None:
+    mixed = events(2.0, 0.2, 25) + events(1.0, 0.05, 10)
+    assert epsilon(mixed, 1e-3).value == epsilon(mixed[::-1], 1e-3).value > epsilon(mixed[:1], 1e-3).value
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.5, 20), st.floats(0.01, 0.9), st.integers(1, 200), st.floats(1.05, 2), st.sampled_from([1e-3, 1e-6]))
+def test_more_noise_costs_less_and_more_of_anything_else_costs_more(
+    sigma: float, rate: float, steps: int, factor: float, delta: float
+) -> None:
+    cost = epsilon(events(sigma, rate, steps), delta).value
+    slack = 1.002 * cost + 1e-4  # of two upper bounds on different grids
+    assert epsilon(events(sigma * factor, rate, steps), delta).value <= slack
+    assert cost <= 1.002 * epsilon(events(sigma, min(1.0, rate * factor), steps), delta).value + 1e-4
+    assert cost <= 1.002 * epsilon(events(sigma, rate, steps + 10), delta).value + 1e-4
+
+
+def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
+    assert epsilon([], 1e-3) == Guarantee(0.0, 1e-3)
+    assert epsilon(events(1.0, 0.0, 10), 1e-3).value == 0
+    assert epsilon([*events(5.0, 0.1, 1), NonPrivate()], 1e-3).value == math.inf
+
+
+def test_the_least_noise_that_a_policy_allows_is_computed_fast() -> None:
+    start = time.process_time()
+    assert epsilon(events(Policy().min_noise_multiplier, 0.5, Policy().max_steps), 1e-3).value > 1000
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(("target", "delta", "rate", "steps"), [
+    (0.1, 1e-5, 0.1, 10), (1, 1e-3, 0.5, 24), (8, 1e-3, 0.2, 24), (8, 1e-3, 1.0, 1), (100, 1e-3, 0.8, 48),
+    (3, 1e-6, 0.01, 5000),
+])  # fmt: skip
+def test_solved_noise_keeps_the_promise_and_wastes_little(target: float, delta: float, rate: float, steps: int) -> None:
+    sigma = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
+    assert 0.995 * target <= epsilon(events(sigma, rate, steps), delta).value <= target
+
+
+def test_unsolvable_targets_say_so() -> None:
+    with pytest.raises(AntherError, match="promises nothing"):
+        noise_multiplier_for(epsilon=1e6, delta=1e-3, sampling_rate=0.5, steps=10)
+    with pytest.raises(AntherError, match="smaller delta"):
+        noise_multiplier_for(epsilon=1, delta=0.5, sampling_rate=1e-4, steps=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"noise_multiplier": math.inf},
+        {"sampling_rate": 1.1}, {"sampling_rate": math.nan}, {"steps": 0},
+    ],
+)  # fmt: skip
+def test_impossible_events_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PoissonGaussian(**({"noise_multiplier": 1.0, "sampling_rate": 0.5, "steps": 1} | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])
+def test_delta_is_a_probability(delta: float) -> None:
+    with pytest.raises(ValueError, match="delta"):
+        epsilon([], delta)
+
+
+def test_every_printed_epsilon_has_its_unit() -> None:
+    assert str(Guarantee(2.355, 1e-3)) == "ε=2.35 per image (δ=0.001, add or remove one)"

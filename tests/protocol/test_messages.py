@@ -1,0 +1,167 @@
+"""Messages survive the wire unchanged, and a malformed one costs one line."""
+
+import dataclasses
+import json
+
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from conf.errors import AntherError
+from protocol import records
+from protocol.messages import (
+    DeviceReport,
+    Evaluate,
+    Evaluation,
+    ExamplePrivacy,
+    Personalise,
+    Personalised,
+    Query,
+    Train,
+    TrainingPlan,
+    Update,
+    from_json,
+    payloads,
+    to_json,
+)
+
+PRIVACY = ExamplePrivacy(noise_multiplier=1.5, clip=0.01, sampling_rate=0.25, draws=2, delta=1e-3)
+PLAN = TrainingPlan(run="r", round=1, base="b", rank=8, steps=4, batch_size=4, learning_rate=1e-3, privacy=PRIVACY)
+REPORT = DeviceReport(
+    device="wr-1", base="b", profile="pi4", memory_gib=4, examples_per_second=2.5, watts=5.0,
+    uplink_mbps=10.0, downlink_mbps=20.0, metered=True,
+)  # fmt: skip
+UPDATE = Update(
+    device="wr-1", run="r", round=1, rank=8, adapter=b"\x00\xff", release=False, seconds=1.5, joules=3.0,
+    quality="estimate", loss=None, epsilon=2.0,
+)  # fmt: skip
+REQUESTS = [
+    Query(),
+    Train(plan=PLAN, adapter=b"abc"),
+    Train(plan=dataclasses.replace(PLAN, privacy=None), adapter=b""),
+    Evaluate(run="r", round=0, adapter=b"x"),
+    Personalise(
+        run="r", round=2, adapter=b"x", rank=4, steps=3, batch_size=2, learning_rate=0.1, look_every=5, patience=3
+    ),
+]
+REPLIES = [
+    REPORT,
+    UPDATE,
+    Evaluation(device="wr-1", round=0, base=0.5, shared=0.25),
+    Personalised(device="wr-1", seconds=1.0, joules=2.0, quality="measured"),
+]
+
+
+@pytest.mark.parametrize("message", REQUESTS + REPLIES, ids=lambda message: type(message).__name__)
+def test_json_round_trip(message):
+    assert from_json(type(message), to_json(message), **payloads(message)) == message
+
+
+def test_bytes_are_not_in_the_json():
+    assert "adapter" not in json.loads(to_json(UPDATE))
+    assert payloads(UPDATE) == {"adapter": b"\x00\xff"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, r"DeviceReport\.extra: unknown"),
+        ({"watts": None}, r"watts: must be float, is NoneType"),
+        ({"watts": "5"}, r"watts: must be float, is str"),
+        ({"watts": True}, r"watts: must be float, is bool"),
+        ({"watts": 10**400}, r"watts: must be finite"),
+        ({"metered": 1}, r"metered: must be bool, is int"),
+        ({"device": 1}, r"device: must be str, is int"),
+    ],
+)
+def test_a_wrong_field_is_named(change, message):
+    with pytest.raises(AntherError, match=message):
+        from_json(DeviceReport, json.dumps(json.loads(to_json(REPORT)) | change))
+
+
+def test_malformed_texts():
+    good = to_json(REPORT)
+    without = {key: value for key, value in json.loads(good).items() if key != "watts"}
+    for text, message in [
+        (json.dumps(without), "watts: missing"),
+        (good[:-1] + ',"watts":1}', "'watts' is there twice"),
+        (good.replace("2.5", "NaN"), "NaN"),
+        (good.replace("2.5", "1e999"), "examples_per_second: must be finite"),
+        ("[]", "not a JSON object"),
+        ("[" * 60_000, "nested"),
+        (good[:-5], "malformed"),
+        (good + " " * 70_000, "too long"),
+    ]:
+        with pytest.raises(AntherError, match=message):
+            from_json(DeviceReport, text)
+
+
+def test_nested_privacy_is_strict():
+    fields = json.loads(to_json(REQUESTS[1]))
+    fields["plan"]["privacy"]["seed"] = 1  # a plan that carries a seed does not exist
+    with pytest.raises(AntherError, match=r"Train\.plan\.privacy\.seed: unknown"):
+        from_json(Train, json.dumps(fields), adapter=b"")
+    fields["plan"] = [1]
+    with pytest.raises(AntherError, match=r"Train\.plan: must be dict, is list"):
+        from_json(Train, json.dumps(fields), adapter=b"")
+
+
+def test_a_payload_must_come_beside_the_json():
+    with pytest.raises(AntherError, match="adapter: missing"):
+        from_json(Update, to_json(UPDATE))
+    smuggled = json.dumps(json.loads(to_json(UPDATE)) | {"adapter": "x"})
+    with pytest.raises(AntherError, match="adapter: must be bytes"):
+        from_json(Update, smuggled)
+    with pytest.raises(AntherError, match="adapter: travels beside"):
+        from_json(Update, smuggled, adapter=b"")
+
+
+def test_a_number_that_is_not_finite_is_not_sent():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        to_json(dataclasses.replace(REPORT, watts=float("nan")))
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda message: type(message).__name__)
+def test_requests_as_records(request_):
+    kind = records.message_type(request_)
+    wire = RecordDict.inflate(*_deflated(records.request_to_records(request_)))
+    assert records.request_from_records(kind, wire) == request_
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply"), zip(["query", "train", "evaluate", "train.personalise"], REPLIES, strict=True)
+)
+def test_replies_as_records(kind, reply):
+    wire = RecordDict.inflate(*_deflated(records.reply_to_records(reply)))
+    assert records.reply_from_records(kind, wire) == reply
+
+
+def _deflated(content):
+    """What Flower sends of a RecordDict, its children inflated as the receiver does."""
+    children = {}
+    for key, record in content.children.items():
+        inner = dict((record.children or {}).items())
+        children[key] = type(record).inflate(record.deflate(), inner)
+    return content.deflate(), children
+
+
+def test_malformed_records():
+    good = records.reply_to_records(UPDATE)
+    for wrong, message in [
+        (RecordDict(), "record 'message'"),
+        (RecordDict({"message": ConfigRecord({"json": 1})}), "record 'message'"),
+        (RecordDict({"message": good["message"]}), "adapter: missing"),
+        (RecordDict({"message": good["message"], "arrays": ArrayRecord()}), "one safetensors entry"),
+        (
+            RecordDict(
+                {
+                    "message": good["message"],
+                    "arrays": ArrayRecord({"adapter": Array("uint8", (1,), "numpy.ndarray", b"x")}),
+                }
+            ),
+            "one safetensors entry",
+        ),
+    ]:
+        with pytest.raises(AntherError, match=message):
+            records.reply_from_records("train", wrong)
+    with pytest.raises(AntherError, match="no such message type"):
+        records.reply_from_records("train.other", good)

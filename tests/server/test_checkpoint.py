@@ -1,0 +1,167 @@
+"""Checkpoints: what was saved comes back, and nothing damaged does."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from conf.errors import AntherError
+from models.adapter import Site, initial
+from server import checkpoint
+from server.state import Round
+from strategies.facts import TrainFacts, Validation
+from tests.fleet import SITES, fresh_state
+
+FILES = ["adapter.safetensors", "best.safetensors", "state.json", "manifest.json"]
+
+
+def round_(number, shared):
+    facts = TrainFacts(
+        asked=3, replied=2, dropped={"codec": 1}, bytes_down=10, bytes_up=5, seconds=1.5, joules=2.0, loss=0.1,
+        epsilon=None, diagnostics={"energy": 1.0},
+    )  # fmt: skip
+    validation = Validation(base=1.0, shared=shared, devices={"a": 0.5} if shared else {})
+    return Round(number=number, train=facts if number else None, validation=validation, wall_seconds=0.25)
+
+
+def states(*losses, private=False):
+    """The states after each round."""
+    state, found = fresh_state(private=private), []
+    for number, loss in enumerate(losses):
+        state = state.after(round_(number, loss), initial(SITES, 3, seed=number))
+        found.append(state)
+    return found
+
+
+def equal(one, other):
+    def tensors(state):
+        return [t for adapter in (state.adapter, state.best_adapter) for factors in adapter.values() for t in factors]
+
+    facts = [(state.run, state.private, state.history, state.best_round) for state in (one, other)]
+    return facts[0] == facts[1] and all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def test_round_trip(tmp_path):
+    (*_, state) = states(1.0, 0.5, 0.7)
+    checkpoint.save(tmp_path, state)
+    assert equal(checkpoint.load(tmp_path, sites=SITES), state)
+
+
+def test_nothing_to_load(tmp_path):
+    assert checkpoint.load(tmp_path / "none", sites=SITES) is None
+
+
+def test_the_best_round_is_the_least_validation_loss():
+    assert [state.best_round for state in states(1.0, 0.5, 0.7, None, 0.4)] == [0, 1, 1, 1, 4]
+    assert [state.best_round for state in states(None, None, 0.7, 0.8)] == [0, 1, 2, 2]
+    best = states(1.0, 0.5, 0.7)[-1]
+    assert torch.equal(best.best_adapter["x"].a, initial(SITES, 3, seed=1)["x"].a)
+
+
+def test_a_private_run_does_not_choose():
+    assert [state.best_round for state in states(1.0, 0.5, 0.7, private=True)] == [0, 1, 2]
+
+
+def test_rounds_follow_each_other():
+    with pytest.raises(ValueError, match="round 2 can't follow round -1"):
+        fresh_state().after(round_(2, 0.5), {})
+    assert fresh_state().round == -1
+    assert fresh_state().best_loss is None
+
+
+def test_the_newest_two_are_kept_and_the_best_is_in_them(tmp_path):
+    for state in states(1.0, 0.1, 0.7, 0.6):
+        checkpoint.save(tmp_path, state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000002", "round-000003"]
+    found = checkpoint.load(tmp_path, sites=SITES)
+    assert found.best_round == 1
+    assert torch.equal(found.best_adapter["x"].a, initial(SITES, 3, seed=1)["x"].a)
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    first, second = states(1.0, 0.5)
+    checkpoint.save(tmp_path, second)
+    for state in (first, second):
+        with pytest.raises(AntherError, match="holds round-000001 already: resume"):
+            checkpoint.save(tmp_path, state)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "longer"])
+def test_damage_is_named_with_a_way_out(tmp_path, name, damage):
+    first, second = states(1.0, 0.5)
+    checkpoint.save(tmp_path, first)
+    file = checkpoint.save(tmp_path, second) / name
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        file.write_bytes({"empty": b"", "cut": data[:-1], "flipped": flipped, "longer": data + b"x"}[damage])
+    with pytest.raises(AntherError) as caught:
+        checkpoint.load(tmp_path, sites=SITES)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "round-000001" in message
+    assert "go back to round-000000" in message
+    shutil.rmtree(file.parent)
+    assert equal(checkpoint.load(tmp_path, sites=SITES), first)
+
+
+def test_an_edited_history_is_found_even_if_it_is_json(tmp_path):
+    file = checkpoint.save(tmp_path, states(1.0)[0]) / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))
+    with pytest.raises(AntherError, match=r"state\.json is not as it was written .*go back to the start"):
+        checkpoint.load(tmp_path, sites=SITES)
+
+
+def test_other_sites(tmp_path):
+    checkpoint.save(tmp_path, states(1.0)[0])
+    with pytest.raises(AntherError, match=r"adapter\.safetensors does not fit this base"):
+        checkpoint.load(tmp_path, sites={"z": Site(2, 2)})
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_between_any_two_steps_the_last_complete_round_loads(tmp_path, monkeypatch):
+    """Die at the k-th call that changes the disk, for every k; whatever is left must load."""
+    first, second, third = states(1.0, 0.5, 0.4)
+    survived = set()
+    for die_at in range(1, 200):
+        folder = tmp_path / str(die_at)
+        checkpoint.save(folder, first)
+        checkpoint.save(folder, second)
+        calls = 0
+
+        def dying(function, die_at=die_at):
+            def wrapped(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == die_at:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "open"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                checkpoint.save(folder, third)
+            except Killed:
+                pass
+            else:
+                break
+        found = checkpoint.load(folder, sites=SITES)
+        assert equal(found, second) or equal(found, third)
+        survived.add(found.round)
+        if found.round == 1:
+            checkpoint.save(folder, third)  # the next process goes on
+            assert equal(checkpoint.load(folder, sites=SITES), third)
+    assert survived == {1, 2}
+    assert die_at > 20

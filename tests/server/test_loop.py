@@ -1,0 +1,120 @@
+"""The round loop: resumed or not, the same run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conf.errors import AntherError
+from models.adapter import to_tensors
+from protocol.codec import encode
+from protocol.messages import Personalise
+from server import checkpoint
+from server.loop import personalise, run_rounds
+from simulations.grid import InProcessGrid
+from strategies.aggregation.fedit import FedIT
+from strategies.selection.sample import Sample
+from tests.fleet import SITES, FakeDevice, fresh_state, handle, perform, strategy
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch):
+    monkeypatch.setattr("simulations.grid.handle", handle)
+
+
+def run(folder, *, state=None, rounds=4, on_round=lambda _: None, devices="abcde", **settings):
+    grid = InProcessGrid([FakeDevice(name) for name in devices], perform, cohort=True)
+    return run_rounds(
+        grid=grid, strategy=strategy(selection=Sample(size=2, seed=3)), state=state or fresh_state(), rounds=rounds,
+        checkpoints=folder, on_round=on_round, **settings,
+    )  # fmt: skip
+
+
+def outcome(state):
+    """Everything but the clock."""
+    return [replace(done, wall_seconds=0.0) for done in state.history], state.best_round
+
+
+def test_the_curve_starts_at_the_base(tmp_path):
+    heard = []
+    state = run(tmp_path, rounds=2, on_round=heard.append)
+    assert [done.number for done in heard] == [0, 1, 2]
+    assert tuple(heard) == state.history
+    assert heard[0].train is None
+    assert heard[0].validation.shared == 1.0
+    assert heard[2].train.asked == 2
+    assert heard[2].validation.shared == pytest.approx(1 / 3)
+    assert len(heard[2].validation.devices) == 5
+    assert state.best_round == 2
+
+
+@pytest.mark.parametrize("dies_after", [0, 1, 3])
+def test_killed_and_resumed_is_the_same_run(tmp_path, dies_after):
+    whole = run(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def die(round):
+        if round.number == dies_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", on_round=die)
+    resumed = run(tmp_path / "parts", state=checkpoint.load(tmp_path / "parts", sites=SITES))
+    assert outcome(resumed) == outcome(whole)
+    assert encode(to_tensors(resumed.adapter)) == encode(to_tensors(whole.adapter))
+    assert encode(to_tensors(resumed.best_adapter)) == encode(to_tensors(whole.best_adapter))
+
+
+def test_stopping_between_rounds(tmp_path):
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) > 2
+
+    assert run(tmp_path, stop=stop).round == 1
+    assert checkpoint.load(tmp_path, sites=SITES).round == 1
+
+
+def test_a_complete_run_is_left_alone(tmp_path):
+    state = run(tmp_path, rounds=1)
+    assert run(tmp_path, state=state, rounds=1) is state
+
+
+def test_no_good_reply_keeps_the_adapter(tmp_path):
+    def fail(reply):
+        if hasattr(reply, "adapter"):
+            raise RuntimeError
+        return reply
+
+    grid = InProcessGrid([FakeDevice("a", misbehave=fail)], perform, cohort=True)
+    state = run_rounds(
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
+    )
+    assert torch.equal(state.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert state.history[2].train.dropped == {"failed": 1}
+
+
+def test_too_few_devices(tmp_path):
+    with pytest.raises(AntherError, match="1 of 3 devices are there after 0 s"):
+        run(tmp_path, devices="a", quorum=3, timeout=0.0)
+
+
+def test_fedit_runs_the_same_loop(tmp_path):
+    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b")], perform, cohort=False)
+    state = run_rounds(
+        grid=grid, strategy=strategy(aggregation=FedIT()), state=fresh_state(private=True), rounds=2,
+        checkpoints=tmp_path, on_round=lambda _: None,
+    )  # fmt: skip
+    assert state.best_round == 2
+    assert state.adapter["x"].a.shape == (3, 6)
+
+
+def test_personalise():
+    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b")], perform, cohort=True)
+    request = Personalise(
+        run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
+    )
+    assert personalise(grid=grid, strategy=strategy(), request=request).devices == ("a", "b")

@@ -1,0 +1,274 @@
+"""The page stands on its own, shows every picture, and never says more than it was given."""
+
+import base64
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from server.report import words
+from server.report.charts import LABEL_GAP, Line, line_chart, nice_ticks, spread, whole_ticks
+from server.report.pictures import png
+from server.report.report import DeviceRow, GalleryRow, Report, gain, highlights, render, write
+
+LOSSES = {"base": 0.12, "local": 0.105, "shared": 0.108, "personal": 0.096}
+VOID = {"img", "meta"}
+
+
+def picture(tone: int) -> np.ndarray:
+    pixels = np.full((64, 64), 255, np.uint8)
+    pixels[8:40, 8:40] = tone
+    return pixels
+
+
+def writer(name: str, tone: int) -> GalleryRow:
+    arms = ("real", "base", "local", "shared", "personal")
+    return GalleryRow(
+        name=name,
+        kind="handwriting",
+        given=[picture(tone), picture(tone + 1)],
+        given_captions=["capital letter A", "digit 7"],
+        captions=["lowercase letter g", "capital letter Q"],
+        arms={arm: [picture(tone + 2 + i), picture(tone + 12 + i)] for i, arm in enumerate(arms)},
+    )
+
+
+def report(**changes: Any) -> Report:
+    summary = {
+        "rounds": 3,
+        "clients": 2,
+        "loss": LOSSES,
+        "legibility": {"base": 0.97, "local": 0.93, "shared": 0.96, "personal": 0.95},
+        "style": {"base": 0.05, "local": 0.6, "shared": 0.2, "personal": 0.8},
+        "bytes": {"up": 3_700_000, "down": 3_900_000},
+        "epsilon": None,
+        "seconds": 112.4,
+        "peak_rss_mib": 1320.0,
+        "seed": 5,
+        "config_hash": "3f9ac1d2" * 8,
+    }
+    rounds = [
+        {
+            "round": number,
+            "base": 0.12,
+            "shared": 0.12 - 0.004 * number,
+            "bytes_up": 1_000_000,
+            "bytes_down": 2_000_000,
+            "seconds": 50.0,
+            "joules": 400.0,
+            "epsilon": None,
+            "dropped": 0,
+        }
+        for number in range(4)
+    ]
+    devices = [
+        DeviceRow("Ada <hand>", "pi4_4gb", 8, 12, 61.0, 390.0, 1_850_000, 1_950_000, None, LOSSES),
+        DeviceRow("Bert", "laptop", 8, 12, 8.0, 120.0, 1_850_000, 1_950_000, None, {**LOSSES, "personal": 0.084}),
+    ]
+    full = Report(
+        title="Two devices learned together",
+        command="python -m simulations.run rounds=3 seed=5",
+        config_yaml="rounds: 3\nseed: 5\n",
+        summary=summary,
+        rounds=rounds,
+        devices=devices,
+        gallery=[writer("Ada <hand>", 20), writer("Bert", 60)],
+    )
+    return dataclasses.replace(full, **changes)
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps what a test looks for."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def text_of(html: str) -> str:
+    return " ".join(Page(html).text.split())
+
+
+def test_stands_on_its_own() -> None:
+    html = render(report())
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)|url\(|@import|<script|<link", html)
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_every_picture_is_there_and_named() -> None:
+    page = Page(render(report(devices=[])))
+    shown = {str(image["src"]) for image in page.images}
+    for row in report().gallery:
+        for pixels in [*row.given, *(pixels for pictures in row.arms.values() for pixels in pictures)]:
+            assert png(pixels) in shown
+    assert all(image["alt"] for image in page.images)
+    assert "Bert, shared + personal: capital letter Q" in {image["alt"] for image in page.images}
+
+
+def test_says_what_happened() -> None:
+    text = text_of(render(report()))
+    assert "Two devices learned together" in text
+    assert "Each of 2 devices gave 2 pictures" in text
+    assert "loss falls 20 % below the base's; a device alone gets 12 %" in text
+    assert "No differential privacy" in text
+    assert "estimate" in text
+    assert "python -m simulations.run rounds=3 seed=5" in text
+    assert 'pipe.load_lora_weights("adapters/personal/Ada <hand>.safetensors")' in text
+
+
+def test_a_promise_is_printed_with_unit_delta_and_relation() -> None:
+    summary = report().summary | {
+        "epsilon": {"value": 7.94, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
+    }
+    rounds = [row | {"epsilon": None if row["round"] == 0 else 2.5 * row["round"]} for row in report().rounds]
+    text = text_of(render(report(summary=summary, rounds=rounds)))
+    assert "ε = 7.94 per image, δ = 0.001, add or remove one" in text
+    assert "not a release" in text
+    assert "ε so far" in text
+    assert "No differential privacy" not in text
+
+
+def test_a_loss_that_rose_is_said_to_rise() -> None:
+    summary = report().summary | {"loss": LOSSES | {"personal": 0.132}}
+    assert "loss rises 10 % above the base's" in text_of(render(report(summary=summary)))
+
+
+def test_measured_is_not_called_an_estimate() -> None:
+    assert "estimate" not in text_of(render(report(quality="measured")))
+
+
+def test_dropped_replies_are_counted() -> None:
+    rounds = [row | {"dropped": 1 if row["round"] == 2 else 0} for row in report().rounds]
+    assert "1 reply was dropped" in text_of(render(report(rounds=rounds)))
+
+
+@pytest.mark.parametrize("judged", [{}, None, dict.fromkeys(LOSSES)])
+def test_without_pictures_or_judge(judged: dict[str, None] | None) -> None:
+    summary = report().summary | {"legibility": judged, "style": judged}
+    text = text_of(render(report(summary=summary, gallery=[])))
+    assert "Everybody's pictures" not in text
+    assert "legible" not in text
+    assert "2 devices trained small adapters" in text
+
+
+def test_without_rounds_or_devices() -> None:
+    text = text_of(render(report(rounds=[], devices=[])))
+    assert "Round by round" not in text
+    assert "adapters/personal/NAME.safetensors" in text
+
+
+def test_nobody_measured_validation() -> None:
+    rounds = [row | {"base": None, "shared": None} for row in report().rounds]
+    assert "Bytes so far" in text_of(render(report(rounds=rounds)))
+
+
+def test_colour_pictures_of_ones_own() -> None:
+    colour = np.zeros((40, 60, 3), np.uint8)
+    colour[..., 0] = 200
+    row = GalleryRow("me", "", [colour], ["my cat"], ["my cat in snow"], {"real": [colour], "base": [colour]})
+    page = Page(render(report(gallery=[row])))
+    content = base64.b64decode(str(page.images[0]["src"]).removeprefix("data:image/png;base64,"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), colour)
+
+
+def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write(report(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(report())
+    with pytest.raises(KeyError):
+        write(report(summary={}), tmp_path / "other.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_highlights_are_those_that_gained_most() -> None:
+    assert [row.name for row in highlights(report().gallery, report().devices)] == ["Bert", "Ada <hand>"]
+    assert gain(LOSSES, "personal") == pytest.approx(0.2)
+    assert gain({"base": 0.0, "shared": 0.1}, "shared") is None
+    assert gain(LOSSES, "real") is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 37.2, [0, 10, 20, 30, 40]), (0.1048, 0.1163, [0.1, 0.105, 0.11, 0.115, 0.12])],
+)
+def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]) -> None:
+    assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0.2, 0.2), (-1, -1), (-3e3, 5e9), (1e-9, 2e-9)])
+def test_ticks_of_any_range_rise_and_enclose(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert ticks == sorted(set(ticks))
+    assert ticks[0] <= low <= high <= ticks[-1]
+
+
+def test_round_ticks_are_thinned_out() -> None:
+    assert whole_ticks(1, 6) == [1, 2, 3, 4, 5, 6]
+    assert whole_ticks(0, 100) == [0, 13, 26, 39, 52, 65, 78, 91]
+
+
+def test_labels_at_line_ends_keep_apart() -> None:
+    placed = spread([100.0, 50.0, 101.0])
+    assert placed[1] == 50.0
+    assert placed[2] - placed[0] == pytest.approx(LABEL_GAP)
+
+
+def test_chart_of_one_round_and_of_gaps() -> None:
+    one = line_chart([1], [Line("loss", [0.1], "shared")], words.number, from_zero=False, x_label="round")
+    assert "nan" not in one
+    gaps = line_chart([0, 1], [Line("<ε>", [None, 2.0], "ink")], words.number, from_zero=True, x_label="round")
+    assert gaps.count("<circle") == 1
+    assert "&lt;ε&gt;" in gaps
+    assert line_chart([0], [Line("ε", [None], "ink")], words.number, from_zero=True, x_label="round") == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "words_said"),
+    [
+        (words.number(0.089342), "0.0893"),
+        (words.number(1530.4), "1,530"),
+        (words.number(0.0), "0"),
+        (words.number(3.2e-7), "3.20e-07"),
+        (words.number(None), "–"),
+        (words.short(40.0), "40"),
+        (words.short(7.50), "7.5"),
+        (words.percent(0.184), "18 %"),
+        (words.percent(-0.031), "-3.1 %"),
+        (words.percent(float("nan")), "–"),
+        (words.data(999), "999 B"),
+        (words.data(999_900), "1 MB"),
+        (words.data(37_200_000), "37.2 MB"),
+        (words.energy(1400), "1.4 kJ"),
+        (words.energy(12.5), "12.5 J"),
+        (words.duration(8.24), "8.2 s"),
+        (words.duration(59.97), "1 min 0 s"),
+        (words.duration(3 * 3600 + 600), "3 h 10 min"),
+    ],
+)
+def test_words(said: str, words_said: str) -> None:
+    assert said == words_said

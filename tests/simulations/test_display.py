@@ -1,0 +1,185 @@
+"""What a person sees at a terminal that redraws, at one that doesn't, and in a narrow one."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from simulations.display import Display, against_base, bar, gain, results
+
+SUMMARY: dict[str, Any] = {
+    "rounds": 3,
+    "clients": 20,
+    "loss": {"base": 0.12, "local": 0.105, "shared": 0.108, "personal": 0.096},
+    "legibility": {"base": 0.97, "local": 0.93, "shared": 0.96, "personal": 0.95},
+    "style": {"base": None, "local": None, "shared": None, "personal": None},
+    "bytes": {"up": 3_700_000, "down": 3_900_000},
+    "epsilon": None,
+    "seconds": 112.4,
+}
+PATH = "/somewhere/with a long name that would not fit on a line/outputs/2026-01-02/03-04-05/report.html"
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    full = {
+        "round": number,
+        "base": 0.12,
+        "shared": 0.12 - 0.004 * number,
+        "replied": 20,
+        "dropped": 0,
+        "bytes_up": 1_200_000,
+        "bytes_down": 1_300_000,
+        "epsilon": None,
+    }
+    return full | changes
+
+
+def console(**settings: Any) -> Console:
+    return Console(file=io.StringIO(), highlight=False, **({"width": 100} | settings))
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def run(console: Console, *, stop: bool = False, epsilon: float | None = None) -> str:
+    clock = Clock()
+    with Display(3, console=console, clock=clock) as display:
+        display.phase("encoding", total=20)
+        display.advance(20)
+        display.phase("training")
+        display.round({"round": 0, "base": 0.12, "shared": 0.12})
+        for number in (1, 2, 3):
+            clock.now += 10
+            display.round(record(number, epsilon=epsilon))
+        if stop:
+            display.stopped("python -m simulations.run resume=true")
+        else:
+            summary = SUMMARY if epsilon is None else SUMMARY | {"epsilon": PROMISE}
+            display.finish(summary, {"report": PATH})
+    return printed(console)
+
+
+PROMISE = {"value": 7.94, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    lines = run(console()).splitlines()
+    assert lines[:3] == [
+        " 0:00  encoding …",
+        " 0:00  training …",
+        " 0:00  round 0 of 3  loss 0.120   as the base",
+    ]
+    assert lines[3] == (
+        " 0:10  round 1 of 3  loss 0.116   3.3 % below the base    20 devices  1.2 MB up, 1.3 MB down"
+        "  about 20 s of rounds left"
+    )
+    assert "about 10 s of rounds left" in lines[4]
+    assert "left" not in lines[5]
+    assert lines[-1] == f"report: {PATH}"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_the_result_is_a_table() -> None:
+    rows = {line.split("  ")[0].strip(): line.split() for line in run(console()).splitlines()}
+    assert rows["shared + personal"][3:] == ["0.0960", "20", "%", "95", "%"]
+    assert rows["alone"] == ["alone", "0.105", "12", "%", "93", "%"]
+    assert rows["base"] == ["base", "0.120", "97", "%"]
+    assert "style" not in rows["unseen pictures"], "nobody judged it"
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "dumb", "NO_COLOR": "1"}])
+def test_a_dumb_terminal_gets_plain_lines(environment: dict[str, str]) -> None:
+    output = run(console(force_terminal=True, _environ=environment))
+    assert "\x1b[2K" not in output
+    assert "round 3 of 3" in output
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_live_on_a_terminal_of_any_width(width: int) -> None:
+    output = run(console(force_terminal=True, width=width, _environ={"TERM": "xterm-256color"}), epsilon=2.5)
+    assert "\x1b[" in output
+    assert "round 1 of 3" in output
+    assert PATH in output, "a path is never wrapped"
+    assert "ε = 7.94 per image, δ = 0.001, add or remove one; simulated noise, so not a release" in output
+    if width == 200:
+        assert "20 devices" in output
+        assert "ε 2.50" in output
+
+
+def test_no_colour_where_none_is_wanted() -> None:
+    output = run(console(force_terminal=True, _environ={"TERM": "xterm", "NO_COLOR": "1"}))
+    assert "\x1b[33m" not in output
+    assert "\x1b[36m" not in output
+
+
+def test_status_shows_phase_progress_and_time_left() -> None:
+    clock, screen = Clock(), console(force_terminal=True, _environ={"TERM": "xterm"})
+    display = Display(3, console=screen, clock=clock)
+    display.phase("drawing", total=8)
+    display.advance(6)
+    assert display._status().plain == " 0:00  drawing █████████░░░ 6/8"
+    display.phase("training")
+    clock.now += 30
+    display.round(record(1))
+    clock.now += 5
+    assert display._status().plain == " 0:35  round 2 of 3  training …  about 55 s of rounds left"
+
+
+def test_rounds_before_a_resumption_count_for_nothing_in_the_time_left() -> None:
+    clock, screen = Clock(), console()
+    display = Display(3, console=screen, clock=clock)
+    for number in (0, 1):
+        display.round(record(number))
+    clock.now += 500
+    display.phase("training")
+    clock.now += 7
+    display.round(record(2))
+    assert "about 7 s of rounds left" in printed(screen)
+    assert printed(screen).count("left") == 1
+
+
+def test_stopped_says_where_and_how_to_go_on() -> None:
+    lines = run(console(), stop=True).splitlines()
+    assert lines[-2:] == ["Stopped after round 3 of 3. To continue:", "  python -m simulations.run resume=true"]
+    screen = console()
+    Display(3, console=screen).stopped("again")
+    assert "Stopped before the first round." in printed(screen)
+
+
+def test_dropped_replies_and_missing_losses_are_said() -> None:
+    screen = console(width=200)
+    with Display(3, console=screen) as display:
+        display.round(record(1, dropped=2, base=None, shared=None))
+    assert "loss –" in printed(screen)
+    assert "not measured" in printed(screen)
+    assert "20 devices (2 dropped)" in printed(screen)
+
+
+def test_narrow_results_keep_loss_and_gain() -> None:
+    screen = console(width=40)
+    screen.print(results(SUMMARY, 40))
+    assert "…" not in printed(screen)
+    assert "legibility" not in printed(screen)
+
+
+def test_words() -> None:
+    assert against_base(0.123) == "12 % below the base"
+    assert against_base(-0.02) == "2.0 % above the base"
+    assert gain(0.1, 0.05) == 0.5
+    assert bar(0.5, 4) == "██░░"
+    assert bar(0.3125, 4) == "█▎░░"
+    assert bar(-1.0, 4) == "░░░░"
+    assert bar(9.0, 4) == "████"

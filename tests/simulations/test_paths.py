@@ -1,0 +1,141 @@
+"""The same request gives the same reply on every path: Flower's ClientApp, and the in-process grid in both its ways."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from PIL import Image
+
+from client.app import app
+from client.device import from_config
+from models.adapter import initial, to_tensors
+from protocol import records
+from protocol.codec import encode
+from protocol.messages import Evaluate, ExamplePrivacy, Personalise, Query, Train, TrainingPlan
+from simulations.grid import InProcessGrid
+from tests.tiny import ATTENTION
+from training.engine import perform
+
+PRIVACY = ExamplePrivacy(noise_multiplier=2.0, clip=0.1, sampling_rate=0.5, draws=2, delta=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads of two busy cores wait for each other longer than so small a network takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two owners with six pictures each."""
+    root = tmp_path_factory.mktemp("owners")
+    random = np.random.default_rng(0)
+    for owner in "ab":
+        (root / owner).mkdir()
+        lines = []
+        for k in range(6):
+            Image.fromarray(random.integers(0, 256, (16, 16), dtype=np.uint8)).save(root / owner / f"{k}.png")
+            lines.append(json.dumps({"file_name": f"{k}.png", "text": f"{owner} {k}"}))
+        (root / owner / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def requests(base):
+    adapter = encode(to_tensors(initial(base.sites, 4, seed=0)))
+    plan = TrainingPlan(run="r", round=1, base=base.hash, rank=2, steps=2, batch_size=2, learning_rate=1e-2)
+    return [
+        Query(),
+        Train(plan=plan, adapter=adapter),
+        Evaluate(run="r", round=1, adapter=adapter),
+        Personalise(
+            run="r", round=2, adapter=adapter, rank=2, steps=2, batch_size=2, learning_rate=1e-2, look_every=1,
+            patience=1,
+        ),
+        Train(plan=replace(plan, run="private", round=3, privacy=PRIVACY), adapter=adapter),
+    ]  # fmt: skip
+
+
+def node_config(pictures, folder, owner):
+    """A test device: the private request comes last, so the stores of all paths have shared the same before."""
+    private = {"data": str(pictures / owner), "name": owner, "store": str(folder / owner), "test": True}
+    return private | {"partition-id": 0}
+
+
+def by_grid(base, pictures, folder, cohort):
+    replies = []
+    work = partial(perform, base, micro_batch=4, timesteps=2)
+    for request in requests(base):
+        if isinstance(request, Train) and request.plan.privacy:
+            shutil.rmtree(folder)  # what was shared without noise can't be followed by an ε
+        devices = [
+            from_config(node_config(pictures, folder, owner), base=base.hash, sites=base.sites) for owner in "ab"
+        ]
+        grid = InProcessGrid(devices, work, cohort=cohort)
+        messages = [
+            Message(records.request_to_records(request), node, records.message_type(request)) for node in (1, 2)
+        ]
+        replies += grid.send_and_receive(messages)
+    return replies
+
+
+def by_app(base, pictures, folder, pipeline_folder):
+    replies = []
+    overrides = f"base.path={pipeline_folder} 'adapter.sites=\"{ATTENTION}\"' grid.micro_batch=4 evaluation.timesteps=2"
+    for request in requests(base):
+        if isinstance(request, Train) and request.plan.privacy:
+            shutil.rmtree(folder)
+        for node, owner in enumerate("ab", start=1):
+            message = Message(records.request_to_records(request), node, records.message_type(request))
+            config = node_config(pictures, folder, owner) | {"device": "cpu"}
+            context = Context(1, node, config, RecordDict(), {"overrides": overrides})
+            replies.append(app(message, context))
+    return replies
+
+
+def read(message):
+    assert message.has_content(), message.error
+    return records.reply_from_records(message.metadata.message_type, message.content)
+
+
+def near(one, other):
+    """Equal, but for the rounding of sums that are taken in another order."""
+    assert type(one) is type(other)
+    for name, value in vars(one).items():
+        wanted = vars(other)[name]
+        if isinstance(value, bytes):
+            header = int.from_bytes(value[:8], "little") + 8
+            assert value[:header] == wanted[:header]
+            values, wanteds = (np.frombuffer(data[header:], np.float32) for data in (value, wanted))
+            assert np.allclose(values, wanteds, atol=1e-5)
+        elif isinstance(value, float):
+            assert value == pytest.approx(wanted, rel=1e-4)
+        else:
+            assert value == wanted
+
+
+def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path):
+    serial = by_grid(base, pictures, tmp_path / "serial", cohort=False)
+    assert len(serial) == 10
+    cohort = by_grid(base, pictures, tmp_path / "cohort", cohort=True)
+    flower = by_app(base, pictures, tmp_path / "flower", pipeline_folder)
+    for one, two, three in zip(serial, cohort, flower, strict=True):
+        near(read(one), read(two))
+        near(read(one), read(three))
+
+
+def test_an_error_tells_the_server_nothing_of_the_device(pictures, tmp_path, pipeline_folder):
+    InProcessGrid([], lambda _: [], cohort=True)  # so that messages can be made
+    message = Message(records.request_to_records(Query()), 1, "query")
+    node = node_config(pictures, tmp_path, "secret") | {"test": "perhaps", "device": "cpu"}
+    reply = app(message, Context(1, 1, node, RecordDict(), {"overrides": f"base.path={pipeline_folder}"}))
+    assert reply.error.code == 2
+    assert "secret" not in reply.error.reason
+    assert reply.error.reason == "AntherError, see the device's own log"

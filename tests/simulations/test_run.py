@@ -1,0 +1,249 @@
+"""The whole path on a tiny base, as a person runs it: a process, its exit code, its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = [
+    "data.writers=3", "data.test=3", "data.validation=2", "rounds=3", "adapter.shared.steps=2", "adapter.shared.rank=4",
+    "adapter.personal.steps=4", "adapter.personal.rank=2", "adapter.look_every=2", "evaluation.timesteps=2",
+    "evaluation.gallery=2", "evaluation.steps=2", "base.device=cpu",
+]  # fmt: skip
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {**os.environ, "ANTHER_HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
+
+
+def command(base: Path, folder: Path, *overrides: str) -> list[str]:
+    run = [sys.executable, "-m", "simulations.run", f"base.path={base}", *TINY, *overrides]
+    return [*run, f"hydra.run.dir={folder}"]
+
+
+def run(base: Path, folder: Path, environment: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(base, folder, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def numbers(folder: Path) -> tuple[dict[str, object], list[dict[str, object]], object]:
+    """Everything that a run came to, but for how long it took."""
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in [summary, *metrics]:
+        for key in ("seconds", "peak_rss_mib"):
+            line.pop(key, None)
+    return summary, metrics, json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(
+    pipeline_folder: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run(pipeline_folder, folder, environment)
+
+
+def test_a_run_leaves_what_it_promises(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["rounds"], summary["clients"], summary["seed"], summary["epsilon"]) == (3, 3, 0, None)
+    for key in ("loss", "legibility", "style"):
+        assert list(summary[key]) == ["base", "local", "shared", "personal"]
+        assert all(value >= 0 for value in summary[key].values())
+    assert summary["bytes"]["up"] > 0
+    assert summary["bytes"]["down"] > 0
+    assert summary["peak_rss_mib"] > 100
+    assert len(summary["config_hash"]) == 64
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    assert len(list((folder / "adapters" / "personal").iterdir())) == 3
+    assert list((folder / "tensorboard").glob("events*"))
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "https://" not in page
+    assert "round 3 of 3" in done.stdout
+
+
+def test_a_personal_adapter_loads_in_diffusers(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], pipeline_folder: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    file = next((finished[0] / "adapters" / "personal").iterdir())
+    pipe.load_lora_weights(file)
+    assert pipe.get_active_adapters()
+
+
+def test_the_same_seed_gives_the_same_numbers(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    pipeline_folder: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    assert run(pipeline_folder, tmp_path / "again", environment).returncode == 0
+    assert numbers(tmp_path / "again") == numbers(finished[0])
+
+
+@pytest.mark.parametrize("moment", ["round 1 of 3", "personalising", "alone"])
+def test_killed_and_resumed_it_comes_to_the_same(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    pipeline_folder: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+    moment: str,
+) -> None:
+    folder = tmp_path / "killed"
+    with subprocess.Popen(
+        command(pipeline_folder, folder), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if moment in line:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not (folder / "summary.json").exists()
+    assert run(pipeline_folder, folder, environment, "resume=true").returncode == 0
+    assert numbers(folder) == numbers(finished[0])
+
+
+def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command(pipeline_folder, tmp_path / "run", "rounds=50"),
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        for line in process.stdout:
+            if "round 1 of" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest, errors = process.communicate()
+    assert process.returncode == 130
+    assert "resume=true" in rest
+    assert "Traceback" not in errors
+
+
+class TestRefused:
+    """One clear line, an exit code, and nothing written over."""
+
+    def refuse(self, done: subprocess.CompletedProcess[str], *words: str) -> None:
+        assert done.returncode == 2, done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        assert len(lines) == 1, done.stderr
+        assert all(word in lines[0] for word in words), lines[0]
+
+    def test_a_folder_that_holds_something(
+        self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "thesis.tex").write_text("mine")
+        self.refuse(run(pipeline_folder, tmp_path, environment), "already holds files", "hydra.run.dir")
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_another_run(
+        self,
+        finished: tuple[Path, subprocess.CompletedProcess[str]],
+        pipeline_folder: Path,
+        environment: dict[str, str],
+        tmp_path: Path,
+    ) -> None:
+        folder = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.refuse(
+            run(pipeline_folder, folder, environment, "seed=1", "resume=true"), "different run", "seed was 0, now 1"
+        )
+        self.refuse(run(pipeline_folder, folder, environment), "already holds a run", "resume=true")
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def test_nothing_to_resume(self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+        self.refuse(run(pipeline_folder, tmp_path / "new", environment, "resume=true"), "no run to resume")
+
+    def test_a_truncated_checkpoint(
+        self,
+        finished: tuple[Path, subprocess.CompletedProcess[str]],
+        pipeline_folder: Path,
+        environment: dict[str, str],
+        tmp_path: Path,
+    ) -> None:
+        folder = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+        (folder / "summary.json").unlink()
+        adapter = folder / "checkpoints" / "round-000003" / "adapter.safetensors"
+        adapter.write_bytes(adapter.read_bytes()[:-1])
+        self.refuse(run(pipeline_folder, folder, environment, "resume=true"), "round-000003", "delete")
+
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("ronds=3", ("ronds", "rounds")),
+            ("adapter.shared.rank=0", ("adapter.shared.rank=0",)),
+            ("base.path=/nowhere", ("/nowhere", "no such folder")),
+            ("data.pictures=[/nowhere]", ("/nowhere", "no such folder")),
+            ("strategy.max_rank=2", ("strategy.max_rank=2",)),
+        ],
+    )
+    def test_bad_settings(
+        self, pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, override: str, words: tuple[str, ...]
+    ) -> None:
+        self.refuse(run(pipeline_folder, tmp_path / "new", environment, override), *words)
+        assert not (tmp_path / "new" / "run.json").exists()
+
+
+def own_pictures(folder: Path, count: int = 6) -> Path:
+    """A folder in the imagefolder convention."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 255, (30, 40, 3), np.uint8)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"my picture {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_folder_of_ones_own_takes_the_place_of_a_writer(
+    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    mine = own_pictures(tmp_path / "My cat!")
+    done = run(pipeline_folder, tmp_path / "run", environment, f"data.pictures=['{mine}']")
+    assert done.returncode == 0, done.stderr
+    people = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert len(people) == 3
+    (own,) = [person for person in people if person["kind"] == "own"]
+    assert own["name"] == "my-cat"
+    assert own["personal"]["legibility"] is None
+    assert (tmp_path / "run" / "adapters" / "personal" / "my-cat.safetensors").exists()
+
+
+def test_private_training_reports_what_it_promises(
+    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = run(pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 3.9 < summary["epsilon"].pop("value") <= 4
+    assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
+    assert summary["best_round"] == 3  # fixed beforehand: choosing would look at the pictures
+
+
+def test_serial_and_cohort_come_to_the_same(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    pipeline_folder: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    assert run(pipeline_folder, tmp_path / "run", environment, "grid=serial").returncode == 0
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished[0], tmp_path / "run"))
+    for arm, loss in one["loss"].items():
+        assert two["loss"][arm] == pytest.approx(loss, rel=1e-4)

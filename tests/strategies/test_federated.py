@@ -1,0 +1,248 @@
+"""The strategy against devices that misbehave in every way that we know of."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message
+
+from models.adapter import from_tensors, initial, rank, shapes, to_tensors
+from protocol import records
+from protocol.codec import decode, encode
+from protocol.messages import ExamplePrivacy, Personalise
+from simulations.grid import InProcessGrid
+from strategies.aggregation.fedit import FedIT
+from strategies.planning import Limits
+from strategies.selection.sample import Sample
+from tests.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
+
+PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch):
+    monkeypatch.setattr("simulations.grid.handle", handle)
+
+
+def start():
+    return records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+
+
+def train(federated, devices, *, server_round=1, arrays=None):
+    grid = InProcessGrid(devices, perform, cohort=True)
+    messages = federated.configure_train(server_round, arrays or start(), ConfigRecord(), grid)
+    arrays, _ = federated.aggregate_train(server_round, grid.send_and_receive(messages))
+    return None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), shapes(SITES, -1)))
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for site in one for a, b in zip(one[site], other[site], strict=True))
+
+
+def with_tensors(change):
+    """Misbehaviour: the same update with other tensors."""
+
+    def misbehave(reply):
+        tensors = decode(reply.adapter, shapes(SITES, reply.rank))
+        return replace(reply, adapter=encode(change(tensors)))
+
+    return misbehave
+
+
+def filled(value):
+    return with_tensors(lambda tensors: {name: torch.full_like(tensor, value) for name, tensor in tensors.items()})
+
+
+def other_rank(reply):
+    return replace(reply, rank=2, adapter=encode(to_tensors(initial(SITES, 2, seed=0))))
+
+
+def raises(_reply):
+    raise RuntimeError("battery empty")
+
+
+MISBEHAVIOURS = {
+    "failed": [raises],
+    "impostor": [lambda reply: replace(reply, device="b")],
+    "stale": [lambda reply: replace(reply, round=7), lambda reply: replace(reply, run="other")],
+    "rank": [other_rank],
+    "codec": [
+        filled(float("nan")),
+        filled(float("inf")),
+        with_tensors(lambda tensors: tensors | {"extra": torch.zeros(1)}),
+        with_tensors(lambda tensors: {name.replace("x.", "z."): tensor for name, tensor in tensors.items()}),
+        lambda reply: replace(reply, adapter=reply.adapter[:-1]),
+        lambda reply: replace(reply, adapter=b""),
+    ],
+    "norm": [filled(1e6)],
+    "malformed": [lambda reply: replace(reply, joules=-1.0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "misbehave"), [(reason, one) for reason, many in MISBEHAVIOURS.items() for one in many]
+)
+def test_a_bad_reply_is_dropped_and_counted(reason, misbehave):
+    good = [FakeDevice("b"), FakeDevice("c")]
+    federated = strategy()
+    found = train(federated, [FakeDevice("a", misbehave=misbehave), *good])
+    assert federated.trained.dropped == {reason: 1}
+    assert (federated.trained.asked, federated.trained.replied) == (3, 2)
+    assert same(found, train(strategy(), good))  # as if it had never been there
+
+
+def test_nobody_good_keeps_the_adapter():
+    federated = strategy()
+    assert train(federated, [FakeDevice("a", misbehave=filled(float("nan")))]) is None
+    facts = federated.trained
+    assert (facts.replied, facts.dropped, facts.loss, facts.bytes_up, facts.diagnostics) == (
+        0,
+        {"codec": 1},
+        None,
+        0,
+        {},
+    )
+
+
+def test_facts_of_a_good_round():
+    federated = strategy()
+    train(federated, [FakeDevice("a"), FakeDevice("bbb")])
+    facts = federated.trained
+    size = len(encode(to_tensors(initial(SITES, 3, seed=0))))
+    assert (facts.asked, facts.replied, facts.dropped) == (2, 2, {})
+    assert (facts.bytes_down, facts.bytes_up) == (2 * size, 2 * size)
+    assert (facts.seconds, facts.joules, facts.loss, facts.epsilon) == (3.0, 4.0, 0.5, None)
+    assert facts.diagnostics["energy"] == pytest.approx(1.0)
+
+
+def test_simulated_noise_is_no_release():
+    private = replace(PLAN, privacy=PRIVACY)
+    federated = strategy(plan=private)
+    assert train(federated, [FakeDevice("a")]) is None
+    assert federated.trained.dropped == {"not a release": 1}
+    tolerant = strategy(plan=private, accept_simulated=True)
+    assert train(tolerant, [FakeDevice("a")]) is not None
+    assert (tolerant.trained.loss, tolerant.trained.epsilon) == (None, 1.5)
+
+
+def test_unsolicited_repeated_and_late_replies():
+    federated = strategy()
+    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b"), FakeDevice("c")], perform, cohort=True)
+    messages = list(federated.configure_train(1, start(), ConfigRecord(), grid))
+    a, b, _ = grid.send_and_receive(messages)
+    stranger = Message(b.content, reply_to=Message(b.content, 99, "train"))
+    federated.aggregate_train(1, [a, a, stranger])
+    assert federated.trained.dropped == {"not asked": 2}
+    assert federated.trained.replied == 1
+    list(federated.configure_train(1, start(), ConfigRecord(), grid))
+    federated.aggregate_train(1, [a])
+    assert federated.trained.dropped == {"no reply": 2}
+
+
+def test_errors_of_the_network_are_told_apart():
+    federated = strategy()
+    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b")], perform, cohort=True)
+    messages = list(federated.configure_train(1, start(), ConfigRecord(), grid))
+    federated.aggregate_train(
+        1, [Message(Error(5, "away"), reply_to=messages[0]), Message(Error(8), reply_to=messages[1])]
+    )
+    assert federated.trained.dropped == {"unreachable": 1, "failed": 1}
+
+
+def test_the_order_of_replies_and_nodes_does_not_matter():
+    devices = [FakeDevice(name) for name in "abcd"]
+    federated, grid = strategy(), InProcessGrid(devices, perform, cohort=True)
+    replies = list(grid.send_and_receive(federated.configure_train(1, start(), ConfigRecord(), grid)))
+    found, _ = federated.aggregate_train(1, replies[::-1])
+    assert same(from_tensors(decode(records.adapter_from_record(found), shapes(SITES, -1))), train(strategy(), devices))
+
+
+def test_metered_devices_train_fewer_directions():
+    metered = FakeDevice("m", report=replace(REPORT, device="m", metered=True))
+    federated = strategy(limits=Limits(metered_rank=1))
+    adapter = train(federated, [FakeDevice("a"), metered])
+    assert federated.trained.replied == 2
+    assert rank(adapter) >= 3
+    with pytest.raises(ValueError, match="metered_rank"):
+        strategy(aggregation=FedIT(), limits=Limits(metered_rank=1))
+
+
+def test_devices_are_queried_once_and_unfit_ones_never_asked():
+    class Changing(InProcessGrid):
+        away: int | None = None
+
+        def get_node_ids(self):
+            return [node for node in super().get_node_ids() if node != self.away]
+
+    devices = [
+        FakeDevice("a"),
+        FakeDevice("b", report=replace(REPORT, device="b", base="another")),
+        FakeDevice("c", report=replace(REPORT, device="a")),  # the name is taken
+        FakeDevice("d", report=replace(REPORT, device="d", uplink_mbps=0.0)),
+    ]
+    federated, grid = strategy(), Changing(devices, perform, cohort=True)
+    for _ in range(2):
+        assert {report.device for report in federated.query(grid).values()} == {"a"}
+    assert [device.heard for device in devices] == [["Query"]] * 4
+    grid.away = 1  # back as node 3, say: its name is free again
+    assert list(federated.query(grid)) == [3]
+    grid.away = None
+    assert list(federated.query(grid)) == [3]
+
+
+def test_a_sample_is_asked():
+    devices = [FakeDevice(name) for name in "abcdef"]
+    federated = strategy(selection=Sample(size=2, seed=0))
+    train(federated, devices)
+    assert federated.trained.asked == 2
+    assert sum("Train" in device.heard for device in devices) == 2
+
+
+def test_evaluation():
+    federated = strategy()
+
+    def stale(reply):
+        return replace(reply, round=9)
+
+    devices = [FakeDevice("a"), FakeDevice("b"), FakeDevice("c", misbehave=stale)]
+    grid = InProcessGrid(devices, perform, cohort=True)
+    metrics = federated.aggregate_evaluate(
+        1, grid.send_and_receive(federated.configure_evaluate(1, start(), ConfigRecord(), grid))
+    )
+    assert dict(metrics) == {"base": 1.0, "shared": 0.5}
+    validation = federated.validation
+    assert (validation.devices, validation.dropped) == ({"a": 0.5, "b": 0.5}, {"stale": 1})
+    assert federated.aggregate_evaluate(1, []) is None
+    assert federated.validation.shared is None
+
+
+def test_personalisation():
+    federated = strategy()
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=raises)]
+    grid = InProcessGrid(devices, perform, cohort=True)
+    request = Personalise(
+        run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
+    )
+    facts = federated.aggregate_personalise(grid.send_and_receive(federated.configure_personalise(request, grid)))
+    assert (facts.asked, facts.devices, facts.dropped, facts.seconds, facts.joules) == (
+        2,
+        ("a",),
+        {"failed": 1},
+        3.0,
+        4.0,
+    )
+
+
+def test_flowers_own_loop_runs_it():
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=filled(float("nan")))]
+    grid = InProcessGrid(devices, perform, cohort=True)
+    result = strategy().start(grid, start(), num_rounds=2)
+    adapter = from_tensors(decode(records.adapter_from_record(result.arrays), shapes(SITES, -1)))
+    assert rank(adapter) >= 3
+    assert result.evaluate_metrics_clientapp[2]["shared"] == pytest.approx(1 / 3)
+
+
+def test_arrays_of_another_kind_are_refused():
+    grid = InProcessGrid([FakeDevice("a")], perform, cohort=True)
+    with pytest.raises(Exception, match="one safetensors entry"):
+        strategy().configure_train(1, ArrayRecord(), ConfigRecord(), grid)

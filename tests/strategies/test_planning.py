@@ -1,0 +1,72 @@
+"""Plans fit the device."""
+
+from dataclasses import replace
+
+import pytest
+
+from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
+from strategies.planning import Limits, plan_for
+from strategies.selection.everyone import Everyone
+from strategies.selection.sample import Sample
+
+REPORT = DeviceReport(
+    device="a", base="b", profile="p", memory_gib=4.0, examples_per_second=2.0, watts=5.0, uplink_mbps=8.0,
+    downlink_mbps=80.0,
+)  # fmt: skip
+FULL = TrainingPlan(run="r", round=1, base="b", rank=8, steps=10, batch_size=4, learning_rate=1e-3)
+
+
+def plan(report=REPORT, full=FULL, **limits):
+    return plan_for(report, full, Limits(**limits), download=10_000_000, upload_per_rank=125_000)
+
+
+def test_without_limits_the_full_plan():
+    assert plan() == FULL
+
+
+def test_metered_links_carry_fewer_directions():
+    metered = replace(REPORT, metered=True)
+    assert plan(metered, metered_rank=4) == replace(FULL, rank=4)
+    assert plan(metered, metered_rank=16) == FULL
+    assert plan(metered) == FULL
+    assert plan(metered_rank=4) == FULL
+
+
+def test_steps_fit_the_deadline():
+    # 1 s down, 1 s up, 2 s a step: 9 s hold 3 steps
+    assert plan(deadline=9.0).steps == 3
+    assert plan(deadline=100.0).steps == 10
+    assert plan(replace(REPORT, metered=True), metered_rank=4, deadline=9.6).steps == 4  # half a second up
+
+
+def test_at_least_one_step():
+    assert plan(deadline=0.1).steps == 1
+
+
+def test_draws_take_their_time():
+    private = replace(FULL, privacy=ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=3, delta=0.1))
+    assert plan(full=private, deadline=14.5).steps == 2
+
+
+def test_everyone_is_sorted():
+    assert Everyone().select({"b", "a"}, round=1) == ["a", "b"]
+
+
+def test_a_sample_depends_on_names_round_and_seed_only():
+    names = [f"d{i}" for i in range(20)]
+    first = Sample(size=5, seed=1).select(names, round=3)
+    assert first == sorted(set(first))
+    assert len(first) == 5
+    assert set(first) <= set(names)
+    assert Sample(size=5, seed=1).select(names[::-1], round=3) == first
+    others = [Sample(size=5, seed=1).select(names, round=r) for r in range(20)]
+    assert len({tuple(o) for o in others}) > 10
+    assert {name for o in others for name in o} == set(names)
+    assert Sample(size=5, seed=2).select(names, round=3) != first
+
+
+def test_a_sample_of_fewer_devices_is_everyone():
+    assert Sample(size=5, seed=1).select(["b", "a"], round=1) == ["a", "b"]
+    assert Sample(size=5, seed=1).select([], round=1) == []
+    with pytest.raises(ValueError, match="size"):
+        Sample(size=0, seed=1)

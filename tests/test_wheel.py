@@ -1,0 +1,86 @@
+"""What is packed: the wheel holds the rooms and nothing of a dependency; the App Bundle what a device needs."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distributions
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "client",
+    "conf",
+    "models",
+    "privacy",
+    "protocol",
+    "server",
+    "simulations",
+    "strategies",
+    "training",
+    "typefaces",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of all files of a freshly built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = folder.glob("anther-*.whl")
+    return zipfile.ZipFile(file).namelist()
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_wheel_holds_the_rooms_and_nothing_else(wheel: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == ROOMS
+    assert sum(name.endswith(".dist-info/licenses/LICENSE") for name in wheel) == 1
+
+
+def test_wheel_holds_every_file_that_the_code_reads(wheel: list[str]) -> None:
+    wanted = [
+        path.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and path.suffix in {".py", ".yaml", ".html", ".json", ".parquet", ".safetensors", ".txt"}
+    ]
+    assert len(wanted) > 60
+    assert sorted(set(wanted) - set(wheel)) == []
+
+
+def test_wheel_owns_no_path_of_a_dependency(wheel: list[str]) -> None:
+    ours = {name for name in wheel if ".dist-info/" not in name}
+    others = {found.metadata["Name"]: found for found in distributions()}
+    owned = {
+        str(file): name for name, found in others.items() if canonical(name) != "anther" for file in found.files or []
+    }
+    assert len(owned) > 1000, "no dependency is installed here"
+    assert {name: owned[name] for name in ours & set(owned)} == {}
+    # A module of theirs under the name of a room would shadow it, or be shadowed.
+    tops = {path.split("/")[0].removesuffix(".py"): name for path, name in owned.items()}
+    assert {room: tops[room] for room in ROOMS & set(tops)} == {}
+
+
+def test_app_bundle_holds_what_a_device_needs() -> None:
+    build = pytest.importorskip("flwr.cli.build")
+    tops = [path for path in ROOT.iterdir() if path.name not in {".git", ".venv", "outputs", "multirun"}]
+    files = {
+        path.relative_to(ROOT).as_posix(): path
+        for path in [*tops, *(inner for top in tops for inner in top.rglob("*"))]
+        if path.is_file()
+    }
+    bundle, _ = build.build_fab_from_files(files)
+    names = zipfile.ZipFile(BytesIO(bundle)).namelist()
+    for needed in ("client/app.py", "server/app.py", "conf/simulate.yaml", "conf/fleet/mixed.yaml", "pyproject.toml"):
+        assert needed in names
+    assert {name.split("/")[0] for name in names if "/" in name} <= ROOMS - {"simulations", "typefaces"} | {".info"}
+    assert len(bundle) < 1_000_000

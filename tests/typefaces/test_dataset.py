@@ -1,0 +1,192 @@
+"""The shipped file keeps what the data card promises."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from typefaces import dataset
+from typefaces.making import table
+from typefaces.making.order import CLASSES, order
+from typefaces.making.render import png
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Every family as stored, pictures undecoded."""
+    return pq.read_table(dataset.FILE).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def writers(rows):
+    return [row for row in rows if row["role"] != "public"]
+
+
+@pytest.fixture(scope="module")
+def development():
+    return dataset.load("development")
+
+
+def test_the_file_is_compact_and_large_enough(rows):
+    assert dataset.FILE.stat().st_size <= 12_000_000
+    roles = Counter(row["role"] for row in rows)
+    designs = {role: len({row["design"] for row in rows if row["role"] == role}) for role in dataset.ROLES}
+    assert sum(designs.values()) >= 450
+    assert designs["public"] >= 150
+    assert roles["development"] == designs["development"] == 20
+    assert roles["test"] == designs["test"] >= 200
+    assert set(roles) == set(dataset.ROLES)
+
+
+def test_no_design_is_in_two_roles_nor_twice_among_writers(rows, writers):
+    roles = defaultdict(set)
+    for row in rows:
+        roles[row["design"]].add(row["role"])
+    assert all(len(found) == 1 for found in roles.values())
+    assert len({row["design"] for row in writers}) == len(writers)
+
+
+def test_names_are_unique_and_every_family_says_where_it_comes_from(rows):
+    assert len({row["name"] for row in rows}) == len(rows)
+    for row in rows:
+        assert all(row[key].strip() for key in ("name", "kind", "designer", "package", "licence", "design")), row[
+            "name"
+        ]
+
+
+def test_hands_are_writers_and_no_designer_dominates(rows, writers):
+    assert {row["kind"] for row in rows if row["role"] == "public"} == {"text"}
+    assert {row["kind"] for row in writers} == {"hand", "individual"}
+    assert sum(row["kind"] == "hand" for row in writers) >= 60
+    assert max(Counter(row["designer"] for row in writers).values()) <= len(writers) / 5
+
+
+def test_pictures_are_4_bit_png_with_ink_on_paper(rows):
+    for row in rows[::8]:
+        assert len(row["glyphs"]) == len(dataset.GLYPHS)
+        for data in row["glyphs"]:
+            assert data[24] == 4  # bit depth in the PNG header
+            image = dataset.decode(data)
+            assert image.shape == (64, 64)
+            assert not (image % 17).any()
+            assert image.min() < 128 < image.max() == 255
+
+
+def test_every_glyph_of_every_writer_has_ink(writers):
+    for row in writers:
+        for glyph, data in zip(dataset.GLYPHS, row["glyphs"], strict=True):
+            assert dataset.decode(data).min() < 128, f"{row['name']}: {glyph}"
+
+
+def test_png_round_trip():
+    image = (np.random.default_rng(0).integers(0, 16, (64, 64)) * 17).astype(np.uint8)
+    assert np.array_equal(dataset.decode(png(image)), image)
+    with Image.open(io.BytesIO(png(image))) as opened:
+        opened.verify()
+
+
+def test_load_decodes_one_role_sorted_by_name(development):
+    assert [family.name for family in development] == sorted(family.name for family in development)
+    assert {family.role for family in development} == {"development"}
+    assert all(family.images.shape == (62, 64, 64) and family.images.dtype == np.uint8 for family in development)
+
+
+def test_a_baseline_is_shared_by_the_glyphs_of_a_family(development):
+    """Flat-footed capitals end on one row, and capitals stand taller than x: pictures keep case."""
+    family = next(family for family in development if family.name == "Reggae One")
+    ink = {glyph: np.flatnonzero((family.images[i] < 128).any(axis=1)) for i, glyph in enumerate(dataset.GLYPHS)}
+    feet = [ink[glyph][-1] for glyph in "EFHKLMTx"]
+    assert max(feet) - min(feet) <= 2
+    assert ink["x"][0] > ink["X"][0] + 5
+    assert ink["p"][-1] > max(feet) + 5
+
+
+def test_load_refuses_an_unknown_role():
+    with pytest.raises(ValueError, match="must be one of: public, development, test"):
+        dataset.load("train")
+
+
+def test_captions():
+    assert dataset.caption("7") == "digit 7"
+    assert dataset.caption("A") == "capital letter A"
+    assert dataset.caption("a") == "lowercase letter a"
+    assert len({dataset.caption(glyph) for glyph in dataset.GLYPHS}) == len(dataset.GLYPHS) == 62
+    for wrong in ("é", "ab", ""):
+        with pytest.raises(ValueError, match="not one of the glyphs"):
+            dataset.caption(wrong)
+
+
+@pytest.mark.parametrize("train", [1, 5, 20])
+def test_split_is_20_10_32_and_a_prefix(rows, train):
+    for row in rows:
+        split = dataset.split(row["order"], train)
+        assert (len(split.train), len(split.validation), len(split.test)) == (train, 10, 32)
+        assert len({*split.train, *split.validation, *split.test}) == train + 42
+        assert split.train == dataset.split(row["order"], 20).train[:train]
+        assert split.test == dataset.split(row["order"], 20).test
+
+
+@pytest.mark.parametrize("train", [0, 21, -1])
+def test_split_refuses_a_size_outside_the_pool(rows, train):
+    with pytest.raises(ValueError, match="a writer gives 1 to 20 glyphs"):
+        dataset.split(rows[0]["order"], train)
+
+
+def test_split_refuses_what_is_not_a_permutation():
+    with pytest.raises(ValueError, match="permutation"):
+        dataset.split([0] * 62)
+
+
+def test_glyphs_that_look_alike_stay_on_one_side(rows):
+    for row in rows:
+        split = dataset.split(row["order"], 20)
+        for group in CLASSES:
+            members = {dataset.GLYPHS.index(glyph) for glyph in group}
+            assert any(members <= set(side) for side in (split.train, split.validation, split.test)), row["name"]
+
+
+def test_the_five_first_glyphs_are_a_mix(rows):
+    for row in rows:
+        first = [dataset.GLYPHS[i] for i in dataset.split(row["order"]).train]
+        assert sum(map(str.islower, first)) >= 2
+        assert any(map(str.isupper, first))
+        assert all(len(set(group) & set(first)) <= 1 for group in CLASSES)
+
+
+def test_the_order_is_the_one_that_the_name_gives(rows):
+    for row in rows[::20]:
+        assert tuple(row["order"]) == order(row["name"])
+
+
+def test_the_file_holds_what_the_table_lists(rows):
+    listed = {entry.name: entry for entry in table.read()}
+    assert set(listed) == {row["name"] for row in rows}
+    for row in rows:
+        for key in ("role", "kind", "designer", "package", "licence", "design"):
+            assert row[key] == getattr(listed[row["name"]], key), row["name"]
+
+
+def test_the_table_refuses_a_leaked_design():
+    entries = table.read()
+    writer = next(entry for entry in entries if entry.role == "test")
+    with pytest.raises(ValueError, match="two roles"):
+        table.check([*entries, writer._replace(name="Clone", role="public", kind="text")])
+
+
+def test_the_table_refuses_a_dominant_designer():
+    entries = table.read()
+    one = [e._replace(designer="One") if e.role == "test" else e for e in entries]
+    with pytest.raises(ValueError, match="One made"):
+        table.check(one)
+
+
+def test_digest_is_the_file_s(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert dataset.digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert len(dataset.digest()) == 64
