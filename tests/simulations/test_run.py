@@ -124,6 +124,7 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
     with subprocess.Popen(
         command(pipeline_folder, tmp_path / "run", "rounds=50"),
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores it
     ) as process:  # fmt: skip
         assert process.stdout
         for line in process.stdout:

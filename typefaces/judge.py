@@ -1,0 +1,161 @@
+"""The judge: a small network that reads a glyph and embeds its style, and what we conclude from it.
+
+    judge = load()
+    classes = judge.read(images)        # uint8 [N, 64, 64], 0 = ink -> int [N], indices into GLYPHS
+    styles = judge.embed(images)        # -> float32 [N, 128], unit length
+
+*Legibility* asks whether the judge reads a generated glyph as it reads the writer's own real glyph of that
+character, so a hand that the judge cannot read is not held against the generator. *Style match* asks
+whether a generated glyph lies nearer to this writer's real held-out glyphs than to other writers'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conf.errors import AntherError
+from typefaces.dataset import GLYPHS
+
+MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
+FOLDER = Path(__file__).parent / "assets" / "judge"
+WIDTHS = (24, 48, 96, 192)
+STYLE = 128  # dimensions of the style embedding
+BATCH = 256
+
+Images = NDArray[np.uint8]  # [N, 64, 64], 0 = ink, 255 = paper
+Classes = NDArray[np.int64]  # [N], indices into GLYPHS
+Styles = NDArray[np.float32]  # [N, STYLE], unit length
+
+
+class Block(nn.Module):
+    """A residual block: [B, in, H, W] -> [B, out, H/stride, W/stride]."""
+
+    def __init__(self, *, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.first_norm = nn.GroupNorm(8, outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.second_norm = nn.GroupNorm(8, outputs)
+        self.skip = nn.Identity() if stride == 1 and inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.first_norm(self.first(x)))
+        return F.silu(self.skip(x) + self.second_norm(self.second(hidden)))
+
+
+class JudgeNetwork(nn.Module):
+    """[B, 1, 64, 64] in [-1, 1] -> (glyph logits [B, 62], unit style embedding [B, 128])."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, WIDTHS[0], 3, 2, 1)
+        self.stages = nn.ModuleList()
+        inputs = WIDTHS[0]
+        for width in WIDTHS:
+            stride = 1 if width == inputs else 2
+            self.stages.append(
+                nn.Sequential(
+                    Block(inputs=inputs, outputs=width, stride=stride), Block(inputs=width, outputs=width, stride=1)
+                )
+            )
+            inputs = width
+        self.glyph = nn.Sequential(nn.Dropout(0.1), nn.Linear(WIDTHS[-1], len(GLYPHS)))
+        self.style = nn.Linear(sum(WIDTHS[1:]), STYLE)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, pooled = self.stem(images), []
+        for stage in self.stages:
+            hidden = stage(hidden)
+            pooled.append(hidden.mean(dim=(2, 3)))
+        # style shows in strokes as much as in shapes: it looks at three depths
+        return self.glyph(pooled[-1]), F.normalize(self.style(torch.cat(pooled[1:], dim=1)).float(), dim=1)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained network, asked with numpy pictures."""
+
+    network: JudgeNetwork
+
+    def read(self, images: Images) -> Classes:
+        """The character that each picture shows, as indices into GLYPHS."""
+        return self._ask(images, 0).argmax(axis=1).astype(np.int64)
+
+    def embed(self, images: Images) -> Styles:
+        """The style of each picture: unit vectors, near each other for one hand."""
+        return self._ask(images, 1)
+
+    @torch.inference_mode()
+    def _ask(self, images: Images, output: int) -> NDArray[np.float32]:
+        if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (64, 64):
+            raise ValueError(f"images must be uint8 [N, 64, 64], not {images.dtype} {list(images.shape)}")
+        width = (len(GLYPHS), STYLE)[output]
+        answers = [np.zeros((0, width), np.float32)]
+        device = next(self.network.parameters()).device
+        for start in range(0, len(images), BATCH):
+            batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).to(device)
+            answers.append(self.network(batch[:, None].float() / 127.5 - 1)[output].float().cpu().numpy())
+        return np.concatenate(answers)
+
+
+def load(folder: Path | str = FOLDER, device: str = "cpu") -> Judge:
+    """The judge stored in a folder (default: the one that comes with the package), ready in fp32."""
+    folder = Path(folder)
+    network = JudgeNetwork()
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["glyphs"] != GLYPHS:
+            raise AntherError(f"{folder}: this judge reads other characters")
+        network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise AntherError(f"{folder}: no judge here; train one with python -m typefaces.train_judge") from error
+    return Judge(network.to(device).eval().requires_grad_(False))
+
+
+def merge(classes: Sequence[int] | Classes) -> Classes:
+    """Classes with each group of MERGED replaced by its first member."""
+    table = np.arange(len(GLYPHS))
+    for group in MERGED:
+        table[[GLYPHS.index(glyph) for glyph in group]] = GLYPHS.index(group[0])
+    return table[np.asarray(classes, dtype=np.int64)]
+
+
+def legible(generated: Sequence[int] | Classes, real: Sequence[int] | Classes) -> NDArray[np.bool_]:
+    """Whether each generated glyph is read, after merging, as the writer's own real glyph is read.
+
+    Both are readings by the judge, [N], of the same characters in the same order. For a base without a
+    writer, pass the captions' classes as `real`.
+    """
+    if len(generated) != len(real):
+        raise ValueError(f"{len(generated)} generated glyphs, but {len(real)} real readings")
+    return np.asarray(merge(generated) == merge(real))
+
+
+def center(styles: Styles) -> Styles:
+    """The unit vector [D] along the mean of embeddings [M, D]: a writer's style."""
+    mean = styles.mean(axis=0)
+    return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
+
+
+def style_match(generated: Styles, own: Styles, others: Sequence[Styles]) -> float:
+    """How surely generated glyphs belong to their writer: 1 = always nearest, 0.5 = chance.
+
+    For each generated glyph [N, D], the share of the other writers whose center is further (smaller cosine)
+    than the center of the writer's own real held-out glyphs `own` [M, D], a tie counting half; then the mean
+    over glyphs. `others` holds the same kind of real glyphs, [M_k, D], of each other writer.
+    """
+    if not len(generated) or not len(own) or not others:
+        raise ValueError("style_match needs generated glyphs, real glyphs, and at least one other writer")
+    near = generated @ center(own)  # [N]
+    far = generated @ np.stack([center(styles) for styles in others]).T  # [N, K]
+    return float(((far < near[:, None]) + 0.5 * (far == near[:, None])).mean())

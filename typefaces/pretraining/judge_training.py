@@ -1,0 +1,100 @@
+"""How the judge learns, and how it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from typefaces.dataset import GLYPHS, Family
+from typefaces.judge import STYLE, Judge, JudgeNetwork, center, legible, merge, style_match
+from typefaces.pretraining.corpus import Jitter, normalise, vary, warp
+
+STYLES = Jitter(width=0.2, slant=0.35, weight=0.8)  # makes another style of a family, the same for all its glyphs
+PLACES = Jitter(shift=0.06, width=0.05, height=0.08, slant=0.03, weight=0.15)  # where and how large a glyph stands
+BEND = 0.05
+SHARPNESS = 20.0  # inverse temperature of the family logits
+
+
+class JudgeTrainee(nn.Module):
+    """The judge with the head that training alone needs: one unit direction for each style."""
+
+    def __init__(self, *, styles: int) -> None:
+        super().__init__()
+        self.judge = JudgeNetwork()
+        self.directions = nn.Parameter(torch.randn(styles, STYLE))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 1, 64, 64] -> (glyph logits [B, 62], style logits [B, styles])."""
+        glyphs, style = self.judge(images)
+        return glyphs, SHARPNESS * style @ F.normalize(self.directions, dim=1).T
+
+
+def judge_loss(
+    network: Callable[[Tensor], tuple[Tensor, Tensor]],
+    images: Tensor,
+    *,
+    table: Tensor,
+    batch: int,
+    style: float,
+    smoothing: float,
+    generator: Generator,
+) -> Tensor:
+    """Glyph cross-entropy + `style` × cosine-softmax cross-entropy (Wang et al., 2018) of a random batch.
+
+    images uint8 [families × 62, 1, 64, 64]; table [families × styles, 6] holds the variation that makes each
+    style, a family's in consecutive rows.
+    """
+    device = images.device
+    families = len(images) // len(GLYPHS)
+    styles = torch.randint(len(table), (batch,), generator=generator, device=device)
+    glyphs = torch.randint(len(GLYPHS), (batch,), generator=generator, device=device)
+    family = styles // (len(table) // families)
+    pictures = vary(normalise(images[family * len(GLYPHS) + glyphs]), table[styles])
+    pictures = warp(vary(pictures, PLACES.draw(batch, generator)), BEND, generator)
+    read, placed = network(pictures)
+    return F.cross_entropy(read.float(), glyphs, label_smoothing=smoothing) + style * F.cross_entropy(
+        placed.float(), styles
+    )
+
+
+def style_table(families: int, styles: int, generator: Generator) -> Tensor:
+    """Variations [families × styles, 6]; the first style of each family is the family itself."""
+    table = STYLES.draw(families * styles, generator)
+    table[::styles] = 0
+    return table
+
+
+def measure(judge: Judge, families: Sequence[Family]) -> dict[str, float]:
+    """Reading accuracy, and how well the style of unseen families is told apart.
+
+    Each family's even glyphs in its `order` stand for what is known of it, its odd ones are asked about:
+    `retrieval_1` is the share of single glyphs, `retrieval_5` of means of five, that lie nearest to their own
+    family; `style_match` is that of single real glyphs.
+    """
+    truth = np.arange(len(GLYPHS))
+    read = [judge.read(family.images) for family in families]
+    known, asked = [], []
+    for family in families:
+        styles = judge.embed(family.images)
+        order = list(family.order)
+        known.append(styles[order[::2]])
+        asked.append(styles[order[1::2]])
+    centers = np.stack([center(styles) for styles in known])
+    singles, fives, matches = [], [], []
+    for i, styles in enumerate(asked):
+        singles.append((styles @ centers.T).argmax(axis=1) == i)
+        groups = np.stack([center(styles[j : j + 5]) for j in range(0, len(styles) - 4, 5)])
+        fives.append((groups @ centers.T).argmax(axis=1) == i)
+        matches.append(style_match(styles, known[i], known[:i] + known[i + 1 :]))
+    return {
+        "families": len(families),
+        "strict": float(np.mean([r == truth for r in read])),
+        "merged": float(np.mean([legible(r, merge(truth)) for r in read])),
+        "retrieval_1": float(np.mean(singles)),
+        "retrieval_5": float(np.mean(fives)),
+        "style_match": float(np.mean(matches)),
+    }

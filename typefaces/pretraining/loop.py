@@ -1,0 +1,136 @@
+"""One resumable training loop for the three stages: autoencoder, denoiser, judge.
+
+Step n draws everything from a generator seeded by (seed, n), so a run that was interrupted continues exactly
+as it would have gone on. A checkpoint is one safetensors file, whose header holds a little JSON, and replaces
+the one before it atomically.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from conf.errors import AntherError
+from conf.pretraining import Stage
+
+Loss = Callable[[Generator], Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+
+def progress(stage: Stage, step: int, elapsed: float) -> float:
+    """How much of the stage is done, 0 to 1: the larger share of its steps and of its seconds."""
+    by_time = elapsed / stage.seconds if stage.seconds else 0.0
+    return min(1.0, max(step / stage.steps, by_time))
+
+
+def learning_rate(stage: Stage, step: int, done: float) -> float:
+    """Linear warm-up, then half a cosine down to zero (Loshchilov & Hutter, 2017)."""
+    return stage.learning_rate * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def ema_decay(stage: Stage, step: int) -> float:
+    """The averaging rate, small at first: min(decay, (1 + n) / (10 + n))."""
+    return min(stage.ema, (1 + step) / (10 + step))
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> Generator:
+    """The random stream of one step."""
+    return Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+def train(model: M, loss: Loss, *, stage: Stage, name: str, seed: int, folder: Path, resume: bool) -> M:
+    """Train `model` in place by `loss(generator)`; returns a copy with the averaged weights, in eval mode."""
+    file = folder / f"{name}.safetensors"
+    parameters = dict(model.named_parameters())
+    device = next(iter(parameters.values())).device
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=stage.weight_decay, fused=device.type == "cuda"
+    )
+    average = {key: value.detach().clone() for key, value in parameters.items()}
+    step, elapsed = restore(file, parameters, average, optimizer) if resume and file.exists() else (0, 0.0)
+    model.train()
+    began, before = None, elapsed
+    while (done := progress(stage, step, elapsed)) < 1:
+        optimizer.param_groups[0]["lr"] = learning_rate(stage, step, done)
+        with torch.autocast(device.type, torch.bfloat16) if stage.bf16 else nullcontext():
+            value = loss(step_generator(seed, step, device))
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), stage.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(
+            list(average.values()), [p.detach() for p in parameters.values()], 1 - ema_decay(stage, step)
+        )
+        step += 1
+        if began is None:  # the first step compiles: it does not count against the seconds
+            report(name, step, elapsed, value)
+            began = time.perf_counter()
+        elapsed = before + time.perf_counter() - began
+        if step % stage.log_every == 0:
+            report(name, step, elapsed, value)
+        if step % stage.checkpoint_every == 0:
+            save(file, parameters, average, optimizer, step, elapsed)
+    save(file, parameters, average, optimizer, step, elapsed)
+    averaged = copy.deepcopy(model)
+    averaged.load_state_dict(average, strict=False)  # buffers stay
+    averaged.eval().requires_grad_(False)
+    return averaged
+
+
+def report(name: str, step: int, elapsed: float, loss: Tensor) -> None:
+    """One line about a step; waits for the device, and stops a run that has diverged."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise AntherError(f"{name}: the loss is {value} at step {step}; lower {name}.learning_rate")
+    print(f"{name} step {step} {elapsed:.0f} s loss {value:.4f}", flush=True)
+
+
+def save(
+    file: Path,
+    parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    elapsed: float,
+) -> None:
+    """Write weights, averages, optimiser state, step and elapsed seconds."""
+    tensors = {f"model.{key}": value.detach() for key, value in parameters.items()}
+    tensors |= {f"average.{key}": value for key, value in average.items()}
+    for key, parameter in parameters.items():
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"{kind}.{key}"] = value
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, partial, metadata={"progress": json.dumps({"step": step, "elapsed": elapsed})})
+    partial.replace(file)
+
+
+def restore(
+    file: Path, parameters: dict[str, nn.Parameter], average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Load what `save` wrote into the three, in place; returns (step, elapsed seconds)."""
+    try:
+        with safe_open(file, framework="pt") as stored, torch.no_grad():
+            position = json.loads(stored.metadata()["progress"])
+            for key, parameter in parameters.items():
+                parameter.copy_(stored.get_tensor(f"model.{key}"))
+                average[key].copy_(stored.get_tensor(f"average.{key}"))
+                optimizer.state[parameter] = {
+                    kind: stored.get_tensor(f"{kind}.{key}").to(parameter.device)
+                    for kind in ("step", "exp_avg", "exp_avg_sq")
+                }
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise AntherError(f"{file}: no checkpoint of this architecture; start with resume=false") from error
+    return int(position["step"]), float(position["elapsed"])

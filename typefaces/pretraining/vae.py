@@ -1,0 +1,36 @@
+"""The autoencoder's objective, and the scale of its latents."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Generator, Tensor
+
+
+def reparameterise(moments: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """(sample [B, 4, h, w], KL per latent element) of the encoder's moments [B, 8, h, w].
+
+    Kingma & Welling (2014): z = μ + σ ε; KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² - 1 - log σ²) / 2.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30, 20)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    return mean + (0.5 * log_variance).exp() * noise, kl.mean()
+
+
+def reconstruction_loss(restored: Tensor, images: Tensor) -> Tensor:
+    """L1 + L2: the first keeps edges sharp, the second punishes a stroke that is missing."""
+    error = restored.float() - images
+    return error.abs().mean() + error.square().mean()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The posterior means [N, 4, h, w] of images [N, 1, H, W] in [-1, 1], unscaled."""
+    return vae.encode(images).latent_dist.mean
+
+
+def scaling_factor(latents: Tensor) -> float:
+    """1 / std over all elements (Rombach et al., 2022), so that scaled latents have unit variance."""
+    return 1.0 / float(latents.float().std())

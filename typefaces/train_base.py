@@ -1,0 +1,209 @@
+"""Train the glyph base from scratch:  python -m typefaces.train_base
+
+Three stages, each resumable (`resume=true`): an autoencoder on public families; a denoiser together with its
+text encoder on their latents; measurements, on families that neither has seen. Leaves in `output`:
+`glyphs-base/` in StableDiffusionPipeline layout with metrics.json, and sheets of pictures to look at.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Generator, Tensor, nn
+
+from conf.cli import application
+from conf.errors import AntherError
+from conf.pretraining import TrainBase, Training
+from typefaces import dataset
+from typefaces.judge import load as load_judge
+from typefaces.pretraining import architecture, corpus, evaluation
+from typefaces.pretraining.diffusion import denoising_loss, drop_captions
+from typefaces.pretraining.loop import train
+from typefaces.pretraining.vae import encode, reconstruction_loss, reparameterise, scaling_factor
+
+PLACES = corpus.Jitter(shift=0.08, width=0.12, height=0.12, slant=0.3, weight=0.8)  # what the autoencoder sees
+STYLES = corpus.Jitter(width=0.12, slant=0.25, weight=0.7)  # what the denoiser sees: baselines stay
+BEND = 0.03
+
+
+def device_of(config: Training) -> torch.device:
+    """The device that the configuration names."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise AntherError("device=cuda: PyTorch sees no CUDA device; try device=auto")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    return torch.device(name)
+
+
+def families_of(config: Training) -> tuple[list[dataset.Family], list[dataset.Family]]:
+    """The public families: (to train on, held out)."""
+    families = dataset.load("public", Path(config.dataset) if config.dataset else None)
+    training, held = corpus.divide(families, share=config.held_out, seed=config.seed)
+    if not training or not held:
+        raise AntherError(f"held_out={config.held_out} leaves {len(training)} families to train on, {len(held)} out")
+    return training, held
+
+
+def train_vae(config: TrainBase, images: Tensor) -> AutoencoderKL:
+    """The autoencoder, trained on jittered glyphs uint8 [N, 1, 64, 64], its scaling factor measured."""
+    vae = architecture.autoencoder().to(images.device)
+
+    def code(pictures: Tensor) -> Tensor:
+        return vae.quant_conv(vae.encoder(pictures))
+
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decoder(vae.post_quant_conv(latents))
+
+    if config.vae.compile:
+        code, decode = torch.compile(code), torch.compile(decode)
+
+    def loss(generator: Generator) -> Tensor:
+        rows = torch.randint(len(images), (config.vae.batch,), generator=generator, device=images.device)
+        pictures = corpus.vary(corpus.normalise(images[rows]), PLACES.draw(len(rows), generator))
+        latents, kl = reparameterise(code(pictures), generator)
+        return reconstruction_loss(decode(latents), pictures) + config.kl * kl
+
+    return train(
+        vae, loss, stage=config.vae, name="vae", seed=config.seed, folder=checkpoints(config), resume=config.resume
+    )
+
+
+def encode_variants(config: TrainBase, vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Unscaled latents [N, variants, 4, 16, 16]: each glyph itself, then jittered copies."""
+    generator = Generator(images.device).manual_seed(config.seed)
+    variants = []
+    for variant in range(config.variants):
+        parts = []
+        for part in images.split(2048):
+            pictures = corpus.normalise(part)
+            if variant:
+                pictures = corpus.vary(pictures, STYLES.draw(len(part), generator))
+                pictures = corpus.warp(pictures, BEND, generator)
+            parts.append(encode(vae, pictures))
+        variants.append(torch.cat(parts))
+    return torch.stack(variants, dim=1)
+
+
+def captions(device: torch.device) -> Tensor:
+    """Token ids [63, 16] of the captions of all glyphs, and last of the empty caption."""
+    texts = [dataset.caption(glyph) for glyph in dataset.GLYPHS] + [""]
+    tokens = architecture.tokenizer()(
+        texts, padding="max_length", max_length=architecture.TOKENS, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids.to(device)
+
+
+def train_denoiser(config: TrainBase, latents: Tensor) -> nn.ModuleDict:
+    """UNet and text encoder, trained together on scaled latents [N, variants, 4, 16, 16]."""
+    device = latents.device
+    model = nn.ModuleDict({"unet": architecture.unet(), "text_encoder": architecture.text_encoder()}).to(device)
+    tokens, alphas = captions(device), architecture.scheduler().alphas_cumprod.to(device)
+
+    def denoise(noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        return model["unet"](noisy, timesteps, context, return_dict=False)[0]
+
+    if config.diffusion.compile:
+        denoise = torch.compile(denoise)
+
+    def loss(generator: Generator) -> Tensor:
+        shape = (config.diffusion.batch,)
+        rows = torch.randint(len(latents), shape, generator=generator, device=device)
+        variants = torch.randint(latents.shape[1], shape, generator=generator, device=device)
+        classes = drop_captions(
+            corpus.glyph_of(rows), empty=len(tokens) - 1, share=config.caption_dropout, generator=generator
+        )
+        context = model["text_encoder"](tokens).last_hidden_state[classes]
+        return denoising_loss(
+            denoise, latents[rows, variants], context, alphas=alphas, generator=generator, gamma=config.min_snr
+        )
+
+    return train(
+        model,
+        loss,
+        stage=config.diffusion,
+        name="diffusion",
+        seed=config.seed,
+        folder=checkpoints(config),
+        resume=config.resume,
+    )
+
+
+def checkpoints(config: Training) -> Path:
+    """Where the checkpoints of a run are."""
+    return Path(config.output) / "checkpoints"
+
+
+@torch.no_grad()
+def measure(config: TrainBase, vae: AutoencoderKL, model: nn.ModuleDict, held: list[dataset.Family]) -> dict[str, Any]:
+    """Reconstruction and denoising loss on held-out families, legibility at each guidance; writes sheets."""
+    device, out = next(model.parameters()).device, Path(config.output)
+    unseen = corpus.pictures(held).to(device)
+    error, restored = evaluation.reconstruction(vae, unseen)
+    rows = slice(0, 31 * min(4, len(unseen) // 31))
+    real, again = (p[rows].view(-1, 31, 64, 64) for p in (unseen[:, 0].cpu(), torch.from_numpy(restored)))
+    pairs = torch.stack([real, again], dim=1)  # a row of glyphs above the same row restored
+    evaluation.sheet(pairs.reshape(-1, 64, 64).numpy(), 31, out / "reconstructions.png")
+
+    latents = encode(vae, corpus.normalise(unseen)) * vae.config.scaling_factor
+    context = model["text_encoder"](captions(device)).last_hidden_state[corpus.glyph_of(torch.arange(len(unseen)))]
+    loss = evaluation.fixed_loss(
+        lambda x, t, c: model["unet"](x, t, c, return_dict=False)[0],
+        latents,
+        context,
+        alphas=architecture.scheduler().alphas_cumprod.to(device),
+        seed=config.seed,
+    )
+    metrics: dict[str, Any] = {
+        "held_out_families": len(held),
+        "reconstruction_l1": error,
+        "denoising_loss": loss,
+        "legibility": {},
+    }
+    judge = load_judge(config.judge, device=device.type) if config.judge else None
+    pipe = architecture.pipeline(vae=vae, text_encoder=model["text_encoder"], unet=model["unet"])
+    for guidance in config.guidance:
+        if judge:
+            share, pictures = evaluation.legibility(
+                pipe,
+                judge,
+                count=config.samples,
+                guidance=guidance,
+                steps=config.sampling_steps,
+                seed=config.seed,
+            )
+            metrics["legibility"][f"{guidance:g}"] = share
+            evaluation.sheet(pictures[:496], 31, out / f"samples-{guidance:g}.png")
+    return metrics
+
+
+@application("train_base", TrainBase)
+def main(config: TrainBase) -> None:
+    """Train, measure, write."""
+    device = device_of(config)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    training, held = families_of(config)
+    images = corpus.pictures(training).to(device)
+    vae = train_vae(config, images)
+    latents = encode_variants(config, vae, images)
+    vae.register_to_config(scaling_factor=scaling_factor(latents))
+    torch.manual_seed(config.seed)  # the same first weights, whether or not the autoencoder was just trained
+    model = train_denoiser(config, latents * vae.config.scaling_factor)
+    metrics = measure(config, vae, model, held)
+    digest = dataset.digest(Path(config.dataset) if config.dataset else None)
+    metrics |= {"training_families": len(training), "data_sha256": digest}
+    folder = Path(config.output) / "glyphs-base"
+    architecture.save_pipeline(
+        architecture.pipeline(vae=vae, text_encoder=model["text_encoder"], unet=model["unet"]), folder
+    )
+    record = {"metrics": metrics, "config": asdict(config), "torch": torch.__version__}
+    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(metrics), flush=True)
+
+
+if __name__ == "__main__":
+    main()

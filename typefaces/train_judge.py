@@ -1,0 +1,88 @@
+"""Train the judge from scratch:  python -m typefaces.train_judge
+
+One resumable stage (`resume=true`) on public families, then measurements on held-out public families and on
+the development writers. Leaves `judge/` in `output`: fp16 weights and config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+
+from conf.cli import application
+from conf.pretraining import TrainJudge
+from typefaces import dataset
+from typefaces.judge import MERGED, STYLE, Judge, JudgeNetwork
+from typefaces.pretraining.corpus import pictures
+from typefaces.pretraining.judge_training import JudgeTrainee, judge_loss, measure, style_table
+from typefaces.pretraining.loop import train
+from typefaces.train_base import checkpoints, device_of, families_of
+
+
+def train_judge(config: TrainJudge, images: Tensor) -> JudgeNetwork:
+    """The judge, trained on uint8 [families × 62, 1, 64, 64]."""
+    families = len(images) // len(dataset.GLYPHS)
+    table = style_table(families, config.styles, Generator(images.device).manual_seed(config.seed))
+    trainee = JudgeTrainee(styles=len(table)).to(images.device)
+    network = torch.compile(trainee) if config.judge.compile else trainee
+
+    def loss(generator: Generator) -> Tensor:
+        return judge_loss(
+            network,
+            images,
+            table=table,
+            batch=config.judge.batch,
+            style=config.style,
+            smoothing=config.smoothing,
+            generator=generator,
+        )
+
+    averaged = train(
+        trainee,
+        loss,
+        stage=config.judge,
+        name="judge",
+        seed=config.seed,
+        folder=checkpoints(config),
+        resume=config.resume,
+    )
+    return averaged.judge
+
+
+@application("train_judge", TrainJudge)
+def main(config: TrainJudge) -> None:
+    """Train, write, measure what was written."""
+    device = device_of(config)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    training, held = families_of(config)
+    network = train_judge(config, pictures(training).to(device)).half().float()  # measured as it is shipped
+    data = Path(config.dataset) if config.dataset else None
+    judge = Judge(network)
+    record = {
+        "glyphs": dataset.GLYPHS,
+        "merged": MERGED,
+        "style_dimensions": STYLE,
+        "training_families": len(training),
+        "metrics": {
+            "held_out_public": measure(judge, held),
+            "development": measure(judge, dataset.load("development", data)),
+        },
+        "data_sha256": dataset.digest(data),
+        "training": asdict(config),
+        "torch": torch.__version__,
+    }
+    folder = Path(config.output) / "judge"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous().cpu() for k, v in network.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["metrics"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
