@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,14 @@ def table(results: Sequence[Mapping[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run side by side")
     parser.add_argument("--runs", type=Path, default=Path("outputs/federation"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/federation.json"))
     arguments, overrides = parser.parse_known_args()
-    results = [measure(seed, overrides, arguments.runs / f"seed-{seed}") for seed in arguments.seeds]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = list(
+            pool.map(lambda seed: measure(seed, overrides, arguments.runs / f"seed-{seed}"), arguments.seeds)
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     record = {
         "command": "python -m bench.federation " + " ".join(sys.argv[1:]),

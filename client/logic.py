@@ -16,7 +16,7 @@ from client.data import fingerprint
 from client.device import Device
 from client.drive import Conversation
 from client.store import Personal
-from models.adapter import Adapter, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
+from models.adapter import Adapter, Factors, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import SEALED, Reservation
 from privacy.noise import stream
@@ -217,7 +217,11 @@ def _cache_key(device: Device, pictures: Sequence[Picture]) -> str:
 
 
 def _personal_start(rank_asked: int, shared: Adapter, stored: Personal | None, device: Device) -> Adapter:
-    """Where the personal adapter was left, if it sits on this same shared adapter; else a new one."""
+    """Where the personal adapter was left, if it sits on this same shared adapter; else a new one.
+
+    A new one looks where the federation found that people differ: its A is the shared adapter's (Guo et al., 2025,
+    arXiv:2410.01463), its B is zero.
+    """
     if (
         stored
         and stored.base == device.report.base
@@ -226,7 +230,8 @@ def _personal_start(rank_asked: int, shared: Adapter, stored: Personal | None, d
         and all(torch.equal(a, b) for name in shared for a, b in zip(shared[name], stored.shared[name], strict=True))
     ):
         return stored.adapter
-    return initial(device.sites, rank_asked, stream(device.seed, device.name, PERSONAL))
+    fresh = initial(device.sites, rank_asked, stream(device.seed, device.name, PERSONAL))
+    return {name: Factors(torch.cat([shared[name].a, f.a])[:rank_asked], f.b) for name, f in fresh.items()}
 
 
 def _dp_sgd(plan: TrainingPlan) -> jobs.DPSGD | None:

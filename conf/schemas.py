@@ -51,8 +51,8 @@ class Data:
     role: str = "development"  # which writers: development (tune on these) or test (looked at once per claim)
     writers: int = 20  # how many; 0: none but your own pictures
     train: int = 5  # glyphs that a writer gives
-    validation: int = 10  # glyphs that decide when to stop
-    test: int = 32  # glyphs that nobody trains on
+    validation: int = 5  # glyphs that decide when to stop
+    test: int = 10  # glyphs that nobody trains on
     pictures: list[str] = field(default_factory=list)  # your own folders: each takes the place of a writer
 
     def __post_init__(self) -> None:
@@ -199,10 +199,10 @@ class Tracker:
 class EvaluationConfig:
     """How the final arms (base, local, shared, personal) are judged."""
 
-    timesteps: int = 4  # fixed timesteps, and one fixed noise for each, per held-out glyph
-    gallery: int = 6  # test glyphs drawn per writer; 0: no pictures, no judge
-    steps: int = 10  # DDIM steps of a drawn glyph
-    guidance: float = 2.0  # classifier-free guidance; 1: none
+    timesteps: int = 3  # fixed timesteps, and one fixed noise for each, per held-out glyph
+    gallery: int = 4  # test glyphs drawn per writer; 0: no pictures, no judge
+    steps: int = 8  # DDIM steps of a drawn glyph
+    guidance: float = 1.5  # classifier-free guidance; 1: none
 
     def __post_init__(self) -> None:
         require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
@@ -215,7 +215,7 @@ class EvaluationConfig:
 class Simulation:
     """A whole federation on one machine."""
 
-    rounds: int = 6
+    rounds: int = 5
     seed: int = 0
     resume: bool = False  # continue the run in hydra.run.dir
     base: Base = field(default_factory=Base)

@@ -1,7 +1,8 @@
 """Where bases and data lie: by content hash under ANTHER_HOME, never by a path relative to the code.
 
-`manifest.json` beside this module names what Anther ships. An asset is copied once from the installed
-package to ANTHER_HOME/assets/<hash>, so that a Flower App Bundle, which carries no weights, finds it too.
+`manifest.json` beside this module names what Anther ships (`python -m models.assets --pin` writes it). An
+asset is copied once from the installed package to ANTHER_HOME/assets/<hash>, so that a Flower App Bundle,
+which carries no weights, finds it too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from pathlib import Path
 from conf.errors import AntherError
 
 IDENTITY = {".safetensors", ".json", ".txt", ".parquet"}  # what counts; cards and pictures don't
+MANIFEST = Path(__file__).with_name("manifest.json")
+REPORT = "metrics.json"  # nor does what was measured
 
 
 def home() -> Path:
@@ -30,7 +34,7 @@ def digest(path: Path) -> str:
     """SHA-256 over the names and contents of the files that make an asset what it is."""
     total = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file() and file.suffix in IDENTITY:
+        if file.is_file() and file.suffix in IDENTITY and file.name != REPORT:
             name = file.name if file == path else file.relative_to(path).as_posix()
             with file.open("rb") as content:
                 total.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
@@ -39,7 +43,7 @@ def digest(path: Path) -> str:
 
 def locate(name: str) -> Path:
     """The file or folder of a shipped asset by its name, or of one's own by its path."""
-    manifest = json.loads(Path(__file__).with_name("manifest.json").read_text())
+    manifest = _manifest()
     if name not in manifest:
         path = Path(name).expanduser()
         if not path.exists():
@@ -84,6 +88,19 @@ def _installed(path: str) -> Iterator[Path]:
         return
 
 
+def pin(root: Path) -> None:
+    """Write the hashes of a checkout's own assets into the manifest, after one of them was made anew."""
+    for entry in (manifest := _manifest()).values():
+        entry["sha256"] = digest(root / entry["path"])
+    MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _manifest() -> dict[str, dict[str, str]]:
+    return json.loads(MANIFEST.read_text())
+
+
 if __name__ == "__main__":
-    for asset in json.loads(Path(__file__).with_name("manifest.json").read_text()):
+    if sys.argv[1:] == ["--pin"]:
+        pin(MANIFEST.parents[1])
+    for asset in _manifest():
         print(f"{asset}: {locate(asset)}")

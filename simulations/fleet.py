@@ -12,6 +12,7 @@ from client.device import Device
 from client.store import Store
 from conf.errors import AntherError
 from conf.schemas import Data, Profile, Simulation
+from models import assets
 from models.base import Base
 from privacy.noise import Simulated, stream
 from privacy.policy import Policy
@@ -47,7 +48,9 @@ def writers(data: Data) -> list[tuple[str, str, Pictures]]:
 
     AntherError if there are fewer than asked for.
     """
-    families = sorted(dataset.load(data.role), key=lambda family: stream("writers", family.name))
+    families = sorted(
+        dataset.load(data.role, assets.locate("typefaces")), key=lambda family: stream("writers", family.name)
+    )
     if len(families) < data.writers:
         raise AntherError(f"data.writers={data.writers}: there are only {len(families)} {data.role} writers")
     found = []

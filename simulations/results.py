@@ -61,7 +61,7 @@ def finish(
     if config.evaluation.gallery:
         display.phase("drawing the gallery")
         drawn = evaluation.gallery(config, base, people, adapters)
-    judged = judge_all(people, losses, drawn)
+    judged = judge_all(base, people, losses, drawn)
     report_evaluation(folder / "evaluation.json", people, judged)
     summary = summarise(config, people, state, judged, time.perf_counter() - started)
     durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
@@ -82,10 +82,10 @@ def export_adapters(
 
 
 def judge_all(
-    people: Sequence[Participant], losses: Mapping[str, Mapping[str, float]], drawn: Mapping[str, Drawn]
+    base: Base, people: Sequence[Participant], losses: Mapping[str, Mapping[str, float]], drawn: Mapping[str, Drawn]
 ) -> dict[str, dict[str, Judged]]:
     """Every person under every arm."""
-    scores = evaluation.scores(judge.load(assets.locate("judge")), people, drawn) if drawn else {}
+    scores = evaluation.scores(judge.load(assets.locate("judge"), str(base.device)), people, drawn) if drawn else {}
     return {
         person.name: {
             arm: Judged(losses[person.name][arm], *scores.get(person.name, {}).get(arm, Score())) for arm in ARMS

@@ -42,19 +42,20 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     """Run or continue the federation of `config` in `folder`."""
     started = time.perf_counter()
     display.phase("loading the base")
-    from models import base  # slow imports, after the first line is on the screen
+    from models import assets, base  # slow imports, after the first line is on the screen
 
     frozen = base.load(
         config.base.path, sites=config.adapter.sites, weights=config.base.weights, device=config.base.device
     )
     from simulations.fleet import participants
     from strategies.build import build, training_plan
-    from typefaces import dataset
 
     people = participants(config, frozen, folder / "devices")
     plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
     strategy = build(config, plan, frozen.sites, accept_simulated=True)
-    output.claim(folder, config, {"base": frozen.hash, "data": dataset.digest()})  # whatever can be refused, was
+    output.claim(
+        folder, config, {"base": frozen.hash, "data": assets.digest(assets.locate("typefaces"))}
+    )  # whatever can be refused, was
     from simulations import results
     from training.engine import perform
 

@@ -29,7 +29,8 @@ def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_predi
         pad_token_id=len(tokens) - 1,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=8,
     )  # fmt: skip

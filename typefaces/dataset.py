@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
 ROLES = ("public", "development", "test")
 POOL, VALIDATION, TEST = 20, 10, 32  # glyphs of a writer that may train, that stop, and that measure
 FILE = Path(__file__).parent / "data" / "typefaces.parquet"

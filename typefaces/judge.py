@@ -24,9 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conf.errors import AntherError
-from typefaces.dataset import GLYPHS
+from typefaces.dataset import GLYPHS, MERGED
 
-MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
 FOLDER = Path(__file__).parent / "assets" / "judge"
 WIDTHS = (24, 48, 96, 192)
 STYLE = 128  # dimensions of the style embedding

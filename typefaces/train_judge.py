@@ -17,7 +17,8 @@ from torch import Generator, Tensor
 from conf.cli import application
 from conf.pretraining import TrainJudge
 from typefaces import dataset
-from typefaces.judge import MERGED, STYLE, Judge, JudgeNetwork
+from typefaces.dataset import MERGED
+from typefaces.judge import STYLE, Judge, JudgeNetwork
 from typefaces.pretraining.corpus import pictures
 from typefaces.pretraining.judge_training import JudgeTrainee, judge_loss, measure, style_table
 from typefaces.pretraining.loop import train

@@ -14,7 +14,7 @@ from torch import Tensor
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Updates, relative_residual, stacked_mean
+from strategies.aggregation import Aggregated, Updates, stacked_mean
 
 _EPSILON = torch.finfo(torch.float32).eps  # singular values below it, relative to the first, are rounding of the inputs
 
@@ -48,7 +48,7 @@ class Exact:
             a, b, energy = compress(*mean, self._max_rank)
             compressed[site] = Factors(*align(a, b, current[site].a.double(), blocks))
             energies.append(energy)
-            residuals.append(relative_residual(a, b, *mean))
+            residuals.append(max(0.0, 1.0 - energy) ** 0.5)  # what was cut is orthogonal to what was kept
         live = rank(compressed)
         size = max(live, self._rank)
         adapter = {

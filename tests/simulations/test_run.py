@@ -122,13 +122,13 @@ def test_killed_and_resumed_it_comes_to_the_same(
 
 def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     with subprocess.Popen(
-        command(pipeline_folder, tmp_path / "run", "rounds=50"),
+        command(pipeline_folder, tmp_path / "run", "rounds=9"),
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
     ) as process:  # fmt: skip
         assert process.stdout
         for line in process.stdout:
-            if "round 1 of" in line:
+            if "round 1 of 9" in line:
                 process.send_signal(signal.SIGINT)
                 break
         rest, errors = process.communicate()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from typefaces import dataset
 from typefaces.making import table
-from typefaces.making.order import CLASSES, order
+from typefaces.making.order import order
 from typefaces.making.render import png
 
 
@@ -145,7 +145,7 @@ def test_split_refuses_what_is_not_a_permutation():
 def test_glyphs_that_look_alike_stay_on_one_side(rows):
     for row in rows:
         split = dataset.split(row["order"], 20)
-        for group in CLASSES:
+        for group in dataset.MERGED:
             members = {dataset.GLYPHS.index(glyph) for glyph in group}
             assert any(members <= set(side) for side in (split.train, split.validation, split.test)), row["name"]
 
@@ -155,7 +155,7 @@ def test_the_five_first_glyphs_are_a_mix(rows):
         first = [dataset.GLYPHS[i] for i in dataset.split(row["order"]).train]
         assert sum(map(str.islower, first)) >= 2
         assert any(map(str.isupper, first))
-        assert all(len(set(group) & set(first)) <= 1 for group in CLASSES)
+        assert all(len(set(group) & set(first)) <= 1 for group in dataset.MERGED)
 
 
 def test_the_order_is_the_one_that_the_name_gives(rows):

@@ -10,8 +10,8 @@ import pytest
 
 from conf.errors import AntherError
 from typefaces import dataset
-from typefaces.dataset import GLYPHS
-from typefaces.judge import FOLDER, MERGED, Judge, center, legible, load, merge, style_match
+from typefaces.dataset import GLYPHS, MERGED
+from typefaces.judge import FOLDER, Judge, center, legible, load, merge, style_match
 from typefaces.pretraining.corpus import divide
 from typefaces.pretraining.judge_training import measure
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 import zlib
 
-from typefaces.dataset import GLYPHS, POOL, TEST, VALIDATION
+from typefaces.dataset import GLYPHS, MERGED, POOL, TEST, VALIDATION
 
-# Glyphs that differ in size only, or coincide in many hands: one side of the split holds a whole class,
+# One side of the split holds a whole merged class,
 # so that no test glyph has been seen in training under another name.
-CLASSES = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")
 
 
 def order(name: str) -> tuple[int, ...]:
@@ -27,8 +26,8 @@ def order(name: str) -> tuple[int, ...]:
 
 def deal(rng: random.Random) -> list[str] | None:
     """Classes and single glyphs, shuffled and dealt to sides of 20, 10 and 32; None if they do not come out even."""
-    singles = [glyph for glyph in GLYPHS if not any(glyph in group for group in CLASSES)]
-    groups = rng.sample([*CLASSES, *singles], len(CLASSES) + len(singles))
+    singles = [glyph for glyph in GLYPHS if not any(glyph in group for group in MERGED)]
+    groups = rng.sample([*MERGED, *singles], len(MERGED) + len(singles))
     sides = ["", "", ""]
     for group in groups:
         room = [side for side, size in enumerate((POOL, VALIDATION, TEST)) if len(sides[side]) + len(group) <= size]
@@ -45,7 +44,7 @@ def sensible(pool: str) -> bool:
 
 def opening(pool: str, rng: random.Random) -> str:
     """The five glyphs that train by default: three lower case, one capital and any other, no two of one class."""
-    classes = {glyph: group for group in CLASSES for glyph in group}
+    classes = {glyph: group for group in MERGED for glyph in group}
     chosen: list[str] = []
     for wanted in (str.islower, str.isupper, str.islower, str.islower, str.isalnum):
         taken = {classes.get(glyph, glyph) for glyph in chosen}

@@ -1,0 +1,46 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conf.errors import AntherError
+from models import assets
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = json.loads(assets.MANIFEST.read_text())
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_manifest_names_what_is_shipped(name: str) -> None:
+    assert assets.digest(ROOT / SHIPPED[name]["path"]) == SHIPPED[name]["sha256"]
+
+
+def test_an_asset_is_copied_to_its_hash_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    stored = assets.locate("judge")
+    assert stored.parent == tmp_path / "assets" / SHIPPED["judge"]["sha256"]
+    assert assets.digest(stored) == SHIPPED["judge"]["sha256"]
+    (stored / "mark").touch()
+    assert (assets.locate("judge") / "mark").exists()
+    assert [path.name for path in (tmp_path / "assets").iterdir()] == [SHIPPED["judge"]["sha256"]]
+
+
+def test_a_bundle_without_weights_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    monkeypatch.setattr(assets, "_installed", lambda path: iter([tmp_path / path]))
+    with pytest.raises(AntherError, match=r"python -m models\.assets"):
+        assets.locate("judge")
+
+
+def test_damaged_assets_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = Path(shutil.copytree(ROOT / SHIPPED["judge"]["path"], tmp_path / "judge"))
+    (damaged / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(assets, "_installed", lambda _: iter([damaged]))
+    with pytest.raises(AntherError, match="judge"):
+        assets.locate("judge")
+
+
+def test_a_path_of_ones_own(tmp_path: Path) -> None:
+    assert assets.locate(str(tmp_path)) == tmp_path
