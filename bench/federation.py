@@ -56,7 +56,7 @@ def measure(seed: int, overrides: Sequence[str], folder: Path) -> dict[str, Any]
     summary = json.loads((folder / "summary.json").read_text())
     losses = {arm: np.array([row[arm]["loss"] for row in rows]) for arm in ("base", "local", "shared", "personal")}
     hands = np.array([row["kind"] == "hand" for row in rows])
-    kept = ("rounds", "best_round", "clients", "legibility", "style", "bytes", "seconds", "peak_rss_mib", "config_hash")
+    kept = ("rounds", "best_round", "clients", "legibility", "style", "bytes", "seconds", "peak_rss_mib")
     return {
         "seed": seed,
         **compare(losses),
@@ -96,7 +96,7 @@ def main() -> None:
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     record = {
-        "command": "python -m bench.federation " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m bench.federation", f"--jobs {arguments.jobs}", *overrides]),
         "machine": {"device": device, "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "flwr")},
         "results": results,

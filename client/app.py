@@ -1,7 +1,7 @@
 """The ClientApp: what a SuperNode runs for each message.
 
-It only connects things. `client.logic` decides, and nothing in a message chooses the device's files, policy or noise:
-those come from the node's own configuration and environment.
+It only connects things. `client.logic` decides, and nothing that a server sends chooses the device's files, policy or
+noise: those come from the node's own configuration and environment.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 app = ClientApp()
 
+DEFAULT_BASE = "glyphs"
+
 
 @app.query()
 @app.train()
@@ -40,8 +42,8 @@ def answer(message: Message, context: Context) -> Message:
         request = records.request_from_records(message.metadata.message_type, message.content)
         config = compose(str(context.run_config.get("overrides", "")))
         node = _stated(context)
-        weights, device = str(node.get("weights", config.base.weights)), str(node.get("device", config.base.device))
-        base = _base(str(node.get("base", config.base.path)), config.adapter.sites, weights, device)
+        weights, device = str(node.get("weights", "fp32")), str(node.get("device", "auto"))
+        base = _base(str(node.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device)
         conversation = handle(request, from_config(node, base=base.hash, sites=base.sites))
         micro_batch, timesteps = config.grid.micro_batch, config.evaluation.timesteps
         work = functools.partial(perform, base, micro_batch=micro_batch, timesteps=timesteps)
@@ -67,7 +69,7 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
 def _stated(context: Context) -> dict[str, object]:
     """The node's configuration; a simulated node has none of its own, so the environment can fill it in."""
     node: dict[str, object] = dict(context.node_config)
-    for key, variable in (("data-root", "ANTHER_DATA_ROOT"), ("test", "ANTHER_TEST")):
+    for key, variable in (("data-root", "ANTHER_DATA_ROOT"), ("base", "ANTHER_BASE"), ("test", "ANTHER_TEST")):
         if variable in os.environ:
             node.setdefault(key, os.environ[variable])
     return node

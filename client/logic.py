@@ -68,7 +68,8 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     if (sealed := ledger.sealed(reservation)) is not None:
         return _unpack(sealed)
 
-    examples = yield from _examples(device, "train", device.pictures().train)
+    pictures = device.pictures().train
+    examples = yield from _examples(device, "train", pictures)
     _settle(plan, device)
     ledger.reserve(reservation, device.policy.check_spending)
     start, frozen = head_and_tail(sent, plan.rank)
@@ -88,6 +89,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 learning_rate=plan.learning_rate,
                 privacy=_dp_sgd(plan),
                 noise=noise if plan.privacy else None,
+                names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
             )
         ),
     )
@@ -137,7 +139,7 @@ def _personalise(request: messages.Personalise, device: Device) -> Generator[Job
     # Of the steps asked for: when training stops tells of the pictures.
     seconds, joules = _cost(device, request.steps * request.batch_size)
     reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality="estimate")
-    identity = f"{request.run}:{request.round}"
+    identity = hashlib.sha256(messages.to_json(request).encode() + request.adapter).hexdigest()
     stored = device.store.personal(device.sites)
     if stored and stored.request == identity:
         return reply  # made before a crash of whoever asked: training on from it would give another one

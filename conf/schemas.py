@@ -52,7 +52,7 @@ class Data:
     writers: int = 20  # how many; 0: none but your own pictures
     train: int = 5  # glyphs that a writer gives
     validation: int = 5  # glyphs that decide when to stop
-    test: int = 10  # glyphs that nobody trains on
+    test: int = 6  # glyphs that nobody trains on
     pictures: list[str] = field(default_factory=list)  # your own folders: each takes the place of a writer
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Data:
 
 @dataclass
 class Profile:
-    """One kind of device. Values are estimates unless `source` says otherwise."""
+    """One kind of device. Values are estimates unless its file says otherwise."""
 
     name: str = MISSING
     memory_gib: float = MISSING
@@ -76,7 +76,6 @@ class Profile:
     uplink_mbps: float = MISSING
     downlink_mbps: float = MISSING
     metered: bool = False
-    source: str = "estimate"
 
     def __post_init__(self) -> None:
         for name in ("memory_gib", "examples_per_second", "watts", "uplink_mbps", "downlink_mbps"):
@@ -201,7 +200,7 @@ class EvaluationConfig:
 
     timesteps: int = 3  # fixed timesteps, and one fixed noise for each, per held-out glyph
     gallery: int = 4  # test glyphs drawn per writer; 0: no pictures, no judge
-    steps: int = 8  # DDIM steps of a drawn glyph
+    steps: int = 6  # DDIM steps of a drawn glyph
     guidance: float = 1.5  # classifier-free guidance; 1: none
 
     def __post_init__(self) -> None:
@@ -215,7 +214,7 @@ class EvaluationConfig:
 class Simulation:
     """A whole federation on one machine."""
 
-    rounds: int = 5
+    rounds: int = 4
     seed: int = 0
     resume: bool = False  # continue the run in hydra.run.dir
     base: Base = field(default_factory=Base)
@@ -230,7 +229,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
-        devices = self.data.writers + len(self.data.pictures)
+        devices = max(self.data.writers, len(self.data.pictures))
         sample = self.fleet.sample
         require(sample is None or sample <= devices, f"fleet.sample={sample}: there are only {devices} devices")
 

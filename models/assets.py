@@ -31,14 +31,13 @@ def home() -> Path:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 over the names and contents of the files that make an asset what it is."""
-    total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file() and file.suffix in IDENTITY and file.name != REPORT:
-            name = file.name if file == path else file.relative_to(path).as_posix()
-            with file.open("rb") as content:
-                total.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    """SHA-256 of a file; of a folder, over the names and hashes of the files that make it what it is."""
+    if path.is_file():
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    files = [file for file in sorted(path.rglob("*")) if file.suffix in IDENTITY and file.name != REPORT]
+    lines = [f"{file.relative_to(path).as_posix()}\0{digest(file)}\n" for file in files if file.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def locate(name: str) -> Path:

@@ -63,21 +63,28 @@ class Base:
         return output
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[np.ndarray], batch: int = 64) -> Tensor:
-        """Scaled latents [n, c, h, w] of uint8 pictures of any size, grey or colour: the mean of the posterior."""
+    def encode_images(self, images: Sequence[np.ndarray], batch: int = 16) -> Tensor:
+        """Scaled latents [n, c, h, w] of uint8 pictures of any size, grey or colour: the mean of the posterior.
+
+        Passes are always of `batch` pictures, filled up with the last: the latents of a picture don't depend on
+        how many others there are, to the last bit.
+        """
         from diffusers import AutoencoderKL
 
         vae: Any = _load(AutoencoderKL, self.folder / "vae").to(self.device)
         pixels = torch.from_numpy(np.stack([self.fit(image) for image in images])).float() / 127.5 - 1
         pixels = pixels[:, None] if self._grey else pixels.permute(0, 3, 1, 2)
-        latents = [vae.encode(part.to(self.device)).latent_dist.mode() for part in pixels.split(batch)]
-        return (torch.cat(latents) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        filled = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
+        latents = [vae.encode(part.to(self.device)).latent_dist.mode() for part in filled.split(batch)]
+        return (torch.cat(latents)[: len(pixels)] - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
         """Text embeddings [n, tokens, d]; captions that repeat are encoded once."""
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         distinct = list(dict.fromkeys(captions))
         tokenizer: Any = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
         encoder: Any = _load(CLIPTextModel, self.folder / "text_encoder").to(self.device)

@@ -140,3 +140,8 @@ def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> Stacks:
     ranks = [f.a.shape[0] for adapter in adapters if adapter for f in adapter.values()]
     layout = Layout(sites, max(ranks, default=0))
     return layout.stacks(torch.stack([layout.pack(adapter) for adapter in adapters]))
+
+
+def to_device(stacks: Stacks, device: torch.device) -> Stacks:
+    """The same stacks on another device."""
+    return {name: Stack(stack.a.to(device), stack.b.to(device)) for name, stack in stacks.items()}

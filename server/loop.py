@@ -34,14 +34,13 @@ def run_rounds(
     rounds: int,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    stop: Callable[[], bool] | None = None,
     timeout: float = 3600.0,
     quorum: int = 1,
 ) -> State:
-    """Continue a run until `rounds` rounds of training are complete, or `stop` says so between two rounds.
+    """Continue a run until `rounds` rounds of training are complete.
 
     Args:
-        state: fresh, or as `checkpoint.load` gave it. Round 0 only measures the initial adapter.
+        state: fresh, or as `checkpoint.load` gave it. Round 0 is only what training starts from.
         on_round: called after each round's checkpoint. A kill between the two loses the call, so whoever resumes
             should first replay `state.history`.
         timeout: seconds to wait for the replies of one leg, and for devices to appear.
@@ -51,8 +50,6 @@ def run_rounds(
     """
     strategy.summary()
     for number in range(state.round + 1, rounds + 1):
-        if stop is not None and stop():
-            break
         _wait_for_devices(grid, strategy, quorum, timeout)
         state = _one_round(number, grid, strategy, state, timeout)
         checkpoint.save(checkpoints, state)
@@ -77,10 +74,12 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
         aggregated, _ = strategy.aggregate_train(number, replies)
         arrays = arrays if aggregated is None else aggregated
         train = strategy.trained
-    replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
-    strategy.aggregate_evaluate(number, replies)
+    validation = Validation(base=None, shared=None)
+    if number > 0 and strategy.may_measure:  # before training an adapter adds nothing: it measures as the base
+        replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
+        strategy.aggregate_evaluate(number, replies)
+        validation = strategy.validation or validation
     adapter = from_tensors(decode(adapter_from_record(arrays), shapes(strategy.sites, -1)))
-    validation = strategy.validation or Validation(base=None, shared=None)
     return state.after(
         Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started), adapter
     )

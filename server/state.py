@@ -14,7 +14,7 @@ class Round:
 
     number: int
     train: TrainFacts | None
-    """None for round 0, which measures the adapter that training starts from."""
+    """None for round 0, before any."""
     validation: Validation
     """Of the adapter after this round."""
     wall_seconds: float
@@ -54,6 +54,8 @@ class State:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
         state = replace(self, adapter=adapter, history=(*self.history, round))
         loss, best = round.validation.shared, self.best_loss
+        if loss is not None and best is None and self.best_round == 0:
+            best = round.validation.base  # the adapter that training starts from adds nothing to the base
         if self.private or best is None or (loss is not None and loss < best):
             state = replace(state, best_round=round.number, best_adapter=adapter)
         return state

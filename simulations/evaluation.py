@@ -16,7 +16,7 @@ from PIL import Image
 from conf.schemas import Simulation
 from models.adapter import Adapter, concatenate, initial
 from models.base import Base
-from models.slots import stack_adapters
+from models.slots import stack_adapters, to_device
 from privacy.noise import stream
 from simulations.fleet import Participant
 from training.inference import draw
@@ -43,24 +43,36 @@ class Score(NamedTuple):
     style: float | None = None  # 1: always nearest to the writer's own; 0.5: chance
 
 
-def encoded(people: Sequence[Participant], split: str, perform: Perform) -> dict[str, Examples]:
-    """One split of everybody's pictures."""
-    found = perform([Encode(pictures=getattr(person.pictures, split)) for person in people])
-    return {person.name: cast(Examples, _sound(result)) for person, result in zip(people, found, strict=True)}
+class Pools(NamedTuple):
+    """Everybody's pictures as the denoiser sees them, by name."""
+
+    train: dict[str, Examples]
+    validation: dict[str, Examples]
+    test: dict[str, Examples]
 
 
-def train_local(config: Simulation, base: Base, people: Sequence[Participant], perform: Perform) -> dict[str, Adapter]:
+def encoded(people: Sequence[Participant], perform: Perform) -> Pools:
+    """All splits in one go."""
+    jobs: list[Job] = [Encode(pictures=pictures) for person in people for pictures in person.pictures]
+    found = iter(cast(Examples, _sound(result)) for result in perform(jobs))
+    pools = {person.name: (next(found), next(found), next(found)) for person in people}
+    return Pools(*({name: splits[i] for name, splits in pools.items()} for i in range(3)))
+
+
+def train_local(
+    config: Simulation, base: Base, people: Sequence[Participant], pools: Pools, perform: Perform
+) -> dict[str, Adapter]:
     """Everybody alone, from the base."""
     shared, personal, alone = config.adapter.shared, config.adapter.personal, config.adapter.local
-    train, validation = (encoded(people, split, perform) for split in ("train", "validation"))
     jobs: list[Job] = [
         Train(
-            client=person.name, round=0, purpose="local", seed=config.seed, examples=train[person.name],
+            client=person.name, round=0, purpose="local", seed=config.seed, examples=pools.train[person.name],
             start=initial(base.sites, shared.rank + personal.rank, stream(config.seed, person.name, "local")),
             steps=config.rounds * shared.steps + personal.steps, batch_size=personal.batch_size,
             learning_rate=alone.learning_rate,
             early_stopping=EarlyStopping(
-                validation=validation[person.name], every=config.adapter.look_every, patience=config.adapter.patience
+                validation=pools.validation[person.name], every=config.adapter.look_every,
+                patience=config.adapter.patience,
             ),
         )
         for person in people
@@ -78,13 +90,15 @@ def arms(people: Sequence[Participant], local: Mapping[str, Adapter], shared: Ad
     return {"local": local, "shared": {person.name: shared for person in people}, "personal": personal}
 
 
-def losses(people: Sequence[Participant], adapters: Adapters, perform: Perform) -> dict[str, dict[str, float]]:
+def losses(
+    people: Sequence[Participant], adapters: Adapters, pools: Pools, perform: Perform
+) -> dict[str, dict[str, float]]:
     """Held-out test loss of every person under every arm."""
-    test = encoded(people, "test", perform)
     found: dict[str, dict[str, float]] = {person.name: {} for person in people}
     for arm in ARMS:
         jobs: list[Job] = [
-            Measure(examples=test[person.name], adapter=adapters.get(arm, {}).get(person.name)) for person in people
+            Measure(examples=pools.test[person.name], adapter=adapters.get(arm, {}).get(person.name))
+            for person in people
         ]
         for person, result in zip(people, perform(jobs), strict=True):
             found[person.name][arm] = cast(float, _sound(result))
@@ -105,8 +119,7 @@ def gallery(config: Simulation, base: Base, people: Sequence[Participant], adapt
                 wanted[arm, _owner(arm, person), picture.caption] = adapter
     distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
     slot = {key: place for place, key in enumerate(distinct)}
-    stacks = stack_adapters(base.sites, list(distinct.values()))
-    stacks = {name: type(s)(s.a.to(base.device), s.b.to(base.device)) for name, s in stacks.items()}
+    stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.device)
     latents = draw(
         base,
         captions=[caption for _, _, caption in wanted],

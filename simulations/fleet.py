@@ -34,8 +34,10 @@ class Participant:
 
 def participants(config: Simulation, base: Base, folder: Path) -> list[Participant]:
     """The fleet, in the order of their names; each device's store lies in `folder`/<name>."""
-    people = [("own", name, pictures) for name, pictures in own_pictures(config.data.pictures)]
-    people += writers(config.data)[: config.data.writers - len(people)] if config.data.writers else []
+    people = [
+        ("own", name, pictures) for name, pictures in own_pictures(config.data.pictures)
+    ]  # each takes the place of a writer
+    people += writers(config.data)[: max(0, config.data.writers - len(people))]
     people = sorted(people, key=lambda person: person[1])
     return [
         _participant(config, base, folder, person, config.fleet.profiles[i % len(config.fleet.profiles)])

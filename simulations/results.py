@@ -53,10 +53,11 @@ def finish(
 ) -> dict[str, Any]:
     """Train the local arm, judge all arms, write everything; the summary."""
     display.phase("training everyone alone, to compare")
-    adapters = evaluation.arms(people, evaluation.train_local(config, base, people, perform), state.best_adapter, base)
-    export_adapters(folder / "adapters", base, people, adapters, state.best_adapter)
+    pools = evaluation.encoded(people, perform)
+    local = evaluation.train_local(config, base, people, pools, perform)
+    adapters = evaluation.arms(people, local, state.best_adapter, base)
     display.phase("measuring held-out letters")
-    losses = evaluation.losses(people, adapters, perform)
+    losses = evaluation.losses(people, adapters, pools, perform)
     drawn: dict[str, Drawn] = {}
     if config.evaluation.gallery:
         display.phase("drawing the gallery")
@@ -148,9 +149,12 @@ def build_report(
     command: str,
 ) -> Report:
     """The page's content."""
+    base = next((r.validation.base for r in state.history if r.validation.base is not None), None)
     rounds = [
         {
-            "round": record.number, "base": record.validation.base, "shared": record.validation.shared,
+            "round": record.number,
+            "base": record.validation.base if record.number else base,
+            "shared": record.validation.shared if record.number else base,
             "bytes_up": record.train.bytes_up if record.train else 0,
             "bytes_down": record.train.bytes_down if record.train else 0,
             "seconds": record.train.seconds if record.train else 0.0,
@@ -204,5 +208,5 @@ def gallery_row(person: Participant, drawn: Drawn) -> GalleryRow:
 
 def title(people: Sequence[Participant]) -> str:
     """What happened, in a line."""
-    learned = "pictures" if any(person.kind == "own" for person in people) else "handwriting"
+    learned = "pictures" if any(person.kind == "own" for person in people) else "letters"
     return f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"

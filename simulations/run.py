@@ -85,7 +85,8 @@ def federate(
 
         def on_round(record: Round) -> None:
             tracker.log(record.number, numbers(record))
-            display.round(numbers(record))
+            if record.number:
+                display.round(numbers(record))
             if record.number == config.rounds:
                 display.phase("personalising")
 

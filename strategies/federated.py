@@ -32,7 +32,7 @@ from protocol.messages import (
     TrainingPlan,
     Update,
 )
-from strategies.aggregation import Aggregation
+from strategies.aggregation import Aggregation, squared_norm
 from strategies.facts import DeviceFacts, PersonalFacts, TrainFacts, Validation
 from strategies.planning import Limits, plan_for
 from strategies.selection import Selection
@@ -40,7 +40,13 @@ from strategies.selection import Selection
 log = logging.getLogger(__name__)
 
 _MOST_NORM = 100.0
-"""Bound on ‖A‖_F and ‖B‖_F at one site: a fresh A of rank r has √r, and a layer's own W about √out."""
+"""Bound on ‖A‖_F, ‖B‖_F and ‖B A‖_F at one site: a fresh A of rank r has √r, and a layer's own W about √out.
+
+With the product bounded the next adapter can't be one that honest devices are refused for.
+"""
+
+_LEAST, _MOST = 1e-6, 1e12
+"""Numbers that a device tells of itself lie between: sums of them stay finite."""
 
 _UNREACHABLE = (3, 4, 5)  # Flower's error codes: message, reply or node unavailable
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
@@ -101,6 +107,13 @@ class Federated(Strategy):
         self.trained: TrainFacts | None = None
         self.validation: Validation | None = None
         self.personalised: PersonalFacts | None = None
+
+    @property
+    def may_measure(self) -> bool:
+        """Whether devices may be asked for their loss: it is a release without noise, which a private run promises
+        not to ask for; in a simulation nothing is released.
+        """
+        return self._plan.privacy is None or self._accept_simulated
 
     def summary(self) -> None:
         plan = self._plan
@@ -216,6 +229,8 @@ class Federated(Strategy):
             _check_origin(report, reply.device)
             if reply.round != server_round:
                 raise RefusedError("stale", f"{reply.device}: evaluated round {reply.round}, not {server_round}")
+            if not (0 <= reply.base < _MOST and 0 <= reply.shared < _MOST):
+                raise RefusedError("malformed", f"{reply.device}: losses must be 0 to {_MOST:g}")
             return reply
 
         found, dropped = _receive(records.EVALUATE, replies, self._asked, check)
@@ -255,8 +270,8 @@ class Federated(Strategy):
             self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._plan.base[:12]}"
         elif report.device in {known.device for known in self._reports.values()}:
             self._unfit[node] = "its name is taken"
-        elif not (report.device and all(speed > 0 for speed in speeds)):
-            self._unfit[node] = "its report has no name or no speed"
+        elif not (report.device and all(_LEAST < speed < _MOST for speed in speeds)):
+            self._unfit[node] = "its report has no name or no sensible speed"
         else:
             self._reports[node] = report
             return
@@ -280,11 +295,14 @@ class Federated(Strategy):
         if plan.privacy and not (reply.release or self._accept_simulated):
             raise RefusedError("not a release", f"{reply.device}: simulated noise, and this server is not in test mode")
         _check_cost(reply)
+        if reply.loss is not None and not 0 <= reply.loss < _MOST:
+            raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
         adapter = from_tensors(decode(reply.adapter, shapes(self.sites, plan.rank)))
         for site, factors in adapter.items():
-            norm = max(float(factors.a.norm()), float(factors.b.norm()))
+            a, b = factors.a.double(), factors.b.double()
+            norm = max(float(a.norm()), float(b.norm()), float(squared_norm(a, b).sqrt()))
             if norm > _MOST_NORM:
-                raise RefusedError("norm", f"{reply.device}: {site}: factor of norm {norm:.3g} is over {_MOST_NORM:g}")
+                raise RefusedError("norm", f"{reply.device}: {site}: norm {norm:.3g} is over {_MOST_NORM:g}")
         return reply, adapter
 
 
@@ -305,7 +323,7 @@ def _receive(
             if node not in asked or node in found:
                 raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
             found[node] = check(asked[node], records.reply_from_records(kind, message.content))
-        except AntherError as error:
+        except Exception as error:  # whatever a device sends, the server lives
             reason = error.reason if isinstance(error, RefusedError) else "malformed"
             dropped["codec" if isinstance(error, CodecError) else reason] += 1
             log.warning("%s: reply of node %d dropped: %s", kind, node, error)
@@ -320,8 +338,8 @@ def _check_origin(report: DeviceReport, device: str) -> None:
 
 
 def _check_cost(reply: Update | Personalised) -> None:
-    if reply.seconds < 0 or reply.joules < 0:
-        raise RefusedError("malformed", f"{reply.device}: seconds and joules must be 0 or more")
+    if not (0 <= reply.seconds < _MOST and 0 <= reply.joules < _MOST):
+        raise RefusedError("malformed", f"{reply.device}: seconds and joules must be 0 to {_MOST:g}")
 
 
 def _mean(values: list[float]) -> float | None:
@@ -330,4 +348,4 @@ def _mean(values: list[float]) -> float | None:
 
 def _last_line(text: str | None) -> str:
     """Of a traceback, the line that says what happened."""
-    return (text or "no reason given").strip().splitlines()[-1][:300]
+    return ((text or "").strip().splitlines() or ["no reason given"])[-1][:300]

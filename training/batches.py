@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,6 @@ class Batches:
         self._key = (job.seed, job.client, job.round, job.purpose)
         self._generator = torch.Generator().manual_seed(stream(*self._key))
         self._queue = torch.empty(0, dtype=torch.long)
-        self._names = [_name(latent) for latent in job.examples.latents] if job.privacy else []
         self._step = 0
 
     def next(self) -> Batch:
@@ -59,12 +57,7 @@ class Batches:
         pictures = noise.poisson_batch(len(self._job.examples), privacy.sampling_rate)
         times, noises = [torch.empty(0, dtype=torch.long)], [torch.empty(0, *self._shape)]
         for picture in pictures.tolist():
-            generator = torch.Generator().manual_seed(stream(*self._key, self._step, self._names[picture]))
+            generator = torch.Generator().manual_seed(stream(*self._key, self._step, self._job.names[picture]))
             times.append(stratified_timesteps(privacy.draws, self._length, generator))
             noises.append(torch.randn(privacy.draws, *self._shape, generator=generator))
         return Batch(pictures, torch.cat(times), torch.cat(noises))
-
-
-def _name(latent: Tensor) -> str:
-    """A name for a picture by its content."""
-    return hashlib.sha256(latent.contiguous().cpu().numpy().tobytes()).hexdigest()

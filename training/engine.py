@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from conf.errors import AntherError
 from models.base import Base
-from models.slots import stack_adapters
+from models.slots import stack_adapters, to_device
 from training.inference import held_out_losses
 from training.jobs import Encode, Examples, Job, Measure, Result, Train
 from training.trainer import train
@@ -41,7 +41,6 @@ def encode(base: Base, jobs: Sequence[Encode]) -> list[Examples]:
 
 def measure(base: Base, jobs: Sequence[Measure], micro_batch: int, timesteps: int) -> list[float]:
     """Held-out losses; jobs without an adapter share passes with those that have one."""
-    adapters = stack_adapters(base.sites, [job.adapter for job in jobs])
-    adapters = {name: type(s)(s.a.to(base.device), s.b.to(base.device)) for name, s in adapters.items()}
+    adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.device)
     pools = [job.examples for job in jobs]
     return held_out_losses(base, pools, [adapters], timesteps=timesteps, micro_batch=micro_batch)

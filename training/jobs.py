@@ -76,10 +76,13 @@ class Train:
     early_stopping: EarlyStopping | None = None
     privacy: DPSGD | None = None
     noise: NoiseSource | None = None  # DP noise and Poisson batches; required with privacy
+    names: tuple[str, ...] = ()  # one for each example, by what it shows and nothing else; required with privacy
 
     def __post_init__(self) -> None:
         if self.privacy and self.noise is None:
             raise ValueError(f"client {self.client}: a private job needs a noise source")
+        if self.privacy and len(self.names) != len(self.examples):
+            raise ValueError(f"client {self.client}: a private job needs a name for each example")
         if self.privacy and self.early_stopping:
             raise ValueError(f"client {self.client}: early stopping looks at the pictures, so a private job can't")
 

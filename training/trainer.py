@@ -18,7 +18,7 @@ from conf.errors import AntherError
 from models.adapter import rank
 from models.base import Base
 from models.objective import noised, per_example_loss, target
-from models.slots import Layout, Stacks, stack_adapters
+from models.slots import Layout, Stacks, stack_adapters, to_device
 from privacy.clipping import BoundedSum, clip_rows, gaussian_sigma
 from training.batches import Batch, Batches
 from training.inference import held_out_losses, select
@@ -57,7 +57,7 @@ class _Cohort:
         self.layout = Layout(base.sites, max(rank(job.start) for job in jobs))
         self.rows = torch.stack([self.layout.pack(job.start) for job in jobs]).to(device)
         self.masks = torch.stack([self.layout.mask(job.start) for job in jobs]).to(device)
-        self.frozen = _to(stack_adapters(base.sites, [job.frozen for job in jobs]), device)
+        self.frozen = to_device(stack_adapters(base.sites, [job.frozen for job in jobs]), device)
         self.latents = torch.cat([job.examples.latents for job in jobs]).to(device)
         self.context = torch.cat([job.examples.context for job in jobs]).to(device)
         counts = torch.tensor([len(job.examples) for job in jobs])
@@ -212,7 +212,3 @@ class _Cohort:
 def _common(stacks: Stacks) -> bool:
     """Whether one slot serves everyone (or there is none)."""
     return all(stack.a.shape[0] == 1 for stack in stacks.values())
-
-
-def _to(stacks: Stacks, device: torch.device) -> Stacks:
-    return {name: type(stack)(stack.a.to(device), stack.b.to(device)) for name, stack in stacks.items()}

@@ -46,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 MISTAKES = {
     "fleet=nope": "fleet=nope: no such option; fleet is one of: laptops, mixed, phones, pis",
-    "preset=nope": "preset=nope: no such option; preset is one of: metered, private, quick",
+    "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick",
     "base=null": "a group takes the name of one of its options; --help lists them",
     "+preset=quick": "preset: chosen twice; write preset=… once, without +",
     "roundz=3": "roundz: no such key; did you mean rounds?",
@@ -113,7 +113,7 @@ def test_the_command_line_has_the_word_over_a_preset(
 ) -> None:
     assert run(monkeypatch, "preset=private", "data.writers=3") == 0
     assert run(monkeypatch, "preset=private", "privacy=none") == 0
-    assert capsys.readouterr().out == "rounds=6 level=example writers=3\nrounds=6 level=none writers=20\n"
+    assert capsys.readouterr().out == "rounds=4 level=example writers=3\nrounds=4 level=none writers=20\n"
 
 
 def test_broken_yaml_of_ones_own_is_one_line(
@@ -164,5 +164,5 @@ def test_as_a_program(tmp_path: Path) -> None:
     )
     helped = program("--help")
     assert helped.returncode == 0
-    assert "preset: metered, private, quick" in helped.stdout
+    assert "preset: claim, metered, private, quick" in helped.stdout
     assert helped.stdout.count("  python -m simulations.run ") == 7  # the usage line and six examples

@@ -46,7 +46,7 @@ def test_a_device_is_the_same_in_every_fleet() -> None:
 
 def test_folder_of_ones_own_pictures_joins_typeface_writers() -> None:
     data = composed("data=folder", "data.pictures=[photos]").data
-    assert (data.pictures, data.writers) == (["photos"], 19)
+    assert (data.pictures, data.writers) == (["photos"], 20)
 
 
 def test_known_keys_are_the_composed_ones() -> None:

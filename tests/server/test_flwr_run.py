@@ -37,6 +37,7 @@ def environment(tmp_path):
             "ANTHER_HOME": str(tmp_path / "anther"),
             "ANTHER_DATA_ROOT": str(tmp_path / "owners"),
             "ANTHER_TEST": "true",
+            "ANTHER_BASE": str(pipeline_folder),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
     )

@@ -88,13 +88,13 @@ def by_grid(base, pictures, folder, cohort):
 
 def by_app(base, pictures, folder, pipeline_folder):
     replies = []
-    overrides = f"base.path={pipeline_folder} 'adapter.sites=\"{ATTENTION}\"' grid.micro_batch=4 evaluation.timesteps=2"
+    overrides = f"'adapter.sites=\"{ATTENTION}\"' grid.micro_batch=4 evaluation.timesteps=2"
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)
         for node, owner in enumerate("ab", start=1):
             message = Message(records.request_to_records(request), node, records.message_type(request))
-            config = node_config(pictures, folder, owner) | {"device": "cpu"}
+            config = node_config(pictures, folder, owner) | {"device": "cpu", "base": str(pipeline_folder)}
             context = Context(1, node, config, RecordDict(), {"overrides": overrides})
             replies.append(app(message, context))
     return replies
@@ -134,8 +134,12 @@ def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path):
 def test_an_error_tells_the_server_nothing_of_the_device(pictures, tmp_path, pipeline_folder):
     InProcessGrid([], lambda _: [], cohort=True)  # so that messages can be made
     message = Message(records.request_to_records(Query()), 1, "query")
-    node = node_config(pictures, tmp_path, "secret") | {"test": "perhaps", "device": "cpu"}
-    reply = app(message, Context(1, 1, node, RecordDict(), {"overrides": f"base.path={pipeline_folder}"}))
+    node = node_config(pictures, tmp_path, "secret") | {
+        "test": "perhaps",
+        "device": "cpu",
+        "base": str(pipeline_folder),
+    }
+    reply = app(message, Context(1, 1, node, RecordDict(), {}))
     assert reply.error.code == 2
     assert "secret" not in reply.error.reason
     assert reply.error.reason == "AntherError, see the device's own log"

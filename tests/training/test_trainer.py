@@ -48,7 +48,7 @@ def job(base: Base, client: str, rank: int = 2, count: int = 5, **changes: objec
 def private(base: Base, client: str, rate: float = 0.6, **changes: object) -> Train:
     privacy = DPSGD(noise_multiplier=0.5, clip=0.05, sampling_rate=rate, draws=2)
     noise = Simulated(seed=3, client=client, round=1, purpose="shared")
-    return job(base, client, privacy=privacy, noise=noise, **changes)
+    return job(base, client, privacy=privacy, noise=noise, names=tuple("abcde"), **changes)
 
 
 class Reference:

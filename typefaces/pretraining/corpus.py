@@ -44,11 +44,6 @@ def glyph_of(rows: Tensor) -> Tensor:
     return rows % len(GLYPHS)
 
 
-def family_of(rows: Tensor) -> Tensor:
-    """The family index of rows of `pictures`."""
-    return rows // len(GLYPHS)
-
-
 @dataclass(frozen=True)
 class Jitter:
     """Ranges of a random variation, each drawn uniformly from ±value; 0 leaves that aspect alone."""
