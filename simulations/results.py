@@ -56,6 +56,7 @@ def finish(
     pools = evaluation.encoded(people, perform)
     local = evaluation.train_local(config, base, people, pools, perform)
     adapters = evaluation.arms(people, local, state.best_adapter, base)
+    export_adapters(folder / "adapters", base, people, adapters, state.best_adapter)
     display.phase("measuring held-out letters")
     losses = evaluation.losses(people, adapters, pools, perform)
     drawn: dict[str, Drawn] = {}

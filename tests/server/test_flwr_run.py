@@ -26,7 +26,7 @@ OFFLINE = {
 
 
 @pytest.fixture
-def environment(tmp_path):
+def environment(tmp_path, pipeline_folder):
     """A Flower home of its own, whose SuperLink, which outlives the command, is ended afterwards."""
     flower = tmp_path / "flower"
     yield (
