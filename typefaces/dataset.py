@@ -6,7 +6,6 @@ its glyphs are split into a few to train on, some to decide when to stop, and th
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
+
+from models import assets
 
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
@@ -97,4 +98,4 @@ def decode(glyph: bytes) -> NDArray[np.uint8]:
 
 def digest(path: Path | None = None) -> str:
     """The SHA-256 of the file: what a result says it was measured on."""
-    return hashlib.sha256((path or FILE).read_bytes()).hexdigest()
+    return assets.digest(path or FILE)

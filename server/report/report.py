@@ -19,7 +19,7 @@ from server.report.pictures import png
 ARMS = {
     "real": ("real", "what the writer really wrote; no device trained on these"),
     "base": ("base", "the frozen base, which never saw this writer"),
-    "local": ("alone", "the same device alone, with as many steps and as much rank in all"),
+    "local": ("alone", "the same device alone, with as many steps and as much trained rank in all"),
     "shared": ("shared", "the adapter that the federation made, the same for everyone"),
     "personal": ("shared + personal", "the shared adapter under the one that never left the device"),
 }
@@ -68,8 +68,8 @@ class Report:
     summary: dict[str, Any]
     """As in `summary.json`; legibility and style may be missing, or None for an arm."""
     rounds: list[dict[str, Any]]
-    """One of each round: round, base and shared (mean validation losses, or None), bytes_up, bytes_down, seconds and
-    joules (of this round, over all devices), epsilon (so far, or None), dropped."""
+    """One of each round: round, base and shared (mean validation losses, or None), bytes_up, bytes_down and joules
+    (of this round, over all devices), seconds (of its slowest), epsilon (so far, or None), dropped."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     base: str = "glyphs"
@@ -164,10 +164,16 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     elapsed = so_far("seconds")
     unit, length = ("s", 1) if elapsed[-1] < 300 else ("min", 60) if elapsed[-1] < 18000 else ("h", 3600)
     time = Line("time", [seconds / length for seconds in elapsed], "ink")
+    slowest = f"the slowest device of each round, {quality}"
     drawn = [
         chart("Validation loss", f"mean over devices{chosen}", loss, words.number, from_zero=False),
-        chart("Bytes so far", "adapters and messages, all devices", traffic, words.data),
-        chart("Device time so far", f"all devices, {quality}", [time], lambda value: f"{words.short(value)} {unit}"),
+        chart("Bytes so far", "adapters of the training rounds, all devices", traffic, words.data),
+        chart(
+            "Device time so far",
+            slowest,
+            [time],
+            lambda value: f"{words.short(value)} {unit}",
+        ),
         chart("Energy so far", f"all devices, {quality}", [Line("energy", so_far("joules"), "ink")], words.energy),
     ]
     if any(row["epsilon"] is not None for row in rounds):
