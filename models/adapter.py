@@ -15,10 +15,13 @@ from torch import Tensor
 
 
 class Site(NamedTuple):
-    """One linear layer of the base that an adapter may adapt."""
+    """One layer of the base that an adapter may adapt: linear, or a convolution as the product that it is."""
 
     inputs: int
+    """Of a convolution: channels · height · width of its kernel."""
     outputs: int
+    kernel: tuple[int, ...] = ()
+    """(height, width) of a convolution's kernel, none for a linear layer."""
 
 
 class Factors(NamedTuple):

@@ -6,8 +6,7 @@ The UNet stays; the VAE and the text encoder are loaded to encode pictures once,
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +16,38 @@ from torch import Tensor, nn
 
 from conf.errors import AntherError
 from models import assets
-from models.adapter import Site, Sites
+from models.denoiser import Denoiser
 from models.objective import Schedule
-from models.quantise import quantise_layers
-from models.slots import SlotBank, Stacks
 
 PIPELINE = "StableDiffusionPipeline"
 
 
-class Base:
-    """One frozen base on one torch device, with the sites that adapters may use.
+class Base(Denoiser):
+    """One frozen base on one torch device, with its encoders at hand.
 
     Attributes:
         hash: content hash of the folder; devices prove by it that they hold the same base.
-        sites: the adaptable linear layers, by their name in the UNet.
-        schedule: the forward process.
         shape: latent shape (c, h, w).
         resolution: side of a picture in pixels.
     """
 
-    def __init__(self, folder: Path, *, sites: str, weights: str = "fp32", device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, *, sites: str, weights: str = "fp32", device: str = "cpu", compute: str = "fp32"
+    ) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel  # slow imports, so only here
 
         _check(folder)
-        self.folder, self.hash, self.device = folder, assets.digest(folder), torch.device(device)
-        unet: nn.Module = _load(UNet2DConditionModel, folder / "unet").requires_grad_(False).eval()
-        self.sites: Sites = find_sites(unet, sites)
-        if weights == "int8":
-            quantise_layers(unet)
-        self._bank = SlotBank(unet, self.sites)
-        self._unet = unet.to(self.device)
-        scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
-        self.schedule = Schedule(scheduler.alphas_cumprod.to(self.device), scheduler.config.prediction_type)
+        self.folder, self.hash = folder, assets.digest(folder)
+        unet: nn.Module = _load(UNet2DConditionModel, folder / "unet")
         config: Any = unet.config
+        scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
+        schedule = Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        super().__init__(unet, schedule, sites=sites, device=device, compute=compute, int8=weights == "int8")
         vae = json.loads((folder / "vae" / "config.json").read_text())
         self._scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         self._grey = vae["in_channels"] == 1
         self.resolution = config.sample_size * self._scale
-
-    def denoise(self, x: Tensor, t: Tensor, context: Tensor, adapters: Iterable[Stacks], index: Tensor) -> Tensor:
-        """The network's output [N, c, h, w] at x_t, with the sum of `adapters`, slots by `index` [N]."""
-        with self._bank.using(adapters, index):
-            output: Tensor = self._unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
-        return output
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray], batch: int = 16) -> Tensor:
@@ -114,26 +101,11 @@ class Base:
         return np.array(ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
 
-def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
-    """The linear layers whose whole name matches a regular expression, in the network's order."""
-    try:
-        wanted = re.compile(pattern)
-    except re.error as error:
-        raise AntherError(f"adapter.sites={pattern}: not a regular expression ({error})") from error
-    linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-    sites = {
-        name: Site(layer.in_features, layer.out_features) for name, layer in linear.items() if wanted.fullmatch(name)
-    }
-    if not sites:
-        raise AntherError(f"adapter.sites={pattern}: matches no linear layer of the base, such as {next(iter(linear))}")
-    return sites
-
-
-def load(path: str, *, sites: str, weights: str = "fp32", device: str = "cpu") -> Base:
+def load(path: str, *, sites: str, weights: str = "fp32", device: str = "cpu", compute: str = "fp32") -> Base:
     """The base of that name or folder; `device` may be 'auto'. AntherError if it is missing or of another kind."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Base(assets.locate(path), sites=sites, weights=weights, device=device)
+    return Base(assets.locate(path), sites=sites, weights=weights, device=device, compute=compute)
 
 
 def _check(folder: Path) -> None:

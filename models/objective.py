@@ -6,7 +6,7 @@ v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0  (Salimans & Ho, 2022, arXiv:2202.00512
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class Schedule:
 
     def __len__(self) -> int:
         return self.alpha_bars.shape[0]
+
+    def to(self, device: torch.device) -> Schedule:
+        """The same schedule on another device."""
+        return replace(self, alpha_bars=self.alpha_bars.to(device))
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1−ᾱ_t), each [N, 1, 1, 1], for timesteps [N]."""
@@ -50,14 +54,4 @@ def target(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 def per_example_loss(prediction: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared error of each example [N]: never across the batch, so that slots stay independent."""
-    return (prediction.float() - wanted).square().flatten(1).mean(1)
-
-
-def stratified_timesteps(count: int, length: int, generator: torch.Generator) -> Tensor:
-    """[count] timesteps, one from each of `count` equal strata (Kingma et al., 2021, arXiv:2107.00630, I.1).
-
-    Each is uniform on range(length), and a small batch still sees early and late steps.
-    """
-    start = torch.rand(1, generator=generator, dtype=torch.float64)
-    order = torch.randperm(count, generator=generator)
-    return (((start + order / count) % 1) * length).long()
+    return (prediction.to(wanted.dtype) - wanted).square().flatten(1).mean(1)

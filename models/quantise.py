@@ -77,10 +77,12 @@ class Int8Conv2d(_Int8Layer):
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
-        self._geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.kernel_size, self.groups = layer.kernel_size, layer.groups
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Conv2d.apply(x, self.values, self.scale, self.bias, *self._geometry)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return _Conv2d.apply(x, self.values, self.scale, self.bias, *geometry)
 
 
 def quantise_layers(module: nn.Module) -> None:

@@ -6,20 +6,18 @@ Implements eq. 12 of Song et al. (2021, arXiv:2010.02502) with σ = 0, and class
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from models.denoiser import Denoise
 from models.objective import Schedule
-
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [N,c,h,w], t [N], context [N,l,d]) -> [N,c,h,w]
 
 
 @torch.no_grad()
 def ddim(
-    denoise: Denoiser,
+    denoise: Denoise,
     schedule: Schedule,
     x: Tensor,
     context: Tensor,

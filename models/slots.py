@@ -1,25 +1,26 @@
 """LoRA products with a leading slot axis: many adapters share one pass through the frozen base.
 
-Every LoRA tensor is A [S, r, in], B [S, out, r], and every example carries the index of its slot. Slots are
-clients (a cohort), examples (DP-SGD: the gradient of a slot *is* the per-example gradient) or just one
-(ordinary training). It is exact because diffusion backbones normalise per sample and never across the batch.
+Every LoRA tensor is A [S, r, in], B [S, out, r]. A pass of N = S·m entries gives the first m to slot 0, the next m
+to slot 1, and so on. Slots are clients (a cohort), examples (DP-SGD: the gradient of a slot *is* the per-example
+gradient) or just one (ordinary training, or one adapter for everybody). It is exact because diffusion backbones
+normalise per sample and never across the batch.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.adapter import Adapter, Factors, Sites
+from models.slot_linear import slot_linear
 
 
 class Stack(NamedTuple):
-    """Adapters of one rank laid in slots: per site A [S, r, in] and B [S, out, r]; S = 1 serves everyone."""
+    """Factors of one site in slots: A [S, r, in] and B [S, out, r]; S = 1 serves everyone."""
 
     a: Tensor
     b: Tensor
@@ -28,89 +29,113 @@ class Stack(NamedTuple):
 Stacks = Mapping[str, Stack]
 
 
-def slot_product(x: Tensor, stack: Stack, index: Tensor) -> Tensor:
-    """B_s A_s x for each example's slot s: x [N, …, in], index [N] -> [N, …, out]."""
-    a, b = stack
-    if a.shape[0] == 1:
-        return (x @ a[0].T) @ b[0].T
-    tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
-    product = torch.bmm(torch.bmm(tokens, a[index].mT), b[index].mT)
-    return product.view(*x.shape[:-1], b.shape[1])
+class SlotLayer(nn.Module):
+    """A frozen layer that adds the products of the slots that it was lent."""
 
-
-class _Lent(threading.local):
-    """What the network adds now, in this thread: passes may run side by side."""
-
-    def __init__(self) -> None:
-        self.adapters: list[Stacks] = []
-        self.index: Tensor | None = None
-
-
-class SlotLinear(nn.Module):
-    """A frozen linear layer that adds the slots' products while its `SlotBank` lends it some."""
-
-    def __init__(self, base: nn.Module, name: str, lent: _Lent) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
-        self.base, self._name, self._lent = base, name, lent
+        self.base = base
+        self.lent: tuple[Stack, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for stacks in self._lent.adapters:
-            if (stack := stacks.get(self._name)) is not None and stack.a.shape[1] > 0:
-                assert self._lent.index is not None
-                y = y + slot_product(x, stack, self._lent.index)
+        for stack in self.lent:
+            y = y + self.product(x, stack).view_as(y)
         return y
 
+    def product(self, x: Tensor, stack: Stack) -> Tensor:
+        raise NotImplementedError
 
-class SlotBank:
-    """The adaptable sites of one network."""
 
-    def __init__(self, network: nn.Module, sites: Sites) -> None:
-        self._lent = _Lent()
-        for name in sites:
-            parent, _, leaf = name.rpartition(".")
-            owner = network.get_submodule(parent)
-            layer = SlotLinear(owner.get_submodule(leaf), name, self._lent)
-            if isinstance(owner, nn.ModuleList | nn.Sequential):
-                owner[int(leaf)] = layer
-            else:
-                setattr(owner, leaf, layer)
+class SlotLinear(SlotLayer):
+    """y = W x + Σ B_s A_s x; the stack that is trained, which comes last, shares an operation with W."""
 
-    @contextmanager
-    def using(self, adapters: Iterable[Stacks], index: Tensor) -> Iterator[None]:
-        """Within this context the network adds the sum of these adapters; index [N] names each example's slot."""
-        self._lent.adapters, self._lent.index = list(adapters), index
-        try:
-            yield
-        finally:
-            self._lent.adapters, self._lent.index = [], None
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.lent and self.lent[-1].a.requires_grad and isinstance(self.base, nn.Linear)):
+            return super().forward(x)
+        y = slot_linear(x, self.base.weight, self.base.bias, *self.lent[-1])
+        for stack in self.lent[:-1]:
+            y = y + self.product(x, stack).view_as(y)
+        return y
+
+    def product(self, x: Tensor, stack: Stack) -> Tensor:
+        tokens = x.unflatten(0, (stack.a.shape[0], -1)).flatten(1, -2)  # [S, N/S · tokens, in]
+        return torch.bmm(torch.bmm(tokens, stack.a.mT), stack.b.mT)
+
+
+class SlotConv2d(SlotLayer):
+    """The same for a convolution: as in peft, A has its kernel and geometry, and B is 1×1.
+
+    A group of channels for each slot makes it one convolution for all of them.
+    """
+
+    def product(self, x: Tensor, stack: Stack) -> Tensor:
+        slots, rank = stack.a.shape[:2]
+        grouped = x.unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)  # [N/S, S·c, h, w]
+        kernel = stack.a.reshape(slots * rank, x.shape[1], *self.base.kernel_size)
+        inner = F.conv2d(grouped, kernel, None, self.base.stride, self.base.padding, self.base.dilation, slots)
+        outer = F.conv2d(inner, stack.b.reshape(-1, rank, 1, 1), groups=slots)
+        return outer.unflatten(1, (slots, -1)).transpose(0, 1).contiguous()
+
+
+def add_slots(network: nn.Module, sites: Sites) -> None:
+    """Put a slot layer around every site of the network, in place."""
+    for name, site in sites.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(parent)
+        layer = (SlotConv2d if site.kernel else SlotLinear)(owner.get_submodule(leaf))
+        if isinstance(owner, nn.ModuleList | nn.Sequential):
+            owner[int(leaf)] = layer
+        else:
+            setattr(owner, leaf, layer)
+
+
+def slot_layers(network: nn.Module) -> dict[str, SlotLayer]:
+    """Every slot layer of a network by the name of its site."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, SlotLayer)}
+
+
+def lend(layers: Mapping[str, SlotLayer], adapters: Sequence[Stacks]) -> None:
+    """From now on the network adds the sum of these adapters."""
+    for name, layer in layers.items():
+        found = (stacks[name] for stacks in adapters if name in stacks)
+        layer.lent = tuple(stack for stack in found if stack.a.shape[1] > 0)
 
 
 class Layout:
     """Where each site's A and B of one rank lie in a flat row of D numbers.
 
-    Adapters, moments, gradients and noise of S slots are [S, D] buffers, so that optimiser, clip and noise
-    are a few kernels. Adapters of smaller rank leave zeros, which `pack` places and `mask` tells apart.
+    Adapters, moments, gradients and noise of S slots are [S, D] buffers, so that optimiser, clip and noise are a few
+    kernels. Adapters of smaller rank leave zeros, which `pack` places and `mask` tells apart.
     """
 
     def __init__(self, sites: Sites, rank: int) -> None:
         self.sites, self.rank = dict(sites), rank
-        self.size = sum(rank * (site.inputs + site.outputs) for site in sites.values())
+        self.widths = [width for site in sites.values() for width in (rank * site.inputs, rank * site.outputs)]
+        self.size = sum(self.widths)
 
     def stacks(self, rows: Tensor) -> dict[str, Stack]:
         """Views of rows [S, D] as the stacks of every site."""
-        result, start, slots, r = {}, 0, rows.shape[0], self.rank
-        for name, (inputs, outputs) in self.sites.items():
-            middle, end = start + r * inputs, start + r * (inputs + outputs)
-            result[name] = Stack(
-                rows[:, start:middle].view(slots, r, inputs), rows[:, middle:end].view(slots, outputs, r)
-            )
-            start = end
-        return result
+        return self.from_parts(rows.split(self.widths, dim=1))
+
+    def from_parts(self, parts: Sequence[Tensor]) -> dict[str, Stack]:
+        """Stacks of every site from its A and B as [S, r·in] and [S, out·r], site after site."""
+        r = self.rank
+        return {
+            name: Stack(a.view(len(a), r, site.inputs), b.view(len(b), site.outputs, r))
+            for (name, site), a, b in zip(self.sites.items(), parts[::2], parts[1::2], strict=True)
+        }
+
+    def fits(self, adapter: Adapter) -> bool:
+        """Whether an adapter fills a row, with every site at full rank."""
+        return len(adapter) == len(self.sites) and all(f.a.shape[0] == self.rank for f in adapter.values())
 
     def pack(self, adapter: Adapter | None) -> Tensor:
         """Row [D] of an adapter; missing sites and ranks are zero."""
-        row = torch.zeros(1, self.size)
+        if adapter and self.fits(adapter):
+            return torch.cat([factor.flatten() for name in self.sites for factor in adapter[name]])
+        factors = [factor for f in (adapter or {}).values() for factor in f]
+        row = torch.zeros(1, self.size, dtype=factors[0].dtype if factors else torch.float32)
         for name, stack in self.stacks(row).items():
             if adapter and name in adapter:
                 r = adapter[name].a.shape[0]
@@ -119,11 +144,14 @@ class Layout:
 
     def unpack(self, row: Tensor, like: Adapter) -> Adapter:
         """The adapter in row [D], with the sites and true ranks of `like`; on the CPU, with storage of its own."""
-        stacks = self.stacks(row.detach().cpu()[None])
-        return {
-            name: Factors(stacks[name].a[0, : f.a.shape[0]].clone(), stacks[name].b[0, :, : f.a.shape[0]].clone())
-            for name, f in like.items()
-        }
+        row = row.detach().cpu().clone()
+        if self.fits(like):
+            parts, shapes = row.split(self.widths), [factor.shape for name in self.sites for factor in like[name]]
+            views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            return dict(zip(self.sites, map(Factors, views[::2], views[1::2]), strict=True))
+        stacks = self.stacks(row[None])
+        found = ((name, stacks[name], factors.a.shape[0]) for name, factors in like.items())
+        return {name: Factors(stack.a[0, :r], stack.b[0, :, :r].contiguous()) for name, stack, r in found}
 
     def mask(self, like: Adapter) -> Tensor:
         """[D] bool: which numbers of a row belong to an adapter with the sites and ranks of `like`."""
@@ -142,6 +170,14 @@ def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> Stacks:
     return layout.stacks(torch.stack([layout.pack(adapter) for adapter in adapters]))
 
 
-def to_device(stacks: Stacks, device: torch.device) -> Stacks:
-    """The same stacks on another device."""
-    return {name: Stack(stack.a.to(device), stack.b.to(device)) for name, stack in stacks.items()}
+def select(stacks: Stacks, slots: Tensor) -> Stacks:
+    """The stacks of these slots [N], in this order; a stack that serves everyone stays as it is."""
+    return {
+        name: stack if stack.a.shape[0] == 1 else Stack(stack.a[slots], stack.b[slots])
+        for name, stack in stacks.items()
+    }
+
+
+def to_device(stacks: Stacks, like: Tensor) -> Stacks:
+    """The same stacks on the device and in the precision of another tensor."""
+    return {name: Stack(stack.a.to(like), stack.b.to(like)) for name, stack in stacks.items()}

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 class NoiseSource(Protocol):
     """Draws for one job, step by step, in order."""
@@ -27,8 +29,8 @@ class NoiseSource(Protocol):
         """Indices of the members of range(size) that join this step, each independently with probability `rate`."""
         ...
 
-    def gaussian(self, size: int) -> Tensor:
-        """Standard normal noise, float32 [size]."""
+    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+        """Standard normal noise, float32 [size], on `device`."""
         ...
 
 
@@ -38,13 +40,18 @@ class Simulated:
     release = False
 
     def __init__(self, *, seed: int, client: str, round: int, purpose: str) -> None:
-        self._generator = torch.Generator().manual_seed(stream(seed, client, round, purpose, "privacy"))
+        self._seed = stream(seed, client, round, purpose, "privacy")
+        self._batches = torch.Generator().manual_seed(stream(seed, client, round, purpose, "batches"))
+        self._noises: dict[torch.device, torch.Generator] = {}
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
-        return (torch.rand(size, generator=self._generator, dtype=torch.float64) < rate).nonzero().flatten()
+        return (torch.rand(size, generator=self._batches, dtype=torch.float64) < rate).nonzero().flatten()
 
-    def gaussian(self, size: int) -> Tensor:
-        return torch.randn(size, generator=self._generator)
+    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+        """Each kind of device has a stream of its own: a GPU draws what a CPU would take longer for than the step."""
+        if device not in self._noises:
+            self._noises[device] = torch.Generator(device).manual_seed(self._seed)
+        return torch.randn(size, generator=self._noises[device], device=device)
 
 
 class Secure:
@@ -61,12 +68,12 @@ class Secure:
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         return torch.from_numpy(np.flatnonzero(_uniforms(size) < rate))
 
-    def gaussian(self, size: int) -> Tensor:
+    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
         """Box and Muller (1958): √(−2 ln u) (cos 2πv, sin 2πv) are two independent normals."""
         u, v = _uniforms(size + size % 2).reshape(2, -1)
         radius, angle = np.sqrt(-2.0 * np.log1p(-u)), 2.0 * math.pi * v  # 1 − u lies in (0, 1]: its logarithm is finite
         normals = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return torch.from_numpy(normals[:size].astype(np.float32))
+        return torch.from_numpy(normals[:size].astype(np.float32)).to(device)
 
 
 def _uniforms(size: int) -> np.ndarray:

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from conf.errors import AntherError
 from models import assets
-from models.adapter import Adapter, Factors, concatenate, initial, rank
+from models.adapter import Adapter, Site, concatenate, rank
 from models.base import Base, load
-from models.export import export, kohya_keys
+from models.export import diffusers_keys, export, kohya_keys
 from models.sampling import ddim
-from models.slots import stack_adapters
+from models.slots import Layout, Stacks, stack_adapters
+from tests.models.adapters import random_adapter
 from tests.tiny import ATTENTION, save_pipeline
 
 
-def live(base: Base, rank: int, seed: int) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    adapter = initial(base.sites, rank, seed)
-    return {name: Factors(f.a, torch.randn(f.b.shape, generator=generator)) for name, f in adapter.items()}
+def denoised(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks] = ()) -> Tensor:
+    with base.lending(adapters) as denoise, torch.no_grad():
+        return denoise(x, t, context)
 
 
-def inputs(base: Base, count: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(base: Base, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(count, *base.shape, generator=generator)
     return x, torch.arange(count) * 300, torch.randn(count, 8, 16, generator=generator)
@@ -43,8 +48,7 @@ def pipeline(pipeline_folder: Path) -> StableDiffusionPipeline:
 
 def test_without_adapters_it_is_the_pipelines_unet(base: Base, pipeline: StableDiffusionPipeline) -> None:
     x, t, context = inputs(base)
-    found = base.denoise(x, t, context, [], torch.zeros(3, dtype=torch.long))
-    torch.testing.assert_close(found, pipeline.unet(x, t, encoder_hidden_states=context).sample)
+    torch.testing.assert_close(denoised(base, x, t, context), pipeline.unet(x, t, encoder_hidden_states=context).sample)
 
 
 def test_latents_and_captions_are_the_pipelines(base: Base, pipeline: StableDiffusionPipeline) -> None:
@@ -71,11 +75,7 @@ def test_pictures_of_any_size_and_kind_become_latents(base: Base, tmp_path: Path
 def test_ddim_is_that_of_diffusers(guidance: float, prediction: str, tmp_path: Path) -> None:
     base = Base(save_pipeline(tmp_path, prediction=prediction), sites=ATTENTION)
     x, _, context = inputs(base)
-    null, slots = context[0] * 0.3, torch.zeros(3, dtype=torch.long)
-
-    def denoise(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return base.denoise(x, t, context, [], slots)
-
+    null, denoise = context[0] * 0.3, partial(denoised, base)
     found = ddim(denoise, base.schedule, x, context, steps=4, guidance=guidance, null_context=null)
     scheduler = DDIMScheduler.from_pretrained(base.folder / "scheduler", timestep_spacing="linspace")
     scheduler.set_timesteps(5)  # ours visits the first four of five evenly spaced times, and ends at the clean picture
@@ -96,32 +96,76 @@ def test_ddim_is_that_of_diffusers(guidance: float, prediction: str, tmp_path: P
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
 
 
+def adapted(base: Base) -> Adapter:
+    """The ranks at some sites differ from those at others."""
+    first = random_adapter(base.sites, 2, 0)
+    return concatenate([first, random_adapter(base.sites, dict.fromkeys(list(base.sites)[::3], 3), 1)])
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("sites", [ATTENTION, r".*(conv[12]|conv_shortcut|samplers\.0\.conv|proj_in)", ".*"])
 def test_an_export_draws_in_diffusers_what_it_draws_here(
-    base: Base, pipeline_folder: Path, tmp_path: Path, layout: str
+    pipeline_folder: Path, tmp_path: Path, layout: str, sites: str
 ) -> None:
-    adapter = concatenate([live(base, 2, 0), live(base, 3, 1)])
-    export(adapter, tmp_path / "adapter.safetensors", layout=layout)
+    base = Base(pipeline_folder, sites=sites)
+    adapter = adapted(base)
+    export(adapter, tmp_path / "adapter.safetensors", sites=base.sites, layout=layout)
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
     x, t, context = inputs(base)
-    plain = pipe.unet(x, t, encoder_hidden_states=context).sample
-    pipe.load_lora_weights(tmp_path / "adapter.safetensors")
-    theirs = pipe.unet(x, t, encoder_hidden_states=context).sample
-    ours = base.denoise(x, t, context, [stack_adapters(base.sites, [adapter])], torch.zeros(3, dtype=torch.long))
+    with torch.no_grad():
+        plain = pipe.unet(x, t, encoder_hidden_states=context).sample
+        pipe.load_lora_weights(tmp_path / "adapter.safetensors")
+        theirs = pipe.unet(x, t, encoder_hidden_states=context).sample
+    ours = denoised(base, x, t, context, [stack_adapters(base.sites, [adapter])])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, theirs, atol=1e-3)
 
 
+@pytest.mark.parametrize("keys", [diffusers_keys, kohya_keys])
+def test_an_exported_product_is_that_of_two_layers(keys: Callable[..., dict[str, Tensor]]) -> None:
+    sites = {"down.conv": Site(3 * 3 * 2, 5, (3, 2)), "down.point": Site(3, 5, (1, 1)), "attn.to_q": Site(4, 6)}
+    adapter = random_adapter(sites, 2)
+    tensors = keys(adapter, sites)
+    downs = [tensor for key, tensor in tensors.items() if key.endswith(("lora_A.weight", "lora_down.weight"))]
+    ups = [tensor for key, tensor in tensors.items() if key.endswith(("lora_B.weight", "lora_up.weight"))]
+    assert [tensor.shape for tensor in downs] == [(2, 3, 3, 2), (2, 3, 1, 1), (2, 4)]
+    assert [tensor.shape for tensor in ups] == [(5, 2, 1, 1), (5, 2, 1, 1), (6, 2)]
+    for down, up, (name, factors) in zip(downs, ups, adapter.items(), strict=True):
+        weight = factors.b @ factors.a
+        if sites[name].kernel:
+            x = torch.randn(1, 3, 5, 5)
+            wanted = F.conv2d(x, weight.view(5, 3, *sites[name].kernel))
+            found = F.conv2d(F.conv2d(x, down), up)
+        else:
+            x = torch.randn(1, 4)
+            wanted, found = F.linear(x, weight), F.linear(F.linear(x, down), up)
+        torch.testing.assert_close(found, wanted)
+
+
 def test_kohya_alpha_is_the_rank(base: Base) -> None:
-    tensors = kohya_keys(live(base, 3, 0))
-    assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {3.0}
+    tensors = kohya_keys(adapted(base), base.sites)
+    ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")}
+    assert ranks == {5} == {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert rank({}) == 0
 
 
 def test_an_export_appears_whole(base: Base, tmp_path: Path) -> None:
-    export(live(base, 2, 0), tmp_path / "deep" / "a.safetensors", metadata={"base": base.hash})
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.safetensors"]
-    assert len(load_file(tmp_path / "deep" / "a.safetensors")) == 2 * len(base.sites)
+    layout, adapter = Layout(base.sites, 3), random_adapter(base.sites, 3)
+    trained = layout.unpack(layout.pack(adapter), adapter)  # its tensors lie in one storage
+    path = tmp_path / "deep" / "a.safetensors"
+    export(trained, path, sites=base.sites, metadata={"base": base.hash})
+    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+    found = load_file(path)
+    assert len(found) == 2 * len(base.sites)
+    assert all(torch.equal(found[f"unet.{name}.lora_B.weight"], factors.b) for name, factors in adapter.items())
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["base"] == base.hash
+        assert file.metadata()["ss_network_dim"] == "3"
+
+
+def test_an_adapter_without_rank_can_be_exported(base: Base, tmp_path: Path) -> None:
+    export(random_adapter(base.sites, 0), tmp_path / "a.safetensors", sites=base.sites)
+    assert {tensor.numel() for tensor in load_file(tmp_path / "a.safetensors").values()} == {0}
 
 
 class TestRefused:
@@ -164,7 +208,7 @@ class TestRefused:
         self.refuse(folder, "can't load UNet2DConditionModel")
 
     def test_no_site(self, folder: Path) -> None:
-        self.refuse(folder, "matches no linear layer", sites="nothing")
+        self.refuse(folder, "matches no layer", sites="nothing")
         self.refuse(folder, "not a regular expression", sites="(")
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.base import Base
-from models.quantise import Int8Conv2d, Int8Linear, quantise
+from models.quantise import Int8Conv2d, Int8Linear, quantise, quantise_layers
 from tests.tiny import ATTENTION
 
 
@@ -45,7 +45,22 @@ def test_forward_and_backward_are_those_of_the_dequantised_layer(
 def test_an_int8_base_is_close_and_keeps_its_sites(base: Base) -> None:
     small = Base(base.folder, sites=ATTENTION, weights="int8")
     x, t, context = torch.randn(2, *base.shape), torch.tensor([10, 700]), torch.randn(2, 8, 16)
-    slots = torch.zeros(2, dtype=torch.long)
-    wanted, found = (b.denoise(x, t, context, [], slots) for b in (base, small))
+    outputs = []
+    for each in (base, small):
+        with each.lending([]) as denoise, torch.no_grad():
+            outputs.append(denoise(x, t, context))
+    wanted, found = outputs
     assert 0 < (found - wanted).norm() / wanted.norm() < 0.05
     assert small.sites == base.sites
+    assert list(small.sites) == list(base.sites)
+
+
+def test_layers_are_replaced_where_that_saves_memory() -> None:
+    network = nn.Sequential(
+        nn.Linear(32, 32), nn.Linear(31, 33), nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.GroupNorm(2, 16))
+    )
+    quantise_layers(network)
+    assert [type(layer) for layer in (*network[:2], *network[2])] == [Int8Linear, nn.Linear, Int8Conv2d, nn.GroupNorm]
+    convolution = network[2][0]
+    assert convolution.kernel_size == (3, 3)  # what a slot layer around it needs
+    assert (convolution.stride, convolution.padding, convolution.dilation) == ((1, 1), (1, 1), (1, 1))

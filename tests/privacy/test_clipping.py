@@ -1,93 +1,324 @@
-"""Clipping: the bound holds for every row there is, and one example moves a sum by no more than it."""
+"""Clipping: the bound holds for every row there is, and one example moves its owner's sum by no more than it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from privacy.clipping import BoundedSum, clip_rows, gaussian_sigma
+from privacy.accounting import ADD_OR_REMOVE_ONE
+from privacy.clipping import BoundedSums, clip_and_sum, deviation, even_bounds, sum_segments
 
-FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
-ROWS = arrays.arrays(np.float32, st.tuples(st.integers(0, 4), st.integers(1, 6)), elements=FLOATS)
-CLIPS = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 2.0, 1e30])
-
-
-def norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows.double(), dim=-1)
+LARGEST = 2.0**60  # squares of larger numbers leave float32: see `test_rows_whose_squares_leave_float32_count_as_zero`
+FLOATS = st.floats(-LARGEST, LARGEST, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
+CLIPS = st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 2.0, 1e15, math.inf])
+ROUNDING = 1e-6  # what the formal guarantee admits
 
 
-@given(ROWS, CLIPS)
-def test_every_row_is_finite_and_within_the_bound(rows: np.ndarray, clip: float) -> None:
-    clipped = clip_rows(torch.from_numpy(rows), clip)
-    assert clipped.values.shape == rows.shape
-    assert clipped.values.dtype == torch.float32
-    assert clipped.values.isfinite().all()
-    assert (norms(clipped.values) <= clip * (1 + 1e-6)).all()
+@st.composite
+def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[list[float]], list[int]]:
+    """Gradients [N, D], counts [R], bounds [R, L] and segments [L]; owners without rows, parts without numbers."""
+    counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= least))
+    segments = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    bounds = draw(st.lists(st.lists(CLIPS, min_size=len(segments), max_size=len(segments)), min_size=len(counts),
+                           max_size=len(counts)))  # fmt: skip
+    rows = draw(arrays.arrays(np.float32, (sum(counts), sum(segments)), elements=FLOATS))
+    return torch.from_numpy(rows), counts, bounds, segments
 
 
-@given(ROWS, CLIPS)
-def test_rows_keep_their_direction_and_short_ones_everything(rows: np.ndarray, clip: float) -> None:
-    given_rows = torch.from_numpy(rows)
-    for row, clipped in zip(given_rows, clip_rows(given_rows, clip).values, strict=True):
-        norm = float(norms(row))
-        if not math.isfinite(norm):
-            assert clipped.eq(0).all()
-        elif norm <= clip:
-            assert torch.equal(clipped, row)
-        else:  # the definition, in float64
-            expected = row.double() * (clip / norm)
-            assert torch.allclose(clipped.double(), expected, rtol=1e-6, atol=1e-44)
+def clip(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]) -> tuple:
+    """`clip_and_sum` of a copy: it overwrites what it gets."""
+    limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
+    return clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments)
 
 
-@given(ROWS.filter(lambda rows: len(rows) > 0), CLIPS, st.data())
-def test_one_example_moves_the_sum_by_at_most_the_bound(rows: np.ndarray, clip: float, data: st.DataObject) -> None:
+def clip_alone(row: Tensor, bounds: Sequence[float], segments: Sequence[int]) -> Tensor:
+    """What is left of one row: the sum of its owner, who has no other."""
+    return clip(row[None], [1], [bounds], segments)[0][0]
+
+
+def truth(row: np.ndarray, bounds: Sequence[float], segments: Sequence[int]) -> np.ndarray:
+    """The definition, in float64."""
+    if not np.isfinite(row).all():
+        return np.zeros(len(row))
+    parts = np.split(row.astype(np.float64), np.cumsum(segments)[:-1])
+    norms = [np.linalg.norm(part) for part in parts]
+    return np.concatenate(
+        [part * min(1.0, c / n) if n else part for part, c, n in zip(parts, bounds, norms, strict=True)]
+    )
+
+
+def norm(row: Tensor) -> float:
+    return float(torch.linalg.vector_norm(row.double()))
+
+
+@given(batches())
+@settings(deadline=None, max_examples=200)
+def test_sums_are_those_of_a_loop_over_rows(batch: tuple) -> None:
+    rows, counts, bounds, segments = batch
+    values, dropped = clip(*batch)
+    assert values.shape == (len(counts), sum(segments))
+    assert values.dtype == torch.float32
+    taken = iter(rows.numpy())
+    for found, bad, count, limits in zip(values, dropped, counts, bounds, strict=True):
+        own = [next(taken) for _ in range(count)]
+        clipped = [truth(row, limits, segments) for row in own]
+        scale = sum((np.abs(row) for row in clipped), np.zeros(sum(segments)))
+        wanted = sum(clipped, np.zeros(sum(segments)))
+        assert (np.abs(found.numpy() - wanted) <= ROUNDING * scale + 1e-37).all()
+        assert bad == sum(not np.isfinite(row).all() for row in own)
+
+
+@given(batches(least=1), st.data())
+@settings(deadline=None, max_examples=200)
+def test_a_row_moves_its_owners_sum_by_at_most_the_bound_and_no_other(batch: tuple, data: st.DataObject) -> None:
+    rows, counts, bounds, segments = batch
     removed = data.draw(st.integers(0, len(rows) - 1))
-    all_rows = torch.from_numpy(rows)
-    rest = torch.cat([all_rows[:removed], all_rows[removed + 1 :]])
-    total = clip_rows(all_rows, clip).sum()
-    moved = total.values.double() - clip_rows(rest, clip).sum().values.double()
-    assert norms(moved) <= total.l2_bound * (1 + 1e-5)
+    owner = next(i for i in range(len(counts)) if removed < sum(counts[: i + 1]))
+    rest = torch.cat([rows[:removed], rows[removed + 1 :]])
+    fewer = [count - (i == owner) for i, count in enumerate(counts)]
+    before, bad = clip(*batch)
+    after, bad_after = clip(rest, fewer, bounds, segments)
+    moved = norm(before[owner].double() - after[owner].double())
+    assert moved <= math.hypot(*bounds[owner]) * (1 + ROUNDING)
+    others = [i for i in range(len(counts)) if i != owner]
+    assert torch.equal(before[others], after[others])
+    assert torch.equal(bad[others], bad_after[others])
 
 
-def test_no_clip_changes_no_finite_row() -> None:
-    rows = torch.tensor([[3e38, 3e38], [1e-40, 0.0], [math.nan, 1.0], [1.0, -math.inf]])
-    clipped = clip_rows(rows, math.inf).values
-    assert torch.equal(clipped[:2], rows[:2])
-    assert clipped[2:].eq(0).all()
+@given(batches())
+@settings(deadline=None)
+def test_every_row_is_finite_and_within_its_bounds(batch: tuple) -> None:
+    rows, counts, bounds, segments = batch
+    owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
+    for row, owner in zip(rows, owners, strict=True):
+        clipped = clip_alone(row, bounds[owner], segments)
+        assert clipped.isfinite().all()
+        assert norm(clipped) <= math.hypot(*bounds[owner]) * (1 + ROUNDING)
+        for part, bound in zip(clipped.split(segments), bounds[owner], strict=True):
+            assert norm(part) <= bound * (1 + ROUNDING)
 
 
-def test_an_empty_batch_still_has_a_sum_to_noise() -> None:
-    total = clip_rows(torch.zeros(0, 3), 0.5).sum()
-    assert total.values.tolist() == [0, 0, 0]
-    assert gaussian_sigma(total, 2.0) == 1.0
+ADVERSARIAL: dict[str, Callable[[int], Tensor]] = {
+    "positive": lambda size: torch.rand(4, size),
+    "falling": lambda size: torch.linspace(1, 0, size)[None],
+    "large": lambda size: torch.rand(4, size) * 1e16,
+    "huge": lambda size: torch.rand(4, size) * 1e30,
+    "tiny": lambda size: torch.rand(4, size) * 1e-30,
+    "smallest": lambda size: torch.full((1, size), 1e-45),
+    "largest": lambda size: torch.full((1, size), 3e38),
+    "one large among tiny": lambda size: torch.full((2, size), 1e-4).index_fill_(1, torch.tensor(0), 1e4),
+}
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
-    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    parts = clip_rows(rows[:3], 1.0).sum() + clip_rows(rows[3:], 1.0).sum()
-    assert torch.allclose(parts.values, clip_rows(rows, 1.0).sum().values)
-    assert parts.l2_bound == 1.0
+def assert_clipped(rows: Tensor) -> None:
+    """To the bound, within rounding; neither to more nor to less."""
+    lengths = torch.linalg.vector_norm(rows.double(), dim=1)
+    for bound in (1e-12, 0.3, 1.0):
+        values, dropped = clip(rows, [1] * len(rows), [[bound]] * len(rows), [rows.shape[1]])
+        norms = torch.linalg.vector_norm(values.double(), dim=1)
+        assert (norms <= bound * (1 + ROUNDING)).all()
+        long = (lengths > bound) & (dropped == 0)
+        assert (norms[long] >= bound * (1 - ROUNDING)).all()
 
 
-def test_half_precision_rows_are_clipped_in_float32() -> None:
-    rows = torch.full((2, 100_000), 100.0, dtype=torch.bfloat16)
-    assert torch.allclose(norms(clip_rows(rows, 1.0).values), torch.ones(2, dtype=torch.float64), atol=1e-6)
+@pytest.mark.parametrize("size", [1, 4095, 4097, 200_000])
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_long_rows_are_within_the_bound(kind: str, size: int) -> None:
+    torch.manual_seed(0)
+    assert_clipped(ADVERSARIAL[kind](size))
 
 
-def test_misuse_is_refused() -> None:
-    for clip in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="clip"):
-            clip_rows(torch.ones(1, 1), clip)
-    with pytest.raises(ValueError, match="one bound"):
-        clip_rows(torch.ones(1, 1), 1.0).sum() + clip_rows(torch.ones(1, 1), 2.0).sum()
-    unbounded = BoundedSum(torch.ones(1), math.inf)
-    with pytest.raises(ValueError, match="unbounded"):
-        gaussian_sigma(unbounded, 1.0)
-    assert gaussian_sigma(unbounded, 0.0) == 0
+@pytest.mark.parametrize("size", [4095, 4097, 200_000])
+def test_long_rows_that_round_one_way_are_within_the_bound(size: int) -> None:
+    """Numbers all alike: adding the same square to a growing sum rounds it down time after time."""
+    values = torch.linspace(0.5, 2.0, 2000 if size < 5000 else 20)
+    assert_clipped(values[:, None].expand(-1, size).contiguous())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4097])
+@pytest.mark.parametrize("value", [1e20, 1e30, 3e38])
+def test_rows_whose_squares_leave_float32_count_as_zero(size: int, value: float) -> None:
+    """Scaled by C / norm, which float32 can't hold either, they could be twice as long as C."""
+    rows = torch.zeros(2, size)
+    rows[0, -1], rows[1, -1] = value, 1.0
+    for bound in (1e-12, 1e-6, 1.0, math.inf):
+        values, dropped = clip(rows, [1, 1], [[bound]] * 2, [size])
+        assert values[0].eq(0).all()
+        assert dropped.tolist() == [1.0, 0.0]
+        assert norm(values[1]) == pytest.approx(min(bound, 1.0))
+
+
+def test_without_a_clip_rows_stay_as_they_are() -> None:
+    rows = torch.tensor([[3e18, -3e18], [1e-40, 0.0], [math.nan, 1.0], [1.0, -math.inf]])
+    values, dropped = clip(rows, [1, 1, 1, 1], [[math.inf]] * 4, [2])
+    assert torch.equal(values[:2], rows[:2])
+    assert values[2:].eq(0).all()
+    assert dropped.tolist() == [0, 0, 1, 1]
+
+
+def test_one_bad_number_drops_all_parts_of_its_row_and_nothing_else() -> None:
+    rows = torch.tensor([[1.0, math.nan], [0.5, 0.5], [0.25, 0.25]])
+    values, dropped = clip(rows, [2, 1], [[1.0, 1.0], [1.0, 1.0]], [1, 1])
+    assert values.tolist() == [[0.5, 0.5], [0.25, 0.25]]
+    assert dropped.tolist() == [1, 0]
+
+
+def test_no_owners_and_no_rows() -> None:
+    values, dropped = clip(torch.zeros(0, 3), [], [], [1, 2])
+    assert values.shape == (0, 3)
+    assert dropped.shape == (0,)
+    values, dropped = clip(torch.zeros(0, 3), [0, 0], [[1.0, 2.0]] * 2, [1, 2])
+    assert values.tolist() == [[0.0] * 3] * 2
+    assert dropped.tolist() == [0.0, 0.0]
+
+
+@given(counts=st.lists(st.integers(0, 3), max_size=5), width=st.sampled_from([None, 0, 2]))
+@settings(deadline=None)
+def test_segments_are_summed_in_order(counts: list[int], width: int | None) -> None:
+    values = torch.randn(sum(counts), *([] if width is None else [width]))
+    found = sum_segments(values, torch.tensor(counts, dtype=torch.long))
+    assert found.shape == (len(counts), *values.shape[1:])
+    for total, part in zip(found, values.split(counts) if counts else [], strict=True):
+        torch.testing.assert_close(total, part.sum(0))
+
+
+@given(clip=st.floats(1e-6, 1e6), parts=st.lists(st.booleans(), max_size=9))
+def test_even_bounds_together_make_the_clip(clip: float, parts: list[bool]) -> None:
+    bounds = even_bounds(clip, parts)
+    assert [bound > 0 for bound in bounds] == parts
+    assert len({bound for bound in bounds if bound}) <= 1
+    assert math.hypot(*bounds) == pytest.approx(clip if any(parts) else 0.0)
+
+
+@given(bounds=st.lists(CLIPS, min_size=1, max_size=4), sigma=st.floats(0, 100))
+def test_deviation_is_sigma_times_the_sensitivity(bounds: list[float], sigma: float) -> None:
+    if sigma and math.inf in bounds:
+        with pytest.raises(ValueError, match="unbounded"):
+            deviation(bounds, sigma)
+    elif not sigma:
+        assert deviation(bounds, sigma) == 0
+    else:
+        assert deviation(bounds, sigma) == pytest.approx(sigma * sum(bound**2 for bound in bounds) ** 0.5)
+
+
+def sums(clients: int = 3, segments: Sequence[int] = (2, 3)) -> BoundedSums:
+    return BoundedSums(clients, segments, like=torch.zeros(0))
+
+
+def gather(found: BoundedSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
+    """As one pass does."""
+    index = torch.tensor(clients)
+    found.add(index, clip_and_sum(rows.clone(), torch.tensor(counts), found.bounds[index], [2, 3]))
+
+
+class TestBoundedSums:
+    def test_names_the_relation_of_its_guarantee(self) -> None:
+        assert BoundedSums.relation == ADD_OR_REMOVE_ONE
+
+    @given(data=st.data())
+    @settings(deadline=None, max_examples=50)
+    def test_micro_batches_add_up_to_the_batch(self, data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(st.integers(0, 2**31)))
+        counts = data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=3))
+        rows = {client: torch.randn(count, 5) for client, count in enumerate(counts)}
+        bounds = [[1.0, 0.5], [math.inf, math.inf], [0.0, 1e-3]]
+        found = sums()
+        found.open([0, 1, 2], bounds, [0.0] * 3)
+        order = data.draw(st.permutations([client for client, count in enumerate(counts) for _ in range(count)]))
+        taken = dict.fromkeys(rows, 0)
+        for client in order:  # in any order, one row at a time
+            gather(found, rows[client][taken[client]][None], [1], [client])
+            taken[client] += 1
+        whole, _ = clip(torch.cat(list(rows.values())), counts, bounds, [2, 3])
+        torch.testing.assert_close(found.take([0, 1, 2], {}), whole)
+
+    def test_noise_is_the_deviation_times_what_was_drawn(self) -> None:
+        found, rows = sums(), torch.randn(3, 5)
+        found.open([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [math.inf, math.inf]], [2.0, 0.0, 0.0])
+        gather(found, rows, [1, 1, 1], [0, 1, 2])
+        noise = torch.randn(5)
+        expected = clip(rows, [1, 1, 1], found.bounds.tolist(), [2, 3])[0]
+        expected[0] += 10.0 * noise  # σ = 2 times ‖(3, 4)‖
+        unasked = {1: torch.full((5,), 1e9), 2: torch.full((5,), 1e9)}
+        torch.testing.assert_close(found.take([2, 0, 1], {0: noise, **unasked}), expected[[2, 0, 1]])
+
+    def test_an_empty_batch_is_noised_all_the_same(self) -> None:
+        found, noise = sums(), torch.randn(5)
+        found.open([1], [[0.6, 0.8]], [0.5])
+        gather(found, torch.zeros(0, 5), [0], [1])
+        torch.testing.assert_close(found.take([1], {1: noise})[0], 0.5 * noise)
+
+    def test_nothing_is_released_twice(self) -> None:
+        found = sums()
+        found.open([0], [[math.inf, math.inf]], [0.0])
+        gather(found, torch.ones(1, 5), [1], [0])
+        assert found.take([0], {}).tolist() == [[1.0] * 5]
+        assert found.take([0], {}).tolist() == [[0.0] * 5]
+
+    def test_a_private_sum_is_not_released_without_noise(self) -> None:
+        found = sums()
+        found.open([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
+        with pytest.raises(KeyError):
+            found.take([0, 1], {0: torch.zeros(5)})
+
+    def test_what_is_taken_is_no_view_of_the_sums(self) -> None:
+        found = sums()
+        found.open([0], [[1.0, 1.0]], [0.0])
+        found.take([0], {}).fill_(7.0)
+        assert found.take([0], {}).tolist() == [[0.0] * 5]
+
+    def test_others_are_left_alone(self) -> None:
+        found = sums()
+        found.open([0, 1], [[1.0, 1.0], [math.inf, 1.0]], [1.0, 0.0])
+        rows = torch.tensor([[math.nan] * 5, [1.0] * 5])
+        gather(found, rows, [1, 1], [0, 1])
+        gather(found, rows, [1, 1], [1, 0])
+        bounds = found.bounds[1].clone()
+        found.take([0], {0: torch.zeros(5)})
+        found.open([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
+        assert torch.equal(found.bounds[1], bounds)
+        assert found.dropped.tolist() == [0.0, 1.0, 0.0]
+        torch.testing.assert_close(found.take([1], {}), torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]]))
+
+    def test_whoever_is_opened_begins_anew(self) -> None:
+        found = sums()
+        found.open([0], [[1.0, 1.0]], [3.0])
+        gather(found, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
+        assert found.dropped.tolist() == [1.0, 0.0, 0.0]
+        found.open([0], [[math.inf, math.inf]], [0.0])
+        assert found.dropped.tolist() == [0.0] * 3
+        assert found.take([0], {}).tolist() == [[0.0] * 5]
+
+    def test_whoever_was_never_opened_has_no_privacy(self) -> None:
+        found = sums()
+        assert found.bounds.eq(math.inf).all()
+        assert found.bounds.dtype == torch.float64
+
+    @pytest.mark.parametrize("bound", [-1.0, math.nan, 1e-13, -math.inf])
+    def test_bad_bounds_are_refused(self, bound: float) -> None:
+        for bounds in ([bound, 1.0], [1.0, bound]):
+            with pytest.raises(ValueError, match="clip"):
+                sums().open([0], [bounds], [0.0])
+
+    def test_noise_on_an_unbounded_sum_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="unbounded"):
+            sums().open([0], [[1.0, math.inf]], [1.0])
+
+    def test_as_many_bounds_as_clients(self) -> None:
+        with pytest.raises(ValueError, match="zip"):
+            sums().open([0, 1], [[1.0, 1.0]], [1.0, 1.0])
+
+    def test_double_precision_stays(self) -> None:
+        found = BoundedSums(1, [2], like=torch.zeros(0, dtype=torch.float64))
+        found.open([0], [[1.0]], [0.0])
+        rows = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+        found.add(torch.tensor([0]), clip_and_sum(rows, torch.tensor([1]), found.bounds[:1], [2]))
+        assert (found.take([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < 1e-15

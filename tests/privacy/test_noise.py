@@ -60,6 +60,57 @@ def test_simulated_noise_is_keyed() -> None:
     assert all(other != draw() for other in others)
 
 
+def simulated(**changed: object) -> Simulated:
+    return Simulated(**{"seed": 1, "client": "a", "round": 2, "purpose": "shared"} | changed)  # type: ignore[arg-type]
+
+
+def test_simulated_batches_are_keyed() -> None:
+    def draw(**changed: object) -> list[list[int]]:
+        source = simulated(**changed)
+        return [source.poisson_batch(50, 0.5).tolist() for _ in range(3)]
+
+    assert draw() == draw()
+    others = [draw(seed=2), draw(client="b"), draw(round=3), draw(purpose="personal")]
+    assert all(other != draw() for other in others)
+
+
+def test_noise_and_batches_of_a_simulation_come_from_streams_of_their_own() -> None:
+    """What is trained doesn't depend on how much noise was drawn before, nor on which device."""
+    apart, mixed = simulated(), simulated()
+    batches = [apart.poisson_batch(50, 0.3).tolist() for _ in range(4)]
+    noises = [apart.gaussian(5).tolist() for _ in range(4)]
+    for batch, noise_before in zip(batches, noises, strict=True):
+        assert mixed.gaussian(5).tolist() == noise_before
+        assert mixed.poisson_batch(50, 0.3).tolist() == batch
+
+
+def test_batches_are_independent_of_the_noise() -> None:
+    """From one seed, who joins would tell the sign of the noise: both are made from the same uniforms."""
+    joined, noises = torch.zeros(1000, 8), torch.zeros(1000, 8)
+    for number in range(1000):
+        source = simulated(round=number)
+        joined[number, source.poisson_batch(8, 0.5)] = 1.0
+        noises[number] = source.gaussian(8)
+    correlations = np.corrcoef(joined.T, noises.T)[:8, 8:]
+    assert np.abs(correlations).max() < 5 / 1000**0.5
+
+
+def test_a_device_has_one_stream_that_goes_on() -> None:
+    source, other = simulated(), simulated()
+    first, second = source.gaussian(5), source.gaussian(5, torch.device("cpu"))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, other.gaussian(5, torch.device("cpu")))
+    assert torch.equal(second, other.gaussian(5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
+def test_noise_comes_on_its_device(source: NoiseSource) -> None:
+    drawn = source.gaussian(10_001, torch.device("cuda"))
+    assert drawn.device.type == "cuda"
+    assert stats.kstest(drawn.cpu().numpy(), "norm").pvalue > 1e-6
+
+
 def test_secure_noise_has_no_seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)

@@ -1,0 +1,141 @@
+"""The frozen network that jobs share: a denoiser on one device, in one precision, that can be lent adapters."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from itertools import chain
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conf.errors import AntherError
+from models.adapter import Site, Sites
+from models.objective import Schedule
+from models.quantise import quantise_layers
+from models.slots import Stacks, add_slots, lend, slot_layers
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [N, c, h, w], t [N], context [N, tokens, d]) -> what the network predicts [N, c, h, w]."""
+
+
+class Denoiser:
+    """A frozen diffusers UNet with slots at its sites.
+
+    Args:
+        network: changed in place.
+        sites: regular expression on the names of its linear and convolution layers.
+        compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
+        int8: hold the weights of its layers in 8 bits.
+
+    Attributes:
+        sites: the adaptable layers, by their name in the network.
+        schedule: the forward process.
+        kept: what those who use this network keep with it, for as long as it lives.
+        precise: dtype of everything that is not the network: x_t, losses, adapters, gradients; float32 or better.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        *,
+        sites: str,
+        device: str = "cpu",
+        compute: str = "fp32",
+        int8: bool = False,
+    ) -> None:
+        self.sites: Sites = find_sites(network, sites)
+        if int8:
+            quantise_layers(network)
+        self.device, self.dtype = torch.device(device), PRECISIONS[compute]
+        self.precise = torch.promote_types(self.dtype, torch.float32)
+        self.schedule = schedule.to(self.device)
+        add_slots(network, self.sites)
+        network = network.requires_grad_(False).eval()
+        self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
+        if self.device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.kept: dict[Any, Any] = {}
+        self._free: SimpleQueue[nn.Module] = SimpleQueue()  # copies of the network, which itself is never lent
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the network's device and precision."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    @contextmanager
+    def lending(self, adapters: Sequence[Stacks], *, compiled: bool = False) -> Iterator[Denoise]:
+        """The network with the sum of these adapters, for the caller alone; entries in the order of their slots.
+
+        Backward passes belong inside the context too: a checkpointed block runs its forward again there. Passes in
+        several threads each get a copy of the modules, which share their weights.
+
+        Args:
+            compiled: run the network through torch.compile, anew for each shape of its inputs.
+        """
+        try:
+            network = self._free.get_nowait()
+        except Empty:
+            network = self._copy()
+        run = self._compiled if compiled else _run
+        try:
+            with self._attention():
+                yield lambda x, t, context: run(network, x, t, context, adapters)
+        finally:
+            lend(slot_layers(network), [])
+            self._free.put(network)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Tensor]:
+        return torch.compile(_run, dynamic=False)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """On a GPU cuDNN's attention first: at the head size of Stable Diffusion 1.5 it is the fastest."""
+        return sdpa_kernel(_ATTENTION, set_priority=True) if self.device.type == "cuda" else nullcontext()
+
+    def _copy(self) -> nn.Module:
+        lent = {id(tensor): tensor for tensor in chain(self.network.parameters(), self.network.buffers())}
+        return copy.deepcopy(self.network, lent)
+
+
+def _run(network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]) -> Tensor:
+    """The network's output with adapters, in its own precision."""
+    lend(slot_layers(network), adapters)
+    dtype = next(network.parameters()).dtype
+    output: Tensor = network(x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
+    return output
+
+
+def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
+    """The linear and convolution layers whose whole name matches a regular expression, in the network's order."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise AntherError(f"adapter.sites={pattern}: not a regular expression ({error})") from error
+    able = {name: site for name, layer in network.named_modules() if (site := _site(layer))}
+    sites = {name: site for name, site in able.items() if wanted.fullmatch(name)}
+    if not sites:
+        raise AntherError(f"adapter.sites={pattern}: matches no layer of the base, such as {next(iter(able))}")
+    return sites
+
+
+def _site(layer: nn.Module) -> Site | None:
+    """What an adapter needs to know of a layer that it can adapt."""
+    if isinstance(layer, nn.Linear):
+        return Site(layer.in_features, layer.out_features)
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
+        return Site(layer.weight[0].numel(), layer.out_channels, layer.kernel_size)
+    return None
