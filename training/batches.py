@@ -4,60 +4,115 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from models.objective import stratified_timesteps
 from privacy.noise import stream
-from training.jobs import Train
+from training import streams
+from training.jobs import Prior, Train
 
 
 class Batch(NamedTuple):
-    """`draws` entries for each of the step's pictures, a picture's draws side by side."""
+    """The entries [e] of one step; `per_unit` entries in a row make one unit.
 
-    pictures: Tensor  # [m] indices into the job's examples; may be empty under DP
-    t: Tensor  # [m · draws]
-    noise: Tensor  # [m · draws, c, h, w]
+    A unit is what is clipped: under DP one picture, with all its draws and their partners of the prior.
+    """
+
+    examples: np.ndarray  # int64: which example; those of the prior count on from the job's own
+    phases: np.ndarray  # float64 in [0, 1): the timestep as a share of the schedule
+    noise_keys: np.ndarray  # int64: stream of the diffusion noise
+    weights: np.ndarray  # float64: share of the entry's loss in its unit
+    per_unit: int
+
+    @property
+    def size(self) -> int:
+        """How many entries."""
+        return len(self.examples)
+
+    def part(self, entries: slice) -> Batch:
+        """Some of the entries."""
+        examples, phases, noise_keys, weights, per_unit = self
+        return Batch(examples[entries], phases[entries], noise_keys[entries], weights[entries], per_unit)
 
 
 class Batches:
     """The stream of one job's batches."""
 
-    def __init__(self, job: Train, schedule_length: int) -> None:
-        self._job, self._length = job, schedule_length
-        self._shape = job.examples.latents.shape[1:]
-        self._key = (job.seed, job.client, job.round, job.purpose)
-        self._generator = torch.Generator().manual_seed(stream(*self._key))
-        self._queue = torch.empty(0, dtype=torch.long)
+    def __init__(self, job: Train) -> None:
+        self._job = job
+        key = (job.seed, job.client, job.round, job.purpose)
+        self._key = stream(*key)
+        self._generator = torch.Generator().manual_seed(self._key)
+        self._names = np.array([stream(*key, name) for name in job.names], np.int64)
+        self._queue = np.empty(0, np.int64)
         self._step = 0
 
     def next(self) -> Batch:
-        """The next step's batch."""
+        """The next step's batch; under DP it may be empty."""
+        batch = self._poisson() if self._job.privacy else self._shuffled()
         self._step += 1
-        return self._poisson() if self._job.privacy else self._shuffled()
+        return batch if self._job.prior is None else _with_partners(batch, self._job, self._job.prior)
 
     def _shuffled(self) -> Batch:
         """The next pictures of an endless run of shuffles; timesteps stratified over the batch."""
         size = self._job.batch_size
         while len(self._queue) < size:
-            shuffle = torch.randperm(len(self._job.examples), generator=self._generator)
-            self._queue = torch.cat([self._queue, shuffle])
+            shuffle = torch.randperm(self._job.pictures, generator=self._generator).numpy()
+            self._queue = np.concatenate([self._queue, shuffle])
         pictures, self._queue = self._queue[:size], self._queue[size:]
-        t = stratified_timesteps(size, self._length, self._generator)
-        return Batch(pictures, t, torch.randn(size, *self._shape, generator=self._generator))
+        key = streams.child(self._key, self._step)
+        views = self._job.views
+        return Batch(
+            examples=pictures * views + self._step % views,
+            phases=stratified(streams.uniform(key), np.arange(size), size),
+            noise_keys=streams.child(key, np.arange(size)),
+            weights=np.full(size, 1 / size),
+            per_unit=1,
+        )
 
     def _poisson(self) -> Batch:
-        """A Poisson batch. A picture's (t, ε) are keyed by what it shows, so that they depend on no other picture.
+        """A Poisson batch; the draws of a picture are stratified over themselves and go through its views in turn.
 
-        Keyed by its place they would shift when an earlier picture is taken away, and more than one gradient change.
+        A picture's streams are keyed by what it shows, so that they depend on no other picture. Keyed by its place they
+        would shift when an earlier picture is taken away, and more than one gradient change.
         """
         privacy, noise = self._job.privacy, self._job.noise
         assert privacy
         assert noise
-        pictures = noise.poisson_batch(len(self._job.examples), privacy.sampling_rate)
-        times, noises = [torch.empty(0, dtype=torch.long)], [torch.empty(0, *self._shape)]
-        for picture in pictures.tolist():
-            generator = torch.Generator().manual_seed(stream(*self._key, self._step, self._job.names[picture]))
-            times.append(stratified_timesteps(privacy.draws, self._length, generator))
-            noises.append(torch.randn(privacy.draws, *self._shape, generator=generator))
-        return Batch(pictures, torch.cat(times), torch.cat(noises))
+        pictures = noise.poisson_batch(self._job.pictures, privacy.sampling_rate).numpy()
+        draws, views = privacy.draws, self._job.views
+        keys = streams.child(self._names[pictures], self._step).repeat(draws)
+        turns = np.tile(np.arange(draws), len(pictures))
+        return Batch(
+            examples=pictures.repeat(draws) * views + (self._step * draws + turns) % views,
+            phases=stratified(streams.uniform(keys), turns, draws),
+            noise_keys=streams.child(keys, turns),
+            weights=np.full(len(turns), 1 / draws),
+            per_unit=draws,
+        )
+
+
+def stratified(starts: np.ndarray, places: np.ndarray, strata: int) -> np.ndarray:
+    """Phases in [0, 1), each uniform if its start is, and one in each of `strata` equal parts for places 0, 1, ….
+
+    A small batch still sees early and late steps (Kingma et al., 2021, arXiv:2107.00630, appendix I.1).
+    """
+    return (starts + places / strata) % 1
+
+
+def _with_partners(batch: Batch, job: Train, prior: Prior) -> Batch:
+    """Each entry followed by its partner: the same timestep, another noise, an example of the prior."""
+    partner = streams.child(batch.noise_keys, 0)
+    chosen = (partner.view(np.uint64) % np.uint64(len(prior.examples))).astype(np.int64)
+    return Batch(
+        examples=_woven(batch.examples, len(job.examples) + chosen),
+        phases=_woven(batch.phases, batch.phases),
+        noise_keys=_woven(batch.noise_keys, partner),
+        weights=_woven(batch.weights, batch.weights * prior.weight),
+        per_unit=2 * batch.per_unit if job.privacy else 1,
+    )
+
+
+def _woven(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Alternately of one and of the other."""
+    return np.stack([one, other], axis=1).reshape(-1)

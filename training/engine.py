@@ -12,8 +12,17 @@ from training.jobs import Encode, Examples, Job, Measure, Result, Train
 from training.trainer import train
 
 
-def perform(base: Base, jobs: Sequence[Job], *, micro_batch: int = 64, timesteps: int = 4) -> list[Result | Exception]:
-    """Results in the jobs' order; a job that fails yields its exception and harms no other."""
+def perform(
+    base: Base, jobs: Sequence[Job], *, memory: int, timesteps: int, compiled: bool = False
+) -> list[Result | Exception]:
+    """Results in the jobs' order; a job that fails yields its exception and harms no other.
+
+    Args:
+        memory: bytes of the base's device that jobs may take (`training.memory.budget`). Training takes most of it,
+            and keeps its buffers for the next time.
+        timesteps: fixed timesteps of a held-out loss.
+        compiled: as for `training.trainer.train`.
+    """
     results: list[Result | Exception] = [AntherError("not performed")] * len(jobs)
 
     def place(kind: type, found: Sequence[Result | Exception]) -> None:
@@ -22,9 +31,9 @@ def perform(base: Base, jobs: Sequence[Job], *, micro_batch: int = 64, timesteps
             results[row] = result
 
     place(Encode, encode(base, [job for job in jobs if isinstance(job, Encode)]))
-    place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], micro_batch, timesteps))
+    place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], memory // 4, timesteps))
     training = [job for job in jobs if isinstance(job, Train)]
-    place(Train, train(base, training, micro_batch=micro_batch, timesteps=timesteps))
+    place(Train, train(base, training, memory=memory * 3 // 4, timesteps=timesteps, compiled=compiled))
     return results
 
 
@@ -39,8 +48,8 @@ def encode(base: Base, jobs: Sequence[Encode]) -> list[Examples]:
     return [Examples(latents.clone(), context.clone()) for latents, context in parts]
 
 
-def measure(base: Base, jobs: Sequence[Measure], micro_batch: int, timesteps: int) -> list[float]:
+def measure(base: Base, jobs: Sequence[Measure], memory: int, timesteps: int) -> list[float]:
     """Held-out losses; jobs without an adapter share passes with those that have one."""
-    adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.device)
+    adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
-    return held_out_losses(base, pools, [adapters], timesteps=timesteps, micro_batch=micro_batch)
+    return held_out_losses(base, pools, [adapters], timesteps=timesteps, memory=memory)

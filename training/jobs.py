@@ -5,7 +5,7 @@ A job is plain data. Drivers collect the jobs of many clients and run each kind 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,7 +47,8 @@ class DPSGD:
     noise_multiplier: float  # σ
     clip: float  # C
     sampling_rate: float  # q
-    draws: int = 1  # (t, ε) draws per picture, averaged before the clip
+    draws: int = 1  # (t, ε) draws per picture, averaged before the clip: noise multiplicity
+    per_site: bool = False  # clip the gradient of each site to C / √sites instead of the whole to C
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,25 @@ class EarlyStopping:
     validation: Examples
     every: int  # steps between two looks
     patience: int  # looks without improvement before the job ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Prior preservation (Ruiz et al., 2023, arXiv:2208.12242, eq. 2): what the base makes of the class.
+
+    Every draw of a picture has a partner from these, public ones, whose loss is added `weight`-fold, before the clip.
+    """
+
+    examples: Examples
+    weight: float = 1.0
+
+
+class Cancelled(Exception):  # noqa: N818 - nothing went wrong
+    """Whoever asked for a job has no use for it any more."""
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +96,27 @@ class Train:
     early_stopping: EarlyStopping | None = None
     privacy: DPSGD | None = None
     noise: NoiseSource | None = None  # DP noise and Poisson batches; required with privacy
-    names: tuple[str, ...] = ()  # one for each example, by what it shows and nothing else; required with privacy
+    names: tuple[str, ...] = ()  # one for each picture, by what it shows and nothing else; required with privacy
+    views: int = 1  # augmentation multiplicity: examples in a row that show one picture; its draws go through them
+    prior: Prior | None = None
+    cancelled: Callable[[], bool] = _never  # asked between passes
 
     def __post_init__(self) -> None:
+        if self.views < 1 or len(self.examples) % self.views:
+            raise ValueError(f"client {self.client}: {len(self.examples)} examples are not views={self.views} each")
         if self.privacy and self.noise is None:
             raise ValueError(f"client {self.client}: a private job needs a noise source")
-        if self.privacy and len(self.names) != len(self.examples):
-            raise ValueError(f"client {self.client}: a private job needs a name for each example")
+        if self.privacy and len(self.names) != self.pictures:
+            raise ValueError(f"client {self.client}: a private job needs a name for each picture")
+        if self.prior and not len(self.prior.examples):
+            raise ValueError(f"client {self.client}: prior preservation needs examples")
         if self.privacy and self.early_stopping:
             raise ValueError(f"client {self.client}: early stopping looks at the pictures, so a private job can't")
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the examples show."""
+        return len(self.examples) // self.views
 
 
 class Trained(NamedTuple):

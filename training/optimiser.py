@@ -1,28 +1,47 @@
-"""AdamW on flat rows, with a learning rate for each slot."""
+"""AdamW on flat rows, with a learning rate and a number of steps for each row."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 class AdamW:
-    """Algorithm 2 of Loshchilov & Hutter (2019, arXiv:1711.05101) without decay, on rows [S, D].
+    """Algorithm 2 of Loshchilov & Hutter (2019, arXiv:1711.05101) without decay, on rows [S, D], by torch's own kernel.
 
     Padding stays zero: where every gradient was zero, so are both moments and the step.
     """
 
-    def __init__(self, rows: Tensor, rates: Tensor, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.rows, self.rates, self.betas, self.eps = rows, rates, betas, eps  # rates [S, 1]
+    def __init__(self, rows: Tensor, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        self.rows, self.betas, self.eps = rows, betas, eps
         self._mean, self._square = torch.zeros_like(rows), torch.zeros_like(rows)
-        self._steps = 0
+        self._steps = rows.new_zeros(len(rows), dtype=torch.float32)
+        self._rates = [0.0] * len(rows)
+
+    def open(self, rows: Sequence[int], rates: Sequence[float]) -> None:
+        """Begin anew in these rows."""
+        index = torch.tensor(rows, device=self.rows.device)
+        for state in (self._mean, self._square, self._steps):
+            state[index] = 0.0
+        for row, rate in zip(rows, rates, strict=True):
+            self._rates[row] = rate
 
     @torch.no_grad()
-    def step(self, gradients: Tensor) -> None:
-        """One step on every row, in place."""
-        self._steps += 1
-        (one, two), t = self.betas, self._steps
-        self._mean.lerp_(gradients, 1 - one)
-        self._square.mul_(two).addcmul_(gradients, gradients, value=1 - two)
-        denominator = (self._square / (1 - two**t)).sqrt_().add_(self.eps)
-        self.rows.sub_(self.rates * (self._mean / (1 - one**t)) / denominator)
+    def step(self, rows: Sequence[int], gradients: Tensor) -> None:
+        """One step on these distinct rows [R], in place; gradients [R, D]."""
+        alike = defaultdict(list)
+        for place, row in enumerate(rows):
+            alike[self._rates[row]].append((place, row))
+        for rate, pairs in alike.items():
+            params, means, squares, steps = (
+                [state[row] for _, row in pairs] for state in (self.rows, self._mean, self._square, self._steps)
+            )
+            found = [gradients[place] for place, _ in pairs]
+            adamw(
+                params, found, means, squares, [], steps, fused=True, amsgrad=False, beta1=self.betas[0],
+                beta2=self.betas[1], lr=rate, weight_decay=0.0, eps=self.eps, maximize=False,
+            )  # fmt: skip

@@ -33,7 +33,7 @@ def run_passes(device: torch.device, function: Callable[[P], R], parts: Iterable
     if workers(device) == 1:
         yield from map(function, parts)
         return
-    with _single_threaded_layers():
+    with single_threaded_layers():
         yield from _pool().map(function, parts)
 
 
@@ -48,7 +48,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @contextmanager
-def _single_threaded_layers() -> Iterator[None]:
+def single_threaded_layers() -> Iterator[None]:
+    """Within this context every layer runs on the caller's core alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

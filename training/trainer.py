@@ -1,214 +1,290 @@
 """`train(base, jobs)`: many clients' local training in shared passes through one frozen base.
 
-Adapters, gradients and moments are rows of flat buffers [S, D], a row for each job. A step draws every
-job's own batch, packs all examples into passes of at most `micro_batch`, and updates every row. A private
-job's examples have a slot each: the gradient of a slot is that picture's gradient, clipped before the sum.
+Every job that is resident has a row in flat buffers, and every entry of a pass (one picture at one timestep) has a
+slot with a copy of its client's adapter: the gradient of a slot *is* the entry's gradient. Entries wait in one queue,
+whoever they belong to; a client's step ends when its last entry is through, and its next one queues up behind the
+others. So passes are full until the end, jobs leave and others enter, and nobody waits for the slowest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import rank
-from models.base import Base
-from models.objective import noised, per_example_loss, target
-from models.slots import Layout, Stacks, stack_adapters, to_device
-from privacy.clipping import BoundedSum, clip_rows, gaussian_sigma
-from training.batches import Batch, Batches
-from training.inference import held_out_losses, select
-from training.jobs import Train, Trained
-from training.optimiser import AdamW
-from training.passes import pass_size, run_passes
+from models.denoiser import Denoiser
+from training.batches import Batches
+from training.capacity import LARGEST, TooLittleMemoryError, capacity
+from training.captured import CapturedPasses
+from training.gradients import Found, clip_whole, gradients, on_device, reduce
+from training.inference import held_out_losses
+from training.jobs import Cancelled, Train, Trained
+from training.packing import Pack, Queue
+from training.passes import run_passes, workers
+from training.rows import Rows, Shape, check
 
-_Slot = tuple[int, bool, float, list[tuple[int, int]]]
-"""(row, whether it is one private picture, weight, entries as (pooled picture, place in the batch))."""
+Outcome = Trained | Exception
 
-
-class _Pack(NamedTuple):
-    """One pass: s slots that are rows of the flat buffer (again), n entries."""
-
-    rows: Tensor  # [s] row of each slot
-    private: Tensor  # [s] whether the slot is one picture of a private job
-    slots: Tensor  # [n] slot of each entry
-    weights: Tensor  # [n] an entry's share in the gradient of its slot
-    pictures: Tensor  # [n] index into the pooled examples
-    t: Tensor  # [n]
-    noise: Tensor  # [n, c, h, w]
+_BUFFERS = "buffers of the last cohort"
 
 
-def train(base: Base, jobs: Sequence[Train], *, micro_batch: int, timesteps: int) -> list[Trained | Exception]:
-    """Train every job; results in the jobs' order. A job whose loss is not finite fails alone.
+def train(
+    base: Denoiser, jobs: Sequence[Train], *, memory: int, timesteps: int, compiled: bool = False
+) -> list[Outcome]:
+    """Train every job; results in the jobs' order. A job that fails does so alone.
 
-    `timesteps` is the number of fixed timesteps of a look at validation examples (`held_out_losses`).
+    Jobs that differ in the shape of their examples, or in how they clip, don't share passes; all others do.
+
+    Args:
+        memory: bytes of the device's memory for rows and passes.
+        timesteps: fixed timesteps of a look at validation examples (`held_out_losses`).
+        compiled: have full passes compiled, which takes minutes for a large network (CUDA only).
+
+    Raises:
+        TooLittleMemoryError: `memory` holds none of the jobs; one that it doesn't hold fails alone.
     """
-    return _Cohort(base, jobs, micro_batch, timesteps).run() if jobs else []
+    groups: dict[object, list[int]] = {}
+    for place, job in enumerate(jobs):
+        per_site = bool(job.privacy and job.privacy.per_site)
+        shape = (job.examples.latents.shape[1:], job.examples.context.shape[1:], per_site)
+        groups.setdefault(shape, []).append(place)
+    outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
+    for places in groups.values():
+        try:
+            cohort = _Cohort(base, [jobs[place] for place in places], memory, timesteps, compiled)
+        except Exception as error:  # no pass can be made of such examples
+            found: list[Outcome] = [error] * len(places)
+        else:
+            found = cohort.run()
+        for place, outcome in zip(places, found, strict=True):
+            outcomes[place] = outcome
+    if outcomes and all(isinstance(outcome, TooLittleMemoryError) for outcome in outcomes):
+        raise outcomes[0]  # type: ignore[misc]
+    return outcomes
 
 
+@dataclass
+class _Resident:
+    """A job that is under way."""
+
+    place: int  # among the jobs
+    job: Train
+    batches: Batches = field(init=False)
+    step: int = 0  # completed steps
+    pending: int = 0  # entries of this step that are not through yet
+    entries: int = 0  # seen in all
+    best: tuple[float, Tensor] | None = None  # validation loss and adapter
+    stale: int = 0  # looks since the best
+
+
+@dataclass
 class _Cohort:
-    def __init__(self, base: Base, jobs: Sequence[Train], micro_batch: int, timesteps: int) -> None:
-        self.base, self.jobs, self.micro_batch, self.timesteps = base, jobs, micro_batch, timesteps
-        device = base.device
-        self.layout = Layout(base.sites, max(rank(job.start) for job in jobs))
-        self.rows = torch.stack([self.layout.pack(job.start) for job in jobs]).to(device)
-        self.masks = torch.stack([self.layout.mask(job.start) for job in jobs]).to(device)
-        self.frozen = to_device(stack_adapters(base.sites, [job.frozen for job in jobs]), device)
-        self.latents = torch.cat([job.examples.latents for job in jobs]).to(device)
-        self.context = torch.cat([job.examples.context for job in jobs]).to(device)
-        counts = torch.tensor([len(job.examples) for job in jobs])
-        self.offsets = (counts.cumsum(0) - counts).tolist()
-        self.batches = [Batches(job, len(base.schedule)) for job in jobs]
-        rates = torch.tensor([[job.learning_rate] for job in jobs], device=device)
-        self.optimiser = AdamW(self.rows, rates)
-        self.losses = torch.zeros(len(jobs), device=device)  # summed over entries
-        self.entries = [0] * len(jobs)
-        self.best: dict[int, tuple[float, Tensor]] = {}  # row -> validation loss and adapter
-        self.stale = [0] * len(jobs)  # looks since the best
+    """The jobs of one group, resident or still to come."""
 
-    def run(self) -> list[Trained | Exception]:
-        results: list[Trained | Exception | None] = [None] * len(self.jobs)
-        active = list(range(len(self.jobs)))
-        step = 0
-        while active:
-            self._look(step, active)
-            for row in [row for row in active if self._finished(row, step)]:
-                results[row] = self._result(row, step)
-                active.remove(row)
-            if active:
-                self._step(active)
-                step += 1
-        return [result for result in results if result is not None]
+    base: Denoiser
+    jobs: list[Train]
+    memory: int
+    timesteps: int
+    compiled: bool
+    residents: dict[int, _Resident] = field(default_factory=dict)  # by row
 
-    def _step(self, active: list[int]) -> None:
-        batches = {row: self.batches[row].next() for row in active}
-        gradients = torch.zeros_like(self.rows)
-        sums = {row: self._clipped(row, self.rows[:0]) for row in active if self.jobs[row].privacy}
-        packs = list(self._packs(batches))
-        for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
-            self._accumulate(pack, *found, gradients, sums)
-        for row, bounded in sums.items():
-            gradients[row] = self._privatised(row, bounded)
-        self.optimiser.step(gradients)
+    def __post_init__(self) -> None:
+        found = capacity(self.base, self.jobs, self.memory)
+        self.at_once = min(workers(self.base.device), found.entries)
+        self.size = min(found.entries // self.at_once, LARGEST.get(self.base.device.type, found.entries))
+        self.spare = found.room  # bytes for looks, between passes
+        if self.base.device.type == "cuda":  # captured passes keep their memory; their size holds a step of everybody
+            most, self.spare = max(1, self.size * 3 // 4), found.room // 4
+            self.size = -(-found.expected // -(-found.expected // most))
+        self.key = (Shape.of(self.jobs), found.jobs, self.size, self.compiled)
+        self.rows, self.captured = _buffers(self.base, *self.key)
+        self.queue = Queue()
+        self.pieces: dict[int, Tensor] = {}  # by row: what is there of a unit that is larger than a pass
+        self.vacant = list(reversed(range(found.jobs)))
+        self.outcomes: list[Outcome] = [AntherError("not trained")] * len(self.jobs)
+        self.coming = deque(range(len(self.jobs)))
 
-    def _pass(self, pack: _Pack) -> tuple[Tensor, Tensor]:
-        """Forward and backward: the gradient [s, D] of each slot, the loss [n] of each entry."""
-        schedule = self.base.schedule
-        leaves = self.rows[pack.rows].requires_grad_()
-        x0, context = self.latents[pack.pictures], self.context[pack.pictures]
-        x = noised(schedule, x0, pack.noise, pack.t)
-        frozen = self.frozen if _common(self.frozen) else select(self.frozen, pack.rows.tolist())
-        output = self.base.denoise(x, pack.t, context, [frozen, self.layout.stacks(leaves)], pack.slots)
-        losses = per_example_loss(output, target(schedule, x0, pack.noise, pack.t))
-        (found,) = torch.autograd.grad((losses * pack.weights).sum(), leaves)
-        return found, losses.detach()
+    def run(self) -> list[Outcome]:
+        self._settle(self._admit())
+        while self.residents:
+            packs = self._packs()
+            for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
+                self._accumulate(pack, found)
+            self._drop_cancelled()
+            through = [row for row, resident in self.residents.items() if not resident.pending]
+            self._settle(self._step(through) + self._admit())
+        self.base.kept[_BUFFERS] = self.key, (self.rows, self.captured)
+        return self.outcomes
 
-    def _accumulate(
-        self, pack: _Pack, found: Tensor, losses: Tensor, gradients: Tensor, sums: dict[int, BoundedSum]
-    ) -> None:
-        """Add the pack's gradients to the rows, those of private pictures to their clipped sums."""
-        self.losses.index_add_(0, pack.rows[pack.slots], losses)
-        for row in sums.keys() & set(pack.rows.tolist()):
-            sums[row] += self._clipped(row, found[pack.rows == row])
-        plain = ~pack.private
-        gradients.index_add_(0, pack.rows[plain], found[plain])
+    def _packs(self) -> list[Pack]:
+        """What runs now: a pack for each core, of its share of what waits."""
+        share = -(-len(self.queue) // self.at_once)
+        packs: list[Pack] = []
+        while len(self.queue) and len(packs) < self.at_once:
+            packs.append(self.queue.take(min(max(share, self.queue.unit), self.size)))
+        return packs
 
-    def _clipped(self, row: int, pictures: Tensor) -> BoundedSum:
-        """The sum [D] of one client's clipped per-picture gradients [m, D]; m may be 0."""
-        privacy = self.jobs[row].privacy
-        assert privacy
-        return clip_rows(pictures, privacy.clip).sum()
+    def _pass(self, pack: Pack) -> Found:
+        entries = on_device(pack, self.base.device)
+        found = self.captured(entries) if self.captured else gradients(self.base, self.rows, entries)
+        return reduce(self.rows, pack, *found)
 
-    def _privatised(self, row: int, bounded: BoundedSum) -> Tensor:
-        """Noise the sum, then divide by the plan's public constant: the gradient [D] of one client.
+    def _admit(self) -> list[int]:
+        """Fill vacant rows with the next jobs; those rows."""
+        entering: dict[int, Train] = {}
+        while self.vacant and self.coming:
+            place, row = self.coming.popleft(), self.vacant.pop()
+            job = self.jobs[place]
+            self.residents[row] = _Resident(place, job)
+            try:
+                check(job)
+                self.residents[row].batches = Batches(job)
+                entering[row] = job
+            except Exception as error:
+                self._leave(row, error)
+        if entering:
+            self.rows.open(entering)
+        return list(entering)
 
-        One picture more or less moves the sum by at most C (add/remove-one); the noise has σ·C, on the
-        numbers that this client's adapter really has, also when the Poisson batch was empty.
+    def _settle(self, rows: list[int]) -> None:
+        """Bring clients between two steps into the next, or out and others in, until nobody is between two steps."""
+        while rows:
+            self._look(rows)
+            self._release([row for row in rows if self._finished(self.residents[row])])
+            waiting = self._begin([row for row in rows if row in self.residents])
+            rows = self._step([row for row in waiting if not self.residents[row].pending]) + self._admit()
+
+    def _begin(self, rows: list[int]) -> list[int]:
+        """Draw the next batches, which may be empty under DP, and queue them; the rows that could."""
+        begun = []
+        for row in rows:
+            resident = self.residents[row]
+            try:
+                batch = resident.batches.next()
+            except Exception as error:  # whatever a job brings along: its noise source, say
+                self._leave(row, error)
+                continue
+            resident.pending = batch.size
+            resident.entries += batch.size
+            self.queue.push(row, batch._replace(examples=batch.examples + self.rows.place(row)))
+            begun.append(row)
+        return begun
+
+    def _accumulate(self, pack: Pack, found: Found) -> None:
+        """Add what a pass found to the sums of its clients."""
+        clipped = found.clipped
+        if found.piece is not None:
+            row = int(pack.clients[0])
+            self.pieces[row] = self.pieces.get(row, 0.0) + found.piece  # a copy: the next pass may overwrite it
+            if pack.last:
+                clipped = clip_whole(self.rows, found.clients, self.pieces.pop(row))
+        if clipped is not None:
+            self.rows.sums.add(found.clients, clipped)
+        self.rows.losses.index_add_(0, found.clients, found.losses)
+        for row, entries in zip(pack.clients.tolist(), pack.entries.tolist(), strict=True):
+            self.residents[row].pending -= entries
+
+    def _step(self, rows: list[int]) -> list[int]:
+        """One step of the optimiser for clients whose batch is through; the rows that could.
+
+        The sum of a private client is noised, whether or not its batch was empty, and divided by the plan's public
+        constant, never by a count of pictures.
         """
-        job, mask = self.jobs[row], self.masks[row]
-        assert job.privacy
-        assert job.noise
-        noised_sum = bounded.values.clone()
-        sigma = gaussian_sigma(bounded, job.privacy.noise_multiplier)
-        noised_sum[mask] += sigma * job.noise.gaussian(int(mask.sum())).to(noised_sum)
-        return noised_sum / job.batch_size
+        noises, through = {}, []
+        for row in rows:
+            try:
+                noise = self.rows.noise(row, self.residents[row].job)
+            except Exception as error:
+                self._leave(row, error)
+                continue
+            through.append(row)
+            if noise is not None:
+                noises[row] = noise
+        if through:
+            index = torch.tensor(through, device=self.base.device)
+            gradients = self.rows.sums.take(through, noises) / self.rows.divisors[index]
+            self.rows.optimiser.step(through, gradients)
+        for row in through:
+            self.residents[row].step += 1
+        return through
 
-    def _packs(self, batches: dict[int, Batch]) -> Iterator[_Pack]:
-        """Passes of at most `micro_batch` entries, across job boundaries; a private picture is never split."""
-        device = self.base.device
-        slots = [slot for row, batch in batches.items() for slot in self._slots(row, batch)]
-        size = pass_size(device, sum(len(batch.t) for batch in batches.values()), self.micro_batch)
-        while slots:
-            taken: list[_Slot] = []
-            room = size
-            while slots and room > 0:
-                row, private, weight, entries = slots[0]
-                if private and len(entries) > room and taken:
-                    break
-                now, later = (entries, []) if private else (entries[:room], entries[room:])
-                taken.append((row, private, weight, now))
-                room -= len(now)
-                slots[:1] = [(row, private, weight, later)] if later else []
-            flat = [(row, entry) for row, _, _, entries in taken for entry in entries]
-            yield _Pack(
-                rows=torch.tensor([row for row, *_ in taken], device=device),
-                private=torch.tensor([private for _, private, *_ in taken], device=device),
-                slots=torch.tensor([s for s, (*_, entries) in enumerate(taken) for _ in entries], device=device),
-                weights=torch.tensor([weight for *_, weight, entries in taken for _ in entries], device=device),
-                pictures=torch.tensor([picture for _, (picture, _) in flat], device=device),
-                t=torch.stack([batches[row].t[i] for row, (_, i) in flat]).to(device),
-                noise=torch.stack([batches[row].noise[i] for row, (_, i) in flat]).to(device),
-            )
+    def _drop_cancelled(self) -> None:
+        for row, resident in list(self.residents.items()):
+            try:
+                if resident.job.cancelled():
+                    self._leave(row, Cancelled(f"{resident.job.client}: cancelled after step {resident.step}"))
+            except Exception as error:
+                self._leave(row, error)
 
-    def _slots(self, row: int, batch: Batch) -> list[_Slot]:
-        """The slots of one job's step."""
-        job, offset = self.jobs[row], self.offsets[row]
-        pictures = (batch.pictures + offset).tolist()
-        self.entries[row] += len(batch.t)
-        if not job.privacy:
-            return [(row, False, 1 / len(pictures), [(picture, i) for i, picture in enumerate(pictures)])]
-        draws = job.privacy.draws
-        return [
-            (row, True, 1 / draws, [(picture, i * draws + k) for k in range(draws)])
-            for i, picture in enumerate(pictures)
-        ]
-
-    def _look(self, step: int, active: list[int]) -> None:
-        """Measure, on their own validation examples, the jobs whose turn it is; keep the best adapter of each."""
+    def _look(self, rows: list[int]) -> None:
+        """Measure, on their own validation examples, the clients whose turn it is; keep the best adapter of each."""
         looking, pools = [], []
-        for row in active:
-            stopping = self.jobs[row].early_stopping
-            if stopping and (step % stopping.every == 0 or step == self.jobs[row].steps):
+        for row in rows:
+            job, step = self.residents[row].job, self.residents[row].step
+            stopping = job.early_stopping
+            if stopping and (step % stopping.every == 0 or step == job.steps):
                 looking.append(row)
                 pools.append(stopping.validation)
-        adapters = [select(self.frozen, looking), self.layout.stacks(self.rows[looking])] if looking else []
-        found = held_out_losses(self.base, pools, adapters, timesteps=self.timesteps, micro_batch=self.micro_batch)
+        if not looking:
+            return
+        index = torch.tensor(looking, device=self.base.device)
+        adapters = [self.rows.frozen(index), self.rows.layout.stacks(self.rows.adapters[index].to(self.base.dtype))]
+        found = held_out_losses(self.base, pools, adapters, timesteps=self.timesteps, memory=self.spare)
         for row, loss in zip(looking, found, strict=True):
-            self.stale[row] += 1
-            if row not in self.best or loss < self.best[row][0]:
-                self.best[row] = (loss, self.rows[row].clone())
-                self.stale[row] = 0
+            resident = self.residents[row]
+            resident.stale += 1
+            if resident.best is None or loss < resident.best[0]:
+                resident.best = (loss, self.rows.adapters[row].clone())
+                resident.stale = 0
 
-    def _finished(self, row: int, step: int) -> bool:
-        stopping = self.jobs[row].early_stopping
-        return step >= self.jobs[row].steps or bool(stopping and self.stale[row] >= stopping.patience)
+    def _finished(self, resident: _Resident) -> bool:
+        stopping = resident.job.early_stopping
+        return resident.step >= resident.job.steps or bool(stopping and resident.stale >= stopping.patience)
 
-    def _result(self, row: int, step: int) -> Trained | Exception:
-        job = self.jobs[row]
-        final = self.best[row][1] if row in self.best else self.rows[row]
-        if not final.isfinite().all() or not (job.privacy or self.losses[row].isfinite()):
-            rate = job.learning_rate
-            return AntherError(
-                f"{job.client}: training became not finite by step {step}; learning_rate={rate} too high?"
-            )
-        loss = self.losses[row].item() / self.entries[row] if self.entries[row] else math.nan
-        return Trained(self.layout.unpack(final, job.start), loss, step)
+    def _release(self, rows: list[int]) -> None:
+        """Let clients go with what they have come for, fetched from the device together."""
+        if not rows:
+            return
+        index = torch.tensor(rows, device=self.base.device)
+        adapters = self.rows.adapters[index]
+        for place, row in enumerate(rows):
+            if best := self.residents[row].best:
+                adapters[place] = best[1]
+        # A private client isn't told of gradients that were not finite: they counted as zero.
+        sound = self.rows.losses[index].isfinite() & (self.rows.sums.dropped[index] == 0)
+        told = torch.stack([adapters.isfinite().all(1).double(), sound.double(), self.rows.losses[index]]).T.tolist()
+        for row, adapter, (finite, fine, loss) in zip(rows, adapters.cpu(), told, strict=True):
+            resident = self.residents[row]
+            job, entries, step = resident.job, resident.entries, resident.step
+            if finite and (fine or job.privacy):
+                mean = loss / entries if entries else math.nan
+                self._leave(row, Trained(self.rows.layout.unpack(adapter, job.start), mean, step))
+            else:
+                hint = f"learning_rate={job.learning_rate} too high?"
+                self._leave(row, AntherError(f"{job.client}: training became not finite by step {step}; {hint}"))
+
+    def _leave(self, row: int, outcome: Outcome) -> None:
+        resident = self.residents.pop(row)
+        self.outcomes[resident.place] = outcome
+        if resident.pending:
+            self.queue.drop(row)
+        self.pieces.pop(row, None)
+        self.vacant.append(row)
 
 
-def _common(stacks: Stacks) -> bool:
-    """Whether one slot serves everyone (or there is none)."""
-    return all(stack.a.shape[0] == 1 for stack in stacks.values())
+def _buffers(
+    base: Denoiser, shape: Shape, capacity: int, size: int, compiled: bool
+) -> tuple[Rows, CapturedPasses | None]:
+    """Buffers, and on a GPU a captured pass over them: the last call's, if they fit. Rounds are much alike."""
+    key = (shape, capacity, size, compiled)
+    known, buffers = base.kept.pop(_BUFFERS, (None, None))
+    if known != key:
+        del buffers  # before others are made
+        rows = Rows(base, shape, capacity)
+        buffers = rows, CapturedPasses(base, rows, size, compiled=compiled) if base.device.type == "cuda" else None
+    return buffers

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from models.base import Base
-from tests.training.test_trainer import assert_close, job, private
-from training import passes
-from training.jobs import Trained
+from tests.training.reference import PLENTY, assert_close, job, private, room, trained
+from training import passes, trainer
+from training.gradients import Entries, gradients
+from training.jobs import Train
+from training.rows import Rows, Shape
 from training.trainer import train
 
 CPU = torch.device("cpu")
@@ -47,10 +49,46 @@ def test_every_core_gets_its_share() -> None:
     assert passes.pass_size(torch.device("cuda"), 90, 64) == 64
 
 
-def test_many_cores_train_what_one_trains(base: Base, request: pytest.FixtureRequest) -> None:
-    jobs = lambda: [job(base, "a", batch_size=5), private(base, "b"), job(base, "c", rank=3)]  # noqa: E731
-    alone = train(base, jobs(), micro_batch=64, timesteps=2)
+@pytest.mark.parametrize("entries", [4, None])
+def test_many_cores_train_what_one_trains(base: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
+    """With a draw of a picture in each pass too."""
+    jobs = lambda: [job(base, "a", batch_size=5), private(base, "b", draws=3), job(base, "c", rank=3)]  # noqa: E731
+    alone = train(base, jobs(), memory=PLENTY, timesteps=2)
     request.getfixturevalue("three_cores")
-    for found, wanted, plan in zip(train(base, jobs(), micro_batch=64, timesteps=2), alone, jobs(), strict=True):
-        assert isinstance(wanted, Trained)
-        assert_close(found, wanted.adapter, plan.start)
+    memory = room(base, jobs(), entries) if entries else PLENTY
+    for found, wanted, plan in zip(train(base, jobs(), memory=memory, timesteps=2), alone, jobs(), strict=True):
+        assert_close(found, trained(wanted), plan.start)
+
+
+@pytest.mark.parametrize("entries", [1, 3, 40])
+def test_a_pass_may_overwrite_what_the_last_one_found(
+    fine: Base, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA graph does: nobody may hold on to it."""
+
+    def jobs() -> list[Train]:
+        return [private(fine, "units in pieces", draws=4, steps=2), job(fine, "plain", steps=2)]
+
+    class Overwriting:
+        def __init__(self, rows: Rows) -> None:
+            self._rows = rows
+            self._kept = torch.empty(40, rows.layout.size, dtype=fine.precise), torch.empty(40, dtype=fine.precise)
+
+        def __call__(self, entries: Entries) -> tuple[torch.Tensor, ...]:
+            found = gradients(fine, self._rows, entries)
+            for kept, values in zip(self._kept, found, strict=True):
+                kept.fill_(torch.nan)
+                kept[: len(values)] = values
+            return tuple(kept[: len(entries.rows)] for kept in self._kept)
+
+    def buffers(base: Base, shape: Shape, capacity: int, *_: object) -> tuple[Rows, Overwriting]:
+        rows = Rows(base, shape, capacity)
+        return rows, Overwriting(rows)
+
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    wanted = train(fine, jobs(), memory=PLENTY, timesteps=2)
+    monkeypatch.setattr(trainer, "_buffers", buffers)
+    found = train(fine, jobs(), memory=room(fine, jobs(), entries), timesteps=2)
+    fine.kept.clear()
+    for got, want, plan in zip(found, wanted, jobs(), strict=True):
+        assert_close(got, trained(want), plan.start, 1e-10)

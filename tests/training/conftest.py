@@ -1,0 +1,15 @@
+"""The tiny base in float64, for what must agree to ten digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.base import Base
+from tests.tiny import ATTENTION
+
+
+@pytest.fixture(scope="session")
+def fine(pipeline_folder: Path) -> Base:
+    return Base(pipeline_folder, sites=ATTENTION, compute="fp64")

@@ -1,0 +1,227 @@
+"""What a budget holds: never more than it at once, never less than one job and one entry, and never too few."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from conf.errors import AntherError
+from models.base import Base
+from models.slots import stack_adapters
+from tests.training.reference import (
+    PLENTY,
+    assert_close,
+    examples,
+    job,
+    least,
+    live,
+    private,
+    room,
+    some,
+    trained,
+)
+from training import memory, passes, trainer
+from training.batches import Batches
+from training.capacity import TooLittleMemoryError, capacity, entry_bytes, expected_entries
+from training.inference import held_out_losses
+from training.jobs import EarlyStopping, Prior, Train, Trained
+from training.rows import Shape, row_bytes
+from training.trainer import train
+
+Pick = random.Random
+
+
+def some_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list[float]) -> Train:
+    changes: dict[str, object] = {"frozen": pick.choice(frozen), "steps": pick.choice([0, 1, 1, 2])}
+    rank = pick.choice([1, 2, 4, 8, 16])
+    if pick.random() < 0.3:
+        changes["start"] = some(live(base, rank, 3), pick.choice([2, 5]))
+    if pick.random() < 0.2:
+        changes["prior"] = Prior(examples=examples(base, pick.choice([1, 3]), 5))
+    if pick.random() < 0.5:
+        count, draws, views = pick.choice([1, 2, 5]), pick.choice([1, 1, 2, 5]), pick.choice([1, 1, 2])
+        return private(base, client, pick.choice(rates), count, rank=rank, draws=draws, views=views, **changes)
+    return job(base, client, rank, pick.choice([1, 2, 5]), batch_size=pick.choice([1, 1, 2, 4]), **changes)
+
+
+def some_jobs(base: Base, pick: Pick) -> list[Train]:
+    """Of one shape of examples; sometimes all on one frozen adapter, sometimes with batches that are mostly empty."""
+    many = [None, live(base, pick.choice([1, 3]), 9), live(base, 24, 8)]
+    frozen = pick.choice([many[:1], many[1:2], many[2:], many])
+    rates = pick.choice([[0.02, 0.05], [0.1, 0.5, 1.0]])
+    count = pick.choice([1, 2, 3, 5, 12])
+    return [some_job(base, f"c{place}", pick, frozen, rates) for place in range(count)]
+
+
+def some_memory(base: Base, jobs: list[Train], pick: Pick) -> int:
+    """From what just works, to what holds everything."""
+    low, high = least(base, jobs), room(base, jobs, int(sum(map(expected_entries, jobs))) + 3)
+    return low + int((high - low) * pick.choice([0.0, 0.0, 1.0, pick.random(), pick.random() ** 3]))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    monkeypatch.setattr(trainer, "Trained", lambda _, loss, steps: Trained({}, loss, steps))
+
+
+def check_peak(base: Base, seed: int) -> None:
+    pick = random.Random(seed)
+    jobs = some_jobs(base, pick)
+    granted = some_memory(base, jobs, pick)
+    base.kept.pop(trainer._BUFFERS, None)
+    found: list[Trained | Exception] = []
+    peak = memory.counted(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
+    assert not any(isinstance(outcome, Exception) for outcome in found)
+    assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
+
+
+@pytest.mark.usefixtures("alone")
+def test_nothing_takes_more_than_was_granted(base: Base) -> None:
+    for seed in range(8):
+        check_peak(base, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_nothing_takes_more_than_was_granted_in_200_lists(base: Base) -> None:
+    for seed in range(1000, 1200):
+        check_peak(base, seed)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["low rates", "some sites", "frozen", "one frozen", "pieces", "many examples"])
+def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
+    """Steps of everybody at once, places of an adapter's own numbers, copies of the frozen, and half units."""
+    frozen, large = live(base, 24, 8), live(base, 16, 1)
+    makers: dict[str, Callable[[int], Train]] = {
+        "low rates": lambda place: private(base, f"{place}", 0.02, rank=16, draws=1, steps=2),
+        "some sites": lambda place: private(
+            base, f"{place}", 0.02, draws=1, steps=1, start=dict(list(large.items())[1:])
+        ),
+        "frozen": lambda place: job(base, f"{place}", 1, batch_size=8, steps=1, frozen=live(base, 40, place)),
+        "one frozen": lambda place: job(base, f"{place}", 1, batch_size=8, steps=1, frozen=frozen),
+        "pieces": lambda place: private(base, f"{place}", 1.0, 1, rank=16, draws=5, steps=1),
+        "many examples": lambda place: job(base, f"{place}", 1, 100, batch_size=1, steps=1),
+    }
+    jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20}.get(kind, 4))]
+    for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 20)):
+        base.kept.pop(trainer._BUFFERS, None)
+        peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
+        assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
+
+
+@pytest.mark.usefixtures("alone")
+def test_looks_stay_within_what_was_granted(base: Base) -> None:
+    """Beside what is looked at."""
+    stopping = EarlyStopping(validation=examples(base, 12, 3), every=1, patience=9)
+    jobs = [job(base, f"{place}", 16, batch_size=1, steps=1, early_stopping=stopping) for place in range(6)]
+    pool = sum(tensor.numel() * 4 for tensor in stopping.validation)
+    noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
+    for granted in (least(base, jobs), room(base, jobs, 12)):
+        base.kept.pop(trainer._BUFFERS, None)
+        peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
+        beside = capacity(base, jobs, granted).jobs * pool + noise
+        assert peak <= granted + beside, f"{(peak - beside) / granted:.3f} of {granted} bytes"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_and_entries_make_up_the_budget(base: Base, seed: int) -> None:
+    pick = random.Random(seed)
+    jobs = some_jobs(base, pick)
+    granted = some_memory(base, jobs, pick)
+    shape, found = Shape.of(jobs), capacity(base, jobs, granted)
+    assert 1 <= found.jobs <= len(jobs)
+    assert found.entries >= 1
+    assert found.expected >= 1
+    assert found.jobs * row_bytes(base, shape) + found.entries * entry_bytes(base, shape) <= granted
+    more = capacity(base, jobs, 2 * granted)
+    assert more.jobs >= found.jobs
+    assert (more.entries > found.entries) or (more.jobs > found.jobs)
+    plenty = capacity(base, jobs, room(base, jobs, 1 + len(jobs) * (1 + int(max(map(expected_entries, jobs))))))
+    assert plenty.jobs == len(jobs)
+    assert plenty.entries >= sum(map(expected_entries, jobs))
+
+
+def test_too_little_memory_is_told_with_the_key_to_change(base: Base) -> None:
+    jobs = [private(base, "a"), job(base, "b", rank=16)]
+    found = capacity(base, jobs, least(base, jobs))
+    assert (found.jobs, found.entries) == (1, 1)
+    with pytest.raises(TooLittleMemoryError, match=r"cohort\.memory_gib=.*one picture of one device takes"):
+        capacity(base, jobs, least(base, jobs) - 1)
+    with pytest.raises(AntherError, match=r"cohort\.memory_gib"):
+        train(base, jobs, memory=least(base, jobs) - 1, timesteps=2)
+
+
+def test_what_a_budget_does_not_hold_fails_alone(base: Base) -> None:
+    """Pictures too large for it, beside others."""
+    small, large = job(base, "small"), job(base, "large", examples=examples(base, 2, 1, side=32))
+    granted = room(base, [small], 4)
+    assert granted < least(base, [large])
+    found, failed = train(base, [small, large], memory=granted, timesteps=2)
+    assert isinstance(failed, TooLittleMemoryError)
+    assert_close(found, trained(train(base, [small], memory=PLENTY, timesteps=2)[0]), small.start)
+
+
+@pytest.mark.parametrize(("prior", "draws", "rate"), [(False, 1, 0.1), (True, 3, 0.4), (False, 2, 1.0), (True, 1, 0.0)])
+def test_as_many_entries_as_come_are_expected(base: Base, prior: bool, draws: int, rate: float) -> None:
+    partners = Prior(examples=examples(base, 2, 5)) if prior else None
+    plan = private(base, "a", rate, draws=draws, prior=partners, views=2)
+    batches = Batches(plan)
+    mean = sum(batches.next().size for _ in range(2000)) / 2000
+    assert expected_entries(plan) == pytest.approx(mean, rel=0.1)
+    plain = job(base, "a", batch_size=4, prior=partners)
+    assert expected_entries(plain) == Batches(plain).next().size
+
+
+def test_an_entry_costs_what_it_does(base: Base) -> None:
+    """More with a larger rank, a frozen adapter underneath, or a larger picture; a row, with more examples too."""
+    plain = Shape.of([job(base, "a")])
+    larger = [
+        Shape.of([job(base, "a", rank=16)]),
+        Shape.of([job(base, "a", examples=examples(base, 5, 1, side=16))]),
+    ]
+    assert all(entry_bytes(base, shape) > entry_bytes(base, plain) for shape in larger)
+    assert all(row_bytes(base, shape) > row_bytes(base, plain) for shape in larger)
+    assert row_bytes(base, Shape.of([job(base, "a", count=50)])) > row_bytes(base, plain)
+    assert row_bytes(base, Shape.of([job(base, "a"), job(base, "b", frozen=live(base, 4, 1))])) > row_bytes(base, plain)
+
+
+def test_shapes_hold_every_job(base: Base) -> None:
+    one, other = live(base, 2, 1), live(base, 4, 2)
+    stopping = EarlyStopping(validation=examples(base, 1, 0), every=1, patience=1)
+    jobs = [
+        job(base, "a", rank=3, count=4, frozen=one),
+        job(base, "b", rank=1, count=2, frozen=one, prior=Prior(examples=examples(base, 7, 5))),
+    ]
+    shape = Shape.of(jobs)
+    assert (shape.rank, shape.frozen_rank, shape.common, shape.examples, shape.stopping) == (3, 2, True, 9, False)
+    shape = Shape.of([*jobs, job(base, "c", rank=1, frozen=other, early_stopping=stopping)])
+    assert (shape.rank, shape.frozen_rank, shape.common, shape.examples, shape.stopping) == (3, 4, False, 9, True)
+    assert Shape.of([job(base, "d", start={})]).rank == 0
+    assert not Shape.of([*jobs, job(base, "e")]).common  # one without any
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("rank", [0, 1, 32])
+def test_held_out_losses_stay_within_what_was_granted(base: Base, rank: int) -> None:
+    """Beside what is looked at; and one picture at a time takes the least."""
+    pools = [examples(base, 10, seed) for seed in range(3)]
+    adapters = [stack_adapters(base.sites, [live(base, rank, seed) for seed in range(3)])] if rank else []
+    losses, peaks = [], []
+    for granted in (0, 10**6, 10**7):
+        peaks.append(
+            memory.counted(
+                lambda granted=granted: losses.append(
+                    held_out_losses(base, pools, adapters, timesteps=2, memory=granted)
+                )
+            )
+        )
+        beside = sum(tensor.numel() * 4 for pool in pools for tensor in pool) + 2 * pools[0].latents.numel() * 4
+        assert peaks[-1] <= max(granted, peaks[0] - beside) + beside, f"{peaks[-1]} of {granted} + {beside} bytes"
+        assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
+    assert peaks[0] < peaks[1] < peaks[2]

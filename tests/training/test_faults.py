@@ -1,0 +1,248 @@
+"""A job that fails is lost alone, its row goes to who waits, and what it leaves behind harms nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.adapter import Factors
+from models.base import Base
+from privacy.noise import CPU, Simulated
+from tests.tiny import ATTENTION
+from tests.training.reference import (
+    PLENTY,
+    Reference,
+    assert_close,
+    assert_same_bits,
+    examples,
+    job,
+    live,
+    private,
+    room,
+    trained,
+)
+from training.capacity import capacity, expected_entries
+from training.jobs import Cancelled, Examples, Prior, Train, Trained
+from training.trainer import train
+
+Make = Callable[[Base], Train]
+
+
+class Broken(Simulated):
+    """A noise source that raises at the `after`-th call of one of its methods."""
+
+    def __init__(self, method: str, after: int) -> None:
+        super().__init__(seed=0, client="broken", round=1, purpose="shared")
+        self._method, self._left = method, after
+
+    def _called(self, method: str) -> None:
+        self._left -= method == self._method
+        if self._left < 0:
+            raise OSError("no entropy")
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:
+        self._called("poisson_batch")
+        return super().poisson_batch(size, rate)
+
+    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+        self._called("gaussian")
+        return super().gaussian(size, device)
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """Turns true after so many calls."""
+    left = [calls]
+
+    def asked() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    return asked
+
+
+def with_latents(plan: Train, change: Callable[[Tensor], Tensor]) -> Train:
+    return dataclasses.replace(plan, examples=Examples(change(plan.examples.latents), plan.examples.context))
+
+
+def one_nan(latents: Tensor) -> Tensor:
+    latents = latents.clone()
+    latents[2, 0, 0, 0] = math.nan
+    return latents
+
+
+def other_context(base: Base) -> Prior:
+    latents, context = examples(base, 2, 5)
+    return Prior(examples=Examples(latents, context[:, :3]))
+
+
+FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
+    "NaN data": (lambda base: with_latents(job(base, "bad"), lambda x: x * math.nan), Exception, "not finite"),
+    "one NaN": (lambda base: with_latents(job(base, "bad"), one_nan), Exception, "not finite"),
+    "infinite data": (lambda base: with_latents(job(base, "bad"), lambda x: x / 0.0), Exception, "not finite"),
+    "infinite rate": (lambda base: job(base, "bad", learning_rate=math.inf), Exception, "learning_rate"),
+    "NaN at the start": (
+        lambda base: job(base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in live(base, 2, 1).items()}),
+        Exception, "not finite",
+    ),
+    "NaN at the start, private": (
+        lambda base: private(base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in live(base, 2, 1).items()}),
+        Exception, "not finite",
+    ),
+    "no first batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 0)), OSError, "no entropy"),
+    "no third batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 2)), OSError, "no entropy"),
+    "no first noise": (lambda base: private(base, "bad", noise=Broken("gaussian", 0)), OSError, "no entropy"),
+    "no second noise": (lambda base: private(base, "bad", noise=Broken("gaussian", 1)), OSError, "no entropy"),
+    "empty, and no noise": (
+        lambda base: private(base, "bad", rate=0.0, noise=Broken("gaussian", 2)), OSError, "no entropy",
+    ),
+    "fewer contexts": (
+        lambda base: job(base, "bad", examples=Examples(examples(base, 5, 1).latents, examples(base, 3, 1).context)),
+        ValueError, "context",
+    ),
+    "prior of another size": (
+        lambda base: job(base, "bad", prior=Prior(examples=examples(base, 2, 5, side=4))), ValueError, "shape",
+    ),
+    "prior of another length": (lambda base: job(base, "bad", prior=other_context(base)), ValueError, "shape"),
+    "negative clip": (lambda base: private(base, "bad", clip=-1.0), ValueError, "clip"),
+    "no clip": (lambda base: private(base, "bad", clip=math.inf), ValueError, "unbounded"),
+    "cancelled at once": (lambda base: job(base, "bad", cancelled=lambda: True), Cancelled, "after step"),
+    "cancelled amid": (lambda base: private(base, "bad", cancelled=after(2)), Cancelled, "after step"),
+}  # fmt: skip
+
+
+def good(base: Base) -> list[Train]:
+    frozen = live(base, 2, 9)
+    return [job(base, "plain", rank=3, steps=2), private(base, "private"), job(base, "last", frozen=frozen, steps=3)]
+
+
+@pytest.fixture(scope="module")
+def truth(fine: Base) -> list[Trained | Exception]:
+    return train(fine, good(fine), memory=PLENTY, timesteps=2)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_lost_alone(fine: Base, truth: list[Trained | Exception], fault: str) -> None:
+    """Those who share its passes are to ten digits what they are without it."""
+    make, kind, message = FAULTS[fault]
+    jobs = good(fine)
+    jobs.insert(1, make(fine))
+    found = train(fine, jobs, memory=room(fine, jobs, 7), timesteps=2)
+    failed = found.pop(1)
+    assert isinstance(failed, kind), failed
+    assert message in str(failed)
+    for got, wanted, plan in zip(found, truth, good(fine), strict=True):
+        assert_close(got, trained(wanted), plan.start, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda x, c: (x[:, :3], c), lambda x, c: (x, c[..., :15])],
+    ids=["channels", "width of the context"],
+)
+def test_what_the_network_cannot_take_is_lost_alone(
+    fine: Base, truth: list[Trained | Exception], cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    bad = job(fine, "bad", examples=Examples(*cut(*examples(fine, 5, 1))))
+    failed, *found = train(fine, [bad, *good(fine)], memory=PLENTY, timesteps=2)
+    assert isinstance(failed, Exception)
+    for got, wanted, plan in zip(found, truth, good(fine), strict=True):
+        assert_close(got, trained(wanted), plan.start, 1e-10)
+
+
+def test_rows_go_to_who_waits(fine: Base) -> None:
+    """Nine jobs in memory for two: those that fail leave at any time, and the rest come through."""
+    kinds: list[Make] = [
+        lambda base: private(base, "a", count=3, steps=2),
+        FAULTS["no first batch"][0],
+        lambda base: job(base, "b", batch_size=2, steps=3),
+        FAULTS["fewer contexts"][0],
+        FAULTS["no second noise"][0],
+        lambda base: job(base, "c", rank=3, steps=1),
+        FAULTS["cancelled amid"][0],
+        lambda base: private(base, "d", rate=0.0, steps=2),
+        lambda base: job(base, "e", steps=0),
+    ]
+    jobs = [make(fine) for make in kinds]
+    memory = room(fine, jobs, 1 + int(2 * max(map(expected_entries, jobs))), residents=2)
+    assert capacity(fine, jobs, memory).jobs == 2
+    found = train(fine, jobs, memory=memory, timesteps=2)
+    assert [isinstance(outcome, Exception) for outcome in found] == [place in (1, 3, 4, 6) for place in range(9)]
+    assert isinstance(found[6], Cancelled)
+    for place in (0, 2, 5, 7, 8):
+        plan = kinds[place](fine)
+        assert_close(found[place], Reference(fine, plan).train(), plan.start, 1e-10)
+
+
+def test_cancelled_jobs_are_asked_between_passes(base: Base) -> None:
+    """A job of a thousand steps doesn't keep going for somebody who left, and says how far it came."""
+    asked: list[int] = []
+
+    def gone() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
+    (found,) = train(base, [job(base, "a", steps=1000, cancelled=gone)], memory=PLENTY, timesteps=2)
+    assert isinstance(found, Cancelled)
+    assert len(asked) == 4
+    assert "step 3" in str(found)
+
+
+@pytest.mark.parametrize("entries", [2, 40])
+def test_a_private_picture_that_is_not_finite_counts_as_zero(fine: Base, entries: int) -> None:
+    """And the job isn't told: whether it failed would tell of the picture."""
+
+    def plan() -> Train:
+        return with_latents(private(fine, "a", rate=1.0), one_nan)
+
+    memory = room(fine, [plan()], entries)
+    (found,) = train(fine, [plan()], memory=memory, timesteps=2)
+    assert_close(found, Reference(fine, plan()).train(), plan().start, 1e-10)
+    everything = with_latents(private(fine, "a"), lambda x: x * math.nan)
+    nobody = private(fine, "a", rate=0.0)
+    found, noise_alone = train(fine, [everything, nobody], memory=memory, timesteps=2)
+    assert_close(found, trained(noise_alone), plan().start, 1e-10)
+
+
+def test_nothing_is_left_behind(base: Base, pipeline_folder: Path) -> None:
+    """Buffers are kept between calls, also after faults: the same bits as on a base that has seen nothing."""
+    unseen = Base(pipeline_folder, sites=ATTENTION)
+    wanted = train(unseen, good(unseen), memory=PLENTY, timesteps=2)
+    for faults in (["NaN data", "no second noise", "cancelled amid"], ["NaN at the start, private"] * 3):
+        dirty = [FAULTS[fault][0](base) for fault in faults]
+        bad = train(
+            base, [dataclasses.replace(plan, frozen=live(base, 2, 7)) for plan in dirty], memory=PLENTY, timesteps=2
+        )
+        assert all(isinstance(outcome, Exception) for outcome in bad)
+        for got, want in zip(train(base, good(base), memory=PLENTY, timesteps=2), wanted, strict=True):
+            assert_same_bits(got, want)
+
+
+def test_buffers_are_kept_for_jobs_alike(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not made anew at every round; and another shape, in between, changes no bit."""
+    from training import rows, trainer
+
+    made: list[rows.Rows] = []
+
+    def counting(*args: Any) -> rows.Rows:
+        made.append(rows.Rows(*args))
+        return made[-1]
+
+    monkeypatch.setattr(trainer, "Rows", counting)
+    memory = room(base, good(base), 40)
+    one = train(base, good(base), memory=memory, timesteps=2)
+    before = len(made)
+    two = train(base, good(base), memory=memory, timesteps=2)
+    assert len(made) == before
+    train(base, [job(base, "other", rank=5, frozen=live(base, 3, 2))], memory=memory, timesteps=2)
+    assert len(made) == before + 1
+    three = train(base, good(base), memory=memory, timesteps=2)
+    for first, second, third in zip(one, two, three, strict=True):
+        assert_same_bits(first, second)
+        assert_same_bits(first, third)

@@ -1,0 +1,150 @@
+"""Memory: counted to the byte on programs that one can add up by hand, and a budget that follows the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from conf.errors import AntherError
+from training import memory
+
+CPU = torch.device("cpu")
+GIB = 2**30
+N = 1000
+OUTSIDE = torch.ones(N)
+
+
+def chain() -> None:
+    a = torch.ones(N)
+    for _ in range(5):
+        a = a + 1  # the old one lives until the new one is there
+
+
+def given_back() -> None:
+    a = torch.ones(N)
+    del a
+    b = torch.ones(2 * N)
+    del b
+    torch.ones(N)
+
+
+def views() -> None:
+    a = torch.ones(N)
+    kept = [a.view(10, -1), a[3:], a.expand(7, N), a.reshape(-1), a.detach(), *a.split(100), a.unsqueeze(0).mT]
+    assert len(kept) == 16
+
+
+def a_view_keeps_all_of_it() -> None:
+    a = torch.ones(N)[:1]
+    b = torch.ones(N)
+    assert a.shape != b.shape
+
+
+def in_place() -> None:
+    a = torch.ones(N)
+    a.add_(1).mul_(2)
+    a[3:5] = 7
+    torch.add(a, a, out=a)
+    OUTSIDE.mul_(1)
+
+
+def of_the_outside() -> None:
+    kept = [OUTSIDE.view(-1), OUTSIDE[2:], OUTSIDE.detach()]
+    assert len(kept) == 3
+
+
+def two_results() -> None:
+    values, indices = OUTSIDE.topk(N)  # int64
+    assert len(values) == len(indices)
+
+
+def backward() -> None:
+    """y = exp(exp(x)) keeps both exponentials for the way back, where one gradient follows another."""
+    x = OUTSIDE.clone().requires_grad_()  # 4N
+    y = x.exp()  # 8N
+    z = y.exp()  # 12N
+    (grad,) = torch.autograd.grad(z, x, OUTSIDE)  # gradient of y: 16N, of x: 20N
+    assert grad.shape == x.shape
+
+
+PROGRAMS: list[tuple[Callable[[], object], int]] = [
+    (lambda: None, 0),
+    (lambda: torch.empty(N), 4 * N),
+    (lambda: torch.empty(N, dtype=torch.float64), 8 * N),
+    (lambda: torch.empty(0), 0),
+    (chain, 8 * N),
+    (given_back, 8 * N),
+    (views, 4 * N),
+    (a_view_keeps_all_of_it, 8 * N),
+    (in_place, 4 * N),
+    (of_the_outside, 0),
+    (two_results, 12 * N),
+    (backward, 20 * N),
+]
+
+
+@pytest.mark.parametrize(("work", "wanted"), PROGRAMS, ids=lambda x: getattr(x, "__name__", None))
+def test_the_most_that_lived_at_once(work: Callable[[], object], wanted: int) -> None:
+    assert memory.counted(work) == wanted
+    assert memory.counted(work) == wanted  # nothing is left from before
+
+
+def test_what_outlives_the_count_does_no_harm() -> None:
+    kept: list[Tensor] = []
+    assert memory.counted(lambda: kept.append(torch.ones(N))) == 4 * N
+    kept.clear()
+    assert memory.counted(lambda: torch.ones(N)) == 4 * N
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """A machine of so many GiB, and what its container tells."""
+
+    def be(total: float, available: float, **files: str) -> None:
+        found = SimpleNamespace(total=int(total * GIB), available=int(available * GIB))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+        monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+        for name, text in files.items():
+            (tmp_path / f"memory.{name}").write_text(text)
+
+    return be
+
+
+def test_the_budget_is_what_was_asked_or_a_share_of_the_total(machine: Callable[..., None]) -> None:
+    machine(16, 1)  # what happens to be free now decides nothing
+    assert memory.budget(None, CPU) == 16 * GIB * memory.SHARE["cpu"]
+    assert memory.budget(3.5, CPU) == int(3.5 * GIB)
+    assert 0 < memory.SHARE["cpu"] < memory.SHARE["cuda"] < 1
+
+
+@pytest.mark.parametrize(
+    ("files", "total", "free"),
+    [
+        ({}, 16, 10),
+        ({"max": "max\n"}, 16, 10),
+        ({"max": f"{4 * GIB}\n"}, 4, 4),
+        ({"max": f"{4 * GIB}\n", "current": f"{3 * GIB}\n"}, 4, 1),
+        ({"max": f"{12 * GIB}\n", "current": f"{1 * GIB}\n"}, 12, 10),  # the machine itself has no more
+        ({"max": f"{2**62}\n", "current": f"{3 * GIB}\n"}, 16, 10),
+        ({"max": "", "current": ""}, 16, 10),
+    ],
+)
+def test_a_container_is_the_machine(machine: Callable[..., None], files: dict[str, str], total: int, free: int) -> None:
+    machine(16, 10, **files)
+    assert memory.budget(None, CPU) == total * GIB * memory.SHARE["cpu"]
+    memory.check_free(free * GIB, CPU)
+    with pytest.raises(AntherError, match=rf"cohort\.memory_gib.* only {free} of {total} GiB are free"):
+        memory.check_free(free * GIB + 1, CPU)
+
+
+def test_this_machine() -> None:
+    assert 0 < memory.budget(None, CPU) < psutil.virtual_memory().total
+    memory.check_free(1, CPU)
+    with pytest.raises(AntherError, match=r"memory_gib=\d"):
+        memory.check_free(2**60, CPU)

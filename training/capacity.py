@@ -1,0 +1,98 @@
+"""How many jobs and entries a memory budget holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from conf.errors import AntherError
+from models.denoiser import Denoiser
+from training import memory
+from training.gradients import gradients, on_device, reduce
+from training.jobs import Train
+from training.packing import Pack
+from training.passes import single_threaded_layers, workers
+from training.rows import Rows, Shape, row_bytes
+
+LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.cohort`
+
+_GIB = 2**30
+
+
+class TooLittleMemoryError(AntherError):
+    """The memory that was granted doesn't hold one job and one entry."""
+
+
+class Capacity(NamedTuple):
+    """What is on the device at once."""
+
+    jobs: int
+    entries: int  # in all passes together
+    room: int  # bytes for those passes
+    expected: int  # entries of one step of so many jobs
+
+
+def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
+    """What fits in `limit` bytes, jobs and entries in the proportion in which they are needed.
+
+    Raises:
+        TooLittleMemoryError: not even one job and one entry fit.
+    """
+    shape = Shape.of(jobs)
+    row, entry = row_bytes(base, shape), entry_bytes(base, shape)
+    if row + entry > limit:
+        raise TooLittleMemoryError(
+            f"cohort.memory_gib={limit / _GIB:.3g}: one picture of one device takes {(row + entry) / _GIB:.3g} here: "
+            "give more, or train fewer sites"
+        )
+    step = max(map(expected_entries, jobs))
+    resident = max(1, min(len(jobs), int((limit - entry) // (row + step * entry))))  # always room for one entry
+    expected = sum(sorted(map(expected_entries, jobs), reverse=True)[:resident])
+    room = limit - resident * row
+    return Capacity(resident, room // entry, room, max(1, int(expected)))
+
+
+def expected_entries(job: Train) -> float:
+    """Entries of one step of a job, under DP the mean."""
+    partners = 2 if job.prior else 1
+    if job.privacy:
+        return partners * job.privacy.draws * job.privacy.sampling_rate * job.pictures
+    return partners * job.batch_size
+
+
+def entry_bytes(base: Denoiser, shape: Shape) -> int:
+    """Bytes that one entry takes in a pass and after it, counted on a pass of one entry."""
+
+    def work() -> object:
+        zeros, ones = np.zeros(1, np.int64), np.ones(1)
+        one = zeros + 1
+        pack = Pack(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
+        return reduce(rows, pack, *gradients(base, rows, on_device(pack, base.device)))
+
+    rows = Rows(base, shape, 1)
+    return _count(base, shape, work)
+
+
+def pictures_within(base: Denoiser, latents: torch.Size, context: torch.Size, limit: int) -> int:
+    """Pictures that one pass without gradients may hold, in `limit` bytes for all that run at once; at least 1."""
+
+    @torch.no_grad()
+    def work() -> object:
+        with base.lending([]) as denoise:
+            x = torch.zeros(1, *latents, dtype=base.precise, device=base.device)
+            return denoise(x, torch.zeros(1, dtype=torch.long, device=base.device), x.new_zeros(1, *context))
+
+    together = limit // _count(base, (latents, context), work)
+    at_once = workers(base.device)
+    return max(1, min(together // at_once, LARGEST.get(base.device.type, together)))
+
+
+def _count(base: Denoiser, key: object, work: Callable[[], object]) -> int:
+    if key not in base.kept:
+        with single_threaded_layers():
+            base.kept[key] = int(memory.counted(work) * memory.WORKSPACE[base.device.type])
+    count: int = base.kept[key]
+    return count

@@ -1,0 +1,65 @@
+"""Passes as CUDA graphs, which the GPU runs without waiting for Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.denoiser import Denoiser
+from training.gradients import Entries, gradients
+from training.rows import Rows
+
+_WARM_UP = 3  # passes before the record: kernels are compiled and chosen in the first ones
+
+
+class CapturedPasses:
+    """`training.gradients.gradients` for up to `size` entries, in graphs of that size and of halves of it.
+
+    A pass takes the smallest graph that holds its entries; the rest is filled up with entries of weight 0. Only the
+    full size is compiled, if asked for: the others are for the last entries of a call.
+    """
+
+    def __init__(self, base: Denoiser, rows: Rows, size: int, *, compiled: bool) -> None:
+        self._base, self._rows, self._size, self._compiled = base, rows, size, compiled
+        self._pool = torch.cuda.graph_pool_handle()  # of memory: no two graphs ever run at once
+        self._graphs: dict[int, _Graph] = {}
+
+    def __call__(self, entries: Entries) -> tuple[Tensor, Tensor]:
+        """Gradients and losses, overwritten by the next call."""
+        count = len(entries.rows)
+        size = self._size
+        while count <= size // 2:
+            size //= 2
+        if size not in self._graphs:
+            compiled = self._compiled and size == self._size
+            self._graphs[size] = _Graph(self._base, self._rows, size, self._pool, compiled=compiled)
+        found, losses = self._graphs[size](entries)
+        return found[:count], losses[:count]
+
+
+class _Graph:
+    """One pass of one size."""
+
+    def __init__(self, base: Denoiser, rows: Rows, size: int, pool: Any, *, compiled: bool) -> None:
+        numbers = torch.zeros(3, size, dtype=torch.long, device=base.device)
+        self._entries = Entries(*numbers, *numbers[:2].double())
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP):
+                gradients(base, rows, self._entries, compiled=compiled)
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.empty_cache()  # the record keeps memory of its own
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._found = gradients(base, rows, self._entries, compiled=compiled)
+
+    def __call__(self, entries: Entries) -> tuple[Tensor, Tensor]:
+        count = len(entries.rows)
+        for fixed, given in zip(self._entries, entries, strict=True):
+            fixed[:count] = given
+        self._entries.weights[count:] = 0.0
+        self._graph.replay()
+        return self._found

@@ -1,0 +1,160 @@
+"""What the resident jobs have on the device: a row for each in flat buffers, their examples in one pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.adapter import Adapter, rank
+from models.denoiser import Denoiser
+from models.slots import Layout, Stacks
+from privacy.clipping import BoundedSums, deviation, even_bounds
+from training.jobs import Examples, Train
+from training.optimiser import AdamW
+
+
+class Shape(NamedTuple):
+    """All that decides the sizes of the buffers, so that they can be kept for the next jobs alike."""
+
+    rank: int  # largest that is trained
+    frozen_rank: int  # largest underneath
+    common: bool  # whether one frozen adapter lies underneath all
+    per_site: bool  # how private jobs clip
+    latents: torch.Size  # of one example
+    context: torch.Size
+    examples: int  # of the job that has most, with those of its prior
+    stopping: bool  # whether the best adapter is kept beside the last
+
+    @staticmethod
+    def of(jobs: Sequence[Train]) -> Shape:
+        """What holds any of these jobs, which agree in their examples' shape and in how they clip."""
+        first = jobs[0]
+        return Shape(
+            rank=max(rank(job.start) for job in jobs),
+            frozen_rank=max(rank(job.frozen) if job.frozen else 0 for job in jobs),
+            common=all(job.frozen is first.frozen for job in jobs),
+            per_site=bool(first.privacy and first.privacy.per_site),
+            latents=first.examples.latents.shape[1:],
+            context=first.examples.context.shape[1:],
+            examples=max(len(job.examples) + (len(job.prior.examples) if job.prior else 0) for job in jobs),
+            stopping=any(job.early_stopping for job in jobs),
+        )
+
+
+class Rows:
+    """Buffers for `capacity` resident jobs.
+
+    Attributes:
+        adapters: [S, D], what is trained, laid out by `layout`.
+        segments: widths of the parts of a row that are clipped by themselves: every site, or all of it.
+        sums: of clipped gradients.
+        losses: [S], summed over entries.
+        divisors: [S, 1], what a sum is divided by: under DP the plan's public constant.
+        latents, context: the pooled examples of resident jobs.
+    """
+
+    def __init__(self, base: Denoiser, shape: Shape, capacity: int) -> None:
+        like = torch.empty(0, dtype=base.precise, device=base.device)
+        self.layout = Layout(base.sites, shape.rank)
+        self.adapters = like.new_zeros(capacity, self.layout.size)
+        self.optimiser = AdamW(self.adapters)
+        self.segments = [self.layout.size]
+        if shape.per_site:
+            widths = self.layout.widths
+            self.segments = [a + b for a, b in zip(widths[::2], widths[1::2], strict=True)]
+        self.sums = BoundedSums(capacity, self.segments, like=self.adapters)
+        self.losses = like.new_zeros(capacity, dtype=torch.float64)
+        self.divisors = like.new_ones(capacity, 1)
+        self._frozen_layout = Layout(base.sites, shape.frozen_rank)
+        self._frozen = base.like.new_zeros(1 if shape.common else capacity, self._frozen_layout.size)
+        self.latents = like.new_zeros(capacity * shape.examples, *shape.latents)
+        self.context = base.like.new_zeros(capacity * shape.examples, *shape.context)
+        self._examples = shape.examples
+        self._own: list[Tensor | None] = [None] * capacity
+
+    def open(self, jobs: Mapping[int, Train]) -> None:
+        """Let jobs in, by row; each was found sound by `check`."""
+        rows, entering = list(jobs), list(jobs.values())
+        bounds = [clip_bounds(job, self.layout.sites) for job in entering]
+        self.sums.open(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in entering])
+        self.optimiser.open(rows, [job.learning_rate for job in entering])
+        index = torch.tensor(rows, device=self.adapters.device)
+        self.adapters[index] = self._packed(self.layout, [job.start for job in entering])
+        self.losses[index] = 0.0
+        divisors = [[job.batch_size if job.privacy else 1.0] for job in entering]
+        self.divisors[index] = torch.tensor(divisors).to(self.divisors)
+        if self._frozen_layout.size:
+            frozen = self._packed(self._frozen_layout, [job.frozen for job in entering]).to(self._frozen)
+            self._frozen[index % len(self._frozen)] = frozen
+        for row, job in jobs.items():
+            mask = None if self.layout.fits(job.start) else self.layout.mask(job.start)
+            self._own[row] = None if mask is None else mask.nonzero().flatten().to(self.adapters.device)
+        for row, job in jobs.items():
+            start = self.place(row)
+            for pool in _pools(job):
+                self.latents[start : start + len(pool)].copy_(pool.latents, non_blocking=True)
+                self.context[start : start + len(pool)].copy_(pool.context, non_blocking=True)
+                start += len(pool)
+
+    def place(self, row: int) -> int:
+        """Where a row's examples begin in the pool."""
+        return row * self._examples
+
+    def frozen(self, rows: Tensor) -> Stacks:
+        """The frozen adapters of these rows [n]."""
+        if not self._frozen_layout.size:
+            return {}
+        return self._frozen_layout.stacks(self._frozen if len(self._frozen) == 1 else self._frozen[rows])
+
+    def noise(self, row: int, job: Train) -> Tensor | None:
+        """Standard normal noise [D] from the job's own source, on the numbers that its adapter really has."""
+        if job.privacy is None or job.noise is None:
+            return None
+        own, device = self._own[row], self.adapters.device
+        if own is None:
+            return job.noise.gaussian(self.layout.size, device).to(self.adapters)
+        noise = job.noise.gaussian(len(own), device).to(self.adapters)
+        return self.adapters.new_zeros(self.layout.size).index_copy_(0, own, noise)
+
+    def _packed(self, layout: Layout, adapters: Sequence[Adapter | None]) -> Tensor:
+        """Rows [R, D] of adapters; many jobs start from one and the same, which travels once."""
+        distinct = {id(adapter): adapter for adapter in adapters}
+        places = {key: place for place, key in enumerate(distinct)}
+        packed = torch.stack([layout.pack(adapter) for adapter in distinct.values()]).to(self.adapters)
+        return packed[torch.tensor([places[id(adapter)] for adapter in adapters], device=packed.device)]
+
+
+def check(job: Train) -> None:
+    """Raises ValueError for a job that no row could hold."""
+    for pool in _pools(job):
+        alike = all(a.shape[1:] == b.shape[1:] for a, b in zip(pool, job.examples, strict=True))
+        if not alike or len(pool.latents) != len(pool.context):
+            raise ValueError(f"client {job.client}: examples of different shapes, or without their context")
+    if job.privacy:
+        deviation(clip_bounds(job, job.start), job.privacy.noise_multiplier)
+
+
+def clip_bounds(job: Train, sites: Iterable[str]) -> list[float]:
+    """What the parts of an example's gradient are clipped to; ∞ without privacy."""
+    if job.privacy is None:
+        return [math.inf]
+    if job.privacy.per_site:
+        return even_bounds(job.privacy.clip, [name in job.start for name in sites])
+    return [job.privacy.clip]
+
+
+def _pools(job: Train) -> list[Examples]:
+    return [job.examples, *([job.prior.examples] if job.prior else [])]
+
+
+def row_bytes(base: Denoiser, shape: Shape) -> int:
+    """Bytes of the device's memory for one resident job."""
+    precise, compute = base.precise.itemsize, base.dtype.itemsize
+    buffers = 5 + shape.stopping  # adapter, two moments, sum, and a copy while they are updated; the best adapter
+    frozen = 0 if shape.common else Layout(base.sites, shape.frozen_rank).size * compute
+    example = shape.latents.numel() * precise + shape.context.numel() * compute
+    return buffers * Layout(base.sites, shape.rank).size * precise + frozen + shape.examples * example
