@@ -24,6 +24,7 @@ from privacy.policy import Refusal
 from protocol import records
 from protocol.messages import Reply
 from training.engine import perform
+from training.memory import budget, check_free
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ def answer(message: Message, context: Context) -> Message:
         node = _stated(context)
         weights, device = str(node.get("weights", "fp32")), str(node.get("device", "auto"))
         base = _base(str(node.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device)
+        memory = budget(config.cohort.memory_gib, base.device)
+        check_free(memory, base.device)
         conversation = handle(request, from_config(node, base=base.hash, sites=base.sites))
-        micro_batch, timesteps = config.grid.micro_batch, config.evaluation.timesteps
-        work = functools.partial(perform, base, micro_batch=micro_batch, timesteps=timesteps)
+        work = functools.partial(perform, base, memory=memory, timesteps=config.evaluation.timesteps)
         outcome = drive({"": conversation}, work)[""]
     except Exception as error:
         outcome = error

@@ -17,6 +17,7 @@ from models import assets
 from models.adapter import Sites
 from privacy import policy
 from privacy.noise import NoiseSource, Secure, Simulated
+from privacy.storage import Files
 from protocol.messages import DeviceReport
 
 # What a device is taken for that doesn't say: the slowest of conf/fleet, so that nothing is promised too soon.
@@ -61,7 +62,8 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
     name = str(node_config.get("name") or default or "device")
     if Path(name).name != name:
         raise AntherError(f"name={name!r}: must not be a path; set another name in the node's configuration")
-    store = Store(node_config.get("store") or assets.home() / "devices" / name)
+    files = Files(node_config.get("store") or assets.home() / "devices" / name)
+    store = Store(files)
     seed = _whole(node_config, "seed") if _flag(node_config, "test") else store.seed()
     return Device(
         name=name,
@@ -69,7 +71,7 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
         store=store,
         pictures=partial(load_folder, pictures),
         sites=sites,
-        policy=policy.load(store.policy_file),
+        policy=policy.load(files.folder / "policy.toml"),
         noise=partial(_simulated, seed, name) if _flag(node_config, "test") else _secure,
         seed=seed,
     )

@@ -1,24 +1,22 @@
-"""What this device has promised, kept on its own disk: reserved → sealed → sent.
+"""What this device has promised, kept in its own storage: reserved → sealed → sent.
 
-Append-only JSON lines, fsynced one by one. A round is charged when it is reserved, before training, and never
-refunded: a crash while reserved discards everything derived and trains again under the same reservation. Once the
-reply is sealed, only those bytes are ever sent: a second, differently noised reply would be a second release.
+A journal of JSON lines that only grows. A round is charged when it is reserved, before training, and never refunded:
+a crash while reserved discards everything derived and trains again under the same reservation. Once the reply is
+sealed, only those bytes are ever sent: a second, differently noised reply would be a second release.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from conf.errors import AntherError
-from privacy import durable
 from privacy.accounting import (
     ADD_OR_REMOVE_ONE,
     IMAGE,
@@ -29,7 +27,9 @@ from privacy.accounting import (
     epsilon,
 )
 from privacy.policy import Refusal
+from privacy.storage import Storage
 
+JOURNAL, OUTBOX = "ledger.jsonl", "outbox"
 RESERVED, SEALED, SENT = "reserved", "sealed", "sent"
 Key = tuple[str, int]
 
@@ -57,7 +57,7 @@ class Reservation:
         return self.run, self.round
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One reservation and how far it has come."""
 
@@ -67,20 +67,20 @@ class Entry:
     """Of the sealed reply."""
 
 
-Entries = dict[Key, Entry]
+Entries = Mapping[Key, Entry]
 
 
 class Ledger:
-    """The ledger of one device in `folder`: `ledger.jsonl`, and sealed replies in `outbox/`.
+    """The ledger of one device: the journal `ledger.jsonl` of its storage, and sealed replies in `outbox/`.
 
-    Every method reads the file again under a lock, so that processes on one device see each other's events.
+    Every method reads the journal again under its lock, so that processes on one device see each other's events.
 
     Raises:
-        AntherError: the file is damaged other than by a torn last line.
+        AntherError: the journal is damaged other than by a torn last line.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path, self._outbox = folder / "ledger.jsonl", folder / "outbox"
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def reserve(self, reservation: Reservation, admit: Callable[[Sequence[Mechanism], Mechanism], None]) -> None:
         """Charge for a round, unless it is charged for already.
@@ -103,7 +103,7 @@ class Ledger:
             entry = entries[key]
             if entry.state == RESERVED:
                 digest = hashlib.sha256(reply).hexdigest()
-                durable.write(self._file(key), reply)
+                self._storage.write(_outbox(key), reply)
                 append({"state": SEALED, "run": key[0], "round": key[1], "sha256": digest})
                 return reply
             return self._read_sealed(entry)
@@ -124,7 +124,7 @@ class Ledger:
         with self._opened() as (entries, append):
             if entries[key].state == SEALED:
                 append({"state": SENT, "run": key[0], "round": key[1]})
-                self._file(key).unlink(missing_ok=True)
+                self._storage.remove(_outbox(key))
 
     def entries(self) -> tuple[Entry, ...]:
         """Every reservation in the order made."""
@@ -139,70 +139,84 @@ class Ledger:
     def _read_sealed(self, entry: Entry) -> bytes:
         if entry.state == SENT:
             raise Refusal(f"{_named(entry)} was answered, and a later round after it: it can't be sent again")
-        file = self._file(entry.reservation.key)
-        reply = file.read_bytes() if file.exists() else b""
+        name = _outbox(entry.reservation.key)
+        reply = self._storage.read(name) or b""
         if hashlib.sha256(reply).hexdigest() != entry.sha256:
-            raise AntherError(f"{file}: the sealed reply is damaged and another would be a second release; restore it")
+            raise AntherError(
+                f"{self._storage.where(name)}: the sealed reply is damaged and another would be a second release; "
+                "restore it"
+            )
         return reply
-
-    def _file(self, key: Key) -> Path:
-        """Where a reply lies: named by a hash, since the server chooses the name of the run."""
-        run = hashlib.sha256(key[0].encode()).hexdigest()[:16]
-        return self._outbox / f"{run}-{key[1]}.reply"
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Entries, Callable[[dict[str, Any]], None]]]:
         """The ledger's entries, and the function that appends an event, under an exclusive lock."""
-        durable.make_folder(self._path.parent)
-        is_new = not self._path.exists()
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if is_new:
-                durable.sync_folder(self._path.parent)
-            yield _replay(self._lines(handle), self._path), lambda event: _append(handle, event)
-        finally:
-            os.close(handle)  # and unlock
-
-    def _lines(self, handle: int) -> list[bytes]:
-        """Complete lines; a torn last one is cut off: nothing was done yet on the strength of it."""
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.ftruncate(handle, len(whole))
-            os.fsync(handle)
-        return whole.splitlines()
+        with self._storage.journal(JOURNAL) as journal:
+            entries = _replayed(journal.lines, self._storage.where(JOURNAL))
+            yield entries, lambda event: journal.append(json.dumps(event).encode())
 
 
-def _append(handle: int, event: dict[str, Any]) -> None:
-    line = json.dumps(event).encode() + b"\n"
-    if os.write(handle, line) < len(line):
-        raise OSError("the disk is full: the ledger's event was cut short")
-    os.fsync(handle)
+class _Replayed:
+    """The entries that journals lead to; those last read are kept, under a digest of their lines.
+
+    A device looks at its ledger five times a round, and appends one event in between at most: a look then costs the
+    new line, not all of them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._kept: dict[bytes, Entries] = {}  # least recently read first
+        self._most, self._lock = most, threading.Lock()
+
+    def __call__(self, lines: Sequence[bytes], where: str) -> Entries:
+        """Raises AntherError for a line that is no event, or one out of turn."""
+        digest = _digest(lines)
+        with self._lock:
+            entries = self._kept.pop(digest, None)
+            if entries is None:
+                before = self._kept.pop(_digest(lines[:-1]), None)
+                entries = _replay(before or {}, lines, 0 if before is None else len(lines) - 1, where)
+            self._kept[digest] = entries
+            if len(self._kept) > self._most:
+                del self._kept[next(iter(self._kept))]
+        return entries
 
 
-def _replay(lines: list[bytes], path: Path) -> Entries:
-    """The state that the events lead to."""
-    entries: Entries = {}
-    for number, line in enumerate(lines, start=1):
+_replayed = _Replayed(most=1024)
+"""More than the devices that a simulation drives at once (`simulations.grid.WAVE`)."""
+
+
+def _digest(lines: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"\n".join(lines)).digest()
+
+
+def _replay(entries: Entries, lines: Sequence[bytes], start: int, where: str) -> Entries:
+    """The entries that the lines from `start` on lead to, where those before it lead to `entries`."""
+    found = dict(entries)
+    for number, line in enumerate(lines[start:], start=start + 1):
         try:
             event = json.loads(line)
             key, state = (event["run"], event["round"]), event["state"]
-            match state, entries[key].state if key in entries else None:
+            match state, found[key].state if key in found else None:
                 case "reserved", None:
-                    entries[key] = Entry(_from_event(event))
+                    found[key] = Entry(_reservation(line))
                 case "sealed", "reserved":
-                    entries[key] = replace(entries[key], state=SEALED, sha256=event["sha256"])
+                    found[key] = replace(found[key], state=SEALED, sha256=event["sha256"])
                 case "sent", "sealed":
-                    entries[key] = replace(entries[key], state=SENT)
+                    found[key] = replace(found[key], state=SENT)
                 case _:
                     raise ValueError(f"{state} out of turn")
         except (ValueError, KeyError, TypeError) as error:
             raise AntherError(
-                f"{path}:{number}: not an event of the ledger ({error}); restore the file: "
+                f"{where}:{number}: not an event of the ledger ({error}); restore the file: "
                 "without it nobody knows what was shared"
             ) from error
-    return entries
+    return found
+
+
+def _outbox(key: Key) -> str:
+    """Where a reply lies: named by a hash, since the server chooses the name of the run."""
+    run = hashlib.sha256(key[0].encode()).hexdigest()[:16]
+    return f"{OUTBOX}/{run}-{key[1]}.reply"
 
 
 def _same(entries: Entries, reservation: Reservation) -> Entry | None:
@@ -222,16 +236,18 @@ def _mechanisms(entries: Entries) -> list[Mechanism]:
 
 
 def _to_event(reservation: Reservation) -> dict[str, Any]:
-    fields = asdict(replace(reservation, mechanism=NonPrivate()))
     match reservation.mechanism:
         case PoissonGaussian() as gaussian:
-            fields["mechanism"] = {"name": "gaussian", **asdict(gaussian)}
+            mechanism = {"name": "gaussian", **vars(gaussian)}
         case NonPrivate():
-            fields["mechanism"] = {"name": "none"}
-    return {"state": RESERVED, **fields}
+            mechanism = {"name": "none"}
+    return {"state": RESERVED, **vars(reservation), "mechanism": mechanism}
 
 
-def _from_event(event: dict[str, Any]) -> Reservation:
+@lru_cache(maxsize=64)
+def _reservation(line: bytes) -> Reservation:
+    """The reservation that a line makes; the same object for the many simulated devices of one plan."""
+    event = json.loads(line)
     fields = {name: value for name, value in event.items() if name != "state"}
     parameters = dict(fields["mechanism"])
     name = parameters.pop("name")

@@ -6,11 +6,12 @@ what it expects, and every check that can be made on the header is made before a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from conf.errors import AntherError
@@ -32,7 +33,25 @@ def encode(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32)
     """safetensors bytes of the tensors cast to `dtype`: the same bytes for equal tensors in any order."""
     if dtype not in _DTYPES:
         raise ValueError(f"{dtype=}: must be one of {list(_DTYPES)}")
-    return save({name: tensors[name].detach().to("cpu", dtype).contiguous() for name in sorted(tensors)})
+    names = sorted(tensors)
+    header = _written(dtype, tuple((name, tuple(tensors[name].shape)) for name in names))
+    if not names:
+        return header
+    values = torch.cat([tensors[name].detach().ravel() for name in names]).to("cpu", dtype)
+    return b"".join([header, values.view(torch.uint8).numpy().data])
+
+
+@lru_cache(maxsize=16)
+def _written(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) -> bytes:
+    """What stands before the data: kept, since the replies of a whole fleet have the same."""
+    header, position = {}, 0
+    for name, shape in shapes:
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": (position, end)}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def decode(data: bytes, expected: Mapping[str, Shape], *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def dumps(value: Any) -> str:
     """JSON of plain values and dataclasses of them: the same text for equal values; ValueError if not finite."""
-    return json.dumps(value, default=dataclasses.asdict, allow_nan=False, sort_keys=True, separators=(",", ":"))
+    return _encoder.encode(value)
 
 
 def loads(text: str | bytes) -> Any:
@@ -35,6 +35,14 @@ def from_plain(kind: type[T], value: Any, where: str = "value") -> T:
     """`value`, as parsed from JSON, as a `kind`; ValueError names the first field that is not as its type says."""
     of_kind: Any = kind  # mypy: a type is hashable
     return _converter(of_kind)(value, where)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON sees it, a level at a time: `dataclasses.asdict` copies everything below it too."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+_encoder = json.JSONEncoder(default=_fields, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

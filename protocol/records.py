@@ -5,6 +5,8 @@ The adapter's bytes stay those of `protocol.codec`; Flower cuts the Array into c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -37,21 +39,21 @@ def message_type(request: Request) -> str:
 
 
 def request_to_records(request: Request) -> RecordDict:
-    return _to_records(request)
+    return RecordDict(dict(_request_parts(request)))
 
 
 def request_from_records(message_type: str, records: RecordDict) -> Request:
     """The request in a message of this type; AntherError with one line if it is malformed."""
-    return _from_records(_exchange(message_type).request, records)
+    return _message(_exchange(message_type).request, *_contents(records))
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
-    return _to_records(reply)
+    return RecordDict(dict(_parts(reply)))
 
 
 def reply_from_records(message_type: str, records: RecordDict) -> Reply:
     """The reply to a message of this type; AntherError with one line if it is malformed."""
-    return _from_records(_exchange(message_type).reply, records)
+    return _message(_exchange(message_type).reply, *_contents(records))
 
 
 def adapter_to_record(adapter: bytes) -> ArrayRecord:
@@ -72,16 +74,27 @@ def _exchange(message_type: str) -> _Exchange:
     return _EXCHANGES[message_type]
 
 
-def _to_records(message: Request | Reply) -> RecordDict:
-    records = RecordDict({_MESSAGE: ConfigRecord({"json": messages.to_json(message)})})
+def _parts(message: Request | Reply) -> Iterator[tuple[str, ConfigRecord | ArrayRecord]]:
+    yield _MESSAGE, ConfigRecord({"json": messages.to_json(message)})
     if beside := messages.payloads(message):
-        records[_ARRAYS] = adapter_to_record(beside[_ADAPTER])
-    return records
+        yield _ARRAYS, adapter_to_record(beside[_ADAPTER])
 
 
-def _from_records(kind: Any, records: RecordDict) -> Any:
-    config = records.config_records.get(_MESSAGE)
-    if config is None or not isinstance(text := config.get("json"), str):
+def _contents(records: RecordDict) -> tuple[str | None, bytes | None]:
+    """The JSON and the adapter of a message; None for what is not there."""
+    config, arrays = records.get(_MESSAGE), records.get(_ARRAYS)
+    text = config.get("json") if isinstance(config, ConfigRecord) else None
+    adapter = adapter_from_record(arrays) if isinstance(arrays, ArrayRecord) else None
+    return text if isinstance(text, str) else None, adapter
+
+
+def _message(kind: Any, text: str | None, adapter: bytes | None) -> Any:
+    if text is None:
         raise AntherError(f"malformed message: a {kind.__name__} travels as JSON in the record {_MESSAGE!r}")
-    arrays = records.array_records.get(_ARRAYS)
-    return messages.from_json(kind, text, **({} if arrays is None else {_ADAPTER: adapter_from_record(arrays)}))
+    return messages.from_json(kind, text, **({} if adapter is None else {_ADAPTER: adapter}))
+
+
+@lru_cache(maxsize=8)
+def _request_parts(request: Request) -> tuple[tuple[str, ConfigRecord | ArrayRecord], ...]:
+    """Made once for the hundreds of devices that a round asks for the same, by a few different plans."""
+    return tuple(_parts(request))

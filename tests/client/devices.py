@@ -14,6 +14,7 @@ from client.store import Store
 from models.adapter import Adapter, Factors, Site, initial, shapes, to_tensors
 from privacy.noise import NoiseSource, Secure
 from privacy.policy import Policy
+from privacy.storage import Files, Storage
 from protocol import codec
 from protocol.messages import DeviceReport, ExamplePrivacy, Train, TrainingPlan
 from training import jobs
@@ -32,10 +33,16 @@ PICTURES = Pictures(tuple(map(picture, range(4))), tuple(map(picture, (4, 5))), 
 
 
 def make_device(
-    folder: Path, *, pictures: Pictures = PICTURES, policy: Policy | None = None, noise: NoiseSource | None = None
+    storage: Path | Storage,
+    *,
+    name: str = "d",
+    pictures: Pictures = PICTURES,
+    policy: Policy | None = None,
+    noise: NoiseSource | None = None,
 ) -> Device:
+    """A device that keeps its files in a folder, or that uses the given storage."""
     report = DeviceReport(
-        device="d",
+        device=name,
         base=BASE,
         profile="p",
         memory_gib=4,
@@ -44,8 +51,9 @@ def make_device(
         uplink_mbps=1,
         downlink_mbps=1,
     )
+    kept = Files(storage) if isinstance(storage, Path) else storage
     return Device(
-        name="d", report=report, store=Store(folder), pictures=lambda: pictures, sites=SITES,
+        name=name, report=report, store=Store(kept), pictures=lambda: pictures, sites=SITES,
         policy=policy or Policy(), noise=lambda _round, _purpose: noise or Secure(), seed=7,
     )  # fmt: skip
 

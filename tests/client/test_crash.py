@@ -23,6 +23,7 @@ from client.drive import drive
 from client.logic import handle
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.ledger import RESERVED, SEALED, SENT, Ledger
+from privacy.storage import Files
 from protocol.messages import Update
 from tests.client.devices import PRIVACY, Performer, make_device, train_request
 
@@ -97,7 +98,7 @@ def serve_until(step: int, folder: Path) -> None:
 
 def check(folder: Path) -> None:
     """What must hold after any crash."""
-    entries = {entry.reservation.round: entry for entry in Ledger(folder / "store").entries()}
+    entries = {entry.reservation.round: entry for entry in Ledger(Files(folder / "store")).entries()}
     for number, replies in read_wire(folder).items():
         assert len(replies) == 1, f"round {number} was released {len(replies)} times"
         assert entries[number].state in (SEALED, SENT), "released without a charge"
@@ -108,7 +109,7 @@ def finish(folder: Path) -> None:
     assert in_child(partial(serve, folder)) == 0
     check(folder)
     assert set(read_wire(folder)) == set(range(1, ROUNDS + 1))
-    assert len(Ledger(folder / "store").entries()) == ROUNDS
+    assert len(Ledger(Files(folder / "store")).entries()) == ROUNDS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,7 +130,7 @@ def test_a_kill_at_every_durable_step(tmp_path: Path) -> None:
             break
         assert status == -signal.SIGKILL
         check(folder)
-        seen |= {entry.state for entry in Ledger(folder / "store").entries()}
+        seen |= {entry.state for entry in Ledger(Files(folder / "store")).entries()}
         finish(folder)
     assert seen == {RESERVED, SEALED, SENT}
     assert step >= 10

@@ -35,7 +35,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_real_device_draws_secure_noise_and_keeps_its_seed(root: Path) -> None:
     device = from_config({"data": str(root / "ann"), "name": "tablet"}, base=BASE, sites=SITES)
     assert device.name == device.report.device == "tablet"
-    assert device.store.folder == root.parent / "home/devices/tablet"
+    assert device.store.where == str(root.parent / "home/devices/tablet")
     assert device.pictures().train[0].caption == "ann"
     assert isinstance(device.noise(1, "shared"), Secure)
     assert device.noise(1, "shared").release
@@ -60,7 +60,7 @@ def test_simulated_owners_by_partition(root: Path) -> None:
     ]
     assert [device.name for device in devices] == ["ann", "bob"]
     assert [device.pictures().test[0].caption for device in devices] == ["ann", "bob"]
-    assert devices[0].store.folder != devices[1].store.folder
+    assert devices[0].store.where != devices[1].store.where
 
 
 def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Pat
     report = device.report
     assert report.memory_gib == round(psutil.virtual_memory().total / 2**30)
     assert (report.base, report.examples_per_second, report.watts, report.metered) == (BASE, 25.0, 6.0, True)
-    assert device.store.folder == tmp_path / "s"
+    assert device.store.where == str(tmp_path / "s")
 
 
 def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:

@@ -104,6 +104,21 @@ def test_the_head_is_trained_and_the_tail_stays_beside_it(tmp_path: Path) -> Non
     assert perform.jobs[-1].frozen is None
 
 
+def test_devices_of_one_process_share_what_they_were_sent(tmp_path: Path) -> None:
+    """One object is one slot in a pass, and one copy in memory."""
+    perform, sent = Performer(), to_bytes(adapter(5))
+    fleet = {name: make_device(tmp_path / name, name=name) for name in "abc"}
+    for request in (train_request(sent=sent), Evaluate(run="run", round=1, adapter=bytes(bytearray(sent)))):
+        drive({name: handle(request, device) for name, device in fleet.items()}, perform)
+    trained = [job for job in perform.jobs if isinstance(job, jobs.Train)]
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
+    assert len(trained) == len(measured) == 3
+    assert len({id(job.frozen) for job in trained}) == len({id(found) for found in measured}) == 1
+    ask(train_request(number=2, sent=to_bytes(adapter(5, seed=1))), fleet["a"], perform)
+    assert isinstance(perform.jobs[-1], jobs.Train)
+    assert perform.jobs[-1].frozen is not trained[0].frozen
+
+
 def test_the_personal_adapter_never_enters_the_shared_job(tmp_path: Path) -> None:
     device, fresh = make_device(tmp_path / "a"), make_device(tmp_path / "b")
     ask(PERSONALISE, device)

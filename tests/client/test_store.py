@@ -10,6 +10,7 @@ import torch
 from client.store import Personal, Store
 from conf.errors import AntherError
 from models.adapter import Site
+from privacy.storage import Files
 from tests.client.devices import BASE, SITES, adapter
 from training.jobs import Examples
 
@@ -18,9 +19,9 @@ EXAMPLES = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
 
 
 def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> None:
-    assert Store(tmp_path).personal(SITES) is None
-    Store(tmp_path / "new").save_personal(PERSONAL)
-    found = Store(tmp_path / "new").personal(SITES)
+    assert Store(Files(tmp_path)).personal(SITES) is None
+    Store(Files(tmp_path / "new")).save_personal(PERSONAL)
+    found = Store(Files(tmp_path / "new")).personal(SITES)
     assert found is not None
     assert found.base == BASE
     for part, expected in ((found.adapter, PERSONAL.adapter), (found.shared, PERSONAL.shared)):
@@ -30,7 +31,7 @@ def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kept", [0, 9, 400, -1])
 def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> None:
-    store, file = Store(tmp_path), tmp_path / "personal.safetensors"
+    store, file = Store(Files(tmp_path)), tmp_path / "personal.safetensors"
     store.save_personal(PERSONAL)
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(AntherError, match="personalise again") as raised:
@@ -42,17 +43,17 @@ def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> No
     {}, {"up.to_k": Site(3, 5)}, SITES | {"more": Site(1, 1)}, SITES | {"up.to_k": Site(3, 6)},
 ])  # fmt: skip
 def test_a_personal_adapter_for_other_sites_is_refused(tmp_path: Path, sites: dict[str, Site]) -> None:
-    store = Store(tmp_path)
+    store = Store(Files(tmp_path))
     store.save_personal(PERSONAL)
     with pytest.raises(AntherError, match="not a personal adapter for this base"):
         store.personal(sites)
 
 
 def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(Files(tmp_path))
     assert store.examples("train", "k") is None
     store.save_examples("train", "k", EXAMPLES)
-    found = Store(tmp_path).examples("train", "k")
+    found = Store(Files(tmp_path)).examples("train", "k")
     assert found is not None
     assert torch.equal(found.latents, EXAMPLES.latents)
     assert torch.equal(found.context, EXAMPLES.context)
@@ -63,15 +64,15 @@ def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
 
 
 def test_losses_are_cached_under_their_key(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(Files(tmp_path))
     assert store.loss("base", "k") is None
     store.save_loss("base", "k", 0.1)
-    assert Store(tmp_path).loss("base", "k") == 0.1
+    assert Store(Files(tmp_path)).loss("base", "k") == 0.1
     assert store.loss("base", "another") is None
 
 
 def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(Files(tmp_path))
     store.save_examples("train", "k", EXAMPLES)
     store.save_loss("base", "k", 0.1)
     for file in (tmp_path / "cache").iterdir():
@@ -86,7 +87,7 @@ def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path)
+    store = Store(Files(tmp_path))
     store.save_loss("base", "k", 0.1)
 
     def full(_handle: int) -> None:
@@ -100,9 +101,9 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 
 
 def test_the_seed_is_drawn_once(tmp_path: Path) -> None:
-    seed = Store(tmp_path / "a").seed()
-    assert Store(tmp_path / "a").seed() == seed != Store(tmp_path / "b").seed()
+    seed = Store(Files(tmp_path / "a")).seed()
+    assert Store(Files(tmp_path / "a")).seed() == seed != Store(Files(tmp_path / "b")).seed()
     assert (tmp_path / "a/seed").stat().st_mode & 0o077 == 0
     (tmp_path / "a/seed").write_text("x")
     with pytest.raises(AntherError, match="another seed"):
-        Store(tmp_path / "a").seed()
+        Store(Files(tmp_path / "a")).seed()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from models.adapter import Site, from_tensors, initial, shapes, to_tensors
 from protocol.codec import CodecError, decode, encode
@@ -41,6 +41,16 @@ def test_round_trip_keeps_values_and_the_expected_order():
 def test_the_bytes_are_safetensors_and_do_not_depend_on_the_order():
     assert encode(TENSORS) == encode(dict(sorted(TENSORS.items())))
     assert torch.equal(load(encode(TENSORS))["b"], TENSORS["b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tensors", [
+    {}, TENSORS, {"scalar": torch.tensor(1.5), "none": torch.zeros(2, 0), "é\"\n\x01\x7f": torch.ones(3).double()},
+    {"turned": torch.arange(6.0).view(2, 3).T, "trained": torch.ones(2, requires_grad=True)},
+])  # fmt: skip
+def test_the_bytes_are_those_that_safetensors_writes(tensors, dtype):
+    plain = {name: tensors[name].detach().to(dtype).contiguous() for name in sorted(tensors)}
+    assert encode(tensors, dtype=dtype) == save(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

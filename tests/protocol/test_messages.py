@@ -144,6 +144,16 @@ def _deflated(content):
     return content.deflate(), children
 
 
+def test_a_request_made_once_for_many_is_a_message_of_its_own_for_each():
+    train = Train(plan=PLAN, adapter=b"abc")
+    one, other = records.request_to_records(train), records.request_to_records(train)
+    one["more"] = ConfigRecord({"x": 1})
+    assert list(other) == ["message", "arrays"]
+    another = Train(plan=dataclasses.replace(PLAN, steps=99), adapter=b"other")
+    assert records.request_from_records("train", records.request_to_records(another)) == another
+    assert records.request_from_records("train", other) == train
+
+
 def test_malformed_records():
     good = records.reply_to_records(UPDATE)
     for wrong, message in [

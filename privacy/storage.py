@@ -1,0 +1,111 @@
+"""Where one device keeps what it must not forget: blobs by name, and journals that only grow.
+
+The ledger's promises rest on it. Nothing may be done on the strength of what was written before it is durable: with
+`Files` it is when the call returns; a simulated fleet's storage may wait for one commit of many devices, which whoever
+drives them makes before it performs their jobs and before it hands out their replies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from privacy import durable
+
+
+class Journal(Protocol):
+    """A journal while its lock is held."""
+
+    @property
+    def lines(self) -> Sequence[bytes]:
+        """All complete lines when the lock was taken, oldest first, without their ends."""
+        ...
+
+    def append(self, line: bytes) -> None:
+        """Add a line, whole or not at all."""
+        ...
+
+
+class Storage(Protocol):
+    """What one device keeps. Names are relative paths; nobody but the device's own code chooses them."""
+
+    def read(self, name: str) -> bytes | None:
+        """A blob; None if there is none."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a blob in one step: a crash leaves the old content or the new, never a mixture."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Forget a blob, if it is there."""
+        ...
+
+    def journal(self, name: str) -> AbstractContextManager[Journal]:
+        """A journal under an exclusive lock: whoever else opens it waits, in this process or another."""
+        ...
+
+    def where(self, name: str) -> str:
+        """Where a person finds it, for messages."""
+        ...
+
+
+class Files:
+    """The files of one device in `folder`, each write fsynced by itself."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        durable.write(self.folder / name, data)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def journal(self, name: str) -> Iterator[Journal]:
+        path = self.folder / name
+        durable.make_folder(path.parent)
+        is_new = not path.exists()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if is_new:
+                durable.sync_folder(path.parent)
+            yield _FileJournal(handle, _whole_lines(path, handle))
+        finally:
+            os.close(handle)  # and unlock
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+class _FileJournal:
+    def __init__(self, handle: int, lines: Sequence[bytes]) -> None:
+        self._handle, self.lines = handle, lines
+
+    def append(self, line: bytes) -> None:
+        whole = line + b"\n"
+        if os.write(self._handle, whole) < len(whole):
+            raise OSError("the disk is full: the journal's line was cut short")
+        os.fsync(self._handle)
+
+
+def _whole_lines(path: Path, handle: int) -> list[bytes]:
+    """Complete lines; a torn last one is cut off: nothing was done yet on the strength of it."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.ftruncate(handle, len(whole))
+        os.fsync(handle)
+    return whole.splitlines()
