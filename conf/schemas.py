@@ -37,11 +37,13 @@ class Base:
     """The frozen diffusion base."""
 
     path: str = MISSING  # name of a shipped base, or a folder in StableDiffusionPipeline layout
-    weights: str = "fp32"  # how the frozen weights are held
+    weights: str = "fp32"  # how the frozen weights are held: int8, or else in the precision of compute
+    compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 is for GPUs
     device: str = "auto"  # torch device; auto: cuda if there is one
 
     def __post_init__(self) -> None:
         choose("base.weights", self.weights, ("fp32", "int8"))
+        choose("base.compute", self.compute, ("fp32", "bf16"))
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Data:
 
     role: str = "development"  # which writers: development (tune on these) or test (looked at once per claim)
     writers: int = 20  # how many; 0: none but your own pictures
+    devices: int | None = None  # dealt to the writers in turn, ada, ada-0002, …, each with train glyphs of its own (one
+    # glyph may be on several: ε is of its copy on one); null: one device for each writer
     train: int = 5  # glyphs that a writer gives
     validation: int = 5  # glyphs that decide when to stop
     test: int = 6  # glyphs that nobody trains on
@@ -63,6 +67,15 @@ class Data:
         require(1 <= self.test <= 32, f"data.test={self.test}: must be 1 to 32")
         somebody = self.writers > 0 or len(self.pictures) > 0
         require(somebody, "data.writers=0: name a folder in data.pictures, or ask for writers")
+        if self.devices is not None:
+            own = "your own pictures are on one device each: leave data.devices or data.pictures out"
+            require(not self.pictures, f"data.devices={self.devices}: {own}")
+            few = f"fewer than data.writers={self.writers}, which are one device each at least"
+            require(self.devices >= self.writers, f"data.devices={self.devices}: {few}")
+
+    def count(self) -> int:
+        """How many devices there are."""
+        return max(self.writers, len(self.pictures)) if self.devices is None else self.devices
 
 
 @dataclass
@@ -85,14 +98,16 @@ class Profile:
 
 @dataclass
 class Fleet:
-    """Which devices the writers hold, and how many are asked in a round."""
+    """Which devices the writers hold, and how many of them are asked in a round, drawn anew each time."""
 
     profiles: list[Profile] = MISSING  # dealt to the writers in turn
-    sample: int | None = None  # devices asked each round; null: all of them
+    sample: int | None = None  # devices asked to train each round; null: all of them
+    evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
         require(_none_or_positive(self.sample), f"fleet.sample={self.sample}: must be 1 or more, or null for all")
+        require(_none_or_positive(self.evaluate), f"fleet.evaluate={self.evaluate}: must be 1 or more, or null")
 
 
 @dataclass
@@ -179,12 +194,21 @@ class AdapterConfig:
 class Grid:
     """Who drives the clients."""
 
-    name: str = MISSING  # cohort: jobs of many clients in one pass; serial: one at a time
-    micro_batch: int = 64  # examples in one pass through the base
+    name: str = MISSING  # cohort: jobs of many clients in one pass; serial: one at a time; ray: Flower's own simulation
 
     def __post_init__(self) -> None:
-        choose("grid.name", self.name, ("cohort", "serial"))
-        require(self.micro_batch >= 1, f"grid.micro_batch={self.micro_batch}: must be 1 or more")
+        choose("grid.name", self.name, ("cohort", "serial", "ray"))
+
+
+@dataclass
+class Cohort:
+    """What the trainer may take of this machine."""
+
+    memory_gib: float | None = None  # of RAM, or of a GPU's memory; null: a fixed share of all, kept at resume
+    compiled: bool = False  # GPU only: compile the base first, minutes for a large one; passes take a fifth less
+
+    def __post_init__(self) -> None:
+        require(_none_or_positive(self.memory_gib), f"cohort.memory_gib={self.memory_gib}: must be over 0, or null")
 
 
 @dataclass
@@ -196,14 +220,16 @@ class Tracker:
 
 @dataclass
 class EvaluationConfig:
-    """How the final arms (base, local, shared, personal) are judged."""
+    """How the final arms (base, local, shared, personal) are judged, and on which devices."""
 
+    devices: int | None = None  # that get a personal adapter and are judged; null: one of each writer
     timesteps: int = 3  # fixed timesteps, and one fixed noise for each, per held-out glyph
     gallery: int = 4  # test glyphs drawn per writer; 0: no pictures, no judge
     steps: int = 6  # DDIM steps of a drawn glyph
     guidance: float = 1.5  # classifier-free guidance; 1: none
 
     def __post_init__(self) -> None:
+        require(_none_or_positive(self.devices), f"evaluation.devices={self.devices}: must be 1 or more, or null")
         require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
         require(self.gallery >= 0, f"evaluation.gallery={self.gallery}: must be 0 or more")
         require(self.steps >= 1, f"evaluation.steps={self.steps}: must be 1 or more")
@@ -224,14 +250,18 @@ class Simulation:
     privacy: Privacy = field(default_factory=Privacy)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     grid: Grid = field(default_factory=Grid)
+    cohort: Cohort = field(default_factory=Cohort)
     tracker: Tracker = field(default_factory=Tracker)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"rounds={self.rounds}: must be 1 or more")
-        devices = max(self.data.writers, len(self.data.pictures))
-        sample = self.fleet.sample
-        require(sample is None or sample <= devices, f"fleet.sample={sample}: there are only {devices} devices")
+        devices = self.data.count()
+        fleet, judged = self.fleet, self.evaluation.devices
+        for key, asked in {
+            "fleet.sample": fleet.sample, "fleet.evaluate": fleet.evaluate, "evaluation.devices": judged
+        }.items():  # fmt: skip
+            require(asked is None or asked <= devices, f"{key}={asked}: there are only {devices} devices")
 
 
 ConfigStore.instance().store(name="simulation_schema", node=Simulation)

@@ -23,6 +23,7 @@ from privacy.durable import make_folder, sync_folder, write
 from protocol import plain
 from protocol.codec import decode, encode
 from server.state import Round, State
+from strategies.facts import DeviceFacts
 
 _ADAPTER, _BEST, _STATE, _MANIFEST = "adapter.safetensors", "best.safetensors", "state.json", "manifest.json"
 _KEPT = 2  # newest checkpoints; the best adapter is in each
@@ -35,6 +36,7 @@ class _Saved:
     private: bool
     best_round: int
     history: tuple[Round, ...]
+    devices: dict[str, DeviceFacts]
 
 
 def save(folder: Path, state: State) -> Path:
@@ -48,7 +50,13 @@ def save(folder: Path, state: State) -> Path:
         raise AntherError(f"{folder}: holds {rounds[-1].name} already: resume that run, or choose an empty folder")
     for leftover in folder.glob(f"{_HIDDEN}*"):  # of a process that was killed
         shutil.rmtree(leftover)
-    saved = _Saved(run=state.run, private=state.private, best_round=state.best_round, history=state.history)
+    saved = _Saved(
+        run=state.run,
+        private=state.private,
+        best_round=state.best_round,
+        history=state.history,
+        devices=dict(state.devices),
+    )
     files = {
         _ADAPTER: encode(to_tensors(state.adapter)),
         _BEST: encode(to_tensors(state.best_adapter)),
@@ -90,6 +98,7 @@ def load(folder: Path, *, sites: Sites) -> State | None:
             private=saved.private,
             adapter=_adapter(files[_ADAPTER], sites, path / _ADAPTER),
             history=saved.history,
+            devices=saved.devices,
             best_round=saved.best_round,
             best_adapter=_adapter(files[_BEST], sites, path / _BEST),
         )

@@ -1,8 +1,8 @@
-"""A whole federation over some grid: all rounds, then a personal adapter on every device."""
+"""A whole federation over some grid: all rounds, then personal adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -27,8 +27,13 @@ def federate(
     checkpoints: Path,
     on_round: Callable[[Round], None],
     quorum: int,
+    personal_on: Collection[str] | None = None,
 ) -> State:
-    """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one."""
+    """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
+
+    Args:
+        personal_on: names of the devices that are asked for a personal adapter; None: every device.
+    """
     state = saved or State.start(
         run=plan.run,
         private=plan.privacy is not None,
@@ -55,5 +60,5 @@ def federate(
         look_every=config.adapter.look_every,
         patience=config.adapter.patience,
     )
-    personalise(grid=grid, strategy=strategy, request=request)
+    personalise(grid=grid, strategy=strategy, request=request, devices=personal_on)
     return state

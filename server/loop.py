@@ -7,7 +7,7 @@ wherever a State stands.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from flwr.app import ConfigRecord
@@ -57,10 +57,17 @@ def run_rounds(
     return state
 
 
-def personalise(*, grid: Grid, strategy: Federated, request: Personalise, timeout: float = 3600.0) -> PersonalFacts:
-    """Ask every device to train its personal adapter on top of the one in `request`."""
+def personalise(
+    *,
+    grid: Grid,
+    strategy: Federated,
+    request: Personalise,
+    devices: Collection[str] | None = None,
+    timeout: float = 3600.0,
+) -> PersonalFacts:
+    """Ask devices, by name or all of them, to train their personal adapters on top of the one in `request`."""
     return strategy.aggregate_personalise(
-        grid.send_and_receive(strategy.configure_personalise(request, grid), timeout=timeout)
+        grid.send_and_receive(strategy.configure_personalise(request, grid, devices), timeout=timeout)
     )
 
 

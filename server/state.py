@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from models.adapter import Adapter
-from strategies.facts import TrainFacts, Validation
+from strategies.facts import DeviceFacts, TrainFacts, Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class State:
     """Whether the best round is fixed beforehand (the last): to choose by validation would look at the pictures."""
     adapter: Adapter
     history: tuple[Round, ...] = ()
+    devices: Mapping[str, DeviceFacts] = field(default_factory=dict)
+    """What all rounds together took of each device that took part. Of single rounds nothing is kept by device: in a
+    large fleet that would be most of the memory."""
     best_round: int = 0
     best_adapter: Adapter
 
@@ -52,10 +56,22 @@ class State:
         """The state with one more round."""
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
-        state = replace(self, adapter=adapter, history=(*self.history, round))
+        train, validation = round.train, round.validation
+        record = replace(round, train=train and replace(train, devices={}), validation=replace(validation, devices={}))
+        state = replace(self, adapter=adapter, history=(*self.history, record), devices=_summed(self.devices, train))
         loss, best = round.validation.shared, self.best_loss
         if loss is not None and best is None and self.best_round == 0:
             best = round.validation.base  # the adapter that training starts from adds nothing to the base
         if self.private or best is None or (loss is not None and loss < best):
             state = replace(state, best_round=round.number, best_adapter=adapter)
         return state
+
+
+def _summed(before: Mapping[str, DeviceFacts], train: TrainFacts | None) -> Mapping[str, DeviceFacts]:
+    """The devices' sums with one more round."""
+    if train is None:
+        return before
+    return {
+        **before,
+        **{name: before[name].then(facts) if name in before else facts for name, facts in train.devices.items()},
+    }

@@ -105,7 +105,9 @@ def losses(
     return found
 
 
-def gallery(config: Simulation, base: Base, people: Sequence[Participant], adapters: Adapters) -> dict[str, Drawn]:
+def gallery(
+    config: Simulation, base: Base, people: Sequence[Participant], adapters: Adapters, memory: int
+) -> dict[str, Drawn]:
     """The first test pictures of everybody, drawn under every arm from the same noise for the same caption.
 
     Base and shared draw a caption alike for everybody, so each is drawn once.
@@ -119,7 +121,7 @@ def gallery(config: Simulation, base: Base, people: Sequence[Participant], adapt
                 wanted[arm, _owner(arm, person), picture.caption] = adapter
     distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
     slot = {key: place for place, key in enumerate(distinct)}
-    stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.device)
+    stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.like)
     latents = draw(
         base,
         captions=[caption for _, _, caption in wanted],
@@ -128,7 +130,7 @@ def gallery(config: Simulation, base: Base, people: Sequence[Participant], adapt
         slots=[slot[id(adapter)] for adapter in wanted.values()],
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
-        micro_batch=config.grid.micro_batch,
+        memory=memory // 4,  # as `training.engine.perform` shares it out
     )
     pictures = dict(zip(wanted, base.decode(latents), strict=True))
     return {

@@ -1,10 +1,16 @@
-"""Who takes part: writers of the typefaces world and folders of one's own, dealt to kinds of devices."""
+"""Who takes part: writers of the typefaces world and folders of one's own, dealt to devices of many kinds.
+
+There may be far more devices than writers. A device is a few small objects: pictures are put together when it is asked
+for something, and what it keeps lies in its storage.
+"""
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from client.data import Pictures, load_folder
@@ -16,45 +22,92 @@ from models import assets
 from models.base import Base
 from privacy.noise import Simulated, stream
 from privacy.policy import Policy
+from privacy.storage import Storage
 from protocol.messages import DeviceReport
 from training.jobs import Picture
 from typefaces import dataset
 
 
 @dataclass(frozen=True)
+class Writer:
+    """Whose pictures a device holds."""
+
+    name: str
+    kind: str  # hand | individual | own
+    pictures: Pictures  # of the first of this writer's devices
+    pool: tuple[Picture, ...] = ()  # what the others draw theirs from
+
+    def on(self, device: str) -> Pictures:
+        """The pictures of a further device: other ones to train on, by its name; the same to stop and measure by."""
+        chosen = random.Random(stream("pictures", device)).sample(self.pool, len(self.pictures.train))
+        return self.pictures._replace(train=tuple(chosen))
+
+
+@dataclass(frozen=True, slots=True)
 class Participant:
     """One person of the simulated fleet."""
 
     name: str
     kind: str  # hand | individual | own
-    pictures: Pictures
+    copy: int  # 0 for the first of a writer's devices
     profile: str
     device: Device
 
+    @property
+    def pictures(self) -> Pictures:
+        return self.device.pictures()
 
-def participants(config: Simulation, base: Base, folder: Path) -> list[Participant]:
-    """The fleet, in the order of their names; each device's store lies in `folder`/<name>."""
-    people = [
-        ("own", name, pictures) for name, pictures in own_pictures(config.data.pictures)
-    ]  # each takes the place of a writer
-    people += writers(config.data)[: max(0, config.data.writers - len(people))]
-    people = sorted(people, key=lambda person: person[1])
+
+def participants(config: Simulation, base: Base, storage: Callable[[str], Storage]) -> list[Participant]:
+    """The fleet, in the order of names; AntherError if two have one name.
+
+    Args:
+        storage: where the device of a name keeps what is its own.
+    """
+    people = [Writer(name, "own", pictures) for name, pictures in own_pictures(config.data.pictures)]
+    people += writers(config.data)[: max(0, config.data.writers - len(people))]  # each folder takes a writer's place
+    dealt = sorted(deal(people, config.data.count()), key=lambda device: device[0])
+    names = [name for name, *_ in dealt]
+    if len(set(names)) < len(names):
+        raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
+    policy = Policy()
     return [
-        _participant(config, base, folder, person, config.fleet.profiles[i % len(config.fleet.profiles)])
-        for i, person in enumerate(people)
+        _participant(config, base, storage(name), policy, name, writer, copy, profile)
+        for i, (name, writer, copy) in enumerate(dealt)
+        for profile in [config.fleet.profiles[i % len(config.fleet.profiles)]]
     ]
 
 
-def writers(data: Data) -> list[tuple[str, str, Pictures]]:
-    """(kind, name, pictures) of every writer of the role, in an order that mixes kinds and favours none.
+def deal(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:
+    """(name, writer, which of the writer's) of every device, the writers in turn: ada, bob, ada-0002, bob-0002, …"""
+    for i in range(devices):
+        copy, place = divmod(i, len(people))
+        name = people[place].name
+        yield f"{name}-{copy + 1:04d}" if copy else name, people[place], copy
 
-    AntherError if there are fewer than asked for.
+
+def judged(people: Sequence[Participant], devices: int | None) -> list[Participant]:
+    """Those that get a personal adapter and are judged: first one device of each writer, then the further ones.
+
+    Args:
+        devices: how many; None: one of each writer.
     """
+    if devices is None:
+        return [person for person in people if not person.copy]
+    order = sorted(people, key=lambda person: (person.copy, person.kind != "own", stream("judged", person.name)))
+    return sorted(order[:devices], key=lambda person: person.name)
+
+
+def writers(data: Data) -> list[Writer]:
+    """Every writer of the role, in an order that mixes kinds and favours none; AntherError if there are too few."""
     families = sorted(
         dataset.load(data.role, assets.locate("typefaces")), key=lambda family: stream("writers", family.name)
     )
     if len(families) < data.writers:
-        raise AntherError(f"data.writers={data.writers}: there are only {len(families)} {data.role} writers")
+        raise AntherError(
+            f"data.writers={data.writers}: there are only {len(families)} {data.role} writers; "
+            "for more devices than that, set data.devices"
+        )
     found = []
     for family in families:
         split = dataset.split(family.order, data.train)
@@ -62,11 +115,11 @@ def writers(data: Data) -> list[tuple[str, str, Pictures]]:
         def pictures(glyphs: Sequence[int], family: dataset.Family = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
 
-        found.append((family.kind, slug(family.name), Pictures(
+        found.append(Writer(slug(family.name), family.kind, Pictures(
             train=pictures(split.train),
             validation=pictures(split.validation[: data.validation]),
             test=pictures(split.test[: data.test]),
-        )))  # fmt: skip
+        ), pool=pictures(dataset.split(family.order, dataset.POOL).train)))  # fmt: skip
     return found
 
 
@@ -91,20 +144,25 @@ def slug(name: str) -> str:
 
 
 def _participant(
-    config: Simulation, base: Base, folder: Path, person: tuple[str, str, Pictures], profile: Profile
-) -> Participant:
-    kind, name, pictures = person
+    config: Simulation, base: Base, storage: Storage, policy: Policy, name: str, writer: Writer, copy: int,
+    profile: Profile,
+) -> Participant:  # fmt: skip
     report = DeviceReport(
         device=name, base=base.hash, profile=profile.name, memory_gib=profile.memory_gib, watts=profile.watts,
         examples_per_second=profile.examples_per_second, uplink_mbps=profile.uplink_mbps,
         downlink_mbps=profile.downlink_mbps, metered=profile.metered,
     )  # fmt: skip
-
-    def noise(round: int, purpose: str) -> Simulated:
-        return Simulated(seed=config.seed, client=name, round=round, purpose=purpose)
-
     device = Device(
-        name=name, report=report, store=Store(folder / name), pictures=lambda: pictures, sites=base.sites,
-        policy=Policy(), noise=noise, seed=config.seed,
+        name=name, report=report, store=Store(storage),
+        pictures=partial(writer.on, name) if copy else partial(_first, writer), sites=base.sites,
+        policy=policy, noise=partial(_noise, config.seed, name), seed=config.seed,
     )  # fmt: skip
-    return Participant(name, kind, pictures, profile.name, device)
+    return Participant(name, writer.kind, copy, profile.name, device)
+
+
+def _first(writer: Writer) -> Pictures:
+    return writer.pictures
+
+
+def _noise(seed: int, client: str, round: int, purpose: str) -> Simulated:
+    return Simulated(seed=seed, client=client, round=round, purpose=purpose)

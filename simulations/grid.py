@@ -5,8 +5,9 @@ Messages are made, checked and read exactly as in deployment; only the network i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count, islice
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -16,26 +17,48 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import reply_message
 from client.device import Device
-from client.drive import drive
+from client.drive import Conversation, drive
 from client.logic import handle
 from protocol import records
+from protocol.messages import Reply
 from training.jobs import Job, Result
 
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
+Together = Callable[[], AbstractContextManager[Callable[[], None]]]
+
+WAVE = 512
+"""Conversations that are driven at once. Whoever asks ten thousand devices holds the pictures, examples and replies of
+this many; a pass through the base is full with far fewer."""
 
 
-class InProcessGrid(Grid):
+@contextmanager
+def each_by_itself() -> Iterator[Callable[[], None]]:
+    """For devices whose every write is durable when it returns: there is nothing to commit."""
+    yield lambda: None
+
+
+class CohortGrid(Grid):
     """A fleet of devices, with node ids 1, 2, … in the order of their names.
 
     Args:
         perform: runs jobs, `training.engine.perform` on some base.
-        cohort: hand the jobs of all messages pushed together to `perform` at once; False: one client at a time.
+        together: hand the jobs of many messages to `perform` at once; False: one client at a time.
+        storage: `simulations.storage.Database.together` of the storage that the devices share. What they reserve is
+            committed before their jobs are performed, and what they seal before a reply is handed out.
     """
 
-    def __init__(self, devices: Sequence[Device], perform: Perform, *, cohort: bool) -> None:
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        perform: Perform,
+        *,
+        together: bool = True,
+        storage: Together = each_by_itself,
+    ) -> None:
         ordered = sorted(devices, key=lambda device: device.name)
         self._devices = dict(enumerate(ordered, start=1))
-        self._perform, self._cohort = perform, cohort
+        self._perform, self._storage = perform, storage
+        self._wave = WAVE if together else 1
         self._numbers = count(1)
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
@@ -59,15 +82,11 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Have the devices answer; their replies wait to be pulled."""
-        pushed: dict[str, Message] = {}
-        for message in messages:
-            identifier = str(next(self._numbers))
-            message.metadata.__dict__["_message_id"] = identifier  # as Flower's own grids do: it has no setter
-            pushed[identifier] = message
-        groups = [pushed] if self._cohort else [{identifier: message} for identifier, message in pushed.items()]
-        for group in groups:
-            self._answer(group)
-        return list(pushed)
+        pushed = []
+        for identifier, reply in self._answers(messages):
+            self._replies[identifier] = reply
+            pushed.append(identifier)
+        return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(identifier) for identifier in message_ids if identifier in self._replies]
@@ -78,13 +97,33 @@ class InProcessGrid(Grid):
         *,
         timeout: float | None = None,  # noqa: ARG002  # Flower's interface
     ) -> Iterable[Message]:
-        """Replies to all messages; nothing is ever late, so the timeout has no meaning."""
-        return self.pull_messages(self.push_messages(messages))
+        """Replies to all messages; nothing is ever late, so the timeout has no meaning.
 
-    def _answer(self, group: dict[str, Message]) -> None:
-        conversations = {}
-        for identifier, message in group.items():
-            request = records.request_from_records(message.metadata.message_type, message.content)
-            conversations[identifier] = handle(request, self._devices[message.metadata.dst_node_id])
-        for identifier, outcome in drive(conversations, self._perform).items():
-            self._replies[identifier] = reply_message(outcome, group[identifier])
+        Devices answer as their replies are read: no more than a wave of them is ever held.
+        """
+        return (reply for _, reply in self._answers(messages))
+
+    def _answers(self, messages: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """(message id, reply) for every message, a wave at a time."""
+        waiting = iter(messages)
+        while wave := list(islice(waiting, self._wave)):
+            for message in wave:  # as Flower's own grids do: it has no setter
+                message.metadata.__dict__["_message_id"] = str(next(self._numbers))
+            outcomes = self._converse(wave)
+            for place, message in enumerate(wave):  # each outcome is let go of as it is handed out
+                yield message.metadata.message_id, reply_message(outcomes.pop(place), message)
+
+    def _converse(self, wave: Sequence[Message]) -> dict[int, Reply | Exception]:
+        """What each device came to, by its place in the wave, once all that the devices wrote is durable."""
+        with self._storage() as commit:
+
+            def perform(jobs: list[Job]) -> Sequence[Result | Exception]:
+                commit()  # no job is performed before its charge is on the disk
+                return self._perform(jobs)
+
+            return drive({place: self._conversation(message) for place, message in enumerate(wave)}, perform)
+
+    def _conversation(self, message: Message) -> Conversation:
+        """As on a device: a request that can't be read is that node's error, and nobody else's."""
+        request = records.request_from_records(message.metadata.message_type, message.content)
+        return (yield from handle(request, self._devices[message.metadata.dst_node_id]))

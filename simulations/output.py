@@ -21,30 +21,31 @@ def config_hash(config: Simulation) -> str:
     return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()
 
 
-def claim(folder: Path, config: Simulation, assets: Mapping[str, str]) -> None:
-    """Make `folder` this run's own, or check that it already is.
+def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory: int) -> int:
+    """Make `folder` this run's own, or check that it already is; the bytes of memory that the run trains in.
 
     Args:
         assets: content hashes of the base and the data, which a resumed run must find unchanged.
+        memory: for a new run; a resumed one goes on with its own, so that it packs alike.
 
     Raises:
         AntherError: the folder holds something else, or there is nothing to resume; nothing was written.
     """
     settings = _settings(config)
-    record = {"config_hash": config_hash(config), "assets": dict(assets), "config": settings}
+    record = {"config_hash": config_hash(config), "assets": dict(assets), "memory": memory, "config": settings}
     file = folder / RUN
     if not config.resume:
         if folder.exists() and any(folder.iterdir()):
             hint = "add resume=true to continue it, or name another hydra.run.dir"
             raise AntherError(f"{folder}: already holds {'a run' if file.exists() else 'files'}: {hint}")
         durable.write(file, json.dumps(record, indent=2).encode())
-        return
+        return memory
     if not file.exists():
         raise AntherError(f"{folder}: no run to resume here: name its folder with hydra.run.dir=…, or drop resume=true")
     try:
         found = json.loads(file.read_text())
-        before = found["config"]
-    except (ValueError, KeyError) as error:
+        before, memory = found["config"], int(found["memory"])
+    except (ValueError, KeyError, TypeError) as error:
         raise AntherError(
             f"{file}: damaged ({error}): this run can't be resumed, start anew in another folder"
         ) from error
@@ -58,6 +59,7 @@ def claim(folder: Path, config: Simulation, assets: Mapping[str, str]) -> None:
             raise AntherError(
                 f"{folder}: was run with another {name} ({found['assets'].get(name)}): restore it, or start anew"
             )
+    return memory
 
 
 def _settings(config: Simulation) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from simulations.display import Display
 from simulations.evaluation import ARMS, Drawn, Perform, Score
 from simulations.fleet import Participant
 from simulations.output import config_hash
+from strategies.facts import DeviceFacts
 from typefaces import judge
 
 
@@ -45,30 +46,32 @@ def finish(
     folder: Path,
     base: Base,
     people: Sequence[Participant],
+    chosen: Sequence[Participant],
     perform: Perform,
+    memory: int,
     state: State,
     display: Display,
     started: float,
     command: str,
 ) -> dict[str, Any]:
-    """Train the local arm, judge all arms, write everything; the summary."""
+    """Train the local arm of those who were chosen, judge all their arms, write everything; the summary."""
     display.phase("training everyone alone, to compare")
-    pools = evaluation.encoded(people, perform)
-    local = evaluation.train_local(config, base, people, pools, perform)
-    adapters = evaluation.arms(people, local, state.best_adapter, base)
-    export_adapters(folder / "adapters", base, people, adapters, state.best_adapter)
+    pools = evaluation.encoded(chosen, perform)
+    local = evaluation.train_local(config, base, chosen, pools, perform)
+    adapters = evaluation.arms(chosen, local, state.best_adapter, base)
+    export_adapters(folder / "adapters", base, chosen, adapters, state.best_adapter)
     display.phase("measuring held-out letters")
-    losses = evaluation.losses(people, adapters, pools, perform)
+    losses = evaluation.losses(chosen, adapters, pools, perform)
     drawn: dict[str, Drawn] = {}
     if config.evaluation.gallery:
         display.phase("drawing the gallery")
-        drawn = evaluation.gallery(config, base, people, adapters)
-    judged = judge_all(base, people, losses, drawn)
-    report_evaluation(folder / "evaluation.json", people, judged)
-    summary = summarise(config, people, state, judged, time.perf_counter() - started)
+        drawn = evaluation.gallery(config, base, chosen, adapters, memory)
+    judged = judge_all(base, chosen, losses, drawn)
+    report_evaluation(folder / "evaluation.json", chosen, judged)
+    summary = summarise(config, len(people), state, judged, time.perf_counter() - started)
     durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     page = folder / "report.html"
-    write(build_report(config, people, state, judged, drawn, summary, command), page)
+    write(build_report(config, people, chosen, state, judged, drawn, summary, command), page)
     display.finish(summary, {"report": page, "adapters": folder / "adapters"})
     return summary
 
@@ -78,9 +81,10 @@ def export_adapters(
 ) -> None:
     """`shared.safetensors`, and a self-contained file for every person, as diffusers reads them."""
     note = {"anther_base": base.hash}
-    export(shared, folder / "shared.safetensors", metadata=note)
+    export(shared, folder / "shared.safetensors", sites=base.sites, metadata=note)
     for person in people:
-        export(adapters["personal"][person.name], folder / "personal" / f"{person.name}.safetensors", metadata=note)
+        file = folder / "personal" / f"{person.name}.safetensors"
+        export(adapters["personal"][person.name], file, sites=base.sites, metadata=note)
 
 
 def judge_all(
@@ -98,18 +102,18 @@ def judge_all(
 
 def summarise(
     config: Simulation,
-    people: Sequence[Participant],
+    clients: int,
     state: State,
     judged: Mapping[str, Mapping[str, Judged]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The numbers of `summary.json`; means over people."""
+    """The numbers of `summary.json`; means over those who were judged."""
     trained = [record.train for record in state.history if record.train]
     spent = [train.epsilon for train in trained if train.epsilon is not None]
     guarantee = dataclasses.asdict(Guarantee(max(spent), config.privacy.delta)) if spent else None
 
     def mean(field: str) -> dict[str, float | None]:
-        values = {arm: [getattr(judged[person.name][arm], field) for person in people] for arm in ARMS}
+        values = {arm: [getattr(one[arm], field) for one in judged.values()] for arm in ARMS}
         known = {arm: [value for value in found if value is not None] for arm, found in values.items()}
         return {arm: sum(found) / len(found) if found else None for arm, found in known.items()}
 
@@ -117,7 +121,8 @@ def summarise(
     return {
         "rounds": config.rounds,
         "best_round": state.best_round,
-        "clients": len(people),
+        "clients": clients,
+        "judged": len(judged),
         "loss": mean("loss"),
         "legibility": mean("legibility"),
         "style": mean("style"),
@@ -143,6 +148,7 @@ def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping
 def build_report(
     config: Simulation,
     people: Sequence[Participant],
+    chosen: Sequence[Participant],
     state: State,
     judged: Mapping[str, Mapping[str, Judged]],
     drawn: Mapping[str, Drawn],
@@ -171,26 +177,26 @@ def build_report(
         config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
         summary=summary,
         rounds=rounds,
-        devices=[device_row(person, state, judged[person.name]) for person in people],
-        gallery=[gallery_row(person, drawn[person.name]) for person in people if person.name in drawn],
+        devices=[device_row(person, state, judged[person.name]) for person in chosen],
+        gallery=[gallery_row(person, drawn[person.name]) for person in chosen if person.name in drawn],
         base=config.base.path,
     )
 
 
 def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
-    """What one device did over all rounds."""
-    mine = [r.train.devices[person.name] for r in state.history if r.train and person.name in r.train.devices]
-    spent = [facts.epsilon for facts in mine if facts.epsilon is not None]
+    """What one device did over all rounds; nothing, if it was never asked."""
+    idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
+    facts = state.devices.get(person.name, idle)
     return DeviceRow(
         name=person.name,
         profile=person.profile,
-        rank=max((facts.rank for facts in mine), default=0),
-        steps=sum(facts.steps for facts in mine),
-        seconds=sum(facts.seconds for facts in mine),
-        joules=sum(facts.joules for facts in mine),
-        bytes_up=sum(facts.bytes_up for facts in mine),
-        bytes_down=sum(facts.bytes_down for facts in mine),
-        epsilon=max(spent, default=None),
+        rank=facts.rank,
+        steps=facts.steps,
+        seconds=facts.seconds,
+        joules=facts.joules,
+        bytes_up=facts.bytes_up,
+        bytes_down=facts.bytes_down,
+        epsilon=facts.epsilon,
         loss={arm: judged[arm].loss for arm in ARMS},
     )
 

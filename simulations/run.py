@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from server.state import Round, State
     from simulations.evaluation import Perform
     from simulations.fleet import Participant
+    from simulations.grid import Grid
+    from simulations.world import World
     from strategies.federated import Federated
 
 
@@ -42,26 +44,44 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     """Run or continue the federation of `config` in `folder`."""
     started = time.perf_counter()
     display.phase("loading the base")
-    from models import assets, base  # slow imports, after the first line is on the screen
+    if config.grid.name == "ray":
+        from simulations import ray  # before anything else of Flower, which it tells how to be imported
 
-    frozen = base.load(
-        config.base.path, sites=config.adapter.sites, weights=config.base.weights, device=config.base.device
-    )
-    from simulations.fleet import participants
+        ray.require()
+    from models import assets  # slow imports, after the first line is on the screen
+    from simulations import world
+    from simulations.fleet import judged
     from strategies.build import build, training_plan
 
-    people = participants(config, frozen, folder / "devices")
+    frozen, people, database = here = world.build(config, folder)
+    chosen = judged(people, config.evaluation.devices)
     plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
     strategy = build(config, plan, frozen.sites, accept_simulated=True)
-    output.claim(
-        folder, config, {"base": frozen.hash, "data": assets.digest(assets.locate("typefaces"))}
-    )  # whatever can be refused, was
-    from simulations import results
-    from training.engine import perform
+    from training.memory import budget, check_free
 
-    run = partial(perform, frozen, micro_batch=config.grid.micro_batch, timesteps=config.evaluation.timesteps)
-    state = federate(config, folder, strategy, plan, people, run, display)
-    results.finish(config, folder, frozen, people, run, state, display, started, command())
+    memory = budget(config.cohort.memory_gib, frozen.device)
+    check_free(memory, frozen.device)
+    hashes = {"base": frozen.hash, "data": assets.digest(assets.locate("typefaces"))}
+    memory = output.claim(folder, config, hashes, memory=memory)  # whatever can be refused, was
+    from simulations import results
+
+    perform = world.performer(config, frozen, memory)
+    with grid(config, folder, here, perform, memory) as devices:
+        state = federate(config, folder, strategy, plan, devices, people, chosen, display)
+    results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command())
+    database.close()
+
+
+def grid(config: Simulation, folder: Path, here: World, perform: Perform, memory: int) -> AbstractContextManager[Grid]:
+    """What drives the devices, while the context lasts."""
+    if config.grid.name == "ray":
+        from simulations.ray import ray_grid
+
+        return ray_grid(config, folder, devices=len(here.people), device=here.base.device.type, memory=memory)
+    from simulations.grid import CohortGrid
+
+    devices, together = [person.device for person in here.people], config.grid.name == "cohort"
+    return nullcontext(CohortGrid(devices, perform, together=together, storage=here.database.together))
 
 
 def federate(
@@ -69,17 +89,16 @@ def federate(
     folder: Path,
     strategy: Federated,
     plan: TrainingPlan,
+    grid: Grid,
     people: list[Participant],
-    perform: Perform,
+    judged: list[Participant],
     display: Display,
 ) -> State:
-    """All rounds, and a personal adapter on every device, on top of the best shared one."""
+    """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
     from server import checkpoint
     from server.federation import federate
     from server.tracker import trackers
-    from simulations.grid import InProcessGrid
 
-    grid = InProcessGrid([person.device for person in people], perform, cohort=config.grid.name == "cohort")
     saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
     with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
@@ -95,7 +114,7 @@ def federate(
         display.phase("training" if saved is None or saved.round < config.rounds else "personalising")
         return federate(
             config, grid=grid, strategy=strategy, plan=plan, saved=saved, checkpoints=folder / "checkpoints",
-            on_round=on_round, quorum=len(people),
+            on_round=on_round, quorum=len(people), personal_on={person.name for person in judged},
         )  # fmt: skip
 
 

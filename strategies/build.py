@@ -27,9 +27,7 @@ def build(config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simula
     Raises AntherError if `strategy.max_rank` does not suit the aggregation.
     """
     rule = aggregation(config)
-    selection: Selection = Everyone()
-    if config.fleet.sample is not None:
-        selection = Sample(size=config.fleet.sample, seed=config.seed)
+    fleet = config.fleet
     limits = Limits(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
         deadline=config.strategy.deadline,
@@ -38,10 +36,15 @@ def build(config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simula
         plan=plan,
         sites=sites,
         aggregation=rule,
-        selection=selection,
+        selection=_asked(fleet.sample, config.seed, "selection"),
+        evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
         limits=limits,
         accept_simulated=accept_simulated,
     )
+
+
+def _asked(size: int | None, seed: int, purpose: str) -> Selection:
+    return Everyone() if size is None else Sample(size=size, seed=seed, purpose=purpose)
 
 
 def aggregation(config: Simulation) -> Aggregation:

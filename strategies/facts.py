@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceFacts:
-    """What one round took of one device."""
+    """What one round took of one device, or several."""
 
     rank: int
     steps: int
@@ -17,6 +17,19 @@ class DeviceFacts:
     joules: float
     epsilon: float | None
     """What its ledger has composed to so far; None without DP."""
+
+    def then(self, later: DeviceFacts) -> DeviceFacts:
+        """What both took together."""
+        return replace(
+            later,
+            rank=max(self.rank, later.rank),
+            steps=self.steps + later.steps,
+            bytes_down=self.bytes_down + later.bytes_down,
+            bytes_up=self.bytes_up + later.bytes_up,
+            seconds=self.seconds + later.seconds,
+            joules=self.joules + later.joules,
+            epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +55,7 @@ class TrainFacts:
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
     devices: dict[str, DeviceFacts] = field(default_factory=dict)
-    """Of every device whose reply was accepted, by name."""
+    """Of every device whose reply was accepted, by name; empty in a run's history, which keeps sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +67,7 @@ class Validation:
     shared: float | None
     """Mean over devices of the adapter's loss."""
     devices: dict[str, float] = field(default_factory=dict)
-    """The adapter's loss on each device."""
+    """The adapter's loss on each device; empty in a run's history."""
     dropped: dict[str, int] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from strategies.aggregation import Aggregation, squared_norm
 from strategies.facts import DeviceFacts, PersonalFacts, TrainFacts, Validation
 from strategies.planning import Limits, plan_for
 from strategies.selection import Selection
+from strategies.selection.everyone import Everyone
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class Federated(Strategy):
     Args:
         plan: what a device without limits is asked to do each round; its `round` is replaced.
         sites: where adapters sit in the base that `plan` names.
+        selection: who is asked to train in a round.
+        evaluation: who is asked to measure the adapter after it (default: every device).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
 
@@ -92,6 +95,7 @@ class Federated(Strategy):
         aggregation: Aggregation,
         selection: Selection,
         limits: Limits,
+        evaluation: Selection | None = None,
         accept_simulated: bool = False,
     ) -> None:
         if limits.metered_rank is not None and not aggregation.mixed_ranks:
@@ -99,8 +103,10 @@ class Federated(Strategy):
         self.sites = sites
         self._plan, self._limits = plan, limits
         self._aggregation, self._selection = aggregation, selection
+        self._evaluation = evaluation or Everyone()
         self._accept_simulated = accept_simulated
         self._reports: dict[int, DeviceReport] = {}
+        self._names: set[str] = set()  # of the reports
         self._unfit: dict[int, str] = {}
         self._round: _Round | None = None
         self._asked: dict[int, DeviceReport] = {}
@@ -125,12 +131,13 @@ class Federated(Strategy):
 
     def query(self, grid: Grid) -> dict[int, DeviceReport]:
         """Reports of the nodes that are there now and hold our base; only unknown nodes are asked."""
-        present = sorted(grid.get_node_ids())
-        if not self._reports.keys() <= set(present):
+        present = set(grid.get_node_ids())
+        if not self._reports.keys() <= present:
             # Whoever left may be back under another node id, refused so far because its name was taken.
             self._reports = {node: report for node, report in self._reports.items() if node in present}
+            self._names = {report.device for report in self._reports.values()}
             self._unfit.clear()
-        unknown = {node: None for node in present if node not in self._reports and node not in self._unfit}
+        unknown = {node: None for node in sorted(present) if node not in self._reports and node not in self._unfit}
         if unknown:
             replies = grid.send_and_receive([self._message(Query(), node) for node in unknown], timeout=_QUERY_TIMEOUT)
             found, _ = _receive(records.QUERY, replies, unknown, lambda _, reply: reply)
@@ -147,16 +154,14 @@ class Federated(Strategy):
     ) -> Iterable[Message]:
         """A Train message for each selected device, with its own plan."""
         reports = self.query(grid)
-        nodes = {report.device: node for node, report in reports.items()}
         data = records.adapter_from_record(arrays)
         adapter = from_tensors(decode(data, shapes(self.sites, -1)))
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
         upload = 4 * sum(site.inputs + site.outputs for site in self.sites.values())
-        plans = {}
-        for name in self._selection.select(nodes, round=server_round):
-            report = reports[nodes[name]]
-            plan = plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload)
-            plans[nodes[name]] = (report, plan)
+        plans = {
+            node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
+            for node, report in _selected(self._selection, reports, server_round).items()
+        }
         self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
         return [self._message(Train(plan=plan, adapter=data), node) for node, (_, plan) in plans.items()]
 
@@ -217,10 +222,10 @@ class Federated(Strategy):
         config: ConfigRecord,  # noqa: ARG002  # Flower's interface: what we have to say is in the messages
         grid: Grid,
     ) -> Iterable[Message]:
-        """An Evaluate message for every device that is there."""
+        """An Evaluate message for each device that is to measure this round's adapter."""
+        self._asked = _selected(self._evaluation, self.query(grid), server_round)
         data = records.adapter_from_record(arrays)
-        request = Evaluate(run=self._plan.run, round=server_round, adapter=data)
-        return self._ask_everyone(request, grid)
+        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean validation losses of the base and of the adapter; None when no reply was good."""
@@ -240,9 +245,14 @@ class Federated(Strategy):
         self.validation = Validation(base=base, shared=shared, devices=devices, dropped=dropped)
         return None if base is None or shared is None else MetricRecord({"base": base, "shared": shared})
 
-    def configure_personalise(self, request: Personalise, grid: Grid) -> Iterable[Message]:
-        """A Personalise message for every device that is there."""
-        return self._ask_everyone(request, grid)
+    def configure_personalise(
+        self, request: Personalise, grid: Grid, names: Collection[str] | None = None
+    ) -> Iterable[Message]:
+        """A Personalise message for every device that is there and, where they are given, one of `names`."""
+        self._asked = self.query(grid)
+        if names is not None:
+            self._asked = {node: report for node, report in self._asked.items() if report.device in names}
+        return self._ask(request)
 
     def aggregate_personalise(self, replies: Iterable[Message]) -> PersonalFacts:
         """Who has a personal adapter now, and what it cost."""
@@ -268,17 +278,17 @@ class Federated(Strategy):
         speeds = (report.examples_per_second, report.uplink_mbps, report.downlink_mbps)
         if report.base != self._plan.base:
             self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._plan.base[:12]}"
-        elif report.device in {known.device for known in self._reports.values()}:
+        elif report.device in self._names:
             self._unfit[node] = "its name is taken"
         elif not (report.device and all(_LEAST < speed < _MOST for speed in speeds)):
             self._unfit[node] = "its report has no name or no sensible speed"
         else:
             self._reports[node] = report
+            self._names.add(report.device)
             return
         log.warning("device %r is not asked: %s", report.device[:100], self._unfit[node])
 
-    def _ask_everyone(self, request: Request, grid: Grid) -> Iterable[Message]:
-        self._asked = self.query(grid)
+    def _ask(self, request: Request) -> Iterable[Message]:
         return [self._message(request, node) for node in self._asked]
 
     def _message(self, request: Request, node: int) -> Message:
@@ -304,6 +314,12 @@ class Federated(Strategy):
             if norm > _MOST_NORM:
                 raise RefusedError("norm", f"{reply.device}: {site}: norm {norm:.3g} is over {_MOST_NORM:g}")
         return reply, adapter
+
+
+def _selected(selection: Selection, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
+    """The nodes that a selection of their devices' names picks, in the order of those names."""
+    nodes = {report.device: node for node, report in reports.items()}
+    return {nodes[name]: reports[nodes[name]] for name in selection.select(nodes, round=round)}
 
 
 def _receive(

@@ -22,6 +22,7 @@ FLOORS = {
 }
 ARROWS = {
     ("typefaces", "models"),
+    ("bench", "simulations"),  # it measures what they cost
     ("protocol", "conf"),  # conf.errors: the one exception that a person is meant to read
 }
 NOT_ON_A_DEVICE = {"server", "strategies", "simulations", "typefaces", "bench"}
@@ -34,6 +35,8 @@ FLOWER = {
     "strategies/federated.py",
     "protocol/records.py",
     "simulations/grid.py",
+    "simulations/ray.py",  # another grid: Flower's own simulation
+    "bench/ray_recipe.py",  # the peer is Flower's own recipe
 }
 
 
@@ -112,6 +115,7 @@ def test_a_planted_violation_is_found(path: str, source: str) -> None:
         ("server/loop.py", "from strategies.federated import Federated"),
         ("typefaces/judge.py", "from models.base import Base"),
         ("bench/gain.py", "import bench.common"),
+        ("bench/gain.py", "from simulations.grid import CohortGrid"),
         ("models/base.py", "import torch"),
     ],
 )

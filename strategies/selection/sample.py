@@ -12,14 +12,18 @@ from privacy.noise import stream
 
 
 class Sample:
-    """`size` devices without replacement, or all if there are fewer; the same for one seed, round and set of names."""
+    """`size` devices without replacement, or all if there are fewer; the same for one seed, round and set of names.
 
-    def __init__(self, *, size: int, seed: int) -> None:
+    Args:
+        purpose: names the random stream: who is asked for one thing says nothing of who is asked for another.
+    """
+
+    def __init__(self, *, size: int, seed: int, purpose: str = "selection") -> None:
         if size < 1:
             raise ValueError(f"{size=}: must be 1 or more")
-        self._size, self._seed = size, seed
+        self._size, self._seed, self._purpose = size, seed, purpose
 
     def select(self, devices: Collection[str], *, round: int) -> list[str]:
         names = sorted(devices)
-        draw = random.Random(stream(self._seed, round, "selection"))
+        draw = random.Random(stream(self._seed, round, self._purpose))
         return sorted(draw.sample(names, min(self._size, len(names))))

@@ -46,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 MISTAKES = {
     "fleet=nope": "fleet=nope: no such option; fleet is one of: laptops, mixed, phones, pis",
-    "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick",
+    "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick, scale",
     "base=null": "a group takes the name of one of its options; --help lists them",
     "+preset=quick": "preset: chosen twice; write preset=… once, without +",
     "roundz=3": "roundz: no such key; did you mean rounds?",
@@ -164,5 +164,5 @@ def test_as_a_program(tmp_path: Path) -> None:
     )
     helped = program("--help")
     assert helped.returncode == 0
-    assert "preset: claim, metered, private, quick" in helped.stdout
+    assert "preset: claim, metered, private, quick, scale" in helped.stdout
     assert helped.stdout.count("  python -m simulations.run ") == 7  # the usage line and six examples

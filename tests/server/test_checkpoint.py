@@ -11,16 +11,23 @@ from conf.errors import AntherError
 from models.adapter import Site, initial
 from server import checkpoint
 from server.state import Round
-from strategies.facts import TrainFacts, Validation
+from strategies.facts import DeviceFacts, TrainFacts, Validation
 from tests.fleet import SITES, fresh_state
 
 FILES = ["adapter.safetensors", "best.safetensors", "state.json", "manifest.json"]
 
 
+def device(**changes):
+    return DeviceFacts(
+        **{"rank": 3, "steps": 2, "bytes_down": 10, "bytes_up": 5, "seconds": 1.5, "joules": 2.0, "epsilon": None}
+        | changes
+    )
+
+
 def round_(number, shared):
     facts = TrainFacts(
         asked=3, replied=2, dropped={"codec": 1}, bytes_down=10, bytes_up=5, seconds=1.5, joules=2.0, loss=0.1,
-        epsilon=None, diagnostics={"energy": 1.0},
+        epsilon=None, diagnostics={"energy": 1.0}, devices={"a": device(), f"only {number}": device(rank=number)},
     )  # fmt: skip
     validation = Validation(base=1.0, shared=shared, devices={"a": 0.5} if shared else {})
     return Round(number=number, train=facts if number else None, validation=validation, wall_seconds=0.25)
@@ -39,7 +46,7 @@ def equal(one, other):
     def tensors(state):
         return [t for adapter in (state.adapter, state.best_adapter) for factors in adapter.values() for t in factors]
 
-    facts = [(state.run, state.private, state.history, state.best_round) for state in (one, other)]
+    facts = [(s.run, s.private, s.history, s.devices, s.best_round) for s in (one, other)]
     return facts[0] == facts[1] and all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
@@ -47,6 +54,24 @@ def test_round_trip(tmp_path):
     (*_, state) = states(1.0, 0.5, 0.7)
     checkpoint.save(tmp_path, state)
     assert equal(checkpoint.load(tmp_path, sites=SITES), state)
+
+
+def test_the_history_keeps_sums_over_devices_not_the_devices():
+    (*_, state) = states(1.0, 0.5, 0.7)
+    assert all(done.train is None or done.train.devices == {} for done in state.history)
+    assert all(done.validation.devices == {} for done in state.history)
+    twice = device(steps=4, bytes_down=20, bytes_up=10, seconds=3.0, joules=4.0)
+    assert state.devices == {"a": twice, "only 1": device(rank=1), "only 2": device(rank=2)}
+
+
+def test_what_two_rounds_took_of_a_device():
+    one, two = device(rank=3, epsilon=1.0), device(rank=2, steps=5, epsilon=1.5)
+    assert (
+        one.then(two)
+        == two.then(one)
+        == device(rank=3, steps=7, bytes_down=20, bytes_up=10, seconds=3.0, joules=4.0, epsilon=1.5)
+    )
+    assert device(epsilon=1.0).then(device()).epsilon == 1.0
 
 
 def test_nothing_to_load(tmp_path):

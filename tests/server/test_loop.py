@@ -11,10 +11,10 @@ from protocol.codec import encode
 from protocol.messages import Personalise
 from server import checkpoint
 from server.loop import personalise, run_rounds
-from simulations.grid import InProcessGrid
+from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
 from strategies.selection.sample import Sample
-from tests.fleet import SITES, FakeDevice, fresh_state, handle, perform, strategy
+from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _fake_logic(monkeypatch):
 
 
 def run(folder, *, state=None, rounds=4, on_round=lambda _: None, devices="abcde", **settings):
-    grid = InProcessGrid([FakeDevice(name) for name in devices], perform, cohort=True)
+    grid = CohortGrid([FakeDevice(name) for name in devices], perform)
     return run_rounds(
         grid=grid, strategy=strategy(selection=Sample(size=2, seed=3)), state=state or fresh_state(), rounds=rounds,
         checkpoints=folder, on_round=on_round, **settings,
@@ -44,7 +44,8 @@ def test_a_round_for_each_and_one_before_training(tmp_path):
     assert heard[0].validation.shared is None  # it adds nothing: it would measure as the base
     assert heard[2].train.asked == 2
     assert heard[2].validation.shared == pytest.approx(1 / 3)
-    assert len(heard[2].validation.devices) == 5
+    assert heard[2].train.devices == heard[2].validation.devices == {}  # summed up in the state
+    assert sum(facts.steps for facts in state.devices.values()) == 2 * 2 * PLAN.steps
     assert state.best_round == 2
 
 
@@ -78,7 +79,7 @@ def test_no_good_reply_keeps_the_adapter(tmp_path):
             raise RuntimeError
         return reply
 
-    grid = InProcessGrid([FakeDevice("a", misbehave=fail)], perform, cohort=True)
+    grid = CohortGrid([FakeDevice("a", misbehave=fail)], perform)
     state = run_rounds(
         grid=grid, strategy=strategy(), state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
     )
@@ -92,7 +93,7 @@ def test_too_few_devices(tmp_path):
 
 
 def test_fedit_runs_the_same_loop(tmp_path):
-    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b")], perform, cohort=False)
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform, together=False)
     state = run_rounds(
         grid=grid, strategy=strategy(aggregation=FedIT()), state=fresh_state(private=True), rounds=2,
         checkpoints=tmp_path, on_round=lambda _: None,
@@ -102,7 +103,7 @@ def test_fedit_runs_the_same_loop(tmp_path):
 
 
 def test_personalise():
-    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b")], perform, cohort=True)
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     request = Personalise(
         run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
     )

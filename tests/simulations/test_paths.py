@@ -17,7 +17,7 @@ from models.adapter import initial, to_tensors
 from protocol import records
 from protocol.codec import encode
 from protocol.messages import Evaluate, ExamplePrivacy, Personalise, Query, Train, TrainingPlan
-from simulations.grid import InProcessGrid
+from simulations.grid import CohortGrid
 from tests.tiny import ATTENTION
 from training.engine import perform
 
@@ -69,16 +69,16 @@ def node_config(pictures, folder, owner):
     return private | {"partition-id": 0}
 
 
-def by_grid(base, pictures, folder, cohort):
+def by_grid(base, pictures, folder, *, together):
     replies = []
-    work = partial(perform, base, micro_batch=4, timesteps=2)
+    work = partial(perform, base, memory=2**28, timesteps=2)
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)  # what was shared without noise can't be followed by an ε
         devices = [
             from_config(node_config(pictures, folder, owner), base=base.hash, sites=base.sites) for owner in "ab"
         ]
-        grid = InProcessGrid(devices, work, cohort=cohort)
+        grid = CohortGrid(devices, work, together=together)
         messages = [
             Message(records.request_to_records(request), node, records.message_type(request)) for node in (1, 2)
         ]
@@ -88,7 +88,7 @@ def by_grid(base, pictures, folder, cohort):
 
 def by_app(base, pictures, folder, pipeline_folder):
     replies = []
-    overrides = f"'adapter.sites=\"{ATTENTION}\"' grid.micro_batch=4 evaluation.timesteps=2"
+    overrides = f"'adapter.sites=\"{ATTENTION}\"' cohort.memory_gib=0.25 evaluation.timesteps=2"
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)
@@ -122,9 +122,9 @@ def near(one, other):
 
 
 def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path):
-    serial = by_grid(base, pictures, tmp_path / "serial", cohort=False)
+    serial = by_grid(base, pictures, tmp_path / "serial", together=False)
     assert len(serial) == 10
-    cohort = by_grid(base, pictures, tmp_path / "cohort", cohort=True)
+    cohort = by_grid(base, pictures, tmp_path / "cohort", together=True)
     flower = by_app(base, pictures, tmp_path / "flower", pipeline_folder)
     for one, two, three in zip(serial, cohort, flower, strict=True):
         near(read(one), read(two))
@@ -132,7 +132,7 @@ def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path):
 
 
 def test_an_error_tells_the_server_nothing_of_the_device(pictures, tmp_path, pipeline_folder):
-    InProcessGrid([], lambda _: [], cohort=True)  # so that messages can be made
+    CohortGrid([], lambda _: [])  # so that messages can be made
     message = Message(records.request_to_records(Query()), 1, "query")
     node = node_config(pictures, tmp_path, "secret") | {
         "test": "perhaps",

@@ -29,6 +29,20 @@ def test_a_cap_below_the_rank_is_refused(strategy):
         aggregation(compose(f"strategy={strategy} strategy.max_rank=2 adapter.shared.rank=8"))
 
 
+@pytest.mark.parametrize(("overrides", "trained", "measured"), [
+    ("", 20, 20), ("fleet.sample=5", 5, 5), ("fleet.sample=5 fleet.evaluate=7", 5, 7), ("fleet.evaluate=7", 20, 7),
+])  # fmt: skip
+def test_how_many_are_asked(overrides, trained, measured):
+    config = compose(overrides)
+    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
+    names = [str(number) for number in range(20)]
+    for number in (1, 2):
+        asked = [selection.select(names, round=number) for selection in (found._selection, found._evaluation)]
+        assert [len(chosen) for chosen in asked] == [trained, measured]
+    if trained == measured == 5:
+        assert asked[0] != asked[1]  # who trains says nothing of who measures
+
+
 def test_a_plan_without_privacy():
     plan = training_plan(compose("privacy=none adapter.shared.steps=7"), run="r", base="b")
     assert (plan.run, plan.base, plan.steps, plan.privacy) == ("r", "b", 7, None)

@@ -10,7 +10,7 @@ from models.adapter import from_tensors, initial, rank, shapes, to_tensors
 from protocol import records
 from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy, Personalise
-from simulations.grid import InProcessGrid
+from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
 from strategies.planning import Limits
 from strategies.selection.sample import Sample
@@ -29,7 +29,7 @@ def start():
 
 
 def train(federated, devices, *, server_round=1, arrays=None):
-    grid = InProcessGrid(devices, perform, cohort=True)
+    grid = CohortGrid(devices, perform)
     messages = federated.configure_train(server_round, arrays or start(), ConfigRecord(), grid)
     arrays, _ = federated.aggregate_train(server_round, grid.send_and_receive(messages))
     return None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), shapes(SITES, -1)))
@@ -127,7 +127,7 @@ def test_simulated_noise_is_no_release():
 
 def test_unsolicited_repeated_and_late_replies():
     federated = strategy()
-    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b"), FakeDevice("c")], perform, cohort=True)
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b"), FakeDevice("c")], perform)
     messages = list(federated.configure_train(1, start(), ConfigRecord(), grid))
     a, b, _ = grid.send_and_receive(messages)
     stranger = Message(b.content, reply_to=Message(b.content, 99, "train"))
@@ -141,7 +141,7 @@ def test_unsolicited_repeated_and_late_replies():
 
 def test_errors_of_the_network_are_told_apart():
     federated = strategy()
-    grid = InProcessGrid([FakeDevice("a"), FakeDevice("b")], perform, cohort=True)
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     messages = list(federated.configure_train(1, start(), ConfigRecord(), grid))
     federated.aggregate_train(
         1, [Message(Error(5, "away"), reply_to=messages[0]), Message(Error(8), reply_to=messages[1])]
@@ -151,7 +151,7 @@ def test_errors_of_the_network_are_told_apart():
 
 def test_the_order_of_replies_and_nodes_does_not_matter():
     devices = [FakeDevice(name) for name in "abcd"]
-    federated, grid = strategy(), InProcessGrid(devices, perform, cohort=True)
+    federated, grid = strategy(), CohortGrid(devices, perform)
     replies = list(grid.send_and_receive(federated.configure_train(1, start(), ConfigRecord(), grid)))
     found, _ = federated.aggregate_train(1, replies[::-1])
     assert same(from_tensors(decode(records.adapter_from_record(found), shapes(SITES, -1))), train(strategy(), devices))
@@ -168,7 +168,7 @@ def test_metered_devices_train_fewer_directions():
 
 
 def test_devices_are_queried_once_and_unfit_ones_never_asked():
-    class Changing(InProcessGrid):
+    class Changing(CohortGrid):
         away: int | None = None
 
         def get_node_ids(self):
@@ -180,7 +180,7 @@ def test_devices_are_queried_once_and_unfit_ones_never_asked():
         FakeDevice("c", report=replace(REPORT, device="a")),  # the name is taken
         FakeDevice("d", report=replace(REPORT, device="d", uplink_mbps=0.0)),
     ]
-    federated, grid = strategy(), Changing(devices, perform, cohort=True)
+    federated, grid = strategy(), Changing(devices, perform)
     for _ in range(2):
         assert {report.device for report in federated.query(grid).values()} == {"a"}
     assert [device.heard for device in devices] == [["Query"]] * 4
@@ -188,6 +188,34 @@ def test_devices_are_queried_once_and_unfit_ones_never_asked():
     assert list(federated.query(grid)) == [3]
     grid.away = None
     assert list(federated.query(grid)) == [3]
+
+
+def test_a_sample_measures_and_another_one_each_round():
+    devices = [FakeDevice(name) for name in "abcdefgh"]
+    federated = strategy(evaluation=Sample(size=3, seed=0, purpose="evaluation"))
+    grid, asked = CohortGrid(devices, perform), []
+    for number in (1, 2, 1):
+        messages = federated.configure_evaluate(number, start(), ConfigRecord(), grid)
+        federated.aggregate_evaluate(number, grid.send_and_receive(messages))
+        asked.append(set(federated.validation.devices))
+    assert asked[0] == asked[2] != asked[1]
+    assert all(len(names) == 3 for names in asked)
+    assert federated.validation.dropped == {}
+    everybody = strategy()
+    assert len(list(everybody.configure_evaluate(1, start(), ConfigRecord(), grid))) == 8
+
+
+def test_only_those_named_personalise():
+    devices = [FakeDevice(name) for name in "abc"]
+    federated, grid = strategy(), CohortGrid(devices, perform)
+    request = Personalise(
+        run="run", round=1, adapter=records.adapter_from_record(start()), rank=2, steps=1, batch_size=1,
+        learning_rate=0.1, look_every=1, patience=1,
+    )  # fmt: skip
+    messages = federated.configure_personalise(request, grid, {"c", "a", "away"})
+    facts = federated.aggregate_personalise(grid.send_and_receive(messages))
+    assert (facts.asked, facts.devices, facts.dropped) == (2, ("a", "c"), {})
+    assert "Personalise" not in devices[1].heard
 
 
 def test_a_sample_is_asked():
@@ -205,7 +233,7 @@ def test_evaluation():
         return replace(reply, round=9)
 
     devices = [FakeDevice("a"), FakeDevice("b"), FakeDevice("c", misbehave=stale)]
-    grid = InProcessGrid(devices, perform, cohort=True)
+    grid = CohortGrid(devices, perform)
     metrics = federated.aggregate_evaluate(
         1, grid.send_and_receive(federated.configure_evaluate(1, start(), ConfigRecord(), grid))
     )
@@ -219,7 +247,7 @@ def test_evaluation():
 def test_personalisation():
     federated = strategy()
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=raises)]
-    grid = InProcessGrid(devices, perform, cohort=True)
+    grid = CohortGrid(devices, perform)
     request = Personalise(
         run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
     )
@@ -235,7 +263,7 @@ def test_personalisation():
 
 def test_flowers_own_loop_runs_it():
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=filled(float("nan")))]
-    grid = InProcessGrid(devices, perform, cohort=True)
+    grid = CohortGrid(devices, perform)
     result = strategy().start(grid, start(), num_rounds=2)
     adapter = from_tensors(decode(records.adapter_from_record(result.arrays), shapes(SITES, -1)))
     assert rank(adapter) >= 3
@@ -243,6 +271,6 @@ def test_flowers_own_loop_runs_it():
 
 
 def test_arrays_of_another_kind_are_refused():
-    grid = InProcessGrid([FakeDevice("a")], perform, cohort=True)
+    grid = CohortGrid([FakeDevice("a")], perform)
     with pytest.raises(Exception, match="one safetensors entry"):
         strategy().configure_train(1, ArrayRecord(), ConfigRecord(), grid)

@@ -1,0 +1,212 @@
+"""Kill a whole fleet at every statement of its database, at every kind of byte of a commit, and at random.
+
+For each device: what was performed was charged before, what was handed out is what it sealed, and only that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import resource
+import signal
+import sqlite3
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from privacy.accounting import PoissonGaussian, epsilon
+from privacy.ledger import RESERVED, SEALED, SENT, Entry, Ledger
+from protocol import records
+from protocol.messages import Update
+from simulations.grid import CohortGrid
+from simulations.storage import FILE, Database
+from tests.client.devices import PRIVACY, Performer, make_device, train_request
+from tests.client.test_crash import append, in_child
+from training import jobs
+
+ROUNDS, NAMES = 2, ("a", "b", "c")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fleet:
+    """Answers every round, noting in files what is performed and handed out; counts what a kill may come between."""
+
+    def __init__(self, folder: Path, kill_at: int | None = None) -> None:
+        self.folder, self._kill_at, self._step = folder, kill_at, 0
+        if kill_at is not None:
+            connect = sqlite3.connect
+            sqlite3.connect = lambda *args, **kwargs: self._watched(connect(*args, **kwargs))  # type: ignore[assignment]
+        database = Database(folder / FILE)
+        devices = [make_device(database.device(name), name=name) for name in NAMES]
+        self.grid = CohortGrid(devices, self.perform, storage=database.together)
+
+    def serve(self) -> None:
+        asked = self.folder / "asked"  # as many bytes as rounds; after a crash the last is asked for again
+        before = asked.stat().st_size if asked.exists() else 0
+        for number in range(max(1, before), ROUNDS + 1):
+            append(asked, bytes(number - before))
+            before = number
+            content = records.request_to_records(train_request(number=number))
+            for reply in self.grid.send_and_receive([Message(content, node, "train") for node in (1, 2, 3)]):
+                assert reply.has_content(), reply.error
+                update = records.reply_from_records("train", reply.content)
+                assert isinstance(update, Update)
+                self._passed()
+                digest = hashlib.sha256(repr(update).encode()).hexdigest()
+                append(self.folder / "wire", f"{update.device} {number} {digest}\n".encode())
+
+    def perform(self, asked: list[jobs.Job]) -> Sequence[jobs.Result | Exception]:
+        for job in asked:
+            if isinstance(job, jobs.Train):
+                self._passed()
+                append(self.folder / "performed", f"{job.client} {job.round}\n".encode())
+        return Performer()(asked)
+
+    def _watched(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        connection.set_trace_callback(lambda _: self._passed())
+        return connection
+
+    def _passed(self) -> None:
+        if self._step == self._kill_at:
+            kill()
+        self._step += 1
+
+
+def read(file: Path) -> list[list[str]]:
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def ledgers(folder: Path) -> dict[tuple[str, int], Entry]:
+    database = Database(folder / FILE)
+    entries = {(name, entry.reservation.round): entry for name in NAMES for entry in _entries(database, name)}
+    database.close()
+    return entries
+
+
+def _entries(database: Database, name: str) -> tuple[Entry, ...]:
+    return Ledger(database.device(name)).entries()
+
+
+def check(folder: Path) -> dict[tuple[str, int], Entry]:
+    """What must hold after any crash; the ledgers' entries."""
+    entries = ledgers(folder)
+    for name, number in read(folder / "performed"):
+        assert (name, int(number)) in entries, "performed without a charge"
+    sent: dict[tuple[str, int], set[str]] = {}
+    for name, number, digest in read(folder / "wire"):
+        sent.setdefault((name, int(number)), set()).add(digest)
+    for key, replies in sent.items():
+        assert len(replies) == 1, f"{key} was released {len(replies)} times"
+        assert entries[key].state in (SEALED, SENT), "released without a seal"
+    return entries
+
+
+def finish(folder: Path) -> None:
+    """The next start carries on to the end and charges each round once."""
+    assert in_child(lambda: Fleet(folder).serve()) == 0
+    assert set(check(folder)) == set(itertools.product(NAMES, range(1, ROUNDS + 1)))
+    assert {(name, int(number)) for name, number, _ in read(folder / "wire")} == set(ledgers(folder))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _epsilon_is_known() -> None:
+    """Computed once here, so that the children need not."""
+    event = PoissonGaussian(noise_multiplier=PRIVACY.noise_multiplier, sampling_rate=PRIVACY.sampling_rate, steps=5)
+    for rounds in range(1, ROUNDS + 1):
+        epsilon([event] * rounds, PRIVACY.delta)
+
+
+def test_a_kill_at_every_statement(tmp_path: Path) -> None:
+    together, seen = [], set()
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        status = in_child(lambda folder=folder, step=step: Fleet(folder, kill_at=step).serve())  # type: ignore[misc]
+        if status == 0:  # there are no more steps
+            break
+        assert status == -signal.SIGKILL
+        entries = check(folder)
+        together.append({number: [e.state for (_, n), e in entries.items() if n == number] for number in (1, 2)})
+        seen |= {entry.state for entry in entries.values()}
+        if step % 5 == 0:
+            finish(folder)
+    assert step > 60
+    assert seen == {RESERVED, SEALED, SENT}
+    # The charges of a round are one transaction, and so are its seals: nobody is ahead of the others.
+    assert all(len(set(states)) <= 1 and len(states) in (0, 3) for found in together for states in found.values())
+
+
+def test_a_kill_within_a_commit(tmp_path: Path) -> None:
+    """A limit on the size of files kills at the byte that passes it, wherever in a page or its frame that is."""
+
+    def serve_up_to(size: int, folder: Path) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        Fleet(folder).serve()
+
+    page, killed = 65536 + 24, 0
+    for frames, beside in itertools.product(range(2, 16, 3), (0, 1, 31, 32, 33, 57, 5000, page - 1)):
+        folder = tmp_path / f"{frames}-{beside}"
+        folder.mkdir()
+        status = in_child(partial(serve_up_to, frames * page + beside, folder))
+        assert status in (0, -signal.SIGXFSZ)
+        killed += status != 0
+        check(folder)
+        if beside in (1, 5000):
+            finish(folder)
+    assert killed > 20
+
+
+def test_kills_at_random_times(tmp_path: Path) -> None:
+    drawn = random.Random(0)
+
+    def serve_for(seconds: float) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process wherever it is
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        Fleet(tmp_path).serve()
+
+    for _ in range(12):
+        in_child(partial(serve_for, drawn.uniform(0.001, 0.1)))
+        check(tmp_path)
+    finish(tmp_path)
+
+
+def test_without_the_commits_the_checks_fail(tmp_path: Path) -> None:
+    """The tests above can fail: a fleet that performs jobs before it commits is caught."""
+
+    class Hasty(Fleet):
+        def __init__(self, folder: Path, kill_at: int) -> None:
+            super().__init__(folder, kill_at)
+            self.grid._storage = _uncommitted(self.grid._storage)  # type: ignore[assignment]
+
+    def caught(step: int) -> bool:
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        in_child(lambda: Hasty(folder, kill_at=step).serve())
+        try:
+            check(folder)
+        except AssertionError as error:
+            return "performed without a charge" in str(error)
+        return False
+
+    assert any(caught(step) for step in range(10, 60))
+
+
+def _uncommitted(together: Any) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def storage() -> Any:
+        with together():
+            yield lambda: None
+
+    return storage

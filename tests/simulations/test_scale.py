@@ -1,0 +1,70 @@
+"""A large fleet in little memory: nothing is held for a device that isn't asked, or for a round that is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "base.device=cpu data.writers=20 data.validation=2 data.test=2 adapter.shared.steps=1 adapter.shared.rank=2 "
+    "adapter.personal.steps=1 adapter.personal.rank=2 adapter.look_every=1 adapter.patience=1 evaluation.timesteps=1 "
+    "evaluation.gallery=0 evaluation.devices=3 tracker.tensorboard=false"
+)
+
+STEADY = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",  # fixed: else glibc raises it, and large blocks leave holes behind
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",  # of torch's CPU kernels, by shape: 1024 take tens of rounds to fill up
+}
+"""What a process comes to hold in its first rounds whatever the fleet, kept small so that the fleet's share shows."""
+
+
+def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
+    """What each round held, and at last what the run came to."""
+    out = folder / "held.jsonl"
+    script = ROOT / "tests/simulations/scale.py"
+    command = [sys.executable, str(script), str(folder / "run"), str(out), f"base.path={base} {TINY} {overrides}"]
+    environment = {
+        **os.environ, **STEADY, "ANTHER_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)
+    }  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line) for line in out.read_text().splitlines()]
+    print(*rounds, sep="\n")
+    return rounds
+
+
+def test_a_fleet_is_no_more_than_who_is_asked(pipeline_folder: Path, tmp_path: Path) -> None:
+    count = 300
+    rounds = simulate(
+        pipeline_folder, tmp_path, f"data.devices={count} fleet.sample=30 rounds=6 privacy=example data.train=8"
+    )
+    assert [(held["asked"], held["replied"]) for held in rounds] == [(30, 30)] * 6
+    assert {held["conversations"] for held in rounds} == {0}
+    assert len({held["files"] for held in rounds[1:]}) == 1
+    assert rounds[0]["files"] < 60
+    assert [path.name for path in (tmp_path / "run/devices").iterdir()] == ["fleet.sqlite"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["clients"], summary["judged"]) == (count, 3)
+    assert len(list((tmp_path / "run/adapters/personal").iterdir())) == 3
+    assert len(json.loads((tmp_path / "run/evaluation.json").read_text())) == 3
+    first, last = rounds[2]["resident"], rounds[-1]["resident"]
+    assert last < 1.05 * first, f"{last - first} bytes more after round 6 than after round 3"
+
+
+@pytest.mark.slow
+def test_ten_thousand_devices(pipeline_folder: Path, tmp_path: Path) -> None:
+    rounds = simulate(
+        pipeline_folder, tmp_path, "data.devices=10000 fleet.sample=500 rounds=20 privacy=example data.train=8"
+    )
+    assert [(held["asked"], held["replied"]) for held in rounds] == [(500, 500)] * 20
+    third, last = rounds[2]["resident"], rounds[-1]["resident"]
+    assert last < 1.03 * third, f"{last / 2**20:.0f} MiB after round 20, {third / 2**20:.0f} MiB after round 3"
+    assert len({held["files"] for held in rounds[1:]}) == 1
+    assert {held["conversations"] for held in rounds} == {0}
