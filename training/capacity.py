@@ -10,12 +10,13 @@ import torch
 
 from conf.errors import AntherError
 from models.denoiser import Denoiser
+from models.slots import Stacks
 from training import memory
 from training.gradients import gradients, on_device, reduce
 from training.jobs import Train
 from training.packing import Pack
 from training.passes import single_threaded_layers, workers
-from training.rows import Rows, Shape, row_bytes
+from training.rows import Rows, Shape, common_bytes, row_bytes
 
 LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.cohort`
 
@@ -42,10 +43,12 @@ def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
         TooLittleMemoryError: not even one job and one entry fit.
     """
     shape = Shape.of(jobs)
-    row, entry = row_bytes(base, shape), entry_bytes(base, shape)
+    row, entry, granted = row_bytes(base, shape), entry_bytes(base, shape), limit
+    limit -= common_bytes(base, shape)
     if row + entry > limit:
+        least = row + entry + granted - limit
         raise TooLittleMemoryError(
-            f"cohort.memory_gib={limit / _GIB:.3g}: one picture of one device takes {(row + entry) / _GIB:.3g} here: "
+            f"cohort.memory_gib={granted / _GIB:.3g}: one picture of one device takes {least / _GIB:.3g} here: "
             "give more, or train fewer sites"
         )
     step = max(map(expected_entries, jobs))
@@ -72,12 +75,19 @@ def entry_bytes(base: Denoiser, shape: Shape) -> int:
         pack = Pack(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
         return reduce(rows, pack, *gradients(base, rows, on_device(pack, base.device)))
 
-    rows = Rows(base, shape, 1)
+    rows = Rows(base, shape, 2)  # of two, one is copied, as one of many
     return _count(base, shape, work)
 
 
-def pictures_within(base: Denoiser, latents: torch.Size, context: torch.Size, limit: int) -> int:
-    """Pictures that one pass without gradients may hold, in `limit` bytes for all that run at once; at least 1."""
+def pictures_within(
+    base: Denoiser, latents: torch.Size, context: torch.Size, adapters: Sequence[Stacks], limit: int
+) -> int:
+    """Pictures that one pass without gradients may hold, in `limit` bytes for all that run at once; at least 1.
+
+    Each takes a copy of its adapters, of those that don't serve everybody.
+    """
+    own = [stack for stacks in adapters for stack in stacks.values() if len(stack.a) > 1]
+    copies = sum(stack.a[0].nbytes + stack.b[0].nbytes for stack in own)
 
     @torch.no_grad()
     def work() -> object:
@@ -85,7 +95,7 @@ def pictures_within(base: Denoiser, latents: torch.Size, context: torch.Size, li
             x = torch.zeros(1, *latents, dtype=base.precise, device=base.device)
             return denoise(x, torch.zeros(1, dtype=torch.long, device=base.device), x.new_zeros(1, *context))
 
-    together = limit // _count(base, (latents, context), work)
+    together = limit // (_count(base, (latents, context), work) + copies)
     at_once = workers(base.device)
     return max(1, min(together // at_once, LARGEST.get(base.device.type, together)))
 

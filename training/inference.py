@@ -34,22 +34,24 @@ def held_out_losses(
     generator = torch.Generator().manual_seed(stream("held-out"))
     precise = torch.zeros((), dtype=base.precise, device=base.device)
     noise = torch.randn(longest, timesteps, *pools[0].latents.shape[1:], generator=generator).to(precise)
-    latents = torch.cat([pool.latents.to(precise) for pool in pools]).repeat_interleave(timesteps, 0)
-    context = torch.cat([pool.context.to(precise) for pool in pools])
-    noise = torch.cat([noise[: len(pool)].flatten(0, 1) for pool in pools])
-    t = times.repeat(len(latents) // timesteps).to(base.device)
-    slot = torch.cat([torch.full((len(pool) * timesteps,), i) for i, pool in enumerate(pools)]).to(base.device)
+    latents = torch.cat([pool.latents for pool in pools]).to(precise)
+    context = torch.cat([pool.context for pool in pools]).to(base.like)
+    sizes = torch.tensor([len(pool) for pool in pools], device=base.device)
+    slot = torch.arange(len(pools), device=base.device).repeat_interleave(sizes)
+    place = torch.arange(len(latents), device=base.device) - (sizes.cumsum(0) - sizes)[slot]  # within the pool
+    times = times.to(base.device)
 
     @torch.no_grad()  # per thread
     def loss(part: Tensor) -> Tensor:
-        x = noised(base.schedule, latents[part], noise[part], t[part])
-        with base.lending([select(stacks, slot[part]) for stacks in adapters]) as denoise:
-            output = denoise(x, t[part], context[part // timesteps])
-        return per_example_loss(output, target(base.schedule, latents[part], noise[part], t[part]))
+        example, look = part // timesteps, part % timesteps
+        x0, t, epsilon = latents[example], times[look], noise[place[example], look]
+        with base.lending([select(stacks, slot[example]) for stacks in adapters]) as denoise:
+            output = denoise(noised(base.schedule, x0, epsilon, t), t, context[example])
+        return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 
-    size = pass_size(base.device, len(latents), pictures_within(base, latents.shape[1:], context.shape[1:], memory))
-    parts = torch.arange(len(latents), device=base.device).split(size)
-    losses = list(run_passes(base.device, loss, parts))
+    count = len(latents) * timesteps
+    size = pass_size(base.device, count, pictures_within(base, latents.shape[1:], context.shape[1:], adapters, memory))
+    losses = list(run_passes(base.device, loss, torch.arange(count, device=base.device).split(size)))
     per_pool = torch.cat(losses).double().split([len(pool) * timesteps for pool in pools])
     return torch.stack([loss.mean() for loss in per_pool]).tolist()
 
@@ -80,6 +82,6 @@ def draw(
                 denoise, base.schedule, x[part], context[part], steps=steps, guidance=guidance, null_context=null
             )  # fmt: skip
 
-    size = pass_size(base.device, len(x), pictures_within(base, x.shape[1:], context.shape[1:], memory))
+    size = pass_size(base.device, len(x), pictures_within(base, x.shape[1:], context.shape[1:], adapters, memory))
     parts = torch.arange(len(x), device=base.device).split(size)
     return torch.cat(list(run_passes(base.device, sample, parts)))

@@ -69,12 +69,13 @@ class Rows:
         self.sums = BoundedSums(capacity, self.segments, like=self.adapters)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
         self.divisors = like.new_ones(capacity, 1)
-        self._frozen_layout = Layout(base.sites, shape.frozen_rank)
+        self._frozen_layout, self._common = Layout(base.sites, shape.frozen_rank), shape.common
         self._frozen = base.like.new_zeros(1 if shape.common else capacity, self._frozen_layout.size)
         self.latents = like.new_zeros(capacity * shape.examples, *shape.latents)
         self.context = base.like.new_zeros(capacity * shape.examples, *shape.context)
         self._examples = shape.examples
-        self._own: list[Tensor | None] = [None] * capacity
+        self._own: list[Tensor | None] = [None] * capacity  # [D] bool, which numbers a job has; None: all
+        self._owned = [0] * capacity
 
     def open(self, jobs: Mapping[int, Train]) -> None:
         """Let jobs in, by row; each was found sound by `check`."""
@@ -87,12 +88,15 @@ class Rows:
         self.losses[index] = 0.0
         divisors = [[job.batch_size if job.privacy else 1.0] for job in entering]
         self.divisors[index] = torch.tensor(divisors).to(self.divisors)
-        if self._frozen_layout.size:
-            frozen = self._packed(self._frozen_layout, [job.frozen for job in entering]).to(self._frozen)
-            self._frozen[index % len(self._frozen)] = frozen
+        if self._frozen_layout.size and self._common:
+            self._frozen[0] = self._frozen_layout.pack(entering[0].frozen).to(self._frozen)
+        elif self._frozen_layout.size:
+            frozen = self._packed(self._frozen_layout, [job.frozen for job in entering])
+            self._frozen[index] = frozen.to(self._frozen)
         for row, job in jobs.items():
             mask = None if self.layout.fits(job.start) else self.layout.mask(job.start)
-            self._own[row] = None if mask is None else mask.nonzero().flatten().to(self.adapters.device)
+            self._own[row] = None if mask is None else mask.to(self.adapters.device)
+            self._owned[row] = self.layout.size if mask is None else int(mask.sum())
         for row, job in jobs.items():
             start = self.place(row)
             for pool in _pools(job):
@@ -108,17 +112,15 @@ class Rows:
         """The frozen adapters of these rows [n]."""
         if not self._frozen_layout.size:
             return {}
-        return self._frozen_layout.stacks(self._frozen if len(self._frozen) == 1 else self._frozen[rows])
+        return self._frozen_layout.stacks(self._frozen if self._common else self._frozen[rows])
 
     def noise(self, row: int, job: Train) -> Tensor | None:
         """Standard normal noise [D] from the job's own source, on the numbers that its adapter really has."""
         if job.privacy is None or job.noise is None:
             return None
-        own, device = self._own[row], self.adapters.device
-        if own is None:
-            return job.noise.gaussian(self.layout.size, device).to(self.adapters)
-        noise = job.noise.gaussian(len(own), device).to(self.adapters)
-        return self.adapters.new_zeros(self.layout.size).index_copy_(0, own, noise)
+        noise = job.noise.gaussian(self._owned[row], self.adapters.device).to(self.adapters)
+        own = self._own[row]
+        return noise if own is None else self.adapters.new_zeros(self.layout.size).masked_scatter_(own, noise)
 
     def _packed(self, layout: Layout, adapters: Sequence[Adapter | None]) -> Tensor:
         """Rows [R, D] of adapters; many jobs start from one and the same, which travels once."""
@@ -130,6 +132,8 @@ class Rows:
 
 def check(job: Train) -> None:
     """Raises ValueError for a job that no row could hold."""
+    if job.steps and not job.privacy and not job.pictures:
+        raise ValueError(f"client {job.client}: no pictures to train on")
     for pool in _pools(job):
         alike = all(a.shape[1:] == b.shape[1:] for a, b in zip(pool, job.examples, strict=True))
         if not alike or len(pool.latents) != len(pool.context):
@@ -151,10 +155,16 @@ def _pools(job: Train) -> list[Examples]:
     return [job.examples, *([job.prior.examples] if job.prior else [])]
 
 
+def common_bytes(base: Denoiser, shape: Shape) -> int:
+    """Bytes for a frozen adapter that serves everyone, and twice as many while it is laid out."""
+    return 3 * Layout(base.sites, shape.frozen_rank).size * base.precise.itemsize if shape.common else 0
+
+
 def row_bytes(base: Denoiser, shape: Shape) -> int:
     """Bytes of the device's memory for one resident job."""
     precise, compute = base.precise.itemsize, base.dtype.itemsize
-    buffers = 5 + shape.stopping  # adapter, two moments, sum, and a copy while they are updated; the best adapter
-    frozen = 0 if shape.common else Layout(base.sites, shape.frozen_rank).size * compute
+    # Adapter, two moments, sum and mask; three more for what is made of them between passes; the best adapter.
+    buffers = 8 + shape.stopping
+    frozen = 0 if shape.common else 3 * Layout(base.sites, shape.frozen_rank).size * compute
     example = shape.latents.numel() * precise + shape.context.numel() * compute
     return buffers * Layout(base.sites, shape.rank).size * precise + frozen + shape.examples * example

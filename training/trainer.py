@@ -207,7 +207,7 @@ class _Cohort:
                 noises[row] = noise
         if through:
             index = torch.tensor(through, device=self.base.device)
-            gradients = self.rows.sums.take(through, noises) / self.rows.divisors[index]
+            gradients = self.rows.sums.take(through, noises).div_(self.rows.divisors[index])
             self.rows.optimiser.step(through, gradients)
         for row in through:
             self.residents[row].step += 1

@@ -94,7 +94,17 @@ def test_nothing_takes_more_than_was_granted_in_200_lists(base: Base) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("kind", ["low rates", "some sites", "frozen", "one frozen", "pieces", "many examples"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "low rates",
+        "some sites",
+        "frozen",
+        "one frozen",
+        "pieces",
+        "many examples",
+    ],
+)
 def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
     """Steps of everybody at once, places of an adapter's own numbers, copies of the frozen, and half units."""
     frozen, large = live(base, 24, 8), live(base, 16, 1)
@@ -103,13 +113,13 @@ def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
         "some sites": lambda place: private(
             base, f"{place}", 0.02, draws=1, steps=1, start=dict(list(large.items())[1:])
         ),
-        "frozen": lambda place: job(base, f"{place}", 1, batch_size=8, steps=1, frozen=live(base, 40, place)),
-        "one frozen": lambda place: job(base, f"{place}", 1, batch_size=8, steps=1, frozen=frozen),
-        "pieces": lambda place: private(base, f"{place}", 1.0, 1, rank=16, draws=5, steps=1),
-        "many examples": lambda place: job(base, f"{place}", 1, 100, batch_size=1, steps=1),
+        "frozen": lambda place: job(base, f"{place}", 1, batch_size=4, steps=1, frozen=live(base, 40, place)),
+        "one frozen": lambda place: job(base, f"{place}", 1, batch_size=4, steps=1, frozen=frozen),
+        "pieces": lambda place: private(base, f"{place}", 1.0, 1, rank=16, draws=3, steps=1),
+        "many examples": lambda place: job(base, f"{place}", 1, 60, batch_size=1, steps=1),
     }
     jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20}.get(kind, 4))]
-    for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 20)):
+    for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 16)):
         base.kept.pop(trainer._BUFFERS, None)
         peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
@@ -145,6 +155,17 @@ def test_rows_and_entries_make_up_the_budget(base: Base, seed: int) -> None:
     plenty = capacity(base, jobs, room(base, jobs, 1 + len(jobs) * (1 + int(max(map(expected_entries, jobs))))))
     assert plenty.jobs == len(jobs)
     assert plenty.entries >= sum(map(expected_entries, jobs))
+
+
+def test_there_is_always_room_for_an_entry(base: Base) -> None:
+    """Where a client has an entry once in fifty steps, rows alone could fill any budget."""
+    jobs = [private(base, f"{place}", 0.02, count=1, rank=16, draws=1) for place in range(12)]
+    low, high = least(base, jobs), room(base, jobs, 2)
+    for step in range(200):
+        found = capacity(base, jobs, low + (high - low) * step // 200)
+        assert found.jobs >= 1
+        assert found.entries >= 1
+    assert found.jobs > 8
 
 
 def test_too_little_memory_is_told_with_the_key_to_change(base: Base) -> None:

@@ -83,7 +83,7 @@ def test_one_at_a_time(fine: Base, truth: list[Adapter]) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 def test_any_company_in_any_memory(fine: Base, truth: list[Adapter], data: st.DataObject) -> None:
     """From memory for one job and one entry, to memory for more than there is."""
     places = data.draw(st.lists(st.integers(0, len(truth) - 1), min_size=1, max_size=5, unique=True))

@@ -23,6 +23,7 @@ from tests.training.reference import (
     assert_same_bits,
     examples,
     job,
+    least,
     live,
     private,
     room,
@@ -106,6 +107,7 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
         lambda base: job(base, "bad", examples=Examples(examples(base, 5, 1).latents, examples(base, 3, 1).context)),
         ValueError, "context",
     ),
+    "nothing to see": (lambda base: job(base, "bad", count=0), ValueError, "no pictures"),
     "prior of another size": (
         lambda base: job(base, "bad", prior=Prior(examples=examples(base, 2, 5, side=4))), ValueError, "shape",
     ),
@@ -113,6 +115,7 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "negative clip": (lambda base: private(base, "bad", clip=-1.0), ValueError, "clip"),
     "no clip": (lambda base: private(base, "bad", clip=math.inf), ValueError, "unbounded"),
     "cancelled at once": (lambda base: job(base, "bad", cancelled=lambda: True), Cancelled, "after step"),
+    "nobody to ask": (lambda base: job(base, "bad", cancelled=lambda: 1 // 0 > 0), ZeroDivisionError, "zero"),
     "cancelled amid": (lambda base: private(base, "bad", cancelled=after(2)), Cancelled, "after step"),
 }  # fmt: skip
 
@@ -178,6 +181,23 @@ def test_rows_go_to_who_waits(fine: Base) -> None:
     for place in (0, 2, 5, 7, 8):
         plan = kinds[place](fine)
         assert_close(found[place], Reference(fine, plan).train(), plan.start, 1e-10)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5, 7])
+def test_a_job_may_go_amid_a_unit(fine: Base, passes: int) -> None:
+    """Its row goes to the next, which gets nothing of what was still waiting, nor of the unit in pieces."""
+
+    def following() -> list[Train]:
+        return [private(fine, "next", draws=3, steps=2, rate=1.0, count=2), job(fine, "last", steps=1)]
+
+    gone = private(fine, "gone", draws=4, rate=1.0, cancelled=after(passes - 1))
+    jobs = [gone, *following()]
+    memory = least(fine, jobs)
+    assert capacity(fine, jobs, memory)[:2] == (1, 1)  # a draw in each pass
+    cancelled, *found = train(fine, jobs, memory=memory, timesteps=2)
+    assert isinstance(cancelled, Cancelled)
+    for got, plan in zip(found, following(), strict=True):
+        assert_close(got, Reference(fine, plan).train(), plan.start, 1e-10)
 
 
 def test_cancelled_jobs_are_asked_between_passes(base: Base) -> None:
