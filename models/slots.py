@@ -151,7 +151,7 @@ class Layout:
             return dict(zip(self.sites, map(Factors, views[::2], views[1::2]), strict=True))
         stacks = self.stacks(row[None])
         found = ((name, stacks[name], factors.a.shape[0]) for name, factors in like.items())
-        return {name: Factors(stack.a[0, :r], stack.b[0, :, :r].contiguous()) for name, stack, r in found}
+        return {name: Factors(stack.a[0, :r].clone(), stack.b[0, :, :r].contiguous()) for name, stack, r in found}
 
     def mask(self, like: Adapter) -> Tensor:
         """[D] bool: which numbers of a row belong to an adapter with the sites and ranks of `like`."""

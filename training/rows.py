@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, rank
+from models.adapter import Adapter, Sites, rank
 from models.denoiser import Denoiser
 from models.slots import Layout, Stacks
 from privacy.clipping import BoundedSums, deviation, even_bounds
@@ -119,6 +120,8 @@ class Rows:
         if job.privacy is None or job.noise is None:
             return None
         noise = job.noise.gaussian(self._owned[row], self.adapters.device).to(self.adapters)
+        if noise.shape != (self._owned[row],):
+            raise ValueError(f"client {job.client}: its noise source gave {tuple(noise.shape)} numbers")
         own = self._own[row]
         return noise if own is None else self.adapters.new_zeros(self.layout.size).masked_scatter_(own, noise)
 
@@ -130,14 +133,21 @@ class Rows:
         return packed[torch.tensor([places[id(adapter)] for adapter in adapters], device=packed.device)]
 
 
-def check(job: Train) -> None:
+def check(job: Train, sites: Sites) -> None:
     """Raises ValueError for a job that no row could hold."""
     if job.steps and not job.privacy and not job.pictures:
         raise ValueError(f"client {job.client}: no pictures to train on")
-    for pool in _pools(job):
+    looked_at = [job.early_stopping.validation] if job.early_stopping else []
+    for pool in (*_pools(job), *looked_at):
         alike = all(a.shape[1:] == b.shape[1:] for a, b in zip(pool, job.examples, strict=True))
         if not alike or len(pool.latents) != len(pool.context):
             raise ValueError(f"client {job.client}: examples of different shapes, or without their context")
+    if not all(map(len, looked_at)):
+        raise ValueError(f"client {job.client}: no validation examples to stop by")
+    for name, (a, b) in chain(job.start.items(), (job.frozen or {}).items()):
+        site = sites.get(name)
+        if site is None or (a.shape[1:], b.shape) != ((site.inputs,), (site.outputs, len(a))):
+            raise ValueError(f"client {job.client}: an adapter at {name} that doesn't fit the base")
     if job.privacy:
         deviation(clip_bounds(job, job.start), job.privacy.noise_multiplier)
 

@@ -142,7 +142,7 @@ class _Cohort:
             job = self.jobs[place]
             self.residents[row] = _Resident(place, job)
             try:
-                check(job)
+                check(job, self.base.sites)
                 self.residents[row].batches = Batches(job)
                 entering[row] = job
             except Exception as error:

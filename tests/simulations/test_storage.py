@@ -223,9 +223,7 @@ def test_a_fleet_that_goes_on_takes_no_more_room(database: Database) -> None:
     devices = [make_device(database.device(name), name=name) for name in names]
     grid = CohortGrid(devices, Performer(), storage=database.together)
     for number in range(1, 13):
-        content = request_to_records(
-            train_request(number=number, private=True, sent=to_bytes(adapter(1000)), rank=900)
-        )
+        content = request_to_records(train_request(number=number, private=True, sent=to_bytes(adapter(1000)), rank=900))
         replies = list(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
         assert all(reply.has_content() for reply in replies)
         database.close()

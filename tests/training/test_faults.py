@@ -30,7 +30,7 @@ from tests.training.reference import (
     trained,
 )
 from training.capacity import capacity, expected_entries
-from training.jobs import Cancelled, Examples, Prior, Train, Trained
+from training.jobs import Cancelled, EarlyStopping, Examples, Prior, Train, Trained
 from training.trainer import train
 
 Make = Callable[[Base], Train]
@@ -106,6 +106,24 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "fewer contexts": (
         lambda base: job(base, "bad", examples=Examples(examples(base, 5, 1).latents, examples(base, 3, 1).context)),
         ValueError, "context",
+    ),
+    "an unknown site": (
+        lambda base: job(base, "bad", start={"nowhere": Factors(torch.ones(2, 3), torch.ones(3, 2))}),
+        ValueError, "nowhere",
+    ),
+    "factors that don't match": (
+        lambda base: job(base, "bad", start={n: Factors(f.a, f.b[:, :1]) for n, f in live(base, 2, 1).items()}),
+        ValueError, "fit",
+    ),
+    "frozen for another base": (
+        lambda base: job(base, "bad", frozen={n: Factors(f.a[:, 1:], f.b) for n, f in live(base, 2, 1).items()}),
+        ValueError, "fit",
+    ),
+    "nothing to stop by": (
+        lambda base: job(
+            base, "bad", early_stopping=EarlyStopping(validation=examples(base, 0, 1), every=1, patience=1)
+        ),
+        ValueError, "validation",
     ),
     "nothing to see": (lambda base: job(base, "bad", count=0), ValueError, "no pictures"),
     "prior of another size": (
