@@ -7,6 +7,7 @@ additions alone took 8 % of the time. Here the thin product is accumulated into 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, weight, a, b, output[1])
 
 
+def _gradients(
+    ctx: Any, grad: Tensor, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+    to_x = ctx.needs_input_grad[0]
+    of_x, of_a, of_b = backward(grad, *ctx.saved_tensors, to_x)
+    return of_x if to_x else None, None, None, of_a, of_b
+
+
 class _SlotLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
@@ -63,10 +72,7 @@ class _SlotLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, a, b, inner = ctx.saved_tensors
-        to_x = ctx.needs_input_grad[0]
-        of_x, of_a, of_b = _backward(grad, x, weight, a, b, inner, to_x)
-        return of_x if to_x else None, None, None, of_a, of_b
+        return _gradients(ctx, grad, _backward)
 
 
 # The same for torch.compile, which calls these whole; called from Python they cost more than they save.
@@ -93,10 +99,8 @@ def _(
     return x.new_empty(x.shape if to_x else 0), grad.new_empty(a.shape), grad.new_empty(b.shape)
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
-    to_x = ctx.needs_input_grad[0]
-    of_x, of_a, of_b = torch.ops.anther.slot_linear_backward(grad, *ctx.saved_tensors, to_x)
-    return of_x if to_x else None, None, None, of_a, of_b
+def _compiled_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+    return _gradients(ctx, grad, torch.ops.anther.slot_linear_backward)
 
 
-_compiled.register_autograd(_gradients, setup_context=_keep)
+_compiled.register_autograd(_compiled_gradients, setup_context=_keep)

@@ -38,10 +38,14 @@ class SlotLayer(nn.Module):
         self.lent: tuple[Stack, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        for stack in self.lent:
+        y, others = self.begin(x)
+        for stack in others:
             y = y + self.product(x, stack).view_as(y)
         return y
+
+    def begin(self, x: Tensor) -> tuple[Tensor, tuple[Stack, ...]]:
+        """What the frozen layer makes of x, and the stacks whose products are still to be added."""
+        return self.base(x), self.lent
 
     def product(self, x: Tensor, stack: Stack) -> Tensor:
         raise NotImplementedError
@@ -50,13 +54,10 @@ class SlotLayer(nn.Module):
 class SlotLinear(SlotLayer):
     """y = W x + Σ B_s A_s x; the stack that is trained, which comes last, shares an operation with W."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor) -> tuple[Tensor, tuple[Stack, ...]]:
         if not (self.lent and self.lent[-1].a.requires_grad and isinstance(self.base, nn.Linear)):
-            return super().forward(x)
-        y = slot_linear(x, self.base.weight, self.base.bias, *self.lent[-1])
-        for stack in self.lent[:-1]:
-            y = y + self.product(x, stack).view_as(y)
-        return y
+            return super().begin(x)
+        return slot_linear(x, self.base.weight, self.base.bias, *self.lent[-1]), self.lent[:-1]
 
     def product(self, x: Tensor, stack: Stack) -> Tensor:
         tokens = x.unflatten(0, (stack.a.shape[0], -1)).flatten(1, -2)  # [S, N/S · tokens, in]

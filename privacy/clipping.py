@@ -121,8 +121,8 @@ class BoundedSums:
         index = torch.tensor(clients, device=self._values.device)
         noised = self._values[index]
         for row, client in zip(noised, clients, strict=True):
-            if deviation := self._deviations[client]:
-                row.add_(noises[client], alpha=deviation)
+            if sigma := self._deviations[client]:
+                row.add_(noises[client], alpha=sigma)
         self._values[index] = 0.0
         return noised
 

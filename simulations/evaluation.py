@@ -21,6 +21,7 @@ from privacy.noise import stream
 from simulations.fleet import Participant
 from training.inference import draw
 from training.jobs import EarlyStopping, Encode, Examples, Job, Measure, Result, Train, Trained
+from training.memory import for_looking
 from typefaces.judge import Judge, legible, style_match
 
 ARMS = ("base", "local", "shared", "personal")
@@ -130,7 +131,7 @@ def gallery(
         slots=[slot[id(adapter)] for adapter in wanted.values()],
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
-        memory=memory // 4,  # as `training.engine.perform` shares it out
+        memory=for_looking(memory),
     )
     pictures = dict(zip(wanted, base.decode(latents), strict=True))
     return {

@@ -186,18 +186,11 @@ def build_report(
 def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
     """What one device did over all rounds; nothing, if it was never asked."""
     idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
-    facts = state.devices.get(person.name, idle)
     return DeviceRow(
         name=person.name,
         profile=person.profile,
-        rank=facts.rank,
-        steps=facts.steps,
-        seconds=facts.seconds,
-        joules=facts.joules,
-        bytes_up=facts.bytes_up,
-        bytes_down=facts.bytes_down,
-        epsilon=facts.epsilon,
         loss={arm: judged[arm].loss for arm in ARMS},
+        **dataclasses.asdict(state.devices.get(person.name, idle)),
     )
 
 

@@ -69,14 +69,14 @@ def expected_entries(job: Train) -> float:
 def entry_bytes(base: Denoiser, shape: Shape) -> int:
     """Bytes that one entry takes in a pass and after it, counted on a pass of one entry."""
 
-    def work() -> object:
+    def prepare() -> Callable[[], object]:
+        rows = Rows(base, shape, 2)  # of two, one is copied, as one of many
         zeros, ones = np.zeros(1, np.int64), np.ones(1)
         one = zeros + 1
         pack = Pack(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
-        return reduce(rows, pack, *gradients(base, rows, on_device(pack, base.device)))
+        return lambda: reduce(rows, pack, *gradients(base, rows, on_device(pack, base.device)))
 
-    rows = Rows(base, shape, 2)  # of two, one is copied, as one of many
-    return _count(base, shape, work)
+    return _count(base, shape, prepare)
 
 
 def pictures_within(
@@ -95,13 +95,18 @@ def pictures_within(
             x = torch.zeros(1, *latents, dtype=base.precise, device=base.device)
             return denoise(x, torch.zeros(1, dtype=torch.long, device=base.device), x.new_zeros(1, *context))
 
-    together = limit // (_count(base, (latents, context), work) + copies)
-    at_once = workers(base.device)
-    return max(1, min(together // at_once, LARGEST.get(base.device.type, together)))
+    return largest_pass(base.device, limit // (_count(base, (latents, context), lambda: work) + copies))
 
 
-def _count(base: Denoiser, key: object, work: Callable[[], object]) -> int:
+def largest_pass(device: torch.device, together: int) -> int:
+    """Entries of one pass, of so many in all passes that run at once; at least 1."""
+    return max(1, min(together // workers(device), LARGEST.get(device.type, together)))
+
+
+def _count(base: Denoiser, key: object, prepare: Callable[[], Callable[[], object]]) -> int:
+    """Bytes of the work that `prepare` makes ready, counted once for each key."""
     if key not in base.kept:
+        work = prepare()
         with single_threaded_layers():
             base.kept[key] = int(memory.counted(work) * memory.WORKSPACE[base.device.type])
     count: int = base.kept[key]

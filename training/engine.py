@@ -9,6 +9,7 @@ from models.base import Base
 from models.slots import stack_adapters, to_device
 from training.inference import held_out_losses
 from training.jobs import Encode, Examples, Job, Measure, Result, Train
+from training.memory import for_looking, for_training
 from training.trainer import train
 
 
@@ -19,7 +20,7 @@ def perform(
 
     Args:
         memory: bytes of the base's device that jobs may take (`training.memory.budget`). Training takes most of it,
-            and keeps its buffers for the next time.
+            and keeps it for the next time.
         timesteps: fixed timesteps of a held-out loss.
         compiled: as for `training.trainer.train`.
     """
@@ -31,9 +32,9 @@ def perform(
             results[row] = result
 
     place(Encode, encode(base, [job for job in jobs if isinstance(job, Encode)]))
-    place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], memory // 4, timesteps))
+    place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], for_looking(memory), timesteps))
     training = [job for job in jobs if isinstance(job, Train)]
-    place(Train, train(base, training, memory=memory * 3 // 4, timesteps=timesteps, compiled=compiled))
+    place(Train, train(base, training, memory=for_training(memory), timesteps=timesteps, compiled=compiled))
     return results
 
 

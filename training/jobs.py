@@ -114,6 +114,11 @@ class Train:
             raise ValueError(f"client {self.client}: early stopping looks at the pictures, so a private job can't")
 
     @property
+    def clips_per_site(self) -> bool:
+        """Whether it is private, and its gradients are clipped site by site."""
+        return bool(self.privacy and self.privacy.per_site)
+
+    @property
     def pictures(self) -> int:
         """How many pictures the examples show."""
         return len(self.examples) // self.views

@@ -38,6 +38,16 @@ def check_free(wanted: int, device: torch.device) -> None:
         )
 
 
+def for_training(granted: int) -> int:
+    """The part of what was granted that training takes, and keeps as buffers for the next time."""
+    return granted * 3 // 4
+
+
+def for_looking(granted: int) -> int:
+    """The other part: for held-out losses and pictures, which may be asked for while training keeps its own."""
+    return granted // 4
+
+
 def counted(work: Callable[[], object]) -> int:
     """The most bytes that `work` held at once in tensors that it made itself."""
     with _Counter() as counter:

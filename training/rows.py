@@ -38,10 +38,10 @@ class Shape(NamedTuple):
             rank=max(rank(job.start) for job in jobs),
             frozen_rank=max(rank(job.frozen) if job.frozen else 0 for job in jobs),
             common=all(job.frozen is first.frozen for job in jobs),
-            per_site=bool(first.privacy and first.privacy.per_site),
+            per_site=first.clips_per_site,
             latents=first.examples.latents.shape[1:],
             context=first.examples.context.shape[1:],
-            examples=max(len(job.examples) + (len(job.prior.examples) if job.prior else 0) for job in jobs),
+            examples=max(sum(map(len, _pools(job))) for job in jobs),
             stopping=any(job.early_stopping for job in jobs),
         )
 
@@ -98,7 +98,6 @@ class Rows:
             mask = None if self.layout.fits(job.start) else self.layout.mask(job.start)
             self._own[row] = None if mask is None else mask.to(self.adapters.device)
             self._owned[row] = self.layout.size if mask is None else int(mask.sum())
-        for row, job in jobs.items():
             start = self.place(row)
             for pool in _pools(job):
                 self.latents[start : start + len(pool)].copy_(pool.latents, non_blocking=True)
@@ -156,7 +155,7 @@ def clip_bounds(job: Train, sites: Iterable[str]) -> list[float]:
     """What the parts of an example's gradient are clipped to; ∞ without privacy."""
     if job.privacy is None:
         return [math.inf]
-    if job.privacy.per_site:
+    if job.clips_per_site:
         return even_bounds(job.privacy.clip, [name in job.start for name in sites])
     return [job.privacy.clip]
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from conf.errors import AntherError
 from models.denoiser import Denoiser
 from training.batches import Batches
-from training.capacity import LARGEST, TooLittleMemoryError, capacity
+from training.capacity import TooLittleMemoryError, capacity, largest_pass
 from training.captured import CapturedPasses
 from training.gradients import Found, clip_whole, gradients, on_device, reduce
 from training.inference import held_out_losses
 from training.jobs import Cancelled, Train, Trained
+from training.memory import for_looking, for_training
 from training.packing import Pack, Queue
 from training.passes import run_passes, workers
 from training.rows import Rows, Shape, check
@@ -50,9 +51,8 @@ def train(
     """
     groups: dict[object, list[int]] = {}
     for place, job in enumerate(jobs):
-        per_site = bool(job.privacy and job.privacy.per_site)
-        shape = (job.examples.latents.shape[1:], job.examples.context.shape[1:], per_site)
-        groups.setdefault(shape, []).append(place)
+        kind = (job.examples.latents.shape[1:], job.examples.context.shape[1:], job.clips_per_site)
+        groups.setdefault(kind, []).append(place)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
     for places in groups.values():
         try:
@@ -96,10 +96,10 @@ class _Cohort:
     def __post_init__(self) -> None:
         found = capacity(self.base, self.jobs, self.memory)
         self.at_once = min(workers(self.base.device), found.entries)
-        self.size = min(found.entries // self.at_once, LARGEST.get(self.base.device.type, found.entries))
+        self.size = largest_pass(self.base.device, found.entries)
         self.spare = found.room  # bytes for looks, between passes
         if self.base.device.type == "cuda":  # captured passes keep their memory; their size holds a step of everybody
-            most, self.spare = max(1, self.size * 3 // 4), found.room // 4
+            most, self.spare = max(1, for_training(self.size)), for_looking(found.room)
             self.size = -(-found.expected // -(-found.expected // most))
         self.key = (Shape.of(self.jobs), found.jobs, self.size, self.compiled)
         self.rows, self.captured = _buffers(self.base, *self.key)

@@ -12,6 +12,7 @@ from client.data import Pictures
 from client.device import Device
 from client.store import Store
 from models.adapter import Adapter, Factors, Site, initial, shapes, to_tensors
+from privacy.accounting import PoissonGaussian, epsilon
 from privacy.noise import NoiseSource, Secure
 from privacy.policy import Policy
 from privacy.storage import Files, Storage
@@ -64,6 +65,16 @@ def adapter(rank: int, seed: int = 0) -> Adapter:
     return {
         name: Factors(f.a, torch.arange(f.b.numel(), dtype=torch.float32).view_as(f.b)) for name, f in drawn.items()
     }
+
+
+def know_epsilon(most: int) -> None:
+    """Compute what up to so many rounds of `train_request` cost: it is kept, so that child processes need not."""
+    plan = train_request().plan
+    event = PoissonGaussian(
+        noise_multiplier=PRIVACY.noise_multiplier, sampling_rate=PRIVACY.sampling_rate, steps=plan.steps
+    )
+    for rounds in range(1, most + 1):
+        epsilon([event] * rounds, PRIVACY.delta)
 
 
 def to_bytes(sent: Adapter) -> bytes:

@@ -21,11 +21,10 @@ import pytest
 
 from client.drive import drive
 from client.logic import handle
-from privacy.accounting import PoissonGaussian, epsilon
 from privacy.ledger import RESERVED, SEALED, SENT, Ledger
 from privacy.storage import Files
 from protocol.messages import Update
-from tests.client.devices import PRIVACY, Performer, make_device, train_request
+from tests.client.devices import Performer, know_epsilon, make_device, train_request
 
 ROUNDS = 2
 COUNTED = ("write", "fsync", "replace", "unlink")
@@ -114,10 +113,7 @@ def finish(folder: Path) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _epsilon_is_known() -> None:
-    """Computed once here, so that the children need not."""
-    event = PoissonGaussian(noise_multiplier=PRIVACY.noise_multiplier, sampling_rate=PRIVACY.sampling_rate, steps=5)
-    for rounds in range(1, ROUNDS + 1):
-        epsilon([event] * rounds, PRIVACY.delta)
+    know_epsilon(ROUNDS)
 
 
 def test_a_kill_at_every_durable_step(tmp_path: Path) -> None:

@@ -20,13 +20,12 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from privacy.accounting import PoissonGaussian, epsilon
 from privacy.ledger import RESERVED, SEALED, SENT, Entry, Ledger
 from protocol import records
 from protocol.messages import Update
 from simulations.grid import CohortGrid
 from simulations.storage import FILE, Database
-from tests.client.devices import PRIVACY, Performer, make_device, train_request
+from tests.client.devices import Performer, know_epsilon, make_device, train_request
 from tests.client.test_crash import append, in_child
 from training import jobs
 
@@ -119,10 +118,7 @@ def finish(folder: Path) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _epsilon_is_known() -> None:
-    """Computed once here, so that the children need not."""
-    event = PoissonGaussian(noise_multiplier=PRIVACY.noise_multiplier, sampling_rate=PRIVACY.sampling_rate, steps=5)
-    for rounds in range(1, ROUNDS + 1):
-        epsilon([event] * rounds, PRIVACY.delta)
+    know_epsilon(ROUNDS)
 
 
 def test_a_kill_at_every_statement(tmp_path: Path) -> None:
