@@ -108,6 +108,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         quality="estimate",
         loss=None if plan.privacy else trained.loss,  # it was not noised
         epsilon=ledger.spent(plan.privacy.delta).value if plan.privacy else None,
+        events=0,
     )
     if plan.privacy is None:
         return reply  # nothing is spent by making it again, so it needn't be kept

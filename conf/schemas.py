@@ -127,21 +127,71 @@ class Strategy:
 
 
 @dataclass
-class Privacy:
-    """What is promised about one person's pictures."""
+class Measuring:
+    """What the operator of a private run sees of its progress: a noised gain, paid from the same ε."""
 
-    level: str = MISSING  # none, or example: DP-SGD on the device, the unit is one picture
-    epsilon: float = 8.0  # for all rounds together; σ is solved for it
+    every: int = 0  # rounds between two; 0: none
+    noise_multiplier: float = 10.0  # σ of each
+    clip: float = 0.1  # bound on what the loss of one unit may fall or rise by
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"privacy.measuring.every={self.every}: must be 0 or more")
+        sigma = self.noise_multiplier
+        require(sigma > 0, f"privacy.measuring.noise_multiplier={sigma}: must be over 0")
+        require(self.clip > 0, f"privacy.measuring.clip={self.clip}: must be over 0")
+
+
+@dataclass
+class DevicePrivacy:
+    """The server's clip and noise, once a round: the unit is all of one device."""
+
+    clip: float = 1.0  # bound on the norm of one device's update; where it starts, if it is adaptive
+    quantile: float | None = None  # adaptive clipping (arXiv:1905.03871): share of updates below the clip; null: fixed
+    clip_rate: float = 0.2  # by how much an adaptive clip may move in one round, as a power of e
+    participations: int | None = None  # rounds that one device may take part in; null: all, which ε is solved for
+    epsilon: float | None = None  # null: privacy.epsilon
+    delta: float | None = None  # null: privacy.delta
+
+    def __post_init__(self) -> None:
+        require(self.clip > 0, f"privacy.device.clip={self.clip}: must be over 0")
+        share = self.quantile
+        require(share is None or 0 < share < 1, f"privacy.device.quantile={share}: must lie between 0 and 1, or null")
+        require(self.clip_rate > 0, f"privacy.device.clip_rate={self.clip_rate}: must be over 0")
+        most = self.participations
+        require(_none_or_positive(most), f"privacy.device.participations={most}: must be 1 or more, or null")
+        require(_none_or_positive(self.epsilon), f"privacy.device.epsilon={self.epsilon}: must be over 0, or null")
+        given = self.delta
+        require(given is None or 0 < given < 1, f"privacy.device.delta={given}: must lie between 0 and 1, or null")
+
+
+@dataclass
+class Privacy:
+    """What is promised, about one picture, about all of one device, or both."""
+
+    level: str = MISSING  # none; example: DP-SGD on the device; device: clip and noise on the server; both
+    epsilon: float = 8.0  # for all rounds together, with what is measured; σ is solved for it
     delta: float = 1e-3
     clip: float = 0.01  # C: bound on one picture's gradient norm
     draws: int = 1  # noise multiplicity
+    device: DevicePrivacy = field(default_factory=DevicePrivacy)
+    measuring: Measuring = field(default_factory=Measuring)
 
     def __post_init__(self) -> None:
-        choose("privacy.level", self.level, ("none", "example"))
+        choose("privacy.level", self.level, ("none", "example", "device", "both"))
         require(self.epsilon > 0, f"privacy.epsilon={self.epsilon}: must be over 0")
         require(0 < self.delta < 1, f"privacy.delta={self.delta}: must lie between 0 and 1")
         require(self.clip > 0, f"privacy.clip={self.clip}: must be over 0")
         require(self.draws >= 1, f"privacy.draws={self.draws}: must be 1 or more")
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether devices train by DP-SGD."""
+        return self.level in ("example", "both")
+
+    @property
+    def of_devices(self) -> bool:
+        """Whether the server clips and noises what devices send."""
+        return self.level in ("device", "both")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from conf.errors import AntherError
 
-IMAGE = "image"
+IMAGE, DEVICE = "image", "device"
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 
 # Every grid gives an upper bound. Its excess falls with the square of the interval, so that when a grid ten
@@ -27,7 +27,9 @@ LARGEST = 1000.0  # an ε above it promises nothing: not solved for, and not wor
 
 @dataclass(frozen=True, kw_only=True)
 class PoissonGaussian:
-    """Steps of DP-SGD: each adds N(0, (σC)² I) to the sum, of sensitivity C, of a Poisson batch.
+    """Steps that each add N(0, (σC)² I) to the sum, of sensitivity C, over a Poisson batch.
+
+    With a sampling rate of 1 it is the Gaussian mechanism, without amplification.
 
     Raises:
         ValueError: a value outside its range.
@@ -36,7 +38,7 @@ class PoissonGaussian:
     noise_multiplier: float
     """σ > 0."""
     sampling_rate: float
-    """q in [0, 1]: the probability with which each picture joins a step."""
+    """q in [0, 1]: the probability with which each unit joins a step."""
     steps: int
 
     def __post_init__(self) -> None:
@@ -70,8 +72,8 @@ class Guarantee:
         return f"ε={self.value:.3g} per {self.unit} (δ={self.delta:g}, {self.relation.replace('_', ' ')})"
 
 
-def epsilon(events: Iterable[Mechanism], delta: float) -> Guarantee:
-    """ε of all events together, per image under add/remove-one: an upper bound, tight to about 0.1 %.
+def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Guarantee:
+    """ε of all events together, per `unit` under add/remove-one: an upper bound, tight to about 0.1 %.
 
     Raises:
         ValueError: `delta` is not between 0 and 1.
@@ -82,18 +84,24 @@ def epsilon(events: Iterable[Mechanism], delta: float) -> Guarantee:
     for event in events:
         match event:
             case NonPrivate():
-                return Guarantee(math.inf, delta)
+                return Guarantee(math.inf, delta, unit)
             case PoissonGaussian():
                 steps[event.noise_multiplier, event.sampling_rate] += event.steps
-    return Guarantee(_composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta), delta)
+    return Guarantee(_composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta), delta, unit)
 
 
 @lru_cache(maxsize=4096)
-def noise_multiplier_for(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def noise_multiplier_for(
+    *, epsilon: float, delta: float, sampling_rate: float, steps: int, beside: tuple[PoissonGaussian, ...] = ()
+) -> float:
     """The smallest σ, by bisection on the PLD, whose ε is at most `epsilon` and at least 99.5 % of it.
 
+    Args:
+        beside: what else is released, and paid from the same ε.
+
     Raises:
-        AntherError: no σ is meant by these numbers: `epsilon` is too large, or sampling alone satisfies it.
+        AntherError: no σ is meant by these numbers: `epsilon` is too large, sampling alone satisfies it, or what is
+            released beside it leaves nothing.
         ValueError: a value outside its range.
     """
     if not epsilon > 0 or sampling_rate == 0:
@@ -103,8 +111,10 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sampling_rate: float, 
 
     def cost(sigma: float) -> float:
         event = PoissonGaussian(noise_multiplier=sigma, sampling_rate=sampling_rate, steps=steps)
-        return _composed(((event.noise_multiplier, event.sampling_rate, event.steps),), delta)
+        return _epsilon([event, *beside], delta).value
 
+    if beside and (spent := _epsilon(beside, delta)).value > (1 - 2 * TOLERANCE) * epsilon:
+        raise AntherError(f"what is measured costs {spent} alone, of epsilon={epsilon:g}: measure less often")
     enough = 1.0
     while cost(enough) > epsilon:
         enough *= 2
@@ -120,6 +130,9 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sampling_rate: float, 
         else:
             little = middle
     return enough
+
+
+_epsilon = epsilon  # under a name that no argument takes
 
 
 @lru_cache(maxsize=4096)

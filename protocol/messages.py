@@ -77,6 +77,9 @@ class Train:
 
     plan: TrainingPlan
     adapter: bytes
+    echo: int = 0
+    """Events in the device's ledger when the server last heard of it. A ledger with fewer was rolled back, and its
+    device refuses; more of them permit nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,21 @@ class Update:
     """Mean training loss; None under DP: it was not noised."""
     epsilon: float | None
     """What the ledger has composed to so far, per picture at the plan's δ; None without DP."""
+    events: int
+    """In the device's ledger now: the server echoes it (`Train.echo`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringPrivacy:
+    """The Gaussian mechanism on a sum of gains, each clipped to [−clip, clip]; the unit is one picture."""
+
+    noise_multiplier: float
+    """σ: the sum gets N(0, (σ·clip)²)."""
+    clip: float
+    """Bound on what one picture's loss can fall or rise by."""
+    pictures: int
+    """The public constant that the noised sum is divided by."""
+    delta: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +125,21 @@ class Evaluate:
     run: str
     round: int
     adapter: bytes
+    privacy: MeasuringPrivacy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean validation loss of the base and of the adapter sent."""
+    """Mean validation loss of the base and of the adapter sent; or, if it was asked for with privacy, a noised gain."""
 
     device: str
     round: int
-    base: float
-    shared: float
+    base: float | None
+    shared: float | None
+    gain: float | None = None
+    """Mean over pictures of what the adapter takes off the base's loss, clipped and noised on the device."""
+    release: bool = True
+    """As of an Update; only meant for a noised gain."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
     that were counted.
     """
     shared, privacy = config.adapter.shared, None
-    if config.privacy.level == "example":
+    if config.privacy.of_examples:
         rate = min(1.0, shared.batch_size / config.data.train)
         sigma = noise_multiplier_for(
             epsilon=config.privacy.epsilon,

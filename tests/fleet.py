@@ -67,7 +67,7 @@ def _reply(request: Any, device: FakeDevice) -> Any:
             return messages.Update(
                 device=device.name, run=plan.run, round=plan.round, rank=plan.rank, adapter=encode(to_tensors(moved)),
                 release=False, seconds=float(len(device.name)), joules=2.0, quality="estimate",
-                loss=None if plan.privacy else 0.5, epsilon=1.5 if plan.privacy else None,
+                loss=None if plan.privacy else 0.5, epsilon=1.5 if plan.privacy else None, events=3,
             )  # fmt: skip
         case messages.Evaluate():
             return messages.Evaluation(

@@ -32,7 +32,7 @@ REPORT = DeviceReport(
 )  # fmt: skip
 UPDATE = Update(
     device="wr-1", run="r", round=1, rank=8, adapter=b"\x00\xff", release=False, seconds=1.5, joules=3.0,
-    quality="estimate", loss=None, epsilon=2.0,
+    quality="estimate", loss=None, epsilon=2.0, events=6,
 )  # fmt: skip
 REQUESTS = [
     Query(),
