@@ -17,6 +17,7 @@ from client.data import fingerprint
 from client.device import Device
 from client.drive import Conversation
 from client.store import Personal
+from models import cores
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import SEALED, Reservation
@@ -61,7 +62,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     if plan.base != device.report.base:
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_plan(plan)
-    sent = _received(request.adapter, device)
+    sent = _received(request.adapter, device, framed=plan.cores)
     if rank(sent.adapter) < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {rank(sent.adapter)}")
     noise = device.noise(plan.round, SHARED)
@@ -73,7 +74,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     examples = yield from _examples(device, "train", pictures)
     _settle(plan, device)
     ledger.reserve(reservation, device.policy.check_spending)
-    start, frozen = sent.parts(plan.rank)
+    start, frozen, frame = sent.parts(plan.rank)
     trained = _expect(
         Trained,
         (
@@ -85,6 +86,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 examples=examples,
                 start=start,
                 frozen=frozen if rank(frozen) else None,
+                frame=frame,
                 steps=plan.steps,
                 batch_size=plan.batch_size,
                 learning_rate=plan.learning_rate,
@@ -101,7 +103,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         run=plan.run,
         round=plan.round,
         rank=plan.rank,
-        adapter=codec.encode(to_tensors(trained.adapter)),
+        adapter=codec.encode(cores.cores(trained.adapter, frame) if frame else to_tensors(trained.adapter)),
         release=noise.release,
         seconds=seconds,
         joules=joules,
@@ -177,9 +179,9 @@ def _personalise(request: messages.Personalise, device: Device) -> Generator[Job
     return reply
 
 
-def _received(data: bytes, device: Device) -> _Sent:
+def _received(data: bytes, device: Device, *, framed: bool = False) -> _Sent:
     """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows."""
-    sent = _decoded(data, tuple(device.sites.items()))
+    sent = _decoded(data, tuple(device.sites.items()), framed)
     if rank(sent.adapter) > device.policy.max_rank:
         raise Refusal(f"the adapter sent has rank {rank(sent.adapter)}, this device allows {device.policy.max_rank}")
     return sent
@@ -192,20 +194,22 @@ class _Sent:
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self._parts: dict[int, tuple[Adapter, Adapter]] = {}
+    def __init__(self, adapter: Adapter, frame: Adapter | None) -> None:
+        self.adapter, self._frame = adapter, frame
+        self._parts: dict[int, tuple[Adapter, Adapter, Adapter | None]] = {}
 
-    def parts(self, rank: int) -> tuple[Adapter, Adapter]:
-        """What a plan of this rank trains, and what stays frozen beside it."""
+    def parts(self, rank: int) -> tuple[Adapter, Adapter, Adapter | None]:
+        """What a plan of this rank trains, what stays frozen beside it, and the frame of the cores, if it is those."""
         if rank not in self._parts:
-            self._parts[rank] = head_and_tail(self.adapter, rank)
+            frame = head_and_tail(self._frame, rank)[0] if self._frame else None
+            self._parts[rank] = (*head_and_tail(self.adapter, rank), frame)
         return self._parts[rank]
 
 
 @lru_cache(maxsize=1)
-def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...]) -> _Sent:
-    return _Sent(from_tensors(codec.decode(data, shapes(dict(sites), -1))))
+def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], framed: bool) -> _Sent:
+    tensors = codec.decode(data, shapes(dict(sites), -1, frame=framed))
+    return _Sent(from_tensors(tensors), cores.frame_from_tensors(tensors) if framed else None)
 
 
 def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:

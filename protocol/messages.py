@@ -64,6 +64,8 @@ class TrainingPlan:
     base: str
     rank: int
     """Rank that the device trains; directions of the sent adapter beyond it stay frozen beside it."""
+    cores: bool = False
+    """Train only a core C [rank, rank] of each site, B = L C: A stays, and L travels beside the adapter."""
     steps: int
     batch_size: int
     """Examples a step; under DP the public constant that the noised sum is divided by."""
@@ -84,7 +86,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The trained factors of the plan's rank, and what they cost."""
+    """The trained factors of the plan's rank, or cores alone if it asks for those, and what they cost."""
 
     device: str
     run: str

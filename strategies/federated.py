@@ -17,7 +17,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
+from models.adapter import Adapter, Sites, from_tensors, head_and_tail, rank, shapes, to_tensors
+from models.cores import between, core_shapes, to_framed_tensors
 from protocol import records
 from protocol.codec import CodecError, decode, encode
 from protocol.messages import (
@@ -81,6 +82,7 @@ class Federated(Strategy):
         sites: where adapters sit in the base that `plan` names.
         selection: who is asked to train in a round.
         evaluation: who is asked to measure the adapter after it (default: every device).
+        frame: the factors that stay, of a plan that trains cores between them.
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
 
@@ -96,11 +98,14 @@ class Federated(Strategy):
         selection: Selection,
         limits: Limits,
         evaluation: Selection | None = None,
+        frame: Adapter | None = None,
         accept_simulated: bool = False,
     ) -> None:
+        if plan.cores != (frame is not None):
+            raise ValueError("a plan that trains cores needs their frame, and no other does")
         if limits.metered_rank is not None and not aggregation.mixed_ranks:
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
-        self.sites = sites
+        self.sites, self.frame = sites, frame
         self._plan, self._limits = plan, limits
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
@@ -156,8 +161,12 @@ class Federated(Strategy):
         reports = self.query(grid)
         data = records.adapter_from_record(arrays)
         adapter = from_tensors(decode(data, shapes(self.sites, -1)))
+        if self.frame:
+            data = encode(to_framed_tensors(adapter, self.frame))
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
         upload = 4 * sum(site.inputs + site.outputs for site in self.sites.values())
+        if self.frame:
+            upload = 4 * len(self.sites) * full.rank
         plans = {
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
             for node, report in _selected(self._selection, reports, server_round).items()
@@ -307,7 +316,11 @@ class Federated(Strategy):
         _check_cost(reply)
         if reply.loss is not None and not 0 <= reply.loss < _MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
-        adapter = from_tensors(decode(reply.adapter, shapes(self.sites, plan.rank)))
+        if self.frame:
+            head, _ = head_and_tail(self.frame, plan.rank)
+            adapter = between(decode(reply.adapter, core_shapes(self.sites, plan.rank)), head)
+        else:
+            adapter = from_tensors(decode(reply.adapter, shapes(self.sites, plan.rank)))
         for site, factors in adapter.items():
             a, b = factors.a.double(), factors.b.double()
             norm = max(float(a.norm()), float(b.norm()), float(squared_norm(a, b).sqrt()))

@@ -90,6 +90,7 @@ class Train:
     examples: Examples
     start: Adapter  # where the trained adapter starts
     frozen: Adapter | None = None  # adapter underneath it, not trained
+    frame: Adapter | None = None  # A and orthonormal L that stay: of each B = L C only the core C is trained
     steps: int
     batch_size: int  # under DP the public constant that the noised sum is divided by
     learning_rate: float

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.adapter import Adapter, Sites, rank
 from models.denoiser import Denoiser
-from models.slots import Layout, Stacks
+from models.slots import CoreLayout, Layout, Stacks
 from privacy.clipping import BoundedSums, deviation, even_bounds
 from training.jobs import Examples, Train
 from training.optimiser import AdamW
@@ -25,6 +25,7 @@ class Shape(NamedTuple):
     frozen_rank: int  # largest underneath
     common: bool  # whether one frozen adapter lies underneath all
     per_site: bool  # how private jobs clip
+    cores: bool  # whether only cores between fixed factors are trained
     latents: torch.Size  # of one example
     context: torch.Size
     examples: int  # of the job that has most, with those of its prior
@@ -32,13 +33,14 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(jobs: Sequence[Train]) -> Shape:
-        """What holds any of these jobs, which agree in their examples' shape and in how they clip."""
+        """What holds any of these jobs, which agree in their examples' shape, in how they clip and in their frame."""
         first = jobs[0]
         return Shape(
             rank=max(rank(job.start) for job in jobs),
             frozen_rank=max(rank(job.frozen) if job.frozen else 0 for job in jobs),
             common=all(job.frozen is first.frozen for job in jobs),
             per_site=first.clips_per_site,
+            cores=first.frame is not None,
             latents=first.examples.latents.shape[1:],
             context=first.examples.context.shape[1:],
             examples=max(sum(map(len, _pools(job))) for job in jobs),
@@ -60,13 +62,10 @@ class Rows:
 
     def __init__(self, base: Denoiser, shape: Shape, capacity: int) -> None:
         like = torch.empty(0, dtype=base.precise, device=base.device)
-        self.layout = Layout(base.sites, shape.rank)
+        self.layout = trained_layout(base, shape)
         self.adapters = like.new_zeros(capacity, self.layout.size)
         self.optimiser = AdamW(self.adapters)
-        self.segments = [self.layout.size]
-        if shape.per_site:
-            widths = self.layout.widths
-            self.segments = [a + b for a, b in zip(widths[::2], widths[1::2], strict=True)]
+        self.segments = self.layout.site_widths if shape.per_site else [self.layout.size]
         self.sums = BoundedSums(capacity, self.segments, like=self.adapters)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
         self.divisors = like.new_ones(capacity, 1)
@@ -84,6 +83,8 @@ class Rows:
         bounds = [clip_bounds(job, self.layout.sites) for job in entering]
         self.sums.open(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in entering])
         self.optimiser.open(rows, [job.learning_rate for job in entering])
+        if isinstance(self.layout, CoreLayout) and entering[0].frame is not None:
+            self.layout.enter(entering[0].frame)
         index = torch.tensor(rows, device=self.adapters.device)
         self.adapters[index] = self._packed(self.layout, [job.start for job in entering])
         self.losses[index] = 0.0
@@ -147,6 +148,10 @@ def check(job: Train, sites: Sites) -> None:
         site = sites.get(name)
         if site is None or (a.shape[1:], b.shape) != ((site.inputs,), (site.outputs, len(a))):
             raise ValueError(f"client {job.client}: an adapter at {name} that doesn't fit the base")
+    for name, (a, left) in (job.frame or {}).items():
+        factors = job.start.get(name)
+        if factors is None or (a.shape, left.shape) != (factors.a.shape, factors.b.shape):
+            raise ValueError(f"client {job.client}: a frame at {name} that doesn't fit the adapter")
     if job.privacy:
         deviation(clip_bounds(job, job.start), job.privacy.noise_multiplier)
 
@@ -164,9 +169,18 @@ def _pools(job: Train) -> list[Examples]:
     return [job.examples, *([job.prior.examples] if job.prior else [])]
 
 
+def trained_layout(base: Denoiser, shape: Shape) -> Layout:
+    """How what is trained lies in a row."""
+    if shape.cores:
+        return CoreLayout(base.sites, shape.rank, like=torch.empty(0, dtype=base.precise, device=base.device))
+    return Layout(base.sites, shape.rank)
+
+
 def common_bytes(base: Denoiser, shape: Shape) -> int:
-    """Bytes for a frozen adapter that serves everyone, and twice as many while it is laid out."""
-    return 3 * Layout(base.sites, shape.frozen_rank).size * base.precise.itemsize if shape.common else 0
+    """Bytes for a frozen adapter that serves everyone, and twice as many while it is laid out; and for a frame."""
+    frozen = 3 * Layout(base.sites, shape.frozen_rank).size if shape.common else 0
+    frame = Layout(base.sites, shape.rank).size if shape.cores else 0
+    return (frozen + frame) * base.precise.itemsize
 
 
 def row_bytes(base: Denoiser, shape: Shape) -> int:
@@ -176,4 +190,4 @@ def row_bytes(base: Denoiser, shape: Shape) -> int:
     buffers = 8 + shape.stopping
     frozen = 0 if shape.common else 3 * Layout(base.sites, shape.frozen_rank).size * compute
     example = shape.latents.numel() * precise + shape.context.numel() * compute
-    return buffers * Layout(base.sites, shape.rank).size * precise + frozen + shape.examples * example
+    return buffers * trained_layout(base, shape).size * precise + frozen + shape.examples * example

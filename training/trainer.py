@@ -39,7 +39,8 @@ def train(
 ) -> list[Outcome]:
     """Train every job; results in the jobs' order. A job that fails does so alone.
 
-    Jobs that differ in the shape of their examples, or in how they clip, don't share passes; all others do.
+    Jobs that differ in the shape of their examples, in how they clip or in their frame don't share passes; all others
+    do.
 
     Args:
         memory: bytes of the device's memory for rows and passes.
@@ -51,7 +52,8 @@ def train(
     """
     groups: dict[object, list[int]] = {}
     for place, job in enumerate(jobs):
-        kind = (job.examples.latents.shape[1:], job.examples.context.shape[1:], job.clips_per_site)
+        latents, context = job.examples
+        kind = (latents.shape[1:], context.shape[1:], job.clips_per_site, id(job.frame))
         groups.setdefault(kind, []).append(place)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
     for places in groups.values():
