@@ -40,6 +40,16 @@ def live(base: Base, rank: int, seed: int) -> Adapter:
     }
 
 
+def frame(base: Base, rank: int, seed: int) -> Adapter:
+    """Orthonormal factors A and L for every site."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def columns(size: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(size, rank, generator=generator).to(base.precise)).Q
+
+    return {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in base.sites.items()}
+
+
 def some(adapter: Adapter, every: int = 2) -> Adapter:
     """The same at some of the sites only."""
     return {name: adapter[name] for name in list(adapter)[::every]}
@@ -103,12 +113,24 @@ class Reference:
         names = [name for name in base.sites if name in job.start]
         self.factors = {name: [f.detach().clone().requires_grad_() for f in job.start[name]] for name in names}
         self.parameters = [factor for pair in self.factors.values() for factor in pair]
+        if job.frame:
+            self.parameters = [(job.frame[name].b.T @ job.start[name].b).clone().requires_grad_() for name in names]
         self.told: list[Tensor] = []  # losses of all entries
         self.scales: list[float] = []  # of everything that was clipped
 
+    def now(self) -> Adapter:
+        """The factors that the parameters stand for."""
+        if self.job.frame is None:
+            return {name: Factors(a, b) for name, (a, b) in self.factors.items()}
+        between = {name: self.job.frame[name] for name in self.factors}
+        return {
+            name: Factors(a, left @ core)
+            for (name, (a, left)), core in zip(between.items(), self.parameters, strict=True)
+        }
+
     def losses(self, batch: Batch) -> Tensor:
         """Of every entry [n]."""
-        merged = {name: b @ a for name, (a, b) in self.factors.items()}
+        merged = {name: b @ a for name, (a, b) in self.now().items()}
         for name, factors in (self.job.frozen or {}).items():
             merged[name] = merged.get(name, 0.0) + factors.b @ factors.a
         weights = {f"{name}.weight": self.unet.get_parameter(f"{name}.weight") for name in merged}
@@ -148,7 +170,8 @@ class Reference:
         assert privacy
         if not all(gradient.isfinite().all() for gradient in gradients):
             return [torch.zeros_like(gradient) for gradient in gradients]
-        pairs = [gradients[place : place + 2] for place in range(0, len(gradients), 2)]
+        each = 1 if self.job.frame else 2
+        pairs = [gradients[place : place + each] for place in range(0, len(gradients), each)]
         parts = pairs if privacy.per_site else [gradients]
         bound = privacy.clip / len(pairs) ** 0.5 if privacy.per_site else privacy.clip
         norms = [float(torch.cat([gradient.flatten() for gradient in part]).norm()) for part in parts]
@@ -180,7 +203,7 @@ class Reference:
             for parameter, gradient in zip(self.parameters, found, strict=True):
                 parameter.grad = gradient
             optimiser.step()
-        return {name: Factors(a.detach(), b.detach()) for name, (a, b) in self.factors.items()}
+        return {name: Factors(a.detach(), b.detach()) for name, (a, b) in self.now().items()}
 
 
 def off(found: Trained | Exception, wanted: Adapter, start: Adapter) -> float:
