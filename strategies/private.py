@@ -7,6 +7,7 @@ the noised mean of what it would make of them, and whatever it makes of it is ma
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,11 +17,13 @@ from torch import Tensor
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, head_and_tail, rank
 from models.slots import Layout
-from privacy.accounting import DEVICE, Guarantee, PoissonGaussian
+from privacy.accounting import ADD_OR_REMOVE_ONE, DEVICE, Guarantee, PoissonGaussian
 from privacy.central import Gaussian, clip_and_sum
 from privacy.noise import NoiseSource
 from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts
+
+log = logging.getLogger(__name__)
 
 TRAIN, MEASURE = "train", "measure"
 
@@ -49,7 +52,7 @@ class Charge:
     """False for simulated noise, which is charged all the same."""
     purpose: str = TRAIN
     unit: str = DEVICE
-    relation: str = "add_or_remove_one"
+    relation: str = ADD_OR_REMOVE_ONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class DeviceLevel:
 
     Args:
         run: the name that charges are made under.
-        mechanism: clip's noise and divisor.
+        mechanism: the noise and the divisor of a round.
         sampling_rate: q of a selection that amplifies; 1 for every other.
         clip: C of the first round.
         noise: the source for a round; `Secure` unless the server's own configuration declares a test.
@@ -178,6 +181,34 @@ class DeviceLevel:
             release=noise.release,
         )
         self._open = _Open(guarantee=self.ledger.reserve(charge, self.budget), clip=self.clip, noise=noise)
+
+    def pays_for(self, round: int, adapter: bytes, mechanism: PoissonGaussian, *, clip: float, expected: float) -> bool:
+        """Charge everybody for measuring a round's adapter, before anybody is asked to; False if that is too much.
+
+        Then the round is not measured, and stays what it is.
+
+        Args:
+            mechanism: one step of it, on the sum of the devices' gains.
+            clip: bound on one device's gain.
+            expected: what the noised sum is divided by.
+        """
+        charge = Charge(
+            run=self._run,
+            round=round,
+            mechanism=mechanism,
+            clip=clip,
+            expected=expected,
+            adapter=hashlib.sha256(adapter).hexdigest(),
+            asked=None,
+            release=self._noise(round).release,
+            purpose=MEASURE,
+        )
+        try:
+            self.ledger.reserve(charge, self.budget)
+        except Exhausted as over:
+            log.warning("round %d is not measured: %s", round, over)
+            return False
+        return True
 
     def close(
         self, rule: Aggregation, current: Adapter, trained: Sequence[Adapter], *, round: int

@@ -41,9 +41,9 @@ off stays charged and is run again as another, so that a run which was interrupt
 """
 
 TAIL = """
-- The noised sum is divided by the number of devices *expected* (`fleet.rate` × devices, `fleet.sample`, or all): a
-  constant of the configuration. A device that drops out, refuses, is at its cap or sends what isn't finite contributes
-  zero; the noise stays, also in a round that nobody answers.
+- The noised sum is divided by the number of devices *expected* (`fleet.rate` × the devices of `data`, `fleet.sample`,
+  or all of them): a constant of the configuration. A device that drops out, refuses, is at its cap or sends what isn't
+  finite contributes zero; the noise stays, also in a round that nobody answers.
 - Every device has the weight 1. One that trains a lower rank contributes zeros beyond it: a rank follows from the kind
   of device, never from its pictures.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by

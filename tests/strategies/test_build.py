@@ -97,18 +97,22 @@ def test_without_a_secret_sample_every_participation_is_paid_for_in_full(tmp_pat
     assert (level.mechanism.expected, level.sampling_rate, level.budget.participations) == (expected, 1.0, steps)
 
 
-def test_what_is_measured_is_paid_for_beside(tmp_path):
-    """For devices and, by their own plan, for pictures."""
-    measured = "rounds=4 privacy.measuring.every=2 privacy.measuring.noise_multiplier=2"
-    events = (PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2),)
-    federated = private(f"strategy=fedit privacy=both {measured}", tmp_path)
-    level, plan = federated.device_level, federated._plan.privacy
-    assert level.budget.beside == events
+MEASURED = "rounds=4 privacy.measuring.every=2 privacy.measuring.noise_multiplier=2"
+MEASUREMENTS = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2)
+
+
+def test_what_is_measured_among_devices_is_paid_for_beside(tmp_path):
+    level = private(f"strategy=fedit privacy=device {MEASURED}", tmp_path).device_level
+    assert level.budget.beside == (MEASUREMENTS,)
     training = PoissonGaussian(noise_multiplier=level.mechanism.noise_multiplier, sampling_rate=1.0, steps=4)
-    assert 0.99 * 8 <= epsilon([training, *events], 1e-3, DEVICE).value <= 8
-    steps = 4 * compose("").adapter.shared.steps
+    assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3, DEVICE).value <= 8
+
+
+def test_what_is_measured_among_pictures_is_paid_for_beside():
+    config = compose(f"privacy=example {MEASURED}")
+    plan, steps = training_plan(config, run="r", base="b").privacy, 4 * config.adapter.shared.steps
     training = PoissonGaussian(noise_multiplier=plan.noise_multiplier, sampling_rate=plan.sampling_rate, steps=steps)
-    assert 0.99 * 8 <= epsilon([training, *events], 1e-3).value <= 8
+    assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3).value <= 8
 
 
 def test_each_level_has_its_own_epsilon_and_delta(tmp_path):

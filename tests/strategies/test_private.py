@@ -8,6 +8,8 @@ import torch
 from flwr.app import ConfigRecord
 
 from models.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
+from models.slots import Layout
+from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.central import Adaptive, Gaussian
 from privacy.noise import Secure
 from protocol import records
@@ -15,7 +17,7 @@ from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy
 from simulations.grid import CohortGrid
 from strategies.aggregation.exact import Exact
-from strategies.private import Exhausted
+from strategies.private import Exhausted, changes
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
 from tests.strategies.central import BUDGET, CLIP, EXPECTED, Z, device_level, poisson, private, simulated
@@ -131,12 +133,8 @@ def test_steps_and_speed_give_no_weight(tmp_path):
 
 
 def test_a_lower_rank_contributes_zeros_beyond_it():
-    level_current = START
     lower = {site: Factors(f.a[:2] + 1.0, f.b[:, :2]) for site, f in START.items()}
-    from models.slots import Layout
-    from strategies.private import changes
-
-    (change,) = changes(Layout(SITES, 3), level_current, [lower])
+    (change,) = changes(Layout(SITES, 3), START, [lower])
     stacks = Layout(SITES, 3).stacks(change[None])
     for stack in stacks.values():
         assert torch.allclose(stack.a[0, :2], torch.ones(1, dtype=torch.float64))
@@ -227,6 +225,22 @@ def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noise
     assert facts.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
     assert federated.private
     assert not private(tmp_path, accept_simulated=False).may_measure
+
+
+def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
+    once = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
+    training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
+    enough = epsilon([training, once], BUDGET.delta, DEVICE).value
+    budget = replace(BUDGET, epsilon=enough, beside=(once,))
+    level = device_level(tmp_path, budget=budget)
+    level.open(1, ["a"], b"adapter")  # what is planned to be measured is paid already
+    assert level.pays_for(1, b"adapter", once, clip=0.1, expected=8.0)
+    charge = level.ledger.charges()[-1]
+    assert (charge.purpose, charge.asked, charge.clip, charge.expected) == ("measure", None, 0.1, 8.0)
+    assert not level.pays_for(1, b"adapter", once, clip=0.1, expected=8.0)  # again, after a restart
+    assert "round 1 is not measured: round 1 would bring a device to ε=" in caplog.text
+    assert len(level.ledger.charges()) == 2
+    assert level.ledger.participations() == {"a": 1}
 
 
 def test_both_levels_promise_two_things(tmp_path):
