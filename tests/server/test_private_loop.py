@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import to_tensors
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.central import Adaptive, Gaussian
 from protocol.codec import encode
 from server import checkpoint
+from server.federation import federate
 from server.ledger import JOURNAL
 from server.loop import run_rounds
 from simulations.grid import CohortGrid
-from tests.fleet import SITES, FakeDevice, fresh_state, handle, perform
+from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform
 from tests.strategies.central import BUDGET, EXPECTED, Z, poisson, private
 
 SECRET = {"budget": replace(BUDGET, participations=None), "sampling_rate": 0.5}
@@ -118,6 +120,9 @@ def test_killed_between_rounds_it_is_the_same_run(tmp_path, dies_after):
     assert encode(to_tensors(resumed.adapter)) == encode(to_tensors(whole.adapter))
     assert [d.train.central for d in resumed.history[1:]] == [d.train.central for d in whole.history[1:]]
     assert states(tmp_path / "parts") == states(tmp_path / "whole")
+    central = [done.train.central for done in resumed.history[1:]]
+    assert [facts.clip for facts in central[1:]] == [facts.next_clip for facts in central[:-1]]
+    assert len({facts.clip for facts in central}) == 3
 
 
 @pytest.mark.parametrize("how", ["missing", "shortened"])
@@ -128,6 +133,16 @@ def test_a_run_whose_ledger_is_gone_is_not_resumed(tmp_path, how):
     journal.write_bytes(b"".join(lines[:1] if how == "shortened" else []))
     with pytest.raises(AntherError, match=r"ledger\.jsonl: holds \d of the 3 events that the checkpoint names"):
         run(tmp_path, rounds=3, resume=True)
+
+
+def test_a_run_that_only_its_server_makes_private_does_not_choose_by_what_it_measured(tmp_path):
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
+    state = federate(
+        compose("rounds=1 adapter.shared.rank=3"), grid=grid, strategy=private(tmp_path), plan=PLAN, saved=None,
+        checkpoints=tmp_path / "checkpoints", on_round=lambda _: None, quorum=1,
+    )  # fmt: skip
+    assert PLAN.privacy is None
+    assert state.private
 
 
 def test_a_budget_that_pays_for_no_round_leaves_the_start(tmp_path, caplog):
