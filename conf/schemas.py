@@ -98,16 +98,21 @@ class Profile:
 
 @dataclass
 class Fleet:
-    """Which devices the writers hold, and how many of them are asked in a round, drawn anew each time."""
+    """Which devices the writers hold, and which of them are asked in a round, drawn anew each time."""
 
     profiles: list[Profile] = MISSING  # dealt to the writers in turn
     sample: int | None = None  # devices asked to train each round; null: all of them
+    rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
         require(_none_or_positive(self.sample), f"fleet.sample={self.sample}: must be 1 or more, or null for all")
         require(_none_or_positive(self.evaluate), f"fleet.evaluate={self.evaluate}: must be 1 or more, or null")
+        rate = self.rate
+        require(rate is None or 0 < rate <= 1, f"fleet.rate={rate}: must be over 0 and at most 1, or null")
+        both = f"fleet.rate={rate} fleet.sample={self.sample}: choose one of them"
+        require(rate is None or self.sample is None, both)
 
 
 @dataclass

@@ -22,9 +22,11 @@ from conf.schemas import Simulation
 from models import assets
 from models.base import load
 from privacy.durable import write
+from privacy.storage import Files
 from protocol import plain
 from server import checkpoint
 from server.federation import federate
+from server.ledger import Ledger
 from server.state import Round
 from strategies.build import build, training_plan
 
@@ -45,7 +47,13 @@ def main(grid: Grid, context: Context) -> None:
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
     folder = run_folder(config, assets.home() / "runs")
     plan = training_plan(config, run=folder.name, base=base.hash)
-    strategy = build(config, plan, base.sites, accept_simulated=os.environ.get("ANTHER_TEST") == "true")
+    strategy = build(
+        config,
+        plan,
+        base.sites,
+        accept_simulated=os.environ.get("ANTHER_TEST") == "true",
+        ledger=Ledger(Files(folder)),
+    )
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     state = federate(
@@ -93,4 +101,5 @@ def _tell(done: Round) -> None:
     train, validation = done.train, done.validation
     replied = f"{train.replied} of {train.asked} replied, " if train else ""
     loss = "no losses" if validation.shared is None else f"base {validation.base:.5f}, shared {validation.shared:.5f}"
-    log.info("round %d: %s%s, %.1f s", done.number, replied, loss, done.wall_seconds)
+    promised = "".join(f", {guarantee}" for guarantee in train.guarantees) if train else ""
+    log.info("round %d: %s%s, %.1f s%s", done.number, replied, loss, done.wall_seconds, promised)

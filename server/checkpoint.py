@@ -24,6 +24,7 @@ from protocol import plain
 from protocol.codec import decode, encode
 from server.state import Round, State
 from strategies.facts import DeviceFacts
+from strategies.private import Anchor
 
 _ADAPTER, _BEST, _STATE, _MANIFEST = "adapter.safetensors", "best.safetensors", "state.json", "manifest.json"
 _KEPT = 2  # newest checkpoints; the best adapter is in each
@@ -37,6 +38,7 @@ class _Saved:
     best_round: int
     history: tuple[Round, ...]
     devices: dict[str, DeviceFacts]
+    ledger: Anchor | None
 
 
 def save(folder: Path, state: State) -> Path:
@@ -56,6 +58,7 @@ def save(folder: Path, state: State) -> Path:
         best_round=state.best_round,
         history=state.history,
         devices=dict(state.devices),
+        ledger=state.ledger,
     )
     files = {
         _ADAPTER: encode(to_tensors(state.adapter)),
@@ -99,6 +102,7 @@ def load(folder: Path, *, sites: Sites) -> State | None:
             adapter=_adapter(files[_ADAPTER], sites, path / _ADAPTER),
             history=saved.history,
             devices=saved.devices,
+            ledger=saved.ledger,
             best_round=saved.best_round,
             best_adapter=_adapter(files[_BEST], sites, path / _BEST),
         )

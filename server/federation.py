@@ -36,7 +36,7 @@ def federate(
     """
     state = saved or State.start(
         run=plan.run,
-        private=plan.privacy is not None,
+        private=strategy.private,
         adapter=initial(strategy.sites, config.adapter.shared.rank, stream(config.seed, "shared")),
     )
     state = run_rounds(

@@ -6,6 +6,7 @@ wherever a State stands.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,6 +23,9 @@ from server import checkpoint
 from server.state import Round, State
 from strategies.facts import PersonalFacts, Validation
 from strategies.federated import Federated
+from strategies.private import Exhausted
+
+log = logging.getLogger(__name__)
 
 _POLL = 3.0  # seconds between two looks for devices
 
@@ -46,13 +50,26 @@ def run_rounds(
         timeout: seconds to wait for the replies of one leg, and for devices to appear.
         quorum: devices that must be there to begin a round.
 
-    Raises AntherError if fewer devices than `quorum` are there after `timeout`.
+    With privacy per device, a round that its budget doesn't pay for is not begun: the run ends with those that it has.
+
+    Raises AntherError if fewer devices than `quorum` are there after `timeout`, or if the server's ledger is not the
+    one of this state.
     """
     strategy.summary()
+    ledger = strategy.device_level.ledger if strategy.device_level else None
+    if ledger:
+        ledger.check(state.ledger)
+        ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this line
     for number in range(state.round + 1, rounds + 1):
         _wait_for_devices(grid, strategy, quorum, timeout)
-        state = _one_round(number, grid, strategy, state, timeout)
+        try:
+            state = _one_round(number, grid, strategy, state, timeout)
+        except Exhausted as over:
+            log.warning("the run ends after round %d of %d: %s", state.round, rounds, over)
+            break
         checkpoint.save(checkpoints, state)
+        if ledger:
+            ledger.release(state.run, number)
         on_round(state.history[-1])
     return state
 
@@ -76,6 +93,9 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
     arrays = adapter_to_record(encode(to_tensors(state.adapter)))
     config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
     train = None
+    if strategy.device_level:
+        last = state.history[-1].train if state.history else None
+        strategy.device_level.resume(last.central if last else None)
     if number > 0:
         replies = grid.send_and_receive(strategy.configure_train(number, arrays, config, grid), timeout=timeout)
         aggregated, _ = strategy.aggregate_train(number, replies)
@@ -87,9 +107,8 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
         strategy.aggregate_evaluate(number, replies)
         validation = strategy.validation or validation
     adapter = from_tensors(decode(adapter_from_record(arrays), shapes(strategy.sites, -1)))
-    return state.after(
-        Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started), adapter
-    )
+    done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
+    return state.after(done, adapter, strategy.device_level.ledger.anchor() if strategy.device_level else None)
 
 
 def _wait_for_devices(grid: Grid, strategy: Federated, quorum: int, timeout: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from models.adapter import Adapter
 from strategies.facts import DeviceFacts, TrainFacts, Validation
+from strategies.private import Anchor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class State:
     large fleet that would be most of the memory."""
     best_round: int = 0
     best_adapter: Adapter
+    ledger: Anchor | None = None
+    """Where the server's ledger stood when the last round was made; None without privacy per device."""
 
     @staticmethod
     def start(*, run: str, private: bool, adapter: Adapter) -> State:
@@ -52,13 +55,14 @@ class State:
         """Mean validation loss of the best adapter; None where nobody measured it."""
         return self.history[self.best_round].validation.shared if self.history else None
 
-    def after(self, round: Round, adapter: Adapter) -> State:
+    def after(self, round: Round, adapter: Adapter, ledger: Anchor | None = None) -> State:
         """The state with one more round."""
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
         train, validation = round.train, round.validation
         record = replace(round, train=train and replace(train, devices={}), validation=replace(validation, devices={}))
-        state = replace(self, adapter=adapter, history=(*self.history, record), devices=_summed(self.devices, train))
+        devices, history = _summed(self.devices, train), (*self.history, record)
+        state = replace(self, adapter=adapter, history=history, devices=devices, ledger=ledger)
         loss, best = round.validation.shared, self.best_loss
         if loss is not None and best is None and self.best_round == 0:
             best = round.validation.base  # the adapter that training starts from adds nothing to the base

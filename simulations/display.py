@@ -71,7 +71,7 @@ class Display:
 
         Args:
             record: `round`, `base` and `shared` (validation losses), and of a round in which devices trained
-                `replied` or `devices`, `dropped`, `bytes_up`, `bytes_down` and `epsilon` (so far, or None).
+                `replied` or `devices`, `dropped`, `bytes_up`, `bytes_down` and `guarantees` (so far).
         """
         self._last_round = int(record["round"])
         if self._ends:
@@ -84,7 +84,7 @@ class Display:
         self._settle()
         self._print(Text())
         self._console.print(results(summary, self._console.width))
-        if epsilon := summary.get("epsilon"):
+        for epsilon in filter(None, (summary.get("epsilon"), summary.get("device_epsilon"))):
             promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
             self._print(Text(f"{promise}, {epsilon['relation'].replace('_', ' ')}; simulated noise, so not a release"))
         traffic = f"{data(summary['bytes']['up'])} up, {data(summary['bytes']['down'])} down"
@@ -121,8 +121,8 @@ class Display:
             dropped = f" ({record['dropped']} dropped)" if record.get("dropped") else ""
             line.append(f"  {record.get('replied', record.get('devices'))} devices{dropped}", style="dim")
             line.append(f"  {data(record['bytes_up'])} up, {data(record['bytes_down'])} down", style="dim")
-            if record.get("epsilon") is not None:
-                line.append(f"  ε {number(record['epsilon'])}", style="magenta")
+            for guarantee in record.get("guarantees", ()):
+                line.append(f"  {guarantee}", style="magenta")
         if not self._live and (left := self._left()) is not None:
             line.append(f"  about {duration(left)} of rounds left")
         line.rstrip()

@@ -20,7 +20,7 @@ from models.adapter import Adapter
 from models.base import Base
 from models.export import export
 from privacy import durable
-from privacy.accounting import Guarantee
+from privacy.accounting import DEVICE, IMAGE
 from server.report.report import DeviceRow, GalleryRow, Report, write
 from server.state import State
 from simulations import evaluation
@@ -28,7 +28,7 @@ from simulations.display import Display
 from simulations.evaluation import ARMS, Drawn, Perform, Score
 from simulations.fleet import Participant
 from simulations.output import config_hash
-from strategies.facts import DeviceFacts
+from strategies.facts import DeviceFacts, device_epsilon
 from typefaces import judge
 
 
@@ -109,8 +109,11 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of `summary.json`; means over those who were judged."""
     trained = [record.train for record in state.history if record.train]
-    spent = [train.epsilon for train in trained if train.epsilon is not None]
-    guarantee = dataclasses.asdict(Guarantee(max(spent), config.privacy.delta)) if spent else None
+    promised = [guarantee for train in trained for guarantee in train.guarantees]
+
+    def most(unit: str) -> dict[str, Any] | None:
+        found = [guarantee for guarantee in promised if guarantee.unit == unit]
+        return dataclasses.asdict(max(found, key=lambda guarantee: guarantee.value)) if found else None
 
     def mean(field: str) -> dict[str, float | None]:
         values = {arm: [getattr(one[arm], field) for one in judged.values()] for arm in ARMS}
@@ -128,7 +131,8 @@ def summarise(
         "style": mean("style"),
         "bytes": {"up": sum(t.bytes_up for t in trained), "down": sum(t.bytes_down for t in trained)},
         "joules": {"value": sum(t.joules for t in trained), "quality": "estimate"},
-        "epsilon": guarantee,
+        "epsilon": most(IMAGE),
+        "device_epsilon": most(DEVICE),
         "seconds": seconds,
         "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
         "seed": config.seed,
@@ -167,6 +171,7 @@ def build_report(
             "seconds": record.train.seconds if record.train else 0.0,
             "joules": record.train.joules if record.train else 0.0,
             "epsilon": record.train.epsilon if record.train else None,
+            "device_epsilon": device_epsilon(record.train),
             "dropped": sum(record.train.dropped.values()) if record.train else 0,
         }
         for record in state.history

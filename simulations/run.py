@@ -49,6 +49,8 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
 
         ray.require()
     from models import assets  # slow imports, after the first line is on the screen
+    from privacy.storage import Files
+    from server.ledger import Ledger
     from simulations import world
     from simulations.fleet import judged
     from strategies.build import build, training_plan
@@ -56,7 +58,7 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     frozen, people, database = here = world.build(config, folder)
     chosen = judged(people, config.evaluation.devices)
     plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
-    strategy = build(config, plan, frozen.sites, accept_simulated=True)
+    strategy = build(config, plan, frozen.sites, accept_simulated=True, ledger=Ledger(Files(folder)))
     from training.memory import budget, check_free
 
     memory = budget(config.cohort.memory_gib, frozen.device)
@@ -105,7 +107,7 @@ def federate(
         def on_round(record: Round) -> None:
             tracker.log(record.number, numbers(record))
             if record.number:
-                display.round(numbers(record))
+                display.round({**numbers(record), "guarantees": record.train.guarantees if record.train else ()})
             if record.number == config.rounds:
                 display.phase("personalising")
 
@@ -120,6 +122,8 @@ def federate(
 
 def numbers(record: Round) -> dict[str, Any]:
     """One round as flat numbers, for trackers and the display."""
+    from strategies.facts import device_epsilon
+
     values: dict[str, Any] = {
         "round": record.number,
         "base": record.validation.base,
@@ -129,7 +133,8 @@ def numbers(record: Round) -> dict[str, Any]:
         values |= {
             "asked": train.asked, "replied": train.replied, "dropped": sum(train.dropped.values()), "loss": train.loss,
             "bytes_up": train.bytes_up, "bytes_down": train.bytes_down, "device_seconds": train.seconds,
-            "joules": train.joules, "epsilon": train.epsilon, **train.diagnostics,
+            "joules": train.joules, "epsilon": train.epsilon, "device_epsilon": device_epsilon(train),
+            **train.diagnostics,
         }  # fmt: skip
     return {**values, "seconds": record.wall_seconds}
 

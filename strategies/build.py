@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from models.adapter import Sites
-from privacy.accounting import noise_multiplier_for
-from privacy.noise import stream
+from privacy.accounting import PoissonGaussian, noise_multiplier_for
+from privacy.central import Adaptive, Gaussian
+from privacy.noise import NoiseSource, Secure, Simulated, stream
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.federated import Federated
 from strategies.planning import Limits
+from strategies.private import Budget, DeviceLevel, Ledger
+from strategies.registry import AGGREGATIONS, Combination, refusal
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
+from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 
 
-def build(config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simulated: bool) -> Federated:
-    """The strategy that `config.strategy` and `config.fleet` describe.
+def build(
+    config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simulated: bool, ledger: Ledger | None = None
+) -> Federated:
+    """The strategy that `config.strategy`, `config.fleet` and `config.privacy` describe.
 
     Args:
-        accept_simulated: take private updates made with reproducible noise; False in a real federation.
+        accept_simulated: this is a test or a simulation: take private updates made with reproducible noise, and make
+            the server's own so; False in a real federation.
+        ledger: of the server, where privacy per device is to be charged.
 
-    Raises AntherError if `strategy.max_rank` does not suit the aggregation.
+    Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
     """
+    chosen = combination(config)
+    if reason := refusal(chosen):
+        fit = " or ".join(name for name in AGGREGATIONS if refusal(replace(chosen, aggregation=name)) is None)
+        mend = f"use strategy={fit}" if fit else "use privacy=none"
+        raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
     rule = aggregation(config)
     fleet = config.fleet
+    noise = partial(_simulated, config.seed) if accept_simulated else _secure
     limits = Limits(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
         deadline=config.strategy.deadline,
@@ -36,11 +54,89 @@ def build(config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simula
         plan=plan,
         sites=sites,
         aggregation=rule,
-        selection=_asked(fleet.sample, config.seed, "selection"),
+        selection=selection(config, noise),
         evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
         limits=limits,
         accept_simulated=accept_simulated,
+        device_level=_device_level(config, plan.run, sites, noise, ledger) if config.privacy.of_devices else None,
     )
+
+
+def combination(config: Simulation) -> Combination:
+    """What a configuration chooses on each axis."""
+    fleet = config.fleet
+    chosen = "poisson" if fleet.rate is not None else "sample" if fleet.sample is not None else "everyone"
+    return Combination(aggregation=config.strategy.aggregation, selection=chosen, level=config.privacy.level)
+
+
+def selection(config: Simulation, noise: Callable[[str, int], NoiseSource]) -> Selection:
+    """Who is asked to train: everyone, a sample of `fleet.sample`, or each with the probability `fleet.rate`."""
+    if config.fleet.rate is not None:
+        return Poisson(rate=config.fleet.rate, coins=partial(noise, "selection"))
+    return _asked(config.fleet.sample, config.seed, "selection")
+
+
+def _device_level(
+    config: Simulation, run: str, sites: Sites, noise: Callable[[str, int], NoiseSource], ledger: Ledger | None
+) -> DeviceLevel:
+    """The server's clip and noise, σ solved for what one device can be charged for in all."""
+    if ledger is None:
+        raise ValueError("ledger: privacy per device is charged for in one")
+    chosen, fleet, devices = config.privacy.device, config.fleet, config.data.count()
+    most = None if fleet.rate is not None else min(chosen.participations or config.rounds, config.rounds)
+    if most is None and chosen.participations is not None:
+        raise AntherError(
+            f"privacy.device.participations={chosen.participations}: with fleet.rate every device pays for every "
+            "round; leave it null"
+        )
+    asked = devices if fleet.sample is None else fleet.sample
+    if most is not None and devices * most < asked * config.rounds:
+        raise AntherError(
+            f"privacy.device.participations={most}: {devices} devices can't fill {config.rounds} rounds of {asked}; "
+            "lower fleet.sample or rounds, or raise it"
+        )
+    beside = measurements(config)
+    budget = Budget(
+        epsilon=chosen.epsilon or config.privacy.epsilon,
+        delta=chosen.delta or config.privacy.delta,
+        beside=beside,
+        participations=most,
+    )
+    rate = 1.0 if fleet.rate is None else fleet.rate
+    z = noise_multiplier_for(
+        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=most or config.rounds, beside=beside
+    )
+    expected = asked if fleet.rate is None else rate * devices
+    adaptive = None
+    if chosen.quantile is not None:
+        adaptive = Adaptive(quantile=chosen.quantile, rate=chosen.clip_rate, deviation=expected / 20)
+    return DeviceLevel(
+        run=run,
+        sites=sites,
+        mechanism=Gaussian(noise_multiplier=z, expected=expected, adaptive=adaptive),
+        sampling_rate=rate,
+        clip=chosen.clip,
+        budget=budget,
+        noise=partial(noise, "updates"),
+        ledger=ledger,
+    )
+
+
+def measurements(config: Simulation) -> tuple[PoissonGaussian, ...]:
+    """What the run is going to measure, which is paid from the same ε."""
+    measuring = config.privacy.measuring
+    times = config.rounds // measuring.every if measuring.every else 0
+    if not times:
+        return ()
+    return (PoissonGaussian(noise_multiplier=measuring.noise_multiplier, sampling_rate=1.0, steps=times),)
+
+
+def _simulated(seed: int, purpose: str, round: int) -> NoiseSource:
+    return Simulated(seed=seed, client="server", round=round, purpose=purpose)
+
+
+def _secure(purpose: str, round: int) -> NoiseSource:  # noqa: ARG001  # it has no seed that they could name
+    return Secure()
 
 
 def _asked(size: int | None, seed: int, purpose: str) -> Selection:
@@ -71,6 +167,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             delta=config.privacy.delta,
             sampling_rate=rate,
             steps=config.rounds * shared.steps,
+            beside=measurements(config),
         )
         privacy = ExamplePrivacy(
             noise_multiplier=sigma,

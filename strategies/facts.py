@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from privacy.accounting import Guarantee
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceFacts:
@@ -33,6 +35,25 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CentralFacts:
+    """What the server's clip and noise came to in one round: its settings, and functions of what it released."""
+
+    guarantee: Guarantee
+    """Per device, of all rounds so far and of all that the run is going to measure."""
+    clip: float
+    """C that this round's updates were held to."""
+    next_clip: float
+    deviation: float
+    """Standard deviation of the noise on each number of the mean update."""
+    snr: float
+    """Signal to noise of the mean update, estimated from it (`privacy.snr`)."""
+    dropped: int
+    """Updates that were not finite, and counted as zero."""
+    release: bool
+    """False for simulated noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainFacts:
     """One round of training, as the server saw it."""
 
@@ -52,10 +73,19 @@ class TrainFacts:
     """Mean training loss over devices that tell it; under DP none does."""
     epsilon: float | None
     """The largest that a device's ledger has composed to, per picture; None without DP."""
+    guarantees: tuple[Guarantee, ...] = ()
+    """What is promised so far: per picture, per device, or both at once, which don't add."""
+    central: CentralFacts | None = None
+    """Of the server's clip and noise; None without them."""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
     devices: dict[str, DeviceFacts] = field(default_factory=dict)
     """Of every device whose reply was accepted, by name; empty in a run's history, which keeps sums."""
+
+
+def device_epsilon(train: TrainFacts | None) -> float | None:
+    """ε per device so far; None where none is promised."""
+    return train.central.guarantee.value if train and train.central else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ from flwr.serverapp.strategy import Strategy
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, head_and_tail, rank, shapes, to_tensors
 from models.cores import between, core_shapes, to_framed_tensors
+from models.slots import Layout
+from privacy.accounting import Guarantee
+from privacy.snr import signal_to_spread
 from protocol import records
 from protocol.codec import CodecError, decode, encode
 from protocol.messages import (
@@ -33,11 +36,13 @@ from protocol.messages import (
     TrainingPlan,
     Update,
 )
-from strategies.aggregation import Aggregation, squared_norm
-from strategies.facts import DeviceFacts, PersonalFacts, TrainFacts, Validation
+from strategies.aggregation import Aggregated, Aggregation, squared_norm
+from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation
 from strategies.planning import Limits, plan_for
+from strategies.private import DeviceLevel, changes
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
+from strategies.selection.poisson import Poisson
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +90,7 @@ class Federated(Strategy):
         frame: the factors that stay, of a plan that trains cores between them.
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
+        device_level: clips and noises what devices send; None: their updates are aggregated as they are.
 
     After each leg, `trained`, `validation` and `personalised` hold its facts.
     """
@@ -100,12 +106,18 @@ class Federated(Strategy):
         evaluation: Selection | None = None,
         frame: Adapter | None = None,
         accept_simulated: bool = False,
+        device_level: DeviceLevel | None = None,
     ) -> None:
         if plan.cores != (frame is not None):
             raise ValueError("a plan that trains cores needs their frame, and no other does")
+        if device_level and not aggregation.sensitivity.linear:
+            raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
+        drawn = selection.rate if isinstance(selection, Poisson) else 1.0
+        if device_level and device_level.sampling_rate != drawn:
+            raise ValueError(f"accounted with a sampling rate of {device_level.sampling_rate}, selected with {drawn}")
         if limits.metered_rank is not None and not aggregation.mixed_ranks:
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
-        self.sites, self.frame = sites, frame
+        self.sites, self.frame, self.device_level = sites, frame, device_level
         self._plan, self._limits = plan, limits
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
@@ -124,14 +136,19 @@ class Federated(Strategy):
         """Whether devices may be asked for their loss: it is a release without noise, which a private run promises
         not to ask for; in a simulation nothing is released.
         """
-        return self._plan.privacy is None or self._accept_simulated
+        return not self.private or self._accept_simulated
+
+    @property
+    def private(self) -> bool:
+        """Whether anything is promised: then nothing is chosen, told or measured by what was not noised."""
+        return self._plan.privacy is not None or self.device_level is not None
 
     def summary(self) -> None:
         plan = self._plan
         log.info(
             "run %s: %s of rank %d at %d sites, %d steps of %d a round, %s",
             plan.run, type(self._aggregation).__name__, plan.rank, len(self.sites), plan.steps, plan.batch_size,
-            f"σ = {plan.privacy.noise_multiplier:.3g} a step" if plan.privacy else "no differential privacy",
+            self._promise(),
         )  # fmt: skip
 
     def query(self, grid: Grid) -> dict[int, DeviceReport]:
@@ -159,6 +176,9 @@ class Federated(Strategy):
     ) -> Iterable[Message]:
         """A Train message for each selected device, with its own plan."""
         reports = self.query(grid)
+        if self.device_level:
+            may = self.device_level.eligible([report.device for report in reports.values()])
+            reports = {node: report for node, report in reports.items() if report.device in may}
         data = records.adapter_from_record(arrays)
         adapter = from_tensors(decode(data, shapes(self.sites, -1)))
         if self.frame:
@@ -171,42 +191,47 @@ class Federated(Strategy):
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
             for node, report in _selected(self._selection, reports, server_round).items()
         }
+        if self.device_level:
+            self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
         self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
         return [self._message(Train(plan=plan, adapter=data), node) for node, (_, plan) in plans.items()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next adapter, and what can be told as numbers; None for both when no reply was good."""
+        """The next adapter, and what can be told as numbers; None for both when no reply was good.
+
+        With privacy per device the adapter is noised and released also then, and whatever came back.
+        """
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
         asked = self._round
         found, dropped = _receive(records.TRAIN, replies, asked.plans, self._check_update)
         # By name: floating point sums depend on the order, and replies arrive in any.
         updates = sorted(found.values(), key=lambda pair: pair[0].device)
-        diagnostics: dict[str, float] = {}
+        aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)
+        diagnostics = aggregated.diagnostics if aggregated else {}
         arrays = metrics = None
-        if updates:
-            aggregated = self._aggregation.aggregate(
-                asked.adapter, [(adapter, 1.0) for _, adapter in updates], round=server_round
-            )
-            diagnostics = aggregated.diagnostics
+        if aggregated:
             arrays = records.adapter_to_record(encode(to_tensors(aggregated.adapter)))
             metrics = MetricRecord({"replied": len(updates), **diagnostics})
         else:
             log.warning("round %d: no good reply of %d: keeping the adapter", server_round, len(asked.plans))
-        losses = [update.loss for update, _ in updates if update.loss is not None]
+        losses = [update.loss for update, _ in updates if update.loss is not None and not self.private]
+        spent = max((update.epsilon for update, _ in updates if update.epsilon is not None), default=None)
         plans = {report.device: plan for report, plan in asked.plans.values()}
         self.trained = TrainFacts(
             asked=len(asked.plans),
             replied=len(updates),
-            dropped=dropped,
+            dropped=dropped | ({"not finite": central.dropped} if central and central.dropped else {}),
             bytes_down=asked.bytes_down,
             bytes_up=sum(len(update.adapter) for update, _ in updates),
             seconds=max((update.seconds for update, _ in updates), default=0.0),
             joules=sum(update.joules for update, _ in updates),
             loss=_mean(losses),
-            epsilon=max((update.epsilon for update, _ in updates if update.epsilon is not None), default=None),
+            epsilon=spent,
+            guarantees=self._guarantees(spent, central),
+            central=central,
             diagnostics=diagnostics,
             devices={
                 update.device: DeviceFacts(
@@ -281,6 +306,34 @@ class Federated(Strategy):
             joules=sum(reply.joules for reply in done),
         )
         return self.personalised
+
+    def _aggregated(
+        self, current: Adapter, trained: list[Adapter], round: int
+    ) -> tuple[Aggregated | None, CentralFacts | None]:
+        """The next adapter, None to keep the current one, and what the server's noise came to."""
+        if self.device_level:
+            return self.device_level.close(self._aggregation, current, trained, round=round)
+        if not trained:
+            return None, None
+        aggregated = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
+        if self._plan.privacy is None:
+            return aggregated, None
+        snr = signal_to_spread(changes(Layout(self.sites, rank(current)), current, trained))
+        return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
+
+    def _guarantees(self, spent: float | None, central: CentralFacts | None) -> tuple[Guarantee, ...]:
+        """What is promised so far, by whom ever."""
+        of_images = (Guarantee(spent, self._plan.privacy.delta),) if self._plan.privacy and spent is not None else ()
+        return of_images + ((central.guarantee,) if central else ())
+
+    def _promise(self) -> str:
+        """The noise that a run is planned with, in words."""
+        said = [f"σ = {self._plan.privacy.noise_multiplier:.3g} a step on devices"] if self._plan.privacy else []
+        if level := self.device_level:
+            budget, z = level.budget, level.mechanism.noise_multiplier
+            solved = f"for ε={budget.epsilon:g} per device (δ={budget.delta:g})"
+            said.append(f"σ = {z:.3g} a round on the server, {solved}, {level.mechanism.expected:g} devices expected")
+        return ", ".join(said) or "no differential privacy"
 
     def _consider(self, node: int, report: DeviceReport) -> None:
         """Take a new device in, or remember why not."""

@@ -69,7 +69,8 @@ class Report:
     """As in `summary.json`; legibility and style may be missing, or None for an arm."""
     rounds: list[dict[str, Any]]
     """One of each round: round, base and shared (mean validation losses, or None), bytes_up, bytes_down and joules
-    (of this round, over all devices), seconds (of its slowest), epsilon (so far, or None), dropped."""
+    (of this round, over all devices), seconds (of its slowest), epsilon and device_epsilon (so far, per image and per
+    device, or None), dropped."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     base: str = "glyphs"
@@ -176,8 +177,12 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         ),
         chart("Energy so far", f"all devices, {quality}", [Line("energy", so_far("joules"), "ink")], words.energy),
     ]
-    if any(row["epsilon"] is not None for row in rounds):
-        spent = [Line("ε", [row["epsilon"] for row in rounds], "personal")]
+    spent = [
+        Line(f"per {unit}", [row.get(key) for row in rounds], tone)
+        for key, unit, tone in (("epsilon", "image", "personal"), ("device_epsilon", "device", "shared"))
+        if any(row.get(key) is not None for row in rounds)
+    ]
+    if spent:
         drawn.insert(1, chart("ε so far", "the largest of any device", spent, words.short))
     return drawn
 

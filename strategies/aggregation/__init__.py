@@ -21,8 +21,20 @@ class Aggregated(NamedTuple):
     diagnostics: dict[str, float]
 
 
+class Linearity(NamedTuple):
+    """What a rule declares of itself; under privacy one that declares nothing is refused."""
+
+    linear: bool
+    """Whether the change of the adapter is the mean of the devices' changes, factor by factor: then clipping each and
+    noising their sum once bounds what a device can do. Whatever is made of updates that are private already needs no
+    such bound."""
+    reason: str
+
+
 class Aggregation(Protocol):
     """A pure rule: the same updates in the same order give the same adapter."""
+
+    sensitivity: Linearity
 
     mixed_ranks: bool
     """Whether devices may train fewer directions than the shared adapter has."""

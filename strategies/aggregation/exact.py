@@ -14,7 +14,7 @@ from torch import Tensor
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Updates, stacked_mean
+from strategies.aggregation import Aggregated, Linearity, Updates, stacked_mean
 
 _EPSILON = torch.finfo(torch.float32).eps  # singular values below it, relative to the first, are rounding of the inputs
 
@@ -28,6 +28,11 @@ class Exact:
     """
 
     mixed_ranks = True
+    sensitivity = Linearity(
+        linear=False,
+        reason="a product of two factors isn't linear in them, and the singular vectors that are kept, and how many, "
+        "follow from the updates: no clip of one bounds what it does to the mean",
+    )
 
     def __init__(self, *, rank: int, max_rank: int | None, seed: int) -> None:
         if max_rank is not None and max_rank < rank:

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
-from strategies.aggregation import Aggregated, Updates, normalised, relative_residual, stacked_mean
+from strategies.aggregation import (
+    Aggregated,
+    Linearity,
+    Updates,
+    normalised,
+    relative_residual,
+    stacked_mean,
+)
 
 
 class FedIT:
     """Weighted mean of each factor, equal ranks only."""
 
     mixed_ranks = False
+    sensitivity = Linearity(linear=True, reason="a mean of factors")
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
         """The mean factors; `residual` is the relative distance of their product from the mean product.

@@ -9,6 +9,7 @@ import random
 from collections.abc import Collection
 
 from privacy.noise import stream
+from strategies.selection import Sampling
 
 
 class Sample:
@@ -17,6 +18,10 @@ class Sample:
     Args:
         purpose: names the random stream: who is asked for one thing says nothing of who is asked for another.
     """
+
+    sensitivity = Sampling(
+        blind=True, amplifies=False, reason="of fixed size, from a seed that is no secret, over whoever is there"
+    )
 
     def __init__(self, *, size: int, seed: int, purpose: str = "selection") -> None:
         if size < 1:

@@ -154,6 +154,20 @@ def test_a_promise_is_printed_with_unit_delta_and_relation() -> None:
     assert "No differential privacy" not in text
 
 
+def test_two_promises_stand_side_by_side() -> None:
+    of_image = {"value": 7.94, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
+    of_device = {"value": 3.5, "delta": 1e-4, "unit": "device", "relation": "add_or_remove_one"}
+    rounds = [row | {"epsilon": 2.0, "device_epsilon": 1.0} for row in report().rounds]
+    html = render(report(summary=report().summary | {"epsilon": of_image, "device_epsilon": of_device}, rounds=rounds))
+    assert "ε = 7.94 per image, δ = 0.001, add or remove one" in text_of(html)
+    assert "ε = 3.5 per device, δ = 0.0001, add or remove one" in text_of(html)
+    assert "per device" in html.split("ε so far")[1].split("</figure>")[0]
+    assert "No differential privacy" not in text_of(html)
+    alone = text_of(render(report(summary=report().summary | {"device_epsilon": of_device})))
+    assert "per device" in alone
+    assert "No differential privacy" not in alone
+
+
 def test_a_loss_that_rose_is_said_to_rise() -> None:
     summary = report().summary | {"loss": LOSSES | {"personal": 0.132}}
     assert "loss rises 10 % above the base's" in text_of(render(report(summary=summary)))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from privacy.accounting import DEVICE, Guarantee
 from simulations.display import Display, against_base, bar, gain, results
 
 SUMMARY: dict[str, Any] = {
@@ -40,7 +41,6 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
         "dropped": 0,
         "bytes_up": 1_200_000,
         "bytes_down": 1_300_000,
-        "epsilon": None,
     }
     return full | changes
 
@@ -63,7 +63,8 @@ def run(console: Console, *, stop: bool = False, epsilon: float | None = None) -
         display.round({"round": 0, "base": 0.12, "shared": 0.12})
         for number in (1, 2, 3):
             clock.now += 10
-            display.round(record(number, epsilon=epsilon))
+            promised = () if epsilon is None else (Guarantee(epsilon, 1e-3), Guarantee(7.0, 1e-4, DEVICE))
+            display.round(record(number, guarantees=promised))
         if stop:
             display.stopped("python -m simulations.run resume=true")
         else:
@@ -116,7 +117,8 @@ def test_live_on_a_terminal_of_any_width(width: int) -> None:
     assert "ε = 7.94 per image, δ = 0.001, add or remove one; simulated noise, so not a release" in output
     if width == 200:
         assert "20 devices" in output
-        assert "ε 2.50" in output
+        assert "ε=2.5 per image (δ=0.001, add or remove one)" in output
+        assert "ε=7 per device (δ=0.0001, add or remove one)" in output
 
 
 def test_no_colour_where_none_is_wanted() -> None:

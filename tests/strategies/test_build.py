@@ -4,10 +4,14 @@ import pytest
 
 from conf.compose import compose
 from conf.errors import AntherError
-from privacy.accounting import PoissonGaussian, epsilon
+from privacy.accounting import DEVICE, PoissonGaussian, epsilon
+from privacy.noise import Secure, Simulated
+from privacy.storage import Files
+from server.ledger import Ledger
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.build import aggregation, build, training_plan
+from strategies.selection.poisson import Poisson
 from tests.fleet import SITES
 
 
@@ -59,3 +63,93 @@ def test_noise_is_solved_for_all_rounds_together():
 def test_more_asked_than_there_is_means_everything():
     config = compose("privacy=example adapter.shared.batch_size=8 data.train=5")
     assert training_plan(config, run="r", base="b").privacy.sampling_rate == 1.0
+
+
+def private(overrides, folder, *, accept_simulated=True):
+    """The strategy of these settings, with a ledger."""
+    config = compose(overrides)
+    plan = training_plan(config, run="r", base="b")
+    return build(config, plan, SITES, accept_simulated=accept_simulated, ledger=Ledger(Files(folder)))
+
+
+@pytest.mark.parametrize(
+    ("target", "sigma"),
+    [pytest.param(1, 2.06, marks=pytest.mark.slow), pytest.param(4, 0.91, marks=pytest.mark.slow), (8, 0.66)],
+)
+def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
+    """A hundred devices, ten a round, fifty rounds, δ = 1e-3. The slow ones: pytest -m slow tests/strategies."""
+    asked = f"strategy=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 fleet.rate=0.1"
+    level = private(asked, tmp_path).device_level
+    assert level.mechanism.noise_multiplier == pytest.approx(sigma, rel=0.05)
+    assert level.mechanism.expected == pytest.approx(10)
+    assert (level.sampling_rate, level.budget.participations) == (0.1, None)
+
+
+@pytest.mark.parametrize(("overrides", "steps", "expected"), [
+    ("rounds=10", 10, 20), ("rounds=10 fleet.sample=5", 10, 5),
+    ("rounds=10 fleet.sample=5 privacy.device.participations=5", 5, 5),
+    ("rounds=5 fleet.sample=5 privacy.device.participations=10", 5, 5),
+])  # fmt: skip
+def test_without_a_secret_sample_every_participation_is_paid_for_in_full(tmp_path, overrides, steps, expected):
+    """Anchors for ε = 8 and δ = 1e-3: 5 participations 1.07, 10 of them 1.52."""
+    level = private(f"strategy=fedit privacy=device {overrides}", tmp_path).device_level
+    assert level.mechanism.noise_multiplier == pytest.approx({5: 1.07, 10: 1.52}[steps], rel=0.05)
+    assert (level.mechanism.expected, level.sampling_rate, level.budget.participations) == (expected, 1.0, steps)
+
+
+MEASURED = "rounds=4 privacy.measuring.every=2 privacy.measuring.noise_multiplier=2"
+MEASUREMENTS = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2)
+
+
+def test_what_is_measured_among_devices_is_paid_for_beside(tmp_path):
+    level = private(f"strategy=fedit privacy=device {MEASURED}", tmp_path).device_level
+    assert level.budget.beside == (MEASUREMENTS,)
+    training = PoissonGaussian(noise_multiplier=level.mechanism.noise_multiplier, sampling_rate=1.0, steps=4)
+    assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3, DEVICE).value <= 8
+
+
+def test_what_is_measured_among_pictures_is_paid_for_beside():
+    config = compose(f"privacy=example {MEASURED}")
+    plan, steps = training_plan(config, run="r", base="b").privacy, 4 * config.adapter.shared.steps
+    training = PoissonGaussian(noise_multiplier=plan.noise_multiplier, sampling_rate=plan.sampling_rate, steps=steps)
+    assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3).value <= 8
+
+
+def test_each_level_has_its_own_epsilon_and_delta(tmp_path):
+    chosen = "privacy.epsilon=4 privacy.delta=1e-3 privacy.device.epsilon=6 privacy.device.delta=1e-4"
+    budget = private(f"strategy=fedit privacy=device {chosen}", tmp_path).device_level.budget
+    assert (budget.epsilon, budget.delta) == (6, 1e-4)
+
+
+def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
+    overrides = "strategy=fedit privacy=device fleet.rate=0.5"
+    for accept_simulated, kind in ((True, Simulated), (False, Secure)):
+        federated = private(overrides, tmp_path, accept_simulated=accept_simulated)
+        assert isinstance(federated.device_level._noise(1), kind)
+        assert isinstance(federated._selection, Poisson)
+        assert isinstance(federated._selection._coins(1), kind)
+    noise = private(overrides, tmp_path).device_level._noise
+    assert noise(1).gaussian(3).tolist() == noise(1).gaussian(3).tolist() != noise(2).gaussian(3).tolist()
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ("strategy=exact", r"exact is not linear in the updates: .*docs/privacy\.md"),
+    ("strategy=fedit fleet.rate=0.5 privacy.device.participations=2", r"participations=2: with fleet\.rate .*null"),
+    ("strategy=fedit privacy.device.participations=2 rounds=4", r"2: 20 devices can't fill 4 rounds of 20"),
+    ("strategy=fedit privacy.device.quantile=0.5 fleet.sample=4", r"quantile=0\.5: too few devices"),
+])  # fmt: skip
+def test_what_does_not_fit_together_is_refused_in_a_line(tmp_path, overrides, said):
+    with pytest.raises(AntherError, match=said) as caught:
+        private(f"privacy=device {overrides}", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_secret_sample_and_a_fixed_one():
+    with pytest.raises(AntherError, match=r"fleet\.rate=0\.5 fleet\.sample=2: choose one"):
+        compose("fleet.rate=0.5 fleet.sample=2")
+
+
+def test_nothing_is_private_per_device_without_a_ledger():
+    config = compose("strategy=fedit privacy=device")
+    with pytest.raises(ValueError, match="ledger"):
+        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)

@@ -1,0 +1,169 @@
+"""Clip and noise of devices' updates, against loops, closed forms, and exact arithmetic."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.errors import AntherError
+from privacy.accounting import DEVICE
+from privacy.central import LEAST, MOST, Adaptive, Gaussian, clip_and_sum
+from privacy.noise import Secure, Simulated
+
+SIZE = 5
+ANYTHING = st.one_of(
+    st.floats(width=32, allow_nan=True, allow_infinity=True),
+    st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, 1.0]),
+    st.floats(-2.0, 2.0, width=32),
+)
+UPDATES = st.lists(st.lists(ANYTHING, min_size=SIZE, max_size=SIZE), max_size=6)
+CLIPS = st.one_of(st.floats(1e-6, 1e6), st.sampled_from([LEAST, 0.5, 1.0, MOST]))
+
+
+def tensors(updates):
+    return [torch.tensor(update, dtype=torch.float32) for update in updates]
+
+
+def simulated():
+    return Simulated(seed=0, client="server", round=1, purpose="updates")
+
+
+def exactly(clipped):
+    return [Fraction(value) for value in clipped.total.value.tolist()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(UPDATES, st.lists(ANYTHING, min_size=SIZE, max_size=SIZE), CLIPS, st.integers(0, 6))
+def test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most(others, one, clip, place):
+    """Exactly, in rational arithmetic; and the count by one half, or by nothing at all if the device sent rubbish."""
+    without = clip_and_sum(tensors(others), clip, SIZE)
+    joined = [*others[:place], one, *others[place:]]
+    having = clip_and_sum(tensors(joined), clip, SIZE)
+    sums = zip(exactly(having), exactly(without), strict=True)
+    assert sum((one - other) ** 2 for one, other in sums) <= Fraction(clip) ** 2
+    assert having.total.sensitivity.norm == clip
+    counted = float(having.below.value) - float(without.below.value)
+    assert abs(counted) == (0.0 if having.dropped > without.dropped else having.below.sensitivity.norm)
+    assert (having.total.sensitivity.unit, having.below.sensitivity.unit) == (DEVICE, DEVICE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(UPDATES, CLIPS)
+def test_the_sum_is_that_of_a_loop(updates, clip):
+    expected, below, dropped = np.zeros(SIZE), 0.0, 0
+    for update in np.array(updates, dtype=np.float64).reshape(-1, SIZE):
+        length = np.linalg.norm(update)
+        if not np.isfinite(length):
+            dropped += 1
+            continue
+        expected += update * min(1.0, clip / length) if length else 0.0
+        below += (1.0 if length <= clip else 0.0) - 0.5
+    found = clip_and_sum(tensors(updates), clip, SIZE)
+    assert found.total.value.numpy() == pytest.approx(expected, abs=clip * len(updates) * 3e-9)
+    assert (float(found.below.value), found.dropped) == (below, dropped)
+
+
+@settings(max_examples=100, deadline=None)
+@given(UPDATES, st.randoms(use_true_random=False))
+def test_the_order_does_not_matter_to_the_last_bit(updates, random):
+    shuffled = random.sample(updates, len(updates))
+    one, two = (clip_and_sum(tensors(order), 1.0, SIZE).total.value for order in (updates, shuffled))
+    assert torch.equal(one, two)
+
+
+def test_no_device_at_all():
+    found = clip_and_sum([], 1.0, SIZE)
+    assert torch.equal(found.total.value, torch.zeros(SIZE, dtype=torch.float64))
+    assert (float(found.below.value), found.dropped) == (0.0, 0)
+
+
+def test_everybody_weighs_the_same():
+    """Ten times the update is no more than the update at the clip; a duplicate is one more device."""
+    update = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0])
+    one, ten, two = (clip_and_sum(sent, 1.0, SIZE).total.value for sent in ([update], [10 * update], [update, update]))
+    assert torch.allclose(one, ten, rtol=1e-9)
+    assert torch.allclose(2 * one, two, rtol=1e-9)
+    assert float(one.norm()) == pytest.approx(1.0, rel=1e-8)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan, math.inf])
+def test_a_clip_that_is_none(clip):
+    with pytest.raises(ValueError, match="clip="):
+        clip_and_sum([], clip, SIZE)
+
+
+@given(st.floats(0.1, 5.0), st.floats(3.0, 1e3))
+def test_sum_and_count_together_cost_what_the_round_costs(z, deviation):
+    """Two Gaussian mechanisms on one sample are one: in units of their noise, squared sensitivities add."""
+    of_sum = Adaptive(quantile=0.5, rate=0.2, deviation=deviation).noise_multiplier(z)
+    assert of_sum > z
+    assert math.hypot(1 / of_sum, 0.5 / deviation) == pytest.approx(1 / z, rel=1e-9)
+
+
+def test_too_few_devices_to_adapt():
+    with pytest.raises(AntherError, match=r"must be under 1, a tenth of the devices expected .*quantile=null"):
+        Gaussian(noise_multiplier=1.0, expected=10, adaptive=Adaptive(quantile=0.5, rate=0.2, deviation=0.5))
+
+
+def test_the_clip_follows_the_quantile_as_in_the_paper():
+    """Algorithm 1 of arXiv:1905.03871 as a loop over numpy arrays, round by round, with the same normal numbers."""
+    m, z, quantile, rate, sigma_b = 40, 0.7, 0.3, 0.5, 2.0
+    mechanism = Gaussian(
+        noise_multiplier=z, expected=m, adaptive=Adaptive(quantile=quantile, rate=rate, deviation=sigma_b)
+    )
+    generator = np.random.default_rng(0)
+    clip = reference = 0.05
+    shares = []
+    for number in range(80):
+        updates = generator.normal(size=(m, SIZE)) * generator.lognormal(size=(m, 1))
+        drawn = Simulated(seed=1, client="server", round=number, purpose="updates")
+        normals = np.concatenate([drawn.gaussian(SIZE).double().numpy(), drawn.gaussian(1).double().numpy()])
+        norms = np.linalg.norm(updates, axis=1)
+        z_delta = (z**-2 - (2 * sigma_b) ** -2) ** -0.5
+        total = (updates * np.minimum(1.0, reference / norms)[:, None]).sum(0)
+        mean = (total + z_delta * reference * normals[:SIZE]) / m
+        share = ((norms <= reference).sum() + sigma_b * normals[SIZE]) / m  # all m are there: the centre cancels
+        reference *= math.exp(-rate * (share - quantile))
+
+        clipped = clip_and_sum(torch.from_numpy(updates), clip, SIZE)
+        source = Simulated(seed=1, client="server", round=number, purpose="updates")
+        released = mechanism.release(clipped, source)
+        assert released.mean.numpy() == pytest.approx(mean, rel=1e-6, abs=1e-9)
+        assert released.deviation == pytest.approx(z_delta * clipped.total.sensitivity.norm / m)
+        clip = released.next_clip
+        assert clip == pytest.approx(reference, rel=1e-6)
+        shares.append(np.mean(norms <= clip))
+    assert np.mean(shares[-30:]) == pytest.approx(quantile, abs=0.05)
+
+
+@pytest.mark.parametrize("below", [-1e9, 0.0, 1.0, 1e9])
+def test_an_adaptive_clip_stays_a_clip(below):
+    found = Adaptive(quantile=0.5, rate=50.0, deviation=1.0).next(1.0, below)
+    assert LEAST <= found <= MOST
+
+
+def test_a_fixed_clip_stays():
+    released = Gaussian(noise_multiplier=1.0, expected=4).release(clip_and_sum([], 0.25, SIZE), simulated())
+    assert released.next_clip == 0.25
+
+
+@pytest.mark.parametrize("replies", [0, 1, 7])
+def test_the_denominator_is_the_public_constant(replies):
+    """Whoever replied: the same noise, and each reply's part is the same, at most C/m."""
+    size, m, clip, z = 20_000, 4.0, 0.5, 2.0
+    update = torch.ones(size)
+    clipped = clip_and_sum([update] * replies, clip, size)
+    released = Gaussian(noise_multiplier=z, expected=m).release(clipped, Secure())
+    assert released.deviation == z * clip / m
+    noise = released.mean - clipped.total.value / m
+    assert float(noise.std()) == pytest.approx(z * clip / m, rel=0.03)
+    assert float(clipped.total.value.norm()) / m == pytest.approx(replies * clip / m, rel=1e-6)
+
+
+def test_a_denominator_that_is_none():
+    with pytest.raises(ValueError, match="expected=0"):
+        Gaussian(noise_multiplier=1.0, expected=0)

@@ -1,0 +1,45 @@
+"""Noise follows from what bounds a sum, and from nothing else."""
+
+import math
+
+import pytest
+import torch
+
+from privacy.accounting import DEVICE
+from privacy.noise import Secure, Simulated
+from privacy.sensitivity import Bounded, Sensitivity
+
+ONE = Sensitivity(norm=0.5, unit=DEVICE)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.inf, math.nan])
+def test_a_bound_that_bounds_nothing_is_refused(norm):
+    with pytest.raises(ValueError, match="sensitivity="):
+        Sensitivity(norm=norm, unit=DEVICE)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+def test_noise_that_hides_nothing_is_refused(sigma):
+    with pytest.raises(ValueError, match="noise_multiplier="):
+        ONE.deviation(sigma)
+
+
+def test_the_deviation_is_sigma_times_the_norm():
+    assert ONE.deviation(3.0) == 1.5
+
+
+def test_noise_statistics():
+    """Mean, deviation and whiteness of what is added, by the operating system's source."""
+    value = torch.arange(200_000, dtype=torch.float64)
+    noise = Bounded(value, ONE).noised(3.0, Secure()) - value
+    assert float(noise.mean()) == pytest.approx(0.0, abs=5 * 1.5 / 200_000**0.5)
+    assert float(noise.std()) == pytest.approx(1.5, rel=0.01)
+    assert abs(float((noise[1:] * noise[:-1]).mean())) < 5 * 1.5**2 / 200_000**0.5
+    assert float((noise.abs() > 2 * 1.5).double().mean()) == pytest.approx(0.0455, abs=0.003)
+
+
+def test_each_release_has_noise_of_its_own():
+    value = torch.zeros(4, dtype=torch.float64)
+    assert not torch.equal(Bounded(value, ONE).noised(1.0, Secure()), Bounded(value, ONE).noised(1.0, Secure()))
+    source = Simulated(seed=0, client="server", round=1, purpose="updates")
+    assert not torch.equal(Bounded(value, ONE).noised(1.0, source), Bounded(value, ONE).noised(1.0, source))

@@ -1,0 +1,184 @@
+"""The server's ledger: charged before anybody is asked, never refunded, and missed when it is gone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.errors import AntherError
+from privacy.accounting import DEVICE, PoissonGaussian, epsilon
+from privacy.storage import Files
+from server.ledger import JOURNAL, Ledger, spending
+from strategies.private import MEASURE, Budget, Charge, Exhausted
+
+ROUND = PoissonGaussian(noise_multiplier=4.0, sampling_rate=1.0, steps=1)
+SECRET = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.1, steps=1)
+MEASURED = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=3)
+BUDGET = Budget(epsilon=8.0, delta=1e-3, participations=5)
+
+
+def charge(round=1, asked=("a", "b"), mechanism=ROUND, **changes):
+    return Charge(
+        run="run", round=round, mechanism=mechanism, clip=0.5, expected=10.0, adapter="f" * 64, asked=asked,
+        release=False, **changes,
+    )  # fmt: skip
+
+
+def of(count, mechanism=ROUND):
+    return epsilon([replace(mechanism, steps=count)], BUDGET.delta, DEVICE)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(Files(tmp_path))
+
+
+def test_what_is_written_is_what_is_charged(ledger, tmp_path):
+    assert ledger.reserve(charge(), BUDGET) == of(1)
+    assert ledger.charges() == [charge()]
+    event = json.loads((tmp_path / JOURNAL).read_text())
+    expected = {
+        "state": "reserved", "run": "run", "round": 1, "clip": 0.5, "expected": 10.0, "adapter": "f" * 64,
+        "asked": ["a", "b"], "release": False, "unit": "device", "relation": "add_or_remove_one", "purpose": "train",
+        "mechanism": {"noise_multiplier": 4.0, "sampling_rate": 1.0, "steps": 1},
+    }  # fmt: skip
+    assert {key: event[key] for key in expected} == expected
+
+
+def test_a_secret_sample_names_nobody(ledger, tmp_path):
+    ledger.reserve(charge(asked=None, mechanism=SECRET), replace(BUDGET, participations=None))
+    assert json.loads((tmp_path / JOURNAL).read_text())["asked"] is None
+    assert ledger.participations() == {}
+
+
+def test_the_same_round_again_is_one_more(ledger):
+    ledger.reserve(charge(), BUDGET)
+    assert ledger.reserve(charge(), BUDGET) == of(2)
+    ledger.release("run", 1)
+    assert ledger.reserve(charge(), BUDGET) == of(3)
+    assert ledger.participations() == {"a": 3, "b": 3}
+
+
+def test_a_device_pays_for_the_rounds_that_it_was_asked_in(ledger):
+    ledger.reserve(charge(1, ("a",)), BUDGET)
+    ledger.reserve(charge(2, ("b",)), BUDGET)
+    assert ledger.reserve(charge(3, ("b", "c")), BUDGET) == of(2)
+
+
+def test_a_round_over_the_budget_is_not_written(ledger, tmp_path):
+    budget = replace(BUDGET, epsilon=of(2).value)
+    for number in (1, 2):
+        ledger.reserve(charge(number), budget)
+    before = (tmp_path / JOURNAL).read_bytes()
+    with pytest.raises(Exhausted, match=r"round 3 would bring a device to ε=.* per device .* may spend ε="):
+        ledger.reserve(charge(3), budget)
+    assert (tmp_path / JOURNAL).read_bytes() == before
+    assert ledger.reserve(charge(3, ("c",)), budget) == of(2)  # who wasn't asked yet has all of it left
+
+
+def test_a_release_is_noted_once_and_changes_nothing(ledger, tmp_path):
+    ledger.release("run", 1)  # nothing is reserved
+    ledger.reserve(charge(), BUDGET)
+    for _ in range(2):
+        ledger.release("run", 1)
+    states = [json.loads(line)["state"] for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    assert states == ["reserved", "released"]
+    assert ledger.charges() == [charge()]
+
+
+HISTORIES = st.lists(st.sets(st.sampled_from("abcd")), max_size=6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(HISTORIES, st.integers(0, 3))
+def test_spending_is_that_of_the_worst_device_by_a_loop(asked, measured):
+    charges = [charge(number, tuple(sorted(names))) for number, names in enumerate(asked)]
+    charges += [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(measured)]
+    most = max((sum(name in names for names in asked) for name in "abcd"), default=0)
+    expected = epsilon([MEASURED, *[ROUND] * most], BUDGET.delta, DEVICE)
+    assert spending(charges, replace(BUDGET, beside=(MEASURED,))) == expected
+
+
+def test_measuring_more_than_planned_is_paid_for():
+    again = [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(5)]
+    found = spending(again, replace(BUDGET, beside=(MEASURED,)))
+    assert found == epsilon([replace(MEASURED, steps=5)], BUDGET.delta, DEVICE)
+
+
+def test_two_mechanisms_compose_over_the_device_that_had_both():
+    other = replace(ROUND, noise_multiplier=3.0)
+    charges = [charge(1, ("a",)), charge(2, ("b",), other), charge(3, ("a",), other)]
+    assert spending(charges, BUDGET) == epsilon([ROUND, other], BUDGET.delta, DEVICE)
+
+
+def test_nothing_asked_costs_nothing():
+    assert spending([], BUDGET).value == 0
+    assert spending([charge(asked=())], BUDGET).value == 0
+
+
+def test_an_anchor_holds_as_the_ledger_grows(ledger):
+    ledger.check(None)
+    start = ledger.anchor()
+    ledger.reserve(charge(), BUDGET)
+    anchor = ledger.anchor()
+    ledger.reserve(charge(2), BUDGET)
+    for kept in (None, start, anchor, ledger.anchor()):
+        ledger.check(kept)
+
+
+def damaged(lines, how):
+    match how:
+        case "missing":
+            return []
+        case "shortened":
+            return lines[:1]
+        case "edited":
+            return [lines[0].replace(b'"clip":0.5', b'"clip":0.1'), *lines[1:]]
+        case "swapped":
+            return lines[::-1]
+        case "rubbish":
+            return [lines[0], b"rubbish\n"]
+        case "last edited":
+            return [lines[0], lines[1].replace(b'"clip":0.5', b'"clip":0.1')]
+
+
+@pytest.mark.parametrize("how", ["missing", "shortened", "edited", "swapped", "rubbish", "last edited"])
+def test_a_ledger_that_is_not_as_it_was_is_refused(ledger, tmp_path, how):
+    for number in (1, 2):
+        ledger.reserve(charge(number), BUDGET)
+    anchor = ledger.anchor()
+    file = tmp_path / JOURNAL
+    file.write_bytes(b"".join(damaged(file.read_bytes().splitlines(keepends=True), how)))
+    with pytest.raises(AntherError, match=r"ledger\.jsonl.*restore") as caught:
+        ledger.check(anchor)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_runs_ledger_is_told_apart(tmp_path):
+    one, two = Ledger(Files(tmp_path / "one")), Ledger(Files(tmp_path / "two"))
+    one.reserve(charge(), BUDGET)
+    two.reserve(charge(asked=("c",)), BUDGET)
+    with pytest.raises(AntherError, match="is not the one that the checkpoint names"):
+        two.check(one.anchor())
+
+
+def test_a_torn_last_line_was_never_relied_on(ledger, tmp_path):
+    ledger.reserve(charge(1), BUDGET)
+    anchor, whole = ledger.anchor(), (tmp_path / JOURNAL).read_bytes()
+    ledger.reserve(charge(2), BUDGET)
+    longer = (tmp_path / JOURNAL).read_bytes()
+    for length in range(len(whole), len(longer)):
+        (tmp_path / JOURNAL).write_bytes(longer[:length])
+        ledger.check(anchor)
+        assert ledger.charges() == [charge(1)]
+
+
+def test_an_event_of_another_kind(ledger, tmp_path):
+    from privacy import chain
+
+    for event in ({"state": "refunded"}, {"state": "reserved", "run": "run"}):
+        (tmp_path / JOURNAL).write_bytes(chain.line(event, chain.START) + b"\n")
+        with pytest.raises(AntherError, match=r"ledger\.jsonl:1: not an event"):
+            ledger.charges()

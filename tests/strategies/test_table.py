@@ -1,0 +1,124 @@
+"""docs/privacy.md is what the code does: every cell that runs runs a round, every other is refused for its reason."""
+
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord
+
+from conf.compose import compose
+from conf.errors import AntherError
+from models.adapter import initial, to_tensors
+from privacy.storage import Files
+from protocol import records
+from protocol.codec import encode
+from server.ledger import Ledger
+from simulations.grid import CohortGrid
+from strategies import registry
+from strategies.aggregation import Linearity
+from strategies.aggregation.fedit import FedIT
+from strategies.build import build, combination, training_plan
+from strategies.registry import AGGREGATIONS, LEVELS, Combination, Filtering, Inherent, Timing, combinations, refusal
+from strategies.selection import Sampling
+from strategies.table import page
+from tests.fleet import SITES, FakeDevice, handle, perform
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
+ASKED = {"everyone": "", "sample": "fleet.sample=2", "poisson": "fleet.rate=0.5"}
+PRIVATE = [level for level in LEVELS if level != "none"]
+
+
+def configured(chosen: Combination):
+    return compose(
+        f"strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
+        f"adapter.shared.steps=1 {ASKED[chosen.selection]}"
+    )
+
+
+def built(config, folder):
+    plan = training_plan(config, run="r", base="base")
+    return build(config, plan, SITES, accept_simulated=True, ledger=Ledger(Files(folder)))
+
+
+def test_the_committed_table_is_the_generated_one():
+    assert DOCUMENT.read_text(encoding="utf-8") == page(), "run: python -m strategies.table > docs/privacy.md"
+
+
+@pytest.mark.parametrize("chosen", combinations(), ids=lambda c: f"{c.aggregation}-{c.selection}-{c.level}")
+def test_every_cell(chosen, tmp_path, monkeypatch):
+    config = configured(chosen)
+    assert combination(config) == chosen
+    reason = refusal(chosen)
+    if reason is not None:
+        with pytest.raises(AntherError) as caught:
+            built(config, tmp_path)
+        assert reason in str(caught.value)
+        assert reason in DOCUMENT.read_text(encoding="utf-8")
+        return
+    monkeypatch.setattr("simulations.grid.handle", handle)
+    federated = built(config, tmp_path)
+    grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
+    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    for number in (1, 2):
+        messages = federated.configure_train(number, start, ConfigRecord(), grid)
+        federated.aggregate_train(number, grid.send_and_receive(messages))
+        facts = federated.trained
+        assert facts.replied == facts.asked
+        units = {"none": [], "example": ["image"], "device": ["device"], "both": ["image", "device"]}[chosen.level]
+        told = [unit for unit in units if unit == "device" or facts.replied]  # of images devices tell
+        assert [guarantee.unit for guarantee in facts.guarantees] == told
+
+
+class Silent(FedIT):
+    """A new rule that says nothing of itself."""
+
+    sensitivity = None
+
+
+PLANTED = {
+    "aggregation": ("AGGREGATIONS", Silent),
+    "robust": ("ROBUST", object()),
+    "selection": ("SELECTIONS", Inherent(Timing(ahead=True, reason="of another axis"))),
+    "timing": ("TIMINGS", Inherent(Filtering(bounded=True, reason="of another axis"))),
+}
+
+
+@pytest.mark.parametrize("axis", PLANTED)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monkeypatch, axis, level):
+    name, piece = PLANTED[axis]
+    monkeypatch.setitem(getattr(registry, name), "new", piece)
+    found = refusal(Combination(**{"aggregation": "fedit", "selection": "everyone"} | {"level": level} | {axis: "new"}))
+    assert (found is None) == (level == "none")
+    assert found is None or "new declares no sensitivity" in found
+
+
+def test_and_is_not_built(monkeypatch, tmp_path):
+    monkeypatch.setitem(AGGREGATIONS, "new", Silent)
+    config = compose("strategy=fedit privacy=example")
+    config.strategy.aggregation = "new"
+    with pytest.raises(AntherError, match="aggregation new declares no sensitivity"):
+        built(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("axis", "name", "declared", "refused"),
+    [
+        (
+            "aggregation",
+            "AGGREGATIONS",
+            Linearity(linear=False, reason="its rank follows from data"),
+            ["device", "both"],
+        ),
+        ("robust", "ROBUST", Filtering(bounded=False, reason="it drops outliers"), ["device", "both"]),
+        ("selection", "SELECTIONS", Sampling(blind=False, amplifies=False, reason="it asks by loss"), PRIVATE),
+        ("timing", "TIMINGS", Timing(ahead=False, reason="whoever comes is taken"), ["device", "both"]),
+    ],
+)
+def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refused):
+    monkeypatch.setitem(getattr(registry, name), "new", Inherent(declared))
+    for level in LEVELS:
+        found = refusal(
+            Combination(**{"aggregation": "fedit", "selection": "everyone"} | {"level": level} | {axis: "new"})
+        )
+        assert (found is not None) == (level in refused)
+        assert found is None or declared.reason in found
