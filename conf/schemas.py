@@ -231,6 +231,8 @@ class AdapterConfig:
     """LoRA adapters: where they sit and how they are trained."""
 
     sites: str = MISSING  # regular expression on the names of the UNet's linear layers
+    frame: str | None = None  # train only small cores between the factors of this frame, shipped by name or a file;
+    # rank² numbers a site, as privacy wants them; null: train the factors themselves
     shared: LocalTraining = field(default_factory=LocalTraining)
     personal: LocalTraining = field(default_factory=LocalTraining)
     local: AloneTraining = field(default_factory=AloneTraining)

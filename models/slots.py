@@ -229,6 +229,15 @@ class CoreLayout(Layout):
         return torch.cat(inside) if inside else torch.zeros(0, dtype=torch.bool)
 
 
+def trained_layout(sites: Sites, rank: int, frame: Adapter | None) -> Layout:
+    """How adapters of this rank lie in a row: whole, or only their cores in this frame."""
+    if frame is None:
+        return Layout(sites, rank)
+    layout = CoreLayout(sites, rank, like=torch.empty(0))
+    layout.enter(frame)
+    return layout
+
+
 def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> Stacks:
     """Adapters laid in slots, padded to the largest rank; one slot if all are the same object, none if all None."""
     if all(adapter is None for adapter in adapters):

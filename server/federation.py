@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from conf.schemas import Simulation
 from models.adapter import initial, to_tensors
+from models.cores import empty
 from privacy.noise import stream
 from protocol.codec import encode
 from protocol.messages import Personalise, TrainingPlan
@@ -37,7 +38,9 @@ def federate(
     state = saved or State.start(
         run=plan.run,
         private=strategy.private,
-        adapter=initial(strategy.sites, config.adapter.shared.rank, stream(config.seed, "shared")),
+        adapter=empty(strategy.frame)
+        if strategy.frame
+        else initial(strategy.sites, config.adapter.shared.rank, stream(config.seed, "shared")),
     )
     state = run_rounds(
         grid=grid,

@@ -8,7 +8,9 @@ from functools import partial
 
 from conf.errors import AntherError
 from conf.schemas import Simulation
-from models.adapter import Sites
+from models import assets
+from models.adapter import Adapter, Sites
+from models.cores import load_frame
 from privacy.accounting import PoissonGaussian, noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
 from privacy.noise import NoiseSource, Secure, Simulated, stream
@@ -44,6 +46,11 @@ def build(
         mend = f"use strategy={fit}" if fit else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
     rule = aggregation(config)
+    frame = _frame(config, sites)
+    if frame and not rule.sensitivity.linear:
+        raise AntherError(
+            f"adapter.frame={config.adapter.frame}: {chosen.aggregation} turns the factors; use strategy=fedit"
+        )
     fleet = config.fleet
     noise = partial(_simulated, config.seed) if accept_simulated else _secure
     limits = Limits(
@@ -57,9 +64,20 @@ def build(
         selection=selection(config, noise),
         evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
         limits=limits,
+        frame=frame,
         accept_simulated=accept_simulated,
-        device_level=_device_level(config, plan.run, sites, noise, ledger) if config.privacy.of_devices else None,
+        device_level=_device_level(config, plan.run, sites, frame, noise, ledger)
+        if config.privacy.of_devices
+        else None,
     )
+
+
+def _frame(config: Simulation, sites: Sites) -> Adapter | None:
+    """The factors that stay, if only cores are trained."""
+    if config.adapter.frame is None:
+        return None
+    file = assets.locate(config.adapter.frame)
+    return load_frame(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
 def combination(config: Simulation) -> Combination:
@@ -77,7 +95,12 @@ def selection(config: Simulation, noise: Callable[[str, int], NoiseSource]) -> S
 
 
 def _device_level(
-    config: Simulation, run: str, sites: Sites, noise: Callable[[str, int], NoiseSource], ledger: Ledger | None
+    config: Simulation,
+    run: str,
+    sites: Sites,
+    frame: Adapter | None,
+    noise: Callable[[str, int], NoiseSource],
+    ledger: Ledger | None,
 ) -> DeviceLevel:
     """The server's clip and noise, σ solved for what one device can be charged for in all."""
     if ledger is None:
@@ -119,6 +142,7 @@ def _device_level(
         budget=budget,
         noise=partial(noise, "updates"),
         ledger=ledger,
+        frame=frame,
     )
 
 
@@ -181,6 +205,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         round=0,
         base=base,
         rank=shared.rank,
+        cores=config.adapter.frame is not None,
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,

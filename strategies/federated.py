@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, head_and_tail, rank, shapes, to_tensors
 from models.cores import between, core_shapes, to_framed_tensors
-from models.slots import Layout
+from models.slots import trained_layout
 from privacy.accounting import Guarantee
 from privacy.snr import signal_to_spread
 from protocol import records
@@ -318,7 +318,7 @@ class Federated(Strategy):
         aggregated = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
         if self._plan.privacy is None:
             return aggregated, None
-        snr = signal_to_spread(changes(Layout(self.sites, rank(current)), current, trained))
+        snr = signal_to_spread(changes(trained_layout(self.sites, rank(current), self.frame), current, trained))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
     def _guarantees(self, spent: float | None, central: CentralFacts | None) -> tuple[Guarantee, ...]:

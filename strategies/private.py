@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, head_and_tail, rank
-from models.slots import Layout
+from models.slots import Layout, trained_layout
 from privacy.accounting import ADD_OR_REMOVE_ONE, DEVICE, Guarantee, PoissonGaussian
 from privacy.central import Gaussian, clip_and_sum
 from privacy.noise import NoiseSource
@@ -120,6 +120,7 @@ class DeviceLevel:
         sampling_rate: q of a selection that amplifies; 1 for every other.
         clip: C of the first round.
         noise: the source for a round; `Secure` unless the server's own configuration declares a test.
+        frame: where only cores are trained, the factors around them: cores alone are clipped and noised.
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class DeviceLevel:
         budget: Budget,
         noise: Callable[[int], NoiseSource],
         ledger: Ledger,
+        frame: Adapter | None = None,
     ) -> None:
         self.mechanism, self.budget, self.ledger = mechanism, budget, ledger
         self.sampling_rate = sampling_rate
         self.clip = self._first = clip
-        self._run, self._sites, self._noise = run, sites, noise
+        self._run, self._sites, self._frame, self._noise = run, sites, frame, noise
         self._open: _Open | None = None
 
     def resume(self, last: CentralFacts | None) -> None:
@@ -221,7 +223,7 @@ class DeviceLevel:
         if self._open is None:
             raise ValueError("a round is charged for before it is released, and released once")
         opened, self._open = self._open, None
-        layout = Layout(self._sites, rank(current))
+        layout = trained_layout(self._sites, rank(current), self._frame)
         clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)
         released = self.mechanism.release(clipped, opened.noise)
         moved = layout.unpack((layout.pack(current).double() + released.mean).float(), current)
@@ -240,7 +242,7 @@ class DeviceLevel:
 
 
 def changes(layout: Layout, current: Adapter, trained: Sequence[Adapter]) -> Iterator[Tensor]:
-    """Each device's change of the factors [D], float64; directions that it did not train are 0."""
+    """Each device's change of what is trained [D], float64; directions that it did not train are 0."""
     for adapter in trained:
         start, _ = head_and_tail(current, rank(adapter))
         yield layout.pack(adapter).double() - layout.pack(start).double()

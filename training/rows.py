@@ -62,7 +62,7 @@ class Rows:
 
     def __init__(self, base: Denoiser, shape: Shape, capacity: int) -> None:
         like = torch.empty(0, dtype=base.precise, device=base.device)
-        self.layout = trained_layout(base, shape)
+        self.layout = row_layout(base, shape)
         self.adapters = like.new_zeros(capacity, self.layout.size)
         self.optimiser = AdamW(self.adapters)
         self.segments = self.layout.site_widths if shape.per_site else [self.layout.size]
@@ -190,4 +190,4 @@ def row_bytes(base: Denoiser, shape: Shape) -> int:
     buffers = 8 + shape.stopping
     frozen = 0 if shape.common else 3 * Layout(base.sites, shape.frozen_rank).size * compute
     example = shape.latents.numel() * precise + shape.context.numel() * compute
-    return buffers * trained_layout(base, shape).size * precise + frozen + shape.examples * example
+    return buffers * row_layout(base, shape).size * precise + frozen + shape.examples * example
