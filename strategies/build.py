@@ -57,6 +57,7 @@ def build(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
         deadline=config.strategy.deadline,
     )
+    level = _device_level(config, plan.run, sites, frame, noise, ledger) if config.privacy.of_devices else None
     return Federated(
         plan=plan,
         sites=sites,

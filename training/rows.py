@@ -169,7 +169,7 @@ def _pools(job: Train) -> list[Examples]:
     return [job.examples, *([job.prior.examples] if job.prior else [])]
 
 
-def trained_layout(base: Denoiser, shape: Shape) -> Layout:
+def row_layout(base: Denoiser, shape: Shape) -> Layout:
     """How what is trained lies in a row."""
     if shape.cores:
         return CoreLayout(base.sites, shape.rank, like=torch.empty(0, dtype=base.precise, device=base.device))
