@@ -92,5 +92,9 @@ def _log_as_flower_does() -> None:
 def _tell(done: Round) -> None:
     train, validation = done.train, done.validation
     replied = f"{train.replied} of {train.asked} replied, " if train else ""
+    if train and (refused := train.dropped.get("refused")):
+        replied += f"{refused} refused, "
     loss = "no losses" if validation.shared is None else f"base {validation.base:.5f}, shared {validation.shared:.5f}"
+    if validation.gain is not None:
+        loss = f"gain {validation.gain:.5f} ± {validation.gain_error:.5f} by its noise"
     log.info("round %d: %s%s, %.1f s", done.number, replied, loss, done.wall_seconds)

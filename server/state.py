@@ -21,6 +21,12 @@ class Round:
     wall_seconds: float
     """On the server's clock."""
 
+    @property
+    def epsilon(self) -> float | None:
+        """The largest that a device's ledger has composed to by the end of the round, per picture; None without DP."""
+        trained = self.train.epsilon if self.train else None
+        return max((e for e in (trained, self.validation.epsilon) if e is not None), default=None)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class State:
@@ -57,8 +63,11 @@ class State:
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
         train, validation = round.train, round.validation
-        record = replace(round, train=train and replace(train, devices={}), validation=replace(validation, devices={}))
-        state = replace(self, adapter=adapter, history=(*self.history, record), devices=_summed(self.devices, train))
+        record = replace(
+            round, train=train and replace(train, devices={}), validation=replace(validation, devices={}, spent={})
+        )
+        devices = _measured(_summed(self.devices, train), validation)
+        state = replace(self, adapter=adapter, history=(*self.history, record), devices=devices)
         loss, best = round.validation.shared, self.best_loss
         if loss is not None and best is None and self.best_round == 0:
             best = round.validation.base  # the adapter that training starts from adds nothing to the base
@@ -74,4 +83,13 @@ def _summed(before: Mapping[str, DeviceFacts], train: TrainFacts | None) -> Mapp
     return {
         **before,
         **{name: before[name].then(facts) if name in before else facts for name, facts in train.devices.items()},
+    }
+
+
+def _measured(before: Mapping[str, DeviceFacts], validation: Validation) -> Mapping[str, DeviceFacts]:
+    """The devices' sums with what measuring cost them: of a device that never trained, that alone."""
+    idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
+    return {
+        **before,
+        **{name: before.get(name, idle).then(replace(idle, epsilon=spent)) for name, spent in validation.spent.items()},
     }

@@ -12,6 +12,7 @@ from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.federated import Federated
+from strategies.measuring import measuring, spending
 from strategies.planning import Limits
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
@@ -38,6 +39,7 @@ def build(config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simula
         aggregation=rule,
         selection=_asked(fleet.sample, config.seed, "selection"),
         evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
+        measuring=measuring(config, simulated=accept_simulated),
         limits=limits,
         accept_simulated=accept_simulated,
     )
@@ -58,7 +60,7 @@ def aggregation(config: Simulation) -> Aggregation:
 
 
 def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
-    """What a device without limits is asked to do each round; σ is solved for all rounds together.
+    """What a device without limits is asked to do each round; σ is solved for all rounds and measurements together.
 
     q and the divisor of the noised sum are public constants: the pictures that an owner is expected to give, not those
     that were counted.
@@ -71,6 +73,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             delta=config.privacy.delta,
             sampling_rate=rate,
             steps=config.rounds * shared.steps,
+            beside=spending(config),
         )
         privacy = ExamplePrivacy(
             noise_multiplier=sigma,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -34,6 +34,7 @@ from protocol.messages import (
 )
 from strategies.aggregation import Aggregation, squared_norm
 from strategies.facts import DeviceFacts, PersonalFacts, TrainFacts, Validation
+from strategies.measuring import Measuring
 from strategies.planning import Limits, plan_for
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
@@ -81,6 +82,8 @@ class Federated(Strategy):
         sites: where adapters sit in the base that `plan` names.
         selection: who is asked to train in a round.
         evaluation: who is asked to measure the adapter after it (default: every device).
+        measuring: after which rounds, and what hides whom in the result (default: after each, openly; with a private
+            plan after none).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
 
@@ -96,14 +99,19 @@ class Federated(Strategy):
         selection: Selection,
         limits: Limits,
         evaluation: Selection | None = None,
+        measuring: Measuring | None = None,
         accept_simulated: bool = False,
     ) -> None:
         if limits.metered_rank is not None and not aggregation.mixed_ranks:
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
+        measuring = measuring or Measuring(every=0 if plan.privacy else 1)
+        if plan.privacy and measuring.every and not measuring.among_pictures:
+            raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
         self.sites = sites
         self._plan, self._limits = plan, limits
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
+        self._measuring = measuring
         self._accept_simulated = accept_simulated
         self._reports: dict[int, DeviceReport] = {}
         self._names: set[str] = set()  # of the reports
@@ -114,12 +122,9 @@ class Federated(Strategy):
         self.validation: Validation | None = None
         self.personalised: PersonalFacts | None = None
 
-    @property
-    def may_measure(self) -> bool:
-        """Whether devices may be asked for their loss: it is a release without noise, which a private run promises
-        not to ask for; in a simulation nothing is released.
-        """
-        return self._plan.privacy is None or self._accept_simulated
+    def measures(self, round: int) -> bool:
+        """Whether devices are asked to measure this round's adapter."""
+        return self._measuring.due(round)
 
     def summary(self) -> None:
         plan = self._plan
@@ -222,28 +227,41 @@ class Federated(Strategy):
         config: ConfigRecord,  # noqa: ARG002  # Flower's interface: what we have to say is in the messages
         grid: Grid,
     ) -> Iterable[Message]:
-        """An Evaluate message for each device that is to measure this round's adapter."""
+        """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
+        self._asked = {}
+        if not self.measures(server_round):
+            return []
         self._asked = _selected(self._evaluation, self.query(grid), server_round)
-        data = records.adapter_from_record(arrays)
-        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data))
+        data, private = records.adapter_from_record(arrays), self._measuring.among_pictures
+        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data, privacy=private))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean validation losses of the base and of the adapter; None when no reply was good."""
+        """Mean validation losses of the base and of the adapter, or a noised gain; None when there is neither."""
 
         def check(report: DeviceReport, reply: Evaluation) -> Evaluation:
             _check_origin(report, reply.device)
             if reply.round != server_round:
                 raise RefusedError("stale", f"{reply.device}: evaluated round {reply.round}, not {server_round}")
-            if not (0 <= reply.base < _MOST and 0 <= reply.shared < _MOST):
+            if not self._measuring.fits(reply):
+                raise RefusedError("malformed", f"{reply.device}: tells other measures than it was asked for")
+            if reply.gain is not None and not (reply.release or self._accept_simulated):
+                raise RefusedError(
+                    "not a release", f"{reply.device}: simulated noise, and this server is not in test mode"
+                )
+            numbers = [value for value in (reply.base, reply.shared, reply.epsilon) if value is not None]
+            if not (all(0 <= value < _MOST for value in numbers) and abs(reply.gain or 0.0) < _MOST):
                 raise RefusedError("malformed", f"{reply.device}: losses must be 0 to {_MOST:g}")
             return reply
 
         found, dropped = _receive(records.EVALUATE, replies, self._asked, check)
-        losses = sorted(found.values(), key=lambda reply: reply.device)
-        base, shared = _mean([loss.base for loss in losses]), _mean([loss.shared for loss in losses])
-        devices = {loss.device: loss.shared for loss in losses}
-        self.validation = Validation(base=base, shared=shared, devices=devices, dropped=dropped)
-        return None if base is None or shared is None else MetricRecord({"base": base, "shared": shared})
+        told = Validation(base=None, shared=None, dropped=dropped)
+        if self.measures(server_round):
+            good = sorted(found.values(), key=lambda reply: reply.device)
+            told = self._measuring.summary(server_round, good, dropped)
+        self.validation = told
+        values = {name: getattr(told, name) for name in ("base", "shared", "gain", "gain_error")}
+        measured = {name: value for name, value in values.items() if value is not None}
+        return MetricRecord(measured) if measured else None
 
     def configure_personalise(
         self, request: Personalise, grid: Grid, names: Collection[str] | None = None
@@ -334,18 +352,25 @@ def _receive(
         node = message.metadata.src_node_id  # the SuperLink's own for an error about a node that is away
         try:
             if message.has_error():
-                reason = "unreachable" if message.error.code in _UNREACHABLE else "failed"
-                raise RefusedError(reason, f"error {message.error.code}: {_last_line(message.error.reason)}")
+                error = message.error
+                raise RefusedError(_why(error), f"error {error.code}: {_last_line(error.reason)}")
             if node not in asked or node in found:
                 raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
             found[node] = check(asked[node], records.reply_from_records(kind, message.content))
-        except Exception as error:  # whatever a device sends, the server lives
-            reason = error.reason if isinstance(error, RefusedError) else "malformed"
-            dropped["codec" if isinstance(error, CodecError) else reason] += 1
-            log.warning("%s: reply of node %d dropped: %s", kind, node, error)
+        except Exception as wrong:  # whatever a device sends, the server lives
+            reason = wrong.reason if isinstance(wrong, RefusedError) else "malformed"
+            dropped["codec" if isinstance(wrong, CodecError) else reason] += 1
+            log.warning("%s: reply of node %d dropped: %s", kind, node, wrong)
     if heard < len(asked):
         dropped["no reply"] = len(asked) - heard
     return found, dict(sorted(dropped.items()))
+
+
+def _why(error: Error) -> str:
+    """What an error reply is counted under: a device that says no is no broken one."""
+    if (error.reason or "").startswith(records.REFUSED):
+        return "refused"
+    return "unreachable" if error.code in _UNREACHABLE else "failed"
 
 
 def _check_origin(report: DeviceReport, device: str) -> None:
