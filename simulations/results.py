@@ -109,7 +109,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of `summary.json`; means over those who were judged."""
     trained = [record.train for record in state.history if record.train]
-    spent = [train.epsilon for train in trained if train.epsilon is not None]
+    spent = [record.epsilon for record in state.history if record.epsilon is not None]
     guarantee = dataclasses.asdict(Guarantee(max(spent), config.privacy.delta)) if spent else None
 
     def mean(field: str) -> dict[str, float | None]:
@@ -162,12 +162,14 @@ def build_report(
             "round": record.number,
             "base": record.validation.base if record.number else base,
             "shared": record.validation.shared if record.number else base,
+            "gain": record.validation.gain,
+            "gain_error": record.validation.gain_error,
             "bytes_up": record.train.bytes_up if record.train else 0,
             "bytes_down": record.train.bytes_down if record.train else 0,
             "seconds": record.train.seconds if record.train else 0.0,
             "joules": record.train.joules if record.train else 0.0,
-            "epsilon": record.train.epsilon if record.train else None,
-            "dropped": sum(record.train.dropped.values()) if record.train else 0,
+            "epsilon": record.epsilon,
+            "dropped": record.train.dropped if record.train else {},
         }
         for record in state.history
     ]  # fmt: skip

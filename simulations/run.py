@@ -124,12 +124,15 @@ def numbers(record: Round) -> dict[str, Any]:
         "round": record.number,
         "base": record.validation.base,
         "shared": record.validation.shared,
+        "gain": record.validation.gain,
+        "gain_error": record.validation.gain_error,
     }
     if train := record.train:
         values |= {
-            "asked": train.asked, "replied": train.replied, "dropped": sum(train.dropped.values()), "loss": train.loss,
-            "bytes_up": train.bytes_up, "bytes_down": train.bytes_down, "device_seconds": train.seconds,
-            "joules": train.joules, "epsilon": train.epsilon, **train.diagnostics,
+            "asked": train.asked, "replied": train.replied, "refused": train.dropped.get("refused", 0),
+            "dropped": sum(train.dropped.values()), "loss": train.loss, "bytes_up": train.bytes_up,
+            "bytes_down": train.bytes_down, "device_seconds": train.seconds, "joules": train.joules,
+            "epsilon": record.epsilon, **train.diagnostics,
         }  # fmt: skip
     return {**values, "seconds": record.wall_seconds}
 
