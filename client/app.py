@@ -64,7 +64,10 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
         return Message(records.reply_to_records(outcome), reply_to=request)
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", request.metadata.message_type, outcome, exc_info=unforeseen)
-    reason = str(outcome) if isinstance(outcome, Refusal) else f"{type(outcome).__name__}, see the device's own log"
+    if isinstance(outcome, Refusal):
+        reason = f"{records.REFUSED}{outcome}"
+    else:
+        reason = f"{type(outcome).__name__}, see the device's own log"
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
 
 

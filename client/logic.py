@@ -7,11 +7,13 @@ jobs run: a cohort of simulated devices in one pass, or one device's warm worker
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Generator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from client.data import fingerprint
 from client.device import Device
@@ -20,7 +22,8 @@ from client.store import Personal
 from models import cores
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.ledger import SEALED, Reservation
+from privacy.ledger import MEASURE, SEALED, Reservation
+from privacy.measuring import noised_mean
 from privacy.noise import stream
 from privacy.policy import Refusal
 from protocol import codec, messages, plain
@@ -30,7 +33,7 @@ from training.jobs import Examples, Job, Picture, Result, Trained
 
 SHARED, PERSONAL = "shared", "personal"
 
-T = TypeVar("T", Examples, Trained, float)
+T = TypeVar("T", Examples, Trained, float, Tensor)
 
 
 def handle(request: Request, device: Device) -> Conversation:
@@ -61,6 +64,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     plan, ledger = request.plan, device.store.ledger
     if plan.base != device.report.base:
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
+    device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
     sent = _received(request.adapter, device, framed=plan.cores)
     if rank(sent.adapter) < plan.rank:
@@ -71,6 +75,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         return _unpack(sealed)
 
     pictures = device.pictures().train
+    device.policy.check_pictures(len(pictures))
     examples = yield from _examples(device, "train", pictures)
     _settle(plan, device)
     ledger.reserve(reservation, device.policy.check_spending)
@@ -120,13 +125,28 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
 
 
 def _evaluate(request: messages.Evaluate, device: Device) -> Generator[Job, Result, messages.Evaluation]:
-    """Losses on the device's validation pictures, under the base and under the adapter sent."""
-    device.policy.check_measure()
+    """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
+    device.policy.check_adaptable(device.report.base, device.sites)
+    device.policy.check_measure(request.privacy)
     sent = _received(request.adapter, device).adapter
+    if request.privacy is None:
+        return (yield from _losses(request, sent, device))
+    return (yield from _noised_gain(request, request.privacy, sent, device))
+
+
+def _losses(request: messages.Evaluate, sent: Adapter, device: Device) -> Generator[Job, Result, messages.Evaluation]:
+    """Mean losses under the base and under the adapter sent: a release without noise, which the ledger has to know of.
+
+    Once is enough: after one nothing can be promised any more, and further ones take nothing away.
+    """
+    ledger = device.store.ledger
     pictures = device.pictures().validation
     if not pictures:
         raise Refusal("this device has no validation pictures")
     examples = yield from _examples(device, "validation", pictures)
+    if not any(isinstance(entry.reservation.mechanism, NonPrivate) for entry in ledger.entries()):
+        open_ = _measuring(request, device, release=device.noise(request.round, MEASURE).release)
+        ledger.reserve(open_, device.policy.check_spending)
     key = f"{request.run}:{_cache_key(device, pictures)}"
     base = device.store.loss("base", key)
     if base is None:
@@ -136,8 +156,53 @@ def _evaluate(request: messages.Evaluate, device: Device) -> Generator[Job, Resu
     return messages.Evaluation(device=device.name, round=request.round, base=base, shared=shared)
 
 
+def _noised_gain(
+    request: messages.Evaluate, privacy: messages.MeasuringPrivacy, sent: Adapter, device: Device
+) -> Generator[Job, Result, messages.Evaluation]:
+    """The mean over pictures of what the adapter sent takes off the base's loss, with noise, charged before.
+
+    Sensitivity: the losses of a picture are a function of it and of the two adapters (`jobs.MeasureEach`), so one
+    picture more or less is one gain more or less, which `noised_mean` bounds. A device without pictures answers too,
+    with noise alone: a refusal would tell that there are none.
+    """
+    ledger, noise = device.store.ledger, device.noise(request.round, MEASURE)
+    reservation = _measuring(request, device, release=noise.release)
+    if (sealed := ledger.sealed(reservation)) is not None:
+        return messages.from_json(messages.Evaluation, sealed.decode())
+    pictures = device.pictures().validation
+    examples = (yield from _examples(device, "validation", pictures)) if pictures else None
+    ledger.reserve(reservation, device.policy.check_spending)
+    gains: list[float] = []
+    if examples:
+        base = _expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
+        shared = _expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=sent)))
+        gains = (base - shared).tolist()
+    reply = messages.Evaluation(
+        device=device.name,
+        round=request.round,
+        base=None,
+        shared=None,
+        gain=noised_mean(
+            gains,
+            clip=privacy.clip,
+            noise_multiplier=privacy.noise_multiplier,
+            count=privacy.pictures,
+            noise=noise,
+        ),
+        release=noise.release,
+        epsilon=ledger.spent(privacy.delta).value,
+    )
+    return messages.from_json(
+        messages.Evaluation, ledger.seal(reservation.key, messages.to_json(reply).encode()).decode()
+    )
+
+
 def _personalise(request: messages.Personalise, device: Device) -> Generator[Job, Result, messages.Personalised]:
-    """Train the personal adapter on top of the shared one sent, and keep it on the device."""
+    """Train the personal adapter on top of the shared one sent, or of the one kept, and keep both on the device.
+
+    Which of the two it is, is the owner's alone: nothing that leaves the device, now or later, depends on it.
+    """
+    device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_work(
         rank=request.rank, steps=request.steps, examples=request.batch_size, learning_rate=request.learning_rate
     )
@@ -153,10 +218,11 @@ def _personalise(request: messages.Personalise, device: Device) -> Generator[Job
         return reply  # made before a crash of whoever asked: training on from it would give another one
     pictures = device.pictures()
     examples = yield from _examples(device, "train", pictures.train)
-    stopping = None
+    stopping, shared = None, sent
     if pictures.validation:
         validation = yield from _examples(device, "validation", pictures.validation)
         stopping = jobs.EarlyStopping(validation=validation, every=request.look_every, patience=request.patience)
+        shared = yield from _better(sent, stored, validation, device)
     trained = _expect(
         Trained,
         (
@@ -166,8 +232,8 @@ def _personalise(request: messages.Personalise, device: Device) -> Generator[Job
                 purpose=PERSONAL,
                 seed=device.seed,
                 examples=examples,
-                start=_personal_start(request.rank, sent, stored, device),
-                frozen=sent,
+                start=_personal_start(request.rank, shared, stored, device),
+                frozen=shared,
                 steps=request.steps,
                 batch_size=request.batch_size,
                 learning_rate=request.learning_rate,
@@ -175,8 +241,23 @@ def _personalise(request: messages.Personalise, device: Device) -> Generator[Job
             )
         ),
     )
-    device.store.save_personal(Personal(trained.adapter, sent, device.report.base, identity))
+    is_new = stored is not None and not _same(stored.shared, shared)
+    device.store.save_personal(Personal(trained.adapter, shared, device.report.base, identity), aside=is_new)
     return reply
+
+
+def _better(
+    sent: Adapter, stored: Personal | None, validation: Examples, device: Device
+) -> Generator[Job, Result, Adapter]:
+    """The shared adapter to keep: the one sent, unless the one kept so far does better on the owner's own pictures.
+
+    Both are measured whichever was kept before, so that what there is to do doesn't tell.
+    """
+    if stored is None or stored.base != device.report.base:
+        return sent
+    kept = _expect(float, (yield jobs.Measure(examples=validation, adapter=stored.shared)))
+    new = _expect(float, (yield jobs.Measure(examples=validation, adapter=sent)))
+    return stored.shared if kept < new or math.isnan(new) else sent
 
 
 def _received(data: bytes, device: Device, *, framed: bool = False) -> _Sent:
@@ -229,6 +310,22 @@ def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:
     )
 
 
+def _measuring(request: messages.Evaluate, device: Device, *, release: bool) -> Reservation:
+    private = request.privacy
+    return Reservation(
+        run=request.run,
+        round=request.round,
+        base=device.report.base,
+        plan=hashlib.sha256(messages.to_json(request).encode()).hexdigest(),
+        mechanism=PoissonGaussian(noise_multiplier=private.noise_multiplier, sampling_rate=1.0, steps=1)
+        if private
+        else NonPrivate(),
+        clip=private.clip if private else None,
+        release=release,
+        purpose=MEASURE,
+    )
+
+
 def _settle(plan: TrainingPlan, device: Device) -> None:
     """A plan for a later round says that the server has moved past the run's earlier ones."""
     for entry in device.store.ledger.entries():
@@ -261,12 +358,16 @@ def _personal_start(rank_asked: int, shared: Adapter, stored: Personal | None, d
         stored
         and stored.base == device.report.base
         and rank(stored.adapter) == rank_asked
-        and rank(stored.shared) == rank(shared)
-        and all(torch.equal(a, b) for name in shared for a, b in zip(shared[name], stored.shared[name], strict=True))
+        and _same(stored.shared, shared)
     ):
         return stored.adapter
     fresh = initial(device.sites, rank_asked, stream(device.seed, device.name, PERSONAL))
     return {name: Factors(torch.cat([shared[name].a, f.a])[:rank_asked], f.b) for name, f in fresh.items()}
+
+
+def _same(one: Adapter, other: Adapter) -> bool:
+    """Whether two adapters at the same sites are equal, number by number."""
+    return one is other or all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
 
 
 def _dp_sgd(plan: TrainingPlan) -> jobs.DPSGD | None:

@@ -2,6 +2,7 @@
 
     ledger.jsonl, outbox/     privacy.ledger
     personal.safetensors      the personal adapter with the shared one that it sits on
+    previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams
     cache/                    pictures as latents, and the base's loss on them: rebuilt when missing or damaged
 
@@ -26,7 +27,7 @@ from privacy.ledger import Ledger
 from privacy.storage import Storage
 from training.jobs import Examples
 
-PERSONAL, SEED = "personal.safetensors", "seed"
+PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
 
 
 class Personal(NamedTuple):
@@ -50,7 +51,10 @@ class Store:
         """Where a person finds all of it."""
         return self._storage.where("")
 
-    def save_personal(self, personal: Personal) -> None:
+    def save_personal(self, personal: Personal, *, aside: bool = False) -> None:
+        """Replace the personal adapter; `aside`: the one there, with its shared one, becomes the previous."""
+        if aside and (before := self._storage.read(PERSONAL)) is not None:
+            self._storage.write(PREVIOUS, before)
         tensors = _prefixed("personal", personal.adapter) | _prefixed("shared", personal.shared)
         self._storage.write(PERSONAL, save(tensors, {"base": personal.base, "request": personal.request}))
 
@@ -74,6 +78,19 @@ class Store:
                 f"{self._storage.where(PERSONAL)}: not a personal adapter for this base ({error}); "
                 "remove it and personalise again"
             ) from error
+
+    def roll_back(self) -> None:
+        """Return to the shared adapter before this one, with what was personal on top of it.
+
+        The next shared adapter that is sent is measured against it, as against any other.
+
+        Raises:
+            AntherError: there is none.
+        """
+        if (before := self._storage.read(PREVIOUS)) is None:
+            raise AntherError(f"{self._storage.where(PREVIOUS)}: there is no previous adapter to go back to")
+        self._storage.write(PERSONAL, before)
+        self._storage.remove(PREVIOUS)
 
     def save_examples(self, split: str, key: str, examples: Examples) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in examples._asdict().items()}

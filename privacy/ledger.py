@@ -31,7 +31,8 @@ from privacy.storage import Storage
 
 JOURNAL, OUTBOX = "ledger.jsonl", "outbox"
 RESERVED, SEALED, SENT = "reserved", "sealed", "sent"
-Key = tuple[str, int]
+TRAIN, MEASURE = "train", "measure"
+Key = tuple[str, int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,12 @@ class Reservation:
     """False for simulated noise, which is charged all the same."""
     unit: str = IMAGE
     relation: str = ADD_OR_REMOVE_ONE
+    purpose: str = TRAIN
+    """What is made of the pictures: an update, or a measure of how an adapter does on them."""
 
     @property
     def key(self) -> Key:
-        return self.run, self.round
+        return self.run, self.round, self.purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ class Ledger:
             if entry.state == RESERVED:
                 digest = hashlib.sha256(reply).hexdigest()
                 self._storage.write(_outbox(key), reply)
-                append({"state": SEALED, "run": key[0], "round": key[1], "sha256": digest})
+                append({"state": SEALED, **_named_key(key), "sha256": digest})
                 return reply
             return self._read_sealed(entry)
 
@@ -123,7 +126,7 @@ class Ledger:
         """Note that the server has moved past a sealed reply: it is not asked for again, and its bytes are removed."""
         with self._opened() as (entries, append):
             if entries[key].state == SEALED:
-                append({"state": SENT, "run": key[0], "round": key[1]})
+                append({"state": SENT, **_named_key(key)})
                 self._storage.remove(_outbox(key))
 
     def entries(self) -> tuple[Entry, ...]:
@@ -195,7 +198,7 @@ def _replay(entries: Entries, lines: Sequence[bytes], start: int, where: str) ->
     for number, line in enumerate(lines[start:], start=start + 1):
         try:
             event = json.loads(line)
-            key, state = (event["run"], event["round"]), event["state"]
+            key, state = (event["run"], event["round"], event["purpose"]), event["state"]
             match state, found[key].state if key in found else None:
                 case "reserved", None:
                     found[key] = Entry(_reservation(line))
@@ -216,11 +219,15 @@ def _replay(entries: Entries, lines: Sequence[bytes], start: int, where: str) ->
 def _outbox(key: Key) -> str:
     """Where a reply lies: named by a hash, since the server chooses the name of the run."""
     run = hashlib.sha256(key[0].encode()).hexdigest()[:16]
-    return f"{OUTBOX}/{run}-{key[1]}.reply"
+    return f"{OUTBOX}/{run}-{key[1]}-{key[2]}.reply"
+
+
+def _named_key(key: Key) -> dict[str, Any]:
+    return dict(zip(("run", "round", "purpose"), key, strict=True))
 
 
 def _same(entries: Entries, reservation: Reservation) -> Entry | None:
-    """The entry of this (run, round), which must be for the same plan."""
+    """The entry of this (run, round, purpose), which must be for the same plan."""
     entry = entries.get(reservation.key)
     if entry and entry.reservation.plan != reservation.plan:
         raise Refusal(f"{_named(entry)} was reserved for another plan: a second one would be a second release")
@@ -228,7 +235,8 @@ def _same(entries: Entries, reservation: Reservation) -> Entry | None:
 
 
 def _named(entry: Entry) -> str:
-    return f"round {entry.reservation.round} of run {entry.reservation.run!r}"
+    purpose = "" if entry.reservation.purpose == TRAIN else f"the {entry.reservation.purpose} of "
+    return f"{purpose}round {entry.reservation.round} of run {entry.reservation.run!r}"
 
 
 def _mechanisms(entries: Entries) -> list[Mechanism]:

@@ -1,16 +1,39 @@
-"""The device's own floor: the server can ask for less, never for weaker privacy."""
+"""The device's own floor: the server can ask for less, never for weaker privacy.
+
+It is `policy.toml` beside the device's store, written by its owner's hand. What is not in it has these defaults, which
+are also those of a device without the file:
+
+- It takes part in runs without privacy until it has first taken part in one with privacy. From then on it shares
+  nothing without noise, whatever it is asked for, and nothing that would bring it over ε = EPSILON_UNSAID per picture.
+  So the first run decides, and no later one can take back what that promised.
+- Whoever writes `max_epsilon` has asked for privacy from the beginning: nothing at all is shared without noise.
+
+A refusal says what was asked for and what is allowed, both of which are the server's business. Of the pictures it
+tells one thing only, where `min_pictures` is over 1: that there are fewer. To refuse tells so, whatever the words, and
+no ε covers it: ε compares sets of pictures that both reach the owner's minimum. It is one bit, the same in every round,
+about a limit that the server isn't told.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import AntherError
 from privacy.accounting import Mechanism, NonPrivate, PoissonGaussian, epsilon
-from protocol.messages import ExamplePrivacy, TrainingPlan
+from protocol import plain
+from protocol.messages import ExamplePrivacy, MeasuringPrivacy, TrainingPlan
+
+EPSILON_UNSAID = 16.0
+"""Cap of an owner who named none: at δ = 1e-5 it is room for one run of ε = 8 at δ = 1e-3, and not for two."""
+
+MEASURES = ("none", "noised", "raw")
+_LOUDEST = 1e6  # σ: more drowns everything, and much more overflows
 
 
 class Refusal(AntherError):  # noqa: N818 - a no is no error
@@ -27,11 +50,22 @@ class Policy:
 
     max_epsilon: float | None = None
     """Cap on ε per picture of everything that the device ever shares: with one, nothing is shared without noise,
-    neither an adapter nor a loss on its pictures. None: the owner asks for no privacy."""
+    neither an adapter nor a loss on its pictures. None: see above."""
     delta: float = 1e-5
-    """δ at which `max_epsilon` is meant, whatever δ a plan asks for."""
+    """δ at which the cap is meant, whatever δ a plan asks for."""
     min_noise_multiplier: float = 0.05
     """σ below it promises nothing, and its ε takes long to compute."""
+    max_clip: float = 100.0
+    """Bound on the clip of a gradient, and of a gain."""
+    min_pictures: int = 1
+    """Training pictures below which the device trains nothing that is shared."""
+    sites: str = ".*"
+    """Regular expression on the whole names of the layers that an adapter may sit at, e.g. `.*attn[12].*`."""
+    bases: tuple[str, ...] = ()
+    """Content hashes of the bases that may be adapted; none: whichever the device holds."""
+    measures: str = "raw"
+    """The most that may be told of how an adapter does on its pictures: nothing (`none`), a gain with noise, paid from
+    the same ε (`noised`), or losses as they are (`raw`), if nothing forbids sharing without noise."""
     max_rank: int = 1024
     max_steps: int = 10_000
     """In one round."""
@@ -39,10 +73,30 @@ class Policy:
     """Examples in one step, counting every draw."""
 
     def __post_init__(self) -> None:
-        if self.max_epsilon is not None and not self.max_epsilon > 0:
-            raise AntherError(f"policy: max_epsilon={self.max_epsilon} must be over 0")
-        if not 0 < self.delta < 1:
-            raise AntherError(f"policy: delta={self.delta} must lie between 0 and 1")
+        cap = self.max_epsilon
+        for name, valid, rule in (
+            ("max_epsilon", cap is None or 0 < cap < math.inf, "over 0"),
+            ("delta", 0 < self.delta < 1, "between 0 and 1"),
+            ("min_noise_multiplier", 0 < self.min_noise_multiplier < math.inf, "over 0"),
+            ("max_clip", 0 < self.max_clip < math.inf, "over 0"),
+            ("min_pictures", self.min_pictures >= 0, "0 or more"),
+            ("sites", _compiles(self.sites), "a regular expression"),
+            ("bases", all(re.fullmatch("[0-9a-f]{64}", base) for base in self.bases), "hashes of 64 hex digits"),
+            ("measures", self.measures in MEASURES, f"one of {', '.join(MEASURES)}"),
+            ("max_rank", self.max_rank >= 1, "1 or more"),
+            ("max_steps", self.max_steps >= 1, "1 or more"),
+            ("max_batch", self.max_batch >= 1, "1 or more"),
+        ):
+            if not valid:
+                raise AntherError(f"policy: {name}={getattr(self, name)} must be {rule}")
+
+    def check_adaptable(self, base: str, sites: Iterable[str]) -> None:
+        """Raises Refusal unless adapters may be had for this base, and sit at all of these sites."""
+        if self.bases and base not in self.bases:
+            raise Refusal(f"base {base[:12]} is not among those that this device allows")
+        allowed = re.compile(self.sites)
+        if forbidden := next((name for name in sites if not allowed.fullmatch(name)), None):
+            raise Refusal(f"site {forbidden}: this device allows {self.sites}")
 
     def check_plan(self, plan: TrainingPlan) -> None:
         """Raises Refusal unless this plan alone is allowed; what it adds up to is for `check_spending`."""
@@ -67,44 +121,75 @@ class Policy:
         if not 0 < learning_rate < math.inf:
             raise Refusal(f"learning_rate: {learning_rate} asked, must be a number over 0")
 
-    def check_measure(self) -> None:
-        """Raises Refusal if losses on one's pictures may not be told: they are a release without noise."""
-        if self.max_epsilon is not None:
-            raise Refusal("this device tells no measure of its pictures: a loss is shared without noise")
+    def check_measure(self, privacy: MeasuringPrivacy | None) -> None:
+        """Raises Refusal if so much may not be told of an adapter's losses; None: all, without noise."""
+        if self.measures == "none":
+            raise Refusal("this device tells no measure of its pictures")
+        if privacy is None:
+            if self.measures != "raw" or self.max_epsilon is not None:
+                raise Refusal("this device tells no measure of its pictures without noise")
+            return
+        self._check_noise(privacy)
+        if privacy.pictures < 1:
+            raise Refusal(f"privacy.pictures: {privacy.pictures} asked, must be 1 or more")
+
+    def check_pictures(self, count: int) -> None:
+        """Raises Refusal for fewer training pictures than the owner wants to hide each one among."""
+        if count < self.min_pictures:
+            raise Refusal("this device's own minimum of pictures is not met")
 
     def check_spending(self, past: Sequence[Mechanism], new: Mechanism) -> None:
-        """Raises Refusal if `new` would bring the whole above `max_epsilon`, or could promise nothing any more."""
-        if isinstance(new, PoissonGaussian) and any(isinstance(event, NonPrivate) for event in past):
-            raise Refusal("this device has shared without privacy before, so no ε can be promised; start a new store")
-        if self.max_epsilon is None:
+        """Raises Refusal if `new` would bring the whole above the cap, or is less than what was promised before."""
+        if isinstance(new, NonPrivate):
+            if self.max_epsilon is not None:
+                raise Refusal("this device shares nothing without example privacy")
+            if any(isinstance(event, PoissonGaussian) for event in past):
+                raise Refusal("this device has shared with example privacy before, and shares nothing without it since")
             return
+        if any(isinstance(event, NonPrivate) for event in past):
+            raise Refusal("this device has shared without privacy before, so no ε can be promised; start a new store")
+        cap = EPSILON_UNSAID if self.max_epsilon is None else self.max_epsilon
         cost = epsilon([*past, new], self.delta)
-        if cost.value > self.max_epsilon:
-            raise Refusal(f"the round would bring this device to {cost}; it allows {self.max_epsilon:g}")
+        if cost.value > cap:
+            raise Refusal(f"it would bring this device to {cost}; it allows {cap:g}")
 
     def _check_privacy(self, privacy: ExamplePrivacy) -> None:
         """Raises Refusal for parameters with which DP-SGD would promise nothing."""
-        for name, valid in (
-            ("noise_multiplier", self.min_noise_multiplier <= privacy.noise_multiplier < math.inf),
-            ("clip", 0 < privacy.clip < math.inf),
-            ("sampling_rate", 0 < privacy.sampling_rate <= 1),
-            ("delta", 0 < privacy.delta < 1),
-            ("draws", privacy.draws >= 1),
-        ):
+        self._check_noise(privacy)
+        for name, valid in (("sampling_rate", 0 < privacy.sampling_rate <= 1), ("draws", privacy.draws >= 1)):
             if not valid:
                 raise Refusal(f"privacy.{name}: {getattr(privacy, name)} asked, which promises nothing")
+
+    def _check_noise(self, privacy: ExamplePrivacy | MeasuringPrivacy) -> None:
+        sigma, least = privacy.noise_multiplier, self.min_noise_multiplier
+        if not least <= sigma <= _LOUDEST:
+            raise Refusal(f"privacy.noise_multiplier: {sigma} asked, this device allows {least:g} to {_LOUDEST:g}")
+        if not 0 < privacy.clip <= self.max_clip:
+            raise Refusal(f"privacy.clip: {privacy.clip} asked, this device allows up to {self.max_clip:g}")
+        if not 0 < privacy.delta < 1:
+            raise Refusal(f"privacy.delta: {privacy.delta} asked, which promises nothing")
 
 
 def load(path: Path) -> Policy:
     """The policy in a TOML file, `max_epsilon = 4.0` and so on; the default one if there is no file.
 
     Raises:
-        AntherError: the file is not TOML, or has an unknown key or a value out of range.
+        AntherError: the file is not TOML, or has an unknown key or a value of another type or out of range.
     """
     if not path.exists():
         return Policy()
+    default = dataclasses.asdict(Policy()) | {"bases": []}
     try:
-        return Policy(**tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
-        known = ", ".join(Policy.__dataclass_fields__)
-        raise AntherError(f"{path}: {error}; the keys are {known}") from error
+        return plain.from_plain(Policy, default | tomllib.loads(path.read_text(encoding="utf-8")), "policy")
+    except AntherError as error:
+        raise AntherError(f"{path}: {error}") from error
+    except ValueError as error:  # of TOML, of UTF-8, of a type
+        raise AntherError(f"{path}: {error}; the keys are {', '.join(default)}") from error
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

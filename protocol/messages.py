@@ -142,6 +142,8 @@ class Evaluation:
     """Mean over pictures of what the adapter takes off the base's loss, clipped and noised on the device."""
     release: bool = True
     """As of an Update; only meant for a noised gain."""
+    epsilon: float | None = None
+    """As of an Update, with what this gain cost; None without a noised one."""
 
 
 @dataclass(frozen=True, kw_only=True)

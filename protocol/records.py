@@ -17,6 +17,9 @@ from protocol.messages import Reply, Request
 
 QUERY, TRAIN, EVALUATE, PERSONALISE = "query", "train", "evaluate", "train.personalise"
 
+REFUSED = "refused: "
+"""How the reason of an error reply begins if it is a device's no, and nothing went wrong."""
+
 _MESSAGE, _ARRAYS, _ADAPTER, _STYPE = "message", "arrays", "adapter", "safetensors"
 
 

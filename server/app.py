@@ -100,6 +100,10 @@ def _log_as_flower_does() -> None:
 def _tell(done: Round) -> None:
     train, validation = done.train, done.validation
     replied = f"{train.replied} of {train.asked} replied, " if train else ""
+    if train and (refused := train.dropped.get("refused")):
+        replied += f"{refused} refused, "
     loss = "no losses" if validation.shared is None else f"base {validation.base:.5f}, shared {validation.shared:.5f}"
-    promised = "".join(f", {guarantee}" for guarantee in train.guarantees) if train else ""
+    if validation.gain is not None:
+        loss = f"gain {validation.gain:.5f} ± {validation.gain_error:.5f} by its noise"
+    promised = "".join(f", {guarantee}" for guarantee in done.guarantees)
     log.info("round %d: %s%s, %.1f s%s", done.number, replied, loss, done.wall_seconds, promised)

@@ -102,7 +102,7 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
         arrays = arrays if aggregated is None else aggregated
         train = strategy.trained
     validation = Validation(base=None, shared=None)
-    if number > 0 and strategy.may_measure:  # before training an adapter adds nothing: it measures as the base
+    if number > 0 and strategy.measures(number):  # before training an adapter adds nothing: it measures as the base
         replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
         strategy.aggregate_evaluate(number, replies)
         validation = strategy.validation or validation

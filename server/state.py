@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from models.adapter import Adapter
+from privacy.accounting import IMAGE, Guarantee
 from strategies.facts import DeviceFacts, TrainFacts, Validation
 from strategies.private import Anchor
 
@@ -21,6 +22,20 @@ class Round:
     """Of the adapter after this round."""
     wall_seconds: float
     """On the server's clock."""
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest that a device's ledger has composed to by the end of the round, per picture; None without DP."""
+        trained = self.train.epsilon if self.train else None
+        return max((e for e in (trained, self.validation.epsilon) if e is not None), default=None)
+
+    @property
+    def guarantees(self) -> tuple[Guarantee, ...]:
+        """What is promised at the end of the round, per picture, per device, or both at once, which don't add."""
+        promised, spent = self.train.guarantees if self.train else (), self.epsilon
+        return tuple(
+            one if one.unit != IMAGE or spent is None else replace(one, value=max(one.value, spent)) for one in promised
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +75,10 @@ class State:
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
         train, validation = round.train, round.validation
-        record = replace(round, train=train and replace(train, devices={}), validation=replace(validation, devices={}))
-        devices, history = _summed(self.devices, train), (*self.history, record)
+        record = replace(
+            round, train=train and replace(train, devices={}), validation=replace(validation, devices={}, spent={})
+        )
+        devices, history = _measured(_summed(self.devices, train), validation), (*self.history, record)
         state = replace(self, adapter=adapter, history=history, devices=devices, ledger=ledger)
         loss, best = round.validation.shared, self.best_loss
         if loss is not None and best is None and self.best_round == 0:
@@ -78,4 +95,13 @@ def _summed(before: Mapping[str, DeviceFacts], train: TrainFacts | None) -> Mapp
     return {
         **before,
         **{name: before[name].then(facts) if name in before else facts for name, facts in train.devices.items()},
+    }
+
+
+def _measured(before: Mapping[str, DeviceFacts], validation: Validation) -> Mapping[str, DeviceFacts]:
+    """The devices' sums with what measuring cost them: of a device that never trained, that alone."""
+    idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
+    return {
+        **before,
+        **{name: before.get(name, idle).then(replace(idle, epsilon=spent)) for name, spent in validation.spent.items()},
     }

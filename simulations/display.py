@@ -70,8 +70,9 @@ class Display:
         """A round is over, or was before a resumption.
 
         Args:
-            record: `round`, `base` and `shared` (validation losses), and of a round in which devices trained
-                `replied` or `devices`, `dropped`, `bytes_up`, `bytes_down` and `guarantees` (so far).
+            record: `round`, `base` and `shared` (validation losses) or `gain` and `gain_error` (of a noised one), and
+                of a round in which devices trained `replied` or `devices`, `dropped` and how many of them `refused`,
+                `bytes_up`, `bytes_down` and `guarantees` (so far).
         """
         self._last_round = int(record["round"])
         if self._ends:
@@ -110,15 +111,20 @@ class Display:
         self._console.print(line, soft_wrap=True)
 
     def _line(self, record: Mapping[str, Any]) -> Text:
-        fall = gain(record["base"], record["shared"])
+        fall, noised = gain(record["base"], record["shared"]), record.get("gain")
         line = Text() if self._live else Text(f"{self._elapsed():>5}  ")
         line.append(f"round {record['round']:>{len(str(self._rounds))}} of {self._rounds}  ")
-        line.append(f"loss {number(record['shared']):<7} ", style="bold" if self._live else "")
-        if self._live:
-            line.append(bar(fall / FULL), style="yellow").append(" ")
-        line.append(f"{against_base(fall):<22}")
+        if noised is None:
+            line.append(f"loss {number(record['shared']):<7} ", style="bold" if self._live else "")
+            if self._live:
+                line.append(bar(fall / FULL), style="yellow").append(" ")
+            line.append(f"{against_base(fall):<22}")
+        else:
+            line.append(f"gain {number(noised)}", style="bold" if self._live else "")
+            line.append(f" ± {number(record['gain_error'])} by its noise")
         if "bytes_up" in record:
-            dropped = f" ({record['dropped']} dropped)" if record.get("dropped") else ""
+            refused = f", {record['refused']} of them refusals" if record.get("refused") else ""
+            dropped = f" ({record['dropped']} dropped{refused})" if record.get("dropped") else ""
             line.append(f"  {record.get('replied', record.get('devices'))} devices{dropped}", style="dim")
             line.append(f"  {data(record['bytes_up'])} up, {data(record['bytes_down'])} down", style="dim")
             for guarantee in record.get("guarantees", ()):

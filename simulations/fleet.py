@@ -70,12 +70,22 @@ def participants(config: Simulation, base: Base, storage: Callable[[str], Storag
     names = [name for name, *_ in dealt]
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
-    policy = Policy()
+    policy = owners_policy(config)
     return [
         _participant(config, base, storage(name), policy, name, writer, copy, profile)
         for i, (name, writer, copy) in enumerate(dealt)
         for profile in [config.fleet.profiles[i % len(config.fleet.profiles)]]
     ]
+
+
+def owners_policy(config: Simulation) -> Policy:
+    """What the simulated owners allow: exactly what the run promises them, so that a run that breaks it is refused."""
+    private = config.privacy
+    if not private.of_examples:
+        return Policy()
+    return Policy(
+        max_epsilon=private.epsilon, delta=private.delta, measures="noised" if private.measuring.every else "none"
+    )
 
 
 def deal(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:

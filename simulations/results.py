@@ -109,7 +109,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of `summary.json`; means over those who were judged."""
     trained = [record.train for record in state.history if record.train]
-    promised = [guarantee for train in trained for guarantee in train.guarantees]
+    promised = [guarantee for record in state.history for guarantee in record.guarantees]
 
     def most(unit: str) -> dict[str, Any] | None:
         found = [guarantee for guarantee in promised if guarantee.unit == unit]
@@ -166,13 +166,15 @@ def build_report(
             "round": record.number,
             "base": record.validation.base if record.number else base,
             "shared": record.validation.shared if record.number else base,
+            "gain": record.validation.gain,
+            "gain_error": record.validation.gain_error,
             "bytes_up": record.train.bytes_up if record.train else 0,
             "bytes_down": record.train.bytes_down if record.train else 0,
             "seconds": record.train.seconds if record.train else 0.0,
             "joules": record.train.joules if record.train else 0.0,
-            "epsilon": record.train.epsilon if record.train else None,
+            "epsilon": record.epsilon,
             "device_epsilon": device_epsilon(record.train),
-            "dropped": sum(record.train.dropped.values()) if record.train else 0,
+            "dropped": record.train.dropped if record.train else {},
         }
         for record in state.history
     ]  # fmt: skip

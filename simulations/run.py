@@ -107,7 +107,7 @@ def federate(
         def on_round(record: Round) -> None:
             tracker.log(record.number, numbers(record))
             if record.number:
-                display.round({**numbers(record), "guarantees": record.train.guarantees if record.train else ()})
+                display.round({**numbers(record), "guarantees": record.guarantees})
             if record.number == config.rounds:
                 display.phase("personalising")
 
@@ -128,13 +128,15 @@ def numbers(record: Round) -> dict[str, Any]:
         "round": record.number,
         "base": record.validation.base,
         "shared": record.validation.shared,
+        "gain": record.validation.gain,
+        "gain_error": record.validation.gain_error,
     }
     if train := record.train:
         values |= {
-            "asked": train.asked, "replied": train.replied, "dropped": sum(train.dropped.values()), "loss": train.loss,
-            "bytes_up": train.bytes_up, "bytes_down": train.bytes_down, "device_seconds": train.seconds,
-            "joules": train.joules, "epsilon": train.epsilon, "device_epsilon": device_epsilon(train),
-            **train.diagnostics,
+            "asked": train.asked, "replied": train.replied, "refused": train.dropped.get("refused", 0),
+            "dropped": sum(train.dropped.values()), "loss": train.loss, "bytes_up": train.bytes_up,
+            "bytes_down": train.bytes_down, "device_seconds": train.seconds, "joules": train.joules,
+            "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), **train.diagnostics,
         }  # fmt: skip
     return {**values, "seconds": record.wall_seconds}
 

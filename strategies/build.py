@@ -11,7 +11,7 @@ from conf.schemas import Simulation
 from models import assets
 from models.adapter import Adapter, Sites
 from models.cores import load_frame
-from privacy.accounting import PoissonGaussian, noise_multiplier_for
+from privacy.accounting import noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
 from privacy.noise import NoiseSource, Secure, Simulated, stream
 from protocol.messages import ExamplePrivacy, TrainingPlan
@@ -19,6 +19,7 @@ from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.federated import Federated
+from strategies.measuring import measuring, spending
 from strategies.planning import Limits
 from strategies.private import Budget, DeviceLevel, Ledger
 from strategies.registry import AGGREGATIONS, Combination, refusal
@@ -64,12 +65,11 @@ def build(
         aggregation=rule,
         selection=selection(config, noise),
         evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
+        measuring=measuring(config, simulated=accept_simulated),
         limits=limits,
         frame=frame,
         accept_simulated=accept_simulated,
-        device_level=_device_level(config, plan.run, sites, frame, noise, ledger)
-        if config.privacy.of_devices
-        else None,
+        device_level=level,
     )
 
 
@@ -119,7 +119,7 @@ def _device_level(
             f"privacy.device.participations={most}: {devices} devices can't fill {config.rounds} rounds of {asked}; "
             "lower fleet.sample or rounds, or raise it"
         )
-    beside = measurements(config)
+    beside = spending(config)
     budget = Budget(
         epsilon=chosen.epsilon or config.privacy.epsilon,
         delta=chosen.delta or config.privacy.delta,
@@ -147,15 +147,6 @@ def _device_level(
     )
 
 
-def measurements(config: Simulation) -> tuple[PoissonGaussian, ...]:
-    """What the run is going to measure, which is paid from the same ε."""
-    measuring = config.privacy.measuring
-    times = config.rounds // measuring.every if measuring.every else 0
-    if not times:
-        return ()
-    return (PoissonGaussian(noise_multiplier=measuring.noise_multiplier, sampling_rate=1.0, steps=times),)
-
-
 def _simulated(seed: int, purpose: str, round: int) -> NoiseSource:
     return Simulated(seed=seed, client="server", round=round, purpose=purpose)
 
@@ -179,7 +170,7 @@ def aggregation(config: Simulation) -> Aggregation:
 
 
 def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
-    """What a device without limits is asked to do each round; σ is solved for all rounds together.
+    """What a device without limits is asked to do each round; σ is solved for all rounds and measurements together.
 
     q and the divisor of the noised sum are public constants: the pictures that an owner is expected to give, not those
     that were counted.
@@ -192,7 +183,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             delta=config.privacy.delta,
             sampling_rate=rate,
             steps=config.rounds * shared.steps,
-            beside=measurements(config),
+            beside=spending(config),
         )
         privacy = ExamplePrivacy(
             noise_multiplier=sigma,

@@ -90,14 +90,22 @@ def device_epsilon(train: TrainFacts | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Validation losses of one adapter on the devices' own pictures."""
+    """How one adapter does on the devices' own pictures: losses, or under privacy a noised gain alone."""
 
     base: float | None
-    """Mean over devices of the base's loss; None if no device replied."""
+    """Mean over devices of the base's loss; None if no device told one."""
     shared: float | None
     """Mean over devices of the adapter's loss."""
+    gain: float | None = None
+    """Mean of what the adapter takes off the base's loss, clipped and noised; None unless it was asked for so."""
+    gain_error: float | None = None
+    """Standard error of the gain by its noise alone."""
     devices: dict[str, float] = field(default_factory=dict)
-    """The adapter's loss on each device; empty in a run's history."""
+    """The adapter's loss on each device, or its noised gain; empty in a run's history."""
+    epsilon: float | None = None
+    """The largest that a device's ledger has composed to, per picture, with this measurement."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """The same of each device; empty in a run's history."""
     dropped: dict[str, int] = field(default_factory=dict)
 
 

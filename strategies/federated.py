@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -20,7 +20,7 @@ from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, head_and_tail, rank, shapes, to_tensors
 from models.cores import between, core_shapes, to_framed_tensors
 from models.slots import trained_layout
-from privacy.accounting import Guarantee
+from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records
 from protocol.codec import CodecError, decode, encode
@@ -38,6 +38,7 @@ from protocol.messages import (
 )
 from strategies.aggregation import Aggregated, Aggregation, squared_norm
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation
+from strategies.measuring import Measuring
 from strategies.planning import Limits, plan_for
 from strategies.private import DeviceLevel, changes
 from strategies.selection import Selection
@@ -87,6 +88,8 @@ class Federated(Strategy):
         sites: where adapters sit in the base that `plan` names.
         selection: who is asked to train in a round.
         evaluation: who is asked to measure the adapter after it (default: every device).
+        measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
+            after none).
         frame: the factors that stay, of a plan that trains cores between them.
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
@@ -104,6 +107,7 @@ class Federated(Strategy):
         selection: Selection,
         limits: Limits,
         evaluation: Selection | None = None,
+        measuring: Measuring | None = None,
         frame: Adapter | None = None,
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
@@ -117,31 +121,35 @@ class Federated(Strategy):
             raise ValueError(f"accounted with a sampling rate of {device_level.sampling_rate}, selected with {drawn}")
         if limits.metered_rank is not None and not aggregation.mixed_ranks:
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
+        measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
+        if measuring.every and plan.privacy and not measuring.among_pictures:
+            raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
+        if measuring.every and device_level and not measuring.among_devices:
+            raise ValueError("measuring: a run that is private per device keeps no measure without noise")
         self.sites, self.frame, self.device_level = sites, frame, device_level
         self._plan, self._limits = plan, limits
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
+        self._measuring = measuring
         self._accept_simulated = accept_simulated
         self._reports: dict[int, DeviceReport] = {}
         self._names: set[str] = set()  # of the reports
         self._unfit: dict[int, str] = {}
         self._round: _Round | None = None
         self._asked: dict[int, DeviceReport] = {}
+        self._measured = False
         self.trained: TrainFacts | None = None
         self.validation: Validation | None = None
         self.personalised: PersonalFacts | None = None
 
     @property
-    def may_measure(self) -> bool:
-        """Whether devices may be asked for their loss: it is a release without noise, which a private run promises
-        not to ask for; in a simulation nothing is released.
-        """
-        return not self.private or self._accept_simulated
-
-    @property
     def private(self) -> bool:
         """Whether anything is promised: then nothing is chosen, told or measured by what was not noised."""
         return self._plan.privacy is not None or self.device_level is not None
+
+    def measures(self, round: int) -> bool:
+        """Whether devices are asked to measure this round's adapter."""
+        return self._measuring.due(round)
 
     def summary(self) -> None:
         plan = self._plan
@@ -256,28 +264,48 @@ class Federated(Strategy):
         config: ConfigRecord,  # noqa: ARG002  # Flower's interface: what we have to say is in the messages
         grid: Grid,
     ) -> Iterable[Message]:
-        """An Evaluate message for each device that is to measure this round's adapter."""
-        self._asked = _selected(self._evaluation, self.query(grid), server_round)
+        """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
         data = records.adapter_from_record(arrays)
-        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data))
+        self._measured = self.measures(server_round) and self._paid(server_round, data)
+        self._asked = _selected(self._evaluation, self.query(grid), server_round) if self._measured else {}
+        private = self._measuring.among_pictures
+        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data, privacy=private))
+
+    def _paid(self, round: int, adapter: bytes) -> bool:
+        """Whether a measurement that the server noises is charged for; devices charge for their own."""
+        hidden = self._measuring.among_devices
+        if not (self.device_level and hidden):
+            return True
+        mechanism = PoissonGaussian(noise_multiplier=hidden.noise_multiplier, sampling_rate=1.0, steps=1)
+        return self.device_level.pays_for(round, adapter, mechanism, clip=hidden.clip, expected=float(hidden.devices))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean validation losses of the base and of the adapter; None when no reply was good."""
+        """Mean validation losses of the base and of the adapter, or a noised gain; None when there is neither."""
 
         def check(report: DeviceReport, reply: Evaluation) -> Evaluation:
             _check_origin(report, reply.device)
             if reply.round != server_round:
                 raise RefusedError("stale", f"{reply.device}: evaluated round {reply.round}, not {server_round}")
-            if not (0 <= reply.base < _MOST and 0 <= reply.shared < _MOST):
+            if not self._measuring.fits(reply):
+                raise RefusedError("malformed", f"{reply.device}: tells other measures than it was asked for")
+            if reply.gain is not None and not (reply.release or self._accept_simulated):
+                raise RefusedError(
+                    "not a release", f"{reply.device}: simulated noise, and this server is not in test mode"
+                )
+            numbers = [value for value in (reply.base, reply.shared, reply.epsilon) if value is not None]
+            if not (all(0 <= value < _MOST for value in numbers) and abs(reply.gain or 0.0) < _MOST):
                 raise RefusedError("malformed", f"{reply.device}: losses must be 0 to {_MOST:g}")
             return reply
 
         found, dropped = _receive(records.EVALUATE, replies, self._asked, check)
-        losses = sorted(found.values(), key=lambda reply: reply.device)
-        base, shared = _mean([loss.base for loss in losses]), _mean([loss.shared for loss in losses])
-        devices = {loss.device: loss.shared for loss in losses}
-        self.validation = Validation(base=base, shared=shared, devices=devices, dropped=dropped)
-        return None if base is None or shared is None else MetricRecord({"base": base, "shared": shared})
+        told = Validation(base=None, shared=None, dropped=dropped)
+        if self._measured:
+            good = sorted(found.values(), key=lambda reply: reply.device)
+            told = self._measuring.summary(server_round, good, dropped)
+        self.validation = told
+        values = {name: getattr(told, name) for name in ("base", "shared", "gain", "gain_error")}
+        measured = {name: value for name, value in values.items() if value is not None}
+        return MetricRecord(measured) if measured else None
 
     def configure_personalise(
         self, request: Personalise, grid: Grid, names: Collection[str] | None = None
@@ -400,18 +428,25 @@ def _receive(
         node = message.metadata.src_node_id  # the SuperLink's own for an error about a node that is away
         try:
             if message.has_error():
-                reason = "unreachable" if message.error.code in _UNREACHABLE else "failed"
-                raise RefusedError(reason, f"error {message.error.code}: {_last_line(message.error.reason)}")
+                error = message.error
+                raise RefusedError(_why(error), f"error {error.code}: {_last_line(error.reason)}")
             if node not in asked or node in found:
                 raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
             found[node] = check(asked[node], records.reply_from_records(kind, message.content))
-        except Exception as error:  # whatever a device sends, the server lives
-            reason = error.reason if isinstance(error, RefusedError) else "malformed"
-            dropped["codec" if isinstance(error, CodecError) else reason] += 1
-            log.warning("%s: reply of node %d dropped: %s", kind, node, error)
+        except Exception as wrong:  # whatever a device sends, the server lives
+            reason = wrong.reason if isinstance(wrong, RefusedError) else "malformed"
+            dropped["codec" if isinstance(wrong, CodecError) else reason] += 1
+            log.warning("%s: reply of node %d dropped: %s", kind, node, wrong)
     if heard < len(asked):
         dropped["no reply"] = len(asked) - heard
     return found, dict(sorted(dropped.items()))
+
+
+def _why(error: Error) -> str:
+    """What an error reply is counted under: a device that says no is no broken one."""
+    if (error.reason or "").startswith(records.REFUSED):
+        return "refused"
+    return "unreachable" if error.code in _UNREACHABLE else "failed"
 
 
 def _check_origin(report: DeviceReport, device: str) -> None:

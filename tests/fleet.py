@@ -69,6 +69,11 @@ def _reply(request: Any, device: FakeDevice) -> Any:
                 release=False, seconds=float(len(device.name)), joules=2.0, quality="estimate",
                 loss=None if plan.privacy else 0.5, epsilon=1.5 if plan.privacy else None, events=3,
             )  # fmt: skip
+        case messages.Evaluate(privacy=messages.MeasuringPrivacy()):
+            return messages.Evaluation(
+                device=device.name, round=request.round, base=None, shared=None, gain=0.1 * len(device.name),
+                release=False, epsilon=2.0,
+            )  # fmt: skip
         case messages.Evaluate():
             return messages.Evaluation(
                 device=device.name, round=request.round, base=1.0, shared=1.0 / (1 + request.round)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from conf.errors import AntherError
 from models.base import Base
 from models.slots import stack_adapters, to_device
-from training.inference import held_out_losses
-from training.jobs import Encode, Examples, Job, Measure, Result, Train
+from training.inference import each_loss, held_out_losses
+from training.jobs import Encode, Examples, Job, Measure, MeasureEach, Result, Train
 from training.memory import for_looking, for_training
 from training.trainer import train
 
@@ -33,6 +35,8 @@ def perform(
 
     place(Encode, encode(base, [job for job in jobs if isinstance(job, Encode)]))
     place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], for_looking(memory), timesteps))
+    each = [job for job in jobs if isinstance(job, MeasureEach)]
+    place(MeasureEach, measure_each(base, each, for_looking(memory), timesteps))
     training = [job for job in jobs if isinstance(job, Train)]
     place(Train, train(base, training, memory=for_training(memory), timesteps=timesteps, compiled=compiled))
     return results
@@ -54,3 +58,10 @@ def measure(base: Base, jobs: Sequence[Measure], memory: int, timesteps: int) ->
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
     return held_out_losses(base, pools, [adapters], timesteps=timesteps, memory=memory)
+
+
+def measure_each(base: Base, jobs: Sequence[MeasureEach], memory: int, timesteps: int) -> list[Tensor]:
+    """Losses float64 [n] of every job's examples, each by itself."""
+    adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
+    pools = [job.examples for job in jobs]
+    return each_loss(base, pools, [adapters], timesteps=timesteps, memory=memory)

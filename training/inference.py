@@ -18,7 +18,6 @@ from training.jobs import Examples
 from training.passes import pass_size, run_passes
 
 
-@torch.no_grad()
 def held_out_losses(
     base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], *, timesteps: int, memory: int
 ) -> list[float]:
@@ -29,17 +28,59 @@ def held_out_losses(
     """
     if not pools:
         return []
-    times = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long()
-    longest = max(len(pool) for pool in pools)
+    place = torch.cat([torch.arange(len(pool)) for pool in pools])
+    count = len(place) * timesteps
+    size = pass_size(base.device, count, _most(base, pools, adapters, memory))
+    losses = _losses(base, pools, adapters, timesteps, place, torch.arange(count).split(size))
+    return [loss.mean().item() for loss in losses]
+
+
+def each_loss(
+    base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], *, timesteps: int, memory: int
+) -> list[Tensor]:
+    """Denoising loss of each example of each pool, float64 [n], under slot i for pool i.
+
+    As `held_out_losses`, but all examples are seen with the same noise, and no pass holds looks at two of them: what is
+    measured of an example is a function of it alone, however a layer's sums depend on the size of its batch.
+    """
+    if not sum(map(len, pools)):
+        return [torch.zeros(0, dtype=torch.float64) for _ in pools]
+    place = torch.zeros(sum(map(len, pools)), dtype=torch.long)
+    size = min(timesteps, _most(base, pools, adapters, memory))
+    looks = torch.arange(len(place) * timesteps).split(timesteps)
+    parts = [part for look in looks for part in look.split(size)]
+    return [loss.mean(1) for loss in _losses(base, pools, adapters, timesteps, place, parts)]
+
+
+def _most(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], memory: int) -> int:
+    """Entries that one pass may hold."""
+    return pictures_within(base, pools[0].latents.shape[1:], pools[0].context.shape[1:], adapters, memory)
+
+
+@torch.no_grad()
+def _losses(
+    base: Denoiser,
+    pools: Sequence[Examples],
+    adapters: Sequence[Stacks],
+    timesteps: int,
+    place: Tensor,
+    parts: Sequence[Tensor],
+) -> list[Tensor]:
+    """Losses [n, timesteps] of each pool, float64.
+
+    Args:
+        place: of each example of all pools [N], which of the fixed noises it is seen with.
+        parts: the entries of each pass, N · timesteps in all: an example's looks lie side by side.
+    """
+    times = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().to(base.device)
     generator = torch.Generator().manual_seed(stream("held-out"))
     precise = torch.zeros((), dtype=base.precise, device=base.device)
-    noise = torch.randn(longest, timesteps, *pools[0].latents.shape[1:], generator=generator).to(precise)
+    noise = torch.randn(int(place.max()) + 1, timesteps, *pools[0].latents.shape[1:], generator=generator).to(precise)
     latents = torch.cat([pool.latents for pool in pools]).to(precise)
     context = torch.cat([pool.context for pool in pools]).to(base.like)
     sizes = torch.tensor([len(pool) for pool in pools], device=base.device)
     slot = torch.arange(len(pools), device=base.device).repeat_interleave(sizes)
-    place = torch.arange(len(latents), device=base.device) - (sizes.cumsum(0) - sizes)[slot]  # within the pool
-    times = times.to(base.device)
+    place = place.to(base.device)
 
     @torch.no_grad()  # per thread
     def loss(part: Tensor) -> Tensor:
@@ -49,11 +90,9 @@ def held_out_losses(
             output = denoise(noised(base.schedule, x0, epsilon, t), t, context[example])
         return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 
-    count = len(latents) * timesteps
-    size = pass_size(base.device, count, pictures_within(base, latents.shape[1:], context.shape[1:], adapters, memory))
-    losses = list(run_passes(base.device, loss, torch.arange(count, device=base.device).split(size)))
-    per_pool = torch.cat(losses).double().split([len(pool) * timesteps for pool in pools])
-    return torch.stack([loss.mean() for loss in per_pool]).tolist()
+    losses = torch.cat(list(run_passes(base.device, loss, [part.to(base.device) for part in parts])))
+    counts = [len(pool) for pool in pools]
+    return list(losses.double().cpu().view(-1, timesteps).split(counts))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a client may ask of whoever drives it: encode pictures, train an adapter, measure one.
+"""What a client may ask of whoever drives it: encode pictures, train an adapter, measure one, on all or on each.
 
 A job is plain data. Drivers collect the jobs of many clients and run each kind together.
 """
@@ -141,5 +141,17 @@ class Measure:
     adapter: Adapter | None  # None: the base alone
 
 
-Job = Encode | Train | Measure
-Result = Examples | Trained | float
+@dataclass(frozen=True, kw_only=True)
+class MeasureEach:
+    """Denoising loss of every example by itself. Result: Tensor float64 [n].
+
+    All are seen at the same timesteps with the same noise, in passes of their own: the loss of one is the same, to the
+    last bit, whichever others there are. That is what the sensitivity of a noised gain rests on.
+    """
+
+    examples: Examples
+    adapter: Adapter | None  # None: the base alone
+
+
+Job = Encode | Train | Measure | MeasureEach
+Result = Examples | Trained | float | Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -68,9 +69,9 @@ class Report:
     summary: dict[str, Any]
     """As in `summary.json`; legibility and style may be missing, or None for an arm."""
     rounds: list[dict[str, Any]]
-    """One of each round: round, base and shared (mean validation losses, or None), bytes_up, bytes_down and joules
-    (of this round, over all devices), seconds (of its slowest), epsilon and device_epsilon (so far, per image and per
-    device, or None), dropped."""
+    """One of each round: round, base and shared (mean validation losses, or None), gain and gain_error (of a noised
+    one, or None), bytes_up, bytes_down and joules (of this round, over all devices), seconds (of its slowest), epsilon
+    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     base: str = "glyphs"
@@ -120,6 +121,7 @@ def render(report: Report) -> str:
         charts=charts(report.rounds, report.quality, report.summary.get("best_round")),
         given=span([len(row.given) for row in report.gallery]),
         label=label,
+        dropped=sum((Counter(row["dropped"]) for row in report.rounds), Counter[str]()),
         example=next((caption for row in report.gallery for caption in row.captions), "a picture"),
     )
 
@@ -166,8 +168,16 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     unit, length = ("s", 1) if elapsed[-1] < 300 else ("min", 60) if elapsed[-1] < 18000 else ("h", 3600)
     time = Line("time", [seconds / length for seconds in elapsed], "ink")
     slowest = f"the slowest device of each round, {quality}"
+    noised = [Line("gain", [row["gain"] for row in rounds], "shared")]
+    errors = [row["gain_error"] for row in rounds if row["gain_error"] is not None]
     drawn = [
         chart("Validation loss", f"mean over devices{chosen}", loss, words.number, from_zero=False),
+        chart(
+            "Gain on validation, noised",
+            f"what the adapter takes off the base's loss, ± {words.number(max(errors, default=None))} by its noise",
+            noised,
+            words.number,
+        ),
         chart("Bytes so far", "adapters of the training rounds, all devices", traffic, words.data),
         chart(
             "Device time so far",
@@ -183,8 +193,8 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         if any(row.get(key) is not None for row in rounds)
     ]
     if spent:
-        drawn.insert(1, chart("ε so far", "the largest of any device", spent, words.short))
-    return drawn
+        drawn.insert(2, chart("ε so far", "the largest of any device", spent, words.short))
+    return [one for one in drawn if one.svg]  # nobody measured, or all are hidden in noise
 
 
 def span(counts: Sequence[int]) -> str:

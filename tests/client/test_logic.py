@@ -108,28 +108,30 @@ def test_devices_of_one_process_share_what_they_were_sent(tmp_path: Path) -> Non
     """One object is one slot in a pass, and one copy in memory."""
     perform, sent = Performer(), to_bytes(adapter(5))
     fleet = {name: make_device(tmp_path / name, name=name) for name in "abc"}
-    for request in (train_request(sent=sent), Evaluate(run="run", round=1, adapter=bytes(bytearray(sent)))):
+    for request in (
+        train_request(private=False, sent=sent), Evaluate(run="run", round=1, adapter=bytes(bytearray(sent))),
+    ):  # fmt: skip
         drive({name: handle(request, device) for name, device in fleet.items()}, perform)
     trained = [job for job in perform.jobs if isinstance(job, jobs.Train)]
     measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
     assert len(trained) == len(measured) == 3
     assert len({id(job.frozen) for job in trained}) == len({id(found) for found in measured}) == 1
-    ask(train_request(number=2, sent=to_bytes(adapter(5, seed=1))), fleet["a"], perform)
+    ask(train_request(number=2, private=False, sent=to_bytes(adapter(5, seed=1))), fleet["a"], perform)
     assert isinstance(perform.jobs[-1], jobs.Train)
     assert perform.jobs[-1].frozen is not trained[0].frozen
 
 
 def test_the_personal_adapter_never_enters_the_shared_job(tmp_path: Path) -> None:
-    device, fresh = make_device(tmp_path / "a"), make_device(tmp_path / "b")
-    ask(PERSONALISE, device)
-    with_personal, without = Performer(), Performer()
     for private in (True, False):
-        ask(train_request(number=2 - private, private=private), device, with_personal)
-        ask(train_request(number=2 - private, private=private), fresh, without)
-    for one, other in zip(with_personal.jobs, without.jobs[1:], strict=True):  # the other one had to encode
-        for part in ("start", "frozen"):
-            pairs = [zip(getattr(one, part)[name], getattr(other, part)[name], strict=True) for name in SITES]
-            assert all(torch.equal(a, b) for pair in pairs for a, b in pair)
+        device, fresh = make_device(tmp_path / f"a{private}"), make_device(tmp_path / f"b{private}")
+        ask(PERSONALISE, device)
+        with_personal, without = Performer(), Performer()
+        ask(train_request(private=private), device, with_personal)
+        ask(train_request(private=private), fresh, without)
+        for one, other in zip(with_personal.jobs, without.jobs[1:], strict=True):  # the other one had to encode
+            for part in ("start", "frozen"):
+                pairs = [zip(getattr(one, part)[name], getattr(other, part)[name], strict=True) for name in SITES]
+                assert all(torch.equal(a, b) for pair in pairs for a, b in pair)
 
 
 def test_simulated_noise_is_no_release(tmp_path: Path) -> None:
@@ -220,6 +222,7 @@ def test_a_device_with_a_cap_shares_nothing_without_noise(tmp_path: Path) -> Non
         with pytest.raises(Refusal):
             ask(request, device, perform)
     assert not perform.jobs
+    assert not states(device)
     assert isinstance(ask(PERSONALISE, device), Personalised)  # what stays on the device is nobody's business
 
 
@@ -236,6 +239,50 @@ def test_a_malformed_adapter_is_refused_at_no_charge(tmp_path: Path, sent: bytes
 def test_an_adapter_of_a_rank_that_the_owner_forbids(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="rank 3"):
         ask(train_request(), make_device(tmp_path, policy=Policy(max_rank=2)))
+
+
+@pytest.mark.parametrize(("policy", "words"), [
+    (Policy(bases=("a" * 64,)), "base bbbbbbbbbbbb"), (Policy(sites="up.*"), "site down.to_q"),
+    (Policy(max_clip=0.001), "clip"), (Policy(min_noise_multiplier=2.5), "noise_multiplier"),
+    (Policy(max_steps=4), "steps"), (Policy(max_batch=3), "examples a step"), (Policy(max_rank=1), "rank"),
+])  # fmt: skip
+def test_what_the_owner_forbids_is_refused_before_anything_is_read(tmp_path: Path, policy: Policy, words: str) -> None:
+    perform = Performer()
+
+    def read() -> Pictures:
+        raise AssertionError("the pictures were read")
+
+    device = dataclasses.replace(make_device(tmp_path, policy=policy), pictures=read)
+    with pytest.raises(Refusal, match=words):
+        ask(dataclasses.replace(train_request(), adapter=b"never decoded"), device, perform)
+    assert not perform.jobs
+    assert not states(device)
+
+
+def test_the_owners_minimum_of_pictures(tmp_path: Path) -> None:
+    """It is refused in the same words for every number of them, before anything is done or charged."""
+    said = set()
+    for count in range(1, 4):
+        pictures = PICTURES._replace(train=PICTURES.train[:count])
+        device, perform = (
+            make_device(tmp_path / str(count), pictures=pictures, policy=Policy(min_pictures=4)),
+            Performer(),
+        )
+        with pytest.raises(Refusal) as raised:
+            ask(train_request(), device, perform)
+        said.add(str(raised.value))
+        assert not perform.jobs
+        assert not states(device)
+    assert len(said) == 1
+    ask(train_request(), make_device(tmp_path, policy=Policy(min_pictures=4)))
+
+
+@pytest.mark.parametrize("policy", [Policy(bases=("a" * 64,)), Policy(sites="up.*"), Policy(max_rank=1)])
+def test_the_owner_has_a_say_in_the_personal_adapter_too(tmp_path: Path, policy: Policy) -> None:
+    perform = Performer()
+    with pytest.raises(Refusal):
+        ask(PERSONALISE, make_device(tmp_path, policy=policy), perform)
+    assert not perform.jobs
 
 
 def test_unusable_pictures_cost_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,22 @@ def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> No
         assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
 
 
+def test_what_was_set_aside_comes_back_once(tmp_path: Path) -> None:
+    store, second = Store(Files(tmp_path)), PERSONAL._replace(shared=adapter(5, seed=2), request="run:4")
+    third = second._replace(request="run:5")
+    store.save_personal(PERSONAL, aside=True)  # there was nothing to set aside
+    store.save_personal(second, aside=True)
+    store.save_personal(third)
+    assert [found and found.request for found in (store.personal(SITES),)] == ["run:5"]
+    store.roll_back()
+    found = Store(Files(tmp_path)).personal(SITES)
+    assert found is not None
+    assert found.request == "run:3"
+    assert torch.equal(found.shared["up.to_k"].b, PERSONAL.shared["up.to_k"].b)
+    with pytest.raises(AntherError, match="no previous adapter"):
+        store.roll_back()
+
+
 @pytest.mark.parametrize("kept", [0, 9, 400, -1])
 def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> None:
     store, file = Store(Files(tmp_path)), tmp_path / "personal.safetensors"

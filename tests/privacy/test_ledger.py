@@ -111,7 +111,7 @@ def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytes
     for number in (1, 2, 3):
         for ledger in ledgers:
             ledger.reserve(replace(FIRST, round=number), free)
-            ledger.seal(("run/../Ω", number), b"reply")
+            ledger.seal(("run/../Ω", number, "train"), b"reply")
             assert [entry.state for entry in ledger.entries()] == [SEALED] * number
     assert len(privacy.ledger._replayed._kept) == 2
 

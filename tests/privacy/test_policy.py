@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from conf.errors import AntherError
-from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.policy import Policy, Refusal, load
-from protocol.messages import ExamplePrivacy, TrainingPlan
+from privacy.accounting import NonPrivate, PoissonGaussian, epsilon, noise_multiplier_for
+from privacy.policy import EPSILON_UNSAID, Policy, Refusal, load
+from protocol.messages import ExamplePrivacy, MeasuringPrivacy, TrainingPlan
 
 PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=0.01, sampling_rate=0.5, draws=2, delta=1e-3)
 PLAN = TrainingPlan(run="r", round=1, base="b", rank=4, steps=4, batch_size=4, learning_rate=1e-3)
+MEASURE = MeasuringPrivacy(noise_multiplier=5.0, clip=0.1, pictures=5, delta=1e-3)
 
 
 def test_an_ordinary_plan_passes() -> None:
@@ -33,7 +35,8 @@ def test_too_much_work_is_refused(wrong: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"noise_multiplier": 0.0}, {"noise_multiplier": -1.0}, {"noise_multiplier": math.nan},
-    {"noise_multiplier": math.inf}, {"noise_multiplier": 0.049}, {"clip": 0.0}, {"clip": math.inf}, {"clip": math.nan},
+    {"noise_multiplier": math.inf}, {"noise_multiplier": 0.049}, {"noise_multiplier": 1e300}, {"clip": 0.0},
+    {"clip": math.inf}, {"clip": math.nan}, {"clip": 100.1}, {"delta": math.nan},
     {"sampling_rate": 0.0}, {"sampling_rate": 1.01}, {"sampling_rate": math.nan}, {"delta": 0.0}, {"delta": 1.0},
     {"draws": 0}, {"draws": -5}, {"draws": 10_000},
 ])  # fmt: skip
@@ -46,9 +49,57 @@ def test_a_cap_forbids_everything_without_noise() -> None:
     strict = Policy(max_epsilon=1.0)
     with pytest.raises(Refusal, match="without example privacy"):
         strict.check_plan(PLAN)
-    with pytest.raises(Refusal, match="measure"):
-        strict.check_measure()
-    Policy().check_measure()
+    with pytest.raises(Refusal, match="without example privacy"):
+        strict.check_spending([], NonPrivate())
+    with pytest.raises(Refusal, match="without noise"):
+        strict.check_measure(None)
+    strict.check_measure(MEASURE)
+
+
+@pytest.mark.parametrize(("measures", "noised", "raw"), [
+    ("none", False, False), ("noised", True, False), ("raw", True, True),
+])  # fmt: skip
+def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
+    policy = Policy(measures=measures)
+    for privacy, allowed in ((MEASURE, noised), (None, raw)):
+        if allowed:
+            policy.check_measure(privacy)
+        else:
+            with pytest.raises(Refusal, match="measure"):
+                policy.check_measure(privacy)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"noise_multiplier": 0.049}, {"noise_multiplier": math.nan}, {"noise_multiplier": math.inf}, {"clip": 0.0},
+    {"clip": 101.0}, {"clip": math.nan}, {"pictures": 0}, {"delta": 0.0}, {"delta": 1.0},
+])  # fmt: skip
+def test_a_measure_whose_noise_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(Refusal):
+        Policy().check_measure(replace(MEASURE, **wrong))  # type: ignore[arg-type]
+
+
+def test_bases_and_sites() -> None:
+    Policy().check_adaptable("b" * 64, ["down.attn1.to_q", "time_emb"])
+    policy = Policy(bases=("a" * 64,), sites=r".*attn[12]\..*")
+    policy.check_adaptable("a" * 64, ["down.attn1.to_q", "up.attn2.to_out.0"])
+    with pytest.raises(Refusal, match="base bbbbbbbbbbbb"):
+        policy.check_adaptable("b" * 64, ["down.attn1.to_q"])
+    with pytest.raises(Refusal, match=r"site down\.attn3\.to_q"):
+        policy.check_adaptable("a" * 64, ["down.attn1.to_q", "down.attn3.to_q"])
+    with pytest.raises(Refusal, match="site"):  # whole names, not a part of them
+        Policy(sites="attn1").check_adaptable("b", ["down.attn1.to_q"])
+
+
+def test_a_minimum_of_pictures_tells_no_number() -> None:
+    Policy().check_pictures(1)
+    Policy(min_pictures=7).check_pictures(7)
+    said = set()
+    for count in range(7):
+        with pytest.raises(Refusal) as raised:
+            Policy(min_pictures=7).check_pictures(count)
+        said.add(str(raised.value))
+    (words,) = said
+    assert not any(character.isdigit() for character in words)
 
 
 def test_the_cap_is_on_the_whole_and_at_the_policys_own_delta() -> None:
@@ -58,14 +109,38 @@ def test_the_cap_is_on_the_whole_and_at_the_policys_own_delta() -> None:
         Policy(max_epsilon=2.0, delta=1e-3).check_spending([round_], round_)
     with pytest.raises(Refusal, match="allows 2"):
         Policy(max_epsilon=2.0, delta=1e-6).check_spending([], round_)
-    Policy().check_spending([round_] * 1000, round_)
+
+
+def test_who_names_no_cap_has_one() -> None:
+    round_ = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
+    past = [round_] * 20
+    assert epsilon(past, 1e-5).value < EPSILON_UNSAID < epsilon([round_] * 1000, 1e-5).value
+    Policy().check_spending(past, round_)
+    with pytest.raises(Refusal, match="allows 16"):
+        Policy().check_spending([round_] * 1000, round_)
+    Policy(max_epsilon=2000.0).check_spending([round_] * 1000, round_)
+
+
+def test_one_default_run_fits_under_the_cap_of_who_names_none_and_two_do_not() -> None:
+    sigma = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=0.8, steps=16)  # `privacy=example`
+    run = PoissonGaussian(noise_multiplier=sigma, sampling_rate=0.8, steps=16)
+    Policy().check_spending([], run)
+    with pytest.raises(Refusal, match="allows 16"):
+        Policy().check_spending([run], run)
 
 
 def test_no_epsilon_is_promised_after_sharing_without_noise() -> None:
     private = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
     with pytest.raises(Refusal, match="no ε can be promised"):
         Policy().check_spending([NonPrivate()], private)
-    Policy().check_spending([NonPrivate(), private], NonPrivate())
+
+
+def test_nothing_is_shared_without_noise_once_something_was_with() -> None:
+    private = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
+    Policy().check_spending([], NonPrivate())
+    Policy().check_spending([NonPrivate()], NonPrivate())
+    with pytest.raises(Refusal, match="nothing without it since"):
+        Policy().check_spending([private], NonPrivate())
 
 
 def test_a_policy_file(tmp_path: Path) -> None:
@@ -73,13 +148,27 @@ def test_a_policy_file(tmp_path: Path) -> None:
     assert load(file) == Policy()
     file.write_text("max_epsilon = 4\ndelta = 1e-4\n")
     assert load(file) == Policy(max_epsilon=4, delta=1e-4)
+    written = Policy(
+        max_epsilon=4.0, delta=1e-4, min_noise_multiplier=0.5, max_clip=0.1, min_pictures=10, sites=".*attn.*",
+        bases=("a" * 64, "b" * 64), measures="noised", max_rank=16, max_steps=50, max_batch=64,
+    )  # fmt: skip
+    file.write_text("\n".join(f"{name} = {_toml(value)}" for name, value in vars(written).items()))
+    assert load(file) == written
+
+
+def _toml(value: object) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 @pytest.mark.parametrize("text", [
     "max_epsilon = ", "epsilon = 4", 'max_epsilon = "4"', "max_epsilon = 0", "max_epsilon = nan", "delta = 1", "\xff",
+    "max_epsilon = inf", "min_noise_multiplier = 0", "max_clip = 0", "min_pictures = -1", "min_pictures = 2.5",
+    'sites = "("', "sites = 3", 'bases = ["short"]', 'bases = "all"', 'measures = "some"', "measures = true",
+    "max_rank = 0", "max_steps = 0", "max_batch = 0", "max_rank = true", "[delta]",
 ])  # fmt: skip
 def test_a_policy_file_with_a_mistake_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(AntherError) as raised:
         load(tmp_path / "policy.toml")
     assert "\n" not in str(raised.value)
+    assert "policy.toml" in str(raised.value)

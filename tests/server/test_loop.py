@@ -8,11 +8,12 @@ import torch
 from conf.errors import AntherError
 from models.adapter import to_tensors
 from protocol.codec import encode
-from protocol.messages import Personalise
+from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from server import checkpoint
 from server.loop import personalise, run_rounds
 from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
+from strategies.measuring import Measuring
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
 
@@ -100,6 +101,36 @@ def test_fedit_runs_the_same_loop(tmp_path):
     )  # fmt: skip
     assert state.best_round == 2
     assert state.adapter["x"].a.shape == (3, 6)
+
+
+def test_what_measuring_cost_is_remembered(tmp_path):
+    """After its last training a device may still measure: what a run has spent is what its ledgers hold by then."""
+    privacy = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
+    hidden = MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
+    devices = [FakeDevice(name) for name in "ab"]
+    state = run_rounds(
+        grid=CohortGrid(devices, perform),
+        strategy=strategy(
+            plan=replace(PLAN, privacy=privacy), measuring=Measuring(every=2, among_pictures=hidden),
+            selection=Named(), accept_simulated=True,
+        ),
+        state=fresh_state(private=True), rounds=3, checkpoints=tmp_path, on_round=lambda _: None,
+    )  # fmt: skip
+    assert [device.heard.count("Evaluate") for device in devices] == [1, 1]
+    assert [done.epsilon for done in state.history] == [None, 1.5, 2.0, 1.5]  # what the fake devices say
+    assert [done.validation.gain is None for done in state.history] == [True, True, False, True]
+    assert all(done.validation.spent == done.validation.devices == {} for done in state.history)
+    assert {name: facts.epsilon for name, facts in state.devices.items()} == {"a": 2.0, "b": 2.0}
+    assert state.devices["b"].steps == 0  # it only measured
+    loaded = checkpoint.load(tmp_path, sites=SITES)
+    assert (loaded.history, loaded.devices) == (state.history, state.devices)
+
+
+class Named:
+    """Asks the first device alone."""
+
+    def select(self, names, *, round):
+        return sorted(names)[:1] if round else []
 
 
 def test_personalise():

@@ -58,12 +58,14 @@ def report(**changes: Any) -> Report:
             "round": number,
             "base": 0.12,
             "shared": 0.12 - 0.004 * number,
+            "gain": None,
+            "gain_error": None,
             "bytes_up": 1_000_000,
             "bytes_down": 2_000_000,
             "seconds": 50.0,
             "joules": 400.0,
             "epsilon": None,
-            "dropped": 0,
+            "dropped": {},
         }
         for number in range(4)
     ]
@@ -178,8 +180,23 @@ def test_measured_is_not_called_an_estimate() -> None:
 
 
 def test_dropped_replies_are_counted() -> None:
-    rounds = [row | {"dropped": 1 if row["round"] == 2 else 0} for row in report().rounds]
-    assert "1 reply was dropped" in text_of(render(report(rounds=rounds)))
+    rounds = [row | {"dropped": {"no reply": 1} if row["round"] == 2 else {}} for row in report().rounds]
+    assert "1 reply was dropped: 1 no reply." in text_of(render(report(rounds=rounds)))
+    rounds = [row | {"dropped": {"refused": 2, "codec": row["round"]}} for row in report().rounds]
+    assert "14 replies were dropped: 8 refused, 6 codec." in text_of(render(report(rounds=rounds)))
+    assert "dropped" not in text_of(render(report()))
+
+
+def test_a_noised_gain_is_shown_with_the_error_of_its_noise() -> None:
+    hidden = [row | {"base": None, "shared": None} for row in report().rounds]
+    text = text_of(render(report(rounds=hidden)))
+    assert "Validation loss" not in text
+    assert "Gain on validation" not in text
+    noised = [row | {"gain": 0.01 * row["round"], "gain_error": 0.0441} for row in hidden]
+    noised[0] |= {"gain": None, "gain_error": None}
+    text = text_of(render(report(rounds=noised)))
+    assert "Gain on validation, noised" in text
+    assert "± 0.0441 by its noise" in text
 
 
 @pytest.mark.parametrize("judged", [{}, None, dict.fromkeys(LOSSES)])

@@ -170,6 +170,15 @@ def test_dropped_replies_and_missing_losses_are_said() -> None:
     assert "20 devices (2 dropped)" in printed(screen)
 
 
+def test_refusals_and_noised_gains_are_said() -> None:
+    screen = console(width=200)
+    with Display(3, console=screen) as display:
+        display.round(record(1, dropped=3, refused=2, base=None, shared=None, gain=-0.0123, gain_error=0.0447))
+    assert "gain -0.0123 ± 0.0447 by its noise" in printed(screen)
+    assert "20 devices (3 dropped, 2 of them refusals)" in printed(screen)
+    assert "loss" not in printed(screen)
+
+
 def test_narrow_results_keep_loss_and_gain() -> None:
     screen = console(width=40)
     screen.print(results(SUMMARY, 40))

@@ -10,8 +10,12 @@ import pytest
 from conf.compose import compose
 from conf.errors import AntherError
 from models.base import Base
+from privacy.accounting import NonPrivate, PoissonGaussian
+from privacy.policy import Policy, Refusal
 from privacy.storage import Files
-from simulations.fleet import Participant, judged, participants, slug, writers
+from simulations.fleet import Participant, judged, owners_policy, participants, slug, writers
+from strategies.build import training_plan
+from strategies.measuring import measuring, spending
 from tests.simulations.test_run import own_pictures
 
 
@@ -21,6 +25,30 @@ def fleet(base: Base, folder: Path, overrides: str) -> list[Participant]:
 
 def names(base: Base, folder: Path, overrides: str) -> list[str]:
     return [person.name for person in fleet(base, folder, overrides)]
+
+
+def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
+    config = compose("privacy=example privacy.epsilon=4 rounds=3 privacy.measuring.every=3")
+    policy, plan, measured = owners_policy(config), training_plan(config, run="r", base="b"), spending(config)
+    private = plan.privacy
+    assert private is not None
+    policy.check_plan(plan)
+    policy.check_measure(measuring(config, simulated=True).among_pictures)
+    round_ = PoissonGaussian(
+        noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
+    )
+    policy.check_spending([round_, round_, *measured], round_)
+    for refused in (
+        lambda: policy.check_spending([round_, round_, round_, *measured], round_),
+        lambda: policy.check_spending([], NonPrivate()),
+        lambda: policy.check_measure(None),
+        lambda: owners_policy(compose("privacy=example")).check_measure(
+            measuring(config, simulated=True).among_pictures
+        ),
+    ):
+        with pytest.raises(Refusal):
+            refused()
+    assert owners_policy(compose("privacy=none")) == owners_policy(compose("privacy=device")) == Policy()
 
 
 def test_folders_take_the_place_of_writers(base: Base, tmp_path: Path) -> None:

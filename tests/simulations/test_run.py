@@ -230,6 +230,23 @@ def test_a_folder_of_ones_own_takes_the_place_of_a_writer(
 def test_private_training_reports_what_it_promises(
     pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
+    measuring = ["privacy.measuring.every=3", "privacy.measuring.noise_multiplier=5"]
+    done = run(pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring)
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all((row["base"], row["shared"]) == (None, None) for row in rounds)  # as on real devices: none tells a loss
+    assert [row["gain"] is None for row in rounds] == [True, True, True, False]
+    assert rounds[3]["gain_error"] == pytest.approx(5 * 0.1 / (2 * 3**0.5))
+    assert "by its noise" in done.stdout
+    assert "± " in (tmp_path / "run" / "report.html").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 3.9 < summary["epsilon"].pop("value") <= 4
+    assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
+    assert summary["device_epsilon"] is None
+    assert summary["best_round"] == 3  # fixed beforehand: choosing would look at the pictures
+
+
+def test_two_promises_stand_side_by_side(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     chosen = ["privacy=both", "privacy.epsilon=4", "privacy.device.epsilon=6", "strategy=fedit", "fleet.rate=0.7"]
     done = run(pipeline_folder, tmp_path / "run", environment, *chosen)
     assert done.returncode == 0, done.stderr
@@ -238,7 +255,6 @@ def test_private_training_reports_what_it_promises(
     assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
     assert 5.9 < summary["device_epsilon"].pop("value") <= 6
     assert summary["device_epsilon"] == {"delta": 1e-3, "unit": "device", "relation": "add_or_remove_one"}
-    assert summary["best_round"] == 3  # fixed beforehand: choosing would look at the pictures
     events = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [event["state"] for event in events] == ["reserved", "released"] * 3
     assert [event["release"] for event in events[::2]] == [False] * 3

@@ -7,16 +7,21 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 
 from models.adapter import from_tensors, initial, rank, shapes, to_tensors
+from privacy.policy import Refusal
 from protocol import records
 from protocol.codec import decode, encode
-from protocol.messages import ExamplePrivacy, Personalise
+from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
+from strategies.measuring import Measuring
 from strategies.planning import Limits
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
 
 PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
+NOISED = Measuring(
+    every=2, among_pictures=MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +66,13 @@ def raises(_reply):
     raise RuntimeError("battery empty")
 
 
+def refuses(_reply):
+    raise Refusal("this device allows less")
+
+
 MISBEHAVIOURS = {
     "failed": [raises],
+    "refused": [refuses],
     "impostor": [lambda reply: replace(reply, device="b")],
     "stale": [lambda reply: replace(reply, round=7), lambda reply: replace(reply, run="other")],
     "rank": [other_rank],
@@ -242,6 +252,69 @@ def test_evaluation():
     assert (validation.devices, validation.dropped) == ({"a": 0.5, "b": 0.5}, {"stale": 1})
     assert federated.aggregate_evaluate(1, []) is None
     assert federated.validation.shared is None
+
+
+def evaluate(federated, devices, *, server_round):
+    grid = CohortGrid(devices, perform)
+    messages = list(federated.configure_evaluate(server_round, start(), ConfigRecord(), grid))
+    return messages, federated.aggregate_evaluate(server_round, grid.send_and_receive(messages))
+
+
+def test_a_private_run_asks_for_noised_gains_when_they_are_due():
+    devices = [FakeDevice("a"), FakeDevice("bbb"), FakeDevice("c", misbehave=refuses)]
+    federated = strategy(plan=replace(PLAN, privacy=PRIVACY), measuring=NOISED, accept_simulated=True)
+    messages, metrics = evaluate(federated, devices, server_round=1)
+    assert (messages, metrics) == ([], None)
+    assert federated.validation.devices == {}
+    assert all("Evaluate" not in device.heard for device in devices)
+    messages, metrics = evaluate(federated, devices, server_round=2)
+    assert len(messages) == 3
+    assert dict(metrics) == pytest.approx({"gain": 0.2, "gain_error": 4.0 * 0.1 / (5 * 2**0.5)})
+    assert (federated.validation.base, federated.validation.shared) == (None, None)
+    assert federated.validation.dropped == {"refused": 1}
+    assert federated.validation.spent == {"a": 2.0, "bbb": 2.0}
+    assert federated.validation.epsilon == 2.0
+
+
+@pytest.mark.parametrize(("reason", "change"), [
+    ("malformed", {"base": 0.5}), ("malformed", {"shared": 0.5}), ("malformed", {"gain": None}),
+    ("malformed", {"epsilon": None}), ("malformed", {"epsilon": -1.0}), ("malformed", {"gain": -1e13}),
+    ("malformed", {"gain": 1e13}), ("stale", {"round": 9}), ("impostor", {"device": "b"}),
+])  # fmt: skip
+def test_a_bad_gain_is_dropped_and_counted(reason, change):
+    federated = strategy(plan=replace(PLAN, privacy=PRIVACY), measuring=NOISED, accept_simulated=True)
+    devices = [FakeDevice("a", misbehave=lambda reply: replace(reply, **change)), FakeDevice("b")]
+    _, metrics = evaluate(federated, devices, server_round=2)
+    assert federated.validation.dropped == {reason: 1}
+    assert metrics["gain"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("change", [
+    {"base": None}, {"shared": None}, {"gain": 0.1}, {"epsilon": 1.0}, {"base": -1.0}, {"shared": 1e13},
+])  # fmt: skip
+def test_a_bad_loss_is_dropped_and_counted(change):
+    federated = strategy()
+    devices = [FakeDevice("a", misbehave=lambda reply: replace(reply, **change)), FakeDevice("b")]
+    evaluate(federated, devices, server_round=1)
+    assert federated.validation.dropped == {"malformed": 1}
+    assert federated.validation.devices == {"b": 0.5}
+
+
+def test_a_gain_noised_by_a_known_seed_is_no_release():
+    federated = strategy(plan=replace(PLAN, privacy=PRIVACY), measuring=NOISED)
+    _, metrics = evaluate(federated, [FakeDevice("a")], server_round=2)
+    assert metrics is None
+    assert federated.validation.dropped == {"not a release": 1}
+
+
+def test_a_private_run_never_asks_for_open_losses():
+    with pytest.raises(ValueError, match="without noise"):
+        strategy(plan=replace(PLAN, privacy=PRIVACY), measuring=Measuring())
+    device = FakeDevice("a")
+    grid = CohortGrid([device], perform)
+    strategy(plan=replace(PLAN, privacy=PRIVACY), accept_simulated=True).start(grid, start(), num_rounds=2)
+    assert device.heard.count("Train") == 2
+    assert "Evaluate" not in device.heard
 
 
 def test_personalisation():

@@ -1,0 +1,74 @@
+"""A noised gain: by how much an adapter lowers a loss, with no one unit's part to be seen in it.
+
+A unit is one picture, where a device noises the gains of its own before it tells anything, or one device, where the
+trusted server noises what the devices told it. Either is the Gaussian mechanism (Dwork & Roth, 2014,
+doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: to the accountant a
+`PoissonGaussian` with a sampling rate of 1 and one step.
+
+The sum is counted in whole steps of clip / STEPS, and so is the noise. Rounding the noise to a step is rounding the
+noised sum, so it is no weaker; the sensitivity then holds exactly, and what leaves is a multiple of a step whatever the
+gains were. Of a float's sum the last digits, which coarse noise leaves alone, would tell it (Mironov, 2012, "On
+significance of the least significant bits for differential privacy").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from privacy.accounting import ADD_OR_REMOVE_ONE
+from privacy.noise import NoiseSource
+
+STEPS = 1024
+"""Of a clip: coarse beside any noise that hides a unit, and far above what float32 noise can't tell apart."""
+
+
+class BoundedSum(NamedTuple):
+    """A sum of clipped gains in whole steps, with what bounds it."""
+
+    steps: int
+    sensitivity: int
+    """By how many steps, at most, one gain more or less changes the sum."""
+    step: float
+    """What one step is worth, in units of the loss."""
+    relation: str = ADD_OR_REMOVE_ONE
+
+
+def clipped_sum(gains: Iterable[float], clip: float) -> BoundedSum:
+    """The sum of the gains, each clipped to [−clip, clip] and rounded to a step; one that is no number counts as zero.
+
+    Formal guarantee: adding or removing one gain changes `steps` by at most `sensitivity`, whatever the others are.
+
+    Raises:
+        ValueError: `clip` is not a number over 0.
+    """
+    if not 0 < clip < math.inf:
+        raise ValueError(f"clip={clip}: must be a number over 0")
+    shares = (min(max(gain / clip, -1.0), 1.0) for gain in gains if not math.isnan(gain))
+    return BoundedSum(sum(round(share * STEPS) for share in shares), STEPS, clip / STEPS)
+
+
+def noised_mean(
+    gains: Iterable[float], *, clip: float, noise_multiplier: float, count: int, noise: NoiseSource
+) -> float:
+    """(sum of clipped gains + N(0, (σ·clip)²)) / count, where the noise follows from the sum's own sensitivity.
+
+    No gains at all give noise alone, so that not even their number is told.
+
+    Args:
+        count: the public constant that the sum is divided by, never the number of gains.
+
+    Raises:
+        ValueError: `clip`, `noise_multiplier` or `count` is not over 0.
+    """
+    if not 0 < noise_multiplier < math.inf or count < 1:
+        raise ValueError(f"noise_multiplier={noise_multiplier}, count={count}: each must be a number over 0")
+    bounded = clipped_sum(gains, clip)
+    drawn = round(noise_multiplier * bounded.sensitivity * noise.gaussian(1).item())
+    return (bounded.steps + drawn) * bounded.step / count
+
+
+def noise_error(*, clip: float, noise_multiplier: float, count: int, means: int = 1) -> float:
+    """Standard error that the noise alone gives to the mean of so many noised means."""
+    return noise_multiplier * clip / (count * math.sqrt(means))

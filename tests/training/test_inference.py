@@ -1,0 +1,82 @@
+"""The loss of each example is its own: of one at a time, whoever else is there, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.base import Base
+from models.objective import noised, per_example_loss, target
+from models.slots import stack_adapters
+from privacy.noise import stream
+from tests.training.reference import PLENTY, examples, live
+from training.engine import perform
+from training.inference import each_loss
+from training.jobs import Examples, Measure, MeasureEach
+
+TIMESTEPS = 3
+
+
+def measure(base: Base, pool: Examples, *, memory: int = PLENTY) -> torch.Tensor:
+    (found,) = each_loss(
+        base, [pool], [stack_adapters(base.sites, [live(base, 2, 1)])], timesteps=TIMESTEPS, memory=memory
+    )
+    return found
+
+
+def without(pool: Examples, place: int) -> Examples:
+    rest = [other for other in range(len(pool)) if other != place]
+    return Examples(pool.latents[rest], pool.context[rest])
+
+
+def test_against_one_look_at_a_time(fine: Base) -> None:
+    pool = examples(fine, 4, 7)
+    stacks = stack_adapters(fine.sites, [live(fine, 2, 1)])
+    noises = torch.randn(
+        TIMESTEPS, *pool.latents.shape[1:], generator=torch.Generator().manual_seed(stream("held-out"))
+    )
+    wanted = torch.zeros(4, dtype=torch.float64)
+    for k in range(4):
+        for look in range(TIMESTEPS):
+            t = torch.tensor([int((look + 0.5) / TIMESTEPS * len(fine.schedule))])
+            x0, epsilon = pool.latents[k : k + 1], noises[look : look + 1].double()
+            with torch.no_grad(), fine.lending([stacks]) as denoise:
+                output = denoise(noised(fine.schedule, x0, epsilon, t), t, pool.context[k : k + 1])
+            wanted[k] += per_example_loss(output, target(fine.schedule, x0, epsilon, t))[0] / TIMESTEPS
+    torch.testing.assert_close(measure(fine, pool), wanted, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("memory", [1, PLENTY])
+def test_taking_one_away_leaves_the_others_as_they_were_to_the_last_bit(base: Base, memory: int) -> None:
+    pool = examples(base, 5, 7)
+    whole = measure(base, pool, memory=memory)
+    for place in range(len(pool)):
+        rest = measure(base, without(pool, place), memory=memory)
+        assert torch.equal(rest, torch.cat([whole[:place], whole[place + 1 :]]))
+
+
+def test_the_order_does_not_matter(base: Base) -> None:
+    pool = examples(base, 5, 7)
+    turned = Examples(pool.latents.flip(0), pool.context.flip(0))
+    assert torch.equal(measure(base, turned), measure(base, pool).flip(0))
+
+
+def test_jobs_of_each_kind_together(base: Base) -> None:
+    one, other, adapter = examples(base, 2, 7), examples(base, 3, 8), live(base, 2, 1)
+    jobs = [
+        MeasureEach(examples=one, adapter=None), Measure(examples=one, adapter=None),
+        MeasureEach(examples=other, adapter=adapter), MeasureEach(examples=one, adapter=adapter),
+    ]  # fmt: skip
+    found = perform(base, jobs, memory=PLENTY, timesteps=TIMESTEPS)
+    assert [getattr(result, "shape", None) for result in found] == [(2,), None, (3,), (2,)]
+    stacks = stack_adapters(base.sites, [adapter])
+    (alone,) = each_loss(base, [other], [stacks], timesteps=TIMESTEPS, memory=PLENTY)
+    torch.testing.assert_close(found[2], alone)
+    assert not torch.equal(found[0], found[3])
+
+
+def test_nobody(base: Base) -> None:
+    assert each_loss(base, [], [], timesteps=2, memory=PLENTY) == []
+    empty = examples(base, 0, 1)
+    (found,) = each_loss(base, [empty], [], timesteps=2, memory=PLENTY)
+    assert found.shape == (0,)
