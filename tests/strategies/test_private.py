@@ -8,7 +8,8 @@ import torch
 from flwr.app import ConfigRecord
 
 from models.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
-from models.slots import Layout
+from models.cores import empty
+from models.slots import Layout, trained_layout
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.central import Adaptive, Gaussian
 from privacy.noise import Secure
@@ -17,6 +18,8 @@ from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy
 from simulations.grid import CohortGrid
 from strategies.aggregation.exact import Exact
+from strategies.aggregation.fedit import FedIT
+from strategies.measuring import AmongDevices, Measuring
 from strategies.private import Exhausted, changes
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
@@ -224,7 +227,7 @@ def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noise
     assert set(facts.diagnostics) == {"snr", "clip", "noise"}
     assert facts.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
     assert federated.private
-    assert not private(tmp_path, accept_simulated=False).may_measure
+    assert not federated.measures(1)
 
 
 def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
@@ -241,6 +244,56 @@ def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
     assert "round 1 is not measured: round 1 would bring a device to ε=" in caplog.text
     assert len(level.ledger.charges()) == 2
     assert level.ledger.participations() == {"a": 1}
+
+
+def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(tmp_path):
+    once = PoissonGaussian(noise_multiplier=5.0, sampling_rate=1.0, steps=1)
+    training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
+    enough = epsilon([training, once], BUDGET.delta, DEVICE).value + 1e-9
+    hidden = AmongDevices(noise_multiplier=5.0, clip=0.2, devices=4, noise=lambda number: simulated("measure", number))
+    federated = private(
+        tmp_path,
+        level={"budget": replace(BUDGET, epsilon=enough, beside=(once,))},
+        measuring=Measuring(every=1, among_devices=hidden),
+    )
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    train(federated, devices)
+    grid, told = CohortGrid(devices, perform), []
+    for _ in range(2):  # the second time nothing is left to pay with
+        asked = list(federated.configure_evaluate(1, start(), ConfigRecord(), grid))
+        federated.aggregate_evaluate(1, grid.send_and_receive(asked))
+        told.append((len(asked), federated.validation))
+    (asked, first), (none, second) = told
+    gains = 2 * min(0.2, 1.0 - 1.0 / 2)  # what both fake devices tell, clipped
+    noise = 5.0 * 0.2 * simulated("measure", 1).gaussian(1).item()
+    assert (asked, first.gain) == (2, pytest.approx((gains + noise) / 4, abs=1e-3))
+    assert (first.base, first.shared, first.devices) == (None, None, {})
+    assert (none, second.gain, second.dropped) == (0, None, {})
+    assert [charge.purpose for charge in federated.device_level.ledger.charges()] == ["train", "measure"]
+
+
+def test_a_run_that_is_private_per_device_keeps_no_open_measure(tmp_path):
+    with pytest.raises(ValueError, match="keeps no measure without noise"):
+        private(tmp_path, measuring=Measuring())
+
+
+def test_cores_alone_are_clipped_and_noised(tmp_path):
+    size = 3
+    generator = torch.Generator().manual_seed(0)
+
+    def columns(length):
+        return torch.linalg.qr(torch.randn(length, size, generator=generator)).Q
+
+    frame = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
+    level = device_level(tmp_path, frame=frame)
+    level.open(1, ["a"], b"adapter")
+    found, _ = level.close(FedIT(), empty(frame), [], round=1)
+    noise = simulated("updates", 1).gaussian(len(SITES) * size * size)
+    cores = trained_layout(SITES, size, frame).pack(found.adapter)
+    assert cores.numpy() == pytest.approx((Z * CLIP * noise / EXPECTED).numpy(), abs=1e-6)
+    for name, (a, left) in frame.items():
+        assert torch.equal(found.adapter[name].a, a)
+        assert torch.allclose(left @ (left.T @ found.adapter[name].b), found.adapter[name].b, atol=1e-6)
 
 
 def test_both_levels_promise_two_things(tmp_path):
