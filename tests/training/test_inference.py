@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch import Tensor
 
 from models.base import Base
+from models.denoiser import Denoise
 from models.objective import noised, per_example_loss, target
-from models.slots import stack_adapters
+from models.slots import Stacks, stack_adapters
 from privacy.noise import stream
 from tests.training.reference import PLENTY, examples, live
 from training.engine import perform
@@ -53,6 +58,29 @@ def test_taking_one_away_leaves_the_others_as_they_were_to_the_last_bit(base: Ba
     for place in range(len(pool)):
         rest = measure(base, without(pool, place), memory=memory)
         assert torch.equal(rest, torch.cat([whole[:place], whole[place + 1 :]]))
+
+
+def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which layers give the same bits in a batch of another size is up to the machine: so none is relied on."""
+    lending, passes = base.lending, []
+
+    @contextmanager
+    def watched(adapters: Sequence[Stacks]) -> Iterator[Denoise]:
+        with lending(adapters) as denoise:
+
+            def look(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+                passes.append(context)
+                return denoise(x, t, context)
+
+            yield look
+
+    pool = examples(base, 4, 7)
+    measure(base, pool)  # what a pass takes is counted before: that is a pass too
+    monkeypatch.setattr(base, "lending", watched)
+    measure(base, pool)
+    assert [len(context) for context in passes] == [TIMESTEPS] * 4
+    for context, own in zip(passes, pool.context, strict=True):
+        assert torch.equal(context, own.expand_as(context))
 
 
 def test_the_order_does_not_matter(base: Base) -> None:
