@@ -22,7 +22,7 @@ from conf.errors import AntherError
 from models.base import Base, load
 from privacy.policy import Refusal
 from protocol import records
-from protocol.messages import Reply
+from protocol.messages import Reply, Request
 from training.engine import perform
 from training.memory import budget, check_free
 
@@ -40,7 +40,7 @@ DEFAULT_BASE = "glyphs"
 def answer(message: Message, context: Context) -> Message:
     """Reply to any request; whatever goes wrong becomes this node's error reply."""
     try:
-        request = records.request_from_records(message.metadata.message_type, message.content)
+        request = requested(message)
         config = compose(str(context.run_config.get("overrides", "")))
         node = _stated(context)
         weights, device = str(node.get("weights", "fp32")), str(node.get("device", "auto"))
@@ -53,6 +53,14 @@ def answer(message: Message, context: Context) -> Message:
     except Exception as error:
         outcome = error
     return reply_message(outcome, message)
+
+
+def requested(message: Message) -> Request:
+    """What a message asks for; Refusal if it can't be read, since what is wrong with it is the server's to know."""
+    try:
+        return records.request_from_records(message.metadata.message_type, message.content)
+    except AntherError as error:
+        raise Refusal(str(error)) from None
 
 
 def reply_message(outcome: Reply | Exception, request: Message) -> Message:

@@ -17,7 +17,9 @@ from client.data import fingerprint
 from client.device import Device
 from client.drive import Conversation
 from client.store import Personal
+from conf.errors import AntherError
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
+from models.bounds import excess
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import SEALED, Reservation
 from privacy.noise import stream
@@ -178,11 +180,15 @@ def _personalise(request: messages.Personalise, device: Device) -> Generator[Job
 
 
 def _received(data: bytes, device: Device) -> _Sent:
-    """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows."""
-    sent = _decoded(data, tuple(device.sites.items()))
-    if rank(sent.adapter) > device.policy.max_rank:
-        raise Refusal(f"the adapter sent has rank {rank(sent.adapter)}, this device allows {device.policy.max_rank}")
-    return sent
+    """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
+
+    Raises Refusal otherwise: the reason is about what was sent, and the base that the server knows.
+    """
+    most = device.policy.max_rank
+    try:
+        return _decoded(data, tuple(device.sites.items()), most)
+    except AntherError as error:
+        raise Refusal(f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}") from None
 
 
 class _Sent:
@@ -204,8 +210,11 @@ class _Sent:
 
 
 @lru_cache(maxsize=1)
-def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...]) -> _Sent:
-    return _Sent(from_tensors(codec.decode(data, shapes(dict(sites), -1))))
+def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int) -> _Sent:
+    adapter = from_tensors(codec.decode(data, shapes(dict(sites), -1), free=most_rank))
+    if found := excess(adapter):
+        raise AntherError(found)
+    return _Sent(adapter)
 
 
 def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:
