@@ -18,8 +18,9 @@ from flwr.serverapp.strategy import Strategy
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
+from models.bounds import excess
 from protocol import records
-from protocol.codec import CodecError, decode, encode
+from protocol.codec import CodecError, decode, encode, largest
 from protocol.messages import (
     DeviceReport,
     Evaluate,
@@ -32,7 +33,7 @@ from protocol.messages import (
     TrainingPlan,
     Update,
 )
-from strategies.aggregation import Aggregation, squared_norm
+from strategies.aggregation import Aggregation
 from strategies.facts import DeviceFacts, PersonalFacts, TrainFacts, Validation
 from strategies.planning import Limits, plan_for
 from strategies.selection import Selection
@@ -40,16 +41,15 @@ from strategies.selection.everyone import Everyone
 
 log = logging.getLogger(__name__)
 
-_MOST_NORM = 100.0
-"""Bound on ‖A‖_F, ‖B‖_F and ‖B A‖_F at one site: a fresh A of rank r has √r, and a layer's own W about √out.
-
-With the product bounded the next adapter can't be one that honest devices are refused for.
-"""
-
 _LEAST, _MOST = 1e-6, 1e12
 """Numbers that a device tells of itself lie between: sums of them stay finite."""
 
-_UNREACHABLE = (3, 4, 5)  # Flower's error codes: message, reply or node unavailable
+_REASONS = {  # of error codes: message, reply or node unavailable are Flower's
+    3: "unreachable",
+    4: "unreachable",
+    5: "unreachable",
+    records.UNREADABLE: "malformed",
+}
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 
 R = TypeVar("R")
@@ -172,7 +172,8 @@ class Federated(Strategy):
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
         asked = self._round
-        found, dropped = _receive(records.TRAIN, replies, asked.plans, self._check_update)
+        most = largest(shapes(self.sites, max((plan.rank for _, plan in asked.plans.values()), default=0)))
+        found, dropped = _receive(records.TRAIN, replies, asked.plans, self._check_update, most=most)
         # By name: floating point sums depend on the order, and replies arrive in any.
         updates = sorted(found.values(), key=lambda pair: pair[0].device)
         diagnostics: dict[str, float] = {}
@@ -308,11 +309,8 @@ class Federated(Strategy):
         if reply.loss is not None and not 0 <= reply.loss < _MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
         adapter = from_tensors(decode(reply.adapter, shapes(self.sites, plan.rank)))
-        for site, factors in adapter.items():
-            a, b = factors.a.double(), factors.b.double()
-            norm = max(float(a.norm()), float(b.norm()), float(squared_norm(a, b).sqrt()))
-            if norm > _MOST_NORM:
-                raise RefusedError("norm", f"{reply.device}: {site}: norm {norm:.3g} is over {_MOST_NORM:g}")
+        if found := excess(adapter):
+            raise RefusedError("norm", f"{reply.device}: {found}")
         return reply, adapter
 
 
@@ -323,9 +321,12 @@ def _selected(selection: Selection, reports: Mapping[int, DeviceReport], round: 
 
 
 def _receive(
-    kind: str, replies: Iterable[Message], asked: Mapping[int, R], check: Callable[[R, Any], T]
+    kind: str, replies: Iterable[Message], asked: Mapping[int, R], check: Callable[[R, Any], T], *, most: int = 0
 ) -> tuple[dict[int, T], dict[str, int]]:
-    """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked."""
+    """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked.
+
+    Of an adapter no more than `most` bytes are looked at.
+    """
     found: dict[int, T] = {}
     dropped: Counter[str] = Counter()
     heard = 0
@@ -334,11 +335,11 @@ def _receive(
         node = message.metadata.src_node_id  # the SuperLink's own for an error about a node that is away
         try:
             if message.has_error():
-                reason = "unreachable" if message.error.code in _UNREACHABLE else "failed"
+                reason = _REASONS.get(message.error.code, "failed")
                 raise RefusedError(reason, f"error {message.error.code}: {_last_line(message.error.reason)}")
             if node not in asked or node in found:
                 raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
-            found[node] = check(asked[node], records.reply_from_records(kind, message.content))
+            found[node] = check(asked[node], records.reply_from_records(kind, message.content, most=most))
         except Exception as error:  # whatever a device sends, the server lives
             reason = error.reason if isinstance(error, RefusedError) else "malformed"
             dropped["codec" if isinstance(error, CodecError) else reason] += 1
@@ -363,5 +364,6 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _last_line(text: str | None) -> str:
-    """Of a traceback, the line that says what happened."""
-    return ((text or "").strip().splitlines() or ["no reason given"])[-1][:300]
+    """Of a traceback, the line that says what happened, in characters that a terminal doesn't obey."""
+    line = ((text or "")[-10_000:].strip().splitlines() or ["no reason given"])[-1][:300]
+    return "".join(character if character.isprintable() else "?" for character in line)
