@@ -49,9 +49,13 @@ def request_to_records(request: Request) -> RecordDict:
     return RecordDict(dict(_request_parts(request)))
 
 
-def request_from_records(message_type: str, records: RecordDict) -> Request:
-    """The request in a message of this type; AntherError with one line if it is malformed."""
-    return _message(_exchange(message_type).request, *_contents(records))
+def request_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Request:
+    """The request in a message of this type; AntherError with one line if it is malformed.
+
+    Args:
+        most: bytes of an adapter that are looked at; None: whatever has come.
+    """
+    return _message(_exchange(message_type).request, *_contents(records, most))
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
@@ -59,11 +63,7 @@ def reply_to_records(reply: Reply) -> RecordDict:
 
 
 def reply_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Reply:
-    """The reply to a message of this type; AntherError with one line if it is malformed.
-
-    Args:
-        most: bytes of an adapter that are looked at, 0 where none is expected; None: whatever has come.
-    """
+    """The reply to a message of this type; AntherError and `most` as for a request."""
     return _message(_exchange(message_type).reply, *_contents(records, most))
 
 
@@ -95,7 +95,7 @@ def _parts(message: Request | Reply) -> Iterator[tuple[str, ConfigRecord | Array
         yield _ARRAYS, adapter_to_record(adapter)
 
 
-def _contents(records: RecordDict, most: int | None = None) -> tuple[str, bytes | None]:
+def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]:
     """The JSON and the adapter of a message, as they were sent; what is cheap to find is found first."""
     names = set(records) if isinstance(records, RecordDict) else set()
     config, arrays = (records[name] if name in names else None for name in (_MESSAGE, _ARRAYS))

@@ -219,6 +219,10 @@ def test_no_more_of_an_adapter_is_looked_at_than_can_be_expected():
     assert records.reply_from_records("train", good, most=2) == UPDATE
     with pytest.raises(AntherError, match="2 bytes, where 1 are the most"):
         records.reply_from_records("train", good, most=1)
+    train = records.request_to_records(REQUESTS[1])
+    assert records.request_from_records("train", train, most=3) == REQUESTS[1]
+    with pytest.raises(AntherError, match="3 bytes, where 2 are the most"):
+        records.request_from_records("train", train, most=2)
     smuggled = RecordDict(dict(records.reply_to_records(REPORT)) | {"arrays": good["arrays"]})
     with pytest.raises(AntherError, match="where 0 are the most"):
         records.reply_from_records("query", smuggled, most=0)
