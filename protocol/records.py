@@ -8,6 +8,7 @@ pulls one doesn't compare. It finds damage; who sent a message is for Flower's a
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -125,10 +126,19 @@ def _checksum(text: str, adapter: bytes | None) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass") + beside).hexdigest()
 
 
-@lru_cache(maxsize=4)
+_hashed: deque[tuple[bytes, bytes]] = deque(maxlen=4)
+
+
 def _sha256(adapter: bytes) -> bytes:
-    """Kept for the many simulated devices of one process that are sent the same."""
-    return hashlib.sha256(adapter).digest()
+    """Kept for the many simulated devices of one process that are sent the same; known by the object, since to look
+    it up by its content would cost as much again.
+    """
+    for known, digest in tuple(_hashed):
+        if known is adapter:
+            return digest
+    digest = hashlib.sha256(adapter).digest()
+    _hashed.append((adapter, digest))
+    return digest
 
 
 @lru_cache(maxsize=8)
