@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from random import Random
 from typing import Any, NamedTuple
 
@@ -195,7 +196,7 @@ def _dumped(header: object, random: Random) -> str:
 def _change(value: dict[str, Any], random: Random) -> None:
     """Change one thing somewhere in a JSON object."""
     if not value:
-        value["extra"] = random.choice(WEIRD)
+        value["extra"] = deepcopy(random.choice(WEIRD))
         return
     key = random.choice(sorted(value, key=ascii))
     way = random.randrange(8)
@@ -206,11 +207,11 @@ def _change(value: dict[str, Any], random: Random) -> None:
     elif way == 1:
         value[random.choice(("extra", key + "x", "__metadata__", "a\nb", "\udfff", "x" * 300))] = value[key]
     elif way == 2 and isinstance(value[key], list) and value[key]:
-        value[key][random.randrange(len(value[key]))] = random.choice(WEIRD)
-    elif way == 3 and isinstance(value[key], int | float) and not isinstance(value[key], bool):
+        value[key][random.randrange(len(value[key]))] = deepcopy(random.choice(WEIRD))
+    elif way == 3 and type(value[key]) in (int, float) and -1e15 < value[key] < 1e15:
         value[key] = random.choice((value[key] + 1, -value[key], value[key] * 1000, float(value[key]), str(value[key])))
     else:
-        value[key] = random.choice(WEIRD)
+        value[key] = deepcopy(random.choice(WEIRD))
 
 
 # JSON
