@@ -19,10 +19,12 @@ from client.drive import drive
 from client.logic import handle
 from conf.compose import compose
 from conf.errors import AntherError
+from models.adapter import shapes
 from models.base import Base, load
 from privacy.policy import Refusal
 from protocol import records
-from protocol.messages import Reply
+from protocol.codec import largest
+from protocol.messages import Reply, Request
 from training.engine import perform
 from training.memory import budget, check_free
 
@@ -40,19 +42,32 @@ DEFAULT_BASE = "glyphs"
 def answer(message: Message, context: Context) -> Message:
     """Reply to any request; whatever goes wrong becomes this node's error reply."""
     try:
-        request = records.request_from_records(message.metadata.message_type, message.content)
         config = compose(str(context.run_config.get("overrides", "")))
         node = _stated(context)
         weights, device = str(node.get("weights", "fp32")), str(node.get("device", "auto"))
         base = _base(str(node.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device)
         memory = budget(config.cohort.memory_gib, base.device)
         check_free(memory, base.device)
-        conversation = handle(request, from_config(node, base=base.hash, sites=base.sites))
+        owner = from_config(node, base=base.hash, sites=base.sites)
+        most = largest(shapes(owner.sites, -1), free=owner.policy.max_rank)
+        conversation = handle(requested(message, most=most), owner)
         work = functools.partial(perform, base, memory=memory, timesteps=config.evaluation.timesteps)
         outcome = drive({"": conversation}, work)[""]
     except Exception as error:
         outcome = error
     return reply_message(outcome, message)
+
+
+def requested(message: Message, *, most: int | None = None) -> Request:
+    """What a message asks for; Refusal if it can't be read, since what is wrong with it is the server's to know.
+
+    Args:
+        most: bytes of an adapter that are looked at; None, in a simulation: whatever was sent.
+    """
+    try:
+        return records.request_from_records(message.metadata.message_type, message.content, most=most)
+    except AntherError as error:
+        raise Refusal(str(error)) from None
 
 
 def reply_message(outcome: Reply | Exception, request: Message) -> Message:

@@ -19,8 +19,10 @@ from client.data import fingerprint
 from client.device import Device
 from client.drive import Conversation
 from client.store import Personal
+from conf.errors import AntherError
 from models import cores
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
+from models.bounds import excess
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import MEASURE, SEALED, Reservation
 from privacy.measuring import noised_mean
@@ -261,11 +263,18 @@ def _better(
 
 
 def _received(data: bytes, device: Device, *, framed: bool = False) -> _Sent:
-    """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows."""
-    sent = _decoded(data, tuple(device.sites.items()), framed)
-    if rank(sent.adapter) > device.policy.max_rank:
-        raise Refusal(f"the adapter sent has rank {rank(sent.adapter)}, this device allows {device.policy.max_rank}")
-    return sent
+    """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
+
+    Args:
+        framed: whether the factors that stay travel beside it, since cores are to be trained.
+
+    Raises Refusal otherwise: the reason is about what was sent, and the base that the server knows.
+    """
+    most = device.policy.max_rank
+    try:
+        return _decoded(data, tuple(device.sites.items()), most, framed)
+    except AntherError as error:
+        raise Refusal(f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}") from None
 
 
 class _Sent:
@@ -288,9 +297,12 @@ class _Sent:
 
 
 @lru_cache(maxsize=1)
-def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], framed: bool) -> _Sent:
-    tensors = codec.decode(data, shapes(dict(sites), -1, frame=framed))
-    return _Sent(from_tensors(tensors), cores.frame_from_tensors(tensors) if framed else None)
+def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, framed: bool) -> _Sent:
+    tensors = codec.decode(data, shapes(dict(sites), -1, frame=framed), free=most_rank)
+    adapter = from_tensors(tensors)
+    if found := excess(adapter):
+        raise AntherError(found)
+    return _Sent(adapter, cores.frame_from_tensors(tensors) if framed else None)
 
 
 def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:

@@ -21,6 +21,8 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _HEADER_BYTES = 64 * 1024
 _HEADER_BYTES_PER_TENSOR = 200
 _FREE = -1
+_MOST_FREE = 2**16
+_PART = 2**16  # numbers that are compared at once: what that takes doesn't grow with the payload
 
 Shape = tuple[int, ...]
 
@@ -54,29 +56,49 @@ def _written(dtype: torch.dtype, shapes: tuple[tuple[str, Shape], ...]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def decode(data: bytes, expected: Mapping[str, Shape], *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def largest(expected: Mapping[str, Shape], *, free: int = _MOST_FREE, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the longest payload that `decode` takes for these shapes: of a longer one nothing need be looked at."""
+    numbers = sum(math.prod(free if size == _FREE else size for size in shape) for shape in expected.values())
+    return 8 + _longest_header(len(expected)) + numbers * dtype.itemsize
+
+
+def decode(
+    data: bytes, expected: Mapping[str, Shape], *, free: int = _MOST_FREE, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """The tensors of exactly the expected names, shapes and dtype, all finite, in the expected order.
 
-    A size of -1 stands for one unknown positive number, the same wherever it appears: the rank of an adapter whose
-    sites are known (`models.adapter.shapes(sites, -1)`). The tensors share one writable copy of `data`.
+    A size of -1 stands for one unknown number of 1 to `free`, the same wherever it appears: the rank of an adapter
+    whose sites are known (`models.adapter.shapes(sites, -1)`). The tensors share one writable copy of `data`, in which
+    subnormal numbers have become 0: they carry nothing, and each costs a processor a hundred times as much as another.
 
     Raises CodecError for anything else than what `encode` writes of such tensors.
     """
+    if len(data) > (most := largest(expected, free=free, dtype=dtype)):
+        raise CodecError(f"payload of {len(data)} bytes, where {most} are the most")
     header, start = _header(data, len(expected))
     _check_keys(header, expected)
-    sizes = _resolve(header, expected)
+    sizes = _resolve(header, expected, free)
     offsets = _check_layout(header, sizes, dtype, len(data) - start)
     buffer = bytearray(data)
     values = torch.frombuffer(buffer, dtype=dtype, offset=start) if len(data) > start else torch.empty(0, dtype=dtype)
-    sound = bool(values.isfinite().all())  # of all at once; only a bad payload is searched for where
     tensors = {}
     for name, shape in sizes.items():
-        count = math.prod(shape)
         place = offsets[name] // dtype.itemsize
-        tensors[name] = values[place : place + count].view(shape)
-        if not sound and not tensors[name].isfinite().all():
-            raise CodecError(f"{name}: holds NaN or infinite values")
+        tensors[name] = values[place : place + math.prod(shape)].view(shape)
+    if not _finite(values):
+        raise CodecError(f"{next(name for name, t in tensors.items() if not _finite(t))}: holds NaN or infinite values")
+    for part in values.split(_PART):
+        part.masked_fill_(part.abs() < torch.finfo(dtype).tiny, 0.0)
     return tensors
+
+
+def _finite(values: Tensor) -> bool:
+    """Without a copy: a NaN becomes both extremes."""
+    return not values.numel() or all(math.isfinite(extreme) for extreme in values.aminmax())
+
+
+def _longest_header(tensors: int) -> int:
+    return _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors
 
 
 def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
@@ -84,7 +106,7 @@ def _header(data: bytes, tensors: int) -> tuple[dict[str, object], int]:
     if len(data) < 8:
         raise CodecError(f"payload of {len(data)} bytes is too short for a header")
     length = int.from_bytes(data[:8], "little")
-    if length > _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors:
+    if length > _longest_header(tensors):
         raise CodecError(f"header of {length} bytes is too long for {tensors} tensors")
     if length > len(data) - 8 or length % 8:  # the format pads it: tensors then lie aligned
         raise CodecError(f"header of {length} bytes is cut off or not padded to 8")
@@ -110,18 +132,20 @@ def _check_keys(header: Mapping[str, object], expected: Mapping[str, Shape]) -> 
                 raise CodecError(f"{name}: {key} must be a list of non-negative integers")
 
 
-def _resolve(header: Mapping, expected: Mapping[str, Shape]) -> dict[str, Shape]:
+def _resolve(header: Mapping, expected: Mapping[str, Shape], most: int) -> dict[str, Shape]:
     """The expected shapes with the unknown size filled in, once the header's shapes agree with them."""
     free: int | None = None
     sizes = {}
     for name, shape in expected.items():
         declared = tuple(header[name]["shape"])
         for size, wanted in zip(declared, shape, strict=False):
-            if wanted == _FREE and free is None and size > 0:
+            if wanted == _FREE and free is None:
+                if not 0 < size <= most:
+                    raise CodecError(f"{name}: shape holds {_shown(size)} where 1 to {most} may be")
                 free = size
         sizes[name] = tuple(free if wanted == _FREE and free else wanted for wanted in shape)
         if declared != sizes[name]:
-            raise CodecError(f"{name}: shape must be {list(sizes[name])}, is {list(declared)[:8]}")
+            raise CodecError(f"{name}: shape must be {list(sizes[name])}, is {_shown(list(declared[:8]))}")
     return sizes
 
 
@@ -131,11 +155,17 @@ def _check_layout(header: Mapping, sizes: Mapping[str, Shape], dtype: torch.dtyp
     for name in sorted(sizes, key=lambda name: header[name]["data_offsets"]):
         entry = header[name]
         if entry["dtype"] != _DTYPES[dtype]:
-            raise CodecError(f"{name}: dtype must be {_DTYPES[dtype]}, is {str(entry['dtype'])[:20]}")
+            raise CodecError(f"{name}: dtype must be {_DTYPES[dtype]}, is {_shown(entry['dtype'])}")
         end = position + math.prod(sizes[name]) * dtype.itemsize
         if entry["data_offsets"] != [position, end]:
-            raise CodecError(f"{name}: data_offsets must be {[position, end]}, are {entry['data_offsets'][:4]}")
+            raise CodecError(f"{name}: data_offsets must be {[position, end]}, are {_shown(entry['data_offsets'][:4])}")
         position = end
     if position != total:
         raise CodecError(f"payload holds {total} bytes of data, its header declares {position}")
     return {name: header[name]["data_offsets"][0] for name in sizes}
+
+
+def _shown(found: object) -> str:
+    """What a stranger wrote, for one line of a log: a list may be as deep as a parser goes, and repr goes less deep."""
+    numbers = isinstance(found, list) and all(type(n) is int for n in found)
+    return ascii(found)[:100] if numbers or isinstance(found, str | int) else type(found).__name__

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from conf.errors import AntherError
-from protocol import plain
+from protocol import limits, plain
 
-_LONGEST = 64 * 1024
+LONGEST = 64 * 1024
 """Characters of a message's JSON; the longest that we write has about 500."""
 
 
@@ -199,9 +199,10 @@ def to_json(message: Request | Reply) -> str:
 def from_json(kind: type[T], text: str, **beside: bytes) -> T:
     """The message that `to_json` wrote, with its payloads by name.
 
-    Raises AntherError, naming the field, for an unknown or missing one, a wrong type or a number that is not finite.
+    Raises AntherError, naming the field, for an unknown or missing one, a wrong type, a number that is not finite, or
+    what `protocol.limits` allows nobody to say.
     """
-    if len(text) > _LONGEST:
+    if len(text) > LONGEST:
         raise AntherError(f"{kind.__name__}: a message of {len(text)} characters is too long")
     try:
         found = plain.loads(text)
@@ -209,6 +210,8 @@ def from_json(kind: type[T], text: str, **beside: bytes) -> T:
             raise ValueError("not a JSON object")
         if twice := found.keys() & beside.keys():
             raise ValueError(f"{min(twice)}: travels beside the JSON, not in it")
-        return plain.from_plain(kind, found | beside, kind.__name__)
+        message = plain.from_plain(kind, found | beside, kind.__name__)
+        limits.check(message)
+        return message
     except ValueError as error:
         raise AntherError(f"malformed message: {error}") from None

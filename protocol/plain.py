@@ -73,7 +73,7 @@ def _converter(kind: Any) -> Convert:
     if origin is dict:
         of_item = _converter(parts[1])
         return lambda value, where: {
-            key: of_item(item, f"{where}.{key[:100]}") for key, item in _exactly(dict, value, where).items()
+            key: of_item(item, f"{where}.{_shown(key)}") for key, item in _exactly(dict, value, where).items()
         }
     if origin is tuple:
         of_entry = _converter(parts[0])
@@ -95,10 +95,15 @@ def _dataclass_converter(kind: Any) -> Convert:
         found = _exactly(dict, value, where)
         if wrong := sorted(found.keys() ^ converters.keys()):
             state = "missing" if wrong[0] in converters else "unknown"
-            raise ValueError(f"{where}.{wrong[0][:100]}: {state}")
+            raise ValueError(f"{where}.{_shown(wrong[0])}: {state}")
         return kind(**{name: converters[name](found[name], f"{where}.{name}") for name in converters})
 
     return convert
+
+
+def _shown(key: str) -> str:
+    """A key that a stranger wrote, for one line of a log."""
+    return ascii(key[:100])[1:-1]
 
 
 def _exactly(kind: type, value: Any, where: str) -> Any:

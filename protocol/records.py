@@ -1,10 +1,14 @@
 """Messages as Flower's records: the JSON in a ConfigRecord, an adapter as the one Array of an ArrayRecord.
 
-The adapter's bytes stay those of `protocol.codec`; Flower cuts the Array into chunks and never parses it.
+The adapter's bytes stay those of `protocol.codec`; Flower cuts the Array into chunks and never parses it. A SHA-256 of
+both travels beside the JSON and is compared before either is parsed: Flower names objects by their hash, but whoever
+pulls one doesn't compare. It finds damage; who sent a message is for Flower's authentication of nodes.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,7 +24,11 @@ QUERY, TRAIN, EVALUATE, PERSONALISE = "query", "train", "evaluate", "train.perso
 REFUSED = "refused: "
 """How the reason of an error reply begins if it is a device's no, and nothing went wrong."""
 
-_MESSAGE, _ARRAYS, _ADAPTER, _STYPE = "message", "arrays", "adapter", "safetensors"
+UNREADABLE = 1000
+"""Error code of a reply that Flower itself could not unpack; Flower's own lie far below."""
+
+_MESSAGE, _ARRAYS, _ADAPTER, _STYPE, _DTYPE = "message", "arrays", "adapter", "safetensors", "uint8"
+_JSON, _SHA256 = "json", "sha256"
 
 
 class _Exchange(NamedTuple):
@@ -45,30 +53,37 @@ def request_to_records(request: Request) -> RecordDict:
     return RecordDict(dict(_request_parts(request)))
 
 
-def request_from_records(message_type: str, records: RecordDict) -> Request:
-    """The request in a message of this type; AntherError with one line if it is malformed."""
-    return _message(_exchange(message_type).request, *_contents(records))
+def request_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Request:
+    """The request in a message of this type; AntherError with one line if it is malformed.
+
+    Args:
+        most: bytes of an adapter that are looked at; None: whatever has come.
+    """
+    return _message(_exchange(message_type).request, *_contents(records, most))
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
     return RecordDict(dict(_parts(reply)))
 
 
-def reply_from_records(message_type: str, records: RecordDict) -> Reply:
-    """The reply to a message of this type; AntherError with one line if it is malformed."""
-    return _message(_exchange(message_type).reply, *_contents(records))
+def reply_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Reply:
+    """The reply to a message of this type; AntherError and `most` as for a request."""
+    return _message(_exchange(message_type).reply, *_contents(records, most))
 
 
 def adapter_to_record(adapter: bytes) -> ArrayRecord:
     """An adapter of `protocol.codec` as Flower holds global arrays: one Array of bytes."""
-    return ArrayRecord({_ADAPTER: Array(dtype="uint8", shape=(len(adapter),), stype=_STYPE, data=adapter)})
+    return ArrayRecord({_ADAPTER: Array(dtype=_DTYPE, shape=(len(adapter),), stype=_STYPE, data=adapter)})
 
 
 def adapter_from_record(record: ArrayRecord) -> bytes:
-    """Inverse of `adapter_to_record`; AntherError if the record holds anything else."""
+    """Inverse of `adapter_to_record`; AntherError if the record holds anything else, or other than it claims."""
     if list(record) != [_ADAPTER] or record[_ADAPTER].stype != _STYPE:
-        raise AntherError(f"arrays must hold one {_STYPE} entry named {_ADAPTER!r}, hold {sorted(record)[:5]}")
-    return record[_ADAPTER].data
+        raise AntherError(f"arrays must hold one {_STYPE} entry named {_ADAPTER!r} and hold {len(record)} entries")
+    array = record[_ADAPTER]
+    if (array.dtype, array.shape) != (_DTYPE, (len(array.data),)):
+        raise AntherError(f"arrays: {_ADAPTER!r} claims another dtype or shape than its {len(array.data)} bytes have")
+    return array.data
 
 
 def _exchange(message_type: str) -> _Exchange:
@@ -78,23 +93,55 @@ def _exchange(message_type: str) -> _Exchange:
 
 
 def _parts(message: Request | Reply) -> Iterator[tuple[str, ConfigRecord | ArrayRecord]]:
-    yield _MESSAGE, ConfigRecord({"json": messages.to_json(message)})
-    if beside := messages.payloads(message):
-        yield _ARRAYS, adapter_to_record(beside[_ADAPTER])
+    text, adapter = messages.to_json(message), messages.payloads(message).get(_ADAPTER)
+    yield _MESSAGE, ConfigRecord({_JSON: text, _SHA256: _checksum(text, adapter)})
+    if adapter is not None:
+        yield _ARRAYS, adapter_to_record(adapter)
 
 
-def _contents(records: RecordDict) -> tuple[str | None, bytes | None]:
-    """The JSON and the adapter of a message; None for what is not there."""
-    config, arrays = records.get(_MESSAGE), records.get(_ARRAYS)
-    text = config.get("json") if isinstance(config, ConfigRecord) else None
-    adapter = adapter_from_record(arrays) if isinstance(arrays, ArrayRecord) else None
-    return text if isinstance(text, str) else None, adapter
+def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]:
+    """The JSON and the adapter of a message, as they were sent; what is cheap to find is found first."""
+    names = set(records) if isinstance(records, RecordDict) else set()
+    config, arrays = (records[name] if name in names else None for name in (_MESSAGE, _ARRAYS))
+    if not isinstance(config, ConfigRecord) or set(config) != {_JSON, _SHA256} or names - {_MESSAGE, _ARRAYS}:
+        raise AntherError(f"malformed message: must hold {_JSON} and {_SHA256} in {_MESSAGE!r}, an adapter, no more")
+    text, checksum = config[_JSON], config[_SHA256]
+    if not isinstance(text, str) or len(text) > messages.LONGEST:
+        raise AntherError(f"malformed message: the JSON is not a text of at most {messages.LONGEST} characters")
+    adapter = None
+    if arrays is not None:
+        if not isinstance(arrays, ArrayRecord):
+            raise AntherError(f"malformed message: an adapter travels in an ArrayRecord, not a {type(arrays).__name__}")
+        adapter = adapter_from_record(arrays)
+        if most is not None and len(adapter) > most:
+            raise AntherError(f"malformed message: an adapter of {len(adapter)} bytes, where {most} are the most")
+    if checksum != _checksum(text, adapter):
+        raise AntherError("malformed message: damaged in transit, its checksum is another")
+    return text, adapter
 
 
-def _message(kind: Any, text: str | None, adapter: bytes | None) -> Any:
-    if text is None:
-        raise AntherError(f"malformed message: a {kind.__name__} travels as JSON in the record {_MESSAGE!r}")
+def _message(kind: Any, text: str, adapter: bytes | None) -> Any:
     return messages.from_json(kind, text, **({} if adapter is None else {_ADAPTER: adapter}))
+
+
+def _checksum(text: str, adapter: bytes | None) -> str:
+    beside = b"" if adapter is None else _sha256(adapter)
+    return hashlib.sha256(text.encode(errors="surrogatepass") + beside).hexdigest()
+
+
+_hashed: deque[tuple[bytes, bytes]] = deque(maxlen=4)
+
+
+def _sha256(adapter: bytes) -> bytes:
+    """Kept for the many simulated devices of one process that are sent the same; known by the object, since to look
+    it up by its content would cost as much again.
+    """
+    for known, digest in tuple(_hashed):
+        if known is adapter:
+            return digest
+    digest = hashlib.sha256(adapter).digest()
+    _hashed.append((adapter, digest))
+    return digest
 
 
 @lru_cache(maxsize=8)

@@ -20,12 +20,15 @@ from conf.compose import compose
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from models import assets
+from models.adapter import shapes
 from models.base import load
 from privacy.durable import write
 from privacy.storage import Files
 from protocol import plain
+from protocol.codec import largest
 from server import checkpoint
 from server.federation import federate
+from server.gate import Gated
 from server.ledger import Ledger
 from server.state import Round
 from strategies.build import build, training_plan
@@ -58,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     state = federate(
         config,
-        grid=grid,
+        grid=Gated(grid, largest=largest(shapes(base.sites, plan.rank))),
         strategy=strategy,
         plan=plan,
         saved=saved,

@@ -15,11 +15,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import reply_message
+from client.app import reply_message, requested
 from client.device import Device
 from client.drive import Conversation, drive
 from client.logic import handle
-from protocol import records
 from protocol.messages import Reply
 from training.jobs import Job, Result
 
@@ -125,5 +124,4 @@ class CohortGrid(Grid):
 
     def _conversation(self, message: Message) -> Conversation:
         """As on a device: a request that can't be read is that node's error, and nobody else's."""
-        request = records.request_from_records(message.metadata.message_type, message.content)
-        return (yield from handle(request, self._devices[message.metadata.dst_node_id]))
+        return (yield from handle(requested(message), self._devices[message.metadata.dst_node_id]))

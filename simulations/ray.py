@@ -35,13 +35,13 @@ from flwr.simulation import run_simulation
 from flwr.supercore.run import Run
 from omegaconf import OmegaConf
 
-from client.app import reply_message
+from client.app import reply_message, requested
 from client.drive import drive
 from client.logic import handle
 from conf.cli import to_object
 from conf.errors import AntherError
 from conf.schemas import Simulation
-from protocol import plain, records
+from protocol import plain
 from simulations.evaluation import Perform
 from simulations.fleet import Participant
 from simulations.world import build, performer
@@ -205,9 +205,8 @@ def _answer(config: str, folder: str, memory: int, message: Message, context: Co
     """Reply for the device of this partition; whatever goes wrong is its own error."""
     try:
         people, perform = _world(config, folder, memory)
-        request = records.request_from_records(message.metadata.message_type, message.content)
         device = people[int(context.node_config[PARTITION_ID_KEY])].device
-        outcome = drive({"": handle(request, device)}, perform)[""]
+        outcome = drive({"": handle(requested(message), device)}, perform)[""]
     except Exception as error:
         outcome = error
     return reply_message(outcome, message)

@@ -18,12 +18,13 @@ from flwr.serverapp.strategy import Strategy
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, head_and_tail, rank, shapes, to_tensors
+from models.bounds import excess
 from models.cores import between, core_shapes, to_framed_tensors
 from models.slots import trained_layout
 from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records
-from protocol.codec import CodecError, decode, encode
+from protocol.codec import CodecError, decode, encode, largest
 from protocol.messages import (
     DeviceReport,
     Evaluate,
@@ -36,7 +37,7 @@ from protocol.messages import (
     TrainingPlan,
     Update,
 )
-from strategies.aggregation import Aggregated, Aggregation, squared_norm
+from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation
 from strategies.measuring import Measuring
 from strategies.planning import Limits, plan_for
@@ -47,16 +48,15 @@ from strategies.selection.poisson import Poisson
 
 log = logging.getLogger(__name__)
 
-_MOST_NORM = 100.0
-"""Bound on ‖A‖_F, ‖B‖_F and ‖B A‖_F at one site: a fresh A of rank r has √r, and a layer's own W about √out.
-
-With the product bounded the next adapter can't be one that honest devices are refused for.
-"""
-
 _LEAST, _MOST = 1e-6, 1e12
 """Numbers that a device tells of itself lie between: sums of them stay finite."""
 
-_UNREACHABLE = (3, 4, 5)  # Flower's error codes: message, reply or node unavailable
+_REASONS = {  # of error codes: message, reply or node unavailable are Flower's
+    3: "unreachable",
+    4: "unreachable",
+    5: "unreachable",
+    records.UNREADABLE: "malformed",
+}
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 
 R = TypeVar("R")
@@ -214,7 +214,8 @@ class Federated(Strategy):
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
         asked = self._round
-        found, dropped = _receive(records.TRAIN, replies, asked.plans, self._check_update)
+        most = largest(self._trained_shapes(max((plan.rank for _, plan in asked.plans.values()), default=0)))
+        found, dropped = _receive(records.TRAIN, replies, asked.plans, self._check_update, most=most)
         # By name: floating point sums depend on the order, and replies arrive in any.
         updates = sorted(found.values(), key=lambda pair: pair[0].device)
         aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)
@@ -384,6 +385,10 @@ class Federated(Strategy):
     def _message(self, request: Request, node: int) -> Message:
         return Message(records.request_to_records(request), node, records.message_type(request))
 
+    def _trained_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """What comes back of a plan of this rank: factors, or cores alone."""
+        return core_shapes(self.sites, rank) if self.frame else shapes(self.sites, rank)
+
     def _check_update(self, asked: tuple[DeviceReport, TrainingPlan], reply: Update) -> tuple[Update, Adapter]:
         """The update and its factors, if it is what the plan asked for; RefusedError or CodecError otherwise."""
         report, plan = asked
@@ -397,16 +402,13 @@ class Federated(Strategy):
         _check_cost(reply)
         if reply.loss is not None and not 0 <= reply.loss < _MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
+        tensors = decode(reply.adapter, self._trained_shapes(plan.rank))
         if self.frame:
-            head, _ = head_and_tail(self.frame, plan.rank)
-            adapter = between(decode(reply.adapter, core_shapes(self.sites, plan.rank)), head)
+            adapter = between(tensors, head_and_tail(self.frame, plan.rank)[0])
         else:
-            adapter = from_tensors(decode(reply.adapter, shapes(self.sites, plan.rank)))
-        for site, factors in adapter.items():
-            a, b = factors.a.double(), factors.b.double()
-            norm = max(float(a.norm()), float(b.norm()), float(squared_norm(a, b).sqrt()))
-            if norm > _MOST_NORM:
-                raise RefusedError("norm", f"{reply.device}: {site}: norm {norm:.3g} is over {_MOST_NORM:g}")
+            adapter = from_tensors(tensors)
+        if found := excess(adapter):
+            raise RefusedError("norm", f"{reply.device}: {found}")
         return reply, adapter
 
 
@@ -417,9 +419,12 @@ def _selected(selection: Selection, reports: Mapping[int, DeviceReport], round: 
 
 
 def _receive(
-    kind: str, replies: Iterable[Message], asked: Mapping[int, R], check: Callable[[R, Any], T]
+    kind: str, replies: Iterable[Message], asked: Mapping[int, R], check: Callable[[R, Any], T], *, most: int = 0
 ) -> tuple[dict[int, T], dict[str, int]]:
-    """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked."""
+    """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked.
+
+    Of an adapter no more than `most` bytes are looked at.
+    """
     found: dict[int, T] = {}
     dropped: Counter[str] = Counter()
     heard = 0
@@ -432,7 +437,7 @@ def _receive(
                 raise RefusedError(_why(error), f"error {error.code}: {_last_line(error.reason)}")
             if node not in asked or node in found:
                 raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
-            found[node] = check(asked[node], records.reply_from_records(kind, message.content))
+            found[node] = check(asked[node], records.reply_from_records(kind, message.content, most=most))
         except Exception as wrong:  # whatever a device sends, the server lives
             reason = wrong.reason if isinstance(wrong, RefusedError) else "malformed"
             dropped["codec" if isinstance(wrong, CodecError) else reason] += 1
@@ -446,7 +451,7 @@ def _why(error: Error) -> str:
     """What an error reply is counted under: a device that says no is no broken one."""
     if (error.reason or "").startswith(records.REFUSED):
         return "refused"
-    return "unreachable" if error.code in _UNREACHABLE else "failed"
+    return _REASONS.get(error.code, "failed")
 
 
 def _check_origin(report: DeviceReport, device: str) -> None:
@@ -464,5 +469,6 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _last_line(text: str | None) -> str:
-    """Of a traceback, the line that says what happened."""
-    return ((text or "").strip().splitlines() or ["no reason given"])[-1][:300]
+    """Of a traceback, the line that says what happened, in characters that a terminal doesn't obey."""
+    line = ((text or "")[-10_000:].strip().splitlines() or ["no reason given"])[-1][:300]
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -32,11 +32,15 @@ FLOWER = {
     "server/app.py",
     "server/loop.py",
     "server/federation.py",  # the round loop's whole run
+    "server/gate.py",  # around Flower's own grid
     "strategies/federated.py",
     "protocol/records.py",
     "simulations/grid.py",
     "simulations/ray.py",  # another grid: Flower's own simulation
     "bench/ray_recipe.py",  # the peer is Flower's own recipe
+    "bench/malice.py",  # an attacker writes Flower's records
+    "bench/doors.py",
+    "bench/invariants.py",
 }
 
 

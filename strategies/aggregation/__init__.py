@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.adapter import Adapter
+from models.bounds import squared_norm
 
 Updates = Sequence[tuple[Adapter, float]]
 """Each device's trained factors, and its weight > 0."""
@@ -52,11 +53,6 @@ def normalised(updates: Updates) -> list[float]:
     if not all(weight > 0 for weight in weights):
         raise ValueError(f"{weights=}: must be over 0")
     return [weight / sum(weights) for weight in weights]
-
-
-def squared_norm(a: Tensor, b: Tensor) -> Tensor:
-    """‖B A‖²_F = tr((BᵀB)(A Aᵀ)), without forming the product; a [r, in], b [out, r]."""
-    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0)
 
 
 def relative_residual(a: Tensor, b: Tensor, to_a: Tensor, to_b: Tensor) -> float:

@@ -63,7 +63,8 @@ def adapter(rank: int, seed: int = 0) -> Adapter:
     """One whose product is not zero."""
     drawn = initial(SITES, rank, seed)
     return {
-        name: Factors(f.a, torch.arange(f.b.numel(), dtype=torch.float32).view_as(f.b)) for name, f in drawn.items()
+        name: Factors(a, 0.1 * torch.arange(b.numel(), dtype=torch.float32).view_as(b))
+        for name, (a, b) in drawn.items()
     }
 
 

@@ -14,11 +14,10 @@ from client.device import Device
 from client.drive import drive
 from client.logic import handle
 from conf.errors import AntherError
-from models.adapter import head_and_tail, rank
+from models.adapter import Factors, head_and_tail, rank
 from privacy.ledger import RESERVED, SEALED, SENT
 from privacy.noise import Simulated
 from privacy.policy import Policy, Refusal
-from protocol.codec import CodecError
 from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Query, Reply, Request, Update
 from tests.client.devices import (
     BASE,
@@ -226,18 +225,33 @@ def test_a_device_with_a_cap_shares_nothing_without_noise(tmp_path: Path) -> Non
     assert isinstance(ask(PERSONALISE, device), Personalised)  # what stays on the device is nobody's business
 
 
+LARGE = {name: Factors(f.a, 1000.0 * f.b) for name, f in adapter(3).items()}
+
+
 @pytest.mark.parametrize(
-    "sent", [b"", b"\x08" + bytes(20), to_bytes(adapter(3))[:-1], to_bytes({"x": adapter(1)["up.to_k"]})]
+    ("sent", "reason"),
+    [
+        (b"", "too short"),
+        (b"\x08" + bytes(20), "not JSON"),
+        (to_bytes(adapter(3))[:-1], "declares"),
+        (to_bytes({"x": adapter(1)["up.to_k"]}), "missing"),
+        (to_bytes({name: Factors(f.a * torch.nan, f.b) for name, f in adapter(3).items()}), "NaN"),
+        (to_bytes(LARGE), "norm .* is over 100"),
+        (to_bytes(adapter(2000)), "bytes, where .* are the most"),
+    ],
 )
-def test_a_malformed_adapter_is_refused_at_no_charge(tmp_path: Path, sent: bytes) -> None:
-    device = make_device(tmp_path)
-    with pytest.raises(CodecError):
-        ask(train_request(sent=sent), device)
+def test_a_malformed_adapter_is_refused_at_no_charge(tmp_path: Path, sent: bytes, reason: str) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    personalise = dataclasses.replace(PERSONALISE, adapter=sent)
+    for request in (train_request(sent=sent), Evaluate(run="run", round=1, adapter=sent), personalise):
+        with pytest.raises(Refusal, match=reason):
+            ask(request, device, perform)
+    assert not perform.jobs
     assert not states(device)
 
 
 def test_an_adapter_of_a_rank_that_the_owner_forbids(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="rank 3"):
+    with pytest.raises(Refusal, match=r"no adapter of rank 1 to 2 .* holds 3"):
         ask(train_request(), make_device(tmp_path, policy=Policy(max_rank=2)))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from models.adapter import Site, from_tensors, initial, shapes, to_tensors
-from protocol.codec import CodecError, decode, encode
+from protocol.codec import CodecError, decode, encode, largest
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1.5, -2.0])}
 EXPECTED = {"a": (2,), "b": (2, 3)}
@@ -22,6 +23,10 @@ def entry(shape, start, end, dtype="F32"):
 
 
 GOOD = {"a": entry([2], 0, 8), "b": entry([2, 3], 8, 32)}
+
+
+HUGE = 10**4000
+NESTED = "[" * 900 + "]" * 900  # as deep as a parser goes: repr goes less deep
 
 
 def packed(header, data=bytes(32)):
@@ -76,6 +81,42 @@ def test_the_rank_may_be_unknown_but_is_one():
         decode(encode(to_tensors(initial(sites, 0, seed=0))), shapes(sites, -1))
 
 
+@pytest.mark.parametrize("size", [3, 10**6, HUGE, 0, -1])
+def test_an_unknown_size_is_bounded(size):
+    expected = {"a": (-1, 2)}
+    assert decode(encode({"a": torch.ones(2, 2)}), expected, free=2)["a"].shape == (2, 2)
+    with pytest.raises(CodecError, match=r"where 1 to 2 may be|non-negative"):
+        decode(packed({"a": entry([size, 2], 0, 16)}, bytes(16)), expected, free=2)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_the_largest_payload_is_a_bound(rank, most):
+    sites = {"x": Site(5, 3), "y": Site(4, 4)}
+    data = encode(to_tensors(initial(sites, rank, seed=0)))
+    if rank <= most:
+        assert len(data) <= largest(shapes(sites, rank)) <= largest(shapes(sites, -1), free=most)
+    numbers = most * (5 + 3 + 4 + 4)
+    assert largest(shapes(sites, -1), free=most) == 8 + 65_536 + 4 * 200 + 4 * numbers
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+def test_subnormal_numbers_are_zero(numbers):
+    values = np.array(numbers, np.float32)
+    found = decode(encode({"a": torch.from_numpy(values)}), {"a": values.shape})["a"].numpy()
+    assert np.array_equal(found, np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values))
+
+
+def test_a_long_payload_is_looked_at_throughout():
+    """It is compared in parts."""
+    values = torch.ones(200_000)
+    values[[0, 70_000, -1]] = 1e-40
+    found = decode(encode({"a": values}), {"a": (200_000,)})["a"]
+    assert torch.equal(found.eq(0).nonzero().ravel(), torch.tensor([0, 70_000, 199_999]))
+    for place in (0, 70_000, -1):
+        with pytest.raises(CodecError, match="a: holds NaN"):
+            decode(encode({"a": torch.ones(200_000).index_fill(0, torch.tensor(place), math.nan)}), {"a": (200_000,)})
+
+
 def test_truncated_at_every_byte():
     data = encode(TENSORS)
     for length in range(len(data)):
@@ -94,7 +135,7 @@ def test_truncated_at_every_byte():
         (packed(GOOD | {"__metadata__": {}}), "'__metadata__': not expected"),
         (packed(json.dumps(GOOD)[:-1].encode() + b', "a": {}}'), "'a' is there twice"),
         (packed(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' is there twice"),
-        (packed(GOOD | {"a": entry([2], 0, 8, "F64")}), "a: dtype must be F32, is F64"),
+        (packed(GOOD | {"a": entry([2], 0, 8, "F64")}), "a: dtype must be F32, is 'F64'"),
         (packed(GOOD | {"a": entry([1, 2], 0, 8)}), "a: shape"),
         (packed(GOOD | {"a": entry([2.0], 0, 8)}), "a: shape must be a list of non-negative integers"),
         (packed(GOOD | {"a": entry([True], 0, 8)}), "a: shape must be a list"),
@@ -108,7 +149,16 @@ def test_truncated_at_every_byte():
         (packed(b"[" * 50_000), "nested too deeply"),
         (packed(b'{"a": NaN}'), "NaN is not a JSON number"),
         (packed(b"\xff\xff"), "not JSON"),
-        (packed({f"x{i}": entry([0], 0, 0) for i in range(10_000)}), "too long for 2 tensors"),
+        (packed(json.dumps(GOOD).encode().ljust(65_944), b""), "too long for 2 tensors"),
+        (packed({f"x{i}": entry([0], 0, 0) for i in range(10_000)}), "where 65976 are the most"),
+        (packed(GOOD, bytes(2**20)), "where 65976 are the most"),
+        (packed(GOOD | {"__metadata__": {"a": "x" * 5_000_000}}), "where 65976 are the most"),
+        (packed(GOOD | {"a\nb": entry([0], 32, 32)}), r"'a\\nb': not expected"),
+        (packed(GOOD | {"\ud800": entry([0], 32, 32)}), r"'\\ud800': not expected"),
+        (packed(json.dumps(GOOD).replace('"F32"', NESTED, 1).encode()), "dtype must be F32, is list"),
+        (packed(GOOD | {"a": entry([HUGE], 0, 8)}), r"a: shape must be \[2\], is \[10{90,}"),
+        (packed(GOOD | {"b": entry([2, 3], 8, HUGE)}), "data_offsets must be"),
+        (packed(json.dumps(GOOD).replace("[2]", "[" + "9" * 5000 + "]").encode()), "not JSON: Exceeds the limit"),
         (struct.pack("<Q", 2**63) + bytes(100), "too long"),
         (struct.pack("<Q", 3) + b"{}  ", "not padded"),
     ],

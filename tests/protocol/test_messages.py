@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from conf.errors import AntherError
 from protocol import records
@@ -154,24 +154,107 @@ def test_a_request_made_once_for_many_is_a_message_of_its_own_for_each():
     assert records.request_from_records("train", other) == train
 
 
-def test_malformed_records():
+def with_records(**changes):
+    """The records of an update, some of them replaced, or left out where None is given."""
     good = records.reply_to_records(UPDATE)
-    for wrong, message in [
-        (RecordDict(), "record 'message'"),
-        (RecordDict({"message": ConfigRecord({"json": 1})}), "record 'message'"),
-        (RecordDict({"message": good["message"]}), "adapter: missing"),
-        (RecordDict({"message": good["message"], "arrays": ArrayRecord()}), "one safetensors entry"),
-        (
-            RecordDict(
-                {
-                    "message": good["message"],
-                    "arrays": ArrayRecord({"adapter": Array("uint8", (1,), "numpy.ndarray", b"x")}),
-                }
-            ),
-            "one safetensors entry",
+    return RecordDict({name: record for name, record in (dict(good) | changes).items() if record is not None})
+
+
+def with_array(name="adapter", **changes):
+    whole = {"dtype": "uint8", "shape": (2,), "stype": "safetensors", "data": b"\x00\xff"}
+    return with_records(arrays=ArrayRecord({name: Array(**whole | changes)}))
+
+
+def with_config(**changes):
+    good = records.reply_to_records(UPDATE)["message"]
+    return with_records(message=ConfigRecord(dict(good) | changes))
+
+
+EMPTY = Array("uint8", (0,), "safetensors", b"")
+MALFORMED = [
+    (RecordDict(), "must hold json and sha256"),
+    (ConfigRecord({"json": "{}"}), "must hold json and sha256"),
+    (with_records(message=None), "must hold json and sha256"),
+    (with_records(message=MetricRecord({"json": 1})), "must hold json and sha256"),
+    (with_records(extra=ConfigRecord()), "no more"),
+    (with_config(extra=1), "no more"),
+    (with_config(json=1), "not a text"),
+    (with_config(json="x" * 65_537), "at most 65536 characters"),
+    (with_config(sha256="0" * 64), "damaged in transit"),
+    (with_config(sha256=0), "damaged in transit"),
+    (with_config(json=to_json(UPDATE) + " "), "damaged in transit"),
+    (with_config(json="\ud800"), "damaged in transit"),
+    (with_records(arrays=None), "damaged in transit"),
+    (with_records(arrays=MetricRecord({"adapter": 1})), "not a MetricRecord"),
+    (with_records(arrays=ArrayRecord()), "one safetensors entry"),
+    (with_array("other"), "one safetensors entry"),
+    (with_array(stype="numpy.ndarray"), "one safetensors entry"),
+    (with_array(dtype="float32"), "claims another dtype or shape"),
+    (with_array(shape=(2**62,)), "claims another dtype or shape"),
+    (with_array(shape=()), "claims another dtype or shape"),
+    (with_array(data=b"\x00\xfe"), "damaged in transit"),
+    (
+        with_records(
+            arrays=ArrayRecord({f"adapter{k or ''}": Array("uint8", (0,), "safetensors", b"") for k in (0, 1)})
         ),
-    ]:
-        with pytest.raises(AntherError, match=message):
-            records.reply_from_records("train", wrong)
+        "hold 2 entries",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), MALFORMED, ids=[f"{k}" for k in range(len(MALFORMED))])
+def test_malformed_records(wrong, message):
+    with pytest.raises(AntherError, match=message) as caught:
+        records.reply_from_records("train", wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_type_of_message():
     with pytest.raises(AntherError, match="no such message type"):
-        records.reply_from_records("train.other", good)
+        records.reply_from_records("train.other", records.reply_to_records(UPDATE))
+
+
+def test_no_more_of_an_adapter_is_looked_at_than_can_be_expected():
+    good = records.reply_to_records(UPDATE)
+    assert records.reply_from_records("train", good, most=2) == UPDATE
+    with pytest.raises(AntherError, match="2 bytes, where 1 are the most"):
+        records.reply_from_records("train", good, most=1)
+    train = records.request_to_records(REQUESTS[1])
+    assert records.request_from_records("train", train, most=3) == REQUESTS[1]
+    with pytest.raises(AntherError, match="3 bytes, where 2 are the most"):
+        records.request_from_records("train", train, most=2)
+    smuggled = RecordDict(dict(records.reply_to_records(REPORT)) | {"arrays": good["arrays"]})
+    with pytest.raises(AntherError, match="where 0 are the most"):
+        records.reply_from_records("query", smuggled, most=0)
+
+
+@pytest.mark.parametrize("message", [UPDATE, REPORT, REQUESTS[1]], ids=lambda message: type(message).__name__)
+def test_every_flipped_bit_fails_the_checksum(message):
+    """Of the text, of the adapter, and of the checksum itself."""
+    request = message in REQUESTS
+    good = (records.request_to_records if request else records.reply_to_records)(message)
+    kind = "query" if message is REPORT else "train"
+    read = records.request_from_records if request else records.reply_from_records
+    assert read(kind, good) == message
+
+    def flipped(data):
+        for bit in range(8 * len(data)):
+            yield data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+    for key in ("json", "sha256"):
+        for text in flipped(good["message"][key].encode()):
+            damaged = ConfigRecord(dict(good["message"]) | {key: text.decode(errors="surrogateescape")})
+            with pytest.raises(AntherError, match="damaged in transit"):
+                read(kind, RecordDict(dict(good) | {"message": damaged}))
+    for data in flipped(payloads(message).get("adapter", b"")):
+        damaged = ArrayRecord({"adapter": Array("uint8", (len(data),), "safetensors", data)})
+        with pytest.raises(AntherError, match="damaged in transit"):
+            read(kind, RecordDict(dict(good) | {"arrays": damaged}))
+
+
+def test_a_stranger_writes_one_line_of_a_log():
+    for key in ("a\nb", "\ud800", "\x1b[2J", "é"):
+        with pytest.raises(AntherError, match="unknown") as caught:
+            from_json(DeviceReport, json.dumps(json.loads(to_json(REPORT)) | {key: 1}))
+        assert str(caught.value).isascii()
+        assert str(caught.value).isprintable()

@@ -84,8 +84,15 @@ MISBEHAVIOURS = {
         lambda reply: replace(reply, adapter=reply.adapter[:-1]),
         lambda reply: replace(reply, adapter=b""),
     ],
-    "norm": [filled(1e6)],
-    "malformed": [lambda reply: replace(reply, joules=-1.0)],
+    "norm": [filled(1e6), filled(3e38), filled(15.0)],  # of the last only the product's
+    "malformed": [
+        lambda reply: replace(reply, joules=-1.0),
+        lambda reply: replace(reply, seconds=1e300),
+        lambda reply: replace(reply, epsilon=-1.0),
+        lambda reply: replace(reply, events=10**4000),
+        lambda reply: replace(reply, quality="guessed"),
+        lambda reply: replace(reply, adapter=bytes(2**20)),
+    ],
 }
 
 
@@ -99,6 +106,17 @@ def test_a_bad_reply_is_dropped_and_counted(reason, misbehave):
     assert federated.trained.dropped == {reason: 1}
     assert (federated.trained.asked, federated.trained.replied) == (3, 2)
     assert same(found, train(strategy(), good))  # as if it had never been there
+
+
+def test_what_a_device_calls_its_error_is_one_printable_line(caplog):
+    federated = strategy()
+    grid = CohortGrid([FakeDevice("a")], perform)
+    (message,) = federated.configure_train(1, start(), ConfigRecord(), grid)
+    federated.aggregate_train(1, [Message(Error(2, "x" * 10**6 + "\n\x1b[2Jlast\ud800"), reply_to=message)])
+    assert federated.trained.dropped == {"failed": 1}
+    text = caplog.records[0].getMessage()
+    assert text.endswith("error 2: ?[2Jlast?")
+    assert text.isprintable()
 
 
 def test_nobody_good_keeps_the_adapter():

@@ -1,0 +1,80 @@
+"""Values that have the right type and that nobody honest sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from conf.errors import AntherError
+from protocol import limits
+from protocol.messages import Evaluation, Update, from_json, payloads, to_json
+from tests.protocol.test_messages import REPLIES, REPORT, REQUESTS, UPDATE
+
+
+@pytest.mark.parametrize("message", REQUESTS + REPLIES, ids=lambda message: type(message).__name__)
+def test_honest_messages_are_within(message: Any) -> None:
+    limits.check(message)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("round", -1), ("round", 2**31), ("rank", 10**4000), ("events", -1),
+        ("seconds", -0.5), ("joules", 1e13), ("epsilon", -1.0), ("epsilon", float("nan")), ("loss", float("inf")),
+        ("quality", "guessed"), ("quality", ""),
+        ("device", "a" * 201), ("device", "two\nlines"), ("run", "\ud800"), ("run", "\x1b[2J"), ("run", "a\u202eb"),
+    ],
+)  # fmt: skip
+def test_a_value_that_nobody_honest_sends_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^Update\.{field}: must be [^\n]*$"):
+        limits.check(dataclasses.replace(UPDATE, **{field: value}))
+
+
+def test_edges() -> None:
+    largest = dataclasses.replace(UPDATE, round=limits.MOST_COUNT, seconds=limits.MOST_NUMBER, device="é" * 200)
+    limits.check(largest)
+    limits.check(dataclasses.replace(UPDATE, events=0, seconds=0.0, epsilon=None))
+
+
+def test_a_gain_may_be_a_loss() -> None:
+    told = Evaluation(device="d", round=1, base=None, shared=None, gain=-0.25)
+    limits.check(told)
+    with pytest.raises(ValueError, match=r"Evaluation\.gain"):
+        limits.check(dataclasses.replace(told, gain=-1e13))
+
+
+def test_nested_values_are_within_too() -> None:
+    train = REQUESTS[1]
+    plan = dataclasses.replace(train.plan, privacy=dataclasses.replace(train.plan.privacy, clip=-1.0))
+    with pytest.raises(ValueError, match=r"Train\.plan\.privacy\.clip: must be 0 to 1e\+12"):
+        limits.check(dataclasses.replace(train, plan=plan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """What messages may come to hold."""
+
+    names: tuple[str, ...]
+    sizes: dict[str, int]
+
+
+def test_tuples_and_dictionaries_are_looked_into() -> None:
+    limits.check(Holding(("a", "b"), {"a": 1}))
+    for wrong, where in [
+        (Holding(("a", "\n"), {}), r"Holding\.names\[1\]"),
+        (Holding((), {"\n": 1}), r"Holding\.sizes, key 0"),
+        (Holding((), {"a": -1}), r"Holding\.sizes, value 0"),
+    ]:
+        with pytest.raises(ValueError, match=where):
+            limits.check(wrong)
+
+
+def test_messages_are_checked_as_they_are_read() -> None:
+    for message, field, value in [(UPDATE, "events", -1), (REPORT, "device", "a\nb"), (REQUESTS[1], "echo", 2**40)]:
+        fields = json.loads(to_json(message)) | {field: value}
+        with pytest.raises(AntherError, match=f"malformed message: {type(message).__name__}.{field}: must be"):
+            from_json(type(message), json.dumps(fields), **payloads(message))
+    assert from_json(Update, to_json(UPDATE), adapter=UPDATE.adapter) == UPDATE
