@@ -36,12 +36,14 @@ from protocol.codec import encode, largest
 from server.gate import Gated
 from strategies.aggregation import Aggregated, Linearity, Updates
 from strategies.federated import Federated
+from strategies.measuring import Measuring
 from strategies.planning import Limits
 from strategies.selection.everyone import Everyone
 from training.jobs import Picture
 
 ACCEPTED = "accepted"
 NODE, ROUND = 1, 3
+MEASURING = messages.MeasuringPrivacy(noise_multiplier=10.0, clip=0.1, pictures=5, delta=1e-3)
 PLAN = messages.TrainingPlan(
     run="run", round=ROUND, base="b" * 64, rank=1, steps=2, batch_size=4, learning_rate=0.1,
     privacy=messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3),
@@ -161,8 +163,8 @@ class _Server:
                 self._train,
             ),
             (
-                messages.Evaluation(device=REPORT.device, round=ROUND, base=1.0, shared=0.5),
-                origin | {"round": ROUND},
+                messages.Evaluation(device=REPORT.device, round=ROUND, base=None, shared=None, gain=-0.1, epsilon=1.0),
+                origin | {"round": ROUND, "base": None, "shared": None, "release": True},
                 self._evaluate,
             ),
             (
@@ -182,8 +184,9 @@ class _Server:
         def open_(attack: Attack) -> Opened:
             self._line.deliver = None
             strategy = Federated(
-                plan=self._plan, sites=self._sites, aggregation=self._kept, selection=Everyone(), limits=Limits()
-            )
+                plan=self._plan, sites=self._sites, aggregation=self._kept, selection=Everyone(), limits=Limits(),
+                measuring=Measuring(among_pictures=MEASURING),
+            )  # fmt: skip
             receive = leg(strategy)
             self._line.deliver, self._line.content, self._kept.came = attack.prepare(self._request), None, None
 

@@ -403,10 +403,8 @@ class Federated(Strategy):
         if reply.loss is not None and not 0 <= reply.loss < _MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
         tensors = decode(reply.adapter, self._trained_shapes(plan.rank))
-        if self.frame:
-            adapter = between(tensors, head_and_tail(self.frame, plan.rank)[0])
-        else:
-            adapter = from_tensors(tensors)
+        frame = self.frame and head_and_tail(self.frame, plan.rank)[0]
+        adapter = between(tensors, frame) if frame else from_tensors(tensors)
         if found := excess(adapter):
             raise RefusedError("norm", f"{reply.device}: {found}")
         return reply, adapter
