@@ -82,8 +82,9 @@ def write(results: Results, config: Audit, folder: Path, command: str) -> Path:
     """Write `audit.json` and `audit.html`; the page."""
     durable.write(folder / "audit.json", json.dumps(as_json(results, config, command), indent=1).encode())
     page = folder / "audit.html"
-    durable.write(page, render(results, config, command).encode())
-    return page
+    unfinished = page.with_name(page.name + ".part")
+    unfinished.write_text(render(results, config, command), encoding="utf-8")
+    return unfinished.replace(page)
 
 
 def as_json(results: Results, config: Audit, command: str) -> dict[str, Any]:
