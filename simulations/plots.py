@@ -45,7 +45,7 @@ def rates(found: Sequence[Curve], *, x_label: str, y_label: str) -> Markup:
     def across(rate: float) -> float:
         return 1 - log10(max(rate, LEAST)) / log10(LEAST)
 
-    return _plot(found, ticks, ticks, across, across, x_label, y_label)
+    return _plot(found, ticks, ticks, across, across, x_label, y_label, low_legend=True)
 
 
 def histograms(inside: np.ndarray, outside: np.ndarray, weights: np.ndarray, *, x_label: str) -> Markup:
@@ -70,7 +70,7 @@ def intervals(rows: Sequence[tuple[str, Interval, str]], *, chance: float, low: 
     left, height = 178, ROW * len(rows) + 40
 
     def across(value: float) -> float:
-        return left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - 92)
+        return left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - 116)
 
     parts = []
     for tick in nice_ticks(low, high, 4):
@@ -87,7 +87,7 @@ def intervals(rows: Sequence[tuple[str, Interval, str]], *, chance: float, low: 
             f'<line class="curve {tone}" x1="{across(interval.low):.1f}" x2="{across(interval.high):.1f}" '
             f'y1="{y}" y2="{y}"/>',
             f'<circle class="dot {tone}" cx="{across(interval.value):.1f}" cy="{y}" r="4"/>',
-            f'<text class="tick" x="{WIDTH - 84}" y="{y + 4}">{interval.value:.3f} ± '
+            f'<text class="tick" x="{WIDTH - 100}" y="{y + 4}">{interval.value:.3f} ± '
             f"{(interval.high - interval.low) / 2:.3f}</text>",
         ]
     return _svg(parts, "; ".join(f"{name}: {interval.value:.3f}" for name, interval, _ in rows), height)
@@ -101,6 +101,8 @@ def _plot(
     up: Callable[[float], float],
     x_label: str,
     y_label: str,
+    *,
+    low_legend: bool = False,
 ) -> Markup:
     def px(x: float) -> float:
         return LEFT + across(x) * (WIDTH - LEFT - RIGHT)
@@ -128,15 +130,17 @@ def _plot(
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
         dash = ' stroke-dasharray="5 5"' if curve.dashed else ""
         parts.append(f'<polyline class="curve {curve.tone}" points="{points}"{dash}/>')
-        for x, y in zip(curve.x, curve.y, strict=True) if curve.dots else ():
-            words = escape(f"{curve.label}: {short(y)} at {short(x)}")
+        for dot in zip(curve.x, curve.y, strict=True) if curve.dots else ():
+            words = escape(f"{curve.label}: {short(dot[1])} at {short(dot[0])}")
             parts.append(
-                f'<circle class="dot {curve.tone}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5">'
+                f'<circle class="dot {curve.tone}" cx="{px(dot[0]):.1f}" cy="{py(dot[1]):.1f}" r="3.5">'
                 f"<title>{words}</title></circle>"
             )
     for place, curve in enumerate(found):
-        y = TOP + 14 + 17 * place
-        parts.append(f'<text class="end {curve.tone}" x="{LEFT + 12}" y="{y}">{escape(curve.label)}</text>')
+        x, anchor = (WIDTH - RIGHT - 8, "end") if low_legend else (LEFT + 12, "start")
+        y = HEIGHT - BOTTOM - 12 - 17 * (len(found) - 1 - place) if low_legend else TOP + 14 + 17 * place
+        words = escape(curve.label)
+        parts.append(f'<text class="end {curve.tone}" x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>')
     return _svg(parts, f"{y_label} by {x_label}: " + ", ".join(curve.label for curve in found), HEIGHT)
 
 

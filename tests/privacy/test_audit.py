@@ -84,8 +84,8 @@ def test_more_right_guesses_never_show_less(correct: int, significance: float) -
     assert audit.refutes(fewer, inverse, significance) <= audit.refutes(more, inverse, significance)
 
 
-# Medians that others found, at 95 % and with a method of their own to choose how many guesses to make: (σ, m) ->
-# (one run, f-DP). Ours pays for trying ten ways of guessing.
+# Medians by another implementation at 95 %: (σ, m) -> (one run, f-DP). It spends half of the canaries on choosing how
+# many guesses to make, where ours pays for trying three ways.
 PUBLISHED = {(1.0, 1000): (1.3, 1.8), (1.0, 5000): (1.3, 1.9), (0.6, 1000): (2.0, 2.9), (2.0, 5000): (0.68, 0.94)}
 
 
@@ -98,8 +98,8 @@ def test_bounds_are_near_what_others_find(setting: tuple[float, int]) -> None:
         found.append(audit.audit(gaussian(sigma), DELTA, {"release": scores}, included, 0.95))
     one_run, f_dp = np.median([[one.one_run, one.f_dp] for one in found], axis=0)
     wanted = PUBLISHED[setting]
-    assert 0.5 * wanted[0] <= one_run <= 1.5 * wanted[0]
-    assert 0.6 * wanted[1] <= f_dp <= 1.5 * wanted[1]
+    assert 0.6 * wanted[0] <= one_run <= 1.7 * wanted[0]
+    assert 0.6 * wanted[1] <= f_dp <= 1.7 * wanted[1]
     assert f_dp > one_run
     assert not any(one.refuted for one in found)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.audit import Audit, CanaryTrial, ClientTrial
+from conf.audit import Audit
 from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import Adapter
@@ -233,9 +233,28 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
     assert not audit.audit(config, told.append).sound
 
 
-def test_nothing_to_audit_is_one_line() -> None:
-    with pytest.raises(ValueError, match="nothing to audit"):
-        Audit(canaries=CanaryTrial(count=0), clients=ClientTrial(count=0))
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("runs=[nowhere]", "nowhere: no finished run here"),
+        ("canaries.count=0 clients.count=0", "nothing to audit"),
+        ("canaries.epsilons=[]", "canaries.epsilons=[]: name a claim"),
+        ("canaries.noise=none", "canaries.noise=none: must be one of: secure, simulated"),
+        ("clients.dimension=100", "clients.dimension=100: must be 10 × clients.count"),
+        ("membership.time=1", "membership.time=1.0: must lie between 0 and 1"),
+        ("confidence=0.3", "confidence=0.3: must lie between"),
+        ("canary.count=9", "no such key; did you mean"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    mistake: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    assert command(monkeypatch, tmp_path / "audit", *mistake.split()) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert words in said
+    assert not (tmp_path / "audit").exists()
 
 
 def test_plots_say_what_they_are_given() -> None:

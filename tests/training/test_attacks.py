@@ -91,11 +91,11 @@ def test_scores_do_not_depend_on_who_shares_a_pass(base: Base) -> None:
 
 def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base) -> None:
     """The positive control; the pictures are noise, so that nothing else tells members from others."""
-    pool = examples(base, 48, 3)
-    members = np.arange(48) < 24
+    pool = examples(base, 24, 3)
+    members = np.arange(24) < 12
     job = Train(
-        client="a", round=0, purpose="shared", seed=0, examples=Examples(pool.latents[:24], pool.context[:24]),
-        start=initial(base.sites, 16, 0), steps=150, batch_size=12, learning_rate=2e-2,
+        client="a", round=0, purpose="shared", seed=0, examples=Examples(pool.latents[:12], pool.context[:12]),
+        start=initial(base.sites, 16, 0), steps=120, batch_size=6, learning_rate=2e-2,
     )  # fmt: skip
     adapter = trained(train(base, [job], memory=PLENTY, timesteps=1)[0])
     stacks = to_device(stack_adapters(base.sites, [adapter]), base.like)
@@ -103,7 +103,7 @@ def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base)
     alone = attacks.scores(base, pool, {}, timesteps=6, time=TIME, memory=PLENTY)
 
     def auc(scores: np.ndarray) -> float:
-        return roc(Trial(scores, members, np.arange(48), np.zeros(48, int))).auc
+        return roc(Trial(scores, members, np.arange(24), np.zeros(24, int))).auc
 
     assert auc(own.beside(alone).loss) > 0.8
-    assert 0.3 < auc(alone.loss) < 0.7
+    assert auc(own.beside(alone).loss) > auc(own.loss)  # how easy a picture is by itself cancels
