@@ -91,14 +91,41 @@ class Chart:
 
 def render(report: Report) -> str:
     """The whole page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    losses = report.summary["loss"]
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            report=report,
+            summary=report.summary,
+            arms=ARMS,
+            results=[arm for arm in ARMS if arm in losses],
+            gains={arm: gain(losses, arm) for arm in losses},
+            best=max((value for arm in losses if (value := gain(losses, arm)) is not None), default=0.0),
+            device_gains=[gain(device.loss, "personal") for device in report.devices],
+            judged=[
+                name for name in ("legibility", "style") if set((report.summary.get(name) or {}).values()) - {None}
+            ],
+            highlights=highlights(report.gallery, report.devices),
+            charts=charts(report.rounds, report.quality, report.summary.get("best_round")),
+            given=span([len(row.given) for row in report.gallery]),
+            label=label,
+            dropped=sum((Counter(row["dropped"]) for row in report.rounds), Counter[str]()),
+            example=next((caption for row in report.gallery for caption in row.captions), "a picture"),
+        )
+    )
+
+
+def environment(*folders: Path) -> Environment:
+    """Where templates of pages are found, here and in further folders, with the words that they use."""
+    found = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    found.filters.update(
         number=words.number,
         short=words.short,
         percent=words.percent,
@@ -107,23 +134,7 @@ def render(report: Report) -> str:
         duration=words.duration,
         png=png,
     )
-    losses = report.summary["loss"]
-    return environment.get_template("template.html").render(
-        report=report,
-        summary=report.summary,
-        arms=ARMS,
-        results=[arm for arm in ARMS if arm in losses],
-        gains={arm: gain(losses, arm) for arm in losses},
-        best=max((value for arm in losses if (value := gain(losses, arm)) is not None), default=0.0),
-        device_gains=[gain(device.loss, "personal") for device in report.devices],
-        judged=[name for name in ("legibility", "style") if set((report.summary.get(name) or {}).values()) - {None}],
-        highlights=highlights(report.gallery, report.devices),
-        charts=charts(report.rounds, report.quality, report.summary.get("best_round")),
-        given=span([len(row.given) for row in report.gallery]),
-        label=label,
-        dropped=sum((Counter(row["dropped"]) for row in report.rounds), Counter[str]()),
-        example=next((caption for row in report.gallery for caption in row.captions), "a picture"),
-    )
+    return found
 
 
 def write(report: Report, path: Path) -> None:

@@ -1,0 +1,76 @@
+"""What tells two neighbouring data sets apart at best: trade-off functions of the mechanisms that are accounted.
+
+Dong, Roth & Su (2019, arXiv:1905.02383). For a mechanism with outputs P and Q on neighbouring data sets, an attacker
+who says "in" with probability y when it is so must say it with probability inverse(y) or more when it isn't:
+inverse(y) = min Q(S) over all S with P(S) ≥ y. It is 1 − f turned around, for the trade-off function f.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from privacy.accounting import PoissonGaussian
+
+Inverse = Callable[[float], float]
+"""P(S) -> the least Q(S)."""
+
+INTERVAL = 1e-3  # grid of privacy losses: what it rounds off counts for the mechanism, never against it
+_WIDEST = 40.0  # privacy losses beyond ± this make no difference that guesses could show
+_POINTS = 1601
+
+
+def gaussian(mu: float) -> Inverse:
+    """N(0, 1) against N(μ, 1): inverse(y) = Φ(Φ⁻¹(y) − μ) (eq. 6)."""
+    from scipy.special import ndtr, ndtri
+
+    return lambda y: float(ndtr(ndtri(y) - mu))
+
+
+@lru_cache(maxsize=64)
+def inverse(event: PoissonGaussian) -> Inverse:
+    """Of a whole event, under adding or removing one unit: a lower bound, so that what it refutes is refuted.
+
+    P(S) ≤ e^ε Q(S) + δ(ε) for every real ε and both orders of the data sets, so Q(S) ≥ e^(−ε) (y − δ(ε)).
+    """
+    if event.sampling_rate == 1:
+        return gaussian(math.sqrt(event.steps) / event.noise_multiplier)
+    from dp_accounting.pld import privacy_loss_distribution  # slow import, so only here
+
+    loss = privacy_loss_distribution.from_gaussian_mechanism(
+        event.noise_multiplier, sampling_prob=event.sampling_rate, value_discretization_interval=INTERVAL
+    ).self_compose(event.steps)
+    epsilons = np.linspace(-_WIDEST, _WIDEST, _POINTS)
+    deltas, factors = np.asarray(loss.get_delta_for_epsilon(epsilons)), np.exp(-epsilons)
+    return lambda y: max(0.0, float(np.max(factors * (y - deltas))))
+
+
+def hockey_stick(p: tuple[float, float], q: tuple[float, float], epsilon: float) -> float:
+    """sup P(S) − e^ε Q(S) for normal P and Q, each (mean, standard deviation).
+
+    The best S is where log p/q = a x² + b x + c > 0.
+    """
+    from scipy.stats import norm
+
+    (m1, s1), (m0, s0) = p, q
+    a = (s0**-2 - s1**-2) / 2
+    b = m1 / s1**2 - m0 / s0**2
+    c = (m0 / s0) ** 2 / 2 - (m1 / s1) ** 2 / 2 - math.log(s1 / s0) - epsilon
+
+    discriminant = b * b - 4 * a * c
+    if discriminant <= 0:  # P is the larger everywhere, or nowhere
+        return max(0.0, 1 - math.exp(epsilon))
+    half = -(b + math.copysign(math.sqrt(discriminant), b)) / 2
+    roots = sorted((c / half, half / a)) if a else [c / half]
+
+    def mass(mean: float, deviation: float) -> float:
+        """Of a normal, where P is the larger."""
+        low, high = norm.cdf(roots, mean, deviation), norm.sf(roots, mean, deviation)  # each exact in its own tail
+        if len(roots) == 1:
+            return float(high[0] if b > 0 else low[0])
+        return float(low[1] - low[0] if a < 0 else low[0] + high[1])
+
+    return max(0.0, mass(m1, s1) - math.exp(epsilon) * mass(m0, s0))
