@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from models.adapter import Adapter, Factors
 from models.denoiser import Denoiser
 from models.objective import Schedule
+from privacy import central
 from privacy.accounting import PoissonGaussian
 from privacy.audit import log_likelihood_ratio
-from privacy.clipping import BoundedSums, clip_and_sum
+from privacy.central import Gaussian
 from privacy.noise import CPU, NoiseSource
 from training.jobs import DPSGD, Examples, Train, Trained
 
@@ -176,12 +177,10 @@ def clients(
 
 
 def clip_and_noise(updates: Tensor, *, clip: float, noise_multiplier: float, noise: NoiseSource) -> Tensor:
-    """The sum of updates [n, d], each clipped, with noise from its own sensitivity: [d]."""
-    sums = BoundedSums(1, [updates.shape[1]], like=updates)
-    sums.open([0], [[clip]], [noise_multiplier])
-    one = torch.zeros(1, dtype=torch.long)
-    sums.add(one, clip_and_sum(updates.clone(), torch.tensor([len(updates)]), sums.bounds[one], [updates.shape[1]]))
-    return sums.take([0], {0: noise.gaussian(updates.shape[1]).to(updates)})[0]
+    """A round of the server's own mechanism on updates [n, d], as the sum that it would divide: [d]."""
+    server = Gaussian(noise_multiplier=noise_multiplier, expected=float(len(updates)))
+    released = server.release(central.clip_and_sum(updates, clip, updates.shape[1]), noise)
+    return (released.mean * server.expected).to(updates)
 
 
 def _examples(experiment: Experiment, chosen: np.ndarray) -> Examples:
