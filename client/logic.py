@@ -19,7 +19,7 @@ from client.drive import Conversation
 from client.store import Personal
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.ledger import SEALED, Reservation
+from privacy.ledger import SEALED, TRAIN, Reservation
 from privacy.noise import stream
 from privacy.policy import Refusal
 from protocol import codec, messages, plain
@@ -64,15 +64,15 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     sent = _received(request.adapter, device)
     if rank(sent.adapter) < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {rank(sent.adapter)}")
-    noise = device.noise(plan.round, SHARED)
-    reservation = _reservation(plan, release=noise.release)
-    if (sealed := ledger.sealed(reservation)) is not None:
+    if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
     pictures = device.pictures().train
     examples = yield from _examples(device, "train", pictures)
     _settle(plan, device)
-    ledger.reserve(reservation, device.policy.check_spending)
+    noise = device.noise(plan.round, SHARED)
+    reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
+    events = ledger.reserve(reservation, device.policy.check_spending)
     start, frozen = sent.parts(plan.rank)
     trained = _expect(
         Trained,
@@ -108,12 +108,12 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         quality="estimate",
         loss=None if plan.privacy else trained.loss,  # it was not noised
         epsilon=ledger.spent(plan.privacy.delta).value if plan.privacy else None,
-        events=0,
+        events=events + 1 if plan.privacy else events,  # with the seal, which comes before anybody reads this
     )
     if plan.privacy is None:
         return reply  # nothing is spent by making it again, so it needn't be kept
     packed = _pack(reply)
-    sealed = ledger.seal(reservation.key, packed)
+    sealed = ledger.seal(reservation, packed)
     return reply if sealed is packed else _unpack(sealed)
 
 
@@ -192,8 +192,8 @@ class _Sent:
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, sha256: str) -> None:
+        self.adapter, self.sha256 = adapter, sha256
         self._parts: dict[int, tuple[Adapter, Adapter]] = {}
 
     def parts(self, rank: int) -> tuple[Adapter, Adapter]:
@@ -205,16 +205,19 @@ class _Sent:
 
 @lru_cache(maxsize=1)
 def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...]) -> _Sent:
-    return _Sent(from_tensors(codec.decode(data, shapes(dict(sites), -1))))
+    adapter = from_tensors(codec.decode(data, shapes(dict(sites), -1)))
+    return _Sent(adapter, hashlib.sha256(data).hexdigest())
 
 
-def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:
+def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:
     private = plan.privacy
     return Reservation(
         run=plan.run,
         round=plan.round,
         base=plan.base,
-        plan=hashlib.sha256(plain.dumps(plan).encode()).hexdigest(),
+        adapter=adapter,
+        plan=_identity(plan),
+        data=data,
         mechanism=PoissonGaussian(
             noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
         )
@@ -223,6 +226,11 @@ def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:
         clip=private.clip if private else None,
         release=release,
     )
+
+
+def _identity(plan: TrainingPlan) -> str:
+    """The plan's own hash: nothing that the server says of the device enters it."""
+    return hashlib.sha256(plain.dumps(plan).encode()).hexdigest()
 
 
 def _settle(plan: TrainingPlan, device: Device) -> None:

@@ -1,6 +1,7 @@
 """What one device keeps: its personal adapter, its ledger, and caches.
 
-    ledger.jsonl, outbox/     privacy.ledger
+    ledger.jsonl, outbox/,    privacy.ledger; its head lies elsewhere
+    enrolled
     personal.safetensors      the personal adapter with the shared one that it sits on
     seed                      of the device's ordinary random streams
     cache/                    pictures as latents, and the base's loss on them: rebuilt when missing or damaged

@@ -5,7 +5,7 @@ The adapter's bytes stay those of `protocol.codec`; Flower cuts the Array into c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,7 +39,10 @@ def message_type(request: Request) -> str:
 
 
 def request_to_records(request: Request) -> RecordDict:
-    return RecordDict(dict(_request_parts(request)))
+    beside = messages.payloads(request)
+    bare: Any = dict.fromkeys(beside, b"")
+    config = _request_config(dataclasses.replace(request, **bare))
+    return _records(config, _sent_adapter(beside[_ADAPTER]) if beside else None)
 
 
 def request_from_records(message_type: str, records: RecordDict) -> Request:
@@ -48,7 +51,8 @@ def request_from_records(message_type: str, records: RecordDict) -> Request:
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
-    return RecordDict(dict(_parts(reply)))
+    beside = messages.payloads(reply)
+    return _records(_config(reply), adapter_to_record(beside[_ADAPTER]) if beside else None)
 
 
 def reply_from_records(message_type: str, records: RecordDict) -> Reply:
@@ -74,10 +78,12 @@ def _exchange(message_type: str) -> _Exchange:
     return _EXCHANGES[message_type]
 
 
-def _parts(message: Request | Reply) -> Iterator[tuple[str, ConfigRecord | ArrayRecord]]:
-    yield _MESSAGE, ConfigRecord({"json": messages.to_json(message)})
-    if beside := messages.payloads(message):
-        yield _ARRAYS, adapter_to_record(beside[_ADAPTER])
+def _records(config: ConfigRecord, adapter: ArrayRecord | None) -> RecordDict:
+    return RecordDict({_MESSAGE: config} if adapter is None else {_MESSAGE: config, _ARRAYS: adapter})
+
+
+def _config(message: Request | Reply) -> ConfigRecord:
+    return ConfigRecord({"json": messages.to_json(message)})
 
 
 def _contents(records: RecordDict) -> tuple[str | None, bytes | None]:
@@ -94,7 +100,13 @@ def _message(kind: Any, text: str | None, adapter: bytes | None) -> Any:
     return messages.from_json(kind, text, **({} if adapter is None else {_ADAPTER: adapter}))
 
 
-@lru_cache(maxsize=8)
-def _request_parts(request: Request) -> tuple[tuple[str, ConfigRecord | ArrayRecord], ...]:
-    """Made once for the hundreds of devices that a round asks for the same, by a few different plans."""
-    return tuple(_parts(request))
+@lru_cache(maxsize=64)
+def _request_config(request: Request) -> ConfigRecord:
+    """Of a request without its adapter: made once for the hundreds of devices that are asked for the same."""
+    return _config(request)
+
+
+@lru_cache(maxsize=2)
+def _sent_adapter(adapter: bytes) -> ArrayRecord:
+    """One for all that are sent the same adapter."""
+    return adapter_to_record(adapter)

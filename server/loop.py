@@ -49,6 +49,7 @@ def run_rounds(
     Raises AntherError if fewer devices than `quorum` are there after `timeout`.
     """
     strategy.summary()
+    strategy.remember(state.devices)
     for number in range(state.round + 1, rounds + 1):
         _wait_for_devices(grid, strategy, quorum, timeout)
         state = _one_round(number, grid, strategy, state, timeout)

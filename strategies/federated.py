@@ -108,6 +108,7 @@ class Federated(Strategy):
         self._reports: dict[int, DeviceReport] = {}
         self._names: set[str] = set()  # of the reports
         self._unfit: dict[int, str] = {}
+        self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
         self._round: _Round | None = None
         self._asked: dict[int, DeviceReport] = {}
         self.trained: TrainFacts | None = None
@@ -120,6 +121,11 @@ class Federated(Strategy):
         not to ask for; in a simulation nothing is released.
         """
         return self._plan.privacy is None or self._accept_simulated
+
+    def remember(self, devices: Mapping[str, DeviceFacts]) -> None:
+        """What a run that goes on knew of its devices: each is told how far its ledger had come."""
+        for name, facts in devices.items():
+            self._events[name] = max(self._events.get(name, 0), facts.events)
 
     def summary(self) -> None:
         plan = self._plan
@@ -163,7 +169,10 @@ class Federated(Strategy):
             for node, report in _selected(self._selection, reports, server_round).items()
         }
         self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
-        return [self._message(Train(plan=plan, adapter=data), node) for node, (_, plan) in plans.items()]
+        return [
+            self._message(Train(plan=plan, adapter=data, echo=self._events.get(report.device, 0)), node)
+            for node, (report, plan) in plans.items()
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -208,10 +217,12 @@ class Federated(Strategy):
                     seconds=update.seconds,
                     joules=update.joules,
                     epsilon=update.epsilon,
+                    events=update.events,
                 )
                 for update, _ in updates
             },
         )
+        self.remember(self.trained.devices)
         self._round = None  # a second aggregate of the same round would be a mistake
         return arrays, metrics
 
@@ -305,6 +316,8 @@ class Federated(Strategy):
         if plan.privacy and not (reply.release or self._accept_simulated):
             raise RefusedError("not a release", f"{reply.device}: simulated noise, and this server is not in test mode")
         _check_cost(reply)
+        if not 0 <= reply.events < _MOST:
+            raise RefusedError("malformed", f"{reply.device}: events of its ledger must be 0 to {_MOST:g}")
         if reply.loss is not None and not 0 <= reply.loss < _MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
         adapter = from_tensors(decode(reply.adapter, shapes(self.sites, plan.rank)))
