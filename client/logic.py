@@ -228,6 +228,7 @@ def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) 
     )
 
 
+@lru_cache(maxsize=8)
 def _identity(plan: TrainingPlan) -> str:
     """The plan's own hash: nothing that the server says of the device enters it."""
     return hashlib.sha256(plain.dumps(plan).encode()).hexdigest()

@@ -68,7 +68,7 @@ class Ledger:
         Raises:
             Refusal: this key is reserved for another plan.
         """
-        with self._opened() as (history, append):
+        with self._opened(charging=True) as (history, append):
             if _of_plan(history, reservation.key, reservation.plan) is not None:
                 return history.events
             admit(_mechanisms(history), reservation.mechanism)
@@ -141,10 +141,11 @@ class Ledger:
         return reply
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[History, Callable[[Mapping[str, Any]], int]]]:
+    def _opened(self, *, charging: bool = False) -> Iterator[tuple[History, Callable[[Mapping[str, Any]], int]]]:
         """What the ledger holds, and the function that appends an event and counts, under an exclusive lock.
 
-        Raises AntherError unless chain and anchors hold; mends what a crash has left of them.
+        Raises AntherError unless chain and anchors hold; mends what a crash has left of them. The marker is looked at
+        where there is nothing else to tell by, and before anything is charged.
         """
         where = self._storage.where(JOURNAL)
         with self._storage.journal(JOURNAL) as journal:
@@ -153,13 +154,14 @@ class Ledger:
             except AntherError as error:
                 raise AntherError(f"{error}; {RECOVER}") from error
             head = None if (data := journal.head) is None else anchors.read_head(data, journal.head_at)
-            marker = self._marker()
+            asks_marker = charging or head is None
+            marker = self._marker() if asks_marker else None
             anchors.check(history.ledger, journal.lines, head, marker, where)
             writer = _Writer(journal, history.ledger)
             if history.ledger:
                 if head is None or head.events < history.events:
                     writer.keep_head()
-                if marker is None:
+                if asks_marker and marker is None:
                     self._mark(history.ledger, journal)
 
             def append(event: Mapping[str, Any]) -> int:

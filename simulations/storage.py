@@ -42,6 +42,11 @@ CREATE TABLE IF NOT EXISTS journal (
 CREATE TABLE IF NOT EXISTS heads (device TEXT, name TEXT, head BLOB NOT NULL, PRIMARY KEY (device, name)) WITHOUT ROWID;
 """
 
+_JOURNAL = """
+SELECT 0, head FROM heads WHERE (device, name) = (?, ?)
+UNION ALL SELECT number, line FROM journal WHERE (device, name) = (?, ?) ORDER BY 1
+"""
+
 
 class Database:
     """One SQLite file for the devices of a run; it is made at the first write or look.
@@ -186,16 +191,10 @@ class _Rows:
 
     def __init__(self, connection: sqlite3.Connection, device: str, name: str, head_at: str) -> None:
         self._connection, self._key, self.head_at = connection, (device, name), head_at
-        rows = connection.execute(
-            "SELECT number, line FROM journal WHERE (device, name) = (?, ?) ORDER BY number", self._key
-        ).fetchall()
+        rows = connection.execute(_JOURNAL, self._key * 2).fetchall()
+        self.head: bytes | None = rows.pop(0)[1] if rows and rows[0][0] == 0 else None
         self.lines: Sequence[bytes] = [line for _, line in rows]
         self._last = rows[-1][0] if rows else 0
-
-    @property
-    def head(self) -> bytes | None:
-        found = self._connection.execute("SELECT head FROM heads WHERE (device, name) = (?, ?)", self._key).fetchone()
-        return found[0] if found else None
 
     def keep(self, head: bytes) -> None:
         self._connection.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (*self._key, head))
