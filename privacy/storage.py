@@ -43,7 +43,7 @@ class Journal(Protocol):
         ...
 
     def keep(self, head: bytes) -> None:
-        """Replace the head in one step."""
+        """Replace the head in one step, once the lines are durable."""
         ...
 
 
@@ -132,6 +132,7 @@ class Files:
 class _FileJournal:
     def __init__(self, handle: int, lines: Sequence[bytes], head: Path) -> None:
         self._handle, self.lines, self._head = handle, lines, head
+        self._synced = False
 
     @property
     def head(self) -> bytes | None:
@@ -148,10 +149,16 @@ class _FileJournal:
         whole = line + b"\n"
         if os.write(self._handle, whole) < len(whole):
             raise OSError("the disk is full: the journal's line was cut short")
-        os.fsync(self._handle)
+        self._sync()
 
     def keep(self, head: bytes) -> None:
+        if not self._synced:
+            self._sync()  # of a line that a process wrote before it was killed nobody knows that it is durable
         durable.write(self._head, head)
+
+    def _sync(self) -> None:
+        os.fsync(self._handle)
+        self._synced = True
 
 
 def _locked(path: Path) -> int:

@@ -139,6 +139,35 @@ def test_a_head_behind_is_mended(kept: Kept) -> None:
         assert kept.head() == now
 
 
+def test_a_line_is_durable_before_the_head_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of a process that was killed before its fsync, too: a power cut may still take it back."""
+    kept, done = KeptFiles(tmp_path), list[str]()
+    ledger = Ledger(kept.storage())
+    ledger.reserve(FIRST, free)
+    head = kept.head()
+    ledger.seal(FIRST, b"reply")
+    kept.put_head(head)
+    sync, replaced, journal = os.fsync, os.replace, (tmp_path / "device" / JOURNAL).stat()
+
+    def fsync(handle: int) -> None:
+        done.append("synced" if os.path.samestat(os.fstat(handle), journal) else "other")
+        sync(handle)
+
+    def rename(source: str, target: str) -> None:
+        done.append("head" if str(target).endswith(f"device.heads/{JOURNAL}") else "other")
+        replaced(source, target)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", rename)
+    ledger.entries()
+    assert [call for call in done if call != "other"] == ["synced", "head"]
+    done.clear()
+    ledger.entries()
+    assert not done
+    ledger.reserve(replace(FIRST, round=2), free)
+    assert [call for call in done if call != "other"] == ["synced", "head"]
+
+
 @pytest.mark.parametrize(("head", "match"), [
     (lambda now: replace(now, events=now.events + 1), "holds 7 events of 8"),
     (lambda now: replace(now, events=10**9), "holds 7 events of 1000000000"),
