@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from client.data import METADATA, Pictures, load_folder
+from client.home import files_of
 from client.store import Store
 from conf.errors import AntherError
-from models import assets
 from models.adapter import Sites
 from privacy import policy
 from privacy.noise import NoiseSource, Secure, Simulated
-from privacy.storage import Files
 from protocol.messages import DeviceReport
 
 # What a device is taken for that doesn't say: the slowest of conf/fleet, so that nothing is promised too soon.
@@ -60,9 +59,9 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
     pictures = _folder(node_config)
     default = pictures.name if "data" not in node_config else platform.node()
     name = str(node_config.get("name") or default or "device")
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise AntherError(f"name={name!r}: must not be a path; set another name in the node's configuration")
-    files = Files(node_config.get("store") or assets.home() / "devices" / name)
+    files = files_of(name, node_config.get("store"))
     store = Store(files)
     seed = _whole(node_config, "seed") if _flag(node_config, "test") else store.seed()
     return Device(

@@ -24,7 +24,7 @@ from models import cores
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
 from models.bounds import excess
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.ledger import MEASURE, SEALED, Reservation
+from privacy.ledger import MEASURE, SEALED, TRAIN, Reservation
 from privacy.measuring import noised_mean
 from privacy.noise import stream
 from privacy.policy import Refusal
@@ -71,16 +71,16 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     sent = _received(request.adapter, device, framed=plan.cores)
     if rank(sent.adapter) < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {rank(sent.adapter)}")
-    noise = device.noise(plan.round, SHARED)
-    reservation = _reservation(plan, release=noise.release)
-    if (sealed := ledger.sealed(reservation)) is not None:
+    if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
     examples = yield from _examples(device, "train", pictures)
     _settle(plan, device)
-    ledger.reserve(reservation, device.policy.check_spending)
+    noise = device.noise(plan.round, SHARED)
+    reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
+    events = ledger.reserve(reservation, device.policy.check_spending)
     start, frozen, frame = sent.parts(plan.rank)
     trained = _expect(
         Trained,
@@ -117,12 +117,12 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         quality="estimate",
         loss=None if plan.privacy else trained.loss,  # it was not noised
         epsilon=ledger.spent(plan.privacy.delta).value if plan.privacy else None,
-        events=0,
+        events=events + 1 if plan.privacy else events,  # with the seal, which comes before anybody reads this
     )
     if plan.privacy is None:
         return reply  # nothing is spent by making it again, so it needn't be kept
     packed = _pack(reply)
-    sealed = ledger.seal(reservation.key, packed)
+    sealed = ledger.seal(reservation, packed)
     return reply if sealed is packed else _unpack(sealed)
 
 
@@ -130,13 +130,13 @@ def _evaluate(request: messages.Evaluate, device: Device) -> Generator[Job, Resu
     """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
     device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_measure(request.privacy)
-    sent = _received(request.adapter, device).adapter
+    sent = _received(request.adapter, device)
     if request.privacy is None:
         return (yield from _losses(request, sent, device))
     return (yield from _noised_gain(request, request.privacy, sent, device))
 
 
-def _losses(request: messages.Evaluate, sent: Adapter, device: Device) -> Generator[Job, Result, messages.Evaluation]:
+def _losses(request: messages.Evaluate, sent: _Sent, device: Device) -> Generator[Job, Result, messages.Evaluation]:
     """Mean losses under the base and under the adapter sent: a release without noise, which the ledger has to know of.
 
     Once is enough: after one nothing can be promised any more, and further ones take nothing away.
@@ -147,19 +147,22 @@ def _losses(request: messages.Evaluate, sent: Adapter, device: Device) -> Genera
         raise Refusal("this device has no validation pictures")
     examples = yield from _examples(device, "validation", pictures)
     if not any(isinstance(entry.reservation.mechanism, NonPrivate) for entry in ledger.entries()):
-        open_ = _measuring(request, device, release=device.noise(request.round, MEASURE).release)
-        ledger.reserve(open_, device.policy.check_spending)
+        release = device.noise(request.round, MEASURE).release
+        ledger.reserve(
+            _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=release),
+            device.policy.check_spending,
+        )
     key = f"{request.run}:{_cache_key(device, pictures)}"
     base = device.store.loss("base", key)
     if base is None:
         base = _expect(float, (yield jobs.Measure(examples=examples, adapter=None)))
         device.store.save_loss("base", key, base)
-    shared = _expect(float, (yield jobs.Measure(examples=examples, adapter=sent)))
+    shared = _expect(float, (yield jobs.Measure(examples=examples, adapter=sent.adapter)))
     return messages.Evaluation(device=device.name, round=request.round, base=base, shared=shared)
 
 
 def _noised_gain(
-    request: messages.Evaluate, privacy: messages.MeasuringPrivacy, sent: Adapter, device: Device
+    request: messages.Evaluate, privacy: messages.MeasuringPrivacy, sent: _Sent, device: Device
 ) -> Generator[Job, Result, messages.Evaluation]:
     """The mean over pictures of what the adapter sent takes off the base's loss, with noise, charged before.
 
@@ -168,16 +171,16 @@ def _noised_gain(
     with noise alone: a refusal would tell that there are none.
     """
     ledger, noise = device.store.ledger, device.noise(request.round, MEASURE)
-    reservation = _measuring(request, device, release=noise.release)
-    if (sealed := ledger.sealed(reservation)) is not None:
+    if (sealed := ledger.sealed((request.run, request.round, MEASURE), _asked(request))) is not None:
         return messages.from_json(messages.Evaluation, sealed.decode())
     pictures = device.pictures().validation
+    reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     examples = (yield from _examples(device, "validation", pictures)) if pictures else None
     ledger.reserve(reservation, device.policy.check_spending)
     gains: list[float] = []
     if examples:
         base = _expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
-        shared = _expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=sent)))
+        shared = _expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=sent.adapter)))
         gains = (base - shared).tolist()
     reply = messages.Evaluation(
         device=device.name,
@@ -194,9 +197,7 @@ def _noised_gain(
         release=noise.release,
         epsilon=ledger.spent(privacy.delta).value,
     )
-    return messages.from_json(
-        messages.Evaluation, ledger.seal(reservation.key, messages.to_json(reply).encode()).decode()
-    )
+    return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
 
 
 def _personalise(request: messages.Personalise, device: Device) -> Generator[Job, Result, messages.Personalised]:
@@ -284,8 +285,8 @@ class _Sent:
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter, frame: Adapter | None) -> None:
-        self.adapter, self._frame = adapter, frame
+    def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
+        self.adapter, self.sha256, self._frame = adapter, sha256, frame
         self._parts: dict[int, tuple[Adapter, Adapter, Adapter | None]] = {}
 
     def parts(self, rank: int) -> tuple[Adapter, Adapter, Adapter | None]:
@@ -302,16 +303,19 @@ def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, f
     adapter = from_tensors(tensors)
     if found := excess(adapter):
         raise AntherError(found)
-    return _Sent(adapter, cores.frame_from_tensors(tensors) if framed else None)
+    frame = cores.frame_from_tensors(tensors) if framed else None
+    return _Sent(adapter, frame, hashlib.sha256(data).hexdigest())
 
 
-def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:
+def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:
     private = plan.privacy
     return Reservation(
         run=plan.run,
         round=plan.round,
         base=plan.base,
-        plan=hashlib.sha256(plain.dumps(plan).encode()).hexdigest(),
+        adapter=adapter,
+        plan=_identity(plan),
+        data=data,
         mechanism=PoissonGaussian(
             noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
         )
@@ -322,13 +326,21 @@ def _reservation(plan: TrainingPlan, *, release: bool) -> Reservation:
     )
 
 
-def _measuring(request: messages.Evaluate, device: Device, *, release: bool) -> Reservation:
+@lru_cache(maxsize=8)
+def _identity(plan: TrainingPlan) -> str:
+    """The plan's own hash: nothing that the server says of the device enters it."""
+    return hashlib.sha256(plain.dumps(plan).encode()).hexdigest()
+
+
+def _measuring(request: messages.Evaluate, device: Device, *, adapter: str, data: str, release: bool) -> Reservation:
     private = request.privacy
     return Reservation(
         run=request.run,
         round=request.round,
         base=device.report.base,
-        plan=hashlib.sha256(messages.to_json(request).encode()).hexdigest(),
+        plan=_asked(request),
+        adapter=adapter,
+        data=data,
         mechanism=PoissonGaussian(noise_multiplier=private.noise_multiplier, sampling_rate=1.0, steps=1)
         if private
         else NonPrivate(),
@@ -336,6 +348,11 @@ def _measuring(request: messages.Evaluate, device: Device, *, release: bool) -> 
         release=release,
         purpose=MEASURE,
     )
+
+
+def _asked(request: messages.Evaluate) -> str:
+    """What stands for a request to measure, whatever adapter it is about."""
+    return hashlib.sha256(messages.to_json(request).encode()).hexdigest()
 
 
 def _settle(plan: TrainingPlan, device: Device) -> None:

@@ -1,6 +1,7 @@
 """What one device keeps: its personal adapter, its ledger, and caches.
 
-    ledger.jsonl, outbox/     privacy.ledger
+    ledger.jsonl, outbox/,    privacy.ledger; its head lies elsewhere
+    enrolled
     personal.safetensors      the personal adapter with the shared one that it sits on
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams

@@ -1,143 +1,132 @@
 """What this device has promised, kept in its own storage: reserved → sealed → sent.
 
-A journal of JSON lines that only grows. A round is charged when it is reserved, before training, and never refunded:
-a crash while reserved discards everything derived and trains again under the same reservation. Once the reply is
-sealed, only those bytes are ever sent: a second, differently noised reply would be a second release.
+A hash-chained journal that only grows. A round is charged when it is reserved, before training, and never refunded.
+Once the reply is sealed, only those bytes are ever sent: a second, differently noised reply would be a second release.
+
+*A crash while reserved* discards everything derived and trains again under the same reservation, on the pictures that
+are there then. When they changed meanwhile it is still one release of one mechanism, for a picture in both sets, in
+one or in none; the seal records which pictures it was made from. To refuse the round, or to charge it twice, would
+tell the server, without noise, that a picture was added or removed. For the same reason a device whose pictures change
+from round to round goes on: ε of all events bounds what was shared of each picture, for however few it was there. That
+one event was charged for a picture which it never touched only makes the bound larger.
+
+*What is claimed*: charged ≥ released and one reply for each key through crashes at any point, power cuts, two processes
+at once; and that a ledger which is missing, shortened, rolled back, copied from another device or carelessly edited is
+found before anything more is shared (`privacy.anchors`; the server's echo besides). Not claimed: anything against an
+owner who forges journal, head and marker together, or who holds the same pictures on two devices, whose ledgers don't
+know of each other.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from datetime import UTC, datetime
 from typing import Any
 
 from conf.errors import AntherError
-from privacy.accounting import (
-    ADD_OR_REMOVE_ONE,
-    IMAGE,
-    Guarantee,
-    Mechanism,
-    NonPrivate,
-    PoissonGaussian,
-    epsilon,
-)
+from privacy import anchors, chain, entries
+from privacy.accounting import Guarantee, Mechanism, epsilon
+from privacy.anchors import RECOVER, Head, Marker
+from privacy.entries import ENROLLED, MEASURE, RESERVED, SEALED, SENT, TRAIN, Entry, History, Key, Reservation
 from privacy.policy import Refusal
-from privacy.storage import Storage
+from privacy.storage import Journal, Storage
 
-JOURNAL, OUTBOX = "ledger.jsonl", "outbox"
-RESERVED, SEALED, SENT = "reserved", "sealed", "sent"
-TRAIN, MEASURE = "train", "measure"
-Key = tuple[str, int, str]
+__all__ = [
+    "JOURNAL", "MARKER", "MEASURE", "OUTBOX", "RESERVED", "SEALED", "SENT", "TRAIN", "Entry", "History", "Key",
+    "Ledger", "Reservation",
+]  # fmt: skip
 
-
-@dataclass(frozen=True, kw_only=True)
-class Reservation:
-    """What one round is charged for."""
-
-    run: str
-    round: int
-    base: str
-    """Content hash of the base."""
-    plan: str
-    """Fingerprint of the plan: one (run, round) is trained by one plan only."""
-    mechanism: Mechanism
-    clip: float | None
-    """C, with a Gaussian mechanism."""
-    release: bool
-    """False for simulated noise, which is charged all the same."""
-    unit: str = IMAGE
-    relation: str = ADD_OR_REMOVE_ONE
-    purpose: str = TRAIN
-    """What is made of the pictures: an update, or a measure of how an adapter does on them."""
-
-    @property
-    def key(self) -> Key:
-        return self.run, self.round, self.purpose
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One reservation and how far it has come."""
-
-    reservation: Reservation
-    state: str = RESERVED
-    sha256: str | None = None
-    """Of the sealed reply."""
-
-
-Entries = Mapping[Key, Entry]
+JOURNAL, OUTBOX, MARKER = "ledger.jsonl", "outbox", "enrolled"
 
 
 class Ledger:
-    """The ledger of one device: the journal `ledger.jsonl` of its storage, and sealed replies in `outbox/`.
+    """The ledger of one device: journal and marker in its storage, the head outside, sealed replies in `outbox/`.
 
     Every method reads the journal again under its lock, so that processes on one device see each other's events.
 
     Raises:
-        AntherError: the journal is damaged other than by a torn last line.
+        AntherError: the journal is damaged other than by a torn last line, or its anchors don't agree with it.
     """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def reserve(self, reservation: Reservation, admit: Callable[[Sequence[Mechanism], Mechanism], None]) -> None:
-        """Charge for a round, unless it is charged for already.
+    def reserve(self, reservation: Reservation, admit: Callable[[Sequence[Mechanism], Mechanism], None]) -> int:
+        """Charge for a round, unless it is charged for already; enrol the device at its first.
 
         Args:
             admit: given the mechanisms so far and the new one, raises to refuse it; called under the lock, so that
                 two processes can't both take the last of a budget, and before anything is written.
 
-        Raises:
-            Refusal: this (run, round) is reserved for another plan.
-        """
-        with self._opened() as (entries, append):
-            if _same(entries, reservation) is None:
-                admit(_mechanisms(entries), reservation.mechanism)
-                append(_to_event(reservation))
+        Returns:
+            How many events the ledger holds now.
 
-    def seal(self, key: Key, reply: bytes) -> bytes:
-        """Fix the reply to a reserved round; returns the bytes to send: an earlier seal's, if there is one."""
-        with self._opened() as (entries, append):
-            entry = entries[key]
+        Raises:
+            Refusal: this key is reserved for another plan.
+        """
+        with self._opened(charging=True) as (history, append):
+            if _of_plan(history, reservation.key, reservation.plan) is not None:
+                return history.events
+            admit(_mechanisms(history), reservation.mechanism)
+            return append(entries.reserved(reservation))
+
+    def seal(self, reservation: Reservation, reply: bytes) -> bytes:
+        """Fix the reply to a reserved round; returns the bytes to send: an earlier seal's, if there is one.
+
+        Args:
+            reservation: as reserved, with the pictures, adapter and noise that the reply was really made from.
+        """
+        with self._opened() as (history, append):
+            entry = history.entries[reservation.key]
             if entry.state == RESERVED:
-                digest = hashlib.sha256(reply).hexdigest()
-                self._storage.write(_outbox(key), reply)
-                append({"state": SEALED, **_named_key(key), "sha256": digest})
+                self._storage.write(_outbox(reservation.key), reply)
+                append(entries.sealed(reservation, hashlib.sha256(reply).hexdigest()))
                 return reply
             return self._read_sealed(entry)
 
-    def sealed(self, reservation: Reservation) -> bytes | None:
+    def sealed(self, key: Key, plan: str, *, echo: int = 0) -> bytes | None:
         """The bytes to send (again) for this round; None if it is not sealed yet.
 
+        Args:
+            echo: how many events the server has heard of (`protocol.messages.Train.echo`).
+
         Raises:
-            Refusal: this (run, round) belongs to another plan, or its reply was removed as sent.
+            Refusal: the ledger has fewer events than that, the key belongs to another plan, or its reply was removed
+                as sent.
             AntherError: the sealed reply is damaged.
         """
-        with self._opened() as (entries, _):
-            entry = _same(entries, reservation)
+        with self._opened() as (history, _):
+            if echo > history.events:
+                raise Refusal(
+                    f"this device's ledger holds {history.events} events and the server heard of {echo}: it was rolled "
+                    "back or begun anew; its owner has to restore it"
+                )
+            entry = _of_plan(history, key, plan)
             return None if entry is None or entry.state == RESERVED else self._read_sealed(entry)
 
     def sent(self, key: Key) -> None:
         """Note that the server has moved past a sealed reply: it is not asked for again, and its bytes are removed."""
-        with self._opened() as (entries, append):
-            if entries[key].state == SEALED:
-                append({"state": SENT, **_named_key(key)})
+        with self._opened() as (history, append):
+            if history.entries[key].state == SEALED:
+                append(entries.sent(key))
                 self._storage.remove(_outbox(key))
+
+    def history(self) -> History:
+        """All of it."""
+        with self._opened() as (history, _):
+            return history
 
     def entries(self) -> tuple[Entry, ...]:
         """Every reservation in the order made."""
-        with self._opened() as (entries, _):
-            return tuple(entries.values())
+        return tuple(self.history().entries.values())
 
     def spent(self, delta: float) -> Guarantee:
         """ε of everything reserved so far, whether or not it was sent."""
-        with self._opened() as (entries, _):
-            return epsilon(_mechanisms(entries), delta)
+        return epsilon(_mechanisms(self.history()), delta)
 
     def _read_sealed(self, entry: Entry) -> bytes:
         if entry.state == SENT:
@@ -152,36 +141,93 @@ class Ledger:
         return reply
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[Entries, Callable[[dict[str, Any]], None]]]:
-        """The ledger's entries, and the function that appends an event, under an exclusive lock."""
+    def _opened(self, *, charging: bool = False) -> Iterator[tuple[History, Callable[[Mapping[str, Any]], int]]]:
+        """What the ledger holds, and the function that appends an event and counts, under an exclusive lock.
+
+        Raises AntherError unless chain and anchors hold; mends what a crash has left of them. The marker is looked at
+        where there is nothing else to tell by, and before anything is charged.
+        """
+        where = self._storage.where(JOURNAL)
         with self._storage.journal(JOURNAL) as journal:
-            entries = _replayed(journal.lines, self._storage.where(JOURNAL))
-            yield entries, lambda event: journal.append(json.dumps(event).encode())
+            try:
+                history = _replayed(journal.lines, where)
+            except AntherError as error:
+                raise AntherError(f"{error}; {RECOVER}") from error
+            head = None if (data := journal.head) is None else anchors.read_head(data, journal.head_at)
+            asks_marker = charging or head is None
+            marker = self._marker() if asks_marker else None
+            anchors.check(history.ledger, journal.lines, head, marker, where)
+            writer = _Writer(journal, history.ledger)
+            if history.ledger:
+                if head is None or head.events < history.events:
+                    writer.keep_head()
+                if asks_marker and marker is None:
+                    self._mark(history.ledger, journal)
+
+            def append(event: Mapping[str, Any]) -> int:
+                if writer.ledger is None:
+                    self._mark(writer.enrol(), journal)
+                return writer.append(event)
+
+            yield history, append
+
+    def _marker(self) -> Marker | None:
+        data = self._storage.read(MARKER)
+        return None if data is None else anchors.read_marker(data, self._storage.where(MARKER))
+
+    def _mark(self, ledger: str, journal: Journal) -> None:
+        self._storage.write(MARKER, Marker(ledger, journal.head_at).to_json())
+
+
+class _Writer:
+    """Appends to a journal whose lock is held; after every line the head follows."""
+
+    def __init__(self, journal: Journal, ledger: str | None) -> None:
+        self.ledger = ledger
+        self._journal = journal
+        self._events, self._last = len(journal.lines), chain.head(journal.lines)
+
+    def enrol(self) -> str:
+        """Begin the ledger; the id that it has from now on."""
+        self.ledger = secrets.token_hex(16)
+        self.append({"state": ENROLLED, "ledger": self.ledger})
+        return self.ledger
+
+    def append(self, event: Mapping[str, Any]) -> int:
+        """How many events there are now."""
+        line = chain.line({"at": datetime.now(UTC).isoformat(timespec="seconds"), **event}, self._last)
+        self._journal.append(line)
+        self._events, self._last = self._events + 1, chain.head([line])
+        self.keep_head()
+        return self._events
+
+    def keep_head(self) -> None:
+        self._journal.keep(Head(str(self.ledger), self._events, self._last).to_json())
 
 
 class _Replayed:
-    """The entries that journals lead to; those last read are kept, under a digest of their lines.
+    """The histories that journals lead to; those last read are kept, under a digest of their lines.
 
     A device looks at its ledger five times a round, and appends one event in between at most: a look then costs the
     new line, not all of them.
     """
 
     def __init__(self, most: int) -> None:
-        self._kept: dict[bytes, Entries] = {}  # least recently read first
+        self._kept: dict[bytes, History] = {}  # least recently read first
         self._most, self._lock = most, threading.Lock()
 
-    def __call__(self, lines: Sequence[bytes], where: str) -> Entries:
-        """Raises AntherError for a line that is no event, or one out of turn."""
+    def __call__(self, lines: Sequence[bytes], where: str) -> History:
+        """Raises AntherError for a line that is no event, one out of turn, or one that doesn't follow."""
         digest = _digest(lines)
         with self._lock:
-            entries = self._kept.pop(digest, None)
-            if entries is None:
-                before = self._kept.pop(_digest(lines[:-1]), None)
-                entries = _replay(before or {}, lines, 0 if before is None else len(lines) - 1, where)
-            self._kept[digest] = entries
+            history = self._kept.pop(digest, None)
+            if history is None:
+                before = self._kept.pop(_digest(lines[:-1]), History())
+                history = entries.replay(before, lines, where)
+            self._kept[digest] = history
             if len(self._kept) > self._most:
                 del self._kept[next(iter(self._kept))]
-        return entries
+        return history
 
 
 _replayed = _Replayed(most=1024)
@@ -192,74 +238,23 @@ def _digest(lines: Sequence[bytes]) -> bytes:
     return hashlib.sha256(b"\n".join(lines)).digest()
 
 
-def _replay(entries: Entries, lines: Sequence[bytes], start: int, where: str) -> Entries:
-    """The entries that the lines from `start` on lead to, where those before it lead to `entries`."""
-    found = dict(entries)
-    for number, line in enumerate(lines[start:], start=start + 1):
-        try:
-            event = json.loads(line)
-            key, state = (event["run"], event["round"], event["purpose"]), event["state"]
-            match state, found[key].state if key in found else None:
-                case "reserved", None:
-                    found[key] = Entry(_reservation(line))
-                case "sealed", "reserved":
-                    found[key] = replace(found[key], state=SEALED, sha256=event["sha256"])
-                case "sent", "sealed":
-                    found[key] = replace(found[key], state=SENT)
-                case _:
-                    raise ValueError(f"{state} out of turn")
-        except (ValueError, KeyError, TypeError) as error:
-            raise AntherError(
-                f"{where}:{number}: not an event of the ledger ({error}); restore the file: "
-                "without it nobody knows what was shared"
-            ) from error
-    return found
-
-
 def _outbox(key: Key) -> str:
     """Where a reply lies: named by a hash, since the server chooses the name of the run."""
-    run = hashlib.sha256(key[0].encode()).hexdigest()[:16]
-    return f"{OUTBOX}/{run}-{key[1]}-{key[2]}.reply"
+    run, number, purpose = key
+    return f"{OUTBOX}/{hashlib.sha256(run.encode()).hexdigest()[:16]}-{number}-{purpose}.reply"
 
 
-def _named_key(key: Key) -> dict[str, Any]:
-    return dict(zip(("run", "round", "purpose"), key, strict=True))
-
-
-def _same(entries: Entries, reservation: Reservation) -> Entry | None:
-    """The entry of this (run, round, purpose), which must be for the same plan."""
-    entry = entries.get(reservation.key)
-    if entry and entry.reservation.plan != reservation.plan:
+def _of_plan(history: History, key: Key, plan: str) -> Entry | None:
+    """The entry of this key, which must be for the same plan."""
+    entry = history.entries.get(key)
+    if entry and entry.reservation.plan != plan:
         raise Refusal(f"{_named(entry)} was reserved for another plan: a second one would be a second release")
     return entry
 
 
 def _named(entry: Entry) -> str:
-    purpose = "" if entry.reservation.purpose == TRAIN else f"the {entry.reservation.purpose} of "
-    return f"{purpose}round {entry.reservation.round} of run {entry.reservation.run!r}"
+    return f"round {entry.reservation.round} of run {entry.reservation.run!r}"
 
 
-def _mechanisms(entries: Entries) -> list[Mechanism]:
-    return [entry.reservation.mechanism for entry in entries.values()]
-
-
-def _to_event(reservation: Reservation) -> dict[str, Any]:
-    match reservation.mechanism:
-        case PoissonGaussian() as gaussian:
-            mechanism = {"name": "gaussian", **vars(gaussian)}
-        case NonPrivate():
-            mechanism = {"name": "none"}
-    return {"state": RESERVED, **vars(reservation), "mechanism": mechanism}
-
-
-@lru_cache(maxsize=64)
-def _reservation(line: bytes) -> Reservation:
-    """The reservation that a line makes; the same object for the many simulated devices of one plan."""
-    event = json.loads(line)
-    fields = {name: value for name, value in event.items() if name != "state"}
-    parameters = dict(fields["mechanism"])
-    name = parameters.pop("name")
-    if name not in ("gaussian", "none"):
-        raise ValueError(f"mechanism {name!r}")
-    fields["mechanism"] = PoissonGaussian(**parameters) if name == "gaussian" else NonPrivate()
-    return Reservation(**fields)
+def _mechanisms(history: History) -> list[Mechanism]:
+    return [entry.reservation.mechanism for entry in history.entries.values()]

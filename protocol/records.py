@@ -7,9 +7,9 @@ pulls one doesn't compare. It finds damage; who sent a message is for Flower's a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,7 +50,11 @@ def message_type(request: Request) -> str:
 
 
 def request_to_records(request: Request) -> RecordDict:
-    return RecordDict(dict(_request_parts(request)))
+    adapter = messages.payloads(request).get(_ADAPTER)
+    if adapter is None:
+        return _records(_text(request), None, None)
+    bare: Any = {_ADAPTER: b""}
+    return _records(_text(dataclasses.replace(request, **bare)), adapter, _sent_adapter(adapter))
 
 
 def request_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Request:
@@ -63,7 +67,8 @@ def request_from_records(message_type: str, records: RecordDict, *, most: int | 
 
 
 def reply_to_records(reply: Reply) -> RecordDict:
-    return RecordDict(dict(_parts(reply)))
+    adapter = messages.payloads(reply).get(_ADAPTER)
+    return _records(messages.to_json(reply), adapter, None if adapter is None else adapter_to_record(adapter))
 
 
 def reply_from_records(message_type: str, records: RecordDict, *, most: int | None = None) -> Reply:
@@ -92,11 +97,9 @@ def _exchange(message_type: str) -> _Exchange:
     return _EXCHANGES[message_type]
 
 
-def _parts(message: Request | Reply) -> Iterator[tuple[str, ConfigRecord | ArrayRecord]]:
-    text, adapter = messages.to_json(message), messages.payloads(message).get(_ADAPTER)
-    yield _MESSAGE, ConfigRecord({_JSON: text, _SHA256: _checksum(text, adapter)})
-    if adapter is not None:
-        yield _ARRAYS, adapter_to_record(adapter)
+def _records(text: str, adapter: bytes | None, arrays: ArrayRecord | None) -> RecordDict:
+    config = ConfigRecord({_JSON: text, _SHA256: _checksum(text, adapter)})
+    return RecordDict({_MESSAGE: config} if arrays is None else {_MESSAGE: config, _ARRAYS: arrays})
 
 
 def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]:
@@ -144,7 +147,13 @@ def _sha256(adapter: bytes) -> bytes:
     return digest
 
 
-@lru_cache(maxsize=8)
-def _request_parts(request: Request) -> tuple[tuple[str, ConfigRecord | ArrayRecord], ...]:
-    """Made once for the hundreds of devices that a round asks for the same, by a few different plans."""
-    return tuple(_parts(request))
+@lru_cache(maxsize=64)
+def _text(request: Request) -> str:
+    """Of a request without its adapter: made once for the hundreds of devices that are asked for the same."""
+    return messages.to_json(request)
+
+
+@lru_cache(maxsize=2)
+def _sent_adapter(adapter: bytes) -> ArrayRecord:
+    """One for all that are sent the same adapter."""
+    return adapter_to_record(adapter)

@@ -56,6 +56,7 @@ def run_rounds(
     one of this state.
     """
     strategy.summary()
+    strategy.remember(state.devices)
     ledger = strategy.device_level.ledger if strategy.device_level else None
     if ledger:
         ledger.check(state.ledger)

@@ -193,12 +193,9 @@ def build_report(
 def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
     """What one device did over all rounds; nothing, if it was never asked."""
     idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
-    return DeviceRow(
-        name=person.name,
-        profile=person.profile,
-        loss={arm: judged[arm].loss for arm in ARMS},
-        **dataclasses.asdict(state.devices.get(person.name, idle)),
-    )
+    facts = dataclasses.asdict(state.devices.get(person.name, idle))
+    del facts["events"]  # what the server echoes: no cost of anything
+    return DeviceRow(name=person.name, profile=person.profile, loss={arm: judged[arm].loss for arm in ARMS}, **facts)
 
 
 def gallery_row(person: Participant, drawn: Drawn) -> GalleryRow:

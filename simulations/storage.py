@@ -39,6 +39,12 @@ CREATE TABLE IF NOT EXISTS blobs (device TEXT, name TEXT, data BLOB NOT NULL, PR
 CREATE TABLE IF NOT EXISTS journal (
     device TEXT, name TEXT, number INTEGER, line BLOB NOT NULL, PRIMARY KEY (device, name, number)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS heads (device TEXT, name TEXT, head BLOB NOT NULL, PRIMARY KEY (device, name)) WITHOUT ROWID;
+"""
+
+_JOURNAL = """
+SELECT 0, head FROM heads WHERE (device, name) = (?, ?)
+UNION ALL SELECT number, line FROM journal WHERE (device, name) = (?, ?) ORDER BY 1
 """
 
 
@@ -174,22 +180,24 @@ class _Part:
     @contextmanager
     def journal(self, name: str) -> Iterator[Journal]:
         with self._database.transaction() as connection:
-            yield _Rows(connection, self._device, name)
+            yield _Rows(connection, self._device, name, f"{self._database.file}: {self._device}'s head of {name}")
 
     def where(self, name: str) -> str:
         return f"{self._database.file}: {self._device}/{name}"
 
 
 class _Rows:
-    """A journal; one that can't be read fails at once, not at its first line."""
+    """A journal; one that can't be read fails at once, not at its first line. Its head is in another table."""
 
-    def __init__(self, connection: sqlite3.Connection, device: str, name: str) -> None:
-        self._connection, self._key = connection, (device, name)
-        rows = connection.execute(
-            "SELECT number, line FROM journal WHERE (device, name) = (?, ?) ORDER BY number", self._key
-        ).fetchall()
+    def __init__(self, connection: sqlite3.Connection, device: str, name: str, head_at: str) -> None:
+        self._connection, self._key, self.head_at = connection, (device, name), head_at
+        rows = connection.execute(_JOURNAL, self._key * 2).fetchall()
+        self.head: bytes | None = rows.pop(0)[1] if rows and rows[0][0] == 0 else None
         self.lines: Sequence[bytes] = [line for _, line in rows]
         self._last = rows[-1][0] if rows else 0
+
+    def keep(self, head: bytes) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (*self._key, head))
 
     def append(self, line: bytes) -> None:
         self._last += 1

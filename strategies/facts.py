@@ -19,6 +19,8 @@ class DeviceFacts:
     joules: float
     epsilon: float | None
     """What its ledger has composed to so far; None without DP."""
+    events: int = 0
+    """The most that it has told of in its ledger."""
 
     def then(self, later: DeviceFacts) -> DeviceFacts:
         """What both took together."""
@@ -31,6 +33,7 @@ class DeviceFacts:
             seconds=self.seconds + later.seconds,
             joules=self.joules + later.joules,
             epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
+            events=max(self.events, later.events),
         )
 
 

@@ -135,6 +135,7 @@ class Federated(Strategy):
         self._reports: dict[int, DeviceReport] = {}
         self._names: set[str] = set()  # of the reports
         self._unfit: dict[int, str] = {}
+        self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
         self._round: _Round | None = None
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
@@ -150,6 +151,11 @@ class Federated(Strategy):
     def measures(self, round: int) -> bool:
         """Whether devices are asked to measure this round's adapter."""
         return self._measuring.due(round)
+
+    def remember(self, devices: Mapping[str, DeviceFacts]) -> None:
+        """What a run that goes on knew of its devices: each is told how far its ledger had come."""
+        for name, facts in devices.items():
+            self._events[name] = max(self._events.get(name, 0), facts.events)
 
     def summary(self) -> None:
         plan = self._plan
@@ -202,7 +208,10 @@ class Federated(Strategy):
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
         self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
-        return [self._message(Train(plan=plan, adapter=data), node) for node, (_, plan) in plans.items()]
+        return [
+            self._message(Train(plan=plan, adapter=data, echo=self._events.get(report.device, 0)), node)
+            for node, (report, plan) in plans.items()
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -251,10 +260,12 @@ class Federated(Strategy):
                     seconds=update.seconds,
                     joules=update.joules,
                     epsilon=update.epsilon,
+                    events=update.events,
                 )
                 for update, _ in updates
             },
         )
+        self.remember(self.trained.devices)
         self._round = None  # a second aggregate of the same round would be a mistake
         return arrays, metrics
 
@@ -400,6 +411,8 @@ class Federated(Strategy):
         if plan.privacy and not (reply.release or self._accept_simulated):
             raise RefusedError("not a release", f"{reply.device}: simulated noise, and this server is not in test mode")
         _check_cost(reply)
+        if not 0 <= reply.events < _MOST:
+            raise RefusedError("malformed", f"{reply.device}: events of its ledger must be 0 to {_MOST:g}")
         if reply.loss is not None and not 0 <= reply.loss < _MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
         tensors = decode(reply.adapter, self._trained_shapes(plan.rank))

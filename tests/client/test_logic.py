@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from client.data import Pictures
+from client.data import Pictures, fingerprint
 from client.device import Device
 from client.drive import drive
 from client.logic import handle
@@ -75,7 +76,11 @@ def test_a_private_round(tmp_path: Path) -> None:
     assert (reply.seconds, reply.joules, reply.quality) == (2.0, 10.0, "estimate")
     assert from_bytes(reply.adapter, 2)
     assert states(device) == [SEALED]
-    assert device.store.ledger.entries()[0].reservation.clip == 0.01
+    made = device.store.ledger.entries()[0].reservation
+    assert made.clip == 0.01
+    assert made.data == fingerprint(PICTURES.train)
+    assert made.adapter == hashlib.sha256(train_request().adapter).hexdigest()
+    assert reply.events == device.store.ledger.history().events == 3  # enrolled, reserved, sealed
 
 
 def test_a_round_without_privacy(tmp_path: Path) -> None:
@@ -88,6 +93,7 @@ def test_a_round_without_privacy(tmp_path: Path) -> None:
     assert train.privacy is None
     assert train.noise is None
     assert device.store.ledger.spent(1e-3).value == math.inf
+    assert reply.events == device.store.ledger.history().events == 2
 
 
 def test_the_head_is_trained_and_the_tail_stays_beside_it(tmp_path: Path) -> None:
@@ -182,6 +188,48 @@ def test_a_failed_training_stays_charged_and_is_retried_under_its_reservation(tm
     ask(train_request(), device)
     assert states(device) == [SEALED]
     assert device.store.ledger.spent(1e-3) == spent
+
+
+def test_a_reserved_round_goes_on_with_other_pictures_as_if_nothing_were(tmp_path: Path) -> None:
+    """The server can't tell it from a retry on the same ones; the ledger says what the reply was made from."""
+
+    def crash(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+        return [MemoryError() if isinstance(job, jobs.Train) else Performer()([job])[0] for job in batch]
+
+    other = PICTURES._replace(train=(*PICTURES.train, picture(99)))
+    replies = {}
+    for name, pictures in (("same", PICTURES), ("other", other)):
+        drive({0: handle(train_request(), make_device(tmp_path / name))}, crash)
+        device, perform = make_device(tmp_path / name, pictures=pictures), Performer()
+        replies[name] = ask(train_request(), device, perform)
+        trained = perform.jobs[-1]
+        assert isinstance(trained, jobs.Train)
+        assert len(trained.examples) == len(pictures.train)
+        (entry,) = device.store.ledger.entries()
+        assert (entry.state, entry.reservation.data) == (SEALED, fingerprint(pictures.train))
+    without = [dataclasses.replace(reply, adapter=b"") for reply in replies.values() if isinstance(reply, Update)]
+    assert len(without) == 2
+    assert without[0] == without[1]
+
+
+def test_pictures_may_come_and_go_between_rounds(tmp_path: Path) -> None:
+    for number in range(1, 4):
+        pictures = PICTURES._replace(train=(*PICTURES.train[number:], picture(99)))
+        assert isinstance(ask(train_request(number=number), make_device(tmp_path, pictures=pictures)), Update)
+    assert len({entry.reservation.data for entry in make_device(tmp_path).store.ledger.entries()}) == 3
+
+
+def test_a_device_that_was_rolled_back_refuses_before_it_is_charged(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    first = ask(train_request(), device)
+    assert isinstance(first, Update)
+    for echo in (0, first.events):
+        assert ask(dataclasses.replace(train_request(), echo=echo), device) == first
+    for number in (1, 2):
+        with pytest.raises(Refusal, match="rolled back"):
+            ask(dataclasses.replace(train_request(number=number), echo=first.events + 1), device, perform)
+    assert not perform.jobs
+    assert states(device) == [SEALED]
 
 
 @pytest.mark.parametrize("change", [

@@ -11,7 +11,7 @@ from typing import Protocol
 from privacy.storage import Files, Storage
 from simulations.storage import FILE, Database
 
-NAME, JOURNAL = "device", "ledger.jsonl"
+NAME, JOURNAL, MARKER = "device", "ledger.jsonl", "enrolled"
 
 
 class Kept(Protocol):
@@ -27,7 +27,15 @@ class Kept(Protocol):
 
     def put_lines(self, lines: Sequence[bytes]) -> None: ...
 
-    def blobs(self) -> dict[str, bytes]: ...
+    def head(self) -> bytes | None: ...
+
+    def put_head(self, data: bytes | None) -> None:
+        """None: remove it."""
+        ...
+
+    def blobs(self) -> dict[str, bytes]:
+        """All but the marker."""
+        ...
 
     def put_blob(self, name: str, data: bytes | None) -> None:
         """None: remove it."""
@@ -47,8 +55,18 @@ class KeptFiles:
     def put_lines(self, lines: Sequence[bytes]) -> None:
         (self._folder / JOURNAL).write_bytes(b"".join(line + b"\n" for line in lines))
 
+    def head(self) -> bytes | None:
+        path = self._head()
+        return path.read_bytes() if path.exists() else None
+
+    def put_head(self, data: bytes | None) -> None:
+        self._head().unlink() if data is None else self._head().write_bytes(data)
+
+    def _head(self) -> Path:
+        return self._folder.with_name(f"{NAME}.heads") / JOURNAL
+
     def blobs(self) -> dict[str, bytes]:
-        files = [path for path in self._folder.rglob("*") if path.is_file() and path.name != JOURNAL]
+        files = [path for path in self._folder.rglob("*") if path.is_file() and path.name not in (JOURNAL, MARKER)]
         return {path.relative_to(self._folder).as_posix(): path.read_bytes() for path in files}
 
     def put_blob(self, name: str, data: bytes | None) -> None:
@@ -74,8 +92,17 @@ class KeptRows:
         for number, line in enumerate(lines, start=1):
             self._run("INSERT INTO journal VALUES (?, ?, ?, ?)", NAME, JOURNAL, number, line)
 
+    def head(self) -> bytes | None:
+        found = self._run("SELECT head FROM heads WHERE device = ?", NAME)
+        return found[0][0] if found else None
+
+    def put_head(self, data: bytes | None) -> None:
+        self._run("DELETE FROM heads WHERE device = ?", NAME)
+        if data is not None:
+            self._run("INSERT INTO heads VALUES (?, ?, ?)", NAME, JOURNAL, data)
+
     def blobs(self) -> dict[str, bytes]:
-        return dict(self._run("SELECT name, data FROM blobs WHERE device = ?", NAME))
+        return dict(self._run("SELECT name, data FROM blobs WHERE device = ? AND name <> ?", NAME, MARKER))
 
     def put_blob(self, name: str, data: bytes | None) -> None:
         self._run("DELETE FROM blobs WHERE (device, name) = (?, ?)", NAME, name)

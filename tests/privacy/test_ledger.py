@@ -7,21 +7,24 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import privacy.ledger
 from conf.errors import AntherError
+from privacy import chain, entries
 from privacy.accounting import Mechanism, NonPrivate, PoissonGaussian
-from privacy.ledger import RESERVED, SEALED, SENT, Entry, Ledger, Reservation, _Replayed
+from privacy.ledger import MEASURE, RESERVED, SEALED, SENT, Entry, History, Ledger, Reservation, _Replayed
 from privacy.policy import Policy, Refusal
 from tests.privacy.storages import FORMS, Kept, KeptFiles
 
 GAUSSIAN = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
 FIRST = Reservation(
-    run="run/../Ω", round=1, base="b" * 64, plan="p1", mechanism=GAUSSIAN, clip=0.01, release=True
-)  # a run may be called anything: the server chooses its name
-KEY = FIRST.key
+    run="run/../Ω", round=1, base="b" * 64, adapter="a" * 64, plan="p1", data="d" * 64, mechanism=GAUSSIAN, clip=0.01,
+    release=True,
+)  # fmt: skip  # a run may be called anything: the server chooses its name
+KEY, PLAN = FIRST.key, FIRST.plan
 
 
 def free(_past: Sequence[Mechanism], _new: Mechanism) -> None:
@@ -36,19 +39,19 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
 
 def test_a_round_from_reservation_to_delivery(kept: Kept) -> None:
     ledger = Ledger(kept.storage())
-    assert ledger.sealed(FIRST) is None
+    assert ledger.sealed(KEY, PLAN) is None
     ledger.reserve(FIRST, free)
     assert ledger.entries() == (Entry(FIRST, RESERVED),)
-    assert ledger.sealed(FIRST) is None
-    assert ledger.seal(KEY, b"reply") == b"reply"
-    assert Ledger(kept.storage()).sealed(FIRST) == b"reply"
+    assert ledger.sealed(KEY, PLAN) is None
+    assert ledger.seal(FIRST, b"reply") == b"reply"
+    assert Ledger(kept.storage()).sealed(KEY, PLAN) == b"reply"
     assert [entry.state for entry in ledger.entries()] == [SEALED]
     ledger.sent(KEY)
     assert [entry.state for entry in ledger.entries()] == [SENT]
     assert not kept.blobs()
     with pytest.raises(Refusal, match="can't be sent again"):
-        ledger.sealed(FIRST)
-    assert len(kept.lines()) == 3
+        ledger.sealed(KEY, PLAN)
+    assert len(kept.lines()) == 4  # with the enrolment
 
 
 def test_both_forms_keep_the_same_lines(tmp_path: Path) -> None:
@@ -57,25 +60,32 @@ def test_both_forms_keep_the_same_lines(tmp_path: Path) -> None:
         kept = form(tmp_path)
         ledger = Ledger(kept.storage())
         ledger.reserve(FIRST, free)
-        ledger.seal(KEY, b"reply")
-        found.append((kept.lines(), kept.blobs()))
+        ledger.seal(FIRST, b"reply")
+        found.append(([without_chance(line) for line in kept.lines()], kept.blobs()))
     assert found[0] == found[1]
+
+
+def without_chance(line: bytes) -> dict[str, object]:
+    """An event without the id that was drawn, the time and the links over both."""
+    return {name: value for name, value in json.loads(line).items() if name not in ("ledger", "at", "previous")}
 
 
 def test_everything_stays_in_its_own_folder(tmp_path: Path) -> None:
     ledger = Ledger(KeptFiles(tmp_path).storage())
     ledger.reserve(FIRST, free)
-    ledger.seal(KEY, b"reply")
-    assert {path.name for path in tmp_path.iterdir()} == {"device"}
+    ledger.seal(FIRST, b"reply")
+    assert {path.name for path in tmp_path.iterdir()} == {"device", "device.heads"}
+    assert [path.name for path in (tmp_path / "device.heads").iterdir()] == ["ledger.jsonl"]
+    assert (tmp_path / "device.heads").stat().st_mode & 0o077 == 0
     assert (tmp_path / "device").stat().st_mode & 0o077 == 0
 
 
 def test_a_second_seal_sends_the_first_reply(kept: Kept) -> None:
     ledger = Ledger(kept.storage())
     ledger.reserve(FIRST, free)
-    ledger.seal(KEY, b"first")
-    assert Ledger(kept.storage()).seal(KEY, b"second") == b"first"
-    assert ledger.sealed(FIRST) == b"first"
+    ledger.seal(FIRST, b"first")
+    assert Ledger(kept.storage()).seal(FIRST, b"second") == b"first"
+    assert ledger.sealed(KEY, PLAN) == b"first"
 
 
 def test_a_reserved_round_is_charged_once_and_for_ever(kept: Kept) -> None:
@@ -97,12 +107,12 @@ def test_what_others_wrote_is_seen_at_the_next_look(kept: Kept) -> None:
         assert len(ledger.entries()) == len(Ledger(kept.storage()).entries()) == number - 1
         (ledger if number % 2 else Ledger(kept.storage())).reserve(replace(FIRST, round=number), free)
     whole = kept.lines()
-    kept.put_lines(whole[:2])
-    assert [entry.reservation.round for entry in ledger.entries()] == [1, 2]
-    kept.put_lines([*whole[:2], whole[3]])
-    assert [entry.reservation.round for entry in ledger.entries()] == [1, 2, 4]
-    kept.put_lines([whole[1], whole[0]])
-    assert [entry.reservation.round for entry in ledger.entries()] == [2, 1]
+    for damaged in (whole[:2], [*whole[:2], whole[3]], [*whole[:-2], whole[-1], whole[-2]], [*whole, whole[-1]]):
+        kept.put_lines(damaged)
+        with pytest.raises(AntherError, match=r"ledger\.jsonl"):
+            ledger.entries()
+    kept.put_lines(whole)
+    assert [entry.reservation.round for entry in ledger.entries()] == [1, 2, 3, 4, 5]
 
 
 def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +121,7 @@ def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytes
     for number in (1, 2, 3):
         for ledger in ledgers:
             ledger.reserve(replace(FIRST, round=number), free)
-            ledger.seal(("run/../Ω", number, "train"), b"reply")
+            ledger.seal(replace(FIRST, round=number), b"reply")
             assert [entry.state for entry in ledger.entries()] == [SEALED] * number
     assert len(privacy.ledger._replayed._kept) == 2
 
@@ -121,7 +131,7 @@ def test_simulated_noise_is_charged_all_the_same(tmp_path: Path) -> None:
     Ledger(real.storage()).reserve(FIRST, free)
     Ledger(test.storage()).reserve(replace(FIRST, release=False), free)
     assert Ledger(test.storage()).spent(1e-3) == Ledger(real.storage()).spent(1e-3)
-    assert json.loads(test.lines()[0])["release"] is False
+    assert json.loads(test.lines()[1])["release"] is False
 
 
 @pytest.mark.parametrize("seal", [False, True])
@@ -129,9 +139,9 @@ def test_another_plan_for_the_same_round_is_refused(kept: Kept, seal: bool) -> N
     ledger = Ledger(kept.storage())
     ledger.reserve(FIRST, free)
     if seal:
-        ledger.seal(KEY, b"reply")
+        ledger.seal(FIRST, b"reply")
     other = replace(FIRST, plan="p2")
-    for attempt in (lambda: ledger.reserve(other, free), lambda: ledger.sealed(other)):
+    for attempt in (lambda: ledger.reserve(other, free), lambda: ledger.sealed(KEY, other.plan)):
         with pytest.raises(Refusal, match="another plan"):
             attempt()
     assert len(ledger.entries()) == 1
@@ -147,42 +157,73 @@ def test_a_refused_round_is_not_charged(kept: Kept) -> None:
 
 
 def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
-    ledger, file = Ledger(KeptFiles(tmp_path).storage()), tmp_path / "device/ledger.jsonl"
-    ledger.reserve(FIRST, free)
-    whole = file.read_bytes()
-    ledger.reserve(replace(FIRST, round=2), free)
-    both = file.read_bytes()
-    for length in range(len(whole), len(both)):
-        file.write_bytes(both[:length])
-        assert [entry.reservation for entry in ledger.entries()] == [FIRST]
-        assert file.read_bytes() == whole
-    file.write_bytes(whole + b"\0" * 512)  # what some file systems leave after a power cut
-    ledger.reserve(replace(FIRST, round=2), free)
-    assert file.read_bytes() == both
-
-
-@pytest.mark.parametrize("garbage", [
-    b"{}", b"\xff\xfe", b"[1]", b"null", b"", b'{"state": "sealed", "run": "x", "round": 9, "sha256": ""}',
-    b'{"state": "reserved", "run": "x", "round": 9}', b'{"state": "paid", "run": "x", "round": 9}',
-])  # fmt: skip
-def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: bytes) -> None:
+    """At every byte of every line, with the head as it was before: it follows the line."""
+    kept, file = KeptFiles(tmp_path), tmp_path / "device/ledger.jsonl"
     ledger = Ledger(kept.storage())
     ledger.reserve(FIRST, free)
-    (line,) = kept.lines()
-    damaged = [line, garbage, line.replace(b'"round": 1', b'"round": 2')]
+    before, head = file.read_bytes(), kept.head()
+    ledger.seal(FIRST, b"reply")
+    after = file.read_bytes()
+    for length in range(len(before), len(after)):
+        file.write_bytes(after[:length])
+        kept.put_head(head)
+        assert [entry.state for entry in ledger.entries()] == [RESERVED]
+        assert file.read_bytes() == before
+    file.write_bytes(before + b"\0" * 512)  # what some file systems leave after a power cut
+    ledger.seal(FIRST, b"reply")
+    assert [entry.state for entry in ledger.entries()] == [SEALED]
+    assert file.read_bytes().startswith(before)
+
+
+def test_a_torn_enrolment_leaves_a_fresh_device(tmp_path: Path) -> None:
+    Ledger(KeptFiles(tmp_path / "a").storage()).reserve(FIRST, free)
+    enrolment = KeptFiles(tmp_path / "a").lines()[0]
+    for length in range(len(enrolment) + 1):  # the last without its line end
+        kept = KeptFiles(tmp_path / str(length))
+        (tmp_path / str(length) / "device").mkdir(parents=True)
+        (tmp_path / str(length) / "device/ledger.jsonl").write_bytes(enrolment[:length])
+        ledger = Ledger(kept.storage())
+        assert ledger.history() == History()
+    assert ledger.reserve(FIRST, free) == 2
+
+
+NO_EVENTS = (b"{}", b"\xff\xfe", b"[1]", b"null", b"", b'{"state": "sealed"}', b'{"previous": "x"}')
+OUT_OF_TURN: tuple[dict[str, Any], ...] = (
+    {"state": "sealed", "run": "x", "round": 9, "purpose": "train", "sha256": ""},
+    {"state": "sent", **dict(zip(("run", "round", "purpose"), KEY, strict=True))},
+    {"state": "reserved", "run": "x", "round": 9, "purpose": "train"},
+    {"state": "paid", "run": "x", "round": 9, "purpose": "train"},
+    {"state": "enrolled", "ledger": "twice"},
+    {**entries.reserved(FIRST)},
+    {**entries.reserved(replace(FIRST, round=2)), "mechanism": {"name": "laplace"}},
+    {**entries.reserved(replace(FIRST, round=2)), "mechanism": {"name": "none", "steps": 3}},
+    {**entries.reserved(replace(FIRST, round=2)), "more": 1},
+    {name: value for name, value in entries.reserved(replace(FIRST, round=2)).items() if name != "data"},
+    {"state": "reserved", "run": ["x"], "round": 9, "purpose": "train"},
+)
+
+
+@pytest.mark.parametrize("garbage", [*NO_EVENTS, *OUT_OF_TURN])
+def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: bytes | dict[str, Any]) -> None:
+    ledger = Ledger(kept.storage())
+    ledger.reserve(FIRST, free)
+    lines, head = kept.lines(), kept.head()
+    if isinstance(garbage, dict):  # well chained, and said by nobody in his senses
+        garbage = chain.line({"at": "now", **garbage}, chain.head(lines))
+    damaged = [*lines, garbage]
     kept.put_lines(damaged)
     for attempt in (ledger.entries, lambda: ledger.reserve(replace(FIRST, round=3), free), lambda: ledger.spent(1e-3)):
-        with pytest.raises(AntherError, match=r"ledger.jsonl:2: not an event") as raised:
+        with pytest.raises(AntherError, match=r"ledger.jsonl:3: .*restore.*reset --forget") as raised:
             attempt()
         assert "\n" not in str(raised.value)
-    assert kept.lines() == damaged
+    assert (kept.lines(), kept.head()) == (damaged, head)
 
 
-def test_a_repeated_reservation_is_garbled(kept: Kept) -> None:
+def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
     ledger = Ledger(kept.storage())
     ledger.reserve(FIRST, free)
-    kept.put_lines(kept.lines() * 2)
-    with pytest.raises(AntherError, match="out of turn"):
+    kept.put_lines([chain.line({"at": "now", **entries.reserved(FIRST)}, chain.START)])
+    with pytest.raises(AntherError, match="begins with its one enrolment"):
         ledger.entries()
 
 
@@ -190,10 +231,10 @@ def test_a_repeated_reservation_is_garbled(kept: Kept) -> None:
 def test_a_damaged_sealed_reply_is_never_replaced(kept: Kept, damage: bytes | None) -> None:
     ledger = Ledger(kept.storage())
     ledger.reserve(FIRST, free)
-    ledger.seal(KEY, b"reply")
+    ledger.seal(FIRST, b"reply")
     (name,) = kept.blobs()
     kept.put_blob(name, damage)
-    for attempt in (lambda: ledger.sealed(FIRST), lambda: ledger.seal(KEY, b"another")):
+    for attempt in (lambda: ledger.sealed(KEY, PLAN), lambda: ledger.seal(FIRST, b"another")):
         with pytest.raises(AntherError, match="second release"):
             attempt()
 
@@ -217,3 +258,50 @@ def test_two_at_once_can_not_both_take_the_last_of_a_budget(kept: Kept, shared: 
         thread.join()
     assert len(Ledger(kept.storage()).entries()) == 1
     assert len(refused) == 5
+
+
+def test_what_the_seal_was_made_from_is_what_the_ledger_says(kept: Kept) -> None:
+    """A reserved round that was begun on other pictures is trained anew: the same charge, one release, no lie."""
+    ledger = Ledger(kept.storage())
+    ledger.reserve(replace(FIRST, release=False), free)
+    spent = ledger.spent(1e-3)
+    now = replace(FIRST, data="e" * 64, adapter="c" * 64, release=True)
+    ledger.reserve(now, free)
+    ledger.seal(now, b"reply")
+    (entry,) = Ledger(kept.storage()).entries()
+    assert entry.reservation == now
+    assert len(entry.at) == 2
+    assert ledger.spent(1e-3) == spent
+    assert len(kept.lines()) == 3
+
+
+def test_a_measure_of_the_same_round_is_charged_and_sealed_beside_it(kept: Kept) -> None:
+    ledger, measure = Ledger(kept.storage()), replace(FIRST, purpose=MEASURE, plan="m", data="v" * 64)
+    ledger.reserve(FIRST, free)
+    one = ledger.spent(1e-3).value
+    ledger.reserve(measure, free)
+    assert ledger.spent(1e-3).value > one
+    ledger.seal(measure, b"gain")
+    assert ledger.sealed(KEY, PLAN) is None
+    assert ledger.seal(FIRST, b"reply") == b"reply"
+    assert ledger.sealed(measure.key, "m") == b"gain"
+    assert len(kept.blobs()) == 2
+    ledger.sent(measure.key)
+    assert [entry.state for entry in ledger.entries()] == [SEALED, SENT]
+    assert ledger.sealed(KEY, PLAN) == b"reply"
+
+
+def test_an_echo_can_refuse_and_never_permit(kept: Kept) -> None:
+    ledger = Ledger(kept.storage())
+    with pytest.raises(Refusal, match="holds 0 events and the server heard of 1"):
+        ledger.sealed(KEY, PLAN, echo=1)
+    assert ledger.reserve(FIRST, free) == 2
+    ledger.seal(FIRST, b"reply")
+    for echo in (-1, 0, 1, 3):
+        assert ledger.sealed(KEY, PLAN, echo=echo) == b"reply"
+    for attempt in (KEY, replace(FIRST, round=2).key):
+        with pytest.raises(Refusal, match="holds 3 events and the server heard of 4"):
+            ledger.sealed(attempt, PLAN, echo=4)
+    with pytest.raises(Refusal, match="another plan"):
+        ledger.sealed(KEY, "p2", echo=-5)
+    assert len(kept.lines()) == 3

@@ -152,6 +152,10 @@ def test_a_request_made_once_for_many_is_a_message_of_its_own_for_each():
     another = Train(plan=dataclasses.replace(PLAN, steps=99), adapter=b"other")
     assert records.request_from_records("train", records.request_to_records(another)) == another
     assert records.request_from_records("train", other) == train
+    echoed = dataclasses.replace(train, echo=7)
+    told = records.request_to_records(echoed)
+    assert told["arrays"] is one["arrays"]  # who is told something else is sent the same adapter
+    assert records.request_from_records("train", told) == echoed
 
 
 def with_records(**changes):

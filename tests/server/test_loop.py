@@ -7,6 +7,7 @@ import torch
 
 from conf.errors import AntherError
 from models.adapter import to_tensors
+from protocol import records
 from protocol.codec import encode
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from server import checkpoint
@@ -67,6 +68,27 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, dies_after):
     assert outcome(resumed) == outcome(whole)
     assert encode(to_tensors(resumed.adapter)) == encode(to_tensors(whole.adapter))
     assert encode(to_tensors(resumed.best_adapter)) == encode(to_tensors(whole.best_adapter))
+
+
+def test_a_server_that_starts_again_still_knows_how_far_ledgers_had_come(tmp_path):
+    def ask(rounds, state):
+        grid, heard = CohortGrid([FakeDevice(name) for name in "ab"], perform), []
+
+        def noted(messages, **_timeout):
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.message_type == "train":
+                    heard.append(records.request_from_records("train", message.content).echo)
+            return CohortGrid.send_and_receive(grid, messages)
+
+        grid.send_and_receive = noted
+        run_rounds(
+            grid=grid, strategy=strategy(), state=state, rounds=rounds, checkpoints=tmp_path, on_round=lambda _: None
+        )
+        return heard
+
+    assert ask(2, fresh_state()) == [0, 0, 3, 3]
+    assert ask(3, checkpoint.load(tmp_path, sites=SITES)) == [3, 3]
 
 
 def test_a_complete_run_is_left_alone(tmp_path):

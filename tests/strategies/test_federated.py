@@ -13,11 +13,13 @@ from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
+from strategies.facts import DeviceFacts
 from strategies.measuring import Measuring
 from strategies.planning import Limits
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
 
+IDLE = dict.fromkeys(("rank", "steps", "bytes_down", "bytes_up"), 0) | {"seconds": 0.0, "joules": 0.0, "epsilon": None}
 PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
 NOISED = Measuring(
     every=2, among_pictures=MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
@@ -89,6 +91,7 @@ MISBEHAVIOURS = {
         lambda reply: replace(reply, joules=-1.0),
         lambda reply: replace(reply, seconds=1e300),
         lambda reply: replace(reply, epsilon=-1.0),
+        lambda reply: replace(reply, events=-1),
         lambda reply: replace(reply, events=10**4000),
         lambda reply: replace(reply, quality="guessed"),
         lambda reply: replace(reply, adapter=bytes(2**20)),
@@ -141,6 +144,32 @@ def test_facts_of_a_good_round():
     assert (facts.bytes_down, facts.bytes_up) == (2 * size, 2 * size)
     assert (facts.seconds, facts.joules, facts.loss, facts.epsilon) == (3.0, 4.0, 0.5, None)
     assert facts.diagnostics["energy"] == pytest.approx(1.0)
+
+
+def test_each_device_is_told_how_far_its_ledger_had_come():
+    """The largest count of a good update; nobody else's, and no smaller one later."""
+    federated = strategy()
+
+    def echoes():
+        messages = federated.configure_train(1, start(), ConfigRecord(), CohortGrid(devices, perform))
+        requests = [records.request_from_records("train", message.content) for message in messages]
+        assert len({request.adapter for request in requests}) == 1
+        assert {request.plan for request in requests} == {replace(PLAN, round=1)}
+        return {name: request.echo for name, request in zip("abc", requests, strict=True)}
+
+    def told(events):
+        return lambda reply: replace(reply, events=events) if hasattr(reply, "events") else reply
+
+    devices = [FakeDevice("a", misbehave=told(7)), FakeDevice("b"), FakeDevice("c", misbehave=filled(1e9))]
+    assert echoes() == {"a": 0, "b": 0, "c": 0}
+    train(federated, devices)
+    assert echoes() == {"a": 7, "b": 3, "c": 0}
+    assert federated.trained.devices["a"].events == 7
+    devices[0].misbehave = told(2)
+    train(federated, devices)
+    assert echoes() == {"a": 7, "b": 3, "c": 0}
+    federated.remember({"b": DeviceFacts(**IDLE, events=2), "c": DeviceFacts(**IDLE, events=9)})
+    assert echoes() == {"a": 7, "b": 3, "c": 9}
 
 
 def test_simulated_noise_is_no_release():

@@ -1,0 +1,171 @@
+"""What this device has shared, and what that costs of its owner's privacy:  python -m client.ledger [--json]
+
+`reset --forget` sets the ledger aside and begins a new one, for when it was lost or damaged and there is no backup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from client.home import files_of
+from conf.errors import AntherError
+from privacy import policy
+from privacy.accounting import Guarantee, PoissonGaussian
+from privacy.anchors import read_marker
+from privacy.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, SENT, TRAIN, History, Ledger, Reservation
+from privacy.policy import Policy
+from privacy.storage import Files
+
+USAGE, WIDTH = 2, 130
+
+FRESH = "nothing was ever shared from here: there is no ledger"
+FORGOTTEN = """The old ledger is now in {aside}.
+From here on ε is counted from 0 again, though what was shared stays shared: of pictures that were trained on before, it
+is what both ledgers count together. A run whose server knew the old ledger refuses to be forgotten: this device takes
+part again with the next run."""
+
+STATES = {RESERVED: "charged", SEALED: "reply sealed", SENT: "reply received"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: 2, with one line on standard error, if the ledger can't be believed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m client.ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=("show", "reset"), default="show")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="the node's `store` (default: in ANTHER_HOME)")
+    parser.add_argument("--name", help="the node's `name` (default: the machine's, or what the store says)")
+    parser.add_argument("--json", action="store_true", help="show it as JSON")
+    parser.add_argument("--forget", action="store_true", help="with reset: yes, count ε from 0 again")
+    asked = parser.parse_args(arguments)
+    try:
+        files = find(asked.store, asked.name)
+        print(reset(files, sure=asked.forget) if asked.command == "reset" else show(files, as_json=asked.json))
+    except AntherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    return 0
+
+
+def find(store: Path | None, name: str | None) -> Files:
+    """The files of the device that its node calls so, or whose store is there."""
+    files = files_of(name or (store.name if store else platform.node()) or "device", store)
+    if store and not name and (marker := files.read(MARKER)) is not None:
+        head = Path(read_marker(marker, files.where(MARKER)).head)
+        files = Files(store, heads=head.parent)
+    return files
+
+
+def show(files: Files, *, as_json: bool = False) -> str:
+    """The ledger in words, or as JSON. AntherError if chain or anchors don't hold."""
+    known = [files.folder / JOURNAL, files.folder / MARKER, files.heads / JOURNAL]
+    ledger = Ledger(files)
+    history = ledger.history() if any(path.exists() for path in known) else History()
+    owners = policy.load(files.folder / "policy.toml")
+    if as_json:
+        return json.dumps(as_plain(history, owners, ledger), indent=2)
+    return in_words(history, owners, ledger, files) if history.entries else FRESH
+
+
+def reset(files: Files, *, sure: bool) -> str:
+    """Set the ledger aside; what that means. AntherError unless its owner is sure."""
+    if not sure:
+        raise AntherError(
+            "reset forgets what this device has promised: ε is counted from 0 again; say `reset --forget` if that is "
+            "meant, or restore the ledger from a backup"
+        )
+    aside = files.set_aside(JOURNAL, OUTBOX, MARKER)
+    return FRESH if aside is None else FORGOTTEN.format(aside=aside)
+
+
+def as_plain(history: History, owners: Policy, ledger: Ledger) -> dict[str, Any]:
+    """All of it as plain values; ε is null where none can be promised."""
+    spent = ledger.spent(owners.delta) if history.entries else Guarantee(0.0, owners.delta)
+    return {
+        "ledger": history.ledger,
+        "events": history.events,
+        "epsilon": {**dataclasses.asdict(spent), "value": spent.value if spent.value < math.inf else None},
+        "max_epsilon": owners.max_epsilon,
+        "entries": [
+            {
+                "state": entry.state,
+                **dict(zip(STATES, entry.at, strict=False)),  # when
+                **{name: value for name, value in _fields(entry.reservation).items() if name != "mechanism"},
+                "mechanism": vars(mechanism) if isinstance(mechanism, PoissonGaussian) else None,
+                "sha256": entry.sha256,
+            }
+            for entry in history.entries.values()
+            for mechanism in [entry.reservation.mechanism]
+        ],
+    }
+
+
+def in_words(history: History, owners: Policy, ledger: Ledger, files: Files) -> str:
+    """A table of what was shared with each run, and what it all comes to."""
+    from rich.console import Console, Group  # slow imports, so only here
+    from rich.table import Table
+
+    tables: dict[str, Table] = {}
+    for entry in history.entries.values():
+        made = entry.reservation
+        if made.run not in tables:
+            tables[made.run] = Table(title=f"shared with run {made.run}", title_justify="left")
+            for heading in ("round", "what", "noise", *STATES.values(), "release"):
+                tables[made.run].add_column(heading, justify="right" if heading == "round" else "left")
+        when = [at[:16].replace("T", " ") for at in entry.at]  # 2031-05-06 07:08, in UTC as it was noted
+        tables[made.run].add_row(
+            str(made.round), "adapter" if made.purpose == TRAIN else "measure", _noise(made),
+            *when, *["–"] * (len(STATES) - len(when)), "yes" if made.release else "no: test",
+        )  # fmt: skip
+    known = f"Ledger {str(history.ledger)[:8]} of {files.folder}, {history.events} events; times are UTC."
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    with console.capture() as captured:
+        console.print(Group(*tables.values(), *_promise(history, owners, ledger), known), highlight=False)
+    return captured.get().rstrip("\n")
+
+
+def _promise(history: History, owners: Policy, ledger: Ledger) -> list[str]:
+    """What everything together promises, and how much of the cap is left."""
+    spent, entries = ledger.spent(owners.delta), history.entries.values()
+    lines = []
+    if spent.value == math.inf:
+        bare = sum(not isinstance(entry.reservation.mechanism, PoissonGaussian) for entry in entries)
+        lines.append(f"{bare} of {len(entries)} were shared without noise: no ε can be promised.")
+    else:
+        lines.append(f"All of it together: {spent}. It bounds what anybody can learn of any one picture.")
+        if owners.max_epsilon is None:
+            lines.append("policy.toml sets no max_epsilon: nothing ends this.")
+        else:
+            left = max(0.0, owners.max_epsilon - spent.value)
+            lines.append(f"policy.toml allows ε={owners.max_epsilon:g} at this δ: {left:.3g} is left.")
+    if simulated := sum(not entry.reservation.release for entry in entries):
+        lines.append(f"{simulated} of {len(entries)} were made with a test's reproducible noise: not a release.")
+    if waiting := sum(entry.state == RESERVED for entry in entries):
+        lines.append(f"{waiting} are charged and have no sealed reply: what was charged stays charged.")
+    if (sets := len({entry.reservation.data for entry in entries})) > 1:
+        lines.append(f"The pictures changed in between: there were {sets} sets; ε bounds what was shared of each one.")
+    return lines
+
+
+def _noise(made: Reservation) -> str:
+    match made.mechanism:
+        case PoissonGaussian(noise_multiplier=sigma, sampling_rate=q, steps=steps):
+            return f"σ={sigma:.3g} C={made.clip:g} q={q:.3g}, {steps} steps"
+        case _:
+            return "none"
+
+
+def _fields(made: Reservation) -> dict[str, Any]:
+    return {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
