@@ -253,7 +253,8 @@ def _of_plan(history: History, key: Key, plan: str) -> Entry | None:
 
 
 def _named(entry: Entry) -> str:
-    return f"round {entry.reservation.round} of run {entry.reservation.run!r}"
+    purpose = "" if entry.reservation.purpose == TRAIN else f"the {entry.reservation.purpose} of "
+    return f"{purpose}round {entry.reservation.round} of run {entry.reservation.run!r}"
 
 
 def _mechanisms(history: History) -> list[Mechanism]:

@@ -147,7 +147,7 @@ class Policy:
                 raise Refusal("this device has shared with example privacy before, and shares nothing without it since")
             return
         if any(isinstance(event, NonPrivate) for event in past):
-            raise Refusal("this device has shared without privacy before, so no ε can be promised; start a new store")
+            raise Refusal("this device has shared without privacy before, so no ε can be promised any more")
         cap = EPSILON_UNSAID if self.max_epsilon is None else self.max_epsilon
         cost = epsilon([*past, new], self.delta)
         if cost.value > cap:

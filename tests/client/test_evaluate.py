@@ -208,6 +208,6 @@ def test_a_sealed_gain_is_the_message_that_was_made(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     reply = ask(NOISED, device)
     reservation = device.store.ledger.entries()[0].reservation
-    sealed = device.store.ledger.sealed(reservation)
+    sealed = device.store.ledger.sealed(reservation.key, reservation.plan)
     assert sealed is not None
     assert messages.from_json(Evaluation, sealed.decode()) == reply
