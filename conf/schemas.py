@@ -123,6 +123,7 @@ class Strategy:
     max_rank: int | None = None  # cap on the rank of the global adapter; null: adapter.rank for fedit, none for exact
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
+    decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, ("exact", "fedit"))
@@ -280,6 +281,7 @@ class EvaluationConfig:
     """How the final arms (base, local, shared, personal) are judged, and on which devices."""
 
     devices: int | None = None  # that get a personal adapter and are judged; null: one of each writer
+    local: bool = True  # train everybody alone too, to compare: as much work again as the federation
     timesteps: int = 3  # fixed timesteps, and one fixed noise for each, per held-out glyph
     gallery: int = 4  # test glyphs drawn per writer; 0: no pictures, no judge
     steps: int = 6  # DDIM steps of a drawn glyph

@@ -1,7 +1,7 @@
-"""The four arms on glyphs that nobody trained on: base, local, shared, personal.
+"""The arms on glyphs that nobody trained on: base, local, shared, personal.
 
-*local* is the same device alone: the total steps and the total rank that it spends on the other two, a
-learning rate of its own, its best validation checkpoint.
+*local*, which may be left out, is the same device alone: the total steps and the total rank that it spends on the other
+two, a learning rate of its own, its best validation checkpoint.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from training.jobs import EarlyStopping, Encode, Examples, Job, Measure, Result,
 from training.memory import for_looking
 from typefaces.judge import Judge, legible, style_match
 
-ARMS = ("base", "local", "shared", "personal")
+BASE, REAL = "base", "real"  # the arm without an adapter, and the pictures that were held out
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
-Adapters = Mapping[str, Mapping[str, Adapter]]  # arm -> device -> adapter; base has none
+Adapters = Mapping[str, Mapping[str, Adapter]]  # arm -> device -> adapter, in the order of the arms; base has none
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,14 @@ def train_local(
     return {person.name: cast(Trained, _sound(result)).adapter for person, result in zip(people, found, strict=True)}
 
 
-def arms(people: Sequence[Participant], local: Mapping[str, Adapter], shared: Adapter, base: Base) -> Adapters:
+def arms(people: Sequence[Participant], local: Mapping[str, Adapter] | None, shared: Adapter, base: Base) -> Adapters:
     """What each arm adds to the base on each device; a personal adapter counts with the shared one it sits on."""
     personal = {}
     for person in people:
         kept = person.device.store.personal(base.sites)
         personal[person.name] = concatenate([kept.shared, kept.adapter]) if kept else shared
-    return {"local": local, "shared": {person.name: shared for person in people}, "personal": personal}
+    alone = {} if local is None else {"local": local}
+    return {**alone, "shared": {person.name: shared for person in people}, "personal": personal}
 
 
 def losses(
@@ -96,7 +97,7 @@ def losses(
 ) -> dict[str, dict[str, float]]:
     """Held-out test loss of every person under every arm."""
     found: dict[str, dict[str, float]] = {person.name: {} for person in people}
-    for arm in ARMS:
+    for arm in (BASE, *adapters):
         jobs: list[Job] = [
             Measure(examples=pools.test[person.name], adapter=adapters.get(arm, {}).get(person.name))
             for person in people
@@ -117,7 +118,7 @@ def gallery(
     wanted: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
     for person in people:
         for picture in chosen[person.name]:
-            for arm in ARMS:
+            for arm in (BASE, *adapters):
                 adapter = adapters.get(arm, {}).get(person.name)
                 wanted[arm, _owner(arm, person), picture.caption] = adapter
     distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
@@ -138,10 +139,10 @@ def gallery(
         person.name: Drawn(
             captions=tuple(picture.caption for picture in chosen[person.name]),
             arms={
-                "real": np.stack([base.fit(picture.pixels) for picture in chosen[person.name]]),
+                REAL: np.stack([base.fit(picture.pixels) for picture in chosen[person.name]]),
                 **{
                     arm: np.stack([pictures[arm, _owner(arm, person), p.caption] for p in chosen[person.name]])
-                    for arm in ARMS
+                    for arm in (BASE, *adapters)
                 },
             },
         )
@@ -159,14 +160,15 @@ def scores(judge: Judge, people: Sequence[Participant], drawn: Mapping[str, Draw
     found: dict[str, dict[str, Score]] = {}
     for person in writers:
         arms = {arm: glyphs(pictures) for arm, pictures in drawn[person.name].arms.items()}
-        reading = judge.read(arms["real"])
+        reading = judge.read(arms[REAL])
         others = [style for name, style in styles.items() if name != person.name]
         found[person.name] = {
             arm: Score(
                 legibility=float(legible(judge.read(arms[arm]), reading).mean()),
                 style=style_match(judge.embed(arms[arm]), styles[person.name], others) if others else None,
             )
-            for arm in ARMS
+            for arm in arms
+            if arm != REAL
         }
     return found
 

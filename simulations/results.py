@@ -25,7 +25,7 @@ from server.report.report import DeviceRow, GalleryRow, Report, write
 from server.state import State
 from simulations import evaluation
 from simulations.display import Display
-from simulations.evaluation import ARMS, Drawn, Perform, Score
+from simulations.evaluation import Drawn, Perform, Score
 from simulations.fleet import Participant
 from simulations.output import config_hash
 from strategies.facts import DeviceFacts, device_epsilon
@@ -55,9 +55,10 @@ def finish(
     command: str,
 ) -> dict[str, Any]:
     """Train the local arm of those who were chosen, judge all their arms, write everything; the summary."""
-    display.phase("training everyone alone, to compare")
-    pools = evaluation.encoded(chosen, perform)
-    local = evaluation.train_local(config, base, chosen, pools, perform)
+    pools, local = evaluation.encoded(chosen, perform), None
+    if config.evaluation.local:
+        display.phase("training everyone alone, to compare")
+        local = evaluation.train_local(config, base, chosen, pools, perform)
     adapters = evaluation.arms(chosen, local, state.best_adapter, base)
     export_adapters(folder / "adapters", base, chosen, adapters, state.best_adapter)
     display.phase("measuring held-out letters")
@@ -94,7 +95,8 @@ def judge_all(
     scores = evaluation.scores(judge.load(assets.locate("judge"), str(base.device)), people, drawn) if drawn else {}
     return {
         person.name: {
-            arm: Judged(losses[person.name][arm], *scores.get(person.name, {}).get(arm, Score())) for arm in ARMS
+            arm: Judged(loss, *scores.get(person.name, {}).get(arm, Score()))
+            for arm, loss in losses[person.name].items()
         }
         for person in people
     }
@@ -116,8 +118,10 @@ def summarise(
         return dataclasses.asdict(max(found, key=lambda guarantee: guarantee.value)) if found else None
 
     def mean(field: str) -> dict[str, float | None]:
-        values = {arm: [getattr(one[arm], field) for one in judged.values()] for arm in ARMS}
-        known = {arm: [value for value in found if value is not None] for arm, found in values.items()}
+        known: dict[str, list[float]] = {}
+        for one in judged.values():
+            for arm, result in one.items():
+                known.setdefault(arm, []).extend([] if getattr(result, field) is None else [getattr(result, field)])
         return {arm: sum(found) / len(found) if found else None for arm, found in known.items()}
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -143,7 +147,7 @@ def summarise(
 def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping[str, Mapping[str, Judged]]) -> None:
     """Every person's numbers, for paired comparisons."""
     rows = [
-        {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(judged[p.name][arm]) for arm in ARMS}}
+        {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(one) for arm, one in judged[p.name].items()}}
         for p in people
     ]
     durable.write(file, json.dumps(rows, indent=1).encode())
@@ -195,7 +199,8 @@ def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) 
     idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
     facts = dataclasses.asdict(state.devices.get(person.name, idle))
     del facts["events"]  # what the server echoes: no cost of anything
-    return DeviceRow(name=person.name, profile=person.profile, loss={arm: judged[arm].loss for arm in ARMS}, **facts)
+    losses = {arm: one.loss for arm, one in judged.items()}
+    return DeviceRow(name=person.name, profile=person.profile, loss=losses, **facts)
 
 
 def gallery_row(person: Participant, drawn: Drawn) -> GalleryRow:

@@ -20,7 +20,7 @@ from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.federated import Federated
 from strategies.measuring import measuring, spending
-from strategies.planning import Limits
+from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
 from strategies.registry import AGGREGATIONS, Combination, refusal
 from strategies.selection import Selection
@@ -68,6 +68,7 @@ def build(
         measuring=measuring(config, simulated=accept_simulated),
         limits=limits,
         frame=frame,
+        decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
         device_level=level,
     )

@@ -40,7 +40,7 @@ from protocol.messages import (
 from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation
 from strategies.measuring import Measuring
-from strategies.planning import Limits, plan_for
+from strategies.planning import Cosine, Limits, plan_for
 from strategies.private import DeviceLevel, changes
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
@@ -91,6 +91,7 @@ class Federated(Strategy):
         measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
             after none).
         frame: the factors that stay, of a plan that trains cores between them.
+        decay: of the plan's learning rate (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
@@ -109,6 +110,7 @@ class Federated(Strategy):
         evaluation: Selection | None = None,
         measuring: Measuring | None = None,
         frame: Adapter | None = None,
+        decay: Cosine | None = None,
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
     ) -> None:
@@ -127,7 +129,7 @@ class Federated(Strategy):
         if measuring.every and device_level and not measuring.among_devices:
             raise ValueError("measuring: a run that is private per device keeps no measure without noise")
         self.sites, self.frame, self.device_level = sites, frame, device_level
-        self._plan, self._limits = plan, limits
+        self._plan, self._limits, self._decay = plan, limits, decay
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
@@ -198,6 +200,8 @@ class Federated(Strategy):
         if self.frame:
             data = encode(to_framed_tensors(adapter, self.frame))
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
+        if self._decay:
+            full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
         upload = 4 * sum(site.inputs + site.outputs for site in self.sites.values())
         if self.frame:
             upload = 4 * len(self.sites) * full.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from protocol.messages import DeviceReport, TrainingPlan
@@ -17,6 +18,20 @@ class Limits:
     """Directions asked of a device on a metered link; None: as many as of the others."""
     deadline: float | None = None
     """Seconds that a round may take a device, its transfers included; None: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """A learning rate that falls to zero over the rounds (Loshchilov & Hutter, 2017, arXiv:1608.03983, eq. 5).
+
+    Noise that training has gathered is forgotten towards its end, and little new comes in.
+    """
+
+    rounds: int
+
+    def __call__(self, rate: float, round: int) -> float:
+        """The rate of a round from 1 on, of which the first has the whole."""
+        return rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / self.rounds))
 
 
 def plan_for(

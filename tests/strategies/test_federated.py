@@ -15,7 +15,7 @@ from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
 from strategies.facts import DeviceFacts
 from strategies.measuring import Measuring
-from strategies.planning import Limits
+from strategies.planning import Cosine, Limits
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
 
@@ -394,3 +394,15 @@ def test_arrays_of_another_kind_are_refused():
     grid = CohortGrid([FakeDevice("a")], perform)
     with pytest.raises(Exception, match="one safetensors entry"):
         strategy().configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+
+
+def test_the_rate_of_a_plan_falls_over_the_rounds_if_it_is_to():
+    grid = CohortGrid([FakeDevice("a")], perform)
+
+    def rate(federated, number):
+        (message,) = federated.configure_train(number, start(), ConfigRecord(), grid)
+        return records.request_from_records(records.TRAIN, message.content).plan.learning_rate
+
+    assert [rate(strategy(), number) for number in (1, 4)] == [PLAN.learning_rate] * 2
+    falling = strategy(decay=Cosine(rounds=6))
+    assert [rate(falling, number) for number in (1, 4)] == pytest.approx([PLAN.learning_rate, PLAN.learning_rate / 2])

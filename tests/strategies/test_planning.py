@@ -1,11 +1,12 @@
 """Plans fit the device."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
 from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
-from strategies.planning import Limits, plan_for
+from strategies.planning import Cosine, Limits, plan_for
 from strategies.selection.everyone import Everyone
 from strategies.selection.sample import Sample
 
@@ -70,3 +71,12 @@ def test_a_sample_of_fewer_devices_is_everyone():
     assert Sample(size=5, seed=1).select([], round=1) == []
     with pytest.raises(ValueError, match="size"):
         Sample(size=0, seed=1)
+
+
+def test_a_cosine_falls_from_the_whole_rate_towards_zero():
+    rates = [Cosine(rounds=8)(0.5, number) for number in range(1, 9)]
+    assert rates[0] == 0.5
+    assert rates[4] == pytest.approx(0.25)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+    assert 0 < rates[-1] < 0.05 * rates[0]
+    assert Cosine(rounds=1)(0.5, 1) == 0.5
