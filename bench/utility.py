@@ -8,8 +8,8 @@ letters; the personal adapter, which needs no noise and would hide a useless sha
     example-8  DP-SGD on every device, ε = 8 per image          example-2  the same, ε = 2
     device-8   the server's clip and noise, ε = 8 per device
 
-Test writers are looked at once. `--tune` runs on development writers, of whom there are few: there ε is raised until the
-noise on the mean is what so many test writers will see (such a run is no release, and says nothing of privacy).
+Test writers are looked at once. `--tune` runs on development writers, of whom there are few: there ε is raised until
+the noise on the mean is what so many test writers will see (such a run is no release, and says nothing of privacy).
 """
 
 from __future__ import annotations
@@ -32,40 +32,42 @@ from bench.machine import machine, versions
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 
 DELTA, PICTURES, WRITERS, DEVELOPMENT = 1e-3, 20, 200, 20
-ROUNDS, STEPS, BATCH = 20, 5, 5
-DEVICE_ROUNDS = 20
+ROUNDS, STEPS, BATCH = 20, 5, 5  # with privacy of examples
+FEWER_ROUNDS = 10  # with privacy of devices: each has its noise
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
-COMMON = (
-    "strategy.decay=true", f"data.train={PICTURES}", "evaluation.local=false", "evaluation.gallery=0", "tracker=none",
-)  # fmt: skip
-CORES = ("strategy=fedit", "adapter.frame=glyphs-frame", f"rounds={ROUNDS}", f"adapter.shared.steps={STEPS}")
+COMMON = (f"data.train={PICTURES}", "evaluation.local=false", "evaluation.gallery=0", "tracker=none")
+CORES = ("strategy=fedit", "adapter.frame=glyphs-frame")
+EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS}", f"adapter.shared.steps={STEPS}",
+           f"adapter.shared.batch_size={BATCH}")  # fmt: skip
 
 
 class Form(NamedTuple):
     """One way to run the federation."""
 
     overrides: tuple[str, ...]
+    learning_rate: float
     level: str = "none"
     epsilon: float | None = None
 
 
 FORMS: Mapping[str, Form] = {
-    "reference": Form(("strategy=exact", "rounds=30", "adapter.shared.steps=5")),
-    "open": Form((*CORES, f"adapter.shared.batch_size={BATCH}", "adapter.shared.learning_rate=0.02")),
-    "example-8": Form(
-        (*CORES, f"adapter.shared.batch_size={BATCH}", "adapter.shared.learning_rate=0.15"), "example", 8.0
+    "reference": Form(("strategy=exact", "strategy.decay=true", "rounds=30", "adapter.shared.steps=5"), 0.006),
+    "open": Form(EXAMPLE, 0.02),
+    "example-8": Form(EXAMPLE, 0.15, "example", 8.0),
+    "example-2": Form(EXAMPLE, 0.08, "example", 2.0),
+    "device-8": Form(
+        (*CORES, f"rounds={FEWER_ROUNDS}", "adapter.shared.steps=10", "adapter.shared.batch_size=10"),
+        0.02,
+        "device",
+        8.0,
     ),
-    "example-2": Form(
-        (*CORES, f"adapter.shared.batch_size={BATCH}", "adapter.shared.learning_rate=0.08"), "example", 2.0
-    ),
-    "device-8": Form((*CORES, "adapter.shared.batch_size=10", "adapter.shared.learning_rate=0.02"), "device", 8.0),
 }
 
 
 def louder(form: Form) -> float:
     """The ε at which so few development writers leave as much noise on the mean as all test writers at the form's."""
     assert form.epsilon
-    rate, steps = (BATCH / PICTURES, ROUNDS * STEPS) if form.level == "example" else (1.0, DEVICE_ROUNDS)
+    rate, steps = (BATCH / PICTURES, ROUNDS * STEPS) if form.level == "example" else (1.0, FEWER_ROUNDS)
     few = DEVELOPMENT / WRITERS
     sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=rate, steps=steps)
     # Each device's noise is divided by √devices in the mean, the server's by their number.
@@ -74,15 +76,17 @@ def louder(form: Form) -> float:
     return epsilon([event], DELTA).value
 
 
-def command(name: str, form: Form, seed: int, *, tune: bool, writers: int, overrides: Sequence[str]) -> list[str]:
+def command(form: Form, seed: int, *, tune: bool, writers: int, overrides: Sequence[str]) -> list[str]:
     """What runs it."""
     whose = ["data.role=development"] if tune else ["data.role=test"]
-    private = [f"privacy={form.level}"]
+    private, rate = [f"privacy={form.level}"], form.learning_rate
+    if tune and form.level == "example":  # whose AdamW divides by its own device's noise
+        rate *= (DEVELOPMENT / WRITERS) ** 0.5
     if form.epsilon:
         private += [f"privacy.delta={DELTA}", f"privacy.epsilon={louder(form) if tune else form.epsilon}"]
     return [
         sys.executable, "-m", "simulations.run", *COMMON, *form.overrides, *private, *whose, f"data.writers={writers}",
-        f"seed={seed}", *overrides,
+        f"adapter.shared.learning_rate={rate}", f"seed={seed}", *overrides,
     ]  # fmt: skip
 
 
@@ -158,7 +162,7 @@ def main() -> None:
     for seed in arguments.seeds:
         results[seed] = {}
         for name in chosen:
-            made = command(name, FORMS[name], seed, tune=arguments.tune, writers=writers, overrides=overrides)
+            made = command(FORMS[name], seed, tune=arguments.tune, writers=writers, overrides=overrides)
             folder = arguments.runs / ("tune" if arguments.tune else "test") / f"{name}-{seed}"
             results[seed][name] = run(made, folder)
     arms = ("shared", "personal")
@@ -167,10 +171,14 @@ def main() -> None:
         for seed, forms in results.items()
     }
     record = {
-        "command": " ".join(["python -m bench.utility", *sys.argv[1:]]), "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "command": " ".join(["python -m bench.utility", *sys.argv[1:]]),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers", "flwr", "dp-accounting"),
-        "writers": writers, "pictures": PICTURES, "kept": shares, "results": results,
-    }  # fmt: skip
+        "writers": writers,
+        "pictures": PICTURES,
+        "kept": shares,
+        "results": results,
+    }
     out = arguments.out or Path("bench/results") / ("utility-tuning.json" if arguments.tune else "utility.json")
     out.write_text(json.dumps(record, indent=2) + "\n")
     Console(width=160).print(table(results, writers))
