@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import time
 
+import dp_accounting
 import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +61,41 @@ def test_agrees_with_opacus(sigma: float, rate: float, steps: int, delta: float)
     found = epsilon(events(sigma, rate, steps), delta).value
     assert found == pytest.approx(prv.get_epsilon(delta), rel=0.01)
     assert found <= rdp.get_epsilon(delta)
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "steps", "delta"),
+    [
+        (8, 1.0, 10, 1e-3),
+        (1, 0.1, 50, 1e-5),
+        pytest.param(8, 0.25, 100, 1e-3, marks=pytest.mark.slow),  # pytest -m slow tests/privacy/test_accounting.py
+        pytest.param(2, 0.25, 100, 1e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_sigma_is_that_of_dp_accounting_on_a_fine_grid(target: float, rate: float, steps: int, delta: float) -> None:
+    """Its own search, over its own PLD on a grid of 1e-4."""
+
+    def event(sigma: float) -> dp_event.DpEvent:
+        step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+        return dp_event.SelfComposedDpEvent(step, steps)
+
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    wanted = dp_accounting.calibrate_dp_mechanism(
+        lambda: PLDAccountant(relation, value_discretization_interval=1e-4), event, target, delta,
+        dp_accounting.ExplicitBracketInterval(0.3, 30.0), tol=1e-4,
+    )  # fmt: skip
+    found = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
+    assert found == pytest.approx(wanted, rel=0.005)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.7, 20), st.floats(0.01, 1.0), st.integers(1, 200), st.sampled_from([1e-3, 1e-6]))
+def test_renyi_accounting_is_never_below(sigma: float, rate: float, steps: int, delta: float) -> None:
+    from opacus.accountants import RDPAccountant
+
+    renyi = RDPAccountant()
+    renyi.history = [(sigma, rate, steps)]
+    assert epsilon(events(sigma, rate, steps), delta).value <= 1.005 * renyi.get_epsilon(delta) + 1e-4
 
 
 def test_two_halves_are_the_whole_and_less_than_their_sum() -> None:
