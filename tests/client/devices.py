@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from client.data import Pictures
 from client.device import Device
@@ -60,12 +61,13 @@ def make_device(
 
 
 def adapter(rank: int, seed: int = 0) -> Adapter:
-    """One whose product is not zero."""
-    drawn = initial(SITES, rank, seed)
-    return {
-        name: Factors(a, 0.1 * torch.arange(b.numel(), dtype=torch.float32).view_as(b))
-        for name, (a, b) in drawn.items()
-    }
+    """One whose product is not zero, of a norm that a device takes."""
+
+    def counted(b: Tensor) -> Tensor:
+        numbers = torch.arange(b.numel(), dtype=torch.float32).view_as(b)
+        return numbers / numbers.norm().clamp_min(10.0)
+
+    return {name: Factors(a, counted(b)) for name, (a, b) in initial(SITES, rank, seed).items()}
 
 
 def know_epsilon(most: int) -> None:

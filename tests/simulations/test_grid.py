@@ -90,7 +90,7 @@ def test_a_request_that_can_not_be_read_is_one_nodes_error():
     messages[1].content["message"] = ConfigRecord({"json": "{"})
     replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
     assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
-    assert replies[2].error.reason.startswith("malformed message: must hold json")  # the server may know why
+    assert replies[2].error.reason.startswith("refused: malformed message: must hold json")  # the server may know why
 
 
 def test_waves_are_bounded_and_answered_as_they_are_read(monkeypatch):
