@@ -140,7 +140,10 @@ def own_pictures(folders: Sequence[str]) -> list[tuple[str, Pictures]]:
         pictures = load_folder(folder)
         for split in ("validation", "test"):
             if not getattr(pictures, split):
-                raise AntherError(f"{folder}: no pictures in {split}/: some must be held out to measure by")
+                raise AntherError(
+                    f"{folder}: no pictures for {split}: some must be held out to measure by; add some, or sort them "
+                    "into folders train, validation and test"
+                )
         found.append((slug(Path(folder).resolve().name), pictures))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
