@@ -52,9 +52,7 @@ MISTAKES = {
     "roundz=3": "roundz: no such key; did you mean rounds?",
     "adapter.shared.rnk=3": "adapter.shared.rnk: no such key; did you mean adapter.shared.rank?",
     "rank=3": "rank: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
-    "adapter.zzz=3": (
-        "adapter.zzz: no such key; known here: sites, frame, shared, personal, local, look_every, patience"
-    ),
+    "cohort.zzz=3": "cohort.zzz: no such key; known here: memory_gib, compiled",
     "+adapter.rnk=3": "adapter.rnk: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
     "++sede=3": "sede: no such key; did you mean seed?",
     "fleet.profiles=[{nam: a}]": "fleet.profiles: 'nam' is no key of a Profile",
