@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-slow format clean
+.PHONY: help simulate audit gate test test-slow format clean
 
 help:  ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ help:  ## list what there is to make
 
 simulate: $(INSTALLED)  ## a whole federation on this machine, with a report (ARGS="key=value …")
 	@$(BIN)/python -m simulations.run $(ARGS)
+
+audit: $(INSTALLED)  ## attack what privacy promises, and leave a page (ARGS="'runs=[DIR,DIR]'": those runs)
+	@$(BIN)/python -m simulations.audit $(ARGS)
+
+gate: $(INSTALLED)  ## 20,000 malicious messages: what they cost, and whether one comes in
+	@$(BIN)/python -m bench.gate $(ARGS)
 
 test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones, with coverage
 	$(BIN)/ruff check .

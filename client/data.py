@@ -2,14 +2,18 @@
 
 `metadata.jsonl` holds one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`. Sub-folders `train`,
 `validation` and `test` split the pictures, each with its own metadata.jsonl or named in the one above; without them
-a fifth each is held out. Every mistake is one line that names the file and how to mend it.
+each picture's name decides, so that about a fifth each is held out. Every mistake is one line that names the file and
+how to mend it.
+
+A split is a data set of its own, to train on or to measure by, each with its own noise, and ε says what one picture
+more or less changes. So one picture must not move others between them: where it goes depends on it alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +39,7 @@ class Pictures(NamedTuple):
 
 
 def load_folder(path: str | Path) -> Pictures:
-    """Read every picture of a folder with its caption; the same split for the same files.
+    """Read every picture of a folder with its caption, each split in the order of names.
 
     Raises:
         AntherError: what is missing, damaged or not captioned, by file name.
@@ -51,8 +55,29 @@ def load_folder(path: str | Path) -> Pictures:
         if not split["train"]:
             raise AntherError(f"{root / 'train'}: no pictures to train on; put some there")
     else:
-        split = _held_out(root, list(captions))
-    return Pictures(**{name: tuple(_read(root / file, captions[file]) for file in split[name]) for name in SPLITS})
+        split = {name: [file for file in captions if split_of(file) == name] for name in SPLITS}
+        if not split["train"]:
+            raise AntherError(
+                f"{root}: by their names none of the pictures ({len(captions)}) is to train on; add some, or sort them "
+                f"into folders {', '.join(SPLITS)}"
+            )
+    found = {name: tuple(_read(root / file, captions[file]) for file in sorted(files)) for name, files in split.items()}
+    return Pictures(**found)
+
+
+def split_of(file: str) -> str:
+    """Where a picture of this name belongs: one in five to validation and to test each, by the hash of its name.
+
+    Names that differ in their last number alone take turns, so that of five pictures in a row each split has some. To
+    guarantee that for any names, others would have to move when one is added; then neighbouring folders wouldn't be
+    neighbouring data sets, and noise that hides one picture would hide too little. So a small folder may leave
+    validation or test empty. One that leaves nothing to train on is an error: ε compares sets that both reach the
+    owner's minimum of training pictures (`privacy.policy`).
+    """
+    name = Path(file).with_suffix("").as_posix()
+    bare = name.rstrip("0123456789")
+    turn = stream("split", bare) + int(name[len(bare) :] or 0)
+    return {0: "validation", 1: "test"}.get(turn % 5, "train")
 
 
 def fingerprint(pictures: Iterable[Picture]) -> str:
@@ -103,15 +128,6 @@ def _captioned(root: Path, sheet: Path, number: int, line: bytes) -> tuple[str, 
     if not file.is_file():
         raise AntherError(f"{where}: {file_name} is not there; add the picture or remove the line")
     return file.relative_to(root.resolve()).as_posix(), caption.strip()
-
-
-def _held_out(root: Path, files: Sequence[str]) -> dict[str, list[str]]:
-    """A fifth each for validation and test, at least one, drawn by the files' names."""
-    if len(files) < len(SPLITS):
-        raise AntherError(f"{root}: {len(files)} pictures are too few; at least 3 are needed: 1 each is held out twice")
-    drawn = sorted(files, key=lambda file: stream("split", file))
-    fifth = max(1, len(files) // 5)
-    return {"validation": drawn[:fifth], "test": drawn[fifth : 2 * fifth], "train": drawn[2 * fifth :]}
 
 
 def _read(file: Path, caption: str) -> Picture:

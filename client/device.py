@@ -15,8 +15,8 @@ from client.home import files_of
 from client.store import Store
 from conf.errors import AntherError
 from models.adapter import Sites
-from privacy import policy
-from privacy.noise import NoiseSource, Secure, Simulated
+from privacy import noise, policy
+from privacy.noise import NoiseSource
 from protocol.messages import DeviceReport
 
 # What a device is taken for that doesn't say: the slowest of conf/fleet, so that nothing is promised too soon.
@@ -63,7 +63,8 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
         raise AntherError(f"name={name!r}: must not be a path; set another name in the node's configuration")
     files = files_of(name, node_config.get("store"))
     store = Store(files)
-    seed = _whole(node_config, "seed") if _flag(node_config, "test") else store.seed()
+    is_test = _flag(node_config, "test")
+    seed = _whole(node_config, "seed") if is_test else store.seed()
     return Device(
         name=name,
         report=probe(name, base, node_config),
@@ -71,7 +72,7 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
         pictures=partial(load_folder, pictures),
         sites=sites,
         policy=policy.load(files.folder / "policy.toml"),
-        noise=partial(_simulated, seed, name) if _flag(node_config, "test") else _secure,
+        noise=partial(noise.source, client=name, seed=seed if is_test else None),
         seed=seed,
     )
 
@@ -132,11 +133,3 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
     if value not in ("true", "false"):
         raise AntherError(f"{key}={values[key]}: must be true or false")
     return value == "true"
-
-
-def _simulated(seed: int, client: str, round: int, purpose: str) -> NoiseSource:
-    return Simulated(seed=seed, client=client, round=round, purpose=purpose)
-
-
-def _secure(_round: int, _purpose: str) -> NoiseSource:
-    return Secure()

@@ -9,22 +9,19 @@ import argparse
 import dataclasses
 import json
 import math
-import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from client.home import files_of
+from client.home import owners_command, run
 from conf.errors import AntherError
 from privacy import policy
 from privacy.accounting import Guarantee, PoissonGaussian
-from privacy.anchors import read_marker
 from privacy.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, SENT, TRAIN, History, Ledger, Reservation
 from privacy.policy import Policy
 from privacy.storage import Files
 
-USAGE, WIDTH = 2, 130
+WIDTH = 130
 
 FRESH = "nothing was ever shared from here: there is no ledger"
 FORGOTTEN = """The old ledger is now in {aside}.
@@ -37,31 +34,15 @@ STATES = {RESERVED: "charged", SEALED: "reply sealed", SENT: "reply received"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 2, with one line on standard error, if the ledger can't be believed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m client.ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = owners_command("client.ledger", __doc__ or "")
     parser.add_argument("command", nargs="?", choices=("show", "reset"), default="show")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="the node's `store` (default: in ANTHER_HOME)")
-    parser.add_argument("--name", help="the node's `name` (default: the machine's, or what the store says)")
     parser.add_argument("--json", action="store_true", help="show it as JSON")
     parser.add_argument("--forget", action="store_true", help="with reset: yes, count ε from 0 again")
-    asked = parser.parse_args(arguments)
-    try:
-        files = find(asked.store, asked.name)
-        print(reset(files, sure=asked.forget) if asked.command == "reset" else show(files, as_json=asked.json))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    return 0
+    return run(parser, arguments, _act)
 
 
-def find(store: Path | None, name: str | None) -> Files:
-    """The files of the device that its node calls so, or whose store is there."""
-    files = files_of(name or (store.name if store else platform.node()) or "device", store)
-    if store and not name and (marker := files.read(MARKER)) is not None:
-        head = Path(read_marker(marker, files.where(MARKER)).head)
-        files = Files(store, heads=head.parent)
-    return files
+def _act(files: Files, asked: argparse.Namespace) -> str:
+    return reset(files, sure=asked.forget) if asked.command == "reset" else show(files, as_json=asked.json)
 
 
 def show(files: Files, *, as_json: bool = False) -> str:
@@ -122,7 +103,7 @@ def in_words(history: History, owners: Policy, ledger: Ledger, files: Files) -> 
                 tables[made.run].add_column(heading, justify="right" if heading == "round" else "left")
         when = [at[:16].replace("T", " ") for at in entry.at]  # 2031-05-06 07:08, in UTC as it was noted
         tables[made.run].add_row(
-            str(made.round), "adapter" if made.purpose == TRAIN else "measure", _noise(made),
+            str(made.round), "an adapter" if made.purpose == TRAIN else "how the adapter does", _noise(made),
             *when, *["–"] * (len(STATES) - len(when)), "yes" if made.release else "no: test",
         )  # fmt: skip
     known = f"Ledger {str(history.ledger)[:8]} of {files.folder}, {history.events} events; times are UTC."
@@ -137,8 +118,8 @@ def _promise(history: History, owners: Policy, ledger: Ledger) -> list[str]:
     spent, entries = ledger.spent(owners.delta), history.entries.values()
     lines = []
     if spent.value == math.inf:
-        bare = sum(not isinstance(entry.reservation.mechanism, PoissonGaussian) for entry in entries)
-        lines.append(f"{bare} of {len(entries)} were shared without noise: no ε can be promised.")
+        bare = sum(_is_bare(entry.reservation) for entry in entries)
+        lines.append(f"Shared without noise: {bare} of {len(entries)}, so no ε can be promised.")
     else:
         lines.append(f"All of it together: {spent}. It bounds what anybody can learn of any one picture.")
         if owners.max_epsilon is None:
@@ -147,9 +128,9 @@ def _promise(history: History, owners: Policy, ledger: Ledger) -> list[str]:
             left = max(0.0, owners.max_epsilon - spent.value)
             lines.append(f"policy.toml allows ε={owners.max_epsilon:g} at this δ: {left:.3g} is left.")
     if simulated := sum(not entry.reservation.release for entry in entries):
-        lines.append(f"{simulated} of {len(entries)} were made with a test's reproducible noise: not a release.")
-    if waiting := sum(entry.state == RESERVED for entry in entries):
-        lines.append(f"{waiting} are charged and have no sealed reply: what was charged stays charged.")
+        lines.append(f"Made with a test's reproducible noise, not a release: {simulated} of {len(entries)}.")
+    if waiting := sum(entry.state == RESERVED and not _is_bare(entry.reservation) for entry in entries):
+        lines.append(f"Charged, with no sealed reply yet: {waiting}. What was charged stays charged.")
     if (sets := len({entry.reservation.data for entry in entries})) > 1:
         lines.append(f"The pictures changed in between: there were {sets} sets; ε bounds what was shared of each one.")
     return lines
@@ -158,9 +139,15 @@ def _promise(history: History, owners: Policy, ledger: Ledger) -> list[str]:
 def _noise(made: Reservation) -> str:
     match made.mechanism:
         case PoissonGaussian(noise_multiplier=sigma, sampling_rate=q, steps=steps):
-            return f"σ={sigma:.3g} C={made.clip:g} q={q:.3g}, {steps} steps"
+            each = f"σ={sigma:.3g} C={made.clip:g}"
+            return f"{each} q={q:.3g}, {steps} steps" if made.purpose == TRAIN else each
         case _:
             return "none"
+
+
+def _is_bare(made: Reservation) -> bool:
+    """Whether it is shared without noise, and so without a seal."""
+    return not isinstance(made.mechanism, PoissonGaussian)
 
 
 def _fields(made: Reservation) -> dict[str, Any]:

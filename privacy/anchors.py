@@ -12,12 +12,12 @@ head is then mended silently. A head that names lines which aren't there, or oth
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.errors import AntherError
+from privacy import chain
 
 RECOVER = (
     "restore what is missing from a backup, or give up what the ledger counted: python -m client.ledger reset --forget"
@@ -102,5 +102,5 @@ def check(ledger: str | None, lines: Sequence[bytes], head: Head | None, marker:
         raise AntherError(
             f"{where}: was cut short or rolled back: it holds {len(lines)} events of {head.events}: {RECOVER}"
         )
-    elif hashlib.sha256(lines[head.events - 1]).hexdigest() != head.sha256:
+    elif not chain.begins(lines, head.events, head.sha256):
         raise AntherError(f"{where}:{head.events}: not the line that was written there: {RECOVER}")

@@ -21,6 +21,11 @@ def head(lines: Sequence[bytes]) -> str:
     return hashlib.sha256(lines[-1]).hexdigest() if lines else START
 
 
+def begins(lines: Sequence[bytes], count: int, digest: str) -> bool:
+    """Whether the first `count` of these lines are those that this head stood for."""
+    return count <= len(lines) and head(lines[:count]) == digest
+
+
 def line(event: Mapping[str, Any], previous: str) -> bytes:
     """An event as the line that follows the one of this head."""
     return json.dumps({**event, "previous": previous}, separators=(",", ":")).encode()

@@ -76,6 +76,11 @@ class Secure:
         return torch.from_numpy(normals[:size].astype(np.float32)).to(device)
 
 
+def source(round: int, purpose: str, *, client: str, seed: int | None) -> NoiseSource:
+    """The noise of one client, round and purpose: the operating system's, or reproducible where a test names a seed."""
+    return Secure() if seed is None else Simulated(seed=seed, client=client, round=round, purpose=purpose)
+
+
 def _uniforms(size: int) -> np.ndarray:
     """Float64 [size], uniform on the 2⁵³ multiples of 2⁻⁵³ in [0, 1)."""
     bits = np.frombuffer(os.urandom(8 * size), dtype=np.uint64)

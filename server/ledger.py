@@ -19,12 +19,13 @@ from typing import Any
 from conf.errors import AntherError
 from privacy import chain
 from privacy.accounting import DEVICE, Guarantee, PoissonGaussian, epsilon
+from privacy.entries import RESERVED, TRAIN
 from privacy.storage import Storage
 from protocol import plain
-from strategies.private import TRAIN, Anchor, Budget, Charge, Exhausted
+from strategies.private import Anchor, Budget, Charge, Exhausted
 
 JOURNAL = "ledger.jsonl"
-RESERVED, RELEASED = "reserved", "released"
+RELEASED = "released"
 
 
 class Ledger:
@@ -86,7 +87,7 @@ class Ledger:
         """Raises AntherError unless the ledger still begins with what it held at this anchor."""
         with self._storage.journal(JOURNAL) as journal:
             self._events(journal.lines)
-            if anchor is None or chain.head(journal.lines[: anchor.events]) == anchor.head:
+            if anchor is None or chain.begins(journal.lines, anchor.events, anchor.head):
                 return
             where = self._storage.where(JOURNAL)
             found = len(journal.lines)

@@ -20,7 +20,7 @@ from conf.errors import AntherError
 from conf.schemas import Data, Profile, Simulation
 from models import assets
 from models.base import Base
-from privacy.noise import Simulated, stream
+from privacy.noise import source, stream
 from privacy.policy import Policy
 from privacy.storage import Storage
 from protocol.messages import DeviceReport
@@ -140,7 +140,10 @@ def own_pictures(folders: Sequence[str]) -> list[tuple[str, Pictures]]:
         pictures = load_folder(folder)
         for split in ("validation", "test"):
             if not getattr(pictures, split):
-                raise AntherError(f"{folder}: no pictures in {split}/: some must be held out to measure by")
+                raise AntherError(
+                    f"{folder}: no pictures for {split}: some must be held out to measure by; add some, or sort them "
+                    "into folders train, validation and test"
+                )
         found.append((slug(Path(folder).resolve().name), pictures))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
@@ -165,14 +168,10 @@ def _participant(
     device = Device(
         name=name, report=report, store=Store(storage),
         pictures=partial(writer.on, name) if copy else partial(_first, writer), sites=base.sites,
-        policy=policy, noise=partial(_noise, config.seed, name), seed=config.seed,
+        policy=policy, noise=partial(source, client=name, seed=config.seed), seed=config.seed,
     )  # fmt: skip
     return Participant(name, writer.kind, copy, profile.name, device)
 
 
 def _first(writer: Writer) -> Pictures:
     return writer.pictures
-
-
-def _noise(seed: int, client: str, round: int, purpose: str) -> Simulated:
-    return Simulated(seed=seed, client=client, round=round, purpose=purpose)

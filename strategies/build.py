@@ -13,7 +13,7 @@ from models.adapter import Adapter, Sites
 from models.cores import load_frame
 from privacy.accounting import noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
-from privacy.noise import NoiseSource, Secure, Simulated, stream
+from privacy.noise import NoiseSource, source, stream
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
@@ -53,17 +53,17 @@ def build(
             f"adapter.frame={config.adapter.frame}: {chosen.aggregation} turns the factors; use strategy=fedit"
         )
     fleet = config.fleet
-    noise = partial(_simulated, config.seed) if accept_simulated else _secure
+    seed = config.seed if accept_simulated else None
     limits = Limits(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
         deadline=config.strategy.deadline,
     )
-    level = _device_level(config, plan.run, sites, frame, noise, ledger) if config.privacy.of_devices else None
+    level = _device_level(config, plan.run, sites, frame, seed, ledger) if config.privacy.of_devices else None
     return Federated(
         plan=plan,
         sites=sites,
         aggregation=rule,
-        selection=selection(config, noise),
+        selection=selection(config, seed),
         evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
         measuring=measuring(config, simulated=accept_simulated),
         limits=limits,
@@ -89,10 +89,14 @@ def combination(config: Simulation) -> Combination:
     return Combination(aggregation=config.strategy.aggregation, selection=chosen, level=config.privacy.level)
 
 
-def selection(config: Simulation, noise: Callable[[str, int], NoiseSource]) -> Selection:
-    """Who is asked to train: everyone, a sample of `fleet.sample`, or each with the probability `fleet.rate`."""
+def selection(config: Simulation, seed: int | None) -> Selection:
+    """Who is asked to train: everyone, a sample of `fleet.sample`, or each with the probability `fleet.rate`.
+
+    Args:
+        seed: of the coins that this probability is tossed with; None: nobody can repeat them.
+    """
     if config.fleet.rate is not None:
-        return Poisson(rate=config.fleet.rate, coins=partial(noise, "selection"))
+        return Poisson(rate=config.fleet.rate, coins=_noise("selection", seed))
     return _asked(config.fleet.sample, config.seed, "selection")
 
 
@@ -101,7 +105,7 @@ def _device_level(
     run: str,
     sites: Sites,
     frame: Adapter | None,
-    noise: Callable[[str, int], NoiseSource],
+    seed: int | None,
     ledger: Ledger | None,
 ) -> DeviceLevel:
     """The server's clip and noise, σ solved for what one device can be charged for in all."""
@@ -142,18 +146,15 @@ def _device_level(
         sampling_rate=rate,
         clip=chosen.clip,
         budget=budget,
-        noise=partial(noise, "updates"),
+        noise=_noise("updates", seed),
         ledger=ledger,
         frame=frame,
     )
 
 
-def _simulated(seed: int, purpose: str, round: int) -> NoiseSource:
-    return Simulated(seed=seed, client="server", round=round, purpose=purpose)
-
-
-def _secure(purpose: str, round: int) -> NoiseSource:  # noqa: ARG001  # it has no seed that they could name
-    return Secure()
+def _noise(purpose: str, seed: int | None) -> Callable[[int], NoiseSource]:
+    """The server's own of every round; without a seed it is the operating system's."""
+    return partial(source, purpose=purpose, client="server", seed=seed)
 
 
 def _asked(size: int | None, seed: int, purpose: str) -> Selection:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from privacy.accounting import Guarantee
+from protocol.messages import ExamplePrivacy, TrainingPlan, Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,3 +126,58 @@ class PersonalFacts:
     """Of the slowest device."""
     joules: float
     """Of all devices together."""
+
+
+def train_facts(
+    updates: Sequence[Update],
+    *,
+    plans: Mapping[str, TrainingPlan],
+    bytes_down: int,
+    dropped: Mapping[str, int],
+    private: ExamplePrivacy | None,
+    central: CentralFacts | None,
+    diagnostics: Mapping[str, float],
+) -> TrainFacts:
+    """The facts of a round in which these updates were let in.
+
+    Args:
+        plans: of every device that was asked.
+        bytes_down: of all of them together.
+        dropped: replies that were not let in, by reason.
+        private: of examples on each device.
+    """
+    spent = max((update.epsilon for update in updates if update.epsilon is not None), default=None)
+    of_images = (Guarantee(spent, private.delta),) if private and spent is not None else ()
+    told = [update.loss for update in updates if update.loss is not None and not (private or central)]
+    return TrainFacts(
+        asked=len(plans),
+        replied=len(updates),
+        dropped=dict(dropped) | ({"not finite": central.dropped} if central and central.dropped else {}),
+        bytes_down=bytes_down,
+        bytes_up=sum(len(update.adapter) for update in updates),
+        seconds=max((update.seconds for update in updates), default=0.0),
+        joules=sum(update.joules for update in updates),
+        loss=mean(told),
+        epsilon=spent,
+        guarantees=of_images + ((central.guarantee,) if central else ()),
+        central=central,
+        diagnostics=dict(diagnostics),
+        devices={
+            update.device: DeviceFacts(
+                rank=update.rank,
+                steps=plans[update.device].steps,
+                bytes_down=bytes_down // len(plans),
+                bytes_up=len(update.adapter),
+                seconds=update.seconds,
+                joules=update.joules,
+                epsilon=update.epsilon,
+                events=update.events,
+            )
+            for update in updates
+        },
+    )
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return sum(values) / len(values) if values else None

@@ -1,74 +1,42 @@
 """Flower's Strategy, composed of an aggregation, a selection and a planner.
 
-Stock strategies abort the run on one bad reply and turn one NaN into a model of NaN. Here whatever a device sends is
-checked first; what fails is dropped and counted by its reason, and the round goes on with the others.
+Here are the legs of a round in Flower's terms. Who is there is in `strategies.roster`, what is let in of their replies
+in `strategies.replies`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from conf.errors import AntherError
-from models.adapter import Adapter, Sites, from_tensors, head_and_tail, rank, shapes, to_tensors
-from models.bounds import excess
-from models.cores import between, core_shapes, to_framed_tensors
+from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
+from models.cores import to_framed_tensors
 from models.slots import trained_layout
-from privacy.accounting import Guarantee, PoissonGaussian
+from privacy.accounting import PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records
-from protocol.codec import CodecError, decode, encode, largest
-from protocol.messages import (
-    DeviceReport,
-    Evaluate,
-    Evaluation,
-    Personalise,
-    Personalised,
-    Query,
-    Request,
-    Train,
-    TrainingPlan,
-    Update,
-)
+from protocol.codec import decode, encode, largest
+from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan
 from strategies.aggregation import Aggregated, Aggregation
-from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation
+from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.measuring import Measuring
 from strategies.planning import Cosine, Limits, plan_for
 from strategies.private import DeviceLevel, changes
+from strategies.replies import Checks, Heard, failure, receive
+from strategies.roster import Roster, selected
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 
 log = logging.getLogger(__name__)
 
-_LEAST, _MOST = 1e-6, 1e12
-"""Numbers that a device tells of itself lie between: sums of them stay finite."""
-
-_REASONS = {  # of error codes: message, reply or node unavailable are Flower's
-    3: "unreachable",
-    4: "unreachable",
-    5: "unreachable",
-    records.UNREADABLE: "malformed",
-}
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
-
-R = TypeVar("R")
-T = TypeVar("T")
-
-
-class RefusedError(AntherError):
-    """A reply that is not used, with the reason that it is counted under."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +101,8 @@ class Federated(Strategy):
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
-        self._accept_simulated = accept_simulated
-        self._reports: dict[int, DeviceReport] = {}
-        self._names: set[str] = set()  # of the reports
-        self._unfit: dict[int, str] = {}
+        self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
+        self._roster = Roster(plan.base)
         self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
         self._round: _Round | None = None
         self._asked: dict[int, DeviceReport] = {}
@@ -169,19 +135,13 @@ class Federated(Strategy):
 
     def query(self, grid: Grid) -> dict[int, DeviceReport]:
         """Reports of the nodes that are there now and hold our base; only unknown nodes are asked."""
-        present = set(grid.get_node_ids())
-        if not self._reports.keys() <= present:
-            # Whoever left may be back under another node id, refused so far because its name was taken.
-            self._reports = {node: report for node, report in self._reports.items() if node in present}
-            self._names = {report.device for report in self._reports.values()}
-            self._unfit.clear()
-        unknown = {node: None for node in sorted(present) if node not in self._reports and node not in self._unfit}
-        if unknown:
+        if unknown := self._roster.unknown(set(grid.get_node_ids())):
             replies = grid.send_and_receive([self._message(Query(), node) for node in unknown], timeout=_QUERY_TIMEOUT)
-            found, _ = _receive(records.QUERY, replies, unknown, lambda _, reply: reply)
+            heard = _heard(records.QUERY, replies)
+            found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
             for node, report in sorted(found.items()):
-                self._consider(node, report)
-        return dict(self._reports)
+                self._roster.consider(node, report)
+        return dict(self._roster.reports)
 
     def configure_train(
         self,
@@ -207,7 +167,7 @@ class Federated(Strategy):
             upload = 4 * len(self.sites) * full.rank
         plans = {
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
-            for node, report in _selected(self._selection, reports, server_round).items()
+            for node, report in selected(self._selection, reports, server_round).items()
         }
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
@@ -227,8 +187,9 @@ class Federated(Strategy):
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
         asked = self._round
-        most = largest(self._trained_shapes(max((plan.rank for _, plan in asked.plans.values()), default=0)))
-        found, dropped = _receive(records.TRAIN, replies, asked.plans, self._check_update, most=most)
+        most = largest(self._checks.trained_shapes(max((plan.rank for _, plan in asked.plans.values()), default=0)))
+        heard = _heard(records.TRAIN, replies, most=most)
+        found, dropped = receive(records.TRAIN, heard, asked.plans, self._checks.update)
         # By name: floating point sums depend on the order, and replies arrive in any.
         updates = sorted(found.values(), key=lambda pair: pair[0].device)
         aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)
@@ -239,35 +200,14 @@ class Federated(Strategy):
             metrics = MetricRecord({"replied": len(updates), **diagnostics})
         else:
             log.warning("round %d: no good reply of %d: keeping the adapter", server_round, len(asked.plans))
-        losses = [update.loss for update, _ in updates if update.loss is not None and not self.private]
-        spent = max((update.epsilon for update, _ in updates if update.epsilon is not None), default=None)
-        plans = {report.device: plan for report, plan in asked.plans.values()}
-        self.trained = TrainFacts(
-            asked=len(asked.plans),
-            replied=len(updates),
-            dropped=dropped | ({"not finite": central.dropped} if central and central.dropped else {}),
+        self.trained = train_facts(
+            [update for update, _ in updates],
+            plans={report.device: plan for report, plan in asked.plans.values()},
             bytes_down=asked.bytes_down,
-            bytes_up=sum(len(update.adapter) for update, _ in updates),
-            seconds=max((update.seconds for update, _ in updates), default=0.0),
-            joules=sum(update.joules for update, _ in updates),
-            loss=_mean(losses),
-            epsilon=spent,
-            guarantees=self._guarantees(spent, central),
+            dropped=dropped,
+            private=self._plan.privacy,
             central=central,
             diagnostics=diagnostics,
-            devices={
-                update.device: DeviceFacts(
-                    rank=update.rank,
-                    steps=plans[update.device].steps,
-                    bytes_down=asked.bytes_down // len(asked.plans),
-                    bytes_up=len(update.adapter),
-                    seconds=update.seconds,
-                    joules=update.joules,
-                    epsilon=update.epsilon,
-                    events=update.events,
-                )
-                for update, _ in updates
-            },
         )
         self.remember(self.trained.devices)
         self._round = None  # a second aggregate of the same round would be a mistake
@@ -283,7 +223,7 @@ class Federated(Strategy):
         """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
         data = records.adapter_from_record(arrays)
         self._measured = self.measures(server_round) and self._paid(server_round, data)
-        self._asked = _selected(self._evaluation, self.query(grid), server_round) if self._measured else {}
+        self._asked = selected(self._evaluation, self.query(grid), server_round) if self._measured else {}
         private = self._measuring.among_pictures
         return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data, privacy=private))
 
@@ -297,23 +237,8 @@ class Federated(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean validation losses of the base and of the adapter, or a noised gain; None when there is neither."""
-
-        def check(report: DeviceReport, reply: Evaluation) -> Evaluation:
-            _check_origin(report, reply.device)
-            if reply.round != server_round:
-                raise RefusedError("stale", f"{reply.device}: evaluated round {reply.round}, not {server_round}")
-            if not self._measuring.fits(reply):
-                raise RefusedError("malformed", f"{reply.device}: tells other measures than it was asked for")
-            if reply.gain is not None and not (reply.release or self._accept_simulated):
-                raise RefusedError(
-                    "not a release", f"{reply.device}: simulated noise, and this server is not in test mode"
-                )
-            numbers = [value for value in (reply.base, reply.shared, reply.epsilon) if value is not None]
-            if not (all(0 <= value < _MOST for value in numbers) and abs(reply.gain or 0.0) < _MOST):
-                raise RefusedError("malformed", f"{reply.device}: losses must be 0 to {_MOST:g}")
-            return reply
-
-        found, dropped = _receive(records.EVALUATE, replies, self._asked, check)
+        check = partial(self._checks.evaluation, server_round)
+        found, dropped = receive(records.EVALUATE, _heard(records.EVALUATE, replies), self._asked, check)
         told = Validation(base=None, shared=None, dropped=dropped)
         if self._measured:
             good = sorted(found.values(), key=lambda reply: reply.device)
@@ -334,13 +259,8 @@ class Federated(Strategy):
 
     def aggregate_personalise(self, replies: Iterable[Message]) -> PersonalFacts:
         """Who has a personal adapter now, and what it cost."""
-
-        def check(report: DeviceReport, reply: Personalised) -> Personalised:
-            _check_origin(report, reply.device)
-            _check_cost(reply)
-            return reply
-
-        found, dropped = _receive(records.PERSONALISE, replies, self._asked, check)
+        heard = _heard(records.PERSONALISE, replies)
+        found, dropped = receive(records.PERSONALISE, heard, self._asked, self._checks.personalised)
         done = sorted(found.values(), key=lambda reply: reply.device)
         self.personalised = PersonalFacts(
             asked=len(self._asked),
@@ -365,11 +285,6 @@ class Federated(Strategy):
         snr = signal_to_spread(changes(trained_layout(self.sites, rank(current), self.frame), current, trained))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
-    def _guarantees(self, spent: float | None, central: CentralFacts | None) -> tuple[Guarantee, ...]:
-        """What is promised so far, by whom ever."""
-        of_images = (Guarantee(spent, self._plan.privacy.delta),) if self._plan.privacy and spent is not None else ()
-        return of_images + ((central.guarantee,) if central else ())
-
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""
         said = [f"σ = {self._plan.privacy.noise_multiplier:.3g} a step on devices"] if self._plan.privacy else []
@@ -379,111 +294,20 @@ class Federated(Strategy):
             said.append(f"σ = {z:.3g} a round on the server, {solved}, {level.mechanism.expected:g} devices expected")
         return ", ".join(said) or "no differential privacy"
 
-    def _consider(self, node: int, report: DeviceReport) -> None:
-        """Take a new device in, or remember why not."""
-        speeds = (report.examples_per_second, report.uplink_mbps, report.downlink_mbps)
-        if report.base != self._plan.base:
-            self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._plan.base[:12]}"
-        elif report.device in self._names:
-            self._unfit[node] = "its name is taken"
-        elif not (report.device and all(_LEAST < speed < _MOST for speed in speeds)):
-            self._unfit[node] = "its report has no name or no sensible speed"
-        else:
-            self._reports[node] = report
-            self._names.add(report.device)
-            return
-        log.warning("device %r is not asked: %s", report.device[:100], self._unfit[node])
-
     def _ask(self, request: Request) -> Iterable[Message]:
         return [self._message(request, node) for node in self._asked]
 
     def _message(self, request: Request, node: int) -> Message:
         return Message(records.request_to_records(request), node, records.message_type(request))
 
-    def _trained_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """What comes back of a plan of this rank: factors, or cores alone."""
-        return core_shapes(self.sites, rank) if self.frame else shapes(self.sites, rank)
 
-    def _check_update(self, asked: tuple[DeviceReport, TrainingPlan], reply: Update) -> tuple[Update, Adapter]:
-        """The update and its factors, if it is what the plan asked for; RefusedError or CodecError otherwise."""
-        report, plan = asked
-        _check_origin(report, reply.device)
-        if (reply.run, reply.round) != (plan.run, plan.round):
-            raise RefusedError("stale", f"{reply.device}: update of run {reply.run[:50]}, round {reply.round}")
-        if reply.rank != plan.rank:
-            raise RefusedError("rank", f"{reply.device}: trained rank {reply.rank}, was asked for {plan.rank}")
-        if plan.privacy and not (reply.release or self._accept_simulated):
-            raise RefusedError("not a release", f"{reply.device}: simulated noise, and this server is not in test mode")
-        _check_cost(reply)
-        if not 0 <= reply.events < _MOST:
-            raise RefusedError("malformed", f"{reply.device}: events of its ledger must be 0 to {_MOST:g}")
-        if reply.loss is not None and not 0 <= reply.loss < _MOST:
-            raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {_MOST:g}")
-        tensors = decode(reply.adapter, self._trained_shapes(plan.rank))
-        frame = self.frame and head_and_tail(self.frame, plan.rank)[0]
-        adapter = between(tensors, frame) if frame else from_tensors(tensors)
-        if found := excess(adapter):
-            raise RefusedError("norm", f"{reply.device}: {found}")
-        return reply, adapter
-
-
-def _selected(selection: Selection, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
-    """The nodes that a selection of their devices' names picks, in the order of those names."""
-    nodes = {report.device: node for node, report in reports.items()}
-    return {nodes[name]: reports[nodes[name]] for name in selection.select(nodes, round=round)}
-
-
-def _receive(
-    kind: str, replies: Iterable[Message], asked: Mapping[int, R], check: Callable[[R, Any], T], *, most: int = 0
-) -> tuple[dict[int, T], dict[str, int]]:
-    """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked.
-
-    Of an adapter no more than `most` bytes are looked at.
-    """
-    found: dict[int, T] = {}
-    dropped: Counter[str] = Counter()
-    heard = 0
+def _heard(kind: str, replies: Iterable[Message], *, most: int = 0) -> Iterator[Heard]:
+    """Who sent each message, and what reads it: of an adapter no more than `most` bytes are looked at."""
     for message in replies:
-        heard += 1
-        node = message.metadata.src_node_id  # the SuperLink's own for an error about a node that is away
-        try:
-            if message.has_error():
-                error = message.error
-                raise RefusedError(_why(error), f"error {error.code}: {_last_line(error.reason)}")
-            if node not in asked or node in found:
-                raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
-            found[node] = check(asked[node], records.reply_from_records(kind, message.content, most=most))
-        except Exception as wrong:  # whatever a device sends, the server lives
-            reason = wrong.reason if isinstance(wrong, RefusedError) else "malformed"
-            dropped["codec" if isinstance(wrong, CodecError) else reason] += 1
-            log.warning("%s: reply of node %d dropped: %s", kind, node, wrong)
-    if heard < len(asked):
-        dropped["no reply"] = len(asked) - heard
-    return found, dict(sorted(dropped.items()))
+        error = message.error if message.has_error() else None
+        read = failure(error.code, error.reason) if error else partial(_read, kind, message, most)
+        yield message.metadata.src_node_id, read
 
 
-def _why(error: Error) -> str:
-    """What an error reply is counted under: a device that says no is no broken one."""
-    if (error.reason or "").startswith(records.REFUSED):
-        return "refused"
-    return _REASONS.get(error.code, "failed")
-
-
-def _check_origin(report: DeviceReport, device: str) -> None:
-    if device != report.device:
-        raise RefusedError("impostor", f"node of {report.device} signs as {device[:100]!r}")
-
-
-def _check_cost(reply: Update | Personalised) -> None:
-    if not (0 <= reply.seconds < _MOST and 0 <= reply.joules < _MOST):
-        raise RefusedError("malformed", f"{reply.device}: seconds and joules must be 0 to {_MOST:g}")
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _last_line(text: str | None) -> str:
-    """Of a traceback, the line that says what happened, in characters that a terminal doesn't obey."""
-    line = ((text or "")[-10_000:].strip().splitlines() or ["no reason given"])[-1][:300]
-    return "".join(character if character.isprintable() else "?" for character in line)
+def _read(kind: str, message: Message, most: int) -> Reply:
+    return records.reply_from_records(kind, message.content, most=most)

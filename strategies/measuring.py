@@ -10,9 +10,9 @@ from conf.errors import AntherError
 from conf.schemas import Simulation
 from privacy.accounting import PoissonGaussian
 from privacy.measuring import noise_error, noised_mean
-from privacy.noise import NoiseSource, Secure, Simulated
+from privacy.noise import NoiseSource, source
 from protocol.messages import Evaluation, MeasuringPrivacy
-from strategies.facts import Validation
+from strategies.facts import Validation, mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,12 @@ class Measuring:
                 means=max(1, len(gains)),
             )  # fmt: skip
             return Validation(
-                base=None, shared=None, gain=_mean(list(gains.values())), gain_error=error if gains else None,
+                base=None, shared=None, gain=mean(list(gains.values())), gain_error=error if gains else None,
                 devices=gains, epsilon=max(spent.values(), default=None), spent=spent, dropped=told,
             )  # fmt: skip
         losses = {reply.device: reply.shared for reply in replies if reply.shared is not None}
-        base = _mean([reply.base for reply in replies if reply.base is not None])
-        return Validation(base=base, shared=_mean(list(losses.values())), devices=losses, dropped=told)
+        base = mean([reply.base for reply in replies if reply.base is not None])
+        return Validation(base=base, shared=mean(list(losses.values())), devices=losses, dropped=told)
 
     def fits(self, reply: Evaluation) -> bool:
         """Whether a reply is of the form asked for: a noised gain alone, or both losses alone."""
@@ -113,7 +113,7 @@ def measuring(config: Simulation, *, simulated: bool) -> Measuring:
             noise_multiplier=chosen.noise_multiplier,
             clip=chosen.clip,
             devices=asked or config.data.count(),
-            noise=partial(_simulated, config.seed) if simulated else _secure,
+            noise=partial(source, purpose="measure", client="server", seed=config.seed if simulated else None),
         ),
     )
 
@@ -125,15 +125,3 @@ def spending(config: Simulation) -> tuple[PoissonGaussian, ...]:
     if not times:
         return ()
     return (PoissonGaussian(noise_multiplier=chosen.noise_multiplier, sampling_rate=1.0, steps=times),)
-
-
-def _simulated(seed: int, round: int) -> NoiseSource:
-    return Simulated(seed=seed, client="server", round=round, purpose="measure")
-
-
-def _secure(_round: int) -> NoiseSource:
-    return Secure()
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -19,13 +19,12 @@ from models.adapter import Adapter, Sites, head_and_tail, rank
 from models.slots import Layout, trained_layout
 from privacy.accounting import ADD_OR_REMOVE_ONE, DEVICE, Guarantee, PoissonGaussian
 from privacy.central import Gaussian, clip_and_sum
+from privacy.entries import MEASURE, TRAIN
 from privacy.noise import NoiseSource
 from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts
 
 log = logging.getLogger(__name__)
-
-TRAIN, MEASURE = "train", "measure"
 
 
 class Exhausted(AntherError):  # noqa: N818 - the end of a budget is no error

@@ -58,7 +58,7 @@ TAIL = """
 | the aggregation's declaration, as `exact`'s above |
 | a robust filter inside a sensitivity bound | one device decides whether the others count | the rule's declaration |
 | a local factor trained without noise, under `example` and `both` | it is a function of every picture, so that one of \
-them changes every clipped gradient | `client.logic` trains the shared adapter from base and shared alone |
+them changes every clipped gradient | `client.train` trains the shared adapter from base and shared alone |
 | a device's loss, told without noise | it is a function of its pictures | under `example` no device tells one; under \
 `device` the server drops them |
 | a piece that declares no sensitivity | nobody knows what one unit does to it | `strategies.registry` |

@@ -160,7 +160,7 @@ def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Door], monke
     """Without its checks of numbers and of norms, the harness finds both."""
     door = every["Update"]
     assert door.honest.adapter is not None
-    monkeypatch.setattr("strategies.federated.excess", lambda _adapter: None)
+    monkeypatch.setattr("strategies.replies.excess", lambda _adapter: None)
     monkeypatch.setattr(codec, "_finite", lambda _values: True)
     for value in (1e30, float("nan")):
         payload = scaled(door.honest.adapter, lambda values, value=value: values * 0 + value)

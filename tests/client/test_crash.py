@@ -24,7 +24,9 @@ import pytest
 
 from client.device import Device
 from client.drive import drive
-from client.logic import _cache_key, _identity, _unpack, handle
+from client.logic import handle
+from client.train import _identity, _unpack
+from client.work import cache_key
 from conf.errors import AntherError
 from models.adapter import initial
 from models.base import Base
@@ -289,7 +291,7 @@ def life_in(base: Base) -> Callable[[Path], Life]:
         folder.mkdir()
         life = RealLife(folder, work, base=base)
         device = life.device()
-        device.store.save_examples("train", _cache_key(device, device.pictures().train), examples)
+        device.store.save_examples("train", cache_key(device, device.pictures().train), examples)
         return life
 
     pictures = make_device(Path()).pictures().train

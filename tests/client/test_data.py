@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from client.data import Pictures, fingerprint, load_folder
+from client.data import Pictures, fingerprint, load_folder, split_of
 from conf.errors import AntherError
 from training.jobs import Picture
 
@@ -37,12 +41,56 @@ def test_a_fifth_each_is_held_out_always_the_same(tmp_path: Path) -> None:
     assert [len(split) for split in pictures] == [6, 2, 2]
     assert {p.caption for split in pictures for p in split} == {f"picture {number}" for number in range(10)}
     assert all(int(p.caption.split()[1]) == p.pixels[0, 0, 0] for split in pictures for p in split)
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(reversed(lines)))
     again = load_folder(str(tmp_path))
     assert [fingerprint(split) for split in again] == [fingerprint(split) for split in pictures]
 
 
-def test_three_pictures_are_enough(tmp_path: Path) -> None:
-    assert [len(split) for split in load_folder(album(tmp_path, 3))] == [1, 1, 1]
+def splits(folder: Path) -> dict[str, str]:
+    """Caption -> split."""
+    found = load_folder(folder)
+    return {p.caption: name for name, split in zip(Pictures._fields, found, strict=True) for p in split}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.from_regex(r"[a-zé]{1,3}(/[a-z])?[0-9]{0,3}", fullmatch=True), min_size=1, max_size=5, unique=True))
+def test_a_picture_more_moves_no_other(names: list[str]) -> None:
+    """Whatever is there and whatever is added: each of the others is in the split where it was."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        first = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "train")
+        captions: dict[str, object] = {first: "the first"}
+        save(folder / first)
+        caption(folder, **captions)
+        before = splits(folder)
+        assert before == {"the first": "train"}
+        for name in names:
+            save(folder / f"{name}.png")
+            captions[f"{name}.png"] = f"picture {name}"
+            caption(folder, **captions)
+            after = splits(folder)
+            assert {caption: after[caption] for caption in before} == before
+            assert len(after) == len(before) + 1
+            before = after
+
+
+def test_names_in_a_row_take_turns_and_others_fall_as_they_may() -> None:
+    for start in (0, 7, 998):
+        row = [split_of(f"IMG_{number}.jpg") for number in range(start, start + 5)]
+        assert sorted(row) == ["test", "train", "train", "train", "validation"]
+    letters = "abcdefghij"
+    drawn = Counter(split_of(f"{a}{b}{c}.png") for a in letters for b in letters for c in letters)
+    assert [round(drawn[name] / 1000, 1) for name in Pictures._fields] == [0.6, 0.2, 0.2]
+    assert split_of("a/0012.png") == split_of("a/12.jpg")
+
+
+def test_a_folder_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    held = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "test")
+    save(tmp_path / held)
+    caption(tmp_path, **{held: "a"})
+    with pytest.raises(AntherError, match=r"none of the pictures \(1\) is to train on; add some"):
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("sheets", ["one", "each"])
@@ -112,7 +160,6 @@ def write_sheet(line: str) -> Callable[[Path], object]:
     (lambda f: caption(f, **{"/etc/passwd": "a"}), "/etc/passwd", "copy the picture"),
     (lambda f: ((f / "1.png").unlink(), (f / "1.png").symlink_to("/etc/passwd")), "1.png", "copy the picture"),
     (lambda f: caption(f, **{"0.png": "a", "./0.png": "b"}), "0.png", "remove one"),
-    (lambda f: album(f, 2) and (f / "2.png").unlink(), str(2), "at least 3"),
     (lambda f: save(f / "train/x.png"), "train/x.png", "add a line"),
     (lambda f: (f / "train").mkdir(), ".png", "move it into"),
     (only_test_pictures, "train", "put some there"),

@@ -12,7 +12,7 @@ import pytest
 
 from client.home import files_of
 from client.ledger import FRESH, main
-from privacy.accounting import NonPrivate
+from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import JOURNAL, MARKER, MEASURE, Ledger
 from tests.privacy.test_ledger import FIRST, KEY, PLAN, free, replace
 
@@ -62,11 +62,11 @@ def test_a_fresh_device(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_says_what_was_shared_and_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys)
     assert text.count("run/../Ω") == 1
-    for word in ("reply received", "reply sealed", "charged", "measure", "no: test"):
+    for word in ("reply received", "reply sealed", "charged", "an adapter", "how the adapter does", "no: test"):
         assert word in text
     assert "σ=2 C=0.01 q=0.2, 25 steps" in text
     assert "sets no max_epsilon" in text
-    assert "1 of 3 were made with a test's reproducible noise: not a release" in text
+    assert "Made with a test's reproducible noise, not a release: 1 of 3." in text
     assert "there were 2 sets" in text
     assert "7 events" in text
 
@@ -90,9 +90,17 @@ def test_the_number_is_the_ledgers_with_all_that_it_means(
     assert found["entries"][1]["data"] == "e" * 64
 
 
+def test_a_measurement_is_shown_with_the_noise_on_it(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
+    ledger.reserve(replace(FIRST, purpose=MEASURE, mechanism=noise, clip=0.1), free)
+    (row,) = [line for line in shown(capsys).splitlines() if "σ=10" in line]
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["1", "how the adapter does", "σ=10 C=0.1"]
+
+
 def test_without_noise_there_is_no_number(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.reserve(replace(FIRST, run="bare", mechanism=NonPrivate(), clip=None), free)
-    assert "1 of 4 were shared without noise: no ε can be promised" in shown(capsys)
+    assert "Shared without noise: 1 of 4, so no ε can be promised" in shown(capsys)
+    assert "no sealed reply yet: 1." in shown(capsys)  # without noise there is nothing to seal
     assert json.loads(shown(capsys, "--json"))["epsilon"]["value"] is None
 
 

@@ -12,16 +12,26 @@ from privacy.storage import Files
 from tests.client.devices import BASE, SITES, adapter
 
 
-def test_back_once_and_no_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = Store(Files(tmp_path))
+@pytest.mark.parametrize("asked", ["store", "name", "nothing"])
+def test_back_once_and_no_further(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the device that is meant, which every command of an owner finds in the same way."""
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    monkeypatch.setattr("platform.node", lambda: "tablet")
+    folder = {"store": tmp_path / "card", "name": tmp_path / "devices/camera", "nothing": tmp_path / "devices/tablet"}
+    arguments = {"store": ["--store", str(folder["store"])], "name": ["--name", "camera"], "nothing": []}[asked]
+    store = Store(Files(folder[asked]))
     for number in (1, 2):
         made = Personal(adapter(2), adapter(3, seed=number), BASE, f"run:{number}")
         store.save_personal(made, aside=True)
-    assert main(["--store", str(tmp_path)]) == 0
+    assert main(arguments) == 0
+    assert str(folder[asked]) in capsys.readouterr().out
     found = store.personal(SITES)
     assert found is not None
     assert found.request == "run:1"
-    assert main(["--store", str(tmp_path)]) == 2
+    assert main(arguments) == 2
     errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert "no previous adapter" in errors

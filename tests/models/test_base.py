@@ -61,6 +61,21 @@ def test_latents_and_captions_are_the_pipelines(base: Base, pipeline: StableDiff
     torch.testing.assert_close(base.encode_captions(captions), wanted)
 
 
+def test_what_a_picture_becomes_depends_on_no_other(base: Base) -> None:
+    """Bit for bit: alone, among others, and wherever it stands among them, within a pass and beyond one."""
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (16, 16), np.uint8) for _ in range(19)]
+    captions = [f"{'abc'[: i % 4]} {i}" for i in range(19)]
+    for encode, all_of_them in ((base.encode_images, images), (base.encode_captions, captions)):
+        together = encode(all_of_them)
+        assert len({tuple(row.flatten().tolist()) for row in together}) == 19
+        for row in (0, 3, 15, 16, 18):
+            assert torch.equal(encode([all_of_them[row]])[0], together[row])
+        order = generator.permutation(19)
+        assert torch.equal(encode([all_of_them[row] for row in order]), together[order])
+        assert torch.equal(encode(all_of_them[1:]), together[1:])
+
+
 def test_pictures_of_any_size_and_kind_become_latents(base: Base, tmp_path: Path) -> None:
     images = [np.zeros((9, 33), np.uint8), np.zeros((64, 64, 3), np.uint8)]
     assert base.encode_images(images).shape == (2, *base.shape)

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from privacy import noise
-from privacy.noise import NoiseSource, Secure, Simulated, stream
+from privacy.noise import NoiseSource, Secure, Simulated, source, stream
 
 SOURCES = [Simulated(seed=1, client="a", round=2, purpose="shared"), Secure()]
 
@@ -127,3 +127,18 @@ def test_streams_do_not_collide() -> None:
     assert stream(1, "a") == stream(1, "a")
     assert len({stream(1, "ab", "c"), stream(1, "a", "bc"), stream("1a", "bc"), stream(2, "ab", "c")}) == 4
     assert 0 <= stream("x") < 2**63
+
+
+def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:
+    assert isinstance(source(1, "train", client="a", seed=None), Secure)
+    keys = [
+        (1, "train", "a", 0),
+        (2, "train", "a", 0),
+        (1, "measure", "a", 0),
+        (1, "train", "b", 0),
+        (1, "train", "a", 1),
+    ]
+    drawn = [tuple(source(r, p, client=c, seed=s).gaussian(4).tolist()) for r, p, c, s in keys]
+    assert len(set(drawn)) == len(keys)
+    wanted = Simulated(seed=0, client="a", round=1, purpose="train").gaussian(4)
+    assert drawn[0] == tuple(wanted.tolist())

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from conf.errors import AntherError
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
+from privacy.entries import MEASURE
 from privacy.storage import Files
 from server.ledger import JOURNAL, Ledger, spending
-from strategies.private import MEASURE, Budget, Charge, Exhausted
+from strategies.private import Budget, Charge, Exhausted
 
 ROUND = PoissonGaussian(noise_multiplier=4.0, sampling_rate=1.0, steps=1)
 SECRET = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.1, steps=1)

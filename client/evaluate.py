@@ -1,0 +1,117 @@
+"""How an adapter does on the device's own pictures: losses as they are, or a gain with noise, charged like a round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+
+from torch import Tensor
+
+from client.data import fingerprint
+from client.device import Device
+from client.sent import Sent, received
+from client.work import cache_key, encoded, expect
+from privacy.accounting import NonPrivate, PoissonGaussian
+from privacy.ledger import MEASURE, Reservation
+from privacy.measuring import noised_mean
+from privacy.policy import Refusal
+from protocol import messages
+from training import jobs
+from training.jobs import Job, Result
+
+
+def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result, messages.Evaluation]:
+    """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
+    device.policy.check_adaptable(device.report.base, device.sites)
+    device.policy.check_measure(request.privacy)
+    sent = received(request.adapter, device)
+    if request.privacy is None:
+        return (yield from _losses(request, sent, device))
+    return (yield from _noised_gain(request, request.privacy, sent, device))
+
+
+def _losses(request: messages.Evaluate, sent: Sent, device: Device) -> Generator[Job, Result, messages.Evaluation]:
+    """Mean losses under the base and under the adapter sent: a release without noise, which the ledger has to know of.
+
+    Once is enough: after one nothing can be promised any more, and further ones take nothing away.
+    """
+    ledger = device.store.ledger
+    pictures = device.pictures().validation
+    if not pictures:
+        raise Refusal("this device has no validation pictures")
+    examples = yield from encoded(device, "validation", pictures)
+    if not any(isinstance(entry.reservation.mechanism, NonPrivate) for entry in ledger.entries()):
+        release = device.noise(request.round, MEASURE).release
+        ledger.reserve(
+            _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=release),
+            device.policy.check_spending,
+        )
+    key = f"{request.run}:{cache_key(device, pictures)}"
+    base = device.store.loss("base", key)
+    if base is None:
+        base = expect(float, (yield jobs.Measure(examples=examples, adapter=None)))
+        device.store.save_loss("base", key, base)
+    shared = expect(float, (yield jobs.Measure(examples=examples, adapter=sent.adapter)))
+    return messages.Evaluation(device=device.name, round=request.round, base=base, shared=shared)
+
+
+def _noised_gain(
+    request: messages.Evaluate, privacy: messages.MeasuringPrivacy, sent: Sent, device: Device
+) -> Generator[Job, Result, messages.Evaluation]:
+    """The mean over pictures of what the adapter sent takes off the base's loss, with noise, charged before.
+
+    Sensitivity: the losses of a picture are a function of it and of the two adapters (`jobs.MeasureEach`), so one
+    picture more or less is one gain more or less, which `noised_mean` bounds. A device without pictures answers too,
+    with noise alone: a refusal would tell that there are none.
+    """
+    ledger, noise = device.store.ledger, device.noise(request.round, MEASURE)
+    if (sealed := ledger.sealed((request.run, request.round, MEASURE), _asked(request))) is not None:
+        return messages.from_json(messages.Evaluation, sealed.decode())
+    pictures = device.pictures().validation
+    reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
+    examples = (yield from encoded(device, "validation", pictures)) if pictures else None
+    ledger.reserve(reservation, device.policy.check_spending)
+    gains: list[float] = []
+    if examples:
+        base = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
+        shared = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=sent.adapter)))
+        gains = (base - shared).tolist()
+    reply = messages.Evaluation(
+        device=device.name,
+        round=request.round,
+        base=None,
+        shared=None,
+        gain=noised_mean(
+            gains,
+            clip=privacy.clip,
+            noise_multiplier=privacy.noise_multiplier,
+            count=privacy.pictures,
+            noise=noise,
+        ),
+        release=noise.release,
+        epsilon=ledger.spent(privacy.delta).value,
+    )
+    return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
+
+
+def _measuring(request: messages.Evaluate, device: Device, *, adapter: str, data: str, release: bool) -> Reservation:
+    private = request.privacy
+    return Reservation(
+        run=request.run,
+        round=request.round,
+        base=device.report.base,
+        plan=_asked(request),
+        adapter=adapter,
+        data=data,
+        mechanism=PoissonGaussian(noise_multiplier=private.noise_multiplier, sampling_rate=1.0, steps=1)
+        if private
+        else NonPrivate(),
+        clip=private.clip if private else None,
+        release=release,
+        purpose=MEASURE,
+    )
+
+
+def _asked(request: messages.Evaluate) -> str:
+    """What stands for a request to measure, whatever adapter it is about."""
+    return hashlib.sha256(messages.to_json(request).encode()).hexdigest()

@@ -1,0 +1,58 @@
+"""The adapter that a server sent: checked before anything else is done with it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+from client.device import Device
+from conf.errors import AntherError
+from models import cores
+from models.adapter import Adapter, Site, from_tensors, head_and_tail, shapes
+from models.bounds import excess
+from privacy.policy import Refusal
+from protocol import codec
+
+
+class Sent:
+    """An adapter that was sent, and its parts: the same objects for all devices of a process that were sent the same.
+
+    Besides the work it saves the room, here and in a pass through the base, which knows by the object that one adapter
+    serves everybody. Adapters are never changed.
+    """
+
+    def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
+        self.adapter, self.sha256, self._frame = adapter, sha256, frame
+        self._parts: dict[int, tuple[Adapter, Adapter, Adapter | None]] = {}
+
+    def parts(self, rank: int) -> tuple[Adapter, Adapter, Adapter | None]:
+        """What a plan of this rank trains, what stays frozen beside it, and the frame of the cores, if it is those."""
+        if rank not in self._parts:
+            frame = head_and_tail(self._frame, rank)[0] if self._frame else None
+            self._parts[rank] = (*head_and_tail(self.adapter, rank), frame)
+        return self._parts[rank]
+
+
+def received(data: bytes, device: Device, *, framed: bool = False) -> Sent:
+    """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
+
+    Args:
+        framed: whether the factors that stay travel beside it, since cores are to be trained.
+
+    Raises Refusal otherwise: the reason is about what was sent, and the base that the server knows.
+    """
+    most = device.policy.max_rank
+    try:
+        return _decoded(data, tuple(device.sites.items()), most, framed)
+    except AntherError as error:
+        raise Refusal(f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, framed: bool) -> Sent:
+    tensors = codec.decode(data, shapes(dict(sites), -1, frame=framed), free=most_rank)
+    adapter = from_tensors(tensors)
+    if found := excess(adapter):
+        raise AntherError(found)
+    frame = cores.frame_from_tensors(tensors) if framed else None
+    return Sent(adapter, frame, hashlib.sha256(data).hexdigest())

@@ -1,0 +1,147 @@
+"""A round of the shared adapter: check the plan, reserve in the ledger, have it trained, seal, reply."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+from functools import lru_cache
+
+from client.data import fingerprint
+from client.device import Device
+from client.sent import received
+from client.work import cost, encoded, expect
+from models import cores
+from models.adapter import rank, to_tensors
+from privacy.accounting import NonPrivate, PoissonGaussian
+from privacy.ledger import SEALED, TRAIN, Reservation
+from privacy.policy import Refusal
+from protocol import codec, messages, plain
+from protocol.messages import TrainingPlan
+from training import jobs
+from training.jobs import Job, Result, Trained
+
+SHARED = "shared"
+
+
+def answer(request: messages.Train, device: Device) -> Generator[Job, Result, messages.Update]:
+    """Train the shared adapter from the base and the adapter sent alone.
+
+    The personal adapter stays out: it is a function of every picture, so with it one changed picture would change
+    every clipped gradient.
+    """
+    plan, ledger = request.plan, device.store.ledger
+    if plan.base != device.report.base:
+        raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
+    device.policy.check_adaptable(plan.base, device.sites)
+    device.policy.check_plan(plan)
+    sent = received(request.adapter, device, framed=plan.cores)
+    if rank(sent.adapter) < plan.rank:
+        raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {rank(sent.adapter)}")
+    if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
+        return _unpack(sealed)
+
+    pictures = device.pictures().train
+    device.policy.check_pictures(len(pictures))
+    examples = yield from encoded(device, "train", pictures)
+    _settle(plan, device)
+    noise = device.noise(plan.round, SHARED)
+    reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
+    events = ledger.reserve(reservation, device.policy.check_spending)
+    start, frozen, frame = sent.parts(plan.rank)
+    trained = expect(
+        Trained,
+        (
+            yield jobs.Train(
+                client=device.name,
+                round=plan.round,
+                purpose=SHARED,
+                seed=device.seed,
+                examples=examples,
+                start=start,
+                frozen=frozen if rank(frozen) else None,
+                frame=frame,
+                steps=plan.steps,
+                batch_size=plan.batch_size,
+                learning_rate=plan.learning_rate,
+                privacy=_dp_sgd(plan),
+                noise=noise if plan.privacy else None,
+                names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
+            )
+        ),
+    )
+    draws = plan.privacy.draws if plan.privacy else 1
+    seconds, joules = cost(device, plan.steps * plan.batch_size * draws)
+    reply = messages.Update(
+        device=device.name,
+        run=plan.run,
+        round=plan.round,
+        rank=plan.rank,
+        adapter=codec.encode(cores.cores(trained.adapter, frame) if frame else to_tensors(trained.adapter)),
+        release=noise.release,
+        seconds=seconds,
+        joules=joules,
+        quality="estimate",
+        loss=None if plan.privacy else trained.loss,  # it was not noised
+        epsilon=ledger.spent(plan.privacy.delta).value if plan.privacy else None,
+        events=events + 1 if plan.privacy else events,  # with the seal, which comes before anybody reads this
+    )
+    if plan.privacy is None:
+        return reply  # nothing is spent by making it again, so it needn't be kept
+    packed = _pack(reply)
+    sealed = ledger.seal(reservation, packed)
+    return reply if sealed is packed else _unpack(sealed)
+
+
+def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:
+    private = plan.privacy
+    return Reservation(
+        run=plan.run,
+        round=plan.round,
+        base=plan.base,
+        adapter=adapter,
+        plan=_identity(plan),
+        data=data,
+        mechanism=PoissonGaussian(
+            noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
+        )
+        if private
+        else NonPrivate(),
+        clip=private.clip if private else None,
+        release=release,
+    )
+
+
+@lru_cache(maxsize=8)
+def _identity(plan: TrainingPlan) -> str:
+    """The plan's own hash: nothing that the server says of the device enters it."""
+    return hashlib.sha256(plain.dumps(plan).encode()).hexdigest()
+
+
+def _settle(plan: TrainingPlan, device: Device) -> None:
+    """A plan for a later round says that the server has moved past the run's earlier ones."""
+    for entry in device.store.ledger.entries():
+        earlier = entry.reservation
+        if entry.state == SEALED and earlier.run == plan.run and earlier.round < plan.round:
+            device.store.ledger.sent(earlier.key)
+
+
+def _dp_sgd(plan: TrainingPlan) -> jobs.DPSGD | None:
+    private = plan.privacy
+    if private is None:
+        return None
+    return jobs.DPSGD(
+        noise_multiplier=private.noise_multiplier,
+        clip=private.clip,
+        sampling_rate=private.sampling_rate,
+        draws=private.draws,
+    )
+
+
+def _pack(update: messages.Update) -> bytes:
+    """One line of JSON, then the adapter: what the ledger seals."""
+    return b"\n".join([messages.to_json(update).encode(), update.adapter])
+
+
+def _unpack(sealed: bytes) -> messages.Update:
+    text, _, adapter = sealed.partition(b"\n")
+    return messages.from_json(messages.Update, text.decode(), adapter=adapter)

@@ -1,0 +1,42 @@
+"""What every answer needs: the result of a job, pictures encoded once, and what work is estimated to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from client.data import fingerprint
+from client.device import Device
+from training import jobs
+from training.jobs import Examples, Job, Picture, Result, Trained
+
+T = TypeVar("T", Examples, Trained, float, Tensor)
+
+
+def expect(kind: type[T], result: Result) -> T:
+    """The result of a job, which must be of its kind."""
+    if not isinstance(result, kind):
+        raise TypeError(f"a driver sent {type(result).__name__} for {kind.__name__}")
+    return result
+
+
+def encoded(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:
+    """The pictures of a split as the denoiser sees them, encoded once."""
+    key = cache_key(device, pictures)
+    examples = device.store.examples(split, key)
+    if examples is None:
+        examples = expect(Examples, (yield jobs.Encode(pictures=pictures)))
+        device.store.save_examples(split, key, examples)
+    return examples
+
+
+def cache_key(device: Device, pictures: Sequence[Picture]) -> str:
+    return f"{device.report.base}:{fingerprint(pictures)}"
+
+
+def cost(device: Device, examples: int) -> tuple[float, float]:
+    """Estimated seconds and joules of training on so many examples, a number that says nothing of the pictures."""
+    seconds = examples / device.report.examples_per_second
+    return seconds, seconds * device.report.watts
