@@ -101,7 +101,7 @@ ON_DEVICES = {
 }
 
 
-QUICK = {"clipped", "per site", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
+QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
 
 
 def some_slow(names: Iterable[str]) -> list[ParameterSet]:
