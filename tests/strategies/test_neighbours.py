@@ -34,12 +34,24 @@ from strategies.private import Budget, DeviceLevel
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from tests.client.devices import PRIVACY
-from tests.privacy.neighbours import PLENTY, Still, adapter, device_on, fixed, personalise, picture, plan
+from tests.privacy.neighbours import (
+    PLENTY,
+    Still,
+    adapter,
+    device_on,
+    fixed,
+    personalise,
+    picture,
+    plan,
+    told_the_optimiser,
+)
 from training.engine import perform
+from training.jobs import Job, Result, Train
 
 NAMES = "abc"
 SAMPLES = {1: [0, 1], 2: [1, 2]}  # of rounds: who is in a secret sample, if it is there; `a` is not in the second
-EXPECTED, GAIN = 3.0, 1e-4
+PLACES = (0, 1, 2)  # of a device's pictures
+EXPECTED, GAIN, OF_PICTURES = 3.0, 1e-4, 1e-3  # devices, and clips of a device's gain and of a picture's gradient
 ADAPTIVE = Adaptive(quantile=0.5, rate=0.5, deviation=2.0)
 
 
@@ -66,6 +78,8 @@ class Seen:
     """Sums of the devices' clipped mean gains."""
     adapters: list[bytes]
     """That went out."""
+    steps: list[Tensor]
+    """What each private step of the first device would tell its optimiser, in units of the sum."""
 
 
 MODES = {
@@ -85,7 +99,7 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
     between = fixed(base) if mode.cores else None
     numbers = [NAMES.index(name) for name in present]
     hidden = AmongDevices(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: Still())
-    asked = plan(base, cores=mode.cores, privacy=dataclasses.replace(PRIVACY, clip=1e-2) if mode.both else None)
+    asked = plan(base, cores=mode.cores, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
     return Federated(
         plan=asked,
         sites=base.sites,
@@ -111,9 +125,21 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
     )
 
 
-def two_rounds(base: Base, folder: Path, present: Sequence[str], mode: Mode, patch: pytest.MonkeyPatch) -> Seen:
-    """A server and those of the devices that are there."""
-    seen = Seen([], [], [], [])
+def two_rounds(
+    base: Base,
+    folder: Path,
+    present: Sequence[str],
+    mode: Mode,
+    patch: pytest.MonkeyPatch,
+    members: Sequence[int] = PLACES,
+) -> Seen:
+    """A server and those of the devices that are there.
+
+    Args:
+        members: which of its pictures the first of all devices has.
+    """
+    seen = Seen([], [], [], [], [])
+    held = dict.fromkeys(NAMES, PLACES) | {NAMES[0]: members}
     really = Gaussian.release
 
     def release(self: Gaussian, clipped: Clipped, noise: NoiseSource) -> Release:
@@ -128,9 +154,18 @@ def two_rounds(base: Base, folder: Path, present: Sequence[str], mode: Mode, pat
         return dataclasses.replace(released, mean=other, next_clip=clip * 1.5 if self.adaptive else clip, snr=snr)
 
     patch.setattr(Gaussian, "release", release)
-    devices = [device_on(base, folder, name, pictures(name), source(name)) for name in present]
+    devices = [device_on(base, folder, name, pictures(name, held[name]), source(held[name])) for name in present]
     federated = strategy(base, folder, present, mode)
-    grid = CohortGrid(devices, lambda asked: perform(base, asked, memory=PLENTY, timesteps=2), together=mode.together)
+
+    def performed(asked: list[Job]) -> Sequence[Result | Exception]:
+        if not (isinstance(asked[0], Train) and asked[0].privacy) or mode.together:
+            return perform(base, asked, memory=PLENTY, timesteps=2)
+        with told_the_optimiser(OF_PICTURES, asked[0].round) as told:
+            found = perform(base, asked, memory=PLENTY, timesteps=2)
+        seen.steps.extend(told if asked[0].client == NAMES[0] else [])
+        return found
+
+    grid = CohortGrid(devices, performed, together=mode.together)
     current = records.adapter_to_record(codec.encode(to_tensors(adapter(base, 1, federated.frame))))
     for number in (1, 2):
         seen.adapters.append(records.adapter_from_record(current))
@@ -155,14 +190,14 @@ def two_rounds(base: Base, folder: Path, present: Sequence[str], mode: Mode, pat
     return seen
 
 
-def pictures(name: str) -> Pictures:
+def pictures(name: str, members: Sequence[int]) -> Pictures:
     first = 10 * NAMES.index(name)
-    return Pictures(tuple(map(picture, range(first, first + 3))), (picture(first + 3),), ())
+    return Pictures(tuple(picture(first + member) for member in members), (picture(first + 9),), ())
 
 
-def source(name: str) -> Callable[[int, str], NoiseSource]:
-    """Of a device's own noise, left out, and batches, those of everybody."""
-    return lambda _round, _purpose: Still(range(len(pictures(name).train)))
+def source(members: Sequence[int]) -> Callable[[int, str], NoiseSource]:
+    """Of a device's own noise, left out, and batches: the first picture alone, nobody, everybody, all but the first."""
+    return lambda _round, _purpose: Still(members, [[0], [], PLACES, PLACES[1:]])
 
 
 @pytest.mark.parametrize(
@@ -193,3 +228,23 @@ def test_one_device_moves_the_sum_by_the_clip_at_most(
     if not mode.both:
         found = [abs(a - b) for a, b in zip(having.gains, without.gains, strict=True)]
         assert all(0 < moved <= GAIN * (1 + 1e-9) for moved in found)
+
+
+@pytest.mark.parametrize("cores", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_under_both_levels_a_picture_is_hidden_on_its_device(
+    base: Base, tmp_path: Path, cores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server then sees is the same to the last bit, once every noised iterate is.
+
+    With cores too: python -m pytest -m slow tests/strategies/test_neighbours.py
+    """
+    runs = []
+    for members in (PLACES, PLACES[1:]):
+        with monkeypatch.context() as patch:
+            mode = Mode(both=True, cores=cores, adaptive=ADAPTIVE)
+            runs.append(two_rounds(base, tmp_path / str(members), "ab", mode, patch, members))
+    having, without = runs
+    moved = torch.stack([(a - b).norm() for a, b in zip(having.steps, without.steps, strict=True)]) / OF_PICTURES
+    assert moved.tolist() == pytest.approx(2 * [1.0, 0.0, 1.0, 0.0], abs=2e-5)
+    assert all(torch.equal(a, b) for a, b in zip(having.sums, without.sums, strict=True))
+    assert having.counts == without.counts
