@@ -1,0 +1,263 @@
+"""Ways of breaking what is promised, each as a change of the source, and the test that is to notice it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A text that occurs once in a file, what is put in its place, and the test that fails then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+_NEIGHBOURS = "tests/privacy/test_neighbours.py::test_one_picture_moves_each_sum_by_the_clip_at_most"
+_AUDIT = "tests/simulations/test_canaries.py"
+
+OF_PICTURES = (
+    Mutant(
+        "noise off", "privacy/clipping.py",
+        "row.add_(noises[client], alpha=sigma)", "row.add_(noises[client], alpha=0.0)",
+        f"{_AUDIT}::test_the_honest_loop_is_not_refuted_and_shows_something",
+    ),
+    Mutant(
+        "noise × 0.25", "privacy/clipping.py",
+        "return noise_multiplier * sensitivity if", "return 0.25 * noise_multiplier * sensitivity if",
+        f"{_AUDIT}::test_the_honest_loop_is_not_refuted_and_shows_something",
+    ),
+    Mutant(
+        "clip off", "privacy/clipping.py",
+        ".clamp_max(1.0)\n", ".clamp_max(1.0).fill_(1.0)\n",
+        f"{_NEIGHBOURS}[clipped]",
+    ),
+    Mutant(
+        "K draws counted as K people", "training/batches.py",
+        "weights=np.full(len(turns), 1 / draws),\n            per_unit=draws,",
+        "weights=np.full(len(turns), 1 / draws),\n            per_unit=1,",
+        f"{_NEIGHBOURS}[three draws, some clipped]",
+    ),
+    Mutant(
+        "realised instead of public batch constant", "training/trainer.py",
+        "resident.pending = batch.size\n",
+        "resident.pending = batch.size\n            self.rows.divisors[row] = max(1, batch.size // batch.per_unit)\n",
+        f"{_NEIGHBOURS}[clipped]",
+    ),
+    Mutant(
+        "number of pictures instead of public batch constant", "training/rows.py",
+        "[job.batch_size if job.privacy else 1.0]", "[job.pictures if job.privacy else 1.0]",
+        f"{_NEIGHBOURS}[clipped]",
+    ),
+    Mutant(
+        "loss as the mean of the batch", "training/batches.py",
+        "weights=np.full(len(turns), 1 / draws),\n", "weights=np.full(len(turns), 1 / max(1, len(turns))),\n",
+        f"{_NEIGHBOURS}[nothing clipped]",
+    ),
+    Mutant(
+        "shuffle accounted as Poisson", "training/batches.py",
+        "self._poisson() if self._job.privacy else", "self._shuffled() if self._job.privacy else",
+        "tests/training/test_batches.py::test_an_empty_poisson_batch_is_empty",
+    ),
+    Mutant(
+        "batches of fixed size accounted as Poisson", "privacy/noise.py",
+        "return torch.from_numpy(np.flatnonzero(_uniforms(size) < rate))",
+        "return torch.from_numpy(np.sort(np.argsort(_uniforms(size))[: round(rate * size)]))",
+        "tests/privacy/test_noise.py::test_poisson_batches_have_the_rate_and_differ",
+    ),
+    Mutant(
+        "personal adapter in the private forward", "client/logic.py",
+        "frozen=frozen if rank(frozen) else None,",
+        "frozen=kept.adapter if (kept := device.store.personal(device.sites)) else None,",
+        f"{_NEIGHBOURS}[clipped]",
+    ),
+    Mutant(
+        "streams of a picture by its place", "training/batches.py",
+        "streams.child(self._names[pictures], self._step)",
+        "streams.child(streams.child(self._key, pictures), self._step)",
+        f"{_NEIGHBOURS}[clipped]",
+    ),
+    Mutant(
+        "noise of a seed that another device has too", "privacy/noise.py",
+        'stream(seed, client, round, purpose, "privacy")', 'stream(seed, round, purpose, "privacy")',
+        "tests/privacy/test_noise.py::test_simulated_noise_is_keyed",
+    ),
+    Mutant(
+        "secure noise from a seed", "privacy/noise.py",
+        "np.frombuffer(os.urandom(8 * size), dtype=np.uint64)",
+        "np.random.default_rng(0).integers(0, 2**64, size, dtype=np.uint64)",
+        "tests/privacy/test_noise.py::test_secure_noise_has_no_seed",
+    ),
+    Mutant(
+        "trained again at a resend", "client/logic.py",
+        "_identity(plan), echo=request.echo)) is not None:", "_identity(plan), echo=request.echo)) == b\"\":",
+        "tests/client/test_logic.py::test_the_same_request_gets_the_same_bytes_and_no_second_training",
+    ),
+    Mutant(
+        "noise redrawn at a resend", "privacy/ledger.py",
+        "if entry.state == RESERVED:\n                self._storage.write",
+        "if True:\n                self._storage.write",
+        "tests/privacy/test_ledger.py::test_a_second_seal_sends_the_first_reply",
+    ),
+    Mutant(
+        "dropped device refunds itself", "privacy/ledger.py",
+        "return [entry.reservation.mechanism for entry in history.entries.values()]",
+        "return [e.reservation.mechanism for e in history.entries.values() if e.state != RESERVED]",
+        "tests/client/test_logic.py::test_a_failed_training_stays_charged_and_is_retried_under_its_reservation",
+    ),
+    Mutant(
+        "only the last of several events is composed", "privacy/accounting.py",
+        "event.sampling_rate] += event.steps", "event.sampling_rate] = event.steps",
+        "tests/privacy/test_accounting.py::test_two_halves_are_the_whole_and_less_than_their_sum",
+    ),
+    Mutant(
+        "owner's cap not asked for", "client/logic.py",
+        "release=noise.release)\n    events = ledger.reserve(reservation, device.policy.check_spending)",
+        "release=noise.release)\n    events = ledger.reserve(reservation, lambda *_: None)",
+        "tests/client/test_logic.py::test_the_owners_cap_ends_the_run",
+    ),
+    Mutant(
+        "simulated noise on a device that declared no test", "client/device.py",
+        'partial(_simulated, seed, name) if _flag(node_config, "test") else _secure', "partial(_simulated, seed, name)",
+        "tests/client/test_device.py::test_a_real_device_draws_secure_noise_and_keeps_its_seed",
+    ),
+    Mutant(
+        "simulated noise told as a release", "client/logic.py",
+        "release=noise.release,\n        seconds=seconds,", "release=True,\n        seconds=seconds,",
+        "tests/client/test_logic.py::test_simulated_noise_is_no_release",
+    ),
+    Mutant(
+        "simulated noise recorded as a release", "client/logic.py",
+        "clip=private.clip if private else None,\n        release=release,\n    )\n\n\n@lru_cache",
+        "clip=private.clip if private else None,\n        release=True,\n    )\n\n\n@lru_cache",
+        "tests/client/test_logic.py::test_simulated_noise_is_no_release",
+    ),
+    Mutant(
+        "simulated noise accepted by a server that is in no test", "strategies/federated.py",
+        "if plan.privacy and not (reply.release or self._accept_simulated):",
+        "if plan.privacy and not (reply.release or True):",
+        "tests/strategies/test_federated.py::test_simulated_noise_is_no_release",
+    ),
+    Mutant(
+        "training loss told without noise", "client/logic.py",
+        "loss=None if plan.privacy else trained.loss,", "loss=trained.loss,",
+        "tests/client/test_logic.py::test_a_private_round",
+    ),
+    Mutant(
+        "gain told without noise", "privacy/measuring.py",
+        "return (bounded.steps + drawn) *", "return (bounded.steps + 0 * drawn) *",
+        "tests/privacy/test_measuring.py::test_the_noise_is_of_the_size_that_was_paid_for",
+    ),
+    Mutant(
+        "gain divided by the pictures there are", "privacy/measuring.py",
+        "* bounded.step / count", "* bounded.step / max(1, len(list(gains)))",
+        "tests/privacy/test_measuring.py::test_the_noise_follows_from_the_sensitivity_and_the_divisor_is_public",
+    ),
+    Mutant(
+        "losses of pictures that share a pass", "training/inference.py",
+        "size = min(timesteps, _most(base, pools, adapters, memory))\n"
+        "    looks = torch.arange(len(place) * timesteps).split(timesteps)",
+        "size = _most(base, pools, adapters, memory)\n    looks = [torch.arange(len(place) * timesteps)]",
+        "tests/training/test_inference.py::test_no_pass_holds_two_examples",
+    ),
+)  # fmt: skip
+
+OF_DEVICES = (
+    Mutant(
+        "noise off", "privacy/sensitivity.py",
+        "self.sensitivity.deviation(noise_multiplier) * drawn", "0.0 * drawn",
+        f"{_AUDIT}::test_canary_clients_estimate_what_is_claimed_per_device",
+    ),
+    Mutant(
+        "noise × 0.25", "privacy/sensitivity.py",
+        "return noise_multiplier * self.norm", "return 0.25 * noise_multiplier * self.norm",
+        f"{_AUDIT}::test_canary_clients_estimate_what_is_claimed_per_device",
+    ),
+    Mutant(
+        "clip off", "privacy/central.py",
+        "scale = _WITHIN * min(1.0, clip / norm if norm else 1.0)", "scale = _WITHIN",
+        "tests/privacy/test_central.py::test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most",
+    ),
+    Mutant(
+        "an update that is not finite passes the clip", "privacy/central.py",
+        "if not math.isfinite(norm):", "if norm == math.inf:",
+        "tests/privacy/test_central.py::test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most",
+    ),
+    Mutant(
+        "replies counted instead of a public constant", "strategies/private.py",
+        "released = self.mechanism.release(clipped, opened.noise)",
+        "released = Gaussian(noise_multiplier=self.mechanism.noise_multiplier, expected=max(1.0, float(len(trained)))"
+        ").release(clipped, opened.noise)",
+        "tests/strategies/test_private.py::test_who_drops_out_contributes_zero_and_the_divisor_stays",
+    ),
+    Mutant(
+        "weights by the work done", "strategies/federated.py",
+        "[adapter for _, adapter in updates]",
+        "[adapter for told, adapter in updates for _ in range(1 + int(told.seconds))]",
+        "tests/strategies/test_private.py::test_the_release_is_that_of_a_loop",
+    ),
+    Mutant(
+        "weights by the order of arrival", "privacy/central.py",
+        "total += (values * scale / clip * _STEPS).long()",
+        "total += (values * scale / clip * _STEPS * (2 if bool(total.any()) else 1)).long()",
+        "tests/privacy/test_central.py::test_everybody_weighs_the_same",
+    ),
+    Mutant(
+        "sample of fixed size accounted as Poisson", "strategies/selection/poisson.py",
+        "self._coins(round).poisson_batch(len(names), self.rate).tolist()",
+        "sorted(self._coins(round).gaussian(len(names)).argsort()[: int(self.rate * len(names))].tolist())",
+        "tests/strategies/test_poisson.py::test_each_by_itself_with_its_rate",
+    ),
+    Mutant(
+        "amplification by a sample that is no secret", "strategies/build.py",
+        "rate = 1.0 if fleet.rate is None else fleet.rate",
+        "rate = asked / devices if fleet.rate is None else fleet.rate",
+        "tests/strategies/test_build.py::test_without_a_secret_sample_every_participation_is_paid_for_in_full",
+    ),
+    Mutant(
+        "aborted round refunded", "server/ledger.py",
+        "            if state == RELEASED:\n",
+        '            if state == RELEASED or not any(b\'"released"\' in line for line in lines[number:]):\n',
+        "tests/server/test_private_loop.py::test_an_aborted_round_stays_charged_and_the_run_ends_a_round_early",
+    ),
+    Mutant(
+        "charged once the replies are there", "strategies/federated.py",
+        "        if self.device_level:\n            self.device_level.open(",
+        "        if self.device_level and not plans:\n            self.device_level.open(",
+        "tests/strategies/test_private.py::test_the_charge_is_on_the_disk_before_a_message_leaves",
+    ),
+    Mutant(
+        "a round released twice", "strategies/private.py",
+        "opened, self._open = self._open, None", "opened = self._open",
+        "tests/strategies/test_private.py::test_a_round_is_released_once_and_only_if_it_was_charged_for",
+    ),
+    Mutant(
+        "participations not capped", "strategies/private.py",
+        "if had.get(name, 0) < most}", "if had.get(name, 0) >= 0}",
+        "tests/strategies/test_private.py::test_devices_at_their_cap_are_not_asked",
+    ),
+    Mutant(
+        "count for the clip not noised", "privacy/central.py",
+        "count = clipped.below.noised(2 * self.adaptive.deviation, noise)", "count = clipped.below.value",
+        "tests/privacy/test_central.py::test_the_clip_follows_the_quantile_as_in_the_paper",
+    ),
+    Mutant(
+        "count for the clip not paid for", "privacy/central.py",
+        "of_sum = self.adaptive.noise_multiplier(z) if self.adaptive else z", "of_sum = z",
+        "tests/privacy/test_central.py::test_the_clip_follows_the_quantile_as_in_the_paper",
+    ),
+    Mutant(
+        "simulated noise on a real server", "strategies/build.py",
+        "noise = partial(_simulated, config.seed) if accept_simulated else _secure",
+        "noise = partial(_simulated, config.seed)",
+        "tests/strategies/test_build.py::test_only_a_test_has_noise_that_can_be_repeated",
+    ),
+    Mutant(
+        "gain of the devices with the noise of another round", "strategies/measuring.py",
+        "count=hidden.devices,\n                noise=hidden.noise(round),",
+        "count=hidden.devices,\n                noise=hidden.noise(round + 1),",
+        "tests/strategies/test_measuring.py::test_gains_that_the_server_noises",
+    ),
+)  # fmt: skip
