@@ -68,7 +68,7 @@ OF_PICTURES = (
         "tests/privacy/test_noise.py::test_poisson_batches_have_the_rate_and_differ",
     ),
     Mutant(
-        "personal adapter in the private forward", "client/logic.py",
+        "personal adapter in the private forward", "client/train.py",
         "frozen=frozen if rank(frozen) else None,",
         "frozen=kept.adapter if (kept := device.store.personal(device.sites)) else None,",
         f"{_NEIGHBOURS}[clipped]",
@@ -91,7 +91,7 @@ OF_PICTURES = (
         "tests/privacy/test_noise.py::test_secure_noise_has_no_seed",
     ),
     Mutant(
-        "trained again at a resend", "client/logic.py",
+        "trained again at a resend", "client/train.py",
         "_identity(plan), echo=request.echo)) is not None:", "_identity(plan), echo=request.echo)) == b\"\":",
         "tests/client/test_logic.py::test_the_same_request_gets_the_same_bytes_and_no_second_training",
     ),
@@ -113,35 +113,34 @@ OF_PICTURES = (
         "tests/privacy/test_accounting.py::test_two_halves_are_the_whole_and_less_than_their_sum",
     ),
     Mutant(
-        "owner's cap not asked for", "client/logic.py",
+        "owner's cap not asked for", "client/train.py",
         "release=noise.release)\n    events = ledger.reserve(reservation, device.policy.check_spending)",
         "release=noise.release)\n    events = ledger.reserve(reservation, lambda *_: None)",
         "tests/client/test_logic.py::test_the_owners_cap_ends_the_run",
     ),
     Mutant(
         "simulated noise on a device that declared no test", "client/device.py",
-        'partial(_simulated, seed, name) if _flag(node_config, "test") else _secure', "partial(_simulated, seed, name)",
+        "seed=seed if is_test else None),", "seed=seed),",
         "tests/client/test_device.py::test_a_real_device_draws_secure_noise_and_keeps_its_seed",
     ),
     Mutant(
-        "simulated noise told as a release", "client/logic.py",
+        "simulated noise told as a release", "client/train.py",
         "release=noise.release,\n        seconds=seconds,", "release=True,\n        seconds=seconds,",
         "tests/client/test_logic.py::test_simulated_noise_is_no_release",
     ),
     Mutant(
-        "simulated noise recorded as a release", "client/logic.py",
+        "simulated noise recorded as a release", "client/train.py",
         "clip=private.clip if private else None,\n        release=release,\n    )\n\n\n@lru_cache",
         "clip=private.clip if private else None,\n        release=True,\n    )\n\n\n@lru_cache",
         "tests/client/test_logic.py::test_simulated_noise_is_no_release",
     ),
     Mutant(
-        "simulated noise accepted by a server that is in no test", "strategies/federated.py",
-        "if plan.privacy and not (reply.release or self._accept_simulated):",
-        "if plan.privacy and not (reply.release or True):",
+        "simulated noise accepted by a server that is in no test", "strategies/replies.py",
+        "if not (reply.release or self.accept_simulated):", "if not (reply.release or True):",
         "tests/strategies/test_federated.py::test_simulated_noise_is_no_release",
     ),
     Mutant(
-        "training loss told without noise", "client/logic.py",
+        "training loss told without noise", "client/train.py",
         "loss=None if plan.privacy else trained.loss,", "loss=trained.loss,",
         "tests/client/test_logic.py::test_a_private_round",
     ),
@@ -250,8 +249,7 @@ OF_DEVICES = (
     ),
     Mutant(
         "simulated noise on a real server", "strategies/build.py",
-        "noise = partial(_simulated, config.seed) if accept_simulated else _secure",
-        "noise = partial(_simulated, config.seed)",
+        "seed = config.seed if accept_simulated else None", "seed = config.seed",
         "tests/strategies/test_build.py::test_only_a_test_has_noise_that_can_be_repeated",
     ),
     Mutant(
