@@ -11,8 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from conf.errors import AntherError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 IMAGE, DEVICE = "image", "device"
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
@@ -138,16 +142,36 @@ _epsilon = epsilon  # under a name that no argument takes
 @lru_cache(maxsize=4096)
 def _composed(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     """ε of the given (σ, q, steps), on ever finer grids until two agree."""
-    from dp_accounting import NeighboringRelation, dp_event  # slow import, so only here
-    from dp_accounting.pld import PLDAccountant
-
     coarser = math.inf
     for interval in INTERVALS:
-        accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
-        for sigma, rate, steps in kinds:
-            accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)), steps)
-        value = float(accountant.get_epsilon(delta))
+        value = float(_losses(kinds, interval).get_epsilon_for_delta(delta))
         if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf:
             break
         coarser = value
     return value
+
+
+@lru_cache(maxsize=8)
+def _losses(kinds: tuple[tuple[float, float, int], ...], interval: float) -> PrivacyLossDistribution:
+    """The privacy losses of all steps together, on one grid. Kept: the owner's δ and the plan's ask for the same."""
+    from dp_accounting.pld import privacy_loss_distribution as pld  # slow import, so only here
+
+    composed = pld.identity(interval)
+    for sigma, rate, steps in kinds:
+        if rate:
+            composed = composed.compose(_losses_of_step(sigma, rate, interval).self_compose(steps))
+    return composed
+
+
+@lru_cache(maxsize=8)
+def _losses_of_step(sigma: float, rate: float, interval: float) -> PrivacyLossDistribution:
+    """Of one step: kept, since round after round adds more of the same."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    return pld.from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )

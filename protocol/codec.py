@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from conf.errors import AntherError
 from protocol.plain import loads
@@ -36,10 +37,11 @@ def encode(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32)
     if dtype not in _DTYPES:
         raise ValueError(f"{dtype=}: must be one of {list(_DTYPES)}")
     names = sorted(tensors)
-    header = _written(dtype, tuple((name, tuple(tensors[name].shape)) for name in names))
+    header = _written(dtype, tuple([(name, tensors[name].shape) for name in names]))
     if not names:
         return header
-    values = torch.cat([tensors[name].detach().ravel() for name in names]).to("cpu", dtype)
+    with torch.no_grad():
+        values = _flatten_dense_tensors([tensors[name] for name in names]).to("cpu", dtype)
     return b"".join([header, values.view(torch.uint8).numpy().data])
 
 

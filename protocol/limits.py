@@ -8,7 +8,7 @@ decided here but by its policy, and what a reply must say by the strategy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 MOST_COUNT = 2**31 - 1
@@ -22,25 +22,30 @@ _WORDS = {"quality": ("measured", "estimate")}
 
 def check(message: Any) -> None:
     """ValueError, naming the field, for a value of a message, or of a dataclass within it, that no honest one holds."""
-    for where, name, value in _values(message, type(message).__name__):
-        if complaint := _complaint(name, value):
-            raise ValueError(f"{where}: {complaint}")
+    _check(message, type(message).__name__, "")
 
 
-def _values(value: Any, where: str, name: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(where it is, name of its field, value) of everything that holds nothing further."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _values(getattr(value, field.name), f"{where}.{field.name}", field.name)
+def _check(value: Any, where: str, name: str) -> None:
+    """The same for a value that is, or is within, the field of this name."""
+    kind: Any = type(value)  # mypy: a type is hashable
+    if names := _fields(kind):
+        for field in names:
+            _check(getattr(value, field), f"{where}.{field}", field)
     elif isinstance(value, dict):
         for index, (key, item) in enumerate(value.items()):
-            yield f"{where}, key {index}", name, key
-            yield from _values(item, f"{where}, value {index}", name)
+            _check(key, f"{where}, key {index}", name)
+            _check(item, f"{where}, value {index}", name)
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from _values(item, f"{where}[{index}]", name)
-    else:
-        yield where, name, value
+            _check(item, f"{where}[{index}]", name)
+    elif complaint := _complaint(name, value):
+        raise ValueError(f"{where}: {complaint}")
+
+
+@cache
+def _fields(kind: Any) -> tuple[str, ...]:
+    """Names of a dataclass' fields; none of any other type."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 def _complaint(name: str, value: Any) -> str | None:

@@ -26,7 +26,7 @@ def dumps(value: Any) -> str:
 def loads(text: str | bytes) -> Any:
     """Parse JSON that states each key once and knows no NaN; ValueError with one line otherwise."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return _decoder.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -56,6 +56,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 Convert = Callable[[Any, str], Any]
@@ -93,10 +96,11 @@ def _dataclass_converter(kind: Any) -> Convert:
 
     def convert(value: Any, where: str) -> Any:
         found = _exactly(dict, value, where)
-        if wrong := sorted(found.keys() ^ converters.keys()):
-            state = "missing" if wrong[0] in converters else "unknown"
-            raise ValueError(f"{where}.{_shown(wrong[0])}: {state}")
-        return kind(**{name: converters[name](found[name], f"{where}.{name}") for name in converters})
+        if found.keys() != converters.keys():
+            wrong = min(found.keys() ^ converters.keys())
+            state = "missing" if wrong in converters else "unknown"
+            raise ValueError(f"{where}.{_shown(wrong)}: {state}")
+        return kind(**{name: converter(found[name], f"{where}.{name}") for name, converter in converters.items()})
 
     return convert
 

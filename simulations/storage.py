@@ -24,7 +24,6 @@ FILE = "fleet.sqlite"
 
 _PAGE = 65536  # bytes, the most: adapters are hundreds of KB, and every page of one costs the same
 _CACHE = 8192  # KiB of pages held in memory, however large the file
-_LOG = 256  # pages that wait in the write-ahead log, at least, before they are moved into the file
 _PATIENCE = 60.0  # seconds to wait for another process to commit
 
 _SCHEMA = f"""
@@ -32,9 +31,8 @@ PRAGMA page_size = {_PAGE};
 PRAGMA auto_vacuum = INCREMENTAL; -- it keeps track of whose pages are whose: a blob is then removed without reading it
 PRAGMA secure_delete = OFF; -- where it is on, removing a blob means writing it once more
 PRAGMA cache_size = -{_CACHE};
-PRAGMA journal_mode = WAL;
-PRAGMA wal_autocheckpoint = {_LOG};
-PRAGMA synchronous = FULL;
+PRAGMA journal_mode = DELETE; -- it keeps the pages that change, of which a new blob has none: a log would hold it twice
+PRAGMA synchronous = EXTRA; -- with less, a power cut can bring a deleted journal back, which takes back a commit
 CREATE TABLE IF NOT EXISTS blobs (device TEXT, name TEXT, data BLOB NOT NULL, PRIMARY KEY (device, name));
 CREATE TABLE IF NOT EXISTS journal (
     device TEXT, name TEXT, number INTEGER, line BLOB NOT NULL, PRIMARY KEY (device, name, number)
