@@ -54,7 +54,7 @@ OF_PICTURES = (
     Mutant(
         "loss as the mean of the batch", "training/batches.py",
         "weights=np.full(len(turns), 1 / draws),\n", "weights=np.full(len(turns), 1 / max(1, len(turns))),\n",
-        f"{_NEIGHBOURS}[nothing clipped]",
+        "tests/privacy/test_neighbours.py::test_one_picture_beside_copies_of_another",
     ),
     Mutant(
         "shuffle accounted as Poisson", "training/batches.py",
@@ -222,7 +222,7 @@ OF_DEVICES = (
         "tests/server/test_private_loop.py::test_an_aborted_round_stays_charged_and_the_run_ends_a_round_early",
     ),
     Mutant(
-        "charged once the replies are there", "strategies/federated.py",
+        "not charged before anybody is asked", "strategies/federated.py",
         "        if self.device_level:\n            self.device_level.open(",
         "        if self.device_level and not plans:\n            self.device_level.open(",
         "tests/strategies/test_private.py::test_the_charge_is_on_the_disk_before_a_message_leaves",

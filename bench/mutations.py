@@ -79,7 +79,12 @@ def applied(mutant: Mutant, root: Path) -> Iterator[None]:
 def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
     """(exit code of pytest, its short summary or last line) in a process of its own, on the source below `root`."""
     # A byte code file is told from an outdated one by seconds and size, which a mutant may leave as they are.
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "250",
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
     found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     lines = found.stdout.strip().splitlines() or found.stderr.strip().splitlines() or ["nothing was said"]

@@ -99,8 +99,6 @@ ON_DEVICES = {
     "cores, frozen beside, draws": Mode(cores=True, rank=2, draws=3, clip=0.02),
     "cores per site": Mode(cores=True, change=per_site),
 }
-
-
 QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
 
 
@@ -214,23 +212,32 @@ def test_a_divisor_that_counts_the_batch_breaks_the_bound(
     assert exceeded(having, without, Mode()) > 1.5
 
 
+def one_beside_copies(base: Base, folder: Path) -> tuple[Seen, Seen, Mode]:
+    """Nine pictures that are one with and without another, at a ninth of their gradient's length as the clip."""
+    whole, first = [*9 * [PICTURES[0]], PICTURES[1]], [range(10), [], [], []]
+    alone = two_rounds(base, folder / "alone", whole, [0], Mode(clip=100.0), first)
+    mode = Mode(clip=float(alone.sums[0][0].norm()) / 9)
+    having, without = (
+        two_rounds(base, folder / name, whole, range(count), mode, first)
+        for name, count in (("with", 10), ("without", 9))
+    )
+    return having, without, mode
+
+
+def test_one_picture_beside_copies_of_another(fine: Base, tmp_path: Path) -> None:
+    """Whose gradients are all the same, so that any change of their weights adds up."""
+    having, without, mode = one_beside_copies(fine, tmp_path)
+    assert exceeded(having, without, mode) == pytest.approx(1, abs=EXACT)
+
+
 def test_a_loss_that_is_the_mean_of_the_batch_breaks_the_bound(
     fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine pictures that are one, and another: without that one each of the nine weighs more."""
-    same, other = 9 * [PICTURES[0]], PICTURES[1]
-    first = [range(10), [], [], []]
-    alone = two_rounds(fine, tmp_path / "alone", same, [0], Mode(clip=100.0), first)
+    """Without the other one each of the nine weighs more."""
     patched_batches(
         monkeypatch, lambda batch: batch._replace(weights=batch.weights * batch.per_unit / max(1, batch.size))
     )
-    mode = Mode(clip=float(alone.sums[0][0].norm()) / len(same))
-    whole = [*same, other]
-    having, without = (
-        two_rounds(fine, tmp_path / name, whole, range(count), mode, first)
-        for name, count in (("with", 10), ("without", 9))
-    )
-    assert exceeded(having, without, mode) > 1.1
+    assert exceeded(*one_beside_copies(fine, tmp_path)) > 1.1
 
 
 def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: float, memory: int) -> list[int]:
