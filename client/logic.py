@@ -24,7 +24,7 @@ from models import cores
 from models.adapter import Adapter, Factors, Site, from_tensors, head_and_tail, initial, rank, shapes, to_tensors
 from models.bounds import excess
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.ledger import MEASURE, SEALED, TRAIN, Reservation
+from privacy.ledger import MEASURE, TRAIN, Reservation
 from privacy.measuring import noised_mean
 from privacy.noise import stream
 from privacy.policy import Refusal
@@ -77,10 +77,9 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
     examples = yield from _examples(device, "train", pictures)
-    _settle(plan, device)
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
-    events = ledger.reserve(reservation, device.policy.check_spending)
+    charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     start, frozen, frame = sent.parts(plan.rank)
     trained = _expect(
         Trained,
@@ -104,6 +103,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         ),
     )
     draws = plan.privacy.draws if plan.privacy else 1
+    events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     seconds, joules = _cost(device, plan.steps * plan.batch_size * draws)
     reply = messages.Update(
         device=device.name,
@@ -116,8 +116,8 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
         joules=joules,
         quality="estimate",
         loss=None if plan.privacy else trained.loss,  # it was not noised
-        epsilon=ledger.spent(plan.privacy.delta).value if plan.privacy else None,
-        events=events + 1 if plan.privacy else events,  # with the seal, which comes before anybody reads this
+        epsilon=charged.spent(plan.privacy.delta).value if plan.privacy else None,
+        events=events,
     )
     if plan.privacy is None:
         return reply  # nothing is spent by making it again, so it needn't be kept
@@ -176,7 +176,7 @@ def _noised_gain(
     pictures = device.pictures().validation
     reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     examples = (yield from _examples(device, "validation", pictures)) if pictures else None
-    ledger.reserve(reservation, device.policy.check_spending)
+    charged = ledger.reserve(reservation, device.policy.check_spending)
     gains: list[float] = []
     if examples:
         base = _expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
@@ -195,7 +195,7 @@ def _noised_gain(
             noise=noise,
         ),
         release=noise.release,
-        epsilon=ledger.spent(privacy.delta).value,
+        epsilon=charged.spent(privacy.delta).value,
     )
     return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
 
@@ -353,14 +353,6 @@ def _measuring(request: messages.Evaluate, device: Device, *, adapter: str, data
 def _asked(request: messages.Evaluate) -> str:
     """What stands for a request to measure, whatever adapter it is about."""
     return hashlib.sha256(messages.to_json(request).encode()).hexdigest()
-
-
-def _settle(plan: TrainingPlan, device: Device) -> None:
-    """A plan for a later round says that the server has moved past the run's earlier ones."""
-    for entry in device.store.ledger.entries():
-        earlier = entry.reservation
-        if entry.state == SEALED and earlier.run == plan.run and earlier.round < plan.round:
-            device.store.ledger.sent(earlier.key)
 
 
 def _examples(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:
