@@ -102,9 +102,9 @@ OF_PICTURES = (
         "tests/privacy/test_ledger.py::test_a_second_seal_sends_the_first_reply",
     ),
     Mutant(
-        "dropped device refunds itself", "privacy/ledger.py",
-        "return [entry.reservation.mechanism for entry in history.entries.values()]",
-        "return [e.reservation.mechanism for e in history.entries.values() if e.state != RESERVED]",
+        "dropped device refunds itself", "privacy/entries.py",
+        "return [entry.reservation.mechanism for entry in self.entries.values()]",
+        "return [e.reservation.mechanism for e in self.entries.values() if e.state != RESERVED]",
         "tests/client/test_logic.py::test_a_failed_training_stays_charged_and_is_retried_under_its_reservation",
     ),
     Mutant(
@@ -114,8 +114,8 @@ OF_PICTURES = (
     ),
     Mutant(
         "owner's cap not asked for", "client/train.py",
-        "release=noise.release)\n    events = ledger.reserve(reservation, device.policy.check_spending)",
-        "release=noise.release)\n    events = ledger.reserve(reservation, lambda *_: None)",
+        "ledger.reserve(reservation, device.policy.check_spending, settles=True)",
+        "ledger.reserve(reservation, lambda *_: None, settles=True)",
         "tests/client/test_logic.py::test_the_owners_cap_ends_the_run",
     ),
     Mutant(

@@ -70,7 +70,7 @@ def _noised_gain(
     pictures = device.pictures().validation
     reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     examples = (yield from encoded(device, "validation", pictures)) if pictures else None
-    ledger.reserve(reservation, device.policy.check_spending)
+    charged = ledger.reserve(reservation, device.policy.check_spending)
     gains: list[float] = []
     if examples:
         base = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
@@ -89,7 +89,7 @@ def _noised_gain(
             noise=noise,
         ),
         release=noise.release,
-        epsilon=ledger.spent(privacy.delta).value,
+        epsilon=charged.spent(privacy.delta).value,
     )
     return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
 

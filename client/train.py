@@ -13,7 +13,7 @@ from client.work import cost, encoded, expect
 from models import cores
 from models.adapter import rank, to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.ledger import SEALED, TRAIN, Reservation
+from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
 from protocol import codec, messages, plain
 from protocol.messages import TrainingPlan
@@ -43,10 +43,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
     examples = yield from encoded(device, "train", pictures)
-    _settle(plan, device)
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
-    events = ledger.reserve(reservation, device.policy.check_spending)
+    charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     start, frozen, frame = sent.parts(plan.rank)
     trained = expect(
         Trained,
@@ -70,6 +69,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         ),
     )
     draws = plan.privacy.draws if plan.privacy else 1
+    events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     seconds, joules = cost(device, plan.steps * plan.batch_size * draws)
     reply = messages.Update(
         device=device.name,
@@ -82,8 +82,8 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         joules=joules,
         quality="estimate",
         loss=None if plan.privacy else trained.loss,  # it was not noised
-        epsilon=ledger.spent(plan.privacy.delta).value if plan.privacy else None,
-        events=events + 1 if plan.privacy else events,  # with the seal, which comes before anybody reads this
+        epsilon=charged.spent(plan.privacy.delta).value if plan.privacy else None,
+        events=events,
     )
     if plan.privacy is None:
         return reply  # nothing is spent by making it again, so it needn't be kept
@@ -115,14 +115,6 @@ def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) 
 def _identity(plan: TrainingPlan) -> str:
     """The plan's own hash: nothing that the server says of the device enters it."""
     return hashlib.sha256(plain.dumps(plan).encode()).hexdigest()
-
-
-def _settle(plan: TrainingPlan, device: Device) -> None:
-    """A plan for a later round says that the server has moved past the run's earlier ones."""
-    for entry in device.store.ledger.entries():
-        earlier = entry.reservation
-        if entry.state == SEALED and earlier.run == plan.run and earlier.round < plan.round:
-            device.store.ledger.sent(earlier.key)
 
 
 def _dp_sgd(plan: TrainingPlan) -> jobs.DPSGD | None:

@@ -15,6 +15,8 @@ from conf.errors import AntherError
 
 START = "0" * 64
 
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
 
 def head(lines: Sequence[bytes]) -> str:
     """What the next line will name: it stands for all of these, in their order."""
@@ -28,18 +30,18 @@ def begins(lines: Sequence[bytes], count: int, digest: str) -> bool:
 
 def line(event: Mapping[str, Any], previous: str) -> bytes:
     """An event as the line that follows the one of this head."""
-    return json.dumps({**event, "previous": previous}, separators=(",", ":")).encode()
+    return _encoder.encode({**event, "previous": previous}).encode()
 
 
-def events(lines: Sequence[bytes], where: str, start: int = 0) -> list[dict[str, Any]]:
-    """The events of the lines from `start` on, whose links hold, the one to the line before `start` too.
+def events(lines: Sequence[bytes], where: str) -> list[dict[str, Any]]:
+    """The events of lines whose links hold.
 
     Raises:
         AntherError: a line is no event, or doesn't follow the one before it; names `where` and the line.
     """
     found = []
-    previous = head(lines[:start])
-    for number, text in enumerate(lines[start:], start=start + 1):
+    previous = START
+    for number, text in enumerate(lines, start=1):
         try:
             event = json.loads(text)
             link = event.pop("previous")

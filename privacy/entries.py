@@ -19,7 +19,15 @@ from typing import Any
 
 from conf.errors import AntherError
 from privacy import chain
-from privacy.accounting import ADD_OR_REMOVE_ONE, IMAGE, Mechanism, NonPrivate, PoissonGaussian
+from privacy.accounting import (
+    ADD_OR_REMOVE_ONE,
+    IMAGE,
+    Guarantee,
+    Mechanism,
+    NonPrivate,
+    PoissonGaussian,
+    epsilon,
+)
 
 ENROLLED, RESERVED, SEALED, SENT = "enrolled", "reserved", "sealed", "sent"
 TRAIN, MEASURE = "train", "measure"
@@ -79,26 +87,36 @@ class History:
     entries: Mapping[Key, Entry] = field(default_factory=dict)
     """In the order reserved."""
 
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        """What was charged for."""
+        return [entry.reservation.mechanism for entry in self.entries.values()]
 
-def replay(known: History, lines: Sequence[bytes], where: str) -> History:
-    """The history that `lines` lead to, where the first `known.events` of them lead to `known`.
+    def spent(self, delta: float) -> Guarantee:
+        """ε of everything reserved, whether or not it was sent."""
+        return epsilon(self.mechanisms, delta)
+
+
+def replay(lines: Sequence[bytes], where: str) -> History:
+    """The history that `lines` lead to.
 
     Raises:
         AntherError: a line doesn't follow the one before it, is no event, or comes out of turn.
     """
-    ledger, entries = known.ledger, dict(known.entries)
-    for number, event in enumerate(chain.events(lines, where, known.events), start=known.events + 1):
+    ledger: str | None = None
+    entries: dict[Key, Entry] = {}
+    for number, event in enumerate(chain.events(lines, where), start=1):
         try:
-            if (event["state"] == ENROLLED) != (number == 1):
-                raise ValueError("a ledger begins with its one enrolment")
-            if number == 1:
-                ledger = str(event["ledger"])
-            else:
-                key = (event["run"], event["round"], event["purpose"])
-                entries[key] = _next(entries.get(key), event)
+            ledger = _enter(entries, ledger, event)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AntherError(f"{where}:{number}: not an event of the ledger ({error}); restore the file") from error
     return History(ledger, len(lines), entries)
+
+
+def then(history: History, event: Mapping[str, Any]) -> History:
+    """The history after one more event, which must be of its form; ValueError if it isn't its turn."""
+    entries = dict(history.entries)
+    return History(_enter(entries, history.ledger, event), history.events + 1, entries)
 
 
 def reserved(reservation: Reservation) -> dict[str, Any]:
@@ -128,6 +146,17 @@ _MADE_FROM = ("adapter", "data", "release")  # a reserved round is trained anew,
 
 def _key(key: Key) -> dict[str, Any]:
     return dict(zip(("run", "round", "purpose"), key, strict=True))
+
+
+def _enter(entries: dict[Key, Entry], ledger: str | None, event: Mapping[str, Any]) -> str:
+    """Put one more event into the entries of a ledger, None before its first; its id."""
+    if (event["state"] == ENROLLED) != (ledger is None):
+        raise ValueError("a ledger begins with its one enrolment")
+    if ledger is None:
+        return str(event["ledger"])
+    key = (event["run"], event["round"], event["purpose"])
+    entries[key] = _next(entries.get(key), event)
+    return ledger
 
 
 def _next(entry: Entry | None, event: Mapping[str, Any]) -> Entry:

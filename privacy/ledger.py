@@ -29,7 +29,7 @@ from typing import Any
 
 from conf.errors import AntherError
 from privacy import anchors, chain, entries
-from privacy.accounting import Guarantee, Mechanism, epsilon
+from privacy.accounting import Guarantee, Mechanism
 from privacy.anchors import RECOVER, Head, Marker
 from privacy.entries import ENROLLED, MEASURE, RESERVED, SEALED, SENT, TRAIN, Entry, History, Key, Reservation
 from privacy.policy import Refusal
@@ -55,24 +55,34 @@ class Ledger:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def reserve(self, reservation: Reservation, admit: Callable[[Sequence[Mechanism], Mechanism], None]) -> int:
+    def reserve(
+        self,
+        reservation: Reservation,
+        admit: Callable[[Sequence[Mechanism], Mechanism], None],
+        *,
+        settles: bool = False,
+    ) -> History:
         """Charge for a round, unless it is charged for already; enrol the device at its first.
 
         Args:
             admit: given the mechanisms so far and the new one, raises to refuse it; called under the lock, so that
-                two processes can't both take the last of a budget, and before anything is written.
+                two processes can't both take the last of a budget, and before anything is charged.
+            settles: the server, that asks for this round, has moved past the run's earlier ones: they are noted as
+                sent, and the bytes of their replies are removed.
 
         Returns:
-            How many events the ledger holds now.
+            What the ledger holds now.
 
         Raises:
             Refusal: this key is reserved for another plan.
         """
-        with self._opened(charging=True) as (history, append):
-            if _of_plan(history, reservation.key, reservation.plan) is not None:
-                return history.events
-            admit(_mechanisms(history), reservation.mechanism)
-            return append(entries.reserved(reservation))
+        with self._opened(charging=True) as book:
+            if settles:
+                self._settle(book, reservation)
+            if _of_plan(book.history, reservation.key, reservation.plan) is None:
+                admit(book.history.mechanisms, reservation.mechanism)
+                book.append(entries.reserved(reservation))
+            return book.history
 
     def seal(self, reservation: Reservation, reply: bytes) -> bytes:
         """Fix the reply to a reserved round; returns the bytes to send: an earlier seal's, if there is one.
@@ -80,11 +90,11 @@ class Ledger:
         Args:
             reservation: as reserved, with the pictures, adapter and noise that the reply was really made from.
         """
-        with self._opened() as (history, append):
-            entry = history.entries[reservation.key]
+        with self._opened() as book:
+            entry = book.history.entries[reservation.key]
             if entry.state == RESERVED:
                 self._storage.write(_outbox(reservation.key), reply)
-                append(entries.sealed(reservation, hashlib.sha256(reply).hexdigest()))
+                book.append(entries.sealed(reservation, hashlib.sha256(reply).hexdigest()))
                 return reply
             return self._read_sealed(entry)
 
@@ -99,26 +109,19 @@ class Ledger:
                 as sent.
             AntherError: the sealed reply is damaged.
         """
-        with self._opened() as (history, _):
-            if echo > history.events:
+        with self._opened() as book:
+            if echo > (events := book.history.events):
                 raise Refusal(
-                    f"this device's ledger holds {history.events} events and the server heard of {echo}: it was rolled "
-                    "back or begun anew; its owner has to restore it"
+                    f"this device's ledger holds {events} events and the server heard of {echo}: it was rolled back or "
+                    "begun anew; its owner has to restore it"
                 )
-            entry = _of_plan(history, key, plan)
+            entry = _of_plan(book.history, key, plan)
             return None if entry is None or entry.state == RESERVED else self._read_sealed(entry)
-
-    def sent(self, key: Key) -> None:
-        """Note that the server has moved past a sealed reply: it is not asked for again, and its bytes are removed."""
-        with self._opened() as (history, append):
-            if history.entries[key].state == SEALED:
-                append(entries.sent(key))
-                self._storage.remove(_outbox(key))
 
     def history(self) -> History:
         """All of it."""
-        with self._opened() as (history, _):
-            return history
+        with self._opened() as book:
+            return book.history
 
     def entries(self) -> tuple[Entry, ...]:
         """Every reservation in the order made."""
@@ -126,7 +129,13 @@ class Ledger:
 
     def spent(self, delta: float) -> Guarantee:
         """ε of everything reserved so far, whether or not it was sent."""
-        return epsilon(_mechanisms(self.history()), delta)
+        return self.history().spent(delta)
+
+    def _settle(self, book: _Book, later: Reservation) -> None:
+        for key, entry in book.history.entries.items():
+            if entry.state == SEALED and entry.reservation.run == later.run and entry.reservation.round < later.round:
+                book.append(entries.sent(key))
+                self._storage.remove(_outbox(key))
 
     def _read_sealed(self, entry: Entry) -> bytes:
         if entry.state == SENT:
@@ -141,8 +150,8 @@ class Ledger:
         return reply
 
     @contextmanager
-    def _opened(self, *, charging: bool = False) -> Iterator[tuple[History, Callable[[Mapping[str, Any]], int]]]:
-        """What the ledger holds, and the function that appends an event and counts, under an exclusive lock.
+    def _opened(self, *, charging: bool = False) -> Iterator[_Book]:
+        """What the ledger holds, to be read and appended to, under an exclusive lock.
 
         Raises AntherError unless chain and anchors hold; mends what a crash has left of them. The marker is looked at
         where there is nothing else to tell by, and before anything is charged.
@@ -150,26 +159,20 @@ class Ledger:
         where = self._storage.where(JOURNAL)
         with self._storage.journal(JOURNAL) as journal:
             try:
-                history = _replayed(journal.lines, where)
+                book = _Book(journal, where, self._mark)
             except AntherError as error:
                 raise AntherError(f"{error}; {RECOVER}") from error
+            ledger, events = book.history.ledger, book.history.events
             head = None if (data := journal.head) is None else anchors.read_head(data, journal.head_at)
             asks_marker = charging or head is None
             marker = self._marker() if asks_marker else None
-            anchors.check(history.ledger, journal.lines, head, marker, where)
-            writer = _Writer(journal, history.ledger)
-            if history.ledger:
-                if head is None or head.events < history.events:
-                    writer.keep_head()
+            anchors.check(ledger, journal.lines, head, marker, where)
+            if ledger:
+                if head is None or head.events < events:
+                    book.keep_head()
                 if asks_marker and marker is None:
-                    self._mark(history.ledger, journal)
-
-            def append(event: Mapping[str, Any]) -> int:
-                if writer.ledger is None:
-                    self._mark(writer.enrol(), journal)
-                return writer.append(event)
-
-            yield history, append
+                    self._mark(ledger, journal)
+            yield book
 
     def _marker(self) -> Marker | None:
         data = self._storage.read(MARKER)
@@ -179,63 +182,77 @@ class Ledger:
         self._storage.write(MARKER, Marker(ledger, journal.head_at).to_json())
 
 
-class _Writer:
-    """Appends to a journal whose lock is held; after every line the head follows."""
+class _Book:
+    """A journal whose lock is held, and the history that it leads to; after every line the head follows.
 
-    def __init__(self, journal: Journal, ledger: str | None) -> None:
-        self.ledger = ledger
-        self._journal = journal
-        self._events, self._last = len(journal.lines), chain.head(journal.lines)
+    Args:
+        mark: called with the id and the journal once the ledger is enrolled, at its first event.
 
-    def enrol(self) -> str:
-        """Begin the ledger; the id that it has from now on."""
-        self.ledger = secrets.token_hex(16)
-        self.append({"state": ENROLLED, "ledger": self.ledger})
-        return self.ledger
+    Raises:
+        AntherError: a line is no event, is out of turn, or doesn't follow the one before it.
+    """
 
-    def append(self, event: Mapping[str, Any]) -> int:
-        """How many events there are now."""
-        line = chain.line({"at": datetime.now(UTC).isoformat(timespec="seconds"), **event}, self._last)
-        self._journal.append(line)
-        self._events, self._last = self._events + 1, chain.head([line])
-        self.keep_head()
-        return self._events
+    def __init__(self, journal: Journal, where: str, mark: Callable[[str, Journal], None]) -> None:
+        self._journal, self._mark = journal, mark
+        self._digest, self._last = _digest(journal.lines), chain.head(journal.lines)
+        self.history = _replayed(self._digest.digest(), journal.lines, where)
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        if self.history.ledger is None:
+            ledger = secrets.token_hex(16)
+            self._append({"state": ENROLLED, "ledger": ledger})
+            self._mark(ledger, self._journal)
+        self._append(event)
 
     def keep_head(self) -> None:
-        self._journal.keep(Head(str(self.ledger), self._events, self._last).to_json())
+        self._journal.keep(Head(str(self.history.ledger), self.history.events, self._last).to_json())
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        stamped = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **event}
+        line = chain.line(stamped, self._last)
+        history, before = entries.then(self.history, stamped), self._digest.digest()
+        self._journal.append(line)
+        self._digest.update(line + b"\n")
+        self._last, self.history = chain.head([line]), history
+        _replayed.go_on(before, self._digest.digest(), history)
+        self.keep_head()
 
 
 class _Replayed:
     """The histories that journals lead to; those last read are kept, under a digest of their lines.
 
-    A device looks at its ledger five times a round, and appends one event in between at most: a look then costs the
-    new line, not all of them.
+    A device looks at its ledger several times a round, mostly after events of its own: a look then costs no parsing.
     """
 
     def __init__(self, most: int) -> None:
         self._kept: dict[bytes, History] = {}  # least recently read first
         self._most, self._lock = most, threading.Lock()
 
-    def __call__(self, lines: Sequence[bytes], where: str) -> History:
+    def __call__(self, digest: bytes, lines: Sequence[bytes], where: str) -> History:
         """Raises AntherError for a line that is no event, one out of turn, or one that doesn't follow."""
-        digest = _digest(lines)
         with self._lock:
             history = self._kept.pop(digest, None)
-            if history is None:
-                before = self._kept.pop(_digest(lines[:-1]), History())
-                history = entries.replay(before, lines, where)
+        if history is None:
+            history = entries.replay(lines, where)
+        self.go_on(digest, digest, history)
+        return history
+
+    def go_on(self, before: bytes, digest: bytes, history: History) -> None:
+        """Keep the history of these lines instead of that of those before."""
+        with self._lock:
+            self._kept.pop(before, None)
             self._kept[digest] = history
             if len(self._kept) > self._most:
                 del self._kept[next(iter(self._kept))]
-        return history
 
 
 _replayed = _Replayed(most=1024)
 """More than the devices that a simulation drives at once (`simulations.grid.WAVE`)."""
 
 
-def _digest(lines: Sequence[bytes]) -> bytes:
-    return hashlib.sha256(b"\n".join(lines)).digest()
+def _digest(lines: Sequence[bytes]) -> hashlib._Hash:
+    """Of all lines with their ends, to be updated with the next."""
+    return hashlib.sha256(b"\n".join([*lines, b""]))
 
 
 def _outbox(key: Key) -> str:
@@ -255,7 +272,3 @@ def _of_plan(history: History, key: Key, plan: str) -> Entry | None:
 def _named(entry: Entry) -> str:
     purpose = "" if entry.reservation.purpose == TRAIN else f"the {entry.reservation.purpose} of "
     return f"{purpose}round {entry.reservation.round} of run {entry.reservation.run!r}"
-
-
-def _mechanisms(history: History) -> list[Mechanism]:
-    return [entry.reservation.mechanism for entry in history.entries.values()]

@@ -32,9 +32,8 @@ def ledger(home: Path) -> Ledger:
     assert home.name == "home"
     found = Ledger(files_of("tablet"))
     for made in (FIRST, SECOND):
-        found.reserve(made, free)
+        found.reserve(made, free, settles=True)
         found.seal(made, b"reply")
-    found.sent(FIRST.key)
     found.reserve(replace(SECOND, purpose=MEASURE, release=False), free)
     return found
 

@@ -49,7 +49,7 @@ def refused(kept: Kept, match: str) -> None:
         lambda: ledger.reserve(replace(FIRST, round=99), free),
         lambda: ledger.seal(replace(FIRST, run="run", round=1), b"another"),
         lambda: ledger.sealed(KEY, PLAN),
-        lambda: ledger.sent(KEY),
+        lambda: ledger.reserve(replace(FIRST, round=99), free, settles=True),
         lambda: ledger.spent(1e-3),
     ):
         with pytest.raises(AntherError, match=match) as raised:

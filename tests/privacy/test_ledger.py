@@ -27,6 +27,10 @@ FIRST = Reservation(
 KEY, PLAN = FIRST.key, FIRST.plan
 
 
+def _refuse(_past: Sequence[Mechanism], _new: Mechanism) -> None:
+    raise Refusal("not this one")
+
+
 def free(_past: Sequence[Mechanism], _new: Mechanism) -> None:
     """A policy without limits."""
 
@@ -46,12 +50,27 @@ def test_a_round_from_reservation_to_delivery(kept: Kept) -> None:
     assert ledger.seal(FIRST, b"reply") == b"reply"
     assert Ledger(kept.storage()).sealed(KEY, PLAN) == b"reply"
     assert [entry.state for entry in ledger.entries()] == [SEALED]
-    ledger.sent(KEY)
-    assert [entry.state for entry in ledger.entries()] == [SENT]
+    ledger.reserve(replace(FIRST, round=2), free, settles=True)
+    assert [entry.state for entry in ledger.entries()] == [SENT, RESERVED]
     assert not kept.blobs()
     with pytest.raises(Refusal, match="can't be sent again"):
         ledger.sealed(KEY, PLAN)
-    assert len(kept.lines()) == 4  # with the enrolment
+    assert len(kept.lines()) == 5  # with the enrolment
+
+
+def test_only_earlier_rounds_of_the_run_are_settled_and_only_when_asked(kept: Kept) -> None:
+    ledger = Ledger(kept.storage())
+    for made in (FIRST, replace(FIRST, purpose=MEASURE), replace(FIRST, run="another"), replace(FIRST, round=3)):
+        ledger.reserve(made, free)
+        ledger.seal(made, b"reply")
+    ledger.reserve(replace(FIRST, round=4), free)
+    assert [entry.state for entry in ledger.entries()] == [SEALED] * 4 + [RESERVED]
+    ledger.reserve(replace(FIRST, round=3), free, settles=True)  # once more, after a crash
+    assert [entry.state for entry in ledger.entries()] == [SENT] * 2 + [SEALED] * 2 + [RESERVED]
+    assert len(kept.blobs()) == 2
+    with pytest.raises(Refusal, match="not this one"):
+        ledger.reserve(replace(FIRST, round=5), _refuse, settles=True)
+    assert ledger.sealed(replace(FIRST, run="another").key, PLAN) == b"reply"
 
 
 def test_both_forms_keep_the_same_lines(tmp_path: Path) -> None:
@@ -113,6 +132,20 @@ def test_what_others_wrote_is_seen_at_the_next_look(kept: Kept) -> None:
             ledger.entries()
     kept.put_lines(whole)
     assert [entry.reservation.round for entry in ledger.entries()] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_kept_of_events_is_what_their_lines_say(kept: Kept) -> None:
+    """After events of its own a ledger doesn't read its lines again: it must know what whoever does would find."""
+    ledger = Ledger(kept.storage())
+    for number, mechanism in enumerate((GAUSSIAN, NonPrivate(), GAUSSIAN), start=1):
+        made = replace(FIRST, round=number, mechanism=mechanism, clip=None if mechanism == NonPrivate() else 0.1 + 0.2)
+        known = [ledger.reserve(made, free, settles=True)]
+        read = [entries.replay(kept.lines(), "ledger")]
+        ledger.seal(made, b"reply")
+        known.append(ledger.history())
+        read.append(entries.replay(kept.lines(), "ledger"))
+        assert known == read
+        assert [entry.at for entry in known[1].entries.values()] == [entry.at for entry in read[1].entries.values()]
 
 
 def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +217,7 @@ def test_a_torn_enrolment_leaves_a_fresh_device(tmp_path: Path) -> None:
         (tmp_path / str(length) / "device/ledger.jsonl").write_bytes(enrolment[:length])
         ledger = Ledger(kept.storage())
         assert ledger.history() == History()
-    assert ledger.reserve(FIRST, free) == 2
+    assert ledger.reserve(FIRST, free).events == 2
 
 
 NO_EVENTS = (b"{}", b"\xff\xfe", b"[1]", b"null", b"", b'{"state": "sealed"}', b'{"previous": "x"}')
@@ -286,8 +319,7 @@ def test_a_measure_of_the_same_round_is_charged_and_sealed_beside_it(kept: Kept)
     assert ledger.seal(FIRST, b"reply") == b"reply"
     assert ledger.sealed(measure.key, "m") == b"gain"
     assert len(kept.blobs()) == 2
-    ledger.sent(measure.key)
-    assert [entry.state for entry in ledger.entries()] == [SEALED, SENT]
+    assert [entry.state for entry in ledger.entries()] == [SEALED, SEALED]
     assert ledger.sealed(KEY, PLAN) == b"reply"
 
 
@@ -295,7 +327,7 @@ def test_an_echo_can_refuse_and_never_permit(kept: Kept) -> None:
     ledger = Ledger(kept.storage())
     with pytest.raises(Refusal, match="holds 0 events and the server heard of 1"):
         ledger.sealed(KEY, PLAN, echo=1)
-    assert ledger.reserve(FIRST, free) == 2
+    assert ledger.reserve(FIRST, free).events == 2
     ledger.seal(FIRST, b"reply")
     for echo in (-1, 0, 1, 3):
         assert ledger.sealed(KEY, PLAN, echo=echo) == b"reply"
