@@ -259,7 +259,13 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
     return found
 
 
-@pytest.mark.parametrize(("clip", "memory"), [(3e-4, PLENTY), (0.01, 2**24)], ids=["some clipped", "little memory"])
+@pytest.mark.parametrize(
+    ("clip", "memory"),
+    [
+        pytest.param(3e-4, PLENTY, id="some clipped"),
+        pytest.param(0.01, 2**24, id="little memory", marks=pytest.mark.slow),
+    ],
+)
 def test_one_picture_moves_a_gain_by_its_own_alone(base: Base, tmp_path: Path, clip: float, memory: int) -> None:
     """To the last bit, in the precision of devices: the sum is counted in whole steps, and so is what it moves by."""
     whole, rest, alone, nobody = (

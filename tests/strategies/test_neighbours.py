@@ -230,13 +230,14 @@ def test_one_device_moves_the_sum_by_the_clip_at_most(
         assert all(0 < moved <= GAIN * (1 + 1e-9) for moved in found)
 
 
-@pytest.mark.parametrize("cores", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cores", [False, True])
 def test_under_both_levels_a_picture_is_hidden_on_its_device(
     base: Base, tmp_path: Path, cores: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the server then sees is the same to the last bit, once every noised iterate is.
 
-    With cores too: python -m pytest -m slow tests/strategies/test_neighbours.py
+    Ten seconds: python -m pytest -m slow tests/strategies/test_neighbours.py
     """
     runs = []
     for members in (PLACES, PLACES[1:]):
