@@ -69,8 +69,8 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
     sent = _received(request.adapter, device, framed=plan.cores)
-    if rank(sent.adapter) < plan.rank:
-        raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {rank(sent.adapter)}")
+    if sent.rank < plan.rank:
+        raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
@@ -91,7 +91,7 @@ def _train(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 seed=device.seed,
                 examples=examples,
                 start=start,
-                frozen=frozen if rank(frozen) else None,
+                frozen=frozen,
                 frame=frame,
                 steps=plan.steps,
                 batch_size=plan.batch_size,
@@ -286,14 +286,15 @@ class _Sent:
     """
 
     def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
-        self.adapter, self.sha256, self._frame = adapter, sha256, frame
-        self._parts: dict[int, tuple[Adapter, Adapter, Adapter | None]] = {}
+        self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
+        self._parts: dict[int, tuple[Adapter, Adapter | None, Adapter | None]] = {}
 
-    def parts(self, rank: int) -> tuple[Adapter, Adapter, Adapter | None]:
+    def parts(self, rank: int) -> tuple[Adapter, Adapter | None, Adapter | None]:
         """What a plan of this rank trains, what stays frozen beside it, and the frame of the cores, if it is those."""
         if rank not in self._parts:
+            head, tail = head_and_tail(self.adapter, rank)
             frame = head_and_tail(self._frame, rank)[0] if self._frame else None
-            self._parts[rank] = (*head_and_tail(self.adapter, rank), frame)
+            self._parts[rank] = head, tail if self.rank > rank else None, frame
         return self._parts[rank]
 
 
