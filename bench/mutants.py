@@ -69,7 +69,7 @@ OF_PICTURES = (
     ),
     Mutant(
         "personal adapter in the private forward", "client/train.py",
-        "frozen=frozen if rank(frozen) else None,",
+        "frozen=frozen,",
         "frozen=kept.adapter if (kept := device.store.personal(device.sites)) else None,",
         f"{_NEIGHBOURS}[clipped]",
     ),

@@ -22,14 +22,15 @@ class Sent:
     """
 
     def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
-        self.adapter, self.sha256, self._frame = adapter, sha256, frame
-        self._parts: dict[int, tuple[Adapter, Adapter, Adapter | None]] = {}
+        self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
+        self._parts: dict[int, tuple[Adapter, Adapter | None, Adapter | None]] = {}
 
-    def parts(self, rank: int) -> tuple[Adapter, Adapter, Adapter | None]:
+    def parts(self, rank: int) -> tuple[Adapter, Adapter | None, Adapter | None]:
         """What a plan of this rank trains, what stays frozen beside it, and the frame of the cores, if it is those."""
         if rank not in self._parts:
+            head, tail = head_and_tail(self.adapter, rank)
             frame = head_and_tail(self._frame, rank)[0] if self._frame else None
-            self._parts[rank] = (*head_and_tail(self.adapter, rank), frame)
+            self._parts[rank] = head, tail if self.rank > rank else None, frame
         return self._parts[rank]
 
 

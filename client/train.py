@@ -11,7 +11,7 @@ from client.device import Device
 from client.sent import received
 from client.work import cost, encoded, expect
 from models import cores
-from models.adapter import rank, to_tensors
+from models.adapter import to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
@@ -35,8 +35,8 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
     sent = received(request.adapter, device, framed=plan.cores)
-    if rank(sent.adapter) < plan.rank:
-        raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {rank(sent.adapter)}")
+    if sent.rank < plan.rank:
+        raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
@@ -57,7 +57,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 seed=device.seed,
                 examples=examples,
                 start=start,
-                frozen=frozen if rank(frozen) else None,
+                frozen=frozen,
                 frame=frame,
                 steps=plan.steps,
                 batch_size=plan.batch_size,

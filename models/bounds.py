@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from models.adapter import Adapter, Factors
@@ -18,10 +19,16 @@ def excess(adapter: Adapter, most: float = MOST_NORM) -> str | None:
 
     Norms are computed here, in float64, from what came: what a sender says of them is never asked.
     """
-    for site, factors in adapter.items():
-        norm = _largest_norm(factors, most)
-        if not norm <= most:
-            return f"{site}: norm {norm:.3g} is over {most:g}"
+    if not adapter:
+        return None
+    norms = torch._foreach_norm([factor for pair in adapter.values() for factor in pair], dtype=torch.float64)
+    of_factors = iter(torch.stack(norms).tolist())
+    for (site, factors), of_a, of_b in zip(adapter.items(), of_factors, of_factors, strict=True):
+        # ‖B A‖ ≤ ‖B‖ ‖A‖: most products need not be looked at
+        of_product = 0.0 if of_a * of_b <= most else _product_norm(factors)
+        for norm in (of_a, of_b, of_product):
+            if not norm <= most:
+                return f"{site}: norm {norm:.3g} is over {most:g}"
     return None
 
 
@@ -30,11 +37,8 @@ def squared_norm(a: Tensor, b: Tensor) -> Tensor:
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0)
 
 
-def _largest_norm(factors: Factors, most: float) -> float:
+def _product_norm(factors: Factors) -> float:
     a, b = factors.a.double(), factors.b.double()
-    of_a, of_b = float(a.norm()), float(b.norm())
-    if max(of_a, of_b) > most or of_a * of_b <= most:  # ‖B A‖ ≤ ‖B‖ ‖A‖: most products need not be looked at
-        return max(of_a, of_b)
     if a.shape[0] < min(a.shape[1], b.shape[0]):
-        return max(of_a, of_b, float(squared_norm(a, b).sqrt()))
-    return max(of_a, of_b, float((b @ a).norm()))
+        return float(squared_norm(a, b).sqrt())
+    return float((b @ a).norm())

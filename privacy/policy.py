@@ -22,6 +22,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
 from pathlib import Path
 
 from conf.errors import AntherError
@@ -95,7 +96,7 @@ class Policy:
         if self.bases and base not in self.bases:
             raise Refusal(f"base {base[:12]} is not among those that this device allows")
         allowed = re.compile(self.sites)
-        if forbidden := next((name for name in sites if not allowed.fullmatch(name)), None):
+        if forbidden := next(filterfalse(allowed.fullmatch, sites), None):
             raise Refusal(f"site {forbidden}: this device allows {self.sites}")
 
     def check_plan(self, plan: TrainingPlan) -> None:

@@ -47,4 +47,6 @@ def test_the_site_is_named() -> None:
 
 
 def test_what_is_not_a_number_is_over_any_bound() -> None:
-    assert excess({"x": Factors(torch.tensor([[float("nan")]]), torch.ones(1, 1))}) is not None
+    nan, one = torch.tensor([[float("nan")]]), torch.ones(1, 1)
+    for factors in (Factors(nan, one), Factors(one, nan), Factors(nan, nan)):
+        assert excess({"good": Factors(one, one), "x": factors, "last": Factors(one, one)}) == "x: norm nan is over 100"
