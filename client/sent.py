@@ -8,7 +8,7 @@ from functools import lru_cache
 from client.device import Device
 from conf.errors import AntherError
 from models import cores
-from models.adapter import Adapter, Site, from_tensors, head_and_tail, shapes
+from models.adapter import Adapter, Site, from_tensors, head_and_tail, rank, shapes
 from models.bounds import excess
 from privacy.policy import Refusal
 from protocol import codec
