@@ -121,11 +121,16 @@ def near(one, other):
             assert value == wanted
 
 
-def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path):
-    serial = by_grid(base, pictures, tmp_path / "serial", together=False)
+def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path, monkeypatch):
+    def afresh(name):
+        """A folder for stores, with the heads of their ledgers in it: whoever removes one removes both."""
+        monkeypatch.setenv("ANTHER_HOME", str(tmp_path / name / "home"))
+        return tmp_path / name
+
+    serial = by_grid(base, pictures, afresh("serial"), together=False)
     assert len(serial) == 10
-    cohort = by_grid(base, pictures, tmp_path / "cohort", together=True)
-    flower = by_app(base, pictures, tmp_path / "flower", pipeline_folder)
+    cohort = by_grid(base, pictures, afresh("cohort"), together=True)
+    flower = by_app(base, pictures, afresh("flower"), pipeline_folder)
     for one, two, three in zip(serial, cohort, flower, strict=True):
         near(read(one), read(two))
         near(read(one), read(three))
