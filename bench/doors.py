@@ -14,10 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from bench.invariants import Expected, parse, violations
 from bench.malice import Attack, Delivery, Letter
@@ -34,6 +30,7 @@ from privacy.storage import Files
 from protocol import messages, records
 from protocol.codec import encode, largest
 from server.gate import Gated
+from simulations.grid import InProcess, identify
 from strategies.aggregation import Aggregated, Linearity, Updates
 from strategies.federated import Federated
 from strategies.measuring import Measuring
@@ -81,28 +78,14 @@ def doors(sites: Sites, *, rank: int, folder: Path) -> dict[str, Door]:
     return _Server(sites, rank, adapter).doors() | _Device(sites, rank, adapter, folder).doors()
 
 
-class _Line(Grid):
+class _Line(InProcess):
     """A grid with one node, which answers a query honestly and anything else by the delivery that was put in."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.deliver: Delivery | None = None
         self.content: object = None
         self._asked: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=1)
-        # As in the process that Flower starts for a ServerApp.
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return [NODE]
@@ -285,12 +268,6 @@ class _Device:
             return Opened(deliver, lambda: violations(received[0].content, expected))
 
         return Door(_letter(request), open_)
-
-
-def identify(message: Message, name: str) -> Message:
-    """As Flower's grids do when they push it: there is no setter."""
-    message.metadata.__dict__["_message_id"] = name
-    return message
 
 
 def _personalise(adapter: bytes, rank: int) -> messages.Personalise:

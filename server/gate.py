@@ -39,20 +39,11 @@ _UNPACKING = (  # what Flower raises over content; anything else is about the co
 )  # fmt: skip
 
 
-class Gated(Grid):
-    """A grid whose replies are unpacked one at a time and attributed to the node that was asked.
+class Forwarding(Grid):
+    """A grid on top of another, which it is but for `send_and_receive`."""
 
-    A reply that can't be unpacked, or names another sender, arrives as that node's error `UNREADABLE`.
-
-    Args:
-        largest: bytes of the largest adapter that a reply may hold: pulling and unpacking one may take a multiple of
-            it, where the operating system can be told (Linux).
-        poll: seconds between two looks for replies.
-    """
-
-    def __init__(self, grid: Grid, *, largest: int, poll: float = _POLL) -> None:
-        self._grid, self._poll = grid, poll
-        self._memory = _MEMORY + _COPIES * largest
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)
@@ -74,6 +65,23 @@ class Gated(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return self._grid.pull_messages(message_ids)
+
+
+class Gated(Forwarding):
+    """A grid whose replies are unpacked one at a time and attributed to the node that was asked.
+
+    A reply that can't be unpacked, or names another sender, arrives as that node's error `UNREADABLE`.
+
+    Args:
+        largest: bytes of the largest adapter that a reply may hold: pulling and unpacking one may take a multiple of
+            it, where the operating system can be told (Linux).
+        poll: seconds between two looks for replies.
+    """
+
+    def __init__(self, grid: Grid, *, largest: int, poll: float = _POLL) -> None:
+        super().__init__(grid)
+        self._poll = poll
+        self._memory = _MEMORY + _COPIES * largest
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies as they come, until there is one to each message or `timeout` seconds are over (None: no limit)."""
@@ -109,7 +117,8 @@ class Gated(Grid):
 def memory_at_most(extra: int) -> Iterator[None]:
     """Within it, taking more than `extra` bytes on top of what the process has raises MemoryError.
 
-    On Linux, where the limit counts what is allocated rather than what is mapped; elsewhere nothing is limited.
+    On Linux; elsewhere nothing is limited. What the process has includes memory that it freed and its allocator kept,
+    which can be taken again without a limit.
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -36,7 +36,34 @@ def each_by_itself() -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
-class CohortGrid(Grid):
+def identify(message: Message, name: str) -> Message:
+    """As Flower's own grids do when they push it: there is no setter."""
+    message.metadata.__dict__["_message_id"] = name
+    return message
+
+
+class InProcess(Grid):
+    """What every grid without a network is: Flower's own bookkeeping, done here."""
+
+    def __init__(self) -> None:
+        self._run = Run.create_empty(run_id=1)
+        # Flower sets these in the process that it starts for a ServerApp; without them no Message can be made.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self._run.run_id, 1, SUPERLINK_NODE_ID
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class CohortGrid(InProcess):
     """A fleet of devices, with node ids 1, 2, … in the order of their names.
 
     Args:
@@ -54,27 +81,13 @@ class CohortGrid(Grid):
         together: bool = True,
         storage: Together = each_by_itself,
     ) -> None:
+        super().__init__()
         ordered = sorted(devices, key=lambda device: device.name)
         self._devices = dict(enumerate(ordered, start=1))
         self._perform, self._storage = perform, storage
         self._wave = WAVE if together else 1
         self._numbers = count(1)
         self._replies: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=1)
-        # Flower sets these in the process that it starts for a ServerApp; without them no Message can be made.
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self._run.run_id, 1, SUPERLINK_NODE_ID
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._devices)
@@ -106,8 +119,8 @@ class CohortGrid(Grid):
         """(message id, reply) for every message, a wave at a time."""
         waiting = iter(messages)
         while wave := list(islice(waiting, self._wave)):
-            for message in wave:  # as Flower's own grids do: it has no setter
-                message.metadata.__dict__["_message_id"] = str(next(self._numbers))
+            for message in wave:
+                identify(message, str(next(self._numbers)))
             outcomes = self._converse(wave)
             for place, message in enumerate(wave):  # each outcome is let go of as it is handed out
                 yield message.metadata.message_id, reply_message(outcomes.pop(place), message)

@@ -27,12 +27,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's next d
 
 import psutil
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import PARTITION_ID_KEY, ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
-from flwr.supercore.run import Run
 from omegaconf import OmegaConf
 
 from client.app import reply_message, requested
@@ -42,6 +41,7 @@ from conf.cli import to_object
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from protocol import plain
+from server.gate import Forwarding
 from simulations.evaluation import Perform
 from simulations.fleet import Participant
 from simulations.world import build, performer
@@ -95,7 +95,7 @@ def ray_grid(config: Simulation, folder: Path, *, devices: int, device: str, mem
             over.set()
 
 
-class RayGrid(Grid):
+class RayGrid(Forwarding):
     """Flower's grid of a simulation, patient: no reply is late, whatever the timeout, unless the simulation ended.
 
     A device whose process died, for want of memory say, is asked once more: what it has sealed it won't do again.
@@ -103,30 +103,9 @@ class RayGrid(Grid):
 
     def __init__(self, grid: Grid | None, running: Future[None], devices: int) -> None:
         self._running = running
-        self._grid = grid or self._ended()
+        super().__init__(grid or self._ended())
         while len(list(self.get_node_ids())) < devices:  # Flower registers them beside its ServerApp
             self._wait()
-
-    def set_run(self, run: Run) -> None:
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self,
