@@ -33,12 +33,11 @@ def excess(adapter: Adapter, most: float = MOST_NORM) -> str | None:
 
 
 def squared_norm(a: Tensor, b: Tensor) -> Tensor:
-    """‖B A‖²_F = tr((BᵀB)(A Aᵀ)), without forming the product; a [r, in], b [out, r]."""
+    """‖B A‖²_F = tr((BᵀB)(A Aᵀ)); a [r, in], b [out, r]. The product is formed where it is smaller than its factors."""
+    if a.shape[1] * b.shape[0] <= a.numel() + b.numel():
+        return (b @ a).square().sum()
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0)
 
 
 def _product_norm(factors: Factors) -> float:
-    a, b = factors.a.double(), factors.b.double()
-    if a.shape[0] < min(a.shape[1], b.shape[0]):
-        return float(squared_norm(a, b).sqrt())
-    return float((b @ a).norm())
+    return float(squared_norm(factors.a.double(), factors.b.double()).sqrt())

@@ -11,31 +11,28 @@ from models.denoiser import Denoiser
 from training.gradients import Entries, gradients
 from training.rows import Rows
 
-_WARM_UP = 3  # passes before the record: kernels are compiled and chosen in the first ones
+_WARM_UP = 2  # passes before the record: kernels are compiled and chosen in the first one
+_HALVES = 4  # sizes beside the full one
 
 
 class CapturedPasses:
     """`training.gradients.gradients` for up to `size` entries, in graphs of that size and of halves of it.
 
     A pass takes the smallest graph that holds its entries; the rest is filled up with entries of weight 0. Only the
-    full size is compiled, if asked for: the others are for the last entries of a call.
+    full size is compiled, if asked for: the others are for the last entries of a call. All are recorded here, so that
+    no round waits for one that it is the first to need.
     """
 
     def __init__(self, base: Denoiser, rows: Rows, size: int, *, compiled: bool) -> None:
-        self._base, self._rows, self._size, self._compiled = base, rows, size, compiled
-        self._pool = torch.cuda.graph_pool_handle()  # of memory: no two graphs ever run at once
-        self._graphs: dict[int, _Graph] = {}
+        pool = torch.cuda.graph_pool_handle()  # of memory: no two graphs ever run at once
+        halves = [size >> halvings for halvings in range(1, _HALVES + 1) if size >> halvings]
+        self._graphs = {size: _Graph(base, rows, size, pool, compiled=compiled)}
+        self._graphs |= {half: _Graph(base, rows, half, pool, compiled=False) for half in halves}
 
     def __call__(self, entries: Entries) -> tuple[Tensor, Tensor]:
         """Gradients and losses, overwritten by the next call."""
         count = len(entries.rows)
-        size = self._size
-        while count <= size // 2:
-            size //= 2
-        if size not in self._graphs:
-            compiled = self._compiled and size == self._size
-            self._graphs[size] = _Graph(self._base, self._rows, size, self._pool, compiled=compiled)
-        found, losses = self._graphs[size](entries)
+        found, losses = self._graphs[min(size for size in self._graphs if size >= count)](entries)
         return found[:count], losses[:count]
 
 
