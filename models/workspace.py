@@ -35,7 +35,8 @@ def workspace(func: Any, args: Any, result: Any) -> int:
             x, weight = args[0], args[1]
             return x.nbytes + (0 if _is_pointwise(weight) else weight.nbytes)
         case aten.convolution_backward:
-            grad, x, weight, stride, to_x = *args[:3], args[4], result[0]
+            grad, x, weight = args[:3]
+            stride, to_x = args[4], result[0]
             if to_x is None:
                 return 0
             copied = 0 if x.is_contiguous() else x.numel() * x.element_size()
