@@ -38,7 +38,7 @@ class Base:
 
     path: str = MISSING  # name of a shipped base, or a folder in StableDiffusionPipeline layout
     weights: str = "fp32"  # how the frozen weights are held: int8, or else in the precision of compute
-    compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 is for GPUs
+    compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 needs a chip for it
     device: str = "auto"  # torch device; auto: cuda if there is one
 
     def __post_init__(self) -> None:
