@@ -68,7 +68,7 @@ class Form(NamedTuple):
 
 
 FORMS: Mapping[str, Form] = {
-    "reference": Form(("strategy=fedit", "strategy.decay=true", "rounds=30", "adapter.shared.steps=5"), 0.015),
+    "reference": Form(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
     "open": Form(EXAMPLE, 0.02),
     "example-8": Form(EXAMPLE, 0.15, "example", 8.0),
     "example-2": Form(EXAMPLE, 0.08, "example", 2.0),
