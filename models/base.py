@@ -42,7 +42,7 @@ class Base(Denoiser):
         config: Any = unet.config
         scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
         schedule = Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-        super().__init__(unet, schedule, sites=sites, device=device, compute=compute, int8=weights == "int8")
+        super().__init__(unet, schedule, sites=sites, device=device, compute=compute, weights=weights)
         vae = json.loads((folder / "vae" / "config.json").read_text())
         self._scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.shape = (config.in_channels, config.sample_size, config.sample_size)

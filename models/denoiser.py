@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conf.errors import AntherError
 from models.adapter import Site, Sites
 from models.objective import Schedule
-from models.quantise import quantise_layers
+from models.quantised import QuantisedConv2d, QuantisedLinear
 from models.slots import Stacks, add_slots, lend, slot_layers
+from models.weights import quantise_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -38,7 +39,7 @@ class Denoiser:
         network: changed in place.
         sites: regular expression on the names of its linear and convolution layers.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
-        int8: hold the weights of its layers in 8 bits.
+        weights: how its layers' weights are held, one of `models.weights.MODES`; fp32: as they are.
 
     Attributes:
         sites: the adaptable layers, by their name in the network.
@@ -55,11 +56,10 @@ class Denoiser:
         sites: str,
         device: str = "cpu",
         compute: str = "fp32",
-        int8: bool = False,
+        weights: str = "fp32",
     ) -> None:
         self.sites: Sites = find_sites(network, sites)
-        if int8:
-            quantise_layers(network)
+        quantise_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.precise = torch.promote_types(self.dtype, torch.float32)
         self.schedule = schedule.to(self.device)
@@ -134,8 +134,10 @@ def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
 
 def _site(layer: nn.Module) -> Site | None:
     """What an adapter needs to know of a layer that it can adapt."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | QuantisedLinear):
         return Site(layer.in_features, layer.out_features)
+    if isinstance(layer, QuantisedConv2d):
+        return Site(layer.shape[1:].numel(), layer.out_channels, layer.kernel_size)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
         return Site(layer.weight[0].numel(), layer.out_channels, layer.kernel_size)
     return None
