@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import AntherError
-from models import assets
+from models import assets, packed
 from models.denoiser import Denoiser
 from models.objective import Schedule
 
@@ -38,7 +38,11 @@ class Base(Denoiser):
 
         _check(folder)
         self.folder, self.hash = folder, assets.digest(folder)
-        unet: nn.Module = _load(UNet2DConditionModel, folder / "unet")
+        unet: nn.Module
+        if packed.is_packed(folder / "unet"):
+            unet, weights = packed.load(folder / "unet", UNet2DConditionModel.__name__, weights), "fp32"
+        else:
+            unet = _load(UNet2DConditionModel, folder / "unet")
         config: Any = unet.config
         scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
         schedule = Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
