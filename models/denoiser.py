@@ -6,14 +6,15 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from conf.errors import AntherError
 from models.adapter import Site, Sites
@@ -40,6 +41,7 @@ class Denoiser:
         sites: regular expression on the names of its linear and convolution layers.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
         weights: how its layers' weights are held, one of `models.weights.MODES`; fp32: as they are.
+        checkpointing: 'none', or 'block': backward runs each block's forward again, rather than keep what is in it.
 
     Attributes:
         sites: the adaptable layers, by their name in the network.
@@ -57,6 +59,7 @@ class Denoiser:
         device: str = "cpu",
         compute: str = "fp32",
         weights: str = "fp32",
+        checkpointing: str = "none",
     ) -> None:
         self.sites: Sites = find_sites(network, sites)
         quantise_layers(network, weights)
@@ -64,6 +67,9 @@ class Denoiser:
         self.precise = torch.promote_types(self.dtype, torch.float32)
         self.schedule = schedule.to(self.device)
         add_slots(network, self.sites)
+        if checkpointing == "block":  # without the state of random numbers: nothing here draws any
+            again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            cast(Any, network).enable_gradient_checkpointing(again)
         network = network.requires_grad_(False).eval()
         self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
         if self.device.type == "cuda":

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from conf.errors import AntherError
-from models import assets
+from models import assets, paging
 from models.quantise import sizes
 from models.weights import MODES, put
 
@@ -96,7 +96,7 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
         for name, kind in manifest.layers.items():
             put(made, name, sizes(kind, made.get_parameter(f"{name}.weight").numel()))
         with safe_open(file, "pt") as tensors:
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            state = {name: paging.mark(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 - no mapping
         made.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, AttributeError) as error:
         raise AntherError(f"{folder}: the file and its manifest don't agree ({_line(error)}): {_AGAIN}") from error

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.paging import release
+
 BLOCKS = {"nf4": 32, "int8": 64}  # weights that share a scale
 
 _NF4 = (
@@ -97,11 +99,14 @@ def slabs(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> Iterator[tup
 def _values(packed: Packed, blocks: slice, out: Tensor) -> Tensor:
     """What the codes of these blocks stand for, in units of their scales, in `out`."""
     width = len(packed.codes) // len(packed.scales)
-    codes = packed.codes[blocks.start * width : blocks.stop * width]
+    start, stop = blocks.start * width, blocks.stop * width
+    codes = packed.codes[start:stop]
     if packed.kind == "int8":
-        return out.copy_(codes.view_as(out)).div_(_INT8)
-    wide = _PAIR[out.element_size()]
-    torch.index_select(_pairs(out.dtype, out.device).view(wide).view(-1), 0, codes.int(), out=out.view(wide).view(-1))
+        out.copy_(codes.view_as(out)).div_(_INT8)
+    else:
+        pairs, wide = _pairs(out.dtype, out.device), _PAIR[out.element_size()]
+        torch.index_select(pairs.view(wide).view(-1), 0, codes.int(), out=out.view(wide).view(-1))
+    release(packed.codes, start, stop)
     return out
 
 

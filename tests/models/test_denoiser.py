@@ -238,6 +238,26 @@ def test_quantised_it_is_the_unet_with_rounded_weights(
     assert (one_by_one(unet, [exact], 2) - wanted).norm() > 1e-4 * wanted.norm()
 
 
+@pytest.mark.parametrize("weights", ["fp32", "mixed"])
+def test_checkpointing_changes_what_is_kept_and_nothing_else(unet: nn.Module, weights: str) -> None:
+    found, kept = [], []
+    for checkpointing in ("none", "block"):
+        lent = denoiser(unet, weights=weights, checkpointing=checkpointing)
+        own, bytes_kept = trainable(two_slots(lent)), []
+
+        def keep(tensor: Tensor, seen: list[int] = bytes_kept) -> Tensor:
+            seen.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lent.lending([own]) as denoise:
+            output = denoise(*inputs(4))
+            kept.append(sum(bytes_kept))
+            found.append([output, *loss_gradients(output, own)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def tensors(network: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
 
