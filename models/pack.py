@@ -47,12 +47,12 @@ def pack(base: str, out: Path, weights: str) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".packing-") as scratch:
         filling = Path(scratch) / out.name
+        (filling / part).mkdir(parents=True)
         for name in parts:
             if name != part and (source / name).is_dir():
                 shutil.copytree(source / name, filling / name)
         for file in (source / "model_index.json", *(card for cards in _CARDS for card in source.glob(cards))):
             shutil.copy2(file, filling)
-        (filling / part).mkdir()
         shutil.copy2(source / part / "config.json", filling / part)
         _pack_network(source / part, filling / part, weights, assets.digest(source))
         filling.rename(out)

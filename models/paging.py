@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,6 +27,8 @@ def release(tensor: Tensor, start: int, stop: int) -> None:
 
     A neighbour in the file may lose a page as well. Other memory would be lost for good, so it must be marked.
     """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return
     advise = _madvise()
     if advise is None or tensor not in _MARKED or start == stop:
         return

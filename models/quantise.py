@@ -30,7 +30,7 @@ _INT8 = 127  # the code of 1
 _OCTAVE = 16  # steps of a scale until it is half as large
 _TRIED = {"nf4": range(-1, 5), "int8": range(2)}  # steps below that of the block's largest entry
 _CHUNK = 1 << 18  # weights that are quantised at once
-_SLAB = 1 << 22  # weights that are read at once: 16 MiB in float32
+_SLAB = {"cpu": 1 << 22, "cuda": 1 << 26}  # weights that are read at once: 16 MiB in float32, or any layer whole
 _PAIR = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # as wide as two numbers of so many bytes
 
 
@@ -85,7 +85,7 @@ def slabs(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> Iterator[tup
     """
     out, row, size = shape[0], shape[1:].numel(), BLOCKS[packed.kind]
     even = size // gcd(row, size)  # so many rows fill blocks
-    step = min(out, max(even, _SLAB // row // even * even))
+    step = min(out, max(even, _SLAB[packed.codes.device.type] // row // even * even))
     scales = _scales(packed.top.view(torch.float32)).to(dtype)
     buffer = torch.empty(-(-step * row // size), size, dtype=dtype, device=packed.codes.device)
     for start in range(0, out, step):

@@ -88,6 +88,14 @@ def test_tensors_are_mapped_and_not_copied(packed_folder: Path) -> None:
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
 
 
+def test_a_network_alone_can_be_packed(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Of the parts that the index names only the network is there."""
+    for name in ("unet", "model_index.json"):
+        (shutil.copytree if name == "unet" else shutil.copy)(pipeline_folder / name, (tmp_path / "one") / name)
+    pack(str(tmp_path / "one"), tmp_path / "packed", "int8")
+    assert load(tmp_path / "packed" / "unet", NETWORK)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
     source = Path(shutil.copytree(pipeline_folder, tmp_path / "source"))

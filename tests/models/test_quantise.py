@@ -111,7 +111,7 @@ def test_slabs_are_whole_rows_and_make_the_whole(
     weight = torch.randn(shape)
     packed = quantise(weight, kind)
     whole = dequantise(packed, weight.shape)
-    monkeypatch.setattr("models.quantise._SLAB", 1024)
+    monkeypatch.setattr("models.quantise._SLAB", {"cpu": 1024})
     seen, row = 0, math.prod(shape[1:])
     for rows, slab in slabs(packed, weight.shape, torch.float32):
         assert (rows.start, slab.shape[1:]) == (seen, weight.shape[1:])

@@ -37,7 +37,7 @@ def pair(layer: nn.Linear | nn.Conv2d, kind: str) -> tuple[Quantised, nn.Module]
 def test_output_and_gradient_are_those_of_the_dequantised_layer(
     layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], kind: str, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.quantise._SLAB", slab)
+    monkeypatch.setattr("models.quantise._SLAB", {"cpu": slab})
     ours, plain = pair(layer, kind)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y, wanted = ours(x), plain(x)
@@ -72,3 +72,17 @@ def test_precision_is_of_activations_and_not_of_scales() -> None:
     ours.to(torch.bfloat16)
     assert all(torch.equal(one, other) for one, other in zip(ours.packed, before, strict=True))
     assert ours(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(32, 32, 3)])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_compiled_it_is_the_same(layer: nn.Linear | nn.Conv2d, kind: str) -> None:
+    ours, _ = pair(layer, kind)
+    shape = (3, 64) if isinstance(layer, nn.Linear) else (1, 32, 5, 5)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    torch.compiler.reset()
+    found, wanted = torch.compile(ours, backend="aot_eager", fullgraph=True)(x), ours(x)
+    torch.testing.assert_close(found, wanted)
+    pairs = (torch.autograd.grad(output.square().sum(), x)[0] for output in (found, wanted))
+    torch.testing.assert_close(*pairs)
