@@ -37,12 +37,15 @@ class Base:
     """The frozen diffusion base."""
 
     path: str = MISSING  # name of a shipped base, or a folder in StableDiffusionPipeline layout
-    weights: str = "fp32"  # how the frozen weights are held: int8, or else in the precision of compute
+    weights: str = "fp32"  # how the frozen weights are held: int8, mixed (linear layers in 4 bits, others in 8) or nf4;
+    # fp32: as the folder has them, in the precision of compute
+    checkpointing: str = "none"  # block: run each block's forward again in backward: half the memory, a fifth more time
     compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 needs a chip for it
     device: str = "auto"  # torch device; auto: cuda if there is one
 
     def __post_init__(self) -> None:
-        choose("base.weights", self.weights, ("fp32", "int8"))
+        choose("base.weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
+        choose("base.checkpointing", self.checkpointing, ("none", "block"))
         choose("base.compute", self.compute, ("fp32", "bf16"))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import AntherError
-from models import assets
+from models import assets, packed
 from models.denoiser import Denoiser
 from models.objective import Schedule
 
@@ -32,17 +32,30 @@ class Base(Denoiser):
     """
 
     def __init__(
-        self, folder: Path, *, sites: str, weights: str = "fp32", device: str = "cpu", compute: str = "fp32"
+        self,
+        folder: Path,
+        *,
+        sites: str,
+        weights: str = "fp32",
+        device: str = "cpu",
+        compute: str = "fp32",
+        checkpointing: str = "none",
     ) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel  # slow imports, so only here
 
         _check(folder)
         self.folder, self.hash = folder, assets.digest(folder)
-        unet: nn.Module = _load(UNet2DConditionModel, folder / "unet")
+        unet: nn.Module
+        if packed.is_packed(folder / "unet"):
+            unet, weights = packed.load(folder / "unet", UNet2DConditionModel.__name__, weights), "fp32"
+        else:
+            unet = _load(UNet2DConditionModel, folder / "unet")
         config: Any = unet.config
         scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
         schedule = Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-        super().__init__(unet, schedule, sites=sites, device=device, compute=compute, int8=weights == "int8")
+        super().__init__(
+            unet, schedule, sites=sites, device=device, compute=compute, weights=weights, checkpointing=checkpointing
+        )
         vae = json.loads((folder / "vae" / "config.json").read_text())
         self._scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -105,11 +118,15 @@ class Base(Denoiser):
         return np.array(ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
 
-def load(path: str, *, sites: str, weights: str = "fp32", device: str = "cpu", compute: str = "fp32") -> Base:
-    """The base of that name or folder; `device` may be 'auto'. AntherError if it is missing or of another kind."""
+def load(path: str, *, device: str = "cpu", **options: str) -> Base:
+    """The base of that name or folder; `device` may be 'auto', `options` are those of Base.
+
+    Raises:
+        AntherError: it is missing or of another kind.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Base(assets.locate(path), sites=sites, weights=weights, device=device, compute=compute)
+    return Base(assets.locate(path), device=device, **options)
 
 
 def _check(folder: Path) -> None:

@@ -6,20 +6,22 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from conf.errors import AntherError
 from models.adapter import Site, Sites
 from models.objective import Schedule
-from models.quantise import quantise_layers
+from models.quantised import QuantisedConv2d, QuantisedLinear
 from models.slots import Stacks, add_slots, lend, slot_layers
+from models.weights import quantise_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -38,7 +40,8 @@ class Denoiser:
         network: changed in place.
         sites: regular expression on the names of its linear and convolution layers.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
-        int8: hold the weights of its layers in 8 bits.
+        weights: how its layers' weights are held, one of `models.weights.MODES`; fp32: as they are.
+        checkpointing: 'none', or 'block': backward runs each block's forward again, rather than keep what is in it.
 
     Attributes:
         sites: the adaptable layers, by their name in the network.
@@ -55,15 +58,18 @@ class Denoiser:
         sites: str,
         device: str = "cpu",
         compute: str = "fp32",
-        int8: bool = False,
+        weights: str = "fp32",
+        checkpointing: str = "none",
     ) -> None:
         self.sites: Sites = find_sites(network, sites)
-        if int8:
-            quantise_layers(network)
+        quantise_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.precise = torch.promote_types(self.dtype, torch.float32)
         self.schedule = schedule.to(self.device)
         add_slots(network, self.sites)
+        if checkpointing == "block":  # without the state of random numbers: nothing here draws any
+            again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            cast(Any, network).enable_gradient_checkpointing(again)
         network = network.requires_grad_(False).eval()
         self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
         if self.device.type == "cuda":
@@ -134,8 +140,10 @@ def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
 
 def _site(layer: nn.Module) -> Site | None:
     """What an adapter needs to know of a layer that it can adapt."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | QuantisedLinear):
         return Site(layer.in_features, layer.out_features)
+    if isinstance(layer, QuantisedConv2d):
+        return Site(layer.shape[1:].numel(), layer.out_channels, layer.kernel_size)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
         return Site(layer.weight[0].numel(), layer.out_channels, layer.kernel_size)
     return None
