@@ -28,7 +28,7 @@ def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
     except re.error:
-        return pattern == MISSING
+        return False
     return True
 
 
@@ -36,7 +36,7 @@ def _compiles(pattern: str) -> bool:
 class Base:
     """The frozen diffusion base."""
 
-    path: str = MISSING  # name of a shipped base, or a folder in StableDiffusionPipeline layout
+    path: str = MISSING  # name of a shipped base, or the folder of a diffusers pipeline
     weights: str = "fp32"  # how the frozen weights are held: int8, or else in the precision of compute
     compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 is for GPUs
     device: str = "auto"  # torch device; auto: cuda if there is one
@@ -231,7 +231,7 @@ class AloneTraining:
 class AdapterConfig:
     """LoRA adapters: where they sit and how they are trained."""
 
-    sites: str = MISSING  # regular expression on the names of the UNet's linear layers
+    sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
     frame: str | None = None  # train only small cores between the factors of this frame, shipped by name or a file;
     # rank² numbers a site, as privacy wants them; null: train the factors themselves
     shared: LocalTraining = field(default_factory=LocalTraining)
@@ -243,7 +243,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         self.shared.check("adapter.shared")
         self.personal.check("adapter.personal")
-        require(_compiles(self.sites), f"adapter.sites={self.sites}: not a regular expression")
+        require(self.sites is None or _compiles(self.sites), f"adapter.sites={self.sites}: not a regular expression")
         require(self.look_every >= 1, f"adapter.look_every={self.look_every}: must be 1 or more")
         require(self.patience >= 1, f"adapter.patience={self.patience}: must be 1 or more")
 

@@ -28,17 +28,27 @@ _ATTENTION = [
 ]  # fmt: skip
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [N, c, h, w], t [N], context [N, tokens, d]) -> what the network predicts [N, c, h, w]."""
+"""(x_t [N, c, h, w], time [N], context [N, rows, d]) -> what the network predicts [N, c, h, w]."""
+
+Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""The same, with the network first: how a family of networks is called."""
+
+
+def call_unet(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """The forward of a UNet whose context is tokens [N, tokens, d] and nothing else."""
+    output: Tensor = network(x, t, encoder_hidden_states=context, return_dict=False)[0]
+    return output
 
 
 class Denoiser:
-    """A frozen diffusers UNet with slots at its sites.
+    """A frozen network of diffusers with slots at its sites.
 
     Args:
         network: changed in place.
         sites: regular expression on the names of its linear and convolution layers.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
         int8: hold the weights of its layers in 8 bits.
+        forward: how it is called.
 
     Attributes:
         sites: the adaptable layers, by their name in the network.
@@ -56,13 +66,14 @@ class Denoiser:
         device: str = "cpu",
         compute: str = "fp32",
         int8: bool = False,
+        forward: Forward = call_unet,
     ) -> None:
         self.sites: Sites = find_sites(network, sites)
         if int8:
             quantise_layers(network)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.precise = torch.promote_types(self.dtype, torch.float32)
-        self.schedule = schedule.to(self.device)
+        self.schedule, self._forward = schedule.to(self.device), forward
         add_slots(network, self.sites)
         network = network.requires_grad_(False).eval()
         self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
@@ -93,7 +104,7 @@ class Denoiser:
         run = self._compiled if compiled else _run
         try:
             with self._attention():
-                yield lambda x, t, context: run(network, x, t, context, adapters)
+                yield lambda x, t, context: run(self._forward, network, x, t, context, adapters)
         finally:
             lend(slot_layers(network), [])
             self._free.put(network)
@@ -111,12 +122,13 @@ class Denoiser:
         return copy.deepcopy(self.network, lent)
 
 
-def _run(network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]) -> Tensor:
+def _run(
+    forward: Forward, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]
+) -> Tensor:
     """The network's output with adapters, in its own precision."""
     lend(slot_layers(network), adapters)
     dtype = next(network.parameters()).dtype
-    output: Tensor = network(x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
-    return output
+    return forward(network, x.to(dtype), t, context.to(dtype))
 
 
 def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:

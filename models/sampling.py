@@ -1,18 +1,16 @@
-"""Deterministic DDIM as a pure function.
+"""Deterministic sampling as pure functions.
 
-Implements eq. 12 of Song et al. (2021, arXiv:2010.02502) with σ = 0, and classifier-free guidance
-(Ho & Salimans, 2022, arXiv:2207.12598, eq. 6) on the network's output.
+DDIM is eq. 12 of Song et al. (2021, arXiv:2010.02502) with σ = 0; of a rectified flow the same step is Euler's.
+Classifier-free guidance is eq. 6 of Ho & Salimans (2022, arXiv:2207.12598), on the network's output.
 """
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from models.denoiser import Denoise
-from models.objective import Schedule
+from models.objective import Schedule, ends
 
 
 @torch.no_grad()
@@ -26,23 +24,25 @@ def ddim(
     guidance: float = 1.0,
     null_context: Tensor | None = None,
 ) -> Tensor:
-    """x_0 [N, c, h, w] from noise x, in `steps` evenly spaced steps that start at the last timestep.
+    """x_0 [N, c, h, w] from noise x, through the schedule's grid of `steps` places.
 
-    `null_context` [l, d] is the empty caption's embedding, needed when `guidance` is not 1.
+    `null_context` [l, d] is what stands for no caption, needed when `guidance` is not 1.
     """
-    times = torch.linspace(len(schedule) - 1, 0, steps + 1).round().long()
-    for now, after in pairwise(times):
-        t = now.expand(len(x)).to(x.device)
-        output = denoise(x, t, context)
-        if guidance != 1.0:
-            assert null_context is not None, "guidance needs the empty caption's embedding"
-            plain = denoise(x, t, null_context.expand(len(x), -1, -1))
-            output = plain + guidance * (output - plain)
-        signal, sigma = schedule.rates(t)
-        if schedule.prediction == "v_prediction":
-            x0, noise = signal * x - sigma * output, sigma * x + signal * output
-        else:
-            x0, noise = (x - sigma * output) / signal, output
-        signal, sigma = schedule.rates(after.expand(len(x)).to(x.device))
-        x = x0 if after == 0 else signal * x0 + sigma * noise
+    signals, sigmas, times = (values.to(x.device) for values in schedule.grid(steps))
+    for place, time in enumerate(times):
+        output = _guided(denoise, x, time.expand(len(x)), context, guidance, null_context)
+        x0, noise = ends(schedule, x, output, signals[place], sigmas[place])
+        x = signals[place + 1] * x0 + sigmas[place + 1] * noise
     return x
+
+
+def _guided(
+    denoise: Denoise, x: Tensor, time: Tensor, context: Tensor, guidance: float, null_context: Tensor | None
+) -> Tensor:
+    """The network's output [N, c, h, w], led away from what it is without a caption."""
+    output = denoise(x, time, context)
+    if guidance == 1.0:
+        return output
+    assert null_context is not None, "guidance needs what stands for no caption"
+    plain = denoise(x, time, null_context.expand(len(x), -1, -1))
+    return plain + guidance * (output - plain)

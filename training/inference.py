@@ -87,7 +87,7 @@ def _losses(
         example, look = part // timesteps, part % timesteps
         x0, t, epsilon = latents[example], times[look], noise[place[example], look]
         with base.lending([select(stacks, slot[example]) for stacks in adapters]) as denoise:
-            output = denoise(noised(base.schedule, x0, epsilon, t), t, context[example])
+            output = denoise(noised(base.schedule, x0, epsilon, t), base.schedule.times[t], context[example])
         return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 
     losses = torch.cat(list(run_passes(base.device, loss, [part.to(base.device) for part in parts])))
@@ -108,8 +108,7 @@ def draw(
     memory: int,
 ) -> Tensor:
     """Scaled latents [n, c, h, w] for the captions, each from its own seed's noise and under its own slot."""
-    context = base.encode_captions([*captions, ""])
-    context, null = context[:-1], context[-1]
+    context, null, strength = base.guided(captions, guidance)
     x = torch.stack([torch.randn(base.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(
         base.device
     )
@@ -118,7 +117,7 @@ def draw(
     def sample(part: Tensor) -> Tensor:
         with base.lending([select(stacks, index[part]) for stacks in adapters]) as denoise:
             return ddim(
-                denoise, base.schedule, x[part], context[part], steps=steps, guidance=guidance, null_context=null
+                denoise, base.schedule, x[part], context[part], steps=steps, guidance=strength, null_context=null
             )  # fmt: skip
 
     size = pass_size(base.device, len(x), pictures_within(base, x.shape[1:], context.shape[1:], adapters, memory))
