@@ -16,7 +16,7 @@ from models.adapter import Adapter, initial
 from models.base import Base
 from models.export import export, kohya_keys
 from models.objective import noised, per_example_loss, target
-from models.sampling import ddim
+from models.sampling import sample
 from models.slots import Stack, stack_adapters, to_device
 from privacy.noise import Simulated
 from tests.models.adapters import random_adapter
@@ -62,8 +62,8 @@ def adapter(base: Base) -> Adapter:
 def drawn(tiny: Tiny, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
     context, null, strength = tiny.base.guided(CAPTIONS, guidance)
     with tiny.base.lending([stack_adapters(tiny.base.sites, [given])]) as denoise:
-        return ddim(
-            denoise, tiny.base.schedule, noise, context, steps=steps, guidance=strength, null_context=null
+        return sample(
+            "ddim", denoise, tiny.base.schedule, [noise], context, steps=steps, guidance=strength, null_context=null
         )  # fmt: skip
 
 
