@@ -73,12 +73,13 @@ class Base(Denoiser):
         )  # fmt: skip
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[np.ndarray], batch: int = 16) -> Tensor:
+    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Scaled latents [n, c, h, w] of uint8 pictures of any size, grey or colour: the mean of the posterior.
 
-        Passes are always of `batch` pictures, filled up with the last: the latents of a picture don't depend on how
-        many others there are; nor on which, nor on its place among them, to the last bit (tested on CPUs).
+        Passes are always of equally many pictures, filled up with the last: the latents of a picture don't depend on
+        how many others there are; nor on which, nor on its place among them, to the last bit (tested on CPUs).
         """
+        batch = self._at_once(16)
         vae: Any = self._checkpoint.load("vae").to(self.device)
         pixels = torch.from_numpy(np.stack([self.fit(image) for image in images])).float() / 127.5 - 1
         pixels = pixels[:, None] if self._grey else pixels.permute(0, 3, 1, 2)
@@ -106,13 +107,17 @@ class Base(Denoiser):
         return Guidance(context[:-1], context[-1], strength)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 64) -> np.ndarray:
+    def decode(self, latents: Tensor) -> np.ndarray:
         """Pictures uint8 [n, H, W] (grey base) or [n, H, W, 3] from scaled latents [n, c, h, w]."""
         vae: Any = self._checkpoint.load("vae").to(self.device)
         latents = latents / vae.config.scaling_factor + _shift(vae)
-        pixels = torch.cat([vae.decode(part).sample for part in latents.split(batch)])
+        pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
+
+    def _at_once(self, small: int) -> int:
+        """Pictures in one pass of the VAE: of 64 pixels so many, of larger ones fewer in proportion to their area."""
+        return max(1, min(small, small * 64**2 // self.resolution**2))
 
     def fit(self, image: np.ndarray) -> np.ndarray:
         """A picture as the base sees it, uint8: grey or colour as its VAE, its centre square at its resolution."""

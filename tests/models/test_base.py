@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from models import assets
 from models.adapter import Adapter, Site, concatenate, rank
 from models.base import Base, load
 from models.export import diffusers_keys, export, kohya_keys
+from models.families.checkpoint import Checkpoint, recognise
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.slots import Layout, Stacks, stack_adapters
 from tests.models.adapters import random_adapter
@@ -82,6 +83,42 @@ def test_pictures_of_any_size_and_kind_become_latents(base: Base, tmp_path: Path
     latents = colour.encode_images(images)
     assert latents.shape == (2, *colour.shape)
     assert colour.decode(latents).shape == (2, 16, 16, 3)
+
+
+def test_a_small_autoencoder_takes_the_place_of_the_large(tmp_path: Path) -> None:
+    """TAESD's class has no distribution, and other names for its sizes."""
+    folder = save_pipeline(tmp_path, channels=3)
+    shutil.rmtree(folder / "vae")
+    small = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), scaling_factor=0.7, shift_factor=0.2,
+    )  # fmt: skip
+    small.save_pretrained(folder / "vae")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderTiny"]}))
+    base = Base(folder)
+    images = [np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8) for seed in range(2)]
+    pixels = torch.tensor(np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1, dtype=torch.float32)
+    with torch.no_grad():
+        latents = (small.encode(pixels).latents - 0.2) * 0.7
+        torch.testing.assert_close(base.encode_images(images), latents)
+        wanted = (small.decode(latents / 0.7 + 0.2).sample + 1) * 127.5
+    found = torch.from_numpy(base.decode(latents)).permute(0, 3, 1, 2)
+    assert (found - wanted.clamp(0, 255)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize(("resolution", "pictures"), [(16, 16), (64, 16), (128, 4), (512, 1)])
+def test_a_pass_of_the_autoencoder_holds_fewer_large_pictures(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, resolution: int, pictures: int
+) -> None:
+    seen: list[int] = []
+    vae = recognise(pipeline_folder).load("vae")
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda part: (seen.append(len(part)), encode(part[:, :, :16, :16]))[1])
+    base = Base(pipeline_folder, resolution=resolution)
+    monkeypatch.setattr(Checkpoint, "load", lambda checkpoint, part: vae)  # noqa: ARG005
+    base.encode_images([np.zeros((16, 16), np.uint8)] * 3)
+    assert set(seen) == {pictures}
 
 
 def adapted(base: Base) -> Adapter:

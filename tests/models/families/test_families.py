@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from models.adapter import Adapter, initial
 from models.base import Base
 from models.export import export, kohya_keys
+from models.families.checkpoint import recognise
 from models.objective import noised, per_example_loss, target
 from models.sampling import sample
 from models.slots import Stack, stack_adapters, to_device
@@ -151,6 +152,24 @@ def test_no_operation_mixes_examples(tiny: Tiny, examples: Examples) -> None:
         assert not gradient[[0, 2]].any()
     assert all(gradient[1].any() for gradient in found[:2])
     assert sum(bool(gradient[1].any()) for gradient in found[2:]) >= len(factors) - 8  # the last block drops its text
+
+
+def test_adapters_at_any_layer_are_merged_weights(tiny: Tiny, examples: Examples) -> None:
+    """Every linear and convolution layer at once, each example under an adapter of its own."""
+    base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
+    adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
+    times = base.schedule.times[[10, 500, 990]]
+    with base.lending([stack_adapters(base.sites, adapters)]) as denoise, torch.no_grad():
+        found = denoise(examples.latents, times, examples.context)
+    for place, given in enumerate(adapters):
+        plain = recognise(tiny.folder).load(base.family.network)
+        with torch.no_grad():
+            for name, (a, b) in given.items():
+                weight = plain.get_submodule(name).weight
+                weight += (b @ a).view_as(weight)
+            row = slice(place, place + 1)
+            wanted = base.family.forward(plain, examples.latents[row], times[row], examples.context[row])
+        assert (found[row] - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
 def test_what_a_caption_becomes_depends_on_no_other(tiny: Tiny) -> None:
