@@ -284,7 +284,8 @@ class EvaluationConfig:
     local: bool = True  # train everybody alone too, to compare: as much work again as the federation
     timesteps: int = 3  # fixed timesteps, and one fixed noise for each, per held-out glyph
     gallery: int = 4  # test glyphs drawn per writer; 0: no pictures, no judge
-    sampler: str = "ddim"  # ddim; dpm: DPM-Solver++, better in few steps; lcm: for bases distilled to 1 to 8 steps
+    sampler: str = "ddim"  # ddim; dpm: DPM-Solver++, better in few steps; for bases distilled to very few: lcm
+    # (consistency) or ancestral (turbo)
     steps: int = 6  # of a drawn glyph
     guidance: float = 1.5  # classifier-free guidance; 1: none
 
@@ -292,7 +293,7 @@ class EvaluationConfig:
         require(_none_or_positive(self.devices), f"evaluation.devices={self.devices}: must be 1 or more, or null")
         require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
         require(self.gallery >= 0, f"evaluation.gallery={self.gallery}: must be 0 or more")
-        choose("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm"))
+        choose("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm", "ancestral"))
         require(self.steps >= 1, f"evaluation.steps={self.steps}: must be 1 or more")
         require(self.guidance >= 1, f"evaluation.guidance={self.guidance}: must be 1 or more")
 

@@ -15,7 +15,7 @@ from conf.errors import AntherError
 from models.denoiser import Denoise
 from models.objective import Schedule, ends
 
-SAMPLERS = ("ddim", "dpm", "lcm")
+SAMPLERS = ("ddim", "dpm", "lcm", "ancestral")
 
 _ORIGINS = 50  # places of a schedule that consistency distillation uses
 
@@ -47,15 +47,14 @@ def sample(
         plain = denoise(x, time, null_context.expand(len(x), -1, -1))
         return plain + guidance * (output - plain)
 
-    if sampler == "lcm":
-        return lcm(guided, schedule, noises, context, steps=steps)
-    deterministic = {"ddim": ddim, "dpm": dpm_solver}[sampler]
-    return deterministic(guided, schedule, noises[0], context, steps=steps)
+    if sampler in _RANDOM:
+        return _RANDOM[sampler](guided, schedule, noises, context, steps=steps)
+    return {"ddim": ddim, "dpm": dpm_solver}[sampler](guided, schedule, noises[0], context, steps=steps)
 
 
 def noises_of(sampler: str, steps: int) -> int:
     """How many noises a sampler uses."""
-    return steps if sampler == "lcm" else 1
+    return steps if sampler in _RANDOM else 1
 
 
 def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, context: Tensor, *, steps: int) -> Tensor:
@@ -110,3 +109,29 @@ def lcm(denoise: Denoise, schedule: Schedule, noises: Sequence[Tensor], context:
         x = signal * x0 + sigma * noise if place else noise
         x0, _ = ends(schedule, x, denoise(x, schedule.times[t].expand(len(x)), context), signal, sigma)
     return x0
+
+
+def ancestral(denoise: Denoise, schedule: Schedule, noises: Sequence[Tensor], context: Tensor, *, steps: int) -> Tensor:
+    """DDIM with η = 1 (Song et al., 2021, eq. 12 and 16), which in σ/a is Euler's ancestral step.
+
+    What networks of adversarial distillation are drawn with, SD-Turbo and SDXL-Turbo, in 1 to 4 steps (Sauer et al.,
+    2023, arXiv:2311.17042).
+
+    Args:
+        noises: one for each step, the first to start from.
+    """
+    x = noises[0]
+    signals, sigmas, times = (values.to(x.device) for values in schedule.grid(steps))
+    ratios = sigmas / signals
+    for place, time in enumerate(times):
+        output = denoise(x, time.expand(len(x)), context)
+        x0, noise = ends(schedule, x, output, signals[place], sigmas[place])
+        if place == steps - 1:
+            return x0
+        kept = ratios[place + 1] / ratios[place]
+        mixed = kept * noise + (1 - kept.square()).sqrt() * noises[place + 1]
+        x = signals[place + 1] * x0 + sigmas[place + 1] * mixed
+    return x
+
+
+_RANDOM = {"lcm": lcm, "ancestral": ancestral}

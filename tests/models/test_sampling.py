@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from torch import Tensor
 
 from conf.errors import AntherError
@@ -99,6 +105,25 @@ class TestAgainstDiffusers:
         wanted = theirs(scheduler, start, guidance, fresh)
         found = ours("lcm", diffusion(ALPHA_BARS, prediction), steps, guidance)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    def test_ancestral(self, prediction: str, steps: int, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Theirs lives in x / a, and draws its own noise, also after the last step, where it has no weight."""
+        scheduler = EulerAncestralDiscreteScheduler(**BETAS, prediction_type=prediction, timestep_spacing="trailing")
+        scheduler.set_timesteps(steps)
+        schedule = diffusion(ALPHA_BARS, prediction)
+        start, *fresh = noises("ancestral", steps)
+        waiting = iter([*fresh, torch.zeros_like(start)])
+        where = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
+        monkeypatch.setattr(where, lambda *_, **__: next(waiting))
+        x = start / schedule.grid(steps).signals[0]
+        for t in scheduler.timesteps:
+            seen, time = scheduler.scale_model_input(x, t), t.expand(2)
+            output = network(seen, time, CONTEXT)
+            plain = network(seen, time, NULL.expand(2, -1, -1))
+            x = scheduler.step(plain + guidance * (output - plain), t, x).prev_sample
+        found = ours("ancestral", schedule, steps, guidance)
+        torch.testing.assert_close(found.float(), x.float(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
