@@ -32,6 +32,7 @@ class Checkpoint:
     folder: Path
     family: Family
     parts: Mapping[str, str]  # class of each part
+    requires_safety_checker: bool  # whether its makers want none of its pictures shown unchecked
 
     def config(self, part: str) -> dict[str, Any]:
         """A part's configuration."""
@@ -83,6 +84,7 @@ class Checkpoint:
             "family": self.family.name,
             "licence": _licence(self.folder),
             "safety_checker": self.parts.get("safety_checker", "none"),
+            "requires_safety_checker": str(self.requires_safety_checker).lower(),
         }
 
 
@@ -106,7 +108,8 @@ def recognise(folder: Path) -> Checkpoint:
     for part, kinds in ((family.network, (family.kind,)), ("vae", _VAES)):
         if parts[part] not in kinds:
             raise AntherError(f"base {folder}: its {part} is a {parts[part]}: only {', '.join(kinds)} is supported")
-    return Checkpoint(folder=folder, family=family, parts=parts)
+    required = bool(index.get("requires_safety_checker", False))
+    return Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
 
 
 def _json(folder: Path, file: Path) -> dict[str, Any]:
@@ -122,9 +125,9 @@ def _json(folder: Path, file: Path) -> dict[str, Any]:
 def _licence(folder: Path) -> str:
     """The licence that the model card names, or the file that holds it, or 'unknown'."""
     card = folder / "README.md"
-    if card.is_file():
-        found = re.search(r"^license(?:_name)?:\s*(\S+)", card.read_text(errors="replace"), re.MULTILINE)
-        if found:
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    for key in ("license_name", "license"):  # of a licence without a common name the second says 'other'
+        if found := re.search(rf"^{key}:\s*(\S+)", text, re.MULTILINE):
             return found[1]
     files = sorted(file.name for file in folder.glob("LICENSE*"))
     return files[0] if files else "unknown"

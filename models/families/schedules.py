@@ -1,7 +1,8 @@
 """The forward process that a checkpoint was trained with, from its scheduler's own configuration.
 
-Flows are trained on every σ of the scheduler's table alike often, as shifted there. Where pictures are drawn through
-σ that are shifted by the size of the picture, the table is not (as in diffusers' own training of Flux).
+Flows are trained on every σ of the scheduler's table alike often, as shifted there. Their makers draw the middle more
+often besides (Esser et al., 2024, arXiv:2403.03206, §3.1); here the shift alone decides. Where pictures are drawn
+through σ that are shifted by their size, the table isn't shifted, as it isn't in that scheduler itself.
 """
 
 from __future__ import annotations

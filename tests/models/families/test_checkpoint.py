@@ -54,17 +54,19 @@ def test_pickled_weights_of_any_part_are_refused(tiny: Tiny, tmp_path: Path) -> 
 
 
 def test_licence_and_safety_checker_are_carried_along(folder: Path) -> None:
-    assert recognise(folder).notes() == {
-        "family": "stable-diffusion", "licence": "unknown", "safety_checker": "none"
-    }  # fmt: skip
+    unsaid = {"family": "stable-diffusion", "licence": "unknown", "safety_checker": "none"}
+    assert recognise(folder).notes() == unsaid | {"requires_safety_checker": "false"}
     (folder / "LICENSE.md").write_text("terms")
     assert recognise(folder).notes()["licence"] == "LICENSE.md"
     (folder / "README.md").write_text("---\ntags: [x]\nlicense: creativeml-openrail-m\n---\n# A model\n")
-    change(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    change(folder / "model_index.json", safety_checker=checker, requires_safety_checker=True)
     notes = recognise(folder).notes()
     assert notes["licence"] == "creativeml-openrail-m"
-    assert notes["safety_checker"] == "StableDiffusionSafetyChecker"
+    assert (notes["safety_checker"], notes["requires_safety_checker"]) == (checker[1], "true")
     assert Base(folder).notes == notes
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: flux-1-dev\n---\n")
+    assert recognise(folder).notes()["licence"] == "flux-1-dev"
 
 
 def use(folder: Path, resolution: int) -> None:
