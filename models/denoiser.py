@@ -30,11 +30,20 @@ _ATTENTION = [
 ]  # fmt: skip
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [N, c, h, w], t [N], context [N, tokens, d]) -> what the network predicts [N, c, h, w]."""
+"""(x_t [N, c, h, w], time [N], context [N, rows, d]) -> what the network predicts [N, c, h, w]."""
+
+Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""The same, with the network first: how a family of networks is called."""
+
+
+def call_unet(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """The forward of a UNet whose context is tokens [N, tokens, d] and nothing else."""
+    output: Tensor = network(x, t, encoder_hidden_states=context, return_dict=False)[0]
+    return output
 
 
 class Denoiser:
-    """A frozen diffusers UNet with slots at its sites.
+    """A frozen network of diffusers with slots at its sites.
 
     Args:
         network: changed in place.
@@ -42,6 +51,7 @@ class Denoiser:
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
         weights: how its layers' weights are held, one of `models.weights.MODES`; fp32: as they are.
         checkpointing: 'none', or 'block': backward runs each block's forward again, rather than keep what is in it.
+        forward: how it is called.
 
     Attributes:
         sites: the adaptable layers, by their name in the network.
@@ -60,12 +70,13 @@ class Denoiser:
         compute: str = "fp32",
         weights: str = "fp32",
         checkpointing: str = "none",
+        forward: Forward = call_unet,
     ) -> None:
         self.sites: Sites = find_sites(network, sites)
         quantise_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.precise = torch.promote_types(self.dtype, torch.float32)
-        self.schedule = schedule.to(self.device)
+        self.schedule, self._forward = schedule.to(self.device), forward
         add_slots(network, self.sites)
         if checkpointing == "block":  # without the state of random numbers: nothing here draws any
             again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -99,7 +110,7 @@ class Denoiser:
         run = self._compiled if compiled else _run
         try:
             with self._attention():
-                yield lambda x, t, context: run(network, x, t, context, adapters)
+                yield lambda x, t, context: run(self._forward, network, x, t, context, adapters)
         finally:
             lend(slot_layers(network), [])
             self._free.put(network)
@@ -117,12 +128,13 @@ class Denoiser:
         return copy.deepcopy(self.network, lent)
 
 
-def _run(network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]) -> Tensor:
+def _run(
+    forward: Forward, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]
+) -> Tensor:
     """The network's output with adapters, in its own precision."""
     lend(slot_layers(network), adapters)
     dtype = next(network.parameters()).dtype
-    output: Tensor = network(x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
-    return output
+    return forward(network, x.to(dtype), t, context.to(dtype))
 
 
 def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:

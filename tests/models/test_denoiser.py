@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from conf.errors import AntherError
 from models.adapter import Site
 from models.denoiser import Denoiser, find_sites
-from models.objective import Schedule, noised, per_example_loss, target
+from models.objective import diffusion, noised, per_example_loss, target
 from models.quantise import dequantise, quantise
 from models.slots import SlotLayer, Stack, slot_layers, stack_adapters, to_device
 from models.weights import kinds
@@ -34,7 +34,7 @@ TIME = r"time_embedding\.linear_[12]|.*time_emb_proj"
 CONVOLUTIONS = r".*\.conv[12]|.*conv_shortcut|.*samplers\.0\.conv|conv_in|conv_out|.*proj_(in|out)"
 EVERYTHING = ".*"
 
-SCHEDULE = Schedule(torch.linspace(0.999, 0.01, 1000), "v_prediction")
+SCHEDULE = diffusion(torch.linspace(0.999, 0.01, 1000), "v_prediction")
 
 
 @pytest.fixture(scope="module")
