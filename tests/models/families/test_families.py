@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from models.adapter import Adapter, initial
 from models.base import Base
+from models.denoiser import call_unet
 from models.export import export, kohya_keys
 from models.families.checkpoint import recognise
 from models.objective import noised, per_example_loss, target
@@ -170,6 +171,19 @@ def test_adapters_at_any_layer_are_merged_weights(tiny: Tiny, examples: Examples
             row = slice(place, place + 1)
             wanted = base.family.forward(plain, examples.latents[row], times[row], examples.context[row])
         assert (found[row] - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.slow
+def test_its_forward_is_one_graph(tiny: Tiny, examples: Examples) -> None:
+    """Nothing in it leaves the device or depends on values, at another resolution than its own."""
+    if tiny.base.family.forward is call_unet:
+        pytest.skip("compiled in test_denoiser")
+    torch._dynamo.reset()
+    base = tiny.base
+    whole = torch.compile(base.family.forward, backend="eager", fullgraph=True, dynamic=False)
+    given = examples.latents[:1].repeat(1, 1, 2, 2), base.schedule.times[[500]], examples.context[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(base.network, *given), base.family.forward(base.network, *given))
 
 
 def test_what_a_caption_becomes_depends_on_no_other(tiny: Tiny) -> None:
