@@ -117,7 +117,8 @@ class Denoiser:
 
     @cached_property
     def _compiled(self) -> Callable[..., Tensor]:
-        return torch.compile(_run, dynamic=False)
+        # Inductor keeps channels first where any convolution narrows; backward would then copy every layer's pictures.
+        return torch.compile(_run, dynamic=False, options={"force_layout_optimization": True})
 
     def _attention(self) -> AbstractContextManager[None]:
         """On a GPU cuDNN's attention first: at the head size of Stable Diffusion 1.5 it is the fastest."""

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -338,7 +337,8 @@ class Small(nn.Module):
 
 def test_compiled_it_is_the_same_and_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, *, dynamic, **_: real(run, dynamic=dynamic, backend=compiler))
     torch.compiler.reset()
     lent = denoiser(Small())
 
