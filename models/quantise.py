@@ -8,6 +8,7 @@ block takes the one that leaves the least squared error, which is seldom that of
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import cache
 from math import gcd
@@ -87,13 +88,37 @@ def slabs(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> Iterator[tup
     even = size // gcd(row, size)  # so many rows fill blocks
     step = min(out, max(even, _SLAB[packed.codes.device.type] // row // even * even))
     scales = _scales(packed.top.view(torch.float32)).to(dtype)
-    buffer = torch.empty(-(-step * row // size), size, dtype=dtype, device=packed.codes.device)
+    buffer = _buffer(-(-step * row // size) * size, dtype, packed.codes).view(-1, size)
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
         blocks = slice(start * row // size, -(-rows.stop * row // size))
         values = _values(packed, blocks, buffer[: blocks.stop - blocks.start])
         values *= scales.index_select(0, packed.scales[blocks].int())[:, None]
         yield rows, values.view(-1)[: (rows.stop - start) * row].view(-1, *shape[1:])
+
+
+class _Scratch(threading.local):
+    """What a thread reads slabs into: new memory for every layer costs its page faults, a twentieth of a step."""
+
+    bytes = torch.empty(0, dtype=torch.uint8)
+
+
+_scratch = _Scratch()
+
+
+def _buffer(count: int, dtype: torch.dtype, codes: Tensor) -> Tensor:
+    """Memory for `count` weights, beside their codes."""
+    if codes.device.type != "cpu" or not _real(codes):
+        return torch.empty(count, dtype=dtype, device=codes.device)
+    if len(_scratch.bytes) < count * dtype.itemsize:
+        with torch.inference_mode(False):
+            _scratch.bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    return _scratch.bytes[: count * dtype.itemsize].view(dtype)
+
+
+def _real(codes: Tensor) -> bool:
+    """Whether there are data, that may be kept for the next call: not when shapes alone are traced."""
+    return type(codes) is Tensor and not torch.compiler.is_compiling()
 
 
 def _values(packed: Packed, blocks: slice, out: Tensor) -> Tensor:
@@ -104,7 +129,7 @@ def _values(packed: Packed, blocks: slice, out: Tensor) -> Tensor:
     if packed.kind == "int8":
         out.copy_(codes.view_as(out)).div_(_INT8)
     else:
-        pairs, wide = _pairs(out.dtype, out.device), _PAIR[out.element_size()]
+        pairs, wide = (_pairs if _real(codes) else _pairs.__wrapped__)(out.dtype, out.device), _PAIR[out.element_size()]
         torch.index_select(pairs.view(wide).view(-1), 0, codes.int(), out=out.view(wide).view(-1))
     release(packed.codes, start, stop)
     return out

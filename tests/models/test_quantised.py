@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from models.quantise import dequantise, quantise
+from models import quantise as quantise_module
+from models.quantise import Packed, dequantise, quantise, sizes
 from models.quantised import Quantised, QuantisedConv2d, QuantisedLinear
 
 
@@ -72,6 +74,24 @@ def test_precision_is_of_activations_and_not_of_scales() -> None:
     ours.to(torch.bfloat16)
     assert all(torch.equal(one, other) for one, other in zip(ours.packed, before, strict=True))
     assert ours(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_run_without_data_leaves_nothing_behind(kind: str) -> None:
+    """What is kept between calls must not come from a dry run, nor go into one."""
+    layer = nn.Linear(96, 64)
+    wanted = QuantisedLinear(layer, quantise(layer.weight, kind))(torch.ones(2, 96))
+    for precision in (torch.float32, torch.float64):
+        quantise_module._pairs.cache_clear()
+        with FakeTensorMode():
+            plain = nn.Linear(96, 64)
+            parts = (torch.empty_like(part, device="cpu") for part in sizes(kind, 96 * 64))
+            dry = QuantisedLinear(plain, Packed(*parts)).to(precision)
+            x = torch.ones(2, 96, dtype=precision, requires_grad=True)
+            (found,) = torch.autograd.grad(dry(x).sum(), x)
+            assert found.shape == x.shape
+        real = QuantisedLinear(layer, quantise(layer.weight, kind))
+        torch.testing.assert_close(real(torch.ones(2, 96)), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
