@@ -31,7 +31,7 @@ test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones,
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
 
 test-slow: $(INSTALLED_DEV)  ## the slow tests

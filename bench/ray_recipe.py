@@ -46,7 +46,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from bench.peers import Opacus, add_lora
 from bench.workloads import EXAMPLES, PRIVACY, SITES
 from models import assets
-from models.objective import Schedule
+from models.objective import diffusion
 from privacy.noise import stream
 from training.jobs import Examples
 
@@ -75,7 +75,7 @@ def network() -> Any:
 def fresh(examples: Examples) -> Opacus:
     """A UNet just loaded, with LoRA and Opacus' hooks."""
     scheduler: Any = DDIMScheduler.from_pretrained(assets.locate("glyphs") / "scheduler")
-    schedule = Schedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    schedule = diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
     return Opacus(network(), examples, schedule, factors="fp32")
 
 

@@ -8,6 +8,8 @@ letters; the personal adapter, which needs no noise and would hide a useless sha
     example-8  DP-SGD on every device, ε = 8 per image          example-2  the same, ε = 2
     device-8   the server's clip and noise, ε = 8 per device
 
+    --curves   ε = 8 per image against writers, and against pictures of each, one seed
+
 Test writers are looked at once. `--tune` runs on development writers, of whom there are few: there ε is raised until
 the noise on the mean is what so many test writers will see (such a run is no release, and says nothing of privacy).
 """
@@ -19,6 +21,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +34,28 @@ from bench.federation import interval
 from bench.machine import machine, versions
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 
-DELTA, PICTURES, WRITERS, DEVELOPMENT = 1e-3, 20, 200, 20
-ROUNDS, STEPS, BATCH = 20, 5, 5  # with privacy of examples
+
+class Cohort(NamedTuple):
+    """Who takes part."""
+
+    writers: int
+    pictures: int  # that each trains on
+
+    @property
+    def batch(self) -> int:
+        """Pictures of a step: a quarter of a writer's, so that σ is the same for all."""
+        return self.pictures // 4
+
+
+DELTA = 1e-3
+WHOLE, DEVELOPMENT = Cohort(200, 20), Cohort(20, 20)
+CURVES = (Cohort(50, 20), Cohort(100, 20), WHOLE, Cohort(200, 12), Cohort(200, 4))
+ROUNDS, STEPS = 20, 5  # with privacy of examples
 FEWER_ROUNDS = 10  # with privacy of devices: each has its noise
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
-COMMON = (f"data.train={PICTURES}", "evaluation.local=false", "evaluation.gallery=0", "tracker=none")
+COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
 CORES = ("strategy=fedit", "adapter.frame=glyphs-frame")
-EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS}", f"adapter.shared.steps={STEPS}",
-           f"adapter.shared.batch_size={BATCH}")  # fmt: skip
+EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS}", f"adapter.shared.steps={STEPS}")
 
 
 class Form(NamedTuple):
@@ -51,24 +68,19 @@ class Form(NamedTuple):
 
 
 FORMS: Mapping[str, Form] = {
-    "reference": Form(("strategy=exact", "strategy.decay=true", "rounds=30", "adapter.shared.steps=5"), 0.006),
+    "reference": Form(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
     "open": Form(EXAMPLE, 0.02),
     "example-8": Form(EXAMPLE, 0.15, "example", 8.0),
     "example-2": Form(EXAMPLE, 0.08, "example", 2.0),
-    "device-8": Form(
-        (*CORES, f"rounds={FEWER_ROUNDS}", "adapter.shared.steps=10", "adapter.shared.batch_size=10"),
-        0.02,
-        "device",
-        8.0,
-    ),
+    "device-8": Form((*CORES, f"rounds={FEWER_ROUNDS}", "adapter.shared.steps=5"), 0.02, "device", 8.0),
 }
 
 
 def louder(form: Form) -> float:
     """The ε at which so few development writers leave as much noise on the mean as all test writers at the form's."""
     assert form.epsilon
-    rate, steps = (BATCH / PICTURES, ROUNDS * STEPS) if form.level == "example" else (1.0, FEWER_ROUNDS)
-    few = DEVELOPMENT / WRITERS
+    rate, steps = (0.25, ROUNDS * STEPS) if form.level == "example" else (1.0, FEWER_ROUNDS)
+    few = DEVELOPMENT.writers / WHOLE.writers
     sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=rate, steps=steps)
     # Each device's noise is divided by √devices in the mean, the server's by their number.
     scaled = sigma * (few**0.5 if form.level == "example" else few)
@@ -76,16 +88,17 @@ def louder(form: Form) -> float:
     return epsilon([event], DELTA).value
 
 
-def command(form: Form, seed: int, *, tune: bool, writers: int, overrides: Sequence[str]) -> list[str]:
+def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Sequence[str]) -> list[str]:
     """What runs it."""
-    whose = ["data.role=development"] if tune else ["data.role=test"]
+    role = "development" if tune else "test"
     private, rate = [f"privacy={form.level}"], form.learning_rate
     if tune and form.level == "example":  # whose AdamW divides by its own device's noise
-        rate *= (DEVELOPMENT / WRITERS) ** 0.5
+        rate *= (DEVELOPMENT.writers / WHOLE.writers) ** 0.5
     if form.epsilon:
         private += [f"privacy.delta={DELTA}", f"privacy.epsilon={louder(form) if tune else form.epsilon}"]
     return [
-        sys.executable, "-m", "simulations.run", *COMMON, *form.overrides, *private, *whose, f"data.writers={writers}",
+        sys.executable, "-m", "simulations.run", *COMMON, *form.overrides, *private, f"data.role={role}",
+        f"data.writers={cohort.writers}", f"data.train={cohort.pictures}", f"adapter.shared.batch_size={cohort.batch}",
         f"adapter.shared.learning_rate={rate}", f"seed={seed}", *overrides,
     ]  # fmt: skip
 
@@ -117,71 +130,81 @@ def kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tu
     return float(gain.mean()) / whole, low / whole, high / whole
 
 
-def table(results: Mapping[int, Mapping[str, Mapping[str, Any]]], writers: int) -> Table:
-    """A row for each form and seed."""
-    title = f"{writers} writers, {PICTURES} letters each: share of the reference's gain that is kept [95 %]"
-    shown = Table(title=title)
-    for heading in ("form", "seed", "base", "shared", "kept by shared", "at least", "kept with personal", "ε"):
+def table(results: Mapping[tuple[Cohort, int], Mapping[str, Mapping[str, Any]]]) -> Table:
+    """A row for each cohort, form and seed."""
+    shown = Table(title="share of the reference's gain that is kept [95 %]")
+    for heading in (
+        "writers", "pictures", "form", "seed", "base", "shared", "kept by shared", "at least", "kept with personal", "ε"
+    ):  # fmt: skip
         shown.add_column(heading, justify="right")
     for name in FORMS:
-        for seed, forms in results.items():
+        for (cohort, seed), forms in results.items():
             if name in forms:
-                shown.add_row(*cells(name, seed, forms))
+                shown.add_row(*map(str, cohort), name, str(seed), *cells(name, forms, cohort))
     return shown
 
 
-def cells(name: str, seed: int, forms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One row."""
+def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: Cohort) -> list[str]:
+    """What one run came to."""
     found = forms[name]
     base, loss = (f"{np.mean(found['losses'][arm]):.4f}" for arm in ("base", "shared"))
     shared, personal = (
         f"{mean:.0%} [{low:.0%}, {high:.0%}]"
         for mean, low, high in (kept(found, forms["reference"], arm) for arm in ("shared", "personal"))
     )
-    target = f"{TARGETS[name]:.0%}" if name in TARGETS else ""
+    target = f"{TARGETS[name]:.0%}" if name in TARGETS and cohort == WHOLE else ""
     spent = found["epsilon"] or found["device_epsilon"]
-    return [
-        name, str(seed), base, loss, shared, target, personal,
-        f"{spent['value']:.2f} per {spent['unit']}" if spent else "∞",
-    ]  # fmt: skip
+    return [base, loss, shared, target, personal, f"{spent['value']:.2f} per {spent['unit']}" if spent else "∞"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument(
-        "--tune", action="store_true", help="on development writers, with the noise that tests will see"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--runs", type=Path, default=Path("outputs/utility"), help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, help="bench/results/utility[-curves|-tuning].json")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--curves", action="store_true", help="ε = 8 per image against writers and pictures")
+    which.add_argument("--tune", action="store_true", help="on development writers, with the noise that tests will see")
     arguments, overrides = parser.parse_known_args()
-    writers = DEVELOPMENT if arguments.tune else WRITERS
-    chosen = list(dict.fromkeys(["reference", *arguments.forms]))
-    results: dict[int, dict[str, Any]] = {}
-    for seed in arguments.seeds:
-        results[seed] = {}
-        for name in chosen:
-            made = command(FORMS[name], seed, tune=arguments.tune, writers=writers, overrides=overrides)
-            folder = arguments.runs / ("tune" if arguments.tune else "test") / f"{name}-{seed}"
-            results[seed][name] = run(made, folder)
-    arms = ("shared", "personal")
-    shares = {
-        seed: {name: {arm: kept(found, forms["reference"], arm) for arm in arms} for name, found in forms.items()}
-        for seed, forms in results.items()
-    }
+    cohorts, seeds, forms = [DEVELOPMENT if arguments.tune else WHOLE], arguments.seeds, arguments.forms
+    if arguments.curves:
+        cohorts, seeds, forms = list(CURVES), seeds[:1], ["example-8"]
+    chosen = list(dict.fromkeys(["reference", *forms]))
+    asked = [(cohort, seed, name) for seed in seeds for cohort in cohorts for name in chosen]
+
+    def one(cohort: Cohort, seed: int, name: str) -> dict[str, Any]:
+        made = command(FORMS[name], seed, cohort, tune=arguments.tune, overrides=overrides)
+        kind = "tune" if arguments.tune else "test"
+        return run(made, arguments.runs / kind / f"{cohort.writers}x{cohort.pictures}" / f"{name}-{seed}")
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(pool.map(lambda which: one(*which), asked))
+    results: dict[tuple[Cohort, int], dict[str, Any]] = {}
+    for (cohort, seed, name), result in zip(asked, found, strict=True):
+        results.setdefault((cohort, seed), {})[name] = result
     record = {
         "command": " ".join(["python -m bench.utility", *sys.argv[1:]]),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers", "flwr", "dp-accounting"),
-        "writers": writers,
-        "pictures": PICTURES,
-        "kept": shares,
-        "results": results,
+        "results": [
+            {
+                **cohort._asdict(),
+                "seed": seed,
+                "kept": {
+                    name: {arm: kept(result, ran["reference"], arm) for arm in ("shared", "personal")}
+                    for name, result in ran.items()
+                },
+                "runs": ran,
+            }
+            for (cohort, seed), ran in results.items()
+        ],
     }
-    out = arguments.out or Path("bench/results") / ("utility-tuning.json" if arguments.tune else "utility.json")
+    suffix = "-tuning" if arguments.tune else "-curves" if arguments.curves else ""
+    out = arguments.out or Path(f"bench/results/utility{suffix}.json")
     out.write_text(json.dumps(record, indent=2) + "\n")
-    Console(width=160).print(table(results, writers))
+    Console(width=160).print(table(results))
 
 
 if __name__ == "__main__":

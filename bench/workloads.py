@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.adapter import Sites, initial
-from models.objective import Schedule
+from models.objective import Schedule, diffusion
 from privacy.noise import Simulated
 from training.jobs import DPSGD, Examples, Train
 
@@ -100,7 +100,7 @@ def build(workload: Workload, device: torch.device, dtype: torch.dtype = torch.f
 def schedule(device: torch.device) -> Schedule:
     """Stable Diffusion's forward process: √β rises evenly from √0.00085 to √0.012 over 1000 steps."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    return Schedule((1 - betas).cumprod(0).float().to(device), "epsilon")
+    return diffusion((1 - betas).cumprod(0).float().to(device), "epsilon")
 
 
 def examples(workload: Workload, client: int, device: torch.device) -> Examples:

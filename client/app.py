@@ -96,6 +96,6 @@ def _stated(context: Context) -> dict[str, object]:
 
 
 @functools.lru_cache(maxsize=1)
-def _base(path: str, sites: str, weights: str, device: str) -> Base:
+def _base(path: str, sites: str | None, weights: str, device: str) -> Base:
     """Kept between the messages that one process answers."""
     return load(path, sites=sites, weights=weights, device=device)

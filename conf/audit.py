@@ -63,12 +63,14 @@ class ClientTrial:
 class MembershipTrial:
     """Attacks on the shared adapter of finished runs."""
 
+    adapter: str = "best"  # which everybody is served; last: the one most trained, which the server holds too
     timesteps: int = 8  # of the loss
     time: float = 0.2  # of PIA and SimA, as a share of the schedule
     resamples: int = 2000  # of the writers, for intervals
     memory_gib: float | None = None  # null: a fixed share of the machine's
 
     def __post_init__(self) -> None:
+        choose("membership.adapter", self.adapter, ("best", "last"))
         require(self.timesteps >= 1, f"membership.timesteps={self.timesteps}: must be 1 or more")
         require(0 < self.time < 1, f"membership.time={self.time}: must lie between 0 and 1")
         require(self.resamples >= 100, f"membership.resamples={self.resamples}: must be 100 or more")

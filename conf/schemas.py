@@ -28,7 +28,7 @@ def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
     except re.error:
-        return pattern == MISSING
+        return False
     return True
 
 
@@ -36,13 +36,16 @@ def _compiles(pattern: str) -> bool:
 class Base:
     """The frozen diffusion base."""
 
-    path: str = MISSING  # name of a shipped base, or a folder in StableDiffusionPipeline layout
-    weights: str = "fp32"  # how the frozen weights are held: int8, or else in the precision of compute
-    compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 is for GPUs
+    path: str = MISSING  # name of a shipped base, or the folder of a diffusers pipeline
+    weights: str = "fp32"  # how the frozen weights are held: int8, mixed (linear layers in 4 bits, others in 8) or nf4;
+    # fp32: as the folder has them, in the precision of compute
+    checkpointing: str = "none"  # block: run each block's forward again in backward: half the memory, a fifth more time
+    compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 needs a chip for it
     device: str = "auto"  # torch device; auto: cuda if there is one
 
     def __post_init__(self) -> None:
-        choose("base.weights", self.weights, ("fp32", "int8"))
+        choose("base.weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
+        choose("base.checkpointing", self.checkpointing, ("none", "block"))
         choose("base.compute", self.compute, ("fp32", "bf16"))
 
 
@@ -231,7 +234,7 @@ class AloneTraining:
 class AdapterConfig:
     """LoRA adapters: where they sit and how they are trained."""
 
-    sites: str = MISSING  # regular expression on the names of the UNet's linear layers
+    sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
     frame: str | None = None  # train only small cores between the factors of this frame, shipped by name or a file;
     # rank² numbers a site, as privacy wants them; null: train the factors themselves
     shared: LocalTraining = field(default_factory=LocalTraining)
@@ -243,7 +246,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         self.shared.check("adapter.shared")
         self.personal.check("adapter.personal")
-        require(_compiles(self.sites), f"adapter.sites={self.sites}: not a regular expression")
+        require(self.sites is None or _compiles(self.sites), f"adapter.sites={self.sites}: not a regular expression")
         require(self.look_every >= 1, f"adapter.look_every={self.look_every}: must be 1 or more")
         require(self.patience >= 1, f"adapter.patience={self.patience}: must be 1 or more")
 
@@ -284,13 +287,16 @@ class EvaluationConfig:
     local: bool = True  # train everybody alone too, to compare: as much work again as the federation
     timesteps: int = 3  # fixed timesteps, and one fixed noise for each, per held-out glyph
     gallery: int = 4  # test glyphs drawn per writer; 0: no pictures, no judge
-    steps: int = 6  # DDIM steps of a drawn glyph
+    sampler: str = "ddim"  # ddim; dpm: DPM-Solver++, better in few steps; for bases distilled to very few: lcm
+    # (consistency) or ancestral (turbo)
+    steps: int = 6  # of a drawn glyph
     guidance: float = 1.5  # classifier-free guidance; 1: none
 
     def __post_init__(self) -> None:
         require(_none_or_positive(self.devices), f"evaluation.devices={self.devices}: must be 1 or more, or null")
         require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
         require(self.gallery >= 0, f"evaluation.gallery={self.gallery}: must be 0 or more")
+        choose("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm", "ancestral"))
         require(self.steps >= 1, f"evaluation.steps={self.steps}: must be 1 or more")
         require(self.guidance >= 1, f"evaluation.guidance={self.guidance}: must be 1 or more")
 

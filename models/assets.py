@@ -20,7 +20,7 @@ from pathlib import Path
 
 from conf.errors import AntherError
 
-IDENTITY = {".safetensors", ".json", ".txt", ".parquet"}  # what counts; cards and pictures don't
+IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # what counts; cards and pictures don't
 MANIFEST = Path(__file__).with_name("manifest.json")
 REPORT = "metrics.json"  # nor does what was measured
 

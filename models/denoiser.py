@@ -6,20 +6,22 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from conf.errors import AntherError
 from models.adapter import Site, Sites
 from models.objective import Schedule
-from models.quantise import quantise_layers
+from models.quantised import QuantisedConv2d, QuantisedLinear
 from models.slots import Stacks, add_slots, lend, slot_layers
+from models.weights import quantise_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -28,17 +30,28 @@ _ATTENTION = [
 ]  # fmt: skip
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [N, c, h, w], t [N], context [N, tokens, d]) -> what the network predicts [N, c, h, w]."""
+"""(x_t [N, c, h, w], time [N], context [N, rows, d]) -> what the network predicts [N, c, h, w]."""
+
+Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""The same, with the network first: how a family of networks is called."""
+
+
+def call_unet(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """The forward of a UNet whose context is tokens [N, tokens, d] and nothing else."""
+    output: Tensor = network(x, t, encoder_hidden_states=context, return_dict=False)[0]
+    return output
 
 
 class Denoiser:
-    """A frozen diffusers UNet with slots at its sites.
+    """A frozen network of diffusers with slots at its sites.
 
     Args:
         network: changed in place.
         sites: regular expression on the names of its linear and convolution layers.
         compute: precision of weights and activations, 'fp32' | 'bf16' | 'fp64'.
-        int8: hold the weights of its layers in 8 bits.
+        weights: how its layers' weights are held, one of `models.weights.MODES`; fp32: as they are.
+        checkpointing: 'none', or 'block': backward runs each block's forward again, rather than keep what is in it.
+        forward: how it is called.
 
     Attributes:
         sites: the adaptable layers, by their name in the network.
@@ -55,15 +68,19 @@ class Denoiser:
         sites: str,
         device: str = "cpu",
         compute: str = "fp32",
-        int8: bool = False,
+        weights: str = "fp32",
+        checkpointing: str = "none",
+        forward: Forward = call_unet,
     ) -> None:
         self.sites: Sites = find_sites(network, sites)
-        if int8:
-            quantise_layers(network)
+        quantise_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.precise = torch.promote_types(self.dtype, torch.float32)
-        self.schedule = schedule.to(self.device)
+        self.schedule, self._forward = schedule.to(self.device), forward
         add_slots(network, self.sites)
+        if checkpointing == "block":  # without the state of random numbers: nothing here draws any
+            again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            cast(Any, network).enable_gradient_checkpointing(again)
         network = network.requires_grad_(False).eval()
         self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
         if self.device.type == "cuda":
@@ -93,14 +110,15 @@ class Denoiser:
         run = self._compiled if compiled else _run
         try:
             with self._attention():
-                yield lambda x, t, context: run(network, x, t, context, adapters)
+                yield lambda x, t, context: run(self._forward, network, x, t, context, adapters)
         finally:
             lend(slot_layers(network), [])
             self._free.put(network)
 
     @cached_property
     def _compiled(self) -> Callable[..., Tensor]:
-        return torch.compile(_run, dynamic=False)
+        # Inductor keeps channels first where any convolution narrows; backward would then copy every layer's pictures.
+        return torch.compile(_run, dynamic=False, options={"force_layout_optimization": True})
 
     def _attention(self) -> AbstractContextManager[None]:
         """On a GPU cuDNN's attention first: at the head size of Stable Diffusion 1.5 it is the fastest."""
@@ -111,12 +129,13 @@ class Denoiser:
         return copy.deepcopy(self.network, lent)
 
 
-def _run(network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]) -> Tensor:
+def _run(
+    forward: Forward, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]
+) -> Tensor:
     """The network's output with adapters, in its own precision."""
     lend(slot_layers(network), adapters)
     dtype = next(network.parameters()).dtype
-    output: Tensor = network(x.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
-    return output
+    return forward(network, x.to(dtype), t, context.to(dtype))
 
 
 def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
@@ -134,8 +153,10 @@ def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
 
 def _site(layer: nn.Module) -> Site | None:
     """What an adapter needs to know of a layer that it can adapt."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | QuantisedLinear):
         return Site(layer.in_features, layer.out_features)
+    if isinstance(layer, QuantisedConv2d):
+        return Site(layer.shape[1:].numel(), layer.out_channels, layer.kernel_size)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
         return Site(layer.weight[0].numel(), layer.out_channels, layer.kernel_size)
     return None

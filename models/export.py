@@ -14,23 +14,31 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.errors import AntherError
 from models.adapter import Adapter, Sites, rank
+from models.families.family import Family
 
 
-def diffusers_keys(adapter: Adapter, sites: Sites) -> dict[str, Tensor]:
-    """`unet.<site>.lora_A.weight`, `….lora_B.weight`: what `pipe.load_lora_weights` reads."""
+def diffusers_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tensor]:
+    """`unet.<site>.lora_A.weight`, `….lora_B.weight`, or `transformer.…`: what `pipe.load_lora_weights` reads."""
     tensors = {}
     for name, (down, up) in _layers(adapter, sites):
-        tensors[f"unet.{name}.lora_A.weight"] = down
-        tensors[f"unet.{name}.lora_B.weight"] = up
+        tensors[f"{family.network}.{name}.lora_A.weight"] = down
+        tensors[f"{family.network}.{name}.lora_B.weight"] = up
     return tensors
 
 
-def kohya_keys(adapter: Adapter, sites: Sites) -> dict[str, Tensor]:
-    """`lora_unet_<site, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+def kohya_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tensor]:
+    """`lora_unet_<site, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`, or `lora_transformer_…`.
+
+    Raises:
+        AntherError: nobody reads such keys of this family.
+    """
+    if family.kohya is None:
+        raise AntherError(f"layout=kohya: no tool reads it for {family.name}: export with layout=diffusers")
     tensors = {}
     for name, (down, up) in _layers(adapter, sites):
-        stem = "lora_unet_" + name.replace(".", "_")
+        stem = family.kohya + name.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = down
         tensors[f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha"] = torch.tensor(float(len(down)))
@@ -52,6 +60,7 @@ def export(
     adapter: Adapter,
     path: Path,
     *,
+    family: Family,
     sites: Sites,
     layout: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
@@ -59,7 +68,7 @@ def export(
     """Write an adapter of these sites as one safetensors file; it appears under its name only when complete."""
     keys = {"diffusers": diffusers_keys, "kohya": kohya_keys}[layout]
     notes = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank(adapter))}
-    content = save(keys(adapter, sites), metadata={**notes, **(metadata or {})})
+    content = save(keys(adapter, sites, family), metadata={**notes, **(metadata or {})})
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     scratch.write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,4 +207,4 @@ def _cycle(count: int) -> list[str]:
 
 def _short(name: str) -> str:
     """A promise without what it is relative to."""
-    return name.split(" (")[0]
+    return re.sub(r" \(.*?\)", "", name)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.adapter import Adapter, Factors
 from models.denoiser import Denoiser
-from models.objective import Schedule
+from models.objective import diffusion
 from privacy import central
 from privacy.accounting import PoissonGaussian
 from privacy.audit import log_likelihood_ratio
@@ -93,8 +93,7 @@ def toss(count: int, seed: int) -> np.ndarray:
 
 def network(experiment: Experiment) -> Denoiser:
     """The base that the canaries are made for."""
-    schedule = Schedule(torch.zeros(10), "v_prediction")
-    return Denoiser(_Network(experiment.side), schedule, sites=SITE)
+    return Denoiser(_Network(experiment.side), diffusion(torch.zeros(10), "v_prediction"), sites=SITE)
 
 
 def jobs(experiment: Experiment, sources: Sources) -> list[Train]:

@@ -130,6 +130,7 @@ def gallery(
         seeds=[stream(config.seed, caption, "gallery") for _, _, caption in wanted],
         adapters=[stacks],
         slots=[slot[id(adapter)] for adapter in wanted.values()],
+        sampler=config.evaluation.sampler,
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
         memory=for_looking(memory),

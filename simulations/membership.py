@@ -58,6 +58,11 @@ class Run:
     promise: str
 
     @property
+    def name(self) -> str:
+        """What it promised, and how long it trained."""
+        return f"{self.promise}, {self.config.rounds} rounds of {self.config.adapter.shared.steps} steps"
+
+    @property
     def arm(self) -> str:
         """What runs have in common that differ in their seed alone: they are judged together."""
         return json.dumps({**asdict(self.config), "seed": None, "resume": None}, sort_keys=True)
@@ -128,7 +133,7 @@ def attack(runs: Sequence[Run], config: MembershipTrial, *, confidence: float, s
         name: judge(trial, resamples=config.resamples, confidence=confidence, seed=seed)
         for name, trial in trials.items()
     }
-    return Arm(runs[0].promise, runs, int(writer.max()) + 1, found, trials)
+    return Arm(runs[0].name, runs, int(writer.max()) + 1, found, trials)
 
 
 def _tried(run: Run, config: MembershipTrial) -> tuple[list[Suspect], dict[str, np.ndarray]]:
@@ -146,8 +151,9 @@ def _tried(run: Run, config: MembershipTrial) -> tuple[list[Suspect], dict[str, 
     people = suspects(settings.data, state.devices.keys())
     if len({suspect.member for suspect in people}) < 2:
         raise AntherError(f"{run.folder}: has no picture that it trained on, or none that it didn't")
+    tried = {"best": state.best_adapter, "last": state.adapter}[config.adapter]
     (examples,) = encode(frozen, [Encode(pictures=[suspect.picture for suspect in people])])
-    stacks = to_device(stack_adapters(frozen.sites, [state.best_adapter]), frozen.like)
+    stacks = to_device(stack_adapters(frozen.sites, [tried]), frozen.like)
     granted = for_looking(budget(config.memory_gib, frozen.device))
 
     def scores(adapter: attacks.Stacks) -> Scores:

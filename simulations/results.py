@@ -81,11 +81,11 @@ def export_adapters(
     folder: Path, base: Base, people: Sequence[Participant], adapters: evaluation.Adapters, shared: Adapter
 ) -> None:
     """`shared.safetensors`, and a self-contained file for every person, as diffusers reads them."""
-    note = {"anther_base": base.hash}
-    export(shared, folder / "shared.safetensors", sites=base.sites, metadata=note)
+    note = {"anther_base": base.hash, **{f"anther_{key}": value for key, value in base.notes.items()}}
+    export(shared, folder / "shared.safetensors", family=base.family, sites=base.sites, metadata=note)
     for person in people:
         file = folder / "personal" / f"{person.name}.safetensors"
-        export(adapters["personal"][person.name], file, sites=base.sites, metadata=note)
+        export(adapters["personal"][person.name], file, family=base.family, sites=base.sites, metadata=note)
 
 
 def judge_all(

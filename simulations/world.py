@@ -28,7 +28,7 @@ def build(config: Simulation, folder: Path) -> World:
     """The world of the run in `folder`."""
     frozen = base.load(
         config.base.path, sites=config.adapter.sites, weights=config.base.weights, device=config.base.device,
-        compute=config.base.compute,
+        compute=config.base.compute, checkpointing=config.base.checkpointing,
     )  # fmt: skip
     database = Database(folder / "devices" / FILE)
     return World(frozen, participants(config, frozen, database.device), database)

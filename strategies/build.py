@@ -22,9 +22,10 @@ from strategies.federated import Federated
 from strategies.measuring import measuring, spending
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
-from strategies.registry import AGGREGATIONS, Combination, refusal
+from strategies.registry import AGGREGATIONS, NONE, Combination, refusal
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
+from strategies.selection.panel import Panel
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 
@@ -52,7 +53,6 @@ def build(
         raise AntherError(
             f"adapter.frame={config.adapter.frame}: {chosen.aggregation} turns the factors; use strategy=fedit"
         )
-    fleet = config.fleet
     seed = config.seed if accept_simulated else None
     limits = Limits(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
@@ -64,7 +64,7 @@ def build(
         sites=sites,
         aggregation=rule,
         selection=selection(config, seed),
-        evaluation=_asked(fleet.sample if fleet.evaluate is None else fleet.evaluate, config.seed, "evaluation"),
+        evaluation=evaluation(config),
         measuring=measuring(config, simulated=accept_simulated),
         limits=limits,
         frame=frame,
@@ -98,6 +98,17 @@ def selection(config: Simulation, seed: int | None) -> Selection:
     if config.fleet.rate is not None:
         return Poisson(rate=config.fleet.rate, coins=_noise("selection", seed))
     return _asked(config.fleet.sample, config.seed, "selection")
+
+
+def evaluation(config: Simulation) -> Selection:
+    """Who measures: as many as `fleet.evaluate`, else as `fleet.sample`; all if neither is given.
+
+    The same every round. Under privacy others every round, since each measurement is charged to whoever makes it.
+    """
+    size = config.fleet.sample if config.fleet.evaluate is None else config.fleet.evaluate
+    if size is None or config.privacy.level != NONE:
+        return _asked(size, config.seed, "evaluation")
+    return Panel(size=size, seed=config.seed)
 
 
 def _device_level(

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_TOKENS = [*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """CLIP's, on letters and digits; it leaves its words in the folder."""
+    from transformers import CLIPTokenizer
+
+    words = folder / "words"
+    words.mkdir(parents=True, exist_ok=True)
+    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(_TOKENS)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=8)
+
+
+def clip_config(width: int = 16, projection: int = 16) -> Any:
+    """A text encoder of one layer, for that tokeniser."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(_TOKENS), hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, projection_dim=projection, bos_token_id=len(_TOKENS) - 2,
+        eos_token_id=len(_TOKENS) - 1, pad_token_id=len(_TOKENS) - 1,
+    )  # fmt: skip
+
 
 def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_prediction", seed: int = 0) -> Path:
     """16×16 pictures, 8×8×4 latents, a 40-token vocabulary; every part from the real diffusers classes."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    words = folder / "words"
-    words.mkdir(parents=True)
-    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=8)
-    text = CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, projection_dim=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
-    )  # fmt: skip
+    tokenizer = clip_tokenizer(folder)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
         norm_num_groups=8,
@@ -39,7 +54,7 @@ def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_predi
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
+        vae=vae, text_encoder=CLIPTextModel(clip_config()), tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler(prediction_type=prediction, clip_sample=False), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

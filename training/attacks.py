@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.denoiser import Denoiser
-from models.objective import Schedule, noised, per_example_loss, target
+from models.objective import Schedule, ends, noised, per_example_loss, target
 from models.slots import Stacks
 from privacy.noise import stream
 from training import streams
@@ -64,7 +64,7 @@ def scores(base: Denoiser, examples: Examples, adapter: Stacks, *, timesteps: in
         with base.lending([adapter]) as denoise:
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
-                return denoise(x, t, context[part])
+                return denoise(x, base.schedule.times[t], context[part])
 
             x0 = latents[part]
             found = [
@@ -102,12 +102,8 @@ def sima_score(schedule: Schedule, predict: Predict, x0: Tensor, at: int) -> Ten
 
 
 def predicted_noise(schedule: Schedule, predict: Predict, x: Tensor, t: Tensor) -> Tensor:
-    """ε_θ(x, t) [N, c, h, w]; of a network that predicts v it is √ᾱ_t v + √(1−ᾱ_t) x."""
-    output = predict(x, t).to(x.dtype)
-    if schedule.prediction == "epsilon":
-        return output
-    signal, sigma = schedule.rates(t)
-    return signal * output + sigma * x
+    """ε_θ(x, t) [N, c, h, w], whatever the network predicts."""
+    return ends(schedule, x, predict(x, t).to(x.dtype), *schedule.rates(t))[1]
 
 
 def _fourth_powers(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def gradients(base: Denoiser, rows: Rows, entries: Entries, *, compiled: bool = 
     copies = rows.adapters[entries.rows].to(base.dtype)
     parts = [part.detach().requires_grad_() for part in copies.split(layout.widths, dim=1)]
     with base.lending([rows.frozen(entries.rows), layout.from_parts(parts)], compiled=compiled) as denoise:
-        output = denoise(noised(schedule, x0, noise, t), t, context)
+        output = denoise(noised(schedule, x0, noise, t), schedule.times[t], context)
         losses = per_example_loss(output, target(schedule, x0, noise, t))
         if not layout.size:  # rank 0: nothing to train
             return copies.to(x0), losses.detach()

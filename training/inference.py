@@ -10,7 +10,7 @@ from torch import Tensor
 from models.base import Base
 from models.denoiser import Denoiser
 from models.objective import noised, per_example_loss, target
-from models.sampling import ddim
+from models.sampling import noises_of, sample
 from models.slots import Stacks, select
 from privacy.noise import stream
 from training.capacity import pictures_within
@@ -87,7 +87,7 @@ def _losses(
         example, look = part // timesteps, part % timesteps
         x0, t, epsilon = latents[example], times[look], noise[place[example], look]
         with base.lending([select(stacks, slot[example]) for stacks in adapters]) as denoise:
-            output = denoise(noised(base.schedule, x0, epsilon, t), t, context[example])
+            output = denoise(noised(base.schedule, x0, epsilon, t), base.schedule.times[t], context[example])
         return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 
     losses = torch.cat(list(run_passes(base.device, loss, [part.to(base.device) for part in parts])))
@@ -103,24 +103,25 @@ def draw(
     adapters: Sequence[Stacks],
     slots: Sequence[int],
     *,
+    sampler: str,
     steps: int,
     guidance: float,
     memory: int,
 ) -> Tensor:
     """Scaled latents [n, c, h, w] for the captions, each from its own seed's noise and under its own slot."""
-    context = base.encode_captions([*captions, ""])
-    context, null = context[:-1], context[-1]
-    x = torch.stack([torch.randn(base.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(
-        base.device
-    )
-    index = torch.tensor(slots, device=base.device)
+    context, null, strength = base.guided(captions, guidance)
+    count = noises_of(sampler, steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noises = torch.stack([torch.randn(count, *base.shape, generator=generator) for generator in generators], dim=1)
+    noises, index = noises.to(base.device), torch.tensor(slots, device=base.device)
 
-    def sample(part: Tensor) -> Tensor:
+    def one_pass(part: Tensor) -> Tensor:
         with base.lending([select(stacks, index[part]) for stacks in adapters]) as denoise:
-            return ddim(
-                denoise, base.schedule, x[part], context[part], steps=steps, guidance=guidance, null_context=null
+            return sample(
+                sampler, denoise, base.schedule, list(noises[:, part]), context[part], steps=steps,
+                guidance=strength, null_context=null,
             )  # fmt: skip
 
-    size = pass_size(base.device, len(x), pictures_within(base, x.shape[1:], context.shape[1:], adapters, memory))
-    parts = torch.arange(len(x), device=base.device).split(size)
-    return torch.cat(list(run_passes(base.device, sample, parts)))
+    most = pictures_within(base, noises.shape[2:], context.shape[1:], adapters, memory)
+    parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), most))
+    return torch.cat(list(run_passes(base.device, one_pass, parts)))

@@ -259,11 +259,13 @@ class _Cohort:
                 adapters[place] = best[1]
         # A private client isn't told of gradients that were not finite: they counted as zero.
         sound = self.rows.losses[index].isfinite() & (self.rows.sums.dropped[index] == 0)
-        told = torch.stack([adapters.isfinite().all(1).double(), sound.double(), self.rows.losses[index]]).T.tolist()
-        for row, adapter, (finite, fine, loss) in zip(rows, adapters.cpu(), told, strict=True):
+        finite = adapters.isfinite().all(1)
+        fetched = adapters.to("cpu", non_blocking=True)  # there once the next line has waited: it comes behind it
+        told = torch.stack([finite.double(), sound.double(), self.rows.losses[index]]).T.tolist()
+        for row, adapter, (whole, fine, loss) in zip(rows, fetched, told, strict=True):
             resident = self.residents[row]
             job, entries, step = resident.job, resident.entries, resident.step
-            if finite and (fine or job.privacy):
+            if whole and (fine or job.privacy):
                 mean = loss / entries if entries else math.nan
                 self._leave(row, Trained(self.rows.layout.unpack(adapter, job.start), mean, step))
             else:

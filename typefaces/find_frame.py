@@ -43,7 +43,7 @@ def gradients(base: Base, families: Sequence[dataset.Family]) -> Iterator[Mappin
         t = ((torch.rand(1, generator=generator) + strata) % 1 * len(base.schedule)).long()
         noise = torch.randn(latents.shape, generator=generator)
         with base.lending([]) as denoise:
-            output = denoise(noised(base.schedule, latents, noise, t), t, context)
+            output = denoise(noised(base.schedule, latents, noise, t), base.schedule.times[t], context)
             loss = per_example_loss(output, target(base.schedule, latents, noise, t)).mean()
             found = torch.autograd.grad(loss, weights)
         yield dict(zip(layers, found, strict=True))

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -22,9 +21,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from conf.errors import AntherError
 from models.adapter import Site
 from models.denoiser import Denoiser, find_sites
-from models.objective import Schedule, noised, per_example_loss, target
-from models.quantise import quantise
+from models.objective import diffusion, noised, per_example_loss, target
+from models.quantise import dequantise, quantise
 from models.slots import SlotLayer, Stack, slot_layers, stack_adapters, to_device
+from models.weights import kinds
 from tests.models.adapters import random_adapter
 from tests.tiny import ATTENTION
 
@@ -33,7 +33,7 @@ TIME = r"time_embedding\.linear_[12]|.*time_emb_proj"
 CONVOLUTIONS = r".*\.conv[12]|.*conv_shortcut|.*samplers\.0\.conv|conv_in|conv_out|.*proj_(in|out)"
 EVERYTHING = ".*"
 
-SCHEDULE = Schedule(torch.linspace(0.999, 0.01, 1000), "v_prediction")
+SCHEDULE = diffusion(torch.linspace(0.999, 0.01, 1000), "v_prediction")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_bf16_is_as_close_as_its_rounding_and_losses_are_fp32(unet: nn.Module) -
     lent = denoiser(unet, compute="bf16")
     assert lent.precise == torch.float32
     x, t, context = inputs(4, lent.precise)
-    noise = torch.randn_like(x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
     own = to_device(two_slots(denoiser(unet, compute="fp32")), lent.like)
     with lent.lending([own]) as denoise, torch.no_grad():
         output = denoise(noised(SCHEDULE, x, noise, t), t, context)
@@ -214,15 +214,16 @@ def test_bf16_is_as_close_as_its_rounding_and_losses_are_fp32(unet: nn.Module) -
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("weights", ["int8", "mixed", "nf4"])
 @pytest.mark.parametrize(("compute", "error"), [("fp64", 1e-10), ("fp32", 1e-4)])
-def test_int8_is_the_unet_with_rounded_weights(unet: nn.Module, compute: str, error: float) -> None:
-    lent, rounded = denoiser(unet, int8=True, compute=compute), copy.deepcopy(unet).double()
-    small = [layer for layer in rounded.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+def test_quantised_it_is_the_unet_with_rounded_weights(
+    unet: nn.Module, weights: str, compute: str, error: float
+) -> None:
+    lent, rounded = denoiser(unet, weights=weights, compute=compute), copy.deepcopy(unet).double()
     with torch.no_grad():
-        for layer in small:
-            if layer.weight.numel() >= 1024:
-                values, scale = quantise(layer.weight)
-                layer.weight.copy_(values.double() * scale.double())
+        for name, kind in kinds(unet, weights).items():
+            weight = rounded.get_parameter(f"{name}.weight")
+            weight.copy_(dequantise(quantise(weight, kind), weight.shape, torch.float64))
     assert list(lent.sites) == list(find_sites(unet, EVERYTHING))
     own = trainable(two_slots(lent))
     with lent.lending([own]) as denoise:
@@ -236,15 +237,35 @@ def test_int8_is_the_unet_with_rounded_weights(unet: nn.Module, compute: str, er
     assert (one_by_one(unet, [exact], 2) - wanted).norm() > 1e-4 * wanted.norm()
 
 
+@pytest.mark.parametrize("weights", ["fp32", "mixed"])
+def test_checkpointing_changes_what_is_kept_and_nothing_else(unet: nn.Module, weights: str) -> None:
+    found, kept = [], []
+    for checkpointing in ("none", "block"):
+        lent = denoiser(unet, weights=weights, checkpointing=checkpointing)
+        own, bytes_kept = trainable(two_slots(lent)), []
+
+        def keep(tensor: Tensor, seen: list[int] = bytes_kept) -> Tensor:
+            seen.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lent.lending([own]) as denoise:
+            output = denoise(*inputs(4))
+            kept.append(sum(bytes_kept))
+            found.append([output, *loss_gradients(output, own)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def tensors(network: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("weights", ["fp32", "mixed"])
 def test_threads_get_copies_that_share_weights_and_no_adapters(
-    unet: nn.Module, ran: list[nn.Module], int8: bool
+    unet: nn.Module, ran: list[nn.Module], weights: str
 ) -> None:
-    lent, together = denoiser(unet, int8=int8), Barrier(3, timeout=60)
+    lent, together = denoiser(unet, weights=weights), Barrier(3, timeout=60)
     adapters = [stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in range(3)]
 
     @torch.no_grad()
@@ -316,7 +337,8 @@ class Small(nn.Module):
 
 def test_compiled_it_is_the_same_and_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, *, dynamic, **_: real(run, dynamic=dynamic, backend=compiler))
     torch.compiler.reset()
     lent = denoiser(Small())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapter import Adapter, Factors, Site, Sites, concatenate, head_and_tail, initial
-from models.quantise import Int8Conv2d, Int8Linear
+from models.quantise import dequantise, quantise
+from models.quantised import QuantisedConv2d, QuantisedLinear
 from models.slots import (
     Layout,
     SlotConv2d,
@@ -141,13 +143,15 @@ def test_entries_that_slots_cannot_share_evenly_are_refused(slotted: SlotLayer, 
 
 @pytest.mark.parametrize(
     ("layer", "quantised", "shape"),
-    [(nn.Linear(5, 7), Int8Linear, (4, 5)), (nn.Conv2d(3, 4, 3, padding=1), Int8Conv2d, (4, 3, 5, 5))],
+    [(nn.Linear(5, 7), QuantisedLinear, (4, 5)), (nn.Conv2d(3, 4, 3, padding=1), QuantisedConv2d, (4, 3, 5, 5))],
 )
-def test_int8_layers_can_be_slotted(layer: nn.Module, quantised: type, shape: tuple[int, ...]) -> None:
-    small = quantised(layer)
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_quantised_layers_can_be_slotted(layer: nn.Module, quantised: type, shape: tuple[int, ...], bits: str) -> None:
+    layer = copy.deepcopy(layer)
+    small = quantised(layer, quantise(layer.weight, bits))
     layer = layer.double()
     with torch.no_grad():
-        layer.weight.copy_(small.values * small.scale)
+        layer.weight.copy_(dequantise(small.packed, small.shape, torch.float64))
     kind = SlotLinear if isinstance(layer, nn.Linear) else SlotConv2d
     slotted, x = kind(small.double()), torch.randn(shape, dtype=torch.float64)
     stack = random_stack(2, 2, layer.weight[0].numel(), len(layer.weight))

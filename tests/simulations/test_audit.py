@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.audit import Audit
+from conf.audit import Audit, MembershipTrial
 from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import Adapter
@@ -87,8 +87,8 @@ def test_runs_on_trial_leave_a_page_and_numbers(
     assert command(monkeypatch, tmp_path, listed, "membership.timesteps=1", "membership.resamples=100") == 0
     arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "audit.json").read_text())["membership"]}
     assert {name: len(arm["runs"]) for name, arm in arms.items()} == {
-        "no differential privacy": 2,
-        "ε=8 per image (δ=0.001, add or remove one)": 1,
+        "no differential privacy, 4 rounds of 4 steps": 2,
+        "ε=8 per image (δ=0.001, add or remove one), 4 rounds of 4 steps": 1,
     }
     for arm in arms.values():
         count = len(arm["runs"])
@@ -105,6 +105,23 @@ def test_runs_on_trial_leave_a_page_and_numbers(
     assert all(name in page for name in arms)
     assert "loss against the base    AUC" in capsys.readouterr().out
     stands_alone(page)
+
+
+def test_the_last_adapter_can_be_put_on_trial_instead_of_the_best(base: Base, tmp_path: Path) -> None:
+    folder = finish(base, tmp_path / "run", adapter=live(base, 2, 0))
+    state = checkpoint.load(folder / "checkpoints", sites=base.sites)
+    assert state is not None
+    last = state.after(round_(2, 0.9), live(base, 2, 1))
+    assert (last.best_adapter is last.adapter) is False
+    checkpoint.save(folder / "checkpoints", last)
+
+    def attacked(*overrides: str) -> float:
+        config = MembershipTrial(timesteps=1, resamples=100, **dict(pair.split("=") for pair in overrides))
+        arm = membership.attack([membership.load(folder)], config, confidence=0.95, seed=0)
+        return float(arm.trials["loss"].scores.mean())
+
+    best = attacked()
+    assert attacked("adapter=best") == best != attacked("adapter=last")
 
 
 def test_a_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path: Path) -> None:
@@ -241,6 +258,7 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
         ("canaries.epsilons=[]", "canaries.epsilons=[]: name a claim"),
         ("canaries.noise=none", "canaries.noise=none: must be one of: secure, simulated"),
         ("clients.dimension=100", "clients.dimension=100: must be 10 × clients.count"),
+        ("membership.adapter=first", "membership.adapter=first: must be one of: best, last"),
         ("membership.time=1", "membership.time=1.0: must lie between 0 and 1"),
         ("confidence=0.3", "confidence=0.3: must lie between"),
         ("canary.count=9", "no such key; did you mean"),

@@ -4,10 +4,13 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
 from strategies.planning import Cosine, Limits, plan_for
 from strategies.selection.everyone import Everyone
+from strategies.selection.panel import Panel
 from strategies.selection.sample import Sample
 
 REPORT = DeviceReport(
@@ -64,6 +67,25 @@ def test_a_sample_depends_on_names_round_and_seed_only():
     assert len({tuple(o) for o in others}) > 10
     assert {name for o in others for name in o} == set(names)
     assert Sample(size=5, seed=2).select(names, round=3) != first
+
+
+@given(st.sets(st.text(max_size=3), max_size=8), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9))
+def test_a_panel_changes_only_where_somebody_is_away(names: set[str], size: int, seed: int, round: int) -> None:
+    panel = Panel(size=size, seed=seed)
+    chosen = panel.select(names, round=round)
+    assert chosen == panel.select(sorted(names), round=round + 1)
+    assert len(chosen) == min(size, len(names))
+    for away in names:
+        others = panel.select(names - {away}, round=round)
+        assert set(chosen) - {away} <= set(others)
+        assert away not in others
+
+
+def test_a_panel_depends_on_the_seed() -> None:
+    names = [f"d{i}" for i in range(20)]
+    assert len({tuple(Panel(size=5, seed=seed).select(names, round=1)) for seed in range(20)}) > 10
+    with pytest.raises(ValueError, match="size"):
+        Panel(size=0, seed=1)
 
 
 def test_a_sample_of_fewer_devices_is_everyone():

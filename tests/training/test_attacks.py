@@ -34,7 +34,7 @@ class OneByOne:
         self.base, self.unet = base, untouched(base.folder, base.precise)
         merged = {name: (f.b @ f.a).to(base.precise) for name, f in (adapter or {}).items()}
         self.weights = {f"{name}.weight": self.unet.get_parameter(f"{name}.weight") + ba for name, ba in merged.items()}
-        self.alpha_bar = base.schedule.alpha_bars.double()
+        self.signals, self.sigmas = base.schedule.signals.double(), base.schedule.sigmas.double()
 
     def output(self, x: Tensor, t: int, context: Tensor) -> Tensor:
         call = torch.func.functional_call
@@ -46,23 +46,23 @@ class OneByOne:
         out = self.output(x, t, context)
         if self.base.schedule.prediction == "epsilon":
             return out
-        return self.alpha_bar[t].sqrt() * out + (1 - self.alpha_bar[t]).sqrt() * x
+        return self.signals[t] * out + self.sigmas[t] * x
 
     def at(self, x0: Tensor, noise: Tensor, t: int) -> Tensor:
-        return self.alpha_bar[t].sqrt() * x0 + (1 - self.alpha_bar[t]).sqrt() * noise
+        return self.signals[t] * x0 + self.sigmas[t] * noise
 
     @torch.no_grad()
     def scores(self, place: int, x0: Tensor, context: Tensor) -> list[float]:
         losses = []
         for look in range(LOOKS):
-            t = int((look + 0.5) / LOOKS * len(self.alpha_bar))
+            t = int((look + 0.5) / LOOKS * len(self.signals))
             key = streams.child(streams.child(stream("membership"), place), look)
             noise = streams.normals(torch.tensor([int(key)]), x0.numel()).to(x0).view_as(x0)
             wanted = noise
             if self.base.schedule.prediction != "epsilon":
-                wanted = self.alpha_bar[t].sqrt() * noise - (1 - self.alpha_bar[t]).sqrt() * x0
+                wanted = self.signals[t] * noise - self.sigmas[t] * x0
             losses.append(float((self.output(self.at(x0, noise, t), t, context) - wanted).square().mean()))
-        t = int(TIME * len(self.alpha_bar))
+        t = int(TIME * len(self.signals))
         start = self.noise(x0, 0, context)
         pia = (self.noise(self.at(x0, start, t), t, context) - start).pow(4).sum()
         return [-float(np.mean(losses)), -float(pia), -float(self.noise(x0, t, context).pow(4).sum())]

@@ -1,9 +1,10 @@
-"""The loss of each example is its own: of one at a time, whoever else is there, to the last bit."""
+"""The loss of each example is its own: of one at a time, whoever else is there, to the last bit. So is a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from models.base import Base
 from models.denoiser import Denoise
 from models.objective import noised, per_example_loss, target
+from models.sampling import SAMPLERS
 from models.slots import Stacks, stack_adapters
 from privacy.noise import stream
 from tests.training.reference import PLENTY, examples, live
 from training.engine import perform
-from training.inference import each_loss
+from training.inference import draw, each_loss
 from training.jobs import Examples, Measure, MeasureEach
 
 TIMESTEPS = 3
@@ -108,3 +110,19 @@ def test_nobody(base: Base) -> None:
     empty = examples(base, 0, 1)
     (found,) = each_loss(base, [empty], [], timesteps=2, memory=PLENTY)
     assert found.shape == (0,)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_drawn_picture_is_its_own(base: Base, sampler: str) -> None:
+    """Of its caption, its seed and its slot, whoever else is drawn and however small the passes."""
+    adapters = [stack_adapters(base.sites, [live(base, 2, 1), live(base, 2, 2)])]
+    captions, seeds, slots = ["a 1", "b 2", "a 1", "a 1"], [5, 6, 5, 7], [0, 1, 0, 0]
+    settings: dict[str, Any] = {"sampler": sampler, "steps": 3, "guidance": 2.0}
+    together = draw(base, captions, seeds, adapters, slots, memory=PLENTY, **settings)
+    torch.testing.assert_close(draw(base, captions, seeds, adapters, slots, memory=1, **settings), together)
+    torch.testing.assert_close(together[0], together[2])
+    alone = draw(base, captions[1:2], seeds[1:2], adapters, slots[1:2], memory=PLENTY, **settings)
+    torch.testing.assert_close(alone[0], together[1])
+    other = draw(base, captions[1:2], seeds[1:2], adapters, [0], memory=PLENTY, **settings)
+    assert not torch.allclose(other, alone, atol=1e-3)
+    assert not torch.allclose(together[0], together[3], atol=1e-3)

@@ -1,0 +1,1 @@
+"""What differs between diffusion bases, one small file for each family."""

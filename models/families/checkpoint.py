@@ -1,0 +1,133 @@
+"""What a folder in diffusers' layout holds, recognised from its own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.errors import AntherError
+from models.families.family import Family
+from models.families.flux import FLUX
+from models.families.pixart import PIXART
+from models.families.sana import SANA
+from models.families.sd3 import SD3
+from models.families.sdxl import SDXL
+from models.families.stable_diffusion import STABLE_DIFFUSION
+
+FAMILIES = {family.pipeline: family for family in (STABLE_DIFFUSION, SDXL, PIXART, SD3, FLUX, SANA)}
+
+_VAES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole pipeline on disk, of a family that we know."""
+
+    folder: Path
+    family: Family
+    parts: Mapping[str, str]  # class of each part
+    requires_safety_checker: bool  # whether its makers want none of its pictures shown unchecked
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A part's configuration."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return _json(self.folder, self.folder / part / name)
+
+    def load(self, part: str) -> Any:
+        """A network of the pipeline in float32, from safetensors only, never from the internet.
+
+        Raises:
+            AntherError: it is pickled, damaged or foreign.
+        """
+        import diffusers  # slow import, so only here
+
+        if not any((self.folder / part).glob("*.safetensors")):
+            raise AntherError(
+                f"base {self.folder}: {part} holds no safetensors, and pickled weights are never read: convert them"
+            )
+        return self._from_pretrained(getattr(diffusers, self.parts[part]), self.folder / part).eval()
+
+    def load_encoders(self) -> Any:
+        """The pipeline with nothing but its text encoders and tokenisers."""
+        import diffusers  # slow import, so only here
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
+        verbosity = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity_error()  # it misses what we leave out
+        left_out = dict.fromkeys(self.parts.keys() - set(self.family.encoders))
+        try:
+            return self._from_pretrained(getattr(diffusers, self.family.pipeline), self.folder, **left_out)
+        finally:
+            diffusers.utils.logging.set_verbosity(verbosity)
+
+    def _from_pretrained(self, kind: Any, folder: Path, **options: Any) -> Any:
+        options |= {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        try:
+            return kind.from_pretrained(folder, **options)
+        except Exception as error:  # the libraries raise a dozen kinds for a damaged or foreign file
+            reason = " ".join(str(error).split())[:200]
+            raise AntherError(
+                f"base {folder}: can't load {kind.__name__} ({reason}): copy the pipeline again"
+            ) from error
+
+    def notes(self) -> dict[str, str]:
+        """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""
+        return {
+            "family": self.family.name,
+            "licence": _licence(self.folder),
+            "safety_checker": self.parts.get("safety_checker", "none"),
+            "requires_safety_checker": str(self.requires_safety_checker).lower(),
+        }
+
+
+def recognise(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        AntherError: it is none, of another kind, or incomplete.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise AntherError(f"base {folder}: no model_index.json in it: give the folder of a diffusers pipeline")
+    index = _json(folder, folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    if name not in FAMILIES:
+        raise AntherError(f"base {folder}: holds a {name}: only {', '.join(FAMILIES)} are supported")
+    family = FAMILIES[name]
+    parts = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and entry[1]}
+    for part in (family.network, "vae", "scheduler", *family.encoders):
+        if part not in parts or not (folder / part).is_dir():
+            raise AntherError(f"base {folder}: its folder {part} is missing: copy the whole pipeline")
+    for part, kinds in ((family.network, (family.kind,)), ("vae", _VAES)):
+        if parts[part] not in kinds:
+            raise AntherError(f"base {folder}: its {part} is a {parts[part]}: only {', '.join(kinds)} is supported")
+    required = bool(index.get("requires_safety_checker", False))
+    return Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
+
+
+def _json(folder: Path, file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise AntherError(f"base {folder}: {file.name} can't be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise AntherError(f"base {folder}: {file.name} holds no configuration")
+    return found
+
+
+def _licence(folder: Path) -> str:
+    """The licence that the model card names, or the file that holds it, or 'unknown'."""
+    card = folder / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    for key in ("license_name", "license"):  # of a licence without a common name the second says 'other'
+        if found := re.search(rf"^{key}:\s*(\S+)", text, re.MULTILINE):
+            return found[1]
+    files = sorted(file.name for file in folder.glob("LICENSE*"))
+    return files[0] if files else "unknown"

@@ -1,0 +1,78 @@
+"""FLUX.1 (Black Forest Labs, 2024): a rectified flow whose latents are laid in patches of 2 × 2 outside the network.
+
+[dev] was distilled from guided predictions and embeds their strength. It is trained at 1, where it stands for the flow
+itself, and drawn with whatever one asks for, in one pass. [schnell] embeds none: guidance does nothing to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.families.family import Family, Latents, pack, unpack
+
+_SIDE = 128  # of the latents of 1024 pixels: the pipeline's own default, since the network's configuration has none
+
+
+def _encode(pipeline: Any, caption: str | None) -> Tensor:
+    """The strength of guidance has a row of its own, the last."""
+    tokens, pooled, _ = pipeline.encode_prompt(caption or "", device=pipeline.device)
+    return pack(pack(tokens[0], pooled[0]), pooled.new_ones(1))
+
+
+def _guide(context: Tensor, strength: float) -> Tensor:
+    context = context.clone()
+    context[:, -1, 0] = strength
+    return context
+
+
+def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    config: Any = network.config
+    tokens, pooled = unpack(context[:, :-1], config.pooled_projection_dim)
+    height, width = x.shape[-2] // 2, x.shape[-1] // 2
+    output: Tensor = network(
+        patches(x), encoder_hidden_states=tokens, pooled_projections=pooled, timestep=t / 1000,
+        guidance=context[:, -1, 0] if config.guidance_embeds else None,
+        img_ids=places(height, width, like=x), txt_ids=x.new_zeros(tokens.shape[1], 3), return_dict=False,
+    )[0]  # fmt: skip
+    return picture(output, height, width)
+
+
+def patches(x: Tensor) -> Tensor:
+    """[N, c, 2h, 2w] -> [N, h·w, 4c]."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def picture(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[N, h·w, 4c] -> [N, c, 2h, 2w]."""
+    grid = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def places(height: int, width: int, *, like: Tensor) -> Tensor:
+    """Where each patch lies [h·w, 3]: 0, row, column."""
+    found = like.new_zeros(height, width, 3)
+    found[..., 1] = torch.arange(height, device=like.device)[:, None]
+    found[..., 2] = torch.arange(width, device=like.device)
+    return found.flatten(0, 1)
+
+
+def _latents(config: Mapping[str, Any]) -> Latents:
+    return Latents(config["in_channels"] // 4, _SIDE, 2)
+
+
+FLUX = Family(
+    name="flux",
+    pipeline="FluxPipeline",
+    network="transformer",
+    kind="FluxTransformer2DModel",
+    encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    encode=_encode,
+    forward=_forward,
+    latents=_latents,
+    kohya="lora_transformer_",
+    guide=_guide,
+)

@@ -1,0 +1,113 @@
+"""Published bases at their full size, without weights: what a plan can be made for before anything is downloaded.
+
+Configurations are those of the checkpoints' own `config.json`, as far as they differ from the class's defaults;
+parameter counts (tested on the meta device) are those that their makers publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from conf.errors import AntherError
+from models.families.family import Family
+from models.families.flux import FLUX
+from models.families.pixart import PIXART
+from models.families.sana import SANA
+from models.families.sd3 import SD3
+from models.families.sdxl import SDXL
+from models.families.stable_diffusion import STABLE_DIFFUSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """One published base."""
+
+    family: Family
+    config: Mapping[str, Any]  # of its network
+    context: tuple[int, int]  # rows and width of a packed caption
+    scale: int  # pixels of a latent
+
+    def network(self) -> nn.Module:
+        """It, on the meta device: shapes and nothing else."""
+        import diffusers  # slow import, so only here
+
+        with torch.device("meta"):
+            found: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
+        return found.requires_grad_(False).eval()
+
+
+def known(name: str) -> Known:
+    """The base of that name; AntherError if it is none of them."""
+    if name not in KNOWN:
+        raise AntherError(f"base={name}: none of the bases that are known by name: {', '.join(KNOWN)}")
+    return KNOWN[name]
+
+
+def _unet(attention: int, **changes: Any) -> Known:
+    """A UNet as Stable Diffusion 1.5's, whose text has this width."""
+    config = {"sample_size": 64, "cross_attention_dim": attention, "attention_head_dim": 8} | changes
+    return Known(family=STABLE_DIFFUSION, config=config, context=(77, attention), scale=8)
+
+
+def _sd3(heads: int, **changes: Any) -> Known:
+    config = {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64,
+        "num_attention_heads": heads, "joint_attention_dim": 4096, "caption_projection_dim": 64 * heads,
+        "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
+    }  # fmt: skip
+    return Known(family=SD3, config=config | changes, context=(77 + 256 + 1, 4096), scale=8)
+
+
+def _sana(**changes: Any) -> Known:
+    return Known(family=SANA, config={"sample_size": 32} | changes, context=(300 + 1, 2304), scale=32)
+
+
+_FEWER = {"layers_per_block": 1}
+_TINY = {
+    **_FEWER, "mid_block_type": None, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip
+
+KNOWN: dict[str, Known] = {
+    "sd15": _unet(768),  # stable-diffusion-v1-5
+    "sd21": _unet(1024, sample_size=96, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+    "bk-sdm-base": _unet(768, **_FEWER),  # arXiv:2305.15798, table 1
+    "bk-sdm-small": _unet(768, **_FEWER, mid_block_type=None),
+    "bk-sdm-tiny": _unet(768, **_TINY),
+    "sdxl": Known(  # stable-diffusion-xl-base-1.0
+        family=SDXL,
+        config={
+            "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        context=(77 + 1, 2048), scale=8,
+    ),
+    "pixart-sigma": Known(  # PixArt-Sigma-XL-2-1024-MS
+        family=PIXART,
+        config={
+            "sample_size": 128, "num_layers": 28, "caption_channels": 4096, "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+        context=(300 + 1, 4096), scale=8,
+    ),
+    "sd35-medium": _sd3(24, num_layers=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
+    "sd35-large": _sd3(38, num_layers=38, pos_embed_max_size=192),
+    "flux-dev": Known(  # FLUX.1-dev
+        family=FLUX, config={"guidance_embeds": True}, context=(512 + 1 + 1, 4096), scale=8
+    ),
+    "flux-schnell": Known(family=FLUX, config={"guidance_embeds": False}, context=(512 + 1 + 1, 4096), scale=8),
+    "sana-1600m": _sana(),  # Sana_1600M_1024px
+    "sana-600m": _sana(
+        num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+    ),
+}  # fmt: skip

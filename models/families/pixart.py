@@ -1,0 +1,42 @@
+"""PixArt-Σ (Chen et al., 2024, arXiv:2403.04692): a diffusion transformer on T5's tokens and their mask.
+
+Captions are taken as they are, in lower case: the pipeline's own cleaning is for those found on the web.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.families.family import Family, own_latents, pack, unpack_mask
+
+
+def _encode(pipeline: Any, caption: str | None) -> Tensor:
+    tokens, mask, _, _ = pipeline.encode_prompt(
+        caption or "", do_classifier_free_guidance=False, device=pipeline.device
+    )
+    return pack(tokens[0], mask[0])
+
+
+def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """Of a network that predicts its variance too, only the first half is trained and drawn with."""
+    tokens, mask = unpack_mask(context)
+    output: Tensor = network(
+        x, encoder_hidden_states=tokens, encoder_attention_mask=mask, timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
+    )[0]  # fmt: skip
+    return output[:, : x.shape[1]]
+
+
+PIXART = Family(
+    name="pixart-sigma",
+    pipeline="PixArtSigmaPipeline",
+    network="transformer",
+    kind="PixArtTransformer2DModel",
+    encoders=("tokenizer", "text_encoder"),
+    encode=_encode,
+    forward=_forward,
+    latents=own_latents,
+    kohya=None,
+)

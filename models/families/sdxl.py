@@ -1,0 +1,46 @@
+"""SDXL (Podell et al., 2023, arXiv:2307.01952): two text encoders, a pooled embedding, and the size of the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.families.family import Family, own_latents, pack, unpack
+
+_SCALE = 8  # pixels of a latent, of every SDXL VAE
+
+
+def _encode(pipeline: Any, caption: str | None) -> Tensor:
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        caption or "", device=pipeline.device, do_classifier_free_guidance=False
+    )
+    packed = pack(tokens[0], pooled[0])
+    zeros = caption is None and pipeline.config.force_zeros_for_empty_prompt
+    return torch.zeros_like(packed) if zeros else packed
+
+
+def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """Pictures are neither cropped nor were they ever of another size (§2.2): (height, width, 0, 0, height, width)."""
+    config: Any = network.config
+    size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    tokens, pooled = unpack(context, size)
+    sizes = x.new_zeros(len(x), 6)
+    sizes[:, 0::4], sizes[:, 1::4] = x.shape[-2] * _SCALE, x.shape[-1] * _SCALE
+    more = {"text_embeds": pooled, "time_ids": sizes}
+    output: Tensor = network(x, t, encoder_hidden_states=tokens, added_cond_kwargs=more, return_dict=False)[0]
+    return output
+
+
+SDXL = Family(
+    name="sdxl",
+    pipeline="StableDiffusionXLPipeline",
+    network="unet",
+    kind="UNet2DConditionModel",
+    encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    encode=_encode,
+    forward=_forward,
+    latents=own_latents,
+    kohya="lora_unet_",
+)

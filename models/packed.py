@@ -1,0 +1,107 @@
+"""A packed network: one safetensors file that is mapped into memory as it lies on the disk, and its manifest.
+
+It takes the place of the weights in a pipeline's folder, so that a packed base is a folder like any other, known by the
+same hash (`models.assets.digest`). Nothing is read before it is used, nothing is converted, and no float copy is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from conf.errors import AntherError
+from models import assets, paging
+from models.quantise import sizes
+from models.weights import MODES, put
+
+FILE, MANIFEST, CONFIG = "packed.safetensors", "packed.json", "config.json"
+FORMAT = 1
+
+_AGAIN = "copy the packed base again, or pack it anew (python -m models.pack)"
+_MODULES = {"UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition"}  # so that the others aren't imported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What lies in a packed file, beside it as JSON."""
+
+    format: int
+    network: str  # class of diffusers
+    weights: str  # mode, of `models.weights.MODES`
+    layers: dict[str, str]  # 'nf4' or 'int8' for each layer that is held in few bits
+    source: str  # digest of the folder that was packed
+    sha256: str  # of the file
+
+    def save(self, folder: Path) -> None:
+        """Write it beside the file."""
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """The manifest in a folder; AntherError if it is damaged, or of another version."""
+        try:
+            found = Manifest(**json.loads((folder / MANIFEST).read_text()))
+            sound = found.format == FORMAT and found.weights in MODES and isinstance(found.layers, dict)
+        except (OSError, ValueError, TypeError) as error:
+            raise AntherError(f"{folder / MANIFEST}: can't be read ({_line(error)}): {_AGAIN}") from error
+        if not sound:
+            raise AntherError(f"{folder / MANIFEST}: not of format {FORMAT}: {_AGAIN}")
+        return found
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a network's folder holds a packed one."""
+    return (folder / MANIFEST).exists()
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The network that a folder's config.json describes, without data, on the meta device."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        name = config["_class_name"]
+        kind = getattr(importlib.import_module(_MODULES.get(name, "diffusers.models")), name)
+        with torch.device("meta"):
+            network: nn.Module = kind.from_config(config)
+    except Exception as error:  # a class that isn't there, or whatever it says of a foreign configuration
+        raise AntherError(f"{folder / CONFIG}: describes no network of diffusers ({_line(error)})") from error
+    return network
+
+
+def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
+    """The packed network in a folder, its tensors mapped from the file.
+
+    Args:
+        network: the class that it must be.
+        weights: the mode that was asked for; fp32 takes what is there.
+
+    Raises:
+        AntherError: it is of another class or mode, or not what was packed.
+    """
+    manifest, file = Manifest.read(folder), folder / FILE
+    if manifest.network != network:
+        raise AntherError(f"{folder}: a packed {manifest.network}, where the pipeline has a {network}: {_AGAIN}")
+    if weights not in ("fp32", manifest.weights):
+        raise AntherError(f"base.weights={weights}: the base was packed as {manifest.weights}: leave it out")
+    if not file.is_file() or assets.digest(file) != manifest.sha256:
+        raise AntherError(f"{file}: missing, or not the file that was packed: {_AGAIN}")
+    made = skeleton(folder)
+    try:
+        for name, kind in manifest.layers.items():
+            put(made, name, sizes(kind, made.get_parameter(f"{name}.weight").numel()))
+        with safe_open(file, "pt") as tensors:
+            state = {name: paging.mark(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        made.load_state_dict(state, assign=True)
+    except (SafetensorError, RuntimeError, AttributeError) as error:
+        raise AntherError(f"{folder}: the file and its manifest don't agree ({_line(error)}): {_AGAIN}") from error
+    return made.eval()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

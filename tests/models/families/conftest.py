@@ -1,0 +1,61 @@
+"""One tiny pipeline of each family, and its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from torch import Tensor
+
+from models.base import Base
+from tests.models.families.pipelines import PIPELINES, save
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A pipeline on disk, and the base that was loaded from it."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def base(self) -> Base:
+        return Base(self.folder, resolution={"sdxl": 64, "sana": 32}.get(self.name, 16))
+
+    def pipeline(self) -> Any:
+        """The same in diffusers, all of it."""
+        found: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder)
+        found.set_progress_bar_config(disable=True)
+        return found
+
+    def draws(self, pipeline: Any, captions: list[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Latents that diffusers draws from this noise, through the places that ours goes through."""
+        options: dict[str, Any] = {"height": self.base.resolution, "width": self.base.resolution}
+        if self.base.schedule.prediction == "flow":
+            options["sigmas"] = [1 - place / steps for place in range(steps)]
+        else:
+            pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+                pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+            )
+        if self.name in ("pixart", "sana"):
+            options |= {"clean_caption": False, "use_resolution_binning": False}
+        if self.name == "sana":
+            pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        packed = self.name.startswith("flux")
+        if packed:
+            noise = pipeline._pack_latents(noise, *noise.shape)
+        found: Tensor = pipeline(
+            captions, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", **options
+        ).images
+        if not packed:
+            return found
+        return pipeline._unpack_latents(found, self.base.resolution, self.base.resolution, pipeline.vae_scale_factor)
+
+
+@pytest.fixture(scope="session", params=PIPELINES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(request.param, save(request.param, tmp_path_factory.mktemp(request.param)))

@@ -1,0 +1,107 @@
+"""What a folder is recognised as, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.errors import AntherError
+from models.base import Base
+from models.families.checkpoint import FAMILIES, recognise
+from tests.models.families.conftest import Tiny
+
+
+@pytest.fixture
+def folder(pipeline_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "copy"))
+
+
+def change(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_pipeline_is_recognised_from_its_files(tiny: Tiny) -> None:
+    found = recognise(tiny.folder)
+    assert found.family is tiny.base.family
+    assert found.family.pipeline == json.loads((tiny.folder / "model_index.json").read_text())["_class_name"]
+    assert tiny.name.replace("_", "-").startswith(("distilled", found.family.name.removesuffix("-sigma")))
+
+
+def test_what_is_missing_from_any_pipeline_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    family = tiny.base.family
+    for part in (family.network, "vae", "scheduler", *family.encoders):
+        copy = tmp_path / part
+        shutil.copytree(tiny.folder, copy, ignore=shutil.ignore_patterns(part))
+        with pytest.raises(AntherError, match=f"{part} is missing"):
+            recognise(copy)
+
+
+def test_pickled_weights_of_any_part_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    for part in (tiny.base.family.network, "vae", "text_encoder"):
+        copy = Path(shutil.copytree(tiny.folder, tmp_path / part))
+        for weights in (copy / part).glob("*.safetensors"):
+            torch.save(load_file(weights), weights.with_suffix(".bin"))
+            weights.unlink()
+        with pytest.raises(AntherError) as refusal:
+            use(copy, tiny.base.resolution)
+        assert "\n" not in str(refusal.value)
+        assert part in str(refusal.value)
+
+
+def test_licence_and_safety_checker_are_carried_along(folder: Path) -> None:
+    unsaid = {"family": "stable-diffusion", "licence": "unknown", "safety_checker": "none"}
+    assert recognise(folder).notes() == unsaid | {"requires_safety_checker": "false"}
+    (folder / "LICENSE.md").write_text("terms")
+    assert recognise(folder).notes()["licence"] == "LICENSE.md"
+    (folder / "README.md").write_text("---\ntags: [x]\nlicense: creativeml-openrail-m\n---\n# A model\n")
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    change(folder / "model_index.json", safety_checker=checker, requires_safety_checker=True)
+    notes = recognise(folder).notes()
+    assert notes["licence"] == "creativeml-openrail-m"
+    assert (notes["safety_checker"], notes["requires_safety_checker"]) == (checker[1], "true")
+    assert Base(folder).notes == notes
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: flux-1-dev\n---\n")
+    assert recognise(folder).notes()["licence"] == "flux-1-dev"
+
+
+def use(folder: Path, resolution: int) -> None:
+    """Every part of it."""
+    base = Base(folder, resolution=resolution)
+    base.decode(torch.zeros(1, *base.shape))
+    base.encode_captions(["fox"])
+
+
+class TestRefused:
+    """Each one clear line."""
+
+    def refuse(self, folder: Path, match: str) -> None:
+        with pytest.raises(AntherError, match=match) as refusal:
+            Base(folder)
+        assert "\n" not in str(refusal.value)
+
+    @pytest.mark.parametrize("name", ["KolorsPipeline", "StableDiffusionInpaintPipeline", None, ["x"]])
+    def test_another_pipeline(self, folder: Path, name: object) -> None:
+        change(folder / "model_index.json", _class_name=name)
+        self.refuse(folder, "only " + ", ".join(FAMILIES))
+
+    @pytest.mark.parametrize("part", ["unet", "vae"])
+    def test_another_class_of_a_part(self, folder: Path, part: str) -> None:
+        change(folder / "model_index.json", **{part: ["diffusers", "UNet3DConditionModel"]})
+        self.refuse(folder, f"{part} is a UNet3DConditionModel")
+
+    def test_no_json(self, folder: Path) -> None:
+        (folder / "unet" / "config.json").write_text("{")
+        self.refuse(folder, r"config.json can't be read")
+
+    def test_a_foreign_index(self, folder: Path) -> None:
+        (folder / "model_index.json").write_text("[1]")
+        self.refuse(folder, "model_index.json")
+
+    def test_a_resolution_that_latents_cannot_have(self, tiny: Tiny) -> None:
+        with pytest.raises(AntherError, match="multiple of"):
+            Base(tiny.folder, resolution=tiny.base.resolution + 1)

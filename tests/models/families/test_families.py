@@ -1,0 +1,204 @@
+"""Every family from end to end, on a tiny pipeline of diffusers' own classes: load, train, draw, export, load there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from models.adapter import Adapter, initial
+from models.base import Base
+from models.denoiser import call_unet
+from models.export import export, kohya_keys
+from models.families.checkpoint import recognise
+from models.objective import noised, per_example_loss, target
+from models.sampling import sample
+from models.slots import Stack, stack_adapters, to_device
+from privacy.noise import Simulated
+from tests.models.adapters import random_adapter
+from tests.models.families.conftest import Tiny
+from training.jobs import DPSGD, Examples, Train, Trained
+from training.trainer import train
+
+CAPTIONS = ["a red fox", "two fishes 7", "fox"]
+
+
+@pytest.fixture(scope="module")
+def examples(tiny: Tiny) -> Examples:
+    generator = np.random.default_rng(0)
+    pictures = [generator.integers(0, 256, (20, 24, 3), np.uint8) for _ in CAPTIONS]
+    return Examples(tiny.base.encode_images(pictures), tiny.base.encode_captions(CAPTIONS))
+
+
+def job(base: Base, examples: Examples, **changes: Any) -> Train:
+    return Train(
+        client="ada", round=1, purpose="shared", seed=0, examples=examples, start=initial(base.sites, 2, seed=0),
+        steps=3, batch_size=2, learning_rate=1e-2, **changes,
+    )  # fmt: skip
+
+
+def test_it_trains_plainly_and_privately(tiny: Tiny, examples: Examples) -> None:
+    privacy = DPSGD(noise_multiplier=0.5, clip=0.1, sampling_rate=0.7, draws=2)
+    noise = Simulated(seed=3, client="ada", round=1, purpose="shared")
+    jobs = [
+        job(tiny.base, examples),
+        job(tiny.base, examples, privacy=privacy, noise=noise, names=tuple(CAPTIONS)),
+    ]
+    for wanted, outcome in zip(jobs, train(tiny.base, jobs, memory=2**29, timesteps=2), strict=True):
+        assert isinstance(outcome, Trained), outcome
+        assert np.isfinite(outcome.loss)
+        assert outcome.adapter.keys() == wanted.start.keys() == tiny.base.sites.keys()
+        assert any(factors.b.abs().max() > 0 for factors in outcome.adapter.values())
+
+
+def adapter(base: Base) -> Adapter:
+    return random_adapter(base.sites, 2, seed=1)
+
+
+def drawn(tiny: Tiny, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+    context, null, strength = tiny.base.guided(CAPTIONS, guidance)
+    with tiny.base.lending([stack_adapters(tiny.base.sites, [given])]) as denoise:
+        return sample(
+            "ddim", denoise, tiny.base.schedule, [noise], context, steps=steps, guidance=strength, null_context=null
+        )  # fmt: skip
+
+
+def loaded(pipeline: Any, file: Path) -> None:
+    """Into diffusers; PixArt has no loader of adapters there, so peft, which all others use, reads its file."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(file)
+        return
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+    sites = [key.removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=sites), pipeline.transformer)
+    assert not set_peft_model_state_dict(pipeline.transformer, tensors).unexpected_keys
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_an_export_draws_in_diffusers_what_it_draws_here(
+    tiny: Tiny, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To 1e-3 of the largest number, after four steps in float32."""
+    given, file = adapter(tiny.base), tmp_path / "adapter.safetensors"
+    export(given, file, family=tiny.base.family, sites=tiny.base.sites, metadata=tiny.base.notes)
+    pipeline = tiny.pipeline()
+    noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
+    plain = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "diffusers"):
+        loaded(pipeline, file)
+    told = [record.getMessage() for record in caplog.records]
+    assert [line for line in told if not line.startswith("No LoRA keys associated to CLIPText")] == []
+    network = getattr(pipeline, tiny.base.family.network)
+    received = {name for name, _ in network.named_parameters() if ".lora_" in name}
+    assert len(received) == len(load_file(file)) == 2 * len(tiny.base.sites)
+    theirs = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
+    ours = drawn(tiny, given, noise, 4, guidance)
+    assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+    assert (plain - theirs).abs().max() > 1e-2 * theirs.abs().max()
+    assert np.abs(tiny.base.decode(ours).astype(int) - pictures(pipeline, theirs)).max() <= 1
+
+
+def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
+    """As diffusers' own image processor has them."""
+    config = pipeline.vae.config
+    pixels = pipeline.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+    found: np.ndarray = (pipeline.image_processor.postprocess(pixels.detach(), output_type="np") * 255).round()
+    return found.astype(int)
+
+
+def test_kohya_keys_are_those_that_other_tools_read(tiny: Tiny, tmp_path: Path) -> None:
+    """Diffusers itself reads those of UNets and of Flux; of SD3 it reads its own layout only."""
+    given, family = adapter(tiny.base), tiny.base.family
+    if family.kohya is None:
+        with pytest.raises(Exception, match="layout=diffusers"):
+            kohya_keys(given, tiny.base.sites, family)
+        return
+    file = tmp_path / "adapter.safetensors"
+    export(given, file, family=family, sites=tiny.base.sites, layout="kohya")
+    stems = {key.split(".")[0] for key in load_file(file)}
+    assert stems == {family.kohya + name.replace(".", "_") for name in tiny.base.sites}
+    if family.name == "sd3":
+        return
+    pipeline = tiny.pipeline()
+    pipeline.load_lora_weights(file)
+    noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
+    theirs = tiny.draws(pipeline, CAPTIONS, noise, 1, 1.0)
+    assert (drawn(tiny, given, noise, 1, 1.0) - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+
+
+def test_no_operation_mixes_examples(tiny: Tiny, examples: Examples) -> None:
+    """The loss of one example has no gradient at all at the others, nor at their slots: DP and cohorts rest on it."""
+    base = tiny.base
+    adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
+    stacks = {
+        name: Stack(stack.a.requires_grad_(), stack.b.requires_grad_())
+        for name, stack in stack_adapters(base.sites, adapters).items()
+    }
+    factors = [factor for stack in stacks.values() for factor in stack]
+    x0, context = examples.latents.clone().requires_grad_(), examples.context.clone().requires_grad_()
+    noise, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500, 990])
+    with base.lending([stacks]) as denoise:
+        output = denoise(noised(base.schedule, x0, noise, t), base.schedule.times[t], context)
+        losses = per_example_loss(output, target(base.schedule, x0, noise, t))
+        found = torch.autograd.grad(losses[1], [x0, context, *factors])
+    for gradient in found:
+        assert gradient[1].isfinite().all()
+        assert not gradient[[0, 2]].any()
+    assert all(gradient[1].any() for gradient in found[:2])
+    assert sum(bool(gradient[1].any()) for gradient in found[2:]) >= len(factors) - 8  # the last block drops its text
+
+
+def test_adapters_at_any_layer_are_merged_weights(tiny: Tiny, examples: Examples) -> None:
+    """Every linear and convolution layer at once, each example under an adapter of its own."""
+    base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
+    adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
+    times = base.schedule.times[[10, 500, 990]]
+    with base.lending([stack_adapters(base.sites, adapters)]) as denoise, torch.no_grad():
+        found = denoise(examples.latents, times, examples.context)
+    for place, given in enumerate(adapters):
+        plain = recognise(tiny.folder).load(base.family.network)
+        with torch.no_grad():
+            for name, (a, b) in given.items():
+                weight = plain.get_submodule(name).weight
+                weight += (b @ a).view_as(weight)
+            row = slice(place, place + 1)
+            wanted = base.family.forward(plain, examples.latents[row], times[row], examples.context[row])
+        assert (found[row] - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.slow
+def test_its_forward_is_one_graph(tiny: Tiny, examples: Examples) -> None:
+    """Nothing in it leaves the device or depends on values, at another resolution than its own."""
+    if tiny.base.family.forward is call_unet:
+        pytest.skip("compiled in test_denoiser")
+    torch._dynamo.reset()
+    base = tiny.base
+    whole = torch.compile(base.family.forward, backend="eager", fullgraph=True, dynamic=False)
+    given = examples.latents[:1].repeat(1, 1, 2, 2), base.schedule.times[[500]], examples.context[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(base.network, *given), base.family.forward(base.network, *given))
+
+
+def test_what_a_caption_becomes_depends_on_no_other(tiny: Tiny) -> None:
+    together = tiny.base.encode_captions([*CAPTIONS, None, "fox"])
+    assert torch.equal(together[2], together[4])
+    assert not torch.equal(together[2], together[1])
+    assert torch.equal(tiny.base.encode_captions(["fox"])[0], together[2])
+    assert torch.equal(tiny.base.encode_captions([None])[0], together[3])
+
+
+@pytest.mark.parametrize("options", [{"weights": "int8"}, {"compute": "bf16"}])
+def test_it_runs_in_fewer_bits(tiny: Tiny, examples: Examples, options: dict[str, str]) -> None:
+    small = Base(tiny.folder, resolution=tiny.base.resolution, **options)
+    given, outputs = stack_adapters(small.sites, [adapter(small)]), []
+    for base in (small, tiny.base):
+        with base.lending([to_device(given, base.like)]) as denoise, torch.no_grad():
+            outputs.append(denoise(examples.latents, base.schedule.times[[10, 500, 990]], examples.context).float())
+    assert 0 < (outputs[0] - outputs[1]).norm() < 0.2 * outputs[1].norm()

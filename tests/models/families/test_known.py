@@ -1,0 +1,43 @@
+"""Published bases at full size, on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.errors import AntherError
+from models.denoiser import find_sites
+from models.families.known import KNOWN, known
+
+PUBLISHED = {  # millions of parameters, as their makers count them
+    "sd15": 859.52, "sd21": 865.91, "bk-sdm-base": 579.38, "bk-sdm-small": 482.35, "bk-sdm-tiny": 323.38,
+    "sdxl": 2567.46, "pixart-sigma": 610.86, "sd35-medium": 2243.17, "sd35-large": 8056.63, "flux-dev": 11901.41,
+    "flux-schnell": 11891.18, "sana-1600m": 1604.46, "sana-600m": 591.75,
+}  # fmt: skip
+
+ATTENTIONS = {  # of which every one has four projections, and those of the text in joint attention
+    "sd15": 2 * 16 * 4, "sd21": 2 * 16 * 4, "bk-sdm-base": 2 * 10 * 4, "bk-sdm-small": 2 * 9 * 4,
+    "bk-sdm-tiny": 2 * 9 * 4, "sdxl": 2 * 70 * 4, "pixart-sigma": 2 * 28 * 4,
+    "sd35-medium": 24 * 8 - 1 + 13 * 4, "sd35-large": 38 * 8 - 1,  # the last block drops its text
+    "flux-dev": 19 * 8 + 38 * 3, "flux-schnell": 19 * 8 + 38 * 3, "sana-1600m": 2 * 20 * 4, "sana-600m": 2 * 28 * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_published_base_has_its_size_its_sites_and_its_shapes(name: str) -> None:
+    base = known(name)
+    network = base.network()
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == PUBLISHED[name]
+    assert len(find_sites(network, base.family.sites)) == ATTENTIONS[name]
+    channels, side, patch = base.family.latents(base.config | dict(network.config))
+    assert side % patch == 0
+    x = torch.empty(2, channels, side, side, device="meta")
+    t, context = torch.empty(2, device="meta"), torch.empty(2, *base.context, device="meta")
+    with torch.no_grad():
+        assert base.family.forward(network, x, t, context).shape == x.shape
+
+
+def test_another_name_is_refused() -> None:
+    with pytest.raises(AntherError, match="sd15"):
+        known("sd99")

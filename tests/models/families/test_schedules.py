@@ -1,0 +1,69 @@
+"""Schedules from schedulers' configurations, against those schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from conf.errors import AntherError
+from models.families.schedules import schedule_of
+
+
+def config(scheduler: Any) -> dict[str, Any]:
+    return {"_class_name": type(scheduler).__name__, **scheduler.config}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=500),
+        diffusers.DDPMScheduler(trained_betas=np.linspace(0.001, 0.02, 10)),
+    ],
+)
+def test_a_diffusion_is_that_of_its_scheduler(scheduler: Any) -> None:
+    schedule = schedule_of(config(scheduler), tokens=16)
+    assert schedule.prediction == scheduler.config.get("prediction_type", "epsilon")
+    torch.testing.assert_close(schedule.signals.square(), scheduler.alphas_cumprod)
+    torch.testing.assert_close(schedule.sigmas.square(), 1 - scheduler.alphas_cumprod)
+    assert schedule.times.tolist() == list(range(len(scheduler.alphas_cumprod)))
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_pictures_of_flux_are_drawn_through_shifted_places(tokens: int, kind: str) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    schedule = schedule_of(config(scheduler), tokens)
+    torch.testing.assert_close(schedule.sigmas, scheduler.sigmas.flip(0))  # what is trained is not shifted
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5), mu=calculate_shift(tokens))
+    torch.testing.assert_close(schedule.grid(5).sigmas, scheduler.sigmas)
+
+
+def test_a_flow_under_a_solver_is_trained_where_it_is_drawn() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    schedule = schedule_of(config(scheduler), tokens=16)
+    plain = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    torch.testing.assert_close(schedule.sigmas, plain.sigmas.flip(0))
+    plain.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5))
+    torch.testing.assert_close(schedule.grid(5).sigmas, plain.sigmas)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "match"),
+    [
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
+        (diffusers.DDIMScheduler(prediction_type="sample"), "sample"),
+    ],
+)
+def test_another_process_is_refused(scheduler: Any, match: str) -> None:
+    with pytest.raises(AntherError, match=match):
+        schedule_of(config(scheduler), tokens=16)

@@ -1,0 +1,95 @@
+"""Pages of a mapped file come and go; what is in them stays."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.base import Base
+from models.pack import pack
+from models.paging import _MARKED, mark, release
+from models.quantise import Packed, quantise
+from models.quantised import QuantisedLinear
+from tests.tiny import ATTENTION
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that this process has in memory."""
+    text = Path("/proc/self/smaps").read_text()
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
+    found = [part for part in parts if part.splitlines()[:1] and part.splitlines()[0].endswith(str(file))]
+    return sum(int(re.search(r"^Rss: +(\d+) kB", part, re.MULTILINE)[1]) * 1024 for part in found)  # type: ignore[index]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({"x": torch.arange(1 << 20, dtype=torch.int32)}, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def mapped(file: Path) -> Tensor:
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor("x")
+
+
+@linux
+def test_released_pages_are_gone_and_come_back(file: Path) -> None:
+    x = mark(mapped(file))
+    before = x.sum()
+    assert resident(file) >= x.nbytes
+    release(x, 0, len(x) // 2)
+    assert resident(file) < 0.6 * x.nbytes
+    release(x, 0, 0)
+    release(x, 0, len(x))
+    assert resident(file) < 0.1 * x.nbytes
+    assert x.sum() == before
+    assert torch.equal(x, torch.arange(1 << 20, dtype=torch.int32))
+
+
+def test_what_is_not_a_file_is_left_alone(file: Path) -> None:
+    """MADV_DONTNEED would turn it into zeros."""
+    marked = mark(mapped(file))
+    for x in (torch.arange(1 << 20), marked.clone(), marked.long(), copy.deepcopy(marked)):
+        wanted = x.clone()
+        release(x, 0, len(x))
+        assert torch.equal(x, wanted)
+
+
+@linux
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
+    """Forward and backward alike, and what they find is what they find with a weight that stays."""
+    plain = nn.Linear(2048, 2048)
+    save_file(quantise(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
+    with safe_open(file, "pt") as tensors:
+        layer = QuantisedLinear(plain, Packed(*(mark(tensors.get_tensor(name)) for name in Packed._fields)))
+    stays = QuantisedLinear(plain, quantise(plain.weight, kind))
+    x = torch.randn(3, 2048, requires_grad=True)
+    y, wanted = layer(x), stays(x)
+    assert torch.equal(y, wanted)
+    assert resident(file) < 0.2 * file.stat().st_size
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, *torch.autograd.grad(wanted.sum(), x))
+    assert resident(file) < 0.2 * file.stat().st_size
+    layer.codes.sum()
+    assert resident(file) > 0.8 * file.stat().st_size
+
+
+def test_a_packed_base_is_marked_and_its_copies_too(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Jobs run in copies of the network that share its tensors."""
+    pack(str(pipeline_folder), tmp_path / "base", "int8")
+    base = Base(tmp_path / "base", sites=ATTENTION)
+    layers = [layer for layer in base._copy().modules() if isinstance(layer, QuantisedLinear)]
+    assert layers
+    assert all(layer.codes in _MARKED for layer in layers)
+    assert not any(layer.double().codes.clone() in _MARKED for layer in layers)
