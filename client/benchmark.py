@@ -27,14 +27,16 @@ from client.plan import DONE, PROFILE, USAGE
 from conf.errors import AntherError
 from conf.planning import DeviceProfile, devices, planned
 from models import assets
-from models.architectures import ATTENTION, Architecture
-from models.footprint import Footprint, footprint, one_pass, prepare
+from models.denoiser import Denoiser
+from models.families.known import Known
+from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.footprint import NO_SCHEDULE, Footprint, example, footprint, one_pass, shapes
 from models.slots import Layout
 from training.memory import total_and_free
 
 SECONDS = 60.0
 FREE = 0.9  # of what is free now that training may fill
-STEP = Architecture("step", "UNet2DConditionModel", {  # 34 million parameters
+STEP = Known(family=STABLE_DIFFUSION, config={  # 34 million parameters
     "block_out_channels": (128, 192, 256), "cross_attention_dim": 128, "attention_head_dim": 8,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
 })  # fmt: skip
@@ -92,19 +94,18 @@ def measured(like: DeviceProfile, seconds: float) -> DeviceProfile:
 
 def predicted_step() -> Footprint:
     """Of the step that is measured."""
-    network = STEP.build()
-    return footprint(network, STEP.inputs(PIXELS), sites=prepare(network, sites=ATTENTION), rank=RANK)
+    return footprint(shapes(STEP, sites=STEP.family.sites), *example(STEP, PIXELS), rank=RANK)
 
 
 def training_step(seconds: float) -> tuple[float, int]:
     """Seconds of one forward and backward pass, and the bytes that the process holds beside what is predicted."""
-    network = STEP.build().to_empty(device="cpu")
+    network = STEP.network().to_empty(device="cpu")
     for tensor in (*network.parameters(), *network.buffers()):
         nn.init.normal_(tensor, std=0.02)
-    layout = Layout(prepare(network, sites=ATTENTION), RANK)
-    rows = torch.zeros(1, layout.size)
-    inputs = STEP.inputs(PIXELS)
-    found = sustained(lambda: one_pass(network, inputs, rows, layout), seconds)
+    base = Denoiser(network, NO_SCHEDULE, sites=STEP.family.sites)
+    layout, (latents, context) = Layout(base.sites, RANK), example(STEP, PIXELS)
+    entry = torch.zeros(1, *latents), torch.zeros(1, *context), layout, torch.zeros(1, layout.size)
+    found = sustained(lambda: one_pass(base, *entry), seconds)
     return found, max(10 * MIB, peak_bytes() - predicted_step().peak_bytes)
 
 

@@ -24,7 +24,7 @@ class Setting:
 
     resolution: int  # side of a picture in pixels
     sites: str  # name of a set of sites
-    weights: str  # a mode of `models.packing`
+    weights: str  # one of `models.weights.MODES`
     checkpointing: str = CHECKPOINTING[-1]  # the leanest unless it is said otherwise
     batch: int = 1  # pictures of a micro-batch
 

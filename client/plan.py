@@ -19,14 +19,18 @@ from client.ladder import HOUR, MIB, Predict, Rung, Setting, ladder, qualities
 from conf.errors import AntherError
 from conf.planning import DeviceProfile, Plan, devices, planned
 from models import assets
-from models.architectures import ATTENTION, CROSS_ATTENTION, Architecture, find
-from models.footprint import Footprint, footprint, prepare
-from models.packing import MODES
+from models.families.family import ATTENTION
+from models.families.flux import FLUX
+from models.families.known import Known, find
+from models.families.sd3 import SD3
+from models.footprint import Footprint, example, footprint, shapes
+from models.weights import MODES
 
 DONE, USAGE = 0, 2
 PROFILE = "device.yaml"  # of this device, in ANTHER_HOME
 WIDTH = 130
-SITES = {"attention": ATTENTION, "cross": CROSS_ATTENTION}
+SITES = {"attention": ATTENTION, "cross": r".*\.attn2\.to_(q|k|v|out\.0)"}
+JOINT = (SD3, FLUX)  # text and picture are one sequence there: no layers attend to the text alone
 SMALLEST = 256  # side in pixels of the smallest pictures that are planned for, of a base that was made for larger ones
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the side that a base was made for
 
@@ -42,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         plan = planned(asked.overrides, assets.home() / PROFILE)
-        architecture = find(plan.base)
-        rungs, best = ladder(settings(architecture), plan, predictor(architecture, plan))
+        base = find(plan.base)
+        rungs, best = ladder(settings(base), plan, predictor(base, plan))
     except AntherError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -51,26 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def settings(architecture: Architecture) -> list[Setting]:
+def settings(base: Known) -> list[Setting]:
     """Every quality in which a base could be trained, from the best down."""
-    step = 8 * architecture.scale  # what the levels of a UNet divide
-    sides = [int(architecture.resolution * share) for share in SHARES]
+    _, side, patch = base.family.latents(base.whole_config())
+    step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
+    sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= SMALLEST and side % step == 0]
-    sites = SITES if architecture.has_cross_attention else ["attention"]
+    sites = ["attention"] if base.family in JOINT else SITES
     return qualities([sides[0], *smaller], list(sites), list(MODES))
 
 
-def predictor(architecture: Architecture, plan: Plan) -> Predict:
-    """Footprints of an architecture's settings on the plan's device, each predicted once."""
+def predictor(base: Known, plan: Plan) -> Predict:
+    """Footprints of a base's settings on the plan's device, each predicted once."""
 
     @cache
     def predict(setting: Setting) -> Footprint:
-        network = architecture.build()
-        sites = prepare(
-            network, sites=SITES[setting.sites], weights=setting.weights, checkpointing=setting.checkpointing
-        )
+        held = shapes(base, sites=SITES[setting.sites], weights=setting.weights, checkpointing=setting.checkpointing)
         return footprint(
-            network, architecture.inputs(setting.resolution), sites=sites, rank=plan.rank, batch=setting.batch,
+            held, *example(base, setting.resolution), rank=plan.rank, batch=setting.batch,
             runtime_bytes=int(plan.device.runtime_mib * MIB),
         )  # fmt: skip
 

@@ -6,8 +6,6 @@ the numbers are missing. So it takes seconds and no memory, whatever the size of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,17 +22,19 @@ aten = torch.ops.aten
 BALANCE = 8  # operations for each byte; memory, not arithmetic, sets the pace of a product that has fewer
 
 CPU = torch.device("cpu")
+_ROOM = {aten.empty, aten.new_empty}
 _CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
 
 
 class DryRun(LiveStorages):
     """Watches operations on fake tensors.
 
-    A tensor that is made of frozen weights alone is a weight itself, dequantised for one layer: it counts as workspace,
-    together with what kernels take for themselves.
+    A tensor that is made of frozen weights alone is a slab of them, dequantised, or on the way there: it counts as
+    workspace, together with what kernels take for themselves.
 
     Args:
         frozen: the storages of the base.
+        mapped: those of them whose pages are in memory only while they are read; workspace too.
 
     Attributes:
         activations_bytes, workspace_bytes: when both together were most.
@@ -43,9 +43,9 @@ class DryRun(LiveStorages):
         moved_bytes: read and written by all other operations.
     """
 
-    def __init__(self, frozen: Storages) -> None:
+    def __init__(self, frozen: Storages, mapped: Storages) -> None:
         super().__init__()
-        self._frozen = frozen
+        self._frozen, self._mapped = frozen, mapped
         self._dequantised: dict[int, int] = {}  # sizes of those that live
         self.activations_bytes = self.workspace_bytes = 0
         self.matrix_operations = self.convolution_operations = self.moved_bytes = 0
@@ -54,9 +54,11 @@ class DryRun(LiveStorages):
         if func.namespace == "prim":  # questions about a tensor
             return func(*args, **(kwargs or {}))
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not _touches(func, args, kwargs, result):
+            return result
         weights = sum(self._dequantised.values())
         held = self.live - weights
-        taken = weights + workspace(func, args, result)
+        taken = weights + workspace(func, args, result) + self._read(args)
         if held + taken > self.activations_bytes + self.workspace_bytes:
             self.activations_bytes, self.workspace_bytes = held, taken
         self._count(func, args, kwargs or {}, result)
@@ -71,9 +73,12 @@ class DryRun(LiveStorages):
         super().died(key, size)
         self._dequantised.pop(key, None)
 
+    def _read(self, args: Any) -> int:
+        """Bytes of the mapped file that an operation reads."""
+        tensors = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        return sum(tensor.nbytes for tensor in tensors if id(tensor.untyped_storage()) in self._mapped)
+
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if not func._schema.is_mutable and storages(result).keys() <= storages((args, kwargs)).keys():
-            return  # a view
         moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
         found = operations(func, args, kwargs, result)
         if found < BALANCE * moved:
@@ -82,6 +87,13 @@ class DryRun(LiveStorages):
             self.convolution_operations += found
         else:
             self.matrix_operations += found
+
+
+def _touches(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+    """Whether an operation reads or writes any memory: not if it makes a view, or room for what others write."""
+    if func.overloadpacket in _ROOM:
+        return False
+    return func._schema.is_mutable or not storages(result).keys() <= storages((args, kwargs)).keys()
 
 
 def operations(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -100,26 +112,15 @@ def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return FakeTensor(mode, tensor.detach().to("meta"), CPU)
 
 
-@contextmanager
-def without_contents(network: nn.Module, mode: FakeTensorMode) -> Iterator[Storages]:
-    """Within this context all parameters and buffers of a network are fake; gives their storages.
+def without_contents(network: nn.Module, mode: FakeTensorMode) -> dict[int, torch.UntypedStorage]:
+    """Make fakes of all parameters and buffers of a network, in place; their storages.
 
-    Those that share a storage still do. For the caller alone: who uses the network in another thread gets the fakes.
+    One that has several names stays one.
     """
     found: dict[int, Tensor] = {}
-    before = [
-        (table, name, tensor)
-        for module in network.modules()
-        for table in (module._parameters, module._buffers)
-        for name, tensor in table.items()
-        if tensor is not None
-    ]
-    try:
-        for table, name, tensor in before:
-            key = id(tensor)
-            found.setdefault(key, fake(tensor, mode))
-            table[name] = found[key]  # type: ignore[assignment]
-        yield storages(list(found.values()))
-    finally:
-        for table, name, tensor in before:
-            table[name] = tensor  # type: ignore[assignment]
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = found.setdefault(id(tensor), fake(tensor, mode))  # type: ignore[assignment]
+    return storages(list(found.values()))

@@ -1,30 +1,30 @@
 """What one training step takes of a device, predicted without weights and without running it.
 
-`prepare` makes of a network on the meta device what a device would hold: packed weights, slots at its sites,
-checkpoints. `footprint` then runs one forward and backward pass of it on tensors without contents (`models.dry_run`).
+`shapes` makes of a known base what a device would hold: packed weights, slots at its sites, checkpoints. `footprint`
+then runs one forward and backward pass of it, the modules' own code, on tensors without contents (`models.dry_run`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conf.errors import AntherError
-from models.adapter import Sites
-from models.denoiser import find_sites
+from models.denoiser import Denoiser
 from models.dry_run import DryRun, without_contents
-from models.packing import pack_shapes
-from models.slots import Layout, add_slots, lend, slot_layers
+from models.families.known import Known
+from models.objective import per_example_loss, rectified_flow
+from models.quantise import other_scratch
+from models.quantised import Quantised
+from models.slots import Layout
+from models.storages import storages
+from models.weights import kinds, quantise_shapes
 
 CHECKPOINTING = ("none", "block")
-
-Inputs = Callable[[int], Mapping[str, Any]]
-"""The keyword arguments of a network for so many entries; called where tensors have no contents."""
+NO_SCHEDULE = rectified_flow(1, trained_shift=1.0, shift=1.0)  # `one_pass` looks at none
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Footprint:
     """One forward and backward pass of one micro-batch, at the moment when it holds most."""
 
     base_bytes: int
-    """Frozen weights, packed or not."""
+    """Frozen weights that stay in memory: of a packed base the codes don't, whose file is mapped (`models.paging`)."""
     activations_bytes: int
     """Tensors of the pass: what autograd keeps, gradients on their way, and the inputs."""
     workspace_bytes: int
-    """Dequantised weights of one layer, and what kernels take for themselves (`models.workspace`)."""
+    """Slabs of dequantised weights, with the codes they are read from, and what kernels take for themselves."""
     adapter_bytes: int
     """LoRA factors."""
     optimiser_bytes: int
@@ -56,48 +56,55 @@ class Footprint:
         return held + self.adapter_bytes + self.optimiser_bytes + self.runtime_bytes
 
 
-def prepare(network: nn.Module, *, sites: str, weights: str = "fp32", checkpointing: str = "none") -> Sites:
-    """Make of a network on the meta device what a device holds of it, in place; its sites.
+def shapes(base: Known, *, sites: str, weights: str = "fp32", checkpointing: str = "none") -> Denoiser:
+    """What a device holds of a base, on the meta device.
 
     Args:
-        sites: regular expression on the names of its linear and convolution layers.
-        weights: a mode of `models.packing`.
-        checkpointing: 'none', or 'block': the activations of every block are computed again on the way back.
+        sites: regular expression on the names of its network's layers.
+        weights: one of `models.weights.MODES`.
+        checkpointing: as of Denoiser.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise AntherError(f"checkpointing={checkpointing}: must be one of: {', '.join(CHECKPOINTING)}")
-    found = find_sites(network, sites)
-    pack_shapes(network, weights)
-    add_slots(network, found)
-    network.requires_grad_(False).eval()
-    if checkpointing == "block":
-        network.enable_gradient_checkpointing()  # type: ignore[operator]  # of every diffusers network
-    return found
+    network = base.network()
+    quantise_shapes(network, kinds(network, weights))
+    return Denoiser(
+        network, NO_SCHEDULE, sites=sites, device="meta", checkpointing=checkpointing, forward=base.family.forward
+    )
+
+
+def example(base: Known, resolution: int) -> tuple[torch.Size, torch.Size]:
+    """The shapes of one picture's latents and of its packed caption.
+
+    Args:
+        resolution: side of the picture in pixels.
+    """
+    config = base.whole_config()
+    channels, _, patch = base.family.latents(config)
+    if resolution % (patch * base.scale):
+        raise AntherError(f"resolution={resolution}: must be a multiple of {patch * base.scale} for this base")
+    side = resolution // base.scale
+    return torch.Size((channels, side, side)), torch.Size(base.family.context(config))
 
 
 def footprint(
-    network: nn.Module,
-    inputs: Inputs,
-    *,
-    sites: Sites,
-    rank: int,
-    batch: int = 1,
-    runtime_bytes: int = 0,
+    base: Denoiser, latents: torch.Size, context: torch.Size, *, rank: int, batch: int = 1, runtime_bytes: int = 0
 ) -> Footprint:
-    """Of a network with slots at its `sites`, real or on the meta device; its weights are not looked at.
+    """Of `shapes`, whose tensors become fake ones.
 
     Args:
-        inputs: what it is called with.
+        latents, context: shapes of one example.
         rank: of the adapter that is trained, at every site.
         batch: entries of a micro-batch, each with a slot of its own as DP-SGD wants them.
         runtime_bytes: passed on to the result.
     """
-    layout = Layout(sites, rank)
+    layout = Layout(base.sites, rank)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with without_contents(network, mode) as frozen, mode, DryRun(frozen) as run:
-        one_pass(network, inputs, torch.zeros(batch, layout.size), layout)
+    frozen = without_contents(base.network, mode)
+    mapped = storages([layer.codes for layer in base.network.modules() if isinstance(layer, Quantised)])
+    with mode, other_scratch(), DryRun(frozen, mapped) as run:
+        x, texts = (torch.zeros(batch, *shape) for shape in (latents, context))
+        one_pass(base, x, texts, layout, torch.zeros(batch, layout.size))
     return Footprint(
-        base_bytes=sum(storage.nbytes() for storage in frozen.values()),
+        base_bytes=sum(storage.nbytes() for key, storage in frozen.items() if key not in mapped),
         activations_bytes=run.activations_bytes,
         workspace_bytes=run.workspace_bytes,
         adapter_bytes=4 * layout.size,
@@ -109,14 +116,9 @@ def footprint(
     )
 
 
-def one_pass(network: nn.Module, inputs: Inputs, rows: Tensor, layout: Layout) -> Tensor:
-    """Forward and backward of one entry for each row of adapters [n, D]: their gradients [n, D]."""
-    layers = slot_layers(network)
+def one_pass(base: Denoiser, x: Tensor, context: Tensor, layout: Layout, rows: Tensor) -> Tensor:
+    """Forward and backward of entries x [N, c, h, w], one for each row of adapters [N, D]: their gradients [N, D]."""
     parts = [part.detach().requires_grad_() for part in rows.split(layout.widths, dim=1)]
-    lend(layers, [layout.from_parts(parts)])
-    try:
-        output = network(**inputs(len(rows)), return_dict=False)[0]
-        losses = output.square().flatten(1).mean(1)
+    with base.lending([layout.from_parts(parts)]) as denoise:
+        losses = per_example_loss(denoise(x, x.new_zeros(len(x)), context), x)
         return torch.cat(torch.autograd.grad(losses.sum(), parts), dim=1)
-    finally:
-        lend(layers, [])

@@ -9,7 +9,7 @@ import pytest
 
 from client import plan
 from client.ladder import MARGIN, Setting
-from models.architectures import BUILT_IN
+from models.families.known import KNOWN
 
 
 @pytest.fixture(autouse=True)
@@ -85,13 +85,13 @@ def test_mistakes_cost_one_line(words: list[str], message: str, capsys: pytest.C
 
 def test_resolutions_are_those_that_a_network_can_take() -> None:
     def sides(name: str) -> list[int]:
-        return list(dict.fromkeys(setting.resolution for setting in plan.settings(BUILT_IN[name])))
+        return list(dict.fromkeys(setting.resolution for setting in plan.settings(KNOWN[name])))
 
     assert sides("sd15") == [512, 384, 256]
     assert sides("sdxl") == [1024, 768, 512, 256]
     assert sides("sd21") == [768, 576, 384]
-    assert Setting(1024, "cross", "fp32") in plan.settings(BUILT_IN["pixart_sigma"])
-    assert {setting.sites for setting in plan.settings(BUILT_IN["flux_dev"])} == {"attention"}
+    assert Setting(1024, "cross", "fp32") in plan.settings(KNOWN["pixart-sigma"])
+    assert {setting.sites for setting in plan.settings(KNOWN["flux-dev"])} == {"attention"}
 
 
 @pytest.mark.parametrize(
