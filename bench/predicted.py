@@ -1,14 +1,12 @@
 """Does the predicted footprint hold?  python -m bench.predicted [--only NAME …] [--full] [--measured JSON]
 
-Of every configuration the peak is predicted on the meta device; then a fresh process builds it with random weights,
-takes one training step, and tells its peak resident memory (VmHWM, reset once the network is built and packed: how it
-gets there is another matter). The kernels' workspace was fitted on single operations, nothing on any of these networks.
-What a process holds beside that (Python, PyTorch, kernels once they are in use, and what the allocator can't give back)
-is found on a network of 4 million parameters, as measured less predicted, and is part of every prediction; `net` leaves
-it out on both sides.
+Of every configuration the peak is predicted on the meta device; then a fresh process, started lean (`conf.lean`), maps
+a packed base with random weights, takes one private step of the trainer itself, `training.trainer.train`, with one
+picture for each entry of the pass, and tells its peak resident memory (VmHWM), from its first import on.
 
-UNets take a step of the trainer itself, `training.trainer.train`, private, with one picture for each entry of the pass;
-transformers, for which there is no base yet, its forward and backward pass alone.
+The kernels' workspace was fitted on single operations, nothing on any of these networks. What a process holds beside
+all that (Python, PyTorch, kernels once they are in use, and what the allocator can't give back) is found on a network
+of 4 million parameters, as measured less predicted, and is part of every prediction; `net` leaves it out on both sides.
 """
 
 from __future__ import annotations
@@ -19,7 +17,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from bench.machine import machine, versions
 from bench.workloads import schedule
+from conf import lean
+from models import packed
 from models.adapter import initial
-from models.architectures import ATTENTION, BUILT_IN, Architecture
-from models.denoiser import Denoiser, find_sites
-from models.footprint import Footprint, footprint, one_pass, prepare
-from models.slots import Layout, add_slots
+from models.denoiser import Denoiser
+from models.families.known import KNOWN, Known
+from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.footprint import Footprint, example, footprint, shapes
+from models.pack import pack
 from privacy.noise import Simulated
 from training.jobs import DPSGD, Examples, Train
 from training.trainer import train
 
 MIB = 2**20
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # tensors go back to the system when they die
+GRANTED = 2**40  # bytes: the peak is measured, not kept to
 OVER, UNDER = 0.10, 0.05  # how far a prediction may lie above and below what was measured
 
 
@@ -49,7 +50,7 @@ OVER, UNDER = 0.10, 0.05  # how far a prediction may lie above and below what wa
 class Case:
     """One network, and how a step of it is taken."""
 
-    architecture: Architecture
+    network: str  # of NETWORKS
     resolution: int
     weights: str = "fp32"
     checkpointing: str = "none"
@@ -59,125 +60,118 @@ class Case:
     @property
     def name(self) -> str:
         """Short, and its own."""
-        kept = f"{self.weights} {self.checkpointing} ×{self.batch} r{self.rank}"
-        return f"{self.architecture.name} {self.resolution}² {kept}"
+        return f"{self.network} {self.resolution}² {self.weights} {self.checkpointing} ×{self.batch} r{self.rank}"
+
+    @property
+    def base(self) -> Known:
+        """Its shapes."""
+        return NETWORKS[self.network]
 
 
-def _unet(name: str, **config: Any) -> Architecture:
-    return Architecture(name, "UNet2DConditionModel", {"cross_attention_dim": 768, "attention_head_dim": 8, **config})
+def _unet(*widths: int, attending: int | None = None, **config: Any) -> Known:
+    """A UNet with cross-attention in its first blocks, or in all."""
+    blocks = len(widths)
+    attending = blocks if attending is None else attending
+    down = ("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",) * (blocks - attending)
+    up = ("UpBlock2D",) * (blocks - attending) + ("CrossAttnUpBlock2D",) * attending
+    plain = {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": widths}
+    return Known(family=STABLE_DIFFUSION, config={**plain, "down_block_types": down, "up_block_types": up, **config})
 
 
-def _smaller(name: str, like: str, **config: Any) -> Architecture:
-    return replace(BUILT_IN[like], name=name, config={**BUILT_IN[like].config, **config})
+def _like(name: str, **config: Any) -> Known:
+    return replace(KNOWN[name], config={**KNOWN[name].config, **config})
 
 
-SMALL = _unet(
-    "unet-4M", block_out_channels=(64, 128), down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2, layers_per_block=1,
-)  # fmt: skip
-UNETS = (
-    _unet("unet-142M", block_out_channels=(128, 256, 512, 512)),
-    _unet(
-        "unet-34M", block_out_channels=(128, 192, 256), cross_attention_dim=128,
-        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+NETWORKS: Mapping[str, Known] = {
+    "runtime": _unet(64, 128, layers_per_block=1),
+    "unet-142M": _unet(128, 256, 512, 512, attending=3),
+    "unet-34M": _unet(128, 192, 256, cross_attention_dim=128),
+    "bk-sdm-thin": _like("bk-sdm-tiny", block_out_channels=(160, 320, 640)),
+    "sdxl-thin": _like(
+        "sdxl", block_out_channels=(96, 192, 384), attention_head_dim=(3, 6, 12),
+        transformer_layers_per_block=(1, 1, 4), cross_attention_dim=1024,
     ),
-    _smaller("bk-sdm-thin", "bk_sdm_tiny", block_out_channels=(160, 320, 640)),
-)  # fmt: skip
-TRANSFORMERS = (
-    _smaller(
-        "pixart-60M", "pixart_sigma", num_layers=8, num_attention_heads=8, cross_attention_dim=576,
-        caption_channels=1024,
+    "pixart-60M": _like(
+        "pixart-sigma", num_layers=8, num_attention_heads=8, cross_attention_dim=576, caption_channels=1024
     ),
-    _smaller("sd3-80M", "sd35_medium", num_layers=6, num_attention_heads=8, caption_projection_dim=512,
-             joint_attention_dim=1024, pos_embed_max_size=96, dual_attention_layers=(0, 1, 2)),
-    _smaller("flux-90M", "flux_dev", num_layers=3, num_single_layers=4, num_attention_heads=4,
-             joint_attention_dim=1024),
-    _smaller("sana-70M", "sana_600m", num_layers=8, num_attention_heads=16, num_cross_attention_heads=8,
-             cross_attention_head_dim=64, cross_attention_dim=512, caption_channels=1024),
+    "sd3-80M": _like(
+        "sd35-medium", num_layers=6, num_attention_heads=8, caption_projection_dim=512, joint_attention_dim=1024,
+        pos_embed_max_size=96, dual_attention_layers=(0, 1, 2),
+    ),
+    "flux-90M": _like(
+        "flux-dev", num_layers=3, num_single_layers=4, num_attention_heads=4, joint_attention_dim=1024
+    ),
+    "sana-70M": _like(
+        "sana-600m", num_layers=8, num_attention_heads=16, num_cross_attention_heads=8, cross_attention_head_dim=64,
+        cross_attention_dim=512, caption_channels=1024,
+    ),
+    **KNOWN,
+}  # fmt: skip
+RUNTIME = Case("runtime", 256, "int8", "block")
+WAYS = (
+    (512, "fp32", "none"), (512, "fp32", "block"), (512, "int8", "none"), (512, "mixed", "block"),
+    (256, "nf4", "none"), (256, "nf4", "block"),
 )  # fmt: skip
+SANA_WAYS = tuple((2 * side, weights, checkpointing) for side, weights, checkpointing in WAYS)  # of latents a sixteenth
 CASES = (
-    *(
-        Case(architecture, 256, weights, checkpointing)
-        for architecture in UNETS
-        for weights in ("fp32", "int8")
-        for checkpointing in ("none", "block")
-    ),
-    Case(UNETS[0], 512, "int8", "block"),
-    Case(UNETS[1], 256, "fp32", "none", batch=3),
-    Case(UNETS[1], 384, "int8", "block", batch=2, rank=32),
-    Case(UNETS[2], 512, "fp32", "none"),
-    *(
-        Case(architecture, 512, weights, checkpointing)
-        for architecture in TRANSFORMERS
-        for weights, checkpointing in (("fp32", "none"), ("fp32", "block"), ("int8", "block"))
-    ),
-    Case(TRANSFORMERS[0], 256, "fp32", "none", batch=4),
-    Case(TRANSFORMERS[2], 768, "int8", "block", batch=2),
+    *(Case(name, *way) for name in list(NETWORKS)[1:8] for way in WAYS),
+    *(Case("sana-70M", *way) for way in SANA_WAYS),
+    Case("unet-34M", 256, "fp32", "none", batch=3),
+    Case("unet-34M", 384, "int8", "block", batch=2, rank=32),
+    Case("pixart-60M", 256, "mixed", "none", batch=4),
+    Case("flux-90M", 512, "int8", "block", batch=2),
 )
 FULL = (
-    Case(BUILT_IN["bk_sdm_small"], 512, "int8", "block"),
-    Case(BUILT_IN["sd15"], 256, "int8", "block"),
-    Case(BUILT_IN["sd15"], 512, "int8", "block"),
-    Case(BUILT_IN["sd15"], 512, "fp32", "none"),
-    Case(BUILT_IN["pixart_sigma"], 512, "int8", "block"),
+    Case("bk-sdm-small", 512, "int8", "block"),
+    Case("sd15", 512, "mixed", "block"),
+    Case("pixart-sigma", 512, "nf4", "block"),
 )  # minutes each
+KNOWN_CASES = {case.name: case for case in (RUNTIME, *CASES, *FULL)}
 
 
 def predicted(case: Case) -> Footprint:
     """From shapes alone, without the runtime."""
-    network = case.architecture.build()
-    sites = prepare(network, sites=ATTENTION, weights=case.weights, checkpointing=case.checkpointing)
-    inputs = case.architecture.inputs(case.resolution)
-    return footprint(network, inputs, sites=sites, rank=case.rank, batch=case.batch)
+    base = case.base
+    held = shapes(base, sites=base.family.sites, weights=case.weights, checkpointing=case.checkpointing)
+    return footprint(held, *example(base, case.resolution), rank=case.rank, batch=case.batch)
 
 
-def measured(case: Case) -> int:
-    """Bytes: the peak of one step, in this process."""
-    network = case.architecture.build().to_empty(device="cpu")
-    for tensor in (*network.parameters(), *network.buffers()):
-        nn.init.normal_(tensor, std=0.02)
-    if case.checkpointing == "block":
-        network.enable_gradient_checkpointing()  # type: ignore[operator]
-    step = _trained if case.architecture.kind == "UNet2DConditionModel" else _passed
-    return step(network, case)
+def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
+    """A pipeline's folder with a network of random weights, packed in these modes, each in a folder of its name."""
+    import diffusers
+
+    known, source = NETWORKS[network], folder / "source"
+    torch.manual_seed(0)
+    made: Any = getattr(diffusers, known.family.kind)(**known.config)
+    made.save_pretrained(source / known.family.network)
+    index = {"_class_name": known.family.pipeline, known.family.network: ["diffusers", known.family.kind]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    del made
+    for mode in modes:
+        pack(str(source), folder / mode, mode)
 
 
-def _trained(network: nn.Module, case: Case) -> int:
-    base = Denoiser(network, schedule(torch.device("cpu")), sites=ATTENTION, int8=case.weights == "int8")
-    shapes = case.architecture.inputs(case.resolution)(case.batch)
+def measured(case: Case, folder: Path) -> int:
+    """Bytes: the peak of this process, one step of a packed base later."""
+    base = case.base
+    network = packed.load(folder / case.weights / base.family.network, base.family.kind)
+    cpu = torch.device("cpu")
+    denoiser = Denoiser(
+        network, schedule(cpu), sites=base.family.sites, checkpointing=case.checkpointing, forward=base.family.forward
+    )
+    latents, context = example(base, case.resolution)
     job = Train(
-        client="device", round=1, purpose="shared", seed=0, start=initial(base.sites, case.rank, seed=0), steps=1,
-        examples=Examples(torch.randn_like(shapes["sample"]), torch.randn_like(shapes["encoder_hidden_states"])),
+        client="device", round=1, purpose="shared", seed=0, start=initial(denoiser.sites, case.rank, seed=0), steps=1,
+        examples=Examples(torch.randn(case.batch, *latents), torch.ones(case.batch, *context)),
         batch_size=case.batch, learning_rate=1e-3,
         privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=1.0),
         noise=Simulated(seed=0, client="device", round=1, purpose="shared"),
         names=tuple(map(str, range(case.batch))),
     )  # fmt: skip
-    _reset_peak()
-    found = train(base, [job], memory=2**40, timesteps=1)[0]
+    found = train(denoiser, [job], memory=GRANTED, timesteps=1)[0]
     if isinstance(found, Exception):
         raise found
     return _peak()
-
-
-def _passed(network: nn.Module, case: Case) -> int:
-    sites = find_sites(network, ATTENTION)
-    if case.weights == "int8":
-        from models.quantise import quantise_layers
-
-        quantise_layers(network)
-    add_slots(network, sites)
-    network.requires_grad_(False).eval()
-    layout = Layout(sites, case.rank)
-    rows, others = torch.randn(case.batch, layout.size), torch.ones(3, layout.size)  # these a step would need
-    _reset_peak()
-    one_pass(network, case.architecture.inputs(case.resolution), rows, layout)
-    del others
-    return _peak()
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:
@@ -185,18 +179,24 @@ def _peak() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def in_fresh_process(case: Case) -> int:
-    """The same in a process of its own."""
-    name = "runtime" if case == RUNTIME else case.name
-    command = [sys.executable, "-m", "bench.predicted", "--measure", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ALLOCATOR)
+def child(*arguments: str) -> str:
+    """What a lean process of this module prints last."""
+    command = [sys.executable, "-m", "bench.predicted", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **lean.ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{case.name}: {done.stderr[-2000:]}")
-    return int(done.stdout.split()[-1])
+        raise RuntimeError(f"{shlex.join(arguments)}: {done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-RUNTIME = Case(SMALL, 256, "int8", "block")
-KNOWN = {"runtime": RUNTIME} | {case.name: case for case in (*CASES, *FULL)}
+def in_fresh_processes(cases: Sequence[Case]) -> Iterator[tuple[Case, int]]:
+    """The peak of each case, in a process of its own; each network is packed once, and goes when it is through."""
+    for network in dict.fromkeys(case.network for case in cases):
+        own = [case for case in cases if case.network == network]
+        with tempfile.TemporaryDirectory() as folder:
+            child("--prepare", network, "--folder", folder, "--modes", *{case.weights for case in own})
+            for case in own:
+                yield case, int(child("--measure", case.name, "--folder", folder))
 
 
 def row(case: Case, runtime: int, found: int) -> dict[str, Any]:
@@ -216,7 +216,9 @@ def row(case: Case, runtime: int, found: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 1 if a prediction lies out of bounds."""
     parser = argparse.ArgumentParser(prog="python -m bench.predicted", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--measure", choices=KNOWN, help=argparse.SUPPRESS)
+    for hidden in ("--measure", "--prepare", "--folder"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--modes", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[""], help="those whose name begins so")
     parser.add_argument("--full", action="store_true", help="networks of full size too: minutes each, and 7 GB")
     parser.add_argument(
@@ -225,26 +227,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("bench/results/predicted.json"))
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if asked.measure:
-        print(measured(KNOWN[asked.measure]))
+    if asked.prepare:
+        prepare(asked.prepare, Path(asked.folder), asked.modes)
         return 0
-    known = _known(asked.measured) if asked.measured else {}
-    smallest = known.get("runtime") or in_fresh_process(RUNTIME)
-    runtime = smallest - predicted(RUNTIME).peak_bytes
-    rows = []
-    for case in (*CASES, *(FULL if asked.full else ())):
-        if case.name.startswith(tuple(asked.only)):
-            rows.append(row(case, runtime, known.get(case.name) or in_fresh_process(case)))
-            print(f"{case.name}: {rows[-1]['error']:+.1%}, net {rows[-1]['net_error']:+.1%}", file=sys.stderr)
+    if asked.measure:
+        with lean.imports():
+            print(measured(KNOWN_CASES[asked.measure], Path(asked.folder)))
+        return 0
+    wanted = [case for case in (*CASES, *(FULL if asked.full else ())) if case.name.startswith(tuple(asked.only))]
+    found = _measured_before(asked.measured) if asked.measured else {}
+    lacking = [case for case in (RUNTIME, *wanted) if case.name not in found]
+    for case, peak in in_fresh_processes(lacking):
+        found[case.name] = peak
+        print(f"{case.name}: {peak / MIB:,.0f} MiB", file=sys.stderr)
+    runtime = found[RUNTIME.name] - predicted(RUNTIME).peak_bytes
+    rows = [row(case, runtime, found[case.name]) for case in wanted]
     Console(width=130).print(table(rows))
     sound = all(-UNDER <= found["error"] <= OVER for found in rows)
     record = {
         "command": shlex.join(["python", "-m", "bench.predicted", *(sys.argv[1:] if arguments is None else arguments)]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "diffusers"),
-        "allocator": ALLOCATOR,
+        "environment": lean.ENVIRONMENT,
         "runtime_bytes": runtime,
-        "runtime_peak_bytes": smallest,
+        "runtime_peak_bytes": found[RUNTIME.name],
         "within_bounds": sound,
         "rows": rows,
     }
@@ -252,10 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if sound else 1
 
 
-def _known(path: Path) -> dict[str, int]:
+def _measured_before(path: Path) -> dict[str, int]:
     """The bytes that an earlier run measured, by the names of its cases."""
     record = json.loads(path.read_text())
-    return {"runtime": record["runtime_peak_bytes"]} | {row["case"]: row["measured_bytes"] for row in record["rows"]}
+    measured = {row["case"]: row["measured_bytes"] for row in record["rows"]}
+    return {RUNTIME.name: record["runtime_peak_bytes"]} | measured
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
