@@ -1,12 +1,12 @@
 """The ladder: every way in which a device could train a base, from the best down, and which of them it can.
 
-A rung is a quality: resolution first, then the sites that are trained, then the bits of the base. How it is run is a
-matter of speed alone: the fastest of what fits, with or without checkpoints, in micro-batches of any size.
+A rung is a quality (resolution first, then the sites that are trained, then the bits of the base), and whether it does
+without checkpoints, which cost time alone. It is run in micro-batches of the fastest size that fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -25,7 +25,7 @@ class Setting:
     resolution: int  # side of a picture in pixels
     sites: str  # name of a set of sites
     weights: str  # one of `models.weights.MODES`
-    checkpointing: str = CHECKPOINTING[-1]  # the leanest unless it is said otherwise
+    checkpointing: str = CHECKPOINTING[-1]
     batch: int = 1  # pictures of a micro-batch
 
 
@@ -35,10 +35,10 @@ class Rung:
 
     setting: Setting
     footprint: Footprint
-    seconds: float  # of a step
-    joules: float  # of a step, the whole device
-    steps: int  # that there is time and battery for
     blocked: str | None = None
+    steps: int = 0  # that there is time and battery for; 0, as are the others, without the memory
+    seconds: float = 0.0  # of a step
+    joules: float = 0.0  # of a step, the whole device
 
     def battery_share(self, device: DeviceProfile) -> float | None:
         """Of a full battery, for all steps; None without one."""
@@ -48,9 +48,9 @@ class Rung:
 Predict = Callable[[Setting], Footprint]
 
 
-def qualities(resolutions: Sequence[int], sites: Sequence[str], weights: Sequence[str]) -> list[Setting]:
-    """All of them, each list from its best to its leanest."""
-    return [Setting(*each) for each in product(resolutions, sites, weights)]
+def settings(resolutions: Sequence[int], sites: Sequence[str], weights: Sequence[str]) -> list[Setting]:
+    """All of them, from the top rung down, of lists from their best to their leanest."""
+    return [Setting(*each) for each in product(resolutions, sites, weights, CHECKPOINTING)]
 
 
 def ladder(settings: Sequence[Setting], plan: Plan, predict: Predict) -> tuple[list[Rung], int | None]:
@@ -70,44 +70,34 @@ def ladder(settings: Sequence[Setting], plan: Plan, predict: Predict) -> tuple[l
 
 
 def fastest(setting: Setting, plan: Plan, predict: Predict) -> Rung:
-    """The fastest way to run a quality of those that fit; if none does, the leanest, which says what blocks it."""
-    leanest = rung(setting, plan, predict)
-    if too_large(leanest.footprint, plan.device):
-        return leanest
-    found = [leanest]
-    for faster in _faster(setting, plan.pictures):
-        candidate = rung(faster, plan, predict)
-        if not too_large(candidate.footprint, plan.device):
-            found.append(candidate)
-    return min(found, key=lambda candidate: candidate.seconds)
-
-
-def _faster(setting: Setting, pictures: int) -> Iterator[Setting]:
-    """The same without checkpoints, and in larger micro-batches."""
-    batches = [2**power for power in range(pictures.bit_length()) if 2**power <= pictures]
-    for checkpointing, batch in product(CHECKPOINTING, batches):
-        other = replace(setting, checkpointing=checkpointing, batch=batch)
-        if other != setting:
-            yield other
+    """A setting in the fastest micro-batches of those that fit; if none does, in the smallest, with what blocks it."""
+    found = rung(setting, plan, predict)
+    if too_large(found.footprint, plan.device):
+        return found
+    for power in range(1, plan.pictures.bit_length()):
+        larger = rung(replace(setting, batch=2**power), plan, predict)
+        if too_large(larger.footprint, plan.device):
+            break
+        found = min(found, larger, key=lambda rung: rung.seconds)
+    return found
 
 
 def rung(setting: Setting, plan: Plan, predict: Predict) -> Rung:
     """One setting against one device."""
     footprint, device = predict(setting), plan.device
+    if too_large(footprint, device):
+        least = f"{MARGIN * footprint.peak_bytes / MIB:,.0f}"
+        return Rung(setting, footprint, f"memory: {least} of {device.memory_gib * GIB / MIB:,.0f}")
     seconds = -(-plan.pictures // setting.batch) * pass_seconds(footprint, device)
     joules = seconds * device.watts_busy
     steps = {"time": plan.hours * HOUR / seconds}
     if device.battery_wh is not None:
         steps["battery"] = plan.battery_share * device.battery_wh * HOUR / joules
     scarce = min(steps, key=lambda name: steps[name])
-    possible = min(plan.steps, int(steps[scarce]))
-    blocked = None
-    if too_large(footprint, device):
-        least = f"{MARGIN * footprint.peak_bytes / MIB:,.0f}"
-        blocked = f"memory: {least} of {device.memory_gib * GIB / MIB:,.0f} MiB"
-    elif possible < plan.least_steps:
-        blocked = f"{scarce}: enough for {possible} steps, of at least {plan.least_steps}"
-    return Rung(setting, footprint, seconds, joules, possible, blocked)
+    possible, blocked = min(plan.steps, int(steps[scarce])), None
+    if possible < plan.least_steps:
+        blocked = f"{scarce}: {possible} steps, of at least {plan.least_steps}"
+    return Rung(setting, footprint, blocked, possible, seconds, joules)
 
 
 def too_large(footprint: Footprint, device: DeviceProfile) -> bool:

@@ -33,20 +33,20 @@ class Footprint:
 
     base_bytes: int
     """Frozen weights that stay in memory: of a packed base the codes don't, whose file is mapped (`models.paging`)."""
-    activations_bytes: int
+    activations_bytes: int = 0
     """Tensors of the pass: what autograd keeps, gradients on their way, and the inputs."""
-    workspace_bytes: int
+    workspace_bytes: int = 0
     """Slabs of dequantised weights, with the codes they are read from, and what kernels take for themselves."""
-    adapter_bytes: int
+    adapter_bytes: int = 0
     """LoRA factors."""
-    optimiser_bytes: int
+    optimiser_bytes: int = 0
     """Two moments, and the sum of clipped gradients."""
-    runtime_bytes: int
+    runtime_bytes: int = 0
     """The process without any of this: Python, PyTorch and what else it imports."""
-    matrix_operations: int
+    matrix_operations: int = 0
     """Multiplications and additions of matrix products and attention, forward and backward."""
-    convolution_operations: int
-    moved_bytes: int
+    convolution_operations: int = 0
+    moved_bytes: int = 0
     """Read and written by everything else, which memory sets the pace of."""
 
     @property
@@ -85,6 +85,17 @@ def example(base: Known, resolution: int) -> tuple[torch.Size, torch.Size]:
     return torch.Size((channels, side, side)), torch.Size(base.family.context(config))
 
 
+def resident_bytes(base: Denoiser) -> int:
+    """Bytes of a base that stay in memory, whatever is done with it."""
+    tensors = {id(tensor): tensor for tensor in (*base.network.parameters(), *base.network.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values()) - sum(codes.nbytes for codes in _mapped(base))
+
+
+def _mapped(base: Denoiser) -> list[Tensor]:
+    """The codes of a packed base: pages of a file, given back once they are read."""
+    return [layer.codes for layer in base.network.modules() if isinstance(layer, Quantised)]
+
+
 def footprint(
     base: Denoiser, latents: torch.Size, context: torch.Size, *, rank: int, batch: int = 1, runtime_bytes: int = 0
 ) -> Footprint:
@@ -99,12 +110,11 @@ def footprint(
     layout = Layout(base.sites, rank)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     frozen = without_contents(base.network, mode)
-    mapped = storages([layer.codes for layer in base.network.modules() if isinstance(layer, Quantised)])
-    with mode, other_scratch(), DryRun(frozen, mapped) as run:
+    with mode, other_scratch(), DryRun(frozen, storages(_mapped(base))) as run:
         x, texts = (torch.zeros(batch, *shape) for shape in (latents, context))
         one_pass(base, x, texts, layout, torch.zeros(batch, layout.size))
     return Footprint(
-        base_bytes=sum(storage.nbytes() for key, storage in frozen.items() if key not in mapped),
+        base_bytes=resident_bytes(base),
         activations_bytes=run.activations_bytes,
         workspace_bytes=run.workspace_bytes,
         adapter_bytes=4 * layout.size,

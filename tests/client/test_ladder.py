@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.ladder import GIB, HOUR, MARGIN, Rung, Setting, fastest, ladder, pass_seconds, qualities, rung
+from client import ladder as ladders
+from client.ladder import GIB, HOUR, MARGIN, Rung, Setting, fastest, ladder, pass_seconds, rung
 from conf.planning import DeviceProfile, Plan
 from models.footprint import Footprint
 
 RESOLUTIONS, SITES, WEIGHTS = (512, 256), ("attention", "cross"), ("fp32", "int8", "nf4")
-ALL = qualities(RESOLUTIONS, SITES, WEIGHTS)
+ALL = ladders.settings(RESOLUTIONS, SITES, WEIGHTS)
 BASE = {"fp32": 3.2, "int8": 0.8, "nf4": 0.45}
 
 
@@ -45,11 +46,11 @@ def fits(setting: Setting, memory: float) -> bool:
     return MARGIN * predict(setting).peak_bytes <= memory * GIB
 
 
-def test_qualities_go_from_the_best_down() -> None:
-    assert len(ALL) == 12
-    assert ALL[0] == Setting(512, "attention", "fp32", "block", 1)
-    assert [setting.weights for setting in ALL[:4]] == ["fp32", "int8", "nf4", "fp32"]
-    assert [setting.resolution for setting in ALL] == [512] * 6 + [256] * 6
+def test_the_ladder_goes_from_the_best_down() -> None:
+    assert len(ALL) == 24
+    assert ALL[:2] == [Setting(512, "attention", "fp32", "none"), Setting(512, "attention", "fp32", "block")]
+    assert [setting.weights for setting in ALL[:8:2]] == ["fp32", "int8", "nf4", "fp32"]
+    assert [setting.resolution for setting in ALL] == [512] * 12 + [256] * 12
 
 
 @given(memory=st.floats(0.3, 10), pictures=st.integers(1, 9), rungs=st.integers(0, 4))
@@ -66,18 +67,14 @@ def test_the_best_that_fits_in_its_fastest_form(memory: float, pictures: int, ru
     assert len(found) == min(len(ALL), best + rungs + 1)
     chosen = found[best]
     assert chosen.blocked is None
-    assert chosen.setting == replace(able[0], checkpointing=chosen.setting.checkpointing, batch=chosen.setting.batch)
-    forms = [
-        replace(able[0], checkpointing=checkpointing, batch=batch)
-        for checkpointing in ("none", "block")
-        for batch in (1, 2, 4, 8)
-        if batch <= pictures
-    ]
+    forms = [replace(able[0], batch=batch) for batch in (1, 2, 4, 8) if batch <= pictures]
     seconds = {form: -(-pictures // form.batch) * pass_seconds(predict(form), device()) for form in forms}
+    assert chosen.setting in forms
     assert chosen.seconds == min(seconds[form] for form in forms if fits(form, memory))
     for above in found[:best]:
         assert above.blocked is not None
         assert above.blocked.startswith("memory: ")
+        assert (above.steps, above.seconds, above.joules) == (0, 0.0, 0.0)
 
 
 def test_a_prediction_that_just_fits_has_no_room_for_being_under() -> None:
@@ -99,12 +96,12 @@ def test_seconds_are_work_over_rates() -> None:
     [
         (1.0, None, 100, None),
         (150 / HOUR, None, 50, None),
-        (30 / HOUR, None, 10, "time: enough for 10 steps, of at least 20"),
+        (30 / HOUR, None, 10, "time: 10 steps, of at least 20"),
         (1.0, 1.0, 100, None),  # half of 3600 J, at 18 J a step
         (1.0, 0.5, 50, None),
-        (1.0, 0.1, 10, "battery: enough for 10 steps, of at least 20"),
-        (60 / HOUR, 0.1, 10, "battery: enough for 10 steps, of at least 20"),
-        (30 / HOUR, 0.5, 10, "time: enough for 10 steps, of at least 20"),
+        (1.0, 0.1, 10, "battery: 10 steps, of at least 20"),
+        (60 / HOUR, 0.1, 10, "battery: 10 steps, of at least 20"),
+        (30 / HOUR, 0.5, 10, "time: 10 steps, of at least 20"),
     ],
 )
 def test_time_and_battery_limit_the_steps(hours: float, battery: float | None, steps: int, blocked: str | None) -> None:
@@ -124,8 +121,8 @@ def test_a_rung_that_is_too_slow_lets_a_smaller_picture_through() -> None:
     assert {(above.blocked or "").split(":")[0] for above in found[:best]} == {"time"}
 
 
-def test_nothing_is_predicted_twice_for_nothing() -> None:
-    """Where the leanest doesn't fit, no faster form is asked for."""
+def test_nothing_is_predicted_for_nothing() -> None:
+    """Where a micro-batch doesn't fit, no larger one is asked for."""
     asked: list[Setting] = []
 
     def counting(setting: Setting) -> Footprint:
@@ -134,6 +131,8 @@ def test_nothing_is_predicted_twice_for_nothing() -> None:
 
     fastest(ALL[0], Plan(device=device(memory_gib=1.0), pictures=8), counting)
     assert asked == [ALL[0]]
+    fastest(ALL[2], Plan(device=device(memory_gib=3.0), pictures=16), counting)
+    assert [setting.batch for setting in asked[1:]] == [1, 2]
 
 
 def test_it_is_deterministic() -> None:
