@@ -16,7 +16,7 @@ from models.denoiser import Denoiser
 from models.families.known import KNOWN
 from models.footprint import Footprint, footprint, resident_bytes
 
-RUNTIME = 450  # MiB, of the profile
+RUNTIME = planned(["device=pi4_2gb"], Path("/nowhere")).device.runtime_mib
 
 
 @pytest.fixture(autouse=True)
