@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,10 @@ class Checkpoint:
     def load_encoders(self) -> Any:
         """The pipeline with nothing but its text encoders and tokenisers."""
         import diffusers  # slow import, so only here
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        diffusers.utils.logging.disable_progress_bar()
-        verbosity = diffusers.utils.logging.get_verbosity()
-        diffusers.utils.logging.set_verbosity_error()  # it misses what we leave out
         left_out = dict.fromkeys(self.parts.keys() - set(self.family.encoders))
-        try:
+        with _quiet():  # diffusers misses what we leave out
             return self._from_pretrained(getattr(diffusers, self.family.pipeline), self.folder, **left_out)
-        finally:
-            diffusers.utils.logging.set_verbosity(verbosity)
 
     def _from_pretrained(self, kind: Any, folder: Path, **options: Any) -> Any:
         options |= {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
@@ -86,6 +80,24 @@ class Checkpoint:
             "safety_checker": self.parts.get("safety_checker", "none"),
             "requires_safety_checker": str(self.requires_safety_checker).lower(),
         }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a word from the libraries, whose importing of a pipeline alone misses image processors nobody needs."""
+    import diffusers  # slow import, so only here
+    import transformers
+
+    loggers = [library.utils.logging for library in (diffusers, transformers)]
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
 
 
 def recognise(folder: Path) -> Checkpoint:
