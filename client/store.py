@@ -80,6 +80,15 @@ class Store:
                 "remove it and personalise again"
             ) from error
 
+    def personal_sites(self) -> tuple[str, ...]:
+        """Where the personal adapter has its factors: the names of the base's layers; none before the first one."""
+        try:
+            tensors, _ = _load(self._storage.read(PERSONAL) or save({}))
+        except (SafetensorError, ValueError):
+            return ()  # `personal` says what is wrong with it
+        names = (name.partition("/") for name in tensors)
+        return tuple(sorted({site.rpartition(".")[0] for part, _, site in names if part == "personal"}))
+
     def roll_back(self) -> None:
         """Return to the shared adapter before this one, with what was personal on top of it.
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.errors import AntherError
+from models import loading
 from models.families.family import Family
 from models.families.flux import FLUX
 from models.families.pixart import PIXART
@@ -41,36 +39,19 @@ class Checkpoint:
         return _json(self.folder, self.folder / part / name)
 
     def load(self, part: str) -> Any:
-        """A network of the pipeline in float32, from safetensors only, never from the internet.
-
-        Raises:
-            AntherError: it is pickled, damaged or foreign.
-        """
+        """A network of the pipeline in float32; AntherError if it is pickled, damaged or foreign."""
         import diffusers  # slow import, so only here
 
-        if not any((self.folder / part).glob("*.safetensors")):
-            raise AntherError(
-                f"base {self.folder}: {part} holds no safetensors, and pickled weights are never read: convert them"
-            )
-        return self._from_pretrained(getattr(diffusers, self.parts[part]), self.folder / part).eval()
+        return loading.from_folder(getattr(diffusers, self.parts[part]), self.folder / part)
 
     def load_encoders(self) -> Any:
         """The pipeline with nothing but its text encoders and tokenisers."""
         import diffusers  # slow import, so only here
 
         left_out = dict.fromkeys(self.parts.keys() - set(self.family.encoders))
-        with _quiet():  # diffusers misses what we leave out
-            return self._from_pretrained(getattr(diffusers, self.family.pipeline), self.folder, **left_out)
-
-    def _from_pretrained(self, kind: Any, folder: Path, **options: Any) -> Any:
-        options |= {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
-        try:
-            return kind.from_pretrained(folder, **options)
-        except Exception as error:  # the libraries raise a dozen kinds for a damaged or foreign file
-            reason = " ".join(str(error).split())[:200]
-            raise AntherError(
-                f"base {folder}: can't load {kind.__name__} ({reason}): copy the pipeline again"
-            ) from error
+        with loading.quiet():  # importing a pipeline class is what complains
+            kind = getattr(diffusers, self.family.pipeline)
+        return loading.from_pretrained(kind, self.folder, **left_out)
 
     def notes(self) -> dict[str, str]:
         """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""
@@ -80,24 +61,6 @@ class Checkpoint:
             "safety_checker": self.parts.get("safety_checker", "none"),
             "requires_safety_checker": str(self.requires_safety_checker).lower(),
         }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a word from the libraries, whose importing of a pipeline alone misses image processors nobody needs."""
-    import diffusers  # slow import, so only here
-    import transformers
-
-    loggers = [library.utils.logging for library in (diffusers, transformers)]
-    before = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.disable_progress_bar()
-        logger.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)
 
 
 def recognise(folder: Path) -> Checkpoint:
