@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from client.home import owners_command, run
 from client.store import Store
 from conf.errors import AntherError
+from models.decoding import TILE
 from privacy.storage import Files
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from models.base import Base
 
 UNDER = ("personal", "shared", "base")
-TILE = 256  # pixels a side, for pictures that are larger: a VAE takes more memory than the network
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.5, help="1: none, as a base distilled to few steps needs")
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's own)")
     parser.add_argument("--small-vae", type=Path, metavar="DIR", help="an AutoencoderTiny that decodes")
-    parser.add_argument("--tile", type=int, help=f"side of pieces to decode; 0: whole (default: {TILE})")
+    parser.add_argument("--tile", type=int, default=TILE, help="side of the pieces to decode in pixels; 0: whole")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("drawn"), help="folder of the pictures")
     return run(parser, arguments, draw)
@@ -53,9 +53,7 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
     from PIL import Image
 
     from models.base import load
-    from models.slots import stack_adapters, to_device
-    from privacy.noise import stream
-    from training import inference
+    from training.inference import draw_under
     from training.memory import budget, for_looking
 
     _check(asked)
@@ -65,15 +63,11 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
         asked.base, sites="|".join(map(re.escape, sites)) or None, weights=asked.weights, device="auto",
         resolution=asked.resolution,
     )  # fmt: skip
-    adapters = _adapters(store, base, asked.under)
-    latents = inference.draw(
-        base, asked.captions, [stream(asked.seed, caption, "draw") for caption in asked.captions],
-        [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in adapters],
-        [0] * len(asked.captions), sampler=asked.sampler, steps=asked.steps, guidance=asked.guidance,
-        memory=for_looking(budget(None, base.device)),
+    latents = draw_under(
+        base, asked.captions, _adapters(store, base, asked.under), seed=asked.seed, sampler=asked.sampler,
+        steps=asked.steps, guidance=asked.guidance, memory=for_looking(budget(None, base.device)),
     )  # fmt: skip
-    tile = asked.tile if asked.tile is not None else TILE if base.resolution > TILE else 0
-    pictures = base.decode(latents, small=asked.small_vae, tile=tile or None)
+    pictures = base.decode(latents, small=asked.small_vae, tile=asked.tile or None)
     asked.out.mkdir(parents=True, exist_ok=True)
     written = []
     for number, (caption, picture) in enumerate(zip(asked.captions, pictures, strict=True), start=1):

@@ -8,7 +8,9 @@ from typing import Any
 from conf.errors import AntherError
 from models.loading import from_folder
 
-_TILE = 8  # latents: what a tile's side is a multiple of, so that tiles overlap by whole ones
+TILE = 256  # pixels a side: a VAE takes more memory than the network, in proportion to what it decodes at once
+
+_EVEN = 8  # latents: what a tile's side is a multiple of, so that tiles overlap by whole ones
 
 
 def small_vae(folder: Path) -> Any:
@@ -19,7 +21,9 @@ def small_vae(folder: Path) -> Any:
 
 
 def in_tiles(vae: Any, side: int, scale: int) -> None:
-    """Let a VAE decode pieces of so many pixels a side, which overlap and are blended: memory goes with a tile's area.
+    """Let a VAE decode pieces of so many pixels a side, which overlap and are blended.
+
+    A picture that is no larger is decoded whole.
 
     Args:
         scale: pixels to a latent.
@@ -27,8 +31,8 @@ def in_tiles(vae: Any, side: int, scale: int) -> None:
     Raises:
         AntherError: tiles of that side don't overlap evenly.
     """
-    if side <= 0 or side % (_TILE * scale):
-        raise AntherError(f"tiles of {side} pixels: must be a multiple of {_TILE * scale}")
+    if side <= 0 or side % (_EVEN * scale):
+        raise AntherError(f"tiles of {side} pixels: must be a multiple of {_EVEN * scale}")
     if hasattr(vae, "tile_sample_min_size"):  # AutoencoderKL and AutoencoderTiny, which have no arguments for it
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // scale
