@@ -42,13 +42,15 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 def quiet() -> Iterator[None]:
     """Without a word from the libraries, who miss what we leave out and image processors that nobody needs."""
     import diffusers  # slow import, so only here
+    import huggingface_hub
     import transformers
 
-    loggers = [library.utils.logging for library in (diffusers, transformers)]
+    loggers = [library.utils.logging for library in (diffusers, transformers, huggingface_hub)]
     before = [logger.get_verbosity() for logger in loggers]
     for logger in loggers:
-        logger.disable_progress_bar()
         logger.set_verbosity_error()
+    for logger in loggers[:2]:
+        logger.disable_progress_bar()  # of loading; the hub's is of fetching
     try:
         yield
     finally:
