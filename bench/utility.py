@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from bench.federation import interval
 from bench.machine import machine, versions
@@ -113,9 +114,18 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {arm: [row[arm]["loss"] for row in rows] for arm in ("base", "shared", "personal")}
     return {
-        "losses": losses, "epsilon": summary["epsilon"], "device_epsilon": summary["device_epsilon"],
+        "parameters": parameters(folder, cores=set(CORES) <= set(arguments)), "losses": losses,
+        "epsilon": summary["epsilon"], "device_epsilon": summary["device_epsilon"],
         "bytes": summary["bytes"], "seconds": summary["seconds"], "snr": [row.get("snr") for row in rounds],
     }  # fmt: skip
+
+
+def parameters(folder: Path, *, cores: bool) -> int:
+    """How many numbers a device trains: r (d_in + d_out) a site, or a core's r²."""
+    factors = load_file(folder / "adapters" / "shared.safetensors")
+    if cores:
+        return sum(len(factor) ** 2 for name, factor in factors.items() if "lora_A" in name)
+    return sum(factor.numel() for factor in factors.values())
 
 
 def kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
@@ -134,7 +144,8 @@ def table(results: Mapping[tuple[Cohort, int], Mapping[str, Mapping[str, Any]]])
     """A row for each cohort, form and seed."""
     shown = Table(title="share of the reference's gain that is kept [95 %]")
     for heading in (
-        "writers", "pictures", "form", "seed", "base", "shared", "kept by shared", "at least", "kept with personal", "ε"
+        "writers", "pictures", "form", "seed", "trained", "base", "shared", "kept by shared", "at least",
+        "kept with personal", "ε",
     ):  # fmt: skip
         shown.add_column(heading, justify="right")
     for name in FORMS:
@@ -154,7 +165,8 @@ def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: Cohort) -> 
     )
     target = f"{TARGETS[name]:.0%}" if name in TARGETS and cohort == WHOLE else ""
     spent = found["epsilon"] or found["device_epsilon"]
-    return [base, loss, shared, target, personal, f"{spent['value']:.2f} per {spent['unit']}" if spent else "∞"]
+    promise = f"{spent['value']:.2f} per {spent['unit']}" if spent else "∞"
+    return [f"{found['parameters']:,}", base, loss, shared, target, personal, promise]
 
 
 def main() -> None:

@@ -41,6 +41,8 @@ class Device:
     """The source for one round and purpose; the server has no say in it."""
     seed: int
     """Of the ordinary streams: batches without privacy, timesteps, diffusion noise."""
+    previews: int = 0
+    """How many pictures its owner is shown of what was learnt, each time that something was."""
 
 
 def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> Device:
@@ -48,8 +50,9 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
 
     Args:
         node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which pick its k-th
-            sub-folder in a simulation. Optional: `name`; `store`, a folder; `test=true`, which makes noise
-            reproducible by `seed` and nothing a release; and what the report says: `examples-per-second`, `watts`,
+            sub-folder in a simulation. Optional: `name`; `store`, a folder; `previews`, how many pictures are drawn
+            into it whenever something was learnt; `test=true`, which makes noise reproducible by `seed` and nothing a
+            release; and what the report says: `examples-per-second`, `watts`,
             `uplink-mbps`, `downlink-mbps`, `metered`.
         base: content hash of the base that the device holds, and `sites` its sites.
 
@@ -74,6 +77,7 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
         policy=policy.load(files.folder / "policy.toml"),
         noise=partial(noise.source, client=name, seed=seed if is_test else None),
         seed=seed,
+        previews=_whole(node_config, "previews"),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -17,9 +18,12 @@ from privacy.noise import stream
 from privacy.policy import Refusal
 from protocol import messages
 from training import jobs
-from training.jobs import Examples, Job, Result, Trained
+from training.jobs import Drawn, Examples, Job, Result, Trained
 
 PERSONAL = "personal"
+PREVIEW_STEPS = 8
+
+log = logging.getLogger(__name__)
 
 
 def answer(request: messages.Personalise, device: Device) -> Generator[Job, Result, messages.Personalised]:
@@ -68,7 +72,21 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     )
     is_new = stored is not None and not _same(stored.shared, shared)
     device.store.save_personal(Personal(trained.adapter, shared, device.report.base, identity), aside=is_new)
+    if device.previews:
+        captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
+        yield from _preview(f"round-{request.round:06d}", captions, (shared, trained.adapter), device)
     return reply
+
+
+def _preview(
+    name: str, captions: Sequence[str], adapters: Sequence[Adapter], device: Device
+) -> Generator[Job, Result, None]:
+    """Draw what was learnt, for the owner to see; it is learnt though it can't be drawn."""
+    try:
+        job = jobs.Draw(captions=captions, adapters=adapters, seed=device.seed, steps=PREVIEW_STEPS)
+        device.store.save_preview(name, expect(Drawn, (yield job)).pictures)
+    except Exception as error:
+        log.warning("no preview of %s: %s", name, error)
 
 
 def _better(

@@ -5,6 +5,7 @@
     personal.safetensors      the personal adapter with the shared one that it sits on
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams
+    previews/                 what its owner is shown of what was learnt
     cache/                    pictures as latents, and the base's loss on them: rebuilt when missing or damaged
 
 On a real device these are files of one folder, and beside them lies policy.toml, what the owner allows, written by
@@ -13,11 +14,13 @@ hand. Every write is atomic.
 
 from __future__ import annotations
 
+import io
 import json
 import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -80,6 +83,15 @@ class Store:
                 "remove it and personalise again"
             ) from error
 
+    def personal_sites(self) -> tuple[str, ...]:
+        """Where the personal adapter has its factors: the names of the base's layers; none before the first one."""
+        try:
+            tensors, _ = _load(self._storage.read(PERSONAL) or save({}))
+        except (SafetensorError, ValueError):
+            return ()  # `personal` says what is wrong with it
+        names = (name.partition("/") for name in tensors)
+        return tuple(sorted({site.rpartition(".")[0] for part, _, site in names if part == "personal"}))
+
     def roll_back(self) -> None:
         """Return to the shared adapter before this one, with what was personal on top of it.
 
@@ -92,6 +104,14 @@ class Store:
             raise AntherError(f"{self._storage.where(PREVIOUS)}: there is no previous adapter to go back to")
         self._storage.write(PERSONAL, before)
         self._storage.remove(PREVIOUS)
+
+    def save_preview(self, name: str, pictures: np.ndarray) -> None:
+        """Keep pictures [n, H, W] or [n, H, W, 3], side by side, as a PNG."""
+        from PIL import Image  # slow import, so only here
+
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate(list(pictures), axis=1)).save(file, "png")
+        self._storage.write(f"previews/{name}.png", file.getvalue())
 
     def save_examples(self, split: str, key: str, examples: Examples) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in examples._asdict().items()}

@@ -10,9 +10,9 @@ from torch import Tensor
 from client.data import fingerprint
 from client.device import Device
 from training import jobs
-from training.jobs import Examples, Job, Picture, Result, Trained
+from training.jobs import Drawn, Examples, Job, Picture, Result, Trained
 
-T = TypeVar("T", Examples, Trained, float, Tensor)
+T = TypeVar("T", Examples, Trained, float, Tensor, Drawn)
 
 
 def expect(kind: type[T], result: Result) -> T:

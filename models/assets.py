@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conf.errors import AntherError
+from models import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # what counts; cards and pictures don't
 MANIFEST = Path(__file__).with_name("manifest.json")
@@ -41,10 +42,12 @@ def digest(path: Path) -> str:
 
 
 def locate(name: str) -> Path:
-    """The file or folder of a shipped asset by its name, or of one's own by its path."""
+    """The file or folder of a shipped asset by its name, of one's own by its path, or of the hub's by 'owner/name'."""
     manifest = _manifest()
     if name not in manifest:
         path = Path(name).expanduser()
+        if not path.exists() and hub.is_name(name):
+            return hub.fetch(name)
         if not path.exists():
             raise AntherError(f"{name}: no such folder, nor a shipped asset ({', '.join(sorted(manifest))})")
         return path

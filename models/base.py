@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import AntherError
-from models import assets, packed
+from models import assets, decoding, packed
 from models.denoiser import Denoiser
 from models.families.checkpoint import recognise
 from models.families.schedules import schedule_of
@@ -111,9 +111,16 @@ class Base(Denoiser):
         return Guidance(context[:-1], context[-1], strength)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Pictures uint8 [n, H, W] (grey base) or [n, H, W, 3] from scaled latents [n, c, h, w]."""
-        vae: Any = self._checkpoint.load("vae").to(self.device)
+    def decode(self, latents: Tensor, *, small: Path | None = None, tile: int | None = None) -> np.ndarray:
+        """Pictures uint8 [n, H, W] (grey base) or [n, H, W, 3] from scaled latents [n, c, h, w].
+
+        Args:
+            small: folder of a distilled VAE that decodes in the place of the base's own.
+            tile: side of the pieces in pixels that are decoded one after another; None: whole pictures.
+        """
+        vae: Any = (decoding.small_vae(small) if small else self._checkpoint.load("vae")).to(self.device)
+        if tile:
+            decoding.in_tiles(vae, tile, self._scale)
         latents = latents / vae.config.scaling_factor + _shift(vae)
         pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from conf.errors import AntherError
 from models.base import Base
+from models.decoding import TILE
 from models.slots import stack_adapters, to_device
-from training.inference import each_loss, held_out_losses
-from training.jobs import Encode, Examples, Job, Measure, MeasureEach, Result, Train
+from training.inference import draw_under, each_loss, held_out_losses
+from training.jobs import Draw, Drawn, Encode, Examples, Job, Measure, MeasureEach, Result, Train
 from training.memory import for_looking, for_training
 from training.trainer import train
 
@@ -37,6 +38,7 @@ def perform(
     place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], for_looking(memory), timesteps))
     each = [job for job in jobs if isinstance(job, MeasureEach)]
     place(MeasureEach, measure_each(base, each, for_looking(memory), timesteps))
+    place(Draw, [draw(base, job, for_looking(memory)) for job in jobs if isinstance(job, Draw)])
     training = [job for job in jobs if isinstance(job, Train)]
     place(Train, train(base, training, memory=for_training(memory), timesteps=timesteps, compiled=compiled))
     return results
@@ -65,3 +67,14 @@ def measure_each(base: Base, jobs: Sequence[MeasureEach], memory: int, timesteps
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
     return each_loss(base, pools, [adapters], timesteps=timesteps, memory=memory)
+
+
+def draw(base: Base, job: Draw, memory: int) -> Drawn | Exception:
+    """One job's pictures, or what kept them from being drawn."""
+    try:
+        latents = draw_under(
+            base, job.captions, job.adapters, seed=job.seed, sampler="dpm", steps=job.steps, guidance=1.5, memory=memory
+        )
+        return Drawn(base.decode(latents, tile=TILE))
+    except Exception as error:  # whatever it is, it is this job's alone
+        return error

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.adapter import Adapter
 from models.base import Base
 from models.denoiser import Denoiser
 from models.objective import noised, per_example_loss, target
 from models.sampling import noises_of, sample
-from models.slots import Stacks, select
+from models.slots import Stacks, select, stack_adapters, to_device
 from privacy.noise import stream
 from training.capacity import pictures_within
 from training.jobs import Examples
@@ -125,3 +126,23 @@ def draw(
     most = pictures_within(base, noises.shape[2:], context.shape[1:], adapters, memory)
     parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), most))
     return torch.cat(list(run_passes(base.device, one_pass, parts)))
+
+
+def draw_under(
+    base: Base,
+    captions: Sequence[str],
+    adapters: Sequence[Adapter],
+    *,
+    seed: int,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    memory: int,
+) -> Tensor:
+    """Scaled latents [n, c, h, w] for the captions, all under the same adapters on top of each other."""
+    seeds = [stream(seed, caption, "draw") for caption in captions]
+    stacks = [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in adapters]
+    return draw(
+        base, captions, seeds, stacks, [0] * len(captions), sampler=sampler, steps=steps, guidance=guidance,
+        memory=memory,
+    )  # fmt: skip

@@ -153,5 +153,21 @@ class MeasureEach:
     adapter: Adapter | None  # None: the base alone
 
 
-Job = Encode | Train | Measure | MeasureEach
-Result = Examples | Trained | float | Tensor
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """A picture of each caption in a few steps, under adapters on top of each other. Result: Drawn."""
+
+    captions: Sequence[str]
+    adapters: Sequence[Adapter]
+    seed: int
+    steps: int
+
+
+class Drawn(NamedTuple):
+    """What was drawn."""
+
+    pictures: np.ndarray  # uint8 [n, H, W], or [n, H, W, 3] in colour
+
+
+Job = Encode | Train | Measure | MeasureEach | Draw
+Result = Examples | Trained | float | Tensor | Drawn

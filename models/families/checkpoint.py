@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.errors import AntherError
+from models import loading
 from models.families.family import Family
 from models.families.flux import FLUX
 from models.families.pixart import PIXART
@@ -46,43 +45,19 @@ class Checkpoint:
         return int(2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1))
 
     def load(self, part: str) -> Any:
-        """A network of the pipeline in float32, from safetensors only, never from the internet.
-
-        Raises:
-            AntherError: it is pickled, damaged or foreign.
-        """
+        """A network of the pipeline in float32; AntherError if it is pickled, damaged or foreign."""
         import diffusers  # slow import, so only here
 
-        if not any((self.folder / part).glob("*.safetensors")):
-            raise AntherError(
-                f"base {self.folder}: {part} holds no safetensors, and pickled weights are never read: convert them"
-            )
-        return self._from_pretrained(getattr(diffusers, self.parts[part]), self.folder / part).eval()
+        return loading.from_folder(getattr(diffusers, self.parts[part]), self.folder / part)
 
     def load_encoders(self) -> Any:
         """The pipeline with nothing but its text encoders and tokenisers."""
         import diffusers  # slow import, so only here
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        diffusers.utils.logging.disable_progress_bar()
-        verbosity = diffusers.utils.logging.get_verbosity()
-        diffusers.utils.logging.set_verbosity_error()  # it misses what we leave out
         left_out = dict.fromkeys(self.parts.keys() - set(self.family.encoders))
-        try:
-            return self._from_pretrained(getattr(diffusers, self.family.pipeline), self.folder, **left_out)
-        finally:
-            diffusers.utils.logging.set_verbosity(verbosity)
-
-    def _from_pretrained(self, kind: Any, folder: Path, **options: Any) -> Any:
-        options |= {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
-        try:
-            return kind.from_pretrained(folder, **options)
-        except Exception as error:  # the libraries raise a dozen kinds for a damaged or foreign file
-            reason = " ".join(str(error).split())[:200]
-            raise AntherError(
-                f"base {folder}: can't load {kind.__name__} ({reason}): copy the pipeline again"
-            ) from error
+        with loading.quiet():  # importing a pipeline class is what complains
+            kind = getattr(diffusers, self.family.pipeline)
+        return loading.from_pretrained(kind, self.folder, **left_out)
 
     def notes(self) -> dict[str, str]:
         """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""

@@ -20,7 +20,7 @@ from privacy.storage import Files, Storage
 from protocol import codec
 from protocol.messages import DeviceReport, ExamplePrivacy, Train, TrainingPlan
 from training import jobs
-from training.jobs import Examples, Picture, Result, Trained
+from training.jobs import Drawn, Examples, Picture, Result, Trained
 
 SITES = {"down.to_q": Site(6, 4), "up.to_k": Site(3, 5)}
 BASE = "b" * 64
@@ -118,6 +118,8 @@ class Performer:
             case jobs.MeasureEach():
                 losses = job.examples.latents[:, 0, 0, 0].double() / 1000
                 return losses / 2 if job.adapter else losses
+            case jobs.Draw():
+                return Drawn(np.full((len(job.captions), 4, 6, 3), job.steps, np.uint8))
             case jobs.Train():
                 drawn = Secure().gaussian(1)
                 return Trained(

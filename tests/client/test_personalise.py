@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from client.device import Device
 from client.drive import drive
@@ -165,3 +166,36 @@ def _numbers(job: jobs.Train) -> list[object]:
     assert job.frozen is not None
     tensors = [t for part in (job.start, job.frozen) for name in SITES for t in part[name]]
     return [job.steps, job.batch_size, job.names, *(t.tolist() for t in tensors)]
+
+
+def test_previews_are_of_what_was_learnt_and_stay_on_the_device(tmp_path: Path) -> None:
+    device, perform = dataclasses.replace(make_device(tmp_path), previews=1), Performer()
+    reply = ask(sent(FIRST, 3), device, perform)
+    (drawn,) = (job for job in perform.jobs if isinstance(job, jobs.Draw))
+    stored = device.store.personal(SITES)
+    assert stored is not None
+    assert same(drawn.adapters[0], stored.shared)
+    assert same(drawn.adapters[1], stored.adapter)
+    assert drawn.captions == [PICTURES.validation[0].caption]
+    assert Image.open(tmp_path / "previews" / "round-000003.png").size == (6, 4)
+    assert reply == ask(sent(FIRST, 3), make_device(tmp_path / "other"), Performer())  # who asked learns nothing of it
+
+
+def test_what_cannot_be_drawn_was_learnt_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Blind(Performer):
+        def _perform(self, job: jobs.Job) -> jobs.Result:
+            if isinstance(job, jobs.Draw):
+                raise AntherError("no memory")
+            return super()._perform(job)
+
+        def __call__(self, batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+            try:
+                return [self._perform(job) for job in batch]
+            except AntherError as error:
+                return [error]
+
+    device = dataclasses.replace(make_device(tmp_path), previews=2)
+    ask(sent(FIRST, 3), device, Blind())
+    assert same(kept(device), FIRST)
+    assert "no preview of round-000003: no memory" in caplog.text
+    assert not (tmp_path / "previews").exists()

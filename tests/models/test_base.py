@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -226,11 +226,19 @@ class TestRefused:
         weights.write_bytes(weights.read_bytes()[:-100])
         self.refuse(folder, "can't load UNet2DConditionModel")
 
+    def test_weights_that_are_not_there(self, folder: Path) -> None:
+        """diffusers would draw them at random."""
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        del weights["conv_in.bias"]
+        save_file(weights, file, {"format": "pt"})
+        self.refuse(folder, r"lacks 1 of the weights that config.json names \(conv_in.bias, …\)")
+
     def test_pickled_weights(self, folder: Path) -> None:
         weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
         torch.save(load_file(weights), weights.with_suffix(".bin"))
         weights.unlink()
-        self.refuse(folder, "unet holds no safetensors")
+        self.refuse(folder, "unet: holds no safetensors")
 
     def test_no_site(self, folder: Path) -> None:
         self.refuse(folder, "matches no layer", sites="nothing")

@@ -151,6 +151,7 @@ def test_a_run_on_the_shipped_base_is_put_on_trial(tmp_path: Path) -> None:
         call = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        assert "[transformers]" not in done.stderr  # of what nobody needs
     (arm,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["membership"]
     assert arm["attacks"][CONTROL]["members"] == 40
     stands_alone((tmp_path / "audit" / "audit.html").read_text())
