@@ -36,6 +36,7 @@ from models import packed
 from models.denoiser import Denoiser
 from models.families.known import Known, known
 from models.pack import pack
+from models.paging import mark, release
 from training import trainer
 from training.capacity import entry_bytes
 from training.rows import Shape
@@ -67,6 +68,7 @@ RUNGS = {
     "mixed, pages": Rung("mixed", pages=True),
     "mixed, pages, blocks": Rung("mixed", pages=True, blocks=True),
     "mixed, pages, blocks, imports": Rung("mixed", pages=True, blocks=True, imports=True),
+    "mixed, all but blocks": Rung("mixed", pages=True, imports=True, allocator=True),
     "mixed, everything": Rung("mixed", pages=True, blocks=True, imports=True, allocator=True),
     "int8, everything": Rung("int8", pages=True, blocks=True, imports=True, allocator=True),
     "nf4, everything": Rung("nf4", pages=True, blocks=True, imports=True, allocator=True),
@@ -78,7 +80,7 @@ def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) ->
     with lean.imports() if rung.imports else nullcontext():
         getattr(importlib.import_module("diffusers.models"), base.family.kind)
     found: dict[str, float] = {"imports": memory("VmRSS")}
-    with nullcontext() if rung.pages else patch("models.paging.mark", Tensor.clone):
+    with nullcontext() if rung.pages else patch("models.paging.mark", read):
         network = packed.load(folder / rung.weights / base.family.network, base.family.kind)
     found["base"] = memory("VmRSS") - found["imports"]
     denoiser = Denoiser(
@@ -102,6 +104,13 @@ def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) ->
     found |= {"peak": memory("VmHWM"), "loss": outcome.loss}
     torch.save(seen[0], gradient)
     return found
+
+
+def read(tensor: Tensor) -> Tensor:
+    """A tensor of a file in memory of its own, as those have it who map nothing; the file's pages are given back."""
+    copied = tensor.clone()
+    release(mark(tensor), 0, tensor.numel())
+    return copied
 
 
 def prepare(base: Known, folder: Path, modes: set[str]) -> None:
@@ -168,7 +177,10 @@ def ladder(given: argparse.Namespace, folder: Path) -> None:
 def rest_table(given: argparse.Namespace, folder: Path) -> None:
     """The base's bytes on disk and while it is packed, beside peers'."""
     child("--prepare", "--base", given.base, "--folder", str(folder), "--rungs")
-    keep(given.output, given.base, "rest", {"forms": rest.table(given.base, folder)})
+    forms: dict[str, dict[str, int]] = {}
+    for form, found in rest.table(given.base, folder):
+        forms[form] = found
+        keep(given.output, given.base, "rest", {"forms": forms})
 
 
 def keep(output: Path, base: str, entry: str, found: Mapping[str, Any]) -> None:

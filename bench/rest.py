@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bench.machine import memory
@@ -28,18 +27,17 @@ TARGETS = {("sd15", "mixed"): 760e6, ("sd15", "nf4"): 540e6}
 PACKING = 1.2  # GiB while it is packed
 
 
-def table(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+def table(name: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
     """Every form's bytes at rest and peak, each found in a process of its own; printed as they come."""
     print(f"{name}".ljust(24), "MB at rest", "wanted", "MiB while it is made", f"(ours: ≤ {PACKING * 2**10:.0f})")
-    forms: dict[str, dict[str, Any]] = {}
     for form in (*OURS, *PEERS):
         command = [sys.executable, "-m", "bench.rest", name, str(folder), form]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        forms[form] = found = json.loads(done.stdout.strip().splitlines()[-1])
+        found = json.loads(done.stdout.strip().splitlines()[-1])
         goal = TARGETS.get((name, form))
         sizes = f"{found['bytes'] / 1e6:10.0f} {goal / 1e6 if goal else '':>6} {found['peak'] / 2**20:20.0f}"
         print(form.ljust(24), sizes if found["bytes"] else "not installed", flush=True)
-    return forms
+        yield form, found
 
 
 def measure(base: Known, folder: Path, form: str) -> dict[str, int]:
@@ -94,16 +92,14 @@ def _torchao() -> Callable[[nn.Module], None]:
 
 
 def _bitsandbytes() -> Callable[[nn.Module], None]:
-    from bitsandbytes.nn import Linear4bit  # a peer, so only here
+    from bitsandbytes.nn import Linear4bit, Params4bit  # a peer, so only here
 
     def quantise(network: nn.Module) -> None:
         for name, layer in list(network.named_modules()):
             if type(layer) is nn.Linear:
-                made = Linear4bit(
-                    layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32,
-                    compress_statistics=True, quant_type="nf4", device="meta",
-                )  # fmt: skip
-                made.load_state_dict(layer.state_dict(), assign=True)
+                made = Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta")
+                made.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+                made.bias = layer.bias
                 parent, _, leaf = name.rpartition(".")
                 network.get_submodule(parent).register_module(leaf, made.to("cpu"))
 
