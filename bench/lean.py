@@ -14,11 +14,12 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,8 +169,9 @@ def ladder(given: argparse.Namespace, folder: Path) -> None:
         found["cosine"] = float(one @ truth / (one.norm() * truth.norm()))
         rungs[name] = found
         print(row(name, found, rungs[given.truth], goal), flush=True)
-        keep(given.output, given.base, str(given.side), {
-            "truth": given.truth, "target": goal._asdict(),
+        asked = ["--side", str(given.side), "--truth", given.truth, "--rungs", *names]
+        keep(given, asked, str(given.side), {
+            "versions": versions("torch", "diffusers"), "truth": given.truth, "target": goal._asdict(),
             "rungs": {each: {**asdict(RUNGS[each]), **rungs[each]} for each in RUNGS if each in rungs},
         })  # fmt: skip
 
@@ -180,17 +182,15 @@ def rest_table(given: argparse.Namespace, folder: Path) -> None:
     forms: dict[str, dict[str, int]] = {}
     for form, found in rest.table(given.base, folder):
         forms[form] = found
-        keep(given.output, given.base, "rest", {"forms": forms})
+        keep(given, ["--rest"], "rest", {"versions": versions("torch", "diffusers", *rest.PACKAGES), "forms": forms})
 
 
-def keep(output: Path, base: str, entry: str, found: Mapping[str, Any]) -> None:
+def keep(given: argparse.Namespace, asked: Sequence[str], entry: str, found: Mapping[str, Any]) -> None:
     """Put one entry of one base into the record, where all others stay."""
-    record = json.loads(output.read_text()) if output.exists() else {}
-    record.setdefault(base, {})[entry] = {
-        "command": " ".join(["python -m bench.lean", *sys.argv[1:]]), "machine": machine(torch.device("cpu")),
-        "versions": versions("torch", "diffusers"), **found,
-    }  # fmt: skip
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    record = json.loads(given.output.read_text()) if given.output.exists() else {}
+    command = shlex.join(["python", "-m", "bench.lean", "--base", given.base, *asked])
+    record.setdefault(given.base, {})[entry] = {"command": command, "machine": machine(torch.device("cpu")), **found}
+    given.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 class Target(NamedTuple):

@@ -113,5 +113,7 @@ PEERS: dict[str, Callable[[], Callable[[nn.Module], None]]] = {
     "bitsandbytes nf4": _bitsandbytes,
 }
 
+PACKAGES = ("optimum-quanto", "torchao", "bitsandbytes")
+
 if __name__ == "__main__":
     print(json.dumps(measure(known(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
