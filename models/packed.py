@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -62,16 +63,34 @@ def is_packed(folder: Path) -> bool:
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The network that a folder's config.json describes, without data, on the meta device."""
+    """The network that a folder's config.json describes, its parameters on the meta device."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         name = config["_class_name"]
         kind = getattr(importlib.import_module(_MODULES.get(name, "diffusers.models")), name)
-        with torch.device("meta"):
+        with _empty_parameters():
             network: nn.Module = kind.from_config(config)
     except Exception as error:  # a class that isn't there, or whatever it says of a foreign configuration
         raise AntherError(f"{folder / CONFIG}: describes no network of diffusers ({_line(error)})") from error
     return network
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Within this context modules are made without the data of their parameters.
+
+    Buffers have theirs: some, such as PixArt's table of places, are in no file.
+    """
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        plain(module, name, None if parameter is None else nn.Parameter(parameter.detach().to("meta")))
+
+    nn.Module.register_parameter = register  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
 def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
