@@ -56,14 +56,13 @@ class Base(Denoiser):
     ) -> None:
         self._checkpoint = checkpoint = recognise(folder)
         self.folder, self.family, self.notes = folder, checkpoint.family, checkpoint.notes()
-        vae = checkpoint.config("vae")
-        self._scale = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
-        self._grey = vae["in_channels"] == 1
+        self._grey = checkpoint.config("vae")["in_channels"] == 1
         channels, side, patch = self.family.latents(checkpoint.config(self.family.network))
-        self.resolution = resolution or side * self._scale
-        if self.resolution % (patch * self._scale):
-            raise AntherError(f"base {folder}: {self.resolution} pixels: must be a multiple of {patch * self._scale}")
-        side = self.resolution // self._scale
+        scale = checkpoint.scale
+        self.resolution = resolution or side * scale
+        if self.resolution % (patch * scale):
+            raise AntherError(f"base {folder}: {self.resolution} pixels: must be a multiple of {patch * scale}")
+        side = self.resolution // scale
         self.shape = (channels, side, side)
         schedule = schedule_of(checkpoint.config("scheduler"), (side // patch) ** 2)
         part = folder / self.family.network

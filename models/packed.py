@@ -19,8 +19,7 @@ from torch import nn
 
 from conf.errors import AntherError
 from models import assets, paging
-from models.quantise import sizes
-from models.weights import MODES, put
+from models.weights import MODES, quantise_shapes
 
 FILE, MANIFEST, CONFIG = "packed.safetensors", "packed.json", "config.json"
 FORMAT = 1
@@ -112,8 +111,7 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
         raise AntherError(f"{file}: missing, or not the file that was packed: {_AGAIN}")
     made = skeleton(folder)
     try:
-        for name, kind in manifest.layers.items():
-            put(made, name, sizes(kind, made.get_parameter(f"{name}.weight").numel()))
+        quantise_shapes(made, manifest.layers)
         with safe_open(file, "pt") as tensors:
             state = {name: paging.mark(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 - no mapping
         made.load_state_dict(state, assign=True)

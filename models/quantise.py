@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import gcd
 from typing import NamedTuple
@@ -106,18 +107,32 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+@contextmanager
+def other_scratch() -> Iterator[None]:
+    """Within this context the caller's thread reads slabs into memory that is gone afterwards.
+
+    So a dry run holds what a real one does: under a FakeTensorMode what is kept is fake as well.
+    """
+    before, _scratch.bytes = _scratch.bytes, torch.empty(0, dtype=torch.uint8)
+    try:
+        yield
+    finally:
+        _scratch.bytes = before
+
+
 def _buffer(count: int, dtype: torch.dtype, codes: Tensor) -> Tensor:
     """Memory for `count` weights, beside their codes."""
-    if codes.device.type != "cpu" or not _real(codes):
-        return torch.empty(count, dtype=dtype, device=codes.device)
+    alike = type(codes) is type(_scratch.bytes)  # else shapes alone are traced, and nothing of that is kept
+    if codes.device.type != "cpu" or not alike or torch.compiler.is_compiling():
+        return codes.new_empty(count, dtype=dtype)
     if len(_scratch.bytes) < count * dtype.itemsize:
         with torch.inference_mode(False):
-            _scratch.bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            _scratch.bytes = codes.new_empty(count * dtype.itemsize, dtype=torch.uint8)
     return _scratch.bytes[: count * dtype.itemsize].view(dtype)
 
 
 def _real(codes: Tensor) -> bool:
-    """Whether there are data, that may be kept for the next call: not when shapes alone are traced."""
+    """Whether there are data: not when shapes alone are traced."""
     return type(codes) is Tensor and not torch.compiler.is_compiling()
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
-from models.quantise import Packed, quantise
+from models.quantise import Packed, quantise, sizes
 from models.quantised import QuantisedConv2d, QuantisedLinear
 
 MODES = {
@@ -32,6 +33,12 @@ def quantise_layers(network: nn.Module, mode: str) -> None:
     """Replace the layers that a mode quantises, in place."""
     for name, kind in kinds(network, mode).items():
         put(network, name, quantise(network.get_submodule(name).weight, kind))  # type: ignore[arg-type]
+
+
+def quantise_shapes(network: nn.Module, held: Mapping[str, str]) -> None:
+    """The same of a network on the meta device, for these layers of these kinds: as many bytes, and no data."""
+    for name, kind in held.items():
+        put(network, name, sizes(kind, network.get_parameter(f"{name}.weight").numel()))
 
 
 def put(network: nn.Module, name: str, packed: Packed) -> None:

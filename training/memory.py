@@ -6,17 +6,13 @@ takes is counted on one pass of one entry, on tensors, so that it doesn't depend
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from conf.errors import AntherError
+from models.storages import LiveStorages
 
 SHARE = {"cpu": 0.25, "cuda": 0.6}  # of the total, where nobody says otherwise
 WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # what kernels and allocators take beside the tensors that can be counted
@@ -25,12 +21,12 @@ _GIB = 2**30
 
 def budget(memory_gib: float | None, device: torch.device) -> int:
     """Bytes for a cohort on `device`: as asked, or a fixed share of the total."""
-    return int(memory_gib * _GIB) if memory_gib else int(SHARE[device.type] * _total_and_free(device)[0])
+    return int(memory_gib * _GIB) if memory_gib else int(SHARE[device.type] * total_and_free(device)[0])
 
 
 def check_free(wanted: int, device: torch.device) -> None:
     """Raises AntherError if less than `wanted` bytes are free on `device` now."""
-    total, free = _total_and_free(device)
+    total, free = total_and_free(device)
     if wanted > free:
         raise AntherError(
             f"cohort.memory_gib={wanted / _GIB:.3g}: only {free / _GIB:.3g} of {total / _GIB:.3g} GiB are free on this "
@@ -50,42 +46,12 @@ def for_looking(granted: int) -> int:
 
 def counted(work: Callable[[], object]) -> int:
     """The most bytes that `work` held at once in tensors that it made itself."""
-    with _Counter() as counter:
+    with LiveStorages() as found:
         work()
-    return counter.peak
+    return found.peak
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the storages that operations make, until they die."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, Any] = {}
-        self._live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in before:
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            del self._known[key]
-            self._live -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self._live += size
-        self.peak = max(self.peak, self._live)
-
-
-def _total_and_free(device: torch.device) -> tuple[int, int]:
+def total_and_free(device: torch.device) -> tuple[int, int]:
     """Bytes of the machine's memory, or of the container's that we run in."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -38,6 +38,12 @@ class Checkpoint:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return _json(self.folder, self.folder / part / name)
 
+    @property
+    def scale(self) -> int:
+        """Pixels of a latent, along a side."""
+        vae = self.config("vae")
+        return int(2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1))
+
     def load(self, part: str) -> Any:
         """A network of the pipeline in float32; AntherError if it is pickled, damaged or foreign."""
         import diffusers  # slow import, so only here

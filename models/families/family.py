@@ -41,6 +41,7 @@ class Family:
     """(pipeline that holds these encoders, caption) -> [rows, d]; of None: what guidance leads away from."""
     forward: Forward
     latents: Callable[[Mapping[str, Any]], Latents]  # from the network's configuration
+    context: Callable[[Mapping[str, Any]], tuple[int, int]]  # from the same: rows and width of a packed caption
     kohya: str | None  # what ComfyUI's names of its layers begin with; None: it knows none in kohya's layout
     guide: Callable[[Tensor, float], Tensor] | None = None
     """Writes the strength of guidance into packed captions, for networks that embed it; None: guided by two passes."""
@@ -50,6 +51,11 @@ class Family:
 def own_latents(config: Mapping[str, Any]) -> Latents:
     """The latents of a network that names them in its configuration."""
     return Latents(config["in_channels"], config["sample_size"], config.get("patch_size") or 1)
+
+
+def packed_rows(tokens: int, width: int, *vectors: int) -> tuple[int, int]:
+    """Rows and width of so many tokens with vectors of these lengths packed underneath."""
+    return tokens + sum(-(-length // width) for length in vectors), width
 
 
 def pack(tokens: Tensor, vector: Tensor) -> Tensor:

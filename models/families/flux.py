@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.families.family import Family, Latents, pack, unpack
+from models.families.family import Family, Latents, pack, packed_rows, unpack
 
 _SIDE = 128  # of the latents of 1024 pixels: the pipeline's own default, since the network's configuration has none
 
@@ -64,6 +64,10 @@ def _latents(config: Mapping[str, Any]) -> Latents:
     return Latents(config["in_channels"] // 4, _SIDE, 2)
 
 
+def _context(config: Mapping[str, Any]) -> tuple[int, int]:
+    return packed_rows(512, config["joint_attention_dim"], config["pooled_projection_dim"], 1)
+
+
 FLUX = Family(
     name="flux",
     pipeline="FluxPipeline",
@@ -73,6 +77,7 @@ FLUX = Family(
     encode=_encode,
     forward=_forward,
     latents=_latents,
+    context=_context,
     kohya="lora_transformer_",
     guide=_guide,
 )

@@ -1,4 +1,4 @@
-"""Published bases at their full size, without weights: what a plan can be made for before anything is downloaded.
+"""Bases without weights: published ones at full size, for plans before anything is downloaded, and those of folders.
 
 Configurations are those of the checkpoints' own `config.json`, as far as they differ from the class's defaults;
 parameter counts (tested on the meta device) are those that their makers publish.
@@ -6,6 +6,7 @@ parameter counts (tested on the meta device) are those that their makers publish
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from conf.errors import AntherError
+from models import assets
+from models.families.checkpoint import recognise
 from models.families.family import Family
 from models.families.flux import FLUX
 from models.families.pixart import PIXART
@@ -25,12 +28,18 @@ from models.families.stable_diffusion import STABLE_DIFFUSION
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """One published base."""
+    """One base."""
 
     family: Family
-    config: Mapping[str, Any]  # of its network
-    context: tuple[int, int]  # rows and width of a packed caption
-    scale: int  # pixels of a latent
+    config: Mapping[str, Any]  # of its network, where it differs from the class's defaults
+    scale: int = 8  # pixels of a latent, along a side
+
+    def whole_config(self) -> dict[str, Any]:
+        """The configuration with the class's defaults."""
+        import diffusers
+
+        defaults = inspect.signature(getattr(diffusers, self.family.kind)).parameters.values()
+        return {each.name: each.default for each in defaults} | dict(self.config)
 
     def network(self) -> nn.Module:
         """It, on the meta device: shapes and nothing else."""
@@ -41,17 +50,28 @@ class Known:
         return found.requires_grad_(False).eval()
 
 
-def known(name: str) -> Known:
-    """The base of that name; AntherError if it is none of them."""
-    if name not in KNOWN:
-        raise AntherError(f"base={name}: none of the bases that are known by name: {', '.join(KNOWN)}")
-    return KNOWN[name]
+def find(base: str) -> Known:
+    """The base of that name, or what a pipeline's folder holds, of which no weights are read.
+
+    Raises:
+        AntherError: it is neither.
+    """
+    if base in KNOWN:
+        return KNOWN[base]
+    try:
+        folder = assets.locate(base)
+    except AntherError as error:
+        raise AntherError(f"{error}; nor a published base that is known here ({', '.join(KNOWN)})") from error
+    checkpoint = recognise(folder)
+    config = checkpoint.config(checkpoint.family.network)
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    return Known(family=checkpoint.family, config=own, scale=checkpoint.scale)
 
 
 def _unet(attention: int, **changes: Any) -> Known:
     """A UNet as Stable Diffusion 1.5's, whose text has this width."""
     config = {"sample_size": 64, "cross_attention_dim": attention, "attention_head_dim": 8} | changes
-    return Known(family=STABLE_DIFFUSION, config=config, context=(77, attention), scale=8)
+    return Known(family=STABLE_DIFFUSION, config=config)
 
 
 def _sd3(heads: int, **changes: Any) -> Known:
@@ -60,11 +80,11 @@ def _sd3(heads: int, **changes: Any) -> Known:
         "num_attention_heads": heads, "joint_attention_dim": 4096, "caption_projection_dim": 64 * heads,
         "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
     }  # fmt: skip
-    return Known(family=SD3, config=config | changes, context=(77 + 256 + 1, 4096), scale=8)
+    return Known(family=SD3, config=config | changes)
 
 
 def _sana(**changes: Any) -> Known:
-    return Known(family=SANA, config={"sample_size": 32} | changes, context=(300 + 1, 2304), scale=32)
+    return Known(family=SANA, config={"sample_size": 32} | changes, scale=32)
 
 
 _FEWER = {"layers_per_block": 1}
@@ -89,7 +109,6 @@ KNOWN: dict[str, Known] = {
             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         },
-        context=(77 + 1, 2048), scale=8,
     ),
     "pixart-sigma": Known(  # PixArt-Sigma-XL-2-1024-MS
         family=PIXART,
@@ -97,14 +116,11 @@ KNOWN: dict[str, Known] = {
             "sample_size": 128, "num_layers": 28, "caption_channels": 4096, "interpolation_scale": 2,
             "use_additional_conditions": False,
         },
-        context=(300 + 1, 4096), scale=8,
     ),
     "sd35-medium": _sd3(24, num_layers=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
     "sd35-large": _sd3(38, num_layers=38, pos_embed_max_size=192),
-    "flux-dev": Known(  # FLUX.1-dev
-        family=FLUX, config={"guidance_embeds": True}, context=(512 + 1 + 1, 4096), scale=8
-    ),
-    "flux-schnell": Known(family=FLUX, config={"guidance_embeds": False}, context=(512 + 1 + 1, 4096), scale=8),
+    "flux-dev": Known(family=FLUX, config={"guidance_embeds": True}),  # FLUX.1-dev
+    "flux-schnell": Known(family=FLUX, config={"guidance_embeds": False}),
     "sana-1600m": _sana(),  # Sana_1600M_1024px
     "sana-600m": _sana(
         num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72,

@@ -5,11 +5,12 @@ Captions are taken as they are, in lower case: the pipeline's own cleaning is fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, own_latents, pack, unpack_mask
+from models.families.family import Family, own_latents, pack, packed_rows, unpack_mask
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -29,6 +30,10 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     return output[:, : x.shape[1]]
 
 
+def _context(config: Mapping[str, Any]) -> tuple[int, int]:
+    return packed_rows(300, config["caption_channels"], 300)
+
+
 PIXART = Family(
     name="pixart-sigma",
     pipeline="PixArtSigmaPipeline",
@@ -38,5 +43,6 @@ PIXART = Family(
     encode=_encode,
     forward=_forward,
     latents=own_latents,
+    context=_context,
     kohya=None,
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, own_latents, pack, unpack
+from models.families.family import Family, own_latents, pack, packed_rows, unpack
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -25,6 +26,10 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     return output
 
 
+def _context(config: Mapping[str, Any]) -> tuple[int, int]:
+    return packed_rows(77 + 256, config["joint_attention_dim"], config["pooled_projection_dim"])
+
+
 SD3 = Family(
     name="sd3",
     pipeline="StableDiffusion3Pipeline",
@@ -34,5 +39,6 @@ SD3 = Family(
     encode=_encode,
     forward=_forward,
     latents=own_latents,
+    context=_context,
     kohya="lora_transformer_",
 )

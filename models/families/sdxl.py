@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from models.families.family import Family, own_latents, pack, unpack
+from models.families.family import Family, own_latents, pack, packed_rows, unpack
 
 _SCALE = 8  # pixels of a latent, of every SDXL VAE
 
@@ -23,14 +24,21 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
 
 def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
     """Pictures are neither cropped nor were they ever of another size (§2.2): (height, width, 0, 0, height, width)."""
-    config: Any = network.config
-    size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    tokens, pooled = unpack(context, size)
+    tokens, pooled = unpack(context, _pooled(cast(Any, network).config))
     sizes = x.new_zeros(len(x), 6)
     sizes[:, 0::4], sizes[:, 1::4] = x.shape[-2] * _SCALE, x.shape[-1] * _SCALE
     more = {"text_embeds": pooled, "time_ids": sizes}
     output: Tensor = network(x, t, encoder_hidden_states=tokens, added_cond_kwargs=more, return_dict=False)[0]
     return output
+
+
+def _pooled(config: Mapping[str, Any]) -> int:
+    """The length of the pooled embedding."""
+    return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
+
+
+def _context(config: Mapping[str, Any]) -> tuple[int, int]:
+    return packed_rows(77, config["cross_attention_dim"], _pooled(config))
 
 
 SDXL = Family(
@@ -42,5 +50,6 @@ SDXL = Family(
     encode=_encode,
     forward=_forward,
     latents=own_latents,
+    context=_context,
     kohya="lora_unet_",
 )

@@ -6,6 +6,7 @@ blocks. All of it stands in their configurations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,10 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
     return embeddings[0]
 
 
+def _context(config: Mapping[str, Any]) -> tuple[int, int]:
+    return 77, config["cross_attention_dim"]
+
+
 STABLE_DIFFUSION = Family(
     name="stable-diffusion",
     pipeline="StableDiffusionPipeline",
@@ -28,5 +33,6 @@ STABLE_DIFFUSION = Family(
     encode=_encode,
     forward=call_unet,
     latents=own_latents,
+    context=_context,
     kohya="lora_unet_",
 )

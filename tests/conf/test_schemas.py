@@ -13,7 +13,9 @@ from conf.explain import known_keys
 
 GROUPS = Path(schemas.__file__).parent
 OPTIONS = sorted(
-    f"{path.parent.name}={path.stem}" for path in GROUPS.glob("*/*.yaml") if path.parent.name != "__pycache__"
+    f"{path.parent.name}={path.stem}"
+    for path in GROUPS.glob("*/*.yaml")
+    if path.parent.name != "device"  # of another application: test_planning
 )
 
 

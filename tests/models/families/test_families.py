@@ -18,6 +18,7 @@ from models.denoiser import call_unet
 from models.export import export, kohya_keys
 from models.families.checkpoint import recognise
 from models.objective import noised, per_example_loss, target
+from models.pack import pack
 from models.sampling import sample
 from models.slots import Stack, stack_adapters, to_device
 from privacy.noise import Simulated
@@ -184,6 +185,25 @@ def test_its_forward_is_one_graph(tiny: Tiny, examples: Examples) -> None:
     given = examples.latents[:1].repeat(1, 1, 2, 2), base.schedule.times[[500]], examples.context[:1]
     with torch.no_grad():
         torch.testing.assert_close(whole(base.network, *given), base.family.forward(base.network, *given))
+
+
+def test_a_base_that_was_packed_is_one_that_is_packed_here(tiny: Tiny, examples: Examples, tmp_path: Path) -> None:
+    pack(str(tiny.folder), tmp_path / "packed", "mixed")
+    outputs = []
+    for base in (
+        Base(tiny.folder, resolution=tiny.base.resolution, weights="mixed"),
+        Base(tmp_path / "packed", resolution=tiny.base.resolution),
+    ):
+        with base.lending([]) as denoise, torch.no_grad():
+            outputs.append(denoise(examples.latents, torch.tensor([3, 500, 900]), examples.context))
+    assert torch.equal(*outputs)
+
+
+def test_a_packed_caption_is_as_large_as_its_family_says(tiny: Tiny, examples: Examples) -> None:
+    """But that the tiny CLIP takes 8 tokens rather than 77."""
+    clip = tiny.base.family.name in ("stable-diffusion", "sdxl", "sd3")
+    rows, width = examples.context.shape[1:]
+    assert tiny.base.family.context(tiny.base.network.config) == (rows + (77 - 8) * clip, width)
 
 
 def test_what_a_caption_becomes_depends_on_no_other(tiny: Tiny) -> None:

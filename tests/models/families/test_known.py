@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from conf.errors import AntherError
 from models.denoiser import find_sites
-from models.families.known import KNOWN, known
+from models.families.known import KNOWN, find
 
 PUBLISHED = {  # millions of parameters, as their makers count them
     "sd15": 859.52, "sd21": 865.91, "bk-sdm-base": 579.38, "bk-sdm-small": 482.35, "bk-sdm-tiny": 323.38,
@@ -25,19 +29,37 @@ ATTENTIONS = {  # of which every one has four projections, and those of the text
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_published_base_has_its_size_its_sites_and_its_shapes(name: str) -> None:
-    base = known(name)
+    base = KNOWN[name]
     network = base.network()
     assert all(parameter.is_meta for parameter in network.parameters())
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == PUBLISHED[name]
     assert len(find_sites(network, base.family.sites)) == ATTENTIONS[name]
-    channels, side, patch = base.family.latents(base.config | dict(network.config))
+    whole = base.whole_config()
+    assert whole.items() <= dict(network.config).items()
+    channels, side, patch = base.family.latents(whole)
     assert side % patch == 0
     x = torch.empty(2, channels, side, side, device="meta")
-    t, context = torch.empty(2, device="meta"), torch.empty(2, *base.context, device="meta")
+    t, context = torch.empty(2, device="meta"), torch.empty(2, *base.family.context(whole), device="meta")
     with torch.no_grad():
         assert base.family.forward(network, x, t, context).shape == x.shape
 
 
+def test_a_folder_is_known_without_its_weights(pipeline_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(pipeline_folder, tmp_path / "base")
+    for weights in copy.rglob("*.safetensors"):
+        weights.unlink()
+    found, real = find(str(copy)), UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
+    assert found.scale == 2
+    assert found.family.pipeline == "StableDiffusionPipeline"
+    shapes = {name: tensor.shape for name, tensor in found.network().state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in real.state_dict().items()}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AntherError, match=r"no model_index\.json"):
+        find(str(tmp_path))
+
+
 def test_another_name_is_refused() -> None:
-    with pytest.raises(AntherError, match="sd15"):
-        known("sd99")
+    with pytest.raises(AntherError, match=r"sd99: no such folder.*published base.*sd15"):
+        find("sd99")
