@@ -83,7 +83,7 @@ def private_step(base: Known, denoiser: Denoiser, side: int) -> Train:
     config: Any = denoiser.network.config
     channels = base.family.latents(config).channels
     latents = torch.randn(1, channels, side, side, generator=generator)
-    context = torch.randn(*base.context, generator=generator)
+    context = torch.randn(*base.family.context(base.whole_config()), generator=generator)
     if base.family is PIXART:  # the caption fills a part of the rows, and the mask says which
         context = pack(context[:-1], (torch.arange(len(context) - 1) < TOKENS).float())
     return Train(

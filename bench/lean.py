@@ -35,7 +35,7 @@ from bench.workloads import schedule
 from conf import lean
 from models import packed
 from models.denoiser import Denoiser
-from models.families.known import Known, known
+from models.families.known import Known, find
 from models.pack import pack
 from models.paging import mark, release
 from training import trainer
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    base = known(given.base)
+    base = find(given.base)
     if given.prepare:
         prepare(base, given.folder, {RUNGS[name].weights for name in given.rungs})
     elif given.one:

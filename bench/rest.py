@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.machine import memory
-from models.families.known import Known, known
+from models.families.known import Known, find
 from models.pack import pack
 from models.packed import FILE
 
@@ -116,4 +116,4 @@ PEERS: dict[str, Callable[[], Callable[[nn.Module], None]]] = {
 PACKAGES = ("optimum-quanto", "torchao", "bitsandbytes")
 
 if __name__ == "__main__":
-    print(json.dumps(measure(known(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(measure(find(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))

@@ -120,7 +120,7 @@ class Base(Denoiser):
         """
         vae: Any = (decoding.small_vae(small) if small else self._checkpoint.load("vae")).to(self.device)
         if tile:
-            decoding.in_tiles(vae, tile, self._scale)
+            decoding.in_tiles(vae, tile, self._checkpoint.scale)
         latents = latents / vae.config.scaling_factor + _shift(vae)
         pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
