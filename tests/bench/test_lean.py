@@ -30,9 +30,9 @@ PIXELS = {
     "caption_channels": 24, "in_channels": 4, "out_channels": 8, "use_additional_conditions": False,
 }  # fmt: skip
 TINY = {
-    "sd15": Known(family=STABLE_DIFFUSION, config=SMALL, context=(77, 16), scale=8),
-    "sdxl": Known(family=SDXL, config=SMALL | ADDED, context=(77 + 1, 16), scale=8),
-    "pixart-sigma": Known(family=PIXART, config=PIXELS, context=(100 + 5, 24), scale=8),
+    "sd15": Known(family=STABLE_DIFFUSION, config=SMALL),
+    "sdxl": Known(family=SDXL, config=SMALL | ADDED),
+    "pixart-sigma": Known(family=PIXART, config=PIXELS),
 }
 
 
