@@ -1,43 +1,52 @@
-"""One private step of Stable Diffusion 1.5's UNet in as little memory as there need be:  python -m bench.lean
+"""One private step of a published base in as little memory as there need be:  python -m bench.lean --base sd15
 
 Every rung of the ladder is a process of its own, and takes one lever more than the one before. Weights are random: what
-a step takes doesn't depend on them, but gradients are compared with those of the first rung, which has nothing but
-float32. Peaks are the process' own high-water mark: Python, its libraries and the pages of mapped files are in it.
+a step takes doesn't depend on them, but gradients are compared with those of a rung in float32. Peaks are the process'
+own high-water mark: Python, its libraries and the pages of mapped files are in it.
+
+A base too large for the first rung is compared with another (`--truth "float32, mapped"`): weights in float32 that
+stay in their file. `--rest` prints what the packed base takes on disk, and what packing it takes, beside peers'.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from bench.machine import machine, versions
-from bench.workloads import RANK, SITES, TOKENS, WORKLOADS, Workload, build, schedule
+from bench import bases, rest
+from bench.machine import machine, memory, versions
+from bench.workloads import schedule
 from conf import lean
 from models import packed
-from models.adapter import Adapter, Factors, Sites, initial
 from models.denoiser import Denoiser
+from models.families.known import Known, find
 from models.pack import pack
-from privacy.noise import Simulated
+from models.paging import mark, release
 from training import trainer
 from training.capacity import entry_bytes
-from training.jobs import DPSGD, Examples, Train
 from training.rows import Shape
 
 RESULTS = Path(__file__).parent / "results" / "lean.json"
 MEMORY = 64 << 30  # granted: the process' own peak is what is measured
+TARGETS = {"sd15": 1.1, "sdxl": 2.0, "pixart-sigma": 1.0, "bk-sdm-base": 0.7, "bk-sdm-small": 0.7, "bk-sdm-tiny": 0.7}
+"""GiB that the best rung may take for a picture of 512²."""
+COSINE, RATIO = 0.99, 1.7  # to float32's gradient, and of its CPU seconds
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Rung:
 
     weights: str = "fp32"
     blocks: bool = False  # run again in backward
-    pages: bool = False  # of the mapped base, given back
+    pages: bool = False  # of the base stay in its file; those of packed layers are given back
     imports: bool = False  # only what a network needs
     allocator: bool = False  # told before Python starts
 
@@ -54,67 +63,32 @@ class Rung:
 RUNGS = {
     "float32": Rung(),
     "float32, blocks": Rung(blocks=True),
+    "float32, mapped": Rung(pages=True),
     "int8": Rung("int8"),
     "mixed": Rung("mixed"),
     "mixed, pages": Rung("mixed", pages=True),
     "mixed, pages, blocks": Rung("mixed", pages=True, blocks=True),
     "mixed, pages, blocks, imports": Rung("mixed", pages=True, blocks=True, imports=True),
+    "mixed, all but blocks": Rung("mixed", pages=True, imports=True, allocator=True),
     "mixed, everything": Rung("mixed", pages=True, blocks=True, imports=True, allocator=True),
     "int8, everything": Rung("int8", pages=True, blocks=True, imports=True, allocator=True),
     "nf4, everything": Rung("nf4", pages=True, blocks=True, imports=True, allocator=True),
 }
 
 
-class Always(Simulated):
-    """Noise that anyone can make again, and a batch of every picture."""
-
-    def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
-        return torch.arange(size)
-
-
-def start(sites: Sites) -> Adapter:
-    """An adapter whose B is not zero: else A would have no gradient."""
-    generator = torch.Generator().manual_seed(1)
-    fresh = initial(sites, RANK, seed=0)
-    return {name: Factors(a, torch.randn(b.shape, generator=generator) * 0.02) for name, (a, b) in fresh.items()}
-
-
-def private_step(sites: Sites, workload: Workload, side: int) -> Train:
-    """One step on one picture."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, workload.latent[0], side, side, generator=generator)
-    context = torch.randn(1, TOKENS, workload.width, generator=generator)
-    return Train(
-        client="one", round=0, purpose="shared", seed=0, examples=Examples(latents, context), start=start(sites),
-        steps=1, batch_size=1, learning_rate=1e-3, privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=1.0),
-        noise=Always(seed=0, client="one", round=0, purpose="shared"), names=("one",),
-    )  # fmt: skip
-
-
-def memory(key: str) -> int:
-    """Bytes of VmRSS, VmHWM, RssAnon or RssFile of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def measure(workload: Workload, rung: Rung, folder: Path, side: int, gradient: Path) -> dict[str, float]:
+def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) -> dict[str, float]:
     """One rung, in this process: bytes and seconds; leaves its gradient in a file."""
-    if rung.imports:
-        with lean.imports():
-            import diffusers.models.unets.unet_2d_condition
-    else:
-        import diffusers.models.unets.unet_2d_condition  # noqa: F401
+    with lean.imports() if rung.imports else nullcontext():
+        getattr(importlib.import_module("diffusers.models"), base.family.kind)
     found: dict[str, float] = {"imports": memory("VmRSS")}
-    cpu, seen = torch.device("cpu"), []
-    if rung.weights == "fp32":
-        network = build(workload, cpu)
-    else:
-        with nullcontext() if rung.pages else patch("models.paging.mark", lambda tensor: tensor):
-            network = packed.load(folder / rung.weights / "unet", "UNet2DConditionModel")
+    with nullcontext() if rung.pages else patch("models.paging.mark", read):
+        network = packed.load(folder / rung.weights / base.family.network, base.family.kind)
     found["base"] = memory("VmRSS") - found["imports"]
-    checkpointing = "block" if rung.blocks else "none"
-    denoiser = Denoiser(network, schedule(cpu), sites=SITES, checkpointing=checkpointing)
-    job, plain = private_step(denoiser.sites, workload, side), trainer.gradients
+    denoiser = Denoiser(
+        network, schedule(torch.device("cpu")), sites=base.family.sites, forward=base.family.forward,
+        checkpointing="block" if rung.blocks else "none",
+    )  # fmt: skip
+    job, plain, seen = bases.private_step(base, denoiser, side), trainer.gradients, []
 
     def spy(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         result = plain(*arguments, **options)
@@ -133,16 +107,20 @@ def measure(workload: Workload, rung: Rung, folder: Path, side: int, gradient: P
     return found
 
 
-def prepare(workload: Workload, folder: Path, modes: set[str]) -> None:
-    """A pipeline's folder with the workload's random weights, and its packs."""
-    source = folder / "source"
-    if not source.exists():
-        network: Any = build(workload, torch.device("cpu"))
-        network.save_pretrained(source / "unet")
-        (source / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+def read(tensor: Tensor) -> Tensor:
+    """A tensor of a file in memory of its own, as those have it who map nothing; the file's pages are given back."""
+    copied = tensor.clone()
+    release(mark(tensor), 0, tensor.numel())
+    return copied
+
+
+def prepare(base: Known, folder: Path, modes: set[str]) -> None:
+    """The base with random weights, and its packs; that of float32 is the same file without a layer packed."""
+    if not (folder / "source").exists():
+        bases.write(base, folder / "source")
     for mode in modes:
-        if mode != "fp32" and not (folder / mode).exists():
-            pack(str(source), folder / mode, mode)
+        if not (folder / mode).exists():
+            pack(str(folder / "source"), folder / mode, mode)
 
 
 def child(*arguments: str, allocator: bool = False) -> str:
@@ -155,54 +133,91 @@ def child(*arguments: str, allocator: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", default="sd15", choices=WORKLOADS)
+    parser.add_argument("--base", default="sd15", choices=TARGETS)
     parser.add_argument("--side", type=int, default=64, help="of the latents: 64 is a picture of 512²")
     parser.add_argument("--rungs", nargs="*", default=list(RUNGS), help=f"of: {'; '.join(RUNGS)}")
+    parser.add_argument("--truth", default="float32", choices=RUNGS, help="the rung that the others are compared with")
+    parser.add_argument("--rest", action="store_true", help="the weights alone: on disk, and while they are packed")
     parser.add_argument("--folder", type=Path, help="keeps the packed bases for the next run")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    workload = WORKLOADS[given.workload]
+    base = find(given.base)
     if given.prepare:
-        prepare(workload, given.folder, {RUNGS[name].weights for name in given.rungs})
+        prepare(base, given.folder, {RUNGS[name].weights for name in given.rungs})
     elif given.one:
         gradient = given.folder / f"{given.one}-{given.side}.pt"
-        print(json.dumps(measure(workload, RUNGS[given.one], given.folder, given.side, gradient)))
+        print(json.dumps(measure(base, RUNGS[given.one], given.folder, given.side, gradient)))
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            ladder(given, (given.folder or Path(scratch)) / workload.name)
+            (rest_table if given.rest else ladder)(given, (given.folder or Path(scratch)) / given.base)
 
 
 def ladder(given: argparse.Namespace, folder: Path) -> None:
     """Every rung, its table and its record, which grows with each."""
-    names = ["float32", *(name for name in given.rungs if name != "float32")]  # the others are compared with it
-    common = ["--workload", given.workload, "--folder", str(folder), "--side", str(given.side)]
+    names = [given.truth, *(name for name in given.rungs if name != given.truth)]
+    common = ["--base", given.base, "--folder", str(folder), "--side", str(given.side)]
     child("--prepare", *common, "--rungs", *names)
-    print(f"{given.workload}, latents of {given.side}², MiB" + " " * 6, *HEADS, sep="  ")
+    goal = Target.of(given.base)
+    print(f"{given.base}, latents of {given.side}², MiB".ljust(30), *HEADS, sep="  ")
+    print("wanted".ljust(30) + f"{goal.peak:36.0f}{goal.ratio:16.2f}{goal.cosine:10.5f}")
     rungs: dict[str, dict[str, float]] = {}
     for name in names:
         found = json.loads(child("--one", name, *common, allocator=RUNGS[name].allocator))
-        one, truth = (torch.load(folder / f"{each}-{given.side}.pt").double().flatten() for each in (name, "float32"))
+        one, truth = (torch.load(folder / f"{each}-{given.side}.pt").double().flatten() for each in (name, given.truth))
         found["cosine"] = float(one @ truth / (one.norm() * truth.norm()))
         rungs[name] = found
-        print(row(name, found, rungs["float32"]), flush=True)
-        record = {
-            "command": " ".join(["python -m bench.lean", *sys.argv[1:]]), "workload": given.workload,
-            "side": given.side, "machine": machine(torch.device("cpu")), "versions": versions("torch", "diffusers"),
+        print(row(name, found, rungs[given.truth], goal), flush=True)
+        asked = ["--side", str(given.side), "--truth", given.truth, "--rungs", *names]
+        keep(given, asked, str(given.side), {
+            "versions": versions("torch", "diffusers"), "truth": given.truth, "target": goal._asdict(),
             "rungs": {each: {**asdict(RUNGS[each]), **rungs[each]} for each in RUNGS if each in rungs},
-        }  # fmt: skip
-        given.output.write_text(json.dumps(record, indent=1) + "\n")
+        })  # fmt: skip
 
 
-HEADS = ("imports", "   base", "tensors", "   peak", "CPU s", "  × fp32", " cosine")
+def rest_table(given: argparse.Namespace, folder: Path) -> None:
+    """The base's bytes on disk and while it is packed, beside peers'."""
+    child("--prepare", "--base", given.base, "--folder", str(folder), "--rungs")
+    forms: dict[str, dict[str, int]] = {}
+    for form, found in rest.table(given.base, folder):
+        forms[form] = found
+        keep(given, ["--rest"], "rest", {"versions": versions("torch", "diffusers", *rest.PACKAGES), "forms": forms})
 
 
-def row(name: str, found: dict[str, float], first: dict[str, float]) -> str:
+def keep(given: argparse.Namespace, asked: Sequence[str], entry: str, found: Mapping[str, Any]) -> None:
+    """Put one entry of one base into the record, where all others stay."""
+    record = json.loads(given.output.read_text()) if given.output.exists() else {}
+    command = shlex.join(["python", "-m", "bench.lean", "--base", given.base, *asked])
+    record.setdefault(given.base, {})[entry] = {"command": command, "machine": machine(torch.device("cpu")), **found}
+    given.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+class Target(NamedTuple):
+    """What is wanted of a base's best rung. Smaller pictures than 512² must do with as much."""
+
+    peak: float  # MiB
+    ratio: float
+    cosine: float
+
+    @staticmethod
+    def of(base: str) -> Target:
+        return Target(TARGETS[base] * 2**10, RATIO, COSINE)
+
+    def met(self, peak: float, ratio: float, cosine: float) -> bool:
+        """Whether all three are."""
+        return peak <= self.peak and ratio <= self.ratio and cosine >= self.cosine
+
+
+HEADS = ("imports", "   base", "tensors", "   peak", "CPU s", "× truth", " cosine")
+
+
+def row(name: str, found: dict[str, float], truth: dict[str, float], goal: Target) -> str:
     """One line of the table."""
     sizes = "".join(f"{found[key] / 2**20:9.0f}" for key in ("imports", "base", "tensors", "peak"))
-    ratio = found["cpu_seconds"] / first["cpu_seconds"]
-    return f"{name:30}{sizes}{found['cpu_seconds']:7.1f}{ratio:9.2f}{found['cosine']:10.5f}"
+    ratio = found["cpu_seconds"] / truth["cpu_seconds"]
+    verdict = "  met" if goal.met(found["peak"] / 2**20, ratio, found["cosine"]) else ""
+    return f"{name:30}{sizes}{found['cpu_seconds']:7.1f}{ratio:9.2f}{found['cosine']:10.5f}{verdict}"
 
 
 if __name__ == "__main__":
