@@ -98,7 +98,9 @@ def test_the_same_seed_gives_the_same_numbers(
     assert numbers(tmp_path / "again") == numbers(finished[0])
 
 
-@pytest.mark.parametrize("moment", ["round 1 of 3", "personalising", "alone"])
+@pytest.mark.parametrize(
+    "moment", ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("personalising", "alone"))]
+)
 def test_killed_and_resumed_it_comes_to_the_same(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     pipeline_folder: Path,
