@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.errors import AntherError
 
 
@@ -29,6 +27,8 @@ def from_folder(kind: Any, folder: Path) -> Any:
 
 def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     """What diffusers makes of a folder; AntherError if nothing."""
+    import torch  # slow import, so only here: whoever asks where a base lies comes by
+
     options |= {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
     try:
         with quiet():
