@@ -20,9 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.federation import interval
 from bench.machine import machine, versions
-from bench.utility import COMMON, FORMS, run
+from bench.utility import COMMON, FORMS, run, share
 
 TARGETS = {"int8": 0.97, "mixed": 0.93, "nf4": 0.85}
 MODES = ("fp32", *TARGETS)
@@ -46,9 +45,7 @@ def kept(found: Mapping[str, Any], exact: Mapping[str, Any], arm: str) -> tuple[
     The interval is that of the mean difference from the float32 base, over float32's mean gain.
     """
     base, reference, loss = (np.array(losses) for losses in (exact["base"], exact[arm], found[arm]))
-    whole, gain = float((base - reference).mean()), base - loss
-    low, high = interval(gain)
-    return float(gain.mean()) / whole, low / whole, high / whole
+    return share(base - loss, base - reference)
 
 
 def table(runs: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:

@@ -134,10 +134,15 @@ def kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tu
     The interval is that of the mean difference from base, over the reference's mean gain.
     """
     base = np.array(found["losses"]["base"])
-    whole = float((np.array(reference["losses"]["base"]) - np.array(reference["losses"]["shared"])).mean())
-    gain = base - np.array(found["losses"][arm])
+    whole = np.array(reference["losses"]["base"]) - np.array(reference["losses"]["shared"])
+    return share(base - np.array(found["losses"][arm]), whole)
+
+
+def share(gain: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
+    """Mean of a gain [writers] over another's mean, with its 95 % interval, in which the other is taken as known."""
     low, high = interval(gain)
-    return float(gain.mean()) / whole, low / whole, high / whole
+    mean = float(whole.mean())
+    return float(gain.mean()) / mean, low / mean, high / mean
 
 
 def table(results: Mapping[tuple[Cohort, int], Mapping[str, Mapping[str, Any]]]) -> Table:

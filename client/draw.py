@@ -17,6 +17,8 @@ from client.home import owners_command, run
 from client.store import Store
 from conf.errors import AntherError
 from models.decoding import TILE
+from models.sampling import SAMPLERS
+from models.weights import MODES
 from privacy.storage import Files
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = owners_command("client.draw", __doc__ or "")
     parser.add_argument("captions", nargs="+", help="what to draw")
     parser.add_argument("--base", default="glyphs", help="name of a shipped base, or folder of a pipeline or its pack")
-    parser.add_argument("--weights", default="fp32", choices=("fp32", "int8", "mixed", "nf4"), help="how it is held")
+    parser.add_argument("--weights", default="fp32", choices=tuple(MODES), help="how it is held")
     parser.add_argument("--under", default="personal", choices=UNDER, help="shared: without what is yours alone")
-    parser.add_argument("--sampler", default="dpm", choices=("ddim", "dpm", "lcm", "ancestral"))
+    parser.add_argument("--sampler", default="dpm", choices=SAMPLERS)
     parser.add_argument("--steps", type=int, default=8, help="1 to 4 with lcm or ancestral, if distilled for it")
     parser.add_argument("--guidance", type=float, default=1.5, help="1: none, as a base distilled to few steps needs")
     parser.add_argument("--resolution", type=int, help="side in pixels (default: the base's own)")

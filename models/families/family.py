@@ -58,6 +58,11 @@ def packed_rows(tokens: int, width: int, *vectors: int) -> tuple[int, int]:
     return tokens + sum(-(-length // width) for length in vectors), width
 
 
+def masked_captions(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and width of 300 tokens with their mask underneath, as PixArt-Sigma and Sana take them."""
+    return packed_rows(300, config["caption_channels"], 300)
+
+
 def pack(tokens: Tensor, vector: Tensor) -> Tensor:
     """Tokens [l, d] with a vector cut into rows underneath, filled up with zeros: [l + rows, d]."""
     width = tokens.shape[-1]

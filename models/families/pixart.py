@@ -5,12 +5,11 @@ Captions are taken as they are, in lower case: the pipeline's own cleaning is fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, own_latents, pack, packed_rows, unpack_mask
+from models.families.family import Family, masked_captions, own_latents, pack, unpack_mask
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -30,10 +29,6 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     return output[:, : x.shape[1]]
 
 
-def _context(config: Mapping[str, Any]) -> tuple[int, int]:
-    return packed_rows(300, config["caption_channels"], 300)
-
-
 PIXART = Family(
     name="pixart-sigma",
     pipeline="PixArtSigmaPipeline",
@@ -43,6 +38,6 @@ PIXART = Family(
     encode=_encode,
     forward=_forward,
     latents=own_latents,
-    context=_context,
+    context=masked_captions,
     kohya=None,
 )

@@ -7,12 +7,11 @@ are taken as they are, in lower case.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, own_latents, pack, packed_rows, unpack_mask
+from models.families.family import Family, masked_captions, own_latents, pack, unpack_mask
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -34,10 +33,6 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     return output
 
 
-def _context(config: Mapping[str, Any]) -> tuple[int, int]:
-    return packed_rows(300, config["caption_channels"], 300)
-
-
 SANA = Family(
     name="sana",
     pipeline="SanaPipeline",
@@ -47,6 +42,6 @@ SANA = Family(
     encode=_encode,
     forward=_forward,
     latents=own_latents,
-    context=_context,
+    context=masked_captions,
     kohya=None,
 )
