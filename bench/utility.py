@@ -42,21 +42,17 @@ class Cohort(NamedTuple):
     writers: int
     pictures: int  # that each trains on
 
-    @property
-    def batch(self) -> int:
-        """Pictures of a step: a quarter of a writer's, so that σ is the same for all."""
-        return self.pictures // 4
-
 
 DELTA = 1e-3
 WHOLE, DEVELOPMENT = Cohort(200, 20), Cohort(20, 20)
 CURVES = (Cohort(50, 20), Cohort(100, 20), WHOLE, Cohort(200, 12), Cohort(200, 4))
-ROUNDS, STEPS = 20, 5  # with privacy of examples
-FEWER_ROUNDS = 10  # with privacy of devices: each has its noise
+ROUNDS = {"example": 25, "device": 10}
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
 COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
 CORES = ("strategy=fedit", "adapter.frame=glyphs-frame")
-EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS}", f"adapter.shared.steps={STEPS}")
+# A round of one step has no walk within it, which noise would lead astray, and a mean after every noise.
+EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS['example']}", "adapter.shared.steps=1")
+DRAWS = "privacy.draws=8"  # of noise and time for each picture, whose gradients' mean is clipped
 
 
 class Form(NamedTuple):
@@ -66,32 +62,32 @@ class Form(NamedTuple):
     learning_rate: float
     level: str = "none"
     epsilon: float | None = None
+    share: int = 4  # a step sees one in so many of a writer's pictures
 
 
 FORMS: Mapping[str, Form] = {
     "reference": Form(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
-    "open": Form(EXAMPLE, 0.02),
-    "example-8": Form(EXAMPLE, 0.15, "example", 8.0),
-    "example-2": Form(EXAMPLE, 0.08, "example", 2.0),
-    "device-8": Form((*CORES, f"rounds={FEWER_ROUNDS}", "adapter.shared.steps=5"), 0.02, "device", 8.0),
+    "open": Form(EXAMPLE, 0.08, share=1),
+    "example-8": Form((*EXAMPLE, DRAWS), 0.3, "example", 8.0, share=1),
+    "example-2": Form((*EXAMPLE, DRAWS), 0.3, "example", 2.0, share=1),
+    "device-8": Form((*CORES, f"rounds={ROUNDS['device']}", "adapter.shared.steps=5"), 0.02, "device", 8.0),
 }
 
 
 def louder(form: Form) -> float:
     """The ε at which so few development writers leave as much noise on the mean as all test writers at the form's."""
     assert form.epsilon
-    rate, steps = (0.25, ROUNDS * STEPS) if form.level == "example" else (1.0, FEWER_ROUNDS)
-    few = DEVELOPMENT.writers / WHOLE.writers
-    sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=rate, steps=steps)
+    steps, few = ROUNDS[form.level], DEVELOPMENT.writers / WHOLE.writers
+    sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=1.0, steps=steps)
     # Each device's noise is divided by √devices in the mean, the server's by their number.
     scaled = sigma * (few**0.5 if form.level == "example" else few)
-    event = PoissonGaussian(noise_multiplier=scaled, sampling_rate=rate, steps=steps)
+    event = PoissonGaussian(noise_multiplier=scaled, sampling_rate=1.0, steps=steps)
     return epsilon([event], DELTA).value
 
 
 def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Sequence[str]) -> list[str]:
     """What runs it."""
-    role = "development" if tune else "test"
+    role, batch = "development" if tune else "test", cohort.pictures // form.share
     private, rate = [f"privacy={form.level}"], form.learning_rate
     if tune and form.level == "example":  # whose AdamW divides by its own device's noise
         rate *= (DEVELOPMENT.writers / WHOLE.writers) ** 0.5
@@ -99,7 +95,7 @@ def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Seq
         private += [f"privacy.delta={DELTA}", f"privacy.epsilon={louder(form) if tune else form.epsilon}"]
     return [
         sys.executable, "-m", "simulations.run", *COMMON, *form.overrides, *private, f"data.role={role}",
-        f"data.writers={cohort.writers}", f"data.train={cohort.pictures}", f"adapter.shared.batch_size={cohort.batch}",
+        f"data.writers={cohort.writers}", f"data.train={cohort.pictures}", f"adapter.shared.batch_size={batch}",
         f"adapter.shared.learning_rate={rate}", f"seed={seed}", *overrides,
     ]  # fmt: skip
 

@@ -113,7 +113,7 @@ def test_the_command_line_has_the_word_over_a_preset(
 ) -> None:
     assert run(monkeypatch, "preset=private", "data.writers=3") == 0
     assert run(monkeypatch, "preset=private", "privacy=none") == 0
-    assert capsys.readouterr().out == "rounds=20 level=example writers=3\nrounds=20 level=none writers=20\n"
+    assert capsys.readouterr().out == "rounds=25 level=example writers=3\nrounds=25 level=none writers=20\n"
 
 
 def test_broken_yaml_of_ones_own_is_one_line(
