@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import bases, rest
 from bench.machine import machine, memory, versions
@@ -81,8 +81,9 @@ def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) ->
     with lean.imports() if rung.imports else nullcontext():
         getattr(importlib.import_module("diffusers.models"), base.family.kind)
     found: dict[str, float] = {"imports": memory("VmRSS")}
-    with nullcontext() if rung.pages else patch("models.paging.mark", read):
-        network = packed.load(folder / rung.weights / base.family.network, base.family.kind)
+    network = packed.load(folder / rung.weights / base.family.network, base.family.kind)
+    if not rung.pages:
+        read(network)
     found["base"] = memory("VmRSS") - found["imports"]
     denoiser = Denoiser(
         network, schedule(torch.device("cpu")), sites=base.family.sites, forward=base.family.forward,
@@ -107,11 +108,13 @@ def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) ->
     return found
 
 
-def read(tensor: Tensor) -> Tensor:
-    """A tensor of a file in memory of its own, as those have it who map nothing; the file's pages are given back."""
-    copied = tensor.clone()
-    release(mark(tensor), 0, tensor.numel())
-    return copied
+def read(network: nn.Module) -> None:
+    """Put copies in the place of mapped tensors, as those have it who map nothing; the file's pages are given back."""
+    mapped = [tensor.data for tensor in (*network.parameters(), *network.buffers())]
+    mark(mapped)
+    network._apply(torch.clone)
+    for tensor in mapped:
+        release(tensor, 0, tensor.numel())
 
 
 def prepare(base: Known, folder: Path, modes: set[str]) -> None:

@@ -7,8 +7,6 @@ picture for each entry of the pass, and tells its peak resident memory (VmHWM), 
 The kernels' workspace was fitted on single operations, nothing on any of these networks. What a process holds beside
 all that (Python, PyTorch, kernels once they are in use, and what the allocator can't give back) is found on a network
 of 4 million parameters, as measured less predicted, and is part of every prediction; `net` leaves it out on both sides.
-It is taken for the same in all processes, and isn't: UNets of many small layers in few bits are predicted too low, in
-part for heap that small tensors leave behind, and for pages of the packed file that stay.
 """
 
 from __future__ import annotations

@@ -102,7 +102,10 @@ def _held(name: str, tensor: Tensor, layers: dict[str, str]) -> Iterator[tuple[s
 
 
 def _places(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int], bytes]:
-    """Where each tensor begins after the header, and the header: what is wider first, so that all are aligned."""
+    """Where each tensor begins after the header, and the header.
+
+    What is wider comes first, so that all are aligned; codes last, whose pages come and go, apart from those that stay.
+    """
     held: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         layer = name.removesuffix(".weight")
@@ -112,7 +115,8 @@ def _places(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int],
         else:
             held[name] = tensor.float() if tensor.is_floating_point() else tensor
     places, entries, end = {}, {}, 0
-    for name, tensor in sorted(held.items(), key=lambda item: -item[1].element_size()):  # else in the network's order
+    # else in the network's order
+    for name, tensor in sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0].endswith(".codes"))):
         places[name], start, end = end, end, end + tensor.nbytes
         entries[name] = {
             "dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]

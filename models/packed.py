@@ -113,7 +113,10 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
     try:
         quantise_shapes(made, manifest.layers)
         with safe_open(file, "pt") as tensors:
-            state = {name: paging.mark(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        paging.mark(state.values())
+        for tensor in state.values():  # mapping a file brings pages of it in
+            paging.release(tensor, 0, tensor.numel())
         made.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, AttributeError) as error:
         raise AntherError(f"{folder}: the file and its manifest don't agree ({_line(error)}): {_AGAIN}") from error

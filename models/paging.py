@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,28 +15,42 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _DONTNEED = 4
-_MARKED = WeakTensorKeyDictionary()  # apart from the tensors: an attribute would be copied with them
+_AROUND = 1 << 21  # bytes on either side that may come in with a page that is read: 64 KiB, or a whole huge page
+_MARKED = WeakTensorKeyDictionary()  # the file's range of addresses, apart from the tensors: copies don't have it
 
 
-def mark(tensor: Tensor) -> Tensor:
-    """Remember of a tensor that it is mapped from a file and never written to. A copy of it isn't marked."""
-    _MARKED[tensor] = True
-    return tensor
+def mark(tensors: Iterable[Tensor]) -> None:
+    """Remember which of some tensors are mapped from files. They must never be written to; copies aren't marked."""
+    mappings = _mappings()
+    for tensor in tensors:
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        mapping = next((each for each in mappings if each.start <= start and stop <= each.stop), None)
+        if mapping is not None:
+            _MARKED[tensor] = mapping
 
 
 def release(tensor: Tensor, start: int, stop: int) -> None:
     """Give back the pages of some entries of a tensor, if it is marked; they are read again when they are asked for.
 
-    A neighbour in the file may lose a page as well. Other memory would be lost for good, so it must be marked.
+    Neighbours in the file lose the pages that came with them. Beyond the file's mapping memory would be lost for good.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     advise = _madvise()
     if advise is None or tensor not in _MARKED or start == stop:
         return
-    size = tensor.element_size()
-    first = (tensor.data_ptr() + start * size) & -mmap.PAGESIZE
-    advise(first, tensor.data_ptr() + stop * size - first, _DONTNEED)
+    mapping, size = _MARKED[tensor], tensor.element_size()
+    first = max(mapping.start, (tensor.data_ptr() + start * size - _AROUND) & -mmap.PAGESIZE)
+    last = min(mapping.stop, tensor.data_ptr() + stop * size + _AROUND)
+    advise(first, last - first, _DONTNEED)
+
+
+def _mappings() -> list[range]:
+    """The addresses of this process that are mapped from files; none where there is no /proc."""
+    maps = Path("/proc/self/maps")
+    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()] if maps.exists() else []
+    spans = [line[0].split("-") for line in lines if line[4] != "0"]  # the file's inode
+    return [range(int(start, 16), int(stop, 16)) for start, stop in spans]
 
 
 @cache

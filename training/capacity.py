@@ -70,7 +70,7 @@ def entry_bytes(base: Denoiser, shape: Shape) -> int:
     """Bytes that one entry takes in a pass and after it, counted on a pass of one entry."""
 
     def prepare() -> Callable[[], object]:
-        rows = Rows(base, shape, 2)  # of two, one is copied, as one of many
+        rows = Rows(base, shape, 1)
         zeros, ones = np.zeros(1, np.int64), np.ones(1)
         one = zeros + 1
         pack = Pack(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)

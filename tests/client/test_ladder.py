@@ -27,7 +27,10 @@ def device(**changes: float | None) -> DeviceProfile:
 
 
 def footprint(gib: float, work: float = 1.0) -> Footprint:
-    return Footprint(int(gib * GIB), 0, 0, 0, 0, 0, int(work * 20e9), int(work * 10e9), int(work * 4e9))
+    return Footprint(
+        base_bytes=int(gib * GIB), matrix_operations=int(work * 20e9), convolution_operations=int(work * 10e9),
+        moved_bytes=int(work * 4e9),
+    )  # fmt: skip
 
 
 def predict(setting: Setting) -> Footprint:

@@ -37,14 +37,16 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-def mapped(file: Path) -> Tensor:
+def marked(file: Path) -> Tensor:
     with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor("x")
+        x = tensors.get_tensor("x")
+    mark([x])
+    return x
 
 
 @linux
 def test_released_pages_are_gone_and_come_back(file: Path) -> None:
-    x = mark(mapped(file))
+    x = marked(file)
     before = x.sum()
     assert resident(file) >= x.nbytes
     release(x, 0, len(x) // 2)
@@ -58,11 +60,30 @@ def test_released_pages_are_gone_and_come_back(file: Path) -> None:
 
 def test_what_is_not_a_file_is_left_alone(file: Path) -> None:
     """MADV_DONTNEED would turn it into zeros."""
-    marked = mark(mapped(file))
-    for x in (torch.arange(1 << 20), marked.clone(), marked.long(), copy.deepcopy(marked)):
+    made, mapped = torch.arange(1 << 20), marked(file)
+    mark([made])
+    for x in (made, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
         wanted = x.clone()
         release(x, 0, len(x))
         assert torch.equal(x, wanted)
+
+
+@linux
+def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
+    """A page that is read brings its neighbours in; none is given back beyond the file."""
+    save_file(
+        {f"{place:03}": torch.full((5000,), place) for place in range(200)}, file := tmp_path / "many.safetensors"
+    )
+    with safe_open(file, "pt") as tensors:
+        parts = [tensors.get_tensor(name) for name in sorted(tensors.keys())]
+    mark(parts)
+    for part in parts:  # to map them has brought them all in
+        release(part, 0, len(part))
+    for place, part in [*enumerate(parts)] * 2:
+        assert int(part[0]) == place
+        release(part, 0, len(part))
+        assert resident(file) <= 1 << 17
+    assert all(bool((part == place).all()) for place, part in enumerate(parts))
 
 
 @linux
@@ -72,7 +93,9 @@ def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
     plain = nn.Linear(2048, 2048)
     save_file(quantise(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
     with safe_open(file, "pt") as tensors:
-        layer = QuantisedLinear(plain, Packed(*(mark(tensors.get_tensor(name)) for name in Packed._fields)))
+        parts = Packed(*(tensors.get_tensor(name) for name in Packed._fields))
+    mark(parts)
+    layer = QuantisedLinear(plain, parts)
     stays = QuantisedLinear(plain, quantise(plain.weight, kind))
     x = torch.randn(3, 2048, requires_grad=True)
     y, wanted = layer(x), stays(x)
