@@ -7,21 +7,27 @@ picture for each entry of the pass, and tells its peak resident memory (VmHWM), 
 The kernels' workspace was fitted on single operations, nothing on any of these networks. What a process holds beside
 all that (Python, PyTorch, kernels once they are in use, and what the allocator can't give back) is found on a network
 of 4 million parameters, as measured less predicted, and is part of every prediction; `net` leaves it out on both sides.
+
+Seconds are those of one pass, in CPU time on one core, beside what `client.ladder` makes of the footprint and of this
+machine's rates, as `client.benchmark` measures them before all else.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -29,7 +35,10 @@ from rich.table import Table
 
 from bench.machine import machine, versions
 from bench.workloads import schedule
+from client import benchmark
+from client.ladder import pass_seconds
 from conf import lean
+from conf.planning import DeviceProfile, planned
 from models import packed
 from models.adapter import initial
 from models.denoiser import Denoiser
@@ -38,12 +47,15 @@ from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.footprint import Footprint, example, footprint, shapes
 from models.pack import pack
 from privacy.noise import Simulated
+from training.gradients import gradients
 from training.jobs import DPSGD, Examples, Train
 from training.trainer import train
 
 MIB = 2**20
 GRANTED = 2**40  # bytes: the peak is measured, not kept to
-OVER, UNDER = 0.10, 0.05  # how far a prediction may lie above and below what was measured
+OVER, UNDER = 0.10, 0.05  # how far a predicted peak may lie above and below what was measured
+SECONDS = 0.25  # how far predicted seconds may lie off, to either side
+CALIBRATION = 40.0  # seconds that the machine's rates are measured for
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Case:
     checkpointing: str = "none"
     batch: int = 1
     rank: int = 8
+    sites: str | None = None  # regular expression; None: its family's
 
     @property
     def name(self) -> str:
@@ -66,6 +79,13 @@ class Case:
     def base(self) -> Known:
         """Its shapes."""
         return NETWORKS[self.network]
+
+
+class Measured(NamedTuple):
+    """What one step took."""
+
+    peak_bytes: int
+    seconds: float  # of its pass
 
 
 def _unet(*widths: int, attending: int | None = None, **config: Any) -> Known:
@@ -132,7 +152,7 @@ KNOWN_CASES = {case.name: case for case in (RUNTIME, *CASES, *FULL)}
 def predicted(case: Case) -> Footprint:
     """From shapes alone, without the runtime."""
     base = case.base
-    held = shapes(base, sites=base.family.sites, weights=case.weights, checkpointing=case.checkpointing)
+    held = shapes(base, sites=case.sites or base.family.sites, weights=case.weights, checkpointing=case.checkpointing)
     return footprint(held, *example(base, case.resolution), rank=case.rank, batch=case.batch)
 
 
@@ -151,14 +171,15 @@ def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
         pack(str(source), folder / mode, mode)
 
 
-def measured(case: Case, folder: Path) -> int:
-    """Bytes: the peak of this process, one step of a packed base later."""
+def measured(case: Case, folder: Path) -> Measured:
+    """The peak of this process, one step of a packed base later."""
     base = case.base
     network = packed.load(folder / case.weights / base.family.network, base.family.kind)
     cpu = torch.device("cpu")
     denoiser = Denoiser(
-        network, schedule(cpu), sites=base.family.sites, checkpointing=case.checkpointing, forward=base.family.forward
-    )
+        network, schedule(cpu), sites=case.sites or base.family.sites, checkpointing=case.checkpointing,
+        forward=base.family.forward,
+    )  # fmt: skip
     latents, context = example(base, case.resolution)
     job = Train(
         client="device", round=1, purpose="shared", seed=0, start=initial(denoiser.sites, case.rank, seed=0), steps=1,
@@ -168,10 +189,24 @@ def measured(case: Case, folder: Path) -> int:
         noise=Simulated(seed=0, client="device", round=1, purpose="shared"),
         names=tuple(map(str, range(case.batch))),
     )  # fmt: skip
-    found = train(denoiser, [job], memory=GRANTED, timesteps=1)[0]
+    seconds: list[float] = []
+
+    def timed(*arguments: Any) -> Any:
+        started = time.process_time()
+        result = gradients(*arguments)
+        seconds.append(time.process_time() - started)
+        return result
+
+    with patch("training.trainer.gradients", timed):
+        found = train(denoiser, [job], memory=GRANTED, timesteps=1)[0]
     if isinstance(found, Exception):
         raise found
-    return _peak()
+    return Measured(_peak(), sum(seconds))
+
+
+def rates() -> DeviceProfile:
+    """This machine's, on one core."""
+    return benchmark.measured(planned(["device=laptop"], Path()).device, CALIBRATION)
 
 
 def _peak() -> int:
@@ -189,27 +224,30 @@ def child(*arguments: str) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-def in_fresh_processes(cases: Sequence[Case]) -> Iterator[tuple[Case, int]]:
-    """The peak of each case, in a process of its own; each network is packed once, and goes when it is through."""
+def in_fresh_processes(cases: Sequence[Case]) -> Iterator[tuple[Case, Measured]]:
+    """What each case takes, in a process of its own; each network is packed once, and goes when it is through."""
     for network in dict.fromkeys(case.network for case in cases):
         own = [case for case in cases if case.network == network]
         with tempfile.TemporaryDirectory() as folder:
             child("--prepare", network, "--folder", folder, "--modes", *{case.weights for case in own})
             for case in own:
-                yield case, int(child("--measure", case.name, "--folder", folder))
+                yield case, Measured(*json.loads(child("--measure", case.name, "--folder", folder)))
 
 
-def row(case: Case, runtime: int, found: int) -> dict[str, Any]:
-    """What is predicted and was found of one case, in bytes, and by how much the prediction is over."""
+def row(case: Case, runtime: int, device: DeviceProfile, found: Measured) -> dict[str, Any]:
+    """What is predicted and was found of one case, and by how much the predictions are over."""
     parts = predicted(case)
-    total = parts.peak_bytes + runtime
+    total, seconds = parts.peak_bytes + runtime, pass_seconds(parts, device)
     return {
         "case": case.name,
         "parts": vars(parts) | {"runtime_bytes": runtime},
         "predicted_bytes": total,
-        "measured_bytes": found,
-        "error": total / found - 1,
-        "net_error": parts.peak_bytes / (found - runtime) - 1,
+        "measured_bytes": found.peak_bytes,
+        "error": total / found.peak_bytes - 1,
+        "net_error": parts.peak_bytes / (found.peak_bytes - runtime) - 1,
+        "predicted_seconds": seconds,
+        "measured_seconds": found.seconds,
+        "seconds_error": seconds / found.seconds - 1,
     }
 
 
@@ -219,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for hidden in ("--measure", "--prepare", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--modes", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[""], help="those whose name begins so")
     parser.add_argument("--full", action="store_true", help="networks of full size too: minutes each, and 7 GB")
     parser.add_argument(
@@ -230,27 +269,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.prepare:
         prepare(asked.prepare, Path(asked.folder), asked.modes)
         return 0
+    if asked.calibrate:
+        print(json.dumps(dataclasses.asdict(rates())))
+        return 0
     if asked.measure:
         with lean.imports():
-            print(measured(KNOWN_CASES[asked.measure], Path(asked.folder)))
+            print(json.dumps(measured(KNOWN_CASES[asked.measure], Path(asked.folder))))
         return 0
     wanted = [case for case in (*CASES, *(FULL if asked.full else ())) if case.name.startswith(tuple(asked.only))]
-    found = _measured_before(asked.measured) if asked.measured else {}
+    device, found = _measured_before(asked.measured) if asked.measured else (None, {})
+    device = device or DeviceProfile(**json.loads(child("--calibrate")))
     lacking = [case for case in (RUNTIME, *wanted) if case.name not in found]
-    for case, peak in in_fresh_processes(lacking):
-        found[case.name] = peak
-        print(f"{case.name}: {peak / MIB:,.0f} MiB", file=sys.stderr)
-    runtime = found[RUNTIME.name] - predicted(RUNTIME).peak_bytes
-    rows = [row(case, runtime, found[case.name]) for case in wanted]
-    Console(width=130).print(table(rows))
-    sound = all(-UNDER <= found["error"] <= OVER for found in rows)
+    for case, one in in_fresh_processes(lacking):
+        found[case.name] = one
+        print(f"{case.name}: {one.peak_bytes / MIB:,.0f} MiB, {one.seconds:.1f} s", file=sys.stderr)
+    runtime = found[RUNTIME.name].peak_bytes - predicted(RUNTIME).peak_bytes
+    rows = [row(case, runtime, device, found[case.name]) for case in wanted]
+    Console(width=140).print(table(rows))
+    sound = all(-UNDER <= each["error"] <= OVER and abs(each["seconds_error"]) <= SECONDS for each in rows)
     record = {
         "command": shlex.join(["python", "-m", "bench.predicted", *(sys.argv[1:] if arguments is None else arguments)]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "diffusers"),
         "environment": lean.ENVIRONMENT,
         "runtime_bytes": runtime,
-        "runtime_peak_bytes": found[RUNTIME.name],
+        "runtime_measured": found[RUNTIME.name],
+        "device": dataclasses.asdict(device),
         "within_bounds": sound,
         "rows": rows,
     }
@@ -258,26 +302,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if sound else 1
 
 
-def _measured_before(path: Path) -> dict[str, int]:
-    """The bytes that an earlier run measured, by the names of its cases."""
+def _measured_before(path: Path) -> tuple[DeviceProfile, dict[str, Measured]]:
+    """The machine's rates in an earlier run, and what it measured, by the names of its cases."""
     record = json.loads(path.read_text())
-    measured = {row["case"]: row["measured_bytes"] for row in record["rows"]}
-    return {RUNTIME.name: record["runtime_peak_bytes"]} | measured
+    measured = {row["case"]: Measured(row["measured_bytes"], row["measured_seconds"]) for row in record["rows"]}
+    return DeviceProfile(**record["device"]), {RUNTIME.name: Measured(*record["runtime_measured"])} | measured
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Every case in MiB."""
-    found = Table(title="Peak resident memory of one step, MiB", title_justify="left")
+    found = Table(title="Peak resident memory of one step, MiB, and seconds of its pass", title_justify="left")
     found.add_column("case")
-    for heading in ("base", "activations", "workspace", "adapter", "runtime", "predicted", "measured", "error", "net"):
+    for heading in (
+        "base",
+        "activations",
+        "workspace",
+        "adapter",
+        "runtime",
+        "predicted",
+        "measured",
+        "error",
+        "net",
+        "seconds",
+        "error",
+    ):
         found.add_column(heading, justify="right")
     for each in rows:
         parts = each["parts"]
         adapter = parts["adapter_bytes"] + parts["optimiser_bytes"]
+        runtime = parts["objects_bytes"] + parts["runtime_bytes"]
         bytes_ = [parts["base_bytes"], parts["activations_bytes"], parts["workspace_bytes"], adapter]
-        bytes_ += [parts["runtime_bytes"], each["predicted_bytes"], each["measured_bytes"]]
+        bytes_ += [runtime, each["predicted_bytes"], each["measured_bytes"]]
         mib = [f"{value / MIB:,.0f}" for value in bytes_]
-        found.add_row(each["case"], *mib, f"{each['error']:+.1%}", f"{each['net_error']:+.1%}")
+        errors = [f"{each[key]:+.1%}" for key in ("error", "net_error", "seconds_error")]
+        found.add_row(each["case"], *mib, *errors[:2], f"{each['measured_seconds']:.1f}", errors[2])
     return found
 
 
