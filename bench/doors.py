@@ -233,6 +233,7 @@ class _Device:
             name=REPORT.device, report=REPORT, store=Store(Files(folder)),
             pictures=lambda: Pictures((picture,), (picture,), (picture,)), sites=sites,
             policy=Policy(max_rank=2 * rank), noise=lambda _round, _purpose: Secure(), seed=0,
+            resolution=8,
         )  # fmt: skip
 
     def doors(self) -> dict[str, Door]:

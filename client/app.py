@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from client.device import from_config
+from client.device import from_config, whole
 from client.drive import drive
 from client.logic import handle
 from conf.compose import compose
@@ -45,10 +45,11 @@ def answer(message: Message, context: Context) -> Message:
         config = compose(str(context.run_config.get("overrides", "")))
         node = _stated(context)
         weights, device = str(node.get("weights", "fp32")), str(node.get("device", "auto"))
-        base = _base(str(node.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device)
+        resolution = whole(node, "resolution") or None
+        base = _base(str(node.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device, resolution)
         memory = budget(config.cohort.memory_gib, base.device)
         check_free(memory, base.device)
-        owner = from_config(node, base=base.hash, sites=base.sites)
+        owner = from_config(node, base)
         most = largest(shapes(owner.sites, -1), free=owner.policy.max_rank)
         conversation = handle(requested(message, most=most), owner)
         work = functools.partial(perform, base, memory=memory, timesteps=config.evaluation.timesteps)
@@ -96,6 +97,6 @@ def _stated(context: Context) -> dict[str, object]:
 
 
 @functools.lru_cache(maxsize=1)
-def _base(path: str, sites: str | None, weights: str, device: str) -> Base:
+def _base(path: str, sites: str | None, weights: str, device: str, resolution: int | None) -> Base:
     """Kept between the messages that one process answers."""
-    return load(path, sites=sites, weights=weights, device=device)
+    return load(path, sites=sites, weights=weights, device=device, resolution=resolution)

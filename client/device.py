@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from client import preflight
 from client.data import METADATA, Pictures, load_folder
 from client.home import files_of
 from client.store import Store
 from conf.errors import AntherError
 from models.adapter import Sites
+from models.base import Base
 from privacy import noise, policy
 from privacy.noise import NoiseSource
 from protocol.messages import DeviceReport
@@ -23,6 +25,10 @@ from protocol.messages import DeviceReport
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
+
+
+def _no_limit(_: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +47,15 @@ class Device:
     """The source for one round and purpose; the server has no say in it."""
     seed: int
     """Of the ordinary streams: batches without privacy, timesteps, diffusion noise."""
+    resolution: int
+    """Side in pixels of pictures as the base sees them."""
+    check_memory: Callable[[int], None] = _no_limit
+    """Raises Refusal if training an adapter of this rank wouldn't fit; a simulation's memory is the cohort's affair."""
     previews: int = 0
     """How many pictures its owner is shown of what was learnt, each time that something was."""
 
 
-def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> Device:
+def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
     """The device that a SuperNode's own configuration describes.
 
     Args:
@@ -54,7 +64,7 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
             into it whenever something was learnt; `test=true`, which makes noise reproducible by `seed` and nothing a
             release; and what the report says: `examples-per-second`, `watts`,
             `uplink-mbps`, `downlink-mbps`, `metered`.
-        base: content hash of the base that the device holds, and `sites` its sites.
+        base: what the device holds.
 
     Raises:
         AntherError: a key is missing or its value can't be used.
@@ -67,17 +77,19 @@ def from_config(node_config: Mapping[str, Any], *, base: str, sites: Sites) -> D
     files = files_of(name, node_config.get("store"))
     store = Store(files)
     is_test = _flag(node_config, "test")
-    seed = _whole(node_config, "seed") if is_test else store.seed()
+    seed = whole(node_config, "seed") if is_test else store.seed()
     return Device(
         name=name,
-        report=probe(name, base, node_config),
+        report=probe(name, base.hash, node_config),
         store=store,
         pictures=partial(load_folder, pictures),
-        sites=sites,
+        sites=base.sites,
         policy=policy.load(files.folder / "policy.toml"),
         noise=partial(noise.source, client=name, seed=seed if is_test else None),
         seed=seed,
-        previews=_whole(node_config, "previews"),
+        resolution=base.resolution,
+        check_memory=partial(preflight.check_memory, base, store),
+        previews=whole(node_config, "previews"),
     )
 
 
@@ -107,7 +119,7 @@ def _folder(node_config: Mapping[str, Any]) -> Path:
         raise AntherError(f"the node's configuration names no pictures: set data to a folder with {METADATA}")
     root = Path(str(node_config["data-root"])).expanduser()
     owners = sorted(folder for folder in root.glob("*/") if not folder.name.startswith("."))
-    chosen = _whole(node_config, "partition-id")
+    chosen = whole(node_config, "partition-id")
     if chosen >= len(owners):
         raise AntherError(f"{root}: has {len(owners)} sub-folders, so there is none for partition {chosen}")
     return owners[chosen]
@@ -124,7 +136,7 @@ def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
     return number
 
 
-def _whole(values: Mapping[str, Any], key: str) -> int:
+def whole(values: Mapping[str, Any], key: str) -> int:
     """A whole number of 0 or more; 0 if it isn't stated."""
     text = str(values.get(key, 0))
     if not text.isdecimal():

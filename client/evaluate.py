@@ -47,10 +47,10 @@ def _losses(request: messages.Evaluate, sent: Sent, device: Device) -> Generator
             device.policy.check_spending,
         )
     key = f"{request.run}:{cache_key(device, pictures)}"
-    base = device.store.loss("base", key)
+    base = device.store.number("base", key)
     if base is None:
         base = expect(float, (yield jobs.Measure(examples=examples, adapter=None)))
-        device.store.save_loss("base", key, base)
+        device.store.save_number("base", key, base)
     shared = expect(float, (yield jobs.Measure(examples=examples, adapter=sent.adapter)))
     return messages.Evaluation(device=device.name, round=request.round, base=base, shared=shared)
 

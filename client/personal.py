@@ -35,6 +35,7 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     device.policy.check_work(
         rank=request.rank, steps=request.steps, examples=request.batch_size, learning_rate=request.learning_rate
     )
+    device.check_memory(request.rank)
     if min(request.look_every, request.patience) < 1:
         raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
     sent = received(request.adapter, device).adapter

@@ -6,7 +6,8 @@
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams
     previews/                 what its owner is shown of what was learnt
-    cache/                    pictures as latents, and the base's loss on them: rebuilt when missing or damaged
+    cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
+                              missing or damaged
 
 On a real device these are files of one folder, and beside them lies policy.toml, what the owner allows, written by
 hand. Every write is atomic.
@@ -125,14 +126,14 @@ class Store:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return None
 
-    def save_loss(self, name: str, key: str, loss: float) -> None:
-        self._storage.write(f"cache/{name}.json", json.dumps({"key": key, "loss": loss}).encode())
+    def save_number(self, name: str, key: str, number: float) -> None:
+        self._storage.write(f"cache/{name}.json", json.dumps({"key": key, "number": number}).encode())
 
-    def loss(self, name: str, key: str) -> float | None:
-        """A cached loss, if it was measured under the same key."""
+    def number(self, name: str, key: str) -> float | None:
+        """A cached number, if it was found under the same key."""
         try:
             found = json.loads(self._storage.read(f"cache/{name}.json") or b"")
-            return float(found["loss"]) if found["key"] == key else None
+            return float(found["number"]) if found["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -42,6 +42,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
 
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
+    device.check_memory(plan.rank)
     examples = yield from encoded(device, "train", pictures)
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)

@@ -33,7 +33,8 @@ def encoded(device: Device, split: str, pictures: Sequence[Picture]) -> Generato
 
 
 def cache_key(device: Device, pictures: Sequence[Picture]) -> str:
-    return f"{device.report.base}:{fingerprint(pictures)}"
+    """Of what the base makes of pictures, seen at the device's resolution."""
+    return f"{device.report.base}:{device.resolution}:{fingerprint(pictures)}"
 
 
 def cost(device: Device, examples: int) -> tuple[float, float]:

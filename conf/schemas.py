@@ -41,9 +41,11 @@ class Base:
     # fp32: as the folder has them, in the precision of compute
     checkpointing: str = "none"  # block: run each block's forward again in backward: half the memory, a fifth more time
     compute: str = "fp32"  # precision of the base's layers; adapters and gradients stay fp32. bf16 needs a chip for it
+    resolution: int | None = None  # side of pictures in pixels; null: what the base was made for
     device: str = "auto"  # torch device; auto: cuda if there is one
 
     def __post_init__(self) -> None:
+        require(_none_or_positive(self.resolution), f"base.resolution={self.resolution}: must be over 0, or null")
         choose("base.weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
         choose("base.checkpointing", self.checkpointing, ("none", "block"))
         choose("base.compute", self.compute, ("fp32", "bf16"))

@@ -56,6 +56,7 @@ class Denoiser:
     Attributes:
         sites: the adaptable layers, by their name in the network.
         schedule: the forward process.
+        checkpointing: as it was given.
         kept: what those who use this network keep with it, for as long as it lives.
         precise: dtype of everything that is not the network: x_t, losses, adapters, gradients; float32 or better.
     """
@@ -76,7 +77,7 @@ class Denoiser:
         quantise_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
         self.precise = torch.promote_types(self.dtype, torch.float32)
-        self.schedule, self._forward = schedule.to(self.device), forward
+        self.schedule, self.checkpointing, self._forward = schedule.to(self.device), checkpointing, forward
         add_slots(network, self.sites)
         if checkpointing == "block":  # without the state of random numbers: nothing here draws any
             again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -6,7 +6,9 @@ then runs one forward and backward pass of it, the modules' own code, on tensors
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -78,6 +80,13 @@ def shapes(base: Known, *, sites: str, weights: str = "fp32", checkpointing: str
     )
 
 
+def stand_in(base: Denoiser) -> Denoiser:
+    """A base that is there, in the place of `shapes`: with modules of its own, which may lose their contents."""
+    other = copy.copy(base)
+    other.network, other._free = base._copy(), SimpleQueue()
+    return other
+
+
 def example(base: Known, resolution: int) -> tuple[torch.Size, torch.Size]:
     """The shapes of one picture's latents and of its packed caption.
 
@@ -106,7 +115,7 @@ def _mapped(base: Denoiser) -> list[Tensor]:
 def footprint(
     base: Denoiser, latents: torch.Size, context: torch.Size, *, rank: int, batch: int = 1, runtime_bytes: int = 0
 ) -> Footprint:
-    """Of `shapes`, whose tensors become fake ones.
+    """Of `shapes` or of a `stand_in`, whose tensors become fake ones.
 
     Args:
         latents, context: shapes of one example.

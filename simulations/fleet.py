@@ -169,6 +169,7 @@ def _participant(
         name=name, report=report, store=Store(storage),
         pictures=partial(writer.on, name) if copy else partial(_first, writer), sites=base.sites,
         policy=policy, noise=partial(source, client=name, seed=config.seed), seed=config.seed,
+        resolution=base.resolution,
     )  # fmt: skip
     return Participant(name, writer.kind, copy, profile.name, device)
 

@@ -29,6 +29,7 @@ def build(config: Simulation, folder: Path) -> World:
     frozen = base.load(
         config.base.path, sites=config.adapter.sites, weights=config.base.weights, device=config.base.device,
         compute=config.base.compute, checkpointing=config.base.checkpointing,
+        resolution=config.base.resolution,
     )  # fmt: skip
     database = Database(folder / "devices" / FILE)
     return World(frozen, participants(config, frozen, database.device), database)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ def make_device(
     pictures: Pictures = PICTURES,
     policy: Policy | None = None,
     noise: NoiseSource | None = None,
+    check_memory: Callable[[int], None] = lambda _: None,
 ) -> Device:
     """A device that keeps its files in a folder, or that uses the given storage."""
     report = DeviceReport(
@@ -57,6 +58,7 @@ def make_device(
     return Device(
         name=name, report=report, store=Store(kept), pictures=lambda: pictures, sites=SITES,
         policy=policy or Policy(delta=PRIVACY.delta), noise=lambda _round, _purpose: noise or Secure(), seed=7,
+        resolution=64, check_memory=check_memory,
     )  # fmt: skip
 
 

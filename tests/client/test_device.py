@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +18,8 @@ from client.device import from_config
 from conf.errors import AntherError
 from privacy.noise import Secure, Simulated
 from tests.client.devices import BASE, SITES
+
+HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, resolution=64)  # all that is asked of a base
 
 
 @pytest.fixture
@@ -33,20 +37,20 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_real_device_draws_secure_noise_and_keeps_its_seed(root: Path) -> None:
-    device = from_config({"data": str(root / "ann"), "name": "tablet"}, base=BASE, sites=SITES)
+    device = from_config({"data": str(root / "ann"), "name": "tablet"}, HELD)
     assert device.name == device.report.device == "tablet"
     assert device.store.where == str(root.parent / "home/devices/tablet")
     assert device.pictures().train[0].caption == "ann"
     assert isinstance(device.noise(1, "shared"), Secure)
     assert device.noise(1, "shared").release
-    again = from_config({"data": str(root / "ann"), "name": "tablet", "seed": 3}, base=BASE, sites=SITES)
+    again = from_config({"data": str(root / "ann"), "name": "tablet", "seed": 3}, HELD)
     assert again.seed == device.seed  # nobody else chooses it
 
 
 @pytest.mark.parametrize("test", [True, "true"])
 def test_a_declared_test_is_reproducible_and_no_release(root: Path, test: object) -> None:
     config = {"data": str(root / "ann"), "name": "tablet", "test": test, "seed": 3}
-    device, again = (from_config(config, base=BASE, sites=SITES) for _ in range(2))
+    device, again = (from_config(config, HELD) for _ in range(2))
     assert isinstance(device.noise(1, "shared"), Simulated)
     assert not device.noise(1, "shared").release
     assert device.seed == 3
@@ -55,8 +59,7 @@ def test_a_declared_test_is_reproducible_and_no_release(root: Path, test: object
 
 def test_simulated_owners_by_partition(root: Path) -> None:
     devices = [
-        from_config({"data-root": str(root), "partition-id": number, "num-partitions": 2}, base=BASE, sites=SITES)
-        for number in range(2)
+        from_config({"data-root": str(root), "partition-id": number, "num-partitions": 2}, HELD) for number in range(2)
     ]
     assert [device.name for device in devices] == ["ann", "bob"]
     assert [device.pictures().test[0].caption for device in devices] == ["ann", "bob"]
@@ -65,7 +68,7 @@ def test_simulated_owners_by_partition(root: Path) -> None:
 
 def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Path) -> None:
     stated = {"examples-per-second": "25", "watts": 6, "metered": "true", "store": str(tmp_path / "s")}
-    device = from_config({"data": str(root / "ann")} | stated, base=BASE, sites=SITES)
+    device = from_config({"data": str(root / "ann")} | stated, HELD)
     report = device.report
     assert report.memory_gib == round(psutil.virtual_memory().total / 2**30)
     assert (report.base, report.examples_per_second, report.watts, report.metered) == (BASE, 25.0, 6.0, True)
@@ -74,7 +77,7 @@ def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Pat
 
 def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text("max_epsilon = 2.5")
-    device = from_config({"data": str(root / "ann"), "store": str(tmp_path)}, base=BASE, sites=SITES)
+    device = from_config({"data": str(root / "ann"), "store": str(tmp_path)}, HELD)
     assert device.policy.max_epsilon == 2.5
 
 
@@ -88,7 +91,7 @@ def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("root")
 def test_mistakes_name_their_key(config: dict[str, object], named: str) -> None:
     with pytest.raises(AntherError, match=named) as raised:
-        from_config(config, base=BASE, sites=SITES)
+        from_config(config, HELD)
     assert "\n" not in str(raised.value)
 
 

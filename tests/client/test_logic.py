@@ -14,6 +14,7 @@ from client.data import Pictures, fingerprint
 from client.device import Device
 from client.drive import drive
 from client.logic import handle
+from client.work import cache_key, encoded
 from conf.errors import AntherError
 from models.adapter import Factors, head_and_tail, rank
 from privacy.ledger import RESERVED, SEALED, SENT
@@ -81,6 +82,27 @@ def test_a_private_round(tmp_path: Path) -> None:
     assert made.data == fingerprint(PICTURES.train)
     assert made.adapter == hashlib.sha256(train_request().adapter).hexdigest()
     assert reply.events == device.store.ledger.history().events == 3  # enrolled, reserved, sealed
+
+
+def test_pictures_are_encoded_anew_at_another_resolution(tmp_path: Path) -> None:
+    device, pictures = make_device(tmp_path), PICTURES.train
+    examples = jobs.Examples(torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 3))
+    device.store.save_examples("train", cache_key(device, pictures), examples)
+    assert not list(encoded(device, "train", pictures))
+    larger = dataclasses.replace(device, resolution=128)
+    assert next(encoded(larger, "train", pictures)) == jobs.Encode(pictures=pictures)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_charged(tmp_path: Path) -> None:
+    def check(rank: int) -> None:
+        raise Refusal(f"memory: not for rank {rank}")
+
+    device, perform = make_device(tmp_path, check_memory=check), Performer()
+    for request in (train_request(), PERSONALISE):
+        with pytest.raises(Refusal, match="memory: not for rank"):
+            ask(request, device, perform)
+    assert not perform.jobs
+    assert states(device) == []
 
 
 def test_a_round_without_privacy(tmp_path: Path) -> None:

@@ -81,38 +81,38 @@ def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
 
 def test_losses_are_cached_under_their_key(tmp_path: Path) -> None:
     store = Store(Files(tmp_path))
-    assert store.loss("base", "k") is None
-    store.save_loss("base", "k", 0.1)
-    assert Store(Files(tmp_path)).loss("base", "k") == 0.1
-    assert store.loss("base", "another") is None
+    assert store.number("base", "k") is None
+    store.save_number("base", "k", 0.1)
+    assert Store(Files(tmp_path)).number("base", "k") == 0.1
+    assert store.number("base", "another") is None
 
 
 def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
     store = Store(Files(tmp_path))
     store.save_examples("train", "k", EXAMPLES)
-    store.save_loss("base", "k", 0.1)
+    store.save_number("base", "k", 0.1)
     for file in (tmp_path / "cache").iterdir():
         for content in (b"", b"[]", b"{}", b"\xff" * 40, file.read_bytes()[:20]):
             file.write_bytes(content)
             assert store.examples("train", "k") is None or file.suffix == ".json"
-            assert store.loss("base", "k") is None or file.suffix == ".safetensors"
+            assert store.number("base", "k") is None or file.suffix == ".safetensors"
     store.save_examples("train", "k", EXAMPLES)
-    store.save_loss("base", "k", 0.2)
+    store.save_number("base", "k", 0.2)
     assert store.examples("train", "k") is not None
-    assert store.loss("base", "k") == 0.2
+    assert store.number("base", "k") == 0.2
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(Files(tmp_path))
-    store.save_loss("base", "k", 0.1)
+    store.save_number("base", "k", 0.1)
 
     def full(_handle: int) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
-        store.save_loss("base", "k", 0.2)
-    assert store.loss("base", "k") == 0.1
+        store.save_number("base", "k", 0.2)
+    assert store.number("base", "k") == 0.1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["base.json"]
 
 

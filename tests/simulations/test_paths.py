@@ -75,9 +75,7 @@ def by_grid(base, pictures, folder, *, together):
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)  # what was shared without noise can't be followed by an ε
-        devices = [
-            from_config(node_config(pictures, folder, owner), base=base.hash, sites=base.sites) for owner in "ab"
-        ]
+        devices = [from_config(node_config(pictures, folder, owner), base) for owner in "ab"]
         grid = CohortGrid(devices, work, together=together)
         messages = [
             Message(records.request_to_records(request), node, records.message_type(request)) for node in (1, 2)

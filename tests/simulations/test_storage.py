@@ -237,16 +237,16 @@ def test_a_store_is_the_same_over_both(database: Database, tmp_path: Path) -> No
     examples = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
     for storage in (database.device("ada"), Files(tmp_path / "ada")):
         store = Store(storage)
-        assert store.personal(SITES) is store.examples("train", "k") is store.loss("base", "k") is None
+        assert store.personal(SITES) is store.examples("train", "k") is store.number("base", "k") is None
         store.save_personal(personal)
         store.save_examples("train", "k", examples)
-        store.save_loss("base", "k", 0.5)
+        store.save_number("base", "k", 0.5)
         found, cached = Store(storage).personal(SITES), store.examples("train", "k")
         assert found is not None
         assert cached is not None
         assert torch.equal(found.shared["up.to_k"].b, personal.shared["up.to_k"].b)
         assert torch.equal(cached.latents, examples.latents)
-        assert (store.loss("base", "k"), store.loss("base", "other")) == (0.5, None)
+        assert (store.number("base", "k"), store.number("base", "other")) == (0.5, None)
         assert store.seed() == Store(storage).seed()
     device = database.device("ada")
     for name in ("personal.safetensors", "cache/train.safetensors"):

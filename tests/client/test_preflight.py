@@ -1,0 +1,69 @@
+"""What a pass takes beside the base, against what is free: predicted once, and refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from client import preflight
+from client.ladder import MARGIN
+from client.preflight import check_memory
+from client.store import Store
+from models.base import Base
+from models.families.known import find
+from models.footprint import example, footprint, shapes
+from privacy.policy import Refusal
+from privacy.storage import Files
+from tests.tiny import ATTENTION
+
+
+@pytest.fixture
+def base(pipeline_folder: Path) -> Base:
+    return Base(pipeline_folder, sites=ATTENTION)
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
+    monkeypatch.setattr(preflight, "total_and_free", lambda _: (2**40, int(count)))
+
+
+def predicted(base: Base, rank: int) -> int:
+    known = find(str(base.folder))
+    found = footprint(shapes(known, sites=ATTENTION), *example(known, base.resolution), rank=rank)
+    return found.peak_bytes - found.base_bytes
+
+
+def test_a_plan_that_fits_is_let_through(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as is predicted of the same base without its weights."""
+    store, needed = Store(Files(tmp_path)), MARGIN * predicted(base, 4)
+    free(monkeypatch, needed + 1)
+    check_memory(base, store, 4)
+    free(monkeypatch, needed - 1)
+    with pytest.raises(Refusal, match=f"memory: this base takes about .* MiB to train rank 4 at {base.resolution}²"):
+        check_memory(base, store, 4)
+
+
+def test_the_base_keeps_its_weights(base: Base, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
+    check_memory(base, Store(Files(tmp_path)), 2)
+    after = base.network.state_dict()
+    assert all(type(tensor) is torch.Tensor for tensor in after.values())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    with base.lending([]) as denoise, torch.no_grad():
+        x = torch.zeros(1, *base.shape)
+        assert type(denoise(x, torch.zeros(1), torch.zeros(1, *_context(base)))) is torch.Tensor
+
+
+def _context(base: Base) -> torch.Size:
+    return example(find(str(base.folder)), base.resolution)[1]
+
+
+def test_each_rank_is_predicted_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a process to come, from what the store keeps."""
+    asked: list[int] = []
+    plain = preflight._pass_bytes
+    monkeypatch.setattr(preflight, "_pass_bytes", lambda base, rank: asked.append(rank) or plain(base, rank))
+    for rank in (2, 2, 4, 4):
+        check_memory(base, Store(Files(tmp_path)), rank)
+    assert asked == [2, 4]
