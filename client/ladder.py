@@ -15,7 +15,7 @@ from models.footprint import CHECKPOINTING, Footprint
 
 GIB, MIB = 2**30, 2**20
 HOUR = 3600
-MARGIN = 1.17  # predictions were that much under at most (`bench.predicted`): what a plan accepts must not be killed
+MARGIN = 1.07  # predictions were that much under at most (`bench.predicted`): what a plan accepts must not be killed
 
 
 @dataclass(frozen=True)

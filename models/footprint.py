@@ -53,7 +53,7 @@ class Footprint:
     runtime_bytes: int = 0
     """The process without any of this: Python, PyTorch and what else it imports."""
     matrix_operations: int = 0
-    """Multiplications and additions of matrix products and attention, forward and backward."""
+    """Multiplications and additions of matrix products and attention, forward and backward, with its exponentials."""
     convolution_operations: int = 0
     moved_bytes: int = 0
     """Read and written by everything else, which memory sets the pace of."""
