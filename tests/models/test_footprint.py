@@ -96,8 +96,9 @@ def test_a_dry_run_leaves_nothing_in_the_memory_for_slabs() -> None:
     before = quantise._scratch.bytes
     predicted("unet", weights="nf4")
     assert quantise._scratch.bytes is before
-    with FakeTensorMode() as mode:
-        packed = quantise.Packed(*(fake(tensor, mode) for tensor in quantise.sizes("nf4", 64)))
+    mode = FakeTensorMode()
+    packed = quantise.Packed(*(fake(tensor, mode) for tensor in quantise.sizes("nf4", 64)))
+    with mode:
         quantise.dequantise(packed, torch.Size((2, 32)))
     assert quantise._scratch.bytes is before
 
