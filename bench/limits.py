@@ -31,10 +31,11 @@ from rich.table import Table
 from bench import bases, predicted
 from bench.machine import machine, versions
 from bench.predicted import NETWORKS, RUNTIME, Case, Measured
-from client.ladder import GIB, MIB, Rung, ladder
+from client.ladder import GIB, MIB, Predict, Rung, Setting, ladder
 from client.plan import SITES, predictor, ways
 from conf import lean
 from conf.planning import Plan, devices, planned
+from models.footprint import Footprint
 from models.pack import pack
 
 TIMID = 0.9  # share of the limit that a refused rung must take at least
@@ -72,10 +73,25 @@ def runtime_bytes() -> int:
     return found.peak_bytes - predicted.predicted(RUNTIME).peak_bytes
 
 
-def trial(plan: Plan) -> Trial:
-    """What the ladder says of one device; AntherError if nothing fits."""
-    base = NETWORKS[plan.base]
-    rungs, best = ladder(ways(base), plan, predictor(base, plan))
+def trials(plans: Sequence[Plan]) -> list[Trial]:
+    """What the ladder says of devices that differ in nothing else. What a pass takes is predicted once for all."""
+    known: dict[Setting, Footprint] = {}
+
+    def remembering(predict: Predict) -> Predict:
+        def remembered(setting: Setting) -> Footprint:
+            found = known.get(setting) or predict(setting)
+            if found.activations_bytes:  # else the base alone was too large for this device
+                known[setting] = found
+            return found
+
+        return remembered
+
+    base = NETWORKS[plans[0].base]
+    return [trial(plan, *ladder(ways(base), plan, remembering(predictor(base, plan)))) for plan in plans]
+
+
+def trial(plan: Plan, rungs: Sequence[Rung], best: int | None) -> Trial:
+    """The plan, and the rung above it that was refused for its memory."""
     if best is None:
         raise SystemExit(f"device={plan.device.name}: nothing fits")
     refused = [rung for rung in rungs[:best] if (rung.blocked or "").startswith("memory")]
@@ -223,14 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     runtime = runtime_bytes() / MIB
     plans = {name: plan_of([f"base={asked.base}", *asked.overrides], name, runtime) for name in asked.devices}
-    trials = {name: trial(plan) for name, plan in plans.items()}
+    tried = dict(zip(plans, trials(list(plans.values())), strict=True))
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.folder or Path(scratch)
-        modes = {rung.setting.weights for one in trials.values() for rung, _ in one.cases}
+        modes = {rung.setting.weights for one in tried.values() for rung, _ in one.cases}
         prepare(asked.base, folder, modes)
         measured: dict[tuple[Case, int | None], Measured | None] = {}
         rows = []
-        for name, one in trials.items():
+        for name, one in tried.items():
             for rung, limit in one.cases:
                 key = case(plans[name], rung), limit
                 if key not in measured:  # devices are alike in memory
