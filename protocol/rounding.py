@@ -91,6 +91,11 @@ def largest(expected: Mapping[str, Shape], precision: str, *, keep: float = 1.0)
     return _SCALE_BYTES * blocks + _CODE_BYTES[precision] * _kept(blocks, keep)
 
 
+def bytes_per_number(precision: str, keep: float = 1.0) -> float:
+    """What a number takes in whole blocks."""
+    return (_SCALE_BYTES + keep * _CODE_BYTES[precision]) / BLOCK
+
+
 def _count(shapes: Mapping[str, Shape]) -> int:
     return sum(-(-math.prod(shape) // BLOCK) for shape in shapes.values())
 
