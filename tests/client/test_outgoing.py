@@ -318,6 +318,23 @@ def test_killed_at_every_step_nothing_is_sent_twice(tmp_path: Path) -> None:
     assert seen == {0, 1, 2, 3}
 
 
+def test_of_two_processes_what_the_one_left_that_replied_is_kept(tmp_path: Path) -> None:
+    """The other's reply was never sent: what is left of it would be a second release of the round."""
+    kept: list[Tensors] = []
+    replies: list[Update] = []
+
+    class Overtaken(Uneven):
+        def _perform(self, job: jobs.Job) -> Result:
+            if isinstance(job, jobs.Train):
+                other = make_device(tmp_path)
+                replies.append(ask(other, request(1, private=True), Uneven()))
+                kept.append(left(other))
+            return super()._perform(job)
+
+    assert ask(make_device(tmp_path), request(1, private=True), Overtaken()) == replies[0]
+    assert near(left(make_device(tmp_path)), kept[0], atol=0)
+
+
 def test_coins_are_of_the_devices_own_seed(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     reply = ask(device, request(5, feedback=False))

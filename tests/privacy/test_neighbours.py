@@ -100,13 +100,8 @@ ON_DEVICES = {
     "cores per site": Mode(cores=True, change=per_site),
     "rounded, the rest carried over": Mode(update="int4", clip=0.02),
 }
-QUICK = {
-    "clipped",
-    "all of them, some clipped",
-    "a piece of a picture",
-    "cores, frozen beside, draws",
-    "rounded, what is left carried over",
-}
+QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
+QUICK |= {"rounded, the rest carried over"}
 
 
 def some_slow(names: Iterable[str]) -> list[ParameterSet]:
