@@ -172,8 +172,12 @@ def main() -> None:
     sites = find_sites(known.network(), known.family.sites)
     counted = sizes(sites, arguments.rank)
     Console().print(shown(arguments.base, arguments.rank, counted))
+    asked = ["--base", arguments.base, "--rank", str(arguments.rank)]
+    if arguments.gain:
+        asked += ["--gain", "--methods", *arguments.methods, "--precisions", *arguments.precisions]
+        asked += ["--seeds", *map(str, arguments.seeds), *overrides]
     record: dict[str, Any] = {
-        "command": " ".join(["python -m bench.traffic", *sys.argv[1:]]),
+        "command": " ".join(["python -m bench.traffic", *asked]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "diffusers"),
         "wanted": {"bytes": MOST, "kept": KEPT},
