@@ -140,6 +140,22 @@ OF_PICTURES = (
         "tests/strategies/test_federated.py::test_simulated_noise_is_no_release",
     ),
     Mutant(
+        "what is left of a reply that was never sent enters the next", "client/train.py",
+        "if sealed is not packed:\n        return _unpack(sealed)",
+        "if sealed is not packed:\n        keep(device, goes)\n        return _unpack(sealed)",
+        "tests/client/test_outgoing.py::test_of_two_processes_what_the_one_left_that_replied_is_kept",
+    ),
+    Mutant(
+        "what simulated noise left enters a release", "client/outgoing.py",
+        "plan.cores, release)", "plan.cores)",
+        "tests/client/test_outgoing.py::test_simulated_noise_leaves_nothing_to_a_release",
+    ),
+    Mutant(
+        "what rounding left enters two rounds", "client/outgoing.py",
+        "return kept.left if kept.round == last else {}", "return kept.left",
+        "tests/client/test_outgoing.py::test_killed_at_every_step_nothing_is_sent_twice",
+    ),
+    Mutant(
         "training loss told without noise", "client/train.py",
         "loss=None if plan.privacy else trained.loss,", "loss=trained.loss,",
         "tests/client/test_logic.py::test_a_private_round",

@@ -5,6 +5,7 @@
     personal.safetensors      the personal adapter with the shared one that it sits on
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams
+    residual.safetensors      what rounding left of the last change that was sent
     previews/                 what its owner is shown of what was learnt
     cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
                               missing or damaged
@@ -33,6 +34,7 @@ from privacy.storage import Storage
 from training.jobs import Examples
 
 PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
+RESIDUAL = "residual.safetensors"
 
 
 class Personal(NamedTuple):
@@ -42,6 +44,15 @@ class Personal(NamedTuple):
     shared: Adapter
     base: str  # content hash of the base
     request: str  # what asked for it: asked again, it is there already
+
+
+class Residual(NamedTuple):
+    """What rounding left of a round's change, by the names that it travels under: for the next change, once."""
+
+    follows: str  # what a round must have in common with this one to take it
+    round: int
+    left: dict[str, Tensor]
+    carried: dict[str, Tensor]  # what was left to this round: for this one again, if it is asked for again
 
 
 class Store:
@@ -106,6 +117,21 @@ class Store:
         self._storage.write(PERSONAL, before)
         self._storage.remove(PREVIOUS)
 
+    def save_residual(self, residual: Residual) -> None:
+        parts = {"left": residual.left, "carried": residual.carried}
+        tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        self._storage.write(RESIDUAL, save(tensors, {"follows": residual.follows, "round": str(residual.round)}))
+
+    def residual(self, follows: str) -> Residual | None:
+        """The last one, if it is for rounds such as this; a damaged one is none: it would have been lost, no more."""
+        try:
+            tensors, metadata = _load(self._storage.read(RESIDUAL) or b"")
+            if metadata["follows"] != follows:
+                return None
+            return Residual(follows, int(metadata["round"]), *(_under(tensors, part) for part in ("left", "carried")))
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
     def save_preview(self, name: str, pictures: np.ndarray) -> None:
         """Keep pictures [n, H, W] or [n, H, W, 3], side by side, as a PNG."""
         from PIL import Image  # slow import, so only here
@@ -165,9 +191,14 @@ def _prefixed(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in to_tensors(adapter).items()}
 
 
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part of a file, by their own names."""
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
 def _part(tensors: Mapping[str, Tensor], prefix: str, sites: Sites) -> Adapter:
     """One adapter of the file, with exactly the given sites and one rank."""
-    found = {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+    found = _under(tensors, prefix)
     adapter = from_tensors(found)
     expected: dict[str, Any] = shapes(sites, rank(adapter))
     if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:

@@ -8,14 +8,13 @@ from functools import lru_cache
 
 from client.data import fingerprint
 from client.device import Device
+from client.outgoing import keep, outgoing
 from client.sent import received
 from client.work import cost, encoded, expect
-from models import cores
-from models.adapter import to_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
-from protocol import codec, messages, plain
+from protocol import messages, plain
 from protocol.messages import TrainingPlan
 from training import jobs
 from training.jobs import Job, Result, Trained
@@ -69,6 +68,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
             )
         ),
     )
+    goes = outgoing(
+        plan, device, start=start, trained=trained.adapter, frame=frame, history=charged, release=noise.release
+    )
     draws = plan.privacy.draws if plan.privacy else 1
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     seconds, joules = cost(device, plan.steps * plan.batch_size * draws)
@@ -77,7 +79,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         run=plan.run,
         round=plan.round,
         rank=plan.rank,
-        adapter=codec.encode(cores.cores(trained.adapter, frame) if frame else to_tensors(trained.adapter)),
+        adapter=goes.data,
         release=noise.release,
         seconds=seconds,
         joules=joules,
@@ -87,10 +89,15 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         events=events,
     )
     if plan.privacy is None:
+        keep(device, goes)
         return reply  # nothing is spent by making it again, so it needn't be kept
     packed = _pack(reply)
     sealed = ledger.seal(reservation, packed)
-    return reply if sealed is packed else _unpack(sealed)
+    if sealed is not packed:
+        return _unpack(sealed)
+    # Not before it is the reply: what is left of another one, never sent, would be a second release of this round.
+    keep(device, goes)
+    return reply
 
 
 def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:

@@ -128,10 +128,17 @@ class Strategy:
     max_rank: int | None = None  # cap on the rank of the global adapter; null: adapter.rank for fedit, none for exact
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
+    update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
+    # random after any noise. Where directions keep their meaning (fedit) what rounding left goes into the next round
+    keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, ("exact", "fedit"))
+        choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
+        require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
+        whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
+        require(self.keep == 1 or self.update != "fp32", whole)
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
         require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Factors, Sites, to_tensors
+from models.adapter import Adapter, Factors, Sites, from_tensors, to_tensors
 
 _ORTHONORMAL = 1e-3  # largest difference of LᵀL or A Aᵀ from the identity
 
@@ -37,6 +37,16 @@ def core_shapes(sites: Sites, rank: int) -> dict[str, tuple[int, ...]]:
 def between(found: Mapping[str, Tensor], frame: Adapter) -> Adapter:
     """The adapter with factors A and B = L C; inverse of `cores`."""
     return {name: Factors(a, left @ found[f"{name}.core"]) for name, (a, left) in frame.items()}
+
+
+def trained_tensors(adapter: Adapter, frame: Adapter | None) -> dict[str, Tensor]:
+    """What training may change of an adapter, as it travels: its factors, or its cores in this frame."""
+    return cores(adapter, frame) if frame else to_tensors(adapter)
+
+
+def from_trained_tensors(found: Mapping[str, Tensor], frame: Adapter | None) -> Adapter:
+    """Inverse of `trained_tensors`."""
+    return between(found, frame) if frame else from_tensors(found)
 
 
 def empty(frame: Adapter) -> Adapter:

@@ -71,6 +71,13 @@ class TrainingPlan:
     """Examples a step; under DP the public constant that the noised sum is divided by."""
     learning_rate: float
     privacy: ExamplePrivacy | None = None
+    update: str = "fp32"
+    """How the result comes back: `fp32`, as it is; `fp16`, `int8` or `int4`, what training changed, rounded so
+    (`protocol.rounding`)."""
+    keep: float = 1.0
+    """Share of a rounded change that is sent, its largest blocks."""
+    feedback: bool = False
+    """Add what rounding left of the last round's change to this one's: directions keep their meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,10 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The trained factors of the plan's rank, or cores alone if it asks for those, and what they cost."""
+    """The trained factors of the plan's rank, or cores alone if it asks for those, and what they cost.
+
+    In the precision that the plan asks for: what isn't fp32 is their change from what was sent.
+    """
 
     device: str
     run: str

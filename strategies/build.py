@@ -205,6 +205,12 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             draws=config.privacy.draws,
             delta=config.privacy.delta,
         )
+    chosen, linear = config.strategy, aggregation(config).sensitivity.linear
+    if chosen.keep < 1 and not linear:
+        raise AntherError(
+            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns the "
+            "factors; use strategy=fedit, or leave it 1"
+        )
     return TrainingPlan(
         run=run,
         round=0,
@@ -215,4 +221,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,
         privacy=privacy,
+        update=chosen.update,
+        keep=chosen.keep,
+        feedback=linear and chosen.update != "fp32",
     )

@@ -20,8 +20,8 @@ from models.cores import to_framed_tensors
 from models.slots import trained_layout
 from privacy.accounting import PoissonGaussian
 from privacy.snr import signal_to_spread
-from protocol import records
-from protocol.codec import decode, encode, largest
+from protocol import records, rounding
+from protocol.codec import decode, encode
 from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan
 from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
@@ -84,6 +84,10 @@ class Federated(Strategy):
     ) -> None:
         if plan.cores != (frame is not None):
             raise ValueError("a plan that trains cores needs their frame, and no other does")
+        if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
+            raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
+        if plan.feedback and not aggregation.sensitivity.linear:
+            raise ValueError(f"feedback needs directions that keep their meaning: {aggregation.sensitivity.reason}")
         if device_level and not aggregation.sensitivity.linear:
             raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
         drawn = selection.rate if isinstance(selection, Poisson) else 1.0
@@ -162,9 +166,10 @@ class Federated(Strategy):
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        upload = 4 * sum(site.inputs + site.outputs for site in self.sites.values())
+        numbers = sum(site.inputs + site.outputs for site in self.sites.values())
         if self.frame:
-            upload = 4 * len(self.sites) * full.rank
+            numbers = len(self.sites) * full.rank
+        upload = numbers * (4.0 if full.update == "fp32" else rounding.bytes_per_number(full.update, full.keep))
         plans = {
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
             for node, report in selected(self._selection, reports, server_round).items()
@@ -187,9 +192,10 @@ class Federated(Strategy):
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
         asked = self._round
-        most = largest(self._checks.trained_shapes(max((plan.rank for _, plan in asked.plans.values()), default=0)))
+        most = max((self._checks.largest(plan) for _, plan in asked.plans.values()), default=0)
         heard = _heard(records.TRAIN, replies, most=most)
-        found, dropped = receive(records.TRAIN, heard, asked.plans, self._checks.update)
+        check = partial(self._checks.update, asked.adapter)
+        found, dropped = receive(records.TRAIN, heard, asked.plans, check)
         # By name: floating point sums depend on the order, and replies arrive in any.
         updates = sorted(found.values(), key=lambda pair: pair[0].device)
         aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)

@@ -35,7 +35,7 @@ class Cosine:
 
 
 def plan_for(
-    report: DeviceReport, full: TrainingPlan, limits: Limits, *, download: int, upload_per_rank: int
+    report: DeviceReport, full: TrainingPlan, limits: Limits, *, download: int, upload_per_rank: float
 ) -> TrainingPlan:
     """The plan for one device: never more than `full`, and at least one step.
 

@@ -216,6 +216,11 @@ class DeviceLevel:
     ) -> tuple[Aggregated, CentralFacts]:
         """The next adapter, noised whatever came back, also if nothing did: to keep the old one would tell so.
 
+        What is clipped is what was decoded, in whichever precision it came. A device may carry what rounding left of
+        one round's change into the next: that is of its own data still, and the clip holds it, so each round's sum
+        moves by C at most whatever it remembers. The coins of a sampled round are fresh, which is all that
+        amplification asks: what it remembers of earlier ones decides what is clipped, never whether it is there.
+
         Raises:
             ValueError: the round was not charged for, or has been released.
         """

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from conf.errors import AntherError
-from models.adapter import Adapter, Sites, from_tensors, head_and_tail, shapes
+from models.adapter import Adapter, Sites, head_and_tail, shapes
 from models.bounds import excess
-from models.cores import between, core_shapes
-from protocol import records
-from protocol.codec import CodecError, decode
+from models.cores import core_shapes, from_trained_tensors, trained_tensors
+from protocol import codec, records, rounding
+from protocol.codec import CodecError
 from protocol.messages import DeviceReport, Evaluation, Personalised, TrainingPlan, Update
 from strategies.measuring import Measuring
 
@@ -97,8 +99,17 @@ class Checks:
         """What comes back of a plan of this rank: factors, or cores alone."""
         return core_shapes(self.sites, rank) if self.frame else shapes(self.sites, rank)
 
-    def update(self, asked: tuple[DeviceReport, TrainingPlan], reply: Update) -> tuple[Update, Adapter]:
-        """The update and its factors, if it is what the plan asked for."""
+    def largest(self, plan: TrainingPlan) -> int:
+        """Bytes of the longest payload that comes back of this plan."""
+        expected = self.trained_shapes(plan.rank)
+        if plan.update == "fp32":
+            return codec.largest(expected)
+        return rounding.largest(expected, plan.update, keep=plan.keep)
+
+    def update(
+        self, current: Adapter, asked: tuple[DeviceReport, TrainingPlan], reply: Update
+    ) -> tuple[Update, Adapter]:
+        """The update and its factors, if it is what the plan asked for of a device that was sent `current`."""
         report, plan = asked
         _check_origin(report, reply.device)
         if (reply.run, reply.round) != (plan.run, plan.round):
@@ -112,12 +123,21 @@ class Checks:
             raise RefusedError("malformed", f"{reply.device}: events of its ledger must be 0 to {MOST:g}")
         if reply.loss is not None and not 0 <= reply.loss < MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {MOST:g}")
-        tensors = decode(reply.adapter, self.trained_shapes(plan.rank))
         frame = self.frame and head_and_tail(self.frame, plan.rank)[0]
-        adapter = between(tensors, frame) if frame else from_tensors(tensors)
+        start = head_and_tail(current, plan.rank)[0]
+        adapter = from_trained_tensors(self._trained(reply.adapter, plan, trained_tensors(start, frame)), frame)
+        # Whatever the precision, a change that was decoded is finite, and with it the sum that is bounded here.
         if found := excess(adapter):
             raise RefusedError("norm", f"{reply.device}: {found}")
         return reply, adapter
+
+    def _trained(self, data: bytes, plan: TrainingPlan, start: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What was trained from `start`, in whichever precision the plan had it come back."""
+        expected = self.trained_shapes(plan.rank)
+        if plan.update == "fp32":
+            return codec.decode(data, expected)
+        change = rounding.decode(data, expected, plan.update, keep=plan.keep)
+        return {name: start[name] + moved for name, moved in change.items()}
 
     def evaluation(self, round: int, report: DeviceReport, reply: Evaluation) -> Evaluation:
         """The measurement of this round, if it tells what was asked for and no more."""

@@ -66,6 +66,16 @@ them changes every clipped gradient | `client.train` trains the shared adapter f
 | reproducible noise | whoever knows the seed can subtract it | a server that is not in test mode; the ledger says \
 *not a release* |
 
+## Fewer bits
+
+`strategy.update` rounds what devices send after all noise, so it is made of what is private already and of coins, and
+ε stays what it is. What rounding left of one round's change goes into the next:
+
+- Under `example` that is left of a noised change. A device whose policy has let an open round through lets no private
+  one follow it, so nothing without noise is ever carried into a release.
+- Under `device` it is of that device's own data, and no other's. The server clips what it decodes, so each round's sum
+  still moves by the clip at most, whatever a device remembers; and the coins that decide who is asked are fresh.
+
 ## Told beside the adapter
 
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,

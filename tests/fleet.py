@@ -10,7 +10,7 @@ import torch
 
 from models.adapter import Factors, Site, from_tensors, head_and_tail, initial, shapes, to_tensors
 from privacy.noise import stream
-from protocol import messages
+from protocol import messages, rounding
 from protocol.codec import decode, encode
 from protocol.messages import DeviceReport, TrainingPlan
 from server.state import State
@@ -64,8 +64,13 @@ def _reply(request: Any, device: FakeDevice) -> Any:
                 site: Factors(*(part + 0.1 * torch.randn(part.shape, generator=generator) for part in factors))
                 for site, factors in head.items()
             }
+            data = encode(to_tensors(moved))
+            if plan.update != "fp32":
+                before = to_tensors(head)
+                change = {name: part - before[name] for name, part in to_tensors(moved).items()}
+                data = rounding.encode(change, plan.update, generator, keep=plan.keep)
             return messages.Update(
-                device=device.name, run=plan.run, round=plan.round, rank=plan.rank, adapter=encode(to_tensors(moved)),
+                device=device.name, run=plan.run, round=plan.round, rank=plan.rank, adapter=data,
                 release=False, seconds=float(len(device.name)), joules=2.0, quality="estimate",
                 loss=None if plan.privacy else 0.5, epsilon=1.5 if plan.privacy else None, events=3,
             )  # fmt: skip

@@ -66,3 +66,13 @@ def test_known_keys_are_the_composed_ones() -> None:
 def test_profile_values_are_checked() -> None:
     with pytest.raises(ValueError, match=r"watts=0 of toaster: must be over 0"):
         schemas.Profile(name="toaster", memory_gib=1, examples_per_second=1, watts=0, uplink_mbps=1, downlink_mbps=1)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"update": "int2"}, "strategy.update=int2: must be one of: fp32, fp16, int8, int4"),
+    ({"update": "int4", "keep": 0.0}, "strategy.keep=0.0: must be over 0 and at most 1"),
+    ({"keep": 0.5}, "strategy.keep=0.5: fp32 is sent whole"),
+])  # fmt: skip
+def test_precisions_of_updates_are_checked(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        schemas.Strategy(aggregation="fedit", **changes)

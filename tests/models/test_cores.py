@@ -12,8 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Factors, Site
-from models.cores import between, core_shapes, cores, empty, frame_from_tensors, load_frame, to_framed_tensors
+from models.adapter import Adapter, Factors, Site, shapes
+from models.cores import (
+    between,
+    core_shapes,
+    cores,
+    empty,
+    frame_from_tensors,
+    from_trained_tensors,
+    load_frame,
+    to_framed_tensors,
+    trained_tensors,
+)
 from models.slots import trained_layout
 
 SITES = {"a": Site(7, 5), "b": Site(6, 9)}
@@ -86,3 +96,14 @@ def test_a_frame_file_is_cut_to_what_is_asked(tmp_path: Path) -> None:
         load_frame(file, SITES, 2)
     with pytest.raises(AntherError, match="can't be read as a frame"):
         load_frame(tmp_path / "none", SITES, 2)
+
+
+@pytest.mark.parametrize("between_factors", [False, True])
+def test_what_training_changes_travels_there_and_back(between_factors: bool) -> None:
+    frame = framed(3)
+    found = between({name: torch.full((3, 3), 0.5) for name in core_shapes(SITES, 3)}, frame)
+    tensors = trained_tensors(found, frame if between_factors else None)
+    assert tensors.keys() == (core_shapes(SITES, 3) if between_factors else shapes(SITES, 3)).keys()
+    back = from_trained_tensors(tensors, frame if between_factors else None)
+    for name, pair in found.items():
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(back[name], pair, strict=True))

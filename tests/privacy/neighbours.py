@@ -71,6 +71,7 @@ class Mode:
     cores: bool = False
     draws: int = 1
     memory: int = PLENTY
+    update: str = "fp32"  # otherwise half of it, and the rest with the next round's
     change: Change = lambda job, _device: job  # for what the trainer allows and no plan asks for
 
 
@@ -161,6 +162,8 @@ def two_rounds(
         sent = adapter(base, number, between)
         tensors = to_framed_tensors(sent, between) if between else to_tensors(sent)
         asked = plan(base, round=number, rank=mode.rank, cores=mode.cores, privacy=privacy)
+        if mode.update != "fp32":
+            asked = dataclasses.replace(asked, update=mode.update, keep=0.5, feedback=True)
         return ask(Train(plan=asked, adapter=codec.encode(tensors)))
 
     replies = [train(1), ask(personalise(adapter(base, 1, between), 1)), train(2)]

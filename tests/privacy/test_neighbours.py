@@ -98,8 +98,10 @@ ON_DEVICES = {
     "cores": Mode(cores=True),
     "cores, frozen beside, draws": Mode(cores=True, rank=2, draws=3, clip=0.02),
     "cores per site": Mode(cores=True, change=per_site),
+    "rounded, the rest carried over": Mode(update="int4", clip=0.02),
 }
 QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
+QUICK |= {"rounded, the rest carried over"}
 
 
 def some_slow(names: Iterable[str]) -> list[ParameterSet]:

@@ -11,6 +11,7 @@ import pytest
 from conf.errors import AntherError
 from protocol import limits
 from protocol.messages import Evaluation, Update, from_json, payloads, to_json
+from protocol.rounding import PRECISIONS
 from tests.protocol.test_messages import REPLIES, REPORT, REQUESTS, UPDATE
 
 
@@ -51,6 +52,14 @@ def test_nested_values_are_within_too() -> None:
     plan = dataclasses.replace(train.plan, privacy=dataclasses.replace(train.plan.privacy, clip=-1.0))
     with pytest.raises(ValueError, match=r"Train\.plan\.privacy\.clip: must be 0 to 1e\+12"):
         limits.check(dataclasses.replace(train, plan=plan))
+
+
+def test_a_precision_is_one_that_is_known() -> None:
+    train = REQUESTS[1]
+    for update in ("fp32", *PRECISIONS):
+        limits.check(dataclasses.replace(train, plan=dataclasses.replace(train.plan, update=update)))
+    with pytest.raises(ValueError, match=r"Train\.plan\.update: must be one of fp32, fp16, int8, int4"):
+        limits.check(dataclasses.replace(train, plan=dataclasses.replace(train.plan, update="int2")))
 
 
 @dataclasses.dataclass(frozen=True)

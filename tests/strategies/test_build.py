@@ -153,3 +153,17 @@ def test_nothing_is_private_per_device_without_a_ledger():
     config = compose("strategy=fedit privacy=device")
     with pytest.raises(ValueError, match="ledger"):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+
+
+def test_a_plan_says_in_which_precision_updates_come_back():
+    def plan(overrides):
+        found = training_plan(compose(overrides), run="r", base="b")
+        return found.update, found.keep, found.feedback
+
+    assert plan("") == ("fp32", 1.0, False)
+    assert plan("strategy=fedit") == ("fp32", 1.0, False)
+    assert plan("strategy=exact strategy.update=int8") == ("int8", 1.0, False)  # directions turn
+    assert plan("strategy=fedit strategy.update=fp16") == ("fp16", 1.0, True)
+    assert plan("strategy=fedit strategy.update=int4 strategy.keep=0.5") == ("int4", 0.5, True)
+    with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: .*; use strategy=fedit"):
+        plan("strategy=exact strategy.update=int4 strategy.keep=0.5")

@@ -406,3 +406,84 @@ def test_the_rate_of_a_plan_falls_over_the_rounds_if_it_is_to():
     assert [rate(strategy(), number) for number in (1, 4)] == [PLAN.learning_rate] * 2
     falling = strategy(decay=Cosine(rounds=6))
     assert [rate(falling, number) for number in (1, 4)] == pytest.approx([PLAN.learning_rate, PLAN.learning_rate / 2])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_rounded_changes_are_added_to_what_was_sent(precision):
+    """The mean of whole updates, off by a step of them at most; the bytes are those that were sent."""
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    full = train(strategy(aggregation=FedIT()), devices)
+    federated = strategy(aggregation=FedIT(), plan=replace(PLAN, update=precision))
+    rounded = train(federated, devices)
+    steps = {"fp16": 2**-10, "int8": 1 / 127, "int4": 1 / 7}
+    for site in SITES:
+        for one, other in zip(rounded[site], full[site], strict=True):
+            assert not torch.equal(one, other)
+            assert torch.allclose(one, other, rtol=0, atol=0.1 * 4 * steps[precision])  # normal numbers of 0.1
+    blocks, code_bytes = 4, {"fp16": 128, "int8": 64, "int4": 32}[precision]  # one for each factor
+    assert federated.trained.bytes_up == 2 * blocks * (2 + code_bytes)
+
+
+def rounded(change):
+    """Misbehaviour: the same update with other bytes of a rounded change."""
+    return lambda reply: replace(reply, adapter=change(bytearray(reply.adapter)))
+
+
+def scaled(exponent):
+    """With this bfloat16 for every scale."""
+    return rounded(lambda data: bytes(exponent.to_bytes(2, "little") * 4 + data[8:]))
+
+
+@pytest.mark.parametrize(
+    ("reason", "misbehave"),
+    [
+        ("codec", rounded(lambda data: bytes(data[:-1]))),
+        ("malformed", rounded(lambda data: bytes(data) + bytes(32))),  # over the most: its bytes aren't looked at
+        ("codec", rounded(lambda data: bytes(data[:-32]))),
+        ("codec", scaled(0x7F80)),
+        ("codec", scaled(0x7FC0)),
+        ("norm", scaled(0x4780)),
+        ("malformed", lambda reply: replace(reply, adapter=encode(to_tensors(initial(SITES, 3, seed=0))))),
+    ],
+)
+def test_a_bad_rounded_change_is_dropped_and_counted(reason, misbehave):
+    plan = replace(PLAN, update="int4")
+    alone = train(strategy(plan=plan), [FakeDevice("a")])
+    federated = strategy(plan=plan)
+    found = train(federated, [FakeDevice("a"), FakeDevice("b", misbehave=misbehave)])
+    assert federated.trained.dropped == {reason: 1}
+    assert same(found, alone)
+
+
+def test_metered_devices_round_fewer_directions():
+    devices = [FakeDevice("a"), FakeDevice("b", report=replace(REPORT, device="b", metered=True))]
+    federated = strategy(plan=replace(PLAN, update="int8"), limits=Limits(metered_rank=1))
+    assert train(federated, devices)
+    assert [facts.rank for facts in federated.trained.devices.values()] == [3, 1]
+
+
+def test_fewer_bytes_leave_more_steps_before_a_deadline():
+    limits = Limits(deadline=12.0)
+    steps = {}
+    for update, keep in [("fp32", 1.0), ("int4", 1.0), ("int4", 0.25)]:
+        plan = replace(PLAN, steps=100, update=update, keep=keep, feedback=keep < 1)
+        report = replace(REPORT, device="a", uplink_mbps=1e-4, examples_per_second=40.0)
+        federated = strategy(aggregation=FedIT(), plan=plan, limits=limits)
+        messages = federated.configure_train(
+            1, start(), ConfigRecord(), CohortGrid([FakeDevice("a", report=report)], perform)
+        )
+        (message,) = messages
+        steps[update, keep] = records.request_from_records("train", message.content).plan.steps
+    upload = 3 * (6 + 5 + 4 + 7) * 8 / 100  # bytes by numbers: seconds for each byte of a number
+    assert steps["fp32", 1.0] == 1  # not even the upload fits
+    assert upload * 0.5 < 12 < upload * 4
+    assert 1 < steps["int4", 1.0] < steps["int4", 0.25] <= 100
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"keep": 0.5}, "only with feedback"), ({"keep": 0.0, "feedback": True}, "over 0"),
+    ({"feedback": True}, "directions that keep their meaning"),
+])  # fmt: skip
+def test_a_plan_that_rounds_badly_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        strategy(plan=replace(PLAN, update="int4", **changes))

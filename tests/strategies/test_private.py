@@ -332,3 +332,19 @@ def test_an_adaptive_clip_goes_on_where_it_stood(tmp_path):
 
 def test_the_shape_of_the_adapter_stays(tmp_path):
     assert rank(train(private(tmp_path), [FakeDevice("a")])) == 3
+
+
+@pytest.mark.parametrize("scale", [0x3DCD, 0x3F80])  # 0.1 and 1, bfloat16
+def test_what_is_decoded_of_a_rounded_change_is_clipped(tmp_path, scale):
+    """Whatever a device sends and carries over from earlier rounds, it moves the sum by C at most."""
+
+    def largest(reply):
+        return replace(reply, adapter=scale.to_bytes(2, "little") * 4 + reply.adapter[8:])
+
+    plan = replace(PLAN, update="int4", feedback=True)
+    apart = []
+    for devices in ([], [FakeDevice("a", misbehave=largest)]):
+        federated = private(tmp_path / str(len(devices)), plan=plan)
+        apart.append(flat(train(federated, [FakeDevice("b"), *devices])))
+        assert federated.trained.dropped == {}
+    assert np.linalg.norm(apart[1] - apart[0]) * EXPECTED == pytest.approx(CLIP, rel=1e-4)

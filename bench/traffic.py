@@ -1,0 +1,204 @@
+"""What goes up of a round, and what few bits leave of the gain:  python -m bench.traffic [--gain] [--base sd15] …
+
+Bytes are those of updates that were encoded, with their headers, on the shapes of a published base, whose weights
+nobody needs for it. What a device trains:
+
+    factors   A and B of every site            B alone   A stays, and costs its blocks' scales
+    cores     rank² numbers a site, between factors that stay (adapter.frame)
+
+    --gain    whole federations on the glyph base besides, one for each method, precision and seed, on development
+              writers: the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.machine import machine, versions
+from bench.utility import share
+from models.adapter import Sites, shapes
+from models.cores import core_shapes
+from models.denoiser import find_sites
+from models.families.known import find
+from protocol import codec, rounding
+
+MOST, KEPT = 0.45e6, 0.95
+"""Bytes of an update, and the share of the gain that it keeps."""
+
+
+class Way(NamedTuple):
+    """How an update is sent."""
+
+    precision: str
+    keep: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.precision if self.keep == 1 else f"{self.precision}, {self.keep:.0%} of blocks"
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"strategy.update={self.precision}", f"strategy.keep={self.keep}"]
+
+
+FP32 = Way("fp32")
+WAYS = (FP32, Way("fp16"), Way("int8"), Way("int4"), Way("int4", 0.5), Way("int4", 0.25))
+TRAINED: Mapping[str, Callable[[Sites, int], dict[str, Tensor]]] = {
+    "factors": lambda sites, rank: _drawn(shapes(sites, rank)),
+    "B alone": lambda sites, rank: {
+        name: part * name.endswith("lora_B") for name, part in _drawn(shapes(sites, rank)).items()
+    },
+    "cores": lambda sites, rank: _drawn(core_shapes(sites, rank)),
+}
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "fedit": ("strategy=fedit",),
+    "exact": ("strategy=exact",),
+    "cores": ("strategy=fedit", "adapter.frame=glyphs-frame"),
+}
+RATES = {"fedit": 0.006, "exact": 0.006, "cores": 0.02}
+COMMON = (
+    "data.role=development", "adapter.shared.steps=5", "adapter.personal.steps=1", "adapter.look_every=1",
+    "evaluation.local=false", "evaluation.gallery=0", "evaluation.timesteps=4", "strategy.decay=true", "tracker=none",
+)  # fmt: skip
+
+
+def _drawn(expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(tuple(shape), generator=generator) for name, shape in expected.items()}
+
+
+def size(change: Mapping[str, Tensor], way: Way) -> int:
+    """Bytes of the update."""
+    if way == FP32:  # what doesn't change need not be told either, but then it isn't what fp32 sends
+        return len(codec.encode(change))
+    return len(rounding.encode(change, way.precision, torch.Generator().manual_seed(0), keep=way.keep))
+
+
+def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
+    """Bytes by what is trained and how it is sent."""
+    changes = {name: made(sites, rank) for name, made in TRAINED.items()}
+    return {name: {way.name: size(change, way) for way in WAYS} for name, change in changes.items()}
+
+
+def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table:
+    """A row for each way, a column for each thing that is trained."""
+    table = Table(title=f"MB of an update: {base}, rank {rank}; at most {MOST / 1e6:g} is wanted")
+    table.add_column("sent in")
+    for name in found:
+        table.add_column(name, justify="right")
+    for way in WAYS:
+        cells = [found[name][way.name] for name in found]
+        table.add_row(way.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MOST else ''}" for count in cells))
+    return table
+
+
+def ways(method: str, precisions: Sequence[str]) -> list[Way]:
+    """Those that a method is run in, fp32 first; exact turns the factors, so nothing can be held back."""
+    return [way for way in WAYS if way.precision in ("fp32", *precisions) and (method != "exact" or way.keep == 1)]
+
+
+def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[str]:
+    """What runs one federation."""
+    return [
+        sys.executable, "-m", "simulations.run", *COMMON, *METHODS[method], *way.overrides,
+        f"adapter.shared.learning_rate={RATES[method]}", f"seed={seed}", *overrides,
+    ]  # fmt: skip
+
+
+def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run it, unless it was; its losses by arm, each writer's, and bytes."""
+    if not (folder / "summary.json").exists():
+        resume = ["resume=true"] if (folder / "run.json").exists() else []
+        subprocess.run([*arguments, f"hydra.run.dir={folder}", *resume], check=True)
+    rows = json.loads((folder / "evaluation.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "losses": {arm: [row[arm]["loss"] for row in rows] for arm in ("base", "shared")},
+        "bytes_up": summary["bytes"]["up"],
+    }
+
+
+def kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """Share of the gain at fp32, over all seeds' writers, with its 95 % interval, in which fp32's is taken as known."""
+    gain, reference = (
+        np.concatenate([np.subtract(run["losses"]["base"], run["losses"]["shared"]) for run in runs])
+        for runs in (found, whole)
+    )
+    difference, low, high = share(gain - reference, reference)  # paired: writers differ far more than precisions
+    return 1 + difference, 1 + low, 1 + high
+
+
+def gains(results: Mapping[tuple[str, Way], Sequence[Mapping[str, Any]]]) -> Table:
+    """A row for each method and way."""
+    table = Table(
+        title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; at least {KEPT:.0%} is wanted"
+    )
+    for heading in ("method", "sent in", "shared loss", "gain kept", "MB up, all rounds", "× fewer"):
+        table.add_column(heading, justify="right")
+    for (method, way), found in results.items():
+        whole = results[method, FP32]
+        mean, low, high = kept(found, whole)
+        up, all_up = (sum(run["bytes_up"] for run in runs) for runs in (found, whole))
+        loss = np.mean([run["losses"]["shared"] for run in found])
+        cells = f"{loss:.4f}", f"{mean:.1%} [{low:.1%}, {high:.1%}]", f"{up / 1e6:.2f}", f"{all_up / up:.1f}"
+        table.add_row(method, way.name, *cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="sd15", help="whose shapes are counted on")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--gain", action="store_true", help="run the federations too")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--precisions", nargs="+", choices=rounding.PRECISIONS, default=list(rounding.PRECISIONS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
+    arguments, overrides = parser.parse_known_args()
+    known = find(arguments.base)
+    sites = find_sites(known.network(), known.family.sites)
+    counted = sizes(sites, arguments.rank)
+    Console().print(shown(arguments.base, arguments.rank, counted))
+    asked = ["--base", arguments.base, "--rank", str(arguments.rank)]
+    if arguments.gain:
+        asked += ["--gain", "--methods", *arguments.methods, "--precisions", *arguments.precisions]
+        asked += ["--seeds", *map(str, arguments.seeds), *overrides]
+    record: dict[str, Any] = {
+        "command": " ".join(["python -m bench.traffic", *asked]),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch", "diffusers"),
+        "wanted": {"bytes": MOST, "kept": KEPT},
+        "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted},
+    }
+    results: dict[tuple[str, Way], list[dict[str, Any]]] = {}
+    if arguments.gain:
+        for method in arguments.methods:
+            for way in ways(method, arguments.precisions):
+                for seed in arguments.seeds:
+                    folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{seed}"
+                    found = run(command(method, way, seed, overrides), folder)
+                    results.setdefault((method, way), []).append(found)
+        record["gain"] = [
+            {"method": method, "sent": way.name, "kept": kept(found, results[method, FP32]), "runs": found}
+            for (method, way), found in results.items()
+        ]
+        Console().print(gains(results))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What goes up of a round: what was trained as it is, or its change, rounded, with what rounding left of the last one.
+
+Rounding comes after the noise. Under privacy of examples the change, and so all that is left of it, is made of what is
+noised and charged already, of what the server sent, and of coins: post-processing, which costs nothing. Nothing that
+was left of an open round ever enters a private one: a device's policy lets no private round follow an open one, and
+what was left by simulated noise is of no release. Where the server promises privacy per device, its clip bounds what
+comes (`strategies.private`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from client.device import Device
+from client.store import Residual
+from models.adapter import Adapter
+from models.cores import trained_tensors
+from privacy.entries import TRAIN, History
+from privacy.noise import stream
+from protocol import codec, rounding
+from protocol.messages import TrainingPlan
+
+ROUNDING = "rounding"
+
+
+class Outgoing(NamedTuple):
+    """The bytes of a reply, and what is to be kept once they are the ones that are sent."""
+
+    data: bytes
+    residual: Residual | None
+
+
+def outgoing(
+    plan: TrainingPlan, device: Device, *, start: Adapter, trained: Adapter, frame: Adapter | None, history: History,
+    release: bool,
+) -> Outgoing:  # fmt: skip
+    """What a device sends of an adapter that it trained from `start`: the same bytes whenever it is asked.
+
+    Args:
+        history: the device's ledger, with this round in it.
+        release: whether the noise, if there is any, was no simulation.
+    """
+    after = trained_tensors(trained, frame)
+    if plan.update == "fp32":
+        return Outgoing(codec.encode(after), None)
+    before = trained_tensors(start, frame)
+    change = {name: tensor - before[name] for name, tensor in after.items()}
+    follows = _follows(plan, release)
+    carried = _carried(device.store.residual(follows), plan, history) if plan.feedback else {}
+    if _shapes(carried) == _shapes(change):
+        change = {name: tensor + carried[name] for name, tensor in change.items()}
+    coins = torch.Generator().manual_seed(stream(device.seed, device.name, plan.run, plan.round, ROUNDING))
+    data = rounding.encode(change, plan.update, coins, keep=plan.keep)
+    if not plan.feedback:
+        return Outgoing(data, None)
+    # A private reply is sealed, and never made again.
+    again = {} if plan.privacy else carried
+    return Outgoing(data, Residual(follows, plan.round, _left(change, data, plan), again))
+
+
+def keep(device: Device, sent: Outgoing) -> None:
+    """Keep what is left for the next round, now that these bytes are the reply."""
+    if sent.residual:
+        device.store.save_residual(sent.residual)
+
+
+def _follows(plan: TrainingPlan, release: bool) -> str:
+    """What two rounds have in common if what is left of one may enter the next."""
+    common = (plan.run, plan.base, plan.rank, plan.cores, release)
+    return hashlib.sha256(repr(common).encode()).hexdigest()
+
+
+def _carried(kept: Residual | None, plan: TrainingPlan, history: History) -> dict[str, Tensor]:
+    """What is to be added to this round's change: what the round before it left, and nothing a second time.
+
+    A round that is done again gets what it got. One that was charged for after the residual was kept, and left none,
+    may have sent it: a crash came between the two. Then, or if the server has gone back, it is forgotten.
+    """
+    if kept is None:
+        return {}
+    if kept.round == plan.round:
+        return kept.carried
+    earlier = (number for run, number, kind in history.entries if run == plan.run and kind == TRAIN)
+    last = max((number for number in earlier if number < plan.round), default=None)
+    return kept.left if kept.round == last else {}
+
+
+def _left(change: dict[str, Tensor], data: bytes, plan: TrainingPlan) -> dict[str, Tensor]:
+    """What the receiver won't read of the change; nothing if it will refuse all of it, which was not finite."""
+    try:
+        read = rounding.decode(data, _shapes(change), plan.update, keep=plan.keep)
+    except codec.CodecError:
+        return {}
+    return {name: tensor - read[name] for name, tensor in change.items()}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, codec.Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
