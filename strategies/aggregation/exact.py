@@ -32,8 +32,7 @@ class Mean:
     def __init__(self, current: Adapter, *, max_rank: int | None, seed: int) -> None:
         self.current = current
         self.ranks: set[int] = set()  # that devices trained, anywhere
-        self._weights = dict.fromkeys(current, 0.0)
-        self._left = {site: torch.zeros(len(f.a)) for site, f in current.items()}  # w_j = Σ {p_k : r_k ≤ j}
+        self._weights: dict[str, dict[int, float]] = {site: {} for site in current}  # Σ p_k by r_k
         self._sums = {
             site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=stream(seed, site))
             for site, f in current.items()
@@ -43,22 +42,21 @@ class Mean:
         """One more device. ValueError for a weight that is not over 0."""
         check([(adapter, weight)])
         for site, (a, b) in adapter.items():
-            if len(a):
-                self._sums[site].add(a, weight * b)
-                self._weights[site] += weight
-                self._left[site][len(a) :] += weight
-                self.ranks.add(len(a))
+            if size := len(a):
+                self._sums[site].add(a, b, weight)
+                weights = self._weights[site]
+                weights[size] = weights.get(size, 0.0) + weight
+                self.ranks.add(size)
 
     def best(self, site: str, *, max_rank: int | None, energy: float | None) -> Best | None:
-        """The best approximation of a site's mean; None if nobody trained it."""
-        if not (weight := self._weights[site]):
+        """The best approximation of a site's mean, which nothing can be added to then; None if nobody trained it."""
+        weights, (a, b) = self._weights[site], self.current[site]
+        if not weights:
             return None
-        kept = self._left[site] > 0
-        a, b = self.current[site].a[kept], self.current[site].b[:, kept]
-        self._sums[site].add(a, b * self._left[site][kept])
-        self._left[site].zero_()
+        for size, weight in weights.items():
+            self._sums[site].add(a[size:], b[:, size:], weight)
         found = self._sums[site].best(max_rank=max_rank, energy=energy)
-        return found._replace(b=found.b / weight)
+        return found._replace(b=found.b / sum(weights.values()))
 
 
 class Exact:

@@ -14,8 +14,8 @@ from strategies.aggregation import Shares
 _EPSILON = torch.finfo(torch.float32).eps  # singular values below it, relative to the first, are rounding of the inputs
 _STACK = 512  # directions that are stacked before they are compressed
 _EXACT = 256  # directions of which the best approximation is made by QR, which costs the square of their number
-_SPARE = 16  # directions kept beside those that are wanted
-_PROBES = 16  # random vectors that what is cut on the way is measured with
+_SPARE = 8  # directions kept beside those that are wanted
+_PROBES = 8  # random vectors that what is cut on the way is measured with
 
 
 class Best(NamedTuple):
@@ -64,19 +64,24 @@ class Sum:
         side = min(inputs, outputs)
         self._keep = side if max_rank is None else min(side, max_rank + _SPARE)
         self._whole = self._keep == side
-        self._a, self._b = [torch.zeros(0, inputs)], [torch.zeros(outputs, 0)]
-        self._size = 0
+        room, dtype = max(_STACK, 2 * self._keep), torch.float64 if self._whole else torch.float32
+        self._a, self._b = torch.empty(room, inputs, dtype=dtype), torch.empty(room, outputs, dtype=dtype)
+        self._size = 0  # rows of both that are in use
         self._generator = torch.Generator().manual_seed(seed)
         self._probes = torch.randn(inputs, _PROBES, generator=self._generator)
         self._cut: Tensor | None = None  # what was lost on the way, times the probes
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """One more term, a [r, in] and b [out, r]."""
-        self._a.append(a)
-        self._b.append(b)
-        self._size += len(a)
-        if self._size > max(_STACK, 2 * self._keep):
-            self._fold()
+    def add(self, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
+        """One more term, `weight` times the product of a [r, in] and b [out, r]."""
+        done = 0
+        while done < len(a):
+            if self._size == len(self._a):
+                self._fold()
+            step = min(len(a) - done, len(self._a) - self._size)
+            here = slice(self._size, self._size + step)
+            self._a[here] = a[done : done + step]
+            torch.mul(b.T[done : done + step], weight, out=self._b[here])
+            self._size, done = self._size + step, done + step
 
     def best(self, *, max_rank: int | None, energy: float | None = None) -> Best:
         """The best approximation of the sum, as `compress` makes it of the stack.
@@ -85,36 +90,39 @@ class Sum:
         """
         if not self._whole and self._size > (_EXACT if self._cut is None else self._keep):
             self._fold()
-        a, b = torch.cat(self._a), torch.cat(self._b, dim=1)
+        a, b = self._stack()
         found = compress(a, b, max_rank, energy)
         if self._cut is None:
             return found
-        lost = self._cut.double() + _seen(a, b, self._probes) - _seen(found.a, found.b, self._probes)
+        lost = self._cut + b @ (a @ self._probes) - (found.b @ (found.a @ self._probes.double())).float()
         kept = float(found.b.square().sum())
         return found._replace(energy=kept / (kept + float(lost.square().sum()) / _PROBES) if kept else 1.0)
 
+    def _stack(self) -> tuple[Tensor, Tensor]:
+        """A [size, in] and B [out, size]."""
+        return self._a[: self._size], self._b[: self._size].T
+
     def _fold(self) -> None:
-        a, b = torch.cat(self._a), torch.cat(self._b, dim=1)
+        a, b = self._stack()
         if self._whole:
-            found = compress(a, b, None)
-            self._a, self._b, self._size = [found.a], [found.b], len(found.a)
-            return
-        to_a, to_b = _sketch(a, b, self._keep, self._generator)
-        lost = _seen(a, b, self._probes) - _seen(to_a, to_b, self._probes)
-        self._cut = lost if self._cut is None else self._cut + lost
-        self._a, self._b, self._size = [to_a], [to_b], self._keep
+            a, b, _ = compress(a, b, None)
+        else:
+            a, b, cut = self._sketch(a, b)
+            self._cut = cut if self._cut is None else self._cut + cut
+        self._size = len(a)
+        self._a[: self._size], self._b[: self._size] = a, b.T
 
+    def _sketch(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors A' [keep, in] and orthonormal B' [out, keep] of a product near the best one of this rank.
 
-def _sketch(a: Tensor, b: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors A' [size, in] and B' [out, size] of a product near the best one of this rank; B' is orthonormal."""
-    seen = torch.randn(a.shape[1], size, generator=generator).to(a)
-    q = torch.linalg.qr(b @ (a @ seen)).Q
-    q = torch.linalg.qr(b @ (a @ torch.linalg.qr(((q.T @ b) @ a).T).Q)).Q
-    return (q.T @ b) @ a, q
-
-
-def _seen(a: Tensor, b: Tensor, probes: Tensor) -> Tensor:
-    return b @ (a @ probes.to(a))
+        With what it lacks, times the probes.
+        """
+        random = torch.randn(a.shape[1], self._keep, generator=self._generator)
+        seen = b @ (a @ torch.cat([random, self._probes], dim=1))
+        q = torch.linalg.qr(seen[:, : self._keep]).Q
+        q = torch.linalg.qr(b @ (a @ torch.linalg.qr(((q.T @ b) @ a).T).Q)).Q
+        to_a = (q.T @ b) @ a
+        return to_a, q, seen[:, self._keep :] - q @ (to_a @ self._probes)
 
 
 def stacked_mean(current: Factors, there: Shares) -> tuple[Tensor, Tensor]:

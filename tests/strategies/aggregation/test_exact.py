@@ -81,6 +81,33 @@ def test_a_capped_rank_keeps_the_best_approximation_and_says_what_is_lost(ranks,
     assert found.diagnostics["residual"] == pytest.approx(np.mean(residuals), abs=1e-7)
 
 
+@settings(max_examples=20, deadline=None)
+@given(rounds(ranks=(1, 4)), st.floats(0.05, 0.99))
+def test_no_more_directions_live_than_hold_the_energy(round, energy):
+    current, updates = round
+    found = aggregate(current, updates, rank=1, energy=energy)
+    trained = [site for site in SITES if any(site in adapter for adapter, _ in updates)]
+    live = 0
+    for site in trained:
+        sigma = np.linalg.svd(true_mean(current, updates, site), compute_uv=False)
+        kept = (sigma**2).cumsum() / (sigma**2).sum()
+        size = 1 + int((kept < energy).sum())
+        assert close(dense(found.adapter, site), best(true_mean(current, updates, site), size))
+        live = max(live, size)
+    assert found.diagnostics["live"] == live
+    assert found.diagnostics["energy"] >= energy - 1e-6
+
+
+def test_devices_are_taken_in_one_at_a_time():
+    current, updates = random_adapter(4, 0), [(random_adapter(size, size), float(size)) for size in (1, 2, 4)]
+    rule = Exact(rank=4, max_rank=4, seed=0)
+    mean = rule.start(current)
+    for adapter, weight in updates:
+        mean.add(adapter, weight)
+    one, all_ = rule.finish(mean, round=1), rule.aggregate(current, updates, round=1)
+    assert all(torch.equal(a, b) for site in SITES for a, b in zip(one.adapter[site], all_.adapter[site], strict=True))
+
+
 def test_one_device_that_trained_everything_gets_its_product_back():
     current, update = random_adapter(4, 0), random_adapter(4, 1)
     found = Exact(rank=4, max_rank=4, seed=0).aggregate(current, [(update, 3.0)], round=1)

@@ -56,7 +56,7 @@ def test_no_more_directions_than_the_energy_needs(sigma, energy):
     assert len(found.a) == 1 or shares[len(found.a) - 2] < energy + 1e-9
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "max_rank"), [(40, 30, None), (40, 30, 20), (20, 30, 4)])
+@pytest.mark.parametrize(("inputs", "outputs", "max_rank"), [(40, 30, None), (40, 30, 22), (20, 30, 12)])
 def test_a_sum_of_any_length_is_exact_where_every_direction_has_room(inputs, outputs, max_rank):
     """A thousand directions go through a stack of 512, into matrices that have 20 or 30."""
     total, wanted = summed(terms(250, 4, inputs, outputs, seed=0), max_rank=max_rank)
@@ -76,14 +76,22 @@ def test_a_long_sum_is_near_the_best_of_its_rank_and_says_how_near(count, size, 
     assert (1 - found.energy) ** 0.5 == pytest.approx(error, rel=0.3 if count * size > 256 else 1e-6)
 
 
+@pytest.mark.parametrize("max_rank", [None, 4])
+def test_a_term_may_be_longer_than_the_stack(max_rank):
+    total, wanted = summed(terms(2, 700, 30, 20, seed=0), max_rank=max_rank)
+    found = total.best(max_rank=max_rank)
+    error = distance(found.b.numpy() @ found.a.numpy(), wanted)
+    assert error <= max(1e-5, 1.05 * distance(best(wanted, max_rank or 20), wanted))
+
+
 def test_what_a_sum_holds_does_not_grow():
-    """Numbers held, after ten devices' worth of a full stack as after a hundred's."""
+    """Numbers held by ten devices, and by a thousand."""
 
     def held(count):
         total, _ = summed(terms(count, 8, 150, 120, seed=0), max_rank=8)
-        return sum(part.numel() for part in (*total._a, *total._b))
+        return sum(value.numel() for value in vars(total).values() if isinstance(value, torch.Tensor))
 
-    assert max(held(count) for count in (64, 100, 640, 1000)) <= (512 + 8) * (150 + 120)
+    assert held(1000) <= held(10) + 120 * 8
 
 
 def test_a_sum_of_nothing():
