@@ -42,7 +42,7 @@ class Mean:
         """One more device. ValueError for a weight that is not over 0."""
         check([(adapter, weight)])
         for site, (a, b) in adapter.items():
-            if size := len(a):
+            if size := a.shape[0]:
                 self._sums[site].add(a, b, weight)
                 weights = self._weights[site]
                 weights[size] = weights.get(size, 0.0) + weight

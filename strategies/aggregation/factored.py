@@ -64,8 +64,9 @@ class Sum:
         side = min(inputs, outputs)
         self._keep = side if max_rank is None else min(side, max_rank + _SPARE)
         self._whole = self._keep == side
-        room, dtype = max(_STACK, 2 * self._keep), torch.float64 if self._whole else torch.float32
-        self._a, self._b = torch.empty(room, inputs, dtype=dtype), torch.empty(room, outputs, dtype=dtype)
+        self._room = max(_STACK, 2 * self._keep)
+        dtype = torch.float64 if self._whole else torch.float32
+        self._a, self._b = torch.empty(self._room, inputs, dtype=dtype), torch.empty(self._room, outputs, dtype=dtype)
         self._size = 0  # rows of both that are in use
         self._generator = torch.Generator().manual_seed(seed)
         self._probes = torch.randn(inputs, _PROBES, generator=self._generator)
@@ -73,11 +74,11 @@ class Sum:
 
     def add(self, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
         """One more term, `weight` times the product of a [r, in] and b [out, r]."""
-        done = 0
-        while done < len(a):
-            if self._size == len(self._a):
+        done, rank = 0, a.shape[0]
+        while done < rank:
+            if self._size == self._room:
                 self._fold()
-            step = min(len(a) - done, len(self._a) - self._size)
+            step = min(rank - done, self._room - self._size)
             here = slice(self._size, self._size + step)
             self._a[here] = a[done : done + step]
             torch.mul(b.T[done : done + step], weight, out=self._b[here])
