@@ -125,7 +125,9 @@ class Strategy:
     """How adapters are combined and devices asked."""
 
     aggregation: str = MISSING
-    max_rank: int | None = None  # cap on the rank of the global adapter; null: adapter.rank for fedit, none for exact
+    max_rank: int | None = None  # cap on the rank of the global adapter (exact); null: none, and adapter.shared.rank
+    # for the others
+    energy: float | None = None  # no more of the mean's directions than hold this share of its σ² (exact); null: all
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
@@ -134,11 +136,13 @@ class Strategy:
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
 
     def __post_init__(self) -> None:
-        choose("strategy.aggregation", self.aggregation, ("exact", "fedit"))
+        choose("strategy.aggregation", self.aggregation, ("exact", "fedit", "flexlora", "flora", "hetlora", "raflora"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
         require(self.keep == 1 or self.update != "fp32", whole)
+        share = self.energy
+        require(share is None or 0 < share <= 1, f"strategy.energy={share}: must be over 0 and at most 1, or null")
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
         require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")

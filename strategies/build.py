@@ -18,6 +18,10 @@ from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.flexlora import FlexLoRA
+from strategies.aggregation.flora import FLoRA
+from strategies.aggregation.hetlora import HetLoRA
+from strategies.aggregation.raflora import RaFLoRA
 from strategies.federated import Federated
 from strategies.measuring import measuring, spending
 from strategies.planning import Cosine, Limits
@@ -173,12 +177,29 @@ def _asked(size: int | None, seed: int, purpose: str) -> Selection:
 
 
 def aggregation(config: Simulation) -> Aggregation:
-    """The rule that `strategy.aggregation` names."""
-    rank, max_rank = config.adapter.shared.rank, config.strategy.max_rank
-    if config.strategy.aggregation == "exact":
-        return Exact(rank=rank, max_rank=max_rank, seed=stream(config.seed, "aggregation"))
-    if max_rank not in (None, rank):
-        raise AntherError(f"strategy.max_rank={max_rank}: fedit keeps adapter.shared.rank={rank}; use strategy=exact")
+    """The rule that `strategy.aggregation` names.
+
+    Raises AntherError for a setting that it has not.
+    """
+    chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
+    name = chosen.aggregation
+    if name == "exact":
+        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, seed=seed)
+    if chosen.max_rank not in (None, rank):
+        raise AntherError(
+            f"strategy.max_rank={chosen.max_rank}: {name} goes by adapter.shared.rank={rank}; use strategy=exact"
+        )
+    if chosen.energy is not None:
+        raise AntherError(f"strategy.energy={chosen.energy}: {name} goes by adapter.shared.rank; use strategy=exact")
+    match name:
+        case "flexlora":
+            return FlexLoRA(rank=rank, seed=seed)
+        case "flora":
+            return FLoRA(rank=rank, seed=seed)
+        case "hetlora":
+            return HetLoRA()
+        case "raflora":
+            return RaFLoRA(rank=rank, seed=seed)
     return FedIT()
 
 

@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 from strategies.aggregation import Linearity
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.flexlora import FlexLoRA
+from strategies.aggregation.flora import FLoRA
+from strategies.aggregation.hetlora import HetLoRA
+from strategies.aggregation.raflora import RaFLoRA
 from strategies.selection import Sampling
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
@@ -46,7 +50,14 @@ class Inherent(NamedTuple):
     sensitivity: Filtering | Timing
 
 
-AGGREGATIONS: dict[str, Any] = {"exact": Exact, "fedit": FedIT}
+AGGREGATIONS: dict[str, Any] = {
+    "exact": Exact,
+    "fedit": FedIT,
+    "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "hetlora": HetLoRA,
+    "raflora": RaFLoRA,
+}
 ROBUST: dict[str, Any] = {"none": Inherent(Filtering(bounded=True, reason="every update that passes the gate counts"))}
 SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
 TIMINGS: dict[str, Any] = {"sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins"))}

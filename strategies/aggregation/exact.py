@@ -1,7 +1,7 @@
 """The true mean of the adapters' products, in factored form: no out × in matrix is ever made.
 
-The stacked factors of all devices (FLoRA, arXiv:2409.05976) are compressed by QR and a small SVD to the best
-adapter of a given rank (Eckart–Young), and turned towards the last round's factors.
+The factors of all devices (stacked, as in FLoRA, arXiv:2409.05976) are compressed to the best adapter of a given rank,
+and turned towards the last round's factors. Devices are taken in one at a time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,55 @@ import torch
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Factors, rank
+from models.adapter import Adapter, Factors
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Linearity, Updates, stacked_mean
+from strategies.aggregation import Aggregated, Linearity, Updates, check
+from strategies.aggregation.factored import Best, Sum, pad
 
-_EPSILON = torch.finfo(torch.float32).eps  # singular values below it, relative to the first, are rounding of the inputs
+
+class Mean:
+    """Σ p_k ΔW_k / Σ p_k of every site over the devices that trained it, in memory that doesn't grow with their number.
+
+    Device k trained the first r_k directions of the current factors (A_g, B_g) and left the others as they were, so
+    ΔW_k = B_k A_k + B_g[:, r_k:] A_g[r_k:].
+
+    Args:
+        max_rank: the most directions that are going to be asked for; None: all.
+        seed: of the random vectors that sums are compressed with.
+    """
+
+    def __init__(self, current: Adapter, *, max_rank: int | None, seed: int) -> None:
+        self.current = current
+        self.ranks: set[int] = set()  # that devices trained, anywhere
+        self._weights: dict[str, dict[int, float]] = {site: {} for site in current}  # Σ p_k by r_k
+        self._sums = {
+            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=stream(seed, site))
+            for site, f in current.items()
+        }
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """One more device. ValueError for a weight that is not over 0."""
+        check([(adapter, weight)])
+        for site, (a, b) in adapter.items():
+            if size := a.shape[0]:
+                self._sums[site].add(a, b, weight)
+                weights = self._weights[site]
+                weights[size] = weights.get(size, 0.0) + weight
+                self.ranks.add(size)
+
+    def best(self, site: str, *, max_rank: int | None, energy: float | None) -> Best | None:
+        """The best approximation of a site's mean, which nothing can be added to then; None if nobody trained it."""
+        weights, (a, b) = self._weights[site], self.current[site]
+        if not weights:
+            return None
+        for size, weight in weights.items():
+            self._sums[site].add(a[size:], b[:, size:], weight)
+        found = self._sums[site].best(max_rank=max_rank, energy=energy)
+        return found._replace(b=found.b / sum(weights.values()))
 
 
 class Exact:
-    """Mean of products, truncated to `max_rank` (None: every direction that is there).
+    """Mean of products, truncated to `max_rank` and to what `energy` needs (None: every direction that is there).
 
     The factors come out with A's rows orthonormal and all scale in B. Rows of a fresh A, N(0, 1/in), have norm ≈ 1 too,
     so a learning rate means the same in every round; with √σ on both sides A would shrink by the size of the update
@@ -34,55 +74,55 @@ class Exact:
         "follow from the updates: no clip of one bounds what it does to the mean",
     )
 
-    def __init__(self, *, rank: int, max_rank: int | None, seed: int) -> None:
+    def __init__(self, *, rank: int, max_rank: int | None, energy: float | None = None, seed: int) -> None:
         if max_rank is not None and max_rank < rank:
             raise AntherError(f"strategy.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
-        self._rank, self._max_rank, self._seed = rank, max_rank, seed
+        self._rank, self._max_rank, self._energy, self._seed = rank, max_rank, energy, seed
 
-    def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
+    def start(self, current: Adapter) -> Mean:
+        """A round without a device yet."""
+        return Mean(current, max_rank=self._max_rank, seed=stream(self._seed, "compression"))
+
+    def finish(self, mean: Mean, *, round: int) -> Aggregated:
         """The mean product at one rank for all sites.
 
-        Diagnostics, means over sites: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative distance from the
-        mean; `rank`, of the result; `live`, its most directions with a B that is not zero.
+        Diagnostics, means over the sites that were trained: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative
+        distance from the mean; `rank`, of the result; `live`, its most directions with a B that is not zero.
         """
-        blocks = sorted({rank(adapter) for adapter, _ in updates})
-        compressed: Adapter = {}
-        energies, residuals = [], []
-        for site in current:
-            mean = stacked_mean(current, updates, site)
-            a, b, energy = compress(*mean, self._max_rank)
-            compressed[site] = Factors(*align(a, b, current[site].a.double(), blocks))
-            energies.append(energy)
-            residuals.append(max(0.0, 1.0 - energy) ** 0.5)  # what was cut is orthogonal to what was kept
-        live = rank(compressed)
-        size = max(live, self._rank)
+        found: Adapter = {}
+        energies, live = [], 0
+        for site, current in mean.current.items():
+            best = mean.best(site, max_rank=self._max_rank, energy=self._energy)
+            if best is None:
+                found[site] = current
+                continue
+            found[site] = Factors(*align(best.a, best.b, current.a.double(), sorted(mean.ranks)))
+            energies.append(best.energy)
+            live = max(live, len(best.a))
+        size = max(self._rank, *(len(factors.a) for factors in found.values()))
         adapter = {
             site: pad(factors, size, stream(self._seed, round, site, "dead directions"))
-            for site, factors in compressed.items()
+            for site, factors in found.items()
         }
+        residuals = [
+            max(0.0, 1.0 - energy) ** 0.5 for energy in energies
+        ]  # what was cut is orthogonal to what was kept
+        trained = max(1, len(energies))
         diagnostics = {
             "rank": float(size),
             "live": float(live),
-            "energy": sum(energies) / len(energies),
-            "residual": sum(residuals) / len(residuals),
+            "energy": sum(energies, 0.0 if energies else 1.0) / trained,
+            "residual": sum(residuals) / trained,
         }
         return Aggregated(adapter, diagnostics)
 
-
-def compress(a: Tensor, b: Tensor, max_rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """The best factors A [r, in], with orthonormal rows, and B [out, r] of the product B A, and the energy they keep.
-
-    With B = Q_b R_b and Aᵀ = Q_a R_a the singular values of B A are those of the small R_b R_aᵀ. Directions come in
-    falling order of σ; r is the numerical rank, at most `max_rank`.
-    """
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    live = int((sigma > _EPSILON * sigma[0]).sum())
-    r = live if max_rank is None else min(live, max_rank)
-    energy = sigma.square().sum()
-    kept = float(sigma[:r].square().sum() / energy) if energy > 0 else 1.0
-    return vh[:r] @ q_a.T, q_b @ (u[:, :r] * sigma[:r]), kept
+    def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
+        """All of a round at once, as `start`, `Mean.add` and `finish` make it of one device after another."""
+        check(updates)
+        mean = self.start(current)
+        for adapter, weight in updates:
+            mean.add(adapter, weight)
+        return self.finish(mean, round=round)
 
 
 def align(a: Tensor, b: Tensor, towards: Tensor, blocks: list[int]) -> tuple[Tensor, Tensor]:
@@ -101,15 +141,3 @@ def align(a: Tensor, b: Tensor, towards: Tensor, blocks: list[int]) -> tuple[Ten
         rows.append(q @ part)
         columns.append(b[:, start:end] @ q.T)
     return torch.cat(rows), torch.cat(columns, dim=1)
-
-
-def pad(factors: Factors, size: int, seed: int) -> Factors:
-    """Float32 factors of `size` directions: the missing ones get a random A and a zero B.
-
-    The product is unchanged and the gradient of B alive: zeros on both sides could never learn.
-    """
-    a, b = factors.a.float(), factors.b.float()
-    missing = size - a.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    fresh = torch.randn(missing, a.shape[1], generator=generator) / a.shape[1] ** 0.5
-    return Factors(torch.cat([a, fresh]), torch.cat([b, torch.zeros(b.shape[0], missing)], dim=1))

@@ -7,14 +7,8 @@ from __future__ import annotations
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
-from strategies.aggregation import (
-    Aggregated,
-    Linearity,
-    Updates,
-    normalised,
-    relative_residual,
-    stacked_mean,
-)
+from strategies.aggregation import Aggregated, Linearity, Shares, Updates, check, shares
+from strategies.aggregation.factored import relative_residual, stacked_mean
 
 
 class FedIT:
@@ -28,15 +22,23 @@ class FedIT:
 
         Raises AntherError if ranks differ.
         """
-        shares = normalised(updates)
-        ranks = sorted({rank(adapter) for adapter, _ in updates} | {rank(current)})
-        if len(ranks) > 1:
-            raise AntherError(f"fedit averages adapters of one rank, got {ranks}: use strategy=exact for mixed ranks")
-        adapter: Adapter = {}
-        for site in current:
-            factors = [update[site] for update, _ in updates]
-            a = sum(p * f.a.double() for p, f in zip(shares, factors, strict=True))
-            b = sum(p * f.b.double() for p, f in zip(shares, factors, strict=True))
-            adapter[site] = Factors(a.float(), b.float())  # type: ignore[union-attr]  # sum of one or more tensors
-        residuals = [relative_residual(*adapter[site], *stacked_mean(current, updates, site)) for site in current]
-        return Aggregated(adapter, {"rank": float(ranks[0]), "residual": sum(residuals) / len(residuals)})
+        check(updates)
+        found, residuals = dict(current), []
+        for site, before in current.items():
+            there = shares(updates, site)
+            ranks = sorted({len(factors.a) for factors, _ in there} | {len(before.a)})
+            if len(ranks) > 1:
+                raise AntherError(
+                    f"fedit averages adapters of one rank, got {ranks}: use strategy=exact for mixed ranks"
+                )
+            if there:
+                found[site] = mean_factors(there)
+                residuals.append(relative_residual(*found[site], *stacked_mean(before, there)))
+        return Aggregated(found, {"rank": float(rank(current)), "residual": sum(residuals) / max(1, len(residuals))})
+
+
+def mean_factors(there: Shares) -> Factors:
+    """Σ p_k A_k and Σ p_k B_k of one site, for shares of one rank; float32."""
+    a = sum(p * factors.a.double() for factors, p in there)
+    b = sum(p * factors.b.double() for factors, p in there)
+    return Factors(a.float(), b.float())  # type: ignore[union-attr]  # sum of one or more tensors

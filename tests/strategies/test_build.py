@@ -11,6 +11,7 @@ from server.ledger import Ledger
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.build import aggregation, build, training_plan
+from strategies.registry import AGGREGATIONS
 from strategies.selection.poisson import Poisson
 from tests.fleet import SITES
 
@@ -21,16 +22,23 @@ def test_the_aggregation_is_the_one_named():
     assert isinstance(aggregation(compose("strategy=fedit strategy.max_rank=8 adapter.shared.rank=8")), FedIT)
 
 
-@pytest.mark.parametrize("strategy", ["exact", "fedit"])
+@pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_every_shipped_strategy_builds(strategy):
     config = compose(f"strategy={strategy} fleet.sample=2")
     build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False).summary()
+    assert type(aggregation(config)) is AGGREGATIONS[strategy]
 
 
-@pytest.mark.parametrize("strategy", ["exact", "fedit"])
+@pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_a_cap_below_the_rank_is_refused(strategy):
     with pytest.raises(AntherError, match=r"strategy\.max_rank=2: .*adapter\.shared\.rank=8"):
         aggregation(compose(f"strategy={strategy} strategy.max_rank=2 adapter.shared.rank=8"))
+
+
+@pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys() - {"exact"}))
+def test_a_share_of_energy_is_for_the_rule_that_has_one(strategy):
+    with pytest.raises(AntherError, match=r"strategy\.energy=0\.9: .*use strategy=exact"):
+        aggregation(compose(f"strategy={strategy} strategy.energy=0.9"))
 
 
 @pytest.mark.parametrize(("overrides", "trained", "measured"), [

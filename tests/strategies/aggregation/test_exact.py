@@ -1,4 +1,4 @@
-"""Aggregation against dense matrices in float64."""
+"""The exact mean against dense matrices in float64."""
 
 import numpy as np
 import pytest
@@ -8,56 +8,59 @@ from hypothesis import strategies as st
 
 from conf.errors import AntherError
 from models.adapter import Factors, head_and_tail, rank
-from strategies.aggregation import relative_residual
 from strategies.aggregation.exact import Exact
-from strategies.aggregation.fedit import FedIT
-
-SITES = {"x": (12, 9), "y": (7, 15)}  # in, out
+from tests.strategies.means import SITES, best, close, dense, random_adapter, rounds, true_mean
 
 
-def random_adapter(size, seed, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return scale * torch.randn(*shape, generator=generator)
-
-    return {site: Factors(draw(size, wide), draw(high, size)) for site, (wide, high) in SITES.items()}
+def aggregate(current, updates, **settings):
+    return Exact(**{"rank": 4, "max_rank": None, "seed": 0} | settings).aggregate(current, updates, round=1)
 
 
-def dense(adapter, site):
-    return adapter[site].b.double() @ adapter[site].a.double()
-
-
-def true_mean(current, updates, site):
-    """Σ p_k (B_k A_k + tail_k) / Σ p_k, spelled out."""
-    products = [dense(u, site) + dense(head_and_tail(current, rank(u))[1], site) for u, _ in updates]
-    return np.average([p.numpy() for p in products], axis=0, weights=[weight for _, weight in updates])
-
-
-def best(matrix, size):
-    """The best approximation of this rank (Eckart–Young)."""
-    u, s, vh = np.linalg.svd(matrix)
-    return (u[:, :size] * s[:size]) @ vh[:size]
-
-
-def close(found, wanted):
-    return np.linalg.norm(np.asarray(found) - wanted) <= 1e-5 * max(np.linalg.norm(wanted), 1e-30)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 4), st.floats(0.1, 10.0)), min_size=1, max_size=5),
-    st.integers(4, 6),
-    st.integers(0, 2**31),
-)
-def test_exact_is_the_mean_of_products_for_mixed_ranks_and_weights(devices, current_rank, seed):
-    current = random_adapter(current_rank, seed)
-    updates = [(random_adapter(size, seed + 1 + k), weight) for k, (size, weight) in enumerate(devices)]
-    found = Exact(rank=4, max_rank=None, seed=0).aggregate(current, updates, round=1)
+@settings(max_examples=60, deadline=None)
+@given(rounds())
+def test_exact_is_the_mean_of_products_for_mixed_ranks_weights_and_sites(round):
+    current, updates = round
+    found = aggregate(current, updates)
     for site in SITES:
         assert close(dense(found.adapter, site), true_mean(current, updates, site))
+        if not any(site in adapter and len(adapter[site].a) for adapter, _ in updates):  # nobody trained it
+            head, tail = head_and_tail(found.adapter, 4)
+            assert all(torch.equal(new, old) for new, old in zip(head[site], current[site], strict=True))
+            assert not tail[site].b.any()
     assert found.diagnostics["energy"] == pytest.approx(1.0)
     assert found.diagnostics["residual"] < 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(rounds(), st.randoms(use_true_random=False))
+def test_the_order_of_devices_is_nothing_to_it(round, shuffled):
+    current, updates = round
+    other = updates.copy()
+    shuffled.shuffle(other)
+    for settings_ in ({}, {"max_rank": 4}):
+        one, two = (aggregate(current, devices, **settings_).adapter for devices in (updates, other))
+        assert all(close(dense(one, site), dense(two, site)) for site in SITES)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rounds(ranks=(1, 4)), st.integers(0, 2**31))
+def test_how_a_product_is_factored_is_nothing_to_it(round, seed):
+    """B M and M⁻¹ A for random M [r, r] whose singular values lie between 1/4 and 4."""
+    current, updates = round
+    generator = torch.Generator().manual_seed(seed)
+
+    def refactored(factors):
+        size = len(factors.a)
+        u, v = (torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q for _ in "uv")
+        sigma = 4 ** (2 * torch.rand(size, generator=generator).double() - 1)
+        m = (u * sigma) @ v.T
+        return Factors((torch.linalg.inv(m) @ factors.a.double()).float(), (factors.b.double() @ m).float())
+
+    others = [({site: refactored(f) for site, f in adapter.items()}, weight) for adapter, weight in updates]
+    one, two = aggregate(current, updates), aggregate(current, others)
+    for site in SITES:
+        assert close(dense(two.adapter, site), dense(one.adapter, site))
+        assert close(dense(two.adapter, site), true_mean(current, updates, site))
 
 
 @settings(max_examples=20, deadline=None)
@@ -78,10 +81,37 @@ def test_a_capped_rank_keeps_the_best_approximation_and_says_what_is_lost(ranks,
     assert found.diagnostics["residual"] == pytest.approx(np.mean(residuals), abs=1e-7)
 
 
+@settings(max_examples=20, deadline=None)
+@given(rounds(ranks=(1, 4)), st.floats(0.05, 0.99))
+def test_no_more_directions_live_than_hold_the_energy(round, energy):
+    current, updates = round
+    found = aggregate(current, updates, rank=1, energy=energy)
+    trained = [site for site in SITES if any(site in adapter for adapter, _ in updates)]
+    live = 0
+    for site in trained:
+        sigma = np.linalg.svd(true_mean(current, updates, site), compute_uv=False)
+        kept = (sigma**2).cumsum() / (sigma**2).sum()
+        size = 1 + int((kept < energy).sum())
+        assert close(dense(found.adapter, site), best(true_mean(current, updates, site), size))
+        live = max(live, size)
+    assert found.diagnostics["live"] == live
+    assert found.diagnostics["energy"] >= energy - 1e-6
+
+
+def test_devices_are_taken_in_one_at_a_time():
+    current, updates = random_adapter(4, 0), [(random_adapter(size, size), float(size)) for size in (1, 2, 4)]
+    rule = Exact(rank=4, max_rank=4, seed=0)
+    mean = rule.start(current)
+    for adapter, weight in updates:
+        mean.add(adapter, weight)
+    one, all_ = rule.finish(mean, round=1), rule.aggregate(current, updates, round=1)
+    assert all(torch.equal(a, b) for site in SITES for a, b in zip(one.adapter[site], all_.adapter[site], strict=True))
+
+
 def test_one_device_that_trained_everything_gets_its_product_back():
     current, update = random_adapter(4, 0), random_adapter(4, 1)
     found = Exact(rank=4, max_rank=4, seed=0).aggregate(current, [(update, 3.0)], round=1)
-    assert all(close(dense(found.adapter, site), dense(update, site).numpy()) for site in SITES)
+    assert all(close(dense(found.adapter, site), dense(update, site)) for site in SITES)
 
 
 def test_no_change_leaves_the_product_and_nearly_the_factors():
@@ -123,7 +153,7 @@ def test_dead_directions_get_a_random_row_and_leave_the_product():
         assert a.shape[0] == 4
         assert (a.norm(dim=1) > 0.1).all()
         assert not b[:, 2:].any()
-        assert close(dense(found.adapter, site), dense(updates[0][0], site).numpy())
+        assert close(dense(found.adapter, site), dense(updates[0][0], site))
     assert torch.equal(rule.aggregate(current, updates, round=1).adapter["x"].a, found.adapter["x"].a)
     assert not torch.equal(rule.aggregate(current, updates, round=2).adapter["x"].a[2:], found.adapter["x"].a[2:])
 
@@ -147,41 +177,6 @@ def test_ranks_beyond_the_side_of_a_matrix():
     assert all(close(dense(found.adapter, site), true_mean(current, updates, site)) for site in SITES)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=5), st.integers(0, 2**31))
-def test_fedit_is_the_average_of_each_factor(weights, seed):
-    updates = [(random_adapter(3, seed + k), weight) for k, weight in enumerate(weights)]
-    found = FedIT().aggregate(random_adapter(3, seed + 99), updates, round=1)
-    for site in SITES:
-        for part in (0, 1):
-            wanted = np.average([u[site][part].double().numpy() for u, _ in updates], axis=0, weights=weights)
-            assert np.allclose(found.adapter[site][part], wanted, atol=1e-6)
-    residuals = []
-    for site in SITES:
-        mean = true_mean(updates[0][0], updates, site)
-        residuals.append(np.linalg.norm(dense(found.adapter, site).numpy() - mean) / np.linalg.norm(mean))
-    assert found.diagnostics["residual"] == pytest.approx(np.mean(residuals), abs=1e-5)
-
-
-def test_fedit_refuses_mixed_ranks_with_a_way_out():
-    with pytest.raises(AntherError, match=r"got \[2, 4\]: use strategy=exact"):
-        FedIT().aggregate(random_adapter(4, 0), [(random_adapter(4, 1), 1.0), (random_adapter(2, 2), 1.0)], round=1)
-
-
-@pytest.mark.parametrize("rule", [FedIT(), Exact(rank=4, max_rank=None, seed=0)], ids=["fedit", "exact"])
-def test_programmer_errors(rule):
-    with pytest.raises(ValueError, match="nothing to aggregate"):
-        rule.aggregate(random_adapter(4, 0), [], round=1)
-    with pytest.raises(ValueError, match="must be over 0"):
-        rule.aggregate(random_adapter(4, 0), [(random_adapter(4, 1), 0.0)], round=1)
-
-
 def test_a_cap_below_the_trained_rank_is_refused():
     with pytest.raises(AntherError, match=r"max_rank=2: must be at least adapter\.shared\.rank=4"):
         Exact(rank=4, max_rank=2, seed=0)
-
-
-def test_residual_of_products():
-    a, b, c, d = (torch.randn(*shape, dtype=torch.float64) for shape in [(2, 5), (4, 2), (3, 5), (4, 3)])
-    wanted = torch.linalg.norm(b @ a - d @ c) / torch.linalg.norm(d @ c)
-    assert relative_residual(a, b, c, d) == pytest.approx(float(wanted))
