@@ -110,11 +110,15 @@ def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) ->
 
 def read(network: nn.Module) -> None:
     """Put copies in the place of mapped tensors, as those have it who map nothing; the file's pages are given back."""
-    mapped = [tensor.data for tensor in (*network.parameters(), *network.buffers())]
-    mark(mapped)
-    network._apply(torch.clone)
-    for tensor in mapped:
-        release(tensor, 0, tensor.numel())
+    mapped = {tensor.data_ptr(): tensor.data for tensor in (*network.parameters(), *network.buffers())}
+    mark(mapped.values())
+
+    def copied(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        release(mapped[tensor.data_ptr()], 0, tensor.numel())
+        return copy
+
+    network._apply(copied)
 
 
 def prepare(base: Known, folder: Path, modes: set[str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.machine import machine, versions
-from bench.utility import share
+from bench.utility import complete, share
 from models.adapter import Sites, shapes
 from models.cores import core_shapes
 from models.denoiser import find_sites
@@ -119,9 +118,7 @@ def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run it, unless it was; its losses by arm, each writer's, and bytes."""
-    if not (folder / "summary.json").exists():
-        resume = ["resume=true"] if (folder / "run.json").exists() else []
-        subprocess.run([*arguments, f"hydra.run.dir={folder}", *resume], check=True)
+    complete(arguments, folder)
     rows = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     return {

@@ -100,11 +100,16 @@ def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Seq
     ]  # fmt: skip
 
 
-def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run it, unless it was; what it left."""
+def complete(arguments: Sequence[str], folder: Path) -> None:
+    """Run it, unless it was, or to its end, if it was begun."""
     if not (folder / "summary.json").exists():
         resume = ["resume=true"] if (folder / "run.json").exists() else []
         subprocess.run([*arguments, f"hydra.run.dir={folder}", *resume], check=True)
+
+
+def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run it, unless it was; what it left."""
+    complete(arguments, folder)
     rows = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
