@@ -144,18 +144,22 @@ def control_group(limit: int | None) -> Iterator[Path | None]:
     """A new memory control group with this limit; None without a limit, or where none can be made."""
     unified = (GROUPS / "cgroup.controllers").exists()
     group = GROUPS / ("" if unified else "memory") / f"anther-{os.getpid()}"
+    limits = {"memory.max": limit, "memory.swap.max": 0} if unified else {"memory.limit_in_bytes": limit}
+    made = held = False
     try:
-        if limit is None:
-            raise OSError
-        group.mkdir()
-        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit))
-    except OSError:
-        yield None
-        return
+        if limit is not None:
+            group.mkdir()
+            made = True
+            for name, value in limits.items():
+                (group / name).write_text(str(value))
+            held = True
+    except OSError:  # not allowed here
+        pass
     try:
-        yield group
+        yield group if held else None
     finally:
-        group.rmdir()
+        if made:
+            group.rmdir()
 
 
 def resident(process: int) -> int:
@@ -171,18 +175,19 @@ def row(trial: Trial, measured: dict[tuple[Rung, int | None], Measured | None]) 
     """What came of one device."""
     chosen = measured[trial.chosen, trial.limit]
     above = measured[trial.above, None] if trial.above else None
+    ran = chosen is not None and chosen.peak_bytes <= trial.limit  # for an instant it may go unseen
     return {
         "device": trial.device,
         "limit_bytes": trial.limit,
         "chosen": asdict(trial.chosen.setting),
         "predicted_bytes": trial.chosen.footprint.peak_bytes,
-        "ran": chosen is not None,
+        "ran": ran,
         "peak_bytes": chosen.peak_bytes if chosen else None,
         "above": asdict(trial.above.setting) if trial.above else None,
         "above_predicted_bytes": trial.above.footprint.peak_bytes if trial.above else None,
         "above_peak_bytes": above.peak_bytes if above else None,
         "above_share": above.peak_bytes / trial.limit if above else None,
-        "sound": chosen is not None and (above is None or above.peak_bytes > TIMID * trial.limit),
+        "sound": ran and (above is None or above.peak_bytes > TIMID * trial.limit),
     }
 
 

@@ -2,9 +2,8 @@
 
 Rounding comes after the noise. Under privacy of examples the change, and so all that is left of it, is made of what is
 noised and charged already, of what the server sent, and of coins: post-processing, which costs nothing. Nothing that
-was left of an open round ever enters a private one: a device's policy lets no private round follow an open one, and
-what was left by simulated noise is of no release. Where the server promises privacy per device, its clip bounds what
-comes (`strategies.private`).
+was left of an open round ever enters a private one, nor what was left by simulated noise a release (`_follows`). Where
+the server promises privacy per device, its clip bounds what comes (`strategies.private`).
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def keep(device: Device, sent: Outgoing) -> None:
 
 def _follows(plan: TrainingPlan, release: bool) -> str:
     """What two rounds have in common if what is left of one may enter the next."""
-    common = (plan.run, plan.base, plan.rank, plan.cores, release)
+    common = (plan.run, plan.base, plan.rank, plan.cores, plan.privacy is None, release)
     return hashlib.sha256(repr(common).encode()).hexdigest()
 
 

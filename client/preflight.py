@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from client.ladder import MARGIN, MIB
 from client.store import Store
 from models.base import Base
 from models.families.known import find
-from models.footprint import example, footprint, stand_in
+from models.footprint import example, footprint, resident_bytes, stand_in
 from privacy.policy import Refusal
+from training import trainer
 from training.memory import total_and_free
 
 
@@ -20,17 +23,33 @@ def check_memory(base: Base, store: Store, rank: int) -> None:
     """
     if base.device.type != "cpu":
         return
-    key = f"{base.hash}:{base.resolution}:{base.checkpointing}:{rank}:{torch.__version__}"
+    key = _key(base, rank)
     needed = store.number("pass-bytes", key)
     if needed is None:
         needed = _pass_bytes(base, rank)
         store.save_number("pass-bytes", key, needed)
-    free = total_and_free(base.device)[1]
-    if MARGIN * needed > free:
-        wanted = (
-            f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}², of {free / MIB:,.0f} free"
-        )
-        raise Refusal(f"memory: this base takes about {wanted}: ask for a lower rank, or for fewer sites")
+    if MARGIN * needed > _free(base):
+        trainer.let_go(base)
+    if MARGIN * needed > _free(base):  # how much there is, is nobody's business
+        wanted = f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}²"
+        raise Refusal(f"memory: this base takes about {wanted}, more than is free: ask for a lower rank or fewer sites")
+
+
+def _free(base: Base) -> int:
+    return total_and_free(base.device)[1]
+
+
+def _key(base: Base, rank: int) -> str:
+    """Of all that a prediction depends on."""
+    held = (
+        base.hash,
+        resident_bytes(base),
+        base.dtype,
+        base.resolution,
+        base.checkpointing,
+        sorted(base.sites.items()),
+    )
+    return hashlib.sha256(repr((held, rank, torch.__version__)).encode()).hexdigest()
 
 
 def _pass_bytes(base: Base, rank: int) -> int:

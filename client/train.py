@@ -39,9 +39,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
+    device.check_memory(plan.rank)  # before pictures take any: the answer is for the server to know
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
-    device.check_memory(plan.rank)
     examples = yield from encoded(device, "train", pictures)
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
+from models.bounds import excess
 from models.cores import to_framed_tensors
 from models.slots import trained_layout
 from privacy.accounting import PoissonGaussian
@@ -205,7 +206,8 @@ class Federated(Strategy):
             arrays = records.adapter_to_record(encode(to_tensors(aggregated.adapter)))
             metrics = MetricRecord({"replied": len(updates), **diagnostics})
         else:
-            log.warning("round %d: no good reply of %d: keeping the adapter", server_round, len(asked.plans))
+            good = f"{len(updates)} good replies of {len(asked.plans)}"
+            log.warning("round %d: keeping the adapter: %s", server_round, good)
         self.trained = train_facts(
             [update for update, _ in updates],
             plans={report.device: plan for report, plan in asked.plans.values()},
@@ -286,6 +288,9 @@ class Federated(Strategy):
         if not trained:
             return None, None
         aggregated = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
+        if found := excess(aggregated.adapter):  # of updates that were each let in
+            log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
+            return None, None
         if self._plan.privacy is None:
             return aggregated, None
         snr = signal_to_spread(changes(trained_layout(self.sites, rank(current), self.frame), current, trained))

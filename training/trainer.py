@@ -281,6 +281,11 @@ class _Cohort:
         self.vacant.append(row)
 
 
+def let_go(base: Denoiser) -> None:
+    """Of the buffers that the last call has left for the next."""
+    base.kept.pop(_BUFFERS, None)
+
+
 def _buffers(
     base: Denoiser, shape: Shape, capacity: int, size: int, compiled: bool
 ) -> tuple[Rows, CapturedPasses | None]:

@@ -29,22 +29,30 @@ class Best(NamedTuple):
     """What is kept of it, Σ kept σ² / Σ σ²."""
 
 
-def compress(a: Tensor, b: Tensor, max_rank: int | None, energy: float | None = None) -> Best:
+def compress(
+    a: Tensor, b: Tensor, max_rank: int | None, energy: float | None = None, *, lost: float = 0.0,
+    rounding: float = _EPSILON,
+) -> Best:  # fmt: skip
     """The best factors of the product B A (Eckart–Young), in float64.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a the singular values of B A are those of the small R_b R_aᵀ. r is the numerical
     rank, at most `max_rank`, and no more than the share `energy` needs.
+
+    Args:
+        lost: Σ σ² of what is missing from the product, and counts as not kept.
+        rounding: of the inputs, relative to the first singular value; what is below it is none.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     kept = sigma.square().cumsum(0)
-    r = int((sigma > _EPSILON * sigma[:1]).sum())
+    total = kept[-1:] + lost
+    r = int((sigma > rounding * sigma[:1]).sum())
     if max_rank is not None:
         r = min(r, max_rank)
     if energy is not None and r:
-        r = min(r, 1 + int((kept < energy * kept[-1]).sum()))
-    share = float(kept[r - 1] / kept[-1]) if r else 1.0
+        r = min(r, 1 + int((kept < energy * total).sum()))
+    share = float(kept[r - 1] / total) if r else 1.0
     return Best(vh[:r] @ q_a.T, q_b @ (u[:, :r] * sigma[:r]), share)
 
 
@@ -89,15 +97,13 @@ class Sum:
 
         Its energy is estimated from the probes where something was cut on the way.
         """
-        if not self._whole and self._size > (_EXACT if self._cut is None else self._keep):
+        if not self._whole and self._size > (max(_EXACT, self._keep) if self._cut is None else self._keep):
             self._fold()
         a, b = self._stack()
-        found = compress(a, b, max_rank, energy)
         if self._cut is None:
-            return found
-        lost = self._cut + b @ (a @ self._probes) - (found.b @ (found.a @ self._probes.double())).float()
-        kept = float(found.b.square().sum())
-        return found._replace(energy=kept / (kept + float(lost.square().sum()) / _PROBES) if kept else 1.0)
+            return compress(a, b, max_rank, energy)
+        lost = float(self._cut.square().sum()) / _PROBES
+        return compress(a, b, max_rank, energy, lost=lost, rounding=_EPSILON * self._room**0.5)
 
     def _stack(self) -> tuple[Tensor, Tensor]:
         """A [size, in] and B [out, size]."""

@@ -38,7 +38,10 @@ class HetLoRA:
 
 
 def padded_mean(before: Factors, there: Shares) -> Factors:
-    """The weighted factors of one site, float32; if all products are zero, p_k alone are the weights."""
+    """The weighted factors of one site, float32; if all products are zero, p_k alone are the weights.
+
+    Directions beyond everybody's rank stay as they were: zeros on both sides could never learn again.
+    """
     norms = [float(squared_norm(factors.a.double(), factors.b.double()).sqrt()) for factors, _ in there]
     weights = [p * norm for (_, p), norm in zip(there, norms, strict=True)]
     if not any(weights):
@@ -47,4 +50,6 @@ def padded_mean(before: Factors, there: Shares) -> Factors:
     for (factors, _), weight in zip(there, weights, strict=True):
         a[: len(factors.a)] += weight * factors.a.double()
         b[:, : len(factors.a)] += weight * factors.b.double()
-    return Factors((a / sum(weights)).float(), (b / sum(weights)).float())
+    a, b = (a / sum(weights)).float(), (b / sum(weights)).float()
+    most = max(len(factors.a) for factors, _ in there)
+    return Factors(torch.cat([a[:most], before.a[most:]]), torch.cat([b[:, :most], before.b[:, most:]], dim=1))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from client.device import Device
 from client.drive import drive
+from client.ledger import reset
 from client.logic import handle
 from client.store import RESIDUAL
 from models.adapter import Adapter, Factors, head_and_tail, shapes, to_tensors
@@ -24,6 +25,7 @@ from models.cores import core_shapes, cores, to_framed_tensors
 from privacy.ledger import SEALED
 from privacy.noise import Simulated, stream
 from privacy.policy import Policy, Refusal
+from privacy.storage import Files
 from protocol import codec, rounding
 from protocol.codec import CodecError
 from protocol.messages import Train, Update
@@ -191,6 +193,24 @@ def test_open_and_private_rounds_never_follow_each_other(tmp_path: Path, private
     ask(device, request(1, private=private))
     with pytest.raises(Refusal, match="privacy"):
         ask(device, request(2, private=not private))
+
+
+def test_what_an_open_round_left_enters_no_private_one_after_the_ledger_was_reset(tmp_path: Path) -> None:
+    """By an owner; and if a reset left the file there, it would be for open rounds alone."""
+    files = Files(tmp_path)
+    for put_back in (False, True):
+        ask(make_device(tmp_path), request(1))
+        kept = files.read(RESIDUAL)
+        assert kept is not None
+        reset(files, sure=True)
+        assert files.read(RESIDUAL) is None
+        if put_back:
+            files.write(RESIDUAL, kept)
+        device = make_device(tmp_path)
+        ask(device, request(1, private=True, feedback=False))
+        reply = ask(device, request(2, private=True))
+        assert near(total(read(reply), left(device)), change(2))
+        reset(files, sure=True)
 
 
 def test_simulated_noise_leaves_nothing_to_a_release(tmp_path: Path) -> None:

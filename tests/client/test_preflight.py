@@ -17,6 +17,7 @@ from models.footprint import example, footprint, shapes
 from privacy.policy import Refusal
 from privacy.storage import Files
 from tests.tiny import ATTENTION
+from training import trainer
 
 
 @pytest.fixture
@@ -57,6 +58,23 @@ def test_the_base_keeps_its_weights(base: Base, tmp_path: Path) -> None:
 
 def _context(base: Base) -> torch.Size:
     return example(find(str(base.folder)), base.resolution)[1]
+
+
+def test_other_sites_are_predicted_anew(base: Base, pipeline_folder: Path) -> None:
+    others = Base(pipeline_folder, sites=r".*\.to_q"), Base(pipeline_folder, sites=ATTENTION, weights="int8")
+    assert len({preflight._key(one, 2) for one in (base, *others)}) == 3
+
+
+def test_what_the_last_cohort_left_is_given_back_before_a_plan_is_refused(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = MARGIN * predicted(base, 2)
+    base.kept[trainer._BUFFERS] = None, "as large as all that lacks"
+    monkeypatch.setattr(
+        preflight, "total_and_free", lambda _: (2**40, int(needed + (-1 if trainer._BUFFERS in base.kept else 1)))
+    )
+    check_memory(base, Store(Files(tmp_path)), 2)
+    assert trainer._BUFFERS not in base.kept
 
 
 def test_each_rank_is_predicted_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

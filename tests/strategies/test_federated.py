@@ -6,12 +6,13 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 
-from models.adapter import from_tensors, initial, rank, shapes, to_tensors
+from models.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
 from privacy.policy import Refusal
 from protocol import records
 from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from simulations.grid import CohortGrid
+from strategies.aggregation import Aggregated
 from strategies.aggregation.fedit import FedIT
 from strategies.facts import DeviceFacts
 from strategies.measuring import Measuring
@@ -133,6 +134,15 @@ def test_nobody_good_keeps_the_adapter():
         0,
         {},
     )
+
+
+def test_an_adapter_that_every_device_would_refuse_is_not_made_of_updates_that_were_let_in(monkeypatch, caplog):
+    federated = strategy()
+    far = {name: Factors(100 * factors.a, factors.b + 100) for name, factors in initial(SITES, 3, seed=0).items()}
+    monkeypatch.setattr(federated._aggregation, "aggregate", lambda *_, **__: Aggregated(far, {}))
+    assert train(federated, [FakeDevice("a")]) is None
+    assert federated.trained.replied == 1
+    assert "devices would refuse the next" in caplog.text
 
 
 def test_facts_of_a_good_round():

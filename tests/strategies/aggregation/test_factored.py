@@ -76,6 +76,27 @@ def test_a_long_sum_is_near_the_best_of_its_rank_and_says_how_near(count, size, 
     assert (1 - found.energy) ** 0.5 == pytest.approx(error, rel=0.3 if count * size > 256 else 1e-6)
 
 
+def test_energy_counts_what_was_cut_on_the_way():
+    """Of 300 equal directions half would be 150, and the 16 that may be kept are far from that."""
+    q = torch.linalg.qr(torch.randn(400, 400, generator=torch.Generator().manual_seed(0))).Q
+    total = Sum(inputs=400, outputs=400, max_rank=16, seed=0)
+    for start in range(0, 300, 10):
+        total.add(q[start : start + 10], q[:, start : start + 10])
+    found = total.best(max_rank=16, energy=0.5)
+    assert len(found.a) == 16
+    assert found.energy == pytest.approx(16 / 300, rel=0.3)
+
+
+@pytest.mark.parametrize("count", [60, 200, 560])
+def test_rounding_on_the_way_is_no_direction(count):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 320, generator=generator)
+    total = Sum(inputs=320, outputs=320, max_rank=64, seed=0)
+    for _ in range(count):
+        total.add(a, torch.randn(320, 8, generator=generator))
+    assert len(total.best(max_rank=64).a) == 8
+
+
 @pytest.mark.parametrize("max_rank", [None, 4])
 def test_a_term_may_be_longer_than_the_stack(max_rank):
     total, wanted = summed(terms(2, 700, 30, 20, seed=0), max_rank=max_rank)

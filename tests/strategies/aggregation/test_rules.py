@@ -63,6 +63,15 @@ def test_the_scale_of_the_weights_is_nothing(rule):
     assert all(close(dense(two, site), dense(one, site)) for site in SITES)
 
 
+def test_directions_that_nobody_trained_can_still_learn():
+    """Under HetLoRA, which fills what devices lack with zeros."""
+    current = random_adapter(4, 0)
+    found = RULES["hetlora"].aggregate(current, [(random_adapter(2, 1), 1.0), (random_adapter(2, 2), 1.0)], round=1)
+    for site, factors in found.adapter.items():
+        assert torch.equal(factors.a[2:], current[site].a[2:])
+        assert torch.equal(factors.b[:, 2:], current[site].b[:, 2:])
+
+
 @rules
 @pytest.mark.parametrize("rounds_", [1, 3])
 def test_one_device_that_trains_everything_gets_its_product_back(rule, rounds_):
@@ -163,5 +172,7 @@ def test_hetlora_weighs_padded_factors_by_the_norm_of_their_product(round):
             size = len(adapter[site].a)
             wanted_a[:size] += weight / sum(weights) * adapter[site].a
             wanted_b[:, :size] += weight / sum(weights) * adapter[site].b
+        most = max(len(adapter[site].a) for adapter, _ in there)  # beyond it all stays
+        wanted_a[most:], wanted_b[:, most:] = current[site].a[most:], current[site].b[:, most:]
         assert torch.allclose(found[site].a.double(), wanted_a, atol=1e-5)
         assert torch.allclose(found[site].b.double(), wanted_b, atol=1e-5)
