@@ -147,8 +147,13 @@ OF_PICTURES = (
     ),
     Mutant(
         "what simulated noise left enters a release", "client/outgoing.py",
-        "plan.cores, release)", "plan.cores)",
+        "plan.privacy is None, release)", "plan.privacy is None)",
         "tests/client/test_outgoing.py::test_simulated_noise_leaves_nothing_to_a_release",
+    ),
+    Mutant(
+        "what an open round left enters a private one", "client/outgoing.py",
+        "plan.privacy is None, release)", "release)",
+        "tests/client/test_outgoing.py::test_what_an_open_round_left_enters_no_private_one_after_the_ledger_was_reset",
     ),
     Mutant(
         "what rounding left enters two rounds", "client/outgoing.py",
