@@ -62,8 +62,8 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
         node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which pick its k-th
             sub-folder in a simulation. Optional: `name`; `store`, a folder; `previews`, how many pictures are drawn
             into it whenever something was learnt; `test=true`, which makes noise reproducible by `seed` and nothing a
-            release; and what the report says: `examples-per-second`, `watts`,
-            `uplink-mbps`, `downlink-mbps`, `metered`.
+            release; and what the report says: `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`,
+            `metered`.
         base: what the device holds.
 
     Raises:

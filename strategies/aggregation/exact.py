@@ -104,9 +104,8 @@ class Exact:
             site: pad(factors, size, stream(self._seed, round, site, "dead directions"))
             for site, factors in found.items()
         }
-        residuals = [
-            max(0.0, 1.0 - energy) ** 0.5 for energy in energies
-        ]  # what was cut is orthogonal to what was kept
+        # What was cut is orthogonal to what was kept.
+        residuals = [max(0.0, 1.0 - energy) ** 0.5 for energy in energies]
         trained = max(1, len(energies))
         diagnostics = {
             "rank": float(size),

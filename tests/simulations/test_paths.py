@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Context, Message, RecordDict
 from PIL import Image
 
@@ -24,13 +23,7 @@ from training.engine import perform
 PRIVACY = ExamplePrivacy(noise_multiplier=2.0, clip=0.1, sampling_rate=0.5, draws=2, delta=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads of two busy cores wait for each other longer than so small a network takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,7 @@ TINY = (
 PROMISES = {"open": "privacy=none", "example": "privacy=example", "device": "privacy=device"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads of two busy cores wait for each other longer than so small a network takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def federated(base: Base, folder: Path, overrides: str, *, saved: State | None = None, rounds: int = 3) -> State:

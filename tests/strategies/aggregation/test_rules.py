@@ -29,6 +29,11 @@ RULES = {
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
+def who_trained(updates, site):
+    """Those who trained a site, one direction or more, with their weights."""
+    return [(adapter, weight) for adapter, weight in updates if site in adapter and len(adapter[site].a)]
+
+
 def test_they_are_all_here():
     assert RULES.keys() == AGGREGATIONS.keys()
 
@@ -51,7 +56,7 @@ def test_what_nobody_trained_stays_and_the_order_of_devices_is_nothing(rule, dat
     other = rule.aggregate(current, data.draw(st.permutations(updates)), round=1).adapter
     for site in SITES:
         assert close(dense(other, site), dense(found, site))
-        if not any(site in adapter and len(adapter[site].a) for adapter, _ in updates):
+        if not who_trained(updates, site):
             assert close(dense(found, site), dense(current, site))
 
 
@@ -117,7 +122,7 @@ def test_flexlora_is_the_best_of_the_mean_of_what_was_sent(round):
     current, updates = round
     found = RULES["flexlora"].aggregate(current, updates, round=1)
     for site in SITES:
-        there = [(adapter, weight) for adapter, weight in updates if site in adapter and len(adapter[site].a)]
+        there = who_trained(updates, site)
         if there:
             total = sum(weight for _, weight in there)
             mean = sum(weight / total * dense(adapter, site) for adapter, weight in there)
@@ -131,7 +136,7 @@ def test_raflora_averages_each_direction_over_those_who_trained_it(round):
     current, updates = round
     found = RULES["raflora"].aggregate(current, updates, round=1).adapter
     for site in SITES:
-        there = [(adapter[site], weight) for adapter, weight in updates if site in adapter and len(adapter[site].a)]
+        there = [(adapter[site], weight) for adapter, weight in who_trained(updates, site)]
         if not there:
             continue
         wanted = 0.0
@@ -163,7 +168,7 @@ def test_hetlora_weighs_padded_factors_by_the_norm_of_their_product(round):
     current, updates = round
     found = RULES["hetlora"].aggregate(current, updates, round=1).adapter
     for site in SITES:
-        there = [(adapter, weight) for adapter, weight in updates if site in adapter and len(adapter[site].a)]
+        there = who_trained(updates, site)
         if not there:
             continue
         weights = [weight * torch.linalg.norm(torch.from_numpy(dense(adapter, site))) for adapter, weight in there]
