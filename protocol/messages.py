@@ -35,6 +35,15 @@ class DeviceReport:
     uplink_mbps: float
     downlink_mbps: float
     metered: bool = False
+    battery: float | None = None
+    """What is left of a full one, in fifths; None: the device has none."""
+    charging: bool = False
+    busy: bool = False
+    """Its owner uses it."""
+    hot: bool = False
+    """It runs slower than it could, or is about to."""
+    pictures: bool = True
+    """Whether it has any to train on. Where privacy is promised it says so always: to tell would tell of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
