@@ -62,6 +62,8 @@ class Data:
     train: int = 5  # glyphs that a writer gives
     validation: int = 5  # glyphs that decide when to stop
     test: int = 6  # glyphs that nobody trains on
+    skew: bool = False  # label skew: a writer gives glyphs of one kind (digits, capital or lowercase letters, in turn),
+    # and of the others only if those run out
     pictures: list[str] = field(default_factory=list)  # your own folders: each takes the place of a writer
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class Data:
         if self.devices is not None:
             own = "your own pictures are on one device each: leave data.devices or data.pictures out"
             require(not self.pictures, f"data.devices={self.devices}: {own}")
+            alike = "one device each, or its glyphs of one kind would run out; leave data.devices or data.skew out"
+            require(not self.skew, f"data.devices={self.devices}: with data.skew a writer is on {alike}")
             few = f"fewer than data.writers={self.writers}, which are one device each at least"
             require(self.devices >= self.writers, f"data.devices={self.devices}: {few}")
 

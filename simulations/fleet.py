@@ -119,8 +119,9 @@ def writers(data: Data) -> list[Writer]:
             "for more devices than that, set data.devices"
         )
     found = []
-    for family in families:
-        split = dataset.split(family.order, data.train)
+    for place, family in enumerate(families):
+        kind = dataset.KINDS[place % len(dataset.KINDS)]
+        split = dataset.split(dataset.skewed(family.order, kind) if data.skew else family.order, data.train)
 
         def pictures(glyphs: Sequence[int], family: dataset.Family = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
