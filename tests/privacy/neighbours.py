@@ -161,7 +161,7 @@ def two_rounds(
     def train(number: int) -> Reply:
         sent = adapter(base, number, between)
         tensors = to_framed_tensors(sent, between) if between else to_tensors(sent)
-        asked = plan(base, round=number, rank=mode.rank, cores=mode.cores, privacy=privacy)
+        asked = plan(base, round=number, rank=mode.rank, trains="cores" if mode.cores else "both", privacy=privacy)
         if mode.update != "fp32":
             asked = dataclasses.replace(asked, update=mode.update, keep=0.5, feedback=True)
         return ask(Train(plan=asked, adapter=codec.encode(tensors)))
