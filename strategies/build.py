@@ -251,7 +251,6 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         round=0,
         base=base,
         rank=shared.rank,
-        trains=rule.trains(1),
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,
