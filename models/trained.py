@@ -84,7 +84,7 @@ def _put(found: Sequence[Tensor], trains: str, fixed: Factors) -> Factors:
 
 
 class PartLayout(Layout):
-    """The same where a part alone of each site is trained between factors that are everybody's.
+    """A layout of rows where a part alone of each site is trained, beside factors that are everybody's.
 
     The gradient of B is that of the whole adapter, and so is that of A. The columns of L are orthonormal, so that
     C = Lᵀ B, and the gradient of C is Lᵀ (∂/∂B) (Bałazy et al., 2024, arXiv:2405.17604; Singhal et al., 2025,
@@ -129,14 +129,10 @@ class PartLayout(Layout):
                 return Stack(a.expand(len(own), -1, -1), own)
         return Stack(a.expand(len(own), -1, -1), b @ own)
 
-    def fits(self, adapter: Adapter) -> bool:
-        """Whether an adapter fills a row, with every site at full rank."""
-        return len(adapter) == len(self.sites) and all(len(f.a) == self.rank for f in adapter.values())
-
     def pack(self, adapter: Adapter | None) -> Tensor:
         """Row [D] of what is trained of an adapter; missing sites and ranks are zero."""
         given = adapter or {}
-        return self._row({name: self._taken(name, given[name]) for name in self.sites if name in given})
+        return self._row({name: self._own(name, given[name]) for name in self.sites if name in given})
 
     def unpack(self, row: Tensor, like: Adapter) -> Adapter:
         """The adapter in row [D] with the sites, true ranks and fixed factors of `like`; on the CPU."""
@@ -148,7 +144,7 @@ class PartLayout(Layout):
         sizes = {name: self._part.shape(self.sites[name], len(factors.a)) for name, factors in like.items()}
         return self._row({name: torch.ones(size) for name, size in sizes.items()}) != 0
 
-    def _taken(self, name: str, factors: Factors) -> Tensor:
+    def _own(self, name: str, factors: Factors) -> Tensor:
         a, left = (factor[0] for factor in self.fixed[name])
         here, rank = Factors(*(factor.to(a) for factor in factors)), len(factors.a)
         return _taken(self._part, here, Factors(a[:rank], left[:, :rank]) if self.trains == "cores" else None)
@@ -171,13 +167,13 @@ class PartLayout(Layout):
         return row
 
 
-def trained_layout(sites: Sites, rank: int, trains: str, fixed: Adapter | None) -> Layout:
+def trained_layout(sites: Sites, rank: int, trains: str, fixed: Adapter) -> Layout:
     """How what travels up of adapters of this rank lies in a row.
 
     Args:
-        fixed: where a part alone travels, what holds the rest: the frame of cores, or the adapter that was sent.
+        fixed: what holds the rest, where a part alone travels: the frame of cores, or the adapter that was sent.
     """
-    if trains == "both" or fixed is None:
+    if trains == "both":
         return Layout(sites, rank)
     layout = PartLayout(sites, rank, trains, like=torch.empty(0))
     layout.enter(fixed)

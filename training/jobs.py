@@ -123,6 +123,18 @@ class Train:
         return self.start if self.trains in ("a", "b") else self.frame
 
     @property
+    def stays(self) -> tuple[object, ...]:
+        """What stays of the trained adapter, tensor by tensor: jobs that agree in it have one rank at each site."""
+        match self.trains:
+            case "a":
+                return ("a", *((name, id(factors.b)) for name, factors in self.start.items()))
+            case "b":
+                return ("b", *((name, id(factors.a)) for name, factors in self.start.items()))
+            case "cores":
+                return ("cores", id(self.frame), *self.start)
+        return ()
+
+    @property
     def clips_per_site(self) -> bool:
         """Whether it is private, and its gradients are clipped site by site."""
         return bool(self.privacy and self.privacy.per_site)

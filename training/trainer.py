@@ -53,7 +53,7 @@ def train(
     groups: dict[object, list[int]] = {}
     for place, job in enumerate(jobs):
         latents, context = job.examples
-        kind = (latents.shape[1:], context.shape[1:], job.clips_per_site, job.trains, _fixed(job))
+        kind = (latents.shape[1:], context.shape[1:], job.clips_per_site, job.stays)
         groups.setdefault(kind, []).append(place)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
     for places in groups.values():
@@ -68,18 +68,6 @@ def train(
     if outcomes and all(isinstance(outcome, TooLittleMemoryError) for outcome in outcomes):
         raise outcomes[0]  # type: ignore[misc]
     return outcomes
-
-
-def _fixed(job: Train) -> tuple[tuple[str, int], ...]:
-    """Which tensors stay of the adapter that it trains: everybody's in a group, so that all have its sites and rank."""
-    match job.trains:
-        case "both":
-            return ()
-        case "a":
-            return tuple((name, id(factors.b)) for name, factors in job.start.items())
-        case "b":
-            return tuple((name, id(factors.a)) for name, factors in job.start.items())
-    return tuple((name, id(job.frame)) for name in job.start)
 
 
 @dataclass
