@@ -1,4 +1,4 @@
-"""FedSA-LoRA: the mean of A is shared, every device keeps its own B (Guo et al., 2025, arXiv:2410.01463, algorithm 1).
+"""FedSA-LoRA: the mean of A is shared, every device keeps its own B (Guo et al., 2025, arXiv:2410.01463).
 
 A is found to learn what is common, B what is a device's own. Both are trained on the device, under the same clip and
 noise if there are any; A goes up. B at the server stays zero, so the shared adapter has no product by itself: whoever

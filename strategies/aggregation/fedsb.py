@@ -1,4 +1,4 @@
-"""Fed-SB: the mean of small cores between factors that stay (Singhal et al., 2025, arXiv:2502.15436, eq. 6).
+"""Fed-SB: the mean of small cores between factors that stay (Singhal et al., 2025, arXiv:2502.15436).
 
 ΔW = L C A with C [r, r], so that Σ p_k L C_k A = L (Σ p_k C_k) A is exact, r² numbers a site travel, and under privacy
 that much less noise. The paper takes L and A from the first gradient on the devices' own data; here they are a frame

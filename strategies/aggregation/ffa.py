@@ -1,4 +1,4 @@
-"""FFA-LoRA: A stays at its random start, the mean of B is shared (Sun et al., 2024, arXiv:2403.12313, §4).
+"""FFA-LoRA: A stays at its random start, the mean of B is shared (Sun et al., 2024, arXiv:2403.12313).
 
 With one A for everybody the mean of the products is the product of the means, and noise enters a product once, as
 ξ_B A and not also as B ξ_A and ξ_B ξ_A. What is learned lies in the span of the random A.

@@ -1,4 +1,4 @@
-"""RoLoRA: B in one round, A in the next (Chen et al., 2025, arXiv:2502.01755, algorithm 1).
+"""RoLoRA: B in one round, A in the next (Chen et al., 2025, arXiv:2502.01755).
 
 In each round one factor is everybody's, so that the mean of the products is the product of the means, and over two
 rounds both learn. Half of an adapter travels up.
