@@ -36,19 +36,20 @@ class Outgoing(NamedTuple):
 
 
 def outgoing(
-    plan: TrainingPlan, device: Device, *, start: Adapter, trained: Adapter, frame: Adapter | None, history: History,
-    release: bool,
+    plan: TrainingPlan, device: Device, *, start: Adapter, trained: Adapter, frame: Adapter | None,
+    own: dict[str, Tensor] | None, history: History, release: bool,
 ) -> Outgoing:  # fmt: skip
     """What a device sends of an adapter that it trained from `start`: the same bytes whenever it is asked.
 
     Args:
+        own: the factors B that the device began the round with, where they are its own.
         history: the device's ledger, with this round in it.
         release: whether the noise, if there is any, was no simulation.
     """
     after = trained_tensors(trained, plan.trains, frame)
-    own = kept_factors(plan, start, trained, release) if plan.trains == "split" else None
+    stays = None if own is None else kept_factors(plan, own, trained, release)
     if plan.update == "fp32":
-        return Outgoing(codec.encode(after), None, own)
+        return Outgoing(codec.encode(after), None, stays)
     before = trained_tensors(start, plan.trains, frame)
     change = {name: tensor - before[name] for name, tensor in after.items()}
     follows = _follows(plan, release)
@@ -58,10 +59,10 @@ def outgoing(
     coins = torch.Generator().manual_seed(stream(device.seed, device.name, plan.run, plan.round, ROUNDING))
     data = rounding.encode(change, plan.update, coins, keep=plan.keep)
     if not plan.feedback:
-        return Outgoing(data, None, own)
+        return Outgoing(data, None, stays)
     # A private reply is sealed, and never made again.
     again = {} if plan.privacy else carried
-    return Outgoing(data, Residual(follows, plan.round, _left(change, data, plan), again), own)
+    return Outgoing(data, Residual(follows, plan.round, _left(change, data, plan), again), stays)
 
 
 def keep(device: Device, sent: Outgoing) -> None:

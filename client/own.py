@@ -25,9 +25,9 @@ def own_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, 
     return kept.before if kept.round == plan.round else kept.after
 
 
-def kept_factors(plan: TrainingPlan, start: Adapter, trained: Adapter, release: bool) -> Own:
-    """What a round leaves: the device's B after it, and before it."""
-    after, before = ({name: factors.b for name, factors in adapter.items()} for adapter in (trained, start))
+def kept_factors(plan: TrainingPlan, before: dict[str, Tensor], trained: Adapter, release: bool) -> Own:
+    """What a round leaves: the device's B after it, at sites that it did not train as before it; and before it."""
+    after = before | {name: factors.b for name, factors in trained.items()}
     return Own(_run(plan.run, plan.base), _promise(plan, release), plan.round, after, before)
 
 

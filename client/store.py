@@ -145,7 +145,10 @@ class Store:
 
     def save_own(self, own: Own) -> None:
         parts = {"after": own.after, "before": own.before}
-        tensors = {f"{part}/{name}": t.contiguous() for part, named in parts.items() for name, t in named.items()}
+        # Clones: of a site that was not trained both are one tensor, which the format doesn't hold twice.
+        tensors = {
+            f"{part}/{name}": t.clone().contiguous() for part, named in parts.items() for name, t in named.items()
+        }
         told = {"run": own.run, "promise": own.promise, "round": str(own.round)}
         self._storage.write(OWN, save(tensors, told))
 

@@ -48,8 +48,8 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
-    if plan.trains == "split":
-        own = own_factors(plan, device, noise.release)
+    own = own_factors(plan, device, noise.release) if plan.trains == "split" else None
+    if own is not None:
         start, frozen = with_own(start, own), frozen and with_own(frozen, own)
     trained = expect(
         Trained,
@@ -74,8 +74,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         ),
     )
     goes = outgoing(
-        plan, device, start=start, trained=trained.adapter, frame=frame, history=charged, release=noise.release
-    )
+        plan, device, start=start, trained=trained.adapter, frame=frame, own=own, history=charged,
+        release=noise.release,
+    )  # fmt: skip
     draws = plan.privacy.draws if plan.privacy else 1
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     seconds, joules = cost(device, plan.steps * plan.batch_size * draws)

@@ -183,6 +183,9 @@ def test_a_plan_of_some_sites_has_the_devices_b_at_all(tmp_path: Path) -> None:
     assert torch.equal(job.start[FIRST].b, after(first)[FIRST].b)
     assert job.frozen is not None
     assert all(torch.equal(job.frozen[name].b, after(first)[name].b) for name in OTHERS)
+    third, _ = round_of(device, split(3))
+    wanted = after(first) | after(job)
+    assert all(torch.equal(b, wanted[name].b) for name, b in own_b(third).items())
 
 
 def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Path) -> None:
