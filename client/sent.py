@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import NamedTuple
 
 from client.device import Device
 from conf.errors import AntherError
 from models import cores
-from models.adapter import Adapter, Site, from_tensors, head_and_tail, rank, shapes
+from models.adapter import Adapter, Site, at, from_tensors, head_and_tail, rank, shapes
 from models.bounds import excess
 from privacy.policy import Refusal
 from protocol import codec
+
+
+class Parts(NamedTuple):
+    """An adapter as a plan sees it."""
+
+    start: Adapter
+    """What is trained, or holds what is: the first directions, at the plan's sites."""
+    frozen: Adapter | None
+    """All the rest."""
+    frame: Adapter | None
+    """Of the cores, if those are trained."""
 
 
 class Sent:
@@ -23,15 +35,31 @@ class Sent:
 
     def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
         self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
-        self._parts: dict[int, tuple[Adapter, Adapter | None, Adapter | None]] = {}
+        self._parts: dict[object, Parts] = {}
 
-    def parts(self, rank: int) -> tuple[Adapter, Adapter | None, Adapter | None]:
-        """What a plan of this rank trains, what stays frozen beside it, and the frame of the cores, if it is those."""
-        if rank not in self._parts:
-            head, tail = head_and_tail(self.adapter, rank)
-            frame = head_and_tail(self._frame, rank)[0] if self._frame else None
-            self._parts[rank] = head, tail if self.rank > rank else None, frame
-        return self._parts[rank]
+    def parts(self, rank: int, sites: tuple[str, ...] | None = None) -> Parts:
+        """Those of a plan of this rank at these sites; None: at all.
+
+        Raises Refusal for a site that the adapter has not, for none and for one that is named twice.
+        """
+        if (rank, sites) not in self._parts:
+            self._parts[rank, sites] = self._cut(rank, self.adapter if sites is None else self._known(sites))
+        return self._parts[rank, sites]
+
+    def _known(self, sites: tuple[str, ...]) -> set[str]:
+        chosen = set(sites)
+        if unknown := min(chosen - self.adapter.keys(), default=None):
+            raise Refusal(f"the plan trains site {unknown}, which this base has not, or is not adapted at")
+        if not 0 < len(chosen) == len(sites):
+            raise Refusal(f"the plan names {len(sites)} sites to train, {len(chosen)} of them different")
+        return chosen
+
+    def _cut(self, rank: int, sites: Adapter | set[str]) -> Parts:
+        head, tail = head_and_tail(at(self.adapter, sites), rank)
+        beside = {name: factors for name, factors in self.adapter.items() if name not in sites}
+        frozen = beside | (tail if self.rank > rank else {})
+        frame = head_and_tail(at(self._frame, sites), rank)[0] if self._frame else None
+        return Parts(head, frozen or None, frame)
 
 
 def received(data: bytes, device: Device, *, framed: bool = False) -> Sent:

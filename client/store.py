@@ -6,6 +6,7 @@
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams
     residual.safetensors      what rounding left of the last change that was sent
+    own.safetensors           the factors B of a run that shares A alone
     previews/                 what its owner is shown of what was learnt
     cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
                               missing or damaged
@@ -34,7 +35,7 @@ from privacy.storage import Storage
 from training.jobs import Examples
 
 PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
-RESIDUAL = "residual.safetensors"
+RESIDUAL, OWN = "residual.safetensors", "own.safetensors"
 
 
 class Personal(NamedTuple):
@@ -53,6 +54,16 @@ class Residual(NamedTuple):
     round: int
     left: dict[str, Tensor]
     carried: dict[str, Tensor]  # what was left to this round: for this one again, if it is asked for again
+
+
+class Own(NamedTuple):
+    """The factors B that a device trained in a run and keeps, by site."""
+
+    run: str
+    promise: str  # under which it was trained
+    round: int
+    after: dict[str, Tensor]
+    before: dict[str, Tensor]  # for this round again, if it is asked for again
 
 
 class Store:
@@ -129,6 +140,26 @@ class Store:
             if metadata["follows"] != follows:
                 return None
             return Residual(follows, int(metadata["round"]), *(_under(tensors, part) for part in ("left", "carried")))
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def save_own(self, own: Own) -> None:
+        parts = {"after": own.after, "before": own.before}
+        # Clones: of a site that was not trained both are one tensor, which the format doesn't hold twice.
+        tensors = {
+            f"{part}/{name}": t.clone().contiguous() for part, named in parts.items() for name, t in named.items()
+        }
+        told = {"run": own.run, "promise": own.promise, "round": str(own.round)}
+        self._storage.write(OWN, save(tensors, told))
+
+    def own(self, run: str) -> Own | None:
+        """What was kept of this run; a damaged one is none: the run goes on with what is sent."""
+        try:
+            tensors, told = _load(self._storage.read(OWN) or b"")
+            if told["run"] != run:
+                return None
+            found = (_under(tensors, part) for part in ("after", "before"))
+            return Own(run, told["promise"], int(told["round"]), *found)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 

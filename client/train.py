@@ -9,6 +9,7 @@ from functools import lru_cache
 from client.data import fingerprint
 from client.device import Device
 from client.outgoing import keep, outgoing
+from client.own import own_factors, with_own
 from client.sent import received
 from client.work import cost, encoded, expect
 from privacy.accounting import NonPrivate, PoissonGaussian
@@ -33,20 +34,23 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
-    sent = received(request.adapter, device, framed=plan.cores)
+    sent = received(request.adapter, device, framed=plan.trains == "cores")
     if sent.rank < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
-    device.check_memory(plan.rank)  # before pictures take any: the answer is for the server to know
+    start, frozen, frame = sent.parts(plan.rank, plan.sites)
+    device.check_memory(plan.rank, start)  # before pictures take any: the answer is for the server to know
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
     examples = yield from encoded(device, "train", pictures)
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
-    start, frozen, frame = sent.parts(plan.rank)
+    own = own_factors(plan, device, noise.release) if plan.trains == "split" else None
+    if own is not None:
+        start, frozen = with_own(start, own), frozen and with_own(frozen, own)
     trained = expect(
         Trained,
         (
@@ -57,6 +61,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 seed=device.seed,
                 examples=examples,
                 start=start,
+                trains="both" if plan.trains == "split" else plan.trains,
                 frozen=frozen,
                 frame=frame,
                 steps=plan.steps,
@@ -69,8 +74,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         ),
     )
     goes = outgoing(
-        plan, device, start=start, trained=trained.adapter, frame=frame, history=charged, release=noise.release
-    )
+        plan, device, start=start, trained=trained.adapter, frame=frame, own=own, history=charged,
+        release=noise.release,
+    )  # fmt: skip
     draws = plan.privacy.draws if plan.privacy else 1
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     seconds, joules = cost(device, plan.steps * plan.batch_size * draws)

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+AGGREGATIONS = (
+    "exact", "fedit", "fedsa", "fedsb", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "raflora", "rolora",
+)  # fmt: skip
+
 
 def require(condition: bool, message: str) -> None:
     """Refuse a value with one line."""
@@ -135,12 +139,13 @@ class Strategy:
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
-    # random after any noise. Where directions keep their meaning (fedit) what rounding left goes into the next round
+    # random after any noise. Where directions keep their meaning (fedit, ffa, fedsa, fedsb, hetlora) what rounding left
+    # goes into the next round
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
 
     def __post_init__(self) -> None:
-        choose("strategy.aggregation", self.aggregation, ("exact", "fedit", "flexlora", "flora", "hetlora", "raflora"))
+        choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
@@ -252,8 +257,10 @@ class AdapterConfig:
     """LoRA adapters: where they sit and how they are trained."""
 
     sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
-    frame: str | None = None  # train only small cores between the factors of this frame, shipped by name or a file;
-    # rank² numbers a site, as privacy wants them; null: train the factors themselves
+    frame: str | None = (
+        None  # of strategy=fedsb, which trains small cores between the factors of this frame, shipped by
+    )
+    # name or a file: rank² numbers a site, as privacy wants them; null: of every other strategy
     shared: LocalTraining = field(default_factory=LocalTraining)
     personal: LocalTraining = field(default_factory=LocalTraining)
     local: AloneTraining = field(default_factory=AloneTraining)

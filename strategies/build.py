@@ -18,10 +18,15 @@ from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
+from strategies.aggregation.rolora import RoLoRA
 from strategies.federated import Federated
 from strategies.measuring import measuring, spending
 from strategies.planning import Cosine, Limits
@@ -53,10 +58,9 @@ def build(
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
     rule = aggregation(config)
     frame = _frame(config, sites)
-    if frame and not rule.sensitivity.linear:
-        raise AntherError(
-            f"adapter.frame={config.adapter.frame}: {chosen.aggregation} turns the factors; use strategy=fedit"
-        )
+    if (frame is not None) != (rule.trains(1) == "cores"):
+        mend = "cores are for strategy=fedsb" if frame else "strategy=fedsb needs one, such as glyphs-frame"
+        raise AntherError(f"adapter.frame={config.adapter.frame}: {mend}")
     seed = config.seed if accept_simulated else None
     limits = Limits(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
@@ -198,6 +202,16 @@ def aggregation(config: Simulation) -> Aggregation:
             return FLoRA(rank=rank, seed=seed)
         case "hetlora":
             return HetLoRA()
+        case "ffa":
+            return FFA()
+        case "rolora":
+            return RoLoRA()
+        case "fedsa":
+            return FedSA()
+        case "fedsvd":
+            return FedSVD(seed=seed)
+        case "fedsb":
+            return FedSB()
         case "raflora":
             return RaFLoRA(rank=rank, seed=seed)
     return FedIT()
@@ -226,23 +240,22 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             draws=config.privacy.draws,
             delta=config.privacy.delta,
         )
-    chosen, linear = config.strategy, aggregation(config).sensitivity.linear
-    if chosen.keep < 1 and not linear:
+    chosen, rule = config.strategy, aggregation(config)
+    if chosen.keep < 1 and not rule.steady:
         raise AntherError(
-            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns the "
-            "factors; use strategy=fedit, or leave it 1"
+            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns or "
+            "changes the factors; use strategy=fedit, or leave it 1"
         )
     return TrainingPlan(
         run=run,
         round=0,
         base=base,
         rank=shared.rank,
-        cores=config.adapter.frame is not None,
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,
         privacy=privacy,
         update=chosen.update,
         keep=chosen.keep,
-        feedback=linear and chosen.update != "fp32",
+        feedback=rule.steady and chosen.update != "fp32",
     )

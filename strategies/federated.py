@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -18,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from models.bounds import excess
 from models.cores import to_framed_tensors
-from models.slots import trained_layout
+from models.trained import trained_layout, trained_shapes
 from privacy.accounting import PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records, rounding
@@ -53,13 +54,14 @@ class Federated(Strategy):
     """The strategy of a run.
 
     Args:
-        plan: what a device without limits is asked to do each round; its `round` is replaced.
+        plan: what a device without limits is asked to do each round; its `round` is replaced, and what
+            it trains is the aggregation's to say.
         sites: where adapters sit in the base that `plan` names.
         selection: who is asked to train in a round.
         evaluation: who is asked to measure the adapter after it (default: every device).
         measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
             after none).
-        frame: the factors that stay, of a plan that trains cores between them.
+        frame: the factors that stay, of an aggregation of cores between them.
         decay: of the plan's learning rate (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
@@ -83,12 +85,12 @@ class Federated(Strategy):
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
     ) -> None:
-        if plan.cores != (frame is not None):
-            raise ValueError("a plan that trains cores needs their frame, and no other does")
+        if (aggregation.trains(1) == "cores") != (frame is not None):
+            raise ValueError("an aggregation of cores needs their frame, and no other does")
         if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
             raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
-        if plan.feedback and not aggregation.sensitivity.linear:
-            raise ValueError(f"feedback needs directions that keep their meaning: {aggregation.sensitivity.reason}")
+        if plan.feedback and not aggregation.steady:
+            raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
         if device_level and not aggregation.sensitivity.linear:
             raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
         drawn = selection.rate if isinstance(selection, Poisson) else 1.0
@@ -164,12 +166,13 @@ class Federated(Strategy):
         adapter = from_tensors(decode(data, shapes(self.sites, -1)))
         if self.frame:
             data = encode(to_framed_tensors(adapter, self.frame))
-        full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
+        full = replace(
+            self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)),
+            trains=self._aggregation.trains(server_round),
+        )  # fmt: skip
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        numbers = sum(site.inputs + site.outputs for site in self.sites.values())
-        if self.frame:
-            numbers = len(self.sites) * full.rank
+        numbers = sum(map(prod, trained_shapes(self.sites, full.rank, full.trains).values())) / full.rank
         upload = numbers * (4.0 if full.update == "fp32" else rounding.bytes_per_number(full.update, full.keep))
         plans = {
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
@@ -293,7 +296,8 @@ class Federated(Strategy):
             return None, None
         if self._plan.privacy is None:
             return aggregated, None
-        snr = signal_to_spread(changes(trained_layout(self.sites, rank(current), self.frame), current, trained))
+        layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
+        snr = signal_to_spread(changes(layout, current, trained))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
     def _promise(self) -> str:

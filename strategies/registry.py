@@ -15,10 +15,15 @@ from typing import Any, NamedTuple
 from strategies.aggregation import Linearity
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
+from strategies.aggregation.rolora import RoLoRA
 from strategies.selection import Sampling
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
@@ -53,10 +58,15 @@ class Inherent(NamedTuple):
 AGGREGATIONS: dict[str, Any] = {
     "exact": Exact,
     "fedit": FedIT,
+    "fedsa": FedSA,
+    "fedsb": FedSB,
+    "fedsvd": FedSVD,
+    "ffa": FFA,
     "flexlora": FlexLoRA,
     "flora": FLoRA,
     "hetlora": HetLoRA,
     "raflora": RaFLoRA,
+    "rolora": RoLoRA,
 }
 ROBUST: dict[str, Any] = {"none": Inherent(Filtering(bounded=True, reason="every update that passes the gate counts"))}
 SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}

@@ -68,7 +68,7 @@ MISTAKES = {
     "adapter.shared.rank=0": "adapter.shared.rank=0: must be 1 or more",
     "adapter.personal.steps=0": "adapter.personal.steps=0: must be 1 or more",
     "strategy.aggregation=best": "strategy.aggregation=best: "
-    "must be one of: exact, fedit, flexlora, flora, hetlora, raflora",
+    "must be one of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
     "fleet.sample=21": "fleet.sample=21: there are only 20 devices",
     "data=folder": "data.pictures[0]: needs a value",
     "~strategy": "strategy.aggregation: needs a value",

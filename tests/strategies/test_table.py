@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord
 from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import initial, to_tensors
+from models.cores import empty
 from privacy.storage import Files
 from protocol import records
 from protocol.codec import encode
@@ -20,16 +21,17 @@ from strategies.build import build, combination, training_plan
 from strategies.registry import AGGREGATIONS, LEVELS, Combination, Filtering, Inherent, Timing, combinations, refusal
 from strategies.selection import Sampling
 from strategies.table import page
-from tests.fleet import SITES, FakeDevice, handle, perform
+from tests.fleet import SITES, FakeDevice, frame_file, handle, perform
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
 ASKED = {"everyone": "", "sample": "fleet.sample=2", "poisson": "fleet.rate=0.5"}
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
-def configured(chosen: Combination):
+def configured(chosen: Combination, folder: Path):
+    frame = f"adapter.frame={frame_file(folder)}" if chosen.aggregation == "fedsb" else ""
     return compose(
-        f"strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
+        f"{frame} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
         f"adapter.shared.steps=1 {ASKED[chosen.selection]}"
     )
 
@@ -45,7 +47,7 @@ def test_the_committed_table_is_the_generated_one():
 
 @pytest.mark.parametrize("chosen", combinations(), ids=lambda c: f"{c.aggregation}-{c.selection}-{c.level}")
 def test_every_cell(chosen, tmp_path, monkeypatch):
-    config = configured(chosen)
+    config = configured(chosen, tmp_path)
     assert combination(config) == chosen
     reason = refusal(chosen)
     if reason is not None:
@@ -57,7 +59,8 @@ def test_every_cell(chosen, tmp_path, monkeypatch):
     monkeypatch.setattr("simulations.grid.handle", handle)
     federated = built(config, tmp_path)
     grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    begun = empty(federated.frame) if federated.frame else initial(SITES, 3, seed=0)
+    start = records.adapter_to_record(encode(to_tensors(begun)))
     for number in (1, 2):
         messages = federated.configure_train(number, start, ConfigRecord(), grid)
         federated.aggregate_train(number, grid.send_and_receive(messages))
