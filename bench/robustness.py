@@ -42,7 +42,7 @@ from conf.schemas import Simulation
 
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10, 11, 12)
-ROBUST = ("strategy.robust=[norm,geometric]",)  # one setting for all attacks
+ROBUST = ("strategy.robust=[krum,foolsgold,norm]",)  # one setting for all attacks
 KEEPS, LETS = 0.85, 0.1  # of the clean gain at least; of backdoors at most
 COMMON = ("fleet.evaluate=1", "evaluation.timesteps=4", "tracker=none")
 LARGE = (

@@ -28,6 +28,7 @@ from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
 from strategies.registry import AGGREGATIONS, NONE, Combination, refusal
 from strategies.robust import Rule
+from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.guarded import Guarded
 from strategies.robust.krum import MultiKrum
@@ -198,6 +199,7 @@ def aggregation(config: Simulation) -> Aggregation:
     judging: dict[str, Rule] = {
         "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
         "krum": MultiKrum(outliers=chosen.outliers),
+        "foolsgold": FoolsGold(),
         "geometric": GeometricMedian(),
     }
     entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}

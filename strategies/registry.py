@@ -20,6 +20,7 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.robust import Filtering
+from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
@@ -57,6 +58,7 @@ AGGREGATIONS: dict[str, Any] = {
 ROBUST: dict[str, Any] = {
     "norm": NormBound,
     "krum": MultiKrum,
+    "foolsgold": FoolsGold,
     "geometric": GeometricMedian,
     "median": Median,
     "trimmed": TrimmedMean,

@@ -58,6 +58,12 @@ class Changes(NamedTuple):
         apart = squares[:, :, None] + squares[:, None] - 2 * self.gram
         return self.whole(apart, self.trained[:, :, None] & self.trained[:, None]).sqrt()
 
+    def cosines(self) -> Tensor:
+        """Of the angles between C_i and C_j [K, K], over the sites that both trained; 0 where one is zero there."""
+        squares = self._squares()[:, :, None] * self.trained[:, :, None] * self.trained[:, None]
+        norms = squares.clamp(min=0).sum(0).sqrt()  # of i, at the sites of j
+        return (self.gram.sum(0) / (norms * norms.T)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
     def whole(self, squares: Tensor, known: Tensor) -> Tensor:
         """Sums over the sites where they are known, in proportion to all of them.
 

@@ -1,5 +1,6 @@
 """Aggregations behind robust rules, against dense means."""
 
+from dataclasses import replace
 from operator import add
 
 import numpy as np
@@ -8,13 +9,17 @@ from hypothesis import given, settings
 
 from conf.compose import compose
 from conf.errors import AntherError
-from models.adapter import Factors, initial
+from models.adapter import Factors, from_tensors, initial, shapes, to_tensors
+from protocol.codec import decode, encode
+from server.loop import run_rounds
+from simulations.grid import CohortGrid
 from strategies import build
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.registry import ROBUST
+from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
 from strategies.robust.guarded import Guarded
@@ -22,6 +27,7 @@ from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
 from strategies.robust.trimmed import Median, TrimmedMean
 from tests.fleet import SITES as FLEET_SITES
+from tests.fleet import FakeDevice, fresh_state, handle, perform, strategy
 from tests.strategies.means import SITES, close, dense, distance, random_adapter, rounds
 from tests.strategies.robust.test_gram import change, trained, turned
 
@@ -64,6 +70,7 @@ def test_fedit_goes_so_far_with_each_factor():
 BEHIND = {
     "norm": guarded(exact(), NormBound()),
     "krum": guarded(exact(), MultiKrum(outliers=0.2)),
+    "foolsgold": guarded(exact(), FoolsGold()),
     "geometric": guarded(exact(), GeometricMedian()),
     "median": guarded(exact(), entrywise=Median()),
     "trimmed": guarded(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),
@@ -132,3 +139,37 @@ def test_before_anything_was_learned():
             assert len(found[site].a) == 4
             assert not found[site].b.any()
             assert (found[site].a.norm(dim=1) > 0.1).all()
+
+
+def grown(reply):
+    """Twenty times B, which passes the gate."""
+    sent = from_tensors(decode(reply.adapter, shapes(FLEET_SITES, reply.rank)))
+    return replace(reply, adapter=encode(to_tensors({site: Factors(f.a, 20 * f.b) for site, f in sent.items()})))
+
+
+def broken(reply):
+    return replace(reply, adapter=b"nothing")
+
+
+def test_a_run_goes_as_if_an_attacker_were_not_there(monkeypatch, tmp_path):
+    """Through the real loop, beside one whose replies can't be read."""
+    monkeypatch.setattr("simulations.grid.handle", handle)
+
+    def run(rule, **devices):
+        fleet = [FakeDevice(name, misbehave=misbehave) for name, misbehave in devices.items()]
+        state = run_rounds(
+            grid=CohortGrid(fleet, perform), strategy=strategy(aggregation=rule), state=fresh_state(), rounds=2,
+            checkpoints=tmp_path / str(len(fleet)), on_round=lambda _: None,
+        )  # fmt: skip
+        return state.adapter, [record.train for record in state.history[1:]]
+
+    honest = dict.fromkeys("abcde")
+    found, told = run(guarded(fleet_exact(), MultiKrum(outliers=0.2)), **honest, x=grown, y=broken)
+    assert [train.replied for train in told] == [6, 6]
+    assert [train.diagnostics["left_out"] for train in told] == [1, 1]
+    wanted, _ = run(fleet_exact(), **honest)
+    assert all(close(dense(found, site), dense(wanted, site)) for site in FLEET_SITES)
+
+
+def fleet_exact():
+    return Exact(rank=3, max_rank=None, seed=0)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.robust import Changes
+from strategies.robust.foolsgold import FoolsGold, originality
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
 from strategies.robust.krum import MultiKrum, count
@@ -17,6 +18,7 @@ RULES = {
     "norm": NormBound(),
     "fixed": NormBound(bound=2.0),
     "krum": MultiKrum(outliers=0.2),
+    "foolsgold": FoolsGold(),
     "geometric": GeometricMedian(),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -55,7 +57,7 @@ def attacked(draw, most=0.2):
 @given(rounds(), st.randoms(use_true_random=False))
 def test_the_order_of_devices_is_nothing_and_somebody_stays(rule, round, shuffled):
     current, updates = round
-    if rule is RULES["krum"]:  # between equals, of whom nothing is known, it goes by their order
+    if rule in (RULES["krum"], RULES["foolsgold"]):  # of equals, and by rounding, one may be kept for the others
         updates = [(random_adapter(4, 7 + number), weight) for number, (_, weight) in enumerate(updates)]
     found = rule.judge(changes(current, updates))
     assert (found.weights > 0).any()
@@ -159,6 +161,46 @@ def test_a_fifth_of_outliers_moves_the_geometric_median_no_further_than_its_boun
     share = 1 - len(honest) / len(vectors)
     bound = 2 * (1 - share) / (1 - 2 * share) * np.linalg.norm(honest - middle, axis=1).max()
     assert np.linalg.norm(z - middle) <= bound * (1 + 1e-2)
+
+
+def by_the_paper(cosines):
+    """Algorithm 1 of FoolsGold, from the cosines on, κ = 1; a cosine below 0 is no likeness."""
+    n = len(cosines)
+    cs = np.where(np.eye(n, dtype=bool), 0.0, np.clip(cosines, 0, 1))
+    v = cs.max(1)
+    pardoned = cs.copy()
+    for i in range(n):
+        for j in range(n):
+            if v[j] > v[i]:
+                pardoned[i, j] = cs[i, j] * v[i] / v[j]
+    alpha = 1 - pardoned.max(1)
+    alpha = np.clip(alpha / alpha.max(), 1e-9, 1 - 1e-9)
+    return np.clip(np.log(alpha / (1 - alpha)) + 0.5, 0, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(attacked())
+def test_foolsgold_is_the_papers(found):
+    vectors, _ = found
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = of_vectors(vectors).cosines()
+    assert np.allclose(cosines, unit @ unit.T, atol=1e-6)
+    if (wanted := by_the_paper(cosines.numpy())).any():
+        assert np.allclose(RULES["foolsgold"].judge(of_vectors(vectors)).weights, wanted, atol=1e-6)
+
+
+def test_those_who_agree_are_found_at_any_size_and_the_others_are_left():
+    random = np.random.default_rng(0)
+    honest, agreed = random.normal(size=(16, 1000)), random.normal(size=1000)
+    for size in (0.01, 1.0, 100.0):
+        vectors = np.concatenate([honest, size * np.stack([agreed] * 4)])
+        assert RULES["foolsgold"].judge(of_vectors(vectors)).weights.tolist() == [1.0] * 16 + [0.0] * 4
+
+
+def test_if_all_are_one_nobody_is_more_original():
+    assert not originality(torch.ones(3, 3)).any()
+    one = of_vectors([[1.0, 2.0]] * 3)
+    assert (RULES["foolsgold"].judge(one).weights > 0).any()
 
 
 @pytest.mark.parametrize(("rule", "wrong"), [(NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outliers")])
