@@ -90,6 +90,8 @@ ATTACKS: Mapping[str, Kind] = {
     "backdoor": Kind(make=lambda: colluding(1 / SHARE), poisons=True),
     # As large as an honest one, which is what a rule that looks for large ones can't see.
     "quiet backdoor": Kind(make=lambda: colluding(1.0), poisons=True),
+    # Nor are two alike: nothing that is said of one update alone, or of pairs, finds it.
+    "spread backdoor": Kind(make=lambda: times(1.0), poisons=True),
 }
 
 
@@ -116,14 +118,14 @@ def tampered(perform: Perform, attack: Attack, names: Collection[str]) -> Perfor
     def performed(jobs: list[Job]) -> Sequence[Result | Exception]:
         results = list(perform(jobs))
         theirs = [
-            (place, job, result.adapter)
+            (place, job, result)
             for place, (job, result) in enumerate(zip(jobs, results, strict=True))
             if isinstance(job, Train) and isinstance(result, Trained) and job.client in names
         ]
         if theirs:
-            goes = attack([job for _, job, _ in theirs], [adapter for *_, adapter in theirs])
-            for (place, _, _), adapter in zip(theirs, goes, strict=True):
-                results[place] = results[place]._replace(adapter=adapter)
+            goes = attack([job for _, job, _ in theirs], [trained.adapter for *_, trained in theirs])
+            for (place, _, trained), adapter in zip(theirs, goes, strict=True):
+                results[place] = trained._replace(adapter=adapter)
         return results
 
     return performed
