@@ -62,3 +62,13 @@ def test_a_run_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
             assert robustness.run(case) == ran(0.5)
     assert calls == ["sign-flip-protected-3", "zero-protected-3"]
     assert "sign flip" in ATTACKS
+
+
+@pytest.mark.slow
+def test_a_backdoor_goes_through_the_real_loop(tmp_path: Any) -> None:
+    overrides = (*SMALL, "data.writers=5", "rounds=1", "adapter.shared.steps=1", "data.test=1")
+    case = Case(attack="backdoor", protected=True, seed=0, overrides=overrides, samples=1, folder=str(tmp_path))
+    found = robustness.run(case)
+    assert found["dropped"] == [{}]
+    assert len(found["base"]) == len(found["shared"]) == 4
+    assert found["diagnostics"][0]["left_out"] == 1
