@@ -37,7 +37,7 @@ class Guarded:
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """What the aggregation makes of it.
 
-        Further diagnostics: `left out`, devices without any weight; `held`, those whose change was scaled down.
+        Further diagnostics: `left_out`, devices without any weight; `held`, those whose change was scaled down.
         """
         check(updates)
         judged = changes(current, updates)
