@@ -20,8 +20,10 @@ writers are looked at once per claim.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -72,10 +74,16 @@ class Case:
     def name(self) -> str:
         return f"{self.attack.replace(' ', '-')}-{'protected' if self.protected else 'open'}-{self.seed}"
 
+    @property
+    def settings(self) -> list[str]:
+        """All that the run is configured with."""
+        return [*(ROBUST if self.protected else ()), *self.overrides, f"seed={self.seed}"]
+
 
 def run(case: Case) -> dict[str, Any]:
-    """A federation under attack, and what came of it; done once, and kept in its folder."""
-    folder = Path(case.folder) / case.name
+    """A federation under attack, and what came of it; done once with these settings, and kept in its folder."""
+    digest = hashlib.sha256(json.dumps([case.settings, case.samples]).encode()).hexdigest()
+    folder = Path(case.folder) / f"{case.name}-{digest[:8]}"
     done = folder / "result.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)  # one that was broken off
@@ -94,8 +102,7 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
     from typefaces import dataset
 
     started = time.perf_counter()
-    protection = ROBUST if case.protected else ()
-    config = compose(" ".join(f"'{word}'" for word in (*protection, *case.overrides, f"seed={case.seed}")))
+    config = compose(shlex.join(case.settings))
     base, people, database = world.build(config, folder)
     perform = world.performer(config, base, budget(config.cohort.memory_gib, base.device))
     bad = attackers([person.name for person in people], case.seed)
@@ -168,8 +175,8 @@ Results = Mapping[tuple[str, bool], Sequence[Mapping[str, Any]]]  # attack, prot
 
 
 def table(results: Results) -> Table:
-    """A row for each attack: gain kept and backdoors, mean [worst] of the seeds."""
-    shown = Table(title="a fifth of the devices is Byzantine: mean of the seeds [the worst]")
+    """A row for each attack: gain kept and backdoors, the mean over seeds and the worst of them."""
+    shown = Table(title="a fifth of the devices is Byzantine: mean of the seeds, and the worst")
     for heading in (
         "attack",
         "rules",
