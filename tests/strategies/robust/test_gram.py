@@ -32,7 +32,7 @@ def turned(adapter, seed):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rounds())
 def test_they_are_those_of_dense_matrices(round):
     current, updates = round
@@ -59,7 +59,7 @@ def test_few_rows_at_a_time_give_the_same(monkeypatch):
     assert torch.allclose(changes(current, updates).gram, wanted, rtol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 5))
 def test_norms_and_distances_of_who_trained_everything_are_the_true_ones(seed, devices):
     current = random_adapter(4, seed)

@@ -97,7 +97,7 @@ def test_who_trained_nothing_is_nothing_to_the_others(rule):
         assert torch.allclose(ratio, ratio[0].expand(7), rtol=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(attacked())
 def test_no_change_counts_with_more_than_an_honest_norm(found):
     vectors, honest = found
@@ -116,7 +116,7 @@ def test_a_fixed_bound_and_a_factor():
     assert NormBound(factor=1.5).judge(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.75])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(attacked())
 def test_krum_is_blanchards(found):
     vectors, honest = found
@@ -135,7 +135,7 @@ def test_krum_is_blanchards(found):
     assert nearest <= spread * max(1.0, ((n - f - 2) / 2) ** 0.5) + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(attacked(), st.booleans())
 def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
     vectors, _ = found
@@ -152,7 +152,7 @@ def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
         assert total(z) <= total(z + random.normal(size=6) * 10.0 ** random.uniform(-4, 1)) + slack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(attacked())
 def test_a_fifth_of_outliers_moves_the_geometric_median_no_further_than_its_bound(found):
     vectors, honest = found
@@ -178,7 +178,7 @@ def by_the_paper(cosines):
     return np.clip(np.log(alpha / (1 - alpha)) + 0.5, 0, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(attacked())
 def test_foolsgold_is_the_papers(found):
     vectors, _ = found

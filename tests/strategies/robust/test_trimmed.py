@@ -23,7 +23,7 @@ def whole(updates):
     return [(adapter, 1.0) for adapter, _ in updates]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(rounds(), st.booleans())
 def test_they_are_numpys(round, is_median):
     current, updates = round
