@@ -143,6 +143,11 @@ class Strategy:
     # goes into the next round
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
+    robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: norm, krum,
+    # foolsgold and geometric judge whole ones; median or trimmed goes by entries of the product, and comes last
+    outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
+    norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
+    norm_factor: float = 1.0
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
@@ -155,6 +160,13 @@ class Strategy:
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
         require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")
+        for place, name in enumerate(self.robust):
+            choose("strategy.robust", name, ("norm", "krum", "foolsgold", "geometric", "median", "trimmed"))
+            last = name not in ("median", "trimmed") or place == len(self.robust) - 1
+            require(last, f"strategy.robust: {name} makes one update of all, put it last")
+        require(0 <= self.outliers < 0.5, f"strategy.outliers={self.outliers}: must be 0 or more and less than half")
+        require(_none_or_positive(self.norm_bound), f"strategy.norm_bound={self.norm_bound}: must be over 0, or null")
+        require(self.norm_factor > 0, f"strategy.norm_factor={self.norm_factor}: must be over 0")
 
 
 @dataclass

@@ -32,6 +32,13 @@ from strategies.measuring import measuring, spending
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
 from strategies.registry import AGGREGATIONS, NONE, Combination, refusal
+from strategies.robust import Rule
+from strategies.robust.foolsgold import FoolsGold
+from strategies.robust.geometric import GeometricMedian
+from strategies.robust.guarded import Guarded
+from strategies.robust.krum import MultiKrum
+from strategies.robust.norm import NormBound
+from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.panel import Panel
@@ -94,7 +101,12 @@ def combination(config: Simulation) -> Combination:
     """What a configuration chooses on each axis."""
     fleet = config.fleet
     chosen = "poisson" if fleet.rate is not None else "sample" if fleet.sample is not None else "everyone"
-    return Combination(aggregation=config.strategy.aggregation, selection=chosen, level=config.privacy.level)
+    return Combination(
+        aggregation=config.strategy.aggregation,
+        robust=tuple(config.strategy.robust),
+        selection=chosen,
+        level=config.privacy.level,
+    )
 
 
 def selection(config: Simulation, seed: int | None) -> Selection:
@@ -181,10 +193,37 @@ def _asked(size: int | None, seed: int, purpose: str) -> Selection:
 
 
 def aggregation(config: Simulation) -> Aggregation:
-    """The rule that `strategy.aggregation` names.
+    """The rule that `strategy.aggregation` names, behind those that `strategy.robust` does.
 
     Raises AntherError for a setting that it has not.
     """
+    rule, chosen = _aggregation(config), config.strategy
+    if not chosen.robust:
+        return rule
+    judging: dict[str, Rule] = {
+        "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
+        "krum": MultiKrum(outliers=chosen.outliers),
+        "foolsgold": FoolsGold(),
+        "geometric": GeometricMedian(),
+    }
+    entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}
+    last = chosen.robust[-1]
+    parts = {rule.trains(number) for number in (1, 2)} - {"both"}
+    if last in entrywise and (parts or chosen.keep < 1):
+        given = f"strategy={chosen.aggregation}" if parts else "strategy.keep"
+        raise AntherError(f"strategy.robust: {last} turns the factors, {given} needs them as they are; use geometric")
+    whole = chosen.aggregation in ("exact", "flora")
+    return Guarded(
+        rule,
+        rules=[judging[name] for name in chosen.robust if name in judging],
+        entrywise=entrywise.get(last),
+        rank=chosen.max_rank if whole else config.adapter.shared.rank,
+        seed=stream(config.seed, "robust"),
+    )
+
+
+def _aggregation(config: Simulation) -> Aggregation:
+    """The rule that `strategy.aggregation` names."""
     chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
     name = chosen.aggregation
     if name == "exact":

@@ -24,21 +24,18 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
+from strategies.robust import Filtering
+from strategies.robust.foolsgold import FoolsGold
+from strategies.robust.geometric import GeometricMedian
+from strategies.robust.krum import MultiKrum
+from strategies.robust.norm import NormBound
+from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
-
-
-class Filtering(NamedTuple):
-    """What a robust rule declares."""
-
-    bounded: bool
-    """Whether one device still moves the sum by its clip at most. Not with a rule that keeps or drops an update for
-    what the others are: one device then decides about the others'."""
-    reason: str
 
 
 class Timing(NamedTuple):
@@ -52,7 +49,7 @@ class Timing(NamedTuple):
 class Inherent(NamedTuple):
     """A piece that is what the round loop does by itself."""
 
-    sensitivity: Filtering | Timing
+    sensitivity: Timing
 
 
 AGGREGATIONS: dict[str, Any] = {
@@ -68,28 +65,33 @@ AGGREGATIONS: dict[str, Any] = {
     "raflora": RaFLoRA,
     "rolora": RoLoRA,
 }
-ROBUST: dict[str, Any] = {"none": Inherent(Filtering(bounded=True, reason="every update that passes the gate counts"))}
+ROBUST: dict[str, Any] = {
+    "norm": NormBound,
+    "krum": MultiKrum,
+    "foolsgold": FoolsGold,
+    "geometric": GeometricMedian,
+    "median": Median,
+    "trimmed": TrimmedMean,
+}
 SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
 TIMINGS: dict[str, Any] = {"sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins"))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """One choice on each axis, by name."""
+    """One choice on each axis, by name; of robust rules several, or none."""
 
     aggregation: str
-    robust: str = "none"
+    robust: tuple[str, ...] = ()
     selection: str
     timing: str = "sync"
     level: str
 
 
 def combinations() -> Iterator[Combination]:
-    """Every combination of what is registered."""
-    for aggregation, robust, selection, timing, level in itertools.product(
-        AGGREGATIONS, ROBUST, SELECTIONS, TIMINGS, LEVELS
-    ):
-        yield Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level)
+    """Every combination of what is registered; of robust rules, which are refused for what they are alone, none."""
+    for aggregation, selection, timing, level in itertools.product(AGGREGATIONS, SELECTIONS, TIMINGS, LEVELS):
+        yield Combination(aggregation=aggregation, selection=selection, timing=timing, level=level)
 
 
 def refusal(chosen: Combination) -> str | None:
@@ -98,7 +100,7 @@ def refusal(chosen: Combination) -> str | None:
     Raises KeyError for a name that is not registered.
     """
     linearity = _declared(AGGREGATIONS, chosen.aggregation, Linearity)
-    filtering = _declared(ROBUST, chosen.robust, Filtering)
+    filtering = {name: _declared(ROBUST, name, Filtering) for name in chosen.robust}
     sampling = _declared(SELECTIONS, chosen.selection, Sampling)
     timing = _declared(TIMINGS, chosen.timing, Timing)
     if chosen.level == NONE:
@@ -106,8 +108,9 @@ def refusal(chosen: Combination) -> str | None:
     silent = "declares no sensitivity, so nobody knows what one device, or one picture, does to it"
     if linearity is None:
         return f"aggregation {chosen.aggregation} {silent}"
-    if filtering is None:
-        return f"robust rule {chosen.robust} {silent}"
+    for name, declared in filtering.items():
+        if declared is None:
+            return f"robust rule {name} {silent}"
     if sampling is None:
         return f"selection {chosen.selection} {silent}"
     if timing is None:
@@ -118,8 +121,9 @@ def refusal(chosen: Combination) -> str | None:
         return None  # what is made of updates that are private already is private too
     if not linearity.linear:
         return f"aggregation {chosen.aggregation} is not linear in the updates: {linearity.reason}"
-    if not filtering.bounded:
-        return f"robust rule {chosen.robust} inside the bound: {filtering.reason}"
+    for name, declared in filtering.items():
+        if not declared.bounded:
+            return f"robust rule {name} inside the bound: {declared.reason}"
     if not timing.ahead:
         return f"timing {chosen.timing} can't be charged ahead: {timing.reason}"
     return None

@@ -95,14 +95,25 @@ def table() -> Iterator[str]:
         reason = refusal(chosen)
         return "runs" if reason is None else f"refused: {reasons.setdefault(reason, len(reasons) + 1)}"
 
-    yield "| aggregation | robust rule | selection | timing | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
-    yield "|" + "---|" * (4 + len(LEVELS))
-    for aggregation, robust, selection, timing in itertools.product(AGGREGATIONS, ROBUST, SELECTIONS, TIMINGS):
+    yield "| aggregation | selection | timing | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
+    yield "|" + "---|" * (3 + len(LEVELS))
+    for aggregation, selection, timing in itertools.product(AGGREGATIONS, SELECTIONS, TIMINGS):
         cells = [
-            cell(Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level))
+            cell(Combination(aggregation=aggregation, selection=selection, timing=timing, level=level))
             for level in LEVELS
         ]
-        yield "| " + " | ".join([aggregation, robust, selection, timing, *cells]) + " |"
+        yield "| " + " | ".join([aggregation, selection, timing, *cells]) + " |"
+    yield ""
+    yield "A robust rule (`strategy.robust`) goes with each aggregation and is refused for what it is alone:"
+    yield ""
+    yield "| robust rule | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
+    yield "|" + "---|" * (1 + len(LEVELS))
+    for name in ROBUST:
+        cells = [
+            cell(Combination(aggregation="fedit", robust=(name,), selection="everyone", level=level))
+            for level in LEVELS
+        ]
+        yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
     yield from (f"{number}. {reason}" for reason, number in reasons.items())
 

@@ -18,7 +18,17 @@ from strategies import registry
 from strategies.aggregation import Linearity
 from strategies.aggregation.fedit import FedIT
 from strategies.build import build, combination, training_plan
-from strategies.registry import AGGREGATIONS, LEVELS, Combination, Filtering, Inherent, Timing, combinations, refusal
+from strategies.registry import (
+    AGGREGATIONS,
+    LEVELS,
+    ROBUST,
+    Combination,
+    Filtering,
+    Inherent,
+    Timing,
+    combinations,
+    refusal,
+)
 from strategies.selection import Sampling
 from strategies.table import page
 from tests.fleet import SITES, FakeDevice, frame_file, handle, perform
@@ -32,7 +42,7 @@ def configured(chosen: Combination, folder: Path):
     frame = f"adapter.frame={frame_file(folder)}" if chosen.aggregation == "fedsb" else ""
     return compose(
         f"{frame} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
-        f"adapter.shared.steps=1 {ASKED[chosen.selection]}"
+        f"adapter.shared.steps=1 strategy.robust=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
     )
 
 
@@ -45,7 +55,16 @@ def test_the_committed_table_is_the_generated_one():
     assert DOCUMENT.read_text(encoding="utf-8") == page(), "run: python -m strategies.table > docs/privacy.md"
 
 
-@pytest.mark.parametrize("chosen", combinations(), ids=lambda c: f"{c.aggregation}-{c.selection}-{c.level}")
+ROBUSTLY = [
+    Combination(aggregation="fedit", robust=(name,), selection="everyone", level=level)
+    for name in ROBUST
+    for level in ("example", "device")
+]
+
+
+@pytest.mark.parametrize(
+    "chosen", [*combinations(), *ROBUSTLY], ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.level])
+)
 def test_every_cell(chosen, tmp_path, monkeypatch):
     config = configured(chosen, tmp_path)
     assert combination(config) == chosen
@@ -85,12 +104,17 @@ PLANTED = {
 }
 
 
+def chosen_new(axis, level):
+    new = ("new",) if axis == "robust" else "new"
+    return Combination(**{"aggregation": "fedit", "selection": "everyone", "level": level} | {axis: new})
+
+
 @pytest.mark.parametrize("axis", PLANTED)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monkeypatch, axis, level):
     name, piece = PLANTED[axis]
     monkeypatch.setitem(getattr(registry, name), "new", piece)
-    found = refusal(Combination(**{"aggregation": "fedit", "selection": "everyone"} | {"level": level} | {axis: "new"}))
+    found = refusal(chosen_new(axis, level))
     assert (found is None) == (level == "none")
     assert found is None or "new declares no sensitivity" in found
 
@@ -120,8 +144,6 @@ def test_and_is_not_built(monkeypatch, tmp_path):
 def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refused):
     monkeypatch.setitem(getattr(registry, name), "new", Inherent(declared))
     for level in LEVELS:
-        found = refusal(
-            Combination(**{"aggregation": "fedit", "selection": "everyone"} | {"level": level} | {axis: "new"})
-        )
+        found = refusal(chosen_new(axis, level))
         assert (found is not None) == (level in refused)
         assert found is None or declared.reason in found
