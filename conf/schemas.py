@@ -149,7 +149,9 @@ class Fleet:
     sample: int | None = None  # devices asked to train each round; null: all of them
     rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
-    overselect: float = 1.0  # as many times `sample` devices are asked, and a round ends with the first `sample` replies
+    overselect: float = (
+        1.0  # as many times `sample` devices are asked, and a round ends with the first `sample` replies
+    )
     concurrency: int = 10  # devices that are at work at any time, with strategy.timing=async
     timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
     workload: Workload = field(default_factory=Workload)  # of a timed fleet
@@ -175,7 +177,9 @@ class Fleet:
         for profile in self.profiles if self.timed else ():
             needs = f"fleet.timed: {profile.name} names no hardware: set device to the name of a file of conf/device"
             require(profile.device is not None, needs)
-        require(self.trace is None or self.timed, f"fleet.trace={self.trace}: only a fleet with timed=true lives by one")
+        require(
+            self.trace is None or self.timed, f"fleet.trace={self.trace}: only a fleet with timed=true lives by one"
+        )
 
 
 @dataclass

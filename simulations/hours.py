@@ -1,4 +1,4 @@
-"""When a device is plugged in, and when its owner leaves it alone: hours of the day, or times that somebody recorded."""
+"""When a device is plugged in, and when its owner leaves it alone: hours of the day, or recorded times."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Daily:
     """The same hours every day, give or take.
 
     Args:
-        plugged, idle: from when to when, hours of the owner's clock in pairs; what ends before it begins, the day after.
+        plugged, idle: from when to when, hours of the owner's clock in pairs; what ends before it begins ends the day
+            after.
         phase: seconds that the owner's clock is behind the fleet's.
         jitter: seconds that each beginning and end differs by at most, anew every day.
         seed: of what is drawn.
@@ -70,7 +71,9 @@ class Daily:
 
     def _day(self, day: int) -> dict[str, list[tuple[float, float]]]:
         if day not in self._days:
-            self._days[day] = {name: [self._span(day, name, *pair) for pair in self._pairs[name]] for name in self._pairs}
+            self._days[day] = {
+                name: [self._span(day, name, *pair) for pair in self._pairs[name]] for name in self._pairs
+            }
         return self._days[day]
 
     def _span(self, day: int, name: str, start: float, end: float) -> tuple[float, float]:

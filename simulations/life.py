@@ -1,7 +1,7 @@
 """How a device lives through time: what it draws and charges, how warm it is, and what becomes of its work.
 
-Between two changes (a plug, an owner, heat, a flat or full battery, the end of the work) everything is linear in time, so
-that it is followed from one to the next, exactly.
+Between two changes (a plug, an owner, heat, a flat battery, the end of the work) everything is linear in time: it is
+followed from one to the next, exactly.
 """
 
 from __future__ import annotations

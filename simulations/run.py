@@ -116,7 +116,7 @@ def federate(
         display.phase("training" if saved is None or saved.round < config.rounds else "personalising")
         return federate(
             config, grid=grid, strategy=strategy, plan=plan, saved=saved, checkpoints=folder / "checkpoints",
-            on_round=on_round, quorum=len(people), personal_on={person.name for person in judged},
+            on_round=on_round, present=len(people), personal_on={person.name for person in judged},
         )  # fmt: skip
 
 

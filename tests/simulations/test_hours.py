@@ -48,7 +48,14 @@ def test_recorded_times_are_read_and_repeat(tmp_path, name):
         {"a": [[10, 20], [30, 40]], "b": [[5, 90000]]}
     ))  # fmt: skip
     found = load_traces(file)
-    assert [found["a"].plugged(time) for time in (9, 10, 19, 20, 35, DAY + 35)] == [False, True, True, False, True, True]
+    assert [found["a"].plugged(time) for time in (9, 10, 19, 20, 35, DAY + 35)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
     assert found["a"].idle(15)
     assert [found["b"].plugged(time) for time in (1, 89_999, 90_001, 2 * DAY + 1, 2 * DAY + 6)] == [
         False, True, False, False, True,
