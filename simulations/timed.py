@@ -8,7 +8,7 @@ personalising are how a simulation looks at its devices: they answer at once, an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -21,13 +21,12 @@ from privacy.policy import Refusal
 from protocol.messages import DeviceReport, Reply, Train, Update
 from protocol.records import TRAIN
 from server.collect import collect
-from simulations import grid
-from simulations.clock import VirtualClock
 from simulations.costs import Costs
 from simulations.grid import CohortGrid, Perform, Together, each_by_itself, identify
 from simulations.hours import HOUR, uniform
 from simulations.life import Lived
-from simulations.log import DROPPED, KILLED, OFF, Log
+from simulations.lives import Lives
+from simulations.log import DROPPED, KILLED, OFF
 from simulations.owned import Owned, Task
 
 _BITS = 8 / 1e6  # megabits in a byte
@@ -40,7 +39,7 @@ class TimedGrid(CohortGrid):
     done: those of devices that break off are never trained.
 
     Args:
-        fleet: the devices' lives, by name.
+        lives: of the devices.
         costs: of plans.
         seed: of the drop-outs.
     """
@@ -50,24 +49,22 @@ class TimedGrid(CohortGrid):
         devices: Sequence[Device],
         perform: Perform,
         *,
-        fleet: Mapping[str, Owned],
+        lives: Lives,
         costs: Costs,
-        clock: VirtualClock,
-        log: Log,
         seed: int,
+        together: bool = True,
         storage: Together = each_by_itself,
     ) -> None:
-        super().__init__(devices, perform, storage=storage)
-        self.fleet, self.clock, self.log = fleet, clock, log
-        self._costs, self._seed = costs, seed
+        super().__init__(devices, perform, together=together, storage=storage)
+        self._lives, self._costs, self._seed = lives, costs, seed
         self._asked: dict[str, Message] = {}  # to train, by message id, until there is a reply
         self._pending: dict[str, None] = {}  # of them, in order: who will get done, and isn't trained yet
         self._outcomes: dict[str, Reply | Exception] = {}  # trained, and on their way
 
     def get_node_ids(self) -> Iterable[int]:
         """Those that are on."""
-        now = self.clock.now()
-        return [node for node, device in self._devices.items() if not self.fleet[device.name].at(now).off]
+        now = self._lives.clock.now()
+        return [node for node, device in self._devices.items() if not self._lives.fleet[device.name].at(now).off]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Have devices train, one thing after another; whatever else is asked of them they answer at once."""
@@ -89,11 +86,12 @@ class TimedGrid(CohortGrid):
         asked = list(messages)
         if not any(message.metadata.message_type == TRAIN for message in asked):
             return super().send_and_receive(asked)
-        return collect(self, asked, self.clock, until=self.clock.now() + (math.inf if timeout is None else timeout))
+        clock = self._lives.clock
+        return collect(self, asked, clock, until=clock.now() + (math.inf if timeout is None else timeout))
 
     def _begin(self, owned: Owned) -> None:
         """A device receives its next message and trains; what is to become of that is known as soon as it begins."""
-        now = self.clock.now()
+        now = self._lives.clock.now()
         owned.moment = owned.at(now)
         owned.task = Task(name=owned.waiting.popleft(), began=now)
         try:
@@ -114,7 +112,7 @@ class TimedGrid(CohortGrid):
         if done.fate or done.left:
             return self._lose(owned, done.fate or DROPPED)
         self._pending[owned.task.name] = None
-        return self.clock.at(done.moment.time, partial(self._send, owned))
+        return self._lives.clock.at(done.moment.time, partial(self._send, owned))
 
     def _lasts(self, owned: Owned, round: int) -> float:
         """Seconds until it vanishes, if it doesn't get done before: at a constant rate, so that each hour is alike."""
@@ -144,7 +142,7 @@ class TimedGrid(CohortGrid):
     def _train(self, due: str) -> None:
         """Train what is due, and with it what else is under way, a wave of it."""
         del self._pending[due]
-        wave = [due, *islice(self._pending, grid.WAVE - 1)]
+        wave = [due, *islice(self._pending, self._wave - 1)]
         outcomes = self._converse([self._asked[name] for name in wave])
         self._outcomes |= zip(wave, outcomes.values(), strict=True)
         for name in wave[1:]:
@@ -152,19 +150,19 @@ class TimedGrid(CohortGrid):
 
     def _reply(self, owned: Owned, outcome: Reply | Exception) -> None:
         """The task is over with this, when the device is."""
-        self.clock.at(owned.moment.time, partial(self._over, owned, outcome))
+        self._lives.clock.at(owned.moment.time, partial(self._over, owned, outcome))
 
     def _lose(self, owned: Owned, reason: str) -> None:
         """The task is over, and nobody hears of it."""
-        self.clock.at(owned.moment.time, partial(self._over, owned, None, reason))
+        self._lives.clock.at(owned.moment.time, partial(self._over, owned, None, reason))
 
     def _over(self, owned: Owned, outcome: Reply | Exception | None, reason: str = "") -> bool:
         task, owned.task = owned.task, None
         assert task is not None
         message = self._asked.pop(task.name)
-        self.log.spent(task.joules)
+        self._lives.log.spent(task.joules)
         if outcome is None:
-            self.log.lost(reason)
+            self._lives.log.lost(reason)
         else:
             self._replies[task.name] = reply_message(outcome, message)
         if owned.waiting:
@@ -173,11 +171,11 @@ class TimedGrid(CohortGrid):
 
     def _converse(self, wave: Sequence[Message]) -> dict[int, Reply | Exception]:
         """As of every cohort; a device's report says how it is now."""
-        now = self.clock.now()
+        now = self._lives.clock.now()
         return {
             place: self._owned(wave[place]).report(outcome, now) if isinstance(outcome, DeviceReport) else outcome
             for place, outcome in super()._converse(wave).items()
         }
 
     def _owned(self, message: Message) -> Owned:
-        return self.fleet[self._devices[message.metadata.dst_node_id].name]
+        return self._lives.fleet[self._devices[message.metadata.dst_node_id].name]
