@@ -53,7 +53,8 @@ class Owned:
         if self.task is None or not self.task.phases:
             self.moment = live(self.body, self.hours, self.moment, until=time).moment
             return self.moment
-        phase = next(phase for phase in reversed(self.task.phases) if phase.began.time <= time)
+        phases = self.task.phases
+        phase = next((phase for phase in reversed(phases) if phase.began.time <= time), phases[0])
         return self._lives(phase.began, until=time, work=phase.work).moment
 
     def goes_on(self, *, until: float = math.inf, work: float | None = None) -> Lived:
