@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.drive import drive
+from client.logic import handle
 from models.adapter import Adapter, Factors, initial
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.asynchronous import STRIDE, number_of, on_factors, on_product, per_round, staleness
 from strategies.planning import Cosine
+from tests.client.devices import Performer, know_epsilon, make_device, train_request
 from tests.fleet import SITES
 
 
@@ -84,3 +87,18 @@ def test_numbers_are_in_order_and_say_their_round():
         number_of(1, STRIDE)
     decay = Cosine(rounds=5)
     assert per_round(decay)(0.1, number_of(3, 77)) == decay(0.1, 3)
+
+
+def test_a_ledger_charges_each_of_two_updates_in_one_round(tmp_path):
+    """What is sealed for one number is never the answer to another, and both are paid for."""
+    know_epsilon(2)
+    device, replies = make_device(tmp_path), []
+    for place in (0, 1):
+        replies.append(drive({"d": handle(train_request(number=number_of(1, place)), device)}, Performer())["d"])
+    charged = [entry.reservation.round for entry in device.store.ledger.entries()]
+    assert charged == [number_of(1, 0), number_of(1, 1)]
+    assert replies[1].events > replies[0].events
+    assert replies[1].epsilon > replies[0].epsilon
+    assert replies[1].adapter != replies[0].adapter
+    again = drive({"d": handle(train_request(number=number_of(1, 1)), device)}, Performer())["d"]
+    assert (again.adapter, again.events) == (replies[1].adapter, replies[1].events)
