@@ -117,7 +117,7 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
     strategy = build(config, plan, base.sites, accept_simulated=True)
     state = federate(
         config, grid=CohortGrid(list(devices.values()), performing, storage=database.together), strategy=strategy,
-        plan=plan, saved=None, checkpoints=folder / "checkpoints", on_round=lambda _: None, quorum=len(people),
+        plan=plan, saved=None, checkpoints=folder / "checkpoints", on_round=lambda _: None, present=len(people),
         personal_on=(),
     )  # fmt: skip
     honest = [person for person in people if person.name not in bad]

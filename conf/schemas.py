@@ -96,17 +96,57 @@ class Profile:
     """One kind of device. Values are estimates unless its file says otherwise."""
 
     name: str = MISSING
-    memory_gib: float = MISSING
-    examples_per_second: float = MISSING  # training examples of the glyph base
-    watts: float = MISSING  # while training
     uplink_mbps: float = MISSING
     downlink_mbps: float = MISSING
     metered: bool = False
+    device: str | None = None  # its hardware, by the name of a file of conf/device; null: as stated in the next three
+    memory_gib: float | None = None  # null: its hardware's
+    examples_per_second: float | None = None  # training examples of the base; null: predicted from its hardware
+    watts: float | None = None  # while training; null: its hardware's
+    # What only fleet.timed knows of:
+    share: int = 1  # devices of this kind in each turn that profiles are dealt in
+    charger_watts: float = 0.0  # into a battery
+    plugged: list[float] = field(default_factory=lambda: [0.0, 24.0])  # from when to when on the owner's clock, hours,
+    # in pairs; what ends before it begins ends the day after
+    idle: list[float] = field(default_factory=lambda: [0.0, 24.0])  # from when to when its owner doesn't use it
+    leaves: bool = False  # breaks off what it does when its owner unplugs it, or begins to use it
+    drop_out: float = 0.0  # probability that it vanishes in an hour of work, for no reason that anybody knows
+    hot_after: float | None = None  # seconds at work until it is hot; null: it stays cool
+    cool_after: float = 600.0  # seconds at rest until it is cool again
+    hot_speed: float = 1.0  # share of its full speed that it works at while it is hot
 
     def __post_init__(self) -> None:
-        for name in ("memory_gib", "examples_per_second", "watts", "uplink_mbps", "downlink_mbps"):
+        for name in ("memory_gib", "examples_per_second", "watts"):
             value = getattr(self, name)
-            require(value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+            require(_none_or_positive(value), f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+            said = f"fleet.profiles: {name} of {self.name}: state it, or name its hardware (device)"
+            require(value is not None or self.device is not None, said)
+        for name in ("uplink_mbps", "downlink_mbps", "share", "cool_after", "hot_speed"):
+            value = getattr(self, name)
+            require(value == MISSING or value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+        for name in ("plugged", "idle"):
+            hours = getattr(self, name)
+            pairs = len(hours) % 2 == 0 and all(0 <= hour <= 24 for hour in hours)
+            require(pairs, f"fleet.profiles: {name}={hours} of {self.name}: must be pairs of hours, 0 to 24")
+        for name, most in (("drop_out", 1.0), ("hot_speed", 1.0), ("charger_watts", 1e4)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"fleet.profiles: {name}={value} of {self.name}: must be 0 to {most:g}")
+        require(self.drop_out < 1, f"fleet.profiles: drop_out={self.drop_out} of {self.name}: must be under 1")
+        hot = self.hot_after
+        require(_none_or_positive(hot), f"fleet.profiles: hot_after={hot} of {self.name}: must be over 0, or null")
+
+
+@dataclass
+class Workload:
+    """How many times what the base takes a simulated device has to give, as if its base were a larger one."""
+
+    memory: float = 1.0  # of a pass, beside what a process takes by itself
+    arithmetic: float = 1.0  # of a pass: operations, and bytes moved
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "arithmetic"):
+            value = getattr(self, name)
+            require(value > 0, f"fleet.workload.{name}={value}: must be over 0")
 
 
 @dataclass
@@ -117,6 +157,15 @@ class Fleet:
     sample: int | None = None  # devices asked to train each round; null: all of them
     rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
+    overselect: float = (
+        1.0  # as many times `sample` devices are asked, and a round ends with the first `sample` replies
+    )
+    concurrency: int = 10  # devices that are at work at any time, with strategy.timing=async
+    timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
+    workload: Workload = field(default_factory=Workload)  # of a timed fleet
+    zones: float = 0.0  # hours by which owners' clocks differ at most (a timed fleet)
+    jitter: float = 1.0  # hours by which a day of theirs differs from another at most (a timed fleet)
+    trace: str | None = None  # CSV or JSON of when devices are plugged in and idle, instead of the profiles' hours
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
@@ -126,6 +175,19 @@ class Fleet:
         require(rate is None or 0 < rate <= 1, f"fleet.rate={rate}: must be over 0 and at most 1, or null")
         both = f"fleet.rate={rate} fleet.sample={self.sample}: choose one of them"
         require(rate is None or self.sample is None, both)
+        over = f"fleet.overselect={self.overselect}"
+        require(1 <= self.overselect <= 10, f"{over}: must be 1 to 10")
+        require(self.overselect == 1 or self.sample is not None, f"{over}: more than what? set fleet.sample")
+        require(self.concurrency >= 1, f"fleet.concurrency={self.concurrency}: must be 1 or more")
+        for name, most in (("zones", 24.0), ("jitter", 12.0)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"fleet.{name}={value}: must be 0 to {most:g} hours")
+        for profile in self.profiles if self.timed else ():
+            needs = f"fleet.timed: {profile.name} names no hardware: set device to the name of a file of conf/device"
+            require(profile.device is not None, needs)
+        require(
+            self.trace is None or self.timed, f"fleet.trace={self.trace}: only a fleet with timed=true lives by one"
+        )
 
 
 @dataclass
@@ -148,6 +210,11 @@ class Strategy:
     outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
     norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
     norm_factor: float = 1.0
+    timing: str = "sync"  # sync: a round waits for its devices; async: devices train all the time, and a round is over
+    # whenever `buffer` updates are there (FedBuff)
+    buffer: int = 10  # updates of a round, with timing=async
+    quorum: int = 1  # a round with fewer good replies keeps the adapter
+    timeout: float = 3600.0  # seconds that a round waits, for devices that can be asked and for their replies
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
@@ -167,6 +234,10 @@ class Strategy:
         require(0 <= self.outliers < 0.5, f"strategy.outliers={self.outliers}: must be 0 or more and less than half")
         require(_none_or_positive(self.norm_bound), f"strategy.norm_bound={self.norm_bound}: must be over 0, or null")
         require(self.norm_factor > 0, f"strategy.norm_factor={self.norm_factor}: must be over 0")
+        choose("strategy.timing", self.timing, ("sync", "async"))
+        for name in ("buffer", "quorum"):
+            require(getattr(self, name) >= 1, f"strategy.{name}={getattr(self, name)}: must be 1 or more")
+        require(self.timeout > 0, f"strategy.timeout={self.timeout}: must be over 0")
 
 
 @dataclass
@@ -363,6 +434,7 @@ class Simulation:
             "fleet.sample": fleet.sample, "fleet.evaluate": fleet.evaluate, "evaluation.devices": judged
         }.items():  # fmt: skip
             require(asked is None or asked <= devices, f"{key}={asked}: there are only {devices} devices")
+        require(not fleet.timed or self.grid.name != "ray", "grid=ray: a fleet with timed=true lives in one process")
 
 
 ConfigStore.instance().store(name="simulation_schema", node=Simulation)

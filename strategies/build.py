@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,11 +28,12 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
+from strategies.asynchronous import per_round
 from strategies.federated import Federated
 from strategies.measuring import measuring, spending
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
-from strategies.registry import AGGREGATIONS, NONE, Combination, refusal
+from strategies.registry import AGGREGATIONS, NONE, Combination, refusal, unfit
 from strategies.robust import Rule
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
@@ -59,10 +61,13 @@ def build(
     Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
     """
     chosen = combination(config)
+    if reason := unfit(chosen):
+        raise AntherError(f"strategy.timing={chosen.timing}: {reason}")
     if reason := refusal(chosen):
         fit = " or ".join(name for name in AGGREGATIONS if refusal(replace(chosen, aggregation=name)) is None)
         mend = f"use strategy={fit}" if fit else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
+    _check_timing(config)
     rule = aggregation(config)
     frame = _frame(config, sites)
     if (frame is not None) != (rule.trains(1) == "cores"):
@@ -83,9 +88,10 @@ def build(
         measuring=measuring(config, simulated=accept_simulated),
         limits=limits,
         frame=frame,
-        decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
+        decay=_decay(config),
         accept_simulated=accept_simulated,
         device_level=level,
+        quorum=config.strategy.quorum,
     )
 
 
@@ -97,6 +103,30 @@ def _frame(config: Simulation, sites: Sites) -> Adapter | None:
     return load_frame(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
+def _check_timing(config: Simulation) -> None:
+    """Refuse how rounds are timed if it doesn't go with what they promise."""
+    chosen, fleet = config.strategy, config.fleet
+    if config.privacy.of_devices:
+        if fleet.overselect > 1:
+            raise AntherError(
+                f"fleet.overselect={fleet.overselect:g}: whose reply counts would follow from its time, and privacy "
+                "per device charges those that are asked; leave it 1"
+            )
+        if chosen.quorum > 1:
+            raise AntherError(
+                f"strategy.quorum={chosen.quorum}: what is private per device is released whatever came back: to keep "
+                "the adapter would tell; leave it 1"
+            )
+
+
+def _decay(config: Simulation) -> Callable[[float, int], float] | None:
+    """Of the learning rate, by the number that a plan has."""
+    if not config.strategy.decay:
+        return None
+    cosine = Cosine(rounds=config.rounds)
+    return cosine if config.strategy.timing == "sync" else per_round(cosine)
+
+
 def combination(config: Simulation) -> Combination:
     """What a configuration chooses on each axis."""
     fleet = config.fleet
@@ -105,6 +135,7 @@ def combination(config: Simulation) -> Combination:
         aggregation=config.strategy.aggregation,
         robust=tuple(config.strategy.robust),
         selection=chosen,
+        timing=config.strategy.timing,
         level=config.privacy.level,
     )
 
@@ -117,7 +148,8 @@ def selection(config: Simulation, seed: int | None) -> Selection:
     """
     if config.fleet.rate is not None:
         return Poisson(rate=config.fleet.rate, coins=_noise("selection", seed))
-    return _asked(config.fleet.sample, config.seed, "selection")
+    size = config.fleet.sample
+    return _asked(size and math.ceil(size * config.fleet.overselect), config.seed, "selection")
 
 
 def evaluation(config: Simulation) -> Selection:

@@ -7,7 +7,8 @@ in `strategies.replies`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -21,14 +22,15 @@ from models.bounds import excess
 from models.cores import to_framed_tensors
 from models.trained import trained_layout, trained_shapes
 from privacy.accounting import PoissonGaussian
+from privacy.noise import stream
 from privacy.snr import signal_to_spread
 from protocol import records, rounding
 from protocol.codec import decode, encode
-from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan
+from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan, Update
 from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.measuring import Measuring
-from strategies.planning import Cosine, Limits, plan_for
+from strategies.planning import Limits, plan_for
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.roster import Roster, selected
@@ -42,7 +44,7 @@ _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Round:
+class Asked:
     """What was sent for training, to hold the replies against."""
 
     adapter: Adapter
@@ -62,12 +64,15 @@ class Federated(Strategy):
         measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
             after none).
         frame: the factors that stay, of an aggregation of cores between them.
-        decay: of the plan's learning rate (default: it stays).
+        decay: of the plan's learning rate, by the number of a round (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
+        quorum: good replies without which a round keeps the adapter.
 
-    After each leg, `trained`, `validation` and `personalised` hold its facts.
+    After each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is
+    how many replies were let in so far.
+    Nodes in `away` are not asked to train, and no more than `room` of them (None: as many as are selected).
     """
 
     def __init__(
@@ -81,10 +86,13 @@ class Federated(Strategy):
         evaluation: Selection | None = None,
         measuring: Measuring | None = None,
         frame: Adapter | None = None,
-        decay: Cosine | None = None,
+        decay: Callable[[float, int], float] | None = None,
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
+        quorum: int = 1,
     ) -> None:
+        if device_level and quorum > 1:
+            raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")
         if (aggregation.trains(1) == "cores") != (frame is not None):
             raise ValueError("an aggregation of cores needs their frame, and no other does")
         if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
@@ -111,9 +119,13 @@ class Federated(Strategy):
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
         self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
-        self._round: _Round | None = None
+        self._round: Asked | None = None
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
+        self._quorum = quorum
+        self.good = 0
+        self.away: set[int] = set()
+        self.room: int | None = None
         self.trained: TrainFacts | None = None
         self.validation: Validation | None = None
         self.personalised: PersonalFacts | None = None
@@ -122,6 +134,11 @@ class Federated(Strategy):
     def private(self) -> bool:
         """Whether anything is promised: then nothing is chosen, told or measured by what was not noised."""
         return self._plan.privacy is not None or self.device_level is not None
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether a round that nobody could be asked in may be drawn once more: not where a sample is charged for."""
+        return self.device_level is None and not isinstance(self._selection, Poisson)
 
     def measures(self, round: int) -> bool:
         """Whether devices are asked to measure this round's adapter."""
@@ -158,7 +175,7 @@ class Federated(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """A Train message for each selected device, with its own plan."""
-        reports = self.query(grid)
+        reports = {node: report for node, report in self.query(grid).items() if node not in self.away}
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
@@ -176,11 +193,12 @@ class Federated(Strategy):
         upload = numbers * (4.0 if full.update == "fp32" else rounding.bytes_per_number(full.update, full.keep))
         plans = {
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
-            for node, report in selected(self._selection, reports, server_round).items()
+            for node, report in self._chosen(reports, server_round).items()
         }
+        self.good = 0
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
-        self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
+        self._round = Asked(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
         return [
             self._message(Train(plan=plan, adapter=data, echo=self._events.get(report.device, 0)), node)
             for node, (report, plan) in plans.items()
@@ -193,36 +211,60 @@ class Federated(Strategy):
 
         With privacy per device the adapter is noised and released also then, and whatever came back.
         """
+        asked = self.sent()
+        found, dropped = self.let_in(asked, replies)
+        arrays = self.close(server_round, asked.adapter, [asked], found, dropped)
+        return arrays, None if arrays is None else MetricRecord({"replied": len(found), **self._diagnostics()})
+
+    def sent(self) -> Asked:
+        """What the last `configure_train` asked for, once: a second aggregate of the same round would be a mistake."""
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
-        asked = self._round
+        asked, self._round = self._round, None
+        return asked
+
+    def let_in(self, asked: Asked, replies: Iterable[Message]) -> tuple[list[tuple[Update, Adapter]], dict[str, int]]:
+        """The good replies to what was asked, with their factors, and how many were dropped by reason."""
         most = max((self._checks.largest(plan) for _, plan in asked.plans.values()), default=0)
-        heard = _heard(records.TRAIN, replies, most=most)
-        check = partial(self._checks.update, asked.adapter)
-        found, dropped = receive(records.TRAIN, heard, asked.plans, check)
+
+        def check(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> tuple[Update, Adapter]:
+            update = self._checks.update(asked.adapter, sent, reply)
+            self.good += 1
+            return update
+
+        found, dropped = receive(records.TRAIN, _heard(records.TRAIN, replies, most=most), asked.plans, check)
+        return list(found.values()), dropped
+
+    def close(
+        self,
+        server_round: int,
+        current: Adapter,
+        asked: Sequence[Asked],
+        found: Sequence[tuple[Update, Adapter]],
+        dropped: Mapping[str, int],
+    ) -> ArrayRecord | None:
+        """The adapter after a round that made these updates of `current`; None to keep that. `trained` tells of it."""
         # By name: floating point sums depend on the order, and replies arrive in any.
-        updates = sorted(found.values(), key=lambda pair: pair[0].device)
-        aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)
-        diagnostics = aggregated.diagnostics if aggregated else {}
-        arrays = metrics = None
-        if aggregated:
-            arrays = records.adapter_to_record(encode(to_tensors(aggregated.adapter)))
-            metrics = MetricRecord({"replied": len(updates), **diagnostics})
-        else:
-            good = f"{len(updates)} good replies of {len(asked.plans)}"
+        updates = sorted(found, key=lambda pair: (pair[0].device, pair[0].round))
+        aggregated, central = self._aggregated(current, [adapter for _, adapter in updates], server_round)
+        plans = [pair for each in asked for pair in each.plans.values()]
+        if aggregated is None:
+            good = f"{len(updates)} good replies of {len(plans)}"
             log.warning("round %d: keeping the adapter: %s", server_round, good)
         self.trained = train_facts(
             [update for update, _ in updates],
-            plans={report.device: plan for report, plan in asked.plans.values()},
-            bytes_down=asked.bytes_down,
+            plans={(report.device, plan.round): plan for report, plan in plans},
+            bytes_down=sum(each.bytes_down for each in asked),
             dropped=dropped,
             private=self._plan.privacy,
             central=central,
-            diagnostics=diagnostics,
+            diagnostics=aggregated.diagnostics if aggregated else {},
         )
         self.remember(self.trained.devices)
-        self._round = None  # a second aggregate of the same round would be a mistake
-        return arrays, metrics
+        return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
+
+    def _diagnostics(self) -> dict[str, float]:
+        return self.trained.diagnostics if self.trained else {}
 
     def configure_evaluate(
         self,
@@ -288,7 +330,7 @@ class Federated(Strategy):
         """The next adapter, None to keep the current one, and what the server's noise came to."""
         if self.device_level:
             return self.device_level.close(self._aggregation, current, trained, round=round)
-        if not trained:
+        if len(trained) < self._quorum:
             return None, None
         aggregated = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
         if found := excess(aggregated.adapter):  # of updates that were each let in
@@ -299,6 +341,14 @@ class Federated(Strategy):
         layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
         snr = signal_to_spread(changes(layout, current, trained))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
+
+    def _chosen(self, reports: Mapping[int, DeviceReport], round: int) -> Mapping[int, DeviceReport]:
+        """Whom the selection picks, or as many of them as there is room for."""
+        found = selected(self._selection, reports, round)
+        if self.room is None or len(found) <= self.room:
+            return found
+        drawn = random.Random(stream(self._plan.run, round, "room")).sample(list(found), self.room)
+        return {node: report for node, report in found.items() if node in drawn}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

@@ -24,6 +24,7 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
+from strategies.asynchronous import SHIFTS
 from strategies.robust import Filtering
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
@@ -74,7 +75,12 @@ ROBUST: dict[str, Any] = {
     "trimmed": TrimmedMean,
 }
 SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
-TIMINGS: dict[str, Any] = {"sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins"))}
+TIMINGS: dict[str, Any] = {
+    "sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins")),
+    "async": Inherent(
+        Timing(ahead=False, reason="who is in a round, and how often, is known when its last update has come")
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +100,25 @@ def combinations() -> Iterator[Combination]:
         yield Combination(aggregation=aggregation, selection=selection, timing=timing, level=level)
 
 
+def unfit(chosen: Combination) -> str | None:
+    """Why a combination does not go together, whatever it promises; None if it does."""
+    if chosen.timing != "async":
+        return None
+    if chosen.aggregation not in SHIFTS:
+        fit = " or ".join(f"strategy={name}" for name in SHIFTS)
+        return f"{chosen.aggregation} can't take an update of an older adapter; use {fit}"
+    if chosen.selection == "poisson":
+        return "a coin for each device and round needs rounds that don't overlap; leave fleet.rate null"
+    return None
+
+
 def refusal(chosen: Combination) -> str | None:
-    """Why a combination can't be private at its level, in a line; None if it can, or doesn't mean to be.
+    """Why a combination does not go together, or can't be private at its level, in a line; None if it runs.
 
     Raises KeyError for a name that is not registered.
     """
+    if reason := unfit(chosen):
+        return reason
     linearity = _declared(AGGREGATIONS, chosen.aggregation, Linearity)
     filtering = {name: _declared(ROBUST, name, Filtering) for name in chosen.robust}
     sampling = _declared(SELECTIONS, chosen.selection, Sampling)

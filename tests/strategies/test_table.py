@@ -1,5 +1,7 @@
 """docs/privacy.md is what the code does: every cell that runs runs a round, every other is refused for its reason."""
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,18 @@ ASKED = {"everyone": "", "sample": "fleet.sample=2", "poisson": "fleet.rate=0.5"
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
+@cache
+def composed(words: str):
+    return compose(words)
+
+
 def configured(chosen: Combination, folder: Path):
     frame = f"adapter.frame={frame_file(folder)}" if chosen.aggregation == "fedsb" else ""
-    return compose(
+    found = composed(
         f"{frame} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
         f"adapter.shared.steps=1 strategy.robust=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
     )
+    return replace(found, strategy=replace(found.strategy, timing=chosen.timing))
 
 
 def built(config, folder):
@@ -63,7 +71,9 @@ ROBUSTLY = [
 
 
 @pytest.mark.parametrize(
-    "chosen", [*combinations(), *ROBUSTLY], ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.level])
+    "chosen",
+    [*combinations(), *ROBUSTLY],
+    ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.timing, c.level]),
 )
 def test_every_cell(chosen, tmp_path, monkeypatch):
     config = configured(chosen, tmp_path)
