@@ -37,6 +37,8 @@ class DeviceReport:
     metered: bool = False
     battery: float | None = None
     """What is left of a full one, in fifths; None: the device has none."""
+    battery_wh: float | None = None
+    """What a full one holds, by the kind of device; None: it has none, or nobody knows."""
     charging: bool = False
     busy: bool = False
     """Its owner uses it."""
@@ -73,6 +75,8 @@ class TrainingPlan:
     base: str
     rank: int
     """Rank that the device trains; directions of the sent adapter beyond it stay frozen beside it."""
+    sites: tuple[str, ...] | None = None
+    """Names of the sites that the device trains; everything else of the adapter is frozen. None: all."""
     cores: bool = False
     """Train only a core C [rank, rank] of each site, B = L C: A stays, and L travels beside the adapter."""
     steps: int

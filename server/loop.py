@@ -56,7 +56,7 @@ def run_rounds(
     one of this state.
     """
     strategy.summary()
-    strategy.remember(state.devices)
+    strategy.remember(state.devices, (done.train for done in state.history))
     ledger = strategy.device_level.ledger if strategy.device_level else None
     if ledger:
         ledger.check(state.ledger)

@@ -58,7 +58,7 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     frozen, people, database = here = world.build(config, folder)
     chosen = judged(people, config.evaluation.devices)
     plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
-    strategy = build(config, plan, frozen.sites, accept_simulated=True, ledger=Ledger(Files(folder)))
+    strategy = build(config, plan, frozen.sites, accept_simulated=True, ledger=Ledger(Files(folder)), base=frozen)
     from training.memory import budget, check_free
 
     memory = budget(config.cohort.memory_gib, frozen.device)

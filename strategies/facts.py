@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from privacy.accounting import Guarantee
 from protocol.messages import ExamplePrivacy, TrainingPlan, Update
@@ -23,6 +24,12 @@ class DeviceFacts:
     """What its ledger has composed to so far; None without DP."""
     events: int = 0
     """The most that it has told of in its ledger."""
+    asked: int = 0
+    """Times that it was asked to train, whether or not it replied."""
+    last: int = 0
+    """The last round that it was asked in; 0 before any."""
+    loss: float | None = None
+    """Mean training loss that it told last; None under privacy, where none is kept."""
 
     def then(self, later: DeviceFacts) -> DeviceFacts:
         """What both took together."""
@@ -36,6 +43,9 @@ class DeviceFacts:
             joules=self.joules + later.joules,
             epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
             events=max(self.events, later.events),
+            asked=self.asked + later.asked,
+            last=max(self.last, later.last),
+            loss=self.loss if later.loss is None else later.loss,
         )
 
 
@@ -85,7 +95,7 @@ class TrainFacts:
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
     devices: dict[str, DeviceFacts] = field(default_factory=dict)
-    """Of every device whose reply was accepted, by name; empty in a run's history, which keeps sums."""
+    """Of every device that was asked, or whose reply was accepted; empty in a run's history, which keeps sums."""
 
 
 def device_epsilon(train: TrainFacts | None) -> float | None:
@@ -132,6 +142,7 @@ def train_facts(
     updates: Sequence[Update],
     *,
     plans: Mapping[str, TrainingPlan],
+    asked: Mapping[str, int],
     bytes_down: int,
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
@@ -142,6 +153,7 @@ def train_facts(
 
     Args:
         plans: of every device that was asked.
+        asked: the round that each device was asked in since the facts before these.
         bytes_down: of all of them together.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
@@ -162,20 +174,36 @@ def train_facts(
         guarantees=of_images + ((central.guarantee,) if central else ()),
         central=central,
         diagnostics=dict(diagnostics),
-        devices={
-            update.device: DeviceFacts(
-                rank=update.rank,
-                steps=plans[update.device].steps,
-                bytes_down=bytes_down // len(plans),
-                bytes_up=len(update.adapter),
-                seconds=update.seconds,
-                joules=update.joules,
-                epsilon=update.epsilon,
-                events=update.events,
-            )
-            for update in updates
-        },
+        devices=_with_asked(
+            asked,
+            {
+                update.device: DeviceFacts(
+                    rank=update.rank,
+                    steps=plans[update.device].steps,
+                    bytes_down=bytes_down // len(plans),
+                    bytes_up=len(update.adapter),
+                    seconds=update.seconds,
+                    joules=update.joules,
+                    epsilon=update.epsilon,
+                    events=update.events,
+                    loss=None if private or central else update.loss,
+                )
+                for update in updates
+            },
+        ),
     )
+
+
+def nothing(**facts: Any) -> DeviceFacts:
+    """Of a device that nothing was taken of, but for what is given."""
+    idle: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
+    return DeviceFacts(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
+
+
+def _with_asked(asked: Mapping[str, int], replied: Mapping[str, DeviceFacts]) -> dict[str, DeviceFacts]:
+    """The facts of those who replied, and with them who was asked."""
+    found = {name: nothing(asked=1, last=number) for name, number in asked.items()}
+    return {**found, **{name: found[name].then(facts) if name in found else facts for name, facts in replied.items()}}
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -20,8 +20,13 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.selection import Sampling
+from strategies.selection.deadline import Deadline
+from strategies.selection.energy import Energy
 from strategies.selection.everyone import Everyone
+from strategies.selection.loss_fair import LossFair
+from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
+from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
@@ -59,7 +64,16 @@ AGGREGATIONS: dict[str, Any] = {
     "raflora": RaFLoRA,
 }
 ROBUST: dict[str, Any] = {"none": Inherent(Filtering(bounded=True, reason="every update that passes the gate counts"))}
-SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
+SELECTIONS: dict[str, Any] = {
+    "everyone": Everyone,
+    "sample": Sample,
+    "poisson": Poisson,
+    "round_robin": RoundRobin,
+    "oort": Oort,
+    "energy": Energy,
+    "deadline": Deadline,
+    "loss_fair": LossFair,
+}
 TIMINGS: dict[str, Any] = {"sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins"))}
 
 
@@ -74,12 +88,20 @@ class Combination:
     level: str
 
 
+AXES: Mapping[str, Mapping[str, Any]] = {
+    "aggregation": AGGREGATIONS,
+    "robust": ROBUST,
+    "selection": SELECTIONS,
+    "timing": TIMINGS,
+}
+PLAINEST = Combination(aggregation="fedit", selection="everyone", level=NONE)
+"""Private at every level, so that what is said of one piece beside it is said of that piece."""
+
+
 def combinations() -> Iterator[Combination]:
     """Every combination of what is registered."""
-    for aggregation, robust, selection, timing, level in itertools.product(
-        AGGREGATIONS, ROBUST, SELECTIONS, TIMINGS, LEVELS
-    ):
-        yield Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level)
+    for *pieces, level in itertools.product(*AXES.values(), LEVELS):
+        yield Combination(**dict(zip(AXES, pieces, strict=True)), level=level)
 
 
 def refusal(chosen: Combination) -> str | None:
@@ -106,6 +128,8 @@ def refusal(chosen: Combination) -> str | None:
         return f"selection {chosen.selection} looks at what is private: {sampling.reason}"
     if chosen.level == EXAMPLE:
         return None  # what is made of updates that are private already is private too
+    if sampling.momentary:
+        return f"selection {chosen.selection} looks at what belongs to a device: {sampling.reason}"
     if not linearity.linear:
         return f"aggregation {chosen.aggregation} is not linear in the updates: {linearity.reason}"
     if not filtering.bounded:

@@ -1,5 +1,6 @@
-"""docs/privacy.md is what the code does: every cell that runs runs a round, every other is refused for its reason."""
+"""docs/privacy.md is what the code does: what it says runs runs a round, all else is refused for its reason."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,27 @@ from strategies import registry
 from strategies.aggregation import Linearity
 from strategies.aggregation.fedit import FedIT
 from strategies.build import build, combination, training_plan
-from strategies.registry import AGGREGATIONS, LEVELS, Combination, Filtering, Inherent, Timing, combinations, refusal
+from strategies.registry import (
+    AGGREGATIONS,
+    AXES,
+    LEVELS,
+    PLAINEST,
+    Combination,
+    Filtering,
+    Inherent,
+    Timing,
+    combinations,
+    refusal,
+)
 from strategies.selection import Sampling
 from strategies.table import page
 from tests.fleet import SITES, FakeDevice, handle, perform
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
-ASKED = {"everyone": "", "sample": "fleet.sample=2", "poisson": "fleet.rate=0.5"}
+ASKED = {"everyone": "", "poisson": "fleet.rate=0.5"} | {
+    name: f"selection={name} fleet.sample=2 strategy.deadline=60"
+    for name in ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair")
+}
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
@@ -43,7 +58,28 @@ def test_the_committed_table_is_the_generated_one():
     assert DOCUMENT.read_text(encoding="utf-8") == page(), "run: python -m strategies.table > docs/privacy.md"
 
 
-@pytest.mark.parametrize("chosen", combinations(), ids=lambda c: f"{c.aggregation}-{c.selection}-{c.level}")
+def cells():
+    """Of the table: each piece with the plainest others."""
+    return sorted(
+        {
+            replace(PLAINEST, **{axis: piece, "level": level})
+            for axis in AXES
+            for piece in AXES[axis]
+            for level in LEVELS
+        },
+        key=str,
+    )
+
+
+def test_a_combination_runs_if_each_of_its_pieces_does():
+    """So the table is a row for each piece, and so are the runs below."""
+    for chosen in combinations():
+        alone = [refusal(replace(PLAINEST, **{axis: getattr(chosen, axis), "level": chosen.level})) for axis in AXES]
+        assert (refusal(chosen) is None) == (alone == [None] * len(AXES))
+        assert refusal(chosen) in (None, *alone)
+
+
+@pytest.mark.parametrize("chosen", cells(), ids=lambda c: f"{c.aggregation}-{c.selection}-{c.level}")
 def test_every_cell(chosen, tmp_path, monkeypatch):
     config = configured(chosen)
     assert combination(config) == chosen
