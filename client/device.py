@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,8 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
             sub-folder in a simulation. Optional: `name`; `store`, a folder; `previews`, how many pictures are drawn
             into it whenever something was learnt; `test=true`, which makes noise reproducible by `seed` and nothing a
             release; and what the report says: `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`,
-            `metered`.
+            `metered`; and `rank` and `sites`, the highest rank and, as a regular expression, the only layers that it is
+            to train.
         base: what the device holds.
 
     Raises:
@@ -81,7 +83,7 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
     seed = whole(node_config, "seed") if is_test else store.seed()
     return Device(
         name=name,
-        report=probe(name, base.hash, node_config),
+        report=probe(name, base, node_config),
         store=store,
         pictures=partial(load_folder, pictures),
         sites=base.sites,
@@ -94,14 +96,14 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
     )
 
 
-def probe(name: str, base: str, stated: Mapping[str, Any]) -> DeviceReport:
+def probe(name: str, base: Base, stated: Mapping[str, Any]) -> DeviceReport:
     """The report of this machine: memory and cores as found, the rest as stated or taken for a small board's."""
     import psutil
 
     cores = psutil.cpu_count(logical=False) or 1
     return DeviceReport(
         device=name,
-        base=base,
+        base=base.hash,
         profile=f"{platform.machine().lower()}_{cores}_cores",
         memory_gib=float(round(psutil.virtual_memory().total / 2**30)),
         examples_per_second=_positive(stated, "examples-per-second", EXAMPLES_PER_SECOND_PER_CORE * cores),
@@ -109,7 +111,21 @@ def probe(name: str, base: str, stated: Mapping[str, Any]) -> DeviceReport:
         uplink_mbps=_positive(stated, "uplink-mbps", UPLINK_MBPS),
         downlink_mbps=_positive(stated, "downlink-mbps", DOWNLINK_MBPS),
         metered=_flag(stated, "metered"),
+        rank=whole(stated, "rank") or None,
+        sites=_sites(stated, base.sites),
     )
+
+
+def _sites(stated: Mapping[str, Any], sites: Sites) -> tuple[str, ...] | None:
+    """The layers that a device is to train; None: any."""
+    pattern = str(stated.get("sites") or "")
+    try:
+        found = tuple(name for name in sites if re.search(pattern, name))
+    except re.error as error:
+        raise AntherError(f"sites={pattern}: not a regular expression ({error})") from None
+    if not found:
+        raise AntherError(f"sites={pattern}: the base has none such; one that it has is {next(iter(sites))}")
+    return found if pattern else None
 
 
 def _folder(node_config: Mapping[str, Any]) -> Path:

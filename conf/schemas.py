@@ -103,6 +103,8 @@ class Profile:
     memory_gib: float | None = None  # null: its hardware's
     examples_per_second: float | None = None  # training examples of the base; null: predicted from its hardware
     watts: float | None = None  # while training; null: its hardware's
+    rank: int | None = None  # the highest that it trains; null: any
+    sites: str | None = None  # regular expression on the names of the only layers that it trains; null: any
     # What only fleet.timed knows of:
     share: int = 1  # devices of this kind in each turn that profiles are dealt in
     charger_watts: float = 0.0  # into a battery
@@ -124,6 +126,10 @@ class Profile:
         for name in ("uplink_mbps", "downlink_mbps", "share", "cool_after", "hot_speed"):
             value = getattr(self, name)
             require(value == MISSING or value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+        rank, only = self.rank, self.sites
+        require(_none_or_positive(rank), f"fleet.profiles: rank={rank} of {self.name}: must be 1 or more, or null")
+        pattern = f"fleet.profiles: sites={only} of {self.name}: not a regular expression"
+        require(only is None or _compiles(only), pattern)
         for name in ("plugged", "idle"):
             hours = getattr(self, name)
             pairs = len(hours) % 2 == 0 and all(0 <= hour <= 24 for hour in hours)
@@ -157,6 +163,7 @@ class Eligible:
     battery: float | None = None  # share of a full battery that it has, unless it charges; null: any
     cool: bool = False  # it is not hot
     unmetered: bool = False  # its link costs nothing
+    memory_gib: float | None = None  # that it has at least; null: any
     pictures: bool = False  # it has some
 
     def __post_init__(self) -> None:
@@ -164,6 +171,8 @@ class Eligible:
         require(
             least is None or 0 < least <= 1, f"fleet.eligible.battery={least}: must be over 0 and at most 1, or null"
         )
+        memory = self.memory_gib
+        require(_none_or_positive(memory), f"fleet.eligible.memory_gib={memory}: must be over 0, or null")
 
 
 @dataclass

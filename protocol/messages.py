@@ -44,6 +44,10 @@ class DeviceReport:
     """Its owner uses it."""
     hot: bool = False
     """It runs slower than it could, or is about to."""
+    rank: int | None = None
+    """The highest that it trains; None: any."""
+    sites: tuple[str, ...] | None = None
+    """The only ones that it trains; None: any."""
     pictures: bool = True
     """Whether it has any to train on. Where privacy is promised it says so always: to tell would tell of them."""
 

@@ -17,7 +17,7 @@ from client.data import Pictures, load_folder
 from client.device import Device
 from client.store import Store
 from conf.errors import AntherError
-from conf.schemas import Data, Simulation
+from conf.schemas import Data, Profile, Simulation
 from models import assets
 from models.base import Base
 from privacy.noise import source, stream
@@ -171,7 +171,8 @@ def _participant(
     report = DeviceReport(
         device=name, base=base.hash, profile=profile.name, memory_gib=kind.memory_gib, watts=kind.watts,
         examples_per_second=kind.examples_per_second, uplink_mbps=profile.uplink_mbps,
-        downlink_mbps=profile.downlink_mbps, metered=profile.metered,
+        downlink_mbps=profile.downlink_mbps, metered=profile.metered, rank=profile.rank,
+        sites=None if profile.sites is None else _sites(profile, base),
     )  # fmt: skip
     device = Device(
         name=name, report=report, store=Store(storage),
@@ -180,6 +181,14 @@ def _participant(
         resolution=base.resolution,
     )  # fmt: skip
     return Participant(name, writer.kind, copy, kind, device)
+
+
+def _sites(profile: Profile, base: Base) -> tuple[str, ...]:
+    assert profile.sites is not None
+    found = tuple(name for name in base.sites if re.search(profile.sites, name))
+    if not found:
+        raise AntherError(f"fleet.profiles: sites={profile.sites} of {profile.name}: the base has none such")
+    return found
 
 
 def _first(writer: Writer) -> Pictures:

@@ -133,7 +133,8 @@ class Federated(Strategy):
         self._measuring = measuring
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
-        self._eligible, self._planner = eligible, Planner(sites=sites, limits=limits, fitting=fitting)
+        self._eligible = eligible
+        self._planner = Planner(sites=sites, limits=limits, mixed_ranks=aggregation.mixed_ranks, fitting=fitting)
         self._clock, self._report_age = clock or WallClock(), report_age
         self._known: dict[str, DeviceFacts] = {}  # of all rounds so far, by name
         self._losses: list[float] = []  # of each of them

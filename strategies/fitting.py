@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from models.adapter import Adapter, Factors, Sites
@@ -13,7 +13,7 @@ from models.footprint import MARGIN, example
 from models.partial import PassCosts, pass_costs
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.knapsack import Choice, choices
-from strategies.planning import Limits, affordable, on_link, seconds_per_step, transfers
+from strategies.planning import Limits, affordable, seconds_per_step, transfers
 
 GIB = 2**30
 RUNTIME = 390 << 20
@@ -36,9 +36,14 @@ class Fitting:
     memory: float = 1.0
     runtime_bytes: int = RUNTIME
 
-    def choices(self, adapter: Adapter) -> list[Choice]:
-        """The sets of sites that a round's plans are made of, by what this adapter gains at each."""
-        return choices(self.costs, gains(adapter))
+    def choices(self, adapter: Adapter, among: Collection[str] | None = None) -> list[Choice]:
+        """The sets of sites that a round's plans are made of, by what this adapter gains at each.
+
+        Args:
+            among: sites that may be trained; None: all.
+        """
+        sites = tuple(site for site in self.costs.sites if among is None or site.name in among)
+        return choices(PassCosts(sites=sites), gains(adapter))
 
     def fits(self, choice: Choice, report: DeviceReport) -> bool:
         """Whether a device can hold what training at these sites takes."""
@@ -83,15 +88,14 @@ def fitted(
     Of two alike it is the one with more gain a step, then the shorter and the smaller. With it, how long its steps
     take, as a share of those at every site.
     """
-    linked = on_link(report, full, limits)
-    step = seconds_per_step(report, linked)
+    step = seconds_per_step(report, full)
     best: tuple[tuple[float, ...], TrainingPlan, float] | None = None
     for choice in found:
         most = choice.gain * full.steps
         if (best and most < best[0][0]) or not fitting.fits(choice, report):
             continue
         chosen = choice.sites if len(choice.sites) < len(sites) else None
-        plan = replace(linked, sites=chosen)
+        plan = replace(full, sites=chosen)
         sent = transfers(report, plan, sites=sites, download=download)
         steps = min(full.steps, affordable(report, limits, transfers=sent, step=step * choice.work))
         worth = (choice.gain * steps, choice.gain, -choice.work, -float(choice.bytes))

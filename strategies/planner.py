@@ -9,7 +9,7 @@ from models.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
 from strategies.fitting import Fitting, fitted
 from strategies.knapsack import Choice
-from strategies.planning import Limits, affordable, on_link, seconds_per_step, transfers
+from strategies.planning import Limits, affordable, allowed, seconds_per_step, transfers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,13 @@ class Planner:
 
     Args:
         sites: of the adapter.
+        mixed_ranks: whether a device may train a lower rank than the full plan's; if not, who can't is left out.
         fitting: chooses the sites that a device trains at; None: all of them, in one step at least.
     """
 
     sites: Sites
     limits: Limits
+    mixed_ranks: bool = True
     fitting: Fitting | None = None
 
     def plans(
@@ -46,24 +48,39 @@ class Planner:
         Args:
             adapter: that is sent, in so many bytes.
         """
-        found = self.fitting.choices(adapter) if self.fitting else None
+        choices: dict[tuple[str, ...] | None, list[Choice]] = {}
         known: dict[DeviceReport, Planned | None] = {}
         plans = {}
         for report in reports:
             kind = replace(report, device="")
             if kind not in known:
-                known[kind] = self._plan(kind, full, found, download)
+                known[kind] = self._plan(kind, full, adapter, choices, download)
             if (planned := known[kind]) is not None:
                 plans[report.device] = planned
         return plans
 
     def _plan(
-        self, report: DeviceReport, full: TrainingPlan, found: list[Choice] | None, download: int
+        self,
+        report: DeviceReport,
+        full: TrainingPlan,
+        adapter: Adapter,
+        choices: dict[tuple[str, ...] | None, list[Choice]],
+        download: int,
     ) -> Planned | None:
-        if self.fitting is None or found is None:
-            plan, work = self._whole(report, full, download), 1.0
+        """Args:
+        choices: of the devices that train at these sites; those that are missing are put in.
+        """
+        most = allowed(report, full, self.limits, sites=self.sites, mixed_ranks=self.mixed_ranks)
+        if most is None:
+            return None
+        if self.fitting is None:
+            plan, work = self._whole(report, most, download), 1.0
         else:
-            best = fitted(report, full, self.limits, self.fitting, found, sites=self.sites, download=download)
+            if most.sites not in choices:
+                choices[most.sites] = self.fitting.choices(adapter, most.sites)
+            best = fitted(
+                report, most, self.limits, self.fitting, choices[most.sites], sites=self.sites, download=download
+            )
             if best is None:
                 return None
             plan, work = best
@@ -71,9 +88,8 @@ class Planner:
         sent = transfers(report, plan, sites=self.sites, download=download)
         return Planned(plan=plan, seconds=sent + training, joules=training * report.watts)
 
-    def _whole(self, report: DeviceReport, full: TrainingPlan, download: int) -> TrainingPlan:
-        """At every site, and at least one step."""
-        plan = on_link(report, full, self.limits)
-        sent = transfers(report, plan, sites=self.sites, download=download)
-        steps = affordable(report, self.limits, transfers=sent, step=seconds_per_step(report, plan))
-        return replace(plan, steps=max(1, min(full.steps, steps)))
+    def _whole(self, report: DeviceReport, most: TrainingPlan, download: int) -> TrainingPlan:
+        """At every site that there is, and at least one step."""
+        sent = transfers(report, most, sites=self.sites, download=download)
+        steps = affordable(report, self.limits, transfers=sent, step=seconds_per_step(report, most))
+        return replace(most, steps=max(1, min(most.steps, steps)))

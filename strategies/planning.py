@@ -49,11 +49,21 @@ class Cosine:
         return rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / self.rounds))
 
 
-def on_link(report: DeviceReport, full: TrainingPlan, limits: Limits) -> TrainingPlan:
-    """The full plan, in the rank that the device's link carries."""
-    if not report.metered or limits.metered_rank is None:
-        return full
-    return replace(full, rank=min(full.rank, limits.metered_rank))
+def allowed(
+    report: DeviceReport, full: TrainingPlan, limits: Limits, *, sites: Sites, mixed_ranks: bool
+) -> TrainingPlan | None:
+    """The full plan, in the rank and at the sites that the device trains and that its link carries; None: none such.
+
+    Args:
+        mixed_ranks: whether a rank may be lower than the full plan's.
+    """
+    most = [full.rank, *([] if report.rank is None else [report.rank])]
+    if report.metered and limits.metered_rank is not None:
+        most.append(limits.metered_rank)
+    only = None if report.sites is None else tuple(name for name in sites if name in set(report.sites))
+    if (min(most) < full.rank and not mixed_ranks) or (only is not None and not only):
+        return None
+    return replace(full, rank=min(most), sites=None if only is None or len(only) == len(sites) else only)
 
 
 def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: float) -> int:
@@ -61,12 +71,12 @@ def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: 
     most: list[float] = [_MANY]
     if limits.deadline is not None:
         most.append((limits.deadline - transfers) / step)
-    if (joules := allowed(report, limits)) is not None:
+    if (joules := allowance(report, limits)) is not None:
         most.append(joules / (step * report.watts))
     return max(0, int(min(most)))
 
 
-def allowed(report: DeviceReport, limits: Limits) -> float | None:
+def allowance(report: DeviceReport, limits: Limits) -> float | None:
     """Joules that a round may take of a device; None: no limit, as of one whose battery nobody knows."""
     found = [] if limits.joules is None else [limits.joules]
     share, level, full = limits.battery_share, report.battery, report.battery_wh

@@ -46,6 +46,8 @@ class Roster:
             self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
         elif report.device in self._names:
             self._unfit[node] = "its name is taken"
+        elif report.rank is not None and report.rank < 1:
+            self._unfit[node] = "its report asks for a rank below 1"
         elif not (report.device and all(LEAST < speed < MOST for speed in speeds)):
             self._unfit[node] = "its report has no name or no sensible speed"
         else:

@@ -21,11 +21,13 @@ class Eligible:
     unmetered: bool = False
     pictures: bool = False
     """It has some to train on."""
+    memory_gib: float | None = None
+    """That it has at least; None: any."""
 
     @property
     def momentary(self) -> bool:
         """Whether anything is asked for that may have changed since a device told of it."""
-        return self != Eligible()
+        return self != Eligible(memory_gib=self.memory_gib)
 
     def __call__(self, report: DeviceReport) -> bool:
         return next(self.against(report), None) is None
@@ -43,6 +45,8 @@ class Eligible:
             yield "metered"
         if self.pictures and not report.pictures:
             yield "no pictures"
+        if self.memory_gib is not None and report.memory_gib < self.memory_gib:
+            yield "memory"
 
 
 EVERYBODY = Eligible()

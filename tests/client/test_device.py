@@ -73,6 +73,10 @@ def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Pat
     assert report.memory_gib == round(psutil.virtual_memory().total / 2**30)
     assert (report.base, report.examples_per_second, report.watts, report.metered) == (BASE, 25.0, 6.0, True)
     assert device.store.where == str(tmp_path / "s")
+    assert (report.rank, report.sites) == (None, None)
+    first, *_ = SITES
+    limited = from_config({"data": str(root / "ann"), "rank": "2", "sites": f"^{first}$"}, HELD).report
+    assert (limited.rank, limited.sites) == (2, (first,))
 
 
 def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
@@ -87,6 +91,8 @@ def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
     ({"data": ".", "watts": "many"}, "watts"), ({"data": ".", "watts": "nan"}, "watts"),
     ({"data": ".", "examples-per-second": 0}, "examples-per-second"),
     ({"data": ".", "test": True, "seed": -1}, "seed"), ({"data-root": ".", "partition-id": "x"}, "partition-id"),
+    ({"data": ".", "sites": "nothing of"}, "sites"), ({"data": ".", "sites": "("}, "sites"),
+    ({"data": ".", "rank": "low"}, "rank"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("root")
 def test_mistakes_name_their_key(config: dict[str, object], named: str) -> None:

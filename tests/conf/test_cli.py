@@ -45,7 +45,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 MISTAKES = {
-    "fleet=nope": "fleet=nope: no such option; fleet is one of: laptops, mixed, phones, pis, spread, week",
+    "fleet=nope": "fleet=nope: no such option; fleet is one of: halves, laptops, mixed, phones, pis, ranks, "
+    "ranks_halves, spread, week",
     "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick, scale",
     "base=null": "a group takes the name of one of its options; --help lists them",
     "+preset=quick": "preset: chosen twice; write preset=… once, without +",

@@ -70,6 +70,22 @@ def test_profiles_are_dealt_in_turn_and_reports_say_so(base: Base, tmp_path: Pat
     assert not (tmp_path / people[0].name).exists()  # nothing is written before the run is claimed
 
 
+def test_what_a_profile_trains_at_most_is_told(base: Base, tmp_path: Path) -> None:
+    told = {
+        person.profile: person.device.report
+        for person in fleet(base, tmp_path, "fleet=ranks_halves data.writers=8 adapter.shared.rank=16")
+    }
+    assert [told[f"rank_{rank}"].rank for rank in (2, 4, 8, 16)] == [2, 4, 8, 16]
+    assert told["rank_2"].sites is None
+    half = told["rank_2_half_the_sites"].sites
+    assert half is not None
+    assert set(half) == {name for name in base.sites if "attn2" in name}
+    assert 2 * len(half) == len(base.sites)
+    with pytest.raises(AntherError, match=r"fleet.profiles: sites=x9 of all: the base has none such"):
+        fleet(base, tmp_path, "data.writers=2 'fleet.profiles=[{name: all, memory_gib: 1, examples_per_second: 1, "
+              "watts: 1, uplink_mbps: 1, downlink_mbps: 1, sites: x9}]'")  # fmt: skip
+
+
 def test_splits_are_as_large_as_asked_and_disjoint() -> None:
     for writer in writers(compose("data.train=4 data.validation=3 data.test=5").data):
         assert tuple(map(len, writer.pictures)) == (4, 3, 5)

@@ -46,6 +46,18 @@ def test_metered_links_carry_fewer_directions():
     assert plan(metered_rank=4) == FULL
 
 
+def test_no_device_is_asked_for_more_than_it_trains():
+    few = replace(REPORT, rank=4)
+    assert plan(few) == replace(FULL, rank=4)
+    assert plan(replace(few, metered=True), metered_rank=2) == replace(FULL, rank=2)
+    assert plan(replace(REPORT, rank=16)) == FULL
+    assert Planner(sites=SITES, limits=Limits(), mixed_ranks=False).plans([few], FULL, adapter={}, download=1) == {}
+    two = {"x": SITES["x"], "y": SITES["x"]}
+    for told, sites in ((("y", "z"), ("y",)), (("y", "x"), None), (("z",), "nothing"), ((), "nothing")):
+        found = Planner(sites=two, limits=Limits()).plans([replace(REPORT, sites=told)], FULL, adapter={}, download=1)
+        assert (found[REPORT.device].plan.sites if found else "nothing") == sites
+
+
 def test_steps_fit_the_deadline():
     # 1 s down, 1 s up, 2 s a step: 9 s hold 3 steps
     assert plan(deadline=9.0).steps == 3
