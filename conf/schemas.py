@@ -134,6 +134,12 @@ class Strategy:
     # random after any noise. Where directions keep their meaning (fedit) what rounding left goes into the next round
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
+    optimiser: str = "none"  # the server's step along what a round's mean changes (exact, fedit, hetlora): fedavgm,
+    # fedadam or fedyogi; none: the mean is the next adapter
+    server_rate: float | None = None  # η of that step; null: 1 for fedavgm, 0.003 for the others
+    momentum: float = 0.9  # β of fedavgm, β₁ of the others
+    second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
+    tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, ("exact", "fedit", "flexlora", "flora", "hetlora", "raflora"))
@@ -141,6 +147,13 @@ class Strategy:
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
         require(self.keep == 1 or self.update != "fp32", whole)
+        choose("strategy.optimiser", self.optimiser, ("none", "fedavgm", "fedadam", "fedyogi"))
+        rate = self.server_rate
+        require(_none_or_positive(rate), f"strategy.server_rate={rate}: must be over 0, or null")
+        require(0 <= self.momentum < 1, f"strategy.momentum={self.momentum}: must be 0 or more, and under 1")
+        second = self.second_moment
+        require(0 <= second < 1, f"strategy.second_moment={second}: must be 0 or more, and under 1")
+        require(self.tau > 0, f"strategy.tau={self.tau}: must be over 0")
         share = self.energy
         require(share is None or 0 < share <= 1, f"strategy.energy={share}: must be over 0 and at most 1, or null")
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")

@@ -57,6 +57,7 @@ def run_rounds(
     """
     strategy.summary()
     strategy.remember(state.devices)
+    strategy.memory = state.memory
     ledger = strategy.device_level.ledger if strategy.device_level else None
     if ledger:
         ledger.check(state.ledger)
@@ -109,7 +110,8 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
         validation = strategy.validation or validation
     adapter = from_tensors(decode(adapter_from_record(arrays), shapes(strategy.sites, -1)))
     done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
-    return state.after(done, adapter, strategy.device_level.ledger.anchor() if strategy.device_level else None)
+    anchor = strategy.device_level.ledger.anchor() if strategy.device_level else None
+    return state.after(done, adapter, anchor, strategy.memory)
 
 
 def _wait_for_devices(grid: Grid, strategy: Federated, quorum: int, timeout: float) -> None:

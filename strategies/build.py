@@ -24,6 +24,7 @@ from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.federated import Federated
 from strategies.measuring import measuring, spending
+from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
 from strategies.registry import AGGREGATIONS, NONE, Combination, refusal
@@ -70,6 +71,7 @@ def build(
         selection=selection(config, seed),
         evaluation=evaluation(config),
         measuring=measuring(config, simulated=accept_simulated),
+        optimiser=optimiser(config, rule),
         limits=limits,
         frame=frame,
         decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
@@ -90,7 +92,12 @@ def combination(config: Simulation) -> Combination:
     """What a configuration chooses on each axis."""
     fleet = config.fleet
     chosen = "poisson" if fleet.rate is not None else "sample" if fleet.sample is not None else "everyone"
-    return Combination(aggregation=config.strategy.aggregation, selection=chosen, level=config.privacy.level)
+    return Combination(
+        aggregation=config.strategy.aggregation,
+        selection=chosen,
+        optimiser=config.strategy.optimiser,
+        level=config.privacy.level,
+    )
 
 
 def selection(config: Simulation, seed: int | None) -> Selection:
@@ -201,6 +208,30 @@ def aggregation(config: Simulation) -> Aggregation:
         case "raflora":
             return RaFLoRA(rank=rank, seed=seed)
     return FedIT()
+
+
+def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
+    """The server's, as `strategy.optimiser` names it; None if the rule's mean is the next adapter.
+
+    Raises AntherError for a rule whose factors are new each round.
+    """
+    chosen = config.strategy
+    if chosen.optimiser == "none":
+        return None
+    if turned := rule.sensitivity.turned:
+        raise AntherError(
+            f"strategy.optimiser={chosen.optimiser}: a change of factors adds up over rounds only where they stay the "
+            f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, or leave it none"
+        )
+    if chosen.optimiser == "fedavgm":
+        return FedAvgM(rate=chosen.server_rate or 1.0, momentum=chosen.momentum)
+    return FedOpt(
+        rate=chosen.server_rate or 0.003,
+        momentum=chosen.momentum,
+        second=chosen.second_moment,
+        tau=chosen.tau,
+        yogi=chosen.optimiser == "fedyogi",
+    )
 
 
 def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:

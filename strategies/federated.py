@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from models.bounds import excess
-from models.cores import to_framed_tensors
+from models.cores import from_trained_tensors, to_framed_tensors, trained_tensors
 from models.slots import trained_layout
 from privacy.accounting import PoissonGaussian
 from privacy.snr import signal_to_spread
@@ -27,6 +27,7 @@ from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply,
 from strategies.aggregation import Aggregated, Aggregation
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.measuring import Measuring
+from strategies.optimisers import Memory, Optimiser
 from strategies.planning import Cosine, Limits, plan_for
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
@@ -59,13 +60,15 @@ class Federated(Strategy):
         evaluation: who is asked to measure the adapter after it (default: every device).
         measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
             after none).
+        optimiser: takes the step that a round's mean points to; None: the mean is the next adapter.
         frame: the factors that stay, of a plan that trains cores between them.
         decay: of the plan's learning rate (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
 
-    After each leg, `trained`, `validation` and `personalised` hold its facts.
+    `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
+    each leg, `trained`, `validation` and `personalised` hold its facts.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Federated(Strategy):
         limits: Limits,
         evaluation: Selection | None = None,
         measuring: Measuring | None = None,
+        optimiser: Optimiser | None = None,
         frame: Adapter | None = None,
         decay: Cosine | None = None,
         accept_simulated: bool = False,
@@ -89,6 +93,8 @@ class Federated(Strategy):
             raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
         if plan.feedback and not aggregation.sensitivity.linear:
             raise ValueError(f"feedback needs directions that keep their meaning: {aggregation.sensitivity.reason}")
+        if optimiser and aggregation.sensitivity.turned:
+            raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")
         if device_level and not aggregation.sensitivity.linear:
             raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
         drawn = selection.rate if isinstance(selection, Poisson) else 1.0
@@ -106,6 +112,8 @@ class Federated(Strategy):
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
+        self._optimiser = optimiser
+        self.memory: Memory = {}
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
         self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
@@ -284,17 +292,29 @@ class Federated(Strategy):
     ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
         if self.device_level:
-            return self.device_level.close(self._aggregation, current, trained, round=round)
+            noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
+            noised, self.memory = self._stepped(current, noised)
+            return noised, central
         if not trained:
             return None, None
-        aggregated = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
+        mean = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
+        aggregated, memory = self._stepped(current, mean)
         if found := excess(aggregated.adapter):  # of updates that were each let in
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, None
+        self.memory = memory
         if self._plan.privacy is None:
             return aggregated, None
         snr = signal_to_spread(changes(trained_layout(self.sites, rank(current), self.frame), current, trained))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
+
+    def _stepped(self, current: Adapter, aggregated: Aggregated) -> tuple[Aggregated, Memory]:
+        """The step that the server's optimiser makes of a round, and what it is going to remember."""
+        if self._optimiser is None:
+            return aggregated, self.memory
+        before, after = (trained_tensors(adapter, self.frame) for adapter in (current, aggregated.adapter))
+        found, memory = self._optimiser.step(before, after, self.memory)
+        return aggregated._replace(adapter=from_trained_tensors(found, self.frame)), memory
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

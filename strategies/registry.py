@@ -19,6 +19,7 @@ from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
+from strategies.optimisers import FedAvgM, FedOpt, Released
 from strategies.selection import Sampling
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
@@ -47,7 +48,7 @@ class Timing(NamedTuple):
 class Inherent(NamedTuple):
     """A piece that is what the round loop does by itself."""
 
-    sensitivity: Filtering | Timing
+    sensitivity: Filtering | Timing | Released
 
 
 AGGREGATIONS: dict[str, Any] = {
@@ -60,6 +61,12 @@ AGGREGATIONS: dict[str, Any] = {
 }
 ROBUST: dict[str, Any] = {"none": Inherent(Filtering(bounded=True, reason="every update that passes the gate counts"))}
 SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
+OPTIMISERS: dict[str, Any] = {
+    "none": Inherent(Released(reason="what a round released is the next adapter")),
+    "fedavgm": FedAvgM,
+    "fedadam": FedOpt,
+    "fedyogi": FedOpt,
+}
 TIMINGS: dict[str, Any] = {"sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins"))}
 
 
@@ -71,11 +78,12 @@ class Combination:
     robust: str = "none"
     selection: str
     timing: str = "sync"
+    optimiser: str = "none"
     level: str
 
 
 def combinations() -> Iterator[Combination]:
-    """Every combination of what is registered."""
+    """Every combination of what is registered; a server optimiser, which changes no cell, in none of them."""
     for aggregation, robust, selection, timing, level in itertools.product(
         AGGREGATIONS, ROBUST, SELECTIONS, TIMINGS, LEVELS
     ):
@@ -91,6 +99,7 @@ def refusal(chosen: Combination) -> str | None:
     filtering = _declared(ROBUST, chosen.robust, Filtering)
     sampling = _declared(SELECTIONS, chosen.selection, Sampling)
     timing = _declared(TIMINGS, chosen.timing, Timing)
+    optimiser = _declared(OPTIMISERS, chosen.optimiser, Released)
     if chosen.level == NONE:
         return None
     silent = "declares no sensitivity, so nobody knows what one device, or one picture, does to it"
@@ -102,6 +111,8 @@ def refusal(chosen: Combination) -> str | None:
         return f"selection {chosen.selection} {silent}"
     if timing is None:
         return f"timing {chosen.timing} {silent}"
+    if optimiser is None:
+        return f"optimiser {chosen.optimiser} {silent}"
     if not sampling.blind:
         return f"selection {chosen.selection} looks at what is private: {sampling.reason}"
     if chosen.level == EXAMPLE:

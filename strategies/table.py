@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from strategies.registry import AGGREGATIONS, LEVELS, ROBUST, SELECTIONS, TIMINGS, Combination, refusal
+from strategies.registry import AGGREGATIONS, LEVELS, OPTIMISERS, ROBUST, SELECTIONS, TIMINGS, Combination, refusal
 
 HEAD = """\
 # What may be combined, and what then is promised
@@ -76,6 +76,12 @@ them changes every clipped gradient | `client.train` trains the shared adapter f
 - Under `device` it is of that device's own data, and no other's. The server clips what it decodes, so each round's sum
   still moves by the clip at most, whatever a device remembers; and the coins that decide who is asked are fresh.
 
+## The server's optimiser
+
+`strategy.optimiser` goes with every combination that runs: it comes after the clip and the noise, and costs nothing.
+
+OPTIMISERS
+
 ## Told beside the adapter
 
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,
@@ -118,9 +124,23 @@ def sampling() -> Iterator[str]:
         yield f"| {name} | {'yes' if declared.amplifies else 'no'} | {counted} | {declared.reason} |"
 
 
+def optimisers() -> Iterator[str]:
+    """The lines that say what each server optimiser is made of."""
+    yield "| optimiser | why |"
+    yield "|---|---|"
+    yield from (f"| {name} | {piece.sensitivity.reason} |" for name, piece in OPTIMISERS.items())
+
+
 def page() -> str:
     """The whole of docs/privacy.md."""
-    return "\n".join([HEAD, *table()]) + "\n" + SAMPLING + "\n".join(sampling()) + "\n" + TAIL
+    return (
+        "\n".join([HEAD, *table()])
+        + "\n"
+        + SAMPLING
+        + "\n".join(sampling())
+        + "\n"
+        + TAIL.replace("OPTIMISERS", "\n".join(optimisers()))
+    )
 
 
 if __name__ == "__main__":

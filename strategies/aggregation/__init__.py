@@ -29,6 +29,8 @@ class Linearity(NamedTuple):
     noising their sum once bounds what a device can do. Whatever is made of updates that are private already needs no
     such bound."""
     reason: str
+    turned: str | None = None
+    """Why a direction of its factors is not the one that it was in the round before; None: it is."""
 
 
 class Aggregation(Protocol):

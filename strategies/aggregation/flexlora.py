@@ -19,6 +19,7 @@ NOT_LINEAR = Linearity(
     linear=False,
     reason="a product of two factors isn't linear in them, and the singular vectors that are kept follow from the "
     "updates: no clip of one bounds what it does to them",
+    turned="the singular vectors of each round's mean are others than the last round's",
 )
 
 

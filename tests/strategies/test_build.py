@@ -10,7 +10,8 @@ from privacy.storage import Files
 from server.ledger import Ledger
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
-from strategies.build import aggregation, build, training_plan
+from strategies.build import aggregation, build, optimiser, training_plan
+from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
 from strategies.selection.poisson import Poisson
 from tests.fleet import SITES
@@ -39,6 +40,24 @@ def test_a_cap_below_the_rank_is_refused(strategy):
 def test_a_share_of_energy_is_for_the_rule_that_has_one(strategy):
     with pytest.raises(AntherError, match=r"strategy\.energy=0\.9: .*use strategy=exact"):
         aggregation(compose(f"strategy={strategy} strategy.energy=0.9"))
+
+
+@pytest.mark.parametrize(("name", "kind", "rate"), [("fedavgm", FedAvgM, 1.0), ("fedyogi", FedOpt, 0.003)])
+def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
+    for rule in ("exact", "fedit", "hetlora"):
+        config = compose(f"strategy={rule} strategy.optimiser={name}")
+        found = optimiser(config, aggregation(config))
+        assert type(found) is kind
+        assert found._rate == rate
+    for rule in ("flora", "flexlora", "raflora"):
+        config = compose(f"strategy={rule} strategy.optimiser={name}")
+        with pytest.raises(AntherError, match=rf"strategy\.optimiser={name}: .*use strategy=exact or strategy=fedit"):
+            optimiser(config, aggregation(config))
+
+
+def test_no_optimiser_unless_one_is_named():
+    config = compose("strategy=flora")
+    assert optimiser(config, aggregation(config)) is None
 
 
 @pytest.mark.parametrize(("overrides", "trained", "measured"), [
