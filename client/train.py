@@ -62,6 +62,8 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 steps=plan.steps,
                 batch_size=plan.batch_size,
                 learning_rate=plan.learning_rate,
+                optimiser=plan.optimiser,
+                proximal=plan.proximal,
                 privacy=_dp_sgd(plan),
                 noise=noise if plan.privacy else None,
                 names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),

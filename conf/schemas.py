@@ -247,6 +247,20 @@ class LocalTraining:
 
 
 @dataclass
+class SharedTraining(LocalTraining):
+    """What a device does in a round for the adapter that is federated."""
+
+    optimiser: str = "adamw"  # of its steps; sgd: steps add up to the sum of gradients, as strategy.correction needs
+    proximal: float = (
+        0.0  # μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, where a round begins at w_t; 0: without
+    )
+
+    def __post_init__(self) -> None:
+        choose("adapter.shared.optimiser", self.optimiser, ("adamw", "sgd"))
+        require(self.proximal >= 0, f"adapter.shared.proximal={self.proximal}: must be 0 or more")
+
+
+@dataclass
 class AloneTraining:
     """The same device alone: total steps and total rank follow from the other two, its rate is its own."""
 
@@ -263,7 +277,7 @@ class AdapterConfig:
     sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
     frame: str | None = None  # train only small cores between the factors of this frame, shipped by name or a file;
     # rank² numbers a site, as privacy wants them; null: train the factors themselves
-    shared: LocalTraining = field(default_factory=LocalTraining)
+    shared: SharedTraining = field(default_factory=SharedTraining)
     personal: LocalTraining = field(default_factory=LocalTraining)
     local: AloneTraining = field(default_factory=AloneTraining)
     look_every: int = 5  # steps between two looks at the validation glyphs (personal, local)

@@ -17,7 +17,11 @@ MOST_NUMBER = 1e12
 MOST_TEXT = 200  # characters
 
 _SIGNED = {"gain"}  # every other number is an amount
-_WORDS = {"quality": ("measured", "estimate"), "update": ("fp32", "fp16", "int8", "int4")}
+_WORDS = {
+    "quality": ("measured", "estimate"),
+    "update": ("fp32", "fp16", "int8", "int4"),
+    "optimiser": ("adamw", "sgd"),
+}
 
 
 def check(message: Any) -> None:

@@ -79,6 +79,10 @@ class TrainingPlan:
     batch_size: int
     """Examples a step; under DP the public constant that the noised sum is divided by."""
     learning_rate: float
+    optimiser: str = "adamw"
+    """Of the device's steps: `adamw` or `sgd`."""
+    proximal: float = 0.0
+    """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t what was sent."""
     privacy: ExamplePrivacy | None = None
     update: str = "fp32"
     """How the result comes back: `fp32`, as it is; `fp16`, `int8` or `int4`, what training changed, rounded so

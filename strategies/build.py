@@ -272,6 +272,8 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,
+        optimiser=shared.optimiser,
+        proximal=shared.proximal,
         privacy=privacy,
         update=chosen.update,
         keep=chosen.keep,
