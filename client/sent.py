@@ -7,9 +7,10 @@ from functools import lru_cache
 
 from client.device import Device
 from conf.errors import AntherError
-from models import cores
+from models import controls, cores
 from models.adapter import Adapter, Site, from_tensors, head_and_tail, rank, shapes
 from models.bounds import excess
+from models.controls import Control
 from privacy.policy import Refusal
 from protocol import codec
 
@@ -21,7 +22,8 @@ class Sent:
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
+    def __init__(self, adapter: Adapter, frame: Adapter | None, control: Control, sha256: str) -> None:
+        self.control = control  # of the server, if one was sent
         self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
         self._parts: dict[int, tuple[Adapter, Adapter | None, Adapter | None]] = {}
 
@@ -34,26 +36,31 @@ class Sent:
         return self._parts[rank]
 
 
-def received(data: bytes, device: Device, *, framed: bool = False) -> Sent:
+def received(data: bytes, device: Device, *, framed: bool = False, controlled: bool = False) -> Sent:
     """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
 
     Args:
         framed: whether the factors that stay travel beside it, since cores are to be trained.
+        controlled: whether the server's control variate does, which corrects what is trained.
 
     Raises Refusal otherwise: the reason is about what was sent, and the base that the server knows.
     """
     most = device.policy.max_rank
     try:
-        return _decoded(data, tuple(device.sites.items()), most, framed)
+        return _decoded(data, tuple(device.sites.items()), most, framed, controlled)
     except AntherError as error:
         raise Refusal(f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}") from None
 
 
 @lru_cache(maxsize=1)
-def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, framed: bool) -> Sent:
-    tensors = codec.decode(data, shapes(dict(sites), -1, frame=framed), free=most_rank)
+def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, framed: bool, controlled: bool) -> Sent:
+    expected = shapes(dict(sites), -1, frame=framed)
+    if controlled:
+        trained = cores.core_shapes(dict(sites), -1) if framed else shapes(dict(sites), -1)
+        expected |= controls.beside_shapes(trained)
+    tensors = codec.decode(data, expected, free=most_rank)
     adapter = from_tensors(tensors)
     if found := excess(adapter):
         raise AntherError(found)
     frame = cores.frame_from_tensors(tensors) if framed else None
-    return Sent(adapter, frame, hashlib.sha256(data).hexdigest())
+    return Sent(adapter, frame, controls.apart(tensors), hashlib.sha256(data).hexdigest())

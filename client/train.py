@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Generator
 from functools import lru_cache
 
+from client import controls
 from client.data import fingerprint
 from client.device import Device
 from client.outgoing import keep, outgoing
 from client.sent import received
 from client.work import cost, encoded, expect
+from models.cores import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
@@ -33,9 +35,11 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
-    sent = received(request.adapter, device, framed=plan.cores)
+    sent = received(request.adapter, device, framed=plan.cores, controlled=plan.scaffold)
     if sent.rank < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
+    if plan.scaffold and (sent.rank != plan.rank or plan.optimiser != "sgd"):
+        raise Refusal("a control variate is of every direction that was sent, and of plain SGD")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
@@ -47,6 +51,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     start, frozen, frame = sent.parts(plan.rank)
+    mine = controls.own(plan, device, sent.control, release=noise.release)
     trained = expect(
         Trained,
         (
@@ -64,6 +69,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 learning_rate=plan.learning_rate,
                 optimiser=plan.optimiser,
                 proximal=plan.proximal,
+                correction=controls.correction(sent.control, mine, frame) if plan.scaffold else None,
                 privacy=_dp_sgd(plan),
                 noise=noise if plan.privacy else None,
                 names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
@@ -90,15 +96,22 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         epsilon=charged.spent(plan.privacy.delta).value if plan.privacy else None,
         events=events,
     )
-    if plan.privacy is None:
+
+    def remember() -> None:
         keep(device, goes)
+        if plan.scaffold:
+            before = trained_tensors(start, frame)
+            controls.keep(plan, device, sent.control, mine, goes, before, release=noise.release)
+
+    if plan.privacy is None:
+        remember()
         return reply  # nothing is spent by making it again, so it needn't be kept
     packed = _pack(reply)
     sealed = ledger.seal(reservation, packed)
     if sealed is not packed:
         return _unpack(sealed)
     # Not before it is the reply: what is left of another one, never sent, would be a second release of this round.
-    keep(device, goes)
+    remember()
     return reply
 
 

@@ -134,6 +134,8 @@ class Strategy:
     # random after any noise. Where directions keep their meaning (fedit) what rounding left goes into the next round
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
+    correction: str = "none"  # of what devices drift by; scaffold: by control variates, of plain SGD
+    # (adapter.shared.optimiser=sgd) and of rules that average factors (fedit)
     optimiser: str = "none"  # the server's step along what a round's mean changes (exact, fedit, hetlora): fedavgm,
     # fedadam or fedyogi; none: the mean is the next adapter
     server_rate: float | None = None  # η of that step; null: 1 for fedavgm, 0.003 for the others
@@ -147,6 +149,7 @@ class Strategy:
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
         require(self.keep == 1 or self.update != "fp32", whole)
+        choose("strategy.correction", self.correction, ("none", "scaffold"))
         choose("strategy.optimiser", self.optimiser, ("none", "fedavgm", "fedadam", "fedyogi"))
         rate = self.server_rate
         require(_none_or_positive(rate), f"strategy.server_rate={rate}: must be over 0, or null")

@@ -83,6 +83,8 @@ class TrainingPlan:
     """Of the device's steps: `adamw` or `sgd`."""
     proximal: float = 0.0
     """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t what was sent."""
+    scaffold: bool = False
+    """Correct gradients by control variates (`models.controls`): the server's travels beside the adapter."""
     privacy: ExamplePrivacy | None = None
     update: str = "fp32"
     """How the result comes back: `fp32`, as it is; `fp16`, `int8` or `int4`, what training changed, rounded so

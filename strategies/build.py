@@ -263,6 +263,22 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns the "
             "factors; use strategy=fedit, or leave it 1"
         )
+    scaffold = chosen.correction == "scaffold"
+    if scaffold and not linear:
+        raise AntherError(
+            f"strategy.correction=scaffold: a control variate fits no later round, since {chosen.aggregation} turns "
+            "the factors; use strategy=fedit"
+        )
+    if scaffold and shared.optimiser != "sgd":
+        raise AntherError(
+            "strategy.correction=scaffold: only with plain SGD are a device's steps a sum of gradients; set "
+            "adapter.shared.optimiser=sgd, and a higher adapter.shared.learning_rate"
+        )
+    if scaffold and config.privacy.of_devices:
+        raise AntherError(
+            f"strategy.correction=scaffold: with privacy={config.privacy.level} the server's control variate would be "
+            "made of updates before they are noised; use privacy=example or none"
+        )
     return TrainingPlan(
         run=run,
         round=0,
@@ -274,6 +290,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         learning_rate=shared.learning_rate,
         optimiser=shared.optimiser,
         proximal=shared.proximal,
+        scaffold=scaffold,
         privacy=privacy,
         update=chosen.update,
         keep=chosen.keep,

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from models.bounds import excess
+from models.controls import beside
 from models.cores import from_trained_tensors, to_framed_tensors, trained_tensors
 from models.slots import trained_layout
 from privacy.accounting import PoissonGaussian
@@ -32,11 +33,14 @@ from strategies.planning import Cosine, Limits, plan_for
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.roster import Roster, selected
+from strategies.scaffold import Drift
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 
 log = logging.getLogger(__name__)
+
+_CONTROL = "control"  # part of the memory
 
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 
@@ -48,6 +52,8 @@ class _Round:
     adapter: Adapter
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
     bytes_down: int
+    drift: Drift | None
+    """Of devices that correct for it."""
 
 
 class Federated(Strategy):
@@ -93,6 +99,8 @@ class Federated(Strategy):
             raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
         if plan.feedback and not aggregation.sensitivity.linear:
             raise ValueError(f"feedback needs directions that keep their meaning: {aggregation.sensitivity.reason}")
+        if plan.scaffold and (device_level or plan.optimiser != "sgd" or not aggregation.sensitivity.linear):
+            raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
         if optimiser and aggregation.sensitivity.turned:
             raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")
         if device_level and not aggregation.sensitivity.linear:
@@ -168,10 +176,14 @@ class Federated(Strategy):
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
-        data = records.adapter_from_record(arrays)
-        adapter = from_tensors(decode(data, shapes(self.sites, -1)))
-        if self.frame:
-            data = encode(to_framed_tensors(adapter, self.frame))
+        adapter = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
+        tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
+        drift = None
+        if self._plan.scaffold:
+            start = trained_tensors(adapter, self.frame)
+            drift = Drift(self.memory.get(_CONTROL), start, devices=len(reports))
+            tensors |= beside(drift.control)
+        data = encode(tensors)
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
@@ -185,7 +197,7 @@ class Federated(Strategy):
         }
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
-        self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
+        self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans), drift=drift)
         return [
             self._message(Train(plan=plan, adapter=data, echo=self._events.get(report.device, 0)), node)
             for node, (report, plan) in plans.items()
@@ -210,6 +222,11 @@ class Federated(Strategy):
         aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)
         diagnostics = aggregated.diagnostics if aggregated else {}
         arrays = metrics = None
+        plans = {report.device: plan for report, plan in asked.plans.values()}
+        if aggregated and asked.drift:
+            for update, adapter in updates:
+                asked.drift.add(plans[update.device], trained_tensors(adapter, self.frame))
+            self.memory = {**self.memory, _CONTROL: asked.drift.next()}
         if aggregated:
             arrays = records.adapter_to_record(encode(to_tensors(aggregated.adapter)))
             metrics = MetricRecord({"replied": len(updates), **diagnostics})
@@ -218,7 +235,7 @@ class Federated(Strategy):
             log.warning("round %d: keeping the adapter: %s", server_round, good)
         self.trained = train_facts(
             [update for update, _ in updates],
-            plans={report.device: plan for report, plan in asked.plans.values()},
+            plans=plans,
             bytes_down=asked.bytes_down,
             dropped=dropped,
             private=self._plan.privacy,
@@ -314,7 +331,7 @@ class Federated(Strategy):
             return aggregated, self.memory
         before, after = (trained_tensors(adapter, self.frame) for adapter in (current, aggregated.adapter))
         found, memory = self._optimiser.step(before, after, self.memory)
-        return aggregated._replace(adapter=from_trained_tensors(found, self.frame)), memory
+        return aggregated._replace(adapter=from_trained_tensors(found, self.frame)), {**self.memory, **memory}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

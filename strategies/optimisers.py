@@ -78,7 +78,7 @@ class FedAvgM:
             before = _fitted(name, current[name], after)
             if (change := after.double() - before).any():
                 mean = self._momentum * _moment(means.get(name), after) + change
-                means[name] = _kept(mean)
+                means[name] = kept(mean)
                 # x + η m, written so that nothing is lost where η m = Δ.
                 found[name] = (after.double() + (self._rate * mean - change)).float()
         return Step(found, {_MEAN: means})
@@ -117,7 +117,7 @@ class FedOpt:
             if (change := after.double() - before).any():
                 mean = self._momentum * _moment(means.get(name), after) + (1 - self._momentum) * change
                 square = self._squared(_moment(squares.get(name), after, self._tau**2), change.square())
-                means[name], squares[name] = _kept(mean), _kept(square)
+                means[name], squares[name] = kept(mean), kept(square)
                 found[name] = (before + self._rate * mean / (square.sqrt() + self._tau)).float()
         return Step(found, {_MEAN: means, _SQUARE: squares})
 
@@ -156,7 +156,7 @@ def _overlaid(part: Tensor, whole: Tensor) -> Tensor:
     return found
 
 
-def _kept(moment: Tensor) -> Tensor:
+def kept(moment: Tensor) -> Tensor:
     """Float32 without subnormal numbers, as a checkpoint gives it back: a run goes on with the same, killed or not."""
     found = moment.float()
     return found.masked_fill_(found.abs() < torch.finfo(torch.float32).tiny, 0.0)

@@ -76,6 +76,15 @@ them changes every clipped gradient | `client.train` trains the shared adapter f
 - Under `device` it is of that device's own data, and no other's. The server clips what it decodes, so each round's sum
   still moves by the clip at most, whatever a device remembers; and the coins that decide who is asked are fresh.
 
+## Corrections on the device
+
+They come after the clip and the noise of a step, and no picture enters them but by what was released:
+
+- FedProx (`adapter.shared.proximal`) pulls towards the adapter that was sent: it is made of the noised steps alone.
+- SCAFFOLD (`strategy.correction=scaffold`) adds c − c_i. A device's c_i is made of what it has sent and been sent; one
+  of open rounds never enters a private one. The server's c is made of single updates: under `device` and `both` they
+  are not noised yet, so that there it is refused.
+
 ## The server's optimiser
 
 `strategy.optimiser` goes with every combination that runs: it comes after the clip and the noise, and costs nothing.

@@ -55,6 +55,25 @@ def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
             optimiser(config, aggregation(config))
 
 
+@pytest.mark.parametrize(("overrides", "complaint"), [
+    ("strategy=exact adapter.shared.optimiser=sgd", "exact turns the factors; use strategy=fedit"),
+    ("strategy=fedit", r"set adapter\.shared\.optimiser=sgd"),
+    ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
+])  # fmt: skip
+def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
+    with pytest.raises(AntherError, match=rf"strategy\.correction=scaffold: .*{complaint}"):
+        training_plan(compose(f"strategy.correction=scaffold {overrides}"), run="r", base="b")
+
+
+def test_a_plan_says_how_devices_take_their_steps():
+    plan = training_plan(
+        compose("strategy=fedit strategy.correction=scaffold adapter.shared={optimiser:sgd,proximal:0.5}"),
+        run="r",
+        base="b",
+    )
+    assert (plan.scaffold, plan.optimiser, plan.proximal) == (True, "sgd", 0.5)
+
+
 def test_no_optimiser_unless_one_is_named():
     config = compose("strategy=flora")
     assert optimiser(config, aggregation(config)) is None
