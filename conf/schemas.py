@@ -128,6 +128,8 @@ class Strategy:
     max_rank: int | None = None  # cap on the rank of the global adapter (exact); null: none, and adapter.shared.rank
     # for the others
     energy: float | None = None  # no more of the mean's directions than hold this share of its σ² (exact); null: all
+    weights: str = "device"  # of what is averaged (exact): whole devices; or rank_slice: each slice of rank among those
+    # that trained so many
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
@@ -145,6 +147,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, ("exact", "fedit", "flexlora", "flora", "hetlora", "raflora"))
+        choose("strategy.weights", self.weights, ("device", "rank_slice"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"

@@ -191,7 +191,10 @@ def aggregation(config: Simulation) -> Aggregation:
     chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
     name = chosen.aggregation
     if name == "exact":
-        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, seed=seed)
+        by_slice = chosen.weights == "rank_slice"
+        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, by_slice=by_slice, seed=seed)
+    if chosen.weights != "device":
+        raise AntherError(f"strategy.weights={chosen.weights}: {name} weighs whole devices; use strategy=exact")
     if chosen.max_rank not in (None, rank):
         raise AntherError(
             f"strategy.max_rank={chosen.max_rank}: {name} goes by adapter.shared.rank={rank}; use strategy=exact"

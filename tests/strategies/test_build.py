@@ -10,6 +10,7 @@ from privacy.storage import Files
 from server.ledger import Ledger
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.flora import FLoRA
 from strategies.build import aggregation, build, optimiser, training_plan
 from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
@@ -42,17 +43,21 @@ def test_a_share_of_energy_is_for_the_rule_that_has_one(strategy):
         aggregation(compose(f"strategy={strategy} strategy.energy=0.9"))
 
 
+def test_slices_of_rank_are_weighed_by_the_rule_that_has_them():
+    assert aggregation(compose("strategy=exact strategy.weights=rank_slice"))._by_slice
+    assert not aggregation(compose("strategy=exact"))._by_slice
+    with pytest.raises(AntherError, match=r"strategy\.weights=rank_slice: hetlora weighs .*use strategy=exact"):
+        aggregation(compose("strategy=hetlora strategy.weights=rank_slice"))
+
+
 @pytest.mark.parametrize(("name", "kind", "rate"), [("fedavgm", FedAvgM, 1.0), ("fedyogi", FedOpt, 0.003)])
 def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
-    for rule in ("exact", "fedit", "hetlora"):
-        config = compose(f"strategy={rule} strategy.optimiser={name}")
-        found = optimiser(config, aggregation(config))
-        assert type(found) is kind
-        assert found._rate == rate
-    for rule in ("flora", "flexlora", "raflora"):
-        config = compose(f"strategy={rule} strategy.optimiser={name}")
-        with pytest.raises(AntherError, match=rf"strategy\.optimiser={name}: .*use strategy=exact or strategy=fedit"):
-            optimiser(config, aggregation(config))
+    config = compose(f"strategy=exact strategy.optimiser={name}")
+    found = optimiser(config, aggregation(config))
+    assert type(found) is kind
+    assert found._rate == rate
+    with pytest.raises(AntherError, match=rf"strategy\.optimiser={name}: .*use strategy=exact or strategy=fedit"):
+        optimiser(config, FLoRA(rank=8, seed=0))
 
 
 @pytest.mark.parametrize(("overrides", "complaint"), [
@@ -75,8 +80,7 @@ def test_a_plan_says_how_devices_take_their_steps():
 
 
 def test_no_optimiser_unless_one_is_named():
-    config = compose("strategy=flora")
-    assert optimiser(config, aggregation(config)) is None
+    assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
 
 
 @pytest.mark.parametrize(("overrides", "trained", "measured"), [
