@@ -133,6 +133,7 @@ def train_facts(
     *,
     plans: Mapping[str, TrainingPlan],
     bytes_down: int,
+    bytes_up: Mapping[str, int],
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
     central: CentralFacts | None,
@@ -143,6 +144,7 @@ def train_facts(
     Args:
         plans: of every device that was asked.
         bytes_down: of all of them together.
+        bytes_up: of every device whose update was let in, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
     """
@@ -154,7 +156,7 @@ def train_facts(
         replied=len(updates),
         dropped=dict(dropped) | ({"not finite": central.dropped} if central and central.dropped else {}),
         bytes_down=bytes_down,
-        bytes_up=sum(len(update.adapter) for update in updates),
+        bytes_up=sum(bytes_up.values()),
         seconds=max((update.seconds for update in updates), default=0.0),
         joules=sum(update.joules for update in updates),
         loss=mean(told),
@@ -167,7 +169,7 @@ def train_facts(
                 rank=update.rank,
                 steps=plans[update.device].steps,
                 bytes_down=bytes_down // len(plans),
-                bytes_up=len(update.adapter),
+                bytes_up=bytes_up[update.device],
                 seconds=update.seconds,
                 joules=update.joules,
                 epsilon=update.epsilon,

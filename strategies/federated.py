@@ -24,8 +24,8 @@ from privacy.accounting import PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records, rounding
 from protocol.codec import decode, encode
-from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan
-from strategies.aggregation import Aggregated, Aggregation
+from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan, Update
+from strategies.aggregation import Aggregated, Aggregation, Updates
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser
@@ -37,6 +37,7 @@ from strategies.scaffold import Drift
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
+from strategies.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -212,20 +213,31 @@ class Federated(Strategy):
         """
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
-        asked = self._round
+        with Spool() as spool:
+            return self._aggregate(self._round, replies, spool, server_round)
+
+    def _aggregate(
+        self, asked: _Round, replies: Iterable[Message], spool: Spool, server_round: int
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         most = max((self._checks.largest(plan) for _, plan in asked.plans.values()), default=0)
         heard = _heard(records.TRAIN, replies, most=most)
-        check = partial(self._checks.update, asked.adapter)
-        found, dropped = receive(records.TRAIN, heard, asked.plans, check)
-        # By name: floating point sums depend on the order, and replies arrive in any.
-        updates = sorted(found.values(), key=lambda pair: pair[0].device)
-        aggregated, central = self._aggregated(asked.adapter, [adapter for _, adapter in updates], server_round)
+        sizes: dict[str, int] = {}
+
+        def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> Update:
+            update, adapter = self._checks.update(asked.adapter, sent, reply)
+            spool.add(update.device, adapter)
+            sizes[update.device] = len(update.adapter)
+            return replace(update, adapter=b"")  # it is on disk
+
+        found, dropped = receive(records.TRAIN, heard, asked.plans, take_in)
+        updates = sorted(found.values(), key=lambda update: update.device)
+        aggregated, central = self._aggregated(asked.adapter, spool, server_round)
         diagnostics = aggregated.diagnostics if aggregated else {}
         arrays = metrics = None
         plans = {report.device: plan for report, plan in asked.plans.values()}
         if aggregated and asked.drift:
-            for update, adapter in updates:
-                asked.drift.add(plans[update.device], trained_tensors(adapter, self.frame))
+            for name, (adapter, _) in zip(spool.names, spool, strict=True):
+                asked.drift.add(plans[name], trained_tensors(adapter, self.frame))
             self.memory = {**self.memory, _CONTROL: asked.drift.next()}
         if aggregated:
             arrays = records.adapter_to_record(encode(to_tensors(aggregated.adapter)))
@@ -234,9 +246,10 @@ class Federated(Strategy):
             good = f"{len(updates)} good replies of {len(asked.plans)}"
             log.warning("round %d: keeping the adapter: %s", server_round, good)
         self.trained = train_facts(
-            [update for update, _ in updates],
+            updates,
             plans=plans,
             bytes_down=asked.bytes_down,
+            bytes_up=sizes,
             dropped=dropped,
             private=self._plan.privacy,
             central=central,
@@ -305,16 +318,17 @@ class Federated(Strategy):
         return self.personalised
 
     def _aggregated(
-        self, current: Adapter, trained: list[Adapter], round: int
+        self, current: Adapter, updates: Updates, round: int
     ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
         if self.device_level:
+            trained = (adapter for adapter, _ in updates)
             noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
             noised, self.memory = self._stepped(current, noised)
             return noised, central
-        if not trained:
+        if not updates:
             return None, None
-        mean = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
+        mean = self._aggregation.aggregate(current, updates, round=round)
         aggregated, memory = self._stepped(current, mean)
         if found := excess(aggregated.adapter):  # of updates that were each let in
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
@@ -322,7 +336,8 @@ class Federated(Strategy):
         self.memory = memory
         if self._plan.privacy is None:
             return aggregated, None
-        snr = signal_to_spread(changes(trained_layout(self.sites, rank(current), self.frame), current, trained))
+        layout = trained_layout(self.sites, rank(current), self.frame)
+        snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
     def _stepped(self, current: Adapter, aggregated: Aggregated) -> tuple[Aggregated, Memory]:

@@ -1,10 +1,10 @@
 """The mean of adapters slice by slice of their rank: what few devices have room for isn't divided among all.
 
-To the mean of products a direction that a device has no room for is what it was when it was sent: what few devices train
-moves by their share alone, and where it counts as zero it fades (rank collapse; Wu et al., 2026, arXiv:2602.13486).
-raFLoRA takes each direction among those that trained it, by the columns of the factors, which are what they are only up
-to B M and M⁻¹ A. Here it goes by the singular directions of each device's product, so that the result doesn't depend on
-how it was factored.
+To the mean of products a direction that a device has no room for is what was sent: what few devices train of it moves
+by their share alone, and where it counts as zero it fades (rank collapse; Wu et al., 2026, arXiv:2602.13486). raFLoRA
+takes each direction among those that trained it, by the columns of the factors, which are what they are only up to B M
+and M⁻¹ A. Here it goes by the singular directions of each device's product, so that the result doesn't depend on how
+that was factored.
 """
 
 from __future__ import annotations
