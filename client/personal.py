@@ -38,7 +38,7 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     device.check_memory(request.rank)
     if min(request.look_every, request.patience) < 1:
         raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
-    sent = received(request.adapter, device).adapter
+    sent = received(request.adapter, device, rounded=request.rounded).adapter
     # Of the steps asked for: when training stops tells of the pictures.
     seconds, joules = cost(device, request.steps * request.batch_size)
     reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality="estimate")

@@ -35,7 +35,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
-    sent = received(request.adapter, device, framed=plan.cores, controlled=plan.scaffold)
+    sent = received(request.adapter, device, rounded=request.rounded, framed=plan.cores, controlled=plan.scaffold)
     if sent.rank < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
     if plan.scaffold and (sent.rank != plan.rank or plan.optimiser != "sgd"):

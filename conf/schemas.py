@@ -134,6 +134,8 @@ class Strategy:
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
     # random after any noise. Where directions keep their meaning (fedit) what rounding left goes into the next round
+    download: str = "fp32"  # how adapters are sent to devices: fp32; or in fp16, int8 or int4, rounded at random. What
+    # rounding took the server keeps, where a rule's directions keep their meaning (exact, fedit, hetlora)
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
     correction: str = "none"  # of what devices drift by; scaffold: by control variates, of plain SGD
@@ -149,6 +151,7 @@ class Strategy:
         choose("strategy.aggregation", self.aggregation, ("exact", "fedit", "flexlora", "flora", "hetlora", "raflora"))
         choose("strategy.weights", self.weights, ("device", "rank_slice"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
+        choose("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
         require(self.keep == 1 or self.update != "fp32", whole)

@@ -18,6 +18,7 @@ MOST_TEXT = 200  # characters
 
 _SIGNED = {"gain"}  # every other number is an amount
 _WORDS = {
+    "precision": ("fp16", "int8", "int4"),
     "quality": ("measured", "estimate"),
     "update": ("fp32", "fp16", "int8", "int4"),
     "optimiser": ("adamw", "sgd"),

@@ -96,11 +96,23 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """How an adapter that isn't sent whole is to be read (`protocol.rounding`)."""
+
+    precision: str
+    """`fp16`, `int8` or `int4`."""
+    rank: int
+    """Of every site: the bytes don't say."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train the shared adapter by this plan, starting from the adapter sent."""
 
     plan: TrainingPlan
     adapter: bytes
+    rounded: Rounded | None = None
+    """None: `adapter` is whole."""
     echo: int = 0
     """Events in the device's ledger when the server last heard of it. A ledger with fewer was rolled back, and its
     device refuses; more of them permit nothing."""
@@ -152,6 +164,8 @@ class Evaluate:
     run: str
     round: int
     adapter: bytes
+    rounded: Rounded | None = None
+    """As of a Train."""
     privacy: MeasuringPrivacy | None = None
 
 
@@ -186,6 +200,8 @@ class Personalise:
     """Steps between two looks at the validation pictures, which keep the best adapter."""
     patience: int
     """Looks without improvement before training ends."""
+    rounded: Rounded | None = None
+    """As of a Train."""
 
 
 @dataclass(frozen=True, kw_only=True)

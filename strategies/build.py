@@ -58,6 +58,11 @@ def build(
         raise AntherError(
             f"adapter.frame={config.adapter.frame}: {chosen.aggregation} turns the factors; use strategy=fedit"
         )
+    if config.strategy.download != "fp32" and (frame or plan.scaffold):
+        raise AntherError(
+            f"strategy.download={config.strategy.download}: the factors of adapter.frame and SCAFFOLD's control "
+            "variate travel beside the adapter, whole; use strategy.download=fp32"
+        )
     seed = config.seed if accept_simulated else None
     limits = Limits(
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
@@ -72,6 +77,7 @@ def build(
         evaluation=evaluation(config),
         measuring=measuring(config, simulated=accept_simulated),
         optimiser=optimiser(config, rule),
+        download=config.strategy.download,
         limits=limits,
         frame=frame,
         decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,

@@ -14,6 +14,7 @@ from functools import partial
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from models.bounds import excess
@@ -24,8 +25,20 @@ from privacy.accounting import PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records, rounding
 from protocol.codec import decode, encode
-from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan, Update
+from protocol.messages import (
+    DeviceReport,
+    Evaluate,
+    Personalise,
+    Query,
+    Reply,
+    Request,
+    Rounded,
+    Train,
+    TrainingPlan,
+    Update,
+)
 from strategies.aggregation import Aggregated, Aggregation, Updates
+from strategies.download import FP32, download, lost, restored
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser
@@ -55,6 +68,8 @@ class _Round:
     bytes_down: int
     drift: Drift | None
     """Of devices that correct for it."""
+    lost: Mapping[str, Tensor]
+    """What rounding took of the adapter on its way, for the next one."""
 
 
 class Federated(Strategy):
@@ -68,6 +83,7 @@ class Federated(Strategy):
         measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
             after none).
         optimiser: takes the step that a round's mean points to; None: the mean is the next adapter.
+        download: precision that adapters are sent in.
         frame: the factors that stay, of a plan that trains cores between them.
         decay: of the plan's learning rate (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
@@ -89,6 +105,7 @@ class Federated(Strategy):
         evaluation: Selection | None = None,
         measuring: Measuring | None = None,
         optimiser: Optimiser | None = None,
+        download: str = FP32,
         frame: Adapter | None = None,
         decay: Cosine | None = None,
         accept_simulated: bool = False,
@@ -102,6 +119,8 @@ class Federated(Strategy):
             raise ValueError(f"feedback needs directions that keep their meaning: {aggregation.sensitivity.reason}")
         if plan.scaffold and (device_level or plan.optimiser != "sgd" or not aggregation.sensitivity.linear):
             raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
+        if download != FP32 and (frame or plan.scaffold):
+            raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
         if optimiser and aggregation.sensitivity.turned:
             raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")
         if device_level and not aggregation.sensitivity.linear:
@@ -121,7 +140,7 @@ class Federated(Strategy):
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
-        self._optimiser = optimiser
+        self._optimiser, self._download = optimiser, download
         self.memory: Memory = {}
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
@@ -177,14 +196,15 @@ class Federated(Strategy):
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
-        adapter = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
-        tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
+        held = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
+        data, adapter, rounded = download(held, self._download)
         drift = None
         if self._plan.scaffold:
             start = trained_tensors(adapter, self.frame)
             drift = Drift(self.memory.get(_CONTROL), start, devices=len(reports))
-            tensors |= beside(drift.control)
-        data = encode(tensors)
+        if self.frame or drift:  # what is beside the adapter is sent whole, and so is the adapter
+            tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
+            data = encode(tensors | (beside(drift.control) if drift else {}))
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
@@ -198,9 +218,17 @@ class Federated(Strategy):
         }
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
-        self._round = _Round(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans), drift=drift)
+        self._round = _Round(
+            adapter=adapter,
+            plans=plans,
+            bytes_down=len(data) * len(plans),
+            drift=drift,
+            lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
+        )
         return [
-            self._message(Train(plan=plan, adapter=data, echo=self._events.get(report.device, 0)), node)
+            self._message(
+                Train(plan=plan, adapter=data, rounded=rounded, echo=self._events.get(report.device, 0)), node
+            )
             for node, (report, plan) in plans.items()
         ]
 
@@ -231,7 +259,7 @@ class Federated(Strategy):
 
         found, dropped = receive(records.TRAIN, heard, asked.plans, take_in)
         updates = sorted(found.values(), key=lambda update: update.device)
-        aggregated, central = self._aggregated(asked.adapter, spool, server_round)
+        aggregated, central = self._aggregated(asked, spool, server_round)
         diagnostics = aggregated.diagnostics if aggregated else {}
         arrays = metrics = None
         plans = {report.device: plan for report, plan in asked.plans.values()}
@@ -267,11 +295,20 @@ class Federated(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
-        data = records.adapter_from_record(arrays)
+        data, rounded = self._down(records.adapter_from_record(arrays))
         self._measured = self.measures(server_round) and self._paid(server_round, data)
         self._asked = selected(self._evaluation, self.query(grid), server_round) if self._measured else {}
         private = self._measuring.among_pictures
-        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data, privacy=private))
+        return self._ask(
+            Evaluate(run=self._plan.run, round=server_round, adapter=data, rounded=rounded, privacy=private)
+        )
+
+    def _down(self, whole: bytes) -> tuple[bytes, Rounded | None]:
+        """What travels of an adapter, and how it is to be read."""
+        if self._download == FP32:
+            return whole, None
+        data, _, rounded = download(from_tensors(decode(whole, shapes(self.sites, -1))), self._download)
+        return data, rounded
 
     def _paid(self, round: int, adapter: bytes) -> bool:
         """Whether a measurement that the server noises is charged for; devices charge for their own."""
@@ -298,6 +335,8 @@ class Federated(Strategy):
         self, request: Personalise, grid: Grid, names: Collection[str] | None = None
     ) -> Iterable[Message]:
         """A Personalise message for every device that is there and, where they are given, one of `names`."""
+        data, rounded = self._down(request.adapter)
+        request = replace(request, adapter=data, rounded=rounded)
         self._asked = self.query(grid)
         if names is not None:
             self._asked = {node: report for node, report in self._asked.items() if report.device in names}
@@ -317,19 +356,18 @@ class Federated(Strategy):
         )
         return self.personalised
 
-    def _aggregated(
-        self, current: Adapter, updates: Updates, round: int
-    ) -> tuple[Aggregated | None, CentralFacts | None]:
+    def _aggregated(self, asked: _Round, updates: Updates, round: int) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
+        current = asked.adapter
         if self.device_level:
             trained = (adapter for adapter, _ in updates)
             noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
-            noised, self.memory = self._stepped(current, noised)
+            noised, self.memory = self._stepped(current, noised, asked.lost)
             return noised, central
         if not updates:
             return None, None
         mean = self._aggregation.aggregate(current, updates, round=round)
-        aggregated, memory = self._stepped(current, mean)
+        aggregated, memory = self._stepped(current, mean, asked.lost)
         if found := excess(aggregated.adapter):  # of updates that were each let in
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, None
@@ -340,13 +378,16 @@ class Federated(Strategy):
         snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
-    def _stepped(self, current: Adapter, aggregated: Aggregated) -> tuple[Aggregated, Memory]:
-        """The step that the server's optimiser makes of a round, and what it is going to remember."""
+    def _stepped(
+        self, current: Adapter, aggregated: Aggregated, lost: Mapping[str, Tensor]
+    ) -> tuple[Aggregated, Memory]:
+        """The step that the server makes of a round, from where it really stood, and what it is going to remember."""
         if self._optimiser is None:
-            return aggregated, self.memory
+            return aggregated._replace(adapter=restored(aggregated.adapter, lost)), self.memory
         before, after = (trained_tensors(adapter, self.frame) for adapter in (current, aggregated.adapter))
         found, memory = self._optimiser.step(before, after, self.memory)
-        return aggregated._replace(adapter=from_trained_tensors(found, self.frame)), {**self.memory, **memory}
+        stepped = restored(from_trained_tensors(found, self.frame), lost)
+        return aggregated._replace(adapter=stepped), {**self.memory, **memory}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

@@ -91,6 +91,11 @@ They come after the clip and the noise of a step, and no picture enters them but
 
 OPTIMISERS
 
+## Downloads in few bits
+
+`strategy.download` rounds what was released already, by coins that follow from it. What rounding took stays on the
+server and enters the next adapter there: of releases too.
+
 ## Told beside the adapter
 
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,

@@ -79,6 +79,13 @@ def test_a_plan_says_how_devices_take_their_steps():
     assert (plan.scaffold, plan.optimiser, plan.proximal) == (True, "sgd", 0.5)
 
 
+def test_a_control_variate_is_sent_whole():
+    shared = "strategy=fedit strategy.correction=scaffold adapter.shared.optimiser=sgd"
+    config = compose(f"{shared} strategy.download=int8")
+    with pytest.raises(AntherError, match=r"strategy\.download=int8: .*use strategy\.download=fp32"):
+        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+
+
 def test_no_optimiser_unless_one_is_named():
     assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
 

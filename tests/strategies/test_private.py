@@ -372,7 +372,7 @@ def test_of_cores_an_optimiser_moves_the_cores_alone():
     )
     cores = {name: torch.randn(3, 3) for name in SITES}
     moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in frame.items()}
-    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}))
+    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}), {})
     assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
         f"{name}.core": (3, 3) for name in SITES
     }
