@@ -89,8 +89,11 @@ They come after the clip and the noise of a step, and no picture enters them but
 
 `strategy.optimiser` goes with every combination that runs: it comes after the clip and the noise, and costs nothing.
 
-OPTIMISERS
+| optimiser | why |
+|---|---|
+"""
 
+TOLD = """
 ## Downloads in few bits
 
 `strategy.download` rounds what was released already, by coins that follow from it. What rounding took stays on the
@@ -140,21 +143,13 @@ def sampling() -> Iterator[str]:
 
 def optimisers() -> Iterator[str]:
     """The lines that say what each server optimiser is made of."""
-    yield "| optimiser | why |"
-    yield "|---|---|"
     yield from (f"| {name} | {piece.sensitivity.reason} |" for name, piece in OPTIMISERS.items())
 
 
 def page() -> str:
     """The whole of docs/privacy.md."""
-    return (
-        "\n".join([HEAD, *table()])
-        + "\n"
-        + SAMPLING
-        + "\n".join(sampling())
-        + "\n"
-        + TAIL.replace("OPTIMISERS", "\n".join(optimisers()))
-    )
+    combined, sampled, stepped = ("\n".join(lines) + "\n" for lines in (table(), sampling(), optimisers()))
+    return HEAD + "\n" + combined + SAMPLING + sampled + TAIL + stepped + TOLD
 
 
 if __name__ == "__main__":

@@ -162,6 +162,13 @@ def test_through_the_round_loop_killed_and_resumed_it_is_the_same_run(tmp_path, 
     assert told(plain[0])[0] != told(whole)[0]
 
 
+@pytest.mark.usefixtures("_fake_logic")
+def test_a_step_that_devices_would_refuse_is_not_taken_and_not_remembered(tmp_path):
+    state = run(tmp_path, FedIT(), FedAvgM(rate=1e6, momentum=0.9))
+    assert encode(to_tensors(state.adapter)) == encode(to_tensors(fresh_state().adapter))
+    assert state.memory == {}
+
+
 def test_factors_that_are_new_each_round_have_no_optimiser():
     with pytest.raises(ValueError, match="stay the same: every round begins with fresh ones"):
         strategy(aggregation=FLoRA(rank=3, seed=0), optimiser=RULES["fedadam"])
