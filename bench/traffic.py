@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--gain", action="store_true", help="run the federations too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--precisions", nargs="*", choices=rounding.PRECISIONS, default=list(rounding.PRECISIONS))
-    parser.add_argument("--down", nargs="*", choices=rounding.PRECISIONS, default=["int8", "int4"])
+    parser.add_argument("--down", nargs="*", choices=rounding.PRECISIONS, default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
