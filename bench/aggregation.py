@@ -7,7 +7,8 @@
 - Error: devices of ranks 2, 4, 8 and 16, relative to the true mean; beside it the best approximation of the same rank,
   and FedIT with factors padded by zeros, itself truncated to that rank.
 
-Factors are synthetic: everybody starts from one A, learns one B in part, and drifts from both.
+Factors are synthetic: everybody starts from one A, learns one B in part, and drifts from both. Errors are measured on
+real updates too: what writers' devices make of the glyph base's adapter in two rounds (`bench.updates`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import updates
 from bench.machine import machine, memory, versions
+from bench.updates import truncated
 from models.adapter import Adapter, Factors
 from strategies.aggregation.exact import Exact
 
@@ -156,12 +159,6 @@ def errors() -> list[dict[str, float]]:
     return found
 
 
-def truncated(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a matrix (Eckart–Young)."""
-    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * sigma[:rank]) @ vh[:rank]
-
-
 def _error(found: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.norm(found - wanted) / torch.linalg.norm(wanted))
 
@@ -185,6 +182,7 @@ def main() -> None:
         "cpu_seconds": times(given.seconds),
         "bytes": held(),
         "errors": errors(),
+        "typefaces": updates.errors(MIXED),
     }  # fmt: skip
     show(found)
     given.output.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +210,13 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(
             f"{row['inputs']} × {row['outputs']}", str(row["devices"]), str(row["rank"]), f"{row['best']:.4f}",
             f"{row['exact']:.4f}", f"{row['exact'] / row['best']:.3f}", f"{row['fedit_padded']:.4f}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table("round", "rank", "best", "exact", "of best, worst site", "fedit, padded", title="On typefaces")
+    for row in found["typefaces"]:
+        table.add_row(
+            str(row["round"]), str(row["rank"]), f"{row['best']:.4f}", f"{row['exact']:.4f}", f"{row['of_best']:.3f}",
+            f"{row['fedit_padded']:.4f}",
         )  # fmt: skip
     console.print(table)
 

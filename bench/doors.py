@@ -31,7 +31,7 @@ from protocol import messages, records
 from protocol.codec import encode, largest
 from server.gate import Gated
 from simulations.grid import InProcess, identify
-from strategies.aggregation import Aggregated, Linearity, Updates
+from strategies.aggregation import Aggregated, Linearity, Updates, always
 from strategies.federated import Federated
 from strategies.measuring import Measuring
 from strategies.planning import Limits
@@ -114,7 +114,9 @@ class _Keep:
     """An aggregation that keeps what came through to it."""
 
     mixed_ranks = True
+    steady = False
     sensitivity = Linearity(linear=False, reason="it looks at one update alone")
+    trains = staticmethod(always("both"))
 
     def __init__(self) -> None:
         self.came: Adapter | None = None

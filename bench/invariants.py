@@ -52,6 +52,14 @@ def _quality(value: Any) -> bool:
     return value in ("measured", "estimate")
 
 
+def _trains(value: Any) -> bool:
+    return value in ("both", "a", "b", "cores", "split")
+
+
+def _texts(value: Any) -> bool:
+    return type(value) is list and all(map(_text, value))
+
+
 def _precision(value: Any) -> bool:
     return value in ("fp32", "fp16", "int8", "int4")
 
@@ -66,12 +74,13 @@ _EXAMPLE = _object(noise_multiplier=_amount, clip=_amount, sampling_rate=_amount
 _MEASURING = _object(noise_multiplier=_amount, clip=_amount, pictures=_count, delta=_amount)
 _PLAN = _object(
     run=_text, round=_count, base=_text, rank=_count, steps=_count, batch_size=_count, learning_rate=_amount,
-    cores=_flag, privacy=_or_none(_EXAMPLE), update=_precision, keep=_amount, feedback=_flag,
+    trains=_trains, sites=_or_none(_texts), privacy=_or_none(_EXAMPLE), update=_precision, keep=_amount, feedback=_flag,
 )  # fmt: skip
 MESSAGES: Mapping[str, Check] = {
     "DeviceReport": _object(
         device=_text, base=_text, profile=_text, memory_gib=_amount, examples_per_second=_amount, watts=_amount,
-        uplink_mbps=_amount, downlink_mbps=_amount, metered=_flag,
+        uplink_mbps=_amount, downlink_mbps=_amount, metered=_flag, battery=_or_none(_amount),
+        charging=_flag, busy=_flag, hot=_flag, pictures=_flag,
     ),
     "Update": _object(
         device=_text, run=_text, round=_count, rank=_count, release=_flag, seconds=_amount, joules=_amount,

@@ -3,8 +3,9 @@
 Bytes are those of updates that were encoded, with their headers, on the shapes of a published base, whose weights
 nobody needs for it. What a device trains:
 
-    factors   A and B of every site            B alone   A stays, and costs its blocks' scales
-    cores     rank² numbers a site, between factors that stay (adapter.frame)
+    factors   A and B of every site            B alone   A stays (ffa, fedsvd, every second round of rolora)
+    A alone   B stays, or is the device's (fedsa)
+    cores     rank² numbers a site, between factors that stay (fedsb)
 
 Down goes the whole adapter, A and B (strategy.download).
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ from torch import Tensor
 from bench.machine import machine, versions
 from bench.utility import complete, share
 from models.adapter import Sites, from_tensors, shapes
-from models.cores import core_shapes
 from models.denoiser import find_sites
 from models.families.known import find
+from models.trained import trained_shapes
 from protocol import codec, rounding
 from strategies.download import download
 
@@ -63,17 +64,11 @@ class Way(NamedTuple):
 FP32 = Way("fp32")
 UP = (FP32, Way("fp16"), Way("int8"), Way("int4"), Way("int4", 0.5), Way("int4", 0.25))
 WAYS = (*UP, Way("fp32", down="int8"), Way("fp32", down="int4"), Way("int4", down="int8"), Way("int4", down="int4"))
-TRAINED: Mapping[str, Callable[[Sites, int], dict[str, Tensor]]] = {
-    "factors": lambda sites, rank: _drawn(shapes(sites, rank)),
-    "B alone": lambda sites, rank: {
-        name: part * name.endswith("lora_B") for name, part in _drawn(shapes(sites, rank)).items()
-    },
-    "cores": lambda sites, rank: _drawn(core_shapes(sites, rank)),
-}
+TRAINED = {"factors": "both", "B alone": "b", "A alone": "a", "cores": "cores"}
 METHODS: Mapping[str, tuple[str, ...]] = {
     "fedit": ("strategy=fedit",),
     "exact": ("strategy=exact",),
-    "cores": ("strategy=fedit", "adapter.frame=glyphs-frame"),
+    "cores": ("strategy=fedsb",),
 }
 RATES = {"fedit": 0.006, "exact": 0.006, "cores": 0.02}
 COMMON = (
@@ -96,7 +91,7 @@ def size(change: Mapping[str, Tensor], way: Way) -> int:
 
 def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
     """Bytes by what is trained and how it is sent."""
-    changes = {name: made(sites, rank) for name, made in TRAINED.items()}
+    changes = {name: _drawn(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
     return {name: {way.name: size(change, way) for way in UP} for name, change in changes.items()}
 
 

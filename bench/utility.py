@@ -49,7 +49,7 @@ CURVES = (Cohort(50, 20), Cohort(100, 20), WHOLE, Cohort(200, 12), Cohort(200, 4
 ROUNDS = {"example": 25, "device": 10}
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
 COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
-CORES = ("strategy=fedit", "adapter.frame=glyphs-frame")
+CORES = ("strategy=fedsb",)
 # A round of one step has no walk within it, which noise would lead astray, and a mean after every noise.
 EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS['example']}", "adapter.shared.steps=1")
 DRAWS = "privacy.draws=8"  # of noise and time for each picture, whose gradients' mean is clipped

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from client.device import Device
 from client.outgoing import Outgoing, follows, sent_change
 from client.store import Variate
-from models.adapter import Adapter
+from models.adapter import Adapter, Factors
 from models.controls import Control, change
-from models.cores import from_trained_tensors
+from models.trained import from_trained_tensors
 from protocol.codec import CodecError
 from protocol.messages import TrainingPlan
 
@@ -31,9 +32,13 @@ def own(plan: TrainingPlan, device: Device, server: Mapping[str, Tensor], *, rel
     return {name: part.new_zeros(part.shape) for name, part in server.items()}
 
 
-def correction(server: Mapping[str, Tensor], mine: Mapping[str, Tensor], frame: Adapter | None) -> Adapter:
-    """c − c_i, as a job has it."""
-    return from_trained_tensors({name: part - mine[name] for name, part in server.items()}, frame)
+def correction(
+    plan: TrainingPlan, server: Mapping[str, Tensor], mine: Mapping[str, Tensor], start: Adapter, frame: Adapter | None
+) -> Adapter:
+    """c − c_i, as a job has it; zero where nothing is shared, as at a B that is the device's own."""
+    added = {name: part - mine[name] for name, part in server.items()}
+    nothing = {name: Factors(*map(torch.zeros_like, factors)) for name, factors in start.items()}
+    return from_trained_tensors(added, plan.trains, nothing, frame)
 
 
 def keep(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
 
 
-def _no_limit(_: int) -> None:
+def _no_limit(_: int, __: Collection[str]) -> None:
     pass
 
 
@@ -49,8 +49,9 @@ class Device:
     """Of the ordinary streams: batches without privacy, timesteps, diffusion noise."""
     resolution: int
     """Side in pixels of pictures as the base sees them."""
-    check_memory: Callable[[int], None] = _no_limit
-    """Raises Refusal if training an adapter of this rank wouldn't fit; a simulation's memory is the cohort's affair."""
+    check_memory: Callable[[int, Collection[str]], None] = _no_limit
+    """Raises Refusal if training an adapter of this rank at these sites wouldn't fit; a simulation's memory is the
+    cohort's affair."""
     previews: int = 0
     """How many pictures its owner is shown of what was learnt, each time that something was."""
 

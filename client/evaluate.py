@@ -9,6 +9,7 @@ from torch import Tensor
 
 from client.data import fingerprint
 from client.device import Device
+from client.own import of_run
 from client.sent import Sent, received
 from client.work import cache_key, encoded, expect
 from privacy.accounting import NonPrivate, PoissonGaussian
@@ -51,7 +52,8 @@ def _losses(request: messages.Evaluate, sent: Sent, device: Device) -> Generator
     if base is None:
         base = expect(float, (yield jobs.Measure(examples=examples, adapter=None)))
         device.store.save_number("base", key, base)
-    shared = expect(float, (yield jobs.Measure(examples=examples, adapter=sent.adapter)))
+    adapter = of_run(sent.adapter, request.run, device)
+    shared = expect(float, (yield jobs.Measure(examples=examples, adapter=adapter)))
     return messages.Evaluation(device=device.name, round=request.round, base=base, shared=shared)
 
 
@@ -74,7 +76,8 @@ def _noised_gain(
     gains: list[float] = []
     if examples:
         base = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
-        shared = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=sent.adapter)))
+        adapter = of_run(sent.adapter, request.run, device)
+        shared = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=adapter)))
         gains = (base - shared).tolist()
     reply = messages.Evaluation(
         device=device.name,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from client.device import Device
-from client.store import Residual
+from client.own import kept_factors
+from client.store import Own, Residual
 from models.adapter import Adapter
-from models.cores import trained_tensors
+from models.trained import trained_tensors
 from privacy.entries import TRAIN, History
 from privacy.noise import stream
 from protocol import codec, rounding
@@ -31,22 +32,25 @@ class Outgoing(NamedTuple):
 
     data: bytes
     residual: Residual | None
+    own: Own | None
 
 
 def outgoing(
-    plan: TrainingPlan, device: Device, *, start: Adapter, trained: Adapter, frame: Adapter | None, history: History,
-    release: bool,
+    plan: TrainingPlan, device: Device, *, start: Adapter, trained: Adapter, frame: Adapter | None,
+    own: dict[str, Tensor] | None, history: History, release: bool,
 ) -> Outgoing:  # fmt: skip
     """What a device sends of an adapter that it trained from `start`: the same bytes whenever it is asked.
 
     Args:
+        own: the factors B that the device began the round with, where they are its own.
         history: the device's ledger, with this round in it.
         release: whether the noise, if there is any, was no simulation.
     """
-    after = trained_tensors(trained, frame)
+    after = trained_tensors(trained, plan.trains, frame)
+    stays = None if own is None else kept_factors(plan, own, trained, release)
     if plan.update == "fp32":
-        return Outgoing(codec.encode(after), None)
-    before = trained_tensors(start, frame)
+        return Outgoing(codec.encode(after), None, stays)
+    before = trained_tensors(start, plan.trains, frame)
     change = {name: tensor - before[name] for name, tensor in after.items()}
     common = follows(plan, release)
     carried = _carried(device.store.residual(common), plan, history) if plan.feedback else {}
@@ -55,16 +59,18 @@ def outgoing(
     coins = torch.Generator().manual_seed(stream(device.seed, device.name, plan.run, plan.round, ROUNDING))
     data = rounding.encode(change, plan.update, coins, keep=plan.keep)
     if not plan.feedback:
-        return Outgoing(data, None)
+        return Outgoing(data, None, stays)
     # A private reply is sealed, and never made again.
     again = {} if plan.privacy else carried
-    return Outgoing(data, Residual(common, plan.round, _left(change, data, plan), again))
+    return Outgoing(data, Residual(common, plan.round, _left(change, data, plan), again), stays)
 
 
 def keep(device: Device, sent: Outgoing) -> None:
-    """Keep what is left for the next round, now that these bytes are the reply."""
+    """Keep what is for the next round, now that these bytes are the reply."""
     if sent.residual:
         device.store.save_residual(sent.residual)
+    if sent.own:
+        device.store.save_own(sent.own)
 
 
 def sent_change(plan: TrainingPlan, data: bytes, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +85,8 @@ def sent_change(plan: TrainingPlan, data: bytes, start: dict[str, Tensor]) -> di
 
 def follows(plan: TrainingPlan, release: bool) -> str:
     """What two rounds have in common if what is left of one may enter the next."""
-    common = (plan.run, plan.base, plan.rank, plan.cores, plan.privacy is None, release)
+    trained = (plan.base, plan.rank, plan.trains, plan.sites)
+    common = (plan.run, *trained, plan.privacy is None, release)
     return hashlib.sha256(repr(common).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from client.device import Device
+from client.own import of_run
 from client.sent import received
 from client.store import Personal
 from client.work import cost, encoded, expect
@@ -35,10 +36,10 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     device.policy.check_work(
         rank=request.rank, steps=request.steps, examples=request.batch_size, learning_rate=request.learning_rate
     )
-    device.check_memory(request.rank)
+    device.check_memory(request.rank, device.sites)
     if min(request.look_every, request.patience) < 1:
         raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
-    sent = received(request.adapter, device, rounded=request.rounded).adapter
+    sent = of_run(received(request.adapter, device, rounded=request.rounded).adapter, request.run, device)
     # Of the steps asked for: when training stops tells of the pictures.
     seconds, joules = cost(device, request.steps * request.batch_size)
     reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality="estimate")

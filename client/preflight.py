@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 
 from client.ladder import MARGIN, MIB
 from client.store import Store
+from models.adapter import Sites
 from models.base import Base
 from models.families.known import find
 from models.footprint import example, footprint, resident_bytes, stand_in
@@ -16,17 +18,18 @@ from training import trainer
 from training.memory import total_and_free
 
 
-def check_memory(base: Base, store: Store, rank: int) -> None:
-    """Raises Refusal if a pass of one picture, with an adapter of this rank, may take more than is free now.
+def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) -> None:
+    """Raises Refusal if a pass of one picture, with an adapter of this rank at these sites, may take more than is free.
 
     On a GPU whatever asks for too much is told so, and nothing else suffers: there nothing is predicted.
     """
     if base.device.type != "cpu":
         return
-    key = _key(base, rank)
+    chosen = {name: site for name, site in base.sites.items() if name in sites}
+    key = _key(base, rank, chosen)
     needed = store.number("pass-bytes", key)
     if needed is None:
-        needed = _pass_bytes(base, rank)
+        needed = _pass_bytes(base, rank, chosen)
         store.save_number("pass-bytes", key, needed)
     if MARGIN * needed > _free(base):
         trainer.let_go(base)
@@ -39,7 +42,7 @@ def _free(base: Base) -> int:
     return total_and_free(base.device)[1]
 
 
-def _key(base: Base, rank: int) -> str:
+def _key(base: Base, rank: int, sites: Sites) -> str:
     """Of all that a prediction depends on."""
     held = (
         base.hash,
@@ -47,12 +50,15 @@ def _key(base: Base, rank: int) -> str:
         base.dtype,
         base.resolution,
         base.checkpointing,
-        sorted(base.sites.items()),
+        len(base.sites),
+        sorted(sites.items()),
     )
     return hashlib.sha256(repr((held, rank, torch.__version__)).encode()).hexdigest()
 
 
-def _pass_bytes(base: Base, rank: int) -> int:
+def _pass_bytes(base: Base, rank: int, sites: Sites) -> int:
     """What a pass takes beside the base, which is there already."""
-    found = footprint(stand_in(base), *example(find(str(base.folder)), base.resolution), rank=rank)
+    alone = stand_in(base)
+    alone.sites = sites
+    found = footprint(alone, *example(find(str(base.folder)), base.resolution), rank=rank)
     return found.peak_bytes - found.base_bytes

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import NamedTuple
 
 from client.device import Device
 from conf.errors import AntherError
 from models import controls, cores
-from models.adapter import Adapter, Site, Sites, from_tensors, head_and_tail, rank, shapes
+from models.adapter import Adapter, Site, Sites, at, from_tensors, head_and_tail, rank, shapes
 from models.bounds import excess
 from models.controls import Control
+from models.trained import trained_shapes
 from privacy.policy import Refusal
 from protocol import codec, rounding
 from protocol.messages import Rounded
+
+
+class Parts(NamedTuple):
+    """An adapter as a plan sees it."""
+
+    start: Adapter
+    """What is trained, or holds what is: the first directions, at the plan's sites."""
+    frozen: Adapter | None
+    """All the rest."""
+    frame: Adapter | None
+    """Of the cores, if those are trained."""
 
 
 class Sent:
@@ -26,26 +39,42 @@ class Sent:
     def __init__(self, adapter: Adapter, frame: Adapter | None, control: Control, sha256: str) -> None:
         self.control = control  # of the server, if one was sent
         self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
-        self._parts: dict[int, tuple[Adapter, Adapter | None, Adapter | None]] = {}
+        self._parts: dict[object, Parts] = {}
 
-    def parts(self, rank: int) -> tuple[Adapter, Adapter | None, Adapter | None]:
-        """What a plan of this rank trains, what stays frozen beside it, and the frame of the cores, if it is those."""
-        if rank not in self._parts:
-            head, tail = head_and_tail(self.adapter, rank)
-            frame = head_and_tail(self._frame, rank)[0] if self._frame else None
-            self._parts[rank] = head, tail if self.rank > rank else None, frame
-        return self._parts[rank]
+    def parts(self, rank: int, sites: tuple[str, ...] | None = None) -> Parts:
+        """Those of a plan of this rank at these sites; None: at all.
+
+        Raises Refusal for a site that the adapter has not, for none and for one that is named twice.
+        """
+        if (rank, sites) not in self._parts:
+            self._parts[rank, sites] = self._cut(rank, self.adapter if sites is None else self._known(sites))
+        return self._parts[rank, sites]
+
+    def _known(self, sites: tuple[str, ...]) -> set[str]:
+        chosen = set(sites)
+        if unknown := min(chosen - self.adapter.keys(), default=None):
+            raise Refusal(f"the plan trains site {unknown}, which this base has not, or is not adapted at")
+        if not 0 < len(chosen) == len(sites):
+            raise Refusal(f"the plan names {len(sites)} sites to train, {len(chosen)} of them different")
+        return chosen
+
+    def _cut(self, rank: int, sites: Adapter | set[str]) -> Parts:
+        head, tail = head_and_tail(at(self.adapter, sites), rank)
+        beside = {name: factors for name, factors in self.adapter.items() if name not in sites}
+        frozen = beside | (tail if self.rank > rank else {})
+        frame = head_and_tail(at(self._frame, sites), rank)[0] if self._frame else None
+        return Parts(head, frozen or None, frame)
 
 
 def received(
-    data: bytes, device: Device, *, rounded: Rounded | None = None, framed: bool = False, controlled: bool = False
+    data: bytes, device: Device, *, rounded: Rounded | None = None, framed: bool = False, controlled: str | None = None
 ) -> Sent:
     """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
 
     Args:
         rounded: how it is to be read, if it isn't whole; nothing travels beside such a one.
         framed: whether the factors that stay travel beside it, since cores are to be trained.
-        controlled: whether the server's control variate does, which corrects what is trained.
+        controlled: what is trained, where the server's control variate of that does too; None: there is none.
 
     Raises Refusal otherwise: the reason is about what was sent, and the base that the server knows.
     """
@@ -59,14 +88,15 @@ def received(
 @lru_cache(maxsize=1)
 def _decoded(
     data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, rounded: Rounded | None, framed: bool,
-    controlled: bool,
+    controlled: str | None,
 ) -> Sent:  # fmt: skip
     if rounded:
-        return Sent(_read(data, dict(sites), most_rank, rounded, framed or controlled), None, {}, _sha256(data))
+        return Sent(
+            _read(data, dict(sites), most_rank, rounded, framed or controlled is not None), None, {}, _sha256(data)
+        )
     expected = shapes(dict(sites), -1, frame=framed)
-    if controlled:
-        trained = cores.core_shapes(dict(sites), -1) if framed else shapes(dict(sites), -1)
-        expected |= controls.beside_shapes(trained)
+    if controlled is not None:
+        expected |= controls.beside_shapes(trained_shapes(dict(sites), -1, controlled))
     tensors = codec.decode(data, expected, free=most_rank)
     adapter = _bounded(from_tensors(tensors))
     frame = cores.frame_from_tensors(tensors) if framed else None

@@ -7,6 +7,7 @@
     seed                      of the device's ordinary random streams
     residual.safetensors      what rounding left of the last change that was sent
     variate.safetensors       SCAFFOLD's control variate, before the last round and after it
+    own.safetensors           the factors B of a run that shares A alone
     previews/                 what its owner is shown of what was learnt
     cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
                               missing or damaged
@@ -35,7 +36,7 @@ from privacy.storage import Storage
 from training.jobs import Examples
 
 PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
-RESIDUAL, VARIATE = "residual.safetensors", "variate.safetensors"
+RESIDUAL, VARIATE, OWN = "residual.safetensors", "variate.safetensors", "own.safetensors"
 
 
 class Personal(NamedTuple):
@@ -66,6 +67,16 @@ class Variate(NamedTuple):
 
 
 OfRound = TypeVar("OfRound", Residual, Variate)
+
+
+class Own(NamedTuple):
+    """The factors B that a device trained in a run and keeps, by site."""
+
+    run: str
+    promise: str  # under which it was trained
+    round: int
+    after: dict[str, Tensor]
+    before: dict[str, Tensor]  # for this round again, if it is asked for again
 
 
 class Store:
@@ -159,6 +170,26 @@ class Store:
             if metadata["follows"] != follows:
                 return None
             return kind(follows, int(metadata["round"]), *(_under(tensors, part) for part in kind._fields[2:]))
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def save_own(self, own: Own) -> None:
+        parts = {"after": own.after, "before": own.before}
+        # Clones: of a site that was not trained both are one tensor, which the format doesn't hold twice.
+        tensors = {
+            f"{part}/{name}": t.clone().contiguous() for part, named in parts.items() for name, t in named.items()
+        }
+        told = {"run": own.run, "promise": own.promise, "round": str(own.round)}
+        self._storage.write(OWN, save(tensors, told))
+
+    def own(self, run: str) -> Own | None:
+        """What was kept of this run; a damaged one is none: the run goes on with what is sent."""
+        try:
+            tensors, told = _load(self._storage.read(OWN) or b"")
+            if told["run"] != run:
+                return None
+            found = (_under(tensors, part) for part in ("after", "before"))
+            return Own(run, told["promise"], int(told["round"]), *found)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 

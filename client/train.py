@@ -10,9 +10,10 @@ from client import controls
 from client.data import fingerprint
 from client.device import Device
 from client.outgoing import keep, outgoing
+from client.own import own_factors, with_own
 from client.sent import received
 from client.work import cost, encoded, expect
-from models.cores import trained_tensors
+from models.trained import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
@@ -35,23 +36,29 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
-    sent = received(request.adapter, device, rounded=request.rounded, framed=plan.cores, controlled=plan.scaffold)
+    sent = received(
+        request.adapter, device, rounded=request.rounded, framed=plan.trains == "cores",
+        controlled=plan.trains if plan.scaffold else None,
+    )  # fmt: skip
     if sent.rank < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
-    if plan.scaffold and (sent.rank != plan.rank or plan.optimiser != "sgd"):
+    if plan.scaffold and (sent.rank != plan.rank or plan.sites is not None or plan.optimiser != "sgd"):
         raise Refusal("a control variate is of every direction that was sent, and of plain SGD")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
-    device.check_memory(plan.rank)  # before pictures take any: the answer is for the server to know
+    start, frozen, frame = sent.parts(plan.rank, plan.sites)
+    device.check_memory(plan.rank, start)  # before pictures take any: the answer is for the server to know
     pictures = device.pictures().train
     device.policy.check_pictures(len(pictures))
     examples = yield from encoded(device, "train", pictures)
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
-    start, frozen, frame = sent.parts(plan.rank)
     mine = controls.own(plan, device, sent.control, release=noise.release)
+    own = own_factors(plan, device, noise.release) if plan.trains == "split" else None
+    if own is not None:
+        start, frozen = with_own(start, own), frozen and with_own(frozen, own)
     trained = expect(
         Trained,
         (
@@ -62,6 +69,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 seed=device.seed,
                 examples=examples,
                 start=start,
+                trains="both" if plan.trains == "split" else plan.trains,
                 frozen=frozen,
                 frame=frame,
                 steps=plan.steps,
@@ -69,7 +77,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 learning_rate=plan.learning_rate,
                 optimiser=plan.optimiser,
                 proximal=plan.proximal,
-                correction=controls.correction(sent.control, mine, frame) if plan.scaffold else None,
+                correction=controls.correction(plan, sent.control, mine, start, frame) if plan.scaffold else None,
                 privacy=_dp_sgd(plan),
                 noise=noise if plan.privacy else None,
                 names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
@@ -77,8 +85,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         ),
     )
     goes = outgoing(
-        plan, device, start=start, trained=trained.adapter, frame=frame, history=charged, release=noise.release
-    )
+        plan, device, start=start, trained=trained.adapter, frame=frame, own=own, history=charged,
+        release=noise.release,
+    )  # fmt: skip
     draws = plan.privacy.draws if plan.privacy else 1
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     seconds, joules = cost(device, plan.steps * plan.batch_size * draws)
@@ -100,7 +109,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     def remember() -> None:
         keep(device, goes)
         if plan.scaffold:
-            before = trained_tensors(start, frame)
+            before = trained_tensors(start, plan.trains, frame)
             controls.keep(plan, device, sent.control, mine, goes, before, release=noise.release)
 
     if plan.privacy is None:

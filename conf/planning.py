@@ -101,6 +101,13 @@ def planned(words: Sequence[str], own: Path) -> Plan:
     return found
 
 
+def device_profile(name: str) -> DeviceProfile:
+    """The profile of a device that comes with Anther; AntherError if there is none of this name."""
+    config = OmegaConf.merge(OmegaConf.structured(DeviceProfile), _profile(name, DEVICES / f"{name}.yaml"))
+    found: DeviceProfile = to_object(config, DeviceProfile)  # type: ignore[arg-type]
+    return found
+
+
 def _read(word: str) -> DictConfig:
     """One key with its value."""
     try:

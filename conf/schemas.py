@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+AGGREGATIONS = (
+    "exact", "fedit", "fedsa", "fedsb", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "raflora", "rolora",
+)  # fmt: skip
+
 
 def require(condition: bool, message: str) -> None:
     """Refuse a value with one line."""
@@ -62,6 +66,8 @@ class Data:
     train: int = 5  # glyphs that a writer gives
     validation: int = 5  # glyphs that decide when to stop
     test: int = 6  # glyphs that nobody trains on
+    skew: bool = False  # label skew: a writer gives glyphs of one kind (digits, capital or lowercase letters, in turn),
+    # and of the others only if those run out
     pictures: list[str] = field(default_factory=list)  # your own folders: each takes the place of a writer
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ class Data:
         if self.devices is not None:
             own = "your own pictures are on one device each: leave data.devices or data.pictures out"
             require(not self.pictures, f"data.devices={self.devices}: {own}")
+            alike = "one device each, or its glyphs of one kind would run out; leave data.devices or data.skew out"
+            require(not self.skew, f"data.devices={self.devices}: with data.skew a writer is on {alike}")
             few = f"fewer than data.writers={self.writers}, which are one device each at least"
             require(self.devices >= self.writers, f"data.devices={self.devices}: {few}")
 
@@ -88,17 +96,57 @@ class Profile:
     """One kind of device. Values are estimates unless its file says otherwise."""
 
     name: str = MISSING
-    memory_gib: float = MISSING
-    examples_per_second: float = MISSING  # training examples of the glyph base
-    watts: float = MISSING  # while training
     uplink_mbps: float = MISSING
     downlink_mbps: float = MISSING
     metered: bool = False
+    device: str | None = None  # its hardware, by the name of a file of conf/device; null: as stated in the next three
+    memory_gib: float | None = None  # null: its hardware's
+    examples_per_second: float | None = None  # training examples of the base; null: predicted from its hardware
+    watts: float | None = None  # while training; null: its hardware's
+    # What only fleet.timed knows of:
+    share: int = 1  # devices of this kind in each turn that profiles are dealt in
+    charger_watts: float = 0.0  # into a battery
+    plugged: list[float] = field(default_factory=lambda: [0.0, 24.0])  # from when to when on the owner's clock, hours,
+    # in pairs; what ends before it begins ends the day after
+    idle: list[float] = field(default_factory=lambda: [0.0, 24.0])  # from when to when its owner doesn't use it
+    leaves: bool = False  # breaks off what it does when its owner unplugs it, or begins to use it
+    drop_out: float = 0.0  # probability that it vanishes in an hour of work, for no reason that anybody knows
+    hot_after: float | None = None  # seconds at work until it is hot; null: it stays cool
+    cool_after: float = 600.0  # seconds at rest until it is cool again
+    hot_speed: float = 1.0  # share of its full speed that it works at while it is hot
 
     def __post_init__(self) -> None:
-        for name in ("memory_gib", "examples_per_second", "watts", "uplink_mbps", "downlink_mbps"):
+        for name in ("memory_gib", "examples_per_second", "watts"):
             value = getattr(self, name)
-            require(value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+            require(_none_or_positive(value), f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+            said = f"fleet.profiles: {name} of {self.name}: state it, or name its hardware (device)"
+            require(value is not None or self.device is not None, said)
+        for name in ("uplink_mbps", "downlink_mbps", "share", "cool_after", "hot_speed"):
+            value = getattr(self, name)
+            require(value == MISSING or value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
+        for name in ("plugged", "idle"):
+            hours = getattr(self, name)
+            pairs = len(hours) % 2 == 0 and all(0 <= hour <= 24 for hour in hours)
+            require(pairs, f"fleet.profiles: {name}={hours} of {self.name}: must be pairs of hours, 0 to 24")
+        for name, most in (("drop_out", 1.0), ("hot_speed", 1.0), ("charger_watts", 1e4)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"fleet.profiles: {name}={value} of {self.name}: must be 0 to {most:g}")
+        require(self.drop_out < 1, f"fleet.profiles: drop_out={self.drop_out} of {self.name}: must be under 1")
+        hot = self.hot_after
+        require(_none_or_positive(hot), f"fleet.profiles: hot_after={hot} of {self.name}: must be over 0, or null")
+
+
+@dataclass
+class Workload:
+    """How many times what the base takes a simulated device has to give, as if its base were a larger one."""
+
+    memory: float = 1.0  # of a pass, beside what a process takes by itself
+    arithmetic: float = 1.0  # of a pass: operations, and bytes moved
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "arithmetic"):
+            value = getattr(self, name)
+            require(value > 0, f"fleet.workload.{name}={value}: must be over 0")
 
 
 @dataclass
@@ -109,6 +157,15 @@ class Fleet:
     sample: int | None = None  # devices asked to train each round; null: all of them
     rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
+    overselect: float = (
+        1.0  # as many times `sample` devices are asked, and a round ends with the first `sample` replies
+    )
+    concurrency: int = 10  # devices that are at work at any time, with strategy.timing=async
+    timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
+    workload: Workload = field(default_factory=Workload)  # of a timed fleet
+    zones: float = 0.0  # hours by which owners' clocks differ at most (a timed fleet)
+    jitter: float = 1.0  # hours by which a day of theirs differs from another at most (a timed fleet)
+    trace: str | None = None  # CSV or JSON of when devices are plugged in and idle, instead of the profiles' hours
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
@@ -118,6 +175,19 @@ class Fleet:
         require(rate is None or 0 < rate <= 1, f"fleet.rate={rate}: must be over 0 and at most 1, or null")
         both = f"fleet.rate={rate} fleet.sample={self.sample}: choose one of them"
         require(rate is None or self.sample is None, both)
+        over = f"fleet.overselect={self.overselect}"
+        require(1 <= self.overselect <= 10, f"{over}: must be 1 to 10")
+        require(self.overselect == 1 or self.sample is not None, f"{over}: more than what? set fleet.sample")
+        require(self.concurrency >= 1, f"fleet.concurrency={self.concurrency}: must be 1 or more")
+        for name, most in (("zones", 24.0), ("jitter", 12.0)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"fleet.{name}={value}: must be 0 to {most:g} hours")
+        for profile in self.profiles if self.timed else ():
+            needs = f"fleet.timed: {profile.name} names no hardware: set device to the name of a file of conf/device"
+            require(profile.device is not None, needs)
+        require(
+            self.trace is None or self.timed, f"fleet.trace={self.trace}: only a fleet with timed=true lives by one"
+        )
 
 
 @dataclass
@@ -133,22 +203,33 @@ class Strategy:
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
-    # random after any noise. Where directions keep their meaning (fedit) what rounding left goes into the next round
+    # random after any noise. Where directions keep their meaning (fedit, ffa, fedsa, fedsb, hetlora) what rounding left
+    # goes into the next round
     download: str = "fp32"  # how adapters are sent to devices: fp32; or in fp16, int8 or int4, rounded at random. What
-    # rounding took the server keeps, where a rule's directions keep their meaning (exact, fedit, hetlora)
+    # rounding took the server keeps, unless the rule turns its factors (flexlora, flora, fedsvd, raflora)
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
     correction: str = "none"  # of what devices drift by; scaffold: by control variates, of plain SGD
-    # (adapter.shared.optimiser=sgd) and of rules that average factors (fedit)
-    optimiser: str = "none"  # the server's step along what a round's mean changes (exact, fedit, hetlora): fedavgm,
-    # fedadam or fedyogi; none: the mean is the next adapter
+    # (adapter.shared.optimiser=sgd) and of rules that average what keeps its meaning (fedit, ffa, fedsa, fedsb)
+    optimiser: str = "none"  # the server's step along what a round's mean changes, unless the rule turns its factors:
+    # fedavgm, fedadam or fedyogi; none: the mean is the next adapter
     server_rate: float | None = None  # η of that step; null: 1 for fedavgm, 0.003 for the others
     momentum: float = 0.9  # β of fedavgm, β₁ of the others
     second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
     tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
+    robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: norm, krum,
+    # foolsgold and geometric judge whole ones; median or trimmed goes by entries of the product, and comes last
+    outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
+    norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
+    norm_factor: float = 1.0
+    timing: str = "sync"  # sync: a round waits for its devices; async: devices train all the time, and a round is over
+    # whenever `buffer` updates are there (FedBuff)
+    buffer: int = 10  # updates of a round, with timing=async
+    quorum: int = 1  # a round with fewer good replies keeps the adapter
+    timeout: float = 3600.0  # seconds that a round waits, for devices that can be asked and for their replies
 
     def __post_init__(self) -> None:
-        choose("strategy.aggregation", self.aggregation, ("exact", "fedit", "flexlora", "flora", "hetlora", "raflora"))
+        choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
         choose("strategy.weights", self.weights, ("device", "rank_slice"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
         choose("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
@@ -168,6 +249,17 @@ class Strategy:
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
         require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")
+        for place, name in enumerate(self.robust):
+            choose("strategy.robust", name, ("norm", "krum", "foolsgold", "geometric", "median", "trimmed"))
+            last = name not in ("median", "trimmed") or place == len(self.robust) - 1
+            require(last, f"strategy.robust: {name} makes one update of all, put it last")
+        require(0 <= self.outliers < 0.5, f"strategy.outliers={self.outliers}: must be 0 or more and less than half")
+        require(_none_or_positive(self.norm_bound), f"strategy.norm_bound={self.norm_bound}: must be over 0, or null")
+        require(self.norm_factor > 0, f"strategy.norm_factor={self.norm_factor}: must be over 0")
+        choose("strategy.timing", self.timing, ("sync", "async"))
+        for name in ("buffer", "quorum"):
+            require(getattr(self, name) >= 1, f"strategy.{name}={getattr(self, name)}: must be 1 or more")
+        require(self.timeout > 0, f"strategy.timeout={self.timeout}: must be over 0")
 
 
 @dataclass
@@ -284,8 +376,10 @@ class AdapterConfig:
     """LoRA adapters: where they sit and how they are trained."""
 
     sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
-    frame: str | None = None  # train only small cores between the factors of this frame, shipped by name or a file;
-    # rank² numbers a site, as privacy wants them; null: train the factors themselves
+    frame: str | None = (
+        None  # of strategy=fedsb, which trains small cores between the factors of this frame, shipped by
+    )
+    # name or a file: rank² numbers a site, as privacy wants them; null: of every other strategy
     shared: SharedTraining = field(default_factory=SharedTraining)
     personal: LocalTraining = field(default_factory=LocalTraining)
     local: AloneTraining = field(default_factory=AloneTraining)
@@ -376,6 +470,7 @@ class Simulation:
             "fleet.sample": fleet.sample, "fleet.evaluate": fleet.evaluate, "evaluation.devices": judged
         }.items():  # fmt: skip
             require(asked is None or asked <= devices, f"{key}={asked}: there are only {devices} devices")
+        require(not fleet.timed or self.grid.name != "ray", "grid=ray: a fleet with timed=true lives in one process")
 
 
 ConfigStore.instance().store(name="simulation_schema", node=Simulation)

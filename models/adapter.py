@@ -7,7 +7,7 @@ At a site with weight W [out, in] an adapter adds the product B A, with A [r, in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,11 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         name: Factors(torch.cat([f.a for f in parts]), torch.cat([f.b for f in parts], dim=1))
         for name, parts in present.items()
     }
+
+
+def at(adapter: Adapter, sites: Collection[str]) -> Adapter:
+    """What of an adapter sits at these sites."""
+    return {name: factors for name, factors in adapter.items() if name in sites}
 
 
 def head_and_tail(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:

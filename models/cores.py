@@ -19,34 +19,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Factors, Sites, from_tensors, to_tensors
+from models.adapter import Adapter, Factors, Sites, to_tensors
 
 _ORTHONORMAL = 1e-3  # largest difference of LᵀL or A Aᵀ from the identity
-
-
-def cores(adapter: Adapter, frame: Adapter) -> dict[str, Tensor]:
-    """The core C = Lᵀ B of each site, as it travels: `<site>.core`."""
-    return {f"{name}.core": frame[name].b.T @ factors.b for name, factors in adapter.items()}
-
-
-def core_shapes(sites: Sites, rank: int) -> dict[str, tuple[int, ...]]:
-    """The exact keys and shapes of cores, for the strict codec."""
-    return {f"{name}.core": (rank, rank) for name in sites}
-
-
-def between(found: Mapping[str, Tensor], frame: Adapter) -> Adapter:
-    """The adapter with factors A and B = L C; inverse of `cores`."""
-    return {name: Factors(a, left @ found[f"{name}.core"]) for name, (a, left) in frame.items()}
-
-
-def trained_tensors(adapter: Adapter, frame: Adapter | None) -> dict[str, Tensor]:
-    """What training may change of an adapter, as it travels: its factors, or its cores in this frame."""
-    return cores(adapter, frame) if frame else to_tensors(adapter)
-
-
-def from_trained_tensors(found: Mapping[str, Tensor], frame: Adapter | None) -> Adapter:
-    """Inverse of `trained_tensors`."""
-    return between(found, frame) if frame else from_tensors(found)
 
 
 def empty(frame: Adapter) -> Adapter:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 def slot_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """x [N, …, in], weight [out, in], A [S, r, in], B [S, out, r] -> y [N, …, out].
 
-    Entries lie in the order of their slots. Gradients go to x, A and B; weight and bias are frozen.
+    Entries lie in the order of their slots. Gradients go to x, A and B, to each only if it wants one: without A's, x
+    isn't kept either. Weight and bias are frozen.
     """
     if torch.compiler.is_compiling():  # it would take the operation apart again
         y, _ = torch.ops.anther.slot_linear(x, weight, bias, a, b)
@@ -36,31 +37,34 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tenso
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor, to_x: bool
+    grad: Tensor, x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor | None, to_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (empty unless `to_x`), A and B."""
+    """Gradients of x (empty unless `to_x`), of A (empty without x) and of B (empty without A_s x)."""
     g = grad.reshape(len(a), -1, grad.shape[-1])
     thin = torch.bmm(g, b)
-    of_a = torch.bmm(thin.mT, x.reshape(len(a), -1, x.shape[-1]))
-    of_b = torch.bmm(g.mT, inner)
+    none = (0,)
+    of_a = grad.new_empty(none) if x is None else torch.bmm(thin.mT, x.reshape(len(a), -1, x.shape[-1]))
+    of_b = grad.new_empty(none) if inner is None else torch.bmm(g.mT, inner)
     if not to_x:
-        return grad.new_empty(0), of_a, of_b
+        return grad.new_empty(none), of_a, of_b
     of_x = grad.reshape(-1, grad.shape[-1]) @ weight
-    of_x.view(len(a), -1, x.shape[-1]).baddbmm_(thin, a)
-    return of_x.view(x.shape), of_a, of_b
+    of_x.view(len(a), -1, weight.shape[1]).baddbmm_(thin, a)
+    return of_x.view(*grad.shape[:-1], weight.shape[1]), of_a, of_b
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, a, b = inputs
-    ctx.save_for_backward(x, weight, a, b, output[1])
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[3] else None, weight, a, b, output[1] if ctx.needs_input_grad[4] else None
+    )
 
 
 def _gradients(
     ctx: Any, grad: Tensor, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
-    to_x = ctx.needs_input_grad[0]
+) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
+    to_x, _, _, to_a, to_b = ctx.needs_input_grad
     of_x, of_a, of_b = backward(grad, *ctx.saved_tensors, to_x)
-    return of_x if to_x else None, None, None, of_a, of_b
+    return of_x if to_x else None, None, None, of_a if to_a else None, of_b if to_b else None
 
 
 class _SlotLinear(torch.autograd.Function):
@@ -89,17 +93,21 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> t
 @_compiled_backward.register_fake
 def _(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,  # noqa: ARG001
+    x: Tensor | None,
+    weight: Tensor,
     a: Tensor,
     b: Tensor,
-    inner: Tensor,  # noqa: ARG001
+    inner: Tensor | None,
     to_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape if to_x else 0), grad.new_empty(a.shape), grad.new_empty(b.shape)
+    of_x = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if to_x else grad.new_empty(0)
+    of_a = grad.new_empty(0 if x is None else a.shape)
+    return of_x, of_a, grad.new_empty(0 if inner is None else b.shape)
 
 
-def _compiled_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+def _compiled_gradients(
+    ctx: Any, grad: Tensor, _: Tensor
+) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
     return _gradients(ctx, grad, torch.ops.anther.slot_linear_backward)
 
 

@@ -55,7 +55,8 @@ class SlotLinear(SlotLayer):
     """y = W x + Σ B_s A_s x; the stack that is trained, which comes last, shares an operation with W."""
 
     def begin(self, x: Tensor) -> tuple[Tensor, tuple[Stack, ...]]:
-        if not (self.lent and self.lent[-1].a.requires_grad and isinstance(self.base, nn.Linear)):
+        trained = self.lent and any(factor.requires_grad for factor in self.lent[-1])
+        if not (trained and isinstance(self.base, nn.Linear)):
             return super().begin(x)
         return slot_linear(x, self.base.weight, self.base.bias, *self.lent[-1]), self.lent[:-1]
 
@@ -166,76 +167,6 @@ class Layout:
         """[D] bool: which numbers of a row belong to an adapter with the sites and ranks of `like`."""
         ones = {name: Factors(torch.ones_like(f.a), torch.ones_like(f.b)) for name, f in like.items()}
         return self.pack(ones) != 0
-
-
-class CoreLayout(Layout):
-    """The same where only a core C [r, r] of each site is trained: B A = L C A, with L [out, r] and A [r, in] fixed.
-
-    The columns of L are orthonormal, so that C = Lᵀ B; the gradient of C is Lᵀ (∂/∂B), and clip, noise and optimiser
-    see no other numbers (Bałazy et al., 2024, arXiv:2405.17604; Singhal et al., 2025, arXiv:2502.15436).
-
-    Attributes:
-        frame: A [1, r, in] and L [1, out, r] of every site, zero until `enter`.
-    """
-
-    def __init__(self, sites: Sites, rank: int, *, like: Tensor) -> None:
-        super().__init__(sites, rank)
-        self.frame = {
-            name: Stack(like.new_zeros(1, rank, site.inputs), like.new_zeros(1, site.outputs, rank))
-            for name, site in sites.items()
-        }
-
-    def enter(self, frame: Adapter) -> None:
-        """From now on cores lie between these factors."""
-        for name, stack in self.frame.items():
-            for own, given in zip(stack, frame.get(name, (0.0, 0.0)), strict=True):
-                own.copy_(torch.as_tensor(given))
-
-    def _widths(self, site: Site) -> tuple[int, ...]:  # noqa: ARG002  # all sites have cores of one size
-        return (self.rank * self.rank,)
-
-    def from_parts(self, parts: Sequence[Tensor]) -> dict[str, Stack]:
-        """Stacks of every site from its cores [S, r·r], site after site."""
-        r = self.rank
-        return {
-            name: Stack(a.to(core.dtype).expand(len(core), -1, -1), left.to(core.dtype) @ core.view(-1, r, r))
-            for (name, (a, left)), core in zip(self.frame.items(), parts, strict=True)
-        }
-
-    def fits(self, adapter: Adapter) -> bool:
-        """Whether an adapter fills a row: between one frame all have one rank."""
-        return len(adapter) == len(self.sites)
-
-    def pack(self, adapter: Adapter | None) -> Tensor:
-        """Row [D] of the cores of an adapter between the frame's factors."""
-        given = adapter or {}
-        cores = [
-            left[0].T @ given[name].b.to(left) if name in given else left.new_zeros(self.rank, self.rank)
-            for name, (_, left) in self.frame.items()
-        ]
-        return torch.cat([core.flatten() for core in cores])
-
-    def unpack(self, row: Tensor, like: Adapter) -> Adapter:
-        """The adapter L C A of the cores in row [D], with the factors A of `like`; on the CPU."""
-        cores = dict(zip(self.sites, row.detach().cpu().split(self.widths), strict=True))
-        return {
-            name: Factors(factors.a, self.frame[name].b[0].cpu() @ cores[name].view(self.rank, self.rank))
-            for name, factors in like.items()
-        }
-
-    def mask(self, like: Adapter) -> Tensor:
-        """[D] bool: which numbers of a row belong to the sites of `like`."""
-        inside = [torch.full((self.rank * self.rank,), name in like) for name in self.sites]
-        return torch.cat(inside) if inside else torch.zeros(0, dtype=torch.bool)
-
-
-def trained_layout(sites: Sites, rank: int, frame: Adapter | None) -> Layout:
-    """How adapters of this rank lie in a row: whole, or only their cores in this frame."""
-    if frame is None:
-        return Layout(sites, rank)
-    layout = CoreLayout(sites, rank, like=torch.empty(0))
-    layout.enter(frame)
-    return layout
 
 
 def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> Stacks:

@@ -14,7 +14,7 @@ from conf.errors import AntherError
 from protocol import limits, plain
 
 LONGEST = 64 * 1024
-"""Characters of a message's JSON; the longest that we write has about 500."""
+"""Characters of a message's JSON; the longest that we write names every site of a base, about 40,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,11 @@ class TrainingPlan:
     base: str
     rank: int
     """Rank that the device trains; directions of the sent adapter beyond it stay frozen beside it."""
-    cores: bool = False
-    """Train only a core C [rank, rank] of each site, B = L C: A stays, and L travels beside the adapter."""
+    trains: str = "both"
+    """What is trained of the factors, and comes back: `both`; `a` or `b` alone; `cores`, C [rank, rank] of B = L C,
+    where L travels beside the adapter; or `split`, both, of which B stays on the device and is its own."""
+    sites: tuple[str, ...] | None = None
+    """Names of the sites that the device trains; what was sent of the others stays frozen beside them. None: all."""
     steps: int
     batch_size: int
     """Examples a step; under DP the public constant that the noised sum is divided by."""
@@ -82,7 +85,7 @@ class TrainingPlan:
     optimiser: str = "adamw"
     """Of the device's steps: `adamw` or `sgd`."""
     proximal: float = 0.0
-    """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t what was sent."""
+    """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t where the round begins."""
     scaffold: bool = False
     """Correct gradients by control variates (`models.controls`): the server's travels beside the adapter."""
     privacy: ExamplePrivacy | None = None
@@ -120,7 +123,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The trained factors of the plan's rank, or cores alone if it asks for those, and what they cost.
+    """What the plan has trained, at its rank and sites, and what that cost.
 
     In the precision that the plan asks for: what isn't fp32 is their change from what was sent.
     """

@@ -32,6 +32,7 @@ from server.gate import Gated
 from server.ledger import Ledger
 from server.state import Round
 from strategies.build import build, training_plan
+from strategies.clock import WallClock
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def main(grid: Grid, context: Context) -> None:
         saved=saved,
         checkpoints=folder / "checkpoints",
         on_round=_tell,
-        quorum=config.fleet.sample or 1,
+        present=config.fleet.sample or 1,
+        clock=WallClock(),
     )
     best = state.best_round
     log.info("done: best round %d, its adapter in %s", best, folder / "checkpoints" / f"round-{state.round:06d}")

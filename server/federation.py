@@ -13,8 +13,12 @@ from models.cores import empty
 from privacy.noise import stream
 from protocol.codec import encode
 from protocol.messages import Personalise, TrainingPlan
+from server.buffered import Buffered
+from server.legs import Leg, Pace, Synchronous
 from server.loop import personalise, run_rounds
 from server.state import Round, State
+from strategies.asynchronous import SHIFTS
+from strategies.clock import Clock
 from strategies.federated import Federated
 
 
@@ -27,12 +31,16 @@ def federate(
     saved: State | None,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    quorum: int,
+    present: int = 1,
+    clock: Clock | None = None,
+    keep: Callable[[int], None] = lambda _: None,
     personal_on: Collection[str] | None = None,
 ) -> State:
     """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
 
     Args:
+        present, keep: as for `run_rounds`.
+        clock: as of its pace.
         personal_on: names of the devices that are asked for a personal adapter; None: every device.
     """
     state = saved or State.start(
@@ -42,6 +50,8 @@ def federate(
         if strategy.frame
         else initial(strategy.sites, config.adapter.shared.rank, stream(config.seed, "shared")),
     )
+    chosen, fleet = config.strategy, config.fleet
+    pace = Pace(clock=clock, timeout=chosen.timeout, enough=fleet.sample if fleet.overselect > 1 else None)
     state = run_rounds(
         grid=grid,
         strategy=strategy,
@@ -49,7 +59,10 @@ def federate(
         rounds=config.rounds,
         checkpoints=checkpoints,
         on_round=on_round,
-        quorum=quorum,
+        pace=pace,
+        leg=leg(config, grid, strategy, pace),
+        present=present,
+        keep=keep,
     )
     personal = config.adapter.personal
     request = Personalise(
@@ -65,3 +78,12 @@ def federate(
     )
     personalise(grid=grid, strategy=strategy, request=request, devices=personal_on)
     return state
+
+
+def leg(config: Simulation, grid: Grid, strategy: Federated, pace: Pace) -> Leg:
+    """How the rounds of this configuration train."""
+    chosen = config.strategy
+    if chosen.timing == "sync":
+        return Synchronous(grid, strategy, pace)
+    shift, concurrency = SHIFTS[chosen.aggregation], config.fleet.concurrency
+    return Buffered(grid, strategy, pace, shift=shift, size=chosen.buffer, concurrency=concurrency)

@@ -15,8 +15,8 @@ or isolate it; and whose node a node is, which Flower's node authentication deci
 from __future__ import annotations
 
 import logging
+import math
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +27,8 @@ from flwr.supercore.run import Run
 from google.protobuf.message import DecodeError
 
 from protocol.records import UNREADABLE
+from server.collect import collect
+from strategies.clock import WallClock
 
 log = logging.getLogger(__name__)
 
@@ -82,21 +84,25 @@ class Gated(Forwarding):
         super().__init__(grid)
         self._poll = poll
         self._memory = _MEMORY + _COPIES * largest
+        self._asked: dict[str, Message] = {}  # what no reply has come to yet, by message id
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        identifiers = list(self._grid.push_messages(asked))
+        self._asked |= {message.metadata.message_id: _without_content(message) for message in asked}
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that have come to messages of this grid, each unpacked by itself."""
+        for identifier in message_ids:
+            if identifier in self._asked and (reply := self._reply(identifier, self._asked[identifier])) is not None:
+                del self._asked[identifier]
+                yield reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies as they come, until there is one to each message or `timeout` seconds are over (None: no limit)."""
-        until = time.monotonic() + timeout if timeout is not None else float("inf")
-        asked = list(messages)
-        identifiers = set(self._grid.push_messages(asked))
-        waiting = {message.metadata.message_id: message for message in asked}
-        waiting = {name: message for name, message in waiting.items() if name in identifiers}
-        while waiting and time.monotonic() < until:
-            for identifier, request in list(waiting.items()):
-                if (reply := self._reply(identifier, request)) is not None:
-                    del waiting[identifier]
-                    yield reply
-            if waiting:
-                time.sleep(max(0.0, min(self._poll, until - time.monotonic())))
+        clock = WallClock(poll=self._poll)
+        return collect(self, messages, clock, until=clock.now() + (math.inf if timeout is None else timeout))
 
     def _reply(self, identifier: str, request: Message) -> Message | None:
         """The reply to one request, if it has come."""
@@ -111,6 +117,13 @@ class Gated(Forwarding):
         if not reply.has_error() and reply.metadata.src_node_id != request.metadata.dst_node_id:
             return _unreadable(request, f"it names node {reply.metadata.src_node_id} as its sender")
         return reply
+
+
+def _without_content(message: Message) -> Message:
+    """What a reply is a reply to; an adapter for each device that never answers would be too much to keep."""
+    kept = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
+    kept.metadata.__dict__["_message_id"] = message.metadata.message_id  # there is no setter
+    return kept
 
 
 @contextmanager

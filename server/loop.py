@@ -20,14 +20,14 @@ from protocol.codec import decode, encode
 from protocol.messages import Personalise
 from protocol.records import adapter_from_record, adapter_to_record
 from server import checkpoint
+from server.legs import Leg, Pace, Synchronous
 from server.state import Round, State
+from strategies.clock import WallClock
 from strategies.facts import PersonalFacts, Validation
 from strategies.federated import Federated
 from strategies.private import Exhausted
 
 log = logging.getLogger(__name__)
-
-_POLL = 3.0  # seconds between two looks for devices
 
 
 def run_rounds(
@@ -38,8 +38,10 @@ def run_rounds(
     rounds: int,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    timeout: float = 3600.0,
-    quorum: int = 1,
+    pace: Pace = Pace(),  # noqa: B008  # it is frozen
+    leg: Leg | None = None,
+    present: int = 1,
+    keep: Callable[[int], None] = lambda _: None,
 ) -> State:
     """Continue a run until `rounds` rounds of training are complete.
 
@@ -47,13 +49,15 @@ def run_rounds(
         state: fresh, or as `checkpoint.load` gave it. Round 0 is only what training starts from.
         on_round: called after each round's checkpoint. A kill between the two loses the call, so whoever resumes
             should first replay `state.history`.
-        timeout: seconds to wait for the replies of one leg, and for devices to appear.
-        quorum: devices that must be there to begin a round.
+        pace: for how long, and for how many, a round waits.
+        leg: how a round trains (default: it ends before the next begins).
+        present: devices that must be there to begin a round.
+        keep: called before each round's checkpoint: what it keeps is there for whoever resumes from that.
 
     With privacy per device, a round that its budget doesn't pay for is not begun: the run ends with those that it has.
 
-    Raises AntherError if fewer devices than `quorum` are there after `timeout`, or if the server's ledger is not the
-    one of this state.
+    Raises AntherError if fewer devices than `present` are there after the pace's timeout, or if the server's ledger is
+    not the one of this state.
     """
     strategy.summary()
     strategy.remember(state.devices)
@@ -62,13 +66,15 @@ def run_rounds(
     if ledger:
         ledger.check(state.ledger)
         ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this line
+    leg = leg or Synchronous(grid, strategy, pace)
     for number in range(state.round + 1, rounds + 1):
-        _wait_for_devices(grid, strategy, quorum, timeout)
+        _wait_for_devices(grid, strategy, present, pace)
         try:
-            state = _one_round(number, grid, strategy, state, timeout)
+            state = _one_round(number, grid, strategy, state, leg, pace.timeout)
         except Exhausted as over:
             log.warning("the run ends after round %d of %d: %s", state.round, rounds, over)
             break
+        keep(number)
         checkpoint.save(checkpoints, state)
         if ledger:
             ledger.release(state.run, number)
@@ -90,7 +96,7 @@ def personalise(
     )
 
 
-def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeout: float) -> State:
+def _one_round(number: int, grid: Grid, strategy: Federated, state: State, leg: Leg, timeout: float) -> State:
     started = time.perf_counter()
     arrays = adapter_to_record(encode(to_tensors(state.adapter)))
     config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
@@ -99,8 +105,7 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
         last = state.history[-1].train if state.history else None
         strategy.device_level.resume(last.central if last else None)
     if number > 0:
-        replies = grid.send_and_receive(strategy.configure_train(number, arrays, config, grid), timeout=timeout)
-        aggregated, _ = strategy.aggregate_train(number, replies)
+        aggregated = leg.train(number, arrays)
         arrays = arrays if aggregated is None else aggregated
         train = strategy.trained
     validation = Validation(base=None, shared=None)
@@ -114,13 +119,14 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, timeo
     return state.after(done, adapter, anchor, strategy.memory)
 
 
-def _wait_for_devices(grid: Grid, strategy: Federated, quorum: int, timeout: float) -> None:
-    """Return once `quorum` devices with our base are there."""
-    until = time.monotonic() + timeout
-    while len(found := strategy.query(grid)) < quorum:
-        if time.monotonic() >= until:
+def _wait_for_devices(grid: Grid, strategy: Federated, present: int, pace: Pace) -> None:
+    """Return once so many devices with our base are there."""
+    clock = pace.clock or WallClock()
+    until = clock.now() + pace.timeout
+    while len(found := strategy.query(grid)) < present:
+        if clock.now() >= until:
             raise AntherError(
-                f"{len(found)} of {quorum} devices are there after {timeout:g} s: "
+                f"{len(found)} of {present} devices are there after {pace.timeout:g} s: "
                 "check that they are connected and hold the base of this run"
             )
-        time.sleep(min(_POLL, max(until - time.monotonic(), 0.0)))
+        clock.wait(until)

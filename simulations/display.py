@@ -72,7 +72,8 @@ class Display:
         Args:
             record: `round`, `base` and `shared` (validation losses) or `gain` and `gain_error` (of a noised one), and
                 of a round in which devices trained `replied` or `devices`, `dropped` and how many of them `refused`,
-                `bytes_up`, `bytes_down` and `guarantees` (so far).
+                `bytes_up`, `bytes_down` and `guarantees` (so far); of a fleet with a clock of its own the `hours` on
+                it, and how many devices were `lost`.
         """
         self._last_round = int(record["round"])
         if self._ends:
@@ -91,6 +92,12 @@ class Display:
         traffic = f"{data(summary['bytes']['up'])} up, {data(summary['bytes']['down'])} down"
         counts = f"{summary['clients']} devices, {plural(summary['rounds'], 'round')}"
         self._print(Text(f"{counts}, {traffic}, {duration(summary['seconds'])}"))
+        if fleet := summary.get("fleet"):
+            lost = ", ".join(f"{count} {reason}" for reason, count in fleet["lost"].items()) or "none"
+            self._print(Text(
+                f"{short(fleet['hours'])} simulated hours, {short(fleet['kwh'])} kWh; devices lost: {lost}; "
+                f"{fleet['late']} late; Gini of who took part {fleet['gini']:.2f}"
+            ))  # fmt: skip
         for name, path in paths.items():
             self._print(Text(f"{name}: ").append(str(path), style="bold"))
 
@@ -126,6 +133,9 @@ class Display:
             refused = f", {record['refused']} of them refusals" if record.get("refused") else ""
             dropped = f" ({record['dropped']} dropped{refused})" if record.get("dropped") else ""
             line.append(f"  {record.get('replied', record.get('devices'))} devices{dropped}", style="dim")
+            if "hours" in record:
+                lost = f", {record['lost']} lost" if record["lost"] else ""
+                line.append(f"  {record['hours']:.1f} h{lost}", style="dim")
             line.append(f"  {data(record['bytes_up'])} up, {data(record['bytes_down'])} down", style="dim")
             for guarantee in record.get("guarantees", ()):
                 line.append(f"  {guarantee}", style="magenta")

@@ -17,13 +17,15 @@ from client.data import Pictures, load_folder
 from client.device import Device
 from client.store import Store
 from conf.errors import AntherError
-from conf.schemas import Data, Profile, Simulation
+from conf.schemas import Data, Simulation
 from models import assets
 from models.base import Base
 from privacy.noise import source, stream
 from privacy.policy import Policy
 from privacy.storage import Storage
 from protocol.messages import DeviceReport
+from simulations.costs import costs
+from simulations.hardware import Hardware, hardware
 from training.jobs import Picture
 from typefaces import dataset
 
@@ -50,8 +52,13 @@ class Participant:
     name: str
     kind: str  # hand | individual | own
     copy: int  # 0 for the first of a writer's devices
-    profile: str
+    hardware: Hardware
     device: Device
+
+    @property
+    def profile(self) -> str:
+        """The name of its kind of device."""
+        return self.hardware.profile.name
 
     @property
     def pictures(self) -> Pictures:
@@ -70,11 +77,10 @@ def participants(config: Simulation, base: Base, storage: Callable[[str], Storag
     names = [name for name, *_ in dealt]
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
-    policy = owners_policy(config)
+    policy, kinds = owners_policy(config), hardware(config.fleet, costs(config, base), config.adapter.shared.rank)
     return [
-        _participant(config, base, storage(name), policy, name, writer, copy, profile)
+        _participant(config, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
         for i, (name, writer, copy) in enumerate(dealt)
-        for profile in [config.fleet.profiles[i % len(config.fleet.profiles)]]
     ]
 
 
@@ -119,8 +125,9 @@ def writers(data: Data) -> list[Writer]:
             "for more devices than that, set data.devices"
         )
     found = []
-    for family in families:
-        split = dataset.split(family.order, data.train)
+    for place, family in enumerate(families):
+        kind = dataset.KINDS[place % len(dataset.KINDS)]
+        split = dataset.split(dataset.skewed(family.order, kind) if data.skew else family.order, data.train)
 
         def pictures(glyphs: Sequence[int], family: dataset.Family = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
@@ -158,11 +165,12 @@ def slug(name: str) -> str:
 
 def _participant(
     config: Simulation, base: Base, storage: Storage, policy: Policy, name: str, writer: Writer, copy: int,
-    profile: Profile,
+    kind: Hardware,
 ) -> Participant:  # fmt: skip
+    profile = kind.profile
     report = DeviceReport(
-        device=name, base=base.hash, profile=profile.name, memory_gib=profile.memory_gib, watts=profile.watts,
-        examples_per_second=profile.examples_per_second, uplink_mbps=profile.uplink_mbps,
+        device=name, base=base.hash, profile=profile.name, memory_gib=kind.memory_gib, watts=kind.watts,
+        examples_per_second=kind.examples_per_second, uplink_mbps=profile.uplink_mbps,
         downlink_mbps=profile.downlink_mbps, metered=profile.metered,
     )  # fmt: skip
     device = Device(
@@ -171,7 +179,7 @@ def _participant(
         policy=policy, noise=partial(source, client=name, seed=config.seed), seed=config.seed,
         resolution=base.resolution,
     )  # fmt: skip
-    return Participant(name, writer.kind, copy, profile.name, device)
+    return Participant(name, writer.kind, copy, kind, device)
 
 
 def _first(writer: Writer) -> Pictures:

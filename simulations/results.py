@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from simulations import evaluation
 from simulations.display import Display
 from simulations.evaluation import Drawn, Perform, Score
 from simulations.fleet import Participant
+from simulations.log import FleetFacts, gini
 from simulations.output import config_hash
 from strategies.download import download
 from strategies.facts import DeviceFacts, device_epsilon
@@ -54,8 +56,13 @@ def finish(
     display: Display,
     started: float,
     command: str,
+    fleet: Sequence[FleetFacts] = (),
 ) -> dict[str, Any]:
-    """Train the local arm of those who were chosen, judge all their arms, write everything; the summary."""
+    """Train the local arm of those who were chosen, judge all their arms, write everything; the summary.
+
+    Args:
+        fleet: what became of one that lives on a clock of its own, round by round.
+    """
     pools, local = evaluation.encoded(chosen, perform), None
     if config.evaluation.local:
         display.phase("training everyone alone, to compare")
@@ -72,9 +79,11 @@ def finish(
     judged = judge_all(base, chosen, losses, drawn)
     report_evaluation(folder / "evaluation.json", chosen, judged)
     summary = summarise(config, len(people), state, judged, time.perf_counter() - started)
+    if fleet:
+        summary["fleet"] = lived(people, state, fleet)
     durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     page = folder / "report.html"
-    write(build_report(config, people, chosen, state, judged, drawn, summary, command), page)
+    write(build_report(config, people, chosen, state, judged, drawn, summary, command, fleet), page)
     display.finish(summary, {"report": page, "adapters": folder / "adapters"})
     return summary
 
@@ -146,6 +155,21 @@ def summarise(
     }
 
 
+def lived(people: Sequence[Participant], state: State, fleet: Sequence[FleetFacts]) -> dict[str, Any]:
+    """What a fleet's life came to: simulated time, energy, who was lost, and how evenly devices took part."""
+    rounds = {name: facts.rounds for name, facts in state.devices.items()}
+    rounds = {person.name: rounds.get(person.name, 0) for person in people}
+    dropped = [record.train.dropped for record in state.history if record.train]
+    return {
+        "hours": fleet[-1].ended / 3600,
+        "kwh": sum(facts.joules for facts in fleet) / 3.6e6,
+        "lost": dict(sorted(sum((Counter(facts.lost) for facts in fleet), Counter[str]()).items())),
+        "late": sum(counts.get("late", 0) for counts in dropped),
+        "rounds": rounds,
+        "gini": gini(list(rounds.values())),
+    }
+
+
 def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping[str, Mapping[str, Judged]]) -> None:
     """Every person's numbers, for paired comparisons."""
     rows = [
@@ -164,6 +188,7 @@ def build_report(
     drawn: Mapping[str, Drawn],
     summary: dict[str, Any],
     command: str,
+    fleet: Sequence[FleetFacts] = (),
 ) -> Report:
     """The page's content."""
     base = next((r.validation.base for r in state.history if r.validation.base is not None), None)
@@ -177,10 +202,12 @@ def build_report(
             "bytes_up": record.train.bytes_up if record.train else 0,
             "bytes_down": record.train.bytes_down if record.train else 0,
             "seconds": record.train.seconds if record.train else 0.0,
-            "joules": record.train.joules if record.train else 0.0,
+            "joules": fleet[record.number].joules if fleet else record.train.joules if record.train else 0.0,
             "epsilon": record.epsilon,
             "device_epsilon": device_epsilon(record.train),
             "dropped": record.train.dropped if record.train else {},
+            "hours": fleet[record.number].ended / 3600 if fleet else None,
+            "lost": fleet[record.number].lost if fleet else {},
         }
         for record in state.history
     ]  # fmt: skip

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from simulations.evaluation import Perform
     from simulations.fleet import Participant
     from simulations.grid import Grid
+    from simulations.lives import Lives
+    from simulations.log import FleetFacts
     from simulations.world import World
     from strategies.federated import Federated
 
@@ -53,6 +55,7 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     from server.ledger import Ledger
     from simulations import world
     from simulations.fleet import judged
+    from simulations.lives import lives
     from strategies.build import build, training_plan
 
     frozen, people, database = here = world.build(config, folder)
@@ -68,13 +71,17 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     from simulations import results
 
     perform = world.performer(config, frozen, memory)
-    with grid(config, folder, here, perform, memory) as devices:
-        state = federate(config, folder, strategy, plan, devices, people, chosen, display)
-    results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command())
+    lived = lives(config, people, folder / "fleet") if config.fleet.timed else None
+    with grid(config, folder, here, perform, memory, lived) as devices:
+        state = federate(config, folder, strategy, plan, devices, people, chosen, display, lived)
+    fleet = lived.log.rounds if lived else ()
+    results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command(), fleet)
     database.close()
 
 
-def grid(config: Simulation, folder: Path, here: World, perform: Perform, memory: int) -> AbstractContextManager[Grid]:
+def grid(
+    config: Simulation, folder: Path, here: World, perform: Perform, memory: int, lived: Lives | None
+) -> AbstractContextManager[Grid]:
     """What drives the devices, while the context lasts."""
     if config.grid.name == "ray":
         from simulations.ray import ray_grid
@@ -83,6 +90,14 @@ def grid(config: Simulation, folder: Path, here: World, perform: Perform, memory
     from simulations.grid import CohortGrid
 
     devices, together = [person.device for person in here.people], config.grid.name == "cohort"
+    if lived:
+        from simulations.costs import costs
+        from simulations.timed import TimedGrid
+
+        taken, storage = costs(config, here.base), here.database.together
+        return nullcontext(
+            TimedGrid(devices, perform, lives=lived, costs=taken, seed=config.seed, together=together, storage=storage)
+        )
     return nullcontext(CohortGrid(devices, perform, together=together, storage=here.database.together))
 
 
@@ -95,6 +110,7 @@ def federate(
     people: list[Participant],
     judged: list[Participant],
     display: Display,
+    lived: Lives | None,
 ) -> State:
     """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
     from server import checkpoint
@@ -102,12 +118,15 @@ def federate(
     from server.tracker import trackers
 
     saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
+    if lived and saved:
+        lived.resume(saved.round)
     with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
         def on_round(record: Round) -> None:
-            tracker.log(record.number, numbers(record))
+            values = numbers(record, lived.log.rounds[record.number] if lived else None)
+            tracker.log(record.number, values)
             if record.number:
-                display.round({**numbers(record), "guarantees": record.guarantees})
+                display.round({**values, "guarantees": record.guarantees})
             if record.number == config.rounds:
                 display.phase("personalising")
 
@@ -116,12 +135,17 @@ def federate(
         display.phase("training" if saved is None or saved.round < config.rounds else "personalising")
         return federate(
             config, grid=grid, strategy=strategy, plan=plan, saved=saved, checkpoints=folder / "checkpoints",
-            on_round=on_round, quorum=len(people), personal_on={person.name for person in judged},
+            on_round=on_round, present=0 if lived else len(people), clock=lived.clock if lived else None,
+            keep=lived.keep if lived else lambda _: None, personal_on={person.name for person in judged},
         )  # fmt: skip
 
 
-def numbers(record: Round) -> dict[str, Any]:
-    """One round as flat numbers, for trackers and the display."""
+def numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
+    """One round as flat numbers, for trackers and the display.
+
+    Args:
+        fleet: what really became of a fleet that lives on a clock of its own.
+    """
     from strategies.facts import device_epsilon
 
     values: dict[str, Any] = {
@@ -138,6 +162,10 @@ def numbers(record: Round) -> dict[str, Any]:
             "bytes_down": train.bytes_down, "device_seconds": train.seconds, "joules": train.joules,
             "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), **train.diagnostics,
         }  # fmt: skip
+    if fleet:
+        values |= {"hours": fleet.ended / 3600, "fleet_joules": fleet.joules, "lost": sum(fleet.lost.values())}
+        values |= {f"lost/{reason}": count for reason, count in fleet.lost.items()}
+        values["late"] = train.dropped.get("late", 0) if train else 0
     return {**values, "seconds": record.wall_seconds}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,16 +19,29 @@ from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
+from strategies.aggregation.rolora import RoLoRA
+from strategies.asynchronous import per_round
 from strategies.federated import Federated
 from strategies.measuring import measuring, spending
 from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
-from strategies.registry import AGGREGATIONS, NONE, Combination, refusal
+from strategies.registry import AGGREGATIONS, NONE, Combination, refusal, unfit
+from strategies.robust import Rule
+from strategies.robust.foolsgold import FoolsGold
+from strategies.robust.geometric import GeometricMedian
+from strategies.robust.guarded import Guarded
+from strategies.robust.krum import MultiKrum
+from strategies.robust.norm import NormBound
+from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.panel import Panel
@@ -48,16 +62,18 @@ def build(
     Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
     """
     chosen = combination(config)
+    if reason := unfit(chosen):
+        raise AntherError(f"strategy.timing={chosen.timing}: {reason}")
     if reason := refusal(chosen):
         fit = " or ".join(name for name in AGGREGATIONS if refusal(replace(chosen, aggregation=name)) is None)
         mend = f"use strategy={fit}" if fit else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
+    _check_timing(config)
     rule = aggregation(config)
     frame = _frame(config, sites)
-    if frame and not rule.sensitivity.linear:
-        raise AntherError(
-            f"adapter.frame={config.adapter.frame}: {chosen.aggregation} turns the factors; use strategy=fedit"
-        )
+    if (frame is not None) != (rule.trains(1) == "cores"):
+        mend = "cores are for strategy=fedsb" if frame else "strategy=fedsb needs one, such as glyphs-frame"
+        raise AntherError(f"adapter.frame={config.adapter.frame}: {mend}")
     if config.strategy.download != "fp32" and (frame or plan.scaffold):
         raise AntherError(
             f"strategy.download={config.strategy.download}: the factors of adapter.frame and SCAFFOLD's control "
@@ -65,7 +81,8 @@ def build(
         )
     seed = config.seed if accept_simulated else None
     limits = Limits(
-        metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
+        # A control variate is of every direction.
+        metered_rank=config.strategy.metered_rank if rule.mixed_ranks and not plan.scaffold else None,
         deadline=config.strategy.deadline,
     )
     level = _device_level(config, plan.run, sites, frame, seed, ledger) if config.privacy.of_devices else None
@@ -80,9 +97,10 @@ def build(
         download=config.strategy.download,
         limits=limits,
         frame=frame,
-        decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
+        decay=_decay(config),
         accept_simulated=accept_simulated,
         device_level=level,
+        quorum=config.strategy.quorum,
     )
 
 
@@ -94,13 +112,44 @@ def _frame(config: Simulation, sites: Sites) -> Adapter | None:
     return load_frame(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
+def _check_timing(config: Simulation) -> None:
+    """Refuse how rounds are timed if it doesn't go with what they promise."""
+    chosen, fleet = config.strategy, config.fleet
+    if chosen.timing == "async" and chosen.weights != "device":
+        raise AntherError(
+            f"strategy.weights={chosen.weights}: an update of an older adapter comes with that one's directions, which "
+            "are no slices of it; leave it device, or use strategy.timing=sync"
+        )
+    if config.privacy.of_devices:
+        if fleet.overselect > 1:
+            raise AntherError(
+                f"fleet.overselect={fleet.overselect:g}: whose reply counts would follow from its time, and privacy "
+                "per device charges those that are asked; leave it 1"
+            )
+        if chosen.quorum > 1:
+            raise AntherError(
+                f"strategy.quorum={chosen.quorum}: what is private per device is released whatever came back: to keep "
+                "the adapter would tell; leave it 1"
+            )
+
+
+def _decay(config: Simulation) -> Callable[[float, int], float] | None:
+    """Of the learning rate, by the number that a plan has."""
+    if not config.strategy.decay:
+        return None
+    cosine = Cosine(rounds=config.rounds)
+    return cosine if config.strategy.timing == "sync" else per_round(cosine)
+
+
 def combination(config: Simulation) -> Combination:
     """What a configuration chooses on each axis."""
     fleet = config.fleet
     chosen = "poisson" if fleet.rate is not None else "sample" if fleet.sample is not None else "everyone"
     return Combination(
         aggregation=config.strategy.aggregation,
+        robust=tuple(config.strategy.robust),
         selection=chosen,
+        timing=config.strategy.timing,
         optimiser=config.strategy.optimiser,
         level=config.privacy.level,
     )
@@ -114,7 +163,8 @@ def selection(config: Simulation, seed: int | None) -> Selection:
     """
     if config.fleet.rate is not None:
         return Poisson(rate=config.fleet.rate, coins=_noise("selection", seed))
-    return _asked(config.fleet.sample, config.seed, "selection")
+    size = config.fleet.sample
+    return _asked(size and math.ceil(size * config.fleet.overselect), config.seed, "selection")
 
 
 def evaluation(config: Simulation) -> Selection:
@@ -190,10 +240,37 @@ def _asked(size: int | None, seed: int, purpose: str) -> Selection:
 
 
 def aggregation(config: Simulation) -> Aggregation:
-    """The rule that `strategy.aggregation` names.
+    """The rule that `strategy.aggregation` names, behind those that `strategy.robust` does.
 
     Raises AntherError for a setting that it has not.
     """
+    rule, chosen = _aggregation(config), config.strategy
+    if not chosen.robust:
+        return rule
+    judging: dict[str, Rule] = {
+        "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
+        "krum": MultiKrum(outliers=chosen.outliers),
+        "foolsgold": FoolsGold(),
+        "geometric": GeometricMedian(),
+    }
+    entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}
+    last = chosen.robust[-1]
+    parts = {rule.trains(number) for number in (1, 2)} - {"both"}
+    if last in entrywise and (parts or chosen.keep < 1):
+        given = f"strategy={chosen.aggregation}" if parts else "strategy.keep"
+        raise AntherError(f"strategy.robust: {last} turns the factors, {given} needs them as they are; use geometric")
+    whole = chosen.aggregation in ("exact", "flora")
+    return Guarded(
+        rule,
+        rules=[judging[name] for name in chosen.robust if name in judging],
+        entrywise=entrywise.get(last),
+        rank=chosen.max_rank if whole else config.adapter.shared.rank,
+        seed=stream(config.seed, "robust"),
+    )
+
+
+def _aggregation(config: Simulation) -> Aggregation:
+    """The rule that `strategy.aggregation` names."""
     chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
     name = chosen.aggregation
     if name == "exact":
@@ -214,6 +291,16 @@ def aggregation(config: Simulation) -> Aggregation:
             return FLoRA(rank=rank, seed=seed)
         case "hetlora":
             return HetLoRA()
+        case "ffa":
+            return FFA()
+        case "rolora":
+            return RoLoRA()
+        case "fedsa":
+            return FedSA()
+        case "fedsvd":
+            return FedSVD(seed=seed)
+        case "fedsb":
+            return FedSB()
         case "raflora":
             return RaFLoRA(rank=rank, seed=seed)
     return FedIT()
@@ -230,7 +317,8 @@ def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
     if turned := rule.sensitivity.turned:
         raise AntherError(
             f"strategy.optimiser={chosen.optimiser}: a change of factors adds up over rounds only where they stay the "
-            f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, or leave it none"
+            f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, without median or "
+            "trimmed, or leave it none"
         )
     if chosen.optimiser == "fedavgm":
         return FedAvgM(rate=chosen.server_rate or 1.0, momentum=chosen.momentum)
@@ -266,34 +354,20 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             draws=config.privacy.draws,
             delta=config.privacy.delta,
         )
-    chosen, linear = config.strategy, aggregation(config).sensitivity.linear
-    if chosen.keep < 1 and not linear:
+    chosen, rule = config.strategy, aggregation(config)
+    if chosen.keep < 1 and not rule.steady:
         raise AntherError(
-            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns the "
-            "factors; use strategy=fedit, or leave it 1"
+            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns or "
+            "changes the factors; use strategy=fedit, or leave it 1"
         )
     scaffold = chosen.correction == "scaffold"
-    if scaffold and not linear:
-        raise AntherError(
-            f"strategy.correction=scaffold: a control variate fits no later round, since {chosen.aggregation} turns "
-            "the factors; use strategy=fedit"
-        )
-    if scaffold and shared.optimiser != "sgd":
-        raise AntherError(
-            "strategy.correction=scaffold: only with plain SGD are a device's steps a sum of gradients; set "
-            "adapter.shared.optimiser=sgd, and a higher adapter.shared.learning_rate"
-        )
-    if scaffold and config.privacy.of_devices:
-        raise AntherError(
-            f"strategy.correction=scaffold: with privacy={config.privacy.level} the server's control variate would be "
-            "made of updates before they are noised; use privacy=example or none"
-        )
+    if scaffold and (reason := _uncorrected(config, rule)):
+        raise AntherError(f"strategy.correction=scaffold: {reason}")
     return TrainingPlan(
         run=run,
         round=0,
         base=base,
         rank=shared.rank,
-        cores=config.adapter.frame is not None,
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,
@@ -303,5 +377,37 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         privacy=privacy,
         update=chosen.update,
         keep=chosen.keep,
-        feedback=linear and chosen.update != "fp32",
+        feedback=rule.steady and chosen.update != "fp32",
     )
+
+
+def _uncorrected(config: Simulation, rule: Aggregation) -> str | None:
+    """Why SCAFFOLD's control variates would mean nothing, and how to mend it; None if they go with all the rest."""
+    chosen = config.strategy
+    if not rule.steady:
+        return (
+            f"a control variate fits no later round, since {chosen.aggregation} turns or changes the factors; use "
+            "strategy=fedit"
+        )
+    if not rule.sensitivity.linear:
+        return f"the server's control variate is a plain mean, and {chosen.aggregation} is none; use strategy=fedit"
+    if config.adapter.shared.optimiser != "sgd":
+        return (
+            "only with plain SGD are a device's steps a sum of gradients; set adapter.shared.optimiser=sgd, and a "
+            "higher adapter.shared.learning_rate"
+        )
+    if config.privacy.of_devices:
+        return (
+            f"with privacy={config.privacy.level} the server's control variate would be made of updates before they "
+            "are noised; use privacy=example or none"
+        )
+    if chosen.robust:
+        return (
+            "every update enters the server's control variate, also one that strategy.robust leaves out, and from "
+            "there all devices; leave one of them out"
+        )
+    if chosen.timing == "async":
+        return (
+            "a control variate belongs to one round's adapter, and with strategy.timing=async rounds overlap; use sync"
+        )
+    return None

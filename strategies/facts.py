@@ -23,6 +23,8 @@ class DeviceFacts:
     """What its ledger has composed to so far; None without DP."""
     events: int = 0
     """The most that it has told of in its ledger."""
+    rounds: int = 0
+    """Updates of it that were used."""
 
     def then(self, later: DeviceFacts) -> DeviceFacts:
         """What both took together."""
@@ -36,6 +38,7 @@ class DeviceFacts:
             joules=self.joules + later.joules,
             epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
             events=max(self.events, later.events),
+            rounds=self.rounds + later.rounds,
         )
 
 
@@ -131,9 +134,9 @@ class PersonalFacts:
 def train_facts(
     updates: Sequence[Update],
     *,
-    plans: Mapping[str, TrainingPlan],
+    plans: Mapping[tuple[str, int], TrainingPlan],
     bytes_down: int,
-    bytes_up: Mapping[str, int],
+    bytes_up: Mapping[tuple[str, int], int],
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
     central: CentralFacts | None,
@@ -142,9 +145,9 @@ def train_facts(
     """The facts of a round in which these updates were let in.
 
     Args:
-        plans: of every device that was asked.
+        plans: of every device that was asked, by its name and the plan's round.
         bytes_down: of all of them together.
-        bytes_up: of every device whose update was let in, which needn't be kept for that.
+        bytes_up: of every update that was let in, by the same, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
     """
@@ -164,20 +167,37 @@ def train_facts(
         guarantees=of_images + ((central.guarantee,) if central else ()),
         central=central,
         diagnostics=dict(diagnostics),
-        devices={
-            update.device: DeviceFacts(
-                rank=update.rank,
-                steps=plans[update.device].steps,
-                bytes_down=bytes_down // len(plans),
-                bytes_up=bytes_up[update.device],
-                seconds=update.seconds,
-                joules=update.joules,
-                epsilon=update.epsilon,
-                events=update.events,
-            )
-            for update in updates
-        },
+        devices=_devices(updates, plans, bytes_down // max(1, len(plans)), bytes_up),
     )
+
+
+def _devices(
+    updates: Sequence[Update],
+    plans: Mapping[tuple[str, int], TrainingPlan],
+    bytes_down: int,
+    bytes_up: Mapping[tuple[str, int], int],
+) -> dict[str, DeviceFacts]:
+    """Of every device whose updates were let in; it may have sent more than one.
+
+    Args:
+        bytes_down: to each.
+    """
+    found: dict[str, DeviceFacts] = {}
+    for update in updates:
+        name = update.device
+        facts = DeviceFacts(
+            rank=update.rank,
+            steps=plans[name, update.round].steps,
+            bytes_down=bytes_down,
+            bytes_up=bytes_up[name, update.round],
+            seconds=update.seconds,
+            joules=update.joules,
+            epsilon=update.epsilon,
+            events=update.events,
+            rounds=1,
+        )
+        found[name] = found[name].then(facts) if name in found else facts
+    return found
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -7,9 +7,11 @@ in `strategies.replies`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -19,9 +21,10 @@ from torch import Tensor
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from models.bounds import excess
 from models.controls import beside
-from models.cores import from_trained_tensors, to_framed_tensors, trained_tensors
-from models.slots import trained_layout
+from models.cores import to_framed_tensors
+from models.trained import from_trained_tensors, trained_layout, trained_shapes, trained_tensors
 from privacy.accounting import PoissonGaussian
+from privacy.noise import stream
 from privacy.snr import signal_to_spread
 from protocol import records, rounding
 from protocol.codec import decode, encode
@@ -42,7 +45,7 @@ from strategies.download import FP32, download, lost, restored
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser
-from strategies.planning import Cosine, Limits, plan_for
+from strategies.planning import Limits, plan_for
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.roster import Roster, selected
@@ -50,7 +53,7 @@ from strategies.scaffold import Drift
 from strategies.selection import Selection
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
-from strategies.spool import Spool
+from strategies.spool import Key, Spool
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Round:
+class Asked:
     """What was sent for training, to hold the replies against."""
 
     adapter: Adapter
@@ -72,11 +75,41 @@ class _Round:
     """What rounding took of the adapter on its way, for the next one."""
 
 
+class Gathered:
+    """The good updates of a round, one after another: what they tell here, their factors on disk."""
+
+    def __init__(self) -> None:
+        self.adapters = Spool()
+        self.bytes_up: dict[Key, int] = {}
+        self._updates: dict[Key, Update] = {}
+
+    def __enter__(self) -> Gathered:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.adapters.close()
+
+    def add(self, update: Update, adapter: Adapter) -> None:
+        """One more. RefusedError if there is no room for it."""
+        key = update.device, update.round
+        self.adapters.add(key, adapter)
+        self.bytes_up[key], self._updates[key] = len(update.adapter), replace(update, adapter=b"")
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    @property
+    def updates(self) -> list[Update]:
+        """Without their factors, in the order of those."""
+        return [self._updates[key] for key in self.adapters.keys]
+
+
 class Federated(Strategy):
     """The strategy of a run.
 
     Args:
-        plan: what a device without limits is asked to do each round; its `round` is replaced.
+        plan: what a device without limits is asked to do each round; its `round` is replaced, and what
+            it trains is the aggregation's to say.
         sites: where adapters sit in the base that `plan` names.
         selection: who is asked to train in a round.
         evaluation: who is asked to measure the adapter after it (default: every device).
@@ -84,14 +117,17 @@ class Federated(Strategy):
             after none).
         optimiser: takes the step that a round's mean points to; None: the mean is the next adapter.
         download: precision that adapters are sent in.
-        frame: the factors that stay, of a plan that trains cores between them.
-        decay: of the plan's learning rate (default: it stays).
+        frame: the factors that stay, of an aggregation of cores between them.
+        decay: of the plan's learning rate, by the number of a round (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
+        quorum: good replies without which a round keeps the adapter.
 
     `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
-    each leg, `trained`, `validation` and `personalised` hold its facts.
+    each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is how
+    many replies were let in so far.
+    Nodes in `away` are not asked to train, and no more than `room` of them (None: as many as are selected).
     """
 
     def __init__(
@@ -107,18 +143,25 @@ class Federated(Strategy):
         optimiser: Optimiser | None = None,
         download: str = FP32,
         frame: Adapter | None = None,
-        decay: Cosine | None = None,
+        decay: Callable[[float, int], float] | None = None,
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
+        quorum: int = 1,
     ) -> None:
-        if plan.cores != (frame is not None):
-            raise ValueError("a plan that trains cores needs their frame, and no other does")
+        if device_level and quorum > 1:
+            raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")
+        if (aggregation.trains(1) == "cores") != (frame is not None):
+            raise ValueError("an aggregation of cores needs their frame, and no other does")
         if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
             raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
-        if plan.feedback and not aggregation.sensitivity.linear:
-            raise ValueError(f"feedback needs directions that keep their meaning: {aggregation.sensitivity.reason}")
-        if plan.scaffold and (device_level or plan.optimiser != "sgd" or not aggregation.sensitivity.linear):
+        if plan.feedback and not aggregation.steady:
+            raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
+        if plan.scaffold and (
+            device_level or plan.optimiser != "sgd" or not (aggregation.sensitivity.linear and aggregation.steady)
+        ):
             raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
+        if plan.scaffold and (plan.sites is not None or limits.metered_rank is not None):
+            raise ValueError("scaffold: every device trains every site and direction")
         if download != FP32 and (frame or plan.scaffold):
             raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
         if optimiser and aggregation.sensitivity.turned:
@@ -145,9 +188,13 @@ class Federated(Strategy):
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
         self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
-        self._round: _Round | None = None
+        self._round: Asked | None = None
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
+        self._quorum = quorum
+        self.good = 0
+        self.away: set[int] = set()
+        self.room: int | None = None
         self.trained: TrainFacts | None = None
         self.validation: Validation | None = None
         self.personalised: PersonalFacts | None = None
@@ -156,6 +203,11 @@ class Federated(Strategy):
     def private(self) -> bool:
         """Whether anything is promised: then nothing is chosen, told or measured by what was not noised."""
         return self._plan.privacy is not None or self.device_level is not None
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether a round that nobody could be asked in may be drawn once more: not where a sample is charged for."""
+        return self.device_level is None and not isinstance(self._selection, Poisson)
 
     def measures(self, round: int) -> bool:
         """Whether devices are asked to measure this round's adapter."""
@@ -192,33 +244,33 @@ class Federated(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """A Train message for each selected device, with its own plan."""
-        reports = self.query(grid)
+        reports = {node: report for node, report in self.query(grid).items() if node not in self.away}
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
         held = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
         data, adapter, rounded = download(held, self._download)
+        trains = self._aggregation.trains(server_round)
         drift = None
         if self._plan.scaffold:
-            start = trained_tensors(adapter, self.frame)
+            start = trained_tensors(adapter, trains, self.frame)
             drift = Drift(self.memory.get(_CONTROL), start, devices=len(reports))
         if self.frame or drift:  # what is beside the adapter is sent whole, and so is the adapter
             tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
             data = encode(tensors | (beside(drift.control) if drift else {}))
-        full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)))
+        full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        numbers = sum(site.inputs + site.outputs for site in self.sites.values())
-        if self.frame:
-            numbers = len(self.sites) * full.rank
+        numbers = sum(map(prod, trained_shapes(self.sites, full.rank, full.trains).values())) / full.rank
         upload = numbers * (4.0 if full.update == "fp32" else rounding.bytes_per_number(full.update, full.keep))
         plans = {
             node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
-            for node, report in selected(self._selection, reports, server_round).items()
+            for node, report in self._chosen(reports, server_round).items()
         }
+        self.good = 0
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
-        self._round = _Round(
+        self._round = Asked(
             adapter=adapter,
             plans=plans,
             bytes_down=len(data) * len(plans),
@@ -239,53 +291,80 @@ class Federated(Strategy):
 
         With privacy per device the adapter is noised and released also then, and whatever came back.
         """
+        asked = self.sent()
+        with Gathered() as found:
+            dropped = self.let_in(asked, replies, found)
+            arrays = self.close(server_round, asked.adapter, [asked], found, dropped, lost=asked.lost)
+        return arrays, None if arrays is None else MetricRecord({"replied": len(found), **self._diagnostics()})
+
+    def sent(self) -> Asked:
+        """What the last `configure_train` asked for, once: a second aggregate of the same round would be a mistake."""
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
-        with Spool() as spool:
-            return self._aggregate(self._round, replies, spool, server_round)
+        asked, self._round = self._round, None
+        return asked
 
-    def _aggregate(
-        self, asked: _Round, replies: Iterable[Message], spool: Spool, server_round: int
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def let_in(
+        self,
+        asked: Asked,
+        replies: Iterable[Message],
+        found: Gathered,
+        *,
+        shift: Callable[[Adapter], Adapter] = lambda trained: trained,
+    ) -> dict[str, int]:
+        """Add the good replies to what was asked to those that were found; how many were dropped, by reason.
+
+        Args:
+            shift: what counts as trained, of the adapter that a device made of the one that it was sent.
+        """
         most = max((self._checks.largest(plan) for _, plan in asked.plans.values()), default=0)
-        heard = _heard(records.TRAIN, replies, most=most)
-        sizes: dict[str, int] = {}
 
-        def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> Update:
+        def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self._checks.update(asked.adapter, sent, reply)
-            spool.add(update.device, adapter)
-            sizes[update.device] = len(update.adapter)
-            return replace(update, adapter=b"")  # it is on disk
+            found.add(update, shift(adapter))
+            self.good += 1
 
-        found, dropped = receive(records.TRAIN, heard, asked.plans, take_in)
-        updates = sorted(found.values(), key=lambda update: update.device)
-        aggregated, central = self._aggregated(asked, spool, server_round)
-        diagnostics = aggregated.diagnostics if aggregated else {}
-        arrays = metrics = None
-        plans = {report.device: plan for report, plan in asked.plans.values()}
-        if aggregated and asked.drift:
-            for name, (adapter, _) in zip(spool.names, spool, strict=True):
-                asked.drift.add(plans[name], trained_tensors(adapter, self.frame))
-            self.memory = {**self.memory, _CONTROL: asked.drift.next()}
-        if aggregated:
-            arrays = records.adapter_to_record(encode(to_tensors(aggregated.adapter)))
-            metrics = MetricRecord({"replied": len(updates), **diagnostics})
-        else:
-            good = f"{len(updates)} good replies of {len(asked.plans)}"
+        _, dropped = receive(records.TRAIN, _heard(records.TRAIN, replies, most=most), asked.plans, take_in)
+        return dropped
+
+    def close(
+        self,
+        server_round: int,
+        current: Adapter,
+        asked: Sequence[Asked],
+        found: Gathered,
+        dropped: Mapping[str, int],
+        *,
+        lost: Mapping[str, Tensor] | None = None,
+    ) -> ArrayRecord | None:
+        """The adapter after a round that made these updates of `current`; None to keep that. `trained` tells of it.
+
+        Args:
+            lost: what rounding took of `current`, and enters what the round makes of it.
+        """
+        aggregated, central = self._aggregated(current, found.adapters, server_round, lost or {})
+        plans = {(report.device, plan.round): plan for each in asked for report, plan in each.plans.values()}
+        if aggregated is None:
+            good = f"{len(found)} good replies of {len(plans)}"
             log.warning("round %d: keeping the adapter: %s", server_round, good)
+        for each in asked if aggregated else ():
+            if each.drift:
+                self._follow(each.drift, plans, found.adapters)
         self.trained = train_facts(
-            updates,
+            found.updates,
             plans=plans,
-            bytes_down=asked.bytes_down,
-            bytes_up=sizes,
+            bytes_down=sum(each.bytes_down for each in asked),
+            bytes_up=found.bytes_up,
             dropped=dropped,
             private=self._plan.privacy,
             central=central,
-            diagnostics=diagnostics,
+            diagnostics=aggregated.diagnostics if aggregated else {},
         )
         self.remember(self.trained.devices)
-        self._round = None  # a second aggregate of the same round would be a mistake
-        return arrays, metrics
+        return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
+
+    def _diagnostics(self) -> dict[str, float]:
+        return self.trained.diagnostics if self.trained else {}
 
     def configure_evaluate(
         self,
@@ -356,38 +435,54 @@ class Federated(Strategy):
         )
         return self.personalised
 
-    def _aggregated(self, asked: _Round, updates: Updates, round: int) -> tuple[Aggregated | None, CentralFacts | None]:
+    def _aggregated(
+        self, current: Adapter, updates: Updates, round: int, lost: Mapping[str, Tensor]
+    ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
-        current = asked.adapter
         if self.device_level:
             trained = (adapter for adapter, _ in updates)
             noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
-            noised, self.memory = self._stepped(current, noised, asked.lost)
+            noised, self.memory = self._stepped(current, noised, lost, round)
             return noised, central
-        if not updates:
+        if len(updates) < self._quorum:
             return None, None
         mean = self._aggregation.aggregate(current, updates, round=round)
-        aggregated, memory = self._stepped(current, mean, asked.lost)
+        aggregated, memory = self._stepped(current, mean, lost, round)
         if found := excess(aggregated.adapter):  # of updates that were each let in
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, None
         self.memory = memory
         if self._plan.privacy is None:
             return aggregated, None
-        layout = trained_layout(self.sites, rank(current), self.frame)
+        layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
         snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
     def _stepped(
-        self, current: Adapter, aggregated: Aggregated, lost: Mapping[str, Tensor]
+        self, current: Adapter, aggregated: Aggregated, lost: Mapping[str, Tensor], round: int
     ) -> tuple[Aggregated, Memory]:
         """The step that the server makes of a round, from where it really stood, and what it is going to remember."""
         if self._optimiser is None:
             return aggregated._replace(adapter=restored(aggregated.adapter, lost)), self.memory
-        before, after = (trained_tensors(adapter, self.frame) for adapter in (current, aggregated.adapter))
+        trains, made = self._aggregation.trains(round), aggregated.adapter
+        before, after = (trained_tensors(adapter, trains, self.frame) for adapter in (current, made))
         found, memory = self._optimiser.step(before, after, self.memory)
-        stepped = restored(from_trained_tensors(found, self.frame), lost)
+        stepped = restored(from_trained_tensors(found, trains, made, self.frame), lost)
         return aggregated._replace(adapter=stepped), {**self.memory, **memory}
+
+    def _follow(self, drift: Drift, plans: Mapping[Key, TrainingPlan], updates: Spool) -> None:
+        """Remember the server's control variate after these updates."""
+        for key, (adapter, _) in zip(updates.keys, updates, strict=True):
+            drift.add(plans[key], trained_tensors(adapter, plans[key].trains, self.frame))
+        self.memory = {**self.memory, _CONTROL: drift.next()}
+
+    def _chosen(self, reports: Mapping[int, DeviceReport], round: int) -> Mapping[int, DeviceReport]:
+        """Whom the selection picks, or as many of them as there is room for."""
+        found = selected(self._selection, reports, round)
+        if self.room is None or len(found) <= self.room:
+            return found
+        drawn = random.Random(stream(self._plan.run, round, "room")).sample(list(found), self.room)
+        return {node: report for node, report in found.items() if node in drawn}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

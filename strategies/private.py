@@ -15,8 +15,9 @@ from typing import Protocol
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Sites, head_and_tail, rank
-from models.slots import Layout, trained_layout
+from models.adapter import Adapter, Sites, at, head_and_tail, rank
+from models.slots import Layout
+from models.trained import trained_layout
 from privacy.accounting import ADD_OR_REMOVE_ONE, DEVICE, Guarantee, PoissonGaussian
 from privacy.central import Gaussian, clip_and_sum
 from privacy.entries import MEASURE, TRAIN
@@ -221,13 +222,17 @@ class DeviceLevel:
         moves by C at most whatever it remembers. The coins of a sampled round are fresh, which is all that
         amplification asks: what it remembers of earlier ones decides what is clipped, never whether it is there.
 
+        A site that a device was not asked to train is a change of 0 and dilutes its mean: the divisor is the public
+        constant, at every site, whoever trained it. Which sites those are follows from the plan, which follows from
+        nothing private.
+
         Raises:
             ValueError: the round was not charged for, or has been released.
         """
         if self._open is None:
             raise ValueError("a round is charged for before it is released, and released once")
         opened, self._open = self._open, None
-        layout = trained_layout(self._sites, rank(current), self._frame)
+        layout = trained_layout(self._sites, rank(current), rule.trains(round), self._frame or current)
         clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)
         released = self.mechanism.release(clipped, opened.noise)
         moved = layout.unpack((layout.pack(current).double() + released.mean).float(), current)
@@ -246,7 +251,7 @@ class DeviceLevel:
 
 
 def changes(layout: Layout, current: Adapter, trained: Iterable[Adapter]) -> Iterator[Tensor]:
-    """Each device's change of what is trained [D], float64; directions that it did not train are 0."""
+    """Each device's change of what is trained [D], float64; directions and sites that it did not train are 0."""
     for adapter in trained:
-        start, _ = head_and_tail(current, rank(adapter))
+        start, _ = head_and_tail(at(current, adapter), rank(adapter))
         yield layout.pack(adapter).double() - layout.pack(start).double()

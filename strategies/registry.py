@@ -15,26 +15,29 @@ from typing import Any, NamedTuple
 from strategies.aggregation import Linearity
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
+from strategies.aggregation.rolora import RoLoRA
+from strategies.asynchronous import SHIFTS
 from strategies.optimisers import FedAvgM, FedOpt, Released
+from strategies.robust import Filtering
+from strategies.robust.foolsgold import FoolsGold
+from strategies.robust.geometric import GeometricMedian
+from strategies.robust.krum import MultiKrum
+from strategies.robust.norm import NormBound
+from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
-
-
-class Filtering(NamedTuple):
-    """What a robust rule declares."""
-
-    bounded: bool
-    """Whether one device still moves the sum by its clip at most. Not with a rule that keeps or drops an update for
-    what the others are: one device then decides about the others'."""
-    reason: str
 
 
 class Timing(NamedTuple):
@@ -48,18 +51,30 @@ class Timing(NamedTuple):
 class Inherent(NamedTuple):
     """A piece that is what the round loop does by itself."""
 
-    sensitivity: Filtering | Timing | Released
+    sensitivity: Timing | Released
 
 
 AGGREGATIONS: dict[str, Any] = {
     "exact": Exact,
     "fedit": FedIT,
+    "fedsa": FedSA,
+    "fedsb": FedSB,
+    "fedsvd": FedSVD,
+    "ffa": FFA,
     "flexlora": FlexLoRA,
     "flora": FLoRA,
     "hetlora": HetLoRA,
     "raflora": RaFLoRA,
+    "rolora": RoLoRA,
 }
-ROBUST: dict[str, Any] = {"none": Inherent(Filtering(bounded=True, reason="every update that passes the gate counts"))}
+ROBUST: dict[str, Any] = {
+    "norm": NormBound,
+    "krum": MultiKrum,
+    "foolsgold": FoolsGold,
+    "geometric": GeometricMedian,
+    "median": Median,
+    "trimmed": TrimmedMean,
+}
 SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
 OPTIMISERS: dict[str, Any] = {
     "none": Inherent(Released(reason="what a round released is the next adapter")),
@@ -67,15 +82,20 @@ OPTIMISERS: dict[str, Any] = {
     "fedadam": FedOpt,
     "fedyogi": FedOpt,
 }
-TIMINGS: dict[str, Any] = {"sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins"))}
+TIMINGS: dict[str, Any] = {
+    "sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins")),
+    "async": Inherent(
+        Timing(ahead=False, reason="who is in a round, and how often, is known when its last update has come")
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """One choice on each axis, by name."""
+    """One choice on each axis, by name; of robust rules several, or none."""
 
     aggregation: str
-    robust: str = "none"
+    robust: tuple[str, ...] = ()
     selection: str
     timing: str = "sync"
     optimiser: str = "none"
@@ -83,20 +103,34 @@ class Combination:
 
 
 def combinations() -> Iterator[Combination]:
-    """Every combination of what is registered; a server optimiser, which changes no cell, in none of them."""
-    for aggregation, robust, selection, timing, level in itertools.product(
-        AGGREGATIONS, ROBUST, SELECTIONS, TIMINGS, LEVELS
-    ):
-        yield Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level)
+    """Every combination of what is registered; of robust rules, which are refused for what they are alone, none, and
+    of server optimisers, which change no cell.
+    """
+    for aggregation, selection, timing, level in itertools.product(AGGREGATIONS, SELECTIONS, TIMINGS, LEVELS):
+        yield Combination(aggregation=aggregation, selection=selection, timing=timing, level=level)
+
+
+def unfit(chosen: Combination) -> str | None:
+    """Why a combination does not go together, whatever it promises; None if it does."""
+    if chosen.timing != "async":
+        return None
+    if chosen.aggregation not in SHIFTS:
+        fit = " or ".join(f"strategy={name}" for name in SHIFTS)
+        return f"{chosen.aggregation} can't take an update of an older adapter; use {fit}"
+    if chosen.selection == "poisson":
+        return "a coin for each device and round needs rounds that don't overlap; leave fleet.rate null"
+    return None
 
 
 def refusal(chosen: Combination) -> str | None:
-    """Why a combination can't be private at its level, in a line; None if it can, or doesn't mean to be.
+    """Why a combination does not go together, or can't be private at its level, in a line; None if it runs.
 
     Raises KeyError for a name that is not registered.
     """
+    if reason := unfit(chosen):
+        return reason
     linearity = _declared(AGGREGATIONS, chosen.aggregation, Linearity)
-    filtering = _declared(ROBUST, chosen.robust, Filtering)
+    filtering = {name: _declared(ROBUST, name, Filtering) for name in chosen.robust}
     sampling = _declared(SELECTIONS, chosen.selection, Sampling)
     timing = _declared(TIMINGS, chosen.timing, Timing)
     optimiser = _declared(OPTIMISERS, chosen.optimiser, Released)
@@ -105,8 +139,9 @@ def refusal(chosen: Combination) -> str | None:
     silent = "declares no sensitivity, so nobody knows what one device, or one picture, does to it"
     if linearity is None:
         return f"aggregation {chosen.aggregation} {silent}"
-    if filtering is None:
-        return f"robust rule {chosen.robust} {silent}"
+    for name, declared in filtering.items():
+        if declared is None:
+            return f"robust rule {name} {silent}"
     if sampling is None:
         return f"selection {chosen.selection} {silent}"
     if timing is None:
@@ -119,8 +154,9 @@ def refusal(chosen: Combination) -> str | None:
         return None  # what is made of updates that are private already is private too
     if not linearity.linear:
         return f"aggregation {chosen.aggregation} is not linear in the updates: {linearity.reason}"
-    if not filtering.bounded:
-        return f"robust rule {chosen.robust} inside the bound: {filtering.reason}"
+    for name, declared in filtering.items():
+        if not declared.bounded:
+            return f"robust rule {name} inside the bound: {declared.reason}"
     if not timing.ahead:
         return f"timing {chosen.timing} can't be charged ahead: {timing.reason}"
     return None

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from conf.errors import AntherError
-from models.adapter import Adapter, Sites, head_and_tail, shapes
+from models.adapter import Adapter, Sites, at, head_and_tail
 from models.bounds import excess
-from models.cores import core_shapes, from_trained_tensors, trained_tensors
+from models.trained import from_trained_tensors, trained_shapes, trained_tensors
 from protocol import codec, records, rounding
 from protocol.codec import CodecError
 from protocol.messages import DeviceReport, Evaluation, Personalised, TrainingPlan, Update
@@ -95,13 +95,14 @@ class Checks:
     accept_simulated: bool
     measuring: Measuring
 
-    def trained_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """What comes back of a plan of this rank: factors, or cores alone."""
-        return core_shapes(self.sites, rank) if self.frame else shapes(self.sites, rank)
+    def trained_shapes(self, plan: TrainingPlan) -> dict[str, tuple[int, ...]]:
+        """What comes back of this plan: what it trains, at its sites."""
+        chosen = self.sites if plan.sites is None else {name: self.sites[name] for name in plan.sites}
+        return trained_shapes(chosen, plan.rank, plan.trains)
 
     def largest(self, plan: TrainingPlan) -> int:
         """Bytes of the longest payload that comes back of this plan."""
-        expected = self.trained_shapes(plan.rank)
+        expected = self.trained_shapes(plan)
         if plan.update == "fp32":
             return codec.largest(expected)
         return rounding.largest(expected, plan.update, keep=plan.keep)
@@ -123,17 +124,19 @@ class Checks:
             raise RefusedError("malformed", f"{reply.device}: events of its ledger must be 0 to {MOST:g}")
         if reply.loss is not None and not 0 <= reply.loss < MOST:
             raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {MOST:g}")
-        frame = self.frame and head_and_tail(self.frame, plan.rank)[0]
-        start = head_and_tail(current, plan.rank)[0]
-        adapter = from_trained_tensors(self._trained(reply.adapter, plan, trained_tensors(start, frame)), frame)
+        sites = self.sites if plan.sites is None else plan.sites
+        start = head_and_tail(at(current, sites), plan.rank)[0]
+        frame = head_and_tail(self.frame, plan.rank)[0] if self.frame else None
+        found = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, frame))
+        adapter = from_trained_tensors(found, plan.trains, start, frame)
         # Whatever the precision, a change that was decoded is finite, and with it the sum that is bounded here.
-        if found := excess(adapter):
-            raise RefusedError("norm", f"{reply.device}: {found}")
+        if over := excess(adapter):
+            raise RefusedError("norm", f"{reply.device}: {over}")
         return reply, adapter
 
     def _trained(self, data: bytes, plan: TrainingPlan, start: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What was trained from `start`, in whichever precision the plan had it come back."""
-        expected = self.trained_shapes(plan.rank)
+        expected = self.trained_shapes(plan)
         if plan.update == "fp32":
             return codec.decode(data, expected)
         change = rounding.decode(data, expected, plan.update, keep=plan.keep)

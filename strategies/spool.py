@@ -24,6 +24,9 @@ from strategies.replies import RefusedError
 
 _NUMBER = 4  # bytes
 
+Key = tuple[str, int]
+"""Of an update: the device's name, and the round of the plan that it followed."""
+
 
 class _Place(NamedTuple):
     """Where a site's factors begin in the file, and their sides."""
@@ -35,7 +38,7 @@ class _Place(NamedTuple):
 
 
 class Spool(Sequence[tuple[Adapter, float]]):
-    """Updates of equal weight in the order of their devices' names, whichever order they came in.
+    """Updates of equal weight in the order of their keys, whichever order they came in.
 
     Floating point sums depend on the order, and replies arrive in any.
     """
@@ -43,30 +46,33 @@ class Spool(Sequence[tuple[Adapter, float]]):
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed at exit
         self._end = self._file.write(bytes(_NUMBER))  # nothing at all can't be mapped
-        self._places: dict[str, dict[str, _Place]] = {}
+        self._places: dict[Key, dict[str, _Place]] = {}
         self._map: mmap.mmap | None = None
 
     def __enter__(self) -> Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Views that were read stay, and the room of the file until they go."""
         self._file.close()
 
     @property
-    def names(self) -> list[str]:
-        """Of the devices, in order."""
+    def keys(self) -> list[Key]:
+        """Of all updates, in order."""
         return sorted(self._places)
 
-    def add(self, name: str, adapter: Adapter) -> None:
-        """One more device's, before any is read.
+    def add(self, key: Key, adapter: Adapter) -> None:
+        """One more, before any is read.
 
         Raises:
             RefusedError: the disk is full.
-            ValueError: updates are read already, or this device's is there.
+            ValueError: updates are read already, or this one is there.
         """
-        if self._map is not None or name in self._places:
-            raise ValueError(f"{name}: an update comes once, and before any is read")
+        if self._map is not None or key in self._places:
+            raise ValueError(f"{key[0]}: an update comes once, and before any is read")
         places, end = {}, self._end
         try:
             self._file.seek(end)
@@ -75,8 +81,8 @@ class Spool(Sequence[tuple[Adapter, float]]):
                 end += self._file.write(_bytes(a)) + self._file.write(_bytes(b))
             self._file.flush()
         except OSError as error:
-            raise RefusedError("no room", f"{name}: the server can't store its update: {error.strerror}") from None
-        self._places[name], self._end = places, end
+            raise RefusedError("no room", f"{key[0]}: the server can't store its update: {error.strerror}") from None
+        self._places[key], self._end = places, end
 
     def __len__(self) -> int:
         return len(self._places)
@@ -87,13 +93,13 @@ class Spool(Sequence[tuple[Adapter, float]]):
     def __getitem__(self, place: slice) -> list[tuple[Adapter, float]]: ...
     def __getitem__(self, place: int | slice) -> tuple[Adapter, float] | list[tuple[Adapter, float]]:
         if isinstance(place, slice):
-            return [self._update(name) for name in self.names[place]]
-        return self._update(self.names[place])
+            return [self._update(key) for key in self.keys[place]]
+        return self._update(self.keys[place])
 
-    def _update(self, name: str) -> tuple[Adapter, float]:
+    def _update(self, key: Key) -> tuple[Adapter, float]:
         if self._map is None:
             self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
-        return {site: self._factors(place) for site, place in self._places[name].items()}, 1.0
+        return {site: self._factors(place) for site, place in self._places[key].items()}, 1.0
 
     def _factors(self, place: _Place) -> Factors:
         size = place.rank * place.inputs

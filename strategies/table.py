@@ -44,8 +44,8 @@ TAIL = """
 - The noised sum is divided by the number of devices *expected* (`fleet.rate` × the devices of `data`, `fleet.sample`,
   or all of them): a constant of the configuration. A device that drops out, refuses, is at its cap or sends what isn't
   finite contributes zero; the noise stays, also in a round that nobody answers.
-- Every device has the weight 1. One that trains a lower rank contributes zeros beyond it: a rank follows from the kind
-  of device, never from its pictures.
+- Every device has the weight 1. One that trains a lower rank, or some of the sites, contributes zeros beyond them, and
+  the divisor stays: ranks and sites follow from the kind of device, never from its pictures.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.
 - A run has one ledger. What several runs promise the same devices adds up, and is for whoever starts them to add.
@@ -58,7 +58,8 @@ TAIL = """
 | the aggregation's declaration, as `exact`'s above |
 | a robust filter inside a sensitivity bound | one device decides whether the others count | the rule's declaration |
 | a local factor trained without noise, under `example` and `both` | it is a function of every picture, so that one of \
-them changes every clipped gradient | `client.train` trains the shared adapter from base and shared alone |
+them changes every clipped gradient | `client.train` trains the shared adapter from base and shared alone; a B of the \
+device's own (fedsa) is trained, clipped and noised in one with A |
 | a device's loss, told without noise | it is a function of its pictures | under `example` no device tells one; under \
 `device` the server drops them |
 | a piece that declares no sensitivity | nobody knows what one unit does to it | `strategies.registry` |
@@ -117,14 +118,25 @@ def table() -> Iterator[str]:
         reason = refusal(chosen)
         return "runs" if reason is None else f"refused: {reasons.setdefault(reason, len(reasons) + 1)}"
 
-    yield "| aggregation | robust rule | selection | timing | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
-    yield "|" + "---|" * (4 + len(LEVELS))
-    for aggregation, robust, selection, timing in itertools.product(AGGREGATIONS, ROBUST, SELECTIONS, TIMINGS):
+    yield "| aggregation | selection | timing | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
+    yield "|" + "---|" * (3 + len(LEVELS))
+    for aggregation, selection, timing in itertools.product(AGGREGATIONS, SELECTIONS, TIMINGS):
         cells = [
-            cell(Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level))
+            cell(Combination(aggregation=aggregation, selection=selection, timing=timing, level=level))
             for level in LEVELS
         ]
-        yield "| " + " | ".join([aggregation, robust, selection, timing, *cells]) + " |"
+        yield "| " + " | ".join([aggregation, selection, timing, *cells]) + " |"
+    yield ""
+    yield "A robust rule (`strategy.robust`) goes with each aggregation and is refused for what it is alone:"
+    yield ""
+    yield "| robust rule | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
+    yield "|" + "---|" * (1 + len(LEVELS))
+    for name in ROBUST:
+        cells = [
+            cell(Combination(aggregation="fedit", robust=(name,), selection="everyone", level=level))
+            for level in LEVELS
+        ]
+        yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
     yield from (f"{number}. {reason}" for reason, number in reasons.items())
 

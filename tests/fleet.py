@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from models.adapter import Factors, Site, from_tensors, head_and_tail, initial, shapes, to_tensors
+from models.adapter import Factors, Site, at, from_tensors, head_and_tail, initial, shapes
+from models.cores import empty, frame_from_tensors, to_framed_tensors
+from models.trained import trained_tensors
 from privacy.noise import stream
 from protocol import messages, rounding
 from protocol.codec import decode, encode
@@ -25,6 +29,19 @@ REPORT = DeviceReport(
     device="", base="base", profile="p", memory_gib=4.0, examples_per_second=2.0, watts=5.0, uplink_mbps=8.0,
     downlink_mbps=8.0,
 )  # fmt: skip
+
+
+def frame_file(folder: Path) -> Path:
+    """A frame for these sites."""
+
+    def columns(size: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(size, PLAN.rank, generator=generator)).Q.contiguous()
+
+    generator = torch.Generator().manual_seed(0)
+    frame = {name: Factors(columns(site.inputs).T.contiguous(), columns(site.outputs)) for name, site in SITES.items()}
+    found = to_framed_tensors(empty(frame), frame)
+    save_file({name: part for name, part in found.items() if "lora_B" not in name}, folder / "frame.safetensors")
+    return folder / "frame.safetensors"
 
 
 @dataclass
@@ -57,17 +74,21 @@ def perform(jobs: list[Any]) -> list[Any]:
 def _reply(request: Any, device: FakeDevice) -> Any:
     match request:
         case messages.Train(plan=plan):
-            sent = from_tensors(decode(request.adapter, shapes(SITES, -1)))
+            cores = plan.trains == "cores"
+            tensors = decode(request.adapter, shapes(SITES, -1, frame=cores))
+            frame = frame_from_tensors(tensors) if cores else None
+            sent = from_tensors(tensors)
             generator = torch.Generator().manual_seed(stream(device.name, plan.round))
-            head, _ = head_and_tail(sent, plan.rank)
+            head, _ = head_and_tail(sent if plan.sites is None else at(sent, plan.sites), plan.rank)
             moved = {
                 site: Factors(*(part + 0.1 * torch.randn(part.shape, generator=generator) for part in factors))
                 for site, factors in head.items()
             }
-            data = encode(to_tensors(moved))
+            after = trained_tensors(moved, plan.trains, frame)
+            data = encode(after)
             if plan.update != "fp32":
-                before = to_tensors(head)
-                change = {name: part - before[name] for name, part in to_tensors(moved).items()}
+                before = trained_tensors(head, plan.trains, frame)
+                change = {name: part - before[name] for name, part in after.items()}
                 data = rounding.encode(change, plan.update, generator, keep=plan.keep)
             return messages.Update(
                 device=device.name, run=plan.run, round=plan.round, rank=plan.rank, adapter=data,

@@ -32,10 +32,14 @@ FLOWER = {
     "server/app.py",
     "server/loop.py",
     "server/federation.py",  # the round loop's whole run
+    "server/collect.py",  # what comes back of it
+    "server/legs.py",
+    "server/buffered.py",
     "server/gate.py",  # around Flower's own grid
     "strategies/federated.py",
     "protocol/records.py",
     "simulations/grid.py",
+    "simulations/timed.py",  # the same with time
     "simulations/ray.py",  # another grid: Flower's own simulation
     "bench/ray_recipe.py",  # the peer is Flower's own recipe
     "bench/malice.py",  # an attacker writes Flower's records

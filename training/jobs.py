@@ -89,9 +89,10 @@ class Train:
     purpose: str  # 'shared' | 'personal' | 'local': keys the random streams
     seed: int  # of the ordinary stream: timesteps, diffusion noise, non-private batches
     examples: Examples
-    start: Adapter  # where the trained adapter starts
+    start: Adapter  # where the trained adapter starts, at the sites that are trained
+    trains: str = "both"  # 'both' | 'a' | 'b' | 'cores': what of it is trained (`models.trained`)
     frozen: Adapter | None = None  # adapter underneath it, not trained
-    frame: Adapter | None = None  # A and orthonormal L that stay: of each B = L C only the core C is trained
+    frame: Adapter | None = None  # with cores: A and orthonormal L that stay, of each B = L C only C is trained
     steps: int
     batch_size: int  # under DP the public constant that the noised sum is divided by
     learning_rate: float
@@ -117,10 +118,29 @@ class Train:
             raise ValueError(f"client {self.client}: a private job needs a noise source")
         if self.privacy and len(self.names) != self.pictures:
             raise ValueError(f"client {self.client}: a private job needs a name for each picture")
+        if (self.trains == "cores") != (self.frame is not None):
+            raise ValueError(f"client {self.client}: cores are trained in a frame, and nothing else is")
         if self.prior and not len(self.prior.examples):
             raise ValueError(f"client {self.client}: prior preservation needs examples")
         if self.privacy and self.early_stopping:
             raise ValueError(f"client {self.client}: early stopping looks at the pictures, so a private job can't")
+
+    @property
+    def fixed(self) -> Adapter | None:
+        """What stays of the trained adapter, where a part alone is trained."""
+        return self.start if self.trains in ("a", "b") else self.frame
+
+    @property
+    def stays(self) -> tuple[object, ...]:
+        """What stays of the trained adapter, tensor by tensor: jobs that agree in it have one rank at each site."""
+        match self.trains:
+            case "a":
+                return ("a", *((name, id(factors.b)) for name, factors in self.start.items()))
+            case "b":
+                return ("b", *((name, id(factors.a)) for name, factors in self.start.items()))
+            case "cores":
+                return ("cores", id(self.frame), *self.start)
+        return ()
 
     @property
     def clips_per_site(self) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Sites, rank
+from models.adapter import Adapter, Factors, Sites, rank
 from models.denoiser import Denoiser
-from models.slots import CoreLayout, Layout, Stacks
+from models.slots import Layout, Stacks
+from models.trained import PartLayout
 from privacy.clipping import BoundedSums, deviation, even_bounds
 from training.jobs import Examples, Train
 from training.optimiser import SGD, AdamW
@@ -21,11 +22,13 @@ from training.optimiser import SGD, AdamW
 class Shape(NamedTuple):
     """All that decides the sizes of the buffers, so that they can be kept for the next jobs alike."""
 
+    sites: tuple[str, ...]  # where any of them trains: the others have no room, and no gradient
     rank: int  # largest that is trained
+    trains: str  # what of an adapter
+    frozen_sites: tuple[str, ...]
     frozen_rank: int  # largest underneath
     common: bool  # whether one frozen adapter lies underneath all
     per_site: bool  # how private jobs clip
-    cores: bool  # whether only cores between fixed factors are trained
     latents: torch.Size  # of one example
     context: torch.Size
     examples: int  # of the job that has most, with those of its prior
@@ -36,14 +39,16 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(jobs: Sequence[Train]) -> Shape:
-        """What holds any of these jobs, which agree in their examples' shape, clip, frame and optimiser."""
+        """What holds any of these jobs, which agree in their examples' shape, clip, optimiser and in what is fixed."""
         first = jobs[0]
         return Shape(
+            sites=_names(job.start for job in jobs),
             rank=max(rank(job.start) for job in jobs),
+            trains=first.trains,
+            frozen_sites=_names(job.frozen or {} for job in jobs),
             frozen_rank=max(rank(job.frozen) if job.frozen else 0 for job in jobs),
             common=all(job.frozen is first.frozen for job in jobs),
             per_site=first.clips_per_site,
-            cores=first.frame is not None,
             latents=first.examples.latents.shape[1:],
             context=first.examples.context.shape[1:],
             examples=max(sum(map(len, _pools(job))) for job in jobs),
@@ -78,7 +83,7 @@ class Rows:
         self.sums = BoundedSums(capacity, self.segments, like=self.adapters)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
         self.divisors = like.new_ones(capacity, 1)
-        self._frozen_layout, self._common = Layout(base.sites, shape.frozen_rank), shape.common
+        self._frozen_layout, self._common = frozen_layout(base, shape), shape.common
         self._frozen = base.like.new_zeros(1 if shape.common else capacity, self._frozen_layout.size)
         self.latents = like.new_zeros(capacity * shape.examples, *shape.latents)
         self.context = base.like.new_zeros(capacity * shape.examples, *shape.context)
@@ -92,8 +97,8 @@ class Rows:
         bounds = [clip_bounds(job, self.layout.sites) for job in entering]
         self.sums.open(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in entering])
         self.optimiser.open(rows, [job.learning_rate for job in entering])
-        if isinstance(self.layout, CoreLayout) and entering[0].frame is not None:
-            self.layout.enter(entering[0].frame)
+        if isinstance(self.layout, PartLayout):
+            self.layout.enter(entering[0].fixed or {})
         index = torch.tensor(rows, device=self.adapters.device)
         self.adapters[index] = self._packed(self.layout, [job.start for job in entering])
         if self._starts is not None:
@@ -174,9 +179,10 @@ def check(job: Train, sites: Sites) -> None:
     for name, added in (job.correction or {}).items():
         if [one.shape for one in added] != [one.shape for one in job.start.get(name, ())]:
             raise ValueError(f"client {job.client}: a correction at {name} that doesn't fit the adapter")
-    for name, (a, left) in (job.frame or {}).items():
-        factors = job.start.get(name)
-        if factors is None or (a.shape, left.shape) != (factors.a.shape, factors.b.shape):
+    between: Mapping[str, Factors] = job.start if job.frame is None else job.frame
+    for name, wanted in job.start.items():
+        given = between.get(name, ())
+        if [factor.shape for factor in given] != [factor.shape for factor in wanted]:
             raise ValueError(f"client {job.client}: a frame at {name} that doesn't fit the adapter")
     if job.privacy:
         deviation(clip_bounds(job, job.start), job.privacy.noise_multiplier)
@@ -195,18 +201,36 @@ def _pools(job: Train) -> list[Examples]:
     return [job.examples, *([job.prior.examples] if job.prior else [])]
 
 
+def _names(adapters: Iterable[Adapter]) -> tuple[str, ...]:
+    """The sites of any of these."""
+    return tuple(dict.fromkeys(chain.from_iterable(adapters)))
+
+
+def _at(base: Denoiser, names: Collection[str]) -> Sites:
+    """Those of the base's sites that are named, in its order."""
+    return {name: site for name, site in base.sites.items() if name in names}
+
+
 def row_layout(base: Denoiser, shape: Shape) -> Layout:
     """How what is trained lies in a row."""
-    if shape.cores:
-        return CoreLayout(base.sites, shape.rank, like=torch.empty(0, dtype=base.precise, device=base.device))
-    return Layout(base.sites, shape.rank)
+    sites = _at(base, shape.sites)
+    if shape.trains == "both":
+        return Layout(sites, shape.rank)
+    like = torch.empty(0, dtype=base.precise, device=base.device)
+    return PartLayout(sites, shape.rank, shape.trains, like=like)
+
+
+def frozen_layout(base: Denoiser, shape: Shape) -> Layout:
+    """How what is frozen lies in a row of its own."""
+    return Layout(_at(base, shape.frozen_sites), shape.frozen_rank)
 
 
 def common_bytes(base: Denoiser, shape: Shape) -> int:
-    """Bytes for a frozen adapter that serves everyone, and twice as many while it is laid out; and for a frame."""
-    frozen = 3 * Layout(base.sites, shape.frozen_rank).size if shape.common else 0
-    frame = Layout(base.sites, shape.rank).size if shape.cores else 0
-    return (frozen + frame) * base.precise.itemsize
+    """Bytes for a frozen adapter that serves everyone, and twice as many while it is laid out; and for what is fixed
+    of a trained one."""
+    frozen = 3 * frozen_layout(base, shape).size if shape.common else 0
+    fixed = 0 if shape.trains == "both" else Layout(_at(base, shape.sites), shape.rank).size
+    return (frozen + fixed) * base.precise.itemsize
 
 
 def row_bytes(base: Denoiser, shape: Shape) -> int:
@@ -214,6 +238,6 @@ def row_bytes(base: Denoiser, shape: Shape) -> int:
     precise, compute = base.precise.itemsize, base.dtype.itemsize
     # Adapter, two moments, sum and mask; three more for what is made of them between passes; the best adapter.
     buffers = 8 + shape.stopping + shape.proximal + shape.corrected
-    frozen = 0 if shape.common else 3 * Layout(base.sites, shape.frozen_rank).size * compute
+    frozen = 0 if shape.common else 3 * frozen_layout(base, shape).size * compute
     example = shape.latents.numel() * precise + shape.context.numel() * compute
     return buffers * row_layout(base, shape).size * precise + frozen + shape.examples * example

@@ -21,6 +21,7 @@ from models import assets
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
 ROLES = ("public", "development", "test")
+KINDS = (GLYPHS[:10], GLYPHS[10:36], GLYPHS[36:])  # digits, capital and lowercase letters
 POOL, VALIDATION, TEST = 20, 10, 32  # glyphs of a writer that may train, that stop, and that measure
 FILE = Path(__file__).parent / "data" / "typefaces.parquet"
 
@@ -72,6 +73,12 @@ def split(order: Sequence[int], train: int = 5) -> Split:
         validation=tuple(order[POOL : POOL + VALIDATION]),
         test=tuple(order[POOL + VALIDATION :]),
     )
+
+
+def skewed(order: Sequence[int], kind: str) -> tuple[int, ...]:
+    """The order with glyphs of one of `KINDS` first among those that may train: the same validate and test."""
+    pool = sorted(order[:POOL], key=lambda glyph: GLYPHS[glyph] not in kind)  # stable
+    return (*pool, *order[POOL:])
 
 
 def load(role: str | None = None, path: Path | None = None) -> list[Family]:

@@ -40,6 +40,8 @@ class DeviceRow:
     bytes_up: int
     bytes_down: int
     epsilon: float | None
+    rounds: int
+    """In how many its update was used."""
     loss: dict[str, float]
     """Held-out test loss by arm: base, local, shared, personal."""
 
@@ -71,7 +73,8 @@ class Report:
     rounds: list[dict[str, Any]]
     """One of each round: round, base and shared (mean validation losses, or None), gain and gain_error (of a noised
     one, or None), bytes_up, bytes_down and joules (of this round, over all devices), seconds (of its slowest), epsilon
-    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason)."""
+    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason); and of a fleet with a
+    clock of its own hours (on it when the round was over, else None) and lost (devices by what became of them)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     base: str = "glyphs"
@@ -198,6 +201,10 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         ),
         chart("Energy so far", f"all devices, {quality}", [Line("energy", so_far("joules"), "ink")], words.energy),
     ]
+    if rounds[-1].get("hours") is not None:
+        ended = [Line("time", [row["hours"] for row in rounds], "ink")]
+        note = "on the fleet's clock, when a round was over"
+        drawn[3] = chart("Simulated time", note, ended, lambda value: f"{words.short(value)} h")
     spent = [
         Line(f"per {unit}", [row.get(key) for row in rounds], tone)
         for key, unit, tone in (("epsilon", "image", "personal"), ("device_epsilon", "device", "shared"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from models.adapter import Adapter, Factors
@@ -25,9 +25,9 @@ class Linearity(NamedTuple):
     """What a rule declares of itself; under privacy one that declares nothing is refused."""
 
     linear: bool
-    """Whether the change of the adapter is the mean of the devices' changes, factor by factor: then clipping each and
-    noising their sum once bounds what a device can do. Whatever is made of updates that are private already needs no
-    such bound."""
+    """Whether the next adapter follows from the mean of the devices' changes, factor by factor, and from the adapter
+    that was sent, which is public: then clipping each and noising their sum once bounds what a device can do, and all
+    that is made of it is post-processing. Whatever is made of updates that are private already needs no such bound."""
     reason: str
     turned: str | None = None
     """Why a direction of its factors is not the one that it was in the round before; None: it is."""
@@ -40,6 +40,14 @@ class Aggregation(Protocol):
 
     mixed_ranks: bool
     """Whether devices may train fewer directions than the shared adapter has."""
+
+    steady: bool
+    """Whether what is trained means the same in the next round: then what rounding left of one change may go into the
+    next one."""
+
+    def trains(self, round: int, /) -> str:
+        """What devices train in a round (`models.trained.PARTS`)."""
+        ...
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """The adapter after a round that started from `current`; at least one update.
@@ -54,6 +62,11 @@ def shares(updates: Updates, site: str) -> Shares:
     there = [(adapter[site], weight) for adapter, weight in updates if site in adapter and len(adapter[site].a)]
     total = sum(weight for _, weight in there)
     return [(factors, weight / total) for factors, weight in there]
+
+
+def always(trains: str) -> Callable[[int], str]:
+    """Of a rule under which devices train the same in every round."""
+    return lambda _: trains
 
 
 def check(updates: Updates) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Linearity, Updates, check
+from strategies.aggregation import Aggregated, Linearity, Updates, always, check
 from strategies.aggregation.factored import Best, Sum, pad
 from strategies.aggregation.slices import Slices, ranks_of
 
@@ -72,6 +72,8 @@ class Exact:
     """
 
     mixed_ranks = True
+    steady = False
+    trains = staticmethod(always("both"))
     sensitivity = Linearity(
         linear=False,
         reason="a product of two factors isn't linear in them, and the singular vectors that are kept, and how many, "

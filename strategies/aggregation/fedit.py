@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
-from strategies.aggregation import Aggregated, Linearity, Shares, Updates, check, shares
+from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
 from strategies.aggregation.factored import residual_of_mean
 
 
@@ -15,6 +15,8 @@ class FedIT:
     """Weighted mean of each factor, equal ranks only."""
 
     mixed_ranks = False
+    steady = True
+    trains = staticmethod(always("both"))
     sensitivity = Linearity(linear=True, reason="a mean of factors")
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002

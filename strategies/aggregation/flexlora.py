@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.adapter import Adapter, Factors
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Linearity, Shares, Updates, check, shares
+from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
 from strategies.aggregation.factored import Sum, pad, residual_of_mean
 
 NOT_LINEAR = Linearity(
@@ -31,6 +31,8 @@ class FlexLoRA:
     """
 
     mixed_ranks = True
+    steady = False
+    trains = staticmethod(always("both"))
     sensitivity = NOT_LINEAR
 
     def __init__(self, *, rank: int, seed: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from models.adapter import Adapter, Factors
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Linearity, Updates, check, shares
+from strategies.aggregation import Aggregated, Linearity, Updates, always, check, shares
 from strategies.aggregation.factored import compress, pad, stacked_mean
 
 
@@ -23,6 +23,8 @@ class FLoRA:
     """
 
     mixed_ranks = True
+    steady = False
+    trains = staticmethod(always("both"))
     sensitivity = Linearity(
         linear=False,
         reason="updates are stacked and not averaged: each can be read in the result",

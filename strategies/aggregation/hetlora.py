@@ -10,7 +10,7 @@ import torch
 
 from models.adapter import Adapter, Factors, rank
 from models.bounds import squared_norm
-from strategies.aggregation import Aggregated, Linearity, Shares, Updates, check, shares
+from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
 from strategies.aggregation.factored import residual_of_mean
 
 
@@ -18,6 +18,8 @@ class HetLoRA:
     """Σ w_k A_k and Σ w_k B_k, with w_k ∝ p_k ‖B_k A_k‖_F at each site; of missing directions the factors are zero."""
 
     mixed_ranks = True
+    steady = True
+    trains = staticmethod(always("both"))
     sensitivity = Linearity(
         linear=False,
         reason="a device's weight is the norm of its product among everybody's: one device decides about the others'",

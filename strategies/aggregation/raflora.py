@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.adapter import Adapter, Factors
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Shares, Updates
+from strategies.aggregation import Aggregated, Shares, Updates, always
 from strategies.aggregation.flexlora import NOT_LINEAR, truncated
 
 
@@ -24,6 +24,8 @@ class RaFLoRA:
     """
 
     mixed_ranks = True
+    steady = False
+    trains = staticmethod(always("both"))
     sensitivity = NOT_LINEAR
 
     def __init__(self, *, rank: int, seed: int) -> None:

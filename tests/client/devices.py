@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def make_device(
     pictures: Pictures = PICTURES,
     policy: Policy | None = None,
     noise: NoiseSource | None = None,
-    check_memory: Callable[[int], None] = lambda _: None,
+    check_memory: Callable[[int, Collection[str]], None] = lambda _, __: None,
 ) -> Device:
     """A device that keeps its files in a folder, or that uses the given storage."""
     report = DeviceReport(

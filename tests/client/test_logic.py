@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,8 @@ def test_pictures_are_encoded_anew_at_another_resolution(tmp_path: Path) -> None
 
 
 def test_what_does_not_fit_is_refused_before_it_is_charged(tmp_path: Path) -> None:
-    def check(rank: int) -> None:
-        raise Refusal(f"memory: not for rank {rank}")
+    def check(rank: int, sites: Collection[str]) -> None:
+        raise Refusal(f"memory: not for rank {rank} at {len(sites)} sites")
 
     device, perform = make_device(tmp_path, check_memory=check), Performer()
     for request in (train_request(), PERSONALISE):

@@ -21,7 +21,8 @@ from client.ledger import reset
 from client.logic import handle
 from client.store import RESIDUAL
 from models.adapter import Adapter, Factors, head_and_tail, shapes, to_tensors
-from models.cores import core_shapes, cores, to_framed_tensors
+from models.cores import to_framed_tensors
+from models.trained import trained_shapes, trained_tensors
 from privacy.ledger import SEALED
 from privacy.noise import Simulated, stream
 from privacy.policy import Policy, Refusal
@@ -245,7 +246,7 @@ def test_a_training_that_went_astray_is_refused_and_forgotten(tmp_path: Path, pr
 def test_cores_travel_as_their_change(tmp_path: Path) -> None:
     frame = framed(3)
     sent: Adapter = {name: Factors(a, left @ torch.full((3, 3), 0.1)) for name, (a, left) in frame.items()}
-    asked = request(cores=True, rank=2, precision="fp16")
+    asked = request(trains="cores", rank=2, precision="fp16")
     asked = dataclasses.replace(asked, adapter=codec.encode(to_framed_tensors(sent, frame)))
 
     class Cored(Performer):
@@ -256,9 +257,9 @@ def test_cores_travel_as_their_change(tmp_path: Path) -> None:
             return Trained({n: Factors(a, b + 0.5 * job.frame[n].b) for n, (a, b) in job.start.items()}, 0.25, 1)
 
     device = dataclasses.replace(make_device(tmp_path), sites=CORE_SITES)
-    found = rounding.decode(ask(device, asked, Cored()).adapter, core_shapes(CORE_SITES, 2), "fp16")
+    found = rounding.decode(ask(device, asked, Cored()).adapter, trained_shapes(CORE_SITES, 2, "cores"), "fp16")
     start, frame = head_and_tail(sent, 2)[0], head_and_tail(frame, 2)[0]
-    wanted = cores({n: Factors(a, 0.5 * frame[n].b) for n, (a, b) in start.items()}, frame)
+    wanted = trained_tensors({n: Factors(a, 0.5 * frame[n].b) for n, (a, b) in start.items()}, "cores", frame)
     assert near(found, wanted, atol=1e-3)
 
 

@@ -76,15 +76,15 @@ def test_what_has_something_beside_it_is_whole(tmp_path: Path, kind: str) -> Non
 def test_a_control_variate_is_as_strictly_read_as_an_adapter(tmp_path: Path) -> None:
     device, control = make_device(tmp_path), {name: part + 1 for name, part in TENSORS.items()}
     whole = codec.encode(TENSORS | beside(control))
-    sent = received(whole, device, controlled=True)
+    sent = received(whole, device, controlled="both")
     assert all(torch.equal(sent.control[name], part) for name, part in control.items())
     assert same(sent.adapter, adapter(RANK))
-    for data, controlled in ((whole, False), (to_bytes(adapter(RANK)), True)):
+    for data, controlled in ((whole, None), (to_bytes(adapter(RANK)), "both")):
         with pytest.raises(Refusal, match=r"not expected|missing"):
             received(data, device, controlled=controlled)
     infinite = {name: part * torch.inf for name, part in control.items()}
     with pytest.raises(Refusal, match="NaN or infinite"):
-        received(codec.encode(TENSORS | beside(infinite)), device, controlled=True)
+        received(codec.encode(TENSORS | beside(infinite)), device, controlled="both")
 
 
 def ask(request: Request, device: Device, perform: Performer) -> Reply:
@@ -120,6 +120,7 @@ def test_a_control_variate_is_of_plain_sgd_and_every_direction(tmp_path: Path) -
     for plan in (
         dataclasses.replace(asked.plan, scaffold=True, optimiser="sgd"),  # of 3 directions 2
         dataclasses.replace(asked.plan, scaffold=True, rank=RANK),
+        dataclasses.replace(asked.plan, scaffold=True, rank=RANK, optimiser="sgd", sites=tuple(SITES)[:1]),
     ):
         with pytest.raises(Refusal, match="of every direction that was sent, and of plain SGD"):
             ask(dataclasses.replace(asked, plan=plan), make_device(tmp_path), Performer())

@@ -45,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 MISTAKES = {
-    "fleet=nope": "fleet=nope: no such option; fleet is one of: laptops, mixed, phones, pis",
+    "fleet=nope": "fleet=nope: no such option; fleet is one of: laptops, mixed, phones, pis, spread, week",
     "preset=nope": "preset=nope: no such option; preset is one of: claim, metered, private, quick, scale",
     "base=null": "a group takes the name of one of its options; --help lists them",
     "+preset=quick": "preset: chosen twice; write preset=… once, without +",
@@ -74,7 +74,7 @@ MISTAKES = {
     "strategy.tau=0": "strategy.tau=0.0: must be over 0",
     "adapter.personal.steps=0": "adapter.personal.steps=0: must be 1 or more",
     "strategy.aggregation=best": "strategy.aggregation=best: "
-    "must be one of: exact, fedit, flexlora, flora, hetlora, raflora",
+    "must be one of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
     "fleet.sample=21": "fleet.sample=21: there are only 20 devices",
     "data=folder": "data.pictures[0]: needs a value",
     "~strategy": "strategy.aggregation: needs a value",

@@ -53,6 +53,25 @@ def test_in_bf16_it_rounds_no_more_than_two_layers() -> None:
     assert slot_linear(*inputs).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("wanted", "compiled"), [*((parts, False) for parts in ("a", "b", "x", "xa", "xb")), ("xa", True), ("xb", True)]
+)
+def test_only_what_is_asked_for_has_a_gradient(wanted: str, compiled: bool) -> None:
+    """And nothing is kept for the others: of a B alone not x, of an A alone not A x."""
+    x, weight, c, a, b = arguments()
+    leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in wanted]
+    layer, kept = slot_linear, []
+    if compiled:
+        torch.compiler.reset()
+        layer = torch.compile(slot_linear, backend="aot_eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.data_ptr()) or part, lambda part: part):
+        found = layer(x, weight, c, a, b)
+    pairs = (torch.autograd.grad(y.square().sum(), leaves) for y in (found, plain(x, weight, c, a, b)))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert compiled or (x.data_ptr() in kept) == ("a" in wanted)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("to_x", [False, True])
 def test_the_compiled_operator_is_sound(bias: bool, to_x: bool) -> None:

@@ -68,7 +68,8 @@ class Mode:
 
     clip: float = 1e-4  # every gradient of the tiny base is far longer
     rank: int = SENT
-    cores: bool = False
+    trains: str = "both"
+    every: int = 1  # of the sites, one in so many is trained
     draws: int = 1
     memory: int = PLENTY
     update: str = "fp32"  # otherwise half of it, and the rest with the next round's
@@ -139,7 +140,7 @@ def two_rounds(
     """
     held = Pictures(tuple(pictures[member] for member in members), (), ())
     device = device_on(base, folder, "d", held, lambda _round, _purpose: Still(members, batches))
-    between = fixed(base) if mode.cores else None
+    between = fixed(base) if mode.trains == "cores" else None
     privacy = dataclasses.replace(PRIVACY, clip=mode.clip, draws=mode.draws)
     sums: list[list[Tensor]] = []
 
@@ -161,7 +162,9 @@ def two_rounds(
     def train(number: int) -> Reply:
         sent = adapter(base, number, between)
         tensors = to_framed_tensors(sent, between) if between else to_tensors(sent)
-        asked = plan(base, round=number, rank=mode.rank, cores=mode.cores, privacy=privacy)
+        asked = plan(base, round=number, rank=mode.rank, trains=mode.trains, privacy=privacy)
+        if mode.every > 1:
+            asked = dataclasses.replace(asked, sites=tuple(base.sites)[:: mode.every])
         if mode.update != "fp32":
             asked = dataclasses.replace(asked, update=mode.update, keep=0.5, feedback=True)
         return ask(Train(plan=asked, adapter=codec.encode(tensors)))

@@ -95,13 +95,16 @@ PASSES = {  # with the entries that fit in one
 }
 ON_DEVICES = {
     "factors": Mode(),
-    "cores": Mode(cores=True),
-    "cores, frozen beside, draws": Mode(cores=True, rank=2, draws=3, clip=0.02),
-    "cores per site": Mode(cores=True, change=per_site),
+    "cores": Mode(trains="cores"),
+    "cores, frozen beside, draws": Mode(trains="cores", rank=2, draws=3, clip=0.02),
+    "cores per site": Mode(trains="cores", change=per_site),
+    "B alone": Mode(trains="b"),
+    "A alone, some sites, frozen beside": Mode(trains="a", every=2, rank=2, draws=2),
+    "a B of its own, some sites": Mode(trains="split", every=2, clip=0.05),
     "rounded, the rest carried over": Mode(update="int4", clip=0.02),
 }
 QUICK = {"clipped", "all of them, some clipped", "a piece of a picture", "cores, frozen beside, draws"}
-QUICK |= {"rounded, the rest carried over"}
+QUICK |= {"rounded, the rest carried over", "a B of its own, some sites"}
 
 
 def some_slow(names: Iterable[str]) -> list[ParameterSet]:

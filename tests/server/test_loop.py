@@ -11,6 +11,7 @@ from protocol import records
 from protocol.codec import encode
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from server import checkpoint
+from server.legs import Pace
 from server.loop import personalise, run_rounds
 from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
@@ -112,7 +113,7 @@ def test_no_good_reply_keeps_the_adapter(tmp_path):
 
 def test_too_few_devices(tmp_path):
     with pytest.raises(AntherError, match="1 of 3 devices are there after 0 s"):
-        run(tmp_path, devices="a", quorum=3, timeout=0.0)
+        run(tmp_path, devices="a", present=3, pace=Pace(timeout=0.0))
 
 
 def test_fedit_runs_the_same_loop(tmp_path):

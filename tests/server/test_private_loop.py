@@ -139,7 +139,7 @@ def test_a_run_that_only_its_server_makes_private_does_not_choose_by_what_it_mea
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
     state = federate(
         compose("rounds=1 adapter.shared.rank=3"), grid=grid, strategy=private(tmp_path), plan=PLAN, saved=None,
-        checkpoints=tmp_path / "checkpoints", on_round=lambda _: None, quorum=1,
+        checkpoints=tmp_path / "checkpoints", on_round=lambda _: None,
     )  # fmt: skip
     assert PLAN.privacy is None
     assert state.private

@@ -70,8 +70,8 @@ def report(**changes: Any) -> Report:
         for number in range(4)
     ]
     devices = [
-        DeviceRow("Ada <hand>", "pi4_4gb", 8, 12, 61.0, 390.0, 1_850_000, 1_950_000, None, LOSSES),
-        DeviceRow("Bert", "laptop", 8, 12, 8.0, 120.0, 1_850_000, 1_950_000, None, {**LOSSES, "personal": 0.084}),
+        DeviceRow("Ada <hand>", "pi4_4gb", 8, 12, 61.0, 390.0, 1_850_000, 1_950_000, None, 3, LOSSES),
+        DeviceRow("Bert", "laptop", 8, 12, 8.0, 120.0, 1_850_000, 1_950_000, None, 2, {**LOSSES, "personal": 0.084}),
     ]
     full = Report(
         title="Two devices learned together",

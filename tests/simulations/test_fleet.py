@@ -158,3 +158,16 @@ def test_one_of_each_writer_is_judged_first(base: Base, tmp_path: Path) -> None:
 def test_names_are_safe_for_files() -> None:
     assert slug("../My cat! №5") == "my-cat-5"
     assert slug("猫") == "unnamed"
+
+
+def test_label_skew_gives_writers_glyphs_of_one_kind_and_holds_out_the_same() -> None:
+    plain, skewed = (writers(compose(f"data.train=3 data.skew={skew}").data) for skew in ("false", "true"))
+    words = ("digit", "capital", "lowercase")
+    for place, (before, after) in enumerate(zip(plain, skewed, strict=True)):
+        (kind,) = [word for word in words if words[place % 3] == word]
+        available = sum(picture.caption.startswith(kind) for picture in before.pool)
+        assert sum(p.caption.startswith(kind) for p in after.pictures.train) == min(3, available)
+        held_out = [[p.caption for p in who.pictures.test + who.pictures.validation] for who in (before, after)]
+        assert held_out[0] == held_out[1]
+    with pytest.raises(AntherError, match=r"data\.skew"):
+        compose("data.devices=40 data.skew=true")

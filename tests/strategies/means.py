@@ -19,6 +19,22 @@ def random_adapter(size, seed, scale=1.0, sites=SITES):
     return {site: Factors(draw(size, wide), draw(high, size)) for site, (wide, high) in sites.items()}
 
 
+def in_reach(current, updates, trains):
+    """The same updates, of devices that trained a part of the adapter alone."""
+    if trains == "both":
+        return updates
+
+    def part(adapter):
+        return {
+            site: Factors(f.a, current[site].b[:, : len(f.a)])
+            if trains in ("a", "split")
+            else Factors(current[site].a[: len(f.a)], f.b)
+            for site, f in adapter.items()
+        }
+
+    return [(part(adapter), weight) for adapter, weight in updates]
+
+
 def dense(adapter, site):
     return adapter[site].b.double().numpy() @ adapter[site].a.double().numpy()
 

@@ -15,7 +15,7 @@ from strategies.build import aggregation, build, optimiser, training_plan
 from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
 from strategies.selection.poisson import Poisson
-from tests.fleet import SITES
+from tests.fleet import SITES, frame_file
 
 
 def test_the_aggregation_is_the_one_named():
@@ -25,8 +25,9 @@ def test_the_aggregation_is_the_one_named():
 
 
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
-def test_every_shipped_strategy_builds(strategy):
-    config = compose(f"strategy={strategy} fleet.sample=2")
+def test_every_shipped_strategy_builds(strategy, tmp_path):
+    framed = f"adapter.frame={frame_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
+    config = compose(f"strategy={strategy} fleet.sample=2 {framed}")
     build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False).summary()
     assert type(aggregation(config)) is AGGREGATIONS[strategy]
 
@@ -61,9 +62,14 @@ def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
 
 
 @pytest.mark.parametrize(("overrides", "complaint"), [
-    ("strategy=exact adapter.shared.optimiser=sgd", "exact turns the factors; use strategy=fedit"),
+    ("strategy=exact adapter.shared.optimiser=sgd", "exact turns or changes the factors; use strategy=fedit"),
+    ("strategy=fedsvd adapter.shared.optimiser=sgd", "fedsvd turns or changes the factors"),
+    ("strategy=rolora adapter.shared.optimiser=sgd", "rolora turns or changes the factors"),
+    ("strategy=hetlora adapter.shared.optimiser=sgd", "a plain mean, and hetlora is none"),
     ("strategy=fedit", r"set adapter\.shared\.optimiser=sgd"),
     ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
+    ("strategy=fedit adapter.shared.optimiser=sgd strategy.robust=[norm]", "one that strategy.robust leaves out"),
+    ("strategy=fedit adapter.shared.optimiser=sgd strategy.timing=async", "rounds overlap; use sync"),
 ])  # fmt: skip
 def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
     with pytest.raises(AntherError, match=rf"strategy\.correction=scaffold: .*{complaint}"):
@@ -224,3 +230,23 @@ def test_a_plan_says_in_which_precision_updates_come_back():
     assert plan("strategy=fedit strategy.update=int4 strategy.keep=0.5") == ("int4", 0.5, True)
     with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: .*; use strategy=fedit"):
         plan("strategy=exact strategy.update=int4 strategy.keep=0.5")
+
+
+def test_a_frame_is_for_cores_and_cores_need_one(tmp_path):
+    for text, words in (
+        (f"strategy=fedit adapter.frame={frame_file(tmp_path)}", "cores are for strategy=fedsb"),
+        ("strategy=fedsb adapter.frame=null", "strategy=fedsb needs one"),
+    ):
+        config = compose(f"{text} adapter.shared.rank=3")
+        with pytest.raises(AntherError, match=words):
+            build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+
+
+@pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys()))
+def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
+    config = compose(f"strategy={strategy} strategy.update=int4 strategy.keep=0.5")
+    if AGGREGATIONS[strategy].steady:
+        assert training_plan(config, run="r", base="b").feedback
+    else:
+        with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: what is held back fits no later round"):
+            training_plan(config, run="r", base="b")

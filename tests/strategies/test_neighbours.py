@@ -26,7 +26,9 @@ from privacy.storage import Files
 from protocol import codec, records
 from server.ledger import Ledger
 from simulations.grid import CohortGrid
+from strategies.aggregation import Aggregation
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsb import FedSB
 from strategies.federated import Federated
 from strategies.measuring import AmongDevices, Measuring
 from strategies.planning import Limits
@@ -61,7 +63,7 @@ class Mode:
 
     clip: float = 1e-3  # every update of the tiny base is far longer
     adaptive: Adaptive | None = None
-    cores: bool = False
+    rule: Aggregation = dataclasses.field(default_factory=FedIT)
     both: bool = False
     rate: float = 1.0  # of a secret sample; 1: everyone
     together: bool = False  # in shared passes, as no real devices are
@@ -86,24 +88,24 @@ MODES = {
     "fixed clip": Mode(),
     "adaptive clip": Mode(adaptive=ADAPTIVE),
     "nothing clipped": Mode(clip=100.0, adaptive=ADAPTIVE),
-    "cores": Mode(cores=True),
+    "cores": Mode(rule=FedSB()),
     "secret sample": Mode(rate=0.5),
     "both levels": Mode(both=True),
-    "both levels, cores, adaptive clip": Mode(both=True, cores=True, adaptive=ADAPTIVE),
+    "both levels, cores, adaptive clip": Mode(both=True, rule=FedSB(), adaptive=ADAPTIVE),
     "in shared passes": Mode(together=True),
 }
 QUICK = {"adaptive clip"}
 
 
 def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Federated:
-    between = fixed(base) if mode.cores else None
+    between = fixed(base) if isinstance(mode.rule, FedSB) else None
     numbers = [NAMES.index(name) for name in present]
     hidden = AmongDevices(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: Still())
-    asked = plan(base, cores=mode.cores, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
+    asked = plan(base, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
     return Federated(
         plan=asked,
         sites=base.sites,
-        aggregation=FedIT(),
+        aggregation=mode.rule,
         selection=Everyone()
         if mode.rate == 1
         else Poisson(rate=mode.rate, coins=lambda number: Still(numbers, [SAMPLES[number]])),
@@ -231,9 +233,9 @@ def test_one_device_moves_the_sum_by_the_clip_at_most(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cores", [False, True])
+@pytest.mark.parametrize("rule", [FedIT(), FedSB()], ids=["factors", "cores"])
 def test_under_both_levels_a_picture_is_hidden_on_its_device(
-    base: Base, tmp_path: Path, cores: bool, monkeypatch: pytest.MonkeyPatch
+    base: Base, tmp_path: Path, rule: Aggregation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the server then sees is the same to the last bit, once every noised iterate is.
 
@@ -242,7 +244,7 @@ def test_under_both_levels_a_picture_is_hidden_on_its_device(
     runs = []
     for members in (PLACES, PLACES[1:]):
         with monkeypatch.context() as patch:
-            mode = Mode(both=True, cores=cores, adaptive=ADAPTIVE)
+            mode = Mode(both=True, rule=rule, adaptive=ADAPTIVE)
             runs.append(two_rounds(base, tmp_path / str(members), "ab", mode, patch, members))
     having, without = runs
     moved = torch.stack([(a - b).norm() for a, b in zip(having.steps, without.steps, strict=True)]) / OF_PICTURES

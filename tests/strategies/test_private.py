@@ -9,7 +9,8 @@ from flwr.app import ConfigRecord
 
 from models.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
 from models.cores import empty
-from models.slots import Layout, trained_layout
+from models.slots import Layout
+from models.trained import trained_layout
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.central import Adaptive, Gaussian
 from privacy.noise import Secure
@@ -19,7 +20,7 @@ from protocol.messages import ExamplePrivacy
 from simulations.grid import CohortGrid
 from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
-from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsb import FedSB
 from strategies.measuring import AmongDevices, Measuring
 from strategies.optimisers import FedAvgM
 from strategies.private import Exhausted, changes
@@ -289,9 +290,9 @@ def test_cores_alone_are_clipped_and_noised(tmp_path):
     frame = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
     level = device_level(tmp_path, frame=frame)
     level.open(1, ["a"], b"adapter")
-    found, _ = level.close(FedIT(), empty(frame), [], round=1)
+    found, _ = level.close(FedSB(), empty(frame), [], round=1)
     noise = simulated("updates", 1).gaussian(len(SITES) * size * size)
-    cores = trained_layout(SITES, size, frame).pack(found.adapter)
+    cores = trained_layout(SITES, size, "cores", frame).pack(found.adapter)
     assert cores.numpy() == pytest.approx((Z * CLIP * noise / EXPECTED).numpy(), abs=1e-6)
     for name, (a, left) in frame.items():
         assert torch.equal(found.adapter[name].a, a)
@@ -367,12 +368,10 @@ def test_of_cores_an_optimiser_moves_the_cores_alone():
         name: Factors(torch.linalg.qr(torch.randn(site.inputs, 3)).Q.T, torch.linalg.qr(torch.randn(site.outputs, 3)).Q)
         for name, site in SITES.items()
     }
-    federated = strategy(
-        plan=replace(PLAN, cores=True), frame=frame, aggregation=FedIT(), optimiser=FedAvgM(rate=0.5, momentum=0.0)
-    )
+    federated = strategy(plan=PLAN, frame=frame, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0))
     cores = {name: torch.randn(3, 3) for name in SITES}
     moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in frame.items()}
-    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}), {})
+    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}), {}, 1)
     assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
         f"{name}.core": (3, 3) for name in SITES
     }

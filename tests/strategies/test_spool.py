@@ -28,25 +28,25 @@ def test_what_is_read_is_what_was_written_by_name(ranks, shuffled):
     wanted = {}
     for number, size in enumerate(ranks):
         adapter = random_adapter(size, number)
-        wanted[f"device {number}"] = adapter if number % 2 else {"y": adapter["y"]}
+        wanted[f"device {number}", number] = adapter if number % 2 else {"y": adapter["y"]}
     with Spool() as spool:
-        for name in shuffled.sample(sorted(wanted), len(wanted)):
-            spool.add(name, wanted[name])
-        assert spool.names == sorted(wanted)
+        for key in shuffled.sample(sorted(wanted), len(wanted)):
+            spool.add(key, wanted[key])
+        assert spool.keys == sorted(wanted)
         assert bool(spool) == bool(wanted)
         for _ in range(2):  # as often as one likes
-            for (found, weight), name in zip(spool, sorted(wanted), strict=True):
+            for (found, weight), key in zip(spool, sorted(wanted), strict=True):
                 assert weight == 1.0
-                assert found.keys() == wanted[name].keys()
+                assert found.keys() == wanted[key].keys()
                 assert all(
-                    torch.equal(a, b) for site in found for a, b in zip(found[site], wanted[name][site], strict=True)
+                    torch.equal(a, b) for site in found for a, b in zip(found[site], wanted[key][site], strict=True)
                 )
         assert len(spool[:2]) == min(2, len(wanted))
 
 
 def test_views_outlive_the_file():
     with Spool() as spool:
-        spool.add("a", random_adapter(2, 0))
+        spool.add(("a", 1), random_adapter(2, 0))
         (found, _) = spool[0]
     del spool
     assert torch.equal(found["x"].a, random_adapter(2, 0)["x"].a)
@@ -54,12 +54,12 @@ def test_views_outlive_the_file():
 
 def test_an_update_comes_once_and_before_any_is_read():
     with Spool() as spool:
-        spool.add("a", random_adapter(1, 0))
+        spool.add(("a", 1), random_adapter(1, 0))
         with pytest.raises(ValueError, match="a: an update comes once"):
-            spool.add("a", random_adapter(1, 0))
+            spool.add(("a", 1), random_adapter(1, 0))
         assert len(list(spool)) == 1
         with pytest.raises(ValueError, match="before any is read"):
-            spool.add("b", random_adapter(1, 0))
+            spool.add(("b", 1), random_adapter(1, 0))
 
 
 def test_a_full_disk_costs_the_update_that_it_has_no_room_for():
@@ -78,13 +78,13 @@ def test_a_full_disk_costs_the_update_that_it_has_no_room_for():
             return getattr(self._file, name)
 
     with Spool() as spool:
-        spool.add("a", random_adapter(2, 0))
+        spool.add(("a", 1), random_adapter(2, 0))
         spool._file = Full(spool._file, spool._end + 150)
         with pytest.raises(RefusedError, match="b: the server can't store its update: No space left") as caught:
-            spool.add("b", random_adapter(2, 1))
+            spool.add(("b", 1), random_adapter(2, 1))
         assert caught.value.reason == "no room"
-        spool.add("c", {"x": Factors(torch.ones(1, 3), torch.ones(2, 1))})
-        assert spool.names == ["a", "c"]
+        spool.add(("c", 1), {"x": Factors(torch.ones(1, 3), torch.ones(2, 1))})
+        assert spool.keys == [("a", 1), ("c", 1)]
         assert torch.equal(spool[1][0]["x"].b, torch.ones(2, 1))
 
 

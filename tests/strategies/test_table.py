@@ -1,5 +1,7 @@
 """docs/privacy.md is what the code does: every cell that runs runs a round, every other is refused for its reason."""
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from flwr.app import ConfigRecord
 from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import initial, to_tensors
+from models.cores import empty
 from privacy.storage import Files
 from protocol import records
 from protocol.codec import encode
@@ -17,21 +20,38 @@ from strategies import registry
 from strategies.aggregation import Linearity
 from strategies.aggregation.fedit import FedIT
 from strategies.build import build, combination, training_plan
-from strategies.registry import AGGREGATIONS, LEVELS, Combination, Filtering, Inherent, Timing, combinations, refusal
+from strategies.registry import (
+    AGGREGATIONS,
+    LEVELS,
+    ROBUST,
+    Combination,
+    Filtering,
+    Inherent,
+    Timing,
+    combinations,
+    refusal,
+)
 from strategies.selection import Sampling
 from strategies.table import page
-from tests.fleet import SITES, FakeDevice, handle, perform
+from tests.fleet import SITES, FakeDevice, frame_file, handle, perform
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
 ASKED = {"everyone": "", "sample": "fleet.sample=2", "poisson": "fleet.rate=0.5"}
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
-def configured(chosen: Combination):
-    return compose(
-        f"strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
-        f"adapter.shared.steps=1 {ASKED[chosen.selection]}"
+@cache
+def composed(words: str):
+    return compose(words)
+
+
+def configured(chosen: Combination, folder: Path):
+    frame = f"adapter.frame={frame_file(folder)}" if chosen.aggregation == "fedsb" else ""
+    found = composed(
+        f"{frame} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
+        f"adapter.shared.steps=1 strategy.robust=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
     )
+    return replace(found, strategy=replace(found.strategy, timing=chosen.timing))
 
 
 def built(config, folder):
@@ -43,9 +63,20 @@ def test_the_committed_table_is_the_generated_one():
     assert DOCUMENT.read_text(encoding="utf-8") == page(), "run: python -m strategies.table > docs/privacy.md"
 
 
-@pytest.mark.parametrize("chosen", combinations(), ids=lambda c: f"{c.aggregation}-{c.selection}-{c.level}")
+ROBUSTLY = [
+    Combination(aggregation="fedit", robust=(name,), selection="everyone", level=level)
+    for name in ROBUST
+    for level in ("example", "device")
+]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [*combinations(), *ROBUSTLY],
+    ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.timing, c.level]),
+)
 def test_every_cell(chosen, tmp_path, monkeypatch):
-    config = configured(chosen)
+    config = configured(chosen, tmp_path)
     assert combination(config) == chosen
     reason = refusal(chosen)
     if reason is not None:
@@ -57,7 +88,8 @@ def test_every_cell(chosen, tmp_path, monkeypatch):
     monkeypatch.setattr("simulations.grid.handle", handle)
     federated = built(config, tmp_path)
     grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    begun = empty(federated.frame) if federated.frame else initial(SITES, 3, seed=0)
+    start = records.adapter_to_record(encode(to_tensors(begun)))
     for number in (1, 2):
         messages = federated.configure_train(number, start, ConfigRecord(), grid)
         federated.aggregate_train(number, grid.send_and_receive(messages))
@@ -83,12 +115,17 @@ PLANTED = {
 }
 
 
+def chosen_new(axis, level):
+    new = ("new",) if axis == "robust" else "new"
+    return Combination(**{"aggregation": "fedit", "selection": "everyone", "level": level} | {axis: new})
+
+
 @pytest.mark.parametrize("axis", PLANTED)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monkeypatch, axis, level):
     name, piece = PLANTED[axis]
     monkeypatch.setitem(getattr(registry, name), "new", piece)
-    found = refusal(Combination(**{"aggregation": "fedit", "selection": "everyone"} | {"level": level} | {axis: "new"}))
+    found = refusal(chosen_new(axis, level))
     assert (found is None) == (level == "none")
     assert found is None or "new declares no sensitivity" in found
 
@@ -118,8 +155,6 @@ def test_and_is_not_built(monkeypatch, tmp_path):
 def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refused):
     monkeypatch.setitem(getattr(registry, name), "new", Inherent(declared))
     for level in LEVELS:
-        found = refusal(
-            Combination(**{"aggregation": "fedit", "selection": "everyone"} | {"level": level} | {axis: "new"})
-        )
+        found = refusal(chosen_new(axis, level))
         assert (found is not None) == (level in refused)
         assert found is None or declared.reason in found

@@ -112,7 +112,13 @@ class Reference:
         self.latents, self.context = (torch.cat(values) for values in zip(*pools, strict=True))
         names = [name for name in base.sites if name in job.start]
         self.factors = {name: [f.detach().clone().requires_grad_() for f in job.start[name]] for name in names}
-        self.parameters = [factor for pair in self.factors.values() for factor in pair]
+        match job.trains:
+            case "both":
+                self.parameters = [factor for pair in self.factors.values() for factor in pair]
+            case "a":
+                self.parameters = [a for a, _ in self.factors.values()]
+            case "b":
+                self.parameters = [b for _, b in self.factors.values()]
         if job.frame:
             self.parameters = [(job.frame[name].b.T @ job.start[name].b).clone().requires_grad_() for name in names]
         self.told: list[Tensor] = []  # losses of all entries
@@ -170,7 +176,7 @@ class Reference:
         assert privacy
         if not all(gradient.isfinite().all() for gradient in gradients):
             return [torch.zeros_like(gradient) for gradient in gradients]
-        each = 1 if self.job.frame else 2
+        each = 2 if self.job.trains == "both" else 1
         pairs = [gradients[place : place + each] for place in range(0, len(gradients), each)]
         parts = pairs if privacy.per_site else [gradients]
         bound = privacy.clip / len(pairs) ** 0.5 if privacy.per_site else privacy.clip
@@ -197,7 +203,8 @@ class Reference:
             return [torch.zeros_like(p) for p in self.parameters]
         if self.job.frame:
             return [self.job.frame[name].b.T @ given[name].b for name in self.factors]
-        return [factor for name in self.factors for factor in given[name]]
+        trained = {"both": ("a", "b"), "a": ("a",), "b": ("b",)}[self.job.trains]
+        return [getattr(given[name], factor) for name in self.factors for factor in trained]
 
     @property
     def share_clipped(self) -> float:

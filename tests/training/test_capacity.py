@@ -99,6 +99,7 @@ def test_nothing_takes_more_than_was_granted_in_200_lists(base: Base) -> None:
     [
         "low rates",
         "some sites",
+        "B alone",
         "frozen",
         "one frozen",
         "pieces",
@@ -113,12 +114,13 @@ def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
         "some sites": lambda place: private(
             base, f"{place}", 0.02, draws=1, steps=1, start=dict(list(large.items())[1:])
         ),
+        "B alone": lambda place: private(base, f"{place}", 0.02, draws=1, steps=1, start=large, trains="b"),
         "frozen": lambda place: job(base, f"{place}", 1, batch_size=4, steps=1, frozen=live(base, 40, place)),
         "one frozen": lambda place: job(base, f"{place}", 1, batch_size=4, steps=1, frozen=frozen),
         "pieces": lambda place: private(base, f"{place}", 1.0, 1, rank=16, draws=3, steps=1),
         "many examples": lambda place: job(base, f"{place}", 1, 60, batch_size=1, steps=1),
     }
-    jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20}.get(kind, 4))]
+    jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20, "B alone": 20}.get(kind, 4))]
     for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 16)):
         base.kept.pop(trainer._BUFFERS, None)
         peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))

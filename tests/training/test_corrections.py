@@ -44,7 +44,9 @@ def cohort(base: Base) -> list[Train]:
         private(base, "scaffold, private", correction=pull, steps=2, **sgd),
         job(base, "some sites, lower rank", start=some(head_and_tail(live(base, 2, 1), 1)[0]),
             correction=some(head_and_tail(pull, 1)[0]), proximal=0.2, steps=2, **sgd),
-        job(base, "cores", start=inside, frame=between, correction=pull, proximal=0.2, steps=2, **sgd),
+        job(base, "cores", start=inside, trains="cores", frame=between, correction=pull, proximal=0.2, steps=2, **sgd),
+        job(base, "A alone", trains="a", correction=pull, proximal=0.2, steps=2, **sgd),
+        private(base, "B alone, private", trains="b", correction=pull, proximal=0.2, steps=2, **sgd),
     ]  # fmt: skip
 
 

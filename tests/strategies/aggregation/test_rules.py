@@ -11,20 +11,30 @@ from hypothesis import strategies as st
 from models.adapter import head_and_tail
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
+from strategies.aggregation.rolora import RoLoRA
 from strategies.registry import AGGREGATIONS
-from tests.strategies.means import SITES, best, close, dense, random_adapter, rounds, true_mean
+from tests.strategies.means import SITES, best, close, dense, in_reach, random_adapter, rounds, true_mean
 
 RULES = {
     "exact": Exact(rank=4, max_rank=None, seed=0),
     "fedit": FedIT(),
+    "fedsa": FedSA(),
+    "fedsb": FedSB(),
+    "fedsvd": FedSVD(seed=0),
+    "ffa": FFA(),
     "flexlora": FlexLoRA(rank=4, seed=0),
     "flora": FLoRA(rank=4, seed=0),
     "hetlora": HetLoRA(),
     "raflora": RaFLoRA(rank=4, seed=0),
+    "rolora": RoLoRA(),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
@@ -52,6 +62,7 @@ def test_nothing_and_nobody_are_refused(rule):
 @given(st.data())
 def test_what_nobody_trained_stays_and_the_order_of_devices_is_nothing(rule, data):
     current, updates = data.draw(rounds() if rule.mixed_ranks else rounds(ranks=(4, 4)))
+    updates = in_reach(current, updates, rule.trains(1))
     found = rule.aggregate(current, updates, round=1).adapter
     other = rule.aggregate(current, data.draw(st.permutations(updates)), round=1).adapter
     for site in SITES:
@@ -84,6 +95,7 @@ def test_one_device_that_trains_everything_gets_its_product_back(rule, rounds_):
     for number in range(1, 1 + rounds_):
         trained, _ = head_and_tail(current, 4)
         trained = {site: type(f)(f.a + 0.1, f.b - 0.1) for site, f in trained.items()}
+        ((trained, _),) = in_reach(current, [(trained, 2.0)], rule.trains(number))
         wanted = {site: true_mean(current, [(trained, 2.0)], site) for site in SITES}
         found = rule.aggregate(current, [(trained, 2.0)], round=number)
         assert all(close(dense(found.adapter, site), wanted[site]) for site in SITES)

@@ -1,0 +1,98 @@
+"""Rounds of an asynchronous run: so many devices are at work at any time, and so many updates end a round (FedBuff)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+
+from models.adapter import Adapter, from_tensors, shapes
+from protocol.codec import decode
+from protocol.records import adapter_from_record
+from server.legs import Pace
+from strategies.asynchronous import STRIDE, Shift, number_of, staleness
+from strategies.clock import WallClock
+from strategies.federated import Asked, Federated, Gathered
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """One device at work."""
+
+    node: int
+    asked: Asked
+    round: int
+    """That it was asked in."""
+    until: float
+    """When it is given up, on the clock."""
+
+
+class Buffered:
+    """Keeps devices at work from round to round; what is on its way when a run is killed is asked for again.
+
+    Args:
+        shift: puts an update of an older adapter on the current one.
+        size: K, the updates of a round.
+        concurrency: devices at work at any time.
+    """
+
+    def __init__(
+        self, grid: Grid, strategy: Federated, pace: Pace, *, shift: Shift, size: int, concurrency: int
+    ) -> None:
+        self._grid, self._strategy, self._pace = grid, strategy, pace
+        self._clock = pace.clock or WallClock()
+        self._shift, self._size, self._concurrency = shift, size, concurrency
+        self._flights: dict[str, _Flight] = {}  # by message id
+        self._declined: set[int] = set()  # nodes that are not asked again in this round
+        self._place = 0  # of the next plan in this round
+
+    def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
+        """Aggregate the next K updates; fewer, if no more of them come in time."""
+        current = from_tensors(decode(adapter_from_record(arrays), shapes(self._strategy.sites, -1)))
+        until = self._clock.now() + self._pace.timeout
+        self._declined, self._place = set(), 0
+        ended: list[_Flight] = []
+        dropped: Counter[str] = Counter()
+        self._send_out(number, arrays)
+        with Gathered() as found:
+            while True:
+                for name, flight in list(self._flights.items()):
+                    if len(found) == self._size:
+                        break
+                    if not (replies := list(self._grid.pull_messages([name]))) and self._clock.now() < flight.until:
+                        continue
+                    ended.append(self._flights.pop(name))
+                    shift = partial(self._shifted, current, flight, number)
+                    bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
+                    dropped.update(bad)
+                    self._declined |= {flight.node} if bad else set()
+                if len(found) == self._size or self._clock.now() >= until:
+                    break
+                self._send_out(number, arrays)
+                self._clock.wait(until)
+            return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
+
+    def _shifted(self, current: Adapter, flight: _Flight, number: int, trained: Adapter) -> Adapter:
+        if flight.round == number and not flight.asked.lost:  # the device began where the server stands
+            return trained
+        return self._shift(current, flight.asked.adapter, trained, staleness(number - flight.round))
+
+    def _send_out(self, number: int, arrays: ArrayRecord) -> None:
+        """Ask as many devices as there is room for, of those that are not at work."""
+        strategy, until = self._strategy, self._clock.now() + self._pace.timeout
+        while len(self._flights) < self._concurrency and self._place < STRIDE:
+            strategy.room = self._concurrency - len(self._flights)
+            strategy.away = {flight.node for flight in self._flights.values()} | self._declined
+            plan = number_of(number, self._place)
+            messages = list(strategy.configure_train(plan, arrays, ConfigRecord(), self._grid))
+            asked = strategy.sent()
+            if not messages:
+                return
+            self._place += 1
+            for name, message in zip(self._grid.push_messages(messages), messages, strict=True):
+                node = message.metadata.dst_node_id
+                own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
+                self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)

@@ -1,0 +1,39 @@
+"""The time of a simulated fleet: it passes when somebody waits, from one event to the next."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from itertools import count
+
+LOOK = 600.0
+"""Simulated seconds after which whoever waits may look again though nothing happened: a charger was plugged in, say."""
+
+
+class VirtualClock:
+    """A `strategies.clock.Clock` with a queue of events; two of one moment happen in the order that they were made in.
+
+    Args:
+        start: seconds since the midnight that the fleet's life began with.
+    """
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = start
+        self._order = count()
+        self._events: list[tuple[float, int, Callable[[], bool]]] = []
+
+    def now(self) -> float:
+        return self._now
+
+    def at(self, time: float, event: Callable[[], bool]) -> None:
+        """Have something happen then, or at once if that is over; it says whether it is worth a look."""
+        heapq.heappush(self._events, (max(time, self._now), next(self._order), event))
+
+    def wait(self, until: float) -> None:
+        """Let time pass until then, until an event that is worth a look, or for `LOOK` seconds."""
+        until = max(self._now, min(until, self._now + LOOK))
+        while self._events and self._events[0][0] <= until:
+            self._now, _, event = heapq.heappop(self._events)
+            if event():
+                return
+        self._now = until

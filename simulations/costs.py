@@ -1,0 +1,77 @@
+"""What a plan takes of a simulated device: the footprint of one pass, times the fleet's workload."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+from client.ladder import GIB, MIB, pass_seconds
+from conf.planning import DeviceProfile
+from conf.schemas import Simulation, Workload
+from models.base import Base
+from models.families.known import find
+from models.footprint import Footprint, example, footprint, shapes
+from protocol.messages import TrainingPlan
+
+Predict = Callable[[int], Footprint]
+"""Of a pass of one picture, whose adapter has this rank."""
+
+
+class Costs:
+    """Memory and time of plans.
+
+    Args:
+        predict: footprints of the fleet's base.
+        workload: what they are multiplied by.
+    """
+
+    def __init__(self, predict: Predict, workload: Workload) -> None:
+        self._predict, self._workload = predict, workload
+
+    def needed(self, plan: TrainingPlan) -> float:
+        """Bytes of a pass at the moment when it holds most, beside what the process takes by itself."""
+        return self._footprint(plan.rank).peak_bytes
+
+    def fits(self, plan: TrainingPlan, device: DeviceProfile) -> bool:
+        """Whether the device has them."""
+        return self.needed(plan) + device.runtime_mib * MIB <= device.memory_gib * GIB
+
+    def seconds(self, plan: TrainingPlan, device: DeviceProfile) -> float:
+        """Of all its steps, at full speed."""
+        draws = plan.privacy.draws if plan.privacy else 1
+        return plan.steps * plan.batch_size * draws * self.example_seconds(plan.rank, device)
+
+    def example_seconds(self, rank: int, device: DeviceProfile) -> float:
+        """Of one training example, at full speed."""
+        return pass_seconds(self._footprint(rank), device)
+
+    def _footprint(self, rank: int) -> Footprint:
+        return scaled(self._predict(rank), self._workload)
+
+
+def scaled(found: Footprint, workload: Workload) -> Footprint:
+    """The same pass of a base that is so many times as large."""
+    memory = {name: value for name, value in vars(found).items() if name.endswith("_bytes") and name != "moved_bytes"}
+    work = ("matrix_operations", "convolution_operations", "moved_bytes")
+    return replace(
+        found,
+        **{name: round(workload.memory * value) for name, value in memory.items() if name != "runtime_bytes"},
+        **{name: round(workload.arithmetic * getattr(found, name)) for name in work},
+    )
+
+
+def costs(config: Simulation, base: Base) -> Costs:
+    """Of the base of a run, on its fleet."""
+    sites = "|".join(re.escape(site) for site in base.sites)
+    key = (str(base.folder), sites, config.base.weights, config.base.checkpointing, base.resolution)
+    return Costs(lambda rank: _predicted(*key, rank), config.fleet.workload)
+
+
+@lru_cache(maxsize=64)
+def _predicted(base: str, sites: str, weights: str, checkpointing: str, resolution: int, rank: int) -> Footprint:
+    """A second or two of work."""
+    known = find(base)
+    held = shapes(known, sites=sites, weights=weights, checkpointing=checkpointing)
+    return footprint(held, *example(known, resolution), rank=rank)

@@ -1,0 +1,215 @@
+"""Plans of a part of the adapter, or of some sites: what is trained, what stays, what comes back and what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.device import Device
+from client.drive import drive
+from client.logic import handle
+from client.store import OWN, RESIDUAL
+from models.adapter import Adapter, Factors, head_and_tail
+from models.trained import trained_shapes, trained_tensors
+from privacy.noise import Simulated
+from privacy.policy import Refusal
+from protocol import codec
+from protocol.messages import Evaluate, Personalise, Train, Update
+from tests.client.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
+from training import jobs
+from training.jobs import Result, Trained
+
+FIRST, *OTHERS = SITES
+SENT = adapter(3)
+
+
+class Shifted(Performer):
+    """Moves every factor by its round's number: training can be repeated."""
+
+    def _perform(self, job: jobs.Job) -> Result:
+        if not isinstance(job, jobs.Train):
+            return super()._perform(job)
+        step = 0.01 * job.round
+        return Trained({name: Factors(a + step, b - step) for name, (a, b) in job.start.items()}, 0.25, job.steps)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _epsilon_is_known() -> None:
+    know_epsilon(3)
+
+
+def request(number: int = 1, *, rank: int = 2, private: bool = False, **changes: Any) -> Train:
+    asked = train_request(number=number, rank=rank, private=private, sent=to_bytes(SENT))
+    return dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, **changes))
+
+
+def ask(device: Device, asked: Any, perform: Performer | None = None) -> Any:
+    reply = drive({"d": handle(asked, device)}, perform or Shifted())["d"]
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def trained(perform: Performer) -> jobs.Train:
+    (job,) = (job for job in perform.jobs if isinstance(job, jobs.Train))
+    return job
+
+
+def equal(one: Adapter, other: Adapter) -> bool:
+    same = (torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
+    return one.keys() == other.keys() and all(same)
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["open", "private"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Path, private: bool, rank: int) -> None:
+    perform = Shifted()
+    reply = ask(make_device(tmp_path), request(rank=rank, private=private, sites=(FIRST,)), perform)
+    job, (head, tail) = trained(perform), head_and_tail(SENT, rank)
+    assert equal(job.start, {FIRST: head[FIRST]})
+    assert job.frozen is not None
+    beside = {name: SENT[name] for name in OTHERS}
+    assert equal(job.frozen, beside | ({FIRST: tail[FIRST]} if rank < 3 else {}))
+    expected = trained_shapes({FIRST: SITES[FIRST]}, rank, "both")
+    assert codec.decode(reply.adapter, expected).keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        ((FIRST, "mid.nowhere"), "the plan trains site mid.nowhere, which this base has not"),
+        ((), "the plan names 0 sites"),
+        ((FIRST, FIRST), "the plan names 2 sites to train, 1 of them different"),
+    ],
+)
+def test_sites_that_are_none_are_refused_before_anything_is_charged(tmp_path: Path, sites: Any, words: str) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    with pytest.raises(Refusal, match=words):
+        ask(device, request(private=True, sites=sites), perform)
+    assert not perform.jobs
+    assert not device.store.ledger.entries()
+
+
+def test_memory_is_asked_for_where_the_plan_trains(tmp_path: Path) -> None:
+    asked: list[tuple[int, list[str]]] = []
+    device = make_device(tmp_path, check_memory=lambda rank, sites: asked.append((rank, list(sites))))
+    ask(device, request(1, sites=(FIRST,)))
+    ask(device, request(2))
+    assert asked == [(2, [FIRST]), (2, list(SITES))]
+
+
+@pytest.mark.parametrize("trains", ["a", "b"])
+def test_one_factor_is_trained_and_comes_back_alone(tmp_path: Path, trains: str) -> None:
+    perform = Shifted()
+    reply = ask(make_device(tmp_path), request(trains=trains), perform)
+    assert trained(perform).trains == trains
+    found = codec.decode(reply.adapter, trained_shapes(SITES, 2, trains))
+    assert all(name.endswith(f"lora_{trains.upper()}") for name in found)
+    assert not (tmp_path / OWN).exists()
+
+
+@pytest.mark.parametrize("changes", [{"sites": (FIRST,)}, {"trains": "b"}])
+def test_what_rounding_left_is_for_rounds_of_the_same_part(tmp_path: Path, changes: Any) -> None:
+    device, alone = make_device(tmp_path / "1"), make_device(tmp_path / "2")
+    small = {"update": "int4", "feedback": True}
+    ask(device, request(1, **small))
+    assert (tmp_path / "1" / RESIDUAL).exists()
+    assert ask(device, request(2, **small, **changes)).adapter == ask(alone, request(2, **small, **changes)).adapter
+
+
+def own_b(job: jobs.Train) -> dict[str, torch.Tensor]:
+    return {name: factors.b for name, factors in job.start.items()}
+
+
+def split(number: int = 1, **changes: Any) -> Train:
+    return request(number, rank=3, trains="split", **changes)
+
+
+def round_of(device: Device, asked: Train) -> tuple[jobs.Train, Update]:
+    perform = Shifted()
+    reply = ask(device, asked, perform)
+    return trained(perform), reply
+
+
+def after(job: jobs.Train) -> Adapter:
+    found = Shifted()._perform(job)
+    assert isinstance(found, Trained)
+    return found.adapter
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["open", "private"])
+def test_a_goes_up_and_b_stays_for_the_next_round(tmp_path: Path, private: bool) -> None:
+    """As FedSA-LoRA has it: the next round begins with the A that is sent and the device's own B."""
+    device = make_device(tmp_path)
+    first, reply = round_of(device, split(1, private=private))
+    assert first.trains == "both"
+    assert equal(first.start, SENT)
+    up = codec.decode(reply.adapter, trained_shapes(SITES, 3, "split"))
+    assert all(torch.equal(up[name], part) for name, part in trained_tensors(after(first), "a", None).items())
+    second, _ = round_of(device, split(2, private=private))
+    assert all(torch.equal(b, after(first)[name].b) for name, b in own_b(second).items())
+    assert all(torch.equal(second.start[name].a, SENT[name].a) for name in SITES)
+
+
+def test_a_round_that_is_done_again_begins_as_it_did(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    ask(device, split(1))
+    first, reply = round_of(device, split(2))
+    again, same = round_of(make_device(tmp_path), split(2))
+    assert equal(first.start, again.start)
+    assert reply.adapter == same.adapter
+
+
+def test_b_is_of_its_run_and_of_what_was_promised(tmp_path: Path) -> None:
+    """Nor does a B that simulated noise hides enter a round whose noise is real."""
+    simulated = Simulated(seed=0, client="d", round=1, purpose="shared")
+    ask(make_device(tmp_path / "1", noise=simulated), split(1, private=True))
+    job, _ = round_of(make_device(tmp_path / "1"), split(2, private=True))
+    assert equal(job.start, SENT)
+    device = make_device(tmp_path / "2")
+    ask(device, split(1))
+    job, _ = round_of(device, split(2, run="another"))
+    assert equal(job.start, SENT)
+
+
+def test_a_plan_of_some_sites_has_the_devices_b_at_all(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    first, _ = round_of(device, split(1))
+    job, _ = round_of(device, split(2, sites=(FIRST,)))
+    assert torch.equal(job.start[FIRST].b, after(first)[FIRST].b)
+    assert job.frozen is not None
+    assert all(torch.equal(job.frozen[name].b, after(first)[name].b) for name in OTHERS)
+    third, _ = round_of(device, split(3))
+    wanted = after(first) | after(job)
+    assert all(torch.equal(b, wanted[name].b) for name, b in own_b(third).items())
+
+
+def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    first, _ = round_of(device, split(1))
+    perform = Shifted()
+    ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT)), perform)
+    personalise = Personalise(
+        run="run", round=1, adapter=to_bytes(SENT), rank=2, steps=3, batch_size=2, learning_rate=1e-3, look_every=1,
+        patience=1,
+    )  # fmt: skip
+    ask(device, personalise, perform)
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
+    frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.Train) and job.frozen]
+    kept = device.store.personal(SITES)
+    assert kept is not None
+    for found in (*measured, *frozen, kept.shared):
+        assert all(torch.equal(found[name].b, after(first)[name].b) for name in SITES)
+        assert all(torch.equal(found[name].a, SENT[name].a) for name in SITES)
+
+
+def test_a_damaged_b_is_none(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    ask(device, split(1))
+    (tmp_path / OWN).write_bytes(b"nonsense")
+    job, _ = round_of(device, split(2))
+    assert equal(job.start, SENT)

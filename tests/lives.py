@@ -1,0 +1,52 @@
+"""A fleet that lives on a virtual clock, of devices without a base: for tests of rounds that take time.
+
+One training example takes a device of speed 1 a second; a pass of rank r takes r MiB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conf.planning import DeviceProfile
+from conf.schemas import Profile, Workload
+from models.footprint import Footprint
+from simulations.costs import Costs
+from simulations.hardware import Hardware
+from simulations.hours import Daily, Hours
+from simulations.life import Body, Moment
+from simulations.lives import Lives
+from simulations.owned import Owned
+from simulations.timed import TimedGrid
+from tests.fleet import FakeDevice, perform
+
+COSTS = Costs(lambda rank: Footprint(base_bytes=rank << 20, matrix_operations=10**13), Workload())
+ALWAYS = Daily([0.0, 24.0], [0.0, 24.0])
+RUNTIME = 256.0  # MiB
+
+
+def owned(
+    name: str,
+    *,
+    speed: float = 1.0,
+    memory_mib: float = 1024.0,
+    battery_wh: float | None = None,
+    charge: float = 0.0,
+    hours: Hours = ALWAYS,
+    **profile: Any,
+) -> Owned:
+    """A device; links take a second for 125 kB unless `uplink_mbps` or `downlink_mbps` say otherwise."""
+    kind = Profile(name="p", device="p", **{"uplink_mbps": 1.0, "downlink_mbps": 1.0} | profile)
+    device = DeviceProfile(
+        name="p", memory_gib=memory_mib / 1024, runtime_mib=RUNTIME, matrix_gflops=1e4 * speed, convolution_gflops=1.0,
+        bandwidth_gbs=1.0, watts_idle=1.0, watts_busy=5.0, battery_wh=battery_wh,
+    )  # fmt: skip
+    found = Hardware(kind, device.memory_gib, speed, device.watts_busy, device)
+    return Owned(name=name, hardware=found, body=Body.of(kind, device), hours=hours, moment=Moment(0.0, charge))
+
+
+def timed(folder: Path, *fleet: Owned, devices: list[FakeDevice] | None = None, perform: Any = perform, **more: Any):
+    """The grid of a fleet, and its lives."""
+    lives = Lives(folder / "fleet", {each.name: each for each in fleet})
+    found = devices or [FakeDevice(each.name) for each in fleet]
+    return TimedGrid(found, perform, lives=lives, costs=COSTS, seed=more.pop("seed", 0)), lives  # type: ignore[arg-type]

@@ -1,0 +1,211 @@
+"""Rounds on a virtual clock: whatever devices do or don't, a run goes on; the same seed gives the same run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conf.compose import compose
+from conf.errors import AntherError
+from models.adapter import to_tensors
+from protocol.codec import encode
+from server import checkpoint
+from server.buffered import Buffered
+from server.legs import Pace
+from server.loop import run_rounds
+from simulations.hours import Daily
+from strategies.aggregation.fedit import FedIT
+from strategies.asynchronous import STRIDE, on_factors, on_product
+from strategies.build import build, training_plan
+from strategies.selection.poisson import Poisson
+from strategies.selection.sample import Sample
+from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, strategy
+from tests.lives import RUNTIME, owned, timed
+
+WORK = PLAN.steps * PLAN.batch_size
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch):
+    monkeypatch.setattr("simulations.grid.handle", handle)
+
+
+def run(
+    folder, *fleet, rounds=2, state=None, chosen=None, enough=None, timeout=100.0, size=None, concurrency=3, **more
+):
+    """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
+    grid, lives = timed(folder, *fleet, **more)
+    if state:
+        lives.resume(state.round)
+    chosen = chosen or strategy()
+    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough)
+    leg = size and Buffered(grid, chosen, pace, shift=on_product, size=size, concurrency=concurrency)
+    found = run_rounds(
+        grid=grid, strategy=chosen, state=state or fresh_state(), rounds=rounds, checkpoints=folder / "checkpoints",
+        on_round=lambda _: None, pace=pace, leg=leg or None, present=0, keep=lives.keep,
+    )  # fmt: skip
+    return found, lives
+
+
+def outcome(state):
+    return [replace(done, wall_seconds=0.0) for done in state.history], encode(to_tensors(state.adapter))
+
+
+def times(lives):
+    return [round(facts.ended) for facts in lives.log.rounds]
+
+
+def speeds(*values):
+    return [owned(name, speed=value) for name, value in zip("abcdefgh", values, strict=False)]
+
+
+def test_a_round_ends_with_enough_replies_and_counts_who_came_late(tmp_path):
+    fleet = speeds(8.0, 4.0, 1.0, 0.5)
+    waits, lives = run(tmp_path / "all", *fleet, timeout=1e6)
+    assert [done.train.replied for done in waits.history[1:]] == [4, 4]
+    assert times(lives) == [0, 16, 32]
+    found, lives = run(tmp_path / "enough", *speeds(8.0, 4.0, 1.0, 0.5), rounds=5, enough=2)
+    assert [done.train.replied for done in found.history[1:]] == [2] * 5
+    assert found.history[1].train.dropped == {"no reply": 2}
+    assert times(lives)[1] == 2
+    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+
+
+def test_who_is_too_slow_for_the_deadline_is_not_waited_for(tmp_path):
+    found, lives = run(tmp_path, *speeds(8.0, 4.0, 0.1), timeout=10.0)
+    assert times(lives) == [0, 10, 20]
+    assert [done.train.dropped for done in found.history[1:]] == [{"no reply": 1}] * 2
+    assert lives.log.rounds[2].lost == {}
+
+
+def test_whoever_needs_too_much_memory_stops_nothing(tmp_path):
+    fleet = [owned(name, memory_mib=RUNTIME + 1) for name in "ab"]
+    found, lives = run(tmp_path, *fleet)
+    assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert [facts.lost for facts in lives.log.rounds] == [{}, {"killed: memory": 2}, {"killed: memory": 2}]
+    assert times(lives) == [0, 100, 200]
+    for size in (1, 2):
+        found, lives = run(tmp_path / str(size), *fleet, size=size)
+        assert [done.train.replied for done in found.history[1:]] == [0, 0]
+        assert times(lives)[-1] == 200
+
+
+def test_a_round_waits_for_somebody_to_ask_and_goes_by_if_nobody_comes(tmp_path):
+    away = [owned("a", hours=Daily([], [0.0, 24.0]))]
+    found, lives = run(tmp_path / "never", *away)
+    assert [done.train.asked for done in found.history[1:]] == [0, 0]
+    assert times(lives) == [0, 100, 200]
+    later = [owned("a", hours=Daily([1.0, 24.0], [0.0, 24.0]))]
+    for size in (None, 1):
+        found, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
+        assert [done.train.replied for done in found.history[1:]] == [1, 1]
+        assert 3600 < lives.log.rounds[1].ended < 3600 + 700
+    nobody = strategy(selection=Poisson(rate=0.5, coins=lambda _: Tails()))
+    found, lives = run(tmp_path / "tails", owned("a"), chosen=nobody)
+    assert times(lives) == [0, 0, 0]  # that sample is not drawn again
+
+
+class Tails:
+    release = False
+
+    def poisson_batch(self, _size, _rate):
+        return torch.arange(0)
+
+
+def test_below_the_quorum_the_adapter_is_kept(tmp_path):
+    found, _ = run(tmp_path, *speeds(1.0, 1.0, 0.05), chosen=strategy(quorum=3), rounds=1)
+    assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert (found.history[1].train.replied, found.history[1].train.diagnostics) == (2, {})
+    found, _ = run(tmp_path / "met", *speeds(1.0, 1.0, 0.5), chosen=strategy(quorum=3), rounds=1)
+    assert not torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_same_seed_gives_the_same_run(tmp_path, size):
+    def once(folder, seed):
+        fleet = [
+            owned(name, drop_out=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
+            for name in "abcdef"
+        ]
+        chosen = strategy(selection=Sample(size=4, seed=3))
+        state, lives = run(tmp_path / folder, *fleet, rounds=4, chosen=chosen, timeout=3600.0, seed=seed, size=size)
+        return outcome(state), lives.log.rounds
+
+    assert once("first", 1) == once("second", 1)
+    assert once("third", 2) != once("fourth", 1)
+
+
+def test_killed_and_resumed_it_is_the_same_run(tmp_path):
+    def fleet():
+        return [owned(name, speed=0.1, battery_wh=2.0, charge=1.5, hot_after=60.0, hot_speed=0.5) for name in "abc"]
+
+    whole, lives = run(tmp_path / "whole", *fleet(), rounds=4, timeout=1e4)
+    run(tmp_path / "parts", *fleet(), rounds=2, timeout=1e4)
+    saved = checkpoint.load(tmp_path / "parts" / "checkpoints", sites=SITES)
+    resumed, again = run(tmp_path / "parts", *fleet(), rounds=4, state=saved, timeout=1e4)
+    assert outcome(resumed) == outcome(whole)
+    assert again.log.rounds == lives.log.rounds
+
+
+def test_an_asynchronous_run_does_not_wait_for_the_slow(tmp_path):
+    found, lives = run(tmp_path, *speeds(4.0, 4.0, 0.4), rounds=6, size=2, timeout=1000.0)
+    assert [done.train.replied for done in found.history[1:]] == [2] * 6
+    assert times(lives)[-1] < 20  # of which a wait for all would take 120
+    rounds = {name: facts.rounds for name, facts in found.devices.items()}
+    assert sum(rounds.values()) == 12
+    assert rounds["a"] > rounds.get("c", 0)
+    run(tmp_path / "again", *speeds(4.0, 4.0, 0.4), rounds=3, size=2)
+    saved = checkpoint.load(tmp_path / "again" / "checkpoints", sites=SITES)
+    resumed, _ = run(tmp_path / "again", *speeds(4.0, 4.0, 0.4), rounds=6, size=2, state=saved)
+    assert [done.train.replied for done in resumed.history[1:]] == [2] * 6
+
+
+def test_a_device_that_declines_is_left_alone_for_the_round(tmp_path):
+    def fail(_reply):
+        raise RuntimeError
+
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=fail)]
+    found, _ = run(tmp_path, *speeds(1.0, 8.0), devices=devices, size=3, timeout=1000.0)
+    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 1}] * 2
+    assert [done.train.replied for done in found.history[1:]] == [3, 3]
+
+
+def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
+    chosen, numbers = strategy(aggregation=FedIT()), []
+    let_in = chosen.let_in
+
+    def noted(asked, *given, **named):
+        numbers.extend((report.device, plan.round) for report, plan in asked.plans.values())
+        return let_in(asked, *given, **named)
+
+    chosen.let_in = noted
+    grid, lives = timed(tmp_path, *speeds(1.0, 0.3))
+    pace = Pace(clock=lives.clock, timeout=1000.0)
+    leg = Buffered(grid, chosen, pace, shift=on_factors, size=4, concurrency=2)
+    run_rounds(
+        grid=grid, strategy=chosen, state=fresh_state(), rounds=3, checkpoints=tmp_path, on_round=lambda _: None,
+        pace=pace, leg=leg, present=0,
+    )  # fmt: skip
+    assert len(set(numbers)) == len(numbers) == 12
+    of_a = [number for name, number in numbers if name == "a"]
+    assert of_a == sorted(of_a)
+    assert max(sum(number // STRIDE == version for number in of_a) for version in (1, 2, 3)) > 1  # twice in a round
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ("strategy=hetlora strategy.timing=async", "strategy.timing=async: hetlora can't take an update of an older"),
+    ("strategy.timing=async fleet.rate=0.5", "leave fleet.rate null"),
+    ("strategy=fedit strategy.timing=async privacy=device", "timing async can't be charged ahead"),
+    ("strategy=fedit privacy=device fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: whose reply counts"),
+    ("strategy=fedit privacy=device strategy.quorum=2", "strategy.quorum=2: what is private per device"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_one_line(overrides, said):
+    config = compose(overrides)
+    with pytest.raises(AntherError, match=said):
+        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+
+
+def test_over_selection_asks_more_than_it_needs():
+    config = compose("fleet.sample=5 fleet.overselect=1.3")
+    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+    assert len(found._selection.select([str(number) for number in range(20)], round=1)) == 7

@@ -1,0 +1,61 @@
+"""The hardware of a fleet's profiles, and how lives begin."""
+
+from dataclasses import replace
+
+import pytest
+
+from conf.compose import compose
+from conf.errors import AntherError
+from conf.planning import device_profile
+from models.base import Base
+from privacy.storage import Files
+from simulations.costs import costs
+from simulations.fleet import participants
+from simulations.hardware import hardware, turn
+from simulations.lives import lives
+from tests.fleet import PLAN
+from tests.lives import COSTS
+
+
+def test_profiles_are_dealt_by_their_shares():
+    fleet = compose("fleet=week").fleet
+    dealt = turn(fleet)
+    assert len(dealt) == sum(profile.share for profile in fleet.profiles) == 10
+    assert [dealt.count(profile) for profile in fleet.profiles] == [profile.share for profile in fleet.profiles]
+
+
+def test_what_a_file_does_not_state_is_its_hardwares_and_predicted():
+    phone = "{name: p, device: pixel8, uplink_mbps: 1, downlink_mbps: 1"
+    fleet = compose(f"'fleet.profiles=[{phone}}},{phone}, memory_gib: 1, examples_per_second: 0.5, watts: 2}}]'").fleet
+    silent, stated = hardware(fleet, COSTS, 3)
+    device = device_profile("pixel8")
+    assert (silent.memory_gib, silent.watts) == (device.memory_gib, device.watts_busy)
+    assert silent.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, device))
+    assert (stated.memory_gib, stated.examples_per_second, stated.watts) == (1, 0.5, 2)
+    assert stated.known.memory_gib == 1
+    assert stated.seconds(PLAN, COSTS) == pytest.approx(PLAN.steps * PLAN.batch_size / 0.5)
+    with pytest.raises(AntherError, match=r"fleet\.profiles: p: device=toaster: no such device"):
+        hardware(compose(f"'fleet.profiles=[{phone.replace('pixel8', 'toaster')}}}]'").fleet, COSTS, 3)
+
+
+def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
+    (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
+
+    config = compose("fleet=week data.writers=10")
+    people, taken = participants(config, base, lambda name: Files(tmp_path / name)), costs(config, base)
+
+    def born(**changes):
+        return lives(replace(config, **changes), people, tmp_path).fleet
+
+    first, again, other = born(), born(), born(seed=1)
+    assert all(
+        owned.body.capacity is None or 0.3 <= owned.moment.charge / owned.body.capacity <= 1 for owned in first.values()
+    )
+    moments = [[owned.at(80_000.0) for owned in fleet.values()] for fleet in (first, again, other)]
+    assert moments[0] == moments[1] != moments[2]
+    for owned in first.values():
+        rate = 1 / taken.example_seconds(8, owned.hardware.known)
+        assert owned.hardware.examples_per_second == pytest.approx(rate)
+    traced = born(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
+    assert {owned.hours.plugged(1800.0) for owned in traced.values()} == {True}
+    assert {owned.hours.plugged(7200.0) for owned in traced.values()} == {False}

@@ -1,0 +1,209 @@
+"""Rules on whole changes, against numpy on vectors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.robust import Changes
+from strategies.robust.foolsgold import FoolsGold, originality
+from strategies.robust.geometric import GeometricMedian
+from strategies.robust.gram import changes
+from strategies.robust.krum import MultiKrum, count
+from strategies.robust.norm import NormBound
+from tests.strategies.means import random_adapter, rounds
+
+RULES = {
+    "norm": NormBound(),
+    "fixed": NormBound(bound=2.0),
+    "krum": MultiKrum(outliers=0.2),
+    "foolsgold": FoolsGold(),
+    "geometric": GeometricMedian(),
+}
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def of_vectors(vectors, weights=None):
+    """Changes at one site, [K, D]."""
+    flat = torch.as_tensor(np.asarray(vectors), dtype=torch.float64)
+    weights = torch.ones(len(flat), dtype=torch.float64) if weights is None else torch.tensor(weights).double()
+    there = torch.ones(1, len(flat), dtype=torch.bool)
+    return Changes((flat @ flat.T)[None], there, weights, torch.ones_like(weights))
+
+
+def mean(judged, vectors):
+    """What an exact aggregation makes of it."""
+    shares = (judged.weights / judged.weights.sum()).numpy()
+    return (shares * judged.scales.numpy()) @ np.asarray(vectors)
+
+
+@st.composite
+def attacked(draw, most=0.2):
+    """Honest vectors around something, at most a fifth of others anywhere, and how many are honest; mixed up."""
+    n = draw(st.integers(5, 24))
+    bad = draw(st.integers(0, count(most, n)))
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    size = 10.0 ** draw(st.integers(-3, 5))
+    honest = random.normal(size=6) + random.normal(size=(n - bad, 6))
+    others = size * random.normal(size=(bad, 6))
+    if draw(st.booleans()) and bad:  # who agree
+        others[:] = others[0]
+    return random.permutation(np.concatenate([honest, others])), honest
+
+
+@rules
+@settings(max_examples=30, deadline=None)
+@given(rounds(), st.randoms(use_true_random=False))
+def test_the_order_of_devices_is_nothing_and_somebody_stays(rule, round, shuffled):
+    current, updates = round
+    if rule in (RULES["krum"], RULES["foolsgold"]):  # of equals, and by rounding, one may be kept for the others
+        updates = [(random_adapter(4, 7 + number), weight) for number, (_, weight) in enumerate(updates)]
+    found = rule.judge(changes(current, updates))
+    assert (found.weights > 0).any()
+    assert (found.weights >= 0).all()
+    assert ((found.scales >= 0) & (found.scales <= 1)).all()
+    order = list(range(len(updates)))
+    shuffled.shuffle(order)
+    other = rule.judge(changes(current, [updates[place] for place in order]))
+    assert torch.allclose(other.weights, found.weights[order], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(other.scales, found.scales[order], rtol=1e-6)
+
+
+@rules
+def test_equal_changes_and_one_alone_give_themselves(rule):
+    one = np.array([0.3, -0.2, 0.1])
+    for vectors in ([one], [one] * 7, [0 * one] * 7):
+        assert np.allclose(mean(rule.judge(of_vectors(vectors)), vectors), vectors[0])
+
+
+@rules
+def test_nothing_trained_is_nothing_to_judge(rule):
+    current = random_adapter(4, 0)
+    for updates in ([(random_adapter(0, 1), 1.0)], [({}, 2.0), (random_adapter(0, 1), 1.0)]):
+        given = changes(current, updates)
+        assert torch.equal(rule.judge(given).weights, given.weights)
+
+
+@rules
+def test_who_trained_nothing_is_nothing_to_the_others(rule):
+    current = random_adapter(4, 0)
+    updates = [(random_adapter(4, number), 1.0) for number in range(1, 8)]
+    alone, beside = (rule.judge(changes(current, given)) for given in (updates, [*updates, ({}, 1.0)]))
+    assert beside.weights.isfinite().all()
+    assert beside.scales[-1] == 1
+    if rule is not RULES["krum"]:  # which leaves out as many of eight as of seven
+        ratio = beside.weights[:-1] / alone.weights
+        assert torch.allclose(ratio, ratio[0].expand(7), rtol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(attacked())
+def test_no_change_counts_with_more_than_an_honest_norm(found):
+    vectors, honest = found
+    judged = RULES["norm"].judge(of_vectors(vectors))
+    norms = np.linalg.norm(vectors, axis=1)
+    bound = np.sort(norms)[(len(norms) - 1) // 2]
+    assert np.allclose(judged.scales, np.minimum(1, bound / norms))
+    assert bound <= np.linalg.norm(honest, axis=1).max() * (1 + 1e-9)
+    scaled = judged.scales.numpy()[:, None] * vectors
+    assert np.allclose(judged.gram[0], scaled @ scaled.T)
+
+
+def test_a_fixed_bound_and_a_factor():
+    vectors = np.diag([1.0, 2.0, 4.0])
+    assert RULES["fixed"].judge(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.5])
+    assert NormBound(factor=1.5).judge(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.75])
+
+
+@settings(max_examples=30, deadline=None)
+@given(attacked())
+def test_krum_is_blanchards(found):
+    vectors, honest = found
+    n, f = len(vectors), count(0.2, len(vectors))
+    judged = RULES["krum"].judge(of_vectors(vectors))
+    if n < 2 * f + 3:
+        f = (n - 3) // 2
+    apart = ((vectors[:, None] - vectors) ** 2).sum(2)
+    scores = [np.sort(np.delete(apart[i], i))[: n - f - 2].sum() for i in range(n)]
+    kept = judged.weights.numpy() > 0
+    assert kept.sum() == n - f
+    if f:
+        assert max(np.array(scores)[kept]) <= min(np.array(scores)[~kept]) * (1 + 1e-9) + 1e-9
+    spread = np.linalg.norm(honest[:, None] - honest, axis=2).max()
+    nearest = np.linalg.norm(vectors[kept][:, None] - honest, axis=2).min(1).max()
+    assert nearest <= spread * max(1.0, ((n - f - 2) / 2) ** 0.5) + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(attacked(), st.booleans())
+def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
+    vectors, _ = found
+    random = np.random.default_rng(0)
+    weights = random.uniform(0.5, 2.0, len(vectors)) if weighted else np.ones(len(vectors))
+    z = mean(RULES["geometric"].judge(of_vectors(vectors, weights)), vectors)
+
+    def total(point):
+        return weights @ np.linalg.norm(vectors - point, axis=1)
+
+    slack = 1e-3 * np.median(np.linalg.norm(vectors - vectors.mean(0), axis=1)) * weights.sum()
+    assert total(z) <= min(total(vector) for vector in vectors) + slack
+    for _ in range(20):
+        assert total(z) <= total(z + random.normal(size=6) * 10.0 ** random.uniform(-4, 1)) + slack
+
+
+@settings(max_examples=30, deadline=None)
+@given(attacked())
+def test_a_fifth_of_outliers_moves_the_geometric_median_no_further_than_its_bound(found):
+    vectors, honest = found
+    z = mean(RULES["geometric"].judge(of_vectors(vectors)), vectors)
+    middle = honest.mean(0)
+    share = 1 - len(honest) / len(vectors)
+    bound = 2 * (1 - share) / (1 - 2 * share) * np.linalg.norm(honest - middle, axis=1).max()
+    assert np.linalg.norm(z - middle) <= bound * (1 + 1e-2)
+
+
+def by_the_paper(cosines):
+    """Algorithm 1 of FoolsGold, from the cosines on, κ = 1; a cosine below 0 is no likeness."""
+    n = len(cosines)
+    cs = np.where(np.eye(n, dtype=bool), 0.0, np.clip(cosines, 0, 1))
+    v = cs.max(1)
+    pardoned = cs.copy()
+    for i in range(n):
+        for j in range(n):
+            if v[j] > v[i]:
+                pardoned[i, j] = cs[i, j] * v[i] / v[j]
+    alpha = 1 - pardoned.max(1)
+    alpha = np.clip(alpha / alpha.max(), 1e-9, 1 - 1e-9)
+    return np.clip(np.log(alpha / (1 - alpha)) + 0.5, 0, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(attacked())
+def test_foolsgold_is_the_papers(found):
+    vectors, _ = found
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = of_vectors(vectors).cosines()
+    assert np.allclose(cosines, unit @ unit.T, atol=1e-6)
+    if (wanted := by_the_paper(cosines.numpy())).any():
+        assert np.allclose(RULES["foolsgold"].judge(of_vectors(vectors)).weights, wanted, atol=1e-6)
+
+
+def test_those_who_agree_are_found_at_any_size_and_the_others_are_left():
+    random = np.random.default_rng(0)
+    honest, agreed = random.normal(size=(16, 1000)), random.normal(size=1000)
+    for size in (0.01, 1.0, 100.0):
+        vectors = np.concatenate([honest, size * np.stack([agreed] * 4)])
+        assert RULES["foolsgold"].judge(of_vectors(vectors)).weights.tolist() == [1.0] * 16 + [0.0] * 4
+
+
+def test_if_all_are_one_nobody_is_more_original():
+    assert not originality(torch.ones(3, 3)).any()
+    one = of_vectors([[1.0, 2.0]] * 3)
+    assert (RULES["foolsgold"].judge(one).weights > 0).any()
+
+
+@pytest.mark.parametrize(("rule", "wrong"), [(NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outliers")])
+def test_what_makes_no_sense_is_refused(rule, wrong):
+    with pytest.raises(ValueError, match="must be"):
+        rule(**{wrong: -1.0})

@@ -1,0 +1,160 @@
+"""Training a part of an adapter, or at some of its sites, against merged weights and torch's AdamW on that alone."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import slot_linear
+from models.adapter import Adapter, Factors, at
+from models.base import Base
+from models.trained import trained_tensors
+from tests.training.reference import PLENTY, Reference, assert_close, frame, job, live, private, room, some, trained
+from training.jobs import Train
+from training.rows import Rows, Shape, row_bytes
+from training.trainer import train
+
+DIGITS = 1e-10
+PARTS = ["a", "b", "cores"]
+
+
+def inside(given: Adapter, seed: int, base: Base) -> Adapter:
+    """An adapter between these factors whose cores are not zero."""
+    some = live(base, len(next(iter(given.values())).a), seed)
+    return {name: Factors(a, left @ (left.T @ some[name].b)) for name, (a, left) in given.items()}
+
+
+def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[Train]:
+    """Jobs that train a part: three from one adapter, one of which has smaller factors; one from another."""
+    head = {name: Factors(a[:1], b[:, :1]) for name, (a, b) in start.items()}
+    return [
+        job(base, f"{trains} plain", start=start, trains=trains, steps=2),
+        job(base, f"{trains} small", start=head, trains=trains, frozen=live(base, 2, 9), steps=2),
+        job(base, f"{trains} elsewhere", start=some(other), trains=trains, steps=2),
+        private(base, f"{trains} private", count=3, start=start, trains=trains, steps=2),
+        private(
+            base, f"{trains} by site", start=some(other), trains=trains, per_site=True, count=3, batch_size=4, steps=2
+        ),
+        private(base, f"{trains} nobody", start=start, trains=trains, rate=0.0, steps=1),
+    ]
+
+
+def framed(base: Base) -> list[Train]:
+    one, other = frame(base, 3, 1), frame(base, 2, 2)
+    within, beside = inside(one, 5, base), inside(other, 6, base)
+    few = some(other)
+    return [
+        job(base, "plain", start=within, frame=one, trains="cores", steps=2),
+        job(base, "another frame", start=beside, frame=other, trains="cores", frozen=live(base, 2, 9), steps=2),
+        private(base, "private", count=3, start=within, frame=one, trains="cores", steps=2),
+        private(
+            base,
+            "clipped by site",
+            start=at(beside, few),
+            frame=few,
+            trains="cores",
+            per_site=True,
+            count=3,
+            batch_size=4,
+        ),
+        private(base, "nobody", start=within, frame=one, trains="cores", rate=0.0, steps=1),
+    ]
+
+
+def cohort(base: Base) -> list[Train]:
+    start, other = live(base, 3, 5), live(base, 2, 6)
+    empty = live(base, 0, 6)
+    return [
+        *starting(base, "a", start, other)[::3],
+        *starting(base, "b", start, other),
+        *framed(base),
+        job(base, "factors", steps=2),
+        job(base, "factors elsewhere", start=some(other), frozen=other, steps=2),
+        job(base, "no rank", start=empty, trains="b"),
+        job(base, "nowhere", start={}, trains="b"),
+    ]
+
+
+def test_parts_are_trained_as_if_alone(fine: Base) -> None:
+    truth = [Reference(fine, plan).train() for plan in cohort(fine)]
+    jobs = cohort(fine)
+    for found, plan, wanted in zip(train(fine, jobs, memory=PLENTY, timesteps=2), jobs, truth, strict=True):
+        assert_close(found, wanted, plan.start, DIGITS)
+    few = cohort(fine)[:3]  # and in turn, with little memory
+    for found, plan, wanted in zip(
+        train(fine, few, memory=room(fine, few, 3, 2), timesteps=2), few, truth, strict=False
+    ):
+        assert_close(found, wanted, plan.start, DIGITS)
+
+
+@pytest.mark.parametrize("trains", PARTS)
+def test_what_is_fixed_stays_and_the_source_of_noise_is_asked_for_the_rest_alone(fine: Base, trains: str) -> None:
+    between = frame(fine, 2, 3) if trains == "cores" else None
+    start = inside(between, 7, fine) if between else live(fine, 2, 7)
+    plan = private(fine, "p", start=start, frame=between, trains=trains, noise_multiplier=5.0)
+    assert plan.noise
+    with patch.object(type(plan.noise), "gaussian", autospec=True, side_effect=type(plan.noise).gaussian) as asked:
+        found = trained(train(fine, [plan], memory=PLENTY, timesteps=2)[0])
+    numbers = sum(part.numel() for part in trained_tensors(start, trains, between).values())
+    assert {call.args[1] for call in asked.call_args_list} == {numbers}
+    moved = trained_tensors(found, trains, between)
+    assert all((moved[name] - was).norm() > 0.01 for name, was in trained_tensors(start, trains, between).items())
+    for name, (a, b) in start.items():
+        if trains != "a":
+            assert torch.equal(found[name].a, a)
+        if trains == "a":
+            assert torch.equal(found[name].b, b)
+        if between:
+            assert (found[name].b - between[name].b @ moved[f"{name}.core"]).norm() < DIGITS
+
+
+@pytest.mark.parametrize("trains", ["both", *PARTS])
+def test_no_gradient_is_computed_of_what_is_fixed_or_left_out(fine: Base, trains: str) -> None:
+    """Of the operation that adapters share with their layer: it is asked for nothing else, and at no other site."""
+    between = some(frame(fine, 2, 3)) if trains == "cores" else None
+    start = inside(between, 7, fine) if between else some(live(fine, 2, 7))
+    kept: list[tuple[bool, ...]] = []
+
+    def watch(grad: Tensor, x: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept.append((x is not None, rest[3] is not None))
+        return backward(grad, x, *rest)
+
+    backward = slot_linear._backward
+    with patch.object(slot_linear, "_backward", watch):
+        train(fine, [job(fine, "p", start=start, frame=between, trains=trains, steps=1)], memory=PLENTY, timesteps=2)
+    wanted = {"both": (True, True), "a": (True, False)}.get(trains, (False, True))
+    assert set(kept) == {wanted}
+    assert len(kept) % len(start) == 0
+
+
+def test_rows_hold_what_is_trained_and_no_other_site(fine: Base) -> None:
+    start = live(fine, 3, 1)
+    sizes = {name: sum(f.numel() for f in pair) for name, pair in start.items()}
+    for plan, wanted in (
+        (job(fine, "p", start=start), sum(sizes.values())),
+        (job(fine, "p", start=some(start)), sum(sizes[name] for name in some(start))),
+        (job(fine, "p", start=some(start), trains="b"), sum(start[name].b.numel() for name in some(start))),
+    ):
+        shape = Shape.of([plan])
+        rows = Rows(fine, shape, 2)
+        assert rows.adapters.shape == (2, wanted)
+        examples = row_bytes(fine, shape) - 8 * wanted * fine.precise.itemsize
+        assert 0 < examples < 20_000
+
+
+def test_a_frame_that_does_not_fit_fails_alone(fine: Base) -> None:
+    between = frame(fine, 2, 3)
+    start = inside(between, 7, fine)
+    for wrong in (frame(fine, 3, 3), some(between)):
+        jobs = [job(fine, "wrong", start=start, frame=wrong, trains="cores"), job(fine, "sound")]
+        found = train(fine, jobs, memory=PLENTY, timesteps=2)
+        assert isinstance(found[0], ValueError)
+        assert "frame" in str(found[0])
+        trained(found[1])
+    with pytest.raises(ValueError, match="cores are trained in a frame"):
+        job(fine, "none", trains="cores")
+    with pytest.raises(ValueError, match="cores are trained in a frame"):
+        job(fine, "not asked for", frame=between)
