@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from conf.planning import DeviceProfile, Plan
-from models.footprint import CHECKPOINTING, Footprint
+from models.footprint import CHECKPOINTING, MARGIN, Footprint
 
 GIB, MIB = 2**30, 2**20
 HOUR = 3600
-MARGIN = 1.07  # predictions were that much under at most (`bench.predicted`): what a plan accepts must not be killed
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Collection
 
 import torch
 
-from client.ladder import MARGIN, MIB
+from client.ladder import MIB
 from client.store import Store
 from models.adapter import Sites
 from models.base import Base
 from models.families.known import find
-from models.footprint import example, footprint, resident_bytes, stand_in
+from models.footprint import MARGIN, example, footprint, resident_bytes, stand_in
 from privacy.policy import Refusal
 from training import trainer
 from training.memory import total_and_free

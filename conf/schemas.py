@@ -150,6 +150,23 @@ class Workload:
 
 
 @dataclass
+class Eligible:
+    """What must hold of a device that is asked to train; by default nothing."""
+
+    idle: bool = False  # its owner does not use it
+    battery: float | None = None  # share of a full battery that it has, unless it charges; null: any
+    cool: bool = False  # it is not hot
+    unmetered: bool = False  # its link costs nothing
+    pictures: bool = False  # it has some
+
+    def __post_init__(self) -> None:
+        least = self.battery
+        require(
+            least is None or 0 < least <= 1, f"fleet.eligible.battery={least}: must be over 0 and at most 1, or null"
+        )
+
+
+@dataclass
 class Fleet:
     """Which devices the writers hold, and which of them are asked in a round, drawn anew each time."""
 
@@ -157,20 +174,22 @@ class Fleet:
     sample: int | None = None  # devices asked to train each round; null: all of them
     rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
-    overselect: float = (
-        1.0  # as many times `sample` devices are asked, and a round ends with the first `sample` replies
-    )
+    overselect: float = 1.0  # so many times `sample` devices are asked; a round ends with the first `sample` replies
     concurrency: int = 10  # devices that are at work at any time, with strategy.timing=async
     timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
     workload: Workload = field(default_factory=Workload)  # of a timed fleet
     zones: float = 0.0  # hours by which owners' clocks differ at most (a timed fleet)
     jitter: float = 1.0  # hours by which a day of theirs differs from another at most (a timed fleet)
     trace: str | None = None  # CSV or JSON of when devices are plugged in and idle, instead of the profiles' hours
+    eligible: Eligible = field(default_factory=Eligible)  # with fleet.rate, and under privacy=device, others are drawn
+    # all the same, and contribute nothing
+    report_age: float = 600.0  # seconds after which a device is asked anew for its state, where somebody goes by it
 
     def __post_init__(self) -> None:
         require(len(self.profiles) > 0, "fleet.profiles is empty: name at least one kind of device")
         require(_none_or_positive(self.sample), f"fleet.sample={self.sample}: must be 1 or more, or null for all")
         require(_none_or_positive(self.evaluate), f"fleet.evaluate={self.evaluate}: must be 1 or more, or null")
+        require(self.report_age >= 0, f"fleet.report_age={self.report_age}: must be 0 or more")
         rate = self.rate
         require(rate is None or 0 < rate <= 1, f"fleet.rate={rate}: must be over 0 and at most 1, or null")
         both = f"fleet.rate={rate} fleet.sample={self.sample}: choose one of them"
@@ -191,6 +210,45 @@ class Fleet:
 
 
 @dataclass
+class Oort:
+    """What Oort's utility and its exploration go by (OSDI 2021), for selection=oort and energy."""
+
+    alpha: float = 2.0  # penalty of devices that take longer than most
+    exploration: float = 0.9  # share of the first round's devices that were never asked before
+    decay: float = 0.98  # of that share in each round
+    least: float = 0.3  # that it falls to
+    cutoff: float = 0.95  # who has this share of the utility of the last one chosen may take its place
+    clip: float = 0.9  # quantile that utilities are cut at
+    preferred: float = 0.3  # quantile of all devices' seconds that a round is to take at first
+    window: int = 20  # rounds between two looks of the pacer, which moves that quantile
+    step: float = 0.05  # by so much
+    most: int | None = None  # rounds after which a device is left alone while there are others; null: no limit
+
+    def __post_init__(self) -> None:
+        require(self.alpha >= 0, f"selection.oort.alpha={self.alpha}: must be 0 or more")
+        for name in ("exploration", "decay", "least", "cutoff", "clip", "preferred", "step"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"selection.oort.{name}={value}: must be over 0 and at most 1")
+        require(self.window >= 1, f"selection.oort.window={self.window}: must be 1 or more")
+        require(_none_or_positive(self.most), f"selection.oort.most={self.most}: must be 1 or more, or null")
+
+
+@dataclass
+class Selection:
+    """Which devices make up a fleet.sample."""
+
+    name: str = "sample"
+    oort: Oort = field(default_factory=Oort)
+    weight: float = 0.25  # of utility, beside the power that a round leaves (energy)
+    more: float = 2.0  # devices drawn for each that is asked, of which the best are (deadline, loss_fair)
+
+    def __post_init__(self) -> None:
+        choose("selection.name", self.name, ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair"))
+        require(0 <= self.weight <= 1, f"selection.weight={self.weight}: must be 0 to 1")
+        require(self.more >= 1, f"selection.more={self.more}: must be 1 or more")
+
+
+@dataclass
 class Strategy:
     """How adapters are combined and devices asked."""
 
@@ -202,6 +260,11 @@ class Strategy:
     # that trained so many
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
+    planning: str = "full"  # full: every device trains at every site; device: at those that are worth most of what it
+    # can hold and has time and power for
+    joules: float | None = None  # that a round's training may take of a device: fewer steps; null: no limit
+    battery_share: float | None = None  # of what is left in its battery, that a round may take of a device which does
+    # not charge: fewer steps; null: no limit
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
     # random after any noise. Where directions keep their meaning (fedit, ffa, fedsa, fedsb, hetlora) what rounding left
     # goes into the next round
@@ -231,6 +294,7 @@ class Strategy:
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
         choose("strategy.weights", self.weights, ("device", "rank_slice"))
+        choose("strategy.planning", self.planning, ("full", "device"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
         choose("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
@@ -260,6 +324,10 @@ class Strategy:
         for name in ("buffer", "quorum"):
             require(getattr(self, name) >= 1, f"strategy.{name}={getattr(self, name)}: must be 1 or more")
         require(self.timeout > 0, f"strategy.timeout={self.timeout}: must be over 0")
+        require(_none_or_positive(self.joules), f"strategy.joules={self.joules}: must be over 0, or null")
+        part = self.battery_share
+        wrong = f"strategy.battery_share={part}: must be over 0 and at most 1, or null"
+        require(part is None or 0 < part <= 1, wrong)
 
 
 @dataclass
@@ -376,10 +444,8 @@ class AdapterConfig:
     """LoRA adapters: where they sit and how they are trained."""
 
     sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
-    frame: str | None = (
-        None  # of strategy=fedsb, which trains small cores between the factors of this frame, shipped by
-    )
-    # name or a file: rank² numbers a site, as privacy wants them; null: of every other strategy
+    frame: str | None = None  # of strategy=fedsb, which trains small cores between the factors of this frame, shipped
+    # by name or a file: rank² numbers a site, as privacy wants them; null: of every other strategy
     shared: SharedTraining = field(default_factory=SharedTraining)
     personal: LocalTraining = field(default_factory=LocalTraining)
     local: AloneTraining = field(default_factory=AloneTraining)
@@ -454,6 +520,7 @@ class Simulation:
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
     fleet: Fleet = field(default_factory=Fleet)
+    selection: Selection = field(default_factory=Selection)
     strategy: Strategy = field(default_factory=Strategy)
     privacy: Privacy = field(default_factory=Privacy)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

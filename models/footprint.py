@@ -7,6 +7,8 @@ then runs one forward and backward pass of it, the modules' own code, on tensors
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -21,11 +23,12 @@ from models.families.known import Known
 from models.objective import per_example_loss, rectified_flow
 from models.quantise import other_scratch
 from models.quantised import Quantised
-from models.slots import Layout
+from models.slots import Layout, Stacks
 from models.storages import storages
 from models.weights import kinds, quantise_shapes
 
 CHECKPOINTING = ("none", "block")
+MARGIN = 1.07  # predictions were that much under at most (`bench.predicted`): what a plan accepts must not be killed
 MODULE = 24 << 10
 """Bytes of one of a network's modules, and of the nodes of autograd's graph that it makes.
 
@@ -114,28 +117,34 @@ def _mapped(base: Denoiser) -> list[Tensor]:
 
 
 def footprint(
-    base: Denoiser, latents: torch.Size, context: torch.Size, *, rank: int, batch: int = 1, runtime_bytes: int = 0
+    base: Denoiser,
+    latents: torch.Size,
+    context: torch.Size,
+    *,
+    rank: int,
+    batch: int = 1,
+    runtime_bytes: int = 0,
+    sites: Collection[str] | None = None,
 ) -> Footprint:
     """Of `shapes` or of a `stand_in`, whose tensors become fake ones.
 
     Args:
         latents, context: shapes of one example.
-        rank: of the adapter that is trained, at every site.
+        rank: of the adapter that is trained.
         batch: entries of a micro-batch, each with a slot of its own as DP-SGD wants them.
         runtime_bytes: passed on to the result.
+        sites: that are trained; the adapter's factors at the others stay as they came. None: all.
     """
-    layout = Layout(base.sites, rank)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    frozen = without_contents(base.network, mode)
-    with mode, other_scratch(), DryRun(frozen, storages(_mapped(base))) as run:
+    trained, frozen = parted(base, rank, sites)
+    with dry(base) as run:
         x, texts = (torch.zeros(batch, *shape) for shape in (latents, context))
-        one_pass(base, x, texts, layout, torch.zeros(batch, layout.size))
+        one_pass(base, x, texts, trained, torch.zeros(batch, trained.size), frozen.stacks(torch.zeros(1, frozen.size)))
     return Footprint(
         base_bytes=resident_bytes(base),
         activations_bytes=run.activations_bytes,
         workspace_bytes=run.workspace_bytes,
-        adapter_bytes=8 * layout.size,
-        optimiser_bytes=12 * layout.size,
+        adapter_bytes=8 * trained.size,
+        optimiser_bytes=12 * trained.size,
         objects_bytes=MODULE * len(list(base.network.modules())),
         runtime_bytes=runtime_bytes,
         matrix_operations=run.matrix_operations,
@@ -144,9 +153,31 @@ def footprint(
     )
 
 
-def one_pass(base: Denoiser, x: Tensor, context: Tensor, layout: Layout, rows: Tensor) -> Tensor:
-    """Forward and backward of entries x [N, c, h, w], one for each row of adapters [N, D]: their gradients [N, D]."""
+def parted(base: Denoiser, rank: int, sites: Collection[str] | None) -> tuple[Layout, Layout]:
+    """How an adapter's trained sites lie in a row, and how the others do."""
+    wanted = set(base.sites if sites is None else sites)
+    chosen = {name: site for name, site in base.sites.items() if name in wanted}
+    return Layout(chosen, rank), Layout({n: site for n, site in base.sites.items() if n not in wanted}, rank)
+
+
+@contextmanager
+def dry(base: Denoiser) -> Iterator[DryRun]:
+    """What happens in the context happens without contents; so does the base from then on."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    frozen = without_contents(base.network, mode)
+    with mode, other_scratch(), DryRun(frozen, storages(_mapped(base))) as run:
+        yield run
+
+
+def one_pass(
+    base: Denoiser, x: Tensor, context: Tensor, layout: Layout, rows: Tensor, frozen: Stacks | None = None
+) -> Tensor:
+    """Forward and backward of entries x [N, c, h, w], one for each row of adapters [N, D]: their gradients [N, D].
+
+    Args:
+        frozen: factors beside them that are not trained.
+    """
     parts = [part.detach().requires_grad_() for part in rows.split(layout.widths, dim=1)]
-    with base.lending([layout.from_parts(parts)]) as denoise:
+    with base.lending([frozen or {}, layout.from_parts(parts)]) as denoise:
         losses = per_example_loss(denoise(x, x.new_zeros(len(x)), context), x)
         return torch.cat(torch.autograd.grad(losses.sum(), parts), dim=1)

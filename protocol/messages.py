@@ -37,6 +37,8 @@ class DeviceReport:
     metered: bool = False
     battery: float | None = None
     """What is left of a full one, in fifths; None: the device has none."""
+    battery_wh: float | None = None
+    """What a full one holds, by the kind of device; None: it has none, or nobody knows."""
     charging: bool = False
     busy: bool = False
     """Its owner uses it."""

@@ -57,6 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         base.sites,
         accept_simulated=os.environ.get("ANTHER_TEST") == "true",
         ledger=Ledger(Files(folder)),
+        base=base,
     )
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)

@@ -60,7 +60,7 @@ def run_rounds(
     not the one of this state.
     """
     strategy.summary()
-    strategy.remember(state.devices)
+    strategy.remember(state.devices, (done.train for done in state.history))
     strategy.memory = state.memory
     ledger = strategy.device_level.ledger if strategy.device_level else None
     if ledger:

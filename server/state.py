@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from models.adapter import Adapter
 from privacy.accounting import IMAGE, Guarantee
-from strategies.facts import DeviceFacts, TrainFacts, Validation
+from strategies.facts import DeviceFacts, TrainFacts, Validation, nothing
 from strategies.optimisers import Memory
 from strategies.private import Anchor
 
@@ -105,7 +105,7 @@ def _summed(before: Mapping[str, DeviceFacts], train: TrainFacts | None) -> Mapp
 
 def _measured(before: Mapping[str, DeviceFacts], validation: Validation) -> Mapping[str, DeviceFacts]:
     """The devices' sums with what measuring cost them: of a device that never trained, that alone."""
-    idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
+    idle = nothing()
     return {
         **before,
         **{name: before.get(name, idle).then(replace(idle, epsilon=spent)) for name, spent in validation.spent.items()},

@@ -13,17 +13,20 @@ LOOK = 600.0
 class VirtualClock:
     """A `strategies.clock.Clock` with a queue of events; two of one moment happen in the order that they were made in.
 
-    Args:
-        start: seconds since the midnight that the fleet's life began with.
+    It counts seconds since the midnight that the fleet's life began with.
     """
 
-    def __init__(self, start: float = 0.0) -> None:
-        self._now = start
+    def __init__(self) -> None:
+        self._now = 0.0
         self._order = count()
         self._events: list[tuple[float, int, Callable[[], bool]]] = []
 
     def now(self) -> float:
         return self._now
+
+    def resume(self, time: float) -> None:
+        """Go on from here; nothing is to come yet of what was to happen."""
+        self._now, self._events = time, []
 
     def at(self, time: float, event: Callable[[], bool]) -> None:
         """Have something happen then, or at once if that is over; it says whether it is worth a look."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 
 from client.ladder import GIB, MIB, pass_seconds
 from conf.planning import DeviceProfile
@@ -13,10 +13,12 @@ from conf.schemas import Simulation, Workload
 from models.base import Base
 from models.families.known import find
 from models.footprint import Footprint, example, footprint, shapes
+from models.partial import PassCosts
 from protocol.messages import TrainingPlan
+from strategies.fitting import costs_of
 
 Predict = Callable[[int], Footprint]
-"""Of a pass of one picture, whose adapter has this rank."""
+"""Of a pass of one picture, whose adapter has this rank and is trained at every site."""
 
 
 class Costs:
@@ -24,15 +26,18 @@ class Costs:
 
     Args:
         predict: footprints of the fleet's base.
+        partly: what passes cost that train at some sites; called once, when the first such plan comes.
         workload: what they are multiplied by.
     """
 
-    def __init__(self, predict: Predict, workload: Workload) -> None:
-        self._predict, self._workload = predict, workload
+    def __init__(self, predict: Predict, partly: Callable[[], PassCosts], workload: Workload) -> None:
+        self._predict, self._partly, self._workload = predict, cache(partly), workload
 
     def needed(self, plan: TrainingPlan) -> float:
         """Bytes of a pass at the moment when it holds most, beside what the process takes by itself."""
-        return self._footprint(plan.rank).peak_bytes
+        if plan.sites is None:
+            return self._footprint(plan.rank).peak_bytes
+        return self._workload.memory * self._partly().bytes(plan.sites)
 
     def fits(self, plan: TrainingPlan, device: DeviceProfile) -> bool:
         """Whether the device has them."""
@@ -41,10 +46,11 @@ class Costs:
     def seconds(self, plan: TrainingPlan, device: DeviceProfile) -> float:
         """Of all its steps, at full speed."""
         draws = plan.privacy.draws if plan.privacy else 1
-        return plan.steps * plan.batch_size * draws * self.example_seconds(plan.rank, device)
+        work = 1.0 if plan.sites is None else self._partly().work(plan.sites)
+        return plan.steps * plan.batch_size * draws * work * self.example_seconds(plan.rank, device)
 
     def example_seconds(self, rank: int, device: DeviceProfile) -> float:
-        """Of one training example, at full speed."""
+        """Of one training example at every site, at full speed."""
         return pass_seconds(self._footprint(rank), device)
 
     def _footprint(self, rank: int) -> Footprint:
@@ -66,7 +72,8 @@ def costs(config: Simulation, base: Base) -> Costs:
     """Of the base of a run, on its fleet."""
     sites = "|".join(re.escape(site) for site in base.sites)
     key = (str(base.folder), sites, config.base.weights, config.base.checkpointing, base.resolution)
-    return Costs(lambda rank: _predicted(*key, rank), config.fleet.workload)
+    partly = partial(costs_of, base, config.adapter.shared.rank)
+    return Costs(lambda rank: _predicted(*key, rank), partly, config.fleet.workload)
 
 
 @lru_cache(maxsize=64)

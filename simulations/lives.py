@@ -77,7 +77,8 @@ class Lives:
                 raise ValueError("it is of other devices")
         except (OSError, ValueError) as error:
             raise AntherError(f"{file}: can't be resumed from ({error}): restore it, or start anew") from error
-        self.clock, self.log = VirtualClock(saved.time), Log(saved.rounds)
+        self.clock.resume(saved.time)
+        self.log = Log(saved.rounds)
         for name, at in saved.devices.items():
             self.fleet[name].moment = Moment(saved.time, at.charge, Heat(at.heat, at.hot), at.off)
 

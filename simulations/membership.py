@@ -148,7 +148,7 @@ def _tried(run: Run, config: MembershipTrial) -> tuple[list[Suspect], dict[str, 
     state = checkpoint.load(run.folder / "checkpoints", sites=frozen.sites)
     if state is None:
         raise AntherError(f"{run.folder}: its checkpoints are gone, and with them the adapter to attack")
-    people = suspects(settings.data, state.devices.keys())
+    people = suspects(settings.data, {name for name, facts in state.devices.items() if facts.steps})
     if len({suspect.member for suspect in people}) < 2:
         raise AntherError(f"{run.folder}: has no picture that it trained on, or none that it didn't")
     tried = {"best": state.best_adapter, "last": state.adapter}[config.adapter]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from protocol.messages import DeviceReport
 from simulations.hardware import Hardware
-from simulations.hours import Hours
+from simulations.hours import HOUR, Hours
 from simulations.life import Body, Lived, Moment, live
 
 WARM = 0.8
@@ -75,6 +75,7 @@ class Owned:
         moment, capacity = self.at(time), self.body.capacity
         return replace(
             stated,
+            battery_wh=None if capacity is None else capacity / HOUR,
             battery=None if capacity is None else math.floor(5 * moment.charge / capacity + 1e-9) / 5,
             charging=capacity is not None and self.hours.plugged(time),
             busy=self.task is not None or not self.hours.idle(time),

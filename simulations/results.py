@@ -31,7 +31,7 @@ from simulations.fleet import Participant
 from simulations.log import FleetFacts, gini
 from simulations.output import config_hash
 from strategies.download import download
-from strategies.facts import DeviceFacts, device_epsilon
+from strategies.facts import device_epsilon, nothing
 from typefaces import judge
 
 
@@ -225,9 +225,10 @@ def build_report(
 
 def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
     """What one device did over all rounds; nothing, if it was never asked."""
-    idle = DeviceFacts(rank=0, steps=0, bytes_down=0, bytes_up=0, seconds=0.0, joules=0.0, epsilon=None)
+    idle = nothing()
     facts = dataclasses.asdict(state.devices.get(person.name, idle))
-    del facts["events"]  # what the server echoes: no cost of anything
+    for name in ("events", "asked", "last", "loss"):  # what the server remembers: no cost of anything
+        del facts[name]
     losses = {arm: one.loss for arm, one in judged.items()}
     return DeviceRow(name=person.name, profile=person.profile, loss=losses, **facts)
 

@@ -61,7 +61,11 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     frozen, people, database = here = world.build(config, folder)
     chosen = judged(people, config.evaluation.devices)
     plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
-    strategy = build(config, plan, frozen.sites, accept_simulated=True, ledger=Ledger(Files(folder)))
+    lived = lives(config, people, folder / "fleet") if config.fleet.timed else None
+    strategy = build(
+        config, plan, frozen.sites, accept_simulated=True, ledger=Ledger(Files(folder)),
+        clock=lived.clock if lived else None, base=frozen,
+    )  # fmt: skip
     from training.memory import budget, check_free
 
     memory = budget(config.cohort.memory_gib, frozen.device)
@@ -71,7 +75,6 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     from simulations import results
 
     perform = world.performer(config, frozen, memory)
-    lived = lives(config, people, folder / "fleet") if config.fleet.timed else None
     with grid(config, folder, here, perform, memory, lived) as devices:
         state = federate(config, folder, strategy, plan, devices, people, chosen, display, lived)
     fleet = lived.log.rounds if lived else ()

@@ -11,6 +11,7 @@ from conf.errors import AntherError
 from conf.schemas import Simulation
 from models import assets
 from models.adapter import Adapter, Sites
+from models.base import Base
 from models.cores import load_frame
 from privacy.accounting import noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
@@ -29,7 +30,9 @@ from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.asynchronous import per_round
+from strategies.clock import Clock
 from strategies.federated import Federated
+from strategies.fitting import Fitting, costs_of
 from strategies.measuring import measuring, spending
 from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.planning import Cosine, Limits
@@ -42,15 +45,28 @@ from strategies.robust.guarded import Guarded
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
 from strategies.robust.trimmed import Median, TrimmedMean
-from strategies.selection import Selection
+from strategies.selection import ByName, Selection
+from strategies.selection.deadline import Deadline
+from strategies.selection.eligible import Eligible
+from strategies.selection.energy import Energy
 from strategies.selection.everyone import Everyone
+from strategies.selection.loss_fair import LossFair
+from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.panel import Panel
 from strategies.selection.poisson import Poisson
+from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
 
 def build(
-    config: Simulation, plan: TrainingPlan, sites: Sites, *, accept_simulated: bool, ledger: Ledger | None = None
+    config: Simulation,
+    plan: TrainingPlan,
+    sites: Sites,
+    *,
+    accept_simulated: bool,
+    ledger: Ledger | None = None,
+    clock: Clock | None = None,
+    base: Base | None = None,
 ) -> Federated:
     """The strategy that `config.strategy`, `config.fleet` and `config.privacy` describe.
 
@@ -58,6 +74,8 @@ def build(
         accept_simulated: this is a test or a simulation: take private updates made with reproducible noise, and make
             the server's own so; False in a real federation.
         ledger: of the server, where privacy per device is to be charged.
+        clock: that the run goes by; None: the wall's.
+        base: of the run, which strategy.planning=device predicts passes of.
 
     Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
     """
@@ -84,7 +102,14 @@ def build(
         # A control variate is of every direction.
         metered_rank=config.strategy.metered_rank if rule.mixed_ranks and not plan.scaffold else None,
         deadline=config.strategy.deadline,
+        joules=config.strategy.joules,
+        battery_share=config.strategy.battery_share,
     )
+    if limits.momentary and config.privacy.of_devices:
+        raise AntherError(
+            f"strategy.battery_share={limits.battery_share}: what is left of a battery belongs to a device, and "
+            f"privacy={chosen.level} hides all of one; use strategy.joules"
+        )
     level = _device_level(config, plan.run, sites, frame, seed, ledger) if config.privacy.of_devices else None
     return Federated(
         plan=plan,
@@ -101,7 +126,20 @@ def build(
         accept_simulated=accept_simulated,
         device_level=level,
         quorum=config.strategy.quorum,
+        fitting=_fitting(config, base),
+        eligible=Eligible(**vars(config.fleet.eligible)),
+        clock=clock,
+        report_age=config.fleet.report_age,
     )
+
+
+def _fitting(config: Simulation, base: Base | None) -> Fitting | None:
+    """What chooses each device's sites, unless all of them train at all."""
+    if config.strategy.planning == "full":
+        return None
+    if base is None:
+        raise ValueError("base: planning=device predicts its passes")
+    return Fitting(costs=costs_of(base, config.adapter.shared.rank), memory=config.fleet.workload.memory)
 
 
 def _frame(config: Simulation, sites: Sites) -> Adapter | None:
@@ -144,7 +182,7 @@ def _decay(config: Simulation) -> Callable[[float, int], float] | None:
 def combination(config: Simulation) -> Combination:
     """What a configuration chooses on each axis."""
     fleet = config.fleet
-    chosen = "poisson" if fleet.rate is not None else "sample" if fleet.sample is not None else "everyone"
+    chosen = config.selection.name if fleet.sample is not None else "everyone" if fleet.rate is None else "poisson"
     return Combination(
         aggregation=config.strategy.aggregation,
         robust=tuple(config.strategy.robust),
@@ -156,25 +194,45 @@ def combination(config: Simulation) -> Combination:
 
 
 def selection(config: Simulation, seed: int | None) -> Selection:
-    """Who is asked to train: everyone, a sample of `fleet.sample`, or each with the probability `fleet.rate`.
+    """Who is asked to train: everyone, `fleet.sample` of them by `selection`, or each by the probability `fleet.rate`.
 
     Args:
         seed: of the coins that this probability is tossed with; None: nobody can repeat them.
+
+    Raises AntherError for a selection without what it goes by.
     """
+    if config.selection.name != "sample" and config.fleet.sample is None:
+        raise AntherError(f"selection={config.selection.name}: chooses the devices of a fleet.sample; give its size")
     if config.fleet.rate is not None:
         return Poisson(rate=config.fleet.rate, coins=_noise("selection", seed))
-    size = config.fleet.sample
-    return _asked(size and math.ceil(size * config.fleet.overselect), config.seed, "selection")
+    chosen, deadline = config.selection, config.strategy.deadline
+    if config.fleet.sample is None:
+        return Everyone()
+    size, oort = math.ceil(config.fleet.sample * config.fleet.overselect), OortSettings(**vars(chosen.oort))
+    match chosen.name:
+        case "round_robin":
+            return RoundRobin(size=size)
+        case "oort":
+            return Oort(size=size, seed=config.seed, settings=oort)
+        case "energy":
+            return Energy(size=size, seed=config.seed, weight=chosen.weight, settings=oort)
+        case "deadline":
+            if deadline is None:
+                raise AntherError("selection=deadline: there is none; give strategy.deadline")
+            return Deadline(size=size, seconds=deadline, more=chosen.more, seed=config.seed)
+        case "loss_fair":
+            return LossFair(size=size, more=chosen.more, seed=config.seed)
+    return Sample(size=size, seed=config.seed)
 
 
-def evaluation(config: Simulation) -> Selection:
+def evaluation(config: Simulation) -> ByName:
     """Who measures: as many as `fleet.evaluate`, else as `fleet.sample`; all if neither is given.
 
     The same every round. Under privacy others every round, since each measurement is charged to whoever makes it.
     """
     size = config.fleet.sample if config.fleet.evaluate is None else config.fleet.evaluate
     if size is None or config.privacy.level != NONE:
-        return _asked(size, config.seed, "evaluation")
+        return Everyone() if size is None else Sample(size=size, seed=config.seed, purpose="evaluation")
     return Panel(size=size, seed=config.seed)
 
 
@@ -233,10 +291,6 @@ def _device_level(
 def _noise(purpose: str, seed: int | None) -> Callable[[int], NoiseSource]:
     """The server's own of every round; without a seed it is the operating system's."""
     return partial(source, purpose=purpose, client="server", seed=seed)
-
-
-def _asked(size: int | None, seed: int, purpose: str) -> Selection:
-    return Everyone() if size is None else Sample(size=size, seed=seed, purpose=purpose)
 
 
 def aggregation(config: Simulation) -> Aggregation:
@@ -406,6 +460,8 @@ def _uncorrected(config: Simulation, rule: Aggregation) -> str | None:
             "every update enters the server's control variate, also one that strategy.robust leaves out, and from "
             "there all devices; leave one of them out"
         )
+    if chosen.planning == "device":
+        return "a control variate is of every site that was sent; use strategy.planning=full"
     if chosen.timing == "async":
         return (
             "a control variate belongs to one round's adapter, and with strategy.timing=async rounds overlap; use sync"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from privacy.accounting import Guarantee
 from protocol.messages import ExamplePrivacy, TrainingPlan, Update
@@ -25,6 +26,12 @@ class DeviceFacts:
     """The most that it has told of in its ledger."""
     rounds: int = 0
     """Updates of it that were used."""
+    asked: int = 0
+    """Times that it was asked to train, whether or not it replied."""
+    last: int = 0
+    """The last round that it was asked in; 0 before any."""
+    loss: float | None = None
+    """Mean training loss that it told last; None under privacy, where none is kept."""
 
     def then(self, later: DeviceFacts) -> DeviceFacts:
         """What both took together."""
@@ -39,6 +46,9 @@ class DeviceFacts:
             epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
             events=max(self.events, later.events),
             rounds=self.rounds + later.rounds,
+            asked=self.asked + later.asked,
+            last=max(self.last, later.last),
+            loss=self.loss if later.loss is None else later.loss,
         )
 
 
@@ -88,7 +98,7 @@ class TrainFacts:
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
     devices: dict[str, DeviceFacts] = field(default_factory=dict)
-    """Of every device whose reply was accepted, by name; empty in a run's history, which keeps sums."""
+    """Of every device that was asked, or whose reply was accepted; empty in a run's history, which keeps sums."""
 
 
 def device_epsilon(train: TrainFacts | None) -> float | None:
@@ -134,6 +144,7 @@ class PersonalFacts:
 def train_facts(
     updates: Sequence[Update],
     *,
+    round: int,
     plans: Mapping[tuple[str, int], TrainingPlan],
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
@@ -167,37 +178,57 @@ def train_facts(
         guarantees=of_images + ((central.guarantee,) if central else ()),
         central=central,
         diagnostics=dict(diagnostics),
-        devices=_devices(updates, plans, bytes_down // max(1, len(plans)), bytes_up),
+        devices=_devices(
+            updates,
+            plans,
+            round,
+            bytes_down=bytes_down // max(1, len(plans)),
+            bytes_up=bytes_up,
+            told=not (private or central),
+        ),
     )
 
 
 def _devices(
     updates: Sequence[Update],
     plans: Mapping[tuple[str, int], TrainingPlan],
+    round: int,
+    *,
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
+    told: bool,
 ) -> dict[str, DeviceFacts]:
-    """Of every device whose updates were let in; it may have sent more than one.
+    """Of every device that was asked; it may have been so more than once.
 
     Args:
         bytes_down: to each.
+        told: whether their losses are kept.
     """
     found: dict[str, DeviceFacts] = {}
+    for name, _ in plans:
+        asked = nothing(asked=1, last=round)
+        found[name] = found[name].then(asked) if name in found else asked
     for update in updates:
-        name = update.device
         facts = DeviceFacts(
             rank=update.rank,
-            steps=plans[name, update.round].steps,
+            steps=plans[update.device, update.round].steps,
             bytes_down=bytes_down,
-            bytes_up=bytes_up[name, update.round],
+            bytes_up=bytes_up[update.device, update.round],
             seconds=update.seconds,
             joules=update.joules,
             epsilon=update.epsilon,
             events=update.events,
             rounds=1,
+            loss=update.loss if told else None,
         )
-        found[name] = found[name].then(facts) if name in found else facts
+        found[update.device] = found[update.device].then(facts)
     return found
+
+
+def nothing(**facts: Any) -> DeviceFacts:
+    """Of a device that nothing was taken of, but for what is given."""
+    idle: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
+    return DeviceFacts(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
 
 
 def mean(values: Sequence[float]) -> float | None:

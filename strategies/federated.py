@@ -7,11 +7,11 @@ in `strategies.replies`.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -22,11 +22,11 @@ from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensor
 from models.bounds import excess
 from models.controls import beside
 from models.cores import to_framed_tensors
-from models.trained import from_trained_tensors, trained_layout, trained_shapes, trained_tensors
+from models.trained import from_trained_tensors, trained_layout, trained_tensors
 from privacy.accounting import PoissonGaussian
 from privacy.noise import stream
 from privacy.snr import signal_to_spread
-from protocol import records, rounding
+from protocol import records
 from protocol.codec import decode, encode
 from protocol.messages import (
     DeviceReport,
@@ -41,16 +41,20 @@ from protocol.messages import (
     Update,
 )
 from strategies.aggregation import Aggregated, Aggregation, Updates
+from strategies.clock import Clock, WallClock
 from strategies.download import FP32, download, lost, restored
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
+from strategies.fitting import Fitting
 from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser
-from strategies.planning import Limits, plan_for
+from strategies.planner import Planner
+from strategies.planning import Limits
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
-from strategies.roster import Roster, selected
+from strategies.roster import Roster, by_name
 from strategies.scaffold import Drift
-from strategies.selection import Selection
+from strategies.selection import ByName, Candidate, Candidates, Selection
+from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.spool import Key, Spool
@@ -123,6 +127,11 @@ class Federated(Strategy):
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
         quorum: good replies without which a round keeps the adapter.
+        eligible: who may be asked to train. With privacy per device others are drawn with everybody, then not asked,
+            and nobody in their place: who else is asked would tell of them.
+        fitting: chooses the sites that each device trains at; None: all of them.
+        clock: that reports age by.
+        report_age: seconds after which a report is asked for again, where anything goes by a device's moment.
 
     `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
     each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is how
@@ -138,7 +147,7 @@ class Federated(Strategy):
         aggregation: Aggregation,
         selection: Selection,
         limits: Limits,
-        evaluation: Selection | None = None,
+        evaluation: ByName | None = None,
         measuring: Measuring | None = None,
         optimiser: Optimiser | None = None,
         download: str = FP32,
@@ -147,6 +156,10 @@ class Federated(Strategy):
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
         quorum: int = 1,
+        eligible: Eligible = EVERYBODY,
+        fitting: Fitting | None = None,
+        clock: Clock | None = None,
+        report_age: float = math.inf,
     ) -> None:
         if device_level and quorum > 1:
             raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")
@@ -160,7 +173,7 @@ class Federated(Strategy):
             device_level or plan.optimiser != "sgd" or not (aggregation.sensitivity.linear and aggregation.steady)
         ):
             raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
-        if plan.scaffold and (plan.sites is not None or limits.metered_rank is not None):
+        if plan.scaffold and (plan.sites is not None or fitting or limits.metered_rank is not None):
             raise ValueError("scaffold: every device trains every site and direction")
         if download != FP32 and (frame or plan.scaffold):
             raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
@@ -173,6 +186,8 @@ class Federated(Strategy):
             raise ValueError(f"accounted with a sampling rate of {device_level.sampling_rate}, selected with {drawn}")
         if limits.metered_rank is not None and not aggregation.mixed_ranks:
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
+        if device_level and (selection.sensitivity.momentary or limits.momentary):
+            raise ValueError("what a device tells of its moment decides, and is part of what is private")
         measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
         if measuring.every and plan.privacy and not measuring.among_pictures:
             raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
@@ -187,7 +202,10 @@ class Federated(Strategy):
         self.memory: Memory = {}
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
-        self._events: dict[str, int] = {}  # in each device's ledger, the most that it told of
+        self._eligible, self._planner = eligible, Planner(sites=sites, limits=limits, fitting=fitting)
+        self._clock, self._report_age = clock or WallClock(), report_age
+        self._known: dict[str, DeviceFacts] = {}  # of all rounds so far, by name
+        self._losses: list[float] = []  # of each of them
         self._round: Asked | None = None
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
@@ -213,10 +231,15 @@ class Federated(Strategy):
         """Whether devices are asked to measure this round's adapter."""
         return self._measuring.due(round)
 
-    def remember(self, devices: Mapping[str, DeviceFacts]) -> None:
-        """What a run that goes on knew of its devices: each is told how far its ledger had come."""
+    def remember(self, devices: Mapping[str, DeviceFacts], rounds: Iterable[TrainFacts | None] = ()) -> None:
+        """What a run that goes on knew of its devices, and of its rounds.
+
+        Each device is told how far its ledger had come, and a selection goes by the rest.
+        """
         for name, facts in devices.items():
-            self._events[name] = max(self._events.get(name, 0), facts.events)
+            before = self._known.get(name, facts)
+            self._known[name] = replace(facts, events=max(before.events, facts.events))
+        self._losses = [facts.loss for facts in rounds if facts and facts.loss is not None]
 
     def summary(self) -> None:
         plan = self._plan
@@ -233,8 +256,41 @@ class Federated(Strategy):
             heard = _heard(records.QUERY, replies)
             found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
             for node, report in sorted(found.items()):
-                self._roster.consider(node, report)
+                self._roster.consider(node, report, now=self._clock.now())
         return dict(self._roster.reports)
+
+    def _recent(self, grid: Grid) -> dict[int, DeviceReport]:
+        """The same, where what a device tells of its moment is as young as it has to be."""
+        if self._eligible.momentary or self._limits.momentary or self._selection.sensitivity.momentary:
+            self._roster.forget(before=self._clock.now() - self._report_age)
+        return self.query(grid)
+
+    def _candidates(
+        self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int
+    ) -> Candidates:
+        """Each device that could do something of this, with the plan that it would get."""
+        plans = self._planner.plans(reports.values(), full, adapter=adapter, download=download)
+        found = {
+            report.device: Candidate(
+                report=report,
+                plan=planned.plan,
+                seconds=planned.seconds,
+                joules=planned.joules,
+                facts=self._known.get(report.device),
+            )
+            for report in reports.values()
+            if (planned := plans.get(report.device)) is not None
+        }
+        return Candidates(found, self._losses)
+
+    def _asks(self, candidates: Candidates, round: int) -> list[Candidate]:
+        """Who is asked to train: whom the selection picks, or as many of them as there is room for."""
+        eligible = {name: one for name, one in candidates.items() if self._eligible(one.report)}
+        drawn_from = candidates if self.device_level else Candidates(eligible, candidates.losses)
+        picked = [name for name in self._selection.select(drawn_from, round=round) if name in eligible]
+        if self.room is not None and len(picked) > self.room:
+            picked = sorted(random.Random(stream(self._plan.run, round, "room")).sample(picked, self.room))
+        return [eligible[name] for name in picked]
 
     def configure_train(
         self,
@@ -244,7 +300,7 @@ class Federated(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """A Train message for each selected device, with its own plan."""
-        reports = {node: report for node, report in self.query(grid).items() if node not in self.away}
+        reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
@@ -261,11 +317,10 @@ class Federated(Strategy):
         full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        numbers = sum(map(prod, trained_shapes(self.sites, full.rank, full.trains).values())) / full.rank
-        upload = numbers * (4.0 if full.update == "fp32" else rounding.bytes_per_number(full.update, full.keep))
+        nodes = by_name(reports)
         plans = {
-            node: (report, plan_for(report, full, self._limits, download=len(data), upload_per_rank=upload))
-            for node, report in self._chosen(reports, server_round).items()
+            nodes[one.report.device]: (one.report, one.plan)
+            for one in self._asks(self._candidates(reports, full, adapter, len(data)), server_round)
         }
         self.good = 0
         if self.device_level:
@@ -278,9 +333,7 @@ class Federated(Strategy):
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
         )
         return [
-            self._message(
-                Train(plan=plan, adapter=data, rounded=rounded, echo=self._events.get(report.device, 0)), node
-            )
+            self._message(Train(plan=plan, adapter=data, rounded=rounded, echo=self._echo(report.device)), node)
             for node, (report, plan) in plans.items()
         ]
 
@@ -352,6 +405,7 @@ class Federated(Strategy):
                 self._follow(each.drift, plans, found.adapters)
         self.trained = train_facts(
             found.updates,
+            round=server_round,
             plans=plans,
             bytes_down=sum(each.bytes_down for each in asked),
             bytes_up=found.bytes_up,
@@ -360,7 +414,7 @@ class Federated(Strategy):
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )
-        self.remember(self.trained.devices)
+        self._learn(self.trained)
         return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
 
     def _diagnostics(self) -> dict[str, float]:
@@ -376,7 +430,7 @@ class Federated(Strategy):
         """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
         data, rounded = self._down(records.adapter_from_record(arrays))
         self._measured = self.measures(server_round) and self._paid(server_round, data)
-        self._asked = selected(self._evaluation, self.query(grid), server_round) if self._measured else {}
+        self._asked = self._panel(self.query(grid), server_round) if self._measured else {}
         private = self._measuring.among_pictures
         return self._ask(
             Evaluate(run=self._plan.run, round=server_round, adapter=data, rounded=rounded, privacy=private)
@@ -388,6 +442,23 @@ class Federated(Strategy):
             return whole, None
         data, _, rounded = download(from_tensors(decode(whole, shapes(self.sites, -1))), self._download)
         return data, rounded
+
+    def _panel(self, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
+        """Who measures."""
+        nodes = by_name(reports)
+        return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, round=round)}
+
+    def _learn(self, facts: TrainFacts) -> None:
+        """One more round to remember."""
+        for name, one in facts.devices.items():
+            before = self._known.get(name)
+            self._known[name] = before.then(one) if before else one
+        if facts.loss is not None:
+            self._losses.append(facts.loss)
+
+    def _echo(self, name: str) -> int:
+        """Events in a device's ledger, the most that it told of."""
+        return self._known[name].events if name in self._known else 0
 
     def _paid(self, round: int, adapter: bytes) -> bool:
         """Whether a measurement that the server noises is charged for; devices charge for their own."""
@@ -475,14 +546,6 @@ class Federated(Strategy):
         for key, (adapter, _) in zip(updates.keys, updates, strict=True):
             drift.add(plans[key], trained_tensors(adapter, plans[key].trains, self.frame))
         self.memory = {**self.memory, _CONTROL: drift.next()}
-
-    def _chosen(self, reports: Mapping[int, DeviceReport], round: int) -> Mapping[int, DeviceReport]:
-        """Whom the selection picks, or as many of them as there is room for."""
-        found = selected(self._selection, reports, round)
-        if self.room is None or len(found) <= self.room:
-            return found
-        drawn = random.Random(stream(self._plan.run, round, "room")).sample(list(found), self.room)
-        return {node: report for node, report in found.items() if node in drawn}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

@@ -1,13 +1,19 @@
-"""What one device is asked to do: the full plan, cut down to its link and its speed."""
+"""What one device is asked to do: the full plan, cut down to its link, its speed and its power."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from math import prod
 
+from models.adapter import Sites
+from models.trained import trained_shapes
 from protocol.messages import DeviceReport, TrainingPlan
+from protocol.rounding import bytes_per_number
 
+HOUR = 3600
 _BITS = 8 / 1e6  # megabits in a byte
+_MANY = 2**31 - 1  # steps, where nothing limits them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +24,15 @@ class Limits:
     """Directions asked of a device on a metered link; None: as many as of the others."""
     deadline: float | None = None
     """Seconds that a round may take a device, its transfers included; None: no limit."""
+    joules: float | None = None
+    """That a round's training may take of a device; None: no limit."""
+    battery_share: float | None = None
+    """Of what is left in its battery, that this may take of a device which doesn't charge; None: no limit."""
+
+    @property
+    def momentary(self) -> bool:
+        """Whether they go by what may have changed since a device told of it."""
+        return self.battery_share is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +49,45 @@ class Cosine:
         return rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / self.rounds))
 
 
-def plan_for(
-    report: DeviceReport, full: TrainingPlan, limits: Limits, *, download: int, upload_per_rank: float
-) -> TrainingPlan:
-    """The plan for one device: never more than `full`, and at least one step.
+def on_link(report: DeviceReport, full: TrainingPlan, limits: Limits) -> TrainingPlan:
+    """The full plan, in the rank that the device's link carries."""
+    if not report.metered or limits.metered_rank is None:
+        return full
+    return replace(full, rank=min(full.rank, limits.metered_rank))
 
-    Args:
-        download: bytes of the adapter sent.
-        upload_per_rank: bytes of one direction of the adapter that comes back.
-    """
-    rank = full.rank
-    if report.metered and limits.metered_rank is not None:
-        rank = min(rank, limits.metered_rank)
-    if limits.deadline is None:
-        return replace(full, rank=rank)
-    transfers = download * _BITS / report.downlink_mbps + rank * upload_per_rank * _BITS / report.uplink_mbps
-    affordable = int((limits.deadline - transfers) / seconds_per_step(report, full))
-    return replace(full, rank=rank, steps=max(1, min(full.steps, affordable)))
+
+def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: float) -> int:
+    """Whole steps that the limits leave a device, whose transfers and whose steps take so many seconds; 0 or more."""
+    most: list[float] = [_MANY]
+    if limits.deadline is not None:
+        most.append((limits.deadline - transfers) / step)
+    if (joules := allowed(report, limits)) is not None:
+        most.append(joules / (step * report.watts))
+    return max(0, int(min(most)))
+
+
+def allowed(report: DeviceReport, limits: Limits) -> float | None:
+    """Joules that a round may take of a device; None: no limit, as of one whose battery nobody knows."""
+    found = [] if limits.joules is None else [limits.joules]
+    share, level, full = limits.battery_share, report.battery, report.battery_wh
+    if share is not None and level is not None and full is not None and not report.charging:
+        found.append(share * level * full * HOUR)
+    return min(found, default=None)
+
+
+def transfers(report: DeviceReport, plan: TrainingPlan, *, sites: Sites, download: int) -> float:
+    """Seconds in which `download` bytes of the adapter come down, and what was trained goes up."""
+    return download * _BITS / report.downlink_mbps + upload(plan, sites) * _BITS / report.uplink_mbps
+
+
+def upload(plan: TrainingPlan, sites: Sites) -> float:
+    """Bytes of what comes back of a plan, without a few for names."""
+    trained = {name: site for name, site in sites.items() if plan.sites is None or name in plan.sites}
+    numbers = sum(map(prod, trained_shapes(trained, plan.rank, plan.trains).values()))
+    return numbers * (4.0 if plan.update == "fp32" else bytes_per_number(plan.update, plan.keep))
 
 
 def seconds_per_step(report: DeviceReport, plan: TrainingPlan) -> float:
-    """Expected time of one step: under DP a picture is drawn several times."""
+    """Expected time of one step at every site: under DP a picture is drawn several times."""
     draws = plan.privacy.draws if plan.privacy else 1
     return plan.batch_size * draws / report.examples_per_second

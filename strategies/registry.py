@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from strategies.aggregation import Linearity
@@ -33,8 +33,13 @@ from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
 from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
+from strategies.selection.deadline import Deadline
+from strategies.selection.energy import Energy
 from strategies.selection.everyone import Everyone
+from strategies.selection.loss_fair import LossFair
+from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
+from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
@@ -75,7 +80,16 @@ ROBUST: dict[str, Any] = {
     "median": Median,
     "trimmed": TrimmedMean,
 }
-SELECTIONS: dict[str, Any] = {"everyone": Everyone, "sample": Sample, "poisson": Poisson}
+SELECTIONS: dict[str, Any] = {
+    "everyone": Everyone,
+    "sample": Sample,
+    "poisson": Poisson,
+    "round_robin": RoundRobin,
+    "oort": Oort,
+    "energy": Energy,
+    "deadline": Deadline,
+    "loss_fair": LossFair,
+}
 OPTIMISERS: dict[str, Any] = {
     "none": Inherent(Released(reason="what a round released is the next adapter")),
     "fedavgm": FedAvgM,
@@ -102,12 +116,31 @@ class Combination:
     level: str
 
 
+AXES: Mapping[str, Mapping[str, Any]] = {
+    "aggregation": AGGREGATIONS,
+    "robust": ROBUST,
+    "selection": SELECTIONS,
+    "timing": TIMINGS,
+}
+PLAINEST = Combination(aggregation="fedit", selection="everyone", level=NONE)
+"""Private at every level, so that what is said of one piece beside it is said of that piece."""
+
+
+def chosen_with(axis: str, piece: str, *, level: str) -> Combination:
+    """The plainest combination but for one axis, which has this piece."""
+    found: dict[str, Any] = {axis: (piece,) if axis == "robust" else piece}
+    return replace(PLAINEST, level=level, **found)
+
+
 def combinations() -> Iterator[Combination]:
-    """Every combination of what is registered; of robust rules, which are refused for what they are alone, none, and
-    of server optimisers, which change no cell.
+    """Every combination of what is registered, with one robust rule or none; a server optimiser, which refuses nothing
+    that another piece does not, in none of them.
     """
-    for aggregation, selection, timing, level in itertools.product(AGGREGATIONS, SELECTIONS, TIMINGS, LEVELS):
-        yield Combination(aggregation=aggregation, selection=selection, timing=timing, level=level)
+    rules = [(), *((name,) for name in ROBUST)]
+    for aggregation, robust, selection, timing, level in itertools.product(
+        AGGREGATIONS, rules, SELECTIONS, TIMINGS, LEVELS
+    ):
+        yield Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level)
 
 
 def unfit(chosen: Combination) -> str | None:
@@ -152,6 +185,8 @@ def refusal(chosen: Combination) -> str | None:
         return f"selection {chosen.selection} looks at what is private: {sampling.reason}"
     if chosen.level == EXAMPLE:
         return None  # what is made of updates that are private already is private too
+    if sampling.momentary:
+        return f"selection {chosen.selection} looks at what belongs to a device: {sampling.reason}"
     if not linearity.linear:
         return f"aggregation {chosen.aggregation} is not linear in the updates: {linearity.reason}"
     for name, declared in filtering.items():

@@ -1,4 +1,4 @@
-"""Which devices are there: by the node that each is at now, with the report that it gave once."""
+"""Which devices are there: by the node that each is at now, with the report that it gave last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 
 from protocol.messages import DeviceReport
 from strategies.replies import LEAST, MOST
-from strategies.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +23,7 @@ class Roster:
         self._base = base
         self._names: set[str] = set()  # of the reports
         self._unfit: dict[int, str] = {}
+        self._heard: dict[int, float] = {}  # when each report came
 
     def unknown(self, present: Collection[int]) -> list[int]:
         """The nodes among those present that have yet to say who they are; whoever left is forgotten."""
@@ -34,7 +34,12 @@ class Roster:
             self._unfit.clear()
         return [node for node in sorted(present) if node not in self.reports and node not in self._unfit]
 
-    def consider(self, node: int, report: DeviceReport) -> None:
+    def forget(self, *, before: float) -> None:
+        """Whoever told of itself before this time is unknown again: its report may be wrong by now."""
+        for node in [node for node in self.reports if self._heard[node] < before]:
+            self._names.remove(self.reports.pop(node).device)
+
+    def consider(self, node: int, report: DeviceReport, *, now: float) -> None:
         """Take a new device in, or remember why not."""
         speeds = (report.examples_per_second, report.uplink_mbps, report.downlink_mbps)
         if report.base != self._base:
@@ -46,11 +51,11 @@ class Roster:
         else:
             self.reports[node] = report
             self._names.add(report.device)
+            self._heard[node] = now
             return
         log.warning("device %r is not asked: %s", report.device[:100], self._unfit[node])
 
 
-def selected(selection: Selection, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
-    """The nodes that a selection of their devices' names picks, in the order of those names."""
-    nodes = {report.device: node for node, report in reports.items()}
-    return {nodes[name]: reports[nodes[name]] for name in selection.select(nodes, round=round)}
+def by_name(reports: Mapping[int, DeviceReport]) -> dict[str, int]:
+    """The node of each device."""
+    return {report.device: node for node, report in reports.items()}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
-from strategies.registry import AGGREGATIONS, LEVELS, OPTIMISERS, ROBUST, SELECTIONS, TIMINGS, Combination, refusal
+from strategies.registry import AXES, LEVELS, OPTIMISERS, SELECTIONS, Combination, chosen_with, refusal
 
 HEAD = """\
 # What may be combined, and what then is promised
@@ -27,6 +26,9 @@ Every ε is printed with its δ, its unit and its relation, add or remove one: a
 zero where it would have been asked.
 
 ## Combinations
+
+One piece of each axis. A combination runs if each of its pieces does: what one of them breaks no other mends. With
+`strategy.timing=async` some aggregations and selections do not go at all, and `strategies.build` says which do.
 """
 
 SAMPLING = """
@@ -45,7 +47,10 @@ TAIL = """
   or all of them): a constant of the configuration. A device that drops out, refuses, is at its cap or sends what isn't
   finite contributes zero; the noise stays, also in a round that nobody answers.
 - Every device has the weight 1. One that trains a lower rank, or some of the sites, contributes zeros beyond them, and
-  the divisor stays: ranks and sites follow from the kind of device, never from its pictures.
+  the divisor stays: ranks and sites follow from the kind of device, or from the adapter, which is released, and never
+  from pictures.
+- A device that `fleet.eligible` leaves out is drawn like any other, is then not asked, and nobody is in its place: it
+  contributes zero. So what a device tells of its moment decides about nobody else.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.
 - A run has one ledger. What several runs promise the same devices adds up, and is for whoever starts them to add.
@@ -64,6 +69,8 @@ device's own (fedsa) is trained, clipped and noised in one with A |
 `device` the server drops them |
 | a piece that declares no sensitivity | nobody knows what one unit does to it | `strategies.registry` |
 | a sampling rate that the selection does not have | a reproducible sample is no secret | `strategies.federated` |
+| steps that follow from what is left of a battery, under `device` and `both` | it belongs to a device, all of which \
+is the unit | `strategies.build`, of `strategy.battery_share` |
 | reproducible noise | whoever knows the seed can subtract it | a server that is not in test mode; the ledger says \
 *not a release* |
 
@@ -81,14 +88,14 @@ device's own (fedsa) is trained, clipped and noised in one with A |
 
 They come after the clip and the noise of a step, and no picture enters them but by what was released:
 
-- FedProx (`adapter.shared.proximal`) pulls towards the adapter that was sent: it is made of the noised steps alone.
+- FedProx (`adapter.shared.proximal`) pulls towards where the round began: it is made of the noised steps alone.
 - SCAFFOLD (`strategy.correction=scaffold`) adds c − c_i. A device's c_i is made of what it has sent and been sent; one
   of open rounds never enters a private one. The server's c is made of single updates: under `device` and `both` they
   are not noised yet, so that there it is refused.
 
 ## The server's optimiser
 
-`strategy.optimiser` goes with every combination that runs: it comes after the clip and the noise, and costs nothing.
+`strategy.optimiser` comes after the clip and the noise, and costs nothing: what is private without it is so with it.
 
 | optimiser | why |
 |---|---|
@@ -111,40 +118,29 @@ server and enters the next adapter there: of releases too.
 
 
 def table() -> Iterator[str]:
-    """The lines of the table: a row for each choice on all axes but the level, and the reasons below it."""
+    """The lines of the table: a row for each piece, with the plainest of every other axis, and the reasons below it."""
     reasons: dict[str, int] = {}
 
     def cell(chosen: Combination) -> str:
         reason = refusal(chosen)
         return "runs" if reason is None else f"refused: {reasons.setdefault(reason, len(reasons) + 1)}"
 
-    yield "| aggregation | selection | timing | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
-    yield "|" + "---|" * (3 + len(LEVELS))
-    for aggregation, selection, timing in itertools.product(AGGREGATIONS, SELECTIONS, TIMINGS):
-        cells = [
-            cell(Combination(aggregation=aggregation, selection=selection, timing=timing, level=level))
-            for level in LEVELS
-        ]
-        yield "| " + " | ".join([aggregation, selection, timing, *cells]) + " |"
-    yield ""
-    yield "A robust rule (`strategy.robust`) goes with each aggregation and is refused for what it is alone:"
-    yield ""
-    yield "| robust rule | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
-    yield "|" + "---|" * (1 + len(LEVELS))
-    for name in ROBUST:
-        cells = [
-            cell(Combination(aggregation="fedit", robust=(name,), selection="everyone", level=level))
-            for level in LEVELS
-        ]
-        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield "| axis | piece | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
+    yield "|" + "---|" * (2 + len(LEVELS))
+    for axis, pieces in AXES.items():
+        for piece in pieces:
+            cells = [cell(chosen_with(axis, piece, level=level)) for level in LEVELS]
+            yield "| " + " | ".join([axis, piece, *cells]) + " |"
     yield ""
     yield from (f"{number}. {reason}" for reason, number in reasons.items())
 
 
 def sampling() -> Iterator[str]:
-    """The lines that say how each selection is accounted for."""
+    """The lines that say how each selection that may be is accounted for."""
     for name, piece in SELECTIONS.items():
         declared = piece.sensitivity
+        if declared.momentary or not declared.blind:
+            continue  # refused
         counted = (
             "Poisson-sampled Gaussian at `fleet.rate`, every device in every round"
             if declared.amplifies

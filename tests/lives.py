@@ -11,6 +11,7 @@ from typing import Any
 from conf.planning import DeviceProfile
 from conf.schemas import Profile, Workload
 from models.footprint import Footprint
+from models.partial import PassCosts, SiteCost
 from simulations.costs import Costs
 from simulations.hardware import Hardware
 from simulations.hours import Daily, Hours
@@ -20,7 +21,14 @@ from simulations.owned import Owned
 from simulations.timed import TimedGrid
 from tests.fleet import FakeDevice, perform
 
-COSTS = Costs(lambda rank: Footprint(base_bytes=rank << 20, matrix_operations=10**13), Workload())
+COSTS = Costs(
+    lambda rank: Footprint(base_bytes=rank << 20, matrix_operations=10**13),
+    lambda: PassCosts(sites=(
+        SiteCost(name="x", held_bytes=2 << 20, own_bytes=1 << 20, work=0.6, own_work=0.1),
+        SiteCost(name="y", held_bytes=1 << 20, own_bytes=1 << 20, work=0.2, own_work=0.1),
+    )),
+    Workload(),
+)  # fmt: skip
 ALWAYS = Daily([0.0, 24.0], [0.0, 24.0])
 RUNTIME = 256.0  # MiB
 

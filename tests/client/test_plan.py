@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from client import plan
-from client.ladder import MARGIN, Setting
+from client.ladder import Setting
 from conf.planning import planned
 from models.denoiser import Denoiser
 from models.families.known import KNOWN
-from models.footprint import Footprint, footprint, resident_bytes
+from models.footprint import MARGIN, Footprint, footprint, resident_bytes
 
 RUNTIME = planned(["device=pi4_2gb"], Path("/nowhere")).device.runtime_mib
 

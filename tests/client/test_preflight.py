@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from client import preflight
-from client.ladder import MARGIN
 from client.preflight import check_memory
 from client.store import Store
 from models.base import Base
 from models.families.known import find
-from models.footprint import example, footprint, shapes
+from models.footprint import MARGIN, example, footprint, shapes
 from privacy.policy import Refusal
 from privacy.storage import Files
 from tests.tiny import ATTENTION

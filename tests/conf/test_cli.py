@@ -172,4 +172,4 @@ def test_as_a_program(tmp_path: Path) -> None:
     helped = program("--help")
     assert helped.returncode == 0
     assert "preset: claim, metered, private, quick, scale" in helped.stdout
-    assert helped.stdout.count("  python -m simulations.run ") == 8  # the usage line and seven examples
+    assert helped.stdout.count("  python -m simulations.run ") == 10  # the usage line and nine examples

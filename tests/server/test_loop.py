@@ -16,6 +16,7 @@ from server.loop import personalise, run_rounds
 from simulations.grid import CohortGrid
 from strategies.aggregation.fedit import FedIT
 from strategies.measuring import Measuring
+from strategies.selection import Sampling
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
 
@@ -151,6 +152,8 @@ def test_what_measuring_cost_is_remembered(tmp_path):
 
 class Named:
     """Asks the first device alone."""
+
+    sensitivity = Sampling(blind=True, amplifies=False, reason="by name")
 
     def select(self, names, *, round):
         return sorted(names)[:1] if round else []

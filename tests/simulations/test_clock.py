@@ -23,7 +23,8 @@ def test_events_happen_once_in_order_and_time_only_rises(events, waits):
 
 
 def test_an_event_worth_a_look_ends_the_wait():
-    clock = VirtualClock(5.0)
+    clock = VirtualClock()
+    clock.resume(5.0)
     clock.at(7.0, lambda: False)
     clock.at(8.0, lambda: True)
     clock.at(1.0, lambda: False)  # over already: at once

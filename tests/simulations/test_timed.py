@@ -169,11 +169,23 @@ def test_a_life_goes_on_where_it_was_kept(tmp_path):
 
 def test_a_workload_makes_a_base_larger_but_for_the_process():
     plan, device = replace(PLAN, rank=6), owned("a", memory_mib=RUNTIME + 6.0).hardware.known
-    larger = Costs(lambda rank: replace(COSTS._predict(rank), moved_bytes=10**9), Workload(memory=2.0, arithmetic=3.0))
+    times = Workload(memory=2.0, arithmetic=3.0)
+    larger = Costs(lambda rank: replace(COSTS._predict(rank), moved_bytes=10**9), COSTS._partly, times)
     for costs, most, seconds in ((COSTS, 6, WORK), (larger, 3, 3 * 2 * WORK)):
         assert costs.fits(replace(plan, rank=most), device)
         assert not costs.fits(replace(plan, rank=most + 1), device)
         assert costs.seconds(plan, device) == pytest.approx(seconds)
+
+
+def test_some_sites_take_less_memory_and_time():
+    plan, device = replace(PLAN, rank=6), owned("a", memory_mib=RUNTIME + 6.0).hardware.known
+    larger = Costs(COSTS._predict, COSTS._partly, Workload(memory=2.0, arithmetic=3.0))
+    for sites, mib, share in ((("x", "y"), 4, 0.8), (("x",), 3, 0.7), (("y",), 2, 0.3)):
+        some = replace(plan, sites=sites)
+        assert (COSTS.needed(some), larger.needed(some)) == (mib << 20, 2 * mib << 20)
+        assert COSTS.seconds(some, device) == pytest.approx(share * COSTS.seconds(plan, device))
+        assert larger.seconds(some, device) == pytest.approx(share * larger.seconds(plan, device))
+        assert COSTS.fits(some, device)
 
 
 @pytest.mark.parametrize(("counts", "expected"), [

@@ -4,6 +4,7 @@ import pytest
 
 from conf.compose import compose
 from conf.errors import AntherError
+from models.base import load
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.noise import Secure, Simulated
 from privacy.storage import Files
@@ -11,11 +12,20 @@ from server.ledger import Ledger
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flora import FLoRA
-from strategies.build import aggregation, build, optimiser, training_plan
+from strategies.build import aggregation, build, optimiser, selection, training_plan
 from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
+from strategies.selection.deadline import Deadline
+from strategies.selection.eligible import Eligible
+from strategies.selection.energy import Energy
+from strategies.selection.everyone import Everyone
+from strategies.selection.loss_fair import LossFair
+from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
+from strategies.selection.round_robin import RoundRobin
+from strategies.selection.sample import Sample
 from tests.fleet import SITES, frame_file
+from tests.tiny import ATTENTION, save_pipeline
 
 
 def test_the_aggregation_is_the_one_named():
@@ -70,6 +80,7 @@ def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
     ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
     ("strategy=fedit adapter.shared.optimiser=sgd strategy.robust=[norm]", "one that strategy.robust leaves out"),
     ("strategy=fedit adapter.shared.optimiser=sgd strategy.timing=async", "rounds overlap; use sync"),
+    ("strategy=fedit adapter.shared.optimiser=sgd strategy.planning=device", r"use strategy\.planning=full"),
 ])  # fmt: skip
 def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
     with pytest.raises(AntherError, match=rf"strategy\.correction=scaffold: .*{complaint}"):
@@ -250,3 +261,49 @@ def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
     else:
         with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: what is held back fits no later round"):
             training_plan(config, run="r", base="b")
+
+
+@pytest.mark.parametrize(("overrides", "kind"), [
+    ("", Everyone), ("fleet.sample=2", Sample), ("fleet.rate=0.5", Poisson), ("fleet.sample=2 selection=oort", Oort),
+    ("fleet.sample=2 selection=round_robin", RoundRobin), ("fleet.sample=2 selection=energy", Energy),
+    ("fleet.sample=2 selection=deadline strategy.deadline=9", Deadline),
+    ("fleet.sample=2 selection=loss_fair", LossFair),
+])  # fmt: skip
+def test_the_selection_is_the_one_named(overrides, kind):
+    assert type(selection(compose(overrides), seed=0)) is kind
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ("selection=oort", r"selection=oort: .*fleet\.sample"),
+    ("selection=energy fleet.rate=0.5", r"selection=energy: .*fleet\.sample"),
+    ("selection=deadline fleet.sample=2", r"give strategy\.deadline"),
+    ("privacy=example selection=loss_fair fleet.sample=2", "losses that devices told"),
+    ("privacy=device strategy=fedit selection=energy fleet.sample=2", "left of batteries"),
+    ("privacy=device strategy=fedit strategy.battery_share=0.1", r"privacy=device hides all .*; use strategy\.joules"),
+])  # fmt: skip
+def test_a_selection_without_what_it_goes_by_is_refused(tmp_path, overrides, said):
+    with pytest.raises(AntherError, match=said) as caught:
+        private(overrides, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_and_eligibility_are_what_the_configuration_says():
+    chosen = "fleet.eligible.battery=0.4 fleet.eligible.idle=true fleet.report_age=30 strategy.joules=7"
+    config = compose(f"{chosen} strategy.battery_share=0.1 strategy.deadline=9")
+    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
+    assert found._eligible == Eligible(idle=True, battery=0.4)
+    assert found._report_age == 30
+    limits = found._planner.limits
+    assert (limits.joules, limits.battery_share, limits.deadline) == (7, 0.1, 9)
+    assert found._planner.fitting is None
+
+
+def test_sites_are_fitted_by_what_passes_of_the_base_cost(tmp_path):
+    config = compose("strategy.planning=device adapter.shared.rank=4")
+    plan = training_plan(config, run="r", base="b")
+    with pytest.raises(ValueError, match="planning=device"):
+        build(config, plan, SITES, accept_simulated=False)
+    base = load(str(save_pipeline(tmp_path)), sites=ATTENTION)
+    found = build(config, plan, base.sites, accept_simulated=False, base=base)._planner.fitting.costs
+    assert {site.name for site in found.sites} == set(base.sites)
+    assert found.work(list(base.sites)) == pytest.approx(1.0)

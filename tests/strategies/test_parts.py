@@ -13,14 +13,13 @@ from models.trained import from_trained_tensors, trained_layout, trained_shapes
 from protocol import codec, records
 from protocol.codec import decode, encode
 from simulations.grid import CohortGrid
-from strategies import federated as module
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.planning import plan_for
+from strategies.planner import Planner
 from strategies.private import changes
 from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
 from tests.strategies.central import CLIP, EXPECTED, Z, private, simulated
@@ -40,10 +39,13 @@ def _fake_logic(monkeypatch):
 def some_sites(monkeypatch):
     """Plans for the sites that `ONE_EACH` names."""
 
-    def planned(report, full, limits, **costs):
-        return replace(plan_for(report, full, limits, **costs), sites=ONE_EACH[report.device])
+    whole = Planner.plans
 
-    monkeypatch.setattr(module, "plan_for", planned)
+    def plans(self, reports, full, **sent):
+        found = whole(self, reports, full, **sent)
+        return {name: replace(one, plan=replace(one.plan, sites=ONE_EACH[name])) for name, one in found.items()}
+
+    monkeypatch.setattr(Planner, "plans", plans)
 
 
 def rounds(federated, devices, count=1):

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.adapter import Site
 from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
-from strategies.planning import Cosine, Limits, plan_for
+from strategies.planner import Planner
+from strategies.planning import Cosine, Limits, upload
 from strategies.selection.everyone import Everyone
 from strategies.selection.panel import Panel
 from strategies.selection.sample import Sample
@@ -20,8 +22,16 @@ REPORT = DeviceReport(
 FULL = TrainingPlan(run="r", round=1, base="b", rank=8, steps=10, batch_size=4, learning_rate=1e-3)
 
 
+SITES = {"x": Site(15_625, 15_625)}  # a megabit for each direction
+
+
+def planned(report=REPORT, full=FULL, **limits):
+    planner = Planner(sites=SITES, limits=Limits(**limits))
+    return planner.plans([report], full, adapter={}, download=10_000_000)[report.device]
+
+
 def plan(report=REPORT, full=FULL, **limits):
-    return plan_for(report, full, Limits(**limits), download=10_000_000, upload_per_rank=125_000)
+    return planned(report, full, **limits).plan
 
 
 def test_without_limits_the_full_plan():
@@ -41,6 +51,32 @@ def test_steps_fit_the_deadline():
     assert plan(deadline=9.0).steps == 3
     assert plan(deadline=100.0).steps == 10
     assert plan(replace(REPORT, metered=True), metered_rank=4, deadline=9.6).steps == 4  # half a second up
+
+
+def test_steps_fit_what_they_may_take_of_power():
+    # 10 J a step
+    assert plan(joules=35.0).steps == 3
+    assert plan(joules=5.0).steps == 1
+    battery = replace(REPORT, battery=0.4, battery_wh=0.1)  # 144 J of 360
+    assert plan(battery, battery_share=0.5).steps == 7
+    assert plan(battery, battery_share=0.5, joules=50.0).steps == 5
+    for free in (replace(battery, charging=True), replace(battery, battery_wh=None), REPORT):
+        assert plan(free, battery_share=0.01).steps == 10
+
+
+def test_what_a_plan_should_cost():
+    found = planned(deadline=9.0)
+    assert (found.seconds, found.joules) == (pytest.approx(1 + 1 + 3 * 2), pytest.approx(3 * 2 * 5.0))
+    twice = replace(FULL, update="int8")
+    assert planned(full=twice).seconds == pytest.approx(1 + 1 / 4 + 10 * 2, rel=0.01)
+
+
+def test_a_plan_for_some_sites_sends_these_alone():
+    sites = {"x": Site(3, 4), "y": Site(5, 6)}
+    assert upload(FULL, sites) == 8 * 18 * 4
+    assert upload(replace(FULL, sites=("y",)), sites) == 8 * 11 * 4
+    assert upload(replace(FULL, trains="cores"), sites) == 8 * 16 * 4
+    assert upload(replace(FULL, trains="b"), sites) == 8 * 10 * 4
 
 
 def test_at_least_one_step():

@@ -1,4 +1,4 @@
-"""docs/privacy.md is what the code does: every cell that runs runs a round, every other is refused for its reason."""
+"""docs/privacy.md is what the code does: what it says runs runs a round, all else is refused for its reason."""
 
 from dataclasses import replace
 from functools import cache
@@ -22,21 +22,26 @@ from strategies.aggregation.fedit import FedIT
 from strategies.build import build, combination, training_plan
 from strategies.registry import (
     AGGREGATIONS,
+    AXES,
     LEVELS,
-    ROBUST,
     Combination,
     Filtering,
     Inherent,
     Timing,
+    chosen_with,
     combinations,
     refusal,
+    unfit,
 )
 from strategies.selection import Sampling
 from strategies.table import page
 from tests.fleet import SITES, FakeDevice, frame_file, handle, perform
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
-ASKED = {"everyone": "", "sample": "fleet.sample=2", "poisson": "fleet.rate=0.5"}
+ASKED = {"everyone": "", "poisson": "fleet.rate=0.5"} | {
+    name: f"selection={name} fleet.sample=2 strategy.deadline=60"
+    for name in ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair")
+}
 PRIVATE = [level for level in LEVELS if level != "none"]
 
 
@@ -63,17 +68,32 @@ def test_the_committed_table_is_the_generated_one():
     assert DOCUMENT.read_text(encoding="utf-8") == page(), "run: python -m strategies.table > docs/privacy.md"
 
 
-ROBUSTLY = [
-    Combination(aggregation="fedit", robust=(name,), selection="everyone", level=level)
-    for name in ROBUST
-    for level in ("example", "device")
-]
+def cells():
+    """Of the table: each piece with the plainest others."""
+    return sorted(
+        {chosen_with(axis, piece, level=level) for axis in AXES for piece in AXES[axis] for level in LEVELS}, key=str
+    )
+
+
+def test_a_combination_runs_if_each_of_its_pieces_does():
+    """So the table is a row for each piece, and so are the runs below."""
+    for chosen in combinations():
+        if reason := unfit(chosen):  # of two pieces, privately or not
+            assert refusal(chosen) == reason
+            continue
+        pieces = {
+            "aggregation": [chosen.aggregation],
+            "robust": chosen.robust,
+            "selection": [chosen.selection],
+            "timing": [chosen.timing],
+        }
+        alone = [refusal(chosen_with(axis, piece, level=chosen.level)) for axis in AXES for piece in pieces[axis]]
+        assert (refusal(chosen) is None) == all(reason is None for reason in alone)
+        assert refusal(chosen) in (None, *alone)
 
 
 @pytest.mark.parametrize(
-    "chosen",
-    [*combinations(), *ROBUSTLY],
-    ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.timing, c.level]),
+    "chosen", cells(), ids=lambda c: "-".join([c.aggregation, *c.robust, c.selection, c.timing, c.level])
 )
 def test_every_cell(chosen, tmp_path, monkeypatch):
     config = configured(chosen, tmp_path)
@@ -115,17 +135,12 @@ PLANTED = {
 }
 
 
-def chosen_new(axis, level):
-    new = ("new",) if axis == "robust" else "new"
-    return Combination(**{"aggregation": "fedit", "selection": "everyone", "level": level} | {axis: new})
-
-
 @pytest.mark.parametrize("axis", PLANTED)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monkeypatch, axis, level):
     name, piece = PLANTED[axis]
     monkeypatch.setitem(getattr(registry, name), "new", piece)
-    found = refusal(chosen_new(axis, level))
+    found = refusal(chosen_with(axis, "new", level=level))
     assert (found is None) == (level == "none")
     assert found is None or "new declares no sensitivity" in found
 
@@ -155,6 +170,6 @@ def test_and_is_not_built(monkeypatch, tmp_path):
 def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refused):
     monkeypatch.setitem(getattr(registry, name), "new", Inherent(declared))
     for level in LEVELS:
-        found = refusal(chosen_new(axis, level))
+        found = refusal(chosen_with(axis, "new", level=level))
         assert (found is not None) == (level in refused)
         assert found is None or declared.reason in found

@@ -1,0 +1,100 @@
+"""Plans that fit a device: the sites that it trains at, and how many steps, by its memory, its time and its power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from models.adapter import Adapter, Factors, Sites
+from models.base import Base
+from models.families.known import find
+from models.footprint import MARGIN, example
+from models.partial import PassCosts, pass_costs
+from protocol.messages import DeviceReport, TrainingPlan
+from strategies.knapsack import Choice, choices
+from strategies.planning import Limits, affordable, on_link, seconds_per_step, transfers
+
+GIB = 2**30
+RUNTIME = 390 << 20
+"""Bytes of a process before there is a network, as profiles of conf/device have them."""
+EVEN = 0.5
+"""Share of all gain that is dealt evenly: a site that nobody has trained yet has no product to go by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """What it costs to train at sites of the run's base.
+
+    Args:
+        costs: with a rank that no plan exceeds.
+        memory: how many times its memory a pass takes, of a base that stands for a larger one.
+        runtime_bytes: of a process before there is a network.
+    """
+
+    costs: PassCosts
+    memory: float = 1.0
+    runtime_bytes: int = RUNTIME
+
+    def choices(self, adapter: Adapter) -> list[Choice]:
+        """The sets of sites that a round's plans are made of, by what this adapter gains at each."""
+        return choices(self.costs, gains(adapter))
+
+    def fits(self, choice: Choice, report: DeviceReport) -> bool:
+        """Whether a device can hold what training at these sites takes."""
+        return MARGIN * (self.runtime_bytes + self.memory * choice.bytes) <= report.memory_gib * GIB
+
+
+def gains(adapter: Adapter) -> dict[str, float]:
+    """What training at each site is worth, as a share of all: half of it even, half by the norm of its product BA.
+
+    The adapter is what every device was sent: public, or released with noise.
+    """
+    norms = {name: product_norm(factors) for name, factors in adapter.items()}
+    total, even = sum(norms.values()), 1 / len(norms)
+    if total == 0:
+        return dict.fromkeys(norms, even)
+    return {name: EVEN * even + (1 - EVEN) * norm / total for name, norm in norms.items()}
+
+
+def product_norm(factors: Factors) -> float:
+    """‖BA‖ = √tr((BᵀB)(AAᵀ)), without the product."""
+    a, b = (factor.double() for factor in factors)
+    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+
+def costs_of(base: Base, rank: int) -> PassCosts:
+    """Of a base that is there, at the resolution that it trains in."""
+    return pass_costs(base, *example(find(str(base.folder)), base.resolution), rank=rank)
+
+
+def fitted(
+    report: DeviceReport,
+    full: TrainingPlan,
+    limits: Limits,
+    fitting: Fitting,
+    found: Sequence[Choice],
+    *,
+    sites: Sites,
+    download: int,
+) -> tuple[TrainingPlan, float] | None:
+    """The plan of most gain in all its steps that the device and the limits can hold; None: not even one step.
+
+    Of two alike it is the one with more gain a step, then the shorter and the smaller. With it, how long its steps
+    take, as a share of those at every site.
+    """
+    linked = on_link(report, full, limits)
+    step = seconds_per_step(report, linked)
+    best: tuple[tuple[float, ...], TrainingPlan, float] | None = None
+    for choice in found:
+        most = choice.gain * full.steps
+        if (best and most < best[0][0]) or not fitting.fits(choice, report):
+            continue
+        chosen = choice.sites if len(choice.sites) < len(sites) else None
+        plan = replace(linked, sites=chosen)
+        sent = transfers(report, plan, sites=sites, download=download)
+        steps = min(full.steps, affordable(report, limits, transfers=sent, step=step * choice.work))
+        worth = (choice.gain * steps, choice.gain, -choice.work, -float(choice.bytes))
+        if steps and (best is None or worth > best[0]):
+            best = worth, replace(plan, steps=steps), choice.work
+    return best and (best[1], best[2])

@@ -1,0 +1,30 @@
+"""Ask those whom the adapter serves worst: power of choice (Cho et al., 2020, arXiv:2010.01243).
+
+Candidates are drawn at random, here with equal probabilities since nobody tells how many pictures it has, and those of
+the highest loss are asked. The loss is the one that a device told when it was asked last (the paper's π_rpow-d): to
+have all candidates measure would cost a round of its own. One that has told none goes first.
+"""
+
+from __future__ import annotations
+
+import math
+
+from strategies.selection import Candidate, Candidates, Sampling
+from strategies.selection.choice import best_of_drawn, check_more
+
+
+class LossFair:
+    """`size` devices of `more` times as many drawn at random, d in the paper."""
+
+    sensitivity = Sampling(blind=False, amplifies=False, reason="by the losses that devices told, and by nothing else")
+
+    def __init__(self, *, size: int, more: float, seed: int) -> None:
+        check_more(more, size)
+        self._size, self._more, self._seed = size, more, seed
+
+    def select(self, devices: Candidates, *, round: int) -> list[str]:
+        return best_of_drawn(devices, _merit, size=self._size, more=self._more, seed=self._seed, round=round)
+
+
+def _merit(one: Candidate) -> float:
+    return math.inf if one.loss is None else one.loss

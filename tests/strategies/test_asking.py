@@ -1,0 +1,191 @@
+"""Who is asked to train, by what is known of the devices: through the strategy, and through the real loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord
+
+from models.adapter import initial, to_tensors
+from protocol import records
+from protocol.codec import encode
+from server import checkpoint
+from server.loop import run_rounds
+from server.state import State
+from simulations.grid import CohortGrid
+from strategies.federated import Federated
+from strategies.fitting import Fitting
+from strategies.planning import Limits
+from strategies.selection.eligible import Eligible
+from strategies.selection.energy import Energy
+from strategies.selection.oort import Oort, OortSettings
+from strategies.selection.round_robin import RoundRobin
+from strategies.selection.sample import Sample
+from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
+from tests.strategies.central import BUDGET, poisson, private
+from tests.strategies.test_knapsack import table
+
+SETTINGS = OortSettings(window=1)
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simulations.grid.handle", handle)
+
+
+class Clock:
+    """That a test sets."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def wait(self, until: float) -> None:
+        self.time = until
+
+
+def device(name: str, **told: Any) -> FakeDevice:
+    return FakeDevice(name, report=replace(REPORT, device=name, **told))
+
+
+def train(federated: Federated, devices: Iterable[FakeDevice], round: int = 1) -> list[str]:
+    """Names of those that a round asked."""
+    grid = CohortGrid(list(devices), perform)
+    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    messages = federated.configure_train(round, start, ConfigRecord(), grid)
+    federated.aggregate_train(round, grid.send_and_receive(messages))
+    assert federated.trained is not None
+    return sorted(federated.trained.devices)
+
+
+def test_only_those_who_are_eligible_are_drawn_from() -> None:
+    devices = [device(name, busy=name in "ace") for name in "abcdef"]
+    federated = strategy(selection=Sample(size=2, seed=0), eligible=Eligible(idle=True))
+    asked = [train(federated, devices, number) for number in range(1, 9)]
+    assert all(len(names) == 2 for names in asked)
+    assert {name for names in asked for name in names} == set("bdf")
+
+
+def test_nobody_eligible_keeps_the_adapter(tmp_path: Path) -> None:
+    grid = CohortGrid([device("a", hot=True), device("b", battery=0.2)], perform)
+    federated = strategy(eligible=Eligible(cool=True, battery=0.4))
+    state = run_rounds(
+        grid=grid, strategy=federated, state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
+    )
+    assert [done.train and (done.train.asked, done.train.replied) for done in state.history] == [None, (0, 0), (0, 0)]
+    assert torch.equal(state.adapter["x"].a, fresh_state().adapter["x"].a)
+
+
+@pytest.mark.parametrize("secret", [True, False])
+def test_with_privacy_per_device_nobody_stands_in_for_those_who_are_not(tmp_path: Path, secret: bool) -> None:
+    """A busy device changes nothing for the others: neither who is drawn, nor the divisor."""
+    chosen: dict[str, Any] = {"selection": Sample(size=3, seed=0)}
+    if secret:
+        level = {"budget": replace(BUDGET, participations=None), "sampling_rate": 0.5}
+        chosen = {"selection": poisson(0.5), "level": level}
+    drawn, asked = (
+        private(tmp_path / name, eligible=Eligible(idle=True), **chosen) for name in ("everybody idle", "two busy")
+    )
+    left_out = 0
+    for number in (1, 2, 3):
+        everybody = train(drawn, [device(name) for name in "abcdef"], number)
+        found = train(asked, [device(name, busy=name in "bd") for name in "abcdef"], number)
+        assert found == [name for name in everybody if name not in "bd"]
+        left_out += len(everybody) - len(found)
+        assert asked.trained is not None
+        assert asked.trained.central is not None
+        assert asked.trained.central.deviation == drawn.trained.central.deviation  # type: ignore[union-attr]
+    assert left_out
+
+
+@pytest.mark.parametrize("changes", [
+    {"selection": Energy(size=2, seed=0, weight=0.5, settings=SETTINGS)}, {"limits": Limits(battery_share=0.5)},
+])  # fmt: skip
+def test_what_belongs_to_a_device_decides_nothing_where_it_is_the_unit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="part of what is private"):
+        private(tmp_path, **changes)
+
+
+def test_old_reports_are_asked_for_again_where_they_matter() -> None:
+    clock, devices = Clock(), [device("a"), device("b")]
+    federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
+    assert train(federated, devices, 1) == ["a", "b"]
+    clock.time, devices[0].report = 59.0, replace(devices[0].report, busy=True)
+    assert train(federated, devices, 2) == ["a", "b"]  # nobody knows yet
+    assert [one.heard.count("Query") for one in devices] == [1, 1]
+    clock.time = 61.0
+    assert train(federated, devices, 3) == ["b"]
+    assert [one.heard.count("Query") for one in devices] == [2, 2]
+    blind = strategy(clock=clock, report_age=60.0)
+    for _ in range(2):
+        train(blind, devices)
+        clock.time += 1000.0
+    assert [one.heard.count("Query") for one in devices] == [3, 3]
+
+
+def test_who_does_not_answer_anew_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep: set[str] = set()
+
+    def sleepy(request: Any, device: FakeDevice) -> Generator[Any, Any, Any]:
+        if device.name in asleep:
+            raise RuntimeError("asleep")
+        return (yield from handle(request, device))
+
+    monkeypatch.setattr("simulations.grid.handle", sleepy)
+    clock, devices = Clock(), [FakeDevice("a"), FakeDevice("b")]
+    federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
+    for sleeping, asked in ((set(), ["a", "b"]), ({"a"}, ["b"]), (set(), ["a", "b"])):
+        asleep.clear()
+        asleep.update(sleeping)
+        assert train(federated, devices) == asked
+        clock.time += 100.0
+
+
+def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:
+    def fails(_: Any) -> Any:
+        raise RuntimeError
+
+    federated = strategy(selection=RoundRobin(size=2))
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=fails), FakeDevice("c")]
+    assert [train(federated, devices, number) for number in (1, 2, 3)] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    known = federated._known
+    assert {name: (facts.asked, facts.last, facts.loss) for name, facts in known.items()} == {
+        "a": (2, 2, 0.5), "b": (2, 3, None), "c": (2, 3, 0.5),
+    }  # fmt: skip
+    assert known["b"].steps == 0
+
+
+def resumed(folder: Path, state: State, rounds: int) -> State:
+    federated = strategy(selection=Oort(size=2, seed=3, settings=SETTINGS))
+    grid = CohortGrid([device(name, examples_per_second=1.0 + ord(name) % 5) for name in "abcdefg"], perform)
+    return run_rounds(
+        grid=grid, strategy=federated, state=state, rounds=rounds, checkpoints=folder, on_round=lambda _: None
+    )
+
+
+def test_a_resumed_run_chooses_the_same(tmp_path: Path) -> None:
+    """What Oort goes by is in the checkpoint: whom it asked when, what they told, and the pacer's rounds."""
+    whole = resumed(tmp_path / "whole", fresh_state(), 6)
+    for stop in (2, 4, 6):
+        saved = checkpoint.load(tmp_path / "parts", sites=SITES)
+        parts = resumed(tmp_path / "parts", saved or fresh_state(), stop)
+    assert parts.devices == whole.devices
+    assert len({facts.asked for facts in whole.devices.values()}) > 1
+    assert torch.equal(parts.adapter["x"].b, whole.adapter["x"].b)
+
+
+def test_devices_get_sites_that_they_can_hold_and_who_can_hold_none_is_not_asked() -> None:
+    fitting = Fitting(costs=table({"x": (100, 10), "y": (60, 10)}), runtime_bytes=0, memory=2**20)
+    federated = strategy(selection=Sample(size=3, seed=0), fitting=fitting)
+    plenty, some, few = (device(name, memory_gib=gib) for name, gib in (("a", 1.0), ("b", 0.08), ("c", 0.05)))
+    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    messages = federated.configure_train(1, start, ConfigRecord(), CohortGrid([plenty, some, few], perform))
+    plans = [records.request_from_records("train", message.content).plan for message in messages]
+    assert plans == [replace(PLAN, round=1), replace(PLAN, round=1, sites=("y",))]
