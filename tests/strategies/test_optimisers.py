@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import to_tensors
+from conf.compose import compose
+from models.adapter import Factors, to_tensors
 from protocol.codec import encode
 from server import checkpoint
 from server.loop import run_rounds
@@ -16,7 +17,9 @@ from simulations.grid import CohortGrid
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flora import FLoRA
+from strategies.build import aggregation
 from strategies.optimisers import FedAvgM, FedOpt
+from strategies.registry import AGGREGATIONS
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.strategies.means import close, rounds, true_mean
@@ -167,6 +170,31 @@ def test_a_step_that_devices_would_refuse_is_not_taken_and_not_remembered(tmp_pa
     state = run(tmp_path, FedIT(), FedAvgM(rate=1e6, momentum=0.9))
     assert encode(to_tensors(state.adapter)) == encode(to_tensors(fresh_state().adapter))
     assert state.memory == {}
+
+
+def built(name):
+    given = f"strategy={name} adapter.shared.rank=3"
+    return aggregation(compose(given))
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_a_rule_that_turns_factors_says_so(name):
+    """Of a round that changed nothing, from factors that it might have left itself."""
+    rule = built(name)
+    generator = torch.Generator().manual_seed(0)
+    current = {
+        site: Factors(
+            torch.linalg.qr(torch.randn(5, 3, generator=generator)).Q.T, torch.randn(4, 3, generator=generator)
+        )
+        for site in "xy"
+    }
+    found = rule.aggregate(current, [(current, 1.0)] * 2, round=1).adapter
+    stays = all(
+        len(found[site].a) == 3 and torch.allclose(now, then, atol=1e-4)
+        for site in "xy"
+        for now, then in zip(found[site], current[site], strict=True)
+    )
+    assert stays == (rule.sensitivity.turned is None)
 
 
 def test_factors_that_are_new_each_round_have_no_optimiser():

@@ -12,15 +12,24 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from models.adapter import Adapter, from_tensors, shapes, to_tensors
+from models.adapter import Adapter, Factors, from_tensors, initial, shapes, to_tensors
+from models.cores import empty
+from models.trained import trained_tensors
 from privacy.noise import stream
 from privacy.policy import Policy
 from protocol import records
 from protocol.codec import decode, encode
 from protocol.messages import TrainingPlan
 from simulations.grid import CohortGrid
+from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
+from strategies.aggregation.hetlora import HetLoRA
+from strategies.aggregation.rolora import RoLoRA
 from strategies.federated import Federated
 from strategies.planning import Limits
 from strategies.selection.everyone import Everyone
@@ -166,12 +175,74 @@ def _after(data: bytes | None) -> np.ndarray:
     return flat({name.removeprefix("after/"): part for name, part in load(data).items() if name.startswith("after/")})
 
 
+class Noted(Performer):
+    """Keeps what came of its jobs, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: list[tuple[jobs.Train, Trained]] = []
+
+    def _perform(self, job: jobs.Job) -> Result:
+        found = super()._perform(job)
+        if isinstance(job, jobs.Train) and isinstance(found, Trained):
+            self.trained.append((job, found))
+        return found
+
+
+def orthonormal(rows: int, columns: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))).Q
+
+
+@pytest.mark.parametrize("rule", [FFA(), FedSA(), FedSB()], ids=lambda rule: type(rule).__name__)
+def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: Path, rule: Aggregation) -> None:
+    """After the first round c_i = (x − y_i) / (K η) of what travels, and c is their mean."""
+    frame = None
+    if rule.trains(1) == "cores":
+        frame = {name: Factors(orthonormal(s.inputs, 2).T, orthonormal(s.outputs, 2)) for name, s in SITES.items()}
+    noted, start = Noted(), empty(frame) if frame else initial(SITES, 2, seed=0)
+    devices = [make_device(tmp_path / name, name=name, policy=Policy()) for name in NAMES]
+    grid, strategy = CohortGrid(devices, noted), federated(aggregation=rule, frame=frame)
+    arrays = records.adapter_to_record(encode(to_tensors(start)))
+    for number in (1, 2):
+        messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
+        arrays = strategy.aggregate_train(number, grid.send_and_receive(messages))[0] or arrays
+        assert strategy.trained is not None
+        assert strategy.trained.dropped == {}
+    first, second = noted.trained[: len(NAMES)], noted.trained[len(NAMES) :]
+
+    def own(job: jobs.Train, adapter: Adapter) -> np.ndarray:
+        """What travels of it."""
+        found = trained_tensors(adapter, rule.trains(1), job.frame)
+        return np.concatenate([found[name].double().numpy().ravel() for name in sorted(found)])
+
+    variates = {job.client: (own(job, job.start) - own(job, found.adapter)) / (STEPS * RATE) for job, found in first}
+    common = np.mean(list(variates.values()), axis=0)
+    assert len(second) == len(NAMES)
+    for job, _ in second:
+        assert job.correction is not None
+        assert own(job, job.correction) == pytest.approx(common - variates[job.client], abs=1e-4)
+        for name, (a, b) in job.correction.items():
+            if rule.trains(1) != "cores":
+                stays = b if rule.trains(1) == "split" else a
+                assert not stays.any(), name
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"aggregation": Exact(rank=2, max_rank=None, seed=0)}, {"plan": replace(PLAN, optimiser="adamw")}]
-)
+    "wrong", [
+        {"plan": replace(PLAN, optimiser="adamw")},
+        {"aggregation": Exact(rank=2, max_rank=None, seed=0)},
+        *({"aggregation": rule} for rule in (FedSVD(seed=0), HetLoRA(), RoLoRA())),
+    ]
+)  # fmt: skip
 def test_where_it_means_nothing_it_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="scaffold: for plain SGD and a mean of factors"):
         federated(**wrong)
+
+
+def test_every_device_trains_every_direction() -> None:
+    for changes in ({"aggregation": FFA(), "limits": Limits(metered_rank=1)}, {"plan": replace(PLAN, sites=("x",))}):
+        with pytest.raises(ValueError, match="every device trains every site and direction"):
+            federated(**changes)
 
 
 def test_under_privacy_per_device_it_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,10 @@ from protocol.messages import ExamplePrivacy
 from strategies import replies
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
+from strategies.aggregation.hetlora import HetLoRA
 from strategies.replies import RefusedError
 from strategies.spool import Spool
 from tests.fleet import PLAN, FakeDevice, handle, strategy
@@ -42,6 +46,14 @@ def test_what_is_read_is_what_was_written_by_name(ranks, shuffled):
                     torch.equal(a, b) for site in found for a, b in zip(found[site], wanted[key][site], strict=True)
                 )
         assert len(spool[:2]) == min(2, len(wanted))
+
+
+def test_a_device_may_have_several_updates_of_one_round():
+    with Spool() as spool:
+        for number in (10_002, 10_001):
+            spool.add(("a", number), random_adapter(1, number))
+        assert spool.keys == [("a", 10_001), ("a", 10_002)]
+        assert torch.equal(spool[1][0]["x"].a, random_adapter(1, 10_002)["x"].a)
 
 
 def test_views_outlive_the_file():
@@ -92,6 +104,10 @@ RULES = {
     "exact": {"aggregation": Exact(rank=PLAN.rank, max_rank=4, seed=0)},
     "exact by slice": {"aggregation": Exact(rank=PLAN.rank, max_rank=4, by_slice=True, seed=0)},
     "fedit": {"aggregation": FedIT()},
+    "hetlora": {"aggregation": HetLoRA()},
+    "ffa": {"aggregation": FFA()},
+    "fedsvd": {"aggregation": FedSVD(seed=0)},
+    "fedsa": {"aggregation": FedSA()},
     "noised on devices": {
         "aggregation": FedIT(), "accept_simulated": True,
         "plan": replace(
