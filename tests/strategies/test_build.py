@@ -103,6 +103,14 @@ def test_a_control_variate_is_sent_whole():
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
+def test_a_robust_rule_that_goes_by_entries_leaves_no_direction_as_it_was():
+    config = compose("strategy=fedit strategy.optimiser=fedavgm strategy.robust=[krum]")
+    assert isinstance(optimiser(config, aggregation(config)), FedAvgM)
+    config = compose("strategy=fedit strategy.optimiser=fedavgm strategy.robust=[krum,median]")
+    with pytest.raises(AntherError, match=r"strategy\.optimiser=fedavgm: .*without median or trimmed"):
+        optimiser(config, aggregation(config))
+
+
 def test_no_optimiser_unless_one_is_named():
     assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
 
