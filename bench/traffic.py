@@ -1,4 +1,4 @@
-"""What goes up of a round, and what few bits leave of the gain:  python -m bench.traffic [--gain] [--base sd15] …
+"""What travels in a round, and what few bits leave of the gain:  python -m bench.traffic [--gain] [--base sd15] …
 
 Bytes are those of updates that were encoded, with their headers, on the shapes of a published base, whose weights
 nobody needs for it. What a device trains:
@@ -6,6 +6,8 @@ nobody needs for it. What a device trains:
     factors   A and B of every site            B alone   A stays (ffa, fedsvd, every second round of rolora)
     A alone   B stays, or is the device's (fedsa)
     cores     rank² numbers a site, between factors that stay (fedsb)
+
+Down goes the whole adapter, A and B (strategy.download).
 
     --gain    whole federations on the glyph base besides, one for each method, precision and seed, on development
               writers: the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
@@ -28,33 +30,40 @@ from torch import Tensor
 
 from bench.machine import machine, versions
 from bench.utility import complete, share
-from models.adapter import Sites
+from models.adapter import Sites, from_tensors, shapes
 from models.denoiser import find_sites
 from models.families.known import find
 from models.trained import trained_shapes
 from protocol import codec, rounding
+from strategies.download import download
 
+BYTES = ("bytes_up", "bytes_down")
 MOST, KEPT = 0.45e6, 0.95
 """Bytes of an update, and the share of the gain that it keeps."""
 
 
 class Way(NamedTuple):
-    """How an update is sent."""
+    """How an update is sent, and the adapter that it is a change of."""
 
     precision: str
     keep: float = 1.0
+    down: str = "fp32"
 
     @property
     def name(self) -> str:
-        return self.precision if self.keep == 1 else f"{self.precision}, {self.keep:.0%} of blocks"
+        up = self.precision if self.keep == 1 else f"{self.precision}, {self.keep:.0%} of blocks"
+        return up if self.down == "fp32" else f"{up}; {self.down} down"
 
     @property
     def overrides(self) -> list[str]:
-        return [f"strategy.update={self.precision}", f"strategy.keep={self.keep}"]
+        return [
+            f"strategy.update={self.precision}", f"strategy.keep={self.keep}", f"strategy.download={self.down}"
+        ]  # fmt: skip
 
 
 FP32 = Way("fp32")
-WAYS = (FP32, Way("fp16"), Way("int8"), Way("int4"), Way("int4", 0.5), Way("int4", 0.25))
+UP = (FP32, Way("fp16"), Way("int8"), Way("int4"), Way("int4", 0.5), Way("int4", 0.25))
+WAYS = (*UP, Way("fp32", down="int8"), Way("fp32", down="int4"), Way("int4", down="int8"), Way("int4", down="int4"))
 TRAINED = {"factors": "both", "B alone": "b", "A alone": "a", "cores": "cores"}
 METHODS: Mapping[str, tuple[str, ...]] = {
     "fedit": ("strategy=fedit",),
@@ -83,7 +92,13 @@ def size(change: Mapping[str, Tensor], way: Way) -> int:
 def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
     """Bytes by what is trained and how it is sent."""
     changes = {name: _drawn(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
-    return {name: {way.name: size(change, way) for way in WAYS} for name, change in changes.items()}
+    return {name: {way.name: size(change, way) for way in UP} for name, change in changes.items()}
+
+
+def downloads(sites: Sites, rank: int) -> dict[str, int]:
+    """Bytes of the adapter that is sent down, by precision."""
+    whole = from_tensors(_drawn(shapes(sites, rank)))
+    return {precision: len(download(whole, precision).data) for precision in ("fp32", *rounding.PRECISIONS)}
 
 
 def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table:
@@ -92,15 +107,20 @@ def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table
     table.add_column("sent in")
     for name in found:
         table.add_column(name, justify="right")
-    for way in WAYS:
+    for way in UP:
         cells = [found[name][way.name] for name in found]
         table.add_row(way.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MOST else ''}" for count in cells))
     return table
 
 
-def ways(method: str, precisions: Sequence[str]) -> list[Way]:
-    """Those that a method is run in, fp32 first; exact turns the factors, so nothing can be held back."""
-    return [way for way in WAYS if way.precision in ("fp32", *precisions) and (method != "exact" or way.keep == 1)]
+def ways(method: str, precisions: Sequence[str], down: Sequence[str]) -> list[Way]:
+    """Those that a method is run in, fp32 first; exact turns the factors, so nothing can be held back, and what is
+    beside cores travels whole.
+    """
+    found = [way for way in WAYS if way.precision in ("fp32", *precisions) and way.down in ("fp32", *down)]
+    if method == "exact":
+        return [way for way in found if way.keep == 1]
+    return [way for way in found if way.down == "fp32"] if method == "cores" else found
 
 
 def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[str]:
@@ -119,6 +139,7 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     return {
         "losses": {arm: [row[arm]["loss"] for row in rows] for arm in ("base", "shared")},
         "bytes_up": summary["bytes"]["up"],
+        "bytes_down": summary["bytes"]["down"],
     }
 
 
@@ -137,15 +158,25 @@ def gains(results: Mapping[tuple[str, Way], Sequence[Mapping[str, Any]]]) -> Tab
     table = Table(
         title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; at least {KEPT:.0%} is wanted"
     )
-    for heading in ("method", "sent in", "shared loss", "gain kept", "MB up, all rounds", "× fewer"):
+    for heading in (
+        "method",
+        "sent in",
+        "shared loss",
+        "gain kept",
+        "MB up, all rounds",
+        "× fewer",
+        "MB down",
+        "× fewer",
+    ):
         table.add_column(heading, justify="right")
     for (method, way), found in results.items():
         whole = results[method, FP32]
         mean, low, high = kept(found, whole)
-        up, all_up = (sum(run["bytes_up"] for run in runs) for runs in (found, whole))
+        up, all_up, down, all_down = (sum(run[key] for run in runs) for key in BYTES for runs in (found, whole))
         loss = np.mean([run["losses"]["shared"] for run in found])
-        cells = f"{loss:.4f}", f"{mean:.1%} [{low:.1%}, {high:.1%}]", f"{up / 1e6:.2f}", f"{all_up / up:.1f}"
-        table.add_row(method, way.name, *cells)
+        of_gain = f"{loss:.4f}", f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+        of_bytes = f"{up / 1e6:.2f}", f"{all_up / up:.1f}", f"{down / 1e6:.2f}", f"{all_down / down:.1f}"
+        table.add_row(method, way.name, *of_gain, *of_bytes)
     return table
 
 
@@ -155,7 +186,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--gain", action="store_true", help="run the federations too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--precisions", nargs="+", choices=rounding.PRECISIONS, default=list(rounding.PRECISIONS))
+    parser.add_argument("--precisions", nargs="*", choices=rounding.PRECISIONS, default=list(rounding.PRECISIONS))
+    parser.add_argument("--down", nargs="*", choices=rounding.PRECISIONS, default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
@@ -164,23 +196,34 @@ def main() -> None:
     sites = find_sites(known.network(), known.family.sites)
     counted = sizes(sites, arguments.rank)
     Console().print(shown(arguments.base, arguments.rank, counted))
+    down = downloads(sites, arguments.rank)
+    told = ", ".join(f"{precision} {count / 1e6:.3f}" for precision, count in down.items())
+    Console().print(f"MB of the adapter that is sent down: {told}")
     asked = ["--base", arguments.base, "--rank", str(arguments.rank)]
     if arguments.gain:
-        asked += ["--gain", "--methods", *arguments.methods, "--precisions", *arguments.precisions]
+        asked += [
+            "--gain",
+            "--methods",
+            *arguments.methods,
+            "--precisions",
+            *arguments.precisions,
+            "--down",
+            *arguments.down,
+        ]
         asked += ["--seeds", *map(str, arguments.seeds), *overrides]
     record: dict[str, Any] = {
         "command": " ".join(["python -m bench.traffic", *asked]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "diffusers"),
         "wanted": {"bytes": MOST, "kept": KEPT},
-        "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted},
+        "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted, "down": down},
     }
     results: dict[tuple[str, Way], list[dict[str, Any]]] = {}
     if arguments.gain:
         for method in arguments.methods:
-            for way in ways(method, arguments.precisions):
+            for way in ways(method, arguments.precisions, arguments.down):
                 for seed in arguments.seeds:
-                    folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{seed}"
+                    folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{way.down}-{seed}"
                     found = run(command(method, way, seed, overrides), folder)
                     results.setdefault((method, way), []).append(found)
         record["gain"] = [

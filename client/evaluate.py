@@ -25,7 +25,7 @@ def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result,
     """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
     device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_measure(request.privacy)
-    sent = received(request.adapter, device)
+    sent = received(request.adapter, device, rounded=request.rounded)
     if request.privacy is None:
         return (yield from _losses(request, sent, device))
     return (yield from _noised_gain(request, request.privacy, sent, device))

@@ -2,7 +2,7 @@
 
 Rounding comes after the noise. Under privacy of examples the change, and so all that is left of it, is made of what is
 noised and charged already, of what the server sent, and of coins: post-processing, which costs nothing. Nothing that
-was left of an open round ever enters a private one, nor what was left by simulated noise a release (`_follows`). Where
+was left of an open round ever enters a private one, nor what was left by simulated noise a release (`follows`). Where
 the server promises privacy per device, its clip bounds what comes (`strategies.private`).
 """
 
@@ -52,8 +52,8 @@ def outgoing(
         return Outgoing(codec.encode(after), None, stays)
     before = trained_tensors(start, plan.trains, frame)
     change = {name: tensor - before[name] for name, tensor in after.items()}
-    follows = _follows(plan, release)
-    carried = _carried(device.store.residual(follows), plan, history) if plan.feedback else {}
+    common = follows(plan, release)
+    carried = _carried(device.store.residual(common), plan, history) if plan.feedback else {}
     if _shapes(carried) == _shapes(change):
         change = {name: tensor + carried[name] for name, tensor in change.items()}
     coins = torch.Generator().manual_seed(stream(device.seed, device.name, plan.run, plan.round, ROUNDING))
@@ -62,7 +62,7 @@ def outgoing(
         return Outgoing(data, None, stays)
     # A private reply is sealed, and never made again.
     again = {} if plan.privacy else carried
-    return Outgoing(data, Residual(follows, plan.round, _left(change, data, plan), again), stays)
+    return Outgoing(data, Residual(common, plan.round, _left(change, data, plan), again), stays)
 
 
 def keep(device: Device, sent: Outgoing) -> None:
@@ -73,7 +73,17 @@ def keep(device: Device, sent: Outgoing) -> None:
         device.store.save_own(sent.own)
 
 
-def _follows(plan: TrainingPlan, release: bool) -> str:
+def sent_change(plan: TrainingPlan, data: bytes, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the receiver reads of a reply as its change from `start`.
+
+    Raises CodecError for one that it will refuse.
+    """
+    if plan.update == "fp32":
+        return {name: tensor - start[name] for name, tensor in codec.decode(data, _shapes(start)).items()}
+    return rounding.decode(data, _shapes(start), plan.update, keep=plan.keep)
+
+
+def follows(plan: TrainingPlan, release: bool) -> str:
     """What two rounds have in common if what is left of one may enter the next."""
     trained = (plan.base, plan.rank, plan.trains, plan.sites)
     common = (plan.run, *trained, plan.privacy is None, release)

@@ -39,7 +39,7 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     device.check_memory(request.rank, device.sites)
     if min(request.look_every, request.patience) < 1:
         raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
-    sent = of_run(received(request.adapter, device).adapter, request.run, device)
+    sent = of_run(received(request.adapter, device, rounded=request.rounded).adapter, request.run, device)
     # Of the steps asked for: when training stops tells of the pictures.
     seconds, joules = cost(device, request.steps * request.batch_size)
     reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality="estimate")

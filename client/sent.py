@@ -8,11 +8,14 @@ from typing import NamedTuple
 
 from client.device import Device
 from conf.errors import AntherError
-from models import cores
-from models.adapter import Adapter, Site, at, from_tensors, head_and_tail, rank, shapes
+from models import controls, cores
+from models.adapter import Adapter, Site, Sites, at, from_tensors, head_and_tail, rank, shapes
 from models.bounds import excess
+from models.controls import Control
+from models.trained import trained_shapes
 from privacy.policy import Refusal
-from protocol import codec
+from protocol import codec, rounding
+from protocol.messages import Rounded
 
 
 class Parts(NamedTuple):
@@ -33,7 +36,8 @@ class Sent:
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter, frame: Adapter | None, sha256: str) -> None:
+    def __init__(self, adapter: Adapter, frame: Adapter | None, control: Control, sha256: str) -> None:
+        self.control = control  # of the server, if one was sent
         self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
         self._parts: dict[object, Parts] = {}
 
@@ -62,26 +66,57 @@ class Sent:
         return Parts(head, frozen or None, frame)
 
 
-def received(data: bytes, device: Device, *, framed: bool = False) -> Sent:
+def received(
+    data: bytes, device: Device, *, rounded: Rounded | None = None, framed: bool = False, controlled: str | None = None
+) -> Sent:
     """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
 
     Args:
+        rounded: how it is to be read, if it isn't whole; nothing travels beside such a one.
         framed: whether the factors that stay travel beside it, since cores are to be trained.
+        controlled: what is trained, where the server's control variate of that does too; None: there is none.
 
     Raises Refusal otherwise: the reason is about what was sent, and the base that the server knows.
     """
     most = device.policy.max_rank
     try:
-        return _decoded(data, tuple(device.sites.items()), most, framed)
+        return _decoded(data, tuple(device.sites.items()), most, rounded, framed, controlled)
     except AntherError as error:
         raise Refusal(f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}") from None
 
 
 @lru_cache(maxsize=1)
-def _decoded(data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, framed: bool) -> Sent:
-    tensors = codec.decode(data, shapes(dict(sites), -1, frame=framed), free=most_rank)
-    adapter = from_tensors(tensors)
+def _decoded(
+    data: bytes, sites: tuple[tuple[str, Site], ...], most_rank: int, rounded: Rounded | None, framed: bool,
+    controlled: str | None,
+) -> Sent:  # fmt: skip
+    if rounded:
+        return Sent(
+            _read(data, dict(sites), most_rank, rounded, framed or controlled is not None), None, {}, _sha256(data)
+        )
+    expected = shapes(dict(sites), -1, frame=framed)
+    if controlled is not None:
+        expected |= controls.beside_shapes(trained_shapes(dict(sites), -1, controlled))
+    tensors = codec.decode(data, expected, free=most_rank)
+    adapter = _bounded(from_tensors(tensors))
+    frame = cores.frame_from_tensors(tensors) if framed else None
+    return Sent(adapter, frame, controls.apart(tensors), _sha256(data))
+
+
+def _read(data: bytes, sites: Sites, most_rank: int, rounded: Rounded, beside: bool) -> Adapter:
+    """An adapter in few bits: its length is held against its rank, and that against what the owner allows."""
+    if beside:
+        raise AntherError("what travels beside an adapter is sent whole, and so is the adapter")
+    if not 1 <= rounded.rank <= most_rank:
+        raise AntherError(f"rank {rounded.rank}")
+    return _bounded(from_tensors(rounding.decode(data, shapes(sites, rounded.rank), rounded.precision)))
+
+
+def _bounded(adapter: Adapter) -> Adapter:
     if found := excess(adapter):
         raise AntherError(found)
-    frame = cores.frame_from_tensors(tensors) if framed else None
-    return Sent(adapter, frame, hashlib.sha256(data).hexdigest())
+    return adapter
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

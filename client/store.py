@@ -6,6 +6,7 @@
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
     seed                      of the device's ordinary random streams
     residual.safetensors      what rounding left of the last change that was sent
+    variate.safetensors       SCAFFOLD's control variate, before the last round and after it
     own.safetensors           the factors B of a run that shares A alone
     previews/                 what its owner is shown of what was learnt
     cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
@@ -21,7 +22,7 @@ import io
 import json
 import secrets
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -35,7 +36,7 @@ from privacy.storage import Storage
 from training.jobs import Examples
 
 PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
-RESIDUAL, OWN = "residual.safetensors", "own.safetensors"
+RESIDUAL, VARIATE, OWN = "residual.safetensors", "variate.safetensors", "own.safetensors"
 
 
 class Personal(NamedTuple):
@@ -54,6 +55,18 @@ class Residual(NamedTuple):
     round: int
     left: dict[str, Tensor]
     carried: dict[str, Tensor]  # what was left to this round: for this one again, if it is asked for again
+
+
+class Variate(NamedTuple):
+    """A device's control variate, by the names that what it corrects travels under."""
+
+    follows: str  # as of a Residual
+    round: int
+    before: dict[str, Tensor]  # for this round again, if it is asked for again
+    after: dict[str, Tensor]
+
+
+OfRound = TypeVar("OfRound", Residual, Variate)
 
 
 class Own(NamedTuple):
@@ -129,17 +142,34 @@ class Store:
         self._storage.remove(PREVIOUS)
 
     def save_residual(self, residual: Residual) -> None:
-        parts = {"left": residual.left, "carried": residual.carried}
-        tensors = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        self._storage.write(RESIDUAL, save(tensors, {"follows": residual.follows, "round": str(residual.round)}))
+        self._save_of_round(RESIDUAL, residual)
 
     def residual(self, follows: str) -> Residual | None:
         """The last one, if it is for rounds such as this; a damaged one is none: it would have been lost, no more."""
+        return self._of_round(RESIDUAL, Residual, follows)
+
+    def save_variate(self, variate: Variate) -> None:
+        self._save_of_round(VARIATE, variate)
+
+    def variate(self, follows: str) -> Variate | None:
+        """As `residual`."""
+        return self._of_round(VARIATE, Variate, follows)
+
+    def _save_of_round(self, file: str, kept: Residual | Variate) -> None:
+        follows, number, *parts = kept
+        tensors = {
+            f"{part}/{name}": tensor
+            for part, named in zip(kept._fields[2:], parts, strict=True)
+            for name, tensor in named.items()
+        }
+        self._storage.write(file, save(tensors, {"follows": follows, "round": str(number)}))
+
+    def _of_round(self, file: str, kind: type[OfRound], follows: str) -> OfRound | None:
         try:
-            tensors, metadata = _load(self._storage.read(RESIDUAL) or b"")
+            tensors, metadata = _load(self._storage.read(file) or b"")
             if metadata["follows"] != follows:
                 return None
-            return Residual(follows, int(metadata["round"]), *(_under(tensors, part) for part in ("left", "carried")))
+            return kind(follows, int(metadata["round"]), *(_under(tensors, part) for part in kind._fields[2:]))
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Generator
 from functools import lru_cache
 
+from client import controls
 from client.data import fingerprint
 from client.device import Device
 from client.outgoing import keep, outgoing
 from client.own import own_factors, with_own
 from client.sent import received
 from client.work import cost, encoded, expect
+from models.trained import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
@@ -34,9 +36,14 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
-    sent = received(request.adapter, device, framed=plan.trains == "cores")
+    sent = received(
+        request.adapter, device, rounded=request.rounded, framed=plan.trains == "cores",
+        controlled=plan.trains if plan.scaffold else None,
+    )  # fmt: skip
     if sent.rank < plan.rank:
         raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
+    if plan.scaffold and (sent.rank != plan.rank or plan.sites is not None or plan.optimiser != "sgd"):
+        raise Refusal("a control variate is of every direction that was sent, and of plain SGD")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
@@ -48,6 +55,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
+    mine = controls.own(plan, device, sent.control, release=noise.release)
     own = own_factors(plan, device, noise.release) if plan.trains == "split" else None
     if own is not None:
         start, frozen = with_own(start, own), frozen and with_own(frozen, own)
@@ -67,6 +75,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 steps=plan.steps,
                 batch_size=plan.batch_size,
                 learning_rate=plan.learning_rate,
+                optimiser=plan.optimiser,
+                proximal=plan.proximal,
+                correction=controls.correction(plan, sent.control, mine, start, frame) if plan.scaffold else None,
                 privacy=_dp_sgd(plan),
                 noise=noise if plan.privacy else None,
                 names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
@@ -94,15 +105,22 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         epsilon=charged.spent(plan.privacy.delta).value if plan.privacy else None,
         events=events,
     )
-    if plan.privacy is None:
+
+    def remember() -> None:
         keep(device, goes)
+        if plan.scaffold:
+            before = trained_tensors(start, plan.trains, frame)
+            controls.keep(plan, device, sent.control, mine, goes, before, release=noise.release)
+
+    if plan.privacy is None:
+        remember()
         return reply  # nothing is spent by making it again, so it needn't be kept
     packed = _pack(reply)
     sealed = ledger.seal(reservation, packed)
     if sealed is not packed:
         return _unpack(sealed)
     # Not before it is the reply: what is left of another one, never sent, would be a second release of this round.
-    keep(device, goes)
+    remember()
     return reply
 
 

@@ -265,6 +265,8 @@ class Strategy:
     max_rank: int | None = None  # cap on the rank of the global adapter (exact); null: none, and adapter.shared.rank
     # for the others
     energy: float | None = None  # no more of the mean's directions than hold this share of its σ² (exact); null: all
+    weights: str = "device"  # of what is averaged (exact): whole devices; or rank_slice: each slice of rank among those
+    # that trained so many
     metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     planning: str = "full"  # full: every device trains at every site; device: at those that are worth most of what it
@@ -275,8 +277,18 @@ class Strategy:
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
     # random after any noise. Where directions keep their meaning (fedit, ffa, fedsa, fedsb, hetlora) what rounding left
     # goes into the next round
+    download: str = "fp32"  # how adapters are sent to devices: fp32; or in fp16, int8 or int4, rounded at random. What
+    # rounding took the server keeps, unless the rule turns its factors (flexlora, flora, fedsvd, raflora)
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
     decay: bool = False  # devices' shared learning rate falls to zero over the rounds, along a cosine
+    correction: str = "none"  # of what devices drift by; scaffold: by control variates, of plain SGD
+    # (adapter.shared.optimiser=sgd) and of rules that average what keeps its meaning (fedit, ffa, fedsa, fedsb)
+    optimiser: str = "none"  # the server's step along what a round's mean changes, unless the rule turns its factors:
+    # fedavgm, fedadam or fedyogi; none: the mean is the next adapter
+    server_rate: float | None = None  # η of that step; null: 1 for fedavgm, 0.003 for the others
+    momentum: float = 0.9  # β of fedavgm, β₁ of the others
+    second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
+    tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
     robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: norm, krum,
     # foolsgold and geometric judge whole ones; median or trimmed goes by entries of the product, and comes last
     outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
@@ -290,11 +302,21 @@ class Strategy:
 
     def __post_init__(self) -> None:
         choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
+        choose("strategy.weights", self.weights, ("device", "rank_slice"))
         choose("strategy.planning", self.planning, ("full", "device"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
+        choose("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
         require(self.keep == 1 or self.update != "fp32", whole)
+        choose("strategy.correction", self.correction, ("none", "scaffold"))
+        choose("strategy.optimiser", self.optimiser, ("none", "fedavgm", "fedadam", "fedyogi"))
+        rate = self.server_rate
+        require(_none_or_positive(rate), f"strategy.server_rate={rate}: must be over 0, or null")
+        require(0 <= self.momentum < 1, f"strategy.momentum={self.momentum}: must be 0 or more, and under 1")
+        second = self.second_moment
+        require(0 <= second < 1, f"strategy.second_moment={second}: must be 0 or more, and under 1")
+        require(self.tau > 0, f"strategy.tau={self.tau}: must be over 0")
         share = self.energy
         require(share is None or 0 < share <= 1, f"strategy.energy={share}: must be over 0 and at most 1, or null")
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
@@ -403,6 +425,20 @@ class LocalTraining:
 
 
 @dataclass
+class SharedTraining(LocalTraining):
+    """What a device does in a round for the adapter that is federated."""
+
+    optimiser: str = "adamw"  # of its steps; sgd: steps add up to the sum of gradients, as strategy.correction needs
+    proximal: float = (
+        0.0  # μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, where a round begins at w_t; 0: without
+    )
+
+    def __post_init__(self) -> None:
+        choose("adapter.shared.optimiser", self.optimiser, ("adamw", "sgd"))
+        require(self.proximal >= 0, f"adapter.shared.proximal={self.proximal}: must be 0 or more")
+
+
+@dataclass
 class AloneTraining:
     """The same device alone: total steps and total rank follow from the other two, its rate is its own."""
 
@@ -419,7 +455,7 @@ class AdapterConfig:
     sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
     frame: str | None = None  # of strategy=fedsb, which trains small cores between the factors of this frame, shipped
     # by name or a file: rank² numbers a site, as privacy wants them; null: of every other strategy
-    shared: LocalTraining = field(default_factory=LocalTraining)
+    shared: SharedTraining = field(default_factory=SharedTraining)
     personal: LocalTraining = field(default_factory=LocalTraining)
     local: AloneTraining = field(default_factory=AloneTraining)
     look_every: int = 5  # steps between two looks at the validation glyphs (personal, local)

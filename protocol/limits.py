@@ -18,6 +18,8 @@ MOST_TEXT = 200  # characters
 
 _SIGNED = {"gain"}  # every other number is an amount
 _WORDS = {
+    "optimiser": ("adamw", "sgd"),
+    "precision": ("fp16", "int8", "int4"),
     "quality": ("measured", "estimate"),
     "trains": ("both", "a", "b", "cores", "split"),
     "update": ("fp32", "fp16", "int8", "int4"),

@@ -88,6 +88,12 @@ class TrainingPlan:
     batch_size: int
     """Examples a step; under DP the public constant that the noised sum is divided by."""
     learning_rate: float
+    optimiser: str = "adamw"
+    """Of the device's steps: `adamw` or `sgd`."""
+    proximal: float = 0.0
+    """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t where the round begins."""
+    scaffold: bool = False
+    """Correct gradients by control variates (`models.controls`): the server's travels beside the adapter."""
     privacy: ExamplePrivacy | None = None
     update: str = "fp32"
     """How the result comes back: `fp32`, as it is; `fp16`, `int8` or `int4`, what training changed, rounded so
@@ -99,11 +105,23 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """How an adapter that isn't sent whole is to be read (`protocol.rounding`)."""
+
+    precision: str
+    """`fp16`, `int8` or `int4`."""
+    rank: int
+    """Of every site: the bytes don't say."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train the shared adapter by this plan, starting from the adapter sent."""
 
     plan: TrainingPlan
     adapter: bytes
+    rounded: Rounded | None = None
+    """None: `adapter` is whole."""
     echo: int = 0
     """Events in the device's ledger when the server last heard of it. A ledger with fewer was rolled back, and its
     device refuses; more of them permit nothing."""
@@ -155,6 +173,8 @@ class Evaluate:
     run: str
     round: int
     adapter: bytes
+    rounded: Rounded | None = None
+    """As of a Train."""
     privacy: MeasuringPrivacy | None = None
 
 
@@ -189,6 +209,8 @@ class Personalise:
     """Steps between two looks at the validation pictures, which keep the best adapter."""
     patience: int
     """Looks without improvement before training ends."""
+    rounded: Rounded | None = None
+    """As of a Train."""
 
 
 @dataclass(frozen=True, kw_only=True)

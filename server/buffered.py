@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
 from models.adapter import Adapter, from_tensors, shapes
 from protocol.codec import decode
-from protocol.messages import Update
 from protocol.records import adapter_from_record
 from server.legs import Pace
 from strategies.asynchronous import STRIDE, Shift, number_of, staleness
 from strategies.clock import WallClock
-from strategies.federated import Asked, Federated
+from strategies.federated import Asked, Federated, Gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,28 +55,28 @@ class Buffered:
         until = self._clock.now() + self._pace.timeout
         self._declined, self._place = set(), 0
         ended: list[_Flight] = []
-        found: list[tuple[Update, Adapter]] = []
         dropped: Counter[str] = Counter()
         self._send_out(number, arrays)
-        while True:
-            for name, flight in list(self._flights.items()):
-                if len(found) == self._size:
+        with Gathered() as found:
+            while True:
+                for name, flight in list(self._flights.items()):
+                    if len(found) == self._size:
+                        break
+                    if not (replies := list(self._grid.pull_messages([name]))) and self._clock.now() < flight.until:
+                        continue
+                    ended.append(self._flights.pop(name))
+                    shift = partial(self._shifted, current, flight, number)
+                    bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
+                    dropped.update(bad)
+                    self._declined |= {flight.node} if bad else set()
+                if len(found) == self._size or self._clock.now() >= until:
                     break
-                if not (replies := list(self._grid.pull_messages([name]))) and self._clock.now() < flight.until:
-                    continue
-                ended.append(self._flights.pop(name))
-                good, bad = self._strategy.let_in(flight.asked, replies)
-                found += [(update, self._shifted(current, flight, adapter, number)) for update, adapter in good]
-                dropped.update(bad)
-                self._declined |= {flight.node} if bad else set()
-            if len(found) == self._size or self._clock.now() >= until:
-                break
-            self._send_out(number, arrays)
-            self._clock.wait(until)
-        return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
+                self._send_out(number, arrays)
+                self._clock.wait(until)
+            return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
 
-    def _shifted(self, current: Adapter, flight: _Flight, trained: Adapter, number: int) -> Adapter:
-        if flight.round == number:
+    def _shifted(self, current: Adapter, flight: _Flight, number: int, trained: Adapter) -> Adapter:
+        if flight.round == number and not flight.asked.lost:  # the device began where the server stands
             return trained
         return self._shift(current, flight.asked.adapter, trained, staleness(number - flight.round))
 

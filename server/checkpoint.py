@@ -3,8 +3,9 @@
     round-000012/
         adapter.safetensors    the shared adapter after the round
         best.safetensors       the best so far
+        memory.safetensors     what the server remembers beside them
         state.json             everything else
-        manifest.json          SHA-256 of the other three
+        manifest.json          SHA-256 of the other four
 
 A round is written into a hidden folder, made durable and then renamed, so whenever the process or the power dies, the
 newest `round-…` is the last complete round.
@@ -14,8 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, shapes, to_tensors
@@ -24,9 +28,11 @@ from protocol import plain
 from protocol.codec import decode, encode
 from server.state import Round, State
 from strategies.facts import DeviceFacts
+from strategies.optimisers import Memory
 from strategies.private import Anchor
 
-_ADAPTER, _BEST, _STATE, _MANIFEST = "adapter.safetensors", "best.safetensors", "state.json", "manifest.json"
+_ADAPTER, _BEST, _MEMORY = "adapter.safetensors", "best.safetensors", "memory.safetensors"
+_STATE, _MANIFEST = "state.json", "manifest.json"
 _KEPT = 2  # newest checkpoints; the best adapter is in each
 _HIDDEN = ".partial-"
 
@@ -39,6 +45,8 @@ class _Saved:
     history: tuple[Round, ...]
     devices: dict[str, DeviceFacts]
     ledger: Anchor | None
+    memory: dict[str, tuple[int, ...]]
+    """Names, as `<part>/<tensor>`, and shapes."""
 
 
 def save(folder: Path, state: State) -> Path:
@@ -52,6 +60,7 @@ def save(folder: Path, state: State) -> Path:
         raise AntherError(f"{folder}: holds {rounds[-1].name} already: resume that run, or choose an empty folder")
     for leftover in folder.glob(f"{_HIDDEN}*"):  # of a process that was killed
         shutil.rmtree(leftover)
+    memory = {f"{part}/{name}": tensor for part, of in state.memory.items() for name, tensor in of.items()}
     saved = _Saved(
         run=state.run,
         private=state.private,
@@ -59,10 +68,12 @@ def save(folder: Path, state: State) -> Path:
         history=state.history,
         devices=dict(state.devices),
         ledger=state.ledger,
+        memory={name: tuple(tensor.shape) for name, tensor in memory.items()},
     )
     files = {
         _ADAPTER: encode(to_tensors(state.adapter)),
         _BEST: encode(to_tensors(state.best_adapter)),
+        _MEMORY: encode(memory),
         _STATE: plain.dumps(saved).encode(),
     }
     files[_MANIFEST] = plain.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
@@ -91,7 +102,7 @@ def load(folder: Path, *, sites: Sites) -> State | None:
     mend = f"delete {path} to go back to " + (rounds[-2].name if len(rounds) > 1 else "the start")
     try:
         manifest = plain.from_plain(dict[str, str], plain.loads(_read(path / _MANIFEST)))
-        files = {name: _read(path / name) for name in (_ADAPTER, _BEST, _STATE)}
+        files = {name: _read(path / name) for name in (_ADAPTER, _BEST, _MEMORY, _STATE)}
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != manifest.get(name):
                 raise AntherError(f"{path / name} is not as it was written (SHA-256 differs)")
@@ -105,6 +116,7 @@ def load(folder: Path, *, sites: Sites) -> State | None:
             ledger=saved.ledger,
             best_round=saved.best_round,
             best_adapter=_adapter(files[_BEST], sites, path / _BEST),
+            memory=_parts(decode(files[_MEMORY], saved.memory)),
         )
     except AntherError as error:
         raise AntherError(f"{error}: {mend}") from error
@@ -122,6 +134,15 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise AntherError(f"{file} can't be read ({error.strerror})") from error
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Memory:
+    """Inverse of the names that parts are written under."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        found.setdefault(part, {})[name] = tensor
+    return found
 
 
 def _adapter(data: bytes, sites: Sites, file: Path) -> Adapter:

@@ -61,6 +61,7 @@ def run_rounds(
     """
     strategy.summary()
     strategy.remember(state.devices, (done.train for done in state.history))
+    strategy.memory = state.memory
     ledger = strategy.device_level.ledger if strategy.device_level else None
     if ledger:
         ledger.check(state.ledger)
@@ -114,7 +115,8 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, leg: 
         validation = strategy.validation or validation
     adapter = from_tensors(decode(adapter_from_record(arrays), shapes(strategy.sites, -1)))
     done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
-    return state.after(done, adapter, strategy.device_level.ledger.anchor() if strategy.device_level else None)
+    anchor = strategy.device_level.ledger.anchor() if strategy.device_level else None
+    return state.after(done, adapter, anchor, strategy.memory)
 
 
 def _wait_for_devices(grid: Grid, strategy: Federated, present: int, pace: Pace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from models.adapter import Adapter
 from privacy.accounting import IMAGE, Guarantee
 from strategies.facts import DeviceFacts, TrainFacts, Validation, nothing
+from strategies.optimisers import Memory
 from strategies.private import Anchor
 
 
@@ -54,6 +55,8 @@ class State:
     best_adapter: Adapter
     ledger: Anchor | None = None
     """Where the server's ledger stood when the last round was made; None without privacy per device."""
+    memory: Memory = field(default_factory=dict)
+    """What the server remembers of earlier rounds beside the adapter: the moments of its optimiser."""
 
     @staticmethod
     def start(*, run: str, private: bool, adapter: Adapter) -> State:
@@ -70,7 +73,9 @@ class State:
         """Mean validation loss of the best adapter; None where nobody measured it."""
         return self.history[self.best_round].validation.shared if self.history else None
 
-    def after(self, round: Round, adapter: Adapter, ledger: Anchor | None = None) -> State:
+    def after(
+        self, round: Round, adapter: Adapter, ledger: Anchor | None = None, memory: Memory | None = None
+    ) -> State:
         """The state with one more round."""
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
@@ -79,7 +84,7 @@ class State:
             round, train=train and replace(train, devices={}), validation=replace(validation, devices={}, spent={})
         )
         devices, history = _measured(_summed(self.devices, train), validation), (*self.history, record)
-        state = replace(self, adapter=adapter, history=history, devices=devices, ledger=ledger)
+        state = replace(self, adapter=adapter, history=history, devices=devices, ledger=ledger, memory=memory or {})
         loss, best = round.validation.shared, self.best_loss
         if loss is not None and best is None and self.best_round == 0:
             best = round.validation.base  # the adapter that training starts from adds nothing to the base

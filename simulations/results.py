@@ -30,6 +30,7 @@ from simulations.evaluation import Drawn, Perform, Score
 from simulations.fleet import Participant
 from simulations.log import FleetFacts, gini
 from simulations.output import config_hash
+from strategies.download import download
 from strategies.facts import device_epsilon, nothing
 from typefaces import judge
 
@@ -66,8 +67,9 @@ def finish(
     if config.evaluation.local:
         display.phase("training everyone alone, to compare")
         local = evaluation.train_local(config, base, chosen, pools, perform)
-    adapters = evaluation.arms(chosen, local, state.best_adapter, base)
-    export_adapters(folder / "adapters", base, chosen, adapters, state.best_adapter)
+    shared = download(state.best_adapter, config.strategy.download).adapter  # what devices have of it
+    adapters = evaluation.arms(chosen, local, shared, base)
+    export_adapters(folder / "adapters", base, chosen, adapters, shared)
     display.phase("measuring held-out letters")
     losses = evaluation.losses(chosen, adapters, pools, perform)
     drawn: dict[str, Drawn] = {}

@@ -34,6 +34,7 @@ from strategies.clock import Clock
 from strategies.federated import Federated
 from strategies.fitting import Fitting, costs_of
 from strategies.measuring import measuring, spending
+from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
 from strategies.registry import AGGREGATIONS, NONE, Combination, refusal, unfit
@@ -91,9 +92,15 @@ def build(
     if (frame is not None) != (rule.trains(1) == "cores"):
         mend = "cores are for strategy=fedsb" if frame else "strategy=fedsb needs one, such as glyphs-frame"
         raise AntherError(f"adapter.frame={config.adapter.frame}: {mend}")
+    if config.strategy.download != "fp32" and (frame or plan.scaffold):
+        raise AntherError(
+            f"strategy.download={config.strategy.download}: the factors of adapter.frame and SCAFFOLD's control "
+            "variate travel beside the adapter, whole; use strategy.download=fp32"
+        )
     seed = config.seed if accept_simulated else None
     limits = Limits(
-        metered_rank=config.strategy.metered_rank if rule.mixed_ranks else None,
+        # A control variate is of every direction.
+        metered_rank=config.strategy.metered_rank if rule.mixed_ranks and not plan.scaffold else None,
         deadline=config.strategy.deadline,
         joules=config.strategy.joules,
         battery_share=config.strategy.battery_share,
@@ -111,6 +118,8 @@ def build(
         selection=selection(config, seed),
         evaluation=evaluation(config),
         measuring=measuring(config, simulated=accept_simulated),
+        optimiser=optimiser(config, rule),
+        download=config.strategy.download,
         limits=limits,
         frame=frame,
         decay=_decay(config),
@@ -144,6 +153,11 @@ def _frame(config: Simulation, sites: Sites) -> Adapter | None:
 def _check_timing(config: Simulation) -> None:
     """Refuse how rounds are timed if it doesn't go with what they promise."""
     chosen, fleet = config.strategy, config.fleet
+    if chosen.timing == "async" and chosen.weights != "device":
+        raise AntherError(
+            f"strategy.weights={chosen.weights}: an update of an older adapter comes with that one's directions, which "
+            "are no slices of it; leave it device, or use strategy.timing=sync"
+        )
     if config.privacy.of_devices:
         if fleet.overselect > 1:
             raise AntherError(
@@ -174,6 +188,7 @@ def combination(config: Simulation) -> Combination:
         robust=tuple(config.strategy.robust),
         selection=chosen,
         timing=config.strategy.timing,
+        optimiser=config.strategy.optimiser,
         level=config.privacy.level,
     )
 
@@ -313,7 +328,10 @@ def _aggregation(config: Simulation) -> Aggregation:
     chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
     name = chosen.aggregation
     if name == "exact":
-        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, seed=seed)
+        by_slice = chosen.weights == "rank_slice"
+        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, by_slice=by_slice, seed=seed)
+    if chosen.weights != "device":
+        raise AntherError(f"strategy.weights={chosen.weights}: {name} weighs whole devices; use strategy=exact")
     if chosen.max_rank not in (None, rank):
         raise AntherError(
             f"strategy.max_rank={chosen.max_rank}: {name} goes by adapter.shared.rank={rank}; use strategy=exact"
@@ -340,6 +358,31 @@ def _aggregation(config: Simulation) -> Aggregation:
         case "raflora":
             return RaFLoRA(rank=rank, seed=seed)
     return FedIT()
+
+
+def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
+    """The server's, as `strategy.optimiser` names it; None if the rule's mean is the next adapter.
+
+    Raises AntherError for a rule whose factors are new each round.
+    """
+    chosen = config.strategy
+    if chosen.optimiser == "none":
+        return None
+    if turned := rule.sensitivity.turned:
+        raise AntherError(
+            f"strategy.optimiser={chosen.optimiser}: a change of factors adds up over rounds only where they stay the "
+            f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, without median or "
+            "trimmed, or leave it none"
+        )
+    if chosen.optimiser == "fedavgm":
+        return FedAvgM(rate=chosen.server_rate or 1.0, momentum=chosen.momentum)
+    return FedOpt(
+        rate=chosen.server_rate or 0.003,
+        momentum=chosen.momentum,
+        second=chosen.second_moment,
+        tau=chosen.tau,
+        yogi=chosen.optimiser == "fedyogi",
+    )
 
 
 def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
@@ -371,6 +414,9 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns or "
             "changes the factors; use strategy=fedit, or leave it 1"
         )
+    scaffold = chosen.correction == "scaffold"
+    if scaffold and (reason := _uncorrected(config, rule)):
+        raise AntherError(f"strategy.correction=scaffold: {reason}")
     return TrainingPlan(
         run=run,
         round=0,
@@ -379,8 +425,45 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         steps=shared.steps,
         batch_size=shared.batch_size,
         learning_rate=shared.learning_rate,
+        optimiser=shared.optimiser,
+        proximal=shared.proximal,
+        scaffold=scaffold,
         privacy=privacy,
         update=chosen.update,
         keep=chosen.keep,
         feedback=rule.steady and chosen.update != "fp32",
     )
+
+
+def _uncorrected(config: Simulation, rule: Aggregation) -> str | None:
+    """Why SCAFFOLD's control variates would mean nothing, and how to mend it; None if they go with all the rest."""
+    chosen = config.strategy
+    if not rule.steady:
+        return (
+            f"a control variate fits no later round, since {chosen.aggregation} turns or changes the factors; use "
+            "strategy=fedit"
+        )
+    if not rule.sensitivity.linear:
+        return f"the server's control variate is a plain mean, and {chosen.aggregation} is none; use strategy=fedit"
+    if config.adapter.shared.optimiser != "sgd":
+        return (
+            "only with plain SGD are a device's steps a sum of gradients; set adapter.shared.optimiser=sgd, and a "
+            "higher adapter.shared.learning_rate"
+        )
+    if config.privacy.of_devices:
+        return (
+            f"with privacy={config.privacy.level} the server's control variate would be made of updates before they "
+            "are noised; use privacy=example or none"
+        )
+    if chosen.robust:
+        return (
+            "every update enters the server's control variate, also one that strategy.robust leaves out, and from "
+            "there all devices; leave one of them out"
+        )
+    if chosen.planning == "device":
+        return "a control variate is of every site that was sent; use strategy.planning=full"
+    if chosen.timing == "async":
+        return (
+            "a control variate belongs to one round's adapter, and with strategy.timing=async rounds overlap; use sync"
+        )
+    return None

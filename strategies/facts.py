@@ -147,6 +147,7 @@ def train_facts(
     round: int,
     plans: Mapping[tuple[str, int], TrainingPlan],
     bytes_down: int,
+    bytes_up: Mapping[tuple[str, int], int],
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
     central: CentralFacts | None,
@@ -157,6 +158,7 @@ def train_facts(
     Args:
         plans: of every device that was asked, by its name and the plan's round.
         bytes_down: of all of them together.
+        bytes_up: of every update that was let in, by the same, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
     """
@@ -168,7 +170,7 @@ def train_facts(
         replied=len(updates),
         dropped=dict(dropped) | ({"not finite": central.dropped} if central and central.dropped else {}),
         bytes_down=bytes_down,
-        bytes_up=sum(len(update.adapter) for update in updates),
+        bytes_up=sum(bytes_up.values()),
         seconds=max((update.seconds for update in updates), default=0.0),
         joules=sum(update.joules for update in updates),
         loss=mean(told),
@@ -177,7 +179,12 @@ def train_facts(
         central=central,
         diagnostics=dict(diagnostics),
         devices=_devices(
-            updates, plans, round, bytes_down=bytes_down // max(1, len(plans)), told=not (private or central)
+            updates,
+            plans,
+            round,
+            bytes_down=bytes_down // max(1, len(plans)),
+            bytes_up=bytes_up,
+            told=not (private or central),
         ),
     )
 
@@ -188,6 +195,7 @@ def _devices(
     round: int,
     *,
     bytes_down: int,
+    bytes_up: Mapping[tuple[str, int], int],
     told: bool,
 ) -> dict[str, DeviceFacts]:
     """Of every device that was asked; it may have been so more than once.
@@ -205,7 +213,7 @@ def _devices(
             rank=update.rank,
             steps=plans[update.device, update.round].steps,
             bytes_down=bytes_down,
-            bytes_up=len(update.adapter),
+            bytes_up=bytes_up[update.device, update.round],
             seconds=update.seconds,
             joules=update.joules,
             epsilon=update.epsilon,

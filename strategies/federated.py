@@ -16,33 +16,52 @@ from functools import partial
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from models.bounds import excess
+from models.controls import beside
 from models.cores import to_framed_tensors
-from models.trained import trained_layout
+from models.trained import from_trained_tensors, trained_layout, trained_tensors
 from privacy.accounting import PoissonGaussian
 from privacy.noise import stream
 from privacy.snr import signal_to_spread
 from protocol import records
 from protocol.codec import decode, encode
-from protocol.messages import DeviceReport, Evaluate, Personalise, Query, Reply, Request, Train, TrainingPlan, Update
-from strategies.aggregation import Aggregated, Aggregation
+from protocol.messages import (
+    DeviceReport,
+    Evaluate,
+    Personalise,
+    Query,
+    Reply,
+    Request,
+    Rounded,
+    Train,
+    TrainingPlan,
+    Update,
+)
+from strategies.aggregation import Aggregated, Aggregation, Updates
 from strategies.clock import Clock, WallClock
+from strategies.download import FP32, download, lost, restored
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.fitting import Fitting
 from strategies.measuring import Measuring
+from strategies.optimisers import Memory, Optimiser
 from strategies.planner import Planner
 from strategies.planning import Limits
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.roster import Roster, by_name
+from strategies.scaffold import Drift
 from strategies.selection import ByName, Candidate, Candidates, Selection
 from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
+from strategies.spool import Key, Spool
 
 log = logging.getLogger(__name__)
+
+_CONTROL = "control"  # part of the memory
 
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 
@@ -54,6 +73,39 @@ class Asked:
     adapter: Adapter
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
     bytes_down: int
+    drift: Drift | None
+    """Of devices that correct for it."""
+    lost: Mapping[str, Tensor]
+    """What rounding took of the adapter on its way, for the next one."""
+
+
+class Gathered:
+    """The good updates of a round, one after another: what they tell here, their factors on disk."""
+
+    def __init__(self) -> None:
+        self.adapters = Spool()
+        self.bytes_up: dict[Key, int] = {}
+        self._updates: dict[Key, Update] = {}
+
+    def __enter__(self) -> Gathered:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.adapters.close()
+
+    def add(self, update: Update, adapter: Adapter) -> None:
+        """One more. RefusedError if there is no room for it."""
+        key = update.device, update.round
+        self.adapters.add(key, adapter)
+        self.bytes_up[key], self._updates[key] = len(update.adapter), replace(update, adapter=b"")
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    @property
+    def updates(self) -> list[Update]:
+        """Without their factors, in the order of those."""
+        return [self._updates[key] for key in self.adapters.keys]
 
 
 class Federated(Strategy):
@@ -67,6 +119,8 @@ class Federated(Strategy):
         evaluation: who is asked to measure the adapter after it (default: every device).
         measuring: after which rounds, and what hides whom in the result (default: after each, openly; in a private run
             after none).
+        optimiser: takes the step that a round's mean points to; None: the mean is the next adapter.
+        download: precision that adapters are sent in.
         frame: the factors that stay, of an aggregation of cores between them.
         decay: of the plan's learning rate, by the number of a round (default: it stays).
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
@@ -79,8 +133,9 @@ class Federated(Strategy):
         clock: that reports age by.
         report_age: seconds after which a report is asked for again, where anything goes by a device's moment.
 
-    After each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is
-    how many replies were let in so far.
+    `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
+    each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is how
+    many replies were let in so far.
     Nodes in `away` are not asked to train, and no more than `room` of them (None: as many as are selected).
     """
 
@@ -94,6 +149,8 @@ class Federated(Strategy):
         limits: Limits,
         evaluation: ByName | None = None,
         measuring: Measuring | None = None,
+        optimiser: Optimiser | None = None,
+        download: str = FP32,
         frame: Adapter | None = None,
         decay: Callable[[float, int], float] | None = None,
         accept_simulated: bool = False,
@@ -112,6 +169,16 @@ class Federated(Strategy):
             raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
         if plan.feedback and not aggregation.steady:
             raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
+        if plan.scaffold and (
+            device_level or plan.optimiser != "sgd" or not (aggregation.sensitivity.linear and aggregation.steady)
+        ):
+            raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
+        if plan.scaffold and (plan.sites is not None or fitting or limits.metered_rank is not None):
+            raise ValueError("scaffold: every device trains every site and direction")
+        if download != FP32 and (frame or plan.scaffold):
+            raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
+        if optimiser and aggregation.sensitivity.turned:
+            raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")
         if device_level and not aggregation.sensitivity.linear:
             raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
         drawn = selection.rate if isinstance(selection, Poisson) else 1.0
@@ -131,6 +198,8 @@ class Federated(Strategy):
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
+        self._optimiser, self._download = optimiser, download
+        self.memory: Memory = {}
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
         self._eligible = eligible
@@ -236,14 +305,17 @@ class Federated(Strategy):
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
-        data = records.adapter_from_record(arrays)
-        adapter = from_tensors(decode(data, shapes(self.sites, -1)))
-        if self.frame:
-            data = encode(to_framed_tensors(adapter, self.frame))
-        full = replace(
-            self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)),
-            trains=self._aggregation.trains(server_round),
-        )  # fmt: skip
+        held = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
+        data, adapter, rounded = download(held, self._download)
+        trains = self._aggregation.trains(server_round)
+        drift = None
+        if self._plan.scaffold:
+            start = trained_tensors(adapter, trains, self.frame)
+            drift = Drift(self.memory.get(_CONTROL), start, devices=len(reports))
+        if self.frame or drift:  # what is beside the adapter is sent whole, and so is the adapter
+            tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
+            data = encode(tensors | (beside(drift.control) if drift else {}))
+        full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
         nodes = by_name(reports)
@@ -254,9 +326,15 @@ class Federated(Strategy):
         self.good = 0
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
-        self._round = Asked(adapter=adapter, plans=plans, bytes_down=len(data) * len(plans))
+        self._round = Asked(
+            adapter=adapter,
+            plans=plans,
+            bytes_down=len(data) * len(plans),
+            drift=drift,
+            lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
+        )
         return [
-            self._message(Train(plan=plan, adapter=data, echo=self._echo(report.device)), node)
+            self._message(Train(plan=plan, adapter=data, rounded=rounded, echo=self._echo(report.device)), node)
             for node, (report, plan) in plans.items()
         ]
 
@@ -268,8 +346,9 @@ class Federated(Strategy):
         With privacy per device the adapter is noised and released also then, and whatever came back.
         """
         asked = self.sent()
-        found, dropped = self.let_in(asked, replies)
-        arrays = self.close(server_round, asked.adapter, [asked], found, dropped)
+        with Gathered() as found:
+            dropped = self.let_in(asked, replies, found)
+            arrays = self.close(server_round, asked.adapter, [asked], found, dropped, lost=asked.lost)
         return arrays, None if arrays is None else MetricRecord({"replied": len(found), **self._diagnostics()})
 
     def sent(self) -> Asked:
@@ -279,39 +358,58 @@ class Federated(Strategy):
         asked, self._round = self._round, None
         return asked
 
-    def let_in(self, asked: Asked, replies: Iterable[Message]) -> tuple[list[tuple[Update, Adapter]], dict[str, int]]:
-        """The good replies to what was asked, with their factors, and how many were dropped by reason."""
+    def let_in(
+        self,
+        asked: Asked,
+        replies: Iterable[Message],
+        found: Gathered,
+        *,
+        shift: Callable[[Adapter], Adapter] = lambda trained: trained,
+    ) -> dict[str, int]:
+        """Add the good replies to what was asked to those that were found; how many were dropped, by reason.
+
+        Args:
+            shift: what counts as trained, of the adapter that a device made of the one that it was sent.
+        """
         most = max((self._checks.largest(plan) for _, plan in asked.plans.values()), default=0)
 
-        def check(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> tuple[Update, Adapter]:
-            update = self._checks.update(asked.adapter, sent, reply)
+        def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
+            update, adapter = self._checks.update(asked.adapter, sent, reply)
+            found.add(update, shift(adapter))
             self.good += 1
-            return update
 
-        found, dropped = receive(records.TRAIN, _heard(records.TRAIN, replies, most=most), asked.plans, check)
-        return list(found.values()), dropped
+        _, dropped = receive(records.TRAIN, _heard(records.TRAIN, replies, most=most), asked.plans, take_in)
+        return dropped
 
     def close(
         self,
         server_round: int,
         current: Adapter,
         asked: Sequence[Asked],
-        found: Sequence[tuple[Update, Adapter]],
+        found: Gathered,
         dropped: Mapping[str, int],
+        *,
+        lost: Mapping[str, Tensor] | None = None,
     ) -> ArrayRecord | None:
-        """The adapter after a round that made these updates of `current`; None to keep that. `trained` tells of it."""
-        # By name: floating point sums depend on the order, and replies arrive in any.
-        updates = sorted(found, key=lambda pair: (pair[0].device, pair[0].round))
-        aggregated, central = self._aggregated(current, [adapter for _, adapter in updates], server_round)
-        plans = [pair for each in asked for pair in each.plans.values()]
+        """The adapter after a round that made these updates of `current`; None to keep that. `trained` tells of it.
+
+        Args:
+            lost: what rounding took of `current`, and enters what the round makes of it.
+        """
+        aggregated, central = self._aggregated(current, found.adapters, server_round, lost or {})
+        plans = {(report.device, plan.round): plan for each in asked for report, plan in each.plans.values()}
         if aggregated is None:
-            good = f"{len(updates)} good replies of {len(plans)}"
+            good = f"{len(found)} good replies of {len(plans)}"
             log.warning("round %d: keeping the adapter: %s", server_round, good)
+        for each in asked if aggregated else ():
+            if each.drift:
+                self._follow(each.drift, plans, found.adapters)
         self.trained = train_facts(
-            [update for update, _ in updates],
+            found.updates,
             round=server_round,
-            plans={(report.device, plan.round): plan for report, plan in plans},
+            plans=plans,
             bytes_down=sum(each.bytes_down for each in asked),
+            bytes_up=found.bytes_up,
             dropped=dropped,
             private=self._plan.privacy,
             central=central,
@@ -331,11 +429,20 @@ class Federated(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
-        data = records.adapter_from_record(arrays)
+        data, rounded = self._down(records.adapter_from_record(arrays))
         self._measured = self.measures(server_round) and self._paid(server_round, data)
         self._asked = self._panel(self.query(grid), server_round) if self._measured else {}
         private = self._measuring.among_pictures
-        return self._ask(Evaluate(run=self._plan.run, round=server_round, adapter=data, privacy=private))
+        return self._ask(
+            Evaluate(run=self._plan.run, round=server_round, adapter=data, rounded=rounded, privacy=private)
+        )
+
+    def _down(self, whole: bytes) -> tuple[bytes, Rounded | None]:
+        """What travels of an adapter, and how it is to be read."""
+        if self._download == FP32:
+            return whole, None
+        data, _, rounded = download(from_tensors(decode(whole, shapes(self.sites, -1))), self._download)
+        return data, rounded
 
     def _panel(self, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
         """Who measures."""
@@ -379,6 +486,8 @@ class Federated(Strategy):
         self, request: Personalise, grid: Grid, names: Collection[str] | None = None
     ) -> Iterable[Message]:
         """A Personalise message for every device that is there and, where they are given, one of `names`."""
+        data, rounded = self._down(request.adapter)
+        request = replace(request, adapter=data, rounded=rounded)
         self._asked = self.query(grid)
         if names is not None:
             self._asked = {node: report for node, report in self._asked.items() if report.device in names}
@@ -399,22 +508,45 @@ class Federated(Strategy):
         return self.personalised
 
     def _aggregated(
-        self, current: Adapter, trained: list[Adapter], round: int
+        self, current: Adapter, updates: Updates, round: int, lost: Mapping[str, Tensor]
     ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
         if self.device_level:
-            return self.device_level.close(self._aggregation, current, trained, round=round)
-        if len(trained) < self._quorum:
+            trained = (adapter for adapter, _ in updates)
+            noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
+            noised, self.memory = self._stepped(current, noised, lost, round)
+            return noised, central
+        if len(updates) < self._quorum:
             return None, None
-        aggregated = self._aggregation.aggregate(current, [(adapter, 1.0) for adapter in trained], round=round)
+        mean = self._aggregation.aggregate(current, updates, round=round)
+        aggregated, memory = self._stepped(current, mean, lost, round)
         if found := excess(aggregated.adapter):  # of updates that were each let in
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, None
+        self.memory = memory
         if self._plan.privacy is None:
             return aggregated, None
         layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
-        snr = signal_to_spread(changes(layout, current, trained))
+        snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
+
+    def _stepped(
+        self, current: Adapter, aggregated: Aggregated, lost: Mapping[str, Tensor], round: int
+    ) -> tuple[Aggregated, Memory]:
+        """The step that the server makes of a round, from where it really stood, and what it is going to remember."""
+        if self._optimiser is None:
+            return aggregated._replace(adapter=restored(aggregated.adapter, lost)), self.memory
+        trains, made = self._aggregation.trains(round), aggregated.adapter
+        before, after = (trained_tensors(adapter, trains, self.frame) for adapter in (current, made))
+        found, memory = self._optimiser.step(before, after, self.memory)
+        stepped = restored(from_trained_tensors(found, trains, made, self.frame), lost)
+        return aggregated._replace(adapter=stepped), {**self.memory, **memory}
+
+    def _follow(self, drift: Drift, plans: Mapping[Key, TrainingPlan], updates: Spool) -> None:
+        """Remember the server's control variate after these updates."""
+        for key, (adapter, _) in zip(updates.keys, updates, strict=True):
+            drift.add(plans[key], trained_tensors(adapter, plans[key].trains, self.frame))
+        self.memory = {**self.memory, _CONTROL: drift.next()}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -213,7 +213,7 @@ class DeviceLevel:
         return True
 
     def close(
-        self, rule: Aggregation, current: Adapter, trained: Sequence[Adapter], *, round: int
+        self, rule: Aggregation, current: Adapter, trained: Iterable[Adapter], *, round: int
     ) -> tuple[Aggregated, CentralFacts]:
         """The next adapter, noised whatever came back, also if nothing did: to keep the old one would tell so.
 
@@ -250,7 +250,7 @@ class DeviceLevel:
         return Aggregated(aggregated.adapter, diagnostics), facts
 
 
-def changes(layout: Layout, current: Adapter, trained: Sequence[Adapter]) -> Iterator[Tensor]:
+def changes(layout: Layout, current: Adapter, trained: Iterable[Adapter]) -> Iterator[Tensor]:
     """Each device's change of what is trained [D], float64; directions and sites that it did not train are 0."""
     for adapter in trained:
         start, _ = head_and_tail(at(current, adapter), rank(adapter))

@@ -25,6 +25,7 @@ from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.asynchronous import SHIFTS
+from strategies.optimisers import FedAvgM, FedOpt, Released
 from strategies.robust import Filtering
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
@@ -55,7 +56,7 @@ class Timing(NamedTuple):
 class Inherent(NamedTuple):
     """A piece that is what the round loop does by itself."""
 
-    sensitivity: Timing
+    sensitivity: Timing | Released
 
 
 AGGREGATIONS: dict[str, Any] = {
@@ -89,6 +90,12 @@ SELECTIONS: dict[str, Any] = {
     "deadline": Deadline,
     "loss_fair": LossFair,
 }
+OPTIMISERS: dict[str, Any] = {
+    "none": Inherent(Released(reason="what a round released is the next adapter")),
+    "fedavgm": FedAvgM,
+    "fedadam": FedOpt,
+    "fedyogi": FedOpt,
+}
 TIMINGS: dict[str, Any] = {
     "sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins")),
     "async": Inherent(
@@ -105,6 +112,7 @@ class Combination:
     robust: tuple[str, ...] = ()
     selection: str
     timing: str = "sync"
+    optimiser: str = "none"
     level: str
 
 
@@ -125,7 +133,9 @@ def chosen_with(axis: str, piece: str, *, level: str) -> Combination:
 
 
 def combinations() -> Iterator[Combination]:
-    """Every combination of what is registered, with one robust rule or none."""
+    """Every combination of what is registered, with one robust rule or none; a server optimiser, which refuses nothing
+    that another piece does not, in none of them.
+    """
     rules = [(), *((name,) for name in ROBUST)]
     for aggregation, robust, selection, timing, level in itertools.product(
         AGGREGATIONS, rules, SELECTIONS, TIMINGS, LEVELS
@@ -156,6 +166,7 @@ def refusal(chosen: Combination) -> str | None:
     filtering = {name: _declared(ROBUST, name, Filtering) for name in chosen.robust}
     sampling = _declared(SELECTIONS, chosen.selection, Sampling)
     timing = _declared(TIMINGS, chosen.timing, Timing)
+    optimiser = _declared(OPTIMISERS, chosen.optimiser, Released)
     if chosen.level == NONE:
         return None
     silent = "declares no sensitivity, so nobody knows what one device, or one picture, does to it"
@@ -168,6 +179,8 @@ def refusal(chosen: Combination) -> str | None:
         return f"selection {chosen.selection} {silent}"
     if timing is None:
         return f"timing {chosen.timing} {silent}"
+    if optimiser is None:
+        return f"optimiser {chosen.optimiser} {silent}"
     if not sampling.blind:
         return f"selection {chosen.selection} looks at what is private: {sampling.reason}"
     if chosen.level == EXAMPLE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from strategies.registry import AXES, LEVELS, SELECTIONS, Combination, chosen_with, refusal
+from strategies.registry import AXES, LEVELS, OPTIMISERS, SELECTIONS, Combination, chosen_with, refusal
 
 HEAD = """\
 # What may be combined, and what then is promised
@@ -84,6 +84,29 @@ is the unit | `strategies.build`, of `strategy.battery_share` |
 - Under `device` it is of that device's own data, and no other's. The server clips what it decodes, so each round's sum
   still moves by the clip at most, whatever a device remembers; and the coins that decide who is asked are fresh.
 
+## Corrections on the device
+
+They come after the clip and the noise of a step, and no picture enters them but by what was released:
+
+- FedProx (`adapter.shared.proximal`) pulls towards where the round began: it is made of the noised steps alone.
+- SCAFFOLD (`strategy.correction=scaffold`) adds c − c_i. A device's c_i is made of what it has sent and been sent; one
+  of open rounds never enters a private one. The server's c is made of single updates: under `device` and `both` they
+  are not noised yet, so that there it is refused.
+
+## The server's optimiser
+
+`strategy.optimiser` comes after the clip and the noise, and costs nothing: what is private without it is so with it.
+
+| optimiser | why |
+|---|---|
+"""
+
+TOLD = """
+## Downloads in few bits
+
+`strategy.download` rounds what was released already, by coins that follow from it. What rounding took stays on the
+server and enters the next adapter there: of releases too.
+
 ## Told beside the adapter
 
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,
@@ -126,9 +149,15 @@ def sampling() -> Iterator[str]:
         yield f"| {name} | {'yes' if declared.amplifies else 'no'} | {counted} | {declared.reason} |"
 
 
+def optimisers() -> Iterator[str]:
+    """The lines that say what each server optimiser is made of."""
+    yield from (f"| {name} | {piece.sensitivity.reason} |" for name, piece in OPTIMISERS.items())
+
+
 def page() -> str:
     """The whole of docs/privacy.md."""
-    return "\n".join([HEAD, *table()]) + "\n" + SAMPLING + "\n".join(sampling()) + "\n" + TAIL
+    combined, sampled, stepped = ("\n".join(lines) + "\n" for lines in (table(), sampling(), optimisers()))
+    return HEAD + "\n" + combined + SAMPLING + sampled + TAIL + stepped + TOLD
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A job is plain data. Drivers collect the jobs of many clients and run each kind 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,6 +96,9 @@ class Train:
     steps: int
     batch_size: int  # under DP the public constant that the noised sum is divided by
     learning_rate: float
+    optimiser: str = "adamw"  # or 'sgd'
+    proximal: float = 0.0  # μ of FedProx: its term μ (w − w_start) is added to the gradient
+    correction: Adapter | None = None  # SCAFFOLD's c − c_i, added to the gradient, laid out as `start` is
     early_stopping: EarlyStopping | None = None
     privacy: DPSGD | None = None
     noise: NoiseSource | None = None  # DP noise and Poisson batches; required with privacy
@@ -106,6 +110,10 @@ class Train:
     def __post_init__(self) -> None:
         if self.views < 1 or len(self.examples) % self.views:
             raise ValueError(f"client {self.client}: {len(self.examples)} examples are not views={self.views} each")
+        if self.optimiser not in ("adamw", "sgd"):
+            raise ValueError(f"client {self.client}: optimiser={self.optimiser!r}, must be adamw or sgd")
+        if not 0 <= self.proximal < math.inf:
+            raise ValueError(f"client {self.client}: proximal={self.proximal}, must be 0 or more")
         if self.privacy and self.noise is None:
             raise ValueError(f"client {self.client}: a private job needs a noise source")
         if self.privacy and len(self.names) != self.pictures:

@@ -1,4 +1,4 @@
-"""AdamW on flat rows, with a learning rate and a number of steps for each row."""
+"""AdamW and SGD on flat rows, with a learning rate and a number of steps for each row."""
 
 from __future__ import annotations
 
@@ -45,3 +45,23 @@ class AdamW:
                 params, found, means, squares, [], steps, fused=True, amsgrad=False, beta1=self.betas[0],
                 beta2=self.betas[1], lr=rate, weight_decay=0.0, eps=self.eps, maximize=False,
             )  # fmt: skip
+
+
+class SGD:
+    """w ← w − η g on rows [S, D]: the sum of K steps is η times the sum of their gradients, which is what SCAFFOLD's
+    control variates are made of.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._rates = rows.new_zeros(len(rows), 1)
+
+    def open(self, rows: Sequence[int], rates: Sequence[float]) -> None:
+        """Begin anew in these rows."""
+        self._rates[torch.tensor(rows, device=self.rows.device)] = self.rows.new_tensor(rates)[:, None]
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[int], gradients: Tensor) -> None:
+        """One step on these distinct rows [R], in place; gradients [R, D]."""
+        index = torch.tensor(rows, device=self.rows.device)
+        self.rows.index_add_(0, index, self._rates[index] * gradients, alpha=-1)

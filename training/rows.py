@@ -16,7 +16,7 @@ from models.slots import Layout, Stacks
 from models.trained import PartLayout
 from privacy.clipping import BoundedSums, deviation, even_bounds
 from training.jobs import Examples, Train
-from training.optimiser import AdamW
+from training.optimiser import SGD, AdamW
 
 
 class Shape(NamedTuple):
@@ -33,10 +33,13 @@ class Shape(NamedTuple):
     context: torch.Size
     examples: int  # of the job that has most, with those of its prior
     stopping: bool  # whether the best adapter is kept beside the last
+    optimiser: str
+    proximal: bool  # whether any is held to where it started
+    corrected: bool  # whether the gradients of any are corrected
 
     @staticmethod
     def of(jobs: Sequence[Train]) -> Shape:
-        """What holds any of these jobs, which agree in their examples' shape, in how they clip and in what is fixed."""
+        """What holds any of these jobs, which agree in their examples' shape, clip, optimiser and in what is fixed."""
         first = jobs[0]
         return Shape(
             sites=_names(job.start for job in jobs),
@@ -50,6 +53,9 @@ class Shape(NamedTuple):
             context=first.examples.context.shape[1:],
             examples=max(sum(map(len, _pools(job))) for job in jobs),
             stopping=any(job.early_stopping for job in jobs),
+            optimiser=first.optimiser,
+            proximal=any(job.proximal for job in jobs),
+            corrected=any(job.correction is not None for job in jobs),
         )
 
 
@@ -69,7 +75,10 @@ class Rows:
         like = torch.empty(0, dtype=base.precise, device=base.device)
         self.layout = row_layout(base, shape)
         self.adapters = like.new_zeros(capacity, self.layout.size)
-        self.optimiser = AdamW(self.adapters)
+        self.optimiser = SGD(self.adapters) if shape.optimiser == "sgd" else AdamW(self.adapters)
+        self._starts = torch.zeros_like(self.adapters) if shape.proximal else None
+        self._corrections = torch.zeros_like(self.adapters) if shape.corrected else None
+        self._proximal = like.new_zeros(capacity, 1)  # μ
         self.segments = self.layout.site_widths if shape.per_site else [self.layout.size]
         self.sums = BoundedSums(capacity, self.segments, like=self.adapters)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
@@ -92,6 +101,11 @@ class Rows:
             self.layout.enter(entering[0].fixed or {})
         index = torch.tensor(rows, device=self.adapters.device)
         self.adapters[index] = self._packed(self.layout, [job.start for job in entering])
+        if self._starts is not None:
+            self._starts[index] = self.adapters[index]
+            self._proximal[index] = self._proximal.new_tensor([[job.proximal] for job in entering])
+        if self._corrections is not None:
+            self._corrections[index] = self._packed(self.layout, [job.correction for job in entering])
         self.losses[index] = 0.0
         divisors = [[job.batch_size if job.privacy else 1.0] for job in entering]
         self.divisors[index] = torch.tensor(divisors).to(self.divisors)
@@ -113,6 +127,15 @@ class Rows:
     def place(self, row: int) -> int:
         """Where a row's examples begin in the pool."""
         return row * self._examples
+
+    def corrected(self, index: Tensor, gradients: Tensor) -> Tensor:
+        """Gradients [R, D] with the terms that no picture enters, and so neither clip nor noise: of FedProx μ (w − w_t)
+        (Li et al., 2020, arXiv:1812.06127, eq. 2), of SCAFFOLD c − c_i (Karimireddy et al., 2020, arXiv:1910.06378,
+        eq. 3).
+        """
+        if self._starts is not None:
+            gradients = gradients + self._proximal[index] * (self.adapters[index] - self._starts[index])
+        return gradients if self._corrections is None else gradients + self._corrections[index]
 
     def frozen(self, rows: Tensor) -> Stacks:
         """The frozen adapters of these rows [n]."""
@@ -153,6 +176,9 @@ def check(job: Train, sites: Sites) -> None:
         site = sites.get(name)
         if site is None or (a.shape[1:], b.shape) != ((site.inputs,), (site.outputs, len(a))):
             raise ValueError(f"client {job.client}: an adapter at {name} that doesn't fit the base")
+    for name, added in (job.correction or {}).items():
+        if [one.shape for one in added] != [one.shape for one in job.start.get(name, ())]:
+            raise ValueError(f"client {job.client}: a correction at {name} that doesn't fit the adapter")
     between: Mapping[str, Factors] = job.start if job.frame is None else job.frame
     for name, wanted in job.start.items():
         given = between.get(name, ())
@@ -211,7 +237,7 @@ def row_bytes(base: Denoiser, shape: Shape) -> int:
     """Bytes of the device's memory for one resident job."""
     precise, compute = base.precise.itemsize, base.dtype.itemsize
     # Adapter, two moments, sum and mask; three more for what is made of them between passes; the best adapter.
-    buffers = 8 + shape.stopping
+    buffers = 8 + shape.stopping + shape.proximal + shape.corrected
     frozen = 0 if shape.common else 3 * frozen_layout(base, shape).size * compute
     example = shape.latents.numel() * precise + shape.context.numel() * compute
     return buffers * row_layout(base, shape).size * precise + frozen + shape.examples * example

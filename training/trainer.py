@@ -39,8 +39,8 @@ def train(
 ) -> list[Outcome]:
     """Train every job; results in the jobs' order. A job that fails does so alone.
 
-    Jobs that differ in the shape of their examples, in how they clip, or in what of their adapter is trained or stays
-    don't share passes; all others do.
+    Jobs that differ in the shape of their examples, in how they clip, in their optimiser, or in what of their adapter
+    is trained or stays don't share passes; all others do.
 
     Args:
         memory: bytes of the device's memory for rows and passes.
@@ -53,7 +53,7 @@ def train(
     groups: dict[object, list[int]] = {}
     for place, job in enumerate(jobs):
         latents, context = job.examples
-        kind = (latents.shape[1:], context.shape[1:], job.clips_per_site, job.stays)
+        kind = (latents.shape[1:], context.shape[1:], job.clips_per_site, job.stays, job.optimiser)
         groups.setdefault(kind, []).append(place)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
     for places in groups.values():
@@ -210,7 +210,7 @@ class _Cohort:
         if through:
             index = torch.tensor(through, device=self.base.device)
             gradients = self.rows.sums.take(through, noises).div_(self.rows.divisors[index])
-            self.rows.optimiser.step(through, gradients)
+            self.rows.optimiser.step(through, self.rows.corrected(index, gradients))
         for row in through:
             self.residents[row].step += 1
         return through

@@ -29,6 +29,8 @@ class Linearity(NamedTuple):
     that was sent, which is public: then clipping each and noising their sum once bounds what a device can do, and all
     that is made of it is post-processing. Whatever is made of updates that are private already needs no such bound."""
     reason: str
+    turned: str | None = None
+    """Why a direction of its factors is not the one that it was in the round before; None: it is."""
 
 
 class Aggregation(Protocol):

@@ -16,6 +16,7 @@ from models.adapter import Adapter, Factors
 from privacy.noise import stream
 from strategies.aggregation import Aggregated, Linearity, Updates, always, check
 from strategies.aggregation.factored import Best, Sum, pad
+from strategies.aggregation.slices import Slices, ranks_of
 
 
 class Mean:
@@ -65,6 +66,9 @@ class Exact:
     The factors come out with A's rows orthonormal and all scale in B. Rows of a fresh A, N(0, 1/in), have norm ≈ 1 too,
     so a learning rate means the same in every round; with √σ on both sides A would shrink by the size of the update
     and the next round would hardly move.
+
+    Args:
+        by_slice: weigh every slice of rank by itself (`strategies.aggregation.slices`).
     """
 
     mixed_ranks = True
@@ -76,16 +80,19 @@ class Exact:
         "follow from the updates: no clip of one bounds what it does to the mean",
     )
 
-    def __init__(self, *, rank: int, max_rank: int | None, energy: float | None = None, seed: int) -> None:
+    def __init__(
+        self, *, rank: int, max_rank: int | None, energy: float | None = None, by_slice: bool = False, seed: int
+    ) -> None:
         if max_rank is not None and max_rank < rank:
             raise AntherError(f"strategy.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
         self._rank, self._max_rank, self._energy, self._seed = rank, max_rank, energy, seed
+        self._by_slice = by_slice
 
     def start(self, current: Adapter) -> Mean:
         """A round without a device yet."""
         return Mean(current, max_rank=self._max_rank, seed=stream(self._seed, "compression"))
 
-    def finish(self, mean: Mean, *, round: int) -> Aggregated:
+    def finish(self, mean: Mean | Slices, *, round: int) -> Aggregated:
         """The mean product at one rank for all sites.
 
         Diagnostics, means over the sites that were trained: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative
@@ -120,7 +127,10 @@ class Exact:
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """All of a round at once, as `start`, `Mean.add` and `finish` make it of one device after another."""
         check(updates)
-        mean = self.start(current)
+        mean: Mean | Slices = self.start(current)
+        if self._by_slice:
+            seed = stream(self._seed, "compression")
+            mean = Slices(current, ranks_of(updates), max_rank=self._max_rank, seed=seed)
         for adapter, weight in updates:
             mean.add(adapter, weight)
         return self.finish(mean, round=round)

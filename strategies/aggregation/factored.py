@@ -142,13 +142,36 @@ def stacked_mean(current: Factors, there: Shares) -> tuple[Tensor, Tensor]:
     Args:
         there: the `shares` of at least one device.
     """
+    tail = _left(current, there)
+    a = torch.cat([*(factors.a.double() for factors, _ in there), tail.a])
+    return a, torch.cat([*(p * factors.b.double() for factors, p in there), tail.b], dim=1)
+
+
+def _left(current: Factors, there: Shares) -> Factors:
+    """The current directions that not everyone trained, each with the weight of those who left it, float64."""
     ranks = [len(factors.a) for factors, _ in there]
-    kept = min(ranks)  # directions before it were trained by everyone
+    kept = min(ranks)
     columns = range(kept, len(current.a))
     left = [sum(p for (_, p), rank in zip(there, ranks, strict=True) if rank <= j) for j in columns]
-    a = torch.cat([*(factors.a.double() for factors, _ in there), current.a[kept:].double()])
-    scaled = [p * factors.b.double() for factors, p in there]
-    return a, torch.cat([*scaled, current.b[:, kept:].double() * torch.tensor(left, dtype=torch.float64)], dim=1)
+    weights = torch.tensor(left, dtype=torch.float64)
+    return Factors(current.a[kept:].double(), current.b[:, kept:].double() * weights)
+
+
+def residual_of_mean(found: Factors, current: Factors, there: Shares) -> float:
+    """How far a product is from the true mean, relative to that (`relative_residual`).
+
+    Of more directions than the site has, the mean is formed as the matrix that it is: that many devices take no more
+    memory than so few.
+    """
+    sides = len(found.b), found.a.shape[1]
+    if sum(len(factors.a) for factors, _ in there) < min(sides):
+        return relative_residual(*found, *stacked_mean(current, there))
+    tail = _left(current, there)
+    mean = tail.b @ tail.a
+    for (a, b), p in there:
+        mean.addmm_(b.double(), a.double(), alpha=p)
+    whole = float(mean.norm())
+    return float((found.b.double() @ found.a.double() - mean).norm()) / whole if whole else 0.0
 
 
 def relative_residual(a: Tensor, b: Tensor, to_a: Tensor, to_b: Tensor) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
 from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
-from strategies.aggregation.factored import relative_residual, stacked_mean
+from strategies.aggregation.factored import residual_of_mean
 
 
 class FedIT:
@@ -35,7 +35,7 @@ class FedIT:
                 )
             if there:
                 found[site] = mean_factors(there)
-                residuals.append(relative_residual(*found[site], *stacked_mean(before, there)))
+                residuals.append(residual_of_mean(found[site], before, there))
         return Aggregated(found, {"rank": float(rank(current)), "residual": sum(residuals) / max(1, len(residuals))})
 
 

@@ -27,6 +27,7 @@ class FedSVD:
     sensitivity = Linearity(
         linear=True,
         reason="a mean of B, beside an A that nobody trains in this round; the mean alone says how both then turn",
+        turned="both are turned in each, as its mean says",
     )
     trains = staticmethod(always("b"))
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from models.adapter import Adapter, Factors
 from privacy.noise import stream
 from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
-from strategies.aggregation.factored import Sum, pad, relative_residual, stacked_mean
+from strategies.aggregation.factored import Sum, pad, residual_of_mean
 
 NOT_LINEAR = Linearity(
     linear=False,
     reason="a product of two factors isn't linear in them, and the singular vectors that are kept follow from the "
     "updates: no clip of one bounds what it does to them",
+    turned="the singular vectors of each round's mean are others than the last round's",
 )
 
 
@@ -74,7 +75,7 @@ def truncated(
         best = total.best(max_rank=rank)
         found[site] = pad(Factors(best.a, best.b), rank, stream(seed, site, "dead directions"))
         energies.append(best.energy)
-        residuals.append(relative_residual(*found[site], *stacked_mean(before, there)))
+        residuals.append(residual_of_mean(found[site], before, there))
     trained = max(1, len(residuals))
     energy = sum(energies) / trained if energies else 1.0
     return Aggregated(found, {"rank": float(rank), "energy": energy, "residual": sum(residuals) / trained})

@@ -25,7 +25,11 @@ class FLoRA:
     mixed_ranks = True
     steady = False
     trains = staticmethod(always("both"))
-    sensitivity = Linearity(linear=False, reason="updates are stacked and not averaged: each can be read in the result")
+    sensitivity = Linearity(
+        linear=False,
+        reason="updates are stacked and not averaged: each can be read in the result",
+        turned="every round begins with fresh ones",
+    )
 
     def __init__(self, *, rank: int, seed: int) -> None:
         self._rank, self._seed = rank, seed

@@ -11,7 +11,7 @@ import torch
 from models.adapter import Adapter, Factors, rank
 from models.bounds import squared_norm
 from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
-from strategies.aggregation.factored import relative_residual, stacked_mean
+from strategies.aggregation.factored import residual_of_mean
 
 
 class HetLoRA:
@@ -35,7 +35,7 @@ class HetLoRA:
         for site, before in current.items():
             if there := shares(updates, site):
                 found[site] = padded_mean(before, there)
-                residuals.append(relative_residual(*found[site], *stacked_mean(before, there)))
+                residuals.append(residual_of_mean(found[site], before, there))
         return Aggregated(found, {"rank": float(rank(current)), "residual": sum(residuals) / max(1, len(residuals))})
 
 

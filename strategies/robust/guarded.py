@@ -59,7 +59,11 @@ class Guarded:
         )
 
 
-_TURNED = Linearity(linear=False, reason="a robust rule that goes by entries of the product turns the factors")
+_TURNED = Linearity(
+    linear=False,
+    reason="a robust rule that goes by entries of the product turns the factors",
+    turned="a robust rule that goes by entries of the product turns them",
+)
 
 
 def counting(current: Adapter, updates: Updates, judged: Changes) -> Updates:

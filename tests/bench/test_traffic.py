@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.traffic import FP32, TRAINED, WAYS, Way, gains, kept, shown, sizes, ways
+from bench.traffic import FP32, TRAINED, UP, Way, downloads, gains, kept, shown, sizes, ways
 from models.adapter import Site
 
 SITES = {"x": Site(320, 320), "y": Site(768, 320)}
@@ -32,7 +32,7 @@ def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
 
 def test_what_is_small_enough_is_marked() -> None:
     told = io.StringIO()
-    Console(file=told, width=120).print(shown("b", 8, {"factors": {way.name: 10**6 for way in WAYS} | {"int4": 1000}}))
+    Console(file=told, width=120).print(shown("b", 8, {"factors": {way.name: 10**6 for way in UP} | {"int4": 1000}}))
     assert [("int4" in line, "✓" in line) for line in told.getvalue().splitlines() if "│ int4 " in line] == [
         (True, True)
     ]
@@ -41,7 +41,11 @@ def test_what_is_small_enough_is_marked() -> None:
 
 def ran(gain: float, bytes_up: int = 100) -> dict[str, Any]:
     """A run whose first writer gains so much, and whose second twice that."""
-    return {"losses": {"base": [1.0, 2.0], "shared": [1 - gain, 2 - 2 * gain]}, "bytes_up": bytes_up}
+    return {
+        "losses": {"base": [1.0, 2.0], "shared": [1 - gain, 2 - 2 * gain]},
+        "bytes_up": bytes_up,
+        "bytes_down": 4 * bytes_up,
+    }
 
 
 def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
@@ -56,5 +60,15 @@ def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
 
 
 def test_exact_holds_nothing_back() -> None:
-    assert ways("exact", ["int4"]) == [FP32, INT4]
-    assert ways("fedit", ["int4"])[:3] == [FP32, INT4, HALF]
+    down = [Way("fp32", down="int4"), Way("int4", down="int4")]
+    assert ways("exact", ["int4"], ["int4"]) == [FP32, INT4, *down]
+    assert ways("fedit", ["int4"], ["int4"]) == [FP32, INT4, HALF, Way("int4", 0.25), *down]
+    assert ways("cores", ["int4"], ["int4"]) == [FP32, INT4, HALF, Way("int4", 0.25)]
+    assert ways("fedit", [], ["int4"]) == [FP32, down[0]]
+
+
+def test_down_goes_the_whole_adapter() -> None:
+    found, numbers = downloads(SITES, 8), 8 * (320 + 320 + 768 + 320)
+    assert 0 < found["fp32"] - 4 * numbers < 500
+    assert [found[precision] * 8 / numbers for precision in ("fp16", "int8", "int4")] == [16.25, 8.25, 4.25]
+    assert Way("int4", down="int8").overrides[-1] == "strategy.download=int8"

@@ -119,6 +119,19 @@ def test_a_round_without_privacy(tmp_path: Path) -> None:
     assert reply.events == device.store.ledger.history().events == 2
 
 
+def test_a_plan_says_how_steps_are_taken(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    request = train_request()
+    ask(
+        dataclasses.replace(request, plan=dataclasses.replace(request.plan, optimiser="sgd", proximal=0.5)),
+        device,
+        perform,
+    )
+    ask(train_request(number=2), device, perform)
+    found = [(job.optimiser, job.proximal) for job in perform.jobs if isinstance(job, jobs.Train)]
+    assert found == [("sgd", 0.5), ("adamw", 0.0)]
+
+
 def test_the_head_is_trained_and_the_tail_stays_beside_it(tmp_path: Path) -> None:
     perform, sent = Performer(), adapter(5)
     ask(train_request(rank=2, sent=to_bytes(sent)), make_device(tmp_path), perform)

@@ -67,6 +67,12 @@ MISTAKES = {
     "adapter.sites='['": "adapter.sites=[: not a regular expression",
     "rounds=0": "rounds=0: must be 1 or more",
     "adapter.shared.rank=0": "adapter.shared.rank=0: must be 1 or more",
+    "adapter.shared.proximal=-1": "adapter.shared.proximal=-1.0: must be 0 or more",
+    "adapter.shared.optimiser=lion": "adapter.shared.optimiser=lion: must be one of: adamw, sgd",
+    "strategy.optimiser=lion": "strategy.optimiser=lion: must be one of: none, fedavgm, fedadam, fedyogi",
+    "strategy.momentum=1": "strategy.momentum=1.0: must be 0 or more, and under 1",
+    "strategy.weights=all": "strategy.weights=all: must be one of: device, rank_slice",
+    "strategy.tau=0": "strategy.tau=0.0: must be over 0",
     "adapter.personal.steps=0": "adapter.personal.steps=0: must be 1 or more",
     "strategy.aggregation=best": "strategy.aggregation=best: "
     "must be one of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from conf.errors import AntherError
-from models.adapter import Site, initial
+from models.adapter import Site, initial, to_tensors
 from server import checkpoint
 from server.state import Round
 from strategies.facts import DeviceFacts, TrainFacts, Validation
 from tests.fleet import SITES, fresh_state
 
-FILES = ["adapter.safetensors", "best.safetensors", "state.json", "manifest.json"]
+FILES = ["adapter.safetensors", "best.safetensors", "memory.safetensors", "state.json", "manifest.json"]
 
 
 def device(**changes):
@@ -37,16 +37,23 @@ def states(*losses, private=False):
     """The states after each round."""
     state, found = fresh_state(private=private), []
     for number, loss in enumerate(losses):
-        state = state.after(round_(number, loss), initial(SITES, 3, seed=number))
+        memory = {part: to_tensors(initial(SITES, number + 1, seed=9)) for part in ("mean", "square")}
+        state = state.after(round_(number, loss), initial(SITES, 3, seed=number), memory=memory)
         found.append(state)
     return found
 
 
 def equal(one, other):
     def tensors(state):
-        return [t for adapter in (state.adapter, state.best_adapter) for factors in adapter.values() for t in factors]
+        adapters = [
+            t for adapter in (state.adapter, state.best_adapter) for factors in adapter.values() for t in factors
+        ]
+        return adapters + [part[name] for part in state.memory.values() for name in sorted(part)]
 
-    facts = [(s.run, s.private, s.history, s.devices, s.best_round) for s in (one, other)]
+    facts = [
+        (s.run, s.private, s.history, s.devices, s.best_round, {part: s.memory[part].keys() for part in s.memory})
+        for s in (one, other)
+    ]
     return facts[0] == facts[1] and all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 

@@ -81,6 +81,21 @@ def test_a_share_of_the_blocks_takes_a_share_of_the_bytes(base: Base, tmp_path: 
     assert 0.5 < sent(half) / sent(whole) < 0.6
 
 
+def test_downloads_in_few_bits_can_be_resumed(base: Base, tmp_path: Path) -> None:
+    chosen = "strategy=fedit strategy.download=int8"
+    found = federated(base, tmp_path / "few", chosen, rounds=2)
+    numbers = flat(initial(base.sites, 4, seed=0)).numel()
+    assert 0.7 < received(found) / (2 * 2 * numbers) < 1.04  # at first B is 0
+    before = federated(base, tmp_path / "parts", chosen, rounds=1)
+    parts = federated(base, tmp_path / "parts", chosen, saved=before, rounds=2)
+    assert torch.equal(flat(parts.adapter), flat(found.adapter))
+
+
+def received(state: State) -> int:
+    """Bytes of all adapters that were sent to be trained."""
+    return sum(done.train.bytes_down for done in state.history if done.train)
+
+
 @pytest.mark.parametrize("promise", PROMISES)
 def test_a_server_that_begins_a_round_again_comes_to_the_same(base: Base, tmp_path: Path, promise: str) -> None:
     """It died after the replies had come and before its checkpoint: devices answer as they did."""

@@ -11,7 +11,9 @@ from privacy.storage import Files
 from server.ledger import Ledger
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
-from strategies.build import aggregation, build, selection, training_plan
+from strategies.aggregation.flora import FLoRA
+from strategies.build import aggregation, build, optimiser, selection, training_plan
+from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
@@ -50,6 +52,67 @@ def test_a_cap_below_the_rank_is_refused(strategy):
 def test_a_share_of_energy_is_for_the_rule_that_has_one(strategy):
     with pytest.raises(AntherError, match=r"strategy\.energy=0\.9: .*use strategy=exact"):
         aggregation(compose(f"strategy={strategy} strategy.energy=0.9"))
+
+
+def test_slices_of_rank_are_weighed_by_the_rule_that_has_them():
+    assert aggregation(compose("strategy=exact strategy.weights=rank_slice"))._by_slice
+    assert not aggregation(compose("strategy=exact"))._by_slice
+    with pytest.raises(AntherError, match=r"strategy\.weights=rank_slice: hetlora weighs .*use strategy=exact"):
+        aggregation(compose("strategy=hetlora strategy.weights=rank_slice"))
+
+
+@pytest.mark.parametrize(("name", "kind", "rate"), [("fedavgm", FedAvgM, 1.0), ("fedyogi", FedOpt, 0.003)])
+def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
+    config = compose(f"strategy=exact strategy.optimiser={name}")
+    found = optimiser(config, aggregation(config))
+    assert type(found) is kind
+    assert found._rate == rate
+    with pytest.raises(AntherError, match=rf"strategy\.optimiser={name}: .*use strategy=exact or strategy=fedit"):
+        optimiser(config, FLoRA(rank=8, seed=0))
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), [
+    ("strategy=exact adapter.shared.optimiser=sgd", "exact turns or changes the factors; use strategy=fedit"),
+    ("strategy=fedsvd adapter.shared.optimiser=sgd", "fedsvd turns or changes the factors"),
+    ("strategy=rolora adapter.shared.optimiser=sgd", "rolora turns or changes the factors"),
+    ("strategy=hetlora adapter.shared.optimiser=sgd", "a plain mean, and hetlora is none"),
+    ("strategy=fedit", r"set adapter\.shared\.optimiser=sgd"),
+    ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
+    ("strategy=fedit adapter.shared.optimiser=sgd strategy.robust=[norm]", "one that strategy.robust leaves out"),
+    ("strategy=fedit adapter.shared.optimiser=sgd strategy.timing=async", "rounds overlap; use sync"),
+    ("strategy=fedit adapter.shared.optimiser=sgd strategy.planning=device", r"use strategy\.planning=full"),
+])  # fmt: skip
+def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
+    with pytest.raises(AntherError, match=rf"strategy\.correction=scaffold: .*{complaint}"):
+        training_plan(compose(f"strategy.correction=scaffold {overrides}"), run="r", base="b")
+
+
+def test_a_plan_says_how_devices_take_their_steps():
+    plan = training_plan(
+        compose("strategy=fedit strategy.correction=scaffold adapter.shared={optimiser:sgd,proximal:0.5}"),
+        run="r",
+        base="b",
+    )
+    assert (plan.scaffold, plan.optimiser, plan.proximal) == (True, "sgd", 0.5)
+
+
+def test_a_control_variate_is_sent_whole():
+    shared = "strategy=fedit strategy.correction=scaffold adapter.shared.optimiser=sgd"
+    config = compose(f"{shared} strategy.download=int8")
+    with pytest.raises(AntherError, match=r"strategy\.download=int8: .*use strategy\.download=fp32"):
+        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+
+
+def test_a_robust_rule_that_goes_by_entries_leaves_no_direction_as_it_was():
+    config = compose("strategy=fedit strategy.optimiser=fedavgm strategy.robust=[krum]")
+    assert isinstance(optimiser(config, aggregation(config)), FedAvgM)
+    config = compose("strategy=fedit strategy.optimiser=fedavgm strategy.robust=[krum,median]")
+    with pytest.raises(AntherError, match=r"strategy\.optimiser=fedavgm: .*without median or trimmed"):
+        optimiser(config, aggregation(config))
+
+
+def test_no_optimiser_unless_one_is_named():
+    assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
 
 
 @pytest.mark.parametrize(("overrides", "trained", "measured"), [

@@ -19,6 +19,7 @@ from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
+from strategies.optimisers import FedAvgM
 from strategies.planner import Planner
 from strategies.private import changes
 from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
@@ -187,3 +188,23 @@ def test_the_longest_reply_is_that_of_the_plan():
         codec.largest(trained_shapes(sites, 3, t)) for sites, t in ((SITES, "both"), ({"x": SITES["x"]}, "b"))
     )
     assert sizes == [whole, part]
+
+
+@pytest.mark.parametrize("rule", [FFA(), FedSA(), RoLoRA()], ids=lambda rule: type(rule).__name__)
+def test_an_optimiser_steps_along_what_was_trained(rule):
+    """Half of the way in each of two rounds; of what nobody trained there is no moment."""
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    (whole,) = rounds(strategy(aggregation=rule), devices)
+    stepping = strategy(aggregation=rule, optimiser=FedAvgM(rate=0.5, momentum=0.0))
+    half, then = rounds(stepping, devices, count=2)
+    for site, (a, b) in START.items():
+        for found, start, wanted in zip(half[site], (a, b), whole[site], strict=True):
+            assert torch.allclose(found, (start + wanted) / 2, atol=1e-6)
+    trained = {rule.trains(number) for number in (1, 2)}
+    named = {"b": {"lora_B"}, "split": {"lora_A"}, "a": {"lora_A"}}
+    assert {name.rpartition(".")[2] for name in stepping.memory["mean"]} == set().union(*map(named.get, trained))
+    assert not same_adapter(half, then)
+
+
+def same_adapter(one, other):
+    return all(torch.equal(a, b) for site in one for a, b in zip(one[site], other[site], strict=True))

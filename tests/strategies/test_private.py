@@ -18,9 +18,11 @@ from protocol import records
 from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy
 from simulations.grid import CohortGrid
+from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedsb import FedSB
 from strategies.measuring import AmongDevices, Measuring
+from strategies.optimisers import FedAvgM
 from strategies.private import Exhausted, changes
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
@@ -349,3 +351,30 @@ def test_what_is_decoded_of_a_rounded_change_is_clipped(tmp_path, scale):
         apart.append(flat(train(federated, [FakeDevice("b"), *devices])))
         assert federated.trained.dropped == {}
     assert np.linalg.norm(apart[1] - apart[0]) * EXPECTED == pytest.approx(CLIP, rel=1e-4)
+
+
+def test_an_optimiser_steps_from_the_noised_mean(tmp_path):
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=lambda _: 1 / 0)]
+    released = train(private(tmp_path / "mean"), devices)
+    stepped = private(tmp_path / "step", optimiser=FedAvgM(rate=0.5, momentum=0.9))
+    assert flat(train(stepped, devices)) == pytest.approx((flat(START) + flat(released)) / 2, abs=1e-6)
+    change = flat(released) - flat(START)
+    kept = from_tensors(stepped.memory["mean"])
+    assert flat(kept) == pytest.approx(change, abs=1e-6)
+
+
+def test_of_cores_an_optimiser_moves_the_cores_alone():
+    frame = {
+        name: Factors(torch.linalg.qr(torch.randn(site.inputs, 3)).Q.T, torch.linalg.qr(torch.randn(site.outputs, 3)).Q)
+        for name, site in SITES.items()
+    }
+    federated = strategy(plan=PLAN, frame=frame, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0))
+    cores = {name: torch.randn(3, 3) for name in SITES}
+    moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in frame.items()}
+    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}), {}, 1)
+    assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
+        f"{name}.core": (3, 3) for name in SITES
+    }
+    for name, (a, left) in frame.items():
+        assert torch.equal(found.adapter[name].a, a)
+        assert torch.allclose(found.adapter[name].b, left @ (0.5 * cores[name]), atol=1e-6)

@@ -130,6 +130,7 @@ PLANTED = {
     "aggregation": ("AGGREGATIONS", Silent),
     "robust": ("ROBUST", object()),
     "selection": ("SELECTIONS", Inherent(Timing(ahead=True, reason="of another axis"))),
+    "optimiser": ("OPTIMISERS", object()),
     "timing": ("TIMINGS", Inherent(Filtering(bounded=True, reason="of another axis"))),
 }
 

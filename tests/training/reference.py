@@ -196,18 +196,30 @@ class Reference:
         flat = noise.gaussian(sum(sizes)).to(self.base.precise) * privacy.noise_multiplier * privacy.clip
         return [(s + n.view_as(s)) / self.job.batch_size for s, n in zip(sums, flat.split(sizes), strict=True)]
 
+    def corrections(self) -> list[Tensor]:
+        """What is added to the gradient of each parameter."""
+        given = self.job.correction
+        if given is None:
+            return [torch.zeros_like(p) for p in self.parameters]
+        if self.job.frame:
+            return [self.job.frame[name].b.T @ given[name].b for name in self.factors]
+        trained = {"both": ("a", "b"), "a": ("a",), "b": ("b",)}[self.job.trains]
+        return [getattr(given[name], factor) for name in self.factors for factor in trained]
+
     @property
     def share_clipped(self) -> float:
         return sum(scale < 1 for scale in self.scales) / len(self.scales)
 
     def train(self) -> Adapter:
         batches = Batches(self.job)
-        optimiser = torch.optim.AdamW([*self.parameters, torch.zeros(1)], lr=self.job.learning_rate, weight_decay=0)
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.job.optimiser]
+        optimiser = kind([*self.parameters, torch.zeros(1)], lr=self.job.learning_rate, weight_decay=0)
+        starts, added = [p.detach().clone() for p in self.parameters], self.corrections()
         for _ in range(self.job.steps):
             batch = batches.next()
             found = self.private_gradients(batch) if self.job.privacy else self.gradients(batch)
-            for parameter, gradient in zip(self.parameters, found, strict=True):
-                parameter.grad = gradient
+            for parameter, gradient, start, extra in zip(self.parameters, found, starts, added, strict=True):
+                parameter.grad = gradient + self.job.proximal * (parameter.detach() - start) + extra
             optimiser.step()
         return {name: Factors(a.detach(), b.detach()) for name, (a, b) in self.now().items()}
 

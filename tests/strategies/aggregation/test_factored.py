@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.adapter import Factors
-from strategies.aggregation.factored import Sum, compress, pad, relative_residual
+from strategies.aggregation.factored import Sum, compress, pad, relative_residual, residual_of_mean, stacked_mean
 from tests.strategies.means import best, close, distance
 
 
@@ -125,6 +125,20 @@ def test_residual_of_products():
     a, b, c, d = (torch.randn(*shape, dtype=torch.float64) for shape in [(2, 5), (4, 2), (3, 5), (4, 3)])
     wanted = torch.linalg.norm(b @ a - d @ c) / torch.linalg.norm(d @ c)
     assert relative_residual(a, b, c, d) == pytest.approx(float(wanted))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(0, 99))
+def test_the_residual_of_a_mean_is_the_same_of_a_matrix_and_of_a_stack(ranks, seed):
+    """Six devices of rank 3 have more directions than a site of 7 × 5."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(size):
+        return Factors(torch.randn(size, 7, generator=generator), torch.randn(5, size, generator=generator))
+
+    current, found, there = drawn(3), drawn(2), [(drawn(size), 1 / len(ranks)) for size in ranks]
+    wanted = relative_residual(*found, *stacked_mean(current, there))
+    assert residual_of_mean(found, current, there) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_padding_leaves_the_product_and_a_gradient():

@@ -1,0 +1,34 @@
+"""SCAFFOLD on the server: its control variate through one round (`models.controls`, algorithm 1, line 17)."""
+
+from __future__ import annotations
+
+import torch
+
+from models.controls import change
+from protocol.messages import TrainingPlan
+from strategies.optimisers import Tensors, kept
+
+
+class Drift:
+    """c⁺ = c + Σ (c_i⁺ − c_i) / N over the devices that replied, one after another.
+
+    Args:
+        control: c; None before the first round, when it is zero.
+        start: what was sent, of what is trained.
+        devices: N, those that are there, asked or not.
+    """
+
+    def __init__(self, control: Tensors | None, start: Tensors, *, devices: int) -> None:
+        self.control = control or {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+        self._start, self._devices = start, devices
+        self._next = {name: tensor.double() for name, tensor in self.control.items()}
+
+    def add(self, plan: TrainingPlan, trained: Tensors) -> None:
+        """What one device made of the plan that it was sent."""
+        moved = {name: tensor - self._start[name] for name, tensor in trained.items()}
+        for name, part in change(self.control, moved, steps=plan.steps, rate=plan.learning_rate).items():
+            self._next[name] += part / self._devices
+
+    def next(self) -> Tensors:
+        """c⁺ of all that were added."""
+        return {name: kept(tensor) for name, tensor in self._next.items()}

@@ -1,0 +1,117 @@
+"""The updates of a round, on disk: what a round takes in memory doesn't grow with the devices that reply.
+
+Each is written as it is let in, whole and in float32, and read as views of the file, mapped into memory: a rule that
+takes in one after another holds one, and one that goes through all of them again and again pages them in. The system
+may take such pages back at any time, since they are as the file has them; what a rule makes of them is its own to
+bound (of ours: a site at a time, and with `exact` and `fedit` no more for more devices).
+
+The file has no name and goes with the round. It lies where TMPDIR says, or in /tmp: 4 bytes a number, so 6.4 MB for
+a device with rank 8 at the attention of SD-1.5. A /tmp that is in memory is no disk.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from models.adapter import Adapter, Factors
+from strategies.replies import RefusedError
+
+_NUMBER = 4  # bytes
+
+Key = tuple[str, int]
+"""Of an update: the device's name, and the round of the plan that it followed."""
+
+
+class _Place(NamedTuple):
+    """Where a site's factors begin in the file, and their sides."""
+
+    start: int
+    rank: int
+    inputs: int
+    outputs: int
+
+
+class Spool(Sequence[tuple[Adapter, float]]):
+    """Updates of equal weight in the order of their keys, whichever order they came in.
+
+    Floating point sums depend on the order, and replies arrive in any.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed at exit
+        self._end = self._file.write(bytes(_NUMBER))  # nothing at all can't be mapped
+        self._places: dict[Key, dict[str, _Place]] = {}
+        self._map: mmap.mmap | None = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Views that were read stay, and the room of the file until they go."""
+        self._file.close()
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of all updates, in order."""
+        return sorted(self._places)
+
+    def add(self, key: Key, adapter: Adapter) -> None:
+        """One more, before any is read.
+
+        Raises:
+            RefusedError: the disk is full.
+            ValueError: updates are read already, or this one is there.
+        """
+        if self._map is not None or key in self._places:
+            raise ValueError(f"{key[0]}: an update comes once, and before any is read")
+        places, end = {}, self._end
+        try:
+            self._file.seek(end)
+            for site, (a, b) in adapter.items():
+                places[site] = _Place(end, len(a), a.shape[1], len(b))
+                end += self._file.write(_bytes(a)) + self._file.write(_bytes(b))
+            self._file.flush()
+        except OSError as error:
+            raise RefusedError("no room", f"{key[0]}: the server can't store its update: {error.strerror}") from None
+        self._places[key], self._end = places, end
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[Adapter, float]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[Adapter, float]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[Adapter, float] | list[tuple[Adapter, float]]:
+        if isinstance(place, slice):
+            return [self._update(key) for key in self.keys[place]]
+        return self._update(self.keys[place])
+
+    def _update(self, key: Key) -> tuple[Adapter, float]:
+        if self._map is None:
+            self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
+        return {site: self._factors(place) for site, place in self._places[key].items()}, 1.0
+
+    def _factors(self, place: _Place) -> Factors:
+        size = place.rank * place.inputs
+        a = self._view(place.start, (place.rank, place.inputs))
+        return Factors(a, self._view(place.start + _NUMBER * size, (place.outputs, place.rank)))
+
+    def _view(self, start: int, shape: tuple[int, int]) -> Tensor:
+        count = shape[0] * shape[1]
+        if not count or self._map is None:
+            return torch.empty(shape)
+        return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(shape)
+
+
+def _bytes(factor: Tensor) -> bytes:
+    return factor.float().contiguous().numpy().tobytes()
