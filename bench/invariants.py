@@ -70,17 +70,23 @@ def _object(**fields: Check) -> Check:
     )
 
 
+def _optimiser(value: Any) -> bool:
+    return value in ("adamw", "sgd")
+
+
 _EXAMPLE = _object(noise_multiplier=_amount, clip=_amount, sampling_rate=_amount, draws=_count, delta=_amount)
 _MEASURING = _object(noise_multiplier=_amount, clip=_amount, pictures=_count, delta=_amount)
 _PLAN = _object(
     run=_text, round=_count, base=_text, rank=_count, steps=_count, batch_size=_count, learning_rate=_amount,
-    trains=_trains, sites=_or_none(_texts), privacy=_or_none(_EXAMPLE), update=_precision, keep=_amount, feedback=_flag,
+    optimiser=_optimiser, proximal=_amount, scaffold=_flag, trains=_trains, sites=_or_none(_texts),
+    privacy=_or_none(_EXAMPLE), update=_precision, keep=_amount, feedback=_flag,
 )  # fmt: skip
+_ROUNDED = _object(precision=lambda value: value != "fp32" and _precision(value), rank=_count)
 MESSAGES: Mapping[str, Check] = {
     "DeviceReport": _object(
         device=_text, base=_text, profile=_text, memory_gib=_amount, examples_per_second=_amount, watts=_amount,
         uplink_mbps=_amount, downlink_mbps=_amount, metered=_flag, battery=_or_none(_amount),
-        charging=_flag, busy=_flag, hot=_flag, pictures=_flag,
+        battery_wh=_or_none(_amount), charging=_flag, busy=_flag, hot=_flag, pictures=_flag,
     ),
     "Update": _object(
         device=_text, run=_text, round=_count, rank=_count, release=_flag, seconds=_amount, joules=_amount,
@@ -92,11 +98,11 @@ MESSAGES: Mapping[str, Check] = {
     ),
     "Personalised": _object(device=_text, seconds=_amount, joules=_amount, quality=_quality),
     "Query": _object(),
-    "Train": _object(plan=_PLAN, echo=_count),
-    "Evaluate": _object(run=_text, round=_count, privacy=_or_none(_MEASURING)),
+    "Train": _object(plan=_PLAN, rounded=_or_none(_ROUNDED), echo=_count),
+    "Evaluate": _object(run=_text, round=_count, rounded=_or_none(_ROUNDED), privacy=_or_none(_MEASURING)),
     "Personalise": _object(
         run=_text, round=_count, rank=_count, steps=_count, batch_size=_count, learning_rate=_amount,
-        look_every=_count, patience=_count,
+        look_every=_count, patience=_count, rounded=_or_none(_ROUNDED),
     ),
 }  # fmt: skip
 CARRYING = {"Update", "Train", "Evaluate", "Personalise"}

@@ -207,15 +207,18 @@ OF_DEVICES = (
     ),
     Mutant(
         "replies counted instead of a public constant", "strategies/private.py",
-        "released = self.mechanism.release(clipped, opened.noise)",
-        "released = Gaussian(noise_multiplier=self.mechanism.noise_multiplier, expected=max(1.0, float(len(trained)))"
-        ").release(clipped, opened.noise)",
+        "clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)\n"
+        "        released = self.mechanism.release(clipped, opened.noise)",
+        "trained = list(trained)\n"
+        "        clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)\n"
+        "        released = Gaussian(noise_multiplier=self.mechanism.noise_multiplier, "
+        "expected=max(1.0, float(len(trained)))).release(clipped, opened.noise)",
         "tests/strategies/test_private.py::test_who_drops_out_contributes_zero_and_the_divisor_stays",
     ),
     Mutant(
         "weights by the work done", "strategies/federated.py",
-        "[adapter for _, adapter in updates]",
-        "[adapter for told, adapter in updates for _ in range(1 + int(told.seconds))]",
+        "trained = (adapter for adapter, _ in updates)",
+        "trained = (adapter for adapter, _ in updates for _ in range(rank(adapter)))",
         "tests/strategies/test_private.py::test_the_release_is_that_of_a_loop",
     ),
     Mutant(
