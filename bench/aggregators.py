@@ -19,13 +19,14 @@ from rich.table import Table
 
 from bench.federation import interval
 from bench.utility import complete
+from simulations.fleet import slug
 
 COMMON = (
-    "evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=8", "tracker=none", "rounds=20",
+    "evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=8", "tracker=none", "rounds=15",
     "adapter.shared.steps=5", "adapter.personal.steps=1", "adapter.personal.learning_rate=1e-6", "strategy.decay=true",
     "data.validation=10", "data.test=32",
 )  # fmt: skip
-SAMPLE = 25
+SAMPLE = 20
 """Devices asked each round, of more."""
 
 
@@ -33,7 +34,7 @@ class Setting(NamedTuple):
     """What the devices of a fleet have in common, and what not."""
 
     overrides: tuple[str, ...]
-    writers: int = 100
+    writers: int = 40
     mixed: bool = False  # ranks differ
     seeds: int = 1  # of those asked for; the claim is made on all
 
@@ -41,6 +42,7 @@ class Setting(NamedTuple):
 EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"
 SETTINGS: Mapping[str, Setting] = {
     "equal ranks": Setting(("fleet=laptops", EQUAL)),
+    "100 writers": Setting(("fleet=laptops", EQUAL), writers=100),
     "ranks 2–16": Setting(("fleet=ranks", RANKS), mixed=True),
     "half the sites": Setting(("fleet=halves", EQUAL)),
     "ranks, half the sites": Setting(("fleet=ranks_halves", RANKS), mixed=True, seeds=3),
@@ -130,7 +132,7 @@ def measure(
     work = [(rule, name, seed) for rule, name in cells for seed in seeds[: SETTINGS[name].seeds]]
 
     def one(rule: str, name: str, seed: int) -> dict[str, Any]:
-        folder = runs / "aggregators" / name.replace(" ", "-") / f"{rule.replace(' ', '-')}-{seed}"
+        folder = runs / "aggregators" / slug(name) / f"{slug(rule)}-{seed}"
         made = command(rule, name, seed, RATES[rule], role="test", overrides=overrides)
         return {"seed": seed, **run(made, folder)}
 
@@ -150,7 +152,7 @@ def tune(rules: Sequence[str], *, jobs: int, runs: Path, overrides: Sequence[str
 
     def one(rule: str, rate: float) -> dict[str, Any]:
         made = command(rule, "equal ranks", 0, rate, role="development", overrides=overrides)
-        return run(made, runs / "tune" / f"{rule.replace(' ', '-')}-{rate:g}")
+        return run(made, runs / "tune" / f"{slug(rule)}-{rate:g}")
 
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda which: one(*which), work))

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 GRID = tuple(
     Plan(steps, memory, timeout, sites)
     for steps, memory, timeout, sites in itertools.product(
-        (2, 5, 10), (None, 1.7, 3.5, 3.9), (1800, 3600), (None, "up_blocks")
+        (2, 5, 10), (None, 1.7, 3.5, 3.9), (1800, 3600), (None, "up_blocks.*attn.*to_.*")
     )
     if not (steps == 10 and timeout == 1800)
 )
@@ -140,7 +140,7 @@ def measured(
     every = [*((f"reference-{seed}", REFERENCE, seed) for seed in seeds), *((f"{n}-{s}", o, s) for n, o, s in work)]
 
     def one(name: str, chosen: Sequence[str], seed: int) -> Path:
-        folder = runs / role / name.replace(" ", "-")
+        folder = runs / role / name
         complete(command([*chosen, *overrides], role=role, seed=seed), folder)
         return folder
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,9 @@ from models.denoiser import find_sites
 from models.families.known import find
 from models.trained import trained_shapes
 from protocol import codec, rounding
+from strategies.aggregation.fedsb import FedSB
 from strategies.download import download
+from strategies.registry import AGGREGATIONS
 
 BYTES = ("bytes_up", "bytes_down")
 MOST, KEPT = 0.45e6, 0.95
@@ -68,9 +71,11 @@ TRAINED = {"factors": "both", "B alone": "b", "A alone": "a", "cores": "cores"}
 METHODS: Mapping[str, tuple[str, ...]] = {
     "fedit": ("strategy=fedit",),
     "exact": ("strategy=exact",),
+    "ffa": ("strategy=ffa",),
+    "rolora": ("strategy=rolora",),
     "cores": ("strategy=fedsb",),
 }
-RATES = {"fedit": 0.006, "exact": 0.006, "cores": 0.02}
+RATES = {"fedit": 0.006, "exact": 0.006, "ffa": 0.006, "rolora": 0.006, "cores": 0.02}
 COMMON = (
     "data.role=development", "adapter.shared.steps=5", "adapter.personal.steps=1", "adapter.look_every=1",
     "evaluation.local=false", "evaluation.gallery=0", "evaluation.timesteps=4", "strategy.decay=true", "tracker=none",
@@ -114,11 +119,11 @@ def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table
 
 
 def ways(method: str, precisions: Sequence[str], down: Sequence[str]) -> list[Way]:
-    """Those that a method is run in, fp32 first; exact turns the factors, so nothing can be held back, and what is
-    beside cores travels whole.
+    """Those that a method is run in, fp32 first; where directions don't stay from round to round nothing can be held
+    back, and what is beside cores travels whole.
     """
     found = [way for way in WAYS if way.precision in ("fp32", *precisions) and way.down in ("fp32", *down)]
-    if method == "exact":
+    if not AGGREGATIONS.get(method, FedSB).steady:
         return [way for way in found if way.keep == 1]
     return [way for way in found if way.down == "fp32"] if method == "cores" else found
 
@@ -189,6 +194,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="*", choices=rounding.PRECISIONS, default=list(rounding.PRECISIONS))
     parser.add_argument("--down", nargs="*", choices=rounding.PRECISIONS, default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
     arguments, overrides = parser.parse_known_args()
@@ -213,19 +219,27 @@ def main() -> None:
         asked += ["--seeds", *map(str, arguments.seeds), *overrides]
     record: dict[str, Any] = {
         "command": " ".join(["python -m bench.traffic", *asked]),
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers"),
         "wanted": {"bytes": MOST, "kept": KEPT},
         "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted, "down": down},
     }
     results: dict[tuple[str, Way], list[dict[str, Any]]] = {}
     if arguments.gain:
-        for method in arguments.methods:
-            for way in ways(method, arguments.precisions, arguments.down):
-                for seed in arguments.seeds:
-                    folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{way.down}-{seed}"
-                    found = run(command(method, way, seed, overrides), folder)
-                    results.setdefault((method, way), []).append(found)
+        work = [
+            (method, way, seed)
+            for method in arguments.methods
+            for way in ways(method, arguments.precisions, arguments.down)
+            for seed in arguments.seeds
+        ]
+
+        def one(method: str, way: Way, seed: int) -> dict[str, Any]:
+            folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{way.down}-{seed}"
+            return run(command(method, way, seed, overrides), folder)
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for (method, way, _), found in zip(work, pool.map(lambda which: one(*which), work), strict=True):
+                results.setdefault((method, way), []).append(found)
         record["gain"] = [
             {"method": method, "sent": way.name, "kept": kept(found, results[method, FP32]), "runs": found}
             for (method, way), found in results.items()

@@ -120,7 +120,7 @@ def _sites(stated: Mapping[str, Any], sites: Sites) -> tuple[str, ...] | None:
     """The layers that a device is to train; None: any."""
     pattern = str(stated.get("sites") or "")
     try:
-        found = tuple(name for name in sites if re.search(pattern, name))
+        found = tuple(name for name in sites if re.fullmatch(pattern or ".*", name))
     except re.error as error:
         raise AntherError(f"sites={pattern}: not a regular expression ({error})") from None
     if not found:

@@ -249,10 +249,12 @@ class Selection:
     name: str = "sample"
     oort: Oort = field(default_factory=Oort)
     weight: float = 0.25  # of utility, beside the power that a round leaves (energy)
-    more: float = 2.0  # devices drawn for each that is asked, of which the best are (deadline, loss_fair)
+    more: float = 2.0  # devices drawn for each that is asked, of which the best are (deadline, loss_fair, thrifty)
 
     def __post_init__(self) -> None:
-        choose("selection.name", self.name, ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair"))
+        choose(
+            "selection.name", self.name, ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair", "thrifty")
+        )
         require(0 <= self.weight <= 1, f"selection.weight={self.weight}: must be 0 to 1")
         require(self.more >= 1, f"selection.more={self.more}: must be 1 or more")
 

@@ -185,7 +185,7 @@ def _participant(
 
 def _sites(profile: Profile, base: Base) -> tuple[str, ...]:
     assert profile.sites is not None
-    found = tuple(name for name in base.sites if re.search(profile.sites, name))
+    found = tuple(name for name in base.sites if re.fullmatch(profile.sites, name))
     if not found:
         raise AntherError(f"fleet.profiles: sites={profile.sites} of {profile.name}: the base has none such")
     return found

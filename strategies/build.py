@@ -56,6 +56,7 @@ from strategies.selection.panel import Panel
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
+from strategies.selection.thrifty import Thrifty
 
 
 def build(
@@ -222,6 +223,8 @@ def selection(config: Simulation, seed: int | None) -> Selection:
             return Deadline(size=size, seconds=deadline, more=chosen.more, seed=config.seed)
         case "loss_fair":
             return LossFair(size=size, more=chosen.more, seed=config.seed)
+        case "thrifty":
+            return Thrifty(size=size, more=chosen.more, seed=config.seed)
     return Sample(size=size, seed=config.seed)
 
 

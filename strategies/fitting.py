@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from models.adapter import Adapter, Factors, Sites
 from models.base import Base
@@ -89,16 +90,20 @@ def fitted(
     take, as a share of those at every site.
     """
     step = seconds_per_step(report, full)
-    best: tuple[tuple[float, ...], TrainingPlan, float] | None = None
+    sent = partial(transfers, report, sites=sites)
+    up = {name: sent(replace(full, sites=(name,)), download=0) for name in sites}  # of thousands of sets: once
+    down = sent(replace(full, sites=()), download=download)
+    best: tuple[tuple[float, ...], Choice, int] | None = None
     for choice in found:
-        most = choice.gain * full.steps
-        if (best and most < best[0][0]) or not fitting.fits(choice, report):
+        if (best and choice.gain * full.steps < best[0][0]) or not fitting.fits(choice, report):
             continue
-        chosen = choice.sites if len(choice.sites) < len(sites) else None
-        plan = replace(full, sites=chosen)
-        sent = transfers(report, plan, sites=sites, download=download)
-        steps = min(full.steps, affordable(report, limits, transfers=sent, step=step * choice.work))
+        seconds = down + sum(up[name] for name in choice.sites)
+        steps = min(full.steps, affordable(report, limits, transfers=seconds, step=step * choice.work))
         worth = (choice.gain * steps, choice.gain, -choice.work, -float(choice.bytes))
         if steps and (best is None or worth > best[0]):
-            best = worth, replace(plan, steps=steps), choice.work
-    return best and (best[1], best[2])
+            best = worth, choice, steps
+    if best is None:
+        return None
+    _, choice, steps = best
+    chosen = choice.sites if len(choice.sites) < len(sites) else None
+    return replace(full, sites=chosen, steps=steps), choice.work

@@ -41,6 +41,7 @@ from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
+from strategies.selection.thrifty import Thrifty
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
 
@@ -89,6 +90,7 @@ SELECTIONS: dict[str, Any] = {
     "energy": Energy,
     "deadline": Deadline,
     "loss_fair": LossFair,
+    "thrifty": Thrifty,
 }
 OPTIMISERS: dict[str, Any] = {
     "none": Inherent(Released(reason="what a round released is the next adapter")),

@@ -24,6 +24,7 @@ from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
+from strategies.selection.thrifty import Thrifty
 from tests.fleet import SITES, frame_file
 from tests.tiny import ATTENTION, save_pipeline
 
@@ -275,7 +276,7 @@ def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
     ("", Everyone), ("fleet.sample=2", Sample), ("fleet.rate=0.5", Poisson), ("fleet.sample=2 selection=oort", Oort),
     ("fleet.sample=2 selection=round_robin", RoundRobin), ("fleet.sample=2 selection=energy", Energy),
     ("fleet.sample=2 selection=deadline strategy.deadline=9", Deadline),
-    ("fleet.sample=2 selection=loss_fair", LossFair),
+    ("fleet.sample=2 selection=loss_fair", LossFair), ("fleet.sample=2 selection=thrifty", Thrifty),
 ])  # fmt: skip
 def test_the_selection_is_the_one_named(overrides, kind):
     assert type(selection(compose(overrides), seed=0)) is kind

@@ -40,7 +40,7 @@ from tests.fleet import SITES, FakeDevice, frame_file, handle, perform
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
 ASKED = {"everyone": "", "poisson": "fleet.rate=0.5"} | {
     name: f"selection={name} fleet.sample=2 strategy.deadline=60"
-    for name in ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair")
+    for name in ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair", "thrifty")
 }
 PRIVATE = [level for level in LEVELS if level != "none"]
 

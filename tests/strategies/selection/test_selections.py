@@ -17,6 +17,7 @@ from strategies.selection.loss_fair import LossFair
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
+from strategies.selection.thrifty import Thrifty, merit
 from tests.fleet import REPORT
 from tests.strategies.selection.candidates import asked_in, candidate, candidates
 
@@ -30,6 +31,7 @@ EACH = {
     "energy": Energy(size=SIZE, seed=1, weight=0.25, settings=SETTINGS),
     "deadline": Deadline(size=SIZE, seconds=2.0, more=2.0, seed=1),
     "loss_fair": LossFair(size=SIZE, more=2.0, seed=1),
+    "thrifty": Thrifty(size=SIZE, more=2.0, seed=1),
 }
 FOUND = st.fixed_dictionaries({
     "asked": st.integers(0, 5), "last": st.integers(1, 6), "loss": st.none() | st.floats(0, 10),
@@ -55,7 +57,7 @@ def test_what_every_selection_does(
     assert EACH[name].select(turned, round=round) == chosen
 
 
-@pytest.mark.parametrize("name", ["sample", "oort", "energy", "deadline", "loss_fair"])
+@pytest.mark.parametrize("name", ["sample", "oort", "energy", "deadline", "loss_fair", "thrifty"])
 def test_chance_follows_the_seed_and_the_round(name: str) -> None:
     devices = candidates(**{f"d{i:02d}": {} for i in range(40)})
     made = {
@@ -64,6 +66,7 @@ def test_chance_follows_the_seed_and_the_round(name: str) -> None:
         "energy": lambda seed: Energy(size=5, seed=seed, weight=0.25, settings=SETTINGS),
         "deadline": lambda seed: Deadline(size=5, seconds=2.0, more=2.0, seed=seed),
         "loss_fair": lambda seed: LossFair(size=5, more=2.0, seed=seed),
+        "thrifty": lambda seed: Thrifty(size=5, more=2.0, seed=seed),
     }[name]
     assert made(1).select(devices, round=3) == made(1).select(devices, round=3)
     assert len({tuple(made(1).select(devices, round=number)) for number in range(1, 21)}) > 10
@@ -99,6 +102,15 @@ def test_a_deadline_asks_those_who_make_it_and_do_most_in_a_second() -> None:
     for size in range(1, 6):
         rule = Deadline(size=size, seconds=10.0, more=5.0, seed=1)
         assert rule.select(devices, round=1) == sorted(order[:size])
+
+
+def test_thrifty_asks_those_that_take_least_time_and_energy_for_what_they_train() -> None:
+    costs = {"slow": (8.0, 1.0), "hungry": (1.0, 9.0), "best": (2.0, 2.0), "free": (1.0, 0.0), "worst": (9.0, 9.0)}
+    devices = candidates(**{name: {"seconds": s, "joules": j} for name, (s, j) in costs.items()})
+    order = sorted(costs, key=lambda name: costs[name][0] * costs[name][1])
+    for size in range(1, 6):
+        assert Thrifty(size=size, more=5.0, seed=1).select(devices, round=1) == sorted(order[:size])
+    assert merit(candidate(seconds=4.0, joules=4.0, steps=2)) == pytest.approx(merit(devices["best"]))
 
 
 def test_loss_fair_asks_the_highest_losses_and_first_those_it_does_not_know() -> None:
