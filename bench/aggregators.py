@@ -34,24 +34,25 @@ class Setting(NamedTuple):
     """What the devices of a fleet have in common, and what not."""
 
     overrides: tuple[str, ...]
+    rules: tuple[str, ...] | None = None  # that take part; None: all
     writers: int = 40
-    mixed: bool = False  # ranks differ
     seeds: int = 1  # of those asked for; the claim is made on all
 
 
 EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"
+MIXED = ("exact", "exact, by slices", "flexlora", "hetlora", "raflora")
+"""Rules that take several ranks at once."""
 SETTINGS: Mapping[str, Setting] = {
+    "ranks, half the sites": Setting(("fleet=ranks_halves", RANKS), MIXED, seeds=3),
+    "ranks 2–16": Setting(("fleet=ranks", RANKS), MIXED),
     "equal ranks": Setting(("fleet=laptops", EQUAL)),
-    "100 writers": Setting(("fleet=laptops", EQUAL), writers=100),
-    "ranks 2–16": Setting(("fleet=ranks", RANKS), mixed=True),
-    "half the sites": Setting(("fleet=halves", EQUAL)),
-    "ranks, half the sites": Setting(("fleet=ranks_halves", RANKS), mixed=True, seeds=3),
-    "label skew": Setting(("fleet=laptops", EQUAL, "data.skew=true")),
-    "8 writers": Setting(("fleet=laptops", EQUAL), writers=8),
-    "8 writers, ranks": Setting(("fleet=ranks", RANKS), writers=8, mixed=True),
+    "half the sites": Setting(("fleet=halves", EQUAL), ("exact", "fedit", "ffa", "hetlora")),
+    "label skew": Setting(("fleet=laptops", EQUAL, "data.skew=true"), ("exact", "fedit", "ffa", "fedsa", "fedsvd")),
+    "100 writers": Setting(("fleet=laptops", EQUAL), ("exact", "fedit", "ffa"), writers=100),
+    "8 writers": Setting(("fleet=laptops", EQUAL), ("exact", "fedit", "flora", "hetlora"), writers=8),
     "ε = 8 per image": Setting(
         ("fleet=laptops", EQUAL, "privacy=example", "privacy.draws=4", "data.train=20", "adapter.shared.batch_size=20",
-         "adapter.shared.steps=1")
+         "adapter.shared.steps=1"), ("exact", "fedit", "ffa", "fedsb"),
     ),
 }  # fmt: skip
 """Fleets are in conf/fleet: a quarter each of rank 2, 4, 8 and 16; every second device trains attn2 alone."""
@@ -70,23 +71,24 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "hetlora": ("strategy=hetlora",),
     "raflora": ("strategy=raflora",),
 }
-EQUAL_ONLY = ("fedit", "ffa", "rolora", "fedsa", "fedsvd", "fedsb")
-"""Rules that take one rank only."""
 FEW_ONLY = ("flora",)
-"""Its adapter grows by everybody's ranks every round: with a hundred devices there is no room for it."""
+"""Its adapter grows by everybody's ranks every round: with many devices there is no room for it."""
 
 TRIED = (0.003, 0.006, 0.012, 0.024)
-RATES: Mapping[str, float] = dict.fromkeys(RULES, 0.006)
-"""By `--tune`, on development writers with equal ranks."""
+RATES: Mapping[str, float] = {
+    **dict.fromkeys((*MIXED, "flora"), 0.012), **dict.fromkeys(("fedit", "ffa", "rolora", "fedsvd", "fedsb"), 0.024),
+    "fedsa": 0.006,
+}  # fmt: skip
+"""Of `TRIED` the best for each, by `--tune`; that of flora is exact's."""
 PRIVATE_RATE = 10.0
 """A private step of all pictures takes a rate so many times as high."""
 
 
 def asked(rule: str, setting: Setting) -> bool:
-    """Whether a rule can take part in a setting."""
-    if setting.mixed and rule in EQUAL_ONLY:
-        return False
-    return setting.writers <= 8 or rule not in FEW_ONLY
+    """Whether a rule takes part in a setting."""
+    if setting.rules is None:
+        return rule not in FEW_ONLY
+    return rule in setting.rules
 
 
 def command(rule: str, name: str, seed: int, rate: float, *, role: str, overrides: Sequence[str]) -> list[str]:
