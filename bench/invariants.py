@@ -86,7 +86,8 @@ MESSAGES: Mapping[str, Check] = {
     "DeviceReport": _object(
         device=_text, base=_text, profile=_text, memory_gib=_amount, examples_per_second=_amount, watts=_amount,
         uplink_mbps=_amount, downlink_mbps=_amount, metered=_flag, battery=_or_none(_amount),
-        battery_wh=_or_none(_amount), charging=_flag, busy=_flag, hot=_flag, pictures=_flag,
+        battery_wh=_or_none(_amount), charging=_flag, busy=_flag, hot=_flag, rank=_or_none(_count),
+        sites=_or_none(_texts), pictures=_flag,
     ),
     "Update": _object(
         device=_text, run=_text, round=_count, rank=_count, release=_flag, seconds=_amount, joules=_amount,
