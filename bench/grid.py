@@ -35,7 +35,8 @@ from protocol.codec import encode
 from simulations.fleet import participants
 from simulations.grid import CohortGrid, each_by_itself
 from simulations.storage import FILE, Database
-from strategies.build import build, training_plan
+from strategies.build import build
+from strategies.full_plan import training_plan
 from training.jobs import Encode, Examples, Job, Result, Train, Trained
 
 WARM = 2  # rounds that are not counted

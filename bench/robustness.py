@@ -97,7 +97,8 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
     from server.federation import federate
     from simulations import evaluation, world
     from simulations.grid import CohortGrid
-    from strategies.build import build, training_plan
+    from strategies.build import build
+    from strategies.full_plan import training_plan
     from training.memory import budget
     from typefaces import dataset
 

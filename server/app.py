@@ -31,8 +31,9 @@ from server.federation import federate
 from server.gate import Gated
 from server.ledger import Ledger
 from server.state import Round
-from strategies.build import build, training_plan
+from strategies.build import build
 from strategies.clock import WallClock
+from strategies.full_plan import training_plan
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from protocol.records import adapter_from_record
 from server.legs import Pace
 from strategies.asynchronous import STRIDE, Shift, number_of, staleness
 from strategies.clock import WallClock
-from strategies.federated import Asked, Federated, Gathered
+from strategies.federated import Federated
+from strategies.gathered import Asked, Gathered
 
 
 @dataclass(frozen=True, kw_only=True)

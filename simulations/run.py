@@ -56,7 +56,8 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     from simulations import world
     from simulations.fleet import judged
     from simulations.lives import lives
-    from strategies.build import build, training_plan
+    from strategies.build import build
+    from strategies.full_plan import training_plan
 
     frozen, people, database = here = world.build(config, folder)
     chosen = judged(people, config.evaluation.devices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,48 +14,19 @@ from models.base import Base
 from models.cores import load_frame
 from privacy.accounting import noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
-from privacy.noise import NoiseSource, source, stream
-from protocol.messages import ExamplePrivacy, TrainingPlan
-from strategies.aggregation import Aggregation
-from strategies.aggregation.exact import Exact
-from strategies.aggregation.fedit import FedIT
-from strategies.aggregation.fedsa import FedSA
-from strategies.aggregation.fedsb import FedSB
-from strategies.aggregation.fedsvd import FedSVD
-from strategies.aggregation.ffa import FFA
-from strategies.aggregation.flexlora import FlexLoRA
-from strategies.aggregation.flora import FLoRA
-from strategies.aggregation.hetlora import HetLoRA
-from strategies.aggregation.raflora import RaFLoRA
-from strategies.aggregation.rolora import RoLoRA
+from privacy.noise import NoiseSource, source
+from protocol.messages import TrainingPlan
+from strategies.aggregating import aggregation, optimiser
 from strategies.asynchronous import per_round
 from strategies.clock import Clock
 from strategies.federated import Federated
 from strategies.fitting import Fitting, costs_of
 from strategies.measuring import measuring, spending
-from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
-from strategies.registry import AGGREGATIONS, NONE, Combination, refusal, unfit
-from strategies.robust import Rule
-from strategies.robust.foolsgold import FoolsGold
-from strategies.robust.geometric import GeometricMedian
-from strategies.robust.guarded import Guarded
-from strategies.robust.krum import MultiKrum
-from strategies.robust.norm import NormBound
-from strategies.robust.trimmed import Median, TrimmedMean
-from strategies.selection import ByName, Selection
-from strategies.selection.deadline import Deadline
+from strategies.registry import AGGREGATIONS, Combination, refusal, unfit
+from strategies.selecting import evaluation, selection
 from strategies.selection.eligible import Eligible
-from strategies.selection.energy import Energy
-from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import LossFair
-from strategies.selection.oort import Oort, OortSettings
-from strategies.selection.panel import Panel
-from strategies.selection.poisson import Poisson
-from strategies.selection.round_robin import RoundRobin
-from strategies.selection.sample import Sample
-from strategies.selection.thrifty import Thrifty
 
 
 def build(
@@ -194,51 +164,6 @@ def combination(config: Simulation) -> Combination:
     )
 
 
-def selection(config: Simulation, seed: int | None) -> Selection:
-    """Who is asked to train: everyone, `fleet.sample` of them by `selection`, or each by the probability `fleet.rate`.
-
-    Args:
-        seed: of the coins that this probability is tossed with; None: nobody can repeat them.
-
-    Raises AntherError for a selection without what it goes by.
-    """
-    if config.selection.name != "sample" and config.fleet.sample is None:
-        raise AntherError(f"selection={config.selection.name}: chooses the devices of a fleet.sample; give its size")
-    if config.fleet.rate is not None:
-        return Poisson(rate=config.fleet.rate, coins=_noise("selection", seed))
-    chosen, deadline = config.selection, config.strategy.deadline
-    if config.fleet.sample is None:
-        return Everyone()
-    size, oort = math.ceil(config.fleet.sample * config.fleet.overselect), OortSettings(**vars(chosen.oort))
-    match chosen.name:
-        case "round_robin":
-            return RoundRobin(size=size)
-        case "oort":
-            return Oort(size=size, seed=config.seed, settings=oort)
-        case "energy":
-            return Energy(size=size, seed=config.seed, weight=chosen.weight, settings=oort)
-        case "deadline":
-            if deadline is None:
-                raise AntherError("selection=deadline: there is none; give strategy.deadline")
-            return Deadline(size=size, seconds=deadline, more=chosen.more, seed=config.seed)
-        case "loss_fair":
-            return LossFair(size=size, more=chosen.more, seed=config.seed)
-        case "thrifty":
-            return Thrifty(size=size, more=chosen.more, seed=config.seed)
-    return Sample(size=size, seed=config.seed)
-
-
-def evaluation(config: Simulation) -> ByName:
-    """Who measures: as many as `fleet.evaluate`, else as `fleet.sample`; all if neither is given.
-
-    The same every round. Under privacy others every round, since each measurement is charged to whoever makes it.
-    """
-    size = config.fleet.sample if config.fleet.evaluate is None else config.fleet.evaluate
-    if size is None or config.privacy.level != NONE:
-        return Everyone() if size is None else Sample(size=size, seed=config.seed, purpose="evaluation")
-    return Panel(size=size, seed=config.seed)
-
-
 def _device_level(
     config: Simulation,
     run: str,
@@ -294,179 +219,3 @@ def _device_level(
 def _noise(purpose: str, seed: int | None) -> Callable[[int], NoiseSource]:
     """The server's own of every round; without a seed it is the operating system's."""
     return partial(source, purpose=purpose, client="server", seed=seed)
-
-
-def aggregation(config: Simulation) -> Aggregation:
-    """The rule that `strategy.aggregation` names, behind those that `strategy.robust` does.
-
-    Raises AntherError for a setting that it has not.
-    """
-    rule, chosen = _aggregation(config), config.strategy
-    if not chosen.robust:
-        return rule
-    judging: dict[str, Rule] = {
-        "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
-        "krum": MultiKrum(outliers=chosen.outliers),
-        "foolsgold": FoolsGold(),
-        "geometric": GeometricMedian(),
-    }
-    entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}
-    last = chosen.robust[-1]
-    parts = {rule.trains(number) for number in (1, 2)} - {"both"}
-    if last in entrywise and (parts or chosen.keep < 1):
-        given = f"strategy={chosen.aggregation}" if parts else "strategy.keep"
-        raise AntherError(f"strategy.robust: {last} turns the factors, {given} needs them as they are; use geometric")
-    whole = chosen.aggregation in ("exact", "flora")
-    return Guarded(
-        rule,
-        rules=[judging[name] for name in chosen.robust if name in judging],
-        entrywise=entrywise.get(last),
-        rank=chosen.max_rank if whole else config.adapter.shared.rank,
-        seed=stream(config.seed, "robust"),
-    )
-
-
-def _aggregation(config: Simulation) -> Aggregation:
-    """The rule that `strategy.aggregation` names."""
-    chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
-    name = chosen.aggregation
-    if name == "exact":
-        by_slice = chosen.weights == "rank_slice"
-        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, by_slice=by_slice, seed=seed)
-    if chosen.weights != "device":
-        raise AntherError(f"strategy.weights={chosen.weights}: {name} weighs whole devices; use strategy=exact")
-    if chosen.max_rank not in (None, rank):
-        raise AntherError(
-            f"strategy.max_rank={chosen.max_rank}: {name} goes by adapter.shared.rank={rank}; use strategy=exact"
-        )
-    if chosen.energy is not None:
-        raise AntherError(f"strategy.energy={chosen.energy}: {name} goes by adapter.shared.rank; use strategy=exact")
-    match name:
-        case "flexlora":
-            return FlexLoRA(rank=rank, seed=seed)
-        case "flora":
-            return FLoRA(rank=rank, seed=seed)
-        case "hetlora":
-            return HetLoRA()
-        case "ffa":
-            return FFA()
-        case "rolora":
-            return RoLoRA()
-        case "fedsa":
-            return FedSA()
-        case "fedsvd":
-            return FedSVD(seed=seed)
-        case "fedsb":
-            return FedSB()
-        case "raflora":
-            return RaFLoRA(rank=rank, seed=seed)
-    return FedIT()
-
-
-def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
-    """The server's, as `strategy.optimiser` names it; None if the rule's mean is the next adapter.
-
-    Raises AntherError for a rule whose factors are new each round.
-    """
-    chosen = config.strategy
-    if chosen.optimiser == "none":
-        return None
-    if turned := rule.sensitivity.turned:
-        raise AntherError(
-            f"strategy.optimiser={chosen.optimiser}: a change of factors adds up over rounds only where they stay the "
-            f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, without median or "
-            "trimmed, or leave it none"
-        )
-    if chosen.optimiser == "fedavgm":
-        return FedAvgM(rate=chosen.server_rate or 1.0, momentum=chosen.momentum)
-    return FedOpt(
-        rate=chosen.server_rate or 0.003,
-        momentum=chosen.momentum,
-        second=chosen.second_moment,
-        tau=chosen.tau,
-        yogi=chosen.optimiser == "fedyogi",
-    )
-
-
-def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
-    """What a device without limits is asked to do each round; σ is solved for all rounds and measurements together.
-
-    q and the divisor of the noised sum are public constants: the pictures that an owner is expected to give, not those
-    that were counted.
-    """
-    shared, privacy = config.adapter.shared, None
-    if config.privacy.of_examples:
-        rate = min(1.0, shared.batch_size / config.data.train)
-        sigma = noise_multiplier_for(
-            epsilon=config.privacy.epsilon,
-            delta=config.privacy.delta,
-            sampling_rate=rate,
-            steps=config.rounds * shared.steps,
-            beside=spending(config),
-        )
-        privacy = ExamplePrivacy(
-            noise_multiplier=sigma,
-            clip=config.privacy.clip,
-            sampling_rate=rate,
-            draws=config.privacy.draws,
-            delta=config.privacy.delta,
-        )
-    chosen, rule = config.strategy, aggregation(config)
-    if chosen.keep < 1 and not rule.steady:
-        raise AntherError(
-            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns or "
-            "changes the factors; use strategy=fedit, or leave it 1"
-        )
-    scaffold = chosen.correction == "scaffold"
-    if scaffold and (reason := _uncorrected(config, rule)):
-        raise AntherError(f"strategy.correction=scaffold: {reason}")
-    return TrainingPlan(
-        run=run,
-        round=0,
-        base=base,
-        rank=shared.rank,
-        steps=shared.steps,
-        batch_size=shared.batch_size,
-        learning_rate=shared.learning_rate,
-        optimiser=shared.optimiser,
-        proximal=shared.proximal,
-        scaffold=scaffold,
-        privacy=privacy,
-        update=chosen.update,
-        keep=chosen.keep,
-        feedback=rule.steady and chosen.update != "fp32",
-    )
-
-
-def _uncorrected(config: Simulation, rule: Aggregation) -> str | None:
-    """Why SCAFFOLD's control variates would mean nothing, and how to mend it; None if they go with all the rest."""
-    chosen = config.strategy
-    if not rule.steady:
-        return (
-            f"a control variate fits no later round, since {chosen.aggregation} turns or changes the factors; use "
-            "strategy=fedit"
-        )
-    if not rule.sensitivity.linear:
-        return f"the server's control variate is a plain mean, and {chosen.aggregation} is none; use strategy=fedit"
-    if config.adapter.shared.optimiser != "sgd":
-        return (
-            "only with plain SGD are a device's steps a sum of gradients; set adapter.shared.optimiser=sgd, and a "
-            "higher adapter.shared.learning_rate"
-        )
-    if config.privacy.of_devices:
-        return (
-            f"with privacy={config.privacy.level} the server's control variate would be made of updates before they "
-            "are noised; use privacy=example or none"
-        )
-    if chosen.robust:
-        return (
-            "every update enters the server's control variate, also one that strategy.robust leaves out, and from "
-            "there all devices; leave one of them out"
-        )
-    if chosen.planning == "device":
-        return "a control variate is of every site that was sent; use strategy.planning=full"
-    if chosen.timing == "async":
-        return (
-            "a control variate belongs to one round's adapter, and with strategy.timing=async rounds overlap; use sync"
-        )
-    return None

@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -45,6 +45,7 @@ from strategies.clock import Clock, WallClock
 from strategies.download import FP32, download, lost, restored
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
 from strategies.fitting import Fitting
+from strategies.gathered import Asked, Gathered
 from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser
 from strategies.planner import Planner
@@ -64,48 +65,6 @@ log = logging.getLogger(__name__)
 _CONTROL = "control"  # part of the memory
 
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What was sent for training, to hold the replies against."""
-
-    adapter: Adapter
-    plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
-    bytes_down: int
-    drift: Drift | None
-    """Of devices that correct for it."""
-    lost: Mapping[str, Tensor]
-    """What rounding took of the adapter on its way, for the next one."""
-
-
-class Gathered:
-    """The good updates of a round, one after another: what they tell here, their factors on disk."""
-
-    def __init__(self) -> None:
-        self.adapters = Spool()
-        self.bytes_up: dict[Key, int] = {}
-        self._updates: dict[Key, Update] = {}
-
-    def __enter__(self) -> Gathered:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.adapters.close()
-
-    def add(self, update: Update, adapter: Adapter) -> None:
-        """One more. RefusedError if there is no room for it."""
-        key = update.device, update.round
-        self.adapters.add(key, adapter)
-        self.bytes_up[key], self._updates[key] = len(update.adapter), replace(update, adapter=b"")
-
-    def __len__(self) -> int:
-        return len(self.adapters)
-
-    @property
-    def updates(self) -> list[Update]:
-        """Without their factors, in the order of those."""
-        return [self._updates[key] for key in self.adapters.keys]
 
 
 class Federated(Strategy):

@@ -17,7 +17,8 @@ from server.loop import run_rounds
 from simulations.hours import Daily
 from strategies.aggregation.fedit import FedIT
 from strategies.asynchronous import STRIDE, on_factors, on_product
-from strategies.build import build, training_plan
+from strategies.build import build
+from strategies.full_plan import training_plan
 from strategies.optimisers import FedAvgM
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample

@@ -14,7 +14,7 @@ from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.policy import Policy, Refusal
 from privacy.storage import Files
 from simulations.fleet import Participant, judged, owners_policy, participants, slug, writers
-from strategies.build import training_plan
+from strategies.full_plan import training_plan
 from strategies.measuring import measuring, spending
 from tests.simulations.test_run import own_pictures
 

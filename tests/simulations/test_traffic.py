@@ -18,7 +18,8 @@ from server.loop import run_rounds
 from server.state import State
 from simulations.fleet import participants
 from simulations.grid import CohortGrid
-from strategies.build import build, training_plan
+from strategies.build import build
+from strategies.full_plan import training_plan
 from training.engine import perform
 
 TINY = (

@@ -9,12 +9,15 @@ from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.noise import Secure, Simulated
 from privacy.storage import Files
 from server.ledger import Ledger
+from strategies.aggregating import aggregation, optimiser
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flora import FLoRA
-from strategies.build import aggregation, build, optimiser, selection, training_plan
+from strategies.build import build
+from strategies.full_plan import training_plan
 from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
+from strategies.selecting import selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
 from strategies.selection.energy import Energy

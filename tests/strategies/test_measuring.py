@@ -12,7 +12,7 @@ from conf.schemas import Simulation
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.noise import Secure, Simulated
 from protocol.messages import Evaluation, MeasuringPrivacy
-from strategies.build import training_plan
+from strategies.full_plan import training_plan
 from strategies.measuring import AmongDevices, Measuring, measuring, spending
 
 PICTURES = MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)

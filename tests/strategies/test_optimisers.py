@@ -14,10 +14,10 @@ from protocol.codec import encode
 from server import checkpoint
 from server.loop import run_rounds
 from simulations.grid import CohortGrid
+from strategies.aggregating import aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flora import FLoRA
-from strategies.build import aggregation
 from strategies.optimisers import FedAvgM, FedOpt
 from strategies.registry import AGGREGATIONS
 from strategies.selection.sample import Sample

@@ -19,7 +19,8 @@ from simulations.grid import CohortGrid
 from strategies import registry
 from strategies.aggregation import Linearity
 from strategies.aggregation.fedit import FedIT
-from strategies.build import build, combination, training_plan
+from strategies.build import build, combination
+from strategies.full_plan import training_plan
 from strategies.registry import (
     AGGREGATIONS,
     AXES,

@@ -14,7 +14,7 @@ from models.adapter import Factors, from_tensors, initial, shapes, to_tensors
 from protocol.codec import decode, encode
 from server.loop import run_rounds
 from simulations.grid import CohortGrid
-from strategies import build
+from strategies.aggregating import aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
@@ -115,10 +115,10 @@ def test_an_attacker_is_left_out_of_every_aggregation(rule):
 
 
 def test_a_configuration_is_built_and_what_does_not_fit_is_refused():
-    rule = build.aggregation(compose("strategy=fedit 'strategy.robust=[norm,geometric]' strategy.norm_factor=2"))
+    rule = aggregation(compose("strategy=fedit 'strategy.robust=[norm,geometric]' strategy.norm_factor=2"))
     assert isinstance(rule, Guarded)
     assert rule.sensitivity.linear
-    assert not build.aggregation(compose("strategy=fedit strategy.robust=[median]")).sensitivity.linear
+    assert not aggregation(compose("strategy=fedit strategy.robust=[median]")).sensitivity.linear
     for wrong, told in (
         ({"robust": ["mean"]}, "must be one of"),
         ({"robust": ["median", "krum"]}, "put it last"),
@@ -128,7 +128,7 @@ def test_a_configuration_is_built_and_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=told):
             Strategy(aggregation="exact", **wrong)
     with pytest.raises(AntherError, match="median turns the factors, strategy=fedsb"):
-        build.aggregation(compose("strategy=fedsb strategy.robust=[median] adapter.frame=glyphs-frame"))
+        aggregation(compose("strategy=fedsb strategy.robust=[median] adapter.frame=glyphs-frame"))
 
 
 def test_before_anything_was_learned():

@@ -1,0 +1,119 @@
+"""The rule of aggregation and the server's optimiser that a configuration names."""
+
+from __future__ import annotations
+
+from conf.errors import AntherError
+from conf.schemas import Simulation
+from privacy.noise import stream
+from strategies.aggregation import Aggregation
+from strategies.aggregation.exact import Exact
+from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
+from strategies.aggregation.fedsb import FedSB
+from strategies.aggregation.fedsvd import FedSVD
+from strategies.aggregation.ffa import FFA
+from strategies.aggregation.flexlora import FlexLoRA
+from strategies.aggregation.flora import FLoRA
+from strategies.aggregation.hetlora import HetLoRA
+from strategies.aggregation.raflora import RaFLoRA
+from strategies.aggregation.rolora import RoLoRA
+from strategies.optimisers import FedAvgM, FedOpt, Optimiser
+from strategies.robust import Rule
+from strategies.robust.foolsgold import FoolsGold
+from strategies.robust.geometric import GeometricMedian
+from strategies.robust.guarded import Guarded
+from strategies.robust.krum import MultiKrum
+from strategies.robust.norm import NormBound
+from strategies.robust.trimmed import Median, TrimmedMean
+
+
+def aggregation(config: Simulation) -> Aggregation:
+    """The rule that `strategy.aggregation` names, behind those that `strategy.robust` does.
+
+    Raises AntherError for a setting that it has not.
+    """
+    rule, chosen = _aggregation(config), config.strategy
+    if not chosen.robust:
+        return rule
+    judging: dict[str, Rule] = {
+        "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
+        "krum": MultiKrum(outliers=chosen.outliers),
+        "foolsgold": FoolsGold(),
+        "geometric": GeometricMedian(),
+    }
+    entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}
+    last = chosen.robust[-1]
+    parts = {rule.trains(number) for number in (1, 2)} - {"both"}
+    if last in entrywise and (parts or chosen.keep < 1):
+        given = f"strategy={chosen.aggregation}" if parts else "strategy.keep"
+        raise AntherError(f"strategy.robust: {last} turns the factors, {given} needs them as they are; use geometric")
+    whole = chosen.aggregation in ("exact", "flora")
+    return Guarded(
+        rule,
+        rules=[judging[name] for name in chosen.robust if name in judging],
+        entrywise=entrywise.get(last),
+        rank=chosen.max_rank if whole else config.adapter.shared.rank,
+        seed=stream(config.seed, "robust"),
+    )
+
+
+def _aggregation(config: Simulation) -> Aggregation:
+    """The rule that `strategy.aggregation` names."""
+    chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
+    name = chosen.aggregation
+    if name == "exact":
+        by_slice = chosen.weights == "rank_slice"
+        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, by_slice=by_slice, seed=seed)
+    if chosen.weights != "device":
+        raise AntherError(f"strategy.weights={chosen.weights}: {name} weighs whole devices; use strategy=exact")
+    if chosen.max_rank not in (None, rank):
+        raise AntherError(
+            f"strategy.max_rank={chosen.max_rank}: {name} goes by adapter.shared.rank={rank}; use strategy=exact"
+        )
+    if chosen.energy is not None:
+        raise AntherError(f"strategy.energy={chosen.energy}: {name} goes by adapter.shared.rank; use strategy=exact")
+    match name:
+        case "flexlora":
+            return FlexLoRA(rank=rank, seed=seed)
+        case "flora":
+            return FLoRA(rank=rank, seed=seed)
+        case "hetlora":
+            return HetLoRA()
+        case "ffa":
+            return FFA()
+        case "rolora":
+            return RoLoRA()
+        case "fedsa":
+            return FedSA()
+        case "fedsvd":
+            return FedSVD(seed=seed)
+        case "fedsb":
+            return FedSB()
+        case "raflora":
+            return RaFLoRA(rank=rank, seed=seed)
+    return FedIT()
+
+
+def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
+    """The server's, as `strategy.optimiser` names it; None if the rule's mean is the next adapter.
+
+    Raises AntherError for a rule whose factors are new each round.
+    """
+    chosen = config.strategy
+    if chosen.optimiser == "none":
+        return None
+    if turned := rule.sensitivity.turned:
+        raise AntherError(
+            f"strategy.optimiser={chosen.optimiser}: a change of factors adds up over rounds only where they stay the "
+            f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, without median or "
+            "trimmed, or leave it none"
+        )
+    if chosen.optimiser == "fedavgm":
+        return FedAvgM(rate=chosen.server_rate or 1.0, momentum=chosen.momentum)
+    return FedOpt(
+        rate=chosen.server_rate or 0.003,
+        momentum=chosen.momentum,
+        second=chosen.second_moment,
+        tau=chosen.tau,
+        yogi=chosen.optimiser == "fedyogi",
+    )

@@ -1,0 +1,55 @@
+"""What a round asked for, and the good updates that have come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from models.adapter import Adapter
+from protocol.messages import DeviceReport, TrainingPlan, Update
+from strategies.scaffold import Drift
+from strategies.spool import Key, Spool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What was sent for training, to hold the replies against."""
+
+    adapter: Adapter
+    plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
+    bytes_down: int
+    drift: Drift | None
+    """Of devices that correct for it."""
+    lost: Mapping[str, Tensor]
+    """What rounding took of the adapter on its way, for the next one."""
+
+
+class Gathered:
+    """The good updates of a round, one after another: what they tell here, their factors on disk."""
+
+    def __init__(self) -> None:
+        self.adapters = Spool()
+        self.bytes_up: dict[Key, int] = {}
+        self._updates: dict[Key, Update] = {}
+
+    def __enter__(self) -> Gathered:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.adapters.close()
+
+    def add(self, update: Update, adapter: Adapter) -> None:
+        """One more. RefusedError if there is no room for it."""
+        key = update.device, update.round
+        self.adapters.add(key, adapter)
+        self.bytes_up[key], self._updates[key] = len(update.adapter), replace(update, adapter=b"")
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    @property
+    def updates(self) -> list[Update]:
+        """Without their factors, in the order of those."""
+        return [self._updates[key] for key in self.adapters.keys]
