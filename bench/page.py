@@ -1,0 +1,177 @@
+"""docs/strategies.md and its plots, from what the benchmarks have written: python -m bench.strategies page"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+DOCS = Path(__file__).parents[1] / "docs"
+
+HEAD = """\
+# Which strategy does what
+
+Made by `python -m bench.strategies page` from `bench/results`; every number below has its command there. All runs are
+whole federations on the typefaces base, on writers that nothing was tuned on. Learning rates, grids and settings were
+chosen on development writers, and the fleets and seeds were fixed before that.
+"""
+WIDTH, LEFT, ROW, TOP = 190, 120, 18, 34  # of a small plot, in pixels
+INK, FAINT, MARK, BEST = "#333", "#ddd", "#4878a8", "#c0504d"
+
+
+def write() -> None:
+    """The page, and its plots beside it."""
+    parts = [HEAD]
+    if found := read("aggregators"):
+        (DOCS / "aggregators.svg").write_text(dots(found), encoding="utf-8")
+        parts += ["\n".join(aggregators(found))]
+    if found := read("fleets"):
+        parts += ["\n".join(fleets(found))]
+    if found := read("robustness"):
+        parts += ["\n".join(robustness(found))]
+    (DOCS / "strategies.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def read(name: str) -> Any:
+    """What a benchmark has found; None if it has not been run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else None
+
+
+def aggregators(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Gains by rule and setting."""
+    settings, cells = _cells(found)
+    yield "## Aggregation × heterogeneity\n"
+    yield (
+        "Gain of the shared adapter: what it takes off the base's loss on held-out letters, in %; the best of a column "
+        "in bold. Intervals, over writers, are in the plot. *ranks*: a quarter of the devices each train rank 2, 4, 8 "
+        "and 16. *half the sites*: every second device trains half of the sites. Three seeds where both are so, else "
+        "one. Of `fedsa`, whose B stays on each device, it is the gain of the two factors together there: it is "
+        "personal, and is marked with a star.\n"
+    )
+    yield "![Gains with 95 % intervals](aggregators.svg)\n"
+    yield "| rule | " + " | ".join(settings) + " |"
+    yield "|---|" + "---:|" * len(settings)
+    best = {name: _best(cells, name) for name in settings}
+    for rule in dict.fromkeys(rule for rule, _ in cells):
+        row = []
+        for name in settings:
+            gain = cells.get((rule, name))
+            text = "" if gain is None else f"{100 * gain[0]:.2f}{'*' if rule == 'fedsa' else ''}"
+            row.append(f"**{text}**" if rule == best[name] else text)
+        yield f"| {rule} | " + " | ".join(row) + " |"
+    yield ""
+
+
+def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterator[str]:
+    """What each arm took of its fleet."""
+    yield "## Fleets that live\n"
+    yield (
+        "Until the first round with 80 % of the gain that the same writers reach where all of them train in every "
+        "round: medians over three seeds of simulated hours and kWh, of the runs that got there; ratios are to the "
+        "first row. `fleet=week`: phones, boards and laptops with batteries, owners and heat. `fleet=spread`: boards "
+        "and laptops that are always there, the fastest ten times as fast as the slowest. *Lost*: devices that never "
+        "replied, in all runs until then. Gini: of how often each device took part.\n"
+    )
+    for fleet, arms in found.items():
+        yield f"### fleet={fleet}\n"
+        yield "| arm | reached | rounds | hours | × | kWh | × | lost | Gini |"
+        yield "|---|---:|---:|---:|---:|---:|---:|---|---:|"
+        first = next(iter(arms.values()))
+        for name, runs in arms.items():
+            lost = sum((Counter(run["lost"]) for run in runs), Counter())
+            cells = [
+                f"{sum(run['hours'] is not None for run in runs)} of {len(runs)}", _told(runs, "round", ".0f"),
+                _told(runs, "hours", ".1f"), _ratio(runs, first, "hours"), _told(runs, "kwh", ".2f"),
+                _ratio(runs, first, "kwh"),
+                ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items())) or "none",
+                f"{median(run['gini'] for run in runs):.2f}",
+            ]  # fmt: skip
+            yield f"| {name} | " + " | ".join(cells) + " |"
+        yield ""
+
+
+def robustness(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What is kept of the gain under each attack."""
+    yield "## Robustness × attack\n"
+    yield (
+        "A fifth of the devices attack. Share of the clean gain that honest writers keep, and of the trigger's samples "
+        "that are read as the attackers' glyph; without rules, and with one setting against all of them: "
+        "`strategy.robust=[krum,foolsgold,norm]`. Medians over seeds.\n"
+    )
+    yield "| attack | kept, no rule | kept | backdoor, no rule | backdoor |"
+    yield "|---|---:|---:|---:|---:|"
+    for attack in dict.fromkeys(each["attack"] for each in found):
+        cells = []
+        for key in ("kept", "success"):
+            for protected in (False, True):
+                of = [each.get(key) for each in found if (each["attack"], each["protected"]) == (attack, protected)]
+                known = [value for value in of if value is not None]
+                cells.append(f"{median(known):.0%}" if known else "")
+        yield f"| {attack} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def dots(found: Sequence[Mapping[str, Any]]) -> str:
+    """SVG: a small plot for each setting, a row for each rule, its gain with its interval."""
+    settings, cells = _cells(found)
+    rules = list(dict.fromkeys(rule for rule, _ in cells))
+    high = max(gain[2] for (rule, _), gain in cells.items() if rule != "fedsa")
+    columns = 4
+    lines = -(-len(settings) // columns)
+    width, height = LEFT + columns * WIDTH, lines * (TOP + len(rules) * ROW + 26)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="11" fill="{INK}"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for place, name in enumerate(settings):
+        line, column = divmod(place, columns)
+        x, y = LEFT + column * WIDTH, line * (TOP + len(rules) * ROW + 26)
+        scale = (WIDTH - 30) / high
+        parts.append(f'<text x="{x}" y="{y + 20}" font-weight="bold">{escape(name)}</text>')
+        bottom = y + TOP + len(rules) * ROW
+        for tick in range(0, int(100 * high) + 1, 5):
+            at = x + scale * tick / 100
+            parts.append(f'<line x1="{at:.1f}" y1="{y + TOP - 6}" x2="{at:.1f}" y2="{bottom}" stroke="{FAINT}"/>')
+            parts.append(f'<text x="{at:.1f}" y="{bottom + 12}" text-anchor="middle" fill="#888">{tick}</text>')
+        best = _best(cells, name)
+        for row, rule in enumerate(rules):
+            middle = y + TOP + row * ROW + 6
+            if column == 0:
+                parts.append(f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(rule)}</text>')
+            if (rule, name) not in cells or rule == "fedsa":
+                continue
+            mean, low, top = cells[rule, name]
+            colour = BEST if rule == best else MARK
+            parts.append(
+                f'<line x1="{x + scale * max(low, 0):.1f}" y1="{middle}" x2="{x + scale * min(top, high):.1f}" '
+                f'y2="{middle}" stroke="{colour}" stroke-width="1.5"/>'
+                f'<circle cx="{x + scale * mean:.1f}" cy="{middle}" r="3.5" fill="{colour}"/>'
+            )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _cells(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, str], Sequence[float]]]:
+    settings = list(dict.fromkeys(each["setting"] for each in found))
+    return settings, {(each["rule"], each["setting"]): each["gain"] for each in found}
+
+
+def _best(cells: Mapping[tuple[str, str], Sequence[float]], setting: str) -> str:
+    """The rule of the highest gain among those that share the whole adapter."""
+    here = {rule: gain[0] for (rule, name), gain in cells.items() if name == setting and rule != "fedsa"}
+    return max(here, key=lambda rule: here[rule])
+
+
+def _told(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    values = [run[key] for run in runs if run[key] is not None]
+    return f"{median(values):{form}}" if values else "—"
+
+
+def _ratio(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], key: str) -> str:
+    mine, theirs = ([run[key] for run in each if run[key] is not None] for each in (runs, first))
+    return f"{median(mine) / median(theirs):.2f}" if mine and theirs else "—"
