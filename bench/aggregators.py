@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 
 
 EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"
-MIXED = ("exact", "exact, by slices", "flexlora", "hetlora", "raflora")
+MIXED = ("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "ffa", "rolora", "fedsvd")
 """Rules that take several ranks at once."""
 SETTINGS: Mapping[str, Setting] = {
     "ranks, half the sites": Setting(("fleet=ranks_halves", RANKS), MIXED, seeds=3),
@@ -76,8 +76,8 @@ FEW_ONLY = ("flora",)
 
 TRIED = (0.003, 0.006, 0.012, 0.024)
 RATES: Mapping[str, float] = {
-    **dict.fromkeys((*MIXED, "flora"), 0.012), **dict.fromkeys(("fedit", "ffa", "rolora", "fedsvd", "fedsb"), 0.024),
-    "fedsa": 0.006,
+    **dict.fromkeys(("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "flora"), 0.012),
+    **dict.fromkeys(("fedit", "ffa", "rolora", "fedsvd", "fedsb"), 0.024), "fedsa": 0.006,
 }  # fmt: skip
 """Of `TRIED` the best for each, by `--tune`; that of flora is exact's."""
 PRIVATE_RATE = 10.0

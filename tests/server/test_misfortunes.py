@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from strategies.registry import AGGREGATIONS
 from tests.fleet import REPORT, SITES, FakeDevice, frame_file, handle, perform
 
 NAMES = "abcd"
+composed = cache(compose)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,7 @@ def spoilt(wrong: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
 
 def made(name: str, folder: Path, more: str = "") -> tuple[Federated, State]:
     frame = f"adapter.frame={frame_file(folder)}" if name == "fedsb" else ""
-    config = compose(
+    config = composed(
         f"strategy={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {frame} {more}"
     )
     plan = training_plan(config, run="run", base="base")
