@@ -102,13 +102,13 @@ def robustness(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
         "A fifth of the devices attack. Share of the clean gain that honest writers keep, and of the trigger's samples "
         "that are read as the attackers' glyph; without rules, and with one setting against all of them: "
-        "`strategy.robust=[krum,foolsgold,norm]`. Medians over seeds.\n"
+        "`strategy.robust=[foolsgold,afa,norm]`. Medians over seeds.\n"
     )
     yield "| attack | kept, no rule | kept | backdoor, no rule | backdoor |"
     yield "|---|---:|---:|---:|---:|"
     for attack in dict.fromkeys(each["attack"] for each in found):
         cells = []
-        for key in ("kept", "success"):
+        for key in ("kept", "backdoor"):
             for protected in (False, True):
                 of = [each.get(key) for each in found if (each["attack"], each["protected"]) == (attack, protected)]
                 known = [value for value in of if value is not None]

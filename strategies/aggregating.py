@@ -19,6 +19,7 @@ from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.robust import Rule
+from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.guarded import Guarded
@@ -39,6 +40,7 @@ def aggregation(config: Simulation) -> Aggregation:
         "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
         "krum": MultiKrum(outliers=chosen.outliers),
         "foolsgold": FoolsGold(),
+        "afa": AFA(),
         "geometric": GeometricMedian(),
     }
     entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}

@@ -27,6 +27,7 @@ from strategies.aggregation.rolora import RoLoRA
 from strategies.asynchronous import SHIFTS
 from strategies.optimisers import FedAvgM, FedOpt, Released
 from strategies.robust import Filtering
+from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.krum import MultiKrum
@@ -77,6 +78,7 @@ ROBUST: dict[str, Any] = {
     "norm": NormBound,
     "krum": MultiKrum,
     "foolsgold": FoolsGold,
+    "afa": AFA,
     "geometric": GeometricMedian,
     "median": Median,
     "trimmed": TrimmedMean,

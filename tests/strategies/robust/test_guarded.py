@@ -20,6 +20,7 @@ from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.registry import ROBUST
+from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
@@ -72,6 +73,7 @@ BEHIND = {
     "norm": guarded(exact(), NormBound()),
     "krum": guarded(exact(), MultiKrum(outliers=0.2)),
     "foolsgold": guarded(exact(), FoolsGold()),
+    "afa": guarded(exact(), AFA()),
     "geometric": guarded(exact(), GeometricMedian()),
     "median": guarded(exact(), entrywise=Median()),
     "trimmed": guarded(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.robust import Changes
+from strategies.robust.afa import AFA, outlying, similarity
 from strategies.robust.foolsgold import FoolsGold, originality
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
@@ -19,6 +20,7 @@ RULES = {
     "fixed": NormBound(bound=2.0),
     "krum": MultiKrum(outliers=0.2),
     "foolsgold": FoolsGold(),
+    "afa": AFA(),
     "geometric": GeometricMedian(),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -93,8 +95,8 @@ def test_who_trained_nothing_is_nothing_to_the_others(rule):
     assert beside.weights.isfinite().all()
     assert beside.scales[-1] == 1
     if rule is not RULES["krum"]:  # which leaves out as many of eight as of seven
-        ratio = beside.weights[:-1] / alone.weights
-        assert torch.allclose(ratio, ratio[0].expand(7), rtol=1e-3)
+        shares, before = (weights / weights.sum() for weights in (beside.weights[:-1], alone.weights))
+        assert torch.allclose(shares, before, rtol=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -203,7 +205,61 @@ def test_if_all_are_one_nobody_is_more_original():
     assert (RULES["foolsgold"].judge(one).weights > 0).any()
 
 
-@pytest.mark.parametrize(("rule", "wrong"), [(NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outliers")])
+def by_algorithm_1(cosines, weights, xi=2.0, step=0.5):
+    """AFA, from the cosines on, with the median's deviation: who is left."""
+    left = [k for k, weight in enumerate(weights) if weight > 0]
+    while len(left) > 2:
+        s = {k: np.average([cosines[k][j] for j in left if j != k],
+                           weights=[weights[j] for j in left if j != k]) for k in left}  # fmt: skip
+        middle = np.median(list(s.values()))
+        sigma = 1.4826 * np.median([abs(value - middle) for value in s.values()])
+        low = np.mean(list(s.values())) < middle
+        bad = [k for k in left if (s[k] < middle - xi * sigma if low else s[k] > middle + xi * sigma)]
+        if not bad:
+            break
+        left, xi = [k for k in left if k not in bad], xi + step
+    return left
+
+
+@settings(max_examples=25, deadline=None)
+@given(attacked(), st.integers(0, 2**31))
+def test_afa_is_the_papers(found, seed):
+    vectors, _ = found
+    random = np.random.default_rng(seed)
+    weights = random.uniform(0.5, 2.0, len(vectors)) * (random.uniform(size=len(vectors)) > 0.1)
+    whole = of_vectors(vectors, weights)
+    judged = RULES["afa"].judge(whole)
+    assert judged.there.tolist() == by_algorithm_1(whole.cosines().numpy(), weights)
+    assert torch.equal(judged.weights[judged.there], whole.weights[judged.there])
+
+
+@pytest.mark.parametrize("kind", ["flipped", "pulls back"])
+def test_who_points_elsewhere_is_left_out_where_people_have_little_in_common(kind):
+    random = np.random.default_rng(0)
+    common = random.normal(size=4000) / 4000**0.5
+    honest = common + 2 * random.normal(size=(16, 4000)) / 4000**0.5  # cosines of 0.2
+    own = 2 * random.normal(size=(4, 4000)) / 4000**0.5
+    others = {"flipped": -common + own, "pulls back": own - 3 * common}[kind]
+    left = RULES["afa"].judge(of_vectors(np.concatenate([others, honest]))).there.tolist()
+    assert not set(left) & set(range(4))
+    assert len(left) >= 14  # 2 σ of people like others are few
+
+
+def test_similar_is_a_mean_over_the_others_and_half_are_never_apart():
+    cosines = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, -0.1], [0.2, -0.1, 1.0]])
+    found = similarity(cosines, torch.tensor([1.0, 2.0, 1.0]).expand(3, 3))
+    assert torch.allclose(found, torch.tensor([0.4, 0.2, 0.0]))
+    nobody = similarity(cosines, torch.diag(torch.ones(3)))
+    assert nobody.isnan().all()
+    assert not outlying(nobody, 2.0).any()
+    assert not outlying(torch.ones(5), 2.0).any()
+    assert outlying(torch.tensor([0.1, 0.11, 0.09, 0.1, -0.5]), 2.0).tolist() == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong"),
+    [(AFA, "xi"), (AFA, "step"), (NormBound, "bound"), (NormBound, "factor"), (MultiKrum, "outliers")],
+)
 def test_what_makes_no_sense_is_refused(rule, wrong):
     with pytest.raises(ValueError, match="must be"):
         rule(**{wrong: -1.0})
