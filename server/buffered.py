@@ -88,7 +88,7 @@ class Buffered:
             strategy.room = self._concurrency - len(self._flights)
             strategy.away = {flight.node for flight in self._flights.values()} | self._declined
             plan = number_of(number, self._place)
-            messages = list(strategy.configure_train(plan, arrays, ConfigRecord(), self._grid))
+            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan))
             asked = strategy.sent()
             if not messages:
                 return

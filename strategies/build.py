@@ -17,7 +17,6 @@ from privacy.central import Adaptive, Gaussian
 from privacy.noise import NoiseSource, source
 from protocol.messages import TrainingPlan
 from strategies.aggregating import aggregation, optimiser
-from strategies.asynchronous import per_round
 from strategies.clock import Clock
 from strategies.federated import Federated
 from strategies.fitting import Fitting, costs_of
@@ -93,7 +92,7 @@ def build(
         download=config.strategy.download,
         limits=limits,
         frame=frame,
-        decay=_decay(config),
+        decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
         device_level=level,
         quorum=config.strategy.quorum,
@@ -140,14 +139,6 @@ def _check_timing(config: Simulation) -> None:
                 f"strategy.quorum={chosen.quorum}: what is private per device is released whatever came back: to keep "
                 "the adapter would tell; leave it 1"
             )
-
-
-def _decay(config: Simulation) -> Callable[[float, int], float] | None:
-    """Of the learning rate, by the number that a plan has."""
-    if not config.strategy.decay:
-        return None
-    cosine = Cosine(rounds=config.rounds)
-    return cosine if config.strategy.timing == "sync" else per_round(cosine)
 
 
 def combination(config: Simulation) -> Combination:

@@ -226,7 +226,7 @@ class Federated(Strategy):
         return self.query(grid)
 
     def _candidates(
-        self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int
+        self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int, round: int
     ) -> Candidates:
         """Each device that could do something of this, with the plan that it would get."""
         plans = self._planner.plans(reports.values(), full, adapter=adapter, download=download)
@@ -241,15 +241,16 @@ class Federated(Strategy):
             for report in reports.values()
             if (planned := plans.get(report.device)) is not None
         }
-        return Candidates(found, self._losses)
+        return Candidates(found, self._losses, round=round)
 
-    def _asks(self, candidates: Candidates, round: int) -> list[Candidate]:
+    def _asks(self, candidates: Candidates, draw: int) -> list[Candidate]:
         """Who is asked to train: whom the selection picks, or as many of them as there is room for."""
         eligible = {name: one for name, one in candidates.items() if self._eligible(one.report)}
-        drawn_from = candidates if self.device_level else Candidates(eligible, candidates.losses)
-        picked = [name for name in self._selection.select(drawn_from, round=round) if name in eligible]
+        allowed = Candidates(eligible, candidates.losses, round=candidates.round)
+        drawn_from = candidates if self.device_level else allowed
+        picked = [name for name in self._selection.select(drawn_from, draw=draw) if name in eligible]
         if self.room is not None and len(picked) > self.room:
-            picked = sorted(random.Random(stream(self._plan.run, round, "room")).sample(picked, self.room))
+            picked = sorted(random.Random(stream(self._plan.run, draw, "room")).sample(picked, self.room))
         return [eligible[name] for name in picked]
 
     def configure_train(
@@ -258,8 +259,15 @@ class Federated(Strategy):
         arrays: ArrayRecord,
         config: ConfigRecord,  # noqa: ARG002  # Flower's interface: what we have to say is in the messages
         grid: Grid,
+        *,
+        number: int | None = None,
     ) -> Iterable[Message]:
-        """A Train message for each selected device, with its own plan."""
+        """A Train message for each selected device, with its own plan.
+
+        Args:
+            number: of these plans, and of the coins that are tossed for them; None: the round's.
+        """
+        number = server_round if number is None else number
         reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
@@ -274,13 +282,13 @@ class Federated(Strategy):
         if self.frame or drift:  # what is beside the adapter is sent whole, and so is the adapter
             tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
             data = encode(tensors | (beside(drift.control) if drift else {}))
-        full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)), trains=trains)
+        full = replace(self._plan, round=number, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
         nodes = by_name(reports)
         plans = {
             nodes[one.report.device]: (one.report, one.plan)
-            for one in self._asks(self._candidates(reports, full, adapter, len(data)), server_round)
+            for one in self._asks(self._candidates(reports, full, adapter, len(data), server_round), number)
         }
         self.good = 0
         if self.device_level:
@@ -406,7 +414,7 @@ class Federated(Strategy):
     def _panel(self, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
         """Who measures."""
         nodes = by_name(reports)
-        return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, round=round)}
+        return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, draw=round)}
 
     def _learn(self, facts: TrainFacts) -> None:
         """One more round to remember."""

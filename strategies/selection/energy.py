@@ -33,8 +33,8 @@ class Energy:
             raise ValueError(f"{weight=}: must be 0 to 1")
         self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(rewarded, weight=weight))
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        return self._oort.select(devices, round=round)
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        return self._oort.select(devices, draw=draw)
 
 
 def rewarded(utility: float, one: Candidate, *, weight: float) -> float:

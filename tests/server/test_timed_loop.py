@@ -20,6 +20,7 @@ from strategies.asynchronous import STRIDE, on_factors, on_product
 from strategies.build import build
 from strategies.full_plan import training_plan
 from strategies.optimisers import FedAvgM
+from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, strategy
@@ -196,6 +197,32 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
     assert max(sum(number // STRIDE == version for number in of_a) for version in (1, 2, 3)) > 1  # twice in a round
 
 
+class Watched(Everyone):
+    """Everyone, and when, and by whose coins, they were asked for."""
+
+    def __init__(self):
+        self.seen = []
+
+    def select(self, devices, *, draw):
+        self.seen.append((devices.round, draw))
+        return super().select(devices, draw=draw)
+
+
+def test_whoever_selects_goes_by_the_round_and_tosses_coins_of_its_own(tmp_path):
+    """And learning rates fall by the round."""
+    watched, rates = Watched(), {}
+
+    def noted(rate, round):
+        return rates.setdefault(round, rate / round)
+
+    run(tmp_path, *speeds(1.0, 0.3), rounds=3, size=4, chosen=strategy(selection=watched, decay=noted), timeout=1000.0)
+    draws = [draw for _, draw in watched.seen]
+    assert draws == sorted(draws)
+    assert len(set(draws)) > 3
+    assert [number for number, _ in watched.seen] == [draw // STRIDE for draw in draws]
+    assert {number for number, _ in watched.seen} == set(rates) == {1, 2, 3}
+
+
 @pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
 def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_path, monkeypatch, optimiser):
     """Five rounds of 10⁻³ on numbers of about 1, which int4 holds to 0.3."""
@@ -249,4 +276,4 @@ def test_what_does_not_go_together_is_one_line(overrides, said):
 def test_over_selection_asks_more_than_it_needs():
     config = compose("fleet.sample=5 fleet.overselect=1.3")
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
-    assert len(found._selection.select([str(number) for number in range(20)], round=1)) == 7
+    assert len(found._selection.select([str(number) for number in range(20)], draw=1)) == 7

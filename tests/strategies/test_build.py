@@ -127,7 +127,7 @@ def test_how_many_are_asked(overrides, trained, measured):
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
     names = [str(number) for number in range(20)]
     for number in (1, 2):
-        asked = [selection.select(names, round=number) for selection in (found._selection, found._evaluation)]
+        asked = [selection.select(names, draw=number) for selection in (found._selection, found._evaluation)]
         assert [len(chosen) for chosen in asked] == [trained, measured]
     if trained == measured == 5:
         assert asked[0] != asked[1]  # who trains says nothing of who measures

@@ -126,7 +126,7 @@ def test_it_is_algorithm_1(tmp_path: Path, size: int | None) -> None:
     """With everybody and with samples; the server starts again in the middle, with its memory."""
     selection = Everyone() if size is None else Sample(size=size, seed=1)
     fleet, x, found = Fleet(tmp_path, selection=selection), flat(START), []
-    asked = [sorted(selection.select(list(NAMES), round=number)) for number in range(1, 7)]
+    asked = [sorted(selection.select(list(NAMES), draw=number)) for number in range(1, 7)]
     for number in range(1, 7):
         if number == 4:
             fleet.strategy, before = federated(selection=selection), fleet.strategy
