@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from privacy.noise import stream
 from server.collect import collect
 from strategies.clock import Clock, WallClock
 from strategies.federated import Federated
@@ -25,6 +27,8 @@ class Pace:
     """Seconds that are waited for devices which can be asked, and for their replies."""
     enough: int | None = None
     """Good replies that end a round; None: all."""
+    seed: int = 0
+    """Of who goes first where several of these replies come at once."""
 
 
 class Leg(Protocol):
@@ -52,6 +56,8 @@ class Synchronous:
             found, _ = strategy.aggregate_train(number, self._grid.send_and_receive(messages, timeout=pace.timeout))
             return found
         clock, left = pace.clock or WallClock(), set[str]()
+        if pace.enough is not None:  # of replies that come at once names must not decide whose count
+            random.Random(stream(pace.seed, number, "replies")).shuffle(messages)
         replies = collect(
             self._grid,
             messages,

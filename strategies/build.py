@@ -128,6 +128,17 @@ def _check_timing(config: Simulation) -> None:
             f"strategy.weights={chosen.weights}: an update of an older adapter comes with that one's directions, which "
             "are no slices of it; leave it device, or use strategy.timing=sync"
         )
+    if chosen.timing == "async" and fleet.overselect > 1:
+        raise AntherError(
+            f"fleet.overselect={fleet.overselect:g}: with strategy.timing=async nobody's reply is waited for, and none "
+            "too late; leave it 1"
+        )
+    most = ("strategy.buffer", chosen.buffer) if chosen.timing == "async" else ("fleet.sample", fleet.sample)
+    if most[1] is not None and chosen.quorum > most[1]:
+        raise AntherError(
+            f"strategy.quorum={chosen.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "
+            "raise the other"
+        )
     if config.privacy.of_devices:
         if fleet.overselect > 1:
             raise AntherError(

@@ -36,14 +36,14 @@ def _fake_logic(monkeypatch):
 
 def run(
     folder, *fleet, rounds=2, state=None, chosen=None, enough=None, timeout=100.0, size=None, concurrency=3,
-    shift=on_product, **more
+    shift=on_product, order=0, **more
 ):  # fmt: skip
     """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
     grid, lives = timed(folder, *fleet, **more)
     if state:
         lives.resume(state.round)
     chosen = chosen or strategy()
-    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough)
+    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
     leg = size and Buffered(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
     found = run_rounds(
         grid=grid, strategy=chosen, state=state or fresh_state(), rounds=rounds, checkpoints=folder / "checkpoints",
@@ -74,6 +74,16 @@ def test_a_round_ends_with_enough_replies_and_counts_who_came_late(tmp_path):
     assert found.history[1].train.dropped == {"no reply": 2}
     assert times(lives)[1] == 2
     assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+
+
+def test_of_replies_that_come_at_once_names_decide_nothing(tmp_path):
+    counted = set()
+    for seed in range(8):
+        found, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=seed)
+        counted.add(tuple(name for name, facts in sorted(found.devices.items()) if facts.rounds))
+    assert len(counted) > 3
+    again, _ = run(tmp_path / "again", *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=7)
+    assert outcome(again) == outcome(found)
 
 
 def test_who_is_too_slow_for_the_deadline_is_not_waited_for(tmp_path):
@@ -265,6 +275,9 @@ def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_pat
     ("strategy.weights=rank_slice strategy.timing=async", "leave it device, or use strategy.timing=sync"),
     ("strategy=fedit strategy.timing=async privacy=device", "timing async can't be charged ahead"),
     ("strategy=fedit privacy=device fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: whose reply counts"),
+    ("strategy.timing=async fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: with strategy.timing=async"),
+    ("strategy.timing=async strategy.buffer=3 strategy.quorum=4", "strategy.quorum=4: .* than strategy.buffer=3"),
+    ("fleet.sample=3 fleet.overselect=2 strategy.quorum=4", "strategy.quorum=4: .* than fleet.sample=3"),
     ("strategy=fedit privacy=device strategy.quorum=2", "strategy.quorum=2: what is private per device"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_one_line(overrides, said):
