@@ -491,7 +491,8 @@ class Federated(Strategy):
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, None
         self.memory = memory
-        if self._plan.privacy is None:
+        # What began at an older adapter may lie on this one in stacked factors: they have no change to compare.
+        if self._plan.privacy is None or any(rank(adapter) > rank(current) for adapter, _ in updates):
             return aggregated, None
         layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
         snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))

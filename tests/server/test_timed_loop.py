@@ -40,7 +40,7 @@ def run(
 ):  # fmt: skip
     """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
     grid, lives = timed(folder, *fleet, **more)
-    if state:
+    if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
     pace = Pace(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
@@ -205,6 +205,17 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
     of_a = [number for name, number in numbers if name == "a"]
     assert of_a == sorted(of_a)
     assert max(sum(number // STRIDE == version for number in of_a) for version in (1, 2, 3)) > 1  # twice in a round
+
+
+def test_private_updates_of_older_adapters_are_taken_in(tmp_path):
+    privacy = messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
+    chosen = strategy(plan=replace(PLAN, privacy=privacy), accept_simulated=True)
+    fresh = fresh_state(private=True)
+    found, _ = run(tmp_path, *speeds(1.0, 0.3), rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
+    diagnostics = [done.train.diagnostics for done in found.history[1:]]
+    assert [done.train.replied for done in found.history[1:]] == [3] * 4
+    assert "snr" in diagnostics[0]
+    assert any("snr" not in each for each in diagnostics)
 
 
 class Watched(Everyone):
