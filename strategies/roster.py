@@ -41,15 +41,15 @@ class Roster:
 
     def consider(self, node: int, report: DeviceReport, *, now: float) -> None:
         """Take a new device in, or remember why not."""
-        speeds = (report.examples_per_second, report.uplink_mbps, report.downlink_mbps)
+        costs = (report.examples_per_second, report.watts, report.uplink_mbps, report.downlink_mbps)
         if report.base != self._base:
             self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
         elif report.device in self._names:
             self._unfit[node] = "its name is taken"
         elif report.rank is not None and report.rank < 1:
             self._unfit[node] = "its report asks for a rank below 1"
-        elif not (report.device and all(LEAST < speed < MOST for speed in speeds)):
-            self._unfit[node] = "its report has no name or no sensible speed"
+        elif not (report.device and all(LEAST < cost < MOST for cost in costs)):
+            self._unfit[node] = "its report has no name, or no sensible speed or power"
         else:
             self.reports[node] = report
             self._names.add(report.device)
