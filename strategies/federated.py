@@ -47,13 +47,13 @@ from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFact
 from strategies.fitting import Fitting
 from strategies.gathered import Asked, Gathered
 from strategies.measuring import Measuring
-from strategies.optimisers import Memory, Optimiser
+from strategies.optimisers import Memory, Optimiser, Tensors
 from strategies.planner import Planner
 from strategies.planning import Limits
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.roster import Roster, by_name
-from strategies.scaffold import Drift
+from strategies.scaffold import Drift, begun
 from strategies.selection import ByName, Candidate, Candidates, Selection
 from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.everyone import Everyone
@@ -275,21 +275,19 @@ class Federated(Strategy):
         held = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
         data, adapter, rounded = download(held, self._download)
         trains = self._aggregation.trains(server_round)
-        drift = None
+        start: Tensors = {}
+        control: Tensors = {}
         if self._plan.scaffold:
             start = trained_tensors(adapter, trains, self.frame)
-            drift = Drift(self.memory.get(_CONTROL), start, devices=len(reports))
-        if self.frame or drift:  # what is beside the adapter is sent whole, and so is the adapter
+            control = begun(self.memory.get(_CONTROL), start)
+        if self.frame or control:  # what is beside the adapter is sent whole, and so is the adapter
             tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
-            data = encode(tensors | (beside(drift.control) if drift else {}))
+            data = encode(tensors | beside(control))
         full = replace(self._plan, round=number, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        nodes = by_name(reports)
-        plans = {
-            nodes[one.report.device]: (one.report, one.plan)
-            for one in self._asks(self._candidates(reports, full, adapter, len(data), server_round), number)
-        }
+        nodes, candidates = by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
+        plans = {nodes[one.report.device]: (one.report, one.plan) for one in self._asks(candidates, number)}
         self.good = 0
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
@@ -297,7 +295,7 @@ class Federated(Strategy):
             adapter=adapter,
             plans=plans,
             bytes_down=len(data) * len(plans),
-            drift=drift,
+            drift=Drift(control, start, devices=len(candidates)) if control else None,
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
         )
         return [

@@ -52,7 +52,8 @@ class Cosine:
 def allowed(
     report: DeviceReport, full: TrainingPlan, limits: Limits, *, sites: Sites, mixed_ranks: bool
 ) -> TrainingPlan | None:
-    """The full plan, in the rank and at the sites that the device trains and that its link carries; None: none such.
+    """The full plan, in the rank and at the sites that the device trains and that its link carries; None: none such,
+    or less than a plan that can't be cut.
 
     Args:
         mixed_ranks: whether a rank may be lower than the full plan's.
@@ -63,7 +64,8 @@ def allowed(
     only = None if report.sites is None else tuple(name for name in sites if name in set(report.sites))
     if (min(most) < full.rank and not mixed_ranks) or (only is not None and not only):
         return None
-    return replace(full, rank=min(most), sites=None if only is None or len(only) == len(sites) else only)
+    cut = replace(full, rank=min(most), sites=None if only is None or len(only) == len(sites) else only)
+    return None if full.scaffold and cut != full else cut  # a control variate is of all that was sent
 
 
 def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: float) -> int:
