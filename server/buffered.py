@@ -34,6 +34,8 @@ class _Flight:
 class Buffered:
     """Keeps devices at work from round to round; what is on its way when a run is killed is asked for again.
 
+    Where devices promise privacy each is asked once a round at most: they have paid for as many rounds as there are.
+
     Args:
         shift: puts an update of an older adapter on the current one.
         size: K, the updates of a round.
@@ -47,14 +49,14 @@ class Buffered:
         self._clock = pace.clock or WallClock()
         self._shift, self._size, self._concurrency = shift, size, concurrency
         self._flights: dict[str, _Flight] = {}  # by message id
-        self._declined: set[int] = set()  # nodes that are not asked again in this round
+        self._done: set[int] = set()  # nodes that are not asked again in this round
         self._place = 0  # of the next plan in this round
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Aggregate the next K updates; fewer, if no more of them come in time."""
         current = from_tensors(decode(adapter_from_record(arrays), shapes(self._strategy.sites, -1)))
         until = self._clock.now() + self._pace.timeout
-        self._declined, self._place = set(), 0
+        self._done, self._place = set(), 0
         ended: list[_Flight] = []
         dropped: Counter[str] = Counter()
         self._send_out(number, arrays)
@@ -69,10 +71,12 @@ class Buffered:
                     shift = partial(self._shifted, current, flight, number)
                     bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
                     dropped.update(bad)
-                    self._declined |= {flight.node} if bad else set()
+                    self._done |= {flight.node} if bad else set()
                 if len(found) == self._size or self._clock.now() >= until:
                     break
                 self._send_out(number, arrays)
+                if not self._flights and self._done >= set(self._strategy.query(self._grid)) > set():
+                    break  # nobody is left to wait for
                 self._clock.wait(until)
             return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
 
@@ -86,7 +90,7 @@ class Buffered:
         strategy, until = self._strategy, self._clock.now() + self._pace.timeout
         while len(self._flights) < self._concurrency and self._place < STRIDE:
             strategy.room = self._concurrency - len(self._flights)
-            strategy.away = {flight.node for flight in self._flights.values()} | self._declined
+            strategy.away = {flight.node for flight in self._flights.values()} | self._done
             plan = number_of(number, self._place)
             messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan))
             asked = strategy.sent()
@@ -97,3 +101,4 @@ class Buffered:
                 node = message.metadata.dst_node_id
                 own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
                 self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)
+                self._done |= {node} if strategy.private else set()

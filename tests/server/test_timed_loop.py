@@ -27,6 +27,10 @@ from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, strategy
 from tests.lives import RUNTIME, owned, timed
 
 WORK = PLAN.steps * PLAN.batch_size
+PRIVATE = replace(
+    PLAN,
+    privacy=messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -208,14 +212,37 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
 
 
 def test_private_updates_of_older_adapters_are_taken_in(tmp_path):
-    privacy = messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
-    chosen = strategy(plan=replace(PLAN, privacy=privacy), accept_simulated=True)
-    fresh = fresh_state(private=True)
-    found, _ = run(tmp_path, *speeds(1.0, 0.3), rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
+    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    fleet = speeds(1.0, 1.0, 1.0, 0.3)
+    found, _ = run(tmp_path, *fleet, rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
     diagnostics = [done.train.diagnostics for done in found.history[1:]]
     assert [done.train.replied for done in found.history[1:]] == [3] * 4
     assert "snr" in diagnostics[0]
     assert any("snr" not in each for each in diagnostics)
+
+
+def test_private_devices_are_asked_once_a_round_and_nobody_is_waited_for(tmp_path):
+    """They have paid for so many rounds; others may be asked again and again."""
+
+    def asked(folder, **changes):
+        chosen, fresh = strategy(**changes), fresh_state(private="plan" in changes)
+        found, lives = run(folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, chosen=chosen, state=fresh, timeout=1e4)
+        return {name: facts.asked for name, facts in found.devices.items()}, times(lives)[-1]
+
+    assert asked(tmp_path / "open")[0]["a"] > 4
+    of_each, seconds = asked(tmp_path / "private", plan=PRIVATE, accept_simulated=True)
+    assert of_each == {"a": 4, "b": 4, "c": 4}
+    assert seconds < 4 * 20
+
+
+def test_a_round_that_everybody_declines_is_over(tmp_path):
+    def fail(_reply):
+        raise RuntimeError
+
+    devices = [FakeDevice(name, misbehave=fail) for name in "ab"]
+    found, lives = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
+    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 2}] * 2
+    assert times(lives)[-1] < 10
 
 
 class Watched(Everyone):
