@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from models.adapter import Adapter, from_tensors, shapes
 from protocol.codec import decode
 from protocol.records import adapter_from_record
+from server.collect import Late
 from server.legs import Pace
 from strategies.asynchronous import STRIDE, Shift, number_of, staleness
 from strategies.clock import WallClock
@@ -51,6 +52,7 @@ class Buffered:
         self._flights: dict[str, _Flight] = {}  # by message id
         self._done: set[int] = set()  # nodes that are not asked again in this round
         self._place = 0  # of the next plan in this round
+        self._late = Late(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Aggregate the next K updates; fewer, if no more of them come in time."""
@@ -68,6 +70,8 @@ class Buffered:
                     if not (replies := list(self._grid.pull_messages([name]))) and self._clock.now() < flight.until:
                         continue
                     ended.append(self._flights.pop(name))
+                    if not replies:
+                        self._late.add([name], round=number)
                     shift = partial(self._shifted, current, flight, number)
                     bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
                     dropped.update(bad)
@@ -78,6 +82,8 @@ class Buffered:
                 if not self._flights and self._done >= set(self._strategy.query(self._grid)) > set():
                     break  # nobody is left to wait for
                 self._clock.wait(until)
+            if late := self._late.came(round=number):
+                dropped["late"] = late
             return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
 
     def _shifted(self, current: Adapter, flight: _Flight, number: int, trained: Adapter) -> Adapter:

@@ -10,11 +10,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from privacy.noise import stream
-from server.collect import collect
+from server.collect import Late, collect
 from strategies.clock import Clock, WallClock
 from strategies.federated import Federated
-
-_FORGOTTEN = 10  # rounds after which a reply that never came is not looked for any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class Synchronous:
 
     def __init__(self, grid: Grid, strategy: Federated, pace: Pace) -> None:
         self._grid, self._strategy, self._pace = grid, strategy, pace
-        self._late: dict[str, int] = {}  # round of each message that was not waited for, by its id
+        self._late = Late(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         pace, strategy = self._pace, self._strategy
@@ -67,19 +65,11 @@ class Synchronous:
             late=left,
         )
         found, _ = strategy.aggregate_train(number, replies)
-        if (late := self._came_late(number)) and strategy.trained:
+        if (late := self._late.came(round=number)) and strategy.trained:
             dropped = {**strategy.trained.dropped, "late": late}
             strategy.trained = replace(strategy.trained, dropped=dropped)
-        self._late |= dict.fromkeys(left, number)
+        self._late.add(left, round=number)
         return found
-
-    def _came_late(self, number: int) -> int:
-        """How many replies to earlier rounds have come since."""
-        came = [name for name in self._late if list(self._grid.pull_messages([name]))]
-        self._late = {
-            name: asked for name, asked in self._late.items() if name not in came and asked > number - _FORGOTTEN
-        }
-        return len(came)
 
 
 def ask(strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, pace: Pace) -> list[Message]:

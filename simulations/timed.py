@@ -58,6 +58,7 @@ class TimedGrid(CohortGrid):
         super().__init__(devices, perform, together=together, storage=storage)
         self._lives, self._costs, self._seed = lives, costs, seed
         self._asked: dict[str, Message] = {}  # to train, by message id, until there is a reply
+        self._forgotten: set[str] = set()  # of them: whose reply nobody is going to pull
         self._pending: dict[str, None] = {}  # of them, in order: who will get done, and isn't trained yet
         self._outcomes: dict[str, Reply | Exception] = {}  # trained, and on their way
 
@@ -80,6 +81,11 @@ class TimedGrid(CohortGrid):
             if not owned.task:
                 self._begin(owned)
         return [message.metadata.message_id for message in asked]
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        names = set(message_ids)
+        super().forget(names)
+        self._forgotten |= names & self._asked.keys()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies as they come, until there is one to each message or `timeout` seconds of the fleet's are over."""
@@ -163,8 +169,9 @@ class TimedGrid(CohortGrid):
         self._lives.log.spent(task.joules)
         if outcome is None:
             self._lives.log.lost(reason)
-        else:
+        elif task.name not in self._forgotten:
             self._replies[task.name] = reply_message(outcome, message)
+        self._forgotten.discard(task.name)
         if owned.waiting:
             self._begin(owned)
         return outcome is not None

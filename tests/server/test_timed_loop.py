@@ -245,6 +245,23 @@ def test_a_round_that_everybody_declines_is_over(tmp_path):
     assert times(lives)[-1] < 10
 
 
+@pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
+def test_who_is_given_up_is_counted_when_it_comes_and_forgotten_after_ten_rounds(tmp_path, monkeypatch, size, rounds):
+    grids, made = [], timed
+
+    def kept(*given, **named):
+        grids.append(made(*given, **named))
+        return grids[-1]
+
+    monkeypatch.setattr(f"{__name__}.timed", kept)
+    found, _ = run(tmp_path / "late", *speeds(8.0, 8.0, 0.6), rounds=rounds, timeout=10.0, size=size)
+    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+    run(tmp_path / "never", *speeds(8.0, 8.0, 0.01), rounds=rounds, timeout=10.0, size=size)
+    for _ in range(99):
+        grids[1][1].clock.wait(1e9)
+    assert len(grids[1][0]._replies) <= 10
+
+
 class Watched(Everyone):
     """Everyone, and when, and by whose coins, they were asked for."""
 
