@@ -222,7 +222,7 @@ class Federated(Strategy):
     def _recent(self, grid: Grid) -> dict[int, DeviceReport]:
         """The same, where what a device tells of its moment is as young as it has to be."""
         if self._eligible.momentary or self._limits.momentary or self._selection.sensitivity.momentary:
-            self._roster.forget(before=self._clock.now() - self._report_age)
+            self._roster.forget(before=self._clock.now() - self._report_age, but=self.away)
         return self.query(grid)
 
     def _candidates(
