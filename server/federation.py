@@ -77,7 +77,7 @@ def federate(
         look_every=config.adapter.look_every,
         patience=config.adapter.patience,
     )
-    personalise(grid=grid, strategy=strategy, request=request, devices=personal_on)
+    personalise(grid=grid, strategy=strategy, request=request, devices=personal_on, timeout=chosen.timeout)
     return state
 
 
