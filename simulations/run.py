@@ -1,7 +1,9 @@
 """A whole federation on one machine:  python -m simulations.run [key=value …]
 
 Composition root: configuration → base, fleet, strategy, grid → rounds → personal adapters → evaluation → report.
-Whatever is finished is on disk; killed at any moment, `resume=true` continues to the same result.
+Whatever is finished is on disk; killed at any moment, `resume=true` continues after the last whole round. It comes to
+the same result, but for what devices of a timed fleet were still at when that round ended (asynchronous training, and
+replies that would have come late): this is lost, and devices are asked anew.
 """
 
 from __future__ import annotations
