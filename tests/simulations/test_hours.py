@@ -82,3 +82,10 @@ def test_a_bad_json_is_one_line(tmp_path, text):
         load_traces(file)
     with pytest.raises(AntherError, match="absent"):
         load_traces(tmp_path / "absent.csv")
+
+
+def test_days_that_are_over_are_not_kept():
+    hours = Daily([22.0, 6.0], [0.0, 8.0], jitter=HOUR, seed=1)
+    changes = [hours.next_change(day * DAY) for day in range(100)]
+    assert len(hours._days) <= 4
+    assert [hours.next_change(day * DAY) for day in range(100)] == changes  # also back in time
