@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import AntherError
+from conf.units import HOUR
 from privacy.noise import stream
 
-DAY, HOUR = 86400.0, 3600.0
+DAY = 24.0 * HOUR
 _NEAR = 4  # days that are looked at for one moment
 
 

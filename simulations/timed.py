@@ -17,19 +17,18 @@ from flwr.app import Message
 
 from client.app import reply_message, requested
 from client.device import Device
+from conf.units import HOUR, MEGABITS
 from privacy.policy import Refusal
 from protocol.messages import DeviceReport, Reply, Train, Update
 from protocol.records import TRAIN
 from server.collect import collect
 from simulations.costs import Costs
 from simulations.grid import CohortGrid, Perform, Together, each_by_itself, identify
-from simulations.hours import HOUR, uniform
+from simulations.hours import uniform
 from simulations.life import Lived
 from simulations.lives import Lives
 from simulations.log import DROPPED, KILLED, OFF
 from simulations.owned import Owned, Task
-
-_BITS = 8 / 1e6  # megabits in a byte
 
 
 class TimedGrid(CohortGrid):
@@ -108,7 +107,7 @@ class TimedGrid(CohortGrid):
         plan, profile = request.plan, owned.hardware.profile
         if owned.moment.off:
             return self._lose(owned, OFF)
-        arrived = owned.goes_on(until=now + len(request.adapter) * _BITS / profile.downlink_mbps)
+        arrived = owned.goes_on(until=now + len(request.adapter) * MEGABITS / profile.downlink_mbps)
         if arrived.fate:
             return self._lose(owned, arrived.fate)
         if not self._costs.fits(plan, owned.hardware.known):
@@ -137,7 +136,7 @@ class TimedGrid(CohortGrid):
             self._reply(owned, outcome)
             return False
         link = owned.hardware.profile.uplink_mbps
-        sent: Lived = owned.goes_on(until=owned.moment.time + len(outcome.adapter) * _BITS / link)
+        sent: Lived = owned.goes_on(until=owned.moment.time + len(outcome.adapter) * MEGABITS / link)
         if sent.fate:
             self._lose(owned, sent.fate)
         else:

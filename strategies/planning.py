@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from math import prod
 
+from conf.units import HOUR, MEGABITS
 from models.adapter import Sites
 from models.trained import trained_shapes
 from protocol.messages import DeviceReport, TrainingPlan
 from protocol.rounding import bytes_per_number
 
-HOUR = 3600
-_BITS = 8 / 1e6  # megabits in a byte
 _MANY = 2**31 - 1  # steps, where nothing limits them
 
 
@@ -89,7 +88,7 @@ def allowance(report: DeviceReport, limits: Limits) -> float | None:
 
 def transfers(report: DeviceReport, plan: TrainingPlan, *, sites: Sites, download: int) -> float:
     """Seconds in which `download` bytes of the adapter come down, and what was trained goes up."""
-    return download * _BITS / report.downlink_mbps + upload(plan, sites) * _BITS / report.uplink_mbps
+    return download * MEGABITS / report.downlink_mbps + upload(plan, sites) * MEGABITS / report.uplink_mbps
 
 
 def upload(plan: TrainingPlan, sites: Sites) -> float:

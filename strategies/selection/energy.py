@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from conf.units import HOUR
 from strategies.selection import Candidate, Candidates, Sampling
 from strategies.selection.oort import Oort, OortSettings
-
-HOUR = 3600
 
 
 class Energy:

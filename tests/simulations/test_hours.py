@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import AntherError
-from simulations.hours import DAY, HOUR, Daily, Trace, load_traces
+from conf.units import HOUR
+from simulations.hours import DAY, Daily, Trace, load_traces
 
 
 def test_hours_of_a_day_over_midnight():
