@@ -32,11 +32,11 @@ from torch import Tensor
 from bench import updates
 from bench.machine import machine, memory, versions
 from bench.updates import truncated
+from conf.units import MIB
 from models.adapter import Adapter, Factors
 from strategies.aggregation.exact import Exact
 
 RESULTS = Path(__file__).parent / "results" / "aggregation.json"
-MIB = 2**20
 LAYERS = {(320, 320): 30, (768, 320): 10, (640, 640): 30, (768, 640): 10, (1280, 1280): 36, (768, 1280): 12}
 """Of Stable Diffusion 1.5's attentions, (in, out): how many there are. 16 blocks have 6 of one side and 2 from text."""
 DEVICES, RANK, CAP = 100, 8, 16

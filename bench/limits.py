@@ -31,10 +31,11 @@ from rich.table import Table
 from bench import bases, predicted
 from bench.machine import machine, versions
 from bench.predicted import NETWORKS, RUNTIME, Case, Measured
-from client.ladder import GIB, MIB, Predict, Rung, Setting, ladder
+from client.ladder import Predict, Rung, Setting, ladder
 from client.plan import SITES, predictor, ways
 from conf import lean
 from conf.planning import Plan, devices, planned
+from conf.units import GIB, MIB
 from models.footprint import Footprint
 from models.pack import pack
 

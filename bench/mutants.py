@@ -229,8 +229,8 @@ OF_DEVICES = (
     ),
     Mutant(
         "sample of fixed size accounted as Poisson", "strategies/selection/poisson.py",
-        "self._coins(round).poisson_batch(len(names), self.rate).tolist()",
-        "sorted(self._coins(round).gaussian(len(names)).argsort()[: int(self.rate * len(names))].tolist())",
+        "self._coins(draw).poisson_batch(len(names), self.rate).tolist()",
+        "sorted(self._coins(draw).gaussian(len(names)).argsort()[: int(self.rate * len(names))].tolist())",
         "tests/strategies/test_poisson.py::test_each_by_itself_with_its_rate",
     ),
     Mutant(

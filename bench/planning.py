@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import machine, versions
+from conf.units import GIB, MIB
 from models.adapter import Adapter, initial
 from models.denoiser import Denoiser
 from models.families.known import Known, find
@@ -27,12 +28,11 @@ from models.footprint import CHECKPOINTING, MARGIN, Footprint, example, footprin
 from models.partial import PassCosts, pass_costs
 from models.weights import MODES
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.fitting import GIB, RUNTIME, Fitting, fitted
+from strategies.fitting import RUNTIME, Fitting, fitted
 from strategies.knapsack import Choice
 from strategies.planner import Planner
 from strategies.planning import Limits
 
-MIB = 2**20
 T = TypeVar("T")
 REPORT = DeviceReport(
     device="a", base="b", profile="p", memory_gib=1.0, examples_per_second=0.1, watts=5.0, uplink_mbps=10.0,

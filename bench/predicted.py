@@ -39,6 +39,7 @@ from client import benchmark
 from client.ladder import pass_seconds
 from conf import lean
 from conf.planning import DeviceProfile, planned
+from conf.units import MIB
 from models import packed
 from models.adapter import initial
 from models.denoiser import Denoiser
@@ -51,7 +52,6 @@ from training.gradients import gradients
 from training.jobs import DPSGD, Examples, Train
 from training.trainer import train
 
-MIB = 2**20
 GRANTED = 2**40  # bytes: the peak is measured, not kept to
 OVER, UNDER = 0.10, 0.05  # how far a predicted peak may lie above and below what was measured
 SECONDS = 0.25  # how far predicted seconds may lie off, to either side

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from client.ladder import GIB, MIB, pass_seconds
+from client.ladder import pass_seconds
 from client.plan import DONE, PROFILE, USAGE
 from conf.errors import AntherError
 from conf.planning import DeviceProfile, devices, planned
+from conf.units import GIB, MIB
 from models import assets
 from models.denoiser import Denoiser
 from models.families.known import Known

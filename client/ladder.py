@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from conf.planning import DeviceProfile, Plan
+from conf.units import GIB, HOUR, MIB
 from models.footprint import CHECKPOINTING, MARGIN, Footprint
-
-GIB, MIB = 2**30, 2**20
-HOUR = 3600
 
 
 @dataclass(frozen=True)

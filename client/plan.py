@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from client.ladder import HOUR, MIB, Predict, Rung, Setting, ladder, settings, too_large
+from client.ladder import Predict, Rung, Setting, ladder, settings, too_large
 from conf.errors import AntherError
 from conf.planning import Plan, devices, planned
+from conf.units import HOUR, MIB
 from models import assets
 from models.families.family import ATTENTION
 from models.families.flux import FLUX

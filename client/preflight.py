@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import torch
 
-from client.ladder import MIB
 from client.store import Store
+from conf.units import MIB
 from models.adapter import Sites
 from models.base import Base
 from models.families.known import find

@@ -61,7 +61,7 @@ class Sent:
     def _cut(self, rank: int, sites: Adapter | set[str]) -> Parts:
         head, tail = head_and_tail(at(self.adapter, sites), rank)
         beside = {name: factors for name, factors in self.adapter.items() if name not in sites}
-        frozen = beside | (tail if self.rank > rank else {})
+        frozen = {**beside, **(tail if self.rank > rank else {})}
         frame = head_and_tail(at(self._frame, sites), rank)[0] if self._frame else None
         return Parts(head, frozen or None, frame)
 

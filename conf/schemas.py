@@ -183,7 +183,8 @@ class Fleet:
     sample: int | None = None  # devices asked to train each round; null: all of them
     rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
-    overselect: float = 1.0  # so many times `sample` devices are asked; a round ends with the first `sample` replies
+    overselect: float = 1.0  # so many times `sample` devices are asked, and the first `sample` replies end a round; a
+    # simulation needs a timed fleet for it
     concurrency: int = 10  # devices that are at work at any time, with strategy.timing=async
     timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
     workload: Workload = field(default_factory=Workload)  # of a timed fleet
@@ -297,8 +298,8 @@ class Strategy:
     norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
     norm_factor: float = 1.0
     timing: str = "sync"  # sync: a round waits for its devices; async: devices train all the time, and a round is over
-    # whenever `buffer` updates are there (FedBuff)
-    buffer: int = 10  # updates of a round, with timing=async
+    # whenever `buffer` updates are there (FedBuff); a simulation needs a timed fleet for it
+    buffer: int = 10  # updates of a round, with timing=async; with privacy=example each device makes one at most
     quorum: int = 1  # a round with fewer good replies keeps the adapter
     timeout: float = 3600.0  # seconds that a round waits, for devices that can be asked and for their replies
 

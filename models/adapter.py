@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
 
 Sites = Mapping[str, Site]
-Adapter = dict[str, Factors]
+Adapter = Mapping[str, Factors]
 
 
 def rank(adapter: Adapter) -> int:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from models.adapter import Adapter, from_tensors, shapes
 from protocol.codec import decode
 from protocol.records import adapter_from_record
+from server.collect import Late
 from server.legs import Pace
 from strategies.asynchronous import STRIDE, Shift, number_of, staleness
 from strategies.clock import WallClock
@@ -34,6 +35,8 @@ class _Flight:
 class Buffered:
     """Keeps devices at work from round to round; what is on its way when a run is killed is asked for again.
 
+    Where devices promise privacy each is asked once a round at most: they have paid for as many rounds as there are.
+
     Args:
         shift: puts an update of an older adapter on the current one.
         size: K, the updates of a round.
@@ -47,14 +50,15 @@ class Buffered:
         self._clock = pace.clock or WallClock()
         self._shift, self._size, self._concurrency = shift, size, concurrency
         self._flights: dict[str, _Flight] = {}  # by message id
-        self._declined: set[int] = set()  # nodes that are not asked again in this round
+        self._done: set[int] = set()  # nodes that are not asked again in this round
         self._place = 0  # of the next plan in this round
+        self._late = Late(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Aggregate the next K updates; fewer, if no more of them come in time."""
         current = from_tensors(decode(adapter_from_record(arrays), shapes(self._strategy.sites, -1)))
         until = self._clock.now() + self._pace.timeout
-        self._declined, self._place = set(), 0
+        self._done, self._place = set(), 0
         ended: list[_Flight] = []
         dropped: Counter[str] = Counter()
         self._send_out(number, arrays)
@@ -66,14 +70,20 @@ class Buffered:
                     if not (replies := list(self._grid.pull_messages([name]))) and self._clock.now() < flight.until:
                         continue
                     ended.append(self._flights.pop(name))
+                    if not replies:
+                        self._late.add([name], round=number)
                     shift = partial(self._shifted, current, flight, number)
                     bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
                     dropped.update(bad)
-                    self._declined |= {flight.node} if bad else set()
+                    self._done |= {flight.node} if bad else set()
                 if len(found) == self._size or self._clock.now() >= until:
                     break
                 self._send_out(number, arrays)
+                if not self._flights and self._done >= set(self._strategy.query(self._grid)) > set():
+                    break  # nobody is left to wait for
                 self._clock.wait(until)
+            if late := self._late.came(round=number):
+                dropped["late"] = late
             return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
 
     def _shifted(self, current: Adapter, flight: _Flight, number: int, trained: Adapter) -> Adapter:
@@ -86,9 +96,9 @@ class Buffered:
         strategy, until = self._strategy, self._clock.now() + self._pace.timeout
         while len(self._flights) < self._concurrency and self._place < STRIDE:
             strategy.room = self._concurrency - len(self._flights)
-            strategy.away = {flight.node for flight in self._flights.values()} | self._declined
+            strategy.away = {flight.node for flight in self._flights.values()} | self._done
             plan = number_of(number, self._place)
-            messages = list(strategy.configure_train(plan, arrays, ConfigRecord(), self._grid))
+            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan))
             asked = strategy.sent()
             if not messages:
                 return
@@ -97,3 +107,4 @@ class Buffered:
                 node = message.metadata.dst_node_id
                 own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
                 self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)
+                self._done |= {node} if strategy.private else set()

@@ -51,7 +51,8 @@ def federate(
         else initial(strategy.sites, config.adapter.shared.rank, stream(config.seed, "shared")),
     )
     chosen, fleet = config.strategy, config.fleet
-    pace = Pace(clock=clock, timeout=chosen.timeout, enough=fleet.sample if fleet.overselect > 1 else None)
+    enough = fleet.sample if fleet.overselect > 1 else None
+    pace = Pace(clock=clock, timeout=chosen.timeout, enough=enough, seed=config.seed)
     state = run_rounds(
         grid=grid,
         strategy=strategy,
@@ -76,7 +77,7 @@ def federate(
         look_every=config.adapter.look_every,
         patience=config.adapter.patience,
     )
-    personalise(grid=grid, strategy=strategy, request=request, devices=personal_on)
+    personalise(grid=grid, strategy=strategy, request=request, devices=personal_on, timeout=chosen.timeout)
     return state
 
 

@@ -27,7 +27,7 @@ from flwr.supercore.run import Run
 from google.protobuf.message import DecodeError
 
 from protocol.records import UNREADABLE
-from server.collect import collect
+from server.collect import collect, give_up
 from strategies.clock import WallClock
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,9 @@ class Forwarding(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return self._grid.pull_messages(message_ids)
 
+    def forget(self, message_ids: Iterable[str]) -> None:
+        give_up(self._grid, message_ids)
+
 
 class Gated(Forwarding):
     """A grid whose replies are unpacked one at a time and attributed to the node that was asked.
@@ -98,6 +101,11 @@ class Gated(Forwarding):
             if identifier in self._asked and (reply := self._reply(identifier, self._asked[identifier])) is not None:
                 del self._asked[identifier]
                 yield reply
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        names = set(message_ids)
+        self._asked = {name: message for name, message in self._asked.items() if name not in names}
+        super().forget(names)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies as they come, until there is one to each message or `timeout` seconds are over (None: no limit)."""

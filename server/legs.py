@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from server.collect import collect
+from privacy.noise import stream
+from server.collect import Late, collect
 from strategies.clock import Clock, WallClock
 from strategies.federated import Federated
-
-_FORGOTTEN = 10  # rounds after which a reply that never came is not looked for any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Pace:
     """Seconds that are waited for devices which can be asked, and for their replies."""
     enough: int | None = None
     """Good replies that end a round; None: all."""
+    seed: int = 0
+    """Of who goes first where several of these replies come at once."""
 
 
 class Leg(Protocol):
@@ -43,7 +45,7 @@ class Synchronous:
 
     def __init__(self, grid: Grid, strategy: Federated, pace: Pace) -> None:
         self._grid, self._strategy, self._pace = grid, strategy, pace
-        self._late: dict[str, int] = {}  # round of each message that was not waited for, by its id
+        self._late = Late(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         pace, strategy = self._pace, self._strategy
@@ -52,6 +54,8 @@ class Synchronous:
             found, _ = strategy.aggregate_train(number, self._grid.send_and_receive(messages, timeout=pace.timeout))
             return found
         clock, left = pace.clock or WallClock(), set[str]()
+        if pace.enough is not None:  # of replies that come at once names must not decide whose count
+            random.Random(stream(pace.seed, number, "replies")).shuffle(messages)
         replies = collect(
             self._grid,
             messages,
@@ -61,19 +65,11 @@ class Synchronous:
             late=left,
         )
         found, _ = strategy.aggregate_train(number, replies)
-        if (late := self._came_late(number)) and strategy.trained:
+        if (late := self._late.came(round=number)) and strategy.trained:
             dropped = {**strategy.trained.dropped, "late": late}
             strategy.trained = replace(strategy.trained, dropped=dropped)
-        self._late |= dict.fromkeys(left, number)
+        self._late.add(left, round=number)
         return found
-
-    def _came_late(self, number: int) -> int:
-        """How many replies to earlier rounds have come since."""
-        came = [name for name in self._late if list(self._grid.pull_messages([name]))]
-        self._late = {
-            name: asked for name, asked in self._late.items() if name not in came and asked > number - _FORGOTTEN
-        }
-        return len(came)
 
 
 def ask(strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, pace: Pace) -> list[Message]:

@@ -88,9 +88,13 @@ def personalise(
     strategy: Federated,
     request: Personalise,
     devices: Collection[str] | None = None,
-    timeout: float = 3600.0,
+    timeout: float,
 ) -> PersonalFacts:
-    """Ask devices, by name or all of them, to train their personal adapters on top of the one in `request`."""
+    """Ask devices, by name or all of them, to train their personal adapters on top of the one in `request`.
+
+    Args:
+        timeout: seconds that their replies are waited for.
+    """
     return strategy.aggregate_personalise(
         grid.send_and_receive(strategy.configure_personalise(request, grid, devices), timeout=timeout)
     )

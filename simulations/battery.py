@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-HOUR = 3600.0
-"""Joules in a watt-hour."""
+from conf.units import HOUR
 
 
 def flow(drawn: float, *, plugged: bool, charger: float) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 
-from client.ladder import GIB, MIB, pass_seconds
+from client.ladder import pass_seconds
 from conf.planning import DeviceProfile
 from conf.schemas import Simulation, Workload
+from conf.units import GIB, MIB
 from models.base import Base
 from models.families.known import find
 from models.footprint import Footprint, example, footprint, shapes

@@ -103,6 +103,11 @@ class CohortGrid(InProcess):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(identifier) for identifier in message_ids if identifier in self._replies]
 
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Nobody pulls the replies to these."""
+        for identifier in message_ids:
+            self._replies.pop(identifier, None)
+
     def send_and_receive(
         self,
         messages: Iterable[Message],

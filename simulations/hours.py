@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import AntherError
+from conf.units import HOUR
 from privacy.noise import stream
 
-DAY, HOUR = 86400.0, 3600.0
+DAY = 24.0 * HOUR
+_NEAR = 4  # days that are looked at for one moment
 
 
 class Hours(Protocol):
@@ -71,6 +73,7 @@ class Daily:
 
     def _day(self, day: int) -> dict[str, list[tuple[float, float]]]:
         if day not in self._days:
+            self._days = {each: spans for each, spans in self._days.items() if abs(day - each) < _NEAR}
             self._days[day] = {
                 name: [self._span(day, name, *pair) for pair in self._pairs[name]] for name in self._pairs
             }

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from conf.errors import AntherError
 from conf.schemas import Simulation
+from conf.units import HOUR
 from privacy import durable
 from privacy.noise import stream
 from protocol import plain
 from simulations.clock import VirtualClock
 from simulations.fleet import Participant
 from simulations.heat import Heat
-from simulations.hours import HOUR, Daily, Hours, Trace, load_traces, uniform
+from simulations.hours import Daily, Hours, Trace, load_traces, uniform
 from simulations.life import Body, Moment
 from simulations.log import FleetFacts, Log
 from simulations.owned import Owned

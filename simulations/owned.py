@@ -7,9 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from conf.units import HOUR
 from protocol.messages import DeviceReport
 from simulations.hardware import Hardware
-from simulations.hours import HOUR, Hours
+from simulations.hours import Hours
 from simulations.life import Body, Lived, Moment, live
 
 WARM = 0.8

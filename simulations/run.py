@@ -1,7 +1,9 @@
 """A whole federation on one machine:  python -m simulations.run [key=value …]
 
 Composition root: configuration → base, fleet, strategy, grid → rounds → personal adapters → evaluation → report.
-Whatever is finished is on disk; killed at any moment, `resume=true` continues to the same result.
+Whatever is finished is on disk; killed at any moment, `resume=true` continues after the last whole round. It comes to
+the same result, but for what devices of a timed fleet were still at when that round ended (asynchronous training, and
+replies that would have come late): this is lost, and devices are asked anew.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 
 from conf.cli import application, output_dir
+from conf.errors import AntherError
 from conf.schemas import Simulation
 from simulations import output
 from simulations.display import Display
@@ -45,6 +48,7 @@ def main(config: Simulation) -> None:
 def simulate(config: Simulation, folder: Path, display: Display) -> None:
     """Run or continue the federation of `config` in `folder`."""
     started = time.perf_counter()
+    check_time(config)
     display.phase("loading the base")
     if config.grid.name == "ray":
         from simulations import ray  # before anything else of Flower, which it tells how to be imported
@@ -81,6 +85,18 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     fleet = lived.log.rounds if lived else ()
     results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command(), fleet)
     database.close()
+
+
+def check_time(config: Simulation) -> None:
+    """Refuse what needs devices that take time, of a fleet that answers at once, and what is more than all of it."""
+    fleet, chosen = config.fleet, config.strategy
+    mend = "choose a fleet with timed=true, such as fleet=week"
+    if fleet.overselect > 1 and not fleet.timed:
+        raise AntherError(f"fleet.overselect={fleet.overselect:g}: all replies of this fleet come at once; {mend}")
+    if chosen.timing == "async" and not fleet.timed:
+        raise AntherError(f"strategy.timing=async: training takes this fleet no time; {mend}")
+    if chosen.timing == "sync" and chosen.quorum > (devices := config.data.count()):
+        raise AntherError(f"strategy.quorum={chosen.quorum}: there are {devices} devices; lower it, or add some")
 
 
 def grid(

@@ -17,19 +17,18 @@ from flwr.app import Message
 
 from client.app import reply_message, requested
 from client.device import Device
+from conf.units import HOUR, MEGABITS
 from privacy.policy import Refusal
 from protocol.messages import DeviceReport, Reply, Train, Update
 from protocol.records import TRAIN
 from server.collect import collect
 from simulations.costs import Costs
 from simulations.grid import CohortGrid, Perform, Together, each_by_itself, identify
-from simulations.hours import HOUR, uniform
+from simulations.hours import uniform
 from simulations.life import Lived
 from simulations.lives import Lives
 from simulations.log import DROPPED, KILLED, OFF
 from simulations.owned import Owned, Task
-
-_BITS = 8 / 1e6  # megabits in a byte
 
 
 class TimedGrid(CohortGrid):
@@ -58,6 +57,7 @@ class TimedGrid(CohortGrid):
         super().__init__(devices, perform, together=together, storage=storage)
         self._lives, self._costs, self._seed = lives, costs, seed
         self._asked: dict[str, Message] = {}  # to train, by message id, until there is a reply
+        self._forgotten: set[str] = set()  # of them: whose reply nobody is going to pull
         self._pending: dict[str, None] = {}  # of them, in order: who will get done, and isn't trained yet
         self._outcomes: dict[str, Reply | Exception] = {}  # trained, and on their way
 
@@ -81,6 +81,11 @@ class TimedGrid(CohortGrid):
                 self._begin(owned)
         return [message.metadata.message_id for message in asked]
 
+    def forget(self, message_ids: Iterable[str]) -> None:
+        names = set(message_ids)
+        super().forget(names)
+        self._forgotten |= names & self._asked.keys()
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies as they come, until there is one to each message or `timeout` seconds of the fleet's are over."""
         asked = list(messages)
@@ -102,7 +107,7 @@ class TimedGrid(CohortGrid):
         plan, profile = request.plan, owned.hardware.profile
         if owned.moment.off:
             return self._lose(owned, OFF)
-        arrived = owned.goes_on(until=now + len(request.adapter) * _BITS / profile.downlink_mbps)
+        arrived = owned.goes_on(until=now + len(request.adapter) * MEGABITS / profile.downlink_mbps)
         if arrived.fate:
             return self._lose(owned, arrived.fate)
         if not self._costs.fits(plan, owned.hardware.known):
@@ -131,7 +136,7 @@ class TimedGrid(CohortGrid):
             self._reply(owned, outcome)
             return False
         link = owned.hardware.profile.uplink_mbps
-        sent: Lived = owned.goes_on(until=owned.moment.time + len(outcome.adapter) * _BITS / link)
+        sent: Lived = owned.goes_on(until=owned.moment.time + len(outcome.adapter) * MEGABITS / link)
         if sent.fate:
             self._lose(owned, sent.fate)
         else:
@@ -163,8 +168,9 @@ class TimedGrid(CohortGrid):
         self._lives.log.spent(task.joules)
         if outcome is None:
             self._lives.log.lost(reason)
-        else:
+        elif task.name not in self._forgotten:
             self._replies[task.name] = reply_message(outcome, message)
+        self._forgotten.discard(task.name)
         if owned.waiting:
             self._begin(owned)
         return outcome is not None

@@ -34,6 +34,11 @@ def aggregation(config: Simulation) -> Aggregation:
     Raises AntherError for a setting that it has not.
     """
     rule, chosen = _aggregation(config), config.strategy
+    if chosen.norm_bound is not None and "norm" not in chosen.robust:
+        raise AntherError(
+            f"strategy.norm_bound={chosen.norm_bound:g}: nothing holds a change to it; add norm to strategy.robust, or "
+            "leave it null"
+        )
     if not chosen.robust:
         return rule
     judging: dict[str, Rule] = {
@@ -99,10 +104,15 @@ def _aggregation(config: Simulation) -> Aggregation:
 def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
     """The server's, as `strategy.optimiser` names it; None if the rule's mean is the next adapter.
 
-    Raises AntherError for a rule whose factors are new each round.
+    Raises AntherError for a rule whose factors are new each round, and for a rate of no step.
     """
     chosen = config.strategy
     if chosen.optimiser == "none":
+        if chosen.server_rate is not None:
+            raise AntherError(
+                f"strategy.server_rate={chosen.server_rate:g}: without an optimiser the mean is the next adapter; "
+                "choose strategy.optimiser=fedavgm, fedadam or fedyogi, or leave it null"
+            )
         return None
     if turned := rule.sensitivity.turned:
         raise AntherError(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 
 from models.adapter import Adapter, Factors
-from strategies.planning import Cosine
 
 STRIDE = 10_000
 """Plans of one round at most: each has a number of its own, for a device answers for a number only once."""
@@ -56,8 +55,3 @@ def on_product(current: Adapter, started: Adapter, trained: Adapter, scale: floa
 
 SHIFTS: dict[str, Shift] = {"exact": on_product, "fedit": on_factors}
 """By aggregation; another one can't take an update of an older adapter."""
-
-
-def per_round(decay: Cosine) -> Callable[[float, int], float]:
-    """A decay by rounds, of numbers of plans."""
-    return lambda rate, number: decay(rate, number // STRIDE)

@@ -17,7 +17,6 @@ from privacy.central import Adaptive, Gaussian
 from privacy.noise import NoiseSource, source
 from protocol.messages import TrainingPlan
 from strategies.aggregating import aggregation, optimiser
-from strategies.asynchronous import per_round
 from strategies.clock import Clock
 from strategies.federated import Federated
 from strategies.fitting import Fitting, costs_of
@@ -93,7 +92,7 @@ def build(
         download=config.strategy.download,
         limits=limits,
         frame=frame,
-        decay=_decay(config),
+        decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
         device_level=level,
         quorum=config.strategy.quorum,
@@ -129,6 +128,17 @@ def _check_timing(config: Simulation) -> None:
             f"strategy.weights={chosen.weights}: an update of an older adapter comes with that one's directions, which "
             "are no slices of it; leave it device, or use strategy.timing=sync"
         )
+    if chosen.timing == "async" and fleet.overselect > 1:
+        raise AntherError(
+            f"fleet.overselect={fleet.overselect:g}: with strategy.timing=async nobody's reply is waited for, and none "
+            "too late; leave it 1"
+        )
+    most = ("strategy.buffer", chosen.buffer) if chosen.timing == "async" else ("fleet.sample", fleet.sample)
+    if most[1] is not None and chosen.quorum > most[1]:
+        raise AntherError(
+            f"strategy.quorum={chosen.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "
+            "raise the other"
+        )
     if config.privacy.of_devices:
         if fleet.overselect > 1:
             raise AntherError(
@@ -140,14 +150,6 @@ def _check_timing(config: Simulation) -> None:
                 f"strategy.quorum={chosen.quorum}: what is private per device is released whatever came back: to keep "
                 "the adapter would tell; leave it 1"
             )
-
-
-def _decay(config: Simulation) -> Callable[[float, int], float] | None:
-    """Of the learning rate, by the number that a plan has."""
-    if not config.strategy.decay:
-        return None
-    cosine = Cosine(rounds=config.rounds)
-    return cosine if config.strategy.timing == "sync" else per_round(cosine)
 
 
 def combination(config: Simulation) -> Combination:

@@ -47,13 +47,13 @@ from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFact
 from strategies.fitting import Fitting
 from strategies.gathered import Asked, Gathered
 from strategies.measuring import Measuring
-from strategies.optimisers import Memory, Optimiser
+from strategies.optimisers import Memory, Optimiser, Tensors
 from strategies.planner import Planner
 from strategies.planning import Limits
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.roster import Roster, by_name
-from strategies.scaffold import Drift
+from strategies.scaffold import Drift, begun
 from strategies.selection import ByName, Candidate, Candidates, Selection
 from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.everyone import Everyone
@@ -222,11 +222,11 @@ class Federated(Strategy):
     def _recent(self, grid: Grid) -> dict[int, DeviceReport]:
         """The same, where what a device tells of its moment is as young as it has to be."""
         if self._eligible.momentary or self._limits.momentary or self._selection.sensitivity.momentary:
-            self._roster.forget(before=self._clock.now() - self._report_age)
+            self._roster.forget(before=self._clock.now() - self._report_age, but=self.away)
         return self.query(grid)
 
     def _candidates(
-        self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int
+        self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int, round: int
     ) -> Candidates:
         """Each device that could do something of this, with the plan that it would get."""
         plans = self._planner.plans(reports.values(), full, adapter=adapter, download=download)
@@ -241,15 +241,16 @@ class Federated(Strategy):
             for report in reports.values()
             if (planned := plans.get(report.device)) is not None
         }
-        return Candidates(found, self._losses)
+        return Candidates(found, self._losses, round=round)
 
-    def _asks(self, candidates: Candidates, round: int) -> list[Candidate]:
+    def _asks(self, candidates: Candidates, draw: int) -> list[Candidate]:
         """Who is asked to train: whom the selection picks, or as many of them as there is room for."""
         eligible = {name: one for name, one in candidates.items() if self._eligible(one.report)}
-        drawn_from = candidates if self.device_level else Candidates(eligible, candidates.losses)
-        picked = [name for name in self._selection.select(drawn_from, round=round) if name in eligible]
+        allowed = Candidates(eligible, candidates.losses, round=candidates.round)
+        drawn_from = candidates if self.device_level else allowed
+        picked = [name for name in self._selection.select(drawn_from, draw=draw) if name in eligible]
         if self.room is not None and len(picked) > self.room:
-            picked = sorted(random.Random(stream(self._plan.run, round, "room")).sample(picked, self.room))
+            picked = sorted(random.Random(stream(self._plan.run, draw, "room")).sample(picked, self.room))
         return [eligible[name] for name in picked]
 
     def configure_train(
@@ -258,8 +259,15 @@ class Federated(Strategy):
         arrays: ArrayRecord,
         config: ConfigRecord,  # noqa: ARG002  # Flower's interface: what we have to say is in the messages
         grid: Grid,
+        *,
+        number: int | None = None,
     ) -> Iterable[Message]:
-        """A Train message for each selected device, with its own plan."""
+        """A Train message for each selected device, with its own plan.
+
+        Args:
+            number: of these plans, and of the coins that are tossed for them; None: the round's.
+        """
+        number = server_round if number is None else number
         reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
         if self.device_level:
             may = self.device_level.eligible([report.device for report in reports.values()])
@@ -267,21 +275,19 @@ class Federated(Strategy):
         held = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
         data, adapter, rounded = download(held, self._download)
         trains = self._aggregation.trains(server_round)
-        drift = None
+        start: Tensors = {}
+        control: Tensors = {}
         if self._plan.scaffold:
             start = trained_tensors(adapter, trains, self.frame)
-            drift = Drift(self.memory.get(_CONTROL), start, devices=len(reports))
-        if self.frame or drift:  # what is beside the adapter is sent whole, and so is the adapter
+            control = begun(self.memory.get(_CONTROL), start)
+        if self.frame or control:  # what is beside the adapter is sent whole, and so is the adapter
             tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
-            data = encode(tensors | (beside(drift.control) if drift else {}))
-        full = replace(self._plan, round=server_round, rank=min(self._plan.rank, rank(adapter)), trains=trains)
+            data = encode(tensors | beside(control))
+        full = replace(self._plan, round=number, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        nodes = by_name(reports)
-        plans = {
-            nodes[one.report.device]: (one.report, one.plan)
-            for one in self._asks(self._candidates(reports, full, adapter, len(data)), server_round)
-        }
+        nodes, candidates = by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
+        plans = {nodes[one.report.device]: (one.report, one.plan) for one in self._asks(candidates, number)}
         self.good = 0
         if self.device_level:
             self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
@@ -289,7 +295,7 @@ class Federated(Strategy):
             adapter=adapter,
             plans=plans,
             bytes_down=len(data) * len(plans),
-            drift=drift,
+            drift=Drift(control, start, devices=len(candidates)) if control else None,
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
         )
         return [
@@ -406,7 +412,7 @@ class Federated(Strategy):
     def _panel(self, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
         """Who measures."""
         nodes = by_name(reports)
-        return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, round=round)}
+        return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, draw=round)}
 
     def _learn(self, facts: TrainFacts) -> None:
         """One more round to remember."""
@@ -483,7 +489,8 @@ class Federated(Strategy):
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, None
         self.memory = memory
-        if self._plan.privacy is None:
+        # What began at an older adapter may lie on this one in stacked factors: they have no change to compare.
+        if self._plan.privacy is None or any(rank(adapter) > rank(current) for adapter, _ in updates):
             return aggregated, None
         layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
         snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from conf.units import GIB
 from models.adapter import Adapter, Factors, Sites
 from models.base import Base
 from models.families.known import find
@@ -16,7 +17,6 @@ from protocol.messages import DeviceReport, TrainingPlan
 from strategies.knapsack import Choice, choices
 from strategies.planning import Limits, affordable, seconds_per_step, transfers
 
-GIB = 2**30
 RUNTIME = 390 << 20
 """Bytes of a process before there is a network, as profiles of conf/device have them."""
 EVEN = 0.5

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from math import prod
 
+from conf.units import HOUR, MEGABITS
 from models.adapter import Sites
 from models.trained import trained_shapes
 from protocol.messages import DeviceReport, TrainingPlan
 from protocol.rounding import bytes_per_number
 
-HOUR = 3600
-_BITS = 8 / 1e6  # megabits in a byte
 _MANY = 2**31 - 1  # steps, where nothing limits them
 
 
@@ -52,7 +51,8 @@ class Cosine:
 def allowed(
     report: DeviceReport, full: TrainingPlan, limits: Limits, *, sites: Sites, mixed_ranks: bool
 ) -> TrainingPlan | None:
-    """The full plan, in the rank and at the sites that the device trains and that its link carries; None: none such.
+    """The full plan, in the rank and at the sites that the device trains and that its link carries; None: none such,
+    or less than a plan that can't be cut.
 
     Args:
         mixed_ranks: whether a rank may be lower than the full plan's.
@@ -63,7 +63,8 @@ def allowed(
     only = None if report.sites is None else tuple(name for name in sites if name in set(report.sites))
     if (min(most) < full.rank and not mixed_ranks) or (only is not None and not only):
         return None
-    return replace(full, rank=min(most), sites=None if only is None or len(only) == len(sites) else only)
+    cut = replace(full, rank=min(most), sites=None if only is None or len(only) == len(sites) else only)
+    return None if full.scaffold and cut != full else cut  # a control variate is of all that was sent
 
 
 def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: float) -> int:
@@ -87,7 +88,7 @@ def allowance(report: DeviceReport, limits: Limits) -> float | None:
 
 def transfers(report: DeviceReport, plan: TrainingPlan, *, sites: Sites, download: int) -> float:
     """Seconds in which `download` bytes of the adapter come down, and what was trained goes up."""
-    return download * _BITS / report.downlink_mbps + upload(plan, sites) * _BITS / report.uplink_mbps
+    return download * MEGABITS / report.downlink_mbps + upload(plan, sites) * MEGABITS / report.uplink_mbps
 
 
 def upload(plan: TrainingPlan, sites: Sites) -> float:

@@ -31,25 +31,31 @@ class Roster:
             # Whoever left may be back under another node id, refused so far because its name was taken.
             self.reports = {node: report for node, report in self.reports.items() if node in present}
             self._names = {report.device for report in self.reports.values()}
+            self._heard = {node: time for node, time in self._heard.items() if node in present}
             self._unfit.clear()
         return [node for node in sorted(present) if node not in self.reports and node not in self._unfit]
 
-    def forget(self, *, before: float) -> None:
-        """Whoever told of itself before this time is unknown again: its report may be wrong by now."""
-        for node in [node for node in self.reports if self._heard[node] < before]:
+    def forget(self, *, before: float, but: Collection[int] = ()) -> None:
+        """Whoever told of itself before this time is unknown again: its report may be wrong by now.
+
+        Args:
+            but: nodes that nobody looks at, and that are not to be disturbed.
+        """
+        for node in [node for node in self.reports if self._heard[node] < before and node not in but]:
             self._names.remove(self.reports.pop(node).device)
+            del self._heard[node]
 
     def consider(self, node: int, report: DeviceReport, *, now: float) -> None:
         """Take a new device in, or remember why not."""
-        speeds = (report.examples_per_second, report.uplink_mbps, report.downlink_mbps)
+        costs = (report.examples_per_second, report.watts, report.uplink_mbps, report.downlink_mbps)
         if report.base != self._base:
             self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
         elif report.device in self._names:
             self._unfit[node] = "its name is taken"
         elif report.rank is not None and report.rank < 1:
             self._unfit[node] = "its report asks for a rank below 1"
-        elif not (report.device and all(LEAST < speed < MOST for speed in speeds)):
-            self._unfit[node] = "its report has no name or no sensible speed"
+        elif not (report.device and all(LEAST < cost < MOST for cost in costs)):
+            self._unfit[node] = "its report has no name, or no sensible speed or power"
         else:
             self.reports[node] = report
             self._names.add(report.device)

@@ -9,24 +9,28 @@ from protocol.messages import TrainingPlan
 from strategies.optimisers import Tensors, kept
 
 
+def begun(control: Tensors | None, start: Tensors) -> Tensors:
+    """c of a round that sends this of what is trained: zero before the first."""
+    return control or {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+
+
 class Drift:
     """c⁺ = c + Σ (c_i⁺ − c_i) / N over the devices that replied, one after another.
 
     Args:
-        control: c; None before the first round, when it is zero.
+        control: c.
         start: what was sent, of what is trained.
-        devices: N, those that are there, asked or not.
+        devices: N, those that can train, asked or not.
     """
 
-    def __init__(self, control: Tensors | None, start: Tensors, *, devices: int) -> None:
-        self.control = control or {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        self._start, self._devices = start, devices
-        self._next = {name: tensor.double() for name, tensor in self.control.items()}
+    def __init__(self, control: Tensors, start: Tensors, *, devices: int) -> None:
+        self._control, self._start, self._devices = control, start, devices
+        self._next = {name: tensor.double() for name, tensor in control.items()}
 
     def add(self, plan: TrainingPlan, trained: Tensors) -> None:
         """What one device made of the plan that it was sent."""
         moved = {name: tensor - self._start[name] for name, tensor in trained.items()}
-        for name, part in change(self.control, moved, steps=plan.steps, rate=plan.learning_rate).items():
+        for name, part in change(self._control, moved, steps=plan.steps, rate=plan.learning_rate).items():
             self._next[name] += part / self._devices
 
     def next(self) -> Tensors:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -37,15 +38,44 @@ class _Place(NamedTuple):
     outputs: int
 
 
+class _Read(Mapping[str, Factors]):
+    """An update, of whose sites each is read when it is asked for: a rule that goes by sites reads no others."""
+
+    def __init__(self, held: mmap.mmap, places: Mapping[str, _Place]) -> None:
+        self._map, self._places = held, places
+
+    def __getitem__(self, site: str) -> Factors:
+        place = self._places[site]
+        size = place.rank * place.inputs
+        a = self._view(place.start, (place.rank, place.inputs))
+        return Factors(a, self._view(place.start + _NUMBER * size, (place.outputs, place.rank)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _view(self, start: int, shape: tuple[int, int]) -> Tensor:
+        count = shape[0] * shape[1]
+        if not count:
+            return torch.empty(shape)
+        return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(shape)
+
+
 class Spool(Sequence[tuple[Adapter, float]]):
     """Updates of equal weight in the order of their keys, whichever order they came in.
 
     Floating point sums depend on the order, and replies arrive in any.
+
+    Attributes:
+        keys: of all updates, in order.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed at exit
         self._end = self._file.write(bytes(_NUMBER))  # nothing at all can't be mapped
+        self.keys: list[Key] = []
         self._places: dict[Key, dict[str, _Place]] = {}
         self._map: mmap.mmap | None = None
 
@@ -58,11 +88,6 @@ class Spool(Sequence[tuple[Adapter, float]]):
     def close(self) -> None:
         """Views that were read stay, and the room of the file until they go."""
         self._file.close()
-
-    @property
-    def keys(self) -> list[Key]:
-        """Of all updates, in order."""
-        return sorted(self._places)
 
     def add(self, key: Key, adapter: Adapter) -> None:
         """One more, before any is read.
@@ -83,6 +108,7 @@ class Spool(Sequence[tuple[Adapter, float]]):
         except OSError as error:
             raise RefusedError("no room", f"{key[0]}: the server can't store its update: {error.strerror}") from None
         self._places[key], self._end = places, end
+        insort(self.keys, key)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -99,18 +125,7 @@ class Spool(Sequence[tuple[Adapter, float]]):
     def _update(self, key: Key) -> tuple[Adapter, float]:
         if self._map is None:
             self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
-        return {site: self._factors(place) for site, place in self._places[key].items()}, 1.0
-
-    def _factors(self, place: _Place) -> Factors:
-        size = place.rank * place.inputs
-        a = self._view(place.start, (place.rank, place.inputs))
-        return Factors(a, self._view(place.start + _NUMBER * size, (place.outputs, place.rank)))
-
-    def _view(self, start: int, shape: tuple[int, int]) -> Tensor:
-        count = shape[0] * shape[1]
-        if not count or self._map is None:
-            return torch.empty(shape)
-        return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(shape)
+        return _Read(self._map, self._places[key]), 1.0
 
 
 def _bytes(factor: Tensor) -> bytes:

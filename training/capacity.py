@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from conf.errors import AntherError
+from conf.units import GIB
 from models.denoiser import Denoiser
 from models.slots import Stacks
 from training import memory
@@ -19,8 +20,6 @@ from training.passes import single_threaded_layers, workers
 from training.rows import Rows, Shape, common_bytes, row_bytes
 
 LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.cohort`
-
-_GIB = 2**30
 
 
 class TooLittleMemoryError(AntherError):
@@ -48,7 +47,7 @@ def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
     if row + entry > limit:
         least = row + entry + granted - limit
         raise TooLittleMemoryError(
-            f"cohort.memory_gib={granted / _GIB:.3g}: one picture of one device takes {least / _GIB:.3g} here: "
+            f"cohort.memory_gib={granted / GIB:.3g}: one picture of one device takes {least / GIB:.3g} here: "
             "give more, or train fewer sites"
         )
     step = max(map(expected_entries, jobs))

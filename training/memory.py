@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 from conf.errors import AntherError
+from conf.units import GIB
 from models.storages import LiveStorages
 
 SHARE = {"cpu": 0.25, "cuda": 0.6}  # of the total, where nobody says otherwise
 WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # what kernels and allocators take beside the tensors that can be counted
-_GIB = 2**30
 
 
 def budget(memory_gib: float | None, device: torch.device) -> int:
     """Bytes for a cohort on `device`: as asked, or a fixed share of the total."""
-    return int(memory_gib * _GIB) if memory_gib else int(SHARE[device.type] * total_and_free(device)[0])
+    return int(memory_gib * GIB) if memory_gib else int(SHARE[device.type] * total_and_free(device)[0])
 
 
 def check_free(wanted: int, device: torch.device) -> None:
@@ -29,7 +29,7 @@ def check_free(wanted: int, device: torch.device) -> None:
     total, free = total_and_free(device)
     if wanted > free:
         raise AntherError(
-            f"cohort.memory_gib={wanted / _GIB:.3g}: only {free / _GIB:.3g} of {total / _GIB:.3g} GiB are free on this "
+            f"cohort.memory_gib={wanted / GIB:.3g}: only {free / GIB:.3g} of {total / GIB:.3g} GiB are free on this "
             f"{device.type}: stop what else runs there, or ask for less"
         )
 

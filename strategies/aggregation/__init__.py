@@ -59,7 +59,8 @@ class Aggregation(Protocol):
 
 def shares(updates: Updates, site: str) -> Shares:
     """Those who trained a site, one direction or more: who did not does not dilute its mean. None if nobody did."""
-    there = [(adapter[site], weight) for adapter, weight in updates if site in adapter and len(adapter[site].a)]
+    each = ((adapter.get(site), weight) for adapter, weight in updates)
+    there = [(factors, weight) for factors, weight in each if factors is not None and len(factors.a)]
     total = sum(weight for _, weight in there)
     return [(factors, weight / total) for factors, weight in there]
 

@@ -98,7 +98,7 @@ class Exact:
         Diagnostics, means over the sites that were trained: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative
         distance from the mean; `rank`, of the result; `live`, its most directions with a B that is not zero.
         """
-        found: Adapter = {}
+        found: dict[str, Factors] = {}
         energies, live = [], 0
         for site, current in mean.current.items():
             best = mean.best(site, max_rank=self._max_rank, energy=self._energy)

@@ -42,7 +42,7 @@ class FLoRA:
             there = shares(updates, site)
             learned[site] = _without_loss(*stacked_mean(before, there)) if there else _without_loss(*before)
         size = self._rank + max(len(factors.a) for factors in learned.values())
-        found: Adapter = {}
+        found: dict[str, Factors] = {}
         for site, (a, b) in learned.items():
             fresh = pad(Factors(a[:0], b[:, :0]), self._rank, stream(self._seed, round, site, "fresh directions"))
             whole = Factors(torch.cat([fresh.a, a]), torch.cat([fresh.b, b], dim=1))

@@ -59,11 +59,12 @@ class Candidates(dict[str, Candidate]):
 
     Attributes:
         losses: the mean loss that devices told in each round before this one; under privacy there are none.
+        round: that they may be asked in.
     """
 
-    def __init__(self, devices: Mapping[str, Candidate], losses: Iterable[float] = ()) -> None:
+    def __init__(self, devices: Mapping[str, Candidate], losses: Iterable[float] = (), *, round: int) -> None:
         super().__init__(devices)
-        self.losses = tuple(losses)
+        self.losses, self.round = tuple(losses), round
 
 
 class Selection(Protocol):
@@ -74,8 +75,12 @@ class Selection(Protocol):
 
     sensitivity: Sampling
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        """The devices to ask, by name, sorted."""
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        """The devices to ask, by name, sorted.
+
+        Args:
+            draw: names its coins; an asynchronous round has several draws, each with a number of its own.
+        """
         ...
 
 
@@ -84,7 +89,7 @@ class ByName(Protocol):
 
     sensitivity: Sampling
 
-    def select(self, devices: Collection[str], *, round: int) -> list[str]:
+    def select(self, devices: Collection[str], *, draw: int) -> list[str]:
         """The devices to ask, by name, sorted."""
         ...
 

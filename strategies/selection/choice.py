@@ -14,11 +14,11 @@ from strategies.selection import Candidate, Candidates, check_size
 
 
 def best_of_drawn(
-    devices: Candidates, merit: Callable[[Candidate], object], *, size: int, more: float, seed: int, round: int
+    devices: Candidates, merit: Callable[[Candidate], object], *, size: int, more: float, seed: int, draw: int
 ) -> list[str]:
     """The `size` of best merit among ⌈more · size⌉ devices drawn without replacement; names break ties."""
     names = sorted(devices)
-    drawn = random.Random(stream(seed, round, "choice")).sample(names, min(len(names), -int(-more * size // 1)))
+    drawn = random.Random(stream(seed, draw, "choice")).sample(names, min(len(names), -int(-more * size // 1)))
     return sorted(sorted(sorted(drawn), key=lambda name: merit(devices[name]), reverse=True)[:size])  # type: ignore[arg-type,return-value]
 
 

@@ -30,8 +30,8 @@ class Deadline:
             raise ValueError(f"{seconds=}: must be over 0")
         self._size, self._seconds, self._more, self._seed = size, seconds, more, seed
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        return best_of_drawn(devices, self._merit, size=self._size, more=self._more, seed=self._seed, round=round)
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        return best_of_drawn(devices, self._merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
 
     def _merit(self, one: Candidate) -> tuple[bool, float]:
         if one.seconds > self._seconds:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from conf.units import HOUR
 from strategies.selection import Candidate, Candidates, Sampling
 from strategies.selection.oort import Oort, OortSettings
-
-HOUR = 3600
 
 
 class Energy:
@@ -33,8 +32,8 @@ class Energy:
             raise ValueError(f"{weight=}: must be 0 to 1")
         self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(rewarded, weight=weight))
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        return self._oort.select(devices, round=round)
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        return self._oort.select(devices, draw=draw)
 
 
 def rewarded(utility: float, one: Candidate, *, weight: float) -> float:

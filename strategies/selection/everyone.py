@@ -12,5 +12,5 @@ class Everyone:
 
     sensitivity = Sampling(blind=True, amplifies=False, reason="everybody knows who takes part")
 
-    def select(self, devices: Collection[str], *, round: int) -> list[str]:  # noqa: ARG002
+    def select(self, devices: Collection[str], *, draw: int) -> list[str]:  # noqa: ARG002
         return sorted(devices)

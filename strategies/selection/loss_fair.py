@@ -22,8 +22,8 @@ class LossFair:
         check_more(more, size)
         self._size, self._more, self._seed = size, more, seed
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        return best_of_drawn(devices, _merit, size=self._size, more=self._more, seed=self._seed, round=round)
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        return best_of_drawn(devices, _merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
 
 
 def _merit(one: Candidate) -> float:

@@ -68,14 +68,15 @@ class Oort:
         check_size(size)
         self._size, self._seed, self._settings, self._reward = size, seed, settings, reward
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        chosen, coins = self._settings, random.Random(stream(self._seed, round, "oort"))
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        chosen = self._settings
+        coins = random.Random(stream(self._seed, draw, "oort"))
         share = paced(devices.losses, chosen.preferred, window=chosen.window, step=chosen.step)
         preferred = quantile((one.seconds for one in devices.values()), share)
         new = {name: one for name, one in devices.items() if not one.asked}
         known = self._rested({name: one for name, one in devices.items() if one.asked}, new)
-        utility = utilities(known, preferred=preferred, round=round, settings=chosen)
-        explore = int(self._size * max(chosen.exploration * chosen.decay ** (round - 1), chosen.least))
+        utility = utilities(known, preferred=preferred, round=devices.round, settings=chosen)
+        explore = int(self._size * max(chosen.exploration * chosen.decay ** (devices.round - 1), chosen.least))
         exploit = min(len(known), max(self._size - explore, self._size - len(new)))
         rewards = {name: self._reward(utility[name], one) for name, one in known.items()}
         asked = drawn(admitted(rewards, exploit, chosen.cutoff), exploit, coins)

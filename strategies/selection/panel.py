@@ -21,5 +21,5 @@ class Panel:
             raise ValueError(f"{size=}: must be 1 or more")
         self._size, self._seed = size, seed
 
-    def select(self, devices: Collection[str], *, round: int) -> list[str]:  # noqa: ARG002
+    def select(self, devices: Collection[str], *, draw: int) -> list[str]:  # noqa: ARG002
         return sorted(sorted(devices, key=lambda name: stream(self._seed, "panel", name))[: self._size])

@@ -27,6 +27,6 @@ class Poisson:
             raise ValueError(f"{rate=}: must lie between 0 and 1")
         self.rate, self._coins = rate, coins
 
-    def select(self, devices: Collection[str], *, round: int) -> list[str]:
+    def select(self, devices: Collection[str], *, draw: int) -> list[str]:
         names = sorted(devices)
-        return [names[place] for place in self._coins(round).poisson_batch(len(names), self.rate).tolist()]
+        return [names[place] for place in self._coins(draw).poisson_batch(len(names), self.rate).tolist()]

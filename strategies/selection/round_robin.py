@@ -16,6 +16,6 @@ class RoundRobin:
         check_size(size)
         self._size = size
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:  # noqa: ARG002
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:  # noqa: ARG002
         turns = sorted(devices, key=lambda name: (devices[name].asked, devices[name].last, name))
         return sorted(turns[: self._size])

@@ -13,7 +13,7 @@ from strategies.selection import Sampling
 
 
 class Sample:
-    """`size` devices without replacement, or all if there are fewer; the same for one seed, round and set of names.
+    """`size` devices without replacement, or all if there are fewer; the same for one seed, draw and set of names.
 
     Args:
         purpose: names the random stream: who is asked for one thing says nothing of who is asked for another.
@@ -28,7 +28,7 @@ class Sample:
             raise ValueError(f"{size=}: must be 1 or more")
         self._size, self._seed, self._purpose = size, seed, purpose
 
-    def select(self, devices: Collection[str], *, round: int) -> list[str]:
+    def select(self, devices: Collection[str], *, draw: int) -> list[str]:
         names = sorted(devices)
-        draw = random.Random(stream(self._seed, round, self._purpose))
-        return sorted(draw.sample(names, min(self._size, len(names))))
+        coins = random.Random(stream(self._seed, draw, self._purpose))
+        return sorted(coins.sample(names, min(self._size, len(names))))

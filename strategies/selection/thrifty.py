@@ -24,8 +24,8 @@ class Thrifty:
         check_more(more, size)
         self._size, self._more, self._seed = size, more, seed
 
-    def select(self, devices: Candidates, *, round: int) -> list[str]:
-        return best_of_drawn(devices, merit, size=self._size, more=self._more, seed=self._seed, round=round)
+    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+        return best_of_drawn(devices, merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
 
 
 def merit(one: Candidate) -> float:

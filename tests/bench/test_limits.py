@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from bench import limits
-from bench.limits import GIB, MIB, Measured, Trial, limited, row
+from bench.limits import Measured, Trial, limited, row
 from client.ladder import Rung, Setting
+from conf.units import GIB, MIB
 from models.footprint import Footprint
 from tests.models.networks import SMALL
 

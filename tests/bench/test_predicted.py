@@ -12,10 +12,10 @@ import pytest
 from bench import predicted
 from bench.predicted import Measured
 from conf.planning import planned
+from conf.units import MIB
 from models.footprint import Footprint
 from tests.models.networks import SMALL
 
-MIB = predicted.MIB
 # 200 MiB, and at 10 gflops a second
 PREDICTED = Footprint(
     base_bytes=100 * MIB, activations_bytes=50 * MIB, workspace_bytes=10 * MIB, adapter_bytes=40 * MIB,

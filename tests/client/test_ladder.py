@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client import ladder as ladders
-from client.ladder import GIB, HOUR, Rung, Setting, fastest, ladder, pass_seconds, rung
+from client.ladder import Rung, Setting, fastest, ladder, pass_seconds, rung
 from conf.planning import DeviceProfile, Plan
+from conf.units import GIB, HOUR
 from models.footprint import MARGIN, Footprint
 
 RESOLUTIONS, SITES, WEIGHTS = (512, 256), ("attention", "cross"), ("fp32", "int8", "nf4")

@@ -157,8 +157,10 @@ def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
 
     grid = Silent([FakeDevice("a")], perform)
     message = Message(records.request_to_records(Query()), 1, records.QUERY)
-    assert list(Gated(grid, largest=0, poll=0.01).send_and_receive([message], timeout=0.05)) == []
+    gate = Gated(grid, largest=0, poll=0.01)
+    assert list(gate.send_and_receive([message], timeout=0.05)) == []
     assert grid.looks >= 1
+    assert (gate._asked, grid._replies) == ({}, {})  # and forgotten, here and below
 
 
 LIMITED = """

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import to_tensors
 from protocol import records
 from protocol.codec import encode
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from server import checkpoint
+from server.federation import federate
 from server.legs import Pace
 from server.loop import personalise, run_rounds
 from simulations.grid import CohortGrid
@@ -155,8 +157,8 @@ class Named:
 
     sensitivity = Sampling(blind=True, amplifies=False, reason="by name")
 
-    def select(self, names, *, round):
-        return sorted(names)[:1] if round else []
+    def select(self, names, *, draw):
+        return sorted(names)[:1] if draw else []
 
 
 def test_personalise():
@@ -164,4 +166,19 @@ def test_personalise():
     request = Personalise(
         run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
     )
-    assert personalise(grid=grid, strategy=strategy(), request=request).devices == ("a", "b")
+    assert personalise(grid=grid, strategy=strategy(), request=request, timeout=1.0).devices == ("a", "b")
+
+
+def test_every_leg_waits_as_long_as_the_strategy_says(tmp_path):
+    class Timed(CohortGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            asked = list(messages)
+            waited.setdefault(asked[0].metadata.message_type, timeout)
+            return super().send_and_receive(asked)
+
+    waited = {}
+    federate(
+        compose("rounds=1 adapter.shared.rank=3 strategy.timeout=77"), grid=Timed([FakeDevice("a")], perform),
+        strategy=strategy(), plan=PLAN, saved=None, checkpoints=tmp_path, on_round=lambda _: None,
+    )  # fmt: skip
+    assert waited == {"query": 120.0, "train": 77.0, "evaluate": 77.0, "train.personalise": 77.0}

@@ -89,7 +89,7 @@ def test_aborted_under_a_secret_sample_the_whole_population_pays(tmp_path, caplo
     settings = {"level": level, "selection": poisson(0.5)}
     whole = run(tmp_path / "whole", **settings)
     assert whole.round == 3
-    broken = next(number for number in (1, 2, 3) if "a" in poisson(0.5).select("abc", round=number))
+    broken = next(number for number in (1, 2, 3) if "a" in poisson(0.5).select("abc", draw=number))
     with pytest.raises(Killed):
         run(tmp_path / "parts", kill=broken, **settings)
     with caplog.at_level(logging.WARNING):

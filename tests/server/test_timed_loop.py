@@ -20,12 +20,17 @@ from strategies.asynchronous import STRIDE, on_factors, on_product
 from strategies.build import build
 from strategies.full_plan import training_plan
 from strategies.optimisers import FedAvgM
+from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
 from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, strategy
 from tests.lives import RUNTIME, owned, timed
 
 WORK = PLAN.steps * PLAN.batch_size
+PRIVATE = replace(
+    PLAN,
+    privacy=messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +40,14 @@ def _fake_logic(monkeypatch):
 
 def run(
     folder, *fleet, rounds=2, state=None, chosen=None, enough=None, timeout=100.0, size=None, concurrency=3,
-    shift=on_product, **more
+    shift=on_product, order=0, **more
 ):  # fmt: skip
     """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
     grid, lives = timed(folder, *fleet, **more)
-    if state:
+    if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
-    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough)
+    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
     leg = size and Buffered(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
     found = run_rounds(
         grid=grid, strategy=chosen, state=state or fresh_state(), rounds=rounds, checkpoints=folder / "checkpoints",
@@ -73,6 +78,16 @@ def test_a_round_ends_with_enough_replies_and_counts_who_came_late(tmp_path):
     assert found.history[1].train.dropped == {"no reply": 2}
     assert times(lives)[1] == 2
     assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+
+
+def test_of_replies_that_come_at_once_names_decide_nothing(tmp_path):
+    counted = set()
+    for seed in range(8):
+        found, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=seed)
+        counted.add(tuple(name for name, facts in sorted(found.devices.items()) if facts.rounds))
+    assert len(counted) > 3
+    again, _ = run(tmp_path / "again", *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=7)
+    assert outcome(again) == outcome(found)
 
 
 def test_who_is_too_slow_for_the_deadline_is_not_waited_for(tmp_path):
@@ -196,6 +211,83 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
     assert max(sum(number // STRIDE == version for number in of_a) for version in (1, 2, 3)) > 1  # twice in a round
 
 
+def test_private_updates_of_older_adapters_are_taken_in(tmp_path):
+    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    fleet = speeds(1.0, 1.0, 1.0, 0.3)
+    found, _ = run(tmp_path, *fleet, rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
+    diagnostics = [done.train.diagnostics for done in found.history[1:]]
+    assert [done.train.replied for done in found.history[1:]] == [3] * 4
+    assert "snr" in diagnostics[0]
+    assert any("snr" not in each for each in diagnostics)
+
+
+def test_private_devices_are_asked_once_a_round_and_nobody_is_waited_for(tmp_path):
+    """They have paid for so many rounds; others may be asked again and again."""
+
+    def asked(folder, **changes):
+        chosen, fresh = strategy(**changes), fresh_state(private="plan" in changes)
+        found, lives = run(folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, chosen=chosen, state=fresh, timeout=1e4)
+        return {name: facts.asked for name, facts in found.devices.items()}, times(lives)[-1]
+
+    assert asked(tmp_path / "open")[0]["a"] > 4
+    of_each, seconds = asked(tmp_path / "private", plan=PRIVATE, accept_simulated=True)
+    assert of_each == {"a": 4, "b": 4, "c": 4}
+    assert seconds < 4 * 20
+
+
+def test_a_round_that_everybody_declines_is_over(tmp_path):
+    def fail(_reply):
+        raise RuntimeError
+
+    devices = [FakeDevice(name, misbehave=fail) for name in "ab"]
+    found, lives = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
+    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 2}] * 2
+    assert times(lives)[-1] < 10
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
+def test_who_is_given_up_is_counted_when_it_comes_and_forgotten_after_ten_rounds(tmp_path, monkeypatch, size, rounds):
+    grids, made = [], timed
+
+    def kept(*given, **named):
+        grids.append(made(*given, **named))
+        return grids[-1]
+
+    monkeypatch.setattr(f"{__name__}.timed", kept)
+    found, _ = run(tmp_path / "late", *speeds(8.0, 8.0, 0.6), rounds=rounds, timeout=10.0, size=size)
+    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+    run(tmp_path / "never", *speeds(8.0, 8.0, 0.01), rounds=rounds, timeout=10.0, size=size)
+    for _ in range(99):
+        grids[1][1].clock.wait(1e9)
+    assert len(grids[1][0]._replies) <= 10
+
+
+class Watched(Everyone):
+    """Everyone, and when, and by whose coins, they were asked for."""
+
+    def __init__(self):
+        self.seen = []
+
+    def select(self, devices, *, draw):
+        self.seen.append((devices.round, draw))
+        return super().select(devices, draw=draw)
+
+
+def test_whoever_selects_goes_by_the_round_and_tosses_coins_of_its_own(tmp_path):
+    """And learning rates fall by the round."""
+    watched, rates = Watched(), {}
+
+    def noted(rate, round):
+        return rates.setdefault(round, rate / round)
+
+    run(tmp_path, *speeds(1.0, 0.3), rounds=3, size=4, chosen=strategy(selection=watched, decay=noted), timeout=1000.0)
+    draws = [draw for _, draw in watched.seen]
+    assert draws == sorted(draws)
+    assert len(set(draws)) > 3
+    assert [number for number, _ in watched.seen] == [draw // STRIDE for draw in draws]
+    assert {number for number, _ in watched.seen} == set(rates) == {1, 2, 3}
+
+
 @pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
 def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_path, monkeypatch, optimiser):
     """Five rounds of 10⁻³ on numbers of about 1, which int4 holds to 0.3."""
@@ -238,6 +330,9 @@ def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_pat
     ("strategy.weights=rank_slice strategy.timing=async", "leave it device, or use strategy.timing=sync"),
     ("strategy=fedit strategy.timing=async privacy=device", "timing async can't be charged ahead"),
     ("strategy=fedit privacy=device fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: whose reply counts"),
+    ("strategy.timing=async fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: with strategy.timing=async"),
+    ("strategy.timing=async strategy.buffer=3 strategy.quorum=4", "strategy.quorum=4: .* than strategy.buffer=3"),
+    ("fleet.sample=3 fleet.overselect=2 strategy.quorum=4", "strategy.quorum=4: .* than fleet.sample=3"),
     ("strategy=fedit privacy=device strategy.quorum=2", "strategy.quorum=2: what is private per device"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_one_line(overrides, said):
@@ -249,4 +344,4 @@ def test_what_does_not_go_together_is_one_line(overrides, said):
 def test_over_selection_asks_more_than_it_needs():
     config = compose("fleet.sample=5 fleet.overselect=1.3")
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
-    assert len(found._selection.select([str(number) for number in range(20)], round=1)) == 7
+    assert len(found._selection.select([str(number) for number in range(20)], draw=1)) == 7

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import AntherError
-from simulations.hours import DAY, HOUR, Daily, Trace, load_traces
+from conf.units import HOUR
+from simulations.hours import DAY, Daily, Trace, load_traces
 
 
 def test_hours_of_a_day_over_midnight():
@@ -82,3 +83,10 @@ def test_a_bad_json_is_one_line(tmp_path, text):
         load_traces(file)
     with pytest.raises(AntherError, match="absent"):
         load_traces(tmp_path / "absent.csv")
+
+
+def test_days_that_are_over_are_not_kept():
+    hours = Daily([22.0, 6.0], [0.0, 8.0], jitter=HOUR, seed=1)
+    changes = [hours.next_change(day * DAY) for day in range(100)]
+    assert len(hours._days) <= 4
+    assert [hours.next_change(day * DAY) for day in range(100)] == changes  # also back in time

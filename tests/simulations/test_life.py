@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulations.battery import HOUR, charge_after, flow, seconds_until
+from conf.units import HOUR
+from simulations.battery import charge_after, flow, seconds_until
 from simulations.heat import Heat, heat_after, seconds_until_change
 from simulations.hours import DAY, Daily
 from simulations.life import FLAT, LEFT, WAKES, Body, Moment, live

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conf.compose import compose
+from conf.errors import AntherError
+from simulations.run import check_time
+
 TINY = [
     "data.writers=3", "data.test=3", "data.validation=2", "rounds=3", "adapter.shared.steps=2", "adapter.shared.rank=4",
     "adapter.personal.steps=4", "adapter.personal.rank=2", "adapter.look_every=2", "evaluation.timesteps=2",
@@ -137,6 +141,21 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
     assert process.returncode == 130
     assert "resume=true" in rest
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ("fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: all replies of this fleet come at once; choose"),
+    ("strategy.timing=async", "strategy.timing=async: training takes this fleet no time; choose a fleet with timed"),
+    ("strategy.quorum=4 data.writers=3", "strategy.quorum=4: there are 3 devices"),
+])  # fmt: skip
+def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said: str) -> None:
+    with pytest.raises(AntherError, match=said):
+        check_time(compose(overrides))
+
+
+@pytest.mark.parametrize("timed", ["fleet.overselect=2 fleet.sample=2", "strategy.timing=async strategy.quorum=9"])
+def test_what_a_timed_fleet_can(timed: str) -> None:
+    check_time(compose(f"fleet=week {timed} data.writers=3"))
 
 
 class TestRefused:

@@ -130,6 +130,18 @@ def test_old_reports_are_asked_for_again_where_they_matter() -> None:
     assert [one.heard.count("Query") for one in devices] == [3, 3]
 
 
+def test_who_is_at_work_is_not_asked_how_it_is() -> None:
+    clock, devices = Clock(), [device("a"), device("b")]
+    federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
+    train(federated, devices, 1)
+    clock.time, federated.away = 100.0, {1}
+    assert train(federated, devices, 2) == ["b"]
+    assert [one.heard.count("Query") for one in devices] == [1, 2]
+    federated.away = set()
+    train(federated, devices, 3)
+    assert [one.heard.count("Query") for one in devices] == [2, 2]
+
+
 def test_who_does_not_answer_anew_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asleep: set[str] = set()
 

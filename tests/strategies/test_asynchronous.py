@@ -12,8 +12,7 @@ from client.logic import handle
 from models.adapter import Adapter, Factors, initial
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
-from strategies.asynchronous import STRIDE, number_of, on_factors, on_product, per_round, staleness
-from strategies.planning import Cosine
+from strategies.asynchronous import STRIDE, number_of, on_factors, on_product, staleness
 from tests.client.devices import Performer, know_epsilon, make_device, train_request
 from tests.fleet import SITES
 
@@ -85,8 +84,6 @@ def test_numbers_are_in_order_and_say_their_round():
     assert [number // STRIDE for number in numbers] == [1, 1, 1, 2, 2, 2]
     with pytest.raises(ValueError, match="place"):
         number_of(1, STRIDE)
-    decay = Cosine(rounds=5)
-    assert per_round(decay)(0.1, number_of(3, 77)) == decay(0.1, 3)
 
 
 def test_a_ledger_charges_each_of_two_updates_in_one_round(tmp_path):

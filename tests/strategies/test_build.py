@@ -117,6 +117,15 @@ def test_a_robust_rule_that_goes_by_entries_leaves_no_direction_as_it_was():
 
 def test_no_optimiser_unless_one_is_named():
     assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
+    with pytest.raises(AntherError, match=r"strategy\.server_rate=0\.1: without an optimiser .* or leave it null"):
+        optimiser(compose("strategy.server_rate=0.1"), FLoRA(rank=8, seed=0))
+
+
+@pytest.mark.parametrize("robust", ["", "strategy.robust=[krum]"])
+def test_a_bound_that_nothing_holds_is_refused(robust):
+    with pytest.raises(AntherError, match=r"strategy\.norm_bound=2: .*add norm to strategy\.robust"):
+        aggregation(compose(f"strategy.norm_bound=2 {robust}"))
+    assert aggregation(compose("strategy.norm_bound=2 strategy.robust=[norm]"))
 
 
 @pytest.mark.parametrize(("overrides", "trained", "measured"), [
@@ -127,7 +136,7 @@ def test_how_many_are_asked(overrides, trained, measured):
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
     names = [str(number) for number in range(20)]
     for number in (1, 2):
-        asked = [selection.select(names, round=number) for selection in (found._selection, found._evaluation)]
+        asked = [selection.select(names, draw=number) for selection in (found._selection, found._evaluation)]
         assert [len(chosen) for chosen in asked] == [trained, measured]
     if trained == measured == 5:
         assert asked[0] != asked[1]  # who trains says nothing of who measures

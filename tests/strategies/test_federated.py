@@ -246,11 +246,13 @@ def test_devices_are_queried_once_and_unfit_ones_never_asked():
         FakeDevice("b", report=replace(REPORT, device="b", base="another")),
         FakeDevice("c", report=replace(REPORT, device="a")),  # the name is taken
         FakeDevice("d", report=replace(REPORT, device="d", uplink_mbps=0.0)),
+        FakeDevice("e", report=replace(REPORT, device="e", watts=0.0)),
     ]
-    federated, grid = strategy(), Changing(devices, perform)
+    federated, grid = strategy(limits=Limits(joules=1.0)), Changing(devices, perform)
     for _ in range(2):
         assert {report.device for report in federated.query(grid).values()} == {"a"}
-    assert [device.heard for device in devices] == [["Query"]] * 4
+    assert [device.heard for device in devices] == [["Query"]] * 5
+    assert list(federated.configure_train(1, start(), ConfigRecord(), grid))
     grid.away = 1  # back as node 3, say: its name is free again
     assert list(federated.query(grid)) == [3]
     grid.away = None

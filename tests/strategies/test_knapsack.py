@@ -11,17 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.units import GIB, MIB
 from models.adapter import Factors, Site
 from models.footprint import MARGIN
 from models.partial import PassCosts, SiteCost
 from protocol.messages import TrainingPlan
-from strategies.fitting import GIB, Fitting, fitted, gains, product_norm
+from strategies.fitting import Fitting, fitted, gains, product_norm
 from strategies.knapsack import choices
 from strategies.planner import Planner
 from strategies.planning import Limits
 from tests.fleet import PLAN, REPORT
-
-MIB = 2**20
 
 
 def table(found: Mapping[str, tuple[int, int]], works: Mapping[str, tuple[float, float]] | None = None) -> PassCosts:

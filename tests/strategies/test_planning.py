@@ -101,44 +101,44 @@ def test_draws_take_their_time():
 
 
 def test_everyone_is_sorted():
-    assert Everyone().select({"b", "a"}, round=1) == ["a", "b"]
+    assert Everyone().select({"b", "a"}, draw=1) == ["a", "b"]
 
 
 def test_a_sample_depends_on_names_round_and_seed_only():
     names = [f"d{i}" for i in range(20)]
-    first = Sample(size=5, seed=1).select(names, round=3)
+    first = Sample(size=5, seed=1).select(names, draw=3)
     assert first == sorted(set(first))
     assert len(first) == 5
     assert set(first) <= set(names)
-    assert Sample(size=5, seed=1).select(names[::-1], round=3) == first
-    others = [Sample(size=5, seed=1).select(names, round=r) for r in range(20)]
+    assert Sample(size=5, seed=1).select(names[::-1], draw=3) == first
+    others = [Sample(size=5, seed=1).select(names, draw=r) for r in range(20)]
     assert len({tuple(o) for o in others}) > 10
     assert {name for o in others for name in o} == set(names)
-    assert Sample(size=5, seed=2).select(names, round=3) != first
+    assert Sample(size=5, seed=2).select(names, draw=3) != first
 
 
 @given(st.sets(st.text(max_size=3), max_size=8), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9))
 def test_a_panel_changes_only_where_somebody_is_away(names: set[str], size: int, seed: int, round: int) -> None:
     panel = Panel(size=size, seed=seed)
-    chosen = panel.select(names, round=round)
-    assert chosen == panel.select(sorted(names), round=round + 1)
+    chosen = panel.select(names, draw=round)
+    assert chosen == panel.select(sorted(names), draw=round + 1)
     assert len(chosen) == min(size, len(names))
     for away in names:
-        others = panel.select(names - {away}, round=round)
+        others = panel.select(names - {away}, draw=round)
         assert set(chosen) - {away} <= set(others)
         assert away not in others
 
 
 def test_a_panel_depends_on_the_seed() -> None:
     names = [f"d{i}" for i in range(20)]
-    assert len({tuple(Panel(size=5, seed=seed).select(names, round=1)) for seed in range(20)}) > 10
+    assert len({tuple(Panel(size=5, seed=seed).select(names, draw=1)) for seed in range(20)}) > 10
     with pytest.raises(ValueError, match="size"):
         Panel(size=0, seed=1)
 
 
 def test_a_sample_of_fewer_devices_is_everyone():
-    assert Sample(size=5, seed=1).select(["b", "a"], round=1) == ["a", "b"]
-    assert Sample(size=5, seed=1).select([], round=1) == []
+    assert Sample(size=5, seed=1).select(["b", "a"], draw=1) == ["a", "b"]
+    assert Sample(size=5, seed=1).select([], draw=1) == []
     with pytest.raises(ValueError, match="size"):
         Sample(size=0, seed=1)
 

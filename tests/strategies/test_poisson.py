@@ -22,7 +22,7 @@ def secure(_):
 @pytest.mark.parametrize("coins", [simulated, secure])
 def test_each_by_itself_with_its_rate(coins):
     chosen, rounds = Poisson(rate=0.25, coins=coins), 2000
-    asked = [chosen.select(NAMES, round=number) for number in range(rounds)]
+    asked = [chosen.select(NAMES, draw=number) for number in range(rounds)]
     each = Counter(name for names in asked for name in names)
     deviation = (rounds * 0.25 * 0.75) ** 0.5
     assert all(abs(each[name] - rounds * 0.25) < 5 * deviation for name in NAMES)
@@ -36,7 +36,7 @@ def test_each_by_itself_with_its_rate(coins):
 def test_the_rate_does_not_change_with_who_is_there():
     """Nobody is topped up: with a tenth of the devices, a tenth are asked."""
     chosen = Poisson(rate=0.5, coins=secure)
-    asked = [len(chosen.select(NAMES[:4], round=number)) for number in range(1000)]
+    asked = [len(chosen.select(NAMES[:4], draw=number)) for number in range(1000)]
     assert sum(asked) == pytest.approx(2000, abs=160)
     assert 0 in asked
     assert 4 in asked
@@ -44,14 +44,14 @@ def test_the_rate_does_not_change_with_who_is_there():
 
 def test_a_real_sample_is_not_reproducible_and_a_simulated_one_is():
     real = Poisson(rate=0.5, coins=secure)
-    assert real.select(NAMES, round=1) != real.select(NAMES, round=1)
+    assert real.select(NAMES, draw=1) != real.select(NAMES, draw=1)
     tests = partial(Poisson(rate=0.5, coins=simulated).select, NAMES)
-    assert tests(round=1) == tests(round=1) != tests(round=2)
+    assert tests(draw=1) == tests(draw=1) != tests(draw=2)
 
 
 def test_edges():
-    assert Poisson(rate=1.0, coins=secure).select(["b", "a"], round=1) == ["a", "b"]
-    assert Poisson(rate=0.5, coins=secure).select([], round=1) == []
+    assert Poisson(rate=1.0, coins=secure).select(["b", "a"], draw=1) == ["a", "b"]
+    assert Poisson(rate=0.5, coins=secure).select([], draw=1) == []
     for rate in (0.0, 1.5):
         with pytest.raises(ValueError, match="rate="):
             Poisson(rate=rate, coins=secure)

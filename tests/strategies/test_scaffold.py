@@ -100,7 +100,7 @@ class Fleet:
         return flat(decode(records.adapter_from_record(found), shapes(SITES, 2)))
 
 
-def algorithm(asked: Sequence[Sequence[str]]) -> list[np.ndarray]:
+def algorithm(asked: Sequence[Sequence[str]], devices: int = len(NAMES)) -> list[np.ndarray]:
     """Algorithm 1, option II, with a global rate of 1: x after each round."""
     x = c = np.zeros(flat(START).size)
     own = dict.fromkeys(NAMES, c)
@@ -116,7 +116,7 @@ def algorithm(asked: Sequence[Sequence[str]]) -> list[np.ndarray]:
             moved.append(y - x)
             drifted.append(after - own[name])
             own = {**own, name: after}
-        x, c = x + np.mean(moved, axis=0), c + np.sum(drifted, axis=0) / len(NAMES)
+        x, c = x + np.mean(moved, axis=0), c + np.sum(drifted, axis=0) / devices
         found.append(x)
     return found
 
@@ -126,7 +126,7 @@ def test_it_is_algorithm_1(tmp_path: Path, size: int | None) -> None:
     """With everybody and with samples; the server starts again in the middle, with its memory."""
     selection = Everyone() if size is None else Sample(size=size, seed=1)
     fleet, x, found = Fleet(tmp_path, selection=selection), flat(START), []
-    asked = [sorted(selection.select(list(NAMES), round=number)) for number in range(1, 7)]
+    asked = [sorted(selection.select(list(NAMES), draw=number)) for number in range(1, 7)]
     for number in range(1, 7):
         if number == 4:
             fleet.strategy, before = federated(selection=selection), fleet.strategy
@@ -134,6 +134,19 @@ def test_it_is_algorithm_1(tmp_path: Path, size: int | None) -> None:
         x = fleet.round(number, x)
         found.append(x)
     for one, other in zip(found, algorithm(asked), strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+@pytest.mark.parametrize("told", [{"rank": 1}, {"sites": ("x",)}])
+def test_who_does_not_train_all_of_it_is_not_of_it(tmp_path: Path, told: dict[str, Any]) -> None:
+    """It is not asked, and the others' variates are divided by their number."""
+    fleet, x, found = Fleet(tmp_path), flat(START), []
+    last = fleet.grid._devices[len(NAMES)]
+    fleet.grid._devices[len(NAMES)] = replace(last, report=replace(last.report, **told))
+    for number in range(1, 4):
+        x = fleet.round(number, x)
+        found.append(x)
+    for one, other in zip(found, algorithm([NAMES[:-1]] * 3, devices=2), strict=True):
         assert one == pytest.approx(other, abs=1e-6)
 
 

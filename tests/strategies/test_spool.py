@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from models.adapter import Factors
 from protocol.messages import ExamplePrivacy
 from strategies import replies
+from strategies.aggregation import shares
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -19,7 +20,7 @@ from strategies.aggregation.ffa import FFA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.replies import RefusedError
 from strategies.spool import Spool
-from tests.fleet import PLAN, FakeDevice, handle, strategy
+from tests.fleet import PLAN, SITES, FakeDevice, handle, strategy
 from tests.strategies.central import private
 from tests.strategies.means import random_adapter
 from tests.strategies.test_federated import train
@@ -54,6 +55,18 @@ def test_a_device_may_have_several_updates_of_one_round():
             spool.add(("a", number), random_adapter(1, number))
         assert spool.keys == [("a", 10_001), ("a", 10_002)]
         assert torch.equal(spool[1][0]["x"].a, random_adapter(1, 10_002)["x"].a)
+
+
+def test_a_rule_that_goes_by_sites_reads_each_of_them_once(monkeypatch):
+    read = []
+    with Spool() as spool:
+        for number in range(4):
+            spool.add((f"device {number}", 1), random_adapter(2, number))
+        really = torch.frombuffer
+        monkeypatch.setattr(torch, "frombuffer", lambda *given, **named: read.append(1) or really(*given, **named))
+        for site in SITES:
+            assert len(shares(spool, site)) == 4
+    assert len(read) == 4 * len(SITES) * 2
 
 
 def test_views_outlive_the_file():

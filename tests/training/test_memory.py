@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from conf.errors import AntherError
+from conf.units import GIB
 from training import memory
 
 CPU = torch.device("cpu")
-GIB = 2**30
 N = 1000
 OUTSIDE = torch.ones(N)
 

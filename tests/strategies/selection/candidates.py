@@ -30,8 +30,8 @@ def candidate(
     )
 
 
-def candidates(**found: dict[str, Any]) -> Candidates:
-    return Candidates({name: candidate(name, **facts) for name, facts in found.items()})
+def candidates(*, round: int = 1, **found: dict[str, Any]) -> Candidates:
+    return Candidates({name: candidate(name, **facts) for name, facts in found.items()}, round=round)
 
 
 def asked_in(devices: Candidates, names: list[str], round: int, losses: dict[str, float] | None = None) -> Candidates:
@@ -41,4 +41,4 @@ def asked_in(devices: Candidates, names: list[str], round: int, losses: dict[str
         facts = nothing(asked=1, last=round, loss=(losses or {}).get(name))
         before = after[name].facts
         after[name] = replace(after[name], facts=before.then(facts) if before else facts)
-    return Candidates(after, devices.losses)
+    return Candidates(after, devices.losses, round=round + 1)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.selection import Candidates
+from strategies.selection import Candidate, Candidates
 from strategies.selection.oort import Oort, OortSettings, admitted, drawn, paced, utilities
 from strategies.selection.utility import quantile, slowness, unit_range
-from tests.strategies.selection.candidates import candidate, candidates
+from tests.strategies.selection.candidates import candidates
 
 SETTINGS = OortSettings(alpha=2.0, clip=1.0)
 
@@ -93,12 +93,14 @@ def test_exploration_falls_from_round_to_round() -> None:
     devices = candidates(**{f"new{i:02d}": {} for i in range(20)}, **old)
     rule = Oort(size=10, seed=1, settings=OortSettings())
 
-    def new(devices: Candidates, round: int) -> int:
-        return sum(name.startswith("new") for name in rule.select(devices, round=round))
+    def new(devices: dict[str, Candidate], round: int) -> int:
+        asked = [rule.select(Candidates(devices, round=round), draw=draw) for draw in (round, 10_000 * round)]
+        (found,) = {sum(name.startswith("new") for name in names) for names in asked}  # whichever draw it is
+        return found
 
     assert [new(devices, number) for number in (1, 2, 6, 100)] == [9, 8, 8, 3]
-    assert new(Candidates({name: devices[name] for name in [*old, "new00"]}), 1) == 1
-    assert new(Candidates({name: one for name, one in devices.items() if name not in old}), 100) == 10
+    assert new({name: devices[name] for name in [*old, "new00"]}, 1) == 1
+    assert new({name: one for name, one in devices.items() if name not in old}, 100) == 10
 
 
 def test_new_devices_are_drawn_by_speed() -> None:
@@ -106,24 +108,24 @@ def test_new_devices_are_drawn_by_speed() -> None:
         **{f"fast{i}": {"seconds": 1.0} for i in range(5)}, **{f"slow{i}": {"seconds": 100.0} for i in range(5)}
     )
     rule = Oort(size=2, seed=1, settings=OortSettings())
-    asked = [name for number in range(1, 50) for name in rule.select(devices, round=number)]
+    asked = [name for number in range(1, 50) for name in rule.select(devices, draw=number)]
     assert sum(name.startswith("fast") for name in asked) > 0.95 * len(asked)
 
 
 def test_who_has_done_its_part_rests_while_there_are_others() -> None:
     devices = candidates(
-        a={"asked": 5, "last": 9, "loss": 99.0}, b={"asked": 1, "last": 1, "loss": 0.0},
+        round=10, a={"asked": 5, "last": 9, "loss": 99.0}, b={"asked": 1, "last": 1, "loss": 0.0},
         c={"asked": 1, "last": 1, "loss": 0.0},
     )  # fmt: skip
     settings = OortSettings(most=5, exploration=0.1, least=0.1)
-    assert Oort(size=2, seed=1, settings=settings).select(devices, round=10) == ["b", "c"]
-    assert Oort(size=3, seed=1, settings=settings).select(devices, round=10) == ["a", "b", "c"]
+    assert Oort(size=2, seed=1, settings=settings).select(devices, draw=10) == ["b", "c"]
+    assert Oort(size=3, seed=1, settings=settings).select(devices, draw=10) == ["a", "b", "c"]
 
 
 def test_high_losses_are_asked_more_often() -> None:
     """Of equally fast devices, with a low cut-off that lets all of them in."""
-    devices = Candidates({f"d{i}": candidate(asked=1, last=1, loss=float(i)) for i in range(10)})
+    devices = candidates(round=22, **{f"d{i}": {"asked": 1, "last": 1, "loss": float(i)} for i in range(10)})
     settings = OortSettings(exploration=0.1, least=0.1, cutoff=0.01)
     rule = Oort(size=3, seed=1, settings=settings)
-    asked = [name for number in range(2, 22) for name in rule.select(devices, round=number)]
+    asked = [name for number in range(2, 22) for name in rule.select(devices, draw=number)]
     assert asked.count("d9") > 1.5 * asked.count("d1") > 0

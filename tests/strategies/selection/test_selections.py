@@ -47,18 +47,18 @@ def test_what_every_selection_does(
     name: str, found: dict[str, dict[str, object]], round: int, losses: list[float]
 ) -> None:
     """Sorted names of those who are there, as many as it is to ask, whatever the order in which they are told."""
-    devices = Candidates(candidates(**found), losses)
-    chosen = EACH[name].select(devices, round=round)
+    devices = Candidates(candidates(**found), losses, round=round)
+    chosen = EACH[name].select(devices, draw=round)
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(devices)
     if name != "everyone":
         assert len(chosen) == min(SIZE, len(devices))
-    turned = Candidates(dict(reversed(devices.items())), losses)
-    assert EACH[name].select(turned, round=round) == chosen
+    turned = Candidates(dict(reversed(devices.items())), losses, round=round)
+    assert EACH[name].select(turned, draw=round) == chosen
 
 
 @pytest.mark.parametrize("name", ["sample", "oort", "energy", "deadline", "loss_fair", "thrifty"])
-def test_chance_follows_the_seed_and_the_round(name: str) -> None:
+def test_chance_follows_the_seed_and_the_draw(name: str) -> None:
     devices = candidates(**{f"d{i:02d}": {} for i in range(40)})
     made = {
         "sample": lambda seed: Sample(size=5, seed=seed),
@@ -68,9 +68,9 @@ def test_chance_follows_the_seed_and_the_round(name: str) -> None:
         "loss_fair": lambda seed: LossFair(size=5, more=2.0, seed=seed),
         "thrifty": lambda seed: Thrifty(size=5, more=2.0, seed=seed),
     }[name]
-    assert made(1).select(devices, round=3) == made(1).select(devices, round=3)
-    assert len({tuple(made(1).select(devices, round=number)) for number in range(1, 21)}) > 10
-    assert len({tuple(made(seed).select(devices, round=3)) for seed in range(20)}) > 10
+    assert made(1).select(devices, draw=3) == made(1).select(devices, draw=3)
+    assert len({tuple(made(1).select(devices, draw=number)) for number in range(1, 21)}) > 10
+    assert len({tuple(made(seed).select(devices, draw=3)) for seed in range(20)}) > 10
 
 
 def test_turns_are_fair() -> None:
@@ -78,7 +78,7 @@ def test_turns_are_fair() -> None:
     devices = candidates(**{name: {} for name in "gabfced"})
     counts = dict.fromkeys(devices, 0)
     for number in range(1, 15):
-        chosen = RoundRobin(size=3).select(devices, round=number)
+        chosen = RoundRobin(size=3).select(devices, draw=number)
         devices = asked_in(devices, chosen, number)
         for name in chosen:
             counts[name] += 1
@@ -88,7 +88,7 @@ def test_turns_are_fair() -> None:
 
 def test_turns_go_by_count_then_by_age_then_by_name() -> None:
     devices = candidates(a={"asked": 2, "last": 2}, b={"asked": 1, "last": 4}, c={"asked": 1, "last": 3}, d={}, e={})
-    assert [RoundRobin(size=size).select(devices, round=5) for size in (1, 2, 3, 4)] == [
+    assert [RoundRobin(size=size).select(devices, draw=5) for size in (1, 2, 3, 4)] == [
         ["d"], ["d", "e"], ["c", "d", "e"], ["b", "c", "d", "e"],
     ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_a_deadline_asks_those_who_make_it_and_do_most_in_a_second() -> None:
     order = ["fast", "short", "slow", "late", "later"]  # 2, 1 and 1 steps a second: names break ties; the least late
     for size in range(1, 6):
         rule = Deadline(size=size, seconds=10.0, more=5.0, seed=1)
-        assert rule.select(devices, round=1) == sorted(order[:size])
+        assert rule.select(devices, draw=1) == sorted(order[:size])
 
 
 def test_thrifty_asks_those_that_take_least_time_and_energy_for_what_they_train() -> None:
@@ -109,7 +109,7 @@ def test_thrifty_asks_those_that_take_least_time_and_energy_for_what_they_train(
     devices = candidates(**{name: {"seconds": s, "joules": j} for name, (s, j) in costs.items()})
     order = sorted(costs, key=lambda name: costs[name][0] * costs[name][1])
     for size in range(1, 6):
-        assert Thrifty(size=size, more=5.0, seed=1).select(devices, round=1) == sorted(order[:size])
+        assert Thrifty(size=size, more=5.0, seed=1).select(devices, draw=1) == sorted(order[:size])
     assert merit(candidate(seconds=4.0, joules=4.0, steps=2)) == pytest.approx(merit(devices["best"]))
 
 
@@ -118,15 +118,15 @@ def test_loss_fair_asks_the_highest_losses_and_first_those_it_does_not_know() ->
     devices = candidates(new={}, **{name: {"asked": 1, "last": 1, "loss": loss} for name, loss in told.items()})
     order = ["new", "high", "middle", "low"]
     for size in range(1, 5):
-        assert LossFair(size=size, more=4.0, seed=1).select(devices, round=2) == sorted(order[:size])
+        assert LossFair(size=size, more=4.0, seed=1).select(devices, draw=2) == sorted(order[:size])
 
 
 def test_of_as_many_drawn_as_are_wanted_nobody_is_left_out() -> None:
     """Then it is a random sample: over rounds everybody comes."""
     devices = candidates(**{f"d{i}": {"asked": 1, "last": 1, "loss": float(i)} for i in range(10)})
-    even = {name for number in range(60) for name in LossFair(size=2, more=1.0, seed=1).select(devices, round=number)}
+    even = {name for number in range(60) for name in LossFair(size=2, more=1.0, seed=1).select(devices, draw=number)}
     assert even == set(devices)
-    assert LossFair(size=2, more=5.0, seed=1).select(devices, round=1) == ["d8", "d9"]
+    assert LossFair(size=2, more=5.0, seed=1).select(devices, draw=1) == ["d8", "d9"]
 
 
 @pytest.mark.parametrize(("told", "left"), [
@@ -145,7 +145,7 @@ def test_energy_prefers_full_batteries_and_utility_by_its_weight() -> None:
 
     def full(weight: float) -> float:
         rule = Energy(size=5, seed=1, weight=weight, settings=settings)
-        asked = [name for number in range(2, 42) for name in rule.select(devices, round=number)]
+        asked = [name for number in range(2, 42) for name in rule.select(devices, draw=number)]
         return sum(name >= "d5" for name in asked) / len(asked)
 
     assert full(0.0) == full(0.25) == 1.0  # no empty one has 95 % of what the fifth best has
