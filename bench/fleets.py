@@ -62,11 +62,22 @@ GRID = tuple(
 """Single plans for random selection on the week's fleet. More memory than 1.7 GiB leaves out the boards that can't hold
 a pass at all, than 3.5 the small phones too, than 3.9 all but three kinds."""
 
+AWARE = (
+    "strategy.planning=device", "fleet.eligible.idle=true", "fleet.eligible.battery=0.4", "fleet.eligible.cool=true",
+)  # fmt: skip
+"""Nobody is asked who could not or should not."""
 WEEK: Mapping[str, tuple[str, ...]] = {
-    "device-aware": (
-        "selection=thrifty", "selection.more=5", "strategy.planning=device", f"fleet.sample={ASKED}",
-        "fleet.eligible.idle=true", "fleet.eligible.battery=0.4", "fleet.eligible.cool=true",
-        "adapter.shared.steps=5", "strategy.timeout=1500", "strategy.deadline=1300",
+    "thrifty, short rounds": (
+        *AWARE, "selection=thrifty", "selection.more=2", f"fleet.sample={ASKED}", "adapter.shared.steps=3",
+        "strategy.timeout=1000", "strategy.deadline=800",
+    ),
+    "energy-aware, over-selection": (
+        *AWARE, "selection=energy", "selection.weight=0", f"fleet.sample={ASKED}", "fleet.overselect=1.25",
+        "adapter.shared.steps=5", "strategy.timeout=1400", "strategy.deadline=1200",
+    ),
+    "thrifty, asynchronous": (
+        *AWARE, "selection=thrifty", "selection.more=2", "strategy.timing=async", f"strategy.buffer={ASKED}",
+        "fleet.concurrency=24", "adapter.shared.steps=3", "strategy.deadline=1300",
     ),
 }  # fmt: skip
 """Arms beside random selection with the best single plan."""
@@ -90,6 +101,8 @@ class Reached(NamedTuple):
 
     hours: float | None
     kwh: float | None
+    battery_kwh: float | None
+    """Of it, what batteries gave."""
     round: int | None
     lost: Mapping[str, int]
     """Devices that never replied, by what became of them, until then or to the end."""
@@ -99,16 +112,17 @@ class Reached(NamedTuple):
 
 def gains(folder: Path) -> list[dict[str, Any]]:
     """Of each measured round: its gain, the hours and the kWh until then, and who was lost."""
-    rows, joules, lost = [], 0.0, Counter[str]()
+    rows, joules, drained, lost = [], 0.0, 0.0, Counter[str]()
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         joules += row.get("fleet_joules", 0.0)
+        drained += row.get("battery_joules", 0.0)
         lost.update({key.removeprefix("lost/"): n for key, n in row.items() if key.startswith("lost/")})
         if row.get("base") is not None:
             gain = 1 - row["shared"] / row["base"]
             rows.append({
                 "round": row["round"], "gain": gain, "hours": row.get("hours", 0.0), "kwh": joules / 3.6e6,
-                "lost": dict(lost),
+                "battery_kwh": drained / 3.6e6, "lost": dict(lost),
             })  # fmt: skip
     return rows
 
@@ -119,7 +133,8 @@ def reached(folder: Path, target: float) -> Reached:
     first: dict[str, Any] = next((row for row in rows if row["gain"] >= target), {})
     fleet = json.loads((folder / "summary.json").read_text()).get("fleet", {})
     return Reached(
-        hours=first.get("hours"), kwh=first.get("kwh"), round=first.get("round"),
+        hours=first.get("hours"), kwh=first.get("kwh"), battery_kwh=first.get("battery_kwh"),
+        round=first.get("round"),
         lost=(first or rows[-1])["lost"], gini=fleet.get("gini", 0.0), best=max(row["gain"] for row in rows),
     )  # fmt: skip
 
@@ -157,7 +172,19 @@ def measured(
 def table(title: str, found: Mapping[str, Sequence[Reached]], first: str) -> Table:
     """A row for each arm: medians over its seeds, and their ratio to those of the arm `first`."""
     shown = Table(title=title)
-    for name in ("arm", "reached", "rounds", "hours", "×", "kWh", "×", "lost", "Gini", "best gain, %"):
+    for name in (
+        "arm",
+        "reached",
+        "rounds",
+        "hours",
+        "×",
+        "kWh",
+        "×",
+        "from batteries",
+        "lost",
+        "Gini",
+        "best gain, %",
+    ):
         shown.add_column(name, justify="left" if name in ("arm", "lost") else "right")
     base = found[first]
     for name, runs in found.items():
@@ -165,6 +192,7 @@ def table(title: str, found: Mapping[str, Sequence[Reached]], first: str) -> Tab
         shown.add_row(
             name, f"{sum(run.round is not None for run in runs)} of {len(runs)}", _middle(runs, "round", 0),
             _middle(runs, "hours", 1), _ratio(runs, base, "hours"), _middle(runs, "kwh", 3), _ratio(runs, base, "kwh"),
+            _middle(runs, "battery_kwh", 3),
             ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items())) or "none",
             f"{median(run.gini for run in runs):.2f}", f"{100 * median(run.best for run in runs):.1f}",
         )  # fmt: skip

@@ -80,15 +80,15 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
     )
     for fleet, arms in found.items():
         yield f"### fleet={fleet}\n"
-        yield "| arm | reached | rounds | hours | × | kWh | × | lost | Gini |"
-        yield "|---|---:|---:|---:|---:|---:|---:|---|---:|"
+        yield "| arm | reached | rounds | hours | × | kWh | × | from batteries | lost | Gini |"
+        yield "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|"
         first = next(iter(arms.values()))
         for name, runs in arms.items():
             lost = sum((Counter(run["lost"]) for run in runs), Counter())
             cells = [
                 f"{sum(run['hours'] is not None for run in runs)} of {len(runs)}", _told(runs, "round", ".0f"),
                 _told(runs, "hours", ".1f"), _ratio(runs, first, "hours"), _told(runs, "kwh", ".2f"),
-                _ratio(runs, first, "kwh"),
+                _ratio(runs, first, "kwh"), _told(runs, "battery_kwh", ".2f"),
                 ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items())) or "none",
                 f"{median(run['gini'] for run in runs):.2f}",
             ]  # fmt: skip

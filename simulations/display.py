@@ -94,9 +94,10 @@ class Display:
         self._print(Text(f"{counts}, {traffic}, {duration(summary['seconds'])}"))
         if fleet := summary.get("fleet"):
             lost = ", ".join(f"{count} {reason}" for reason, count in fleet["lost"].items()) or "none"
+            energy = f"{short(fleet['kwh'])} kWh, {short(fleet['battery_kwh'])} of it from batteries"
             self._print(Text(
-                f"{short(fleet['hours'])} simulated hours, {short(fleet['kwh'])} kWh; devices lost: {lost}; "
-                f"{fleet['late']} late; Gini of who took part {fleet['gini']:.2f}"
+                f"{short(fleet['hours'])} simulated hours, {energy}; devices lost: {lost}; {fleet['late']} late; "
+                f"Gini of who took part {fleet['gini']:.2f}"
             ))  # fmt: skip
         for name, path in paths.items():
             self._print(Text(f"{name}: ").append(str(path), style="bold"))

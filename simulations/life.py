@@ -70,6 +70,8 @@ class Lived(NamedTuple):
     """Seconds of work, at full speed, that are not done."""
     fate: str = ""
     """Why it broke off: FLAT or LEFT; empty if it didn't."""
+    drained: float = 0.0
+    """Joules that its battery gave."""
 
 
 def live(
@@ -85,16 +87,16 @@ def live(
         leaves: it breaks off as soon as it is unplugged or used and was not so at first.
         at_task: it breaks off when it is flat, also if it has nothing to compute, but to send.
     """
-    joules, left = 0.0, work or 0.0
+    joules, drained, left = 0.0, 0.0, work or 0.0
     alone, plugged_first = hours.idle(moment.time), hours.plugged(moment.time)
     at_task = at_task or work is not None
     while moment.time < until and (work is None or left > 0.0):
         time, plugged = moment.time, hours.plugged(moment.time)
         moment = moment._replace(off=_off(body, moment, plugged=plugged))
         if at_task and moment.off:
-            return Lived(moment, joules, left, FLAT)
+            return Lived(moment, joules, left, FLAT, drained)
         if leaves and ((alone and not hours.idle(time)) or (plugged_first and not plugged)):
-            return Lived(moment, joules, left, LEFT)
+            return Lived(moment, joules, left, LEFT, drained)
         speed = 0.0 if moment.off or work is None else body.hot_speed if moment.heat.hot else 1.0
         drawn = 0.0 if moment.off else body.watts_idle + speed * (body.watts_busy - body.watts_idle)
         watts = flow(drawn, plugged=plugged, charger=body.charger)
@@ -109,6 +111,8 @@ def live(
         )
         seconds = max(seconds, _LEAST)
         joules += drawn * seconds
+        if body.capacity is not None:
+            drained += max(0.0, -watts) * seconds
         left = 0.0 if (done := speed * seconds) >= left - _LEAST / 2 else left - done
         moment = Moment(
             time=time + seconds,
@@ -120,7 +124,8 @@ def live(
             ),
             off=moment.off,
         )
-    return Lived(moment._replace(off=_off(body, moment, plugged=hours.plugged(moment.time))), joules, left)
+    moment = moment._replace(off=_off(body, moment, plugged=hours.plugged(moment.time)))
+    return Lived(moment, joules, left, drained=drained)
 
 
 def _off(body: Body, moment: Moment, *, plugged: bool) -> bool:

@@ -18,6 +18,8 @@ class FleetFacts:
     """Seconds of the fleet's clock."""
     joules: float
     """That devices drew while they were at work, also for nothing."""
+    drained: float = 0.0
+    """Joules that batteries gave while their devices were at work."""
     lost: dict[str, int] = field(default_factory=dict)
     """Devices that were asked and never replied, by what became of them."""
 
@@ -27,19 +29,25 @@ class Log:
 
     def __init__(self, rounds: tuple[FleetFacts, ...] = ()) -> None:
         self.rounds = rounds
-        self._joules, self._lost = 0.0, Counter[str]()
+        self._begin()
 
-    def spent(self, joules: float) -> None:
+    def _begin(self) -> None:
+        self._joules, self._drained, self._lost = 0.0, 0.0, Counter[str]()
+
+    def spent(self, joules: float, *, drained: float) -> None:
+        """So much was drawn, and so much of it from batteries."""
         self._joules += joules
+        self._drained += drained
 
     def lost(self, reason: str) -> None:
         self._lost[reason] += 1
 
     def close(self, number: int, time: float) -> None:
         """A round is over."""
-        facts = FleetFacts(number=number, ended=time, joules=self._joules, lost=dict(sorted(self._lost.items())))
+        lost = dict(sorted(self._lost.items()))
+        facts = FleetFacts(number=number, ended=time, joules=self._joules, drained=self._drained, lost=lost)
         self.rounds = (*self.rounds, facts)
-        self._joules, self._lost = 0.0, Counter[str]()
+        self._begin()
 
 
 def gini(counts: list[int]) -> float:

@@ -7,7 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from conf.units import HOUR
 from protocol.messages import DeviceReport
 from simulations.hardware import Hardware
 from simulations.hours import Hours
@@ -32,6 +31,8 @@ class Task:
     """The message's id."""
     began: float
     joules: float = 0.0
+    drained: float = 0.0
+    """Of its battery, joules."""
     phases: list[Phase] = field(default_factory=list)
 
 
@@ -65,6 +66,7 @@ class Owned:
         lived = self._lives(self.moment, until=until, work=work)
         self.moment = lived.moment
         self.task.joules += lived.joules
+        self.task.drained += lived.drained
         return lived
 
     def _lives(self, moment: Moment, *, until: float, work: float | None) -> Lived:
@@ -76,7 +78,7 @@ class Owned:
         moment, capacity = self.at(time), self.body.capacity
         return replace(
             stated,
-            battery_wh=None if capacity is None else capacity / HOUR,
+            battery_wh=capacity,
             battery=None if capacity is None else math.floor(5 * moment.charge / capacity + 1e-9) / 5,
             charging=capacity is not None and self.hours.plugged(time),
             busy=self.task is not None or not self.hours.idle(time),

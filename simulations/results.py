@@ -163,6 +163,7 @@ def lived(people: Sequence[Participant], state: State, fleet: Sequence[FleetFact
     return {
         "hours": fleet[-1].ended / 3600,
         "kwh": sum(facts.joules for facts in fleet) / 3.6e6,
+        "battery_kwh": sum(facts.drained for facts in fleet) / 3.6e6,
         "lost": dict(sorted(sum((Counter(facts.lost) for facts in fleet), Counter[str]()).items())),
         "late": sum(counts.get("late", 0) for counts in dropped),
         "rounds": rounds,

@@ -183,7 +183,10 @@ def numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
             "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), **train.diagnostics,
         }  # fmt: skip
     if fleet:
-        values |= {"hours": fleet.ended / 3600, "fleet_joules": fleet.joules, "lost": sum(fleet.lost.values())}
+        values |= {
+            "hours": fleet.ended / 3600, "fleet_joules": fleet.joules, "battery_joules": fleet.drained,
+            "lost": sum(fleet.lost.values()),
+        }  # fmt: skip
         values |= {f"lost/{reason}": count for reason, count in fleet.lost.items()}
         values["late"] = train.dropped.get("late", 0) if train else 0
     return {**values, "seconds": record.wall_seconds}

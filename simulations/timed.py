@@ -165,7 +165,7 @@ class TimedGrid(CohortGrid):
         task, owned.task = owned.task, None
         assert task is not None
         message = self._asked.pop(task.name)
-        self._lives.log.spent(task.joules)
+        self._lives.log.spent(task.joules, drained=task.drained)
         if outcome is None:
             self._lives.log.lost(reason)
         elif task.name not in self._forgotten:

@@ -71,4 +71,4 @@ def test_a_backdoor_goes_through_the_real_loop(tmp_path: Any) -> None:
     found = robustness.run(case)
     assert found["dropped"] == [{}]
     assert len(found["base"]) == len(found["shared"]) == 4
-    assert found["diagnostics"][0]["left_out"] == 1
+    assert found["diagnostics"][0]["held"] >= 1  # alone it resembles nobody, and counts no more than others

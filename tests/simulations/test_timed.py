@@ -126,7 +126,7 @@ def test_a_report_says_how_the_device_is_now(tmp_path):
         return [records.reply_from_records("query", reply.content) for reply in grid.send_and_receive(asked)]
 
     a, b = reports()
-    assert (a.battery, a.charging, a.busy, a.hot) == (0.4, True, False, False)
+    assert (a.battery, a.battery_wh, a.charging, a.busy, a.hot) == (0.4, 10.0, True, False, False)
     assert (b.battery, b.charging, b.busy, b.hot) == (None, False, False, False)
     grid.push_messages([train(1)])
     lives.clock.wait(7.0)
