@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +27,9 @@ class DeviceFacts:
     rounds: int = 0
     """Updates of it that were used."""
     asked: int = 0
-    """Times that it was asked to train, whether or not it replied."""
+    """Times that it was asked to train, whether or not it replied; with privacy per device, that it was picked."""
     last: int = 0
-    """The last round that it was asked in; 0 before any."""
+    """The last round of these; 0 before any."""
     loss: float | None = None
     """Mean training loss that it told last; None under privacy, where none is kept."""
 
@@ -98,7 +98,7 @@ class TrainFacts:
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
     devices: dict[str, DeviceFacts] = field(default_factory=dict)
-    """Of every device that was asked, or whose reply was accepted; empty in a run's history, which keeps sums."""
+    """Of every device that was asked or picked, or whose reply came in; empty in a run's history, which keeps sums."""
 
 
 def device_epsilon(train: TrainFacts | None) -> float | None:
@@ -146,6 +146,7 @@ def train_facts(
     *,
     round: int,
     plans: Mapping[tuple[str, int], TrainingPlan],
+    passed: Collection[str],
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
     dropped: Mapping[str, int],
@@ -157,6 +158,7 @@ def train_facts(
 
     Args:
         plans: of every device that was asked, by its name and the plan's round.
+        passed: devices that count as asked, and were not (`strategies.gathered.Asked`).
         bytes_down: of all of them together.
         bytes_up: of every update that was let in, by the same, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
@@ -181,6 +183,7 @@ def train_facts(
         devices=_devices(
             updates,
             plans,
+            passed,
             round,
             bytes_down=bytes_down // max(1, len(plans)),
             bytes_up=bytes_up,
@@ -192,20 +195,21 @@ def train_facts(
 def _devices(
     updates: Sequence[Update],
     plans: Mapping[tuple[str, int], TrainingPlan],
+    passed: Collection[str],
     round: int,
     *,
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
     told: bool,
 ) -> dict[str, DeviceFacts]:
-    """Of every device that was asked; it may have been so more than once.
+    """Of every device that was asked or counts as such; it may have been so more than once.
 
     Args:
         bytes_down: to each.
         told: whether their losses are kept.
     """
     found: dict[str, DeviceFacts] = {}
-    for name, _ in plans:
+    for name in [*(name for name, _ in plans), *passed]:
         asked = nothing(asked=1, last=round)
         found[name] = found[name].then(asked) if name in found else asked
     for update in updates:

@@ -86,8 +86,8 @@ class Federated(Strategy):
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
         quorum: good replies without which a round keeps the adapter.
-        eligible: who may be asked to train. With privacy per device others are drawn with everybody, then not asked,
-            and nobody in their place: who else is asked would tell of them.
+        eligible: who may be asked to train. With privacy per device others are drawn with everybody, and charged, then
+            not asked, and nobody in their place: who else is asked, now or later, would tell of them.
         fitting: chooses the sites that each device trains at; None: all of them.
         clock: that reports age by.
         report_age: seconds after which a report is asked for again, where anything goes by a device's moment.
@@ -228,30 +228,37 @@ class Federated(Strategy):
     def _candidates(
         self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int, round: int
     ) -> Candidates:
-        """Each device that could do something of this, with the plan that it would get."""
+        """Each device that could do something of this, with the plan that it would get.
+
+        With privacy per device whoever can't is there too, with the plan that others get.
+        """
         plans = self._planner.plans(reports.values(), full, adapter=adapter, download=download)
-        found = {
-            report.device: Candidate(
-                report=report,
-                plan=planned.plan,
-                seconds=planned.seconds,
-                joules=planned.joules,
-                facts=self._known.get(report.device),
-            )
-            for report in reports.values()
-            if (planned := plans.get(report.device)) is not None
-        }
+        found = {}
+        for report in reports.values():
+            fits = plans.get(report.device)
+            planned = self._planner.whole(report, full, download=download) if self.device_level and not fits else fits
+            if planned:
+                found[report.device] = Candidate(
+                    report=report,
+                    plan=planned.plan,
+                    seconds=planned.seconds,
+                    joules=planned.joules,
+                    ready=fits is not None and self._eligible(report),
+                    facts=self._known.get(report.device),
+                )
         return Candidates(found, self._losses, round=round)
 
-    def _asks(self, candidates: Candidates, draw: int) -> list[Candidate]:
-        """Who is asked to train: whom the selection picks, or as many of them as there is room for."""
-        eligible = {name: one for name, one in candidates.items() if self._eligible(one.report)}
-        allowed = Candidates(eligible, candidates.losses, round=candidates.round)
-        drawn_from = candidates if self.device_level else allowed
-        picked = [name for name in self._selection.select(drawn_from, draw=draw) if name in eligible]
+    def _picked(self, candidates: Candidates, draw: int) -> list[Candidate]:
+        """Whom the selection picks to train, or as many of them as there is room for.
+
+        With privacy per device also some who can't be asked: whoever stood in for them, now or later, would tell.
+        """
+        ready = {name: one for name, one in candidates.items() if one.ready}
+        allowed = Candidates(ready, candidates.losses, round=candidates.round)
+        picked = self._selection.select(candidates if self.device_level else allowed, draw=draw)
         if self.room is not None and len(picked) > self.room:
             picked = sorted(random.Random(stream(self._plan.run, draw, "room")).sample(picked, self.room))
-        return [eligible[name] for name in picked]
+        return [candidates[name] for name in picked]
 
     def configure_train(
         self,
@@ -287,13 +294,15 @@ class Federated(Strategy):
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
         nodes, candidates = by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
-        plans = {nodes[one.report.device]: (one.report, one.plan) for one in self._asks(candidates, number)}
+        picked = self._picked(candidates, number)
+        plans = {nodes[one.report.device]: (one.report, one.plan) for one in picked if one.ready}
         self.good = 0
         if self.device_level:
-            self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
+            self.device_level.open(server_round, [one.report.device for one in picked], data)
         self._round = Asked(
             adapter=adapter,
             plans=plans,
+            passed=tuple(one.report.device for one in picked if not one.ready),
             bytes_down=len(data) * len(plans),
             drift=Drift(control, start, devices=len(candidates)) if control else None,
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
@@ -373,6 +382,7 @@ class Federated(Strategy):
             found.updates,
             round=server_round,
             plans=plans,
+            passed=[name for each in asked for name in each.passed],
             bytes_down=sum(each.bytes_down for each in asked),
             bytes_up=found.bytes_up,
             dropped=dropped,

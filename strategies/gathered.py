@@ -19,6 +19,8 @@ class Asked:
 
     adapter: Adapter
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
+    passed: tuple[str, ...] = ()
+    """Names of the devices that were picked and could not be asked: with privacy per device they count as asked."""
     bytes_down: int
     drift: Drift | None
     """Of devices that correct for it."""

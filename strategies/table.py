@@ -44,13 +44,16 @@ off stays charged and is run again as another, so that a run which was interrupt
 
 TAIL = """
 - The noised sum is divided by the number of devices *expected* (`fleet.rate` × the devices of `data`, `fleet.sample`,
-  or all of them): a constant of the configuration. A device that drops out, refuses, is at its cap or sends what isn't
-  finite contributes zero; the noise stays, also in a round that nobody answers.
+  or all of them): a constant of the configuration. A device that drops out, refuses or sends what isn't finite
+  contributes zero; the noise stays, also in a round that nobody answers.
 - Every device has the weight 1. One that trains a lower rank, or some of the sites, contributes zeros beyond them, and
   the divisor stays: ranks and sites follow from the kind of device, or from the adapter, which is released, and never
   from pictures.
-- A device that `fleet.eligible` leaves out is drawn like any other, is then not asked, and nobody is in its place: it
-  contributes zero. So what a device tells of its moment decides about nobody else.
+- A device that `fleet.eligible` leaves out, or that no plan fits, is drawn like any other. It is then not asked, and
+  nobody is in its place: it contributes zero, pays, and counts as asked wherever a selection goes by that. So what a
+  device tells of its moment decides about nobody else, neither now nor later.
+- A device at its cap is drawn no more. How often each was drawn is public: it follows from names, coins and kinds of
+  device alone.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.
 - A run has one ledger. What several runs promise the same devices adds up, and is for whoever starts them to add.

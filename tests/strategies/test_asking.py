@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from simulations.grid import CohortGrid
 from strategies.federated import Federated
 from strategies.fitting import Fitting
 from strategies.planning import Limits
+from strategies.private import Exhausted
+from strategies.selection import Selection
+from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
 from strategies.selection.energy import Energy
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
+from strategies.selection.thrifty import Thrifty
 from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.strategies.central import BUDGET, poisson, private
 from tests.strategies.test_knapsack import table
@@ -59,10 +64,10 @@ def train(federated: Federated, devices: Iterable[FakeDevice], round: int = 1) -
     """Names of those that a round asked."""
     grid = CohortGrid(list(devices), perform)
     start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
-    messages = federated.configure_train(round, start, ConfigRecord(), grid)
+    messages = list(federated.configure_train(round, start, ConfigRecord(), grid))
     federated.aggregate_train(round, grid.send_and_receive(messages))
-    assert federated.trained is not None
-    return sorted(federated.trained.devices)
+    reports = federated.query(grid)
+    return sorted(reports[message.metadata.dst_node_id].device for message in messages)
 
 
 def test_only_those_who_are_eligible_are_drawn_from() -> None:
@@ -103,6 +108,45 @@ def test_with_privacy_per_device_nobody_stands_in_for_those_who_are_not(tmp_path
         assert asked.trained.central is not None
         assert asked.trained.central.deviation == drawn.trained.central.deviation  # type: ignore[union-attr]
     assert left_out
+
+
+UNABLE = {
+    "busy": {"busy": True},
+    "no such sites": {"sites": ("z",)},
+    "too low a rank": {"rank": 1},
+}
+FAST = OortSettings(window=1, exploration=0.3, least=0.3)
+LATER: dict[str, Callable[[], Selection]] = {
+    "round robin": lambda: RoundRobin(size=2),
+    "oort": lambda: Oort(size=2, seed=3, settings=FAST),
+    "sample": lambda: Sample(size=2, seed=0),
+    "thrifty": lambda: Thrifty(size=2, more=2.0, seed=0),
+    "deadline": lambda: Deadline(size=2, seconds=1.0, more=2.0, seed=0),
+}
+
+
+@pytest.mark.parametrize("unable", UNABLE)
+@pytest.mark.parametrize("chosen", LATER)
+def test_with_privacy_per_device_one_that_cannot_be_asked_moves_nobody_elses_turn(
+    tmp_path: Path, chosen: str, unable: str
+) -> None:
+    """Neither now nor in later rounds: it has had its turn and has paid for it, up to its cap."""
+    schedules: list[list[list[str]]] = []
+    for name, told in (("able", {}), ("unable", UNABLE[unable])):
+        federated = private(tmp_path / name, selection=LATER[chosen](), eligible=Eligible(idle=True))
+        devices = [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "acde"]
+        fleet = [*devices, device("b", **told)]
+        schedules.append([])
+        with suppress(Exhausted):
+            for number in range(1, 9):
+                schedules[-1].append(train(federated, fleet, number))
+        assert federated.device_level is not None
+        paid = federated.device_level.ledger.participations()
+        assert paid == {name: facts.asked for name, facts in federated._known.items()}
+        assert max(paid.values()) == BUDGET.participations
+    able, others = schedules
+    assert others == [[name for name in names if name != "b"] for names in able]
+    assert able != others
 
 
 @pytest.mark.parametrize("changes", [
