@@ -210,14 +210,19 @@ class Federated(Strategy):
         )  # fmt: skip
 
     def query(self, grid: Grid) -> dict[int, DeviceReport]:
-        """Reports of the nodes that are there now and hold our base; only unknown nodes are asked."""
+        """Reports of the nodes that are there now and hold our base; only unknown nodes are asked.
+
+        With privacy per device those that were asked anew and are silent are there with what they told last: without
+        them others would be drawn.
+        """
         if unknown := self._roster.unknown(set(grid.get_node_ids())):
             replies = grid.send_and_receive([self._message(Query(), node) for node in unknown], timeout=_QUERY_TIMEOUT)
             heard = _heard(records.QUERY, replies)
             found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
             for node, report in sorted(found.items()):
                 self._roster.consider(node, report, now=self._clock.now())
-        return dict(self._roster.reports)
+        reports, stale = self._roster.reports, () if self.device_level else self._roster.stale
+        return {node: report for node, report in reports.items() if node not in stale}
 
     def _recent(self, grid: Grid) -> dict[int, DeviceReport]:
         """The same, where what a device tells of its moment is as young as it has to be."""
@@ -234,7 +239,7 @@ class Federated(Strategy):
         """
         plans = self._planner.plans(reports.values(), full, adapter=adapter, download=download)
         found = {}
-        for report in reports.values():
+        for node, report in reports.items():
             fits = plans.get(report.device)
             planned = self._planner.whole(report, full, download=download) if self.device_level and not fits else fits
             if planned:
@@ -243,7 +248,7 @@ class Federated(Strategy):
                     plan=planned.plan,
                     seconds=planned.seconds,
                     joules=planned.joules,
-                    ready=fits is not None and self._eligible(report),
+                    ready=fits is not None and node not in self._roster.stale and self._eligible(report),
                     facts=self._known.get(report.device),
                 )
         return Candidates(found, self._losses, round=round)

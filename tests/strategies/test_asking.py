@@ -23,6 +23,7 @@ from strategies.federated import Federated
 from strategies.fitting import Fitting
 from strategies.planning import Limits
 from strategies.private import Exhausted
+from strategies.roster import Roster
 from strategies.selection import Selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
@@ -190,6 +191,58 @@ def test_who_does_not_answer_anew_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
         asleep.update(sleeping)
         assert train(federated, devices) == asked
         clock.time += 100.0
+
+
+@pytest.mark.parametrize("chosen", LATER)
+def test_with_privacy_per_device_one_that_is_silent_moves_nobody_elses_turn(
+    tmp_path: Path, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep: set[str] = set()
+
+    def sleepy(request: Any, device: FakeDevice) -> Generator[Any, Any, Any]:
+        if device.name in asleep:
+            raise RuntimeError("asleep")
+        return (yield from handle(request, device))
+
+    monkeypatch.setattr("simulations.grid.handle", sleepy)
+    schedules: list[list[list[str]]] = []
+    for name, sleeping in (("awake", set()), ("asleep", {"b"})):
+        clock, fleet = Clock(), [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "abcde"]
+        settings: dict[str, Any] = {"eligible": Eligible(idle=True), "clock": clock, "report_age": 60.0}
+        federated = private(tmp_path / name, selection=LATER[chosen](), **settings)
+        asleep.clear()
+        schedules.append([])
+        with suppress(Exhausted):
+            for number in range(1, 9):
+                schedules[-1].append(train(federated, fleet, number))
+                asleep |= sleeping
+                clock.time += 100.0
+        assert sorted(report.device for report in federated.query(CohortGrid(fleet, perform)).values()) == list("abcde")
+    awake, others = schedules
+    assert others == [awake[0], *([name for name in names if name != "b"] for names in awake[1:])]
+    assert awake != others
+
+
+def test_a_name_stays_with_the_node_that_came_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Also while that is silent; once it has left, whoever has the name is taken for it."""
+    roster = Roster(REPORT.base)
+    one, other = (replace(REPORT, device=name) for name in "ab")
+    roster.consider(1, one, now=0.0)
+    roster.consider(2, other, now=0.0)
+    roster.forget(before=1.0)
+    assert roster.unknown({1, 2, 3}) == [1, 2, 3]
+    roster.consider(3, one, now=2.0)
+    roster.consider(2, one, now=2.0)
+    roster.consider(1, replace(REPORT, device="c"), now=2.0)
+    assert caplog.text.count("device 'a' is not asked: its name is taken") == 2
+    assert "device 'c' is not asked: it was 'a' before" in caplog.text
+    assert (roster.reports, roster.stale) == ({1: one, 2: other}, {1, 2})
+    roster.consider(2, other, now=2.0)
+    assert (roster.unknown({1, 2, 3}), roster.stale) == ([1], {1})
+    assert roster.unknown({2, 3}) == [3]
+    roster.consider(3, one, now=3.0)
+    assert roster.reports == {2: other, 3: one}
+    assert not roster.stale
 
 
 def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:
