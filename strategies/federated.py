@@ -147,6 +147,8 @@ class Federated(Strategy):
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
         if device_level and (selection.sensitivity.momentary or limits.momentary):
             raise ValueError("what a device tells of its moment decides, and is part of what is private")
+        if device_level and limits.metered_rank is not None:
+            raise ValueError("limits.metered_rank: what link a device is on is part of what is private; leave it None")
         measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
         if measuring.every and plan.privacy and not measuring.among_pictures:
             raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")

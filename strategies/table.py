@@ -51,7 +51,8 @@ TAIL = """
   from pictures.
 - A device that `fleet.eligible` leaves out, that no plan fits, or that is silent when asked how it is, is drawn like
   any other. It is then not asked, and nobody is in its place: it contributes zero, pays, and counts as asked wherever a
-  selection goes by that. So what a device tells of its moment, or doesn't, decides about nobody else, now or later.
+  selection goes by that. One on a metered link has the plan of every other (`strategy.metered_rank` is for open runs,
+  and for `example`). So what a device tells of its moment, or doesn't, decides about nobody else, now or later.
 - A device at its cap is drawn no more. How often each was drawn is public: it follows from names, coins and kinds of
   device alone.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by

@@ -12,6 +12,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from conf.compose import compose
 from models.adapter import initial, to_tensors
 from protocol import records
 from protocol.codec import encode
@@ -19,6 +20,8 @@ from server import checkpoint
 from server.loop import run_rounds
 from server.state import State
 from simulations.grid import CohortGrid
+from strategies.aggregation.ffa import FFA
+from strategies.build import build
 from strategies.federated import Federated
 from strategies.fitting import Fitting
 from strategies.planning import Limits
@@ -33,7 +36,7 @@ from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.selection.thrifty import Thrifty
 from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
-from tests.strategies.central import BUDGET, poisson, private
+from tests.strategies.central import BUDGET, device_level, poisson, private
 from tests.strategies.test_knapsack import table
 
 SETTINGS = OortSettings(window=1)
@@ -156,6 +159,16 @@ def test_with_privacy_per_device_one_that_cannot_be_asked_moves_nobody_elses_tur
 def test_what_belongs_to_a_device_decides_nothing_where_it_is_the_unit(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="part of what is private"):
         private(tmp_path, **changes)
+
+
+def test_a_metered_link_decides_nothing_where_it_is_the_unit(tmp_path: Path) -> None:
+    """A lower rank goes up sooner, and would have been drawn instead of another."""
+    with pytest.raises(ValueError, match="part of what is private"):
+        private(tmp_path, aggregation=FFA(), limits=Limits(metered_rank=1))
+    for level, most in (("device", None), ("none", 4)):
+        config = compose(f"strategy=ffa privacy={level} adapter.shared.rank=3")
+        ledger = device_level(tmp_path).ledger
+        assert build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)._limits.metered_rank == most
 
 
 def test_old_reports_are_asked_for_again_where_they_matter() -> None:
