@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ class DeviceFacts:
             bytes_up=self.bytes_up + later.bytes_up,
             seconds=self.seconds + later.seconds,
             joules=self.joules + later.joules,
-            epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
+            epsilon=largest([self.epsilon, later.epsilon]),
             events=max(self.events, later.events),
             rounds=self.rounds + later.rounds,
             asked=self.asked + later.asked,
@@ -90,7 +90,7 @@ class TrainFacts:
     loss: float | None
     """Mean training loss over devices that tell it; under DP none does."""
     epsilon: float | None
-    """The largest that a device's ledger has composed to, per picture; None without DP."""
+    """The largest that a device's ledger has composed to so far, per picture; None without DP."""
     guarantees: tuple[Guarantee, ...] = ()
     """What is promised so far: per picture, per device, or both at once, which don't add."""
     central: CentralFacts | None = None
@@ -151,6 +151,7 @@ def train_facts(
     bytes_up: Mapping[tuple[str, int], int],
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
+    spent: float | None,
     central: CentralFacts | None,
     diagnostics: Mapping[str, float],
 ) -> TrainFacts:
@@ -163,8 +164,9 @@ def train_facts(
         bytes_up: of every update that was let in, by the same, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
+        spent: the largest ε per picture that a device told of in any round before.
     """
-    spent = max((update.epsilon for update in updates if update.epsilon is not None), default=None)
+    spent = largest([spent, *(update.epsilon for update in updates)])
     of_images = (Guarantee(spent, private.delta),) if private and spent is not None else ()
     told = [update.loss for update in updates if update.loss is not None and not (private or central)]
     return TrainFacts(
@@ -233,6 +235,11 @@ def nothing(**facts: Any) -> DeviceFacts:
     """Of a device that nothing was taken of, but for what is given."""
     idle: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
     return DeviceFacts(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest of what was told; None where nothing was."""
+    return max((value for value in values if value is not None), default=None)
 
 
 def mean(values: Sequence[float]) -> float | None:

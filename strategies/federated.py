@@ -43,7 +43,7 @@ from protocol.messages import (
 from strategies.aggregation import Aggregated, Aggregation, Updates
 from strategies.clock import Clock, WallClock
 from strategies.download import FP32, download, lost, restored
-from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
+from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, largest, train_facts
 from strategies.fitting import Fitting
 from strategies.gathered import Asked, Gathered
 from strategies.measuring import Measuring
@@ -168,6 +168,7 @@ class Federated(Strategy):
         self._clock, self._report_age = clock or WallClock(), report_age
         self._known: dict[str, DeviceFacts] = {}  # of all rounds so far, by name
         self._losses: list[float] = []  # of each of them
+        self._spent: float | None = None  # the largest ε per picture that a device told of in any of them
         self._round: Asked | None = None
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
@@ -202,6 +203,7 @@ class Federated(Strategy):
             before = self._known.get(name, facts)
             self._known[name] = replace(facts, events=max(before.events, facts.events))
         self._losses = [facts.loss for facts in rounds if facts and facts.loss is not None]
+        self._spent = largest(facts.epsilon for facts in self._known.values())
 
     def summary(self) -> None:
         plan = self._plan
@@ -394,6 +396,7 @@ class Federated(Strategy):
             bytes_up=found.bytes_up,
             dropped=dropped,
             private=self._plan.privacy,
+            spent=self._spent,
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )
@@ -433,6 +436,7 @@ class Federated(Strategy):
 
     def _learn(self, facts: TrainFacts) -> None:
         """One more round to remember."""
+        self._spent = facts.epsilon
         for name, one in facts.devices.items():
             before = self._known.get(name)
             self._known[name] = before.then(one) if before else one
@@ -459,7 +463,7 @@ class Federated(Strategy):
         if self._measured:
             good = sorted(found.values(), key=lambda reply: reply.device)
             told = self._measuring.summary(server_round, good, dropped)
-        self.validation = told
+        self.validation, self._spent = told, largest([self._spent, told.epsilon])
         values = {name: getattr(told, name) for name in ("base", "shared", "gain", "gain_error")}
         measured = {name: value for name, value in values.items() if value is not None}
         return MetricRecord(measured) if measured else None
