@@ -9,6 +9,9 @@ from typing import Any
 from privacy.accounting import Guarantee
 from protocol.messages import ExamplePrivacy, TrainingPlan, Update
 
+EVENTS = 6
+"""Of one round in a device's ledger at most: reserved, sealed and sent, for training and for measuring."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceFacts:
@@ -23,7 +26,7 @@ class DeviceFacts:
     epsilon: float | None
     """What its ledger has composed to so far; None without DP."""
     events: int = 0
-    """The most that it has told of in its ledger."""
+    """The most that it has told of in its ledger, and that its rounds here can have written."""
     rounds: int = 0
     """Updates of it that were used."""
     asked: int = 0
@@ -35,6 +38,10 @@ class DeviceFacts:
 
     def then(self, later: DeviceFacts) -> DeviceFacts:
         """What both took together."""
+        # A count that grows as it likes would be echoed to whoever has the name next, which refuses what it can't hold.
+        # That of a device in other runs too grows faster: its echo then lags, and an echo permits nothing.
+        rounds = max(1, later.last - self.last)
+        events = min(later.events, self.events + EVENTS * rounds) if self.events else later.events
         return replace(
             later,
             rank=max(self.rank, later.rank),
@@ -44,7 +51,7 @@ class DeviceFacts:
             seconds=self.seconds + later.seconds,
             joules=self.joules + later.joules,
             epsilon=largest([self.epsilon, later.epsilon]),
-            events=max(self.events, later.events),
+            events=max(self.events, events),
             rounds=self.rounds + later.rounds,
             asked=self.asked + later.asked,
             last=max(self.last, later.last),

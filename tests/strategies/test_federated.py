@@ -205,6 +205,16 @@ def test_each_device_is_told_how_far_its_ledger_had_come():
     assert echoes() == {"a": 7, "b": 3, "c": 9}
 
 
+def test_a_device_that_lies_does_not_make_its_ledger_longer_than_rounds_can():
+    """Whoever has its name next would refuse every round for want of those events."""
+    grid = [FakeDevice("a")]
+    federated = strategy()
+    for number, told, known in ((1, 10, 10), (2, 13, 13), (3, 2_000_000_000, 19), (5, 2_000_000_000, 31), (6, 4, 31)):
+        grid[0].misbehave = lambda reply, told=told: replace(reply, events=told)
+        train(federated, grid, server_round=number)
+        assert federated._echo("a") == known
+
+
 def test_simulated_noise_is_no_release():
     private = replace(PLAN, privacy=PRIVACY)
     federated = strategy(plan=private)
