@@ -58,7 +58,7 @@ from strategies.selection import ByName, Candidate, Candidates, Selection
 from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
-from strategies.spool import Key, Spool
+from strategies.spool import Key, Spool, size
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ class Federated(Strategy):
         self._losses: list[float] = []  # of each of them
         self._spent: float | None = None  # the largest ε per picture that a device told of in any of them
         self._round: Asked | None = None
+        self._held: Gathered | None = None  # room on the disk for a round that is charged for
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
         self._quorum = quorum
@@ -282,6 +283,9 @@ class Federated(Strategy):
 
         Args:
             number: of these plans, and of the coins that are tossed for them; None: the round's.
+
+        Raises:
+            AntherError: with privacy per device, no room on the disk for all updates; nothing is charged.
         """
         number = server_round if number is None else number
         reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
@@ -307,6 +311,8 @@ class Federated(Strategy):
         plans = {nodes[one.report.device]: (one.report, one.plan) for one in picked if one.ready}
         self.good = 0
         if self.device_level:
+            # On a full disk one reply would keep out another. For all who were picked: who can't be asked isn't told.
+            self._held = Gathered(len(picked) * size(self.sites, full.rank))
             self.device_level.open(server_round, [one.report.device for one in picked], data)
         self._round = Asked(
             adapter=adapter,
@@ -328,8 +334,9 @@ class Federated(Strategy):
 
         With privacy per device the adapter is noised and released also then, and whatever came back.
         """
-        asked = self.sent()
-        with Gathered() as found:
+        asked, held = self.sent(), self._held
+        self._held = None
+        with Gathered() if held is None else held as found:
             dropped = self.let_in(asked, replies, found)
             arrays = self.close(server_round, asked.adapter, [asked], found, dropped, lost=asked.lost)
         return arrays, None if arrays is None else MetricRecord({"replied": len(found), **self._diagnostics()})

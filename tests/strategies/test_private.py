@@ -1,5 +1,7 @@
 """Privacy per device over the fake fleet: what is released, what it is charged for, and what would break it."""
 
+import os
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from conf.errors import AntherError
 from models.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
 from models.cores import empty
 from models.slots import Layout
@@ -170,6 +173,28 @@ def test_the_charge_is_on_the_disk_before_a_message_leaves(tmp_path):
     (charge,) = device_level(tmp_path).ledger.charges()  # as another process finds it
     assert (charge.round, charge.asked, charge.clip, charge.expected) == (1, ("a", "b"), CLIP, EXPECTED)
     assert (charge.mechanism.noise_multiplier, charge.mechanism.sampling_rate) == (Z, 1.0)
+
+
+def test_room_for_every_update_is_held_before_a_round_is_charged_for(tmp_path):
+    """As on a full disk: files may not grow beyond so much."""
+    each = 4 * sum(part.numel() for factors in START.values() for part in factors)
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * each, limits[1]))  # and a few bytes more are needed
+    try:
+        with pytest.raises(AntherError, match="a round's updates may take 1 MiB there; make room, or name another"):
+            train(private(tmp_path), devices)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert device_level(tmp_path).ledger.charges() == []
+    federated = private(tmp_path)
+    messages = federated.configure_train(1, start(), ConfigRecord(), grid := CohortGrid(devices, perform))
+    held = federated._held.adapters._file.fileno()
+    assert os.fstat(held).st_size >= 2 * each
+    found, _ = federated.aggregate_train(1, grid.send_and_receive(messages))
+    assert found is not None
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(held)  # what was held was used, and is given back
 
 
 def test_a_round_is_released_once_and_only_if_it_was_charged_for(tmp_path):
