@@ -332,7 +332,8 @@ class Federated(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next adapter, and what can be told as numbers; None for both when no reply was good.
 
-        With privacy per device the adapter is noised and released also then, and whatever came back.
+        With privacy per device the adapter is noised and released also then, and whatever came back; None for both if
+        devices would refuse what is to be released.
         """
         asked, held = self.sent(), self._held
         self._held = None
@@ -504,19 +505,21 @@ class Federated(Strategy):
         self, current: Adapter, updates: Updates, round: int, lost: Mapping[str, Tensor]
     ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
+        central = None
         if self.device_level:
             trained = (adapter for adapter, _ in updates)
-            noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
-            noised, self.memory = self._stepped(current, noised, lost, round)
-            return noised, central
-        if len(updates) < self._quorum:
+            mean, central = self.device_level.close(self._aggregation, current, trained, round=round)
+        elif len(updates) < self._quorum:
             return None, None
-        mean = self._aggregation.aggregate(current, updates, round=round)
+        else:
+            mean = self._aggregation.aggregate(current, updates, round=round)
         aggregated, memory = self._stepped(current, mean, lost, round)
-        if found := excess(aggregated.adapter):  # of updates that were each let in
+        if found := excess(aggregated.adapter):  # of updates that were each let in, or of what is released anyway
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
-            return None, None
+            return None, central
         self.memory = memory
+        if central:
+            return aggregated, central
         # What began at an older adapter may lie on this one in stacked factors: they have no change to compare.
         if self._plan.privacy is None or any(rank(adapter) > rank(current) for adapter, _ in updates):
             return aggregated, None

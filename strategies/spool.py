@@ -59,8 +59,8 @@ class Spool(Sequence[tuple[Adapter, float]]):
                 os.posix_fallocate(self._file.fileno(), 0, self._end + room)
         except OSError as error:
             raise AntherError(
-                f"{tempfile.gettempdir()}: {error.strerror}: a round's updates may take {(room >> 20) + 1} MiB there; make "
-                "room, or name another folder in TMPDIR"
+                f"{tempfile.gettempdir()}: {error.strerror}: a round's updates may take {(room >> 20) + 1} MiB there; "
+                "make room, or name another folder in TMPDIR"
             ) from None
         self._places: dict[Key, dict[str, _Place]] = {}
         self._map: mmap.mmap | None = None

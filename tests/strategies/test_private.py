@@ -258,6 +258,19 @@ def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noise
     assert not federated.measures(1)
 
 
+def test_a_release_that_every_device_would_refuse_stays_charged_and_is_not_the_next_adapter(tmp_path, caplog):
+    """By the noise, or by the server's step after it."""
+    loud, far = {"clip": 1e4}, FedAvgM(rate=1e4, momentum=0.9)
+    for name, settings in (("noise", {"level": loud}), ("step", {"optimiser": far})):
+        federated, devices = private(tmp_path / name, **settings), [FakeDevice("a")]
+        assert train(federated, devices) is None
+        assert "devices would refuse the next" in caplog.text
+        caplog.clear()
+        assert federated.memory == {}
+        assert federated.trained.central.guarantee == federated.trained.guarantees[0]
+        assert federated.device_level.ledger.participations() == {"a": 1}
+
+
 def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
     once = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
     training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
