@@ -59,6 +59,8 @@ TAIL = """
   that follows from the release alone. The round stays charged.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.
+- Who is connected is taken to be public, and so are a device's name and what kind it is: its speed, link, memory, ranks
+  and sites. A device that disconnects leaves the draw.
 - A run has one ledger. What several runs promise the same devices adds up, and is for whoever starts them to add.
 
 ## Refused elsewhere
@@ -118,6 +120,12 @@ server and enters the next adapter there: of releases too.
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,
   √(‖x̃‖² − D s²)₊ / (s √D) with the known deviation s. Under `example` alone an optimiser stands between the noise and
   an update, so what the updates differ by takes the place of the noise: a low estimate, since people differ as well.
+- Who replies, and when: how long a device takes, that it drops out or refuses, and so how long a round lasts. ε bounds
+  what updates tell, not this. Under `example` a device takes the steps of its plan whatever its pictures are, and tells
+  the seconds that these should take; but batches are larger where there are more pictures, so that its time hints at
+  their number: the promise assumes that whoever sees it learns nothing by it. Under `device` the server sees it and is
+  trusted with it; it decides about nobody else, nor about what is released. When releases come is assumed to tell
+  nobody anything.
 - How many replied, and which devices took part, is in the log and the checkpoints of the server, which is trusted with
   it. It is not covered by ε: don't publish it where a sample is secret.
 """
