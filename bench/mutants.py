@@ -247,8 +247,7 @@ OF_DEVICES = (
     ),
     Mutant(
         "not charged before anybody is asked", "strategies/federated.py",
-        "        if self.device_level:\n            self.device_level.open(",
-        "        if self.device_level and not plans:\n            self.device_level.open(",
+        "            self.device_level.open(server_round", "            plans or self.device_level.open(server_round",
         "tests/strategies/test_private.py::test_the_charge_is_on_the_disk_before_a_message_leaves",
     ),
     Mutant(

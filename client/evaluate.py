@@ -9,7 +9,7 @@ from torch import Tensor
 
 from client.data import fingerprint
 from client.device import Device
-from client.own import of_run
+from client.own import of_run, private_of_run
 from client.sent import Sent, received
 from client.work import cache_key, encoded, expect
 from privacy.accounting import NonPrivate, PoissonGaussian
@@ -72,11 +72,11 @@ def _noised_gain(
     pictures = device.pictures().validation
     reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     examples = (yield from encoded(device, "validation", pictures)) if pictures else None
-    charged = ledger.reserve(reservation, device.policy.check_spending)
+    charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     gains: list[float] = []
     if examples:
         base = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
-        adapter = of_run(sent.adapter, request.run, device)
+        adapter = private_of_run(sent.adapter, request.run, device, release=noise.release)
         shared = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=adapter)))
         gains = (base - shared).tolist()
     reply = messages.Evaluation(

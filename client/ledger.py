@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from client.home import owners_command, run
-from client.store import RESIDUAL
+from client.store import OWN, RESIDUAL, VARIATE
 from conf.errors import AntherError
 from privacy import policy
 from privacy.accounting import Guarantee, PoissonGaussian
@@ -64,7 +64,7 @@ def reset(files: Files, *, sure: bool) -> str:
             "reset forgets what this device has promised: ε is counted from 0 again; say `reset --forget` if that is "
             "meant, or restore the ledger from a backup"
         )
-    aside = files.set_aside(JOURNAL, OUTBOX, MARKER, RESIDUAL)
+    aside = files.set_aside(JOURNAL, OUTBOX, MARKER, RESIDUAL, VARIATE, OWN)
     return FRESH if aside is None else FORGOTTEN.format(aside=aside)
 
 

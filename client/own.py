@@ -20,7 +20,7 @@ from protocol.messages import TrainingPlan
 def own_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, Tensor]:
     """B by site as a round of this plan starts from it: of a round that is done again, as it did before."""
     kept = device.store.own(_run(plan.run, plan.base))
-    if kept is None or kept.promise != _promise(plan, release):
+    if kept is None or kept.promise != _promise(plan.privacy is not None, release):
         return {}
     return kept.before if kept.round == plan.round else kept.after
 
@@ -28,12 +28,25 @@ def own_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, 
 def kept_factors(plan: TrainingPlan, before: dict[str, Tensor], trained: Adapter, release: bool) -> Own:
     """What a round leaves: the device's B after it, at sites that it did not train as before it; and before it."""
     after = before | {name: factors.b for name, factors in trained.items()}
-    return Own(_run(plan.run, plan.base), _promise(plan, release), plan.round, after, before)
+    promise = _promise(plan.privacy is not None, release)
+    return Own(_run(plan.run, plan.base), promise, plan.round, after, before)
 
 
 def of_run(adapter: Adapter, run: str, device: Device) -> Adapter:
     """An adapter of a run with the B that the device has of it; as it is, if it has none."""
+    return _with_kept(adapter, device.store.own(_run(run, device.report.base)))
+
+
+def private_of_run(adapter: Adapter, run: str, device: Device, *, release: bool) -> Adapter:
+    """The same for what is told with noise: with the B of private rounds alone, whose noise was as real.
+
+    Any other B is a function of every picture that nothing bounds, and one of them would change every gain.
+    """
     kept = device.store.own(_run(run, device.report.base))
+    return _with_kept(adapter, kept if kept and kept.promise == _promise(True, release) else None)
+
+
+def _with_kept(adapter: Adapter, kept: Own | None) -> Adapter:
     return with_own(adapter, kept.after) if kept else adapter
 
 
@@ -49,6 +62,6 @@ def _run(run: str, base: str) -> str:
     return hashlib.sha256(repr((run, base)).encode()).hexdigest()
 
 
-def _promise(plan: TrainingPlan, release: bool) -> str:
+def _promise(private: bool, release: bool) -> str:
     """What B was trained under: nothing that was not noised, or by simulated noise, enters a round that promises."""
-    return f"{'open' if plan.privacy is None else 'private'}, {'release' if release else 'simulated'}"
+    return f"{'private' if private else 'open'}, {'release' if release else 'simulated'}"

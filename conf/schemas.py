@@ -270,7 +270,9 @@ class Strategy:
     energy: float | None = None  # no more of the mean's directions than hold this share of its σ² (exact); null: all
     weights: str = "device"  # of what is averaged (exact): whole devices; or rank_slice: each slice of rank among those
     # that trained so many
-    metered_rank: int = 4  # rank asked of a device on a metered link (strategies that mix ranks)
+    metered_rank: int = (
+        4  # rank asked of a device on a metered link (strategies that mix ranks; not private per device)
+    )
     deadline: float | None = None  # seconds a round may take a device: fewer steps for slow ones; null: no limit
     planning: str = "full"  # full: every device trains at every site; device: at those that are worth most of what it
     # can hold and has time and power for

@@ -67,8 +67,8 @@ class Ledger:
         Args:
             admit: given the mechanisms so far and the new one, raises to refuse it; called under the lock, so that
                 two processes can't both take the last of a budget, and before anything is charged.
-            settles: the server, that asks for this round, has moved past the run's earlier ones: they are noted as
-                sent, and the bytes of their replies are removed.
+            settles: the server, that asks for this round, has moved past the run's earlier ones of this purpose, whose
+                numbers are of one kind: they are noted as sent, and the bytes of their replies are removed.
 
         Returns:
             What the ledger holds now.
@@ -133,7 +133,9 @@ class Ledger:
 
     def _settle(self, book: _Book, later: Reservation) -> None:
         for key, entry in book.history.entries.items():
-            if entry.state == SEALED and entry.reservation.run == later.run and entry.reservation.round < later.round:
+            made = entry.reservation
+            is_earlier = (made.run, made.purpose) == (later.run, later.purpose) and made.round < later.round
+            if entry.state == SEALED and is_earlier:
                 book.append(entries.sent(key))
                 self._storage.remove(_outbox(key))
 

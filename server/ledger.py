@@ -46,7 +46,7 @@ class Ledger:
             return list(self._charges(journal.lines))
 
     def participations(self) -> Mapping[str, int]:
-        """In how many rounds each device was asked to train, those that were broken off among them."""
+        """In how many rounds each device was picked to train, those that were broken off among them."""
         return Counter(name for charge in self.charges() if charge.purpose == TRAIN for name in charge.asked or ())
 
     def reserve(self, charge: Charge, budget: Budget) -> Guarantee:

@@ -68,9 +68,10 @@ def build(
             "variate travel beside the adapter, whole; use strategy.download=fp32"
         )
     seed = config.seed if accept_simulated else None
+    # A control variate is of every direction, and under privacy per device a link is part of what is private.
+    cut = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
     limits = Limits(
-        # A control variate is of every direction.
-        metered_rank=config.strategy.metered_rank if rule.mixed_ranks and not plan.scaffold else None,
+        metered_rank=config.strategy.metered_rank if cut else None,
         deadline=config.strategy.deadline,
         joules=config.strategy.joules,
         battery_share=config.strategy.battery_share,

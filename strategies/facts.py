@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from privacy.accounting import Guarantee
 from protocol.messages import ExamplePrivacy, TrainingPlan, Update
+
+EVENTS = 6
+"""Of one round in a device's ledger at most: reserved, sealed and sent, for training and for measuring."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,18 +26,22 @@ class DeviceFacts:
     epsilon: float | None
     """What its ledger has composed to so far; None without DP."""
     events: int = 0
-    """The most that it has told of in its ledger."""
+    """The most that it has told of in its ledger, and that its rounds here can have written."""
     rounds: int = 0
     """Updates of it that were used."""
     asked: int = 0
-    """Times that it was asked to train, whether or not it replied."""
+    """Times that it was asked to train, whether or not it replied; with privacy per device, that it was picked."""
     last: int = 0
-    """The last round that it was asked in; 0 before any."""
+    """The last round of these; 0 before any."""
     loss: float | None = None
     """Mean training loss that it told last; None under privacy, where none is kept."""
 
     def then(self, later: DeviceFacts) -> DeviceFacts:
         """What both took together."""
+        # A count that grows as it likes would be echoed to whoever has the name next, which refuses what it can't hold.
+        # That of a device in other runs too grows faster: its echo then lags, and an echo permits nothing.
+        rounds = max(1, later.last - self.last)
+        events = min(later.events, self.events + EVENTS * rounds) if self.events else later.events
         return replace(
             later,
             rank=max(self.rank, later.rank),
@@ -43,8 +50,8 @@ class DeviceFacts:
             bytes_up=self.bytes_up + later.bytes_up,
             seconds=self.seconds + later.seconds,
             joules=self.joules + later.joules,
-            epsilon=max((e for e in (self.epsilon, later.epsilon) if e is not None), default=None),
-            events=max(self.events, later.events),
+            epsilon=largest([self.epsilon, later.epsilon]),
+            events=max(self.events, events),
             rounds=self.rounds + later.rounds,
             asked=self.asked + later.asked,
             last=max(self.last, later.last),
@@ -90,7 +97,7 @@ class TrainFacts:
     loss: float | None
     """Mean training loss over devices that tell it; under DP none does."""
     epsilon: float | None
-    """The largest that a device's ledger has composed to, per picture; None without DP."""
+    """The largest that a device's ledger has composed to so far, per picture; None without DP."""
     guarantees: tuple[Guarantee, ...] = ()
     """What is promised so far: per picture, per device, or both at once, which don't add."""
     central: CentralFacts | None = None
@@ -98,7 +105,7 @@ class TrainFacts:
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
     devices: dict[str, DeviceFacts] = field(default_factory=dict)
-    """Of every device that was asked, or whose reply was accepted; empty in a run's history, which keeps sums."""
+    """Of every device that was asked or picked, or whose reply came in; empty in a run's history, which keeps sums."""
 
 
 def device_epsilon(train: TrainFacts | None) -> float | None:
@@ -146,10 +153,12 @@ def train_facts(
     *,
     round: int,
     plans: Mapping[tuple[str, int], TrainingPlan],
+    passed: Collection[str],
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
+    spent: float | None,
     central: CentralFacts | None,
     diagnostics: Mapping[str, float],
 ) -> TrainFacts:
@@ -157,12 +166,14 @@ def train_facts(
 
     Args:
         plans: of every device that was asked, by its name and the plan's round.
+        passed: devices that count as asked, and were not (`strategies.gathered.Asked`).
         bytes_down: of all of them together.
         bytes_up: of every update that was let in, by the same, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
+        spent: the largest ε per picture that a device told of in any round before.
     """
-    spent = max((update.epsilon for update in updates if update.epsilon is not None), default=None)
+    spent = largest([spent, *(update.epsilon for update in updates)])
     of_images = (Guarantee(spent, private.delta),) if private and spent is not None else ()
     told = [update.loss for update in updates if update.loss is not None and not (private or central)]
     return TrainFacts(
@@ -181,6 +192,7 @@ def train_facts(
         devices=_devices(
             updates,
             plans,
+            passed,
             round,
             bytes_down=bytes_down // max(1, len(plans)),
             bytes_up=bytes_up,
@@ -192,20 +204,21 @@ def train_facts(
 def _devices(
     updates: Sequence[Update],
     plans: Mapping[tuple[str, int], TrainingPlan],
+    passed: Collection[str],
     round: int,
     *,
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
     told: bool,
 ) -> dict[str, DeviceFacts]:
-    """Of every device that was asked; it may have been so more than once.
+    """Of every device that was asked or counts as such; it may have been so more than once.
 
     Args:
         bytes_down: to each.
         told: whether their losses are kept.
     """
     found: dict[str, DeviceFacts] = {}
-    for name, _ in plans:
+    for name in [*(name for name, _ in plans), *passed]:
         asked = nothing(asked=1, last=round)
         found[name] = found[name].then(asked) if name in found else asked
     for update in updates:
@@ -229,6 +242,11 @@ def nothing(**facts: Any) -> DeviceFacts:
     """Of a device that nothing was taken of, but for what is given."""
     idle: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
     return DeviceFacts(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest of what was told; None where nothing was."""
+    return max((value for value in values if value is not None), default=None)
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -43,7 +43,7 @@ from protocol.messages import (
 from strategies.aggregation import Aggregated, Aggregation, Updates
 from strategies.clock import Clock, WallClock
 from strategies.download import FP32, download, lost, restored
-from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, train_facts
+from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, largest, train_facts
 from strategies.fitting import Fitting
 from strategies.gathered import Asked, Gathered
 from strategies.measuring import Measuring
@@ -58,7 +58,7 @@ from strategies.selection import ByName, Candidate, Candidates, Selection
 from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
-from strategies.spool import Key, Spool
+from strategies.spool import Key, Spool, size
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class Federated(Strategy):
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
         quorum: good replies without which a round keeps the adapter.
-        eligible: who may be asked to train. With privacy per device others are drawn with everybody, then not asked,
-            and nobody in their place: who else is asked would tell of them.
+        eligible: who may be asked to train. With privacy per device others are drawn with everybody, and charged, then
+            not asked, and nobody in their place: who else is asked, now or later, would tell of them.
         fitting: chooses the sites that each device trains at; None: all of them.
         clock: that reports age by.
         report_age: seconds after which a report is asked for again, where anything goes by a device's moment.
@@ -147,6 +147,8 @@ class Federated(Strategy):
             raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
         if device_level and (selection.sensitivity.momentary or limits.momentary):
             raise ValueError("what a device tells of its moment decides, and is part of what is private")
+        if device_level and limits.metered_rank is not None:
+            raise ValueError("limits.metered_rank: what link a device is on is part of what is private; leave it None")
         measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
         if measuring.every and plan.privacy and not measuring.among_pictures:
             raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
@@ -166,7 +168,9 @@ class Federated(Strategy):
         self._clock, self._report_age = clock or WallClock(), report_age
         self._known: dict[str, DeviceFacts] = {}  # of all rounds so far, by name
         self._losses: list[float] = []  # of each of them
+        self._spent: float | None = None  # the largest ε per picture that a device told of in any of them
         self._round: Asked | None = None
+        self._held: Gathered | None = None  # room on the disk for a round that is charged for
         self._asked: dict[int, DeviceReport] = {}
         self._measured = False
         self._quorum = quorum
@@ -200,6 +204,7 @@ class Federated(Strategy):
             before = self._known.get(name, facts)
             self._known[name] = replace(facts, events=max(before.events, facts.events))
         self._losses = [facts.loss for facts in rounds if facts and facts.loss is not None]
+        self._spent = largest(facts.epsilon for facts in self._known.values())
 
     def summary(self) -> None:
         plan = self._plan
@@ -210,14 +215,19 @@ class Federated(Strategy):
         )  # fmt: skip
 
     def query(self, grid: Grid) -> dict[int, DeviceReport]:
-        """Reports of the nodes that are there now and hold our base; only unknown nodes are asked."""
+        """Reports of the nodes that are there now and hold our base; only unknown nodes are asked.
+
+        With privacy per device those that were asked anew and are silent are there with what they told last: without
+        them others would be drawn.
+        """
         if unknown := self._roster.unknown(set(grid.get_node_ids())):
             replies = grid.send_and_receive([self._message(Query(), node) for node in unknown], timeout=_QUERY_TIMEOUT)
             heard = _heard(records.QUERY, replies)
             found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
             for node, report in sorted(found.items()):
                 self._roster.consider(node, report, now=self._clock.now())
-        return dict(self._roster.reports)
+        reports, stale = self._roster.reports, () if self.device_level else self._roster.stale
+        return {node: report for node, report in reports.items() if node not in stale}
 
     def _recent(self, grid: Grid) -> dict[int, DeviceReport]:
         """The same, where what a device tells of its moment is as young as it has to be."""
@@ -228,30 +238,37 @@ class Federated(Strategy):
     def _candidates(
         self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int, round: int
     ) -> Candidates:
-        """Each device that could do something of this, with the plan that it would get."""
+        """Each device that could do something of this, with the plan that it would get.
+
+        With privacy per device whoever can't is there too, with the plan that others get.
+        """
         plans = self._planner.plans(reports.values(), full, adapter=adapter, download=download)
-        found = {
-            report.device: Candidate(
-                report=report,
-                plan=planned.plan,
-                seconds=planned.seconds,
-                joules=planned.joules,
-                facts=self._known.get(report.device),
-            )
-            for report in reports.values()
-            if (planned := plans.get(report.device)) is not None
-        }
+        found = {}
+        for node, report in reports.items():
+            fits = plans.get(report.device)
+            planned = self._planner.whole(report, full, download=download) if self.device_level and not fits else fits
+            if planned:
+                found[report.device] = Candidate(
+                    report=report,
+                    plan=planned.plan,
+                    seconds=planned.seconds,
+                    joules=planned.joules,
+                    ready=fits is not None and node not in self._roster.stale and self._eligible(report),
+                    facts=self._known.get(report.device),
+                )
         return Candidates(found, self._losses, round=round)
 
-    def _asks(self, candidates: Candidates, draw: int) -> list[Candidate]:
-        """Who is asked to train: whom the selection picks, or as many of them as there is room for."""
-        eligible = {name: one for name, one in candidates.items() if self._eligible(one.report)}
-        allowed = Candidates(eligible, candidates.losses, round=candidates.round)
-        drawn_from = candidates if self.device_level else allowed
-        picked = [name for name in self._selection.select(drawn_from, draw=draw) if name in eligible]
+    def _picked(self, candidates: Candidates, draw: int) -> list[Candidate]:
+        """Whom the selection picks to train, or as many of them as there is room for.
+
+        With privacy per device also some who can't be asked: whoever stood in for them, now or later, would tell.
+        """
+        ready = {name: one for name, one in candidates.items() if one.ready}
+        allowed = Candidates(ready, candidates.losses, round=candidates.round)
+        picked = self._selection.select(candidates if self.device_level else allowed, draw=draw)
         if self.room is not None and len(picked) > self.room:
             picked = sorted(random.Random(stream(self._plan.run, draw, "room")).sample(picked, self.room))
-        return [eligible[name] for name in picked]
+        return [candidates[name] for name in picked]
 
     def configure_train(
         self,
@@ -266,6 +283,9 @@ class Federated(Strategy):
 
         Args:
             number: of these plans, and of the coins that are tossed for them; None: the round's.
+
+        Raises:
+            AntherError: with privacy per device, no room on the disk for all updates; nothing is charged.
         """
         number = server_round if number is None else number
         reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
@@ -287,13 +307,17 @@ class Federated(Strategy):
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
         nodes, candidates = by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
-        plans = {nodes[one.report.device]: (one.report, one.plan) for one in self._asks(candidates, number)}
+        picked = self._picked(candidates, number)
+        plans = {nodes[one.report.device]: (one.report, one.plan) for one in picked if one.ready}
         self.good = 0
         if self.device_level:
-            self.device_level.open(server_round, [report.device for report, _ in plans.values()], data)
+            # On a full disk one reply would keep out another. For all who were picked: who can't be asked isn't told.
+            self._held = Gathered(len(picked) * size(self.sites, full.rank))
+            self.device_level.open(server_round, [one.report.device for one in picked], data)
         self._round = Asked(
             adapter=adapter,
             plans=plans,
+            passed=tuple(one.report.device for one in picked if not one.ready),
             bytes_down=len(data) * len(plans),
             drift=Drift(control, start, devices=len(candidates)) if control else None,
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
@@ -308,10 +332,12 @@ class Federated(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next adapter, and what can be told as numbers; None for both when no reply was good.
 
-        With privacy per device the adapter is noised and released also then, and whatever came back.
+        With privacy per device the adapter is noised and released also then, and whatever came back; None for both if
+        devices would refuse what is to be released.
         """
-        asked = self.sent()
-        with Gathered() as found:
+        asked, held = self.sent(), self._held
+        self._held = None
+        with Gathered() if held is None else held as found:
             dropped = self.let_in(asked, replies, found)
             arrays = self.close(server_round, asked.adapter, [asked], found, dropped, lost=asked.lost)
         return arrays, None if arrays is None else MetricRecord({"replied": len(found), **self._diagnostics()})
@@ -373,10 +399,12 @@ class Federated(Strategy):
             found.updates,
             round=server_round,
             plans=plans,
+            passed=[name for each in asked for name in each.passed],
             bytes_down=sum(each.bytes_down for each in asked),
             bytes_up=found.bytes_up,
             dropped=dropped,
             private=self._plan.privacy,
+            spent=self._spent,
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )
@@ -416,6 +444,7 @@ class Federated(Strategy):
 
     def _learn(self, facts: TrainFacts) -> None:
         """One more round to remember."""
+        self._spent = facts.epsilon
         for name, one in facts.devices.items():
             before = self._known.get(name)
             self._known[name] = before.then(one) if before else one
@@ -442,7 +471,7 @@ class Federated(Strategy):
         if self._measured:
             good = sorted(found.values(), key=lambda reply: reply.device)
             told = self._measuring.summary(server_round, good, dropped)
-        self.validation = told
+        self.validation, self._spent = told, largest([self._spent, told.epsilon])
         values = {name: getattr(told, name) for name in ("base", "shared", "gain", "gain_error")}
         measured = {name: value for name, value in values.items() if value is not None}
         return MetricRecord(measured) if measured else None
@@ -476,19 +505,21 @@ class Federated(Strategy):
         self, current: Adapter, updates: Updates, round: int, lost: Mapping[str, Tensor]
     ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
+        central = None
         if self.device_level:
             trained = (adapter for adapter, _ in updates)
-            noised, central = self.device_level.close(self._aggregation, current, trained, round=round)
-            noised, self.memory = self._stepped(current, noised, lost, round)
-            return noised, central
-        if len(updates) < self._quorum:
+            mean, central = self.device_level.close(self._aggregation, current, trained, round=round)
+        elif len(updates) < self._quorum:
             return None, None
-        mean = self._aggregation.aggregate(current, updates, round=round)
+        else:
+            mean = self._aggregation.aggregate(current, updates, round=round)
         aggregated, memory = self._stepped(current, mean, lost, round)
-        if found := excess(aggregated.adapter):  # of updates that were each let in
+        if found := excess(aggregated.adapter):  # of updates that were each let in, or of what is released anyway
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
-            return None, None
+            return None, central
         self.memory = memory
+        if central:
+            return aggregated, central
         # What began at an older adapter may lie on this one in stacked factors: they have no change to compare.
         if self._plan.privacy is None or any(rank(adapter) > rank(current) for adapter, _ in updates):
             return aggregated, None

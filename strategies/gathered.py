@@ -19,6 +19,8 @@ class Asked:
 
     adapter: Adapter
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
+    passed: tuple[str, ...] = ()
+    """Names of the devices that were picked and could not be asked: with privacy per device they count as asked."""
     bytes_down: int
     drift: Drift | None
     """Of devices that correct for it."""
@@ -27,10 +29,14 @@ class Asked:
 
 
 class Gathered:
-    """The good updates of a round, one after another: what they tell here, their factors on disk."""
+    """The good updates of a round, one after another: what they tell here, their factors on disk.
 
-    def __init__(self) -> None:
-        self.adapters = Spool()
+    Args:
+        room: bytes there that are held for them.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self.adapters = Spool(room)
         self.bytes_up: dict[Key, int] = {}
         self._updates: dict[Key, Update] = {}
 

@@ -74,22 +74,20 @@ class Planner:
         if most is None:
             return None
         if self.fitting is None:
-            plan, work = self._whole(report, most, download), 1.0
-        else:
-            if most.sites not in choices:
-                choices[most.sites] = self.fitting.choices(adapter, most.sites)
-            best = fitted(
-                report, most, self.limits, self.fitting, choices[most.sites], sites=self.sites, download=download
-            )
-            if best is None:
-                return None
-            plan, work = best
+            return self.whole(report, most, download=download)
+        if most.sites not in choices:
+            choices[most.sites] = self.fitting.choices(adapter, most.sites)
+        best = fitted(report, most, self.limits, self.fitting, choices[most.sites], sites=self.sites, download=download)
+        return None if best is None else self._planned(report, *best, download)
+
+    def whole(self, report: DeviceReport, most: TrainingPlan, *, download: int) -> Planned:
+        """At every site that there is and at least one step, whether or not the device can do it."""
+        sent = transfers(report, most, sites=self.sites, download=download)
+        steps = affordable(report, self.limits, transfers=sent, step=seconds_per_step(report, most))
+        return self._planned(report, replace(most, steps=max(1, min(most.steps, steps))), 1.0, download)
+
+    def _planned(self, report: DeviceReport, plan: TrainingPlan, work: float, download: int) -> Planned:
+        """What a plan should cost whose steps take this share of those at every site."""
         training = plan.steps * seconds_per_step(report, plan) * work
         sent = transfers(report, plan, sites=self.sites, download=download)
         return Planned(plan=plan, seconds=sent + training, joules=training * report.watts)
-
-    def _whole(self, report: DeviceReport, most: TrainingPlan, download: int) -> TrainingPlan:
-        """At every site that there is, and at least one step."""
-        sent = transfers(report, most, sites=self.sites, download=download)
-        steps = affordable(report, self.limits, transfers=sent, step=seconds_per_step(report, most))
-        return replace(most, steps=max(1, min(most.steps, steps)))

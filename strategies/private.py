@@ -47,7 +47,8 @@ class Charge:
     adapter: str
     """SHA-256 of the adapter that is sent."""
     asked: tuple[str, ...] | None
-    """Names of the devices that pay; None for all there are, asked or not: a sample that amplifies is secret."""
+    """Names of the devices that pay, all that were picked, whether or not they could be asked; None for all there are:
+    a sample that amplifies is secret."""
     release: bool
     """False for simulated noise, which is charged all the same."""
     purpose: str = TRAIN
@@ -71,7 +72,7 @@ class Ledger(Protocol):
     """Where charges are kept (`server.ledger`)."""
 
     def participations(self) -> Mapping[str, int]:
-        """In how many rounds each device was asked, those that were broken off among them."""
+        """In how many rounds each device was picked, those that were broken off among them."""
         ...
 
     def reserve(self, charge: Charge, budget: Budget) -> Guarantee:
@@ -163,8 +164,12 @@ class DeviceLevel:
             raise Exhausted(f"every device was asked in {most} rounds, which is what its ε is solved for")
         return found
 
-    def open(self, round: int, asked: Sequence[str], adapter: bytes) -> None:
+    def open(self, round: int, picked: Sequence[str], adapter: bytes) -> None:
         """Charge for a round, before anything of it leaves the server.
+
+        Args:
+            picked: who pays, asked or not: what a device tells of its moment would else decide when it is at its cap,
+                and so who is asked in its place.
 
         Raises:
             Exhausted: the round would exceed the budget.
@@ -179,7 +184,7 @@ class DeviceLevel:
             clip=self.clip,
             expected=self.mechanism.expected,
             adapter=hashlib.sha256(adapter).hexdigest(),
-            asked=None if self.budget.participations is None else tuple(asked),
+            asked=None if self.budget.participations is None else tuple(picked),
             release=noise.release,
         )
         self._open = _Open(guarantee=self.ledger.reserve(charge, self.budget), clip=self.clip, noise=noise)

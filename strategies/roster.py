@@ -14,54 +14,63 @@ log = logging.getLogger(__name__)
 class Roster:
     """The devices that are there and hold this base.
 
+    A name belongs to the node that came with it first, for as long as that is there.
+
     Attributes:
-        reports: of those that can be asked, by node.
+        reports: of those that are there, by node.
+        stale: the nodes among them whose report is too old to go by, until they give another.
     """
 
     def __init__(self, base: str) -> None:
         self.reports: dict[int, DeviceReport] = {}
         self._base = base
-        self._names: set[str] = set()  # of the reports
+        self.stale: set[int] = set()
+        self._nodes: dict[str, int] = {}  # of each name in the reports
         self._unfit: dict[int, str] = {}
         self._heard: dict[int, float] = {}  # when each report came
 
     def unknown(self, present: Collection[int]) -> list[int]:
-        """The nodes among those present that have yet to say who they are; whoever left is forgotten."""
+        """The nodes among those present that have yet to say who they are, or how; whoever left is forgotten."""
         if not self.reports.keys() <= set(present):
             # Whoever left may be back under another node id, refused so far because its name was taken.
             self.reports = {node: report for node, report in self.reports.items() if node in present}
-            self._names = {report.device for report in self.reports.values()}
             self._heard = {node: time for node, time in self._heard.items() if node in present}
+            self._nodes = by_name(self.reports)
+            self.stale &= self.reports.keys()
             self._unfit.clear()
-        return [node for node in sorted(present) if node not in self.reports and node not in self._unfit]
+        known = (self.reports.keys() - self.stale) | self._unfit.keys()
+        return [node for node in sorted(present) if node not in known]
 
     def forget(self, *, before: float, but: Collection[int] = ()) -> None:
-        """Whoever told of itself before this time is unknown again: its report may be wrong by now.
+        """Whoever told of itself before this time is to do so again: its report may be wrong by now.
 
         Args:
             but: nodes that nobody looks at, and that are not to be disturbed.
         """
-        for node in [node for node in self.reports if self._heard[node] < before and node not in but]:
-            self._names.remove(self.reports.pop(node).device)
-            del self._heard[node]
+        self.stale |= {node for node in self.reports if self._heard[node] < before and node not in but}
 
     def consider(self, node: int, report: DeviceReport, *, now: float) -> None:
-        """Take a new device in, or remember why not."""
+        """Take a device in, or what it tells anew, or say why not."""
+        named = self.reports.get(node, report).device
         costs = (report.examples_per_second, report.watts, report.uplink_mbps, report.downlink_mbps)
         if report.base != self._base:
-            self._unfit[node] = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
-        elif report.device in self._names:
-            self._unfit[node] = "its name is taken"
+            unfit = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
+        elif self._nodes.get(report.device, node) != node:
+            unfit = "its name is taken"
+        elif report.device != named:
+            unfit = f"it was {named!r} before"
         elif report.rank is not None and report.rank < 1:
-            self._unfit[node] = "its report asks for a rank below 1"
+            unfit = "its report asks for a rank below 1"
         elif not (report.device and all(LEAST < cost < MOST for cost in costs)):
-            self._unfit[node] = "its report has no name, or no sensible speed or power"
+            unfit = "its report has no name, or no sensible speed or power"
         else:
-            self.reports[node] = report
-            self._names.add(report.device)
-            self._heard[node] = now
+            self.reports[node], self._heard[node] = report, now
+            self._nodes[report.device] = node
+            self.stale.discard(node)
             return
-        log.warning("device %r is not asked: %s", report.device[:100], self._unfit[node])
+        if node not in self.reports:  # else its old report stays, stale
+            self._unfit[node] = unfit
+        log.warning("device %r is not asked: %s", report.device[:100], unfit)
 
 
 def by_name(reports: Mapping[int, DeviceReport]) -> dict[str, int]:

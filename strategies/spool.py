@@ -12,15 +12,18 @@ a device with rank 8 at the attention of SD-1.5. A /tmp that is in memory is no 
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Factors
+from conf.errors import AntherError
+from models.adapter import Adapter, Factors, Sites, shapes
 from strategies.replies import RefusedError
 
 _NUMBER = 4  # bytes
@@ -68,14 +71,27 @@ class Spool(Sequence[tuple[Adapter, float]]):
 
     Floating point sums depend on the order, and replies arrive in any.
 
+    Args:
+        room: bytes that are held on the disk from the start: then no update takes another's place there.
+
     Attributes:
         keys: of all updates, in order.
+
+    AntherError if they aren't free.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
         self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed at exit
         self._end = self._file.write(bytes(_NUMBER))  # nothing at all can't be mapped
         self.keys: list[Key] = []
+        try:
+            if room and hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(self._file.fileno(), 0, self._end + room)
+        except OSError as error:
+            raise AntherError(
+                f"{tempfile.gettempdir()}: {error.strerror}: a round's updates may take {(room >> 20) + 1} MiB there; "
+                "make room, or name another folder in TMPDIR"
+            ) from None
         self._places: dict[Key, dict[str, _Place]] = {}
         self._map: mmap.mmap | None = None
 
@@ -126,6 +142,11 @@ class Spool(Sequence[tuple[Adapter, float]]):
         if self._map is None:
             self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
         return _Read(self._map, self._places[key]), 1.0
+
+
+def size(sites: Sites, rank: int) -> int:
+    """Bytes of an update of this rank at these sites."""
+    return _NUMBER * sum(map(prod, shapes(sites, rank).values()))
 
 
 def _bytes(factor: Tensor) -> bytes:

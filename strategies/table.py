@@ -44,15 +44,23 @@ off stays charged and is run again as another, so that a run which was interrupt
 
 TAIL = """
 - The noised sum is divided by the number of devices *expected* (`fleet.rate` × the devices of `data`, `fleet.sample`,
-  or all of them): a constant of the configuration. A device that drops out, refuses, is at its cap or sends what isn't
-  finite contributes zero; the noise stays, also in a round that nobody answers.
+  or all of them): a constant of the configuration. A device that drops out, refuses or sends what isn't finite
+  contributes zero; the noise stays, also in a round that nobody answers.
 - Every device has the weight 1. One that trains a lower rank, or some of the sites, contributes zeros beyond them, and
   the divisor stays: ranks and sites follow from the kind of device, or from the adapter, which is released, and never
   from pictures.
-- A device that `fleet.eligible` leaves out is drawn like any other, is then not asked, and nobody is in its place: it
-  contributes zero. So what a device tells of its moment decides about nobody else.
+- A device that `fleet.eligible` leaves out, that no plan fits, or that is silent when asked how it is, is drawn like
+  any other. It is then not asked, and nobody is in its place: it contributes zero, pays, and counts as asked wherever a
+  selection goes by that. One on a metered link has the plan of every other (`strategy.metered_rank` is for open runs,
+  and for `example`). So what a device tells of its moment, or doesn't, decides about nobody else, now or later.
+- A device at its cap is drawn no more. How often each was drawn is public: it follows from names, coins and kinds of
+  device alone.
+- A release that no device would take, its norms being over `models.bounds.MOST_NORM`, is not made the next adapter:
+  that follows from the release alone. The round stays charged.
 - With `privacy.device.quantile` the clip follows a quantile of the norms (arXiv:1905.03871). The count that it goes by
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.
+- Who is connected is taken to be public, and so are a device's name and what kind it is: its speed, link, memory, ranks
+  and sites. A device that disconnects leaves the draw.
 - A run has one ledger. What several runs promise the same devices adds up, and is for whoever starts them to add.
 
 ## Refused elsewhere
@@ -112,6 +120,12 @@ server and enters the next adapter there: of releases too.
 - Signal to noise of each noised aggregate (`snr`): estimated from the noised aggregate itself, at no cost. Per device,
   √(‖x̃‖² − D s²)₊ / (s √D) with the known deviation s. Under `example` alone an optimiser stands between the noise and
   an update, so what the updates differ by takes the place of the noise: a low estimate, since people differ as well.
+- Who replies, and when: how long a device takes, that it drops out or refuses, and so how long a round lasts. ε bounds
+  what updates tell, not this. Under `example` a device takes the steps of its plan whatever its pictures are, and tells
+  the seconds that these should take; but batches are larger where there are more pictures, so that its time hints at
+  their number: the promise assumes that whoever sees it learns nothing by it. Under `device` the server sees it and is
+  trusted with it; it decides about nobody else, nor about what is released. When releases come is assumed to tell
+  nobody anything.
 - How many replied, and which devices took part, is in the log and the checkpoints of the server, which is trusted with
   it. It is not covered by ε: don't publish it where a sample is secret.
 """

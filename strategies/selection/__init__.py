@@ -35,12 +35,14 @@ class Candidate:
     """That this should take it, its transfers included."""
     joules: float
     """That training should take it."""
+    ready: bool = True
+    """Whether it is asked if it is picked. One that isn't is picked from only with privacy per device."""
     facts: DeviceFacts | None = None
     """What the server remembers of all rounds before; None: it was never asked."""
 
     @property
     def asked(self) -> int:
-        """Rounds that it was asked in."""
+        """Rounds that it was asked in, or picked for."""
         return self.facts.asked if self.facts else 0
 
     @property

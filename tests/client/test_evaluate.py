@@ -143,7 +143,10 @@ def test_a_round_trains_and_measures_under_reservations_of_their_own(tmp_path: P
     assert reply.epsilon > update.epsilon
     assert states(device) == [("train", SEALED), (MEASURE, SEALED)]
     ask(train_request(number=2), device)
-    assert states(device) == [("train", SENT), (MEASURE, SENT), ("train", SEALED)]
+    assert states(device) == [("train", SENT), (MEASURE, SEALED), ("train", SEALED)]
+    assert ask(NOISED, device) == reply  # plans may be numbered otherwise than rounds
+    ask(dataclasses.replace(NOISED, round=2), device)
+    assert states(device) == [("train", SENT), (MEASURE, SENT), ("train", SEALED), (MEASURE, SEALED)]
     with pytest.raises(Refusal, match=r"the measure of round 1 .* can't be sent again"):
         ask(NOISED, device)
 

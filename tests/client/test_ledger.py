@@ -12,6 +12,7 @@ import pytest
 
 from client.home import files_of
 from client.ledger import FRESH, main
+from client.store import OWN, RESIDUAL, VARIATE
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import JOURNAL, MARKER, MEASURE, Ledger
 from tests.privacy.test_ledger import FIRST, KEY, PLAN, free, replace
@@ -135,9 +136,14 @@ def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
     assert journal.read_bytes() == old
     journal.write_bytes(old[:-9])  # torn where no crash tears it: the head knows
     assert "rolled back" in failed(capsys)
+    carried = (RESIDUAL, VARIATE, OWN)  # from round to round: made of what the old ledger counts
+    for name in carried:
+        journal.with_name(name).write_bytes(b"?")
     text = shown(capsys, "reset", "--forget")
     assert "ε is counted from 0 again" in text
     assert (home / "devices/tablet/forgotten-1" / JOURNAL).read_bytes() in (old, old[: old[:-9].rfind(b"\n") + 1])
+    assert all((home / "devices/tablet/forgotten-1" / name).exists() for name in carried)
+    assert not any(journal.with_name(name).exists() for name in carried)
     assert shown(capsys) == FRESH + "\n"
     assert ledger.sealed(KEY, PLAN) is None
     ledger.reserve(FIRST, free)

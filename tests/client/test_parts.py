@@ -12,13 +12,14 @@ import torch
 from client.device import Device
 from client.drive import drive
 from client.logic import handle
+from client.own import of_run
 from client.store import OWN, RESIDUAL
 from models.adapter import Adapter, Factors, head_and_tail
 from models.trained import trained_shapes, trained_tensors
 from privacy.noise import Simulated
 from privacy.policy import Refusal
 from protocol import codec
-from protocol.messages import Evaluate, Personalise, Train, Update
+from protocol.messages import Evaluate, MeasuringPrivacy, Personalise, Train, Update
 from tests.client.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
 from training import jobs
 from training.jobs import Result, Trained
@@ -205,6 +206,19 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
     for found in (*measured, *frozen, kept.shared):
         assert all(torch.equal(found[name].b, after(first)[name].b) for name in SITES)
         assert all(torch.equal(found[name].a, SENT[name].a) for name in SITES)
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_a_noised_gain_is_measured_with_a_b_of_the_same_promise_alone(tmp_path: Path, release: bool) -> None:
+    noise = None if release else Simulated(seed=0, client="d", round=1, purpose="shared")
+    ask(make_device(tmp_path, noise=noise), split(1, private=True))
+    device, perform = make_device(tmp_path), Shifted()
+    kept = of_run(SENT, "run", device)
+    assert not equal(kept, SENT)
+    hidden = MeasuringPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
+    ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT), privacy=hidden), perform)
+    (measured,) = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureEach) and job.adapter]
+    assert equal(measured, kept if release else SENT)
 
 
 def test_a_damaged_b_is_none(tmp_path: Path) -> None:

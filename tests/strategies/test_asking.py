@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from conf.compose import compose
 from models.adapter import initial, to_tensors
 from protocol import records
 from protocol.codec import encode
@@ -18,16 +20,23 @@ from server import checkpoint
 from server.loop import run_rounds
 from server.state import State
 from simulations.grid import CohortGrid
+from strategies.aggregation.ffa import FFA
+from strategies.build import build
 from strategies.federated import Federated
 from strategies.fitting import Fitting
 from strategies.planning import Limits
+from strategies.private import Exhausted
+from strategies.roster import Roster
+from strategies.selection import Selection
+from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
 from strategies.selection.energy import Energy
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
+from strategies.selection.thrifty import Thrifty
 from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
-from tests.strategies.central import BUDGET, poisson, private
+from tests.strategies.central import BUDGET, device_level, poisson, private
 from tests.strategies.test_knapsack import table
 
 SETTINGS = OortSettings(window=1)
@@ -59,10 +68,10 @@ def train(federated: Federated, devices: Iterable[FakeDevice], round: int = 1) -
     """Names of those that a round asked."""
     grid = CohortGrid(list(devices), perform)
     start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
-    messages = federated.configure_train(round, start, ConfigRecord(), grid)
+    messages = list(federated.configure_train(round, start, ConfigRecord(), grid))
     federated.aggregate_train(round, grid.send_and_receive(messages))
-    assert federated.trained is not None
-    return sorted(federated.trained.devices)
+    reports = federated.query(grid)
+    return sorted(reports[message.metadata.dst_node_id].device for message in messages)
 
 
 def test_only_those_who_are_eligible_are_drawn_from() -> None:
@@ -105,12 +114,61 @@ def test_with_privacy_per_device_nobody_stands_in_for_those_who_are_not(tmp_path
     assert left_out
 
 
+UNABLE = {
+    "busy": {"busy": True},
+    "no such sites": {"sites": ("z",)},
+    "too low a rank": {"rank": 1},
+}
+FAST = OortSettings(window=1, exploration=0.3, least=0.3)
+LATER: dict[str, Callable[[], Selection]] = {
+    "round robin": lambda: RoundRobin(size=2),
+    "oort": lambda: Oort(size=2, seed=3, settings=FAST),
+    "sample": lambda: Sample(size=2, seed=0),
+    "thrifty": lambda: Thrifty(size=2, more=2.0, seed=0),
+    "deadline": lambda: Deadline(size=2, seconds=1.0, more=2.0, seed=0),
+}
+
+
+@pytest.mark.parametrize("unable", UNABLE)
+@pytest.mark.parametrize("chosen", LATER)
+def test_with_privacy_per_device_one_that_cannot_be_asked_moves_nobody_elses_turn(
+    tmp_path: Path, chosen: str, unable: str
+) -> None:
+    """Neither now nor in later rounds: it has had its turn and has paid for it, up to its cap."""
+    schedules: list[list[list[str]]] = []
+    for name, told in (("able", {}), ("unable", UNABLE[unable])):
+        federated = private(tmp_path / name, selection=LATER[chosen](), eligible=Eligible(idle=True))
+        devices = [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "acde"]
+        fleet = [*devices, device("b", **told)]
+        schedules.append([])
+        with suppress(Exhausted):
+            for number in range(1, 9):
+                schedules[-1].append(train(federated, fleet, number))
+        assert federated.device_level is not None
+        paid = federated.device_level.ledger.participations()
+        assert paid == {name: facts.asked for name, facts in federated._known.items()}
+        assert max(paid.values()) == BUDGET.participations
+    able, others = schedules
+    assert others == [[name for name in names if name != "b"] for names in able]
+    assert able != others
+
+
 @pytest.mark.parametrize("changes", [
     {"selection": Energy(size=2, seed=0, weight=0.5, settings=SETTINGS)}, {"limits": Limits(battery_share=0.5)},
 ])  # fmt: skip
 def test_what_belongs_to_a_device_decides_nothing_where_it_is_the_unit(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="part of what is private"):
         private(tmp_path, **changes)
+
+
+def test_a_metered_link_decides_nothing_where_it_is_the_unit(tmp_path: Path) -> None:
+    """A lower rank goes up sooner, and would have been drawn instead of another."""
+    with pytest.raises(ValueError, match="part of what is private"):
+        private(tmp_path, aggregation=FFA(), limits=Limits(metered_rank=1))
+    for level, most in (("device", None), ("none", 4)):
+        config = compose(f"strategy=ffa privacy={level} adapter.shared.rank=3")
+        ledger = device_level(tmp_path).ledger
+        assert build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)._limits.metered_rank == most
 
 
 def test_old_reports_are_asked_for_again_where_they_matter() -> None:
@@ -158,6 +216,58 @@ def test_who_does_not_answer_anew_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
         asleep.update(sleeping)
         assert train(federated, devices) == asked
         clock.time += 100.0
+
+
+@pytest.mark.parametrize("chosen", LATER)
+def test_with_privacy_per_device_one_that_is_silent_moves_nobody_elses_turn(
+    tmp_path: Path, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep: set[str] = set()
+
+    def sleepy(request: Any, device: FakeDevice) -> Generator[Any, Any, Any]:
+        if device.name in asleep:
+            raise RuntimeError("asleep")
+        return (yield from handle(request, device))
+
+    monkeypatch.setattr("simulations.grid.handle", sleepy)
+    schedules: list[list[list[str]]] = []
+    for name, sleeping in (("awake", set()), ("asleep", {"b"})):
+        clock, fleet = Clock(), [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "abcde"]
+        settings: dict[str, Any] = {"eligible": Eligible(idle=True), "clock": clock, "report_age": 60.0}
+        federated = private(tmp_path / name, selection=LATER[chosen](), **settings)
+        asleep.clear()
+        schedules.append([])
+        with suppress(Exhausted):
+            for number in range(1, 9):
+                schedules[-1].append(train(federated, fleet, number))
+                asleep |= sleeping
+                clock.time += 100.0
+        assert sorted(report.device for report in federated.query(CohortGrid(fleet, perform)).values()) == list("abcde")
+    awake, others = schedules
+    assert others == [awake[0], *([name for name in names if name != "b"] for names in awake[1:])]
+    assert awake != others
+
+
+def test_a_name_stays_with_the_node_that_came_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Also while that is silent; once it has left, whoever has the name is taken for it."""
+    roster = Roster(REPORT.base)
+    one, other = (replace(REPORT, device=name) for name in "ab")
+    roster.consider(1, one, now=0.0)
+    roster.consider(2, other, now=0.0)
+    roster.forget(before=1.0)
+    assert roster.unknown({1, 2, 3}) == [1, 2, 3]
+    roster.consider(3, one, now=2.0)
+    roster.consider(2, one, now=2.0)
+    roster.consider(1, replace(REPORT, device="c"), now=2.0)
+    assert caplog.text.count("device 'a' is not asked: its name is taken") == 2
+    assert "device 'c' is not asked: it was 'a' before" in caplog.text
+    assert (roster.reports, roster.stale) == ({1: one, 2: other}, {1, 2})
+    roster.consider(2, other, now=2.0)
+    assert (roster.unknown({1, 2, 3}), roster.stale) == ([1], {1})
+    assert roster.unknown({2, 3}) == [3]
+    roster.consider(3, one, now=3.0)
+    assert roster.reports == {2: other, 3: one}
+    assert not roster.stale
 
 
 def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:

@@ -156,6 +156,29 @@ def test_facts_of_a_good_round():
     assert facts.diagnostics["energy"] == pytest.approx(1.0)
 
 
+def test_what_was_promised_so_far_never_shrinks():
+    """Whoever paid most replies no more, another is measured, nobody replies, and the run goes on elsewhere."""
+    settings = {"plan": replace(PLAN, privacy=PRIVACY), "measuring": NOISED, "accept_simulated": True}
+    federated = strategy(**settings)
+
+    devices = [FakeDevice("a"), FakeDevice("b")]
+
+    def promised(number, *, a, b, by=federated):
+        devices[0].misbehave, devices[1].misbehave = a, b
+        train(by, devices, server_round=number)
+        (guarantee,) = by.trained.guarantees
+        assert guarantee.value == by.trained.epsilon
+        return guarantee.value
+
+    assert promised(1, a=lambda reply: replace(reply, epsilon=1.75), b=None) == 1.75
+    assert promised(2, a=raises, b=None) == 1.75
+    evaluate(federated, devices, server_round=2)
+    assert [promised(3, a=raises, b=None), promised(4, a=raises, b=raises)] == [2.0, 2.0]
+    resumed = strategy(**settings)
+    resumed.remember({"a": DeviceFacts(**IDLE | {"epsilon": 3.0})})
+    assert promised(5, a=raises, b=None, by=resumed) == 3.0
+
+
 def test_each_device_is_told_how_far_its_ledger_had_come():
     """The largest count of a good update; nobody else's, and no smaller one later."""
     federated = strategy()
@@ -180,6 +203,16 @@ def test_each_device_is_told_how_far_its_ledger_had_come():
     assert echoes() == {"a": 7, "b": 3, "c": 0}
     federated.remember({"b": DeviceFacts(**IDLE, events=2), "c": DeviceFacts(**IDLE, events=9)})
     assert echoes() == {"a": 7, "b": 3, "c": 9}
+
+
+def test_a_device_that_lies_does_not_make_its_ledger_longer_than_rounds_can():
+    """Whoever has its name next would refuse every round for want of those events."""
+    grid = [FakeDevice("a")]
+    federated = strategy()
+    for number, told, known in ((1, 10, 10), (2, 13, 13), (3, 2_000_000_000, 19), (5, 2_000_000_000, 31), (6, 4, 31)):
+        grid[0].misbehave = lambda reply, told=told: replace(reply, events=told)
+        train(federated, grid, server_round=number)
+        assert federated._echo("a") == known
 
 
 def test_simulated_noise_is_no_release():

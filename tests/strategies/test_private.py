@@ -1,5 +1,7 @@
 """Privacy per device over the fake fleet: what is released, what it is charged for, and what would break it."""
 
+import os
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from conf.errors import AntherError
 from models.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
 from models.cores import empty
 from models.slots import Layout
@@ -172,6 +175,28 @@ def test_the_charge_is_on_the_disk_before_a_message_leaves(tmp_path):
     assert (charge.mechanism.noise_multiplier, charge.mechanism.sampling_rate) == (Z, 1.0)
 
 
+def test_room_for_every_update_is_held_before_a_round_is_charged_for(tmp_path):
+    """As on a full disk: files may not grow beyond so much."""
+    each = 4 * sum(part.numel() for factors in START.values() for part in factors)
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * each, limits[1]))  # and a few bytes more are needed
+    try:
+        with pytest.raises(AntherError, match="a round's updates may take 1 MiB there; make room, or name another"):
+            train(private(tmp_path), devices)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert device_level(tmp_path).ledger.charges() == []
+    federated = private(tmp_path)
+    messages = federated.configure_train(1, start(), ConfigRecord(), grid := CohortGrid(devices, perform))
+    held = federated._held.adapters._file.fileno()
+    assert os.fstat(held).st_size >= 2 * each
+    found, _ = federated.aggregate_train(1, grid.send_and_receive(messages))
+    assert found is not None
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(held)  # what was held was used, and is given back
+
+
 def test_a_round_is_released_once_and_only_if_it_was_charged_for(tmp_path):
     federated = private(tmp_path)
     train(federated, [FakeDevice("a")])
@@ -231,6 +256,19 @@ def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noise
     assert facts.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
     assert federated.private
     assert not federated.measures(1)
+
+
+def test_a_release_that_every_device_would_refuse_stays_charged_and_is_not_the_next_adapter(tmp_path, caplog):
+    """By the noise, or by the server's step after it."""
+    loud, far = {"clip": 1e4}, FedAvgM(rate=1e4, momentum=0.9)
+    for name, settings in (("noise", {"level": loud}), ("step", {"optimiser": far})):
+        federated, devices = private(tmp_path / name, **settings), [FakeDevice("a")]
+        assert train(federated, devices) is None
+        assert "devices would refuse the next" in caplog.text
+        caplog.clear()
+        assert federated.memory == {}
+        assert federated.trained.central.guarantee == federated.trained.guarantees[0]
+        assert federated.device_level.ledger.participations() == {"a": 1}
 
 
 def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):

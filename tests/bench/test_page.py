@@ -1,0 +1,55 @@
+"""The page says what the benchmarks wrote."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import page
+
+CELLS = [
+    {"rule": "exact", "setting": "ranks", "gain": [0.12, 0.1, 0.14]},
+    {"rule": "hetlora", "setting": "ranks", "gain": [0.1, 0.08, 0.12]},
+    {"rule": "fedsa", "setting": "skew", "gain": [0.2, 0.1, 0.3]},
+    {"rule": "exact", "setting": "skew", "gain": [-0.01, -0.02, 0.0]},
+]
+RUN = {"hours": 2.0, "kwh": 0.1, "battery_kwh": 0.05, "round": 4, "lost": {"flat": 1}, "gini": 0.3, "best": 0.1}
+ATTACKS = [{"attack": "nan", "protected": False, "seed": seed, "kept": 0.5, "backdoor": 0.75} for seed in (0, 1, 2)] + [
+    {"attack": "nan", "protected": True, "seed": 0, "kept": 0.9, "backdoor": 0.0}
+]
+
+
+def test_the_best_that_is_shared_is_bold_and_what_is_personal_has_a_star():
+    rows = list(page.aggregators(CELLS))
+    assert "| exact | **12.00** | **-1.00** |" in rows
+    assert "| hetlora | 10.00 |  |" in rows
+    assert "| fedsa |  | 20.00* |" in rows
+
+
+def test_ratios_are_to_the_first_arm_and_who_never_got_there_counts_not():
+    never = {**RUN, "hours": None, "kwh": None, "battery_kwh": None, "round": None}
+    text = "\n".join(page.fleets({"week": {"random": [RUN, RUN], "ours": [{**RUN, "hours": 1.0}, never]}}))
+    assert re.search(r"\| ours \| 1 of 2 \| 4 \| 1.0 \| 0.50 \| 0.10 \| 1.00 \| 0.05 \| 2 flat \| 0.30 \|", text)
+
+
+def test_attacks_stand_beside_what_they_do_without_rules():
+    assert "| nan | 50% | 90% | 75% | 0% |" in list(page.robustness(ATTACKS))
+
+
+def test_the_plot_is_whole():
+    assert len(list(ElementTree.fromstring(page.dots(CELLS)).iter("{http://www.w3.org/2000/svg}circle"))) == 3
+
+
+def test_everything_that_was_measured_is_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    page.write()
+    for name in ("strategies.md", "aggregators.svg"):
+        assert (tmp_path / name).read_text() == (page.RESULTS.parents[1] / "docs" / name).read_text(), (
+            "run python -m bench.strategies page"
+        )
+
+
+@pytest.mark.parametrize("name", ["aggregators", "robustness", "fleets"])
+def test_what_was_not_measured_is_left_out(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    assert page.read(name) is None
