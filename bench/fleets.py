@@ -62,6 +62,7 @@ GRID = tuple(
 """Single plans for random selection on the week's fleet. More memory than 1.7 GiB leaves out the boards that can't hold
 a pass at all, than 3.5 the small phones too, than 3.9 all but three kinds."""
 
+MANY = "rounds=32"  # of an asynchronous run, whose rounds are short
 AWARE = (
     "strategy.planning=device", "fleet.eligible.idle=true", "fleet.eligible.battery=0.4", "fleet.eligible.cool=true",
 )  # fmt: skip
@@ -77,7 +78,7 @@ WEEK: Mapping[str, tuple[str, ...]] = {
     ),
     "thrifty, asynchronous": (
         *AWARE, "selection=thrifty", "selection.more=2", "strategy.timing=async", f"strategy.buffer={ASKED}",
-        "fleet.concurrency=24", "adapter.shared.steps=3", "strategy.deadline=1300",
+        "fleet.concurrency=24", "adapter.shared.steps=3", "strategy.deadline=1300", f"fleet.sample={ASKED}", MANY,
     ),
 }  # fmt: skip
 """Arms beside random selection with the best single plan."""
@@ -85,7 +86,7 @@ WEEK: Mapping[str, tuple[str, ...]] = {
 SPREAD: Mapping[str, tuple[str, ...]] = {
     "wait for all": (f"fleet.sample={ASKED}", "strategy.timeout=86400"),
     "deadline, over-selection": (f"fleet.sample={ASKED}", "fleet.overselect=1.5", "strategy.timeout=3600"),
-    "asynchronous": ("strategy.timing=async", "strategy.buffer=8", "fleet.concurrency=24"),
+    "asynchronous": ("strategy.timing=async", "strategy.buffer=8", "fleet.concurrency=24", MANY),
     "thrifty": (f"fleet.sample={ASKED}", "selection=thrifty", "selection.more=3", "strategy.planning=device",
                 "strategy.timeout=86400"),
 }  # fmt: skip
