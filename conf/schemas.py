@@ -295,7 +295,7 @@ class Strategy:
     second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
     tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
     robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: norm, krum,
-    # foolsgold, afa and geometric judge whole ones; median or trimmed goes by entries of the product, and comes last
+    # foolsgold, afa, aligned, geometric judge whole ones; median or trimmed goes by entries of the product, and is last
     outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
     norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
     norm_factor: float = 1.0
@@ -328,7 +328,11 @@ class Strategy:
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
         require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")
         for place, name in enumerate(self.robust):
-            choose("strategy.robust", name, ("norm", "krum", "foolsgold", "afa", "geometric", "median", "trimmed"))
+            choose(
+                "strategy.robust",
+                name,
+                ("norm", "krum", "foolsgold", "afa", "aligned", "geometric", "median", "trimmed"),
+            )
             last = name not in ("median", "trimmed") or place == len(self.robust) - 1
             require(last, f"strategy.robust: {name} makes one update of all, put it last")
         require(0 <= self.outliers < 0.5, f"strategy.outliers={self.outliers}: must be 0 or more and less than half")

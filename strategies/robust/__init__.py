@@ -64,6 +64,11 @@ class Changes(NamedTuple):
         norms = squares.clamp(min=0).sum(0).sqrt()  # of i, at the sites of j
         return (self.gram.sum(0) / (norms * norms.T)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
+    def common(self) -> Tensor:
+        """Whether two trained a site in common, bool [K, K]."""
+        trained = self.trained.double()
+        return trained.T @ trained > 0
+
     def whole(self, squares: Tensor, known: Tensor) -> Tensor:
         """Sums over the sites where they are known, in proportion to all of them.
 

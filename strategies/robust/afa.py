@@ -36,8 +36,8 @@ class AFA:
         self._xi, self._step = xi, step
 
     def judge(self, changes: Changes) -> Changes:
-        cosines, weights, xi = changes.cosines(), changes.weights.clone(), self._xi
-        common = changes.trained.double().T @ changes.trained.double() > 0
+        cosines, common = changes.cosines(), changes.common()
+        weights, xi = changes.weights.clone(), self._xi
         while len(there := weights.nonzero()[:, 0]) > 2:
             pairs = there[:, None], there
             similar = similarity(cosines[pairs], weights[there] * common[pairs])

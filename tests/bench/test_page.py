@@ -7,11 +7,16 @@ import pytest
 
 from bench import page
 
+
+def runs(*shared):
+    return [{"losses": {"base": [2.0, 2.0], "shared": list(shared)}}]
+
+
 CELLS = [
-    {"rule": "exact", "setting": "ranks", "gain": [0.12, 0.1, 0.14]},
-    {"rule": "hetlora", "setting": "ranks", "gain": [0.1, 0.08, 0.12]},
-    {"rule": "fedsa", "setting": "skew", "gain": [0.2, 0.1, 0.3]},
-    {"rule": "exact", "setting": "skew", "gain": [-0.01, -0.02, 0.0]},
+    {"rule": "exact", "setting": "ranks", "gain": [0.12, 0.1, 0.14], "runs": runs(1.8, 1.7)},
+    {"rule": "hetlora", "setting": "ranks", "gain": [0.1, 0.08, 0.12], "runs": runs(1.9, 1.8)},
+    {"rule": "fedsa", "setting": "skew", "gain": [0.2, 0.1, 0.3], "runs": runs(1.6, 1.6)},
+    {"rule": "exact", "setting": "skew", "gain": [-0.01, -0.02, 0.0], "runs": runs(2.0, 2.1)},
 ]
 RUN = {"hours": 2.0, "kwh": 0.1, "battery_kwh": 0.05, "round": 4, "lost": {"flat": 1}, "gini": 0.3, "best": 0.1}
 ATTACKS = [{"attack": "nan", "protected": False, "seed": seed, "kept": 0.5, "backdoor": 0.75} for seed in (0, 1, 2)] + [
@@ -24,6 +29,7 @@ def test_the_best_that_is_shared_is_bold_and_what_is_personal_has_a_star():
     assert "| exact | **12.00** | **-1.00** |" in rows
     assert "| hetlora | 10.00 |  |" in rows
     assert "| fedsa |  | 20.00* |" in rows
+    assert rows[-2] == "| hetlora | -5.00 [-5.00, -5.00] |"  # writer by writer
 
 
 def test_ratios_are_to_the_first_arm_and_who_never_got_there_counts_not():
