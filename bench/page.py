@@ -133,7 +133,7 @@ def robustness(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
         "A fifth of the devices attack. Share of the clean gain that honest writers keep, and of the trigger's samples "
         "that are read as the attackers' glyph; without rules, and with one setting against all of them: "
-        "`strategy.robust=[foolsgold,afa,aligned,norm]`. Medians over seeds.\n"
+        "`strategy.robust=[foolsgold,afa,norm]`. Medians over seeds.\n"
     )
     yield "| attack | kept, no rule | kept | backdoor, no rule | backdoor |"
     yield "|---|---:|---:|---:|---:|"

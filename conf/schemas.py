@@ -295,7 +295,7 @@ class Strategy:
     second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
     tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
     robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: norm, krum,
-    # foolsgold, afa, aligned, geometric judge whole ones; median or trimmed goes by entries of the product, and is last
+    # foolsgold, afa, geometric judge whole ones; median or trimmed goes by entries of the product, and is last
     outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
     norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
     norm_factor: float = 1.0
@@ -331,7 +331,7 @@ class Strategy:
             choose(
                 "strategy.robust",
                 name,
-                ("norm", "krum", "foolsgold", "afa", "aligned", "geometric", "median", "trimmed"),
+                ("norm", "krum", "foolsgold", "afa", "geometric", "median", "trimmed"),
             )
             last = name not in ("median", "trimmed") or place == len(self.robust) - 1
             require(last, f"strategy.robust: {name} makes one update of all, put it last")

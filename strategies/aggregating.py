@@ -20,7 +20,6 @@ from strategies.aggregation.rolora import RoLoRA
 from strategies.optimisers import FedAvgM, FedOpt, Optimiser
 from strategies.robust import Rule
 from strategies.robust.afa import AFA
-from strategies.robust.aligned import Aligned
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.guarded import Guarded
@@ -47,7 +46,6 @@ def aggregation(config: Simulation) -> Aggregation:
         "krum": MultiKrum(outliers=chosen.outliers),
         "foolsgold": FoolsGold(),
         "afa": AFA(),
-        "aligned": Aligned(),
         "geometric": GeometricMedian(),
     }
     entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}

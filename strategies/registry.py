@@ -28,7 +28,6 @@ from strategies.asynchronous import SHIFTS
 from strategies.optimisers import FedAvgM, FedOpt, Released
 from strategies.robust import Filtering
 from strategies.robust.afa import AFA
-from strategies.robust.aligned import Aligned
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.krum import MultiKrum
@@ -80,7 +79,6 @@ ROBUST: dict[str, Any] = {
     "krum": MultiKrum,
     "foolsgold": FoolsGold,
     "afa": AFA,
-    "aligned": Aligned,
     "geometric": GeometricMedian,
     "median": Median,
     "trimmed": TrimmedMean,

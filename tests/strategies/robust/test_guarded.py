@@ -21,7 +21,6 @@ from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.registry import ROBUST
 from strategies.robust.afa import AFA
-from strategies.robust.aligned import Aligned
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
@@ -75,7 +74,6 @@ BEHIND = {
     "krum": guarded(exact(), MultiKrum(outliers=0.2)),
     "foolsgold": guarded(exact(), FoolsGold()),
     "afa": guarded(exact(), AFA()),
-    "aligned": guarded(exact(), Aligned()),
     "geometric": guarded(exact(), GeometricMedian()),
     "median": guarded(exact(), entrywise=Median()),
     "trimmed": guarded(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),
