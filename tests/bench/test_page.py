@@ -39,7 +39,7 @@ def test_ratios_are_to_the_first_arm_and_who_never_got_there_counts_not():
 
 
 def test_attacks_stand_beside_what_they_do_without_rules():
-    assert "| nan | 50% | 90% | 75% | 0% |" in list(page.robustness(ATTACKS))
+    assert "| nan | 50% [50%] | 90% [90%] | 75% [75%] | 0% [0%] |" in list(page.robustness(ATTACKS))
 
 
 def test_the_plot_is_whole():
