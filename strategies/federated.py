@@ -42,10 +42,12 @@ from protocol.messages import (
 )
 from strategies.aggregation import Aggregated, Aggregation, Updates
 from strategies.clock import Clock, WallClock
+from strategies.compatible import check
 from strategies.download import FP32, download, lost, restored
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, largest, train_facts
 from strategies.fitting import Fitting
 from strategies.gathered import Asked, Gathered
+from strategies.history import History
 from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser, Tensors
 from strategies.planner import Planner
@@ -120,40 +122,20 @@ class Federated(Strategy):
         clock: Clock | None = None,
         report_age: float = math.inf,
     ) -> None:
-        if device_level and quorum > 1:
-            raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")
-        if (aggregation.trains(1) == "cores") != (frame is not None):
-            raise ValueError("an aggregation of cores needs their frame, and no other does")
-        if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
-            raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
-        if plan.feedback and not aggregation.steady:
-            raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
-        if plan.scaffold and (
-            device_level or plan.optimiser != "sgd" or not (aggregation.sensitivity.linear and aggregation.steady)
-        ):
-            raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
-        if plan.scaffold and (plan.sites is not None or fitting or limits.metered_rank is not None):
-            raise ValueError("scaffold: every device trains every site and direction")
-        if download != FP32 and (frame or plan.scaffold):
-            raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
-        if optimiser and aggregation.sensitivity.turned:
-            raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")
-        if device_level and not aggregation.sensitivity.linear:
-            raise ValueError(f"not linear in the updates: {aggregation.sensitivity.reason}")
-        drawn = selection.rate if isinstance(selection, Poisson) else 1.0
-        if device_level and device_level.sampling_rate != drawn:
-            raise ValueError(f"accounted with a sampling rate of {device_level.sampling_rate}, selected with {drawn}")
-        if limits.metered_rank is not None and not aggregation.mixed_ranks:
-            raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
-        if device_level and (selection.sensitivity.momentary or limits.momentary):
-            raise ValueError("what a device tells of its moment decides, and is part of what is private")
-        if device_level and limits.metered_rank is not None:
-            raise ValueError("limits.metered_rank: what link a device is on is part of what is private; leave it None")
         measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
-        if measuring.every and plan.privacy and not measuring.among_pictures:
-            raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
-        if measuring.every and device_level and not measuring.among_devices:
-            raise ValueError("measuring: a run that is private per device keeps no measure without noise")
+        check(
+            plan=plan,
+            aggregation=aggregation,
+            selection=selection,
+            limits=limits,
+            measuring=measuring,
+            optimiser=optimiser,
+            download=download,
+            frame=frame,
+            device_level=device_level,
+            quorum=quorum,
+            fitting=fitting,
+        )
         self.sites, self.frame, self.device_level = sites, frame, device_level
         self._plan, self._limits, self._decay = plan, limits, decay
         self._aggregation, self._selection = aggregation, selection
@@ -166,9 +148,7 @@ class Federated(Strategy):
         self._eligible = eligible
         self._planner = Planner(sites=sites, limits=limits, mixed_ranks=aggregation.mixed_ranks, fitting=fitting)
         self._clock, self._report_age = clock or WallClock(), report_age
-        self._known: dict[str, DeviceFacts] = {}  # of all rounds so far, by name
-        self._losses: list[float] = []  # of each of them
-        self._spent: float | None = None  # the largest ε per picture that a device told of in any of them
+        self._history = History()
         self._round: Asked | None = None
         self._held: Gathered | None = None  # room on the disk for a round that is charged for
         self._asked: dict[int, DeviceReport] = {}
@@ -200,11 +180,7 @@ class Federated(Strategy):
 
         Each device is told how far its ledger had come, and a selection goes by the rest.
         """
-        for name, facts in devices.items():
-            before = self._known.get(name, facts)
-            self._known[name] = replace(facts, events=max(before.events, facts.events))
-        self._losses = [facts.loss for facts in rounds if facts and facts.loss is not None]
-        self._spent = largest(facts.epsilon for facts in self._known.values())
+        self._history.remember(devices, rounds)
 
     def summary(self) -> None:
         plan = self._plan
@@ -254,9 +230,9 @@ class Federated(Strategy):
                     seconds=planned.seconds,
                     joules=planned.joules,
                     ready=fits is not None and node not in self._roster.stale and self._eligible(report),
-                    facts=self._known.get(report.device),
+                    facts=self._history.devices.get(report.device),
                 )
-        return Candidates(found, self._losses, round=round)
+        return Candidates(found, self._history.losses, round=round)
 
     def _picked(self, candidates: Candidates, draw: int) -> list[Candidate]:
         """Whom the selection picks to train, or as many of them as there is room for.
@@ -323,7 +299,9 @@ class Federated(Strategy):
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
         )
         return [
-            self._message(Train(plan=plan, adapter=data, rounded=rounded, echo=self._echo(report.device)), node)
+            self._message(
+                Train(plan=plan, adapter=data, rounded=rounded, echo=self._history.events(report.device)), node
+            )
             for node, (report, plan) in plans.items()
         ]
 
@@ -404,11 +382,11 @@ class Federated(Strategy):
             bytes_up=found.bytes_up,
             dropped=dropped,
             private=self._plan.privacy,
-            spent=self._spent,
+            spent=self._history.spent,
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )
-        self._learn(self.trained)
+        self._history.learn(self.trained)
         return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
 
     def _diagnostics(self) -> dict[str, float]:
@@ -442,19 +420,6 @@ class Federated(Strategy):
         nodes = by_name(reports)
         return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, draw=round)}
 
-    def _learn(self, facts: TrainFacts) -> None:
-        """One more round to remember."""
-        self._spent = facts.epsilon
-        for name, one in facts.devices.items():
-            before = self._known.get(name)
-            self._known[name] = before.then(one) if before else one
-        if facts.loss is not None:
-            self._losses.append(facts.loss)
-
-    def _echo(self, name: str) -> int:
-        """Events in a device's ledger, the most that it told of."""
-        return self._known[name].events if name in self._known else 0
-
     def _paid(self, round: int, adapter: bytes) -> bool:
         """Whether a measurement that the server noises is charged for; devices charge for their own."""
         hidden = self._measuring.among_devices
@@ -471,7 +436,8 @@ class Federated(Strategy):
         if self._measured:
             good = sorted(found.values(), key=lambda reply: reply.device)
             told = self._measuring.summary(server_round, good, dropped)
-        self.validation, self._spent = told, largest([self._spent, told.epsilon])
+        self.validation = told
+        self._history.spent = largest([self._history.spent, told.epsilon])
         values = {name: getattr(told, name) for name in ("base", "shared", "gain", "gain_error")}
         measured = {name: value for name, value in values.items() if value is not None}
         return MetricRecord(measured) if measured else None

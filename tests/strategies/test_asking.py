@@ -146,7 +146,7 @@ def test_with_privacy_per_device_one_that_cannot_be_asked_moves_nobody_elses_tur
                 schedules[-1].append(train(federated, fleet, number))
         assert federated.device_level is not None
         paid = federated.device_level.ledger.participations()
-        assert paid == {name: facts.asked for name, facts in federated._known.items()}
+        assert paid == {name: facts.asked for name, facts in federated._history.devices.items()}
         assert max(paid.values()) == BUDGET.participations
     able, others = schedules
     assert others == [[name for name in names if name != "b"] for names in able]
@@ -277,7 +277,7 @@ def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:
     federated = strategy(selection=RoundRobin(size=2))
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=fails), FakeDevice("c")]
     assert [train(federated, devices, number) for number in (1, 2, 3)] == [["a", "b"], ["a", "c"], ["b", "c"]]
-    known = federated._known
+    known = federated._history.devices
     assert {name: (facts.asked, facts.last, facts.loss) for name, facts in known.items()} == {
         "a": (2, 2, 0.5), "b": (2, 3, None), "c": (2, 3, 0.5),
     }  # fmt: skip

@@ -212,7 +212,7 @@ def test_a_device_that_lies_does_not_make_its_ledger_longer_than_rounds_can():
     for number, told, known in ((1, 10, 10), (2, 13, 13), (3, 2_000_000_000, 19), (5, 2_000_000_000, 31), (6, 4, 31)):
         grid[0].misbehave = lambda reply, told=told: replace(reply, events=told)
         train(federated, grid, server_round=number)
-        assert federated._echo("a") == known
+        assert federated._history.events("a") == known
 
 
 def test_simulated_noise_is_no_release():
