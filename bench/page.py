@@ -105,7 +105,7 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
     yield "## Fleets that live\n"
     yield (
         "Until the first round with 80 % of the gain that the same writers reach where all of them train in every "
-        "round: medians over three seeds of simulated hours and kWh, of the runs that got there; ratios are to the "
+        "round: medians over three seeds of simulated hours and kWh, where all of them got there; ratios are to the "
         "first row. `fleet=week`: phones, boards and laptops with batteries, owners and heat. `fleet=spread`: boards "
         "and laptops that are always there, the fastest ten times as fast as the slowest. *Lost*: devices that never "
         "replied, in all runs until then. Gini: of how often each device took part.\n"
@@ -202,10 +202,16 @@ def _best(cells: Mapping[tuple[str, str], Sequence[float]], setting: str) -> str
 
 
 def _told(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-    values = [run[key] for run in runs if run[key] is not None]
-    return f"{median(values):{form}}" if values else "—"
+    found = _middle(runs, key)
+    return "—" if found is None else f"{found:{form}}"
 
 
 def _ratio(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], key: str) -> str:
-    mine, theirs = ([run[key] for run in each if run[key] is not None] for each in (runs, first))
-    return f"{median(mine) / median(theirs):.2f}" if mine and theirs else "—"
+    mine, theirs = _middle(runs, key), _middle(first, key)
+    return "—" if mine is None or not theirs else f"{mine / theirs:.2f}"
+
+
+def _middle(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Median over runs; None if one never got there."""
+    values = [run[key] for run in runs]
+    return None if None in values else median(values)
