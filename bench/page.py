@@ -1,17 +1,17 @@
-"""docs/strategies.md and its plots, from what the benchmarks have written: python -m bench.strategies page"""
+"""docs/strategies.md, from what the benchmarks have written: python -m bench.strategies page"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
+from bench import plots
 from bench.federation import interval
 
 RESULTS = Path(__file__).with_name("results")
@@ -24,17 +24,18 @@ Made by `python -m bench.strategies page` from `bench/results`; every number bel
 whole federations on the typefaces base, on writers that nothing was tuned on. Learning rates, grids and settings were
 chosen on development writers, and the fleets and seeds were fixed before that.
 """
-WIDTH, LEFT, ROW, TOP = 190, 120, 18, 34  # of a small plot, in pixels
-INK, FAINT, MARK, BEST = "#333", "#ddd", "#4878a8", "#c0504d"
 
 
 def write() -> None:
     """The page, and its plots beside it."""
     parts = [HEAD]
     if found := read("aggregators"):
-        (DOCS / "aggregators.svg").write_text(dots(found), encoding="utf-8")
+        settings, cells = _cells(found)
+        shared = {key: gain for key, gain in cells.items() if key[0] != "fedsa"}
+        (DOCS / "aggregators.svg").write_text(plots.dots(settings, shared), encoding="utf-8")
         parts += ["\n".join(aggregators(found))]
     if found := read("fleets"):
+        (DOCS / "fleets.svg").write_text(plots.scatter(_took(found), x="hours", y="kWh"), encoding="utf-8")
         parts += ["\n".join(fleets(found))]
     if found := read("robustness"):
         parts += ["\n".join(robustness(found))]
@@ -108,8 +109,10 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
         "round: medians over three seeds of simulated hours and kWh, where all of them got there; ratios are to the "
         "first row. `fleet=week`: phones, boards and laptops with batteries, owners and heat. `fleet=spread`: boards "
         "and laptops that are always there, the fastest ten times as fast as the slowest. *Lost*: devices that never "
-        "replied, in all runs until then. Gini: of how often each device took part.\n"
+        "replied, in all runs until then. Gini: of how often each device took part. Small circles are runs, large ones "
+        "their medians.\n"
     )
+    yield "![Hours and kWh of each arm](fleets.svg)\n"
     for fleet, arms in found.items():
         yield f"### fleet={fleet}\n"
         yield "| arm | reached | rounds | hours | × | kWh | × | from batteries | lost | Gini |"
@@ -151,43 +154,17 @@ def robustness(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def dots(found: Sequence[Mapping[str, Any]]) -> str:
-    """SVG: a small plot for each setting, a row for each rule, its gain with its interval."""
-    settings, cells = _cells(found)
-    rules = list(dict.fromkeys(rule for rule, _ in cells))
-    high = max(gain[2] for (rule, _), gain in cells.items() if rule != "fedsa")
-    columns = 4
-    lines = -(-len(settings) // columns)
-    width, height = LEFT + columns * WIDTH, lines * (TOP + len(rules) * ROW + 26)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="11" fill="{INK}"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for place, name in enumerate(settings):
-        line, column = divmod(place, columns)
-        x, y = LEFT + column * WIDTH, line * (TOP + len(rules) * ROW + 26)
-        scale = (WIDTH - 30) / high
-        parts.append(f'<text x="{x}" y="{y + 20}" font-weight="bold">{escape(name)}</text>')
-        bottom = y + TOP + len(rules) * ROW
-        for tick in range(0, int(100 * high) + 1, 5):
-            at = x + scale * tick / 100
-            parts.append(f'<line x1="{at:.1f}" y1="{y + TOP - 6}" x2="{at:.1f}" y2="{bottom}" stroke="{FAINT}"/>')
-            parts.append(f'<text x="{at:.1f}" y="{bottom + 12}" text-anchor="middle" fill="#888">{tick}</text>')
-        best = _best(cells, name)
-        for row, rule in enumerate(rules):
-            middle = y + TOP + row * ROW + 6
-            if column == 0:
-                parts.append(f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(rule)}</text>')
-            if (rule, name) not in cells or rule == "fedsa":
-                continue
-            mean, low, top = cells[rule, name]
-            colour = BEST if rule == best else MARK
-            parts.append(
-                f'<line x1="{x + scale * max(low, 0):.1f}" y1="{middle}" x2="{x + scale * min(top, high):.1f}" '
-                f'y2="{middle}" stroke="{colour}" stroke-width="1.5"/>'
-                f'<circle cx="{x + scale * mean:.1f}" cy="{middle}" r="3.5" fill="{colour}"/>'
-            )
-    return "\n".join([*parts, "</svg>"]) + "\n"
+def _took(
+    found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+) -> dict[str, dict[str, list[plots.Point | None]]]:
+    """Hours and kWh of each run; None of one that never got there."""
+    return {
+        f"fleet={fleet}": {
+            arm: [None if run["hours"] is None else (run["hours"], run["kwh"]) for run in runs]
+            for arm, runs in arms.items()
+        }
+        for fleet, arms in found.items()
+    }
 
 
 def _cells(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, str], Sequence[float]]]:

@@ -1,0 +1,103 @@
+"""Plots of the pages in docs, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from statistics import median
+
+WIDTH, LEFT, ROW, TOP = 190, 120, 18, 34  # of a small plot, in pixels
+SIDE, RIGHT = 300, 250  # of a scatter plot, and of its legend
+INK, FAINT, MARK, BEST = "#333", "#ddd", "#4878a8", "#c0504d"
+COLOURS = ("#c0504d", "#4878a8", "#6a9a4a", "#b8860b", "#7b5ea7", "#3a9a9a")
+
+Point = tuple[float, float]
+
+
+def dots(settings: Sequence[str], cells: Mapping[tuple[str, str], Sequence[float]]) -> str:
+    """A small plot for each setting, a row for each rule, its gain with its interval, the highest in red.
+
+    Args:
+        cells: of a rule in a setting: the gain, and where its interval begins and ends.
+    """
+    rules = list(dict.fromkeys(rule for rule, _ in cells))
+    high = max(gain[2] for gain in cells.values())
+    columns = 4
+    lines = -(-len(settings) // columns)
+    width, height = LEFT + columns * WIDTH, lines * (TOP + len(rules) * ROW + 26)
+    parts = [_head(width, height)]
+    for place, name in enumerate(settings):
+        line, column = divmod(place, columns)
+        x, y = LEFT + column * WIDTH, line * (TOP + len(rules) * ROW + 26)
+        scale = (WIDTH - 30) / high
+        parts.append(f'<text x="{x}" y="{y + 20}" font-weight="bold">{escape(name)}</text>')
+        bottom = y + TOP + len(rules) * ROW
+        for tick in range(0, int(100 * high) + 1, 5):
+            at = x + scale * tick / 100
+            parts.append(f'<line x1="{at:.1f}" y1="{y + TOP - 6}" x2="{at:.1f}" y2="{bottom}" stroke="{FAINT}"/>')
+            parts.append(f'<text x="{at:.1f}" y="{bottom + 12}" text-anchor="middle" fill="#888">{tick}</text>')
+        best = max((rule for rule in rules if (rule, name) in cells), key=lambda rule: cells[rule, name][0])
+        for row, rule in enumerate(rules):
+            middle = y + TOP + row * ROW + 6
+            if column == 0:
+                parts.append(f'<text x="{LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(rule)}</text>')
+            if (rule, name) not in cells:
+                continue
+            mean, low, top = cells[rule, name]
+            colour = BEST if rule == best else MARK
+            parts.append(
+                f'<line x1="{x + scale * max(low, 0):.1f}" y1="{middle}" x2="{x + scale * min(top, high):.1f}" '
+                f'y2="{middle}" stroke="{colour}" stroke-width="1.5"/>'
+                f'<circle cx="{x + scale * mean:.1f}" cy="{middle}" r="3.5" fill="{colour}"/>'
+            )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: str, y: str) -> str:
+    """A plot for each panel, a colour for each arm: a small circle for each run, and a large one for their median.
+
+    Args:
+        panels: runs by arm; None for one that never got there: then there is no median, and the legend says how many.
+    """
+    width, height = len(panels) * (60 + SIDE + RIGHT), SIDE + 80
+    parts = [_head(width, height)]
+    for number, (name, arms) in enumerate(panels.items()):
+        left, bottom = 60 + number * (60 + SIDE + RIGHT), SIDE + 40
+        points = [point for runs in arms.values() for point in runs if point]
+        most = [1.1 * max(point[axis] for point in points) for axis in (0, 1)]
+        parts.append(f'<text x="{left}" y="24" font-weight="bold">{escape(name)}</text>')
+        parts += _axes(left, bottom, most, x, y)
+        for place, (arm, runs) in enumerate(arms.items()):
+            colour, row = COLOURS[place % len(COLOURS)], 50 + place * ROW
+            there = [run for run in runs if run]
+            circles = [(3, 0.6, run) for run in there]
+            if there and len(there) == len(runs):
+                circles.append((6, 1.0, (median(run[0] for run in there), median(run[1] for run in there))))
+            for radius, opacity, (across, up) in circles:
+                parts.append(
+                    f'<circle cx="{left + SIDE * across / most[0]:.1f}" cy="{bottom - SIDE * up / most[1]:.1f}" '
+                    f'r="{radius}" fill="{colour}" opacity="{opacity}"/>'
+                )
+            reached = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} got there)"
+            parts.append(f'<circle cx="{left + SIDE + 20}" cy="{row}" r="5" fill="{colour}"/>')
+            parts.append(f'<text x="{left + SIDE + 30}" y="{row + 4}">{escape(arm + reached)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _axes(left: int, bottom: int, most: Sequence[float], x: str, y: str) -> Iterator[str]:
+    for part in range(5):
+        share = part / 4
+        across, up = left + SIDE * share, bottom - SIDE * share
+        yield f'<line x1="{across:.1f}" y1="{bottom}" x2="{across:.1f}" y2="{bottom - SIDE}" stroke="{FAINT}"/>'
+        yield f'<line x1="{left}" y1="{up:.1f}" x2="{left + SIDE}" y2="{up:.1f}" stroke="{FAINT}"/>'
+        yield f'<text x="{across:.1f}" y="{bottom + 14}" text-anchor="middle">{share * most[0]:.1f}</text>'
+        yield f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{share * most[1]:.2f}</text>'
+    yield f'<text x="{left + SIDE / 2}" y="{bottom + 30}" text-anchor="middle">{escape(x)}</text>'
+    yield f'<text x="{left + 6}" y="{bottom - SIDE - 4}">{escape(y)}</text>'
+
+
+def _head(width: int, height: int) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="11" fill="{INK}"><rect width="100%" height="100%" fill="white"/>'
+    )
