@@ -171,7 +171,7 @@ def measured(
 
 
 def table(title: str, found: Mapping[str, Sequence[Reached]], first: str) -> Table:
-    """A row for each arm: medians over its seeds, and their ratio to those of the arm `first`."""
+    """A row for each arm: medians over its seeds, and of the ratios to the same seed's run of the arm `first`."""
     shown = Table(title=title)
     for name in (
         "arm",
@@ -212,8 +212,17 @@ def _middle(runs: Sequence[Reached], key: str, digits: int) -> str:
 
 
 def _ratio(runs: Sequence[Reached], base: Sequence[Reached], key: str) -> str:
-    mine, theirs = middle(runs, key), middle(base, key)
-    return "—" if mine is None or not theirs else f"{mine / theirs:.2f}"
+    found = ratio([getattr(run, key) for run in runs], [getattr(run, key) for run in base])
+    return "—" if found is None else f"{found:.2f}"
+
+
+def ratio(mine: Sequence[float | None], others: Sequence[float | None]) -> float | None:
+    """Median over seeds of what a run took over what another of the same seed did; None if one never got there.
+
+    A seed has its own writers, devices and target: runs of different ones differ more than arms do.
+    """
+    pairs = [(a, b) for a, b in zip(mine, others, strict=True) if a is not None and b]
+    return median(a / b for a, b in pairs) if len(pairs) == len(mine) else None
 
 
 def measure(

@@ -13,6 +13,7 @@ import numpy as np
 
 from bench import plots
 from bench.federation import interval
+from bench.fleets import ratio
 
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -106,11 +107,11 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
     yield "## Fleets that live\n"
     yield (
         "Until the first round with 80 % of the gain that the same writers reach where all of them train in every "
-        "round: medians over three seeds of simulated hours and kWh, where all of them got there; ratios are to the "
-        "first row. `fleet=week`: phones, boards and laptops with batteries, owners and heat. `fleet=spread`: boards "
-        "and laptops that are always there, the fastest ten times as fast as the slowest. *Lost*: devices that never "
-        "replied, in all runs until then. Gini: of how often each device took part. Small circles are runs, large ones "
-        "their medians.\n"
+        "round: medians over three seeds of simulated hours and kWh, where all of them got there. Ratios are to "
+        "the first row's run of the same seed, medians too. `fleet=week`: phones, boards and laptops with "
+        "batteries, owners and heat. `fleet=spread`: boards and laptops that are always there, the fastest ten "
+        "times as fast as the slowest. *Lost*: devices that never replied, in all runs until then. Gini: of how "
+        "often each device took part. Small circles are runs, large ones their medians.\n"
     )
     yield "![Hours and kWh of each arm](fleets.svg)\n"
     for fleet, arms in found.items():
@@ -184,8 +185,8 @@ def _told(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
 
 
 def _ratio(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], key: str) -> str:
-    mine, theirs = _middle(runs, key), _middle(first, key)
-    return "—" if mine is None or not theirs else f"{mine / theirs:.2f}"
+    found = ratio([run[key] for run in runs], [run[key] for run in first])
+    return "—" if found is None else f"{found:.2f}"
 
 
 def _middle(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.fleets import GRID, Plan, gains, middle, reached, table
+from bench.fleets import GRID, Plan, gains, middle, ratio, reached, table
 from conf.compose import compose
 
 KWH = 3.6e6
@@ -40,6 +40,12 @@ def test_who_never_gets_there_took_no_time_and_lost_what_it_lost_in_all(folder):
     assert found.lost == {"flat": 2, "left": 1}
     assert middle([found], "hours") is None
     assert table("", {"one": [found], "other": [reached(folder, 0.1)]}, "one").row_count == 2
+
+
+def test_ratios_are_seed_by_seed():
+    assert ratio([1.0, 9.0, 2.0], [2.0, 10.0, 8.0]) == 0.5
+    assert ratio([1.0, None], [2.0, 2.0]) is None
+    assert ratio([1.0, 1.0], [2.0, None]) is None
 
 
 @pytest.mark.parametrize("plan", [GRID[0], GRID[-1], Plan(5, None, 60)], ids=str)
