@@ -79,6 +79,16 @@ def to_object(config: DictConfig, schema: type) -> Any:
         raise AntherError(str(error)) from error
 
 
+def keyed(word: str) -> DictConfig:
+    """One key with its value, of what is composed without Hydra; AntherError if it is none."""
+    try:
+        if "=" in word:
+            return OmegaConf.from_dotlist([word])
+    except YAMLError:
+        pass
+    raise AntherError(f"{word}: can't be read as key=value; quote brackets and spaces")
+
+
 def output_dir() -> str:
     """Hydra's output folder of this run (`hydra.run.dir=…` moves it)."""
     return str(HydraConfig.get().runtime.output_dir)

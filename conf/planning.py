@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.cli import to_object
+from conf.cli import keyed, to_object
 from conf.errors import AntherError
 from conf.explain import explain, known_keys
 from conf.schemas import require
@@ -92,7 +92,7 @@ def planned(words: Sequence[str], own: Path) -> Plan:
     """
     named = [word.removeprefix("device=") for word in words if word.startswith("device=")]
     profile = _profile(named[-1] if named else THIS, own)
-    asked = [_read(word) for word in words if not word.startswith("device=")]
+    asked = [keyed(word) for word in words if not word.startswith("device=")]
     try:
         config = OmegaConf.merge(OmegaConf.structured(Plan), {"device": profile}, *asked)
     except OmegaConfBaseException as error:
@@ -106,16 +106,6 @@ def device_profile(name: str) -> DeviceProfile:
     config = OmegaConf.merge(OmegaConf.structured(DeviceProfile), _profile(name, DEVICES / f"{name}.yaml"))
     found: DeviceProfile = to_object(config, DeviceProfile)  # type: ignore[arg-type]
     return found
-
-
-def _read(word: str) -> DictConfig:
-    """One key with its value."""
-    try:
-        if "=" in word:
-            return OmegaConf.from_dotlist([word])
-    except YAMLError:
-        pass
-    raise AntherError(f"{word}: can't be read as key=value; quote brackets and spaces")
 
 
 def _profile(name: str, own: Path) -> object:
