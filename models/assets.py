@@ -12,10 +12,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from conf.errors import AntherError
@@ -36,14 +37,52 @@ def digest(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in IDENTITY and file.name != REPORT]
-    lines = [f"{file.relative_to(path).as_posix()}\0{digest(file)}\n" for file in files if file.is_file()]
+    return combined((file.relative_to(path).as_posix(), digest(file)) for file in identity(path))
+
+
+def identity(folder: Path) -> list[Path]:
+    """The files that make a folder what it is."""
+    return [file for file in folder.rglob("*") if counts(file) and file.is_file()]
+
+
+def counts(file: Path) -> bool:
+    """Whether a file of this name makes a folder what it is."""
+    return file.suffix in IDENTITY and file.name != REPORT
+
+
+def combined(files: Iterable[tuple[str, str]]) -> str:
+    """The content hash of a folder with files of these names, with '/' between their parts, and hashes."""
+    lines = [f"{name}\0{sha256}\n" for name, sha256 in sorted(files, key=lambda file: file[0].split("/"))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def is_hash(name: str) -> bool:
+    """Whether it is a content hash in full."""
+    return re.fullmatch(r"[0-9a-f]{64}", name) is not None
+
+
+def held(wanted: str) -> Path | None:
+    """The asset of this content hash in ANTHER_HOME; None if there is none.
+
+    It came there whole and checked, and is not read through again: whoever loads a base hashes it anyway.
+    """
+    found = sorted((home() / "assets" / wanted).glob("[!.]*"))
+    return found[0] if len(found) == 1 and found[0].exists() else None
+
+
 def locate(name: str) -> Path:
-    """The file or folder of a shipped asset by its name, of one's own by its path, or of the hub's by 'owner/name'."""
+    """The file or folder of a shipped asset by its name, of any that is here by its hash, of one's own by its path,
+    or of the hub's by 'owner/name'."""
     manifest = _manifest()
+    if is_hash(name):
+        name = next((shipped for shipped, entry in manifest.items() if entry["sha256"] == name), name)
+    if is_hash(name):
+        if (there := held(name)) is None:
+            raise AntherError(
+                f"{name[:12]}: no base of this hash in {home() / 'assets'}: python -m client.run fetches its "
+                "federation's; or name a folder"
+            )
+        return there
     if name not in manifest:
         path = Path(name).expanduser()
         if not path.exists() and hub.is_name(name):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -44,3 +45,25 @@ def test_damaged_assets_are_not_taken(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_path_of_ones_own(tmp_path: Path) -> None:
     assert assets.locate(str(tmp_path)) == tmp_path
+
+
+def test_a_base_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    shipped = SHIPPED["judge"]["sha256"]
+    assert assets.locate(shipped) == assets.locate("judge")
+    own = tmp_path / "assets" / ("a" * 64) / "own"
+    own.mkdir(parents=True)
+    assert assets.locate("a" * 64) == own
+    (own.parent / "another").mkdir()
+    for wanted in ("a" * 64, "b" * 64):
+        with pytest.raises(AntherError, match="no base of this hash"):
+            assets.locate(wanted)
+
+
+def test_the_hash_of_a_folder_is_that_of_its_names_and_hashes_in_the_order_of_paths(tmp_path: Path) -> None:
+    for name in ("a-b.json", "a/b.json", "a/c/d.txt", "a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
+    lines = "".join(f"{file.relative_to(tmp_path).as_posix()}\0{assets.digest(file)}\n" for file in files)
+    assert assets.digest(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
