@@ -1,38 +1,33 @@
-"""The ClientApp: what a SuperNode runs for each message.
+"""The ClientApp: what a node runs for each message.
 
-It only connects things. `client.logic` decides, and nothing that a server sends chooses the device's files, policy or
-noise: those come from the node's own configuration and environment.
+It only connects things. On a real device, where ANTHER_WORKER names the socket of a worker that holds the base, it
+hands the request on and needs no torch; in a simulation it answers by itself. Nothing that a server sends chooses the
+device's files, policy or noise: those come from the node's own configuration and environment.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
+import socket
+import time
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from client.device import from_config, whole
-from client.drive import drive
-from client.logic import handle
-from conf.compose import compose
+from client import line
 from conf.errors import AntherError
-from models.adapter import shapes
-from models.base import Base, load
 from privacy.policy import Refusal
 from protocol import records
-from protocol.codec import largest
 from protocol.messages import Reply, Request
-from training.engine import perform
-from training.memory import budget, check_free
 
 log = logging.getLogger(__name__)
 
 app = ClientApp()
 
-DEFAULT_BASE = "glyphs"
+WORKER = "ANTHER_WORKER"
+TRIES, PAUSE = 4, 1.0  # a worker that dies is there again when it is next connected to
 
 
 @app.query()
@@ -41,34 +36,48 @@ DEFAULT_BASE = "glyphs"
 @app.evaluate()
 def answer(message: Message, context: Context) -> Message:
     """Reply to any request; whatever goes wrong becomes this node's error reply."""
+    overrides = str(context.run_config.get("overrides", ""))
     try:
-        config = compose(str(context.run_config.get("overrides", "")))
-        node = _stated(context)
-        weights, device = str(node.get("weights", "fp32")), str(node.get("device", "auto"))
-        resolution = whole(node, "resolution") or None
-        base = _base(str(node.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device, resolution)
-        memory = budget(config.cohort.memory_gib, base.device)
-        check_free(memory, base.device)
-        owner = from_config(node, base)
-        most = largest(shapes(owner.sites, -1), free=owner.policy.max_rank)
-        conversation = handle(requested(message, most=most), owner)
-        work = functools.partial(perform, base, memory=memory, timesteps=config.evaluation.timesteps)
-        outcome = drive({"": conversation}, work)[""]
-    except Exception as error:
-        outcome = error
-    return reply_message(outcome, message)
+        request = requested(message)
+    except Refusal as error:
+        return reply_message(error, message)
+    if WORKER in os.environ:
+        return relayed(line.Asked(request, overrides), os.environ[WORKER], message)
+    return reply_message(_by_ourselves(request, overrides, context), message)
 
 
 def requested(message: Message, *, most: int | None = None) -> Request:
     """What a message asks for; Refusal if it can't be read, since what is wrong with it is the server's to know.
 
     Args:
-        most: bytes of an adapter that are looked at; None, in a simulation: whatever was sent.
+        most: bytes of an adapter that are looked at; None: whatever was sent.
     """
     try:
         return records.request_from_records(message.metadata.message_type, message.content, most=most)
     except AntherError as error:
         raise Refusal(str(error)) from None
+
+
+def relayed(asked: line.Asked, path: str, message: Message) -> Message:
+    """The reply of the worker, which may have to be started, and is asked again if it dies.
+
+    What it had charged before it died stays charged: asked the same, it goes on under the same reservation.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(path)
+                answered = line.ask(connection, asked)
+        except (OSError, AntherError) as error:
+            log.warning("the worker did not answer (%s), %d tries left", error, left)
+            time.sleep(PAUSE if left else 0)
+            continue
+        if answered.reply is not None:
+            return Message(records.reply_to_records(answered.reply), reply_to=message)
+        if answered.refused is not None:
+            return _error(message, f"{records.REFUSED}{answered.refused}")
+        return _error(message, f"{answered.failed}, see the device's own log")
+    return _error(message, "WorkerDied, see the device's own log")
 
 
 def reply_message(outcome: Reply | Exception, request: Message) -> Message:
@@ -81,9 +90,17 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", request.metadata.message_type, outcome, exc_info=unforeseen)
     if isinstance(outcome, Refusal):
-        reason = f"{records.REFUSED}{outcome}"
-    else:
-        reason = f"{type(outcome).__name__}, see the device's own log"
+        return _error(request, f"{records.REFUSED}{outcome}")
+    return _error(request, f"{type(outcome).__name__}, see the device's own log")
+
+
+def _by_ourselves(request: Request, overrides: str, context: Context) -> Reply | Exception:
+    from client import answering  # torch
+
+    return answering.answer(request, overrides, _stated(context))
+
+
+def _error(request: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
 
 
@@ -94,9 +111,3 @@ def _stated(context: Context) -> dict[str, object]:
         if variable in os.environ:
             node.setdefault(key, os.environ[variable])
     return node
-
-
-@functools.lru_cache(maxsize=1)
-def _base(path: str, sites: str | None, weights: str, device: str, resolution: int | None) -> Base:
-    """Kept between the messages that one process answers."""
-    return load(path, sites=sites, weights=weights, device=device, resolution=resolution)

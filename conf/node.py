@@ -33,7 +33,7 @@ class Link:
     slow_poll_seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        require(0.05 <= self.poll_seconds, f"link.poll_seconds={self.poll_seconds}: must be 0.05 or more")
+        require(self.poll_seconds >= 0.05, f"link.poll_seconds={self.poll_seconds}: must be 0.05 or more")
         least = f"link.slow_poll_seconds={self.slow_poll_seconds}: must not be under link.poll_seconds"
         require(self.poll_seconds <= self.slow_poll_seconds, least)
 
@@ -122,6 +122,8 @@ class Node:
 
     data: str | None = None  # the folder with its owner's pictures and metadata.jsonl; null: not said yet
     name: str | None = None  # that the server knows it by; null: the machine's
+    federation: str | None = None  # that it was enrolled with: what it keeps of one is not mixed with another's
+    base: str | None = None  # name, folder or content hash; null: the federation's
     store: str | None = None  # folder of what it keeps; null: ANTHER_HOME/devices/<name>
     weights: str = "fp32"  # how the frozen base is held: int8, mixed or nf4 for less memory
     device: str = "auto"  # torch device; auto: cuda if there is one

@@ -13,6 +13,10 @@ from typing import TypeVar
 from conf.errors import AntherError
 from protocol import limits, plain
 
+OLDEST, NEWEST = 1, 1
+"""Versions of this protocol that are spoken here. A message names the one that it is written in; whoever doesn't speak
+it says who has to update, and nothing of the message is read."""
+
 LONGEST = 64 * 1024
 """Characters of a message's JSON; the longest that we write names every site of a base, about 40,000."""
 

@@ -28,7 +28,7 @@ UNREADABLE = 1000
 """Error code of a reply that Flower itself could not unpack; Flower's own lie far below."""
 
 _MESSAGE, _ARRAYS, _ADAPTER, _STYPE, _DTYPE = "message", "arrays", "adapter", "safetensors", "uint8"
-_JSON, _SHA256 = "json", "sha256"
+_JSON, _SHA256, _VERSION = "json", "sha256", "version"
 
 
 class _Exchange(NamedTuple):
@@ -98,7 +98,7 @@ def _exchange(message_type: str) -> _Exchange:
 
 
 def _records(text: str, adapter: bytes | None, arrays: ArrayRecord | None) -> RecordDict:
-    config = ConfigRecord({_JSON: text, _SHA256: _checksum(text, adapter)})
+    config = ConfigRecord({_JSON: text, _SHA256: _checksum(text, adapter), _VERSION: messages.NEWEST})
     return RecordDict({_MESSAGE: config} if arrays is None else {_MESSAGE: config, _ARRAYS: arrays})
 
 
@@ -106,8 +106,12 @@ def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]
     """The JSON and the adapter of a message, as they were sent; what is cheap to find is found first."""
     names = set(records) if isinstance(records, RecordDict) else set()
     config, arrays = (records[name] if name in names else None for name in (_MESSAGE, _ARRAYS))
-    if not isinstance(config, ConfigRecord) or set(config) != {_JSON, _SHA256} or names - {_MESSAGE, _ARRAYS}:
-        raise AntherError(f"malformed message: must hold {_JSON} and {_SHA256} in {_MESSAGE!r}, an adapter, no more")
+    expected = {_JSON, _SHA256, _VERSION}
+    if not isinstance(config, ConfigRecord) or names - {_MESSAGE, _ARRAYS} or _VERSION not in config:
+        raise AntherError(f"malformed message: must hold {_MESSAGE!r} with its {_VERSION}, an adapter, no more")
+    _check_version(config[_VERSION])
+    if set(config) != expected:
+        raise AntherError(f"malformed message: {_MESSAGE!r} must hold {', '.join(sorted(expected))}, no more")
     text, checksum = config[_JSON], config[_SHA256]
     if not isinstance(text, str) or len(text) > messages.LONGEST:
         raise AntherError(f"malformed message: the JSON is not a text of at most {messages.LONGEST} characters")
@@ -121,6 +125,16 @@ def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]
     if checksum != _checksum(text, adapter):
         raise AntherError("malformed message: damaged in transit, its checksum is another")
     return text, adapter
+
+
+def _check_version(found: object) -> None:
+    """AntherError that says who has to update."""
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise AntherError(f"malformed message: its {_VERSION} is not a whole number")
+    if not messages.OLDEST <= found <= messages.NEWEST:
+        behind = "whoever reads it" if found > messages.NEWEST else "whoever wrote it"
+        spoken = f"{messages.OLDEST} to {messages.NEWEST}"
+        raise AntherError(f"a message of protocol {found}, and {spoken} is spoken here: {behind} has to update Anther")
 
 
 def _message(kind: Any, text: str, adapter: bytes | None) -> Any:

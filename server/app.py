@@ -6,30 +6,23 @@ started in.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-import secrets
-from datetime import UTC, datetime
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from conf.compose import compose
-from conf.errors import AntherError
-from conf.schemas import Simulation
 from models import assets
 from models.adapter import shapes
 from models.base import load
-from privacy.durable import write
 from privacy.storage import Files
-from protocol import plain
 from protocol.codec import largest
 from server import checkpoint
 from server.federation import federate
 from server.gate import Gated
 from server.ledger import Ledger
+from server.runs import end, run_folder
 from server.state import Round
 from strategies.build import build
 from strategies.clock import WallClock
@@ -74,25 +67,8 @@ def main(grid: Grid, context: Context) -> None:
         clock=WallClock(),
     )
     best = state.best_round
+    end(folder)
     log.info("done: best round %d, its adapter in %s", best, folder / "checkpoints" / f"round-{state.round:06d}")
-
-
-def run_folder(config: Simulation, runs: Path) -> Path:
-    """A new folder for this run, or with `resume` the newest one that was made for the same configuration.
-
-    A device answers for a run and round only once, so a new run must have a name that was never used.
-
-    Raises AntherError if there is nothing to resume.
-    """
-    identity = plain.dumps(dataclasses.replace(config, resume=False)).encode()
-    if config.resume:
-        for folder in sorted(runs.glob("*/"), reverse=True):
-            if (folder / "config.json").is_file() and (folder / "config.json").read_bytes() == identity:
-                return folder
-        raise AntherError(f"resume=true: {runs} holds no run of this configuration: leave it out to start one")
-    folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    write(folder / "config.json", identity)
-    return folder
 
 
 def _log_as_flower_does() -> None:

@@ -29,6 +29,7 @@ NOT_ON_A_DEVICE = {"server", "strategies", "simulations", "typefaces", "bench"}
 DEVICE = {"client", "training", "models", "privacy", "protocol", "conf"}  # what runs on one
 FLOWER = {
     "client/app.py",
+    "client/node.py",  # its SuperNode, and our ClientApp in place of the one that a server sends
     "server/app.py",
     "server/loop.py",
     "server/federation.py",  # the round loop's whole run
@@ -36,6 +37,7 @@ FLOWER = {
     "server/legs.py",
     "server/buffered.py",
     "server/gate.py",  # around Flower's own grid
+    "server/control.py",  # of a SuperLink
     "strategies/federated.py",
     "protocol/records.py",
     "simulations/grid.py",

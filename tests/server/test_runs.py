@@ -1,10 +1,10 @@
-"""What the ServerApp decides by itself: which folder a run has."""
+"""Which folder a run has."""
 
 import pytest
 
 from conf.compose import compose
 from conf.errors import AntherError
-from server.app import run_folder
+from server.runs import run_folder
 
 
 def test_a_new_run_has_a_name_never_used(tmp_path):

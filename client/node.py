@@ -1,0 +1,152 @@
+"""A device's SuperNode, and its ClientApp for each message:  started by `python -m client.run`.
+
+Flower's SuperNode carries the messages. Three things are other than its own command has them:
+
+- **No code that a server sends is run.** Flower installs the app bundle that comes with a run, and imports the
+  ClientApp from it: then a server could read any picture. Here the ClientApp is this device's own installed one.
+- ClientApps are forks of this process, which has imported all that they need and holds no thread: milliseconds and a
+  few MiB for each message, where a new interpreter takes a second or two and 180 MiB.
+- A node at work looks for messages twice a second, one that has had none for long every few seconds; Flower's own
+  waits three seconds between two.
+
+What of Flower is replaced for it is named in `_Pace` and `answer_task`; where a later Flower has other names, this
+says so in one line and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import flwr.supernode.runtime.run_clientapp as clientapp
+import flwr.supernode.start_client_internal as supernode
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.cli.flower_supernode import flower_supernode
+
+from client.app import app
+from conf.children import with_parent
+from privacy.durable import write
+
+POLL, SLOW = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_IDLE = 3.0  # seconds that Flower's SuperNode sleeps when there was no message
+_QUICK = 60.0  # seconds after a message in which the next is looked for quickly
+_UNNOTED = 2.0  # seconds after which a task is looked for, though none was noted
+
+
+class _Pace:
+    """Stands for the `time` module in Flower's loop of a SuperNode."""
+
+    def __init__(self, quick: float, slow: float) -> None:
+        self._quick, self._slow, self._last = quick, slow, time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        if seconds < _IDLE:  # for the ClientApp's reply, or an object of it
+            time.sleep(min(seconds, 0.1))
+            return
+        quiet = time.monotonic() - self._last - _QUICK
+        time.sleep(self._quick if quiet < 0 else min(self._slow, self._quick + quiet / _QUICK))
+
+    def came(self) -> None:
+        self._last = time.monotonic()
+
+
+def main() -> None:
+    """Run as `python -m client.node ADDRESS-OF-ITS-OWN -- ARGUMENTS-OF-flower-supernode`."""
+    own, _, *arguments = sys.argv[1:]
+    host, _, port = own.rpartition(":")
+    secret = secrets.token_bytes(32)  # of this node's tasks: other users of this machine have no business with them
+    file = Path(os.environ["FLWR_HOME"]) / "tasks.secret"
+    write(file, secret)
+    arguments += ["--superexec-auth-secret-file", str(file)]
+    noted, note = os.pipe()
+    if (node := os.fork()) == 0:
+        os.close(noted)
+        with_parent()
+        _pace(note)
+        sys.argv = ["flower-supernode", "--isolation", "process", "--host", host, "--port", port, *arguments]
+        flower_supernode()
+        os._exit(0)
+    os.close(note)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(node, signal.SIGTERM))  # it says goodbye to the server, then ends
+    signal.signal(signal.SIGINT, lambda *_: os.kill(node, signal.SIGTERM))
+    sys.exit(_serve(node, noted, own, secret))
+
+
+def _pace(note: int) -> None:
+    """Have Flower's loop keep our pace, and note what it pulls."""
+    pace = _Pace(float(os.environ.get(POLL, "0.5")), float(os.environ.get(SLOW, "5")))
+    pull = supernode._pull_and_store_message
+
+    def noting(*arguments: Any, **named: Any) -> int | None:
+        found = pull(*arguments, **named)
+        if found is not None:
+            pace.came()
+            os.write(note, b".")
+        return found
+
+    supernode._pull_and_store_message = noting
+    supernode.time = SimpleNamespace(sleep=pace.sleep)  # type: ignore[assignment]
+
+
+def _serve(node: int, noted: int, address: str, secret: bytes) -> int:
+    """Start a ClientApp for each task of the SuperNode; its exit status when it ends."""
+    client = RuntimeHttpClient.from_server_address(
+        server_address=address, insecure=True, root_certificates=None,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}),
+        ],
+    )  # fmt: skip
+    apps: set[int] = set()
+    while True:
+        ready, _, _ = select.select([noted], [], [], _UNNOTED)
+        if ready and not os.read(noted, 4096):
+            break  # the SuperNode is gone
+        apps -= {child for child in apps if os.waitpid(child, os.WNOHANG)[0]}
+        try:
+            found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        except Exception:  # it has not begun to listen, or is about to end
+            continue
+        if found.HasField("task") and found.token:
+            apps.add(_in_a_fork(address, found.token))
+    for child in apps:
+        os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(node, 0)[1])
+
+
+def _in_a_fork(address: str, token: str) -> int:
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        with_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        answer_task(address, token)
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0) if isinstance(end.code, int) else 1
+    finally:
+        os._exit(status)
+
+
+def answer_task(address: str, token: str) -> None:
+    """Flower's own course of a ClientApp, with this device's code in place of the server's."""
+    clientapp.install_from_fab = lambda *_, **__: None  # type: ignore[assignment]
+    clientapp.get_project_dir = lambda *_, **__: None  # type: ignore[assignment]
+    clientapp.get_load_client_app_fn = lambda **_: lambda *_: app
+    clientapp.run_clientapp(runtime_api_address=address, token=token, insecure=True, parent_pid=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""This device's part in its federation:  python -m client.run [key=value …]
+
+It keeps a SuperNode connected, starts the worker when there is something to do, and starts again whatever dies. What
+there is to be known of the server is asked first: whether both speak alike, and which base is needed; a base that is
+missing is fetched. `python -m client.enroll` comes before, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from client import link as links
+from client.link import Link, Unreachable
+from conf import lean
+from conf.children import with_parent
+from conf.errors import AntherError
+from conf.flower import environment
+from conf.node import Node, compose
+from models import assets
+from privacy.durable import make_folder
+
+DONE, USAGE = 0, 2
+_LOOK = 0.5  # seconds
+_STEADY = 60.0  # seconds after which a process counts as having started well
+_PAUSE, _LONGEST = 2.0, 30.0  # seconds before what ended is started again: Flower takes a node that was killed for
+# connected until it has missed heartbeats for a minute, and refuses it until then
+_SOCKET_PATH = 100  # bytes that the path of a socket may have
+
+
+class Stopped(BaseException):
+    """A signal came."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: USAGE with one line on standard error where its owner has to do something."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("-h", "--help"):
+        print(__doc__, "Keys, their units and limits: conf/node.py.", sep="\n")
+        return DONE
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        run(compose(words, links.words_file()))
+    except AntherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except (Stopped, KeyboardInterrupt):
+        pass
+    return DONE
+
+
+def run(node: Node) -> None:
+    """Take part until a signal comes; AntherError if its owner has to do something first."""
+    if node.link.address is None:
+        raise AntherError("not enrolled yet: python -m client.enroll TICKET, with a ticket of the server's operator")
+    if node.data is None:
+        raise AntherError("data: say which folder holds your pictures, data=FOLDER")
+    link = Link(node.link.address, insecure=node.link.insecure)
+    with listening() as listener:
+        worker = Worker(listener, node)
+        supernode = SuperNode(node, link, listener.getsockname())
+        try:
+            while True:
+                if not supernode.alive:
+                    worker.base = ready(node, link)
+                    supernode.start()
+                worker.look(_LOOK)
+                supernode.look()
+        finally:
+            supernode.stop()
+            worker.stop()
+
+
+def ready(node: Node, link: Link) -> str:
+    """Wait for the server, and have the base; its content hash or path."""
+    pause = _PAUSE
+    while True:
+        try:
+            hello = link.hello()
+            hello.check()
+            if apart := links.skew(hello):
+                raise Unreachable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
+            return node.base or fetched(node, link, hello.base)
+        except Unreachable as error:
+            say(f"{error}; again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
+
+
+def fetched(node: Node, link: Link, base: str) -> str:
+    """The base of this content hash, from wherever it is to be had."""
+    with contextlib.suppress(AntherError):
+        return str(assets.locate(base))
+    from client.fetch import fetch  # rarely needed
+    from client.over_http import http_get
+
+    say(f"fetching the base {base[:12]}")
+    with link.client(signed=True) as client:
+        return str(fetch(base, node.fetch, http_get(client)))
+
+
+@dataclass
+class Worker:
+    """`client.worker`, which is there while it has something to do.
+
+    Args:
+        listener: it waits for requests here while the worker isn't there, and the worker does while it is.
+    """
+
+    listener: socket.socket
+    node: Node
+    base: str = ""
+    _process: subprocess.Popen | None = None
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+
+    def __post_init__(self) -> None:
+        self._selector.register(self.listener, selectors.EVENT_READ)
+
+    def look(self, seconds: float) -> None:
+        """Start it if somebody asks within so many seconds."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(seconds)
+                if code:
+                    say(f"the worker ended with {code}")
+                self._process = None
+            return
+        if self._selector.select(seconds):
+            self._process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        settings, number = self.node.worker, self.listener.fileno()
+        own = {
+            "ANTHER_LISTEN_FD": str(number),
+            "ANTHER_NODE": json.dumps(stated(self.node, self.base)),
+            **lean.ENVIRONMENT,
+            **({} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}),
+        }
+
+        def prepare() -> None:
+            with_parent()
+            os.nice(settings.nice)
+
+        return subprocess.Popen(
+            [sys.executable, "-m", "client.worker"], env={**os.environ, **own}, pass_fds=[number],
+            stdin=subprocess.DEVNULL, preexec_fn=prepare,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        _end(self._process)
+
+
+@dataclass
+class SuperNode:
+    """`client.node`: Flower's SuperNode, started again with a pause whenever it ends."""
+
+    node: Node
+    link: Link
+    socket_path: str
+    _process: subprocess.Popen | None = None
+    _started: float = 0.0
+    _pause: float = _PAUSE
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
+    def start(self) -> None:
+        home = assets.home() / "flower"
+        make_folder(home)
+        own = {
+            "ANTHER_WORKER": self.socket_path,
+            "ANTHER_POLL_SECONDS": str(self.node.link.poll_seconds),
+            "ANTHER_SLOW_POLL_SECONDS": str(self.node.link.slow_poll_seconds),
+        }
+        safe = ["--insecure"]
+        if not self.link.insecure:
+            safe = [
+                "--root-certificates", str(self.link.authority), "--auth-supernode-private-key", str(self.link.key),
+            ]  # fmt: skip
+        own_address = f"127.0.0.1:{_free_port()}"
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "client.node", own_address, "--", "--superlink", self.link.address, *safe],
+            env={**environment(home), **own}, stdin=subprocess.DEVNULL, preexec_fn=with_parent,
+        )  # fmt: skip
+
+    def look(self) -> None:
+        """If it has ended, wait, so that it may be started again."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return
+        self._process = None
+        steady = time.monotonic() - self._started > _STEADY
+        self._pause = _PAUSE if steady else min(2 * self._pause, _LONGEST)
+        say(f"the SuperNode ended with {code}; again in {self._pause:.0f} s")
+        time.sleep(self._pause)
+
+    def stop(self) -> None:
+        _end(self._process)
+
+
+def stated(node: Node, base: str) -> dict[str, object]:
+    """What `client.device.from_config` and the worker know of a device."""
+    said = {
+        "base": base, "data": node.data, "name": node.name, "store": node.store, "weights": node.weights,
+        "device": node.device, "resolution": node.resolution, "checkpointing": node.checkpointing, "rank": node.rank,
+        "sites": node.sites, "previews": node.previews, "test": node.test, "seed": node.seed if node.test else None,
+        "uplink-mbps": node.uplink_mbps, "downlink-mbps": node.downlink_mbps,
+        "examples-per-second": node.examples_per_second, "watts": node.power.watts,
+        "memory-gib": node.worker.memory_gib, "threads": node.worker.threads, "idle-seconds": node.worker.idle_seconds,
+    }  # fmt: skip
+    return {key: value for key, value in said.items() if value is not None}
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[socket.socket]:
+    """A socket that only this user reaches."""
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix="anther-", dir=folder) as own:  # 0700
+        path = f"{own}/worker"
+        if len(path.encode()) > _SOCKET_PATH:
+            raise AntherError(f"{folder}: too long for a socket's path: set XDG_RUNTIME_DIR to a shorter one")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            Path(path).chmod(0o600)
+            listener.listen(8)
+            yield listener
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _end(process: subprocess.Popen | None) -> None:
+    if process is None or process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise Stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The typed schema of a server, `conf/serve.yaml`: a federation's own settings beside those of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+
+from conf.schemas import Simulation, require
+
+
+@dataclass
+class Server:
+    """Where devices reach it, and who may come."""
+
+    folder: str | None = None  # of its keys, register and state; null: ANTHER_HOME/server
+    host: str = "0.0.0.0"  # address that it listens on
+    port: int = 9443
+    inner_port: int = 9444  # of Flower's SuperLink, on this machine only
+    hosts: list[str] = field(default_factory=list)  # names and addresses under which devices reach it, for its
+    # certificate; empty: this machine's
+    insecure: bool = False  # no TLS and no keys: on loopback only, to try things
+    devices: int = 100  # that take part at most: with privacy per device and fleet.rate, noise is reckoned with it
+    per_holder: int = 5  # devices of one person at most
+    tries: int = 5  # of a run that fails again and again before its first new round, until the server gives up
+
+    def __post_init__(self) -> None:
+        for key in ("port", "inner_port"):
+            require(0 < getattr(self, key) < 65536, f"server.{key}={getattr(self, key)}: must be 1 to 65535")
+        require(self.port != self.inner_port, f"server.inner_port={self.inner_port}: must not be server.port")
+        local = self.host in ("127.0.0.1", "::1", "localhost")
+        alone = "with server.insecure=true only 127.0.0.1, ::1 or localhost"
+        require(local or not self.insecure, f"server.host={self.host}: {alone}")
+        for key in ("devices", "per_holder", "tries"):
+            require(getattr(self, key) >= 1, f"server.{key}={getattr(self, key)}: must be 1 or more")
+
+
+@dataclass
+class Serve(Simulation):
+    """A server: all of a simulation's keys that concern rounds, and where it is."""
+
+    server: Server = field(default_factory=Server)
+
+
+ConfigStore.instance().store(name="serve_schema", node=Serve)

@@ -1,0 +1,102 @@
+"""Who may take part in a federation, and its certificates:  python -m server.keys COMMAND
+
+    init [--host NAME …] [--port P]     make certificates, for these names and addresses of this server
+    ticket --holder WHO [--days 7]      print what one device needs to come in; it works once
+    list                                all devices and open tickets
+    revoke DEVICE                       shut a device out, at once, also while the server runs
+    rotate [--host NAME …]              a new key and certificate for the server; restart it to show them
+
+Devices trust the federation's own authority, whose key is FOLDER/authority.key: keep a copy elsewhere. Whoever has it
+can pose as this server, and without it certificates can't be renewed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from conf.errors import AntherError
+from conf.serving import Server
+from protocol.ticket import Ticket
+from server import pki, place
+from server.place import Place
+from server.register import Register
+
+DONE, USAGE = 0, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: USAGE with one line on standard error where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server.keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("init", "ticket", "list", "revoke", "rotate"))
+    parser.add_argument("device", nargs="?", help="with revoke: its name")
+    parser.add_argument("--folder", help="the federation's folder (server.folder; default: in ANTHER_HOME)")
+    parser.add_argument("--host", nargs="+", default=[], help="names and addresses that devices reach this server by")
+    parser.add_argument("--port", type=int, default=Server.port)
+    parser.add_argument("--holder", help="with ticket: whose device it is for")
+    parser.add_argument("--days", type=float, default=7.0, help="with ticket: how long it is good for")
+    parser.add_argument("--per-holder", type=int, default=Server.per_holder, help="devices of one holder at most")
+    asked = parser.parse_args(arguments)
+    try:
+        print(_act(place.of(asked.folder), asked))
+    except AntherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    return DONE
+
+
+def _act(here: Place, asked: argparse.Namespace) -> str:
+    register = Register(here.folder, per_holder=asked.per_holder)
+    match asked.command:
+        case "init":
+            here.prepare(asked.host, asked.port)
+            hosts = ", ".join(pki.hosts_of(here.certificates.certificate.read_bytes()))
+            return f"{here.folder}: certificates for {hosts}. Keep a copy of authority.key elsewhere."
+        case "ticket":
+            if not asked.holder:
+                raise AntherError("ticket: say --holder, whose device it is for: so many devices each holder may have")
+            return ticket(here, register, asked.holder, asked.days)
+        case "list":
+            return listed(register)
+        case "revoke":
+            if not asked.device:
+                raise AntherError("revoke: say which device; python -m server.keys list shows all")
+            register.revoke(asked.device)
+            return f"{asked.device} is shut out from now on. What it shared before stays in the adapter."
+        case _:
+            here.address()
+            here.rotate(asked.host)
+            return "a new certificate is there: restart python -m server.run to show it. Devices need nothing."
+
+
+def ticket(here: Place, register: Register, holder: str, days: float) -> str:
+    """What one device needs to come in."""
+    if not days > 0:
+        raise AntherError(f"--days {days:g}: must be over 0")
+    address = here.address()
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return str(Ticket(f"{host}:{address.port}", register.issue(holder, days=days), here.fingerprint()))
+
+
+def listed(register: Register) -> str:
+    """A line for each device and each open ticket."""
+    found, now = register.look(), datetime.now(UTC).isoformat()
+    lines = [
+        f"{member.name}  of {member.holder}, since {member.since[:16]}"
+        + (f", REVOKED {member.revoked[:16]}" if member.revoked else "")
+        for member in found.members.values()
+    ]
+    lines += [
+        f"(open ticket)  of {ticket.holder}, until {ticket.expires[:16]}"
+        for ticket in found.tickets.values()
+        if ticket.used_by is None and ticket.expires > now
+    ]
+    return "\n".join(lines) or "no devices, and no open tickets"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

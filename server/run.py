@@ -1,0 +1,252 @@
+"""The server of a federation of real devices:  python -m server.run [key=value …]
+
+It makes certificates if there are none, opens one port (`server.door`), runs Flower's SuperLink behind it, submits the
+run and stays until that is over. Whatever dies is started again, and the run goes on after its last whole round; so it
+does when this command, or the machine, is started again with the same configuration.
+
+    python -m server.keys ticket --holder ada      what one of Ada's devices needs to come in
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shlex
+import signal
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from conf.cli import application
+from conf.compose import compose
+from conf.errors import AntherError
+from conf.serving import Serve
+from models import assets, parts
+from protocol.hello import Hello
+from protocol.messages import NEWEST, OLDEST
+from server import place, runs, shelf
+from server.bundle import assemble, version
+from server.door import Door, now, serve
+from server.place import Place
+from server.register import Register
+from server.superlink import SuperLink
+
+_LOOK = 1.0  # seconds between two looks at what is alive
+_PAUSE, _LONGEST = 2.0, 120.0  # seconds before something that failed is tried again
+
+
+class Stopped(BaseException):
+    """A signal came."""
+
+
+@application("serve", Serve)
+def main(config: Serve) -> None:
+    words = [word for word in HydraConfig.get().overrides.task if not word.lstrip("+").startswith("server.")]
+    GlobalHydra.instance().clear()  # what the ServerApp composes is composed here too
+    signal.signal(signal.SIGTERM, _stop)
+    with contextlib.suppress(Stopped, KeyboardInterrupt):
+        Federation(config, of_run(words, config.server.devices)).run()
+
+
+def of_run(words: list[str], devices: int) -> list[str]:
+    """What the ServerApp composes its own configuration of."""
+    known = any(word.startswith(("data.devices=", "data.writers=")) for word in words)
+    return [*words, *([] if known else ["data.writers=1", f"data.devices={devices}"])]
+
+
+@dataclass
+class Federation:
+    """All that one server runs."""
+
+    config: Serve
+    words: list[str]
+    superlink: SuperLink = field(init=False)
+    register: Register = field(init=False)
+    _known: set[str] = field(default_factory=set)  # public keys that the SuperLink lets in
+    _registering: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> None:
+        """Serve until the run is over; AntherError if it can't be begun, or fails again and again."""
+        settings, here = self.config.server, place.of(self.config.server.folder)
+        compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
+        say(f"Anther {version()}: {here.folder}")
+        here.prepare(settings.hosts, settings.port)
+        secure = None if settings.insecure else here.certificates
+        self.register = Register(here.folder, per_holder=settings.per_holder)
+        self.superlink = SuperLink(here.folder, settings.inner_port, secure)
+        with alone(here):
+            stop_leftovers(here)
+            self._serve(here)
+
+    def _serve(self, here: Place) -> None:
+        settings, secure = self.config.server, self.superlink.certificates
+        try:
+            self.superlink.start()
+            self._reconcile()
+            door = serve(self._door(here), host=settings.host, port=settings.port, certificates=secure)
+            say(f"listening on {settings.host}:{settings.port}" + ("" if secure else ", without TLS or keys"))
+            if secure and not self._known:
+                say("no devices yet: python -m server.keys ticket --holder NAME, then on the device")
+                say("    python -m client.enroll TICKET data=FOLDER && python -m client.run")
+            self._until_over(assemble(here.folder / "app"), assets.home() / "runs")
+            door.should_exit = True
+        finally:
+            self.superlink.stop()
+
+    def _until_over(self, app: Path, folders: Path) -> None:
+        tries, pause, before = 0, _PAUSE, -1
+        while True:
+            configuration = compose(shlex.join(self.words))
+            last = runs.newest(configuration, folders)
+            resume = last is not None and not runs.is_over(last)
+            if not resume and before >= 0 and last is not None:
+                say("the run is over")
+                return
+            words = [*self.words, "resume=true"] if resume else self.words
+            try:
+                run = self.superlink.submit(app, shlex.join(words))
+                say(f"run {run}" + (f" goes on: {last.name}" if resume and last else " began"))
+                self._follow(run)
+            except AntherError as error:
+                say(f"{error}")
+            last = runs.newest(configuration, folders)
+            if last is not None and runs.is_over(last):
+                say(f"the run is over: {last}")
+                return
+            done = _rounds(last)
+            tries, pause = (0, _PAUSE) if done > before >= 0 else (tries + 1, min(2 * pause, _LONGEST))
+            before = max(done, 0)
+            if tries >= self.config.server.tries:
+                raise AntherError(f"the run failed {tries} times without a new round; see its log above, and {last}")
+            say(f"the run broke off; it goes on in {pause:.0f} s")
+            time.sleep(pause)
+            self._revive()
+
+    def _follow(self, run: int) -> None:
+        """Print a run's log until it ends, and look after everything else meanwhile."""
+        watched = self.superlink.watch(run)
+        reader = threading.Thread(target=_print_all, args=(watched,), daemon=True)
+        reader.start()
+        try:
+            while watched.poll() is None:
+                time.sleep(_LOOK)
+                if not self.superlink.alive:
+                    say("the SuperLink is gone")
+                    return
+                self._shut_out()
+            while (
+                self.superlink.alive and (status := self.superlink.control.status(run)).partition(":")[0] != "finished"
+            ):
+                say(f"run {run} is {status}")  # the log broke off before it
+                time.sleep(10 * _LOOK)
+        finally:
+            watched.terminate()
+            watched.wait()
+            reader.join(5)
+
+    def _revive(self) -> None:
+        if not self.superlink.alive:
+            self.superlink.start()
+            self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Have the SuperLink know whom the register knows, and nobody else."""
+        if self.superlink.certificates is None:
+            return
+        with self._registering:
+            control = self.superlink.control
+            there, members = control.nodes(), self.register.look().inside()
+            for key in there.keys() - members.keys():
+                control.unregister(there.pop(key))
+            for key in members.keys() - there.keys():
+                there[key] = control.register(key, members[key].name)
+            self._known = set(there)
+
+    def _shut_out(self) -> None:
+        """Have the SuperLink forget who was revoked; the door has shut them out already."""
+        if self._known - self.register.look().inside().keys():
+            self._reconcile()
+
+    def _welcome(self, key: str, name: str) -> None:
+        with self._registering:
+            if key not in self._known:
+                self.superlink.control.register(key, name)
+                self._known.add(key)
+
+    def _door(self, here: Place) -> Door:
+        base = assets.locate(self.config.base.path)
+        on_shelf = shelf.Shelf([base])
+        (content,) = on_shelf.bases
+        size = parts.of(base).total
+
+        def hello() -> Hello:
+            return Hello(
+                oldest=OLDEST, newest=NEWEST, anther=version(), federation=here.fingerprint()[:16], base=content,
+                base_bytes=size, time=now(),
+            )  # fmt: skip
+
+        secure = self.superlink.certificates
+        return Door(
+            inside=f"{'https' if secure else 'http'}://{self.superlink.address}", register=self.register, hello=hello,
+            authority=secure.authority.read_bytes() if secure else b"", welcome=self._welcome,
+            shelf=shelf.routes(on_shelf), verify=_trusting(secure.authority) if secure else False,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def alone(here: Place) -> Iterator[None]:
+    """AntherError if another server of this folder runs."""
+    with (here.folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AntherError(f"{here.folder}: a server of this federation runs already") from None
+        yield
+
+
+def stop_leftovers(here: Place) -> None:
+    """End what an earlier server of this folder left running: it would hold the port and the database."""
+    flower = f"FLWR_HOME={here.folder / 'flower'}"
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.pid != psutil.Process().pid and process.environ().get("FLWR_HOME")
+            if ours and f"FLWR_HOME={ours}" == flower:
+                process.kill()
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def _trusting(authority: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(authority))
+
+
+def _rounds(folder: Path | None) -> int:
+    """The last whole round of a run; -1: none."""
+    found = sorted(folder.glob("checkpoints/round-*")) if folder else []
+    return int(found[-1].name.removeprefix("round-")) if found else -1
+
+
+def _print_all(process: object) -> None:
+    for line in process.stdout:  # type: ignore[attr-defined]
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise Stopped
+
+
+if __name__ == "__main__":
+    main()
