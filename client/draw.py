@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.home import owners_command, run
-from client.store import Store
+from client.opening import look
 from conf.errors import AntherError
 from models.decoding import TILE
 from models.sampling import SAMPLERS
@@ -22,6 +22,7 @@ from models.weights import MODES
 from privacy.storage import Files
 
 if TYPE_CHECKING:
+    from client.store import Store
     from models.adapter import Adapter
     from models.base import Base
 
@@ -59,7 +60,7 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
     from training.memory import budget, for_looking
 
     _check(asked)
-    store = Store(files)
+    store = look(files).store
     sites = store.personal_sites()
     base = load(
         asked.base, sites="|".join(map(re.escape, sites)) or None, weights=asked.weights, device="auto",

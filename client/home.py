@@ -31,12 +31,31 @@ def files_of(name: str, store: str | Path | None = None) -> Files:
 
 
 def find(store: Path | None, name: str | None) -> Files:
-    """The files of the device that its node calls so, or whose store is there."""
+    """The files of the device that its node calls so, or whose store is there; without either, this machine's own.
+
+    Raises:
+        AntherError: the words of its enrolment can't be read.
+    """
+    if store is None and name is None and words().exists():
+        from conf.node import compose  # slow import, so only here
+
+        node = compose([], words())
+        store, name = None if node.store is None else Path(node.store).expanduser(), node.name
     files = files_of(name or (store.name if store else platform.node()) or "device", store)
     if store and not name and (marker := files.read(MARKER)) is not None:
         head = Path(read_marker(marker, files.where(MARKER)).head)
         files = Files(store, heads=head.parent)
     return files
+
+
+def words() -> Path:
+    """The words of this device's configuration, as its enrolment left them."""
+    return assets.home() / "node.conf"
+
+
+def link() -> Path:
+    """The folder of its keys to a federation."""
+    return assets.home() / "link"
 
 
 def owners_command(module: str, description: str) -> argparse.ArgumentParser:
@@ -45,7 +64,9 @@ def owners_command(module: str, description: str) -> argparse.ArgumentParser:
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", type=Path, metavar="DIR", help="the node's `store` (default: in ANTHER_HOME)")
-    parser.add_argument("--name", help="the node's `name` (default: the machine's, or what the store says)")
+    parser.add_argument(
+        "--name", help="the node's `name` (default: as enrolled, what the store says, or the machine's)"
+    )
     return parser
 
 

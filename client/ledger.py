@@ -1,6 +1,7 @@
 """What this device has shared, and what that costs of its owner's privacy:  python -m client.ledger [--json]
 
-`reset --forget` sets the ledger aside and begins a new one, for when it was lost or damaged and there is no backup.
+`reset --forget` sets the ledger aside and begins a new one, for when it was lost or damaged and there is no backup; and
+all that is encrypted with it, if that can't be read any more.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from client import keyring, layout, lock, migrate
 from client.home import owners_command, run
-from client.store import OWN, RESIDUAL, VARIATE
+from client.opening import look
 from conf.errors import AntherError
 from privacy import policy
 from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, SENT, TRAIN, History, Ledger, Reservation
 from privacy.policy import Policy
+from privacy.sealed import SEAL, Seal
 from privacy.storage import Files
 
 WIDTH = 130
@@ -29,6 +32,9 @@ FORGOTTEN = """The old ledger is now in {aside}.
 From here on ε is counted from 0 again, though what was shared stays shared: of pictures that were trained on before, it
 is what both ledgers count together. A run whose server knew the old ledger refuses to be forgotten: this device takes
 part again with the next run."""
+
+SEALED_UP = (*layout.LEFT, *layout.ADAPTERS, layout.SEED, layout.CACHE, layout.FEDERATIONS, SEAL)
+"""What goes with a ledger whose key is gone: nobody can read it either."""
 
 STATES = {RESERVED: "charged", SEALED: "reply sealed", SENT: "reply received"}
 
@@ -49,7 +55,7 @@ def _act(files: Files, asked: argparse.Namespace) -> str:
 def show(files: Files, *, as_json: bool = False) -> str:
     """The ledger in words, or as JSON. AntherError if chain or anchors don't hold."""
     known = [files.folder / JOURNAL, files.folder / MARKER, files.heads / JOURNAL]
-    ledger = Ledger(files)
+    ledger = Ledger(look(files).storage)
     history = ledger.history() if any(path.exists() for path in known) else History()
     owners = policy.load(files.folder / "policy.toml")
     if as_json:
@@ -64,8 +70,26 @@ def reset(files: Files, *, sure: bool) -> str:
             "reset forgets what this device has promised: ε is counted from 0 again; say `reset --forget` if that is "
             "meant, or restore the ledger from a backup"
         )
-    aside = files.set_aside(JOURNAL, OUTBOX, MARKER, RESIDUAL, VARIATE, OWN)
+    if not files.folder.is_dir() and not (files.heads / JOURNAL).exists():
+        return FRESH
+    migrate.version(files)  # of a newer one nobody knows here what goes with a ledger
+    beside = layout.left(files.folder) if _readable(files) else SEALED_UP
+    with lock.alone(files.folder, what="the store"):
+        aside = files.set_aside(JOURNAL, OUTBOX, MARKER, *beside)
     return FRESH if aside is None else FORGOTTEN.format(aside=aside)
+
+
+def _readable(files: Files) -> bool:
+    """Whether what is encrypted there can be read with the key that there is."""
+    if (data := files.read(SEAL)) is None:
+        return migrate.in_the_open(files)
+    if (key := keyring.find()) is None:
+        return False
+    try:
+        Seal.read(data, files.where(SEAL)).check(key, files.where(SEAL))
+    except AntherError:
+        return False
+    return True
 
 
 def as_plain(history: History, owners: Policy, ledger: Ledger) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from client.home import owners_command, run
-from client.store import Store
+from client.opening import by_owner
 from privacy.storage import Files
 
 
@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def roll_back(files: Files) -> str:
     """Do it; what was done. AntherError if there is nothing to go back to."""
-    Store(files).roll_back()
+    with by_owner(files) as found:
+        found.store.roll_back()
     return f"{files.folder}: back at the adapters before the last ones."
 
 

@@ -2,15 +2,18 @@
 
     ledger.jsonl, outbox/,    privacy.ledger; its head lies elsewhere
     enrolled
+    seed                      of the device's ordinary random streams
+    cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
+                              missing or damaged
+
+and of one federation, each in a folder of its own (`client.layout`):
+
     personal.safetensors      the personal adapter with the shared one that it sits on
     previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
-    seed                      of the device's ordinary random streams
     residual.safetensors      what rounding left of the last change that was sent
     variate.safetensors       SCAFFOLD's control variate, before the last round and after it
     own.safetensors           the factors B of a run that shares A alone
     previews/                 what its owner is shown of what was learnt
-    cache/                    pictures as latents, the base's loss on them, and what a pass takes: all found again when
-                              missing or damaged
 
 On a real device these are files of one folder, and beside them lies policy.toml, what the owner allows, written by
 hand. Every write is atomic.
@@ -29,14 +32,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from client.layout import CACHE, OWN, PERSONAL, PREVIEWS, PREVIOUS, RESIDUAL, SEED, VARIATE, under
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from privacy.ledger import Ledger
 from privacy.storage import Storage
 from training.jobs import Examples
-
-PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
-RESIDUAL, VARIATE, OWN = "residual.safetensors", "variate.safetensors", "own.safetensors"
 
 
 class Personal(NamedTuple):
@@ -80,23 +81,37 @@ class Own(NamedTuple):
 
 
 class Store:
-    """What one device keeps in its storage."""
+    """What one device keeps in its storage.
 
-    def __init__(self, storage: Storage) -> None:
-        self.ledger = Ledger(storage)
-        self._storage = storage
+    Args:
+        federation: the id of the one whose adapters, and what its rounds left, this is about; None: of one without.
+    """
+
+    def __init__(self, storage: Storage, federation: str | None = None) -> None:
+        self.ledger = Ledger(storage)  # one, whoever got what it counts: the pictures are the same
+        self._storage, self._under = storage, under(federation)
 
     @property
     def where(self) -> str:
         """Where a person finds all of it."""
-        return self._storage.where("")
+        return self._storage.where(self._under)
+
+    def _read(self, name: str) -> bytes | None:
+        """Of this federation."""
+        return self._storage.read(self._under + name)
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._storage.write(self._under + name, data)
+
+    def _where(self, name: str) -> str:
+        return self._storage.where(self._under + name)
 
     def save_personal(self, personal: Personal, *, aside: bool = False) -> None:
         """Replace the personal adapter; `aside`: the one there, with its shared one, becomes the previous."""
-        if aside and (before := self._storage.read(PERSONAL)) is not None:
-            self._storage.write(PREVIOUS, before)
+        if aside and (before := self._read(PERSONAL)) is not None:
+            self._write(PREVIOUS, before)
         tensors = _prefixed("personal", personal.adapter) | _prefixed("shared", personal.shared)
-        self._storage.write(PERSONAL, save(tensors, {"base": personal.base, "request": personal.request}))
+        self._write(PERSONAL, save(tensors, {"base": personal.base, "request": personal.request}))
 
     def personal(self, sites: Sites) -> Personal | None:
         """The personal adapter with what it sits on; None before the first one is trained.
@@ -105,7 +120,7 @@ class Store:
             AntherError: it is damaged, or made for other sites.
         """
         try:
-            data = self._storage.read(PERSONAL)
+            data = self._read(PERSONAL)
             if data is None:
                 return None
             tensors, metadata = _load(data)
@@ -115,14 +130,14 @@ class Store:
             return Personal(parts["personal"], parts["shared"], metadata["base"], metadata["request"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise AntherError(
-                f"{self._storage.where(PERSONAL)}: not a personal adapter for this base ({error}); "
+                f"{self._where(PERSONAL)}: not a personal adapter for this base ({error}); "
                 "remove it and personalise again"
             ) from error
 
     def personal_sites(self) -> tuple[str, ...]:
         """Where the personal adapter has its factors: the names of the base's layers; none before the first one."""
         try:
-            tensors, _ = _load(self._storage.read(PERSONAL) or save({}))
+            tensors, _ = _load(self._read(PERSONAL) or save({}))
         except (SafetensorError, ValueError):
             return ()  # `personal` says what is wrong with it
         names = (name.partition("/") for name in tensors)
@@ -136,10 +151,10 @@ class Store:
         Raises:
             AntherError: there is none.
         """
-        if (before := self._storage.read(PREVIOUS)) is None:
-            raise AntherError(f"{self._storage.where(PREVIOUS)}: there is no previous adapter to go back to")
-        self._storage.write(PERSONAL, before)
-        self._storage.remove(PREVIOUS)
+        if (before := self._read(PREVIOUS)) is None:
+            raise AntherError(f"{self._where(PREVIOUS)}: there is no previous adapter to go back to")
+        self._write(PERSONAL, before)
+        self._storage.remove(self._under + PREVIOUS)
 
     def save_residual(self, residual: Residual) -> None:
         self._save_of_round(RESIDUAL, residual)
@@ -162,11 +177,11 @@ class Store:
             for part, named in zip(kept._fields[2:], parts, strict=True)
             for name, tensor in named.items()
         }
-        self._storage.write(file, save(tensors, {"follows": follows, "round": str(number)}))
+        self._write(file, save(tensors, {"follows": follows, "round": str(number)}))
 
     def _of_round(self, file: str, kind: type[OfRound], follows: str) -> OfRound | None:
         try:
-            tensors, metadata = _load(self._storage.read(file) or b"")
+            tensors, metadata = _load(self._read(file) or b"")
             if metadata["follows"] != follows:
                 return None
             return kind(follows, int(metadata["round"]), *(_under(tensors, part) for part in kind._fields[2:]))
@@ -180,12 +195,12 @@ class Store:
             f"{part}/{name}": t.clone().contiguous() for part, named in parts.items() for name, t in named.items()
         }
         told = {"run": own.run, "promise": own.promise, "round": str(own.round)}
-        self._storage.write(OWN, save(tensors, told))
+        self._write(OWN, save(tensors, told))
 
     def own(self, run: str) -> Own | None:
         """What was kept of this run; a damaged one is none: the run goes on with what is sent."""
         try:
-            tensors, told = _load(self._storage.read(OWN) or b"")
+            tensors, told = _load(self._read(OWN) or b"")
             if told["run"] != run:
                 return None
             found = (_under(tensors, part) for part in ("after", "before"))
@@ -199,27 +214,27 @@ class Store:
 
         file = io.BytesIO()
         Image.fromarray(np.concatenate(list(pictures), axis=1)).save(file, "png")
-        self._storage.write(f"previews/{name}.png", file.getvalue())
+        self._write(f"{PREVIEWS}/{name}.png", file.getvalue())
 
     def save_examples(self, split: str, key: str, examples: Examples) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in examples._asdict().items()}
-        self._storage.write(f"cache/{split}.safetensors", save(tensors, {"key": key}))
+        self._storage.write(f"{CACHE}/{split}.safetensors", save(tensors, {"key": key}))
 
     def examples(self, split: str, key: str) -> Examples | None:
         """The cached examples of a split, if they were made under the same key (base and pictures)."""
         try:
-            tensors, metadata = _load(self._storage.read(f"cache/{split}.safetensors") or b"")
+            tensors, metadata = _load(self._storage.read(f"{CACHE}/{split}.safetensors") or b"")
             return Examples(**tensors) if metadata["key"] == key else None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return None
 
     def save_number(self, name: str, key: str, number: float) -> None:
-        self._storage.write(f"cache/{name}.json", json.dumps({"key": key, "number": number}).encode())
+        self._storage.write(f"{CACHE}/{name}.json", json.dumps({"key": key, "number": number}).encode())
 
     def number(self, name: str, key: str) -> float | None:
         """A cached number, if it was found under the same key."""
         try:
-            found = json.loads(self._storage.read(f"cache/{name}.json") or b"")
+            found = json.loads(self._storage.read(f"{CACHE}/{name}.json") or b"")
             return float(found["number"]) if found["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

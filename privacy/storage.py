@@ -120,8 +120,9 @@ class Files:
             durable.make_folder(aside)
             for path, name in moves:
                 if path.exists():
+                    durable.make_folder((aside / name).parent)
                     path.rename(aside / name)
-                    durable.sync_folder(aside)
+                    durable.sync_folder((aside / name).parent)
                     durable.sync_folder(path.parent)
         return aside
 

@@ -1,0 +1,67 @@
+"""Leave the federation that this device was enrolled with:  python -m client.leave --yes
+
+Its link, keys and configuration are removed. What was learnt stays, and so does the ledger. Stop the node first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from client import lock
+from client.home import link, owners_command, run, words
+from conf.errors import AntherError
+from privacy import durable
+from privacy.storage import Files
+
+LEFT = """This device has left {federation}: its keys, {link}, and its words, {words}, are gone from here.
+Undone: it can't take part any more, nor be asked for anything. Ask the federation's operator to revoke it as well:
+until then, whoever has a copy of its key can speak in its name.
+Kept: what it has learnt, in {folder}, which draws as before (python -m client.draw --store {folder});
+python -m client.forget removes it. The ledger stays too: the pictures are the same in another federation.
+What can't be undone: what was shared is part of the shared adapter, and of every one that was made from it, wherever
+they are by now. What that tells of a picture, python -m client.ledger says."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: 2, with one line on standard error, if there is nothing to leave, or it isn't meant."""
+    parser = owners_command("client.leave", __doc__ or "")
+    parser.add_argument("--yes", action="store_true", help="yes, leave")
+    return run(parser, arguments, lambda files, asked: leave(files, asked))
+
+
+def leave(files: Files, asked: argparse.Namespace) -> str:
+    """Do it; what that undoes and what it can't. Killed on the way it can be done again.
+
+    Raises:
+        AntherError: the device is in no federation, its owner isn't sure, or its store is in use.
+    """
+    if not link().exists() and not words().exists():
+        raise AntherError(f"{link()}: isn't there: this device is in no federation")
+    if not asked.yes:
+        raise AntherError(f"leave removes {link()} and {words()}; it takes a new ticket to come back: say --yes")
+    told = _federation()
+    with ExitStack() as held:
+        if files.folder.is_dir():
+            held.enter_context(lock.alone(files.folder, what="the store"))
+        if link().exists():
+            shutil.rmtree(link())
+        durable.sync_folder(link().parent)  # the keys are gone for good before what says whose they were
+        words().unlink(missing_ok=True)
+        durable.sync_folder(words().parent)
+    return LEFT.format(federation=told, link=link(), words=words(), folder=files.folder)
+
+
+def _federation() -> str:
+    """How its words call it."""
+    from conf.node import enrolled  # slow import, so only here
+
+    address = [word.partition("=")[2] for word in enrolled(words()) if word.startswith("link.address=")]
+    return f"the federation at {address[-1]}" if address else "its federation"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
