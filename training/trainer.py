@@ -117,7 +117,7 @@ class _Cohort:
             packs = self._packs()
             for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
                 self._accumulate(pack, found)
-            self._drop_cancelled()
+            self._still_wanted(list(self.residents))
             through = [row for row, resident in self.residents.items() if not resident.pending]
             self._settle(self._step(through) + self._admit())
         self.base.kept[_BUFFERS] = self.key, (self.rows, self.captured)
@@ -159,7 +159,8 @@ class _Cohort:
             self._look(rows)
             self._release([row for row in rows if self._finished(self.residents[row])])
             waiting = self._begin([row for row in rows if row in self.residents])
-            rows = self._step([row for row in waiting if not self.residents[row].pending]) + self._admit()
+            empty = [row for row in waiting if not self.residents[row].pending]  # no pass, after which they'd be asked
+            rows = self._step(self._still_wanted(empty)) + self._admit()
 
     def _begin(self, rows: list[int]) -> list[int]:
         """Draw the next batches, which may be empty under DP, and queue them; the rows that could."""
@@ -205,31 +206,31 @@ class _Cohort:
                 self._leave(row, error)
                 continue
             through.append(row)
+            self.residents[row].step += 1
             if noise is not None:
                 noises[row] = noise
         if through:
             index = torch.tensor(through, device=self.base.device)
             gradients = self.rows.sums.take(through, noises).div_(self.rows.divisors[index])
             self.rows.optimiser.step(through, self.rows.corrected(index, gradients))
-        for row in through:
-            self.residents[row].step += 1
         return through
 
-    def _drop_cancelled(self) -> None:
-        for row, resident in list(self.residents.items()):
+    def _still_wanted(self, rows: list[int]) -> list[int]:
+        """Let those go that were cancelled; the others."""
+        for resident, row in [(self.residents[row], row) for row in rows]:
             try:
                 if resident.job.cancelled():
                     self._leave(row, Cancelled(f"{resident.job.client}: cancelled after step {resident.step}"))
             except Exception as error:
                 self._leave(row, error)
+        return [row for row in rows if row in self.residents]
 
     def _look(self, rows: list[int]) -> None:
         """Measure, on their own validation examples, the clients whose turn it is; keep the best adapter of each."""
         looking, pools = [], []
         for row in rows:
             job, step = self.residents[row].job, self.residents[row].step
-            stopping = job.early_stopping
-            if stopping and (step % stopping.every == 0 or step == job.steps):
+            if (stopping := job.early_stopping) and (step % stopping.every == 0 or step == job.steps):
                 looking.append(row)
                 pools.append(stopping.validation)
         if not looking:
@@ -241,8 +242,7 @@ class _Cohort:
             resident = self.residents[row]
             resident.stale += 1
             if resident.best is None or loss < resident.best[0]:
-                resident.best = (loss, self.rows.adapters[row].clone())
-                resident.stale = 0
+                resident.best, resident.stale = (loss, self.rows.adapters[row].clone()), 0
 
     def _finished(self, resident: _Resident) -> bool:
         stopping = resident.job.early_stopping
