@@ -1,0 +1,39 @@
+"""Readings put together, and kept for a while."""
+
+from __future__ import annotations
+
+import math
+
+from client.power.conditions import ESTIMATE, Conditions, combined, seldom
+
+
+def test_nothing_is_known_of_nothing() -> None:
+    assert combined() == combined(Conditions(), Conditions()) == Conditions()
+    assert Conditions().free_mib == math.inf
+
+
+def test_the_hottest_the_least_and_who_tells_first() -> None:
+    one = Conditions(charging=False, battery=0.0, celsius=40.0, throttled=False, free_mib=300, metered=False)
+    other = Conditions(
+        charging=True, celsius=60.0, throttled=True, free_mib=200, owner_active=True, watts=3.0, watts_quality=ESTIMATE
+    )
+    assert combined(Conditions(), one, other) == Conditions(
+        charging=False, battery=0.0, celsius=60.0, throttled=True, free_mib=200, owner_active=True, metered=False,
+        watts=3.0, watts_quality=ESTIMATE,
+    )  # fmt: skip
+    assert combined(one, Conditions()).throttled is False
+
+
+def test_what_is_read_seldom() -> None:
+    now, readings = [0.0], []
+
+    def read() -> Conditions:
+        readings.append(now[0])
+        return Conditions(celsius=now[0])
+
+    reading = seldom(read, 2.0, lambda: now[0])
+    found = []
+    for now[0] in (0.0, 1.9, 2.0, 3.9, 10.0):
+        found.append(reading().celsius)
+    assert found == [0.0, 0.0, 2.0, 2.0, 10.0]
+    assert readings == [0.0, 2.0, 10.0]

@@ -1,0 +1,81 @@
+"""Heat, memory, owner and network of a Linux machine."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+
+from client.power import linux
+from client.power.conditions import Conditions
+from client.power.system import System
+from conf.units import MIB
+from tests.client.power.fakes import system
+
+ZONE = "sys/class/thermal/thermal_zone"
+FAN = "sys/class/thermal/cooling_device"
+
+
+def test_the_hottest_plausible_zone(tmp_path: Path) -> None:
+    zones = {f"{ZONE}0/temp": "51000", f"{ZONE}1/temp": "67500", f"{ZONE}2/temp": "-274000", f"{ZONE}3/temp": "255000",
+             f"{ZONE}4/temp": ""}  # fmt: skip
+    assert linux.heat(system(tmp_path, zones)) == Conditions(celsius=67.5)
+    assert linux.heat(system(tmp_path / "none")) == Conditions()
+
+
+def test_a_fan_is_not_a_throttle(tmp_path: Path) -> None:
+    found = {f"{FAN}0/type": "pwm-fan", f"{FAN}0/cur_state": "4"}
+    assert linux.heat(system(tmp_path, found)).throttled is None
+    found |= {f"{FAN}1/type": "cpufreq-cpu0", f"{FAN}1/cur_state": "0", f"{FAN}2/type": "Processor"}
+    assert linux.heat(system(tmp_path, found)).throttled is False
+    assert linux.heat(system(tmp_path, found | {f"{FAN}1/cur_state": "3"})).throttled is True
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 4000000 kB\nMemFree: 9 kB\nMemAvailable: 1048576 kB"}
+
+
+def test_memory_of_the_machine(tmp_path: Path) -> None:
+    assert linux.memory(system(tmp_path, MEMINFO)).free_mib == 1024
+    assert linux.memory(system(tmp_path / "none")).free_mib == math.inf
+
+
+def test_memory_of_the_unit_that_we_run_in(tmp_path: Path) -> None:
+    """Its limit, or that of a group around it; pages of files that nobody reads are as good as free."""
+    files = MEMINFO | {
+        "proc/self/cgroup": "0::/system.slice/anther.service",
+        "sys/fs/cgroup/system.slice/anther.service/memory.max": str(900 * MIB),
+        "sys/fs/cgroup/system.slice/anther.service/memory.current": str(700 * MIB),
+        "sys/fs/cgroup/system.slice/anther.service/memory.stat": f"anon 5\ninactive_file {100 * MIB}\nactive_file 7",
+        "sys/fs/cgroup/system.slice/memory.max": "max",
+        "sys/fs/cgroup/system.slice/memory.current": str(800 * MIB),
+    }
+    assert linux.memory(system(tmp_path, files)).free_mib == 300
+    around = {"sys/fs/cgroup/system.slice/memory.max": str(1000 * MIB)}
+    assert linux.memory(system(tmp_path, files | around)).free_mib == 200
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    files = {"proc/self/cgroup": "4:memory:/v1\n0::/", "sys/fs/cgroup/memory.max": str(64 * MIB),
+             "sys/fs/cgroup/memory.current": str(32 * MIB)}  # fmt: skip
+    assert linux.memory(system(tmp_path, MEMINFO | files)).free_mib == 32
+
+
+def test_memory_here_is_about_what_psutil_says() -> None:
+    free = linux.memory(System()).free_mib
+    assert 0 < free <= psutil.virtual_memory().total / MIB
+
+
+@pytest.mark.parametrize(
+    ("said", "active"), [("b true", False), ("b false", True), ("b maybe", None), (" ", None), ("", None)]
+)
+def test_whether_the_owner_is_there(tmp_path: Path, said: str, active: bool | None) -> None:
+    assert linux.owner(system(tmp_path, commands={"busctl": said})) == Conditions(owner_active=active)
+
+
+@pytest.mark.parametrize(
+    ("said", "metered"), [("u 0", None), ("u 1", True), ("u 2", False), ("u 3", True), ("u 4", False), ("", None)]
+)
+def test_whether_the_network_is_metered(tmp_path: Path, said: str, metered: bool | None) -> None:
+    assert linux.network(system(tmp_path, commands={"busctl": said})) == Conditions(metered=metered)

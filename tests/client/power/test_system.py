@@ -1,0 +1,43 @@
+"""Files and commands that aren't there, are nobody's, or don't end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from client.power.system import System, to_number
+from tests.client.power.fakes import system
+
+
+def test_files_and_numbers(tmp_path: Path) -> None:
+    found = system(tmp_path, {"sys/a": "12.5", "sys/b": "twelve", "sys/c": "nan"})
+    assert found.text("sys/b") == "twelve"
+    assert [found.number(f"sys/{name}") for name in "abcd"] == [12.5, None, None, None]
+    assert found.text("sys") is None  # a folder
+    assert [file.name for file in found.found("sys/*")] == ["a", "b", "c"]
+
+
+def test_what_a_command_prints(tmp_path: Path) -> None:
+    found = system(tmp_path, commands={"says": "so: $HOME `ls`", "fails": ""})
+    assert found.has("says")
+    assert not found.has("nobody")
+    assert found.output("says") == "so: $HOME `ls`\n"
+    assert found.output("fails") is None
+    assert found.output("nobody") is None
+
+
+def test_a_command_that_hangs_or_is_no_program(tmp_path: Path) -> None:
+    for name, text in {"hangs": "#!/bin/sh\nexec /bin/sleep 60\n", "broken": "#!/no/such/shell\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    found = System(root=tmp_path, path=str(tmp_path), timeout=0.05)
+    assert found.output("hangs") is None
+    assert found.output("broken") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1", 1.0), (" -2e3 ", -2000.0), ("", None), (None, None), ("inf", None), ("1,5", None)]
+)
+def test_numbers(text: str | None, number: float | None) -> None:
+    assert to_number(text) == number
