@@ -1,0 +1,50 @@
+"""Whoever performs jobs (`client.drive`), with a guard before and between them, and with a meter beside them.
+
+    perform = with_guard(measured(perform, meter), guard)
+
+A job that the guard stops raises `Cancelled` in the conversation that asked for it, which ends without a reply. What
+was charged stays charged and reserved; asked again for the same plan, the device trains anew under the same reservation
+(`client.train`, `privacy.ledger`), so that there is one release whether training waited, or stopped and began again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from client.guard import Guard
+from training.jobs import Cancelled, Job, Result, Train
+
+Perform = Callable[[list[Job]], Sequence[Result | Exception]]
+
+
+def with_guard(perform: Perform, guard: Guard) -> Perform:
+    """The same, asking the guard before any job, and within training after every pass."""
+
+    def guarded(batch: list[Job]) -> Sequence[Result | Exception]:
+        if guard():
+            return [Cancelled(f"stopped before it began: {guard.last_reason}") for _ in batch]
+        return perform([_asking(job, guard) for job in batch])
+
+    return guarded
+
+
+def measured(perform: Perform, meter: AbstractContextManager[object]) -> Perform:
+    """The same, within the meter while anything is trained: pictures that are encoded or drawn aren't training."""
+
+    def metered(batch: list[Job]) -> Sequence[Result | Exception]:
+        if not any(isinstance(job, Train) for job in batch):
+            return perform(batch)
+        with meter:
+            return perform(batch)
+
+    return metered
+
+
+def _asking(job: Job, guard: Guard) -> Job:
+    """A job that stops when the guard says so, or when whoever asked for it says so."""
+    if not isinstance(job, Train):
+        return job
+    theirs = job.cancelled
+    return replace(job, cancelled=lambda: theirs() or guard())
