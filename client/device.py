@@ -6,14 +6,16 @@ import math
 import platform
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from client import preflight
+from client import preflight, speed
 from client.data import METADATA, Pictures, load_folder
 from client.home import files_of
+from client.power.conditions import Conditions
+from client.power.meter import Spent
 from client.store import Store
 from conf.errors import AntherError
 from models.adapter import Sites
@@ -26,6 +28,7 @@ from protocol.messages import DeviceReport
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
+HOT = 80.0  # °C, as `guard.celsius`: from here on training waits
 
 
 def _no_limit(_: int, __: Collection[str]) -> None:
@@ -55,9 +58,17 @@ class Device:
     cohort's affair."""
     previews: int = 0
     """How many pictures its owner is shown of what was learnt, each time that something was."""
+    spent: Callable[[], Spent | None] | None = None
+    """What the training that was done last took, as a meter found; None: it has none, and estimates."""
 
 
-def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
+def from_config(
+    node_config: Mapping[str, Any],
+    base: Base,
+    *,
+    read: Callable[[], Conditions] | None = None,
+    spent: Callable[[], Spent | None] | None = None,
+) -> Device:
     """The device that a SuperNode's own configuration describes.
 
     Args:
@@ -68,6 +79,8 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
             `metered`; and `rank` and `sites`, the highest rank and, as a regular expression, the only layers that it is
             to train.
         base: what the device holds.
+        read: its sensors, for what the report says of now; None: nothing is said of it.
+        spent: as of the Device.
 
     Raises:
         AntherError: a key is missing or its value can't be used.
@@ -83,7 +96,7 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
     seed = whole(node_config, "seed") if is_test else store.seed()
     return Device(
         name=name,
-        report=probe(name, base, node_config),
+        report=probe(name, base, node_config, store=store, read=read),
         store=store,
         pictures=partial(load_folder, pictures),
         sites=base.sites,
@@ -93,26 +106,52 @@ def from_config(node_config: Mapping[str, Any], base: Base) -> Device:
         resolution=base.resolution,
         check_memory=partial(preflight.check_memory, base, store),
         previews=whole(node_config, "previews"),
+        spent=spent,
     )
 
 
-def probe(name: str, base: Base, stated: Mapping[str, Any]) -> DeviceReport:
-    """The report of this machine: memory and cores as found, the rest as stated or taken for a small board's."""
+def probe(
+    name: str,
+    base: Base,
+    stated: Mapping[str, Any],
+    *,
+    store: Store | None = None,
+    read: Callable[[], Conditions] | None = None,
+) -> DeviceReport:
+    """The report of this machine: memory and cores as found, speed and watts as stated, as `python -m client.benchmark`
+    has measured, or else a small board's; and what sensors say of now."""
     import psutil
 
     cores = psutil.cpu_count(logical=False) or 1
-    return DeviceReport(
+    known = speed.benchmarked(base, store)
+    report = DeviceReport(
         device=name,
         base=base.hash,
         profile=f"{platform.machine().lower()}_{cores}_cores",
         memory_gib=float(round(psutil.virtual_memory().total / 2**30)),
-        examples_per_second=_positive(stated, "examples-per-second", EXAMPLES_PER_SECOND_PER_CORE * cores),
-        watts=_positive(stated, "watts", WATTS),
+        examples_per_second=_positive(
+            stated, "examples-per-second", known.examples_per_second if known else EXAMPLES_PER_SECOND_PER_CORE * cores
+        ),
+        watts=_positive(stated, "watts", known.watts if known else WATTS),
         uplink_mbps=_positive(stated, "uplink-mbps", UPLINK_MBPS),
         downlink_mbps=_positive(stated, "downlink-mbps", DOWNLINK_MBPS),
         metered=_flag(stated, "metered"),
+        battery_wh=known.battery_wh if known else None,
         rank=whole(stated, "rank") or None,
         sites=_sites(stated, base.sites),
+    )
+    return report if read is None else noticed(report, read())
+
+
+def noticed(report: DeviceReport, now: Conditions) -> DeviceReport:
+    """The report with what holds now, as coarsely as it is told: the rest of what sensors say is nobody's business."""
+    return replace(
+        report,
+        battery=None if now.battery is None else math.floor(5 * now.battery + 1e-9) / 5,
+        charging=bool(now.charging),
+        busy=bool(now.owner_active),
+        hot=bool(now.throttled) or (now.celsius is not None and now.celsius > HOT),
+        metered=report.metered or bool(now.metered),
     )
 
 

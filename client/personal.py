@@ -40,9 +40,9 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     if min(request.look_every, request.patience) < 1:
         raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
     sent = of_run(received(request.adapter, device, rounded=request.rounded).adapter, request.run, device)
-    # Of the steps asked for: when training stops tells of the pictures.
-    seconds, joules = cost(device, request.steps * request.batch_size)
-    reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality="estimate")
+    # Of the steps asked for, and never measured: when training stops tells of the pictures.
+    seconds, joules, quality = cost(device, request.steps * request.batch_size)
+    reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality=quality)
     identity = hashlib.sha256(messages.to_json(request).encode() + request.adapter).hexdigest()
     stored = device.store.personal(device.sites)
     if stored and stored.request == identity:

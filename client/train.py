@@ -90,7 +90,8 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     )  # fmt: skip
     draws = plan.privacy.draws if plan.privacy else 1
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
-    seconds, joules = cost(device, plan.steps * plan.batch_size * draws)
+    # Under DP nothing that was measured leaves: it would tell, without noise, how large the Poisson batches were.
+    spent = cost(device, plan.steps * plan.batch_size * draws, measured=plan.privacy is None)
     reply = messages.Update(
         device=device.name,
         run=plan.run,
@@ -98,9 +99,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         rank=plan.rank,
         adapter=goes.data,
         release=noise.release,
-        seconds=seconds,
-        joules=joules,
-        quality="estimate",
+        seconds=spent.seconds,
+        joules=spent.joules,
+        quality=spent.quality,
         loss=None if plan.privacy else trained.loss,  # it was not noised
         epsilon=charged.spent(plan.privacy.delta).value if plan.privacy else None,
         events=events,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from client.data import fingerprint
 from client.device import Device
+from client.power.conditions import ESTIMATE
+from client.power.meter import Spent
 from training import jobs
 from training.jobs import Drawn, Examples, Job, Picture, Result, Trained
 
@@ -37,7 +39,14 @@ def cache_key(device: Device, pictures: Sequence[Picture]) -> str:
     return f"{device.report.base}:{device.resolution}:{fingerprint(pictures)}"
 
 
-def cost(device: Device, examples: int) -> tuple[float, float]:
-    """Estimated seconds and joules of training on so many examples, a number that says nothing of the pictures."""
+def cost(device: Device, examples: int, *, measured: bool = False) -> Spent:
+    """What training on so many examples takes: an estimate, which says nothing of the pictures.
+
+    Args:
+        measured: what the device's meter found, if it has one. That tells of the pictures, by how long batches took
+            and when training ended.
+    """
+    if measured and device.spent is not None and (found := device.spent()) is not None:
+        return found
     seconds = examples / device.report.examples_per_second
-    return seconds, seconds * device.report.watts
+    return Spent(seconds, seconds * device.report.watts, ESTIMATE)

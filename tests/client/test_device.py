@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from client.device import from_config
+from client.power.conditions import Conditions
 from conf.errors import AntherError
 from privacy.noise import Secure, Simulated
 from tests.client.devices import BASE, SITES
@@ -77,6 +79,33 @@ def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Pat
     first, *_ = SITES
     limited = from_config({"data": str(root / "ann"), "rank": "2", "sites": f"^{first}$"}, HELD).report
     assert (limited.rank, limited.sites) == (2, (first,))
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (Conditions(), {}),
+        (Conditions(battery=0.7999, charging=True), {"battery": 0.6, "charging": True}),
+        (Conditions(battery=0.6, charging=False), {"battery": 0.6}),
+        (Conditions(battery=1.0), {"battery": 1.0}),
+        (Conditions(battery=0.05), {"battery": 0.0}),
+        (Conditions(celsius=80.0, throttled=False), {}),
+        (Conditions(celsius=80.1), {"hot": True}),
+        (Conditions(throttled=True), {"hot": True}),
+        (Conditions(owner_active=True, metered=True), {"busy": True, "metered": True}),
+        (Conditions(free_mib=12.3, watts=4.5, owner_active=False, metered=False), {}),  # nobody's business
+    ],
+)
+def test_the_report_says_coarsely_what_sensors_do(root: Path, now: Conditions, told: dict[str, Any]) -> None:
+    config = {"data": str(root / "ann"), "name": "tablet"}
+    plain = from_config(config, HELD).report
+    assert from_config(config, HELD, read=lambda: now).report == dataclasses.replace(plain, **told)
+    assert (plain.battery, plain.charging, plain.busy, plain.hot, plain.metered) == (None, False, False, False, False)
+
+
+def test_an_owner_who_says_metered_knows_better(root: Path) -> None:
+    config = {"data": str(root / "ann"), "metered": True}
+    assert from_config(config, HELD, read=lambda: Conditions(metered=False)).report.metered
 
 
 def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
