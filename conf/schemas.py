@@ -294,8 +294,9 @@ class Strategy:
     momentum: float = 0.9  # β of fedavgm, β₁ of the others
     second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
     tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
-    robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: norm, krum,
-    # foolsgold, afa, geometric judge whole ones; median or trimmed goes by entries of the product, and is last
+    robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: replay,
+    # which is first, drops what was sent in an earlier round; norm, krum, foolsgold, afa, geometric judge whole ones;
+    # median or trimmed goes by entries of the product, and is last
     outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
     norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
     norm_factor: float = 1.0
@@ -331,8 +332,10 @@ class Strategy:
             choose(
                 "strategy.robust",
                 name,
-                ("norm", "krum", "foolsgold", "afa", "geometric", "median", "trimmed"),
+                ("replay", "norm", "krum", "foolsgold", "afa", "geometric", "median", "trimmed"),
             )
+            first = name != "replay" or place == 0
+            require(first, "strategy.robust: replay looks at each reply as it comes, before any rule: put it first")
             last = name not in ("median", "trimmed") or place == len(self.robust) - 1
             require(last, f"strategy.robust: {name} makes one update of all, put it last")
         require(0 <= self.outliers < 0.5, f"strategy.outliers={self.outliers}: must be 0 or more and less than half")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conf.errors import AntherError
 from conf.schemas import Simulation
+from models.adapter import Sites
 from privacy.noise import stream
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
@@ -25,11 +26,12 @@ from strategies.robust.geometric import GeometricMedian
 from strategies.robust.guarded import Guarded
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
+from strategies.robust.replay import Replay
 from strategies.robust.trimmed import Median, TrimmedMean
 
 
 def aggregation(config: Simulation) -> Aggregation:
-    """The rule that `strategy.aggregation` names, behind those that `strategy.robust` does.
+    """The rule that `strategy.aggregation` names, behind those of `strategy.robust` that judge a whole round.
 
     Raises AntherError for a setting that it has not.
     """
@@ -39,7 +41,7 @@ def aggregation(config: Simulation) -> Aggregation:
             f"strategy.norm_bound={chosen.norm_bound:g}: nothing holds a change to it; add norm to strategy.robust, or "
             "leave it null"
         )
-    if not chosen.robust:
+    if not set(chosen.robust) - {"replay"}:
         return rule
     judging: dict[str, Rule] = {
         "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
@@ -62,6 +64,24 @@ def aggregation(config: Simulation) -> Aggregation:
         rank=chosen.max_rank if whole else config.adapter.shared.rank,
         seed=stream(config.seed, "robust"),
     )
+
+
+def replay(config: Simulation, rule: Aggregation, sites: Sites, *, seed: int | None) -> Replay | None:
+    """What refuses replays, if `strategy.robust` names it.
+
+    Args:
+        seed: of the probes; None in a real federation, where nobody is to know it.
+
+    Raises AntherError for an aggregation of which no product is sent.
+    """
+    if "replay" not in config.strategy.robust:
+        return None
+    if rule.trains(1) == "split":
+        raise AntherError(
+            f"strategy.robust: replay compares products, and with strategy={config.strategy.aggregation} every device "
+            "keeps its own B; leave it out, or use strategy=fedit"
+        )
+    return Replay(sites, seed=seed)
 
 
 def _aggregation(config: Simulation) -> Aggregation:

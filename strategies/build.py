@@ -14,9 +14,9 @@ from models.base import Base
 from models.cores import load_frame
 from privacy.accounting import noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
-from privacy.noise import NoiseSource, source
+from privacy.noise import NoiseSource, source, stream
 from protocol.messages import TrainingPlan
-from strategies.aggregating import aggregation, optimiser
+from strategies.aggregating import aggregation, optimiser, replay
 from strategies.clock import Clock
 from strategies.federated import Federated
 from strategies.fitting import Fitting, costs_of
@@ -96,6 +96,7 @@ def build(
         decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
         device_level=level,
+        replay=replay(config, rule, sites, seed=None if seed is None else stream(seed, "replay")),
         quorum=config.strategy.quorum,
         fitting=_fitting(config, base),
         eligible=Eligible(**vars(config.fleet.eligible)),

@@ -11,6 +11,7 @@ from strategies.measuring import Measuring
 from strategies.optimisers import Optimiser
 from strategies.planning import Limits
 from strategies.private import DeviceLevel
+from strategies.robust.replay import Replay
 from strategies.selection import Selection
 from strategies.selection.poisson import Poisson
 
@@ -26,6 +27,7 @@ def check(
     download: str,
     frame: Adapter | None,
     device_level: DeviceLevel | None,
+    replay: Replay | None,
     quorum: int,
     fitting: Fitting | None,
 ) -> None:
@@ -35,6 +37,10 @@ def check(
     """
     if device_level and quorum > 1:
         raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")
+    if device_level and replay:
+        raise ValueError(f"replay inside the bound: {replay.sensitivity.reason}")
+    if replay and aggregation.trains(1) == "split":
+        raise ValueError("replay compares products, and with this aggregation no device sends one")
     if (aggregation.trains(1) == "cores") != (frame is not None):
         raise ValueError("an aggregation of cores needs their frame, and no other does")
     if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):

@@ -54,6 +54,7 @@ from strategies.planner import Planner
 from strategies.planning import Limits
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
+from strategies.robust.replay import Replay
 from strategies.roster import Roster, by_name
 from strategies.scaffold import Drift, begun
 from strategies.selection import ByName, Candidate, Candidates, Selection
@@ -87,6 +88,7 @@ class Federated(Strategy):
         accept_simulated: also take private updates made with reproducible noise, which are no releases: for tests
             and simulations only.
         device_level: clips and noises what devices send; None: their updates are aggregated as they are.
+        replay: refuses what was sent in earlier rounds; None: nobody looks.
         quorum: good replies without which a round keeps the adapter.
         eligible: who may be asked to train. With privacy per device others are drawn with everybody, and charged, then
             not asked, and nobody in their place: who else is asked, now or later, would tell of them.
@@ -96,7 +98,7 @@ class Federated(Strategy):
 
     `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
     each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is how
-    many replies were let in so far.
+    many replies were let in so far, and `able` are the nodes that could be asked when some last were.
     Nodes in `away` are not asked to train, and no more than `room` of them (None: as many as are selected).
     """
 
@@ -116,6 +118,7 @@ class Federated(Strategy):
         decay: Callable[[float, int], float] | None = None,
         accept_simulated: bool = False,
         device_level: DeviceLevel | None = None,
+        replay: Replay | None = None,
         quorum: int = 1,
         eligible: Eligible = EVERYBODY,
         fitting: Fitting | None = None,
@@ -133,6 +136,7 @@ class Federated(Strategy):
             download=download,
             frame=frame,
             device_level=device_level,
+            replay=replay,
             quorum=quorum,
             fitting=fitting,
         )
@@ -141,7 +145,7 @@ class Federated(Strategy):
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
-        self._optimiser, self._download = optimiser, download
+        self._optimiser, self._download, self._replay = optimiser, download, replay
         self.memory: Memory = {}
         self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
         self._roster = Roster(plan.base)
@@ -155,6 +159,7 @@ class Federated(Strategy):
         self._measured = False
         self._quorum = quorum
         self.good = 0
+        self.able: set[int] = set()
         self.away: set[int] = set()
         self.room: int | None = None
         self.trained: TrainFacts | None = None
@@ -254,11 +259,13 @@ class Federated(Strategy):
         grid: Grid,
         *,
         number: int | None = None,
+        draw: int | None = None,
     ) -> Iterable[Message]:
         """A Train message for each selected device, with its own plan.
 
         Args:
-            number: of these plans, and of the coins that are tossed for them; None: the round's.
+            number: of these plans; None: the round's.
+            draw: of the coins that are tossed for them; None: the plans' number.
 
         Raises:
             AntherError: with privacy per device, no room on the disk for all updates; nothing is charged.
@@ -283,7 +290,8 @@ class Federated(Strategy):
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
         nodes, candidates = by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
-        picked = self._picked(candidates, number)
+        self.able = {nodes[name] for name, one in candidates.items() if one.ready}
+        picked = self._picked(candidates, number if draw is None else draw)
         plans = {nodes[one.report.device]: (one.report, one.plan) for one in picked if one.ready}
         self.good = 0
         if self.device_level:
@@ -344,6 +352,8 @@ class Federated(Strategy):
 
         def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self._checks.update(asked.adapter, sent, reply)
+            if self._replay:
+                self._replay.check(asked.adapter, update.device, adapter, self.memory, found.sketches)
             found.add(update, shift(adapter))
             self.good += 1
 
@@ -366,6 +376,8 @@ class Federated(Strategy):
             lost: what rounding took of `current`, and enters what the round makes of it.
         """
         aggregated, central = self._aggregated(current, found.adapters, server_round, lost or {})
+        if self._replay:
+            self.memory = self._replay.remember(self.memory, found.sketches)
         plans = {(report.device, plan.round): plan for each in asked for report, plan in each.plans.values()}
         if aggregated is None:
             good = f"{len(found)} good replies of {len(plans)}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.adapter import Adapter
 from protocol.messages import DeviceReport, TrainingPlan, Update
+from strategies.robust.replay import Sketches
 from strategies.scaffold import Drift
 from strategies.spool import Key, Spool
 
@@ -33,11 +34,14 @@ class Gathered:
 
     Args:
         room: bytes there that are held for them.
+
+    `sketches` is for whoever looks for replays.
     """
 
     def __init__(self, room: int = 0) -> None:
         self.adapters = Spool(room)
         self.bytes_up: dict[Key, int] = {}
+        self.sketches: Sketches = []
         self._updates: dict[Key, Update] = {}
 
     def __enter__(self) -> Gathered:

@@ -32,6 +32,7 @@ from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
+from strategies.robust.replay import Replay
 from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
 from strategies.selection.deadline import Deadline
@@ -75,6 +76,7 @@ AGGREGATIONS: dict[str, Any] = {
     "rolora": RoLoRA,
 }
 ROBUST: dict[str, Any] = {
+    "replay": Replay,
     "norm": NormBound,
     "krum": MultiKrum,
     "foolsgold": FoolsGold,
