@@ -46,7 +46,7 @@ from conf.schemas import Simulation
 
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
-ROBUST = ("strategy.robust=[foolsgold,afa,norm]",)  # one setting for all attacks
+ROBUST = ("strategy.robust=[replay,foolsgold,afa,norm]",)  # one setting for all attacks
 KEEPS, LETS = 0.85, 0.1  # of the clean gain at least; of backdoors at most
 COMMON = ("fleet.evaluate=1", "tracker=none")
 LARGE = (
