@@ -35,7 +35,12 @@ class _Flight:
 class Buffered:
     """Keeps devices at work from round to round; what is on its way when a run is killed is asked for again.
 
-    Where devices promise privacy each is asked once a round at most: they have paid for as many rounds as there are.
+    A round has one update of a device: else the fastest one fills it, and no robust rule holds where one attacker is
+    most of those it judges. Only where fewer than K devices can be asked, n of them, has each ⌈K / n⌉: what would be
+    its share if all were as fast, so that a round is over however few there are.
+
+    Where devices promise privacy each is asked once a round at most, under the number of the round alone: they have
+    paid for as many rounds as there are, and whoever is asked again after a kill answers for the same one.
 
     Args:
         shift: puts an update of an older adapter on the current one.
@@ -51,6 +56,7 @@ class Buffered:
         self._shift, self._size, self._concurrency = shift, size, concurrency
         self._flights: dict[str, _Flight] = {}  # by message id
         self._done: set[int] = set()  # nodes that are not asked again in this round
+        self._gave: Counter[int] = Counter()  # updates of each node in this round
         self._place = 0  # of the next plan in this round
         self._late = Late(grid)
 
@@ -58,7 +64,7 @@ class Buffered:
         """Aggregate the next K updates; fewer, if no more of them come in time."""
         current = from_tensors(decode(adapter_from_record(arrays), shapes(self._strategy.sites, -1)))
         until = self._clock.now() + self._pace.timeout
-        self._done, self._place = set(), 0
+        self._done, self._gave, self._place = set(), Counter(), 0
         ended: list[_Flight] = []
         dropped: Counter[str] = Counter()
         self._send_out(number, arrays)
@@ -75,11 +81,14 @@ class Buffered:
                     shift = partial(self._shifted, current, flight, number)
                     bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
                     dropped.update(bad)
-                    self._done |= {flight.node} if bad else set()
+                    if bad:
+                        self._done.add(flight.node)
+                    else:
+                        self._gave[flight.node] += 1
                 if len(found) == self._size or self._clock.now() >= until:
                     break
                 self._send_out(number, arrays)
-                if not self._flights and self._done >= set(self._strategy.query(self._grid)) > set():
+                if not self._flights and self._over() >= set(self._strategy.query(self._grid)) > set():
                     break  # nobody is left to wait for
                 self._clock.wait(until)
             if late := self._late.came(round=number):
@@ -92,19 +101,45 @@ class Buffered:
         return self._shift(current, flight.asked.adapter, trained, staleness(number - flight.round))
 
     def _send_out(self, number: int, arrays: ArrayRecord) -> None:
-        """Ask as many devices as there is room for, of those that are not at work."""
-        strategy, until = self._strategy, self._clock.now() + self._pace.timeout
+        """Ask as many devices as there is room for: of those that are not at work, first who gave nothing yet."""
+        share = 1
         while len(self._flights) < self._concurrency and self._place < STRIDE:
-            strategy.room = self._concurrency - len(self._flights)
-            strategy.away = {flight.node for flight in self._flights.values()} | self._done
-            plan = number_of(number, self._place)
-            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan))
-            asked = strategy.sent()
-            if not messages:
+            if self._ask(number, arrays, share):
+                continue
+            if share < self._share():
+                share += 1
+            elif self._gave and not self._flights and share < self._size and not self._strategy.private:
+                share = self._size  # others were there, and have left
+            else:
                 return
-            self._place += 1
-            for name, message in zip(self._grid.push_messages(messages), messages, strict=True):
-                node = message.metadata.dst_node_id
-                own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
-                self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)
-                self._done |= {node} if strategy.private else set()
+
+    def _over(self) -> set[int]:
+        """Who is not asked again in this round, however few there are."""
+        return self._done | self._gave.keys() if self._strategy.private else self._done
+
+    def _share(self) -> int:
+        """Updates of one device in this round, at most."""
+        if self._strategy.private:
+            return 1
+        able = {flight.node for flight in self._flights.values()} | self._gave.keys() | self._strategy.able
+        return -(-self._size // max(1, len(able - self._done)))
+
+    def _ask(self, number: int, arrays: ArrayRecord, share: int) -> bool:
+        """Ask some of those that gave fewer updates than their share; whether there are any."""
+        strategy, until = self._strategy, self._clock.now() + self._pace.timeout
+        strategy.room = self._concurrency - len(self._flights)
+        at_work = {flight.node for flight in self._flights.values()}
+        strategy.away = at_work | self._done | {node for node, count in self._gave.items() if count >= share}
+        draw = number_of(number, self._place)
+        plan = number_of(number, 0) if strategy.private else draw
+        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan, draw=draw))
+        asked = strategy.sent()
+        if not messages:
+            return False
+        self._place += 1
+        for name, message in zip(self._grid.push_messages(messages), messages, strict=True):
+            node = message.metadata.dst_node_id
+            own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
+            self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)
+            self._done |= {node} if strategy.private else set()
+        return True

@@ -1,6 +1,8 @@
 """Rounds on a virtual clock: whatever devices do or don't, a run goes on; the same seed gives the same run."""
 
+from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from simulations.hours import Daily
 from strategies.aggregation.fedit import FedIT
 from strategies.asynchronous import STRIDE, on_factors, on_product
 from strategies.build import build
+from strategies.federated import Federated
 from strategies.full_plan import training_plan
 from strategies.optimisers import FedAvgM
 from strategies.selection.everyone import Everyone
@@ -322,6 +325,89 @@ def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_pat
     changes = torch.cat([(tensor - before[name]).ravel() for name, tensor in to_tensors(found.adapter).items()])
     assert float(changes.max() - changes.min()) < 1e-5  # all alike: those of older adapters count less
     assert 3e-3 < float(changes.mean()) < 5.01e-3
+
+
+def given(monkeypatch):
+    """How many updates each device gave to each round that is closed."""
+    seen, close = [], Federated.close
+
+    def noted(self, number, current, asked, found, dropped, **named):
+        seen.append(Counter(update.device for update in found.updates))
+        return close(self, number, current, asked, found, dropped, **named)
+
+    monkeypatch.setattr(Federated, "close", noted)
+    return seen
+
+
+def test_one_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
+    """A robust rule takes a fifth of the devices for malicious, not four fifths of the updates."""
+    seen = given(monkeypatch)
+    found, lives = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
+    assert [sum(each.values()) for each in seen] == [5] * 4
+    assert all(each["a"] <= 1 for each in seen)
+    assert times(lives)[-1] <= 4 * WORK + 4
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 1), (4, 2), (5, 2), (7, 3)])
+def test_of_too_few_devices_each_has_its_share_of_a_round(tmp_path, monkeypatch, size, most):
+    seen = given(monkeypatch)
+    run(tmp_path, *speeds(80.0, 1.0, 0.5), rounds=4, timeout=1e6, size=size, concurrency=3)
+    assert [sum(each.values()) for each in seen] == [size] * 4
+    assert max(max(each.values()) for each in seen) <= most
+
+
+def test_whoever_is_left_fills_a_round_when_the_others_have_gone(tmp_path, monkeypatch):
+    """Of three fast ones two leave, and then the slow ones fail."""
+
+    def fail(_reply):
+        raise RuntimeError
+
+    seen = given(monkeypatch)
+    hours = [Daily([0.0, end], [0.0, 24.0]) for end in (24.0, 4 / 3600, 4 / 3600)]
+    fast = [owned(name, speed=8.0, hours=each) for name, each in zip("abc", hours, strict=True)]
+    slow = [owned(name) for name in "def"]
+    devices = [*map(FakeDevice, "abc"), *(FakeDevice(name, misbehave=fail) for name in "def")]
+    _, lives = run(tmp_path, *fast, *slow, devices=devices, rounds=1, timeout=1e4, size=6, concurrency=6)
+    assert seen == [{"a": 4, "b": 1, "c": 1}]
+    assert times(lives)[-1] < 20
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
+def test_killed_and_resumed_a_private_device_is_charged_no_more_often_than_there_are_rounds(tmp_path, monkeypatch, at):
+    """σ is solved for so many plans of each: whoever is asked again for a round answers for the same number."""
+    asked, sent, let_in, calls = defaultdict(set), Federated.sent, Federated.let_in, count(1)
+
+    def noted(self):
+        found = sent(self)
+        for report, plan in found.plans.values():
+            asked[report.device].add(plan.round)
+        return found
+
+    def killed(self, *given, **named):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return let_in(self, *given, **named)
+
+    def once(saved):
+        chosen = strategy(plan=PRIVATE, accept_simulated=True)
+        fleet = speeds(8.0, 4.0, 2.0, 1.0, 0.7)
+        return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, chosen=chosen, state=saved)
+
+    monkeypatch.setattr(Federated, "sent", noted)
+    monkeypatch.setattr(Federated, "let_in", killed)
+    with pytest.raises(KeyboardInterrupt):
+        once(fresh_state(private=True))
+    found, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
+    assert [done.train.replied for done in found.history[1:]] == [2] * 3
+    assert max(map(len, asked.values())) <= 3
+
+
+def test_a_private_round_with_an_earlier_one_s_update_is_over_when_nobody_is_left(tmp_path, monkeypatch):
+    seen = given(monkeypatch)
+    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    _, lives = run(tmp_path, *speeds(8.0, 4.0, 0.5), rounds=4, size=2, chosen=chosen, state=fresh, timeout=1e5)
+    assert all(max(each.values()) == 1 for each in seen)
+    assert times(lives)[-1] < 1e3
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
