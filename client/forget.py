@@ -16,7 +16,7 @@ from client.home import owners_command, run
 from client.opening import check_there, last_federation
 from conf.errors import AntherError
 from privacy import durable
-from privacy.storage import Files
+from privacy.storage import ASIDE, Files
 
 NOTHING = "{folder}: nothing was learnt here of {whose}."
 FORGOTTEN = """Removed from {folder}: {count} files, {megabytes:.1f} MB, of {whose}.
@@ -57,7 +57,7 @@ def forget(files: Files, asked: argparse.Namespace) -> str:
         size = sum((files.folder / name).stat().st_size for name in doomed)
         for name in doomed:
             files.remove(name)
-        _sweep(files.folder, {(files.folder / name).parent for name in doomed})
+        _sweep(files.folder)
     text = FORGOTTEN if doomed else NOTHING
     return text.format(folder=files.folder, count=len(doomed), megabytes=size / 1e6, whose=whose)
 
@@ -79,14 +79,16 @@ def _whose(name: str) -> str | None:
     return _CACHED if rest.split("/")[0] == layout.CACHE else federation
 
 
-def _sweep(folder: Path, emptied: set[Path]) -> None:
-    """Make the removal durable, and remove folders that are empty now."""
-    for path in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
-        durable.sync_folder(path)
-        while path != folder and not any(path.iterdir()):
-            path.rmdir()
-            path = path.parent
+def _sweep(folder: Path) -> None:
+    """Make removals durable, also those before a kill, and remove folders that are empty now."""
+    ours = (layout.FEDERATIONS, layout.PREVIEWS, layout.CACHE)
+    for path in sorted(folder.rglob("*/"), key=lambda path: len(path.parts), reverse=True):
+        if layout.original(path.relative_to(folder).as_posix()).split("/")[0] in ours:
             durable.sync_folder(path)
+            if not any(path.iterdir()):
+                path.rmdir()
+    for path in (folder, *folder.glob(f"{ASIDE}-*/")):
+        durable.sync_folder(path)
 
 
 if __name__ == "__main__":

@@ -39,21 +39,24 @@ def find(environ: Mapping[str, str] = os.environ) -> bytes | None:
     if folder := environ.get(CREDENTIALS):
         file = Path(folder) / CREDENTIAL
         if file.exists():
-            return _parsed(_read(file), file)  # systemd sees to who may read it, by rules that its mode doesn't show
+            return _parsed(_read(file)[0], file)  # systemd sees to who may read it, by rules that its mode doesn't show
     if named := environ.get(FILE):
         file = Path(named).expanduser()
-        data = _read(file)
-        found = file.stat()
+        data, found = _read(file)
         if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077 or found.st_uid not in (os.getuid(), 0):
             raise AntherError(f"{FILE}={file}: must be a file of yours that nobody else may read: chmod 600 {file}")
         return _parsed(data, file)
     return None
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path) -> tuple[bytes, os.stat_result]:
+    """What it holds, and what it is."""
     try:
-        with file.open("rb") as content:
-            return content.read(1024)
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+        try:
+            return os.read(handle, 1024), os.fstat(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise AntherError(f"{file}: the key can't be read ({error.strerror})") from error
 

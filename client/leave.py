@@ -59,7 +59,10 @@ def _federation() -> str:
     """How its words call it."""
     from conf.node import enrolled  # slow import, so only here
 
-    address = [word.partition("=")[2] for word in enrolled(words()) if word.startswith("link.address=")]
+    try:
+        address = [word.partition("=")[2] for word in enrolled(words()) if word.startswith("link.address=")]
+    except AntherError:
+        return "its federation"
     return f"the federation at {address[-1]}" if address else "its federation"
 
 

@@ -24,6 +24,7 @@ import pytest
 
 from client.device import Device
 from client.drive import drive
+from client.layout import in_the_open
 from client.logic import handle
 from client.train import _identity, _unpack
 from client.work import cache_key
@@ -31,7 +32,8 @@ from conf.errors import AntherError
 from models.adapter import initial
 from models.base import Base
 from privacy.ledger import JOURNAL, RESERVED, SEALED, SENT, TRAIN, Ledger
-from privacy.storage import Files
+from privacy.sealed import Box, Sealed
+from privacy.storage import Files, Storage
 from protocol.messages import Train, Update
 from tests.client.devices import Performer, know_epsilon, make_device, to_bytes, train_request
 from training import jobs
@@ -49,8 +51,11 @@ class Life:
     perform: Callable[[list[jobs.Job]], Sequence[jobs.Result | Exception]]
     pause: float = 0.0
 
+    def storage(self) -> Storage:
+        return Files(self.folder / "store")
+
     def device(self) -> Device:
-        return make_device(self.folder / "store")
+        return make_device(self.storage())
 
     def request(self, number: int) -> Train:
         return train_request(number=number)
@@ -75,6 +80,14 @@ class Life:
             if isinstance(job, jobs.Train):
                 append(self.folder / "performed", f"{job.round}\n".encode())
         return self.perform(asked)
+
+
+@dataclass
+class SealedLife(Life):
+    """The same with its store encrypted."""
+
+    def storage(self) -> Storage:
+        return Sealed(Files(self.folder / "store"), Box(bytes(32), "s"), in_the_open)
 
 
 @dataclass
@@ -145,7 +158,7 @@ def serve_until(call: int, life: Life, *, within: bool = False, trace: Path | No
     def counted(name: str, durable: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if len(calls) == call:
-                if within and name == "write" and args[1].startswith(b"{"):
+                if within and name == "write" and args[1].startswith((b"{", b"~")):
                     durable(args[0], args[1][: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             calls.append(name)
@@ -170,7 +183,7 @@ def durable_calls(life: Life) -> list[str]:
 def check(life: Life) -> None:
     """What must hold after any crash, and that the ledger can be read: no crash makes a healthy device suspicious."""
     folder = life.folder
-    ledger = Ledger(Files(folder / "store"))
+    ledger = Ledger(life.storage())
     history = ledger.history()
     entries = {entry.reservation.round: entry for entry in history.entries.values()}
     performed = folder / "performed"
@@ -194,7 +207,7 @@ def check(life: Life) -> None:
 
 
 def states(life: Life) -> list[str]:
-    return [entry.state for entry in Ledger(Files(life.folder / "store")).entries()]
+    return [entry.state for entry in Ledger(life.storage()).entries()]
 
 
 def finish(life: Life) -> None:
@@ -210,14 +223,17 @@ def _epsilon_is_known() -> None:
     know_epsilon(ROUNDS)
 
 
-def test_a_kill_at_every_durable_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "every"), [(Life, 1), (SealedLife, 5), pytest.param(SealedLife, 1, marks=pytest.mark.slow)]
+)
+def test_a_kill_at_every_durable_step(kind: type[Life], every: int, tmp_path: Path) -> None:
     seen = set()
-    calls = durable_calls(life_of_its_own(tmp_path / "whole"))
+    calls = durable_calls(life_of_its_own(tmp_path / "whole", kind))
     points = [
         (call, within) for call, name in enumerate(calls) for within in ((False, True) if name == "write" else (False,))
     ]
-    for call, within in points:
-        life = life_of_its_own(tmp_path / f"{call}-{within}")
+    for call, within in points[::every]:
+        life = life_of_its_own(tmp_path / f"{call}-{within}", kind)
         assert in_child(partial(serve_until, call, life, within=within)) == -signal.SIGKILL
         check(life)
         seen |= set(states(life))
@@ -226,9 +242,9 @@ def test_a_kill_at_every_durable_step(tmp_path: Path) -> None:
     assert len(points) > 40
 
 
-def life_of_its_own(folder: Path) -> Life:
+def life_of_its_own(folder: Path, kind: type[Life] = Life) -> Life:
     folder.mkdir()
-    return Life(folder, Performer())
+    return kind(folder, Performer())
 
 
 def test_an_earlier_state_of_the_store_is_refused_wherever_it_was_taken(tmp_path: Path) -> None:

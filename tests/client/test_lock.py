@@ -35,11 +35,11 @@ def holding(files: Files) -> tuple[int, int]:
 def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:
     files = Files(tmp_path / "store")
     child, go = holding(files)
-    with pytest.raises(
-        AntherError, match=rf"the store is in use by process {child}: wait for it, or stop it"
-    ) as raised:
-        with opened(files):
-            pass
+    with (
+        pytest.raises(AntherError, match=rf"the store is in use by process {child}: wait for it, or stop it") as raised,
+        opened(files),
+    ):
+        pass
     assert "\n" not in str(raised.value)
     assert look(files).storage.read("seed") is None  # to look at it is no harm
     os.close(go)
