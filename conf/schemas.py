@@ -302,7 +302,7 @@ class Strategy:
     norm_factor: float = 1.0
     timing: str = "sync"  # sync: a round waits for its devices; async: devices train all the time, and a round is over
     # whenever `buffer` updates are there (FedBuff); a simulation needs a timed fleet for it
-    buffer: int = 10  # updates of a round, with timing=async: one of each device, and more only where fewer can be asked
+    buffer: int = 10  # updates of a round, with timing=async: one of each device; of fewer devices than that, a share
     quorum: int = 1  # a round with fewer good replies keeps the adapter
     timeout: float = 3600.0  # seconds that a round waits, for devices that can be asked and for their replies
 

@@ -40,7 +40,7 @@ from protocol.messages import (
     TrainingPlan,
     Update,
 )
-from strategies.aggregation import Aggregated, Aggregation, Updates
+from strategies.aggregation import Aggregated, Aggregation, Ranked, Updates
 from strategies.clock import Clock, WallClock
 from strategies.compatible import check
 from strategies.download import FP32, download, lost, restored
@@ -375,7 +375,8 @@ class Federated(Strategy):
         Args:
             lost: what rounding took of `current`, and enters what the round makes of it.
         """
-        aggregated, central = self._aggregated(current, found.adapters, server_round, lost or {})
+        ranks = {update.rank for update in found.updates}
+        aggregated, central = self._aggregated(current, found.adapters, ranks, server_round, lost or {})
         if self._replay:
             self.memory = self._replay.remember(self.memory, found.sketches)
         plans = {(report.device, plan.round): plan for each in asked for report, plan in each.plans.values()}
@@ -480,7 +481,7 @@ class Federated(Strategy):
         return self.personalised
 
     def _aggregated(
-        self, current: Adapter, updates: Updates, round: int, lost: Mapping[str, Tensor]
+        self, current: Adapter, updates: Updates, ranks: Collection[int], round: int, lost: Mapping[str, Tensor]
     ) -> tuple[Aggregated | None, CentralFacts | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
         central = None
@@ -490,7 +491,8 @@ class Federated(Strategy):
         elif len(updates) < self._quorum:
             return None, None
         else:
-            mean = self._aggregation.aggregate(current, updates, round=round)
+            rule = self._aggregation.of(ranks) if isinstance(self._aggregation, Ranked) else self._aggregation
+            mean = rule.aggregate(current, updates, round=round)
         aggregated, memory = self._stepped(current, mean, lost, round)
         if found := excess(aggregated.adapter):  # of updates that were each let in, or of what is released anyway
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)

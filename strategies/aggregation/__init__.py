@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from models.adapter import Adapter, Factors
 
@@ -54,6 +54,16 @@ class Aggregation(Protocol):
 
         A site is a matter of the devices that trained it; one that nobody trained stays as it is.
         """
+        ...
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """A rule that keeps the first directions apart from the next, at the ranks that devices train."""
+
+    def of(self, ranks: Collection[int]) -> Aggregation:
+        """The same rule, which goes by these ranks: updates of older adapters don't show theirs, nor does one that is
+        made of all of them."""
         ...
 
 

@@ -7,6 +7,8 @@ and turned towards the last round's factors. Devices are taken in one at a time.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -87,6 +89,13 @@ class Exact:
             raise AntherError(f"strategy.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
         self._rank, self._max_rank, self._energy, self._seed = rank, max_rank, energy, seed
         self._by_slice = by_slice
+        self._ranks: Collection[int] = ()
+
+    def of(self, ranks: Collection[int]) -> Exact:
+        """As of `Ranked`."""
+        found = copy(self)
+        found._ranks = ranks
+        return found
 
     def start(self, current: Adapter) -> Mean:
         """A round without a device yet."""
@@ -105,7 +114,7 @@ class Exact:
             if best is None:
                 found[site] = current
                 continue
-            found[site] = Factors(*align(best.a, best.b, current.a.double(), sorted(mean.ranks)))
+            found[site] = Factors(*align(best.a, best.b, current.a.double(), sorted(self._ranks or mean.ranks)))
             energies.append(best.energy)
             live = max(live, len(best.a))
         size = max(self._rank, *(len(factors.a) for factors in found.values()))

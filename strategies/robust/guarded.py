@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from copy import copy
+
 from models.adapter import Adapter, Factors
 from privacy.noise import stream
-from strategies.aggregation import Aggregated, Aggregation, Linearity, Updates, check
+from strategies.aggregation import Aggregated, Aggregation, Linearity, Ranked, Updates, check
 from strategies.robust import Changes, Entrywise, Rules
 from strategies.robust.gram import changes
 from strategies.robust.trimmed import combined
@@ -35,6 +38,13 @@ class Guarded:
         self.trains = aggregation.trains
         self._aggregation, self._rules, self._entrywise = aggregation, rules, entrywise
         self._rank, self._seed = rank, seed
+
+    def of(self, ranks: Collection[int]) -> Guarded:
+        """As of `strategies.aggregation.Ranked`, if the rule behind it is."""
+        found = copy(self)
+        if isinstance(self._aggregation, Ranked):
+            found._aggregation = self._aggregation.of(ranks)
+        return found
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """What the aggregation makes of it.

@@ -17,6 +17,7 @@ from server.buffered import Buffered
 from server.legs import Pace
 from server.loop import run_rounds
 from simulations.hours import Daily
+from strategies.aggregation import exact
 from strategies.aggregation.fedit import FedIT
 from strategies.asynchronous import STRIDE, on_factors, on_product
 from strategies.build import build
@@ -26,7 +27,7 @@ from strategies.optimisers import FedAvgM
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.selection.sample import Sample
-from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, strategy
+from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, strategy
 from tests.lives import RUNTIME, owned, timed
 
 WORK = PLAN.steps * PLAN.batch_size
@@ -342,7 +343,7 @@ def given(monkeypatch):
 def test_one_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
     """A robust rule takes a fifth of the devices for malicious, not four fifths of the updates."""
     seen = given(monkeypatch)
-    found, lives = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
+    _, lives = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
     assert [sum(each.values()) for each in seen] == [5] * 4
     assert all(each["a"] <= 1 for each in seen)
     assert times(lives)[-1] <= 4 * WORK + 4
@@ -400,6 +401,20 @@ def test_killed_and_resumed_a_private_device_is_charged_no_more_often_than_there
     found, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
     assert [done.train.replied for done in found.history[1:]] == [2] * 3
     assert max(map(len, asked.values())) <= 3
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_directions_turn_between_the_ranks_that_devices_train(tmp_path, monkeypatch, size):
+    blocks, found = set(), exact.align
+
+    def noted(a, b, towards, between):
+        blocks.add(tuple(between))
+        return found(a, b, towards, between)
+
+    monkeypatch.setattr(exact, "align", noted)
+    devices = [FakeDevice(n, report=replace(REPORT, device=n, rank=r)) for n, r in zip("abc", (1, 2, 3), strict=True)]
+    run(tmp_path, *speeds(4.0, 2.0, 0.5), devices=devices, rounds=4, size=size, timeout=1e4)
+    assert {each for block in blocks for each in block} <= {1, 2, 3}
 
 
 def test_a_private_round_with_an_earlier_one_s_update_is_over_when_nobody_is_left(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from models.adapter import Adapter, Factors, initial
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.asynchronous import STRIDE, number_of, on_factors, on_product, staleness
+from strategies.robust.guarded import Guarded
+from strategies.robust.trimmed import Median
 from tests.client.devices import Performer, know_epsilon, make_device, train_request
 from tests.fleet import SITES
 
@@ -99,3 +101,23 @@ def test_a_ledger_charges_each_of_two_updates_in_one_round(tmp_path):
     assert replies[1].adapter != replies[0].adapter
     again = drive({"d": handle(train_request(number=number_of(1, 1)), device)}, Performer())["d"]
     assert (again.adapter, again.events) == (replies[1].adapter, replies[1].events)
+
+
+@pytest.mark.parametrize("median", [False, True])
+def test_the_strongest_directions_stay_the_first_of_stacked_factors(median):
+    """Whoever trains two gets the best two, whatever age updates have, and whichever rule made one of all."""
+    rule, current = Exact(rank=8, max_rank=8, seed=0), adapter(8, 1)
+    guarded = Guarded(rule, rules=[], entrywise=Median() if median else None, rank=8, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(4):
+        made = [
+            ({n: Factors(*(f + 0.05 * torch.randn(f.shape, generator=generator) for f in (a[:r], b[:, :r])))
+              for n, (a, b) in current.items()}, r)
+            for r in (2, 2, 4, 4, 8)
+        ]  # fmt: skip
+        updates = [(on_product(current, current, each, 0.7), 1.0) for each, _ in made]
+        current = guarded.of({r for _, r in made}).aggregate(current, updates, round=number).adapter
+        for site in SITES:
+            whole, first = dense(current, site), dense(current, site, 2)
+            best = torch.linalg.svdvals(whole)[:2].square().sum()
+            assert float(first.square().sum()) == pytest.approx(float(best), rel=1e-3)
