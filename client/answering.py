@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from client.device import from_config, whole
+from client.device import Device, from_config, whole
 from client.drive import drive
+from client.guard import Guard
+from client.guarded import Perform, measured, with_guard
 from client.logic import handle
+from client.power.conditions import Conditions
+from client.power.meter import Meter
+from client.store import Store
 from conf.compose import compose
 from conf.schemas import Simulation
 from models.adapter import shapes
@@ -16,12 +22,25 @@ from privacy.policy import Refusal
 from protocol.codec import largest
 from protocol.messages import Reply, Request, payloads
 from training.engine import perform
-from training.jobs import Job, Result
 from training.memory import budget, check_free
 
 DEFAULT_BASE = "glyphs"
 
-Perform = Callable[[list[Job]], Sequence[Result | Exception]]
+
+@dataclass(frozen=True, kw_only=True)
+class Owned:
+    """What a worker holds of its device for as long as it lives."""
+
+    store: Store
+    read: Callable[[], Conditions]
+    meter: Meter
+    guard: Guard
+
+    def device(self, stated: Mapping[str, object], base: Base) -> Device:
+        return from_config(stated, base, store=self.store, read=self.read, spent=lambda: self.meter.last)
+
+    def around(self, perform: Perform) -> Perform:
+        return with_guard(measured(perform, self.meter), self.guard)
 
 
 def answer(
@@ -29,7 +48,7 @@ def answer(
     overrides: str,
     stated: Mapping[str, object],
     *,
-    around: Callable[[Perform], Perform] = lambda perform: perform,
+    owned: Owned | None = None,
 ) -> Reply | Exception:
     """The reply to a request, or what kept it from being given.
 
@@ -37,7 +56,7 @@ def answer(
         overrides: of the run's configuration, which the server composed: it says where the base is adapted and how
             losses are measured, and nothing of what a device may take.
         stated: the node's own configuration (`client.device.from_config`); `memory-gib` for training.
-        around: what its owner puts around the work: a guard, a meter.
+        owned: what a worker holds of its device; None: it is opened for this request, and nothing is measured.
     """
     try:
         config = _composed(overrides)
@@ -49,12 +68,12 @@ def answer(
         own = stated.get("memory-gib")
         memory = budget(config.cohort.memory_gib if own is None else float(str(own)), base.device)
         check_free(memory, base.device)
-        owner = from_config(stated, base)
+        owner = from_config(stated, base) if owned is None else owned.device(stated, base)
         most = largest(shapes(owner.sites, -1), free=owner.policy.max_rank)
         if any(len(data) > most for data in payloads(request).values()):
             raise Refusal(f"an adapter of more than {most} bytes, which no adapter of this base takes")
-        work = functools.partial(perform, base, memory=memory, timesteps=config.evaluation.timesteps)
-        return drive({"": handle(request, owner)}, around(work))[""]
+        work: Perform = functools.partial(perform, base, memory=memory, timesteps=config.evaluation.timesteps)
+        return drive({"": handle(request, owner)}, work if owned is None else owned.around(work))[""]
     except Exception as error:  # whatever it is, it is this request's alone
         return error
 

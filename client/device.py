@@ -66,6 +66,7 @@ def from_config(
     node_config: Mapping[str, Any],
     base: Base,
     *,
+    store: Store | None = None,
     read: Callable[[], Conditions] | None = None,
     spent: Callable[[], Spent | None] | None = None,
 ) -> Device:
@@ -79,6 +80,7 @@ def from_config(
             `metered`; and `rank` and `sites`, the highest rank and, as a regular expression, the only layers that it is
             to train.
         base: what the device holds.
+        store: that is open already; None: it is opened here, in the clear.
         read: its sensors, for what the report says of now; None: nothing is said of it.
         spent: as of the Device.
 
@@ -91,7 +93,7 @@ def from_config(
     if Path(name).name != name or name == "..":
         raise AntherError(f"name={name!r}: must not be a path; set another name in the node's configuration")
     files = files_of(name, node_config.get("store"))
-    store = Store(files)
+    store = store or Store(files)
     is_test = _flag(node_config, "test")
     seed = whole(node_config, "seed") if is_test else store.seed()
     return Device(

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from client import link
+from client import home, link
 from conf.errors import AntherError
 from conf.node import compose, enrolled
 from privacy.durable import write
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def enroll(text: str, words: Sequence[str]) -> str:
     """Come in with a ticket, and keep what was said; in words what comes next."""
-    ticket, file = tickets.read(text), link.words_file()
+    ticket, file = tickets.read(text), home.words()
     node = compose(words, file)
     name = node.name or platform.node() or "device"
     found, hello = link.enrol(ticket, name)

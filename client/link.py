@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
+from client import home
 from conf.errors import AntherError
-from models import assets
 from privacy.durable import write
 from protocol import plain
 from protocol.hello import Enrolment, Hello
@@ -40,6 +40,10 @@ _SKEW = 240.0  # seconds: Flower refuses what is signed five minutes off
 
 class Unreachable(AntherError):  # noqa: N818 - nothing is wrong
     """Nobody answers now; later somebody may."""
+
+
+class Refused(AntherError):  # noqa: N818
+    """The server doesn't know who asks."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,11 @@ class Link:
 
     @property
     def authority(self) -> Path:
-        return folder() / "ca.pem"
+        return home.link() / "ca.pem"
 
     @property
     def key(self) -> Path:
-        return folder() / "node.key"
+        return home.link() / "node.key"
 
     def client(self, *, signed: bool = False) -> httpx.Client:
         """For requests to this server and no other: whoever else answers is refused.
@@ -89,6 +93,18 @@ class Link:
         with self.client() as client:
             return _understood(_asked(client, "GET", "/v1/anther/hello", self.address))
 
+    def check_in(self) -> None:
+        """AntherError if this device isn't let in, or no longer."""
+        if self.insecure:
+            return
+        with self.client(signed=True) as client:
+            try:
+                _asked(client, "GET", "/v1/anther/in", self.address)
+            except Refused as error:
+                raise AntherError(
+                    f"{self.address}: this device isn't enrolled there, or was revoked: ask the operator for a ticket"
+                ) from error
+
 
 class _Signed(httpx.Auth):
     """Headers that prove who asks for a path, and when."""
@@ -104,14 +120,6 @@ class _Signed(httpx.Auth):
         request.headers["flwr-timestamp"] = time
         request.headers["flwr-signature"] = base64.b64encode(signature).decode()
         yield request
-
-
-def folder() -> Path:
-    return assets.home() / "link"
-
-
-def words_file() -> Path:
-    return assets.home() / "node.conf"
 
 
 def skew(hello: Hello) -> float:
@@ -189,6 +197,8 @@ def _asked(client: httpx.Client, method: str, path: str, address: str, **more: s
         raise Unreachable(f"{address}: no answer ({error})") from error
     if found.status_code in (502, 503, 504):
         raise Unreachable(f"{address}: {found.text[:200]}")
+    if found.status_code == 401:
+        raise Refused(f"{address}: {_reason(found)}")
     if found.status_code != 200:
         raise AntherError(f"{address}: {_reason(found)}")
     return found.text

@@ -8,8 +8,8 @@ missing is fetched. `python -m client.enroll` comes before, once.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import platform
 import selectors
 import signal
 import socket
@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+from client import home
 from client import link as links
 from client.link import Link, Unreachable
 from conf import lean
@@ -31,6 +32,7 @@ from conf.flower import environment
 from conf.node import Node, compose
 from models import assets
 from privacy.durable import make_folder
+from protocol import plain
 
 DONE, USAGE = 0, 2
 _LOOK = 0.5  # seconds
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     signal.signal(signal.SIGTERM, _stop)
     try:
-        run(compose(words, links.words_file()))
+        run(compose(words, home.words()))
     except AntherError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -67,7 +69,8 @@ def run(node: Node) -> None:
         raise AntherError("not enrolled yet: python -m client.enroll TICKET, with a ticket of the server's operator")
     if node.data is None:
         raise AntherError("data: say which folder holds your pictures, data=FOLDER")
-    link = Link(node.link.address, insecure=node.link.insecure)
+    node = replace(node, name=node.name or platform.node() or "device")
+    link = Link(str(node.link.address), insecure=node.link.insecure)
     with listening() as listener:
         worker = Worker(listener, node)
         supernode = SuperNode(node, link, listener.getsockname())
@@ -92,6 +95,7 @@ def ready(node: Node, link: Link) -> str:
             hello.check()
             if apart := links.skew(hello):
                 raise Unreachable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
+            link.check_in()
             return node.base or fetched(node, link, hello.base)
         except Unreachable as error:
             say(f"{error}; again in {pause:.0f} s")
@@ -144,7 +148,8 @@ class Worker:
         settings, number = self.node.worker, self.listener.fileno()
         own = {
             "ANTHER_LISTEN_FD": str(number),
-            "ANTHER_NODE": json.dumps(stated(self.node, self.base)),
+            "ANTHER_NODE": plain.dumps(self.node),
+            "ANTHER_BASE_HELD": self.base,
             **lean.ENVIRONMENT,
             **({} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}),
         }
@@ -209,19 +214,6 @@ class SuperNode:
 
     def stop(self) -> None:
         _end(self._process)
-
-
-def stated(node: Node, base: str) -> dict[str, object]:
-    """What `client.device.from_config` and the worker know of a device."""
-    said = {
-        "base": base, "data": node.data, "name": node.name, "store": node.store, "weights": node.weights,
-        "device": node.device, "resolution": node.resolution, "checkpointing": node.checkpointing, "rank": node.rank,
-        "sites": node.sites, "previews": node.previews, "test": node.test, "seed": node.seed if node.test else None,
-        "uplink-mbps": node.uplink_mbps, "downlink-mbps": node.downlink_mbps,
-        "examples-per-second": node.examples_per_second, "watts": node.power.watts,
-        "memory-gib": node.worker.memory_gib, "threads": node.worker.threads, "idle-seconds": node.worker.idle_seconds,
-    }  # fmt: skip
-    return {key: value for key, value in said.items() if value is not None}
 
 
 @contextlib.contextmanager

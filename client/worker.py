@@ -1,28 +1,40 @@
 """The process that holds the base: it answers one request after another, and ends when none comes for a while.
 
 `client.run` listens, and starts it when somebody connects: what it held is given back to the system whole, and a
-worker that was killed is there again with the next request. It is the only process that opens the store.
+worker that was killed is there again with the next request. It is the only process that opens the store, and its
+owner's guard stands before all that it trains.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import FrameType
 
 from client import answering, line
+from client.answering import Owned
+from client.device import WATTS
+from client.guard import Guard
+from client.home import files_of
+from client.opening import opened
+from client.power.choose import choose
+from client.power.meter import Meter
 from conf.errors import AntherError
+from conf.node import Node
 from privacy.policy import Refusal
+from protocol import plain
+from training.jobs import Cancelled
 
 log = logging.getLogger("client.worker")
 
-LISTEN, STATED = "ANTHER_LISTEN_FD", "ANTHER_NODE"
-"""The listening socket's number, and the node's configuration as JSON (`client.device.from_config`)."""
+LISTEN, NODE, BASE = "ANTHER_LISTEN_FD", "ANTHER_NODE", "ANTHER_BASE_HELD"
+"""The listening socket's number; the node's configuration, as JSON; and the base that is held, by hash or path."""
+
+USAGE = 2
 
 
 class Stopped(BaseException):
@@ -30,66 +42,104 @@ class Stopped(BaseException):
 
 
 def main() -> int:
-    """Answer on the socket that was handed down until nobody has asked for `idle-seconds`."""
+    """Answer on the socket that was handed down until nobody has asked for `worker.idle_seconds`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    stated: dict[str, object] = json.loads(os.environ[STATED])
-    signal.signal(signal.SIGTERM, _stop)
-    with socket.socket(fileno=int(os.environ[LISTEN])) as listener:
-        try:
-            serve(listener, stated)
-        except Stopped:
-            log.info("stopped")
+    node = plain.from_plain(Node, plain.loads(os.environ[NODE]))
+    try:
+        with (
+            opened(
+                files_of(str(node.name), node.store), encrypt=node.storage.encrypt, federation=node.federation
+            ) as found,
+            socket.socket(fileno=int(os.environ[LISTEN])) as listener,
+        ):
+            sensors = choose(node.power, cuda=node.device == "cuda")
+            meter = Meter(sensors.source, watts=node.power.watts or WATTS)
+            guard = Guard(node.guard, sensors.read, pausing=meter.paused)
+            owned = Owned(store=found.store, read=sensors.read, meter=meter, guard=guard)
+            log.info("energy is measured by %s: %s", sensors.name, sensors.covers)
+            Worker(stated(node, os.environ[BASE]), owned).serve(listener, node)
+    except AntherError as error:
+        log.error("%s", error)
+        return USAGE
+    except Stopped:
+        log.info("stopped")
     return 0
 
 
-def serve(listener: socket.socket, stated: Mapping[str, object]) -> None:
-    """Answer whoever connects, one after the other."""
-    threads = stated.get("threads")
-    if threads is not None:
-        import torch
+@dataclass
+class Worker:
+    """Answers with what it holds."""
 
-        torch.set_num_threads(int(str(threads)))
-    listener.settimeout(float(str(stated.get("idle-seconds", 300.0))))
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
+    stated: dict[str, object]
+    owned: Owned
+    _answering: bool = field(default=False, init=False)
+
+    def serve(self, listener: socket.socket, node: Node) -> None:
+        """Answer whoever connects, one after the other."""
+        if node.worker.threads is not None:
+            import torch
+
+            torch.set_num_threads(node.worker.threads)
+        signal.signal(signal.SIGTERM, self._stop)
+        listener.settimeout(node.worker.idle_seconds)
+        while not self.owned.guard.stop.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                return
+            with connection:
+                connection.settimeout(None)
+                self._answering = True
+                self._answer(connection)
+                self._answering = False
+
+    def _answer(self, connection: socket.socket) -> None:
+        if not line.same_user(connection):
+            log.warning("another user connected, and was not answered")
             return
-        with connection:
-            connection.settimeout(None)
-            _answer(connection, stated)
+        try:
+            asked = line.hear(connection)
+        except (OSError, ValueError, KeyError, AntherError) as error:
+            log.warning("a request could not be read: %s", error)
+            return
+        outcome = answering.answer(asked.request, asked.overrides, self.stated, owned=self.owned)
+        try:
+            line.tell(connection, _told(asked, outcome))
+        except OSError as error:  # what was sealed is sent when it is asked for again
+            log.warning("whoever asked is gone: %s", error)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Training ends before its next step, and whoever asked is told so; without any, at once."""
+        del number, frame
+        self.owned.guard.stop.set()
+        if not self._answering:
+            raise Stopped
 
 
-def _answer(connection: socket.socket, stated: Mapping[str, object]) -> None:
-    if not line.same_user(connection):
-        log.warning("another user connected, and was not answered")
-        return
-    try:
-        asked = line.hear(connection)
-    except (OSError, ValueError, KeyError, AntherError) as error:
-        log.warning("a request could not be read: %s", error)
-        return
-    outcome = answering.answer(asked.request, asked.overrides, stated)
-    try:
-        line.tell(connection, _told(asked, outcome))
-    except OSError as error:  # what was sealed is sent when it is asked for again
-        log.warning("whoever asked is gone: %s", error)
+def stated(node: Node, base: str) -> dict[str, object]:
+    """What `client.device.from_config` knows of a device."""
+    said = {
+        "base": base, "data": node.data, "name": node.name, "store": node.store, "weights": node.weights,
+        "device": node.device, "resolution": node.resolution, "checkpointing": node.checkpointing, "rank": node.rank,
+        "sites": node.sites, "previews": node.previews, "test": node.test, "seed": node.seed if node.test else None,
+        "uplink-mbps": node.uplink_mbps, "downlink-mbps": node.downlink_mbps,
+        "examples-per-second": node.examples_per_second, "watts": node.power.watts,
+        "memory-gib": node.worker.memory_gib,
+    }  # fmt: skip
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _told(asked: line.Asked, outcome: object) -> line.Answered:
     """A refusal may be told; other exceptions can name the owner's files, so their text stays in this log."""
     if not isinstance(outcome, Exception):
         return line.Answered(reply=outcome)  # type: ignore[arg-type]
+    if isinstance(outcome, Cancelled):  # why is the owner's affair
+        return line.Answered(refused="not now: its owner, its battery or its memory comes first")
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", type(asked.request).__name__, outcome, exc_info=unforeseen)
     if isinstance(outcome, Refusal):
         return line.Answered(refused=str(outcome))
     return line.Answered(failed=type(outcome).__name__)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise Stopped
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     GET  /v1/anther/ca       the authority's certificate, which a ticket names the fingerprint of
     GET  /v1/anther/hello    versions of the protocol, the base, the clock: what a device asks before anything else
     POST /v1/anther/enrol    a ticket and a public key: the device is in
+    GET  /v1/anther/in       whether who asks is in
     /v1/anther/base/…        the base in pieces, for who is in (`server.shelf`)
     POST /v1/fleet/…         Flower's own, for who is in
 
@@ -66,14 +67,14 @@ class Door:
     _client: httpx.AsyncClient | None = field(default=None, init=False)
 
     def app(self) -> Starlette:
-        shelf = Starlette(routes=list(self.shelf))
+        inside = Starlette(routes=[Route("/v1/anther/in", self._is_in), *self.shelf])
         return Starlette(
             routes=[
                 Route("/v1/anther/ca", self._ca),
                 Route("/v1/anther/hello", self._greet),
                 Route("/v1/anther/enrol", self._enrol, methods=["POST"]),
                 Route("/v1/fleet/{call}", self._fleet, methods=["POST"]),
-                Mount("", app=_Kept(shelf, self._allows)),
+                Mount("", app=_Kept(inside, self._allows)),
             ]
         )
 
@@ -84,6 +85,10 @@ class Door:
     async def _greet(self, request: Request) -> Response:
         del request
         return _json(self.hello())
+
+    async def _is_in(self, request: Request) -> Response:
+        del request
+        return PlainTextResponse("in")
 
     async def _enrol(self, request: Request) -> Response:
         try:
