@@ -19,6 +19,7 @@ from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.optimisers import FedAvgM, FedOpt, Optimiser
+from strategies.registry import unguarded
 from strategies.robust import Rule
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
@@ -41,6 +42,8 @@ def aggregation(config: Simulation) -> Aggregation:
             f"strategy.norm_bound={chosen.norm_bound:g}: nothing holds a change to it; add norm to strategy.robust, or "
             "leave it null"
         )
+    if reason := next((said for name in chosen.robust if (said := unguarded(chosen.aggregation, name))), None):
+        raise AntherError(f"strategy.robust: {reason}")
     if not set(chosen.robust) - {"replay"}:
         return rule
     judging: dict[str, Rule] = {

@@ -51,7 +51,7 @@ def build(
     """
     chosen = combination(config)
     if reason := unfit(chosen):
-        raise AntherError(f"strategy.timing={chosen.timing}: {reason}")
+        raise AntherError(reason)
     if reason := refusal(chosen):
         fit = " or ".join(name for name in AGGREGATIONS if refusal(replace(chosen, aggregation=name)) is None)
         mend = f"use strategy={fit}" if fit else "use privacy=none"

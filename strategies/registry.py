@@ -151,8 +151,30 @@ def combinations() -> Iterator[Combination]:
 
 def unfit(chosen: Combination) -> str | None:
     """Why a combination does not go together, whatever it promises; None if it does."""
-    if chosen.timing != "async":
-        return None
+    for name in chosen.robust:
+        if reason := unguarded(chosen.aggregation, name):
+            return f"strategy.robust: {reason}"
+    reason = _unfit_for_async(chosen) if chosen.timing == "async" else None
+    return reason and f"strategy.timing=async: {reason}"
+
+
+def unguarded(aggregation: str, rule: str) -> str | None:
+    """Why a robust rule protects nothing before an aggregation; None if it does."""
+    if aggregation == "fedsa":
+        return (
+            f"{rule} compares products, and with strategy=fedsa every device keeps its own B: there is none to judge; "
+            "leave it out, or use strategy=fedit"
+        )
+    if aggregation == "hetlora" and rule in ("norm", "geometric"):
+        return (
+            f"{rule} holds down what is large, and hetlora weighs devices by the norm of their product, which undoes "
+            "it; use krum, or strategy=exact"
+        )
+    return None
+
+
+def _unfit_for_async(chosen: Combination) -> str | None:
+    """Why rounds of these may not overlap."""
     if chosen.aggregation not in SHIFTS:
         fit = " or ".join(f"strategy={name}" for name in SHIFTS)
         return f"{chosen.aggregation} can't take an update of an older adapter; use {fit}"

@@ -27,11 +27,15 @@ class Guarded:
         entrywise: makes one update of what they leave, for the aggregation to bring into its own form.
         rank: of that one, at most; None: all that it has.
         seed: of the random vectors that it is compressed with.
+
+    Raises ValueError for an aggregation whose devices keep their B.
     """
 
     def __init__(
         self, aggregation: Aggregation, *, rules: Rules, entrywise: Entrywise | None, rank: int | None, seed: int
     ) -> None:
+        if aggregation.trains(1) == "split":
+            raise ValueError("rules judge products, and with this aggregation no device sends one")
         self.mixed_ranks = aggregation.mixed_ranks
         self.sensitivity = aggregation.sensitivity if entrywise is None else _TURNED
         self.steady = aggregation.steady and entrywise is None

@@ -12,11 +12,14 @@ from server.ledger import Ledger
 from strategies.aggregating import aggregation, optimiser
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.flora import FLoRA
-from strategies.build import build
+from strategies.build import build, combination
 from strategies.full_plan import training_plan
 from strategies.optimisers import FedAvgM, FedOpt
-from strategies.registry import AGGREGATIONS
+from strategies.registry import AGGREGATIONS, ROBUST, refusal
+from strategies.robust.guarded import Guarded
+from strategies.robust.krum import MultiKrum
 from strategies.selecting import selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
@@ -328,3 +331,22 @@ def test_sites_are_fitted_by_what_passes_of_the_base_cost(tmp_path):
     found = build(config, plan, base.sites, accept_simulated=False, base=base)._planner.fitting.costs
     assert {site.name for site in found.sites} == set(base.sites)
     assert found.work(list(base.sites)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rules"),
+    [("fedsa", sorted(ROBUST)), ("hetlora", ["geometric", "norm"])],
+)
+def test_a_rule_that_would_protect_nothing_is_refused(strategy, rules):
+    """Of a B that stays on devices there is no product; what hetlora weighs by its norm nobody holds down."""
+    for rule in rules:
+        config = compose(f"strategy={strategy} 'strategy.robust=[{rule}]'")
+        with pytest.raises(AntherError, match=rf"strategy\.robust: {rule} .*; (leave it out, or )?use "):
+            build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+        assert refusal(combination(config)) is not None
+    assert isinstance(aggregation(compose("strategy=hetlora 'strategy.robust=[krum]'")), Guarded)
+
+
+def test_the_last_door_says_so_too():
+    with pytest.raises(ValueError, match="no device sends one"):
+        Guarded(FedSA(), rules=[MultiKrum(outliers=0.2)], entrywise=None, rank=None, seed=0)

@@ -69,6 +69,22 @@ def test_fedit_goes_so_far_with_each_factor():
     assert found.diagnostics["left_out"] == 0
 
 
+@pytest.mark.parametrize("rule", [exact(), FlexLoRA(rank=8, seed=0)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+def test_a_held_device_moves_the_mean_product_by_its_share_of_the_bound(rule, size):
+    """‖ΔW' − ΔW‖ ≤ M, whatever one of five makes of its own. HetLoRA's weights grow as its norm does: it is refused."""
+    current = random_adapter(4, 0)
+    bound = 0.5
+    for place in range(5):
+        updates = [(current, 1.0)] * place + [(random_adapter(4, 3, scale=size), 1.0)] + [(current, 1.0)] * (4 - place)
+        found = guarded(rule, NormBound(bound=bound)).aggregate(current, updates, round=1).adapter
+        moved = sum(((dense(found, site) - dense(current, site)) ** 2).sum() for site in SITES)
+        assert moved**0.5 == pytest.approx(bound / 5, rel=1e-3)
+    held = guarded(HetLoRA(), NormBound(bound=bound)).aggregate(current, updates, round=1).adapter
+    moved = sum(((dense(held, site) - dense(current, site)) ** 2).sum() for site in SITES) ** 0.5
+    assert size == 1 or moved > 10 * bound
+
+
 BEHIND = {
     "norm": guarded(exact(), NormBound()),
     "krum": guarded(exact(), MultiKrum(outliers=0.2)),
