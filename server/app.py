@@ -64,6 +64,7 @@ def main(grid: Grid, context: Context) -> None:
         checkpoints=folder / "checkpoints",
         on_round=_tell,
         present=config.fleet.sample or 1,
+        waits=True,
         clock=WallClock(),
     )
     best = state.best_round

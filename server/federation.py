@@ -32,6 +32,7 @@ def federate(
     checkpoints: Path,
     on_round: Callable[[Round], None],
     present: int = 1,
+    waits: bool = False,
     clock: Clock | None = None,
     keep: Callable[[int], None] = lambda _: None,
     personal_on: Collection[str] | None = None,
@@ -39,7 +40,7 @@ def federate(
     """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
 
     Args:
-        present, keep: as for `run_rounds`.
+        present, waits, keep: as for `run_rounds`.
         clock: as of its pace.
         personal_on: names of the devices that are asked for a personal adapter; None: every device.
     """
@@ -63,6 +64,7 @@ def federate(
         pace=pace,
         leg=leg(config, grid, strategy, pace),
         present=present,
+        waits=waits,
         keep=keep,
     )
     personal = config.adapter.personal

@@ -41,6 +41,7 @@ def run_rounds(
     pace: Pace = Pace(),  # noqa: B008  # it is frozen
     leg: Leg | None = None,
     present: int = 1,
+    waits: bool = False,
     keep: Callable[[int], None] = lambda _: None,
 ) -> State:
     """Continue a run until `rounds` rounds of training are complete.
@@ -51,13 +52,15 @@ def run_rounds(
             should first replay `state.history`.
         pace: for how long, and for how many, a round waits.
         leg: how a round trains (default: it ends before the next begins).
-        present: devices that must be there to begin a round.
+        present: devices that must be there before the first of these rounds; of the others whoever is there is enough,
+            if it is one, or none where `present` is 0.
+        waits: for them for as long as it takes, as a real federation does whose owners sleep.
         keep: called before each round's checkpoint: what it keeps is there for whoever resumes from that.
 
     With privacy per device, a round that its budget doesn't pay for is not begun: the run ends with those that it has.
 
-    Raises AntherError if fewer devices than `present` are there after the pace's timeout, or if the server's ledger is
-    not the one of this state.
+    Raises AntherError if fewer devices are there after the pace's timeout than must be, unless it `waits`, or if the
+    server's ledger is not the one of this state.
     """
     strategy.summary()
     strategy.remember(state.devices, (done.train for done in state.history))
@@ -67,8 +70,9 @@ def run_rounds(
         ledger.check(state.ledger)
         ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this line
     leg = leg or Synchronous(grid, strategy, pace)
+    begun = state.round
     for number in range(state.round + 1, rounds + 1):
-        _wait_for_devices(grid, strategy, present, pace)
+        _wait_for_devices(grid, strategy, present if state.round == begun else min(present, 1), pace, waits=waits)
         try:
             state = _one_round(number, grid, strategy, state, leg, pace.timeout)
         except Exhausted as over:
@@ -123,14 +127,18 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, leg: 
     return state.after(done, adapter, anchor, strategy.memory)
 
 
-def _wait_for_devices(grid: Grid, strategy: Federated, present: int, pace: Pace) -> None:
-    """Return once so many devices with our base are there."""
+def _wait_for_devices(grid: Grid, strategy: Federated, present: int, pace: Pace, *, waits: bool) -> None:
+    """Return once so many devices with our base are there; a line in the log whenever the pace's time is over."""
     clock = pace.clock or WallClock()
     until = clock.now() + pace.timeout
     while len(found := strategy.query(grid)) < present:
         if clock.now() >= until:
-            raise AntherError(
+            short = (
                 f"{len(found)} of {present} devices are there after {pace.timeout:g} s: "
                 "check that they are connected and hold the base of this run"
             )
+            if not waits:
+                raise AntherError(short)
+            log.warning("%s; waiting on", short)
+            until = clock.now() + pace.timeout
         clock.wait(until)

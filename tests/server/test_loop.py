@@ -119,6 +119,61 @@ def test_too_few_devices(tmp_path):
         run(tmp_path, devices="a", present=3, pace=Pace(timeout=0.0))
 
 
+class Leaving(CohortGrid):
+    """At each look fewer are there, as given; then the last number of them."""
+
+    def __init__(self, devices, there):
+        super().__init__(devices, perform)
+        self.there = there
+
+    def get_node_ids(self):
+        now = self.there.pop(0) if len(self.there) > 1 else self.there[0]
+        return sorted(super().get_node_ids())[:now]
+
+
+class Ticks:
+    """A clock on which every wait takes a minute."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self):
+        return self.time
+
+    def wait(self, _until):
+        self.time += 60.0
+
+
+def left(folder, there, **settings):
+    """The rounds of four devices of which some leave once the first round has begun."""
+    grid = Leaving([FakeDevice(name) for name in "abcd"], [4])
+
+    def on_round(done):
+        grid.there = there if done.number else grid.there
+
+    chosen = {"present": 4, "pace": Pace(timeout=0.0)} | settings
+    return run_rounds(
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=3, checkpoints=folder, on_round=on_round, **chosen
+    )
+
+
+def test_devices_that_leave_end_no_run(tmp_path):
+    """All must be there before the first round, and after it whoever is."""
+    found = left(tmp_path, [3])
+    assert [done.train.replied for done in found.history[1:]] == [4, 3, 3]
+
+
+def test_a_run_without_anybody_waits_on_or_ends_with_an_error(tmp_path, caplog):
+    with pytest.raises(AntherError, match="0 of 1 devices are there after 0 s"):
+        left(tmp_path / "dead", [0])
+    clock = Ticks()
+    gone = [0] * 130 + [2]  # looks, a minute from each other
+    found = left(tmp_path / "night", gone, waits=True, pace=Pace(timeout=3600.0, clock=clock))
+    assert [done.train.replied for done in found.history[1:]] == [4, 2, 2]
+    told = [line for line in caplog.messages if "0 of 1 devices are there after 3600 s" in line]
+    assert len(told) == 2
+
+
 def test_fedit_runs_the_same_loop(tmp_path):
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform, together=False)
     state = run_rounds(
