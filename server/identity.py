@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -31,7 +31,7 @@ def canonical(key: str) -> str:
     """A public key in OpenSSH's form without its comment; AntherError unless it is an EC key of 384 bits."""
     try:
         found = load_ssh_public_key(key.encode())
-    except (ValueError, TypeError, UnicodeEncodeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         found = None
     if not isinstance(found, ec.EllipticCurvePublicKey) or found.curve.name != "secp384r1":
         raise AntherError("the public key must be ecdsa-sha2-nistp384, as python -m client.enroll makes it")
@@ -62,7 +62,7 @@ def proven(headers: Mapping[str, str], path: str, *, now: datetime | None = None
 def _key(header: str) -> ec.EllipticCurvePublicKey | None:
     try:
         found = load_pem_public_key(base64.b64decode(header, validate=True))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         return None
     return found if isinstance(found, ec.EllipticCurvePublicKey) else None
 

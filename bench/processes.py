@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from PIL import Image
@@ -30,11 +31,25 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def write_letters(folder: Path, images: Sequence[object], captions: Sequence[str]) -> Path:
+def letters(folder: Path, owners: int, each: int = 10) -> dict[str, Path]:
+    """Folders of so many development writers' letters, by the name of their owner."""
+    from typefaces import dataset
+
+    captions = [dataset.caption(glyph) for glyph in dataset.GLYPHS[:each]]
+    families = dataset.load("development")
+    return {
+        f"owner-{number}": write_letters(
+            folder / f"owner-{number}", families[number % len(families)].images[:each], captions
+        )
+        for number in range(owners)
+    }
+
+
+def write_letters(folder: Path, images: Iterable[Any], captions: Sequence[str]) -> Path:
     """A folder of pictures as its owner would have it."""
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{number}.png")  # type: ignore[arg-type]
+        Image.fromarray(image).save(folder / f"{number}.png")
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(captions)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
@@ -114,7 +129,7 @@ def command(module: str, *words: str, home: Path) -> subprocess.CompletedProcess
 
 
 @dataclass
-class Deployed:
+class Federation:
     """A server and its devices, in `folder`."""
 
     folder: Path
@@ -167,9 +182,9 @@ class Deployed:
 
 
 @contextmanager
-def deployed(folder: Path, overrides: str) -> Iterator[Deployed]:
+def federation(folder: Path, overrides: str) -> Iterator[Federation]:
     """A federation that is ended at last, whatever becomes of the test."""
-    found = Deployed(folder, shlex.split(overrides))
+    found = Federation(folder, shlex.split(overrides))
     try:
         yield found
     finally:

@@ -1,0 +1,43 @@
+"""What an operator hands over, and what becomes of one that was not copied whole."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conf.errors import AntherError
+from protocol.hello import Hello
+from protocol.messages import NEWEST, OLDEST
+from protocol.ticket import Ticket, read
+
+WHOLE = Ticket("pi.local:9443", "s" * 32, "0f" * 32)
+
+
+@given(
+    st.from_regex(r"[a-z0-9.-]{1,40}:[1-9][0-9]{0,4}", fullmatch=True),
+    st.from_regex(r"[A-Za-z0-9_-]{20,64}", fullmatch=True),
+    st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+)
+def test_what_is_printed_is_read(address, secret, fingerprint):
+    ticket = Ticket(address, secret, fingerprint)
+    assert read(f"  {ticket}\n") == ticket
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40, 64, 70, 110])
+def test_half_a_ticket_is_none(cut):
+    with pytest.raises(AntherError, match="not a whole ticket"):
+        read(str(WHOLE)[:-cut])
+
+
+def hello(oldest: int, newest: int) -> Hello:
+    return Hello(
+        oldest=oldest, newest=newest, anther="9.9", federation="f" * 16, base="b" * 64, base_bytes=1,
+        time="2030-01-01T00:00:00+00:00",
+    )  # fmt: skip
+
+
+def test_who_is_older_is_told_to_update():
+    hello(OLDEST, NEWEST).check()
+    with pytest.raises(AntherError, match="update Anther here"):
+        hello(NEWEST + 1, NEWEST + 2).check()
+    with pytest.raises(AntherError, match="ask its operator to update"):
+        hello(OLDEST - 2, OLDEST - 1).check()

@@ -1,0 +1,110 @@
+"""Tickets work once, holders have so many devices, and who was shut out stays out."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from conf.errors import AntherError
+from server.register import FILE, Register
+
+
+def test_a_ticket_works_once_and_its_reply_may_be_lost(tmp_path):
+    register = Register(tmp_path)
+    secret = register.issue("ada")
+    member = register.enrol(secret, "key a", "pi")
+    assert register.enrol(secret, "key a", "pi") == member, "asked again by the same device"
+    with pytest.raises(AntherError, match="works once"):
+        register.enrol(secret, "key b", "other")
+    assert register.look().known("key a") == member
+    assert register.look().known("key b") is None
+
+
+def test_of_many_that_come_with_one_ticket_one_is_in(tmp_path):
+    register = Register(tmp_path)
+    secret = register.issue("ada")
+
+    def come(number):
+        try:
+            return Register(tmp_path).enrol(secret, f"key {number}", f"device {number}")
+        except AntherError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(come, range(16)))
+    assert sum(member is not None for member in found) == 1
+    assert len(register.look().members) == 1
+
+
+def test_a_holder_has_so_many_devices_and_open_tickets(tmp_path):
+    register = Register(tmp_path, per_holder=2)
+    first, _ = register.issue("ada"), register.issue("ada")
+    with pytest.raises(AntherError, match="2 are the most"):
+        register.issue("ada")
+    register.issue("ben")
+    register.enrol(first, "key", "pi")
+    register.revoke("pi")
+    register.issue("ada")
+
+
+def test_fewer_are_allowed_than_tickets_were_given(tmp_path):
+    register = Register(tmp_path, per_holder=2)
+    secrets = [register.issue("ada") for _ in range(2)]
+    strict = Register(tmp_path, per_holder=1)
+    strict.enrol(secrets[0], "key a", "a")
+    with pytest.raises(AntherError, match="that is the most"):
+        strict.enrol(secrets[1], "key b", "b")
+
+
+def test_an_old_ticket_is_refused(tmp_path):
+    register = Register(tmp_path)
+    secret = register.issue("ada", days=1e-9)
+    with pytest.raises(AntherError, match="expired"):
+        register.enrol(secret, "key", "pi")
+
+
+def test_names_and_keys_are_not_taken_twice(tmp_path):
+    register = Register(tmp_path)
+    register.enrol(register.issue("ada"), "key", "pi")
+    with pytest.raises(AntherError, match="another device is called pi"):
+        register.enrol(register.issue("ada"), "key b", "pi")
+    with pytest.raises(AntherError, match="known here already"):
+        register.enrol(register.issue("ada"), "key", "pi-2")
+
+
+def test_who_was_revoked_stays_out_and_its_name_is_free(tmp_path):
+    register = Register(tmp_path)
+    register.enrol(register.issue("ada"), "key", "pi")
+    register.revoke("pi")
+    assert register.look().known("key") is None
+    assert register.look().inside() == {}
+    with pytest.raises(AntherError, match="was revoked"):
+        register.enrol(register.issue("ada"), "key", "pi")
+    register.enrol(register.issue("ada"), "key b", "pi")
+    with pytest.raises(AntherError, match="no such device"):
+        register.revoke("nobody")
+
+
+def test_another_process_sees_it_at_once(tmp_path):
+    watching, writing = Register(tmp_path), Register(tmp_path)
+    assert watching.look().members == {}
+    writing.enrol(writing.issue("ada"), "key", "pi")
+    assert watching.look().known("key")
+    writing.revoke("pi")
+    assert watching.look().known("key") is None
+
+
+def test_no_secret_lies_on_the_disk(tmp_path):
+    register = Register(tmp_path)
+    secret = register.issue("ada")
+    assert secret not in (tmp_path / FILE).read_text()
+    assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
+    until = datetime.fromisoformat(next(iter(json.loads((tmp_path / FILE).read_text())["tickets"].values()))["expires"])
+    assert timedelta(days=6.9) < until - datetime.now(UTC) < timedelta(days=7.1)
+
+
+def test_a_damaged_register_is_named(tmp_path):
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(AntherError, match="is damaged"):
+        Register(tmp_path).look()
