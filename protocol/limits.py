@@ -17,6 +17,7 @@ MOST_NUMBER = 1e12
 MOST_TEXT = 200  # characters
 
 _SIGNED = {"gain"}  # every other number is an amount
+_SHARES = {"battery"}  # of a whole
 _WORDS = {
     "optimiser": ("adamw", "sgd"),
     "precision": ("fp16", "int8", "int4"),
@@ -63,7 +64,8 @@ def _complaint(name: str, value: Any) -> str | None:
             return None if 0 <= value <= MOST_COUNT else f"must be 0 to {MOST_COUNT}"
         case float():
             least = -MOST_NUMBER if name in _SIGNED else 0.0
-            return None if least <= value <= MOST_NUMBER else f"must be {least:g} to {MOST_NUMBER:g}"
+            most = 1.0 if name in _SHARES else MOST_NUMBER
+            return None if least <= value <= most else f"must be {least:g} to {most:g}"
         case str() if name in _WORDS:
             return None if value in _WORDS[name] else f"must be one of {', '.join(_WORDS[name])}"
         case str():

@@ -180,7 +180,8 @@ def numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
             "asked": train.asked, "replied": train.replied, "refused": train.dropped.get("refused", 0),
             "dropped": sum(train.dropped.values()), "loss": train.loss, "bytes_up": train.bytes_up,
             "bytes_down": train.bytes_down, "device_seconds": train.seconds, "joules": train.joules,
-            "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), **train.diagnostics,
+            "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), "told_epsilon": train.told,
+            **train.diagnostics,
         }  # fmt: skip
     if fleet:
         values |= {

@@ -24,7 +24,7 @@ class DeviceFacts:
     seconds: float
     joules: float
     epsilon: float | None
-    """What its ledger has composed to so far; None without DP."""
+    """What its ledger has composed to so far, as far as this run's plans explain it; None without DP."""
     events: int = 0
     """The most that it has told of in its ledger, and that its rounds here can have written."""
     rounds: int = 0
@@ -97,7 +97,10 @@ class TrainFacts:
     loss: float | None
     """Mean training loss over devices that tell it; under DP none does."""
     epsilon: float | None
-    """The largest that a device's ledger has composed to so far, per picture; None without DP."""
+    """The largest that a device's ledger has composed to so far, per picture, as far as this run's plans explain it;
+    None without DP."""
+    told: float | None = None
+    """The largest that one told in this round, which may be of other runs, or a lie: nothing goes by it."""
     guarantees: tuple[Guarantee, ...] = ()
     """What is promised so far: per picture, per device, or both at once, which don't add."""
     central: CentralFacts | None = None
@@ -159,6 +162,7 @@ def train_facts(
     dropped: Mapping[str, int],
     private: ExamplePrivacy | None,
     spent: float | None,
+    told: float | None = None,
     central: CentralFacts | None,
     diagnostics: Mapping[str, float],
 ) -> TrainFacts:
@@ -171,11 +175,12 @@ def train_facts(
         bytes_up: of every update that was let in, by the same, which needn't be kept for that.
         dropped: replies that were not let in, by reason.
         private: of examples on each device.
-        spent: the largest ε per picture that a device told of in any round before.
+        spent: the largest ε per picture of any round before.
+        told: the largest that one told of in this, explained or not.
     """
     spent = largest([spent, *(update.epsilon for update in updates)])
     of_images = (Guarantee(spent, private.delta),) if private and spent is not None else ()
-    told = [update.loss for update in updates if update.loss is not None and not (private or central)]
+    losses = [update.loss for update in updates if update.loss is not None and not (private or central)]
     return TrainFacts(
         asked=len(plans),
         replied=len(updates),
@@ -184,8 +189,9 @@ def train_facts(
         bytes_up=sum(bytes_up.values()),
         seconds=max((update.seconds for update in updates), default=0.0),
         joules=sum(update.joules for update in updates),
-        loss=mean(told),
+        loss=mean(losses),
         epsilon=spent,
+        told=told,
         guarantees=of_images + ((central.guarantee,) if central else ()),
         central=central,
         diagnostics=dict(diagnostics),

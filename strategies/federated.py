@@ -31,6 +31,7 @@ from protocol.codec import decode, encode
 from protocol.messages import (
     DeviceReport,
     Evaluate,
+    Evaluation,
     Personalise,
     Query,
     Reply,
@@ -44,6 +45,7 @@ from strategies.aggregation import Aggregated, Aggregation, Ranked, Updates
 from strategies.clock import Clock, WallClock
 from strategies.compatible import check
 from strategies.download import FP32, download, lost, restored
+from strategies.explained import clipped, explained
 from strategies.facts import CentralFacts, DeviceFacts, PersonalFacts, TrainFacts, Validation, largest, train_facts
 from strategies.fitting import Fitting
 from strategies.gathered import Asked, Gathered
@@ -159,6 +161,7 @@ class Federated(Strategy):
         self._measured = False
         self._quorum = quorum
         self.good = 0
+        self._number = 0  # of the round that was asked for last
         self.able: set[int] = set()
         self.away: set[int] = set()
         self.room: int | None = None
@@ -270,6 +273,7 @@ class Federated(Strategy):
         Raises:
             AntherError: with privacy per device, no room on the disk for all updates; nothing is charged.
         """
+        self._number = server_round
         number = server_round if number is None else number
         reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
         if self.device_level:
@@ -352,6 +356,9 @@ class Federated(Strategy):
 
         def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self._checks.update(asked.adapter, sent, reply)
+            most = self._explained(self._number, measured=self._number - 1)
+            found.told = largest([found.told, update.epsilon])
+            update = replace(update, epsilon=clipped(update.epsilon, most))
             if self._replay:
                 self._replay.check(asked.adapter, update.device, adapter, self.memory, found.sketches)
             found.add(update, shift(adapter))
@@ -396,11 +403,20 @@ class Federated(Strategy):
             dropped=dropped,
             private=self._plan.privacy,
             spent=self._history.spent,
+            told=found.told,
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )
+        if (told := found.told) and told > 1.01 * (explained := self.trained.epsilon or told):
+            log.info("a device's ledger holds ε=%.3g per picture, of which this run explains ε=%.3g", told, explained)
         self._history.learn(self.trained)
         return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
+
+    def _explained(self, rounds: int, *, measured: int) -> float | None:
+        """ε per picture that so many rounds come to, with what was measured after as many."""
+        measuring = self._measuring
+        times = sum(measuring.due(number) for number in range(1, measured + 1))
+        return explained(self._plan, rounds=rounds, measuring=measuring.among_pictures, measured=times)
 
     def _diagnostics(self) -> dict[str, float]:
         return self.trained.diagnostics if self.trained else {}
@@ -443,7 +459,12 @@ class Federated(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean validation losses of the base and of the adapter, or a noised gain; None when there is neither."""
-        check = partial(self._checks.evaluation, server_round)
+        most = self._explained(server_round, measured=server_round) if self._measuring.among_pictures else None
+
+        def check(report: DeviceReport, reply: Evaluation) -> Evaluation:
+            checked = self._checks.evaluation(server_round, report, reply)
+            return replace(checked, epsilon=clipped(checked.epsilon, most))
+
         found, dropped = receive(records.EVALUATE, _heard(records.EVALUATE, replies), self._asked, check)
         told = Validation(base=None, shared=None, dropped=dropped)
         if self._measured:

@@ -35,13 +35,14 @@ class Gathered:
     Args:
         room: bytes there that are held for them.
 
-    `sketches` is for whoever looks for replays.
+    `sketches` is for whoever looks for replays, and `told` the largest ε that a device's ledger told of.
     """
 
     def __init__(self, room: int = 0) -> None:
         self.adapters = Spool(room)
         self.bytes_up: dict[Key, int] = {}
         self.sketches: Sketches = []
+        self.told: float | None = None
         self._updates: dict[Key, Update] = {}
 
     def __enter__(self) -> Gathered:

@@ -61,6 +61,8 @@ TAIL = """
   is noised with σ_b = expected / 20, the sum with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): the round costs z, no more.
 - Who is connected is taken to be public, and so are a device's name and what kind it is: its speed, link, memory, ranks
   and sites. A device that disconnects leaves the draw.
+- The ε per image that is printed is the largest that a device's ledger tells, and no more than this run comes to for
+  whoever takes part in everything: a ledger holds other federations too, and may tell anything.
 - A run has one ledger. What several runs promise the same devices adds up, and is for whoever starts them to add.
 
 ## Refused elsewhere

@@ -34,6 +34,14 @@ def test_a_value_that_nobody_honest_sends_is_named(field: str, value: object) ->
         limits.check(dataclasses.replace(UPDATE, **{field: value}))
 
 
+def test_no_battery_is_more_than_full() -> None:
+    """Of one that is, selections would have it that it never runs flat."""
+    limits.check(dataclasses.replace(REPORT, battery=1.0))
+    for battery in (1.2, 9e11):
+        with pytest.raises(ValueError, match=r"DeviceReport\.battery: must be 0 to 1"):
+            limits.check(dataclasses.replace(REPORT, battery=battery))
+
+
 def test_edges() -> None:
     largest = dataclasses.replace(UPDATE, round=limits.MOST_COUNT, seconds=limits.MOST_NUMBER, device="é" * 200)
     limits.check(largest)
