@@ -245,7 +245,8 @@ def main() -> None:
         alone, without = flower_alone(Path(folder) / "flower", asked.nodes, asked.rounds, size, asked.settle)
     record: dict[str, Any] = {
         "command": " ".join(["python -m bench.overhead", *sys.argv[1:]]),
-        "machine": machine(torch.device("cpu")), "versions": versions("flwr", "torch"), "load": os.getloadavg()[0], "bytes": size,
+        "machine": machine(torch.device("cpu")), "versions": versions("flwr", "torch"),
+        "load": os.getloadavg()[0], "bytes": size,
         "anther": {"legs": legs, **vars(held)}, "flower": {"legs": alone, **vars(without)},
     }  # fmt: skip
     asked.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -15,7 +15,9 @@ from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.store import Store
 from conf.compose import compose
+from conf.errors import AntherError
 from conf.schemas import Simulation
+from models import assets
 from models.adapter import shapes
 from models.base import Base, load
 from privacy.policy import Refusal
@@ -65,6 +67,10 @@ def answer(
             str(stated.get("base", DEFAULT_BASE)), config.adapter.sites, weights, device,
             str(stated.get("checkpointing", "none")), whole(stated, "resolution") or None,
         )  # fmt: skip
+        if assets.is_hash(str(stated.get("base", ""))) and base.hash != stated["base"]:
+            raise AntherError(
+                f"{base.folder}: not what it was, its hash is {base.hash[:12]} now: remove it from {base.folder.parent}"
+            )
         own = stated.get("memory-gib")
         memory = budget(config.cohort.memory_gib if own is None else float(str(own)), base.device)
         check_free(memory, base.device)

@@ -48,6 +48,7 @@ def leave(files: Files, asked: argparse.Namespace) -> str:
         if files.folder.is_dir():
             held.enter_context(lock.alone(files.folder, what="the store"))
         if link().exists():
+            held.enter_context(lock.alone(link(), what="this device's part in its federation"))
             shutil.rmtree(link())
         durable.sync_folder(link().parent)  # the keys are gone for good before what says whose they were
         words().unlink(missing_ok=True)

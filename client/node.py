@@ -1,37 +1,44 @@
 """A device's SuperNode, and its ClientApp for each message:  started by `python -m client.run`.
 
-Flower's SuperNode carries the messages. Three things are other than its own command has them:
+Flower's SuperNode carries the messages. Four things are other than its own command has them:
 
 - **No code that a server sends is run.** Flower installs the app bundle that comes with a run, and imports the
   ClientApp from it: then a server could read any picture. Here the ClientApp is this device's own installed one.
 - ClientApps are forks of this process, which has imported all that they need and holds no thread: milliseconds and a
   few MiB for each message, where a new interpreter takes a second or two and 180 MiB.
+- A node that was killed says goodbye first when it starts again, in place of being refused for a minute.
 - A node at work looks for messages twice a second, one that has had none for long every few seconds; Flower's own
   waits three seconds between two.
 
-What of Flower is replaced for it is named in `_Pace` and `answer_task`; where a later Flower has other names, this
-says so in one line and ends.
+What of Flower is replaced for it is in `_pace`, `_remember` and `answer_task`, by the names that it has in the versions
+of pyproject.toml.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import flwr.supernode.runtime.run_clientapp as clientapp
 import flwr.supernode.start_client_internal as supernode
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.app import app
 from conf.children import with_parent
@@ -74,6 +81,7 @@ def main() -> None:
         os.close(noted)
         with_parent()
         _pace(note)
+        _remember(Path(os.environ["FLWR_HOME"]) / "node")
         sys.argv = ["flower-supernode", "--isolation", "process", "--host", host, "--port", port, *arguments]
         flower_supernode()
         os._exit(0)
@@ -97,6 +105,36 @@ def _pace(note: int) -> None:
 
     supernode._pull_and_store_message = noting
     supernode.time = SimpleNamespace(sleep=pace.sleep)  # type: ignore[assignment]
+
+
+def _remember(file: Path) -> None:
+    """Have a node that was killed say goodbye when it is started again.
+
+    Else Flower takes it for connected, and refuses it, until it has missed heartbeats for a minute.
+    """
+    connect = supernode.http_request_response
+
+    @contextmanager
+    def remembering(
+        address: str, insecure: bool, roots: Any, keys: Any, tries: int | None, wait: float | None
+    ) -> Iterator[Any]:
+        if keys is not None and file.exists():
+            with contextlib.suppress(Exception):  # it may be forgotten there, or the server away: Flower then says so
+                _say_goodbye(address, insecure, roots, keys, int(file.read_text()))
+        with connect(address, insecure, roots, keys, tries, wait) as found:
+            write(file, str(found[0]).encode())
+            yield found
+        file.unlink(missing_ok=True)
+
+    supernode.http_request_response = remembering  # type: ignore[assignment] # of looser types
+
+
+def _say_goodbye(address: str, insecure: bool, roots: Any, keys: Any, node: int) -> None:
+    with FleetHttpClient.from_server_address(
+        address, insecure, roots,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*keys)],
+    ) as client:  # fmt: skip
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
 
 def _serve(node: int, noted: int, address: str, secret: bytes) -> int:

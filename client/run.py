@@ -25,6 +25,7 @@ from types import FrameType
 from client import home
 from client import link as links
 from client.link import Link, Unreachable
+from client.lock import alone
 from conf import lean
 from conf.children import with_parent
 from conf.errors import AntherError
@@ -71,7 +72,7 @@ def run(node: Node) -> None:
         raise AntherError("data: say which folder holds your pictures, data=FOLDER")
     node = replace(node, name=node.name or platform.node() or "device")
     link = Link(str(node.link.address), insecure=node.link.insecure)
-    with listening() as listener:
+    with alone(home.link(), what="this device's part in its federation"), listening() as listener:
         worker = Worker(listener, node)
         supernode = SuperNode(node, link, listener.getsockname())
         try:
@@ -96,23 +97,40 @@ def ready(node: Node, link: Link) -> str:
             if apart := links.skew(hello):
                 raise Unreachable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
             link.check_in()
-            return node.base or fetched(node, link, hello.base)
+            if node.base is None:
+                have(node, link, hello.base)
+            return node.base or hello.base
         except Unreachable as error:
             say(f"{error}; again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
 
 
-def fetched(node: Node, link: Link, base: str) -> str:
-    """The base of this content hash, from wherever it is to be had."""
+def have(node: Node, link: Link, base: str) -> None:
+    """Have the base of this content hash here, from wherever it is to be had."""
     with contextlib.suppress(AntherError):
-        return str(assets.locate(base))
+        assets.locate(base)
+        return
     from client.fetch import fetch  # rarely needed
     from client.over_http import http_get
+    from client.power.choose import choose
 
+    sensors = choose(node.power)
     say(f"fetching the base {base[:12]}")
     with link.client(signed=True) as client:
-        return str(fetch(base, node.fetch, http_get(client)))
+        fetch(base, node.fetch, http_get(client), metered=lambda: bool(sensors.read().metered), progress=_Progress())
+
+
+class _Progress:
+    """Says how far a fetch is, at every tenth."""
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if (tenths := 10 * done // max(1, total)) > self._told:
+            self._told = tenths
+            say(f"{10 * tenths} % of {total / 1e6:,.0f} MB")
 
 
 @dataclass

@@ -83,4 +83,4 @@ def test_app_bundle_holds_what_a_device_needs() -> None:
     for needed in ("client/app.py", "server/app.py", "conf/simulate.yaml", "conf/fleet/mixed.yaml", "pyproject.toml"):
         assert needed in names
     assert {name.split("/")[0] for name in names if "/" in name} <= ROOMS - {"simulations", "typefaces"} | {".info"}
-    assert len(bundle) < 1_000_000
+    assert len(bundle) < 2_000_000  # code alone: the smallest base is eight times as much
