@@ -185,7 +185,7 @@ class Fleet:
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
     overselect: float = 1.0  # so many times `sample` devices are asked, and the first `sample` replies end a round; a
     # simulation needs a timed fleet for it
-    concurrency: int = 10  # devices that are at work at any time, with strategy.timing=async
+    concurrency: int | None = None  # devices that are at work at any time, with strategy.timing=async; null: 10
     timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
     workload: Workload = field(default_factory=Workload)  # of a timed fleet
     zones: float = 0.0  # hours by which owners' clocks differ at most (a timed fleet)
@@ -207,7 +207,8 @@ class Fleet:
         over = f"fleet.overselect={self.overselect}"
         require(1 <= self.overselect <= 10, f"{over}: must be 1 to 10")
         require(self.overselect == 1 or self.sample is not None, f"{over}: more than what? set fleet.sample")
-        require(self.concurrency >= 1, f"fleet.concurrency={self.concurrency}: must be 1 or more")
+        working = self.concurrency
+        require(_none_or_positive(working), f"fleet.concurrency={working}: must be 1 or more, or null")
         for name, most in (("zones", 24.0), ("jitter", 12.0)):
             value = getattr(self, name)
             require(0 <= value <= most, f"fleet.{name}={value}: must be 0 to {most:g} hours")
@@ -249,15 +250,17 @@ class Selection:
 
     name: str = "sample"
     oort: Oort = field(default_factory=Oort)
-    weight: float = 0.25  # of utility, beside the power that a round leaves (energy)
-    more: float = 2.0  # devices drawn for each that is asked, of which the best are (deadline, loss_fair, thrifty)
+    weight: float | None = None  # of utility, beside the power that a round leaves (energy); null: 0.25
+    more: float | None = None  # devices drawn for each that is asked, of which the best are (deadline, loss_fair,
+    # thrifty); null: 2
 
     def __post_init__(self) -> None:
         choose(
             "selection.name", self.name, ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair", "thrifty")
         )
-        require(0 <= self.weight <= 1, f"selection.weight={self.weight}: must be 0 to 1")
-        require(self.more >= 1, f"selection.more={self.more}: must be 1 or more")
+        weight, more = self.weight, self.more
+        require(weight is None or 0 <= weight <= 1, f"selection.weight={weight}: must be 0 to 1, or null")
+        require(more is None or more >= 1, f"selection.more={more}: must be 1 or more, or null")
 
 
 @dataclass
@@ -291,18 +294,21 @@ class Strategy:
     optimiser: str = "none"  # the server's step along what a round's mean changes, unless the rule turns its factors:
     # fedavgm, fedadam or fedyogi; none: the mean is the next adapter
     server_rate: float | None = None  # η of that step; null: 1 for fedavgm, 0.003 for the others
-    momentum: float = 0.9  # β of fedavgm, β₁ of the others
-    second_moment: float = 0.99  # β₂ (fedadam, fedyogi)
-    tau: float = 1e-3  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one
+    momentum: float | None = None  # β of fedavgm, β₁ of the others; null: 0.9
+    second_moment: float | None = None  # β₂ (fedadam, fedyogi); null: 0.99
+    tau: float | None = None  # τ (fedadam, fedyogi): the smallest change of a number that still counts as one; null:
+    # 0.001
     robust: list[str] = field(default_factory=list)  # what is done about malicious updates, in this order: replay,
     # which is first, drops what was sent in an earlier round; norm, krum, foolsgold, afa, geometric judge whole ones;
     # median or trimmed goes by entries of the product, and is last
-    outliers: float = 0.2  # share of devices that krum leaves out, and trimmed at each end of an entry's values
+    outliers: float | None = None  # share of devices that krum leaves out, and trimmed at each end of an entry's
+    # values; null: 0.2
     norm_bound: float | None = None  # of one device's change (norm); null: norm_factor times the median of all
-    norm_factor: float = 1.0
+    norm_factor: float | None = None  # null: 1
     timing: str = "sync"  # sync: a round waits for its devices; async: devices train all the time, and a round is over
     # whenever `buffer` updates are there (FedBuff); a simulation needs a timed fleet for it
-    buffer: int = 10  # updates of a round, with timing=async: one of each device; of fewer devices than that, a share
+    buffer: int | None = None  # updates of a round, with timing=async: one of each device; of fewer devices than that,
+    # a share; null: 10
     quorum: int = 1  # a round with fewer good replies keeps the adapter
     timeout: float = 3600.0  # seconds that a round waits, for devices that can be asked and for their replies
 
@@ -319,10 +325,10 @@ class Strategy:
         choose("strategy.optimiser", self.optimiser, ("none", "fedavgm", "fedadam", "fedyogi"))
         rate = self.server_rate
         require(_none_or_positive(rate), f"strategy.server_rate={rate}: must be over 0, or null")
-        require(0 <= self.momentum < 1, f"strategy.momentum={self.momentum}: must be 0 or more, and under 1")
-        second = self.second_moment
-        require(0 <= second < 1, f"strategy.second_moment={second}: must be 0 or more, and under 1")
-        require(self.tau > 0, f"strategy.tau={self.tau}: must be over 0")
+        for name in ("momentum", "second_moment"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"strategy.{name}={value}: must be 0 or more, and under 1")
+        require(_none_or_positive(self.tau), f"strategy.tau={self.tau}: must be over 0")
         share = self.energy
         require(share is None or 0 < share <= 1, f"strategy.energy={share}: must be over 0 and at most 1, or null")
         require(_none_or_positive(self.max_rank), f"strategy.max_rank={self.max_rank}: must be 1 or more, or null")
@@ -338,12 +344,13 @@ class Strategy:
             require(first, "strategy.robust: replay looks at each reply as it comes, before any rule: put it first")
             last = name not in ("median", "trimmed") or place == len(self.robust) - 1
             require(last, f"strategy.robust: {name} makes one update of all, put it last")
-        require(0 <= self.outliers < 0.5, f"strategy.outliers={self.outliers}: must be 0 or more and less than half")
+        cut = self.outliers
+        require(cut is None or 0 <= cut < 0.5, f"strategy.outliers={cut}: must be 0 or more and less than half")
         require(_none_or_positive(self.norm_bound), f"strategy.norm_bound={self.norm_bound}: must be over 0, or null")
-        require(self.norm_factor > 0, f"strategy.norm_factor={self.norm_factor}: must be over 0")
+        require(_none_or_positive(self.norm_factor), f"strategy.norm_factor={self.norm_factor}: must be over 0")
         choose("strategy.timing", self.timing, ("sync", "async"))
-        for name in ("buffer", "quorum"):
-            require(getattr(self, name) >= 1, f"strategy.{name}={getattr(self, name)}: must be 1 or more")
+        require(_none_or_positive(self.buffer), f"strategy.buffer={self.buffer}: must be 1 or more, or null")
+        require(self.quorum >= 1, f"strategy.quorum={self.quorum}: must be 1 or more")
         require(self.timeout > 0, f"strategy.timeout={self.timeout}: must be over 0")
         require(_none_or_positive(self.joules), f"strategy.joules={self.joules}: must be over 0, or null")
         part = self.battery_share

@@ -17,7 +17,7 @@ from server.buffered import Buffered
 from server.legs import Leg, Pace, Synchronous
 from server.loop import personalise, run_rounds
 from server.state import Round, State
-from strategies.asynchronous import SHIFTS
+from strategies.asynchronous import CONCURRENCY, SHIFTS, SIZE
 from strategies.clock import Clock
 from strategies.federated import Federated
 
@@ -88,5 +88,9 @@ def leg(config: Simulation, grid: Grid, strategy: Federated, pace: Pace) -> Leg:
     chosen = config.strategy
     if chosen.timing == "sync":
         return Synchronous(grid, strategy, pace)
-    shift, concurrency = SHIFTS[chosen.aggregation], config.fleet.concurrency
-    return Buffered(grid, strategy, pace, shift=shift, size=chosen.buffer, concurrency=concurrency)
+    shift, size, concurrency = (
+        SHIFTS[chosen.aggregation],
+        chosen.buffer or SIZE,
+        config.fleet.concurrency or CONCURRENCY,
+    )
+    return Buffered(grid, strategy, pace, shift=shift, size=size, concurrency=concurrency)

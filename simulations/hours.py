@@ -133,7 +133,7 @@ def load_traces(path: Path) -> dict[str, Trace]:
     try:
         text = path.read_text(encoding="utf-8")
         found = _from_json(text) if path.suffix == ".json" else _from_csv(text)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, csv.Error, RecursionError) as error:
         raise AntherError(
             f"fleet.trace={path}: can't be read as CSV with the columns device, on and off, or as JSON "
             f"{{device: [[on, off], …]}} ({' '.join(str(error).split())[:100]})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,27 @@ def check_time(config: Simulation) -> None:
         raise AntherError(f"fleet.overselect={fleet.overselect:g}: all replies of this fleet come at once; {mend}")
     if chosen.timing == "async" and not fleet.timed:
         raise AntherError(f"strategy.timing=async: training takes this fleet no time; {mend}")
+    for key in () if fleet.timed else _lived_by(config):
+        raise AntherError(f"{key}: devices of this fleet have no battery, owner, heat or hours; {mend}")
     if chosen.timing == "sync" and chosen.quorum > (devices := config.data.count()):
         raise AntherError(f"strategy.quorum={chosen.quorum}: there are {devices} devices; lower it, or add some")
+
+
+def _lived_by(config: Simulation) -> Iterator[str]:
+    """Settings that are given, and that only a fleet with a life of its own goes by."""
+    eligible, fleet = config.fleet.eligible, config.fleet
+    if eligible.battery is not None:
+        yield f"fleet.eligible.battery={eligible.battery:g}"
+    if eligible.idle:
+        yield "fleet.eligible.idle=true"
+    if eligible.cool:
+        yield "fleet.eligible.cool=true"
+    if config.strategy.battery_share is not None:
+        yield f"strategy.battery_share={config.strategy.battery_share:g}"
+    if fleet.zones:
+        yield f"fleet.zones={fleet.zones:g}"
+    if fleet.jitter != type(fleet).jitter:
+        yield f"fleet.jitter={fleet.jitter:g}"
 
 
 def grid(

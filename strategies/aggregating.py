@@ -46,19 +46,25 @@ def aggregation(config: Simulation) -> Aggregation:
         raise AntherError(f"strategy.robust: {reason}")
     if not set(chosen.robust) - {"replay"}:
         return rule
+    outliers = 0.2 if chosen.outliers is None else chosen.outliers
     judging: dict[str, Rule] = {
-        "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor),
-        "krum": MultiKrum(outliers=chosen.outliers),
+        "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor or 1.0),
+        "krum": MultiKrum(outliers=outliers),
         "foolsgold": FoolsGold(),
         "afa": AFA(),
         "geometric": GeometricMedian(),
     }
-    entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=chosen.outliers)}
+    entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=outliers)}
     last = chosen.robust[-1]
     parts = {rule.trains(number) for number in (1, 2)} - {"both"}
     if last in entrywise and (parts or chosen.keep < 1):
         given = f"strategy={chosen.aggregation}" if parts else "strategy.keep"
         raise AntherError(f"strategy.robust: {last} turns the factors, {given} needs them as they are; use geometric")
+    if last in entrywise and chosen.weights != "device":
+        raise AntherError(
+            f"strategy.weights={chosen.weights}: {last} makes one update of all, which has no slices of different "
+            "devices; leave it device"
+        )
     whole = chosen.aggregation in ("exact", "flora")
     return Guarded(
         rule,
@@ -143,12 +149,13 @@ def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
             f"same, and of {chosen.aggregation} {turned}; use strategy=exact or strategy=fedit, without median or "
             "trimmed, or leave it none"
         )
+    momentum = 0.9 if chosen.momentum is None else chosen.momentum
     if chosen.optimiser == "fedavgm":
-        return FedAvgM(rate=chosen.server_rate or 1.0, momentum=chosen.momentum)
+        return FedAvgM(rate=chosen.server_rate or 1.0, momentum=momentum)
     return FedOpt(
         rate=chosen.server_rate or 0.003,
-        momentum=chosen.momentum,
-        second=chosen.second_moment,
-        tau=chosen.tau,
+        momentum=momentum,
+        second=0.99 if chosen.second_moment is None else chosen.second_moment,
+        tau=chosen.tau or 1e-3,
         yogi=chosen.optimiser == "fedyogi",
     )

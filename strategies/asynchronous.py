@@ -16,6 +16,9 @@ from models.adapter import Adapter, Factors
 STRIDE = 10_000
 """Plans of one round at most: each has a number of its own, for a device answers for a number only once."""
 
+SIZE, CONCURRENCY = 10, 10
+"""Updates of a round, and devices that are at work at any time, where nobody says."""
+
 Shift = Callable[[Adapter, Adapter, Adapter, float], Adapter]
 """From (current, started, trained, scale) to what the device would have trained of the current one."""
 

@@ -17,9 +17,11 @@ from privacy.central import Adaptive, Gaussian
 from privacy.noise import NoiseSource, source, stream
 from protocol.messages import TrainingPlan
 from strategies.aggregating import aggregation, optimiser, replay
+from strategies.asynchronous import SIZE
 from strategies.clock import Clock
 from strategies.federated import Federated
 from strategies.fitting import Fitting, costs_of
+from strategies.ignored import refuse_ignored
 from strategies.measuring import measuring, spending
 from strategies.planning import Cosine, Limits
 from strategies.private import Budget, DeviceLevel, Ledger
@@ -56,6 +58,7 @@ def build(
         fit = " or ".join(name for name in AGGREGATIONS if refusal(replace(chosen, aggregation=name)) is None)
         mend = f"use strategy={fit}" if fit else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
+    refuse_ignored(config)
     _check_timing(config)
     rule = aggregation(config)
     frame = _frame(config, sites)
@@ -135,7 +138,7 @@ def _check_timing(config: Simulation) -> None:
             f"fleet.overselect={fleet.overselect:g}: with strategy.timing=async nobody's reply is waited for, and none "
             "too late; leave it 1"
         )
-    most = ("strategy.buffer", chosen.buffer) if chosen.timing == "async" else ("fleet.sample", fleet.sample)
+    most = ("strategy.buffer", chosen.buffer or SIZE) if chosen.timing == "async" else ("fleet.sample", fleet.sample)
     if most[1] is not None and chosen.quorum > most[1]:
         raise AntherError(
             f"strategy.quorum={chosen.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "

@@ -38,21 +38,22 @@ def selection(config: Simulation, seed: int | None) -> Selection:
     if config.fleet.sample is None:
         return Everyone()
     size, oort = math.ceil(config.fleet.sample * config.fleet.overselect), OortSettings(**vars(chosen.oort))
+    more, weight = chosen.more or 2.0, 0.25 if chosen.weight is None else chosen.weight
     match chosen.name:
         case "round_robin":
             return RoundRobin(size=size)
         case "oort":
             return Oort(size=size, seed=config.seed, settings=oort)
         case "energy":
-            return Energy(size=size, seed=config.seed, weight=chosen.weight, settings=oort)
+            return Energy(size=size, seed=config.seed, weight=weight, settings=oort)
         case "deadline":
             if deadline is None:
                 raise AntherError("selection=deadline: there is none; give strategy.deadline")
-            return Deadline(size=size, seconds=deadline, more=chosen.more, seed=config.seed)
+            return Deadline(size=size, seconds=deadline, more=more, seed=config.seed)
         case "loss_fair":
-            return LossFair(size=size, more=chosen.more, seed=config.seed)
+            return LossFair(size=size, more=more, seed=config.seed)
         case "thrifty":
-            return Thrifty(size=size, more=chosen.more, seed=config.seed)
+            return Thrifty(size=size, more=more, seed=config.seed)
     return Sample(size=size, seed=config.seed)
 
 

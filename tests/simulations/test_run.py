@@ -147,13 +147,22 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
     ("fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: all replies of this fleet come at once; choose"),
     ("strategy.timing=async", "strategy.timing=async: training takes this fleet no time; choose a fleet with timed"),
     ("strategy.quorum=4 data.writers=3", "strategy.quorum=4: there are 3 devices"),
+    ("fleet.eligible.battery=0.4", "fleet.eligible.battery=0.4: devices of this fleet have no battery, .*fleet=week"),
+    ("fleet.eligible.idle=true", "fleet.eligible.idle=true: devices of this fleet"),
+    ("fleet.eligible.cool=true", "fleet.eligible.cool=true: devices of this fleet"),
+    ("strategy.battery_share=0.1", "strategy.battery_share=0.1: devices of this fleet"),
+    ("fleet.zones=3", "fleet.zones=3: devices of this fleet"),
+    ("fleet.jitter=2", "fleet.jitter=2: devices of this fleet"),
 ])  # fmt: skip
 def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said: str) -> None:
     with pytest.raises(AntherError, match=said):
         check_time(compose(overrides))
 
 
-@pytest.mark.parametrize("timed", ["fleet.overselect=2 fleet.sample=2", "strategy.timing=async strategy.quorum=9"])
+@pytest.mark.parametrize("timed", [
+    "fleet.overselect=2 fleet.sample=2", "strategy.timing=async strategy.quorum=9",
+    "fleet.eligible.battery=0.4 fleet.eligible.idle=true strategy.battery_share=0.1",
+])  # fmt: skip
 def test_what_a_timed_fleet_can(timed: str) -> None:
     check_time(compose(f"fleet=week {timed} data.writers=3"))
 
