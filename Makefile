@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate audit gate test test-slow format clean
+.PHONY: help simulate audit gate locks test test-slow format clean
 
 help:  ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones,
 
 test-slow: $(INSTALLED_DEV)  ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+locks: $(INSTALLED_DEV)  ## lock what a server and a device install, as .venv holds it
+	@deploy/locks/lock.sh
 
 format: $(INSTALLED_DEV)  ## mend format and what ruff can mend by itself
 	$(BIN)/ruff check --fix .
