@@ -23,10 +23,18 @@ class Filtering(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What K devices made of the shared adapter, C_k = ΔW_k − ΔW at each site, as far as a rule needs to know it."""
+    """What K devices made of the shared adapter, C_k = ΔW_k − ΔW at each site, as far as a rule needs to know it.
+
+    Sites that the same devices trained are a group: of each K² numbers are held, one group where everybody trains
+    everything, as many as sites at most; and of each site K. 8 MB a group of 1,000 devices.
+    """
 
     gram: Tensor
-    """⟨s_i C_i, s_j C_j⟩ at each site, float64 [sites, K, K]; zero where one of them did not train it."""
+    """⟨s_i C_i, s_j C_j⟩ over the sites of each group, float64 [groups, K, K]; zero where one did not train them."""
+    squares: Tensor
+    """‖s_k C_k‖² at each site, float64 [sites, K]."""
+    groups: Tensor
+    """Of each site, long [sites]."""
     trained: Tensor
     """Who trained which site, bool [sites, K]."""
     weights: Tensor
@@ -41,27 +49,35 @@ class Changes(NamedTuple):
 
     def among(self, places: Tensor) -> Changes:
         """Those of some devices alone."""
-        gram = self.gram[:, places][:, :, places]
-        return Changes(gram, self.trained[:, places], self.weights[places], self.scales[places])
+        return Changes(
+            self.gram[:, places][:, :, places],
+            self.squares[:, places],
+            self.groups,
+            self.trained[:, places],
+            self.weights[places],
+            self.scales[places],
+        )
 
     def scaled(self, by: Tensor) -> Changes:
         """With so much [K] of each change."""
-        return self._replace(gram=self.gram * by[:, None] * by, scales=self.scales * by)
+        return self._replace(
+            gram=self.gram * by[:, None] * by, squares=self.squares * by.square(), scales=self.scales * by
+        )
 
     def norms(self) -> Tensor:
         """‖C_k‖_F [K], as `whole`."""
-        return self.whole(self._squares(), self.trained).sqrt()
+        return self.whole(self.squares.clamp(min=0).sum(0)).sqrt()
 
     def distances(self) -> Tensor:
-        """‖C_i − C_j‖_F [K, K], as `whole`; NaN where two trained no site in common."""
-        squares = self._squares()
-        apart = squares[:, :, None] + squares[:, None] - 2 * self.gram
-        return self.whole(apart, self.trained[:, :, None] & self.trained[:, None]).sqrt()
+        """‖C_i − C_j‖_F [K, K], over the sites that both trained, in proportion to all as `whole` has it; NaN where
+        they trained none in common."""
+        mine, trained, typical = self._mine(), self.trained.double(), self._typical()
+        squares = (mine + mine.T - 2 * self.gram.sum(0)).clamp(min=0)
+        return (squares * typical.sum() / ((typical[:, None] * trained).T @ trained)).sqrt()
 
     def cosines(self) -> Tensor:
         """Of the angles between C_i and C_j [K, K], over the sites that both trained; 0 where one is zero there."""
-        squares = self._squares()[:, :, None] * self.trained[:, :, None] * self.trained[:, None]
-        norms = squares.clamp(min=0).sum(0).sqrt()  # of i, at the sites of j
+        norms = self._mine().clamp(min=0).sqrt()
         return (self.gram.sum(0) / (norms * norms.T)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def common(self) -> Tensor:
@@ -69,26 +85,28 @@ class Changes(NamedTuple):
         trained = self.trained.double()
         return trained.T @ trained > 0
 
-    def whole(self, squares: Tensor, known: Tensor) -> Tensor:
-        """Sums over the sites where they are known, in proportion to all of them.
+    def of_groups(self) -> tuple[Tensor, Tensor]:
+        """Who trained the sites of each group, bool, and ‖C_k‖² over them, both [groups, K]."""
+        count = len(self.gram)
+        trained = self.trained.new_zeros(count, self.trained.shape[1]).index_copy(0, self.groups, self.trained)
+        return trained, self.squares.new_zeros(trained.shape).index_add(0, self.groups, self.squares)
+
+    def whole(self, squares: Tensor) -> Tensor:
+        """Sums over the sites that each trained [K], in proportion to all of them.
 
         A site counts by the median of the changes there: of a device that trained half of them it is told what all
-        would have come to, so that it can be held against the others. NaN where nothing is known.
-
-        Args:
-            squares: [sites, …].
-            known: of the same shape.
+        would have come to, so that it can be held against the others. NaN of who trained nothing.
         """
-        typical = self._typical().view(-1, *[1] * (known.dim() - 1))
-        return (squares.clamp(min=0) * known).sum(0) * typical.sum() / (typical * known).sum(0)
+        typical = self._typical()
+        return squares * typical.sum() / (typical[:, None] * self.trained).sum(0)
 
-    def _squares(self) -> Tensor:
-        """‖C_k‖² at each site, [sites, K]."""
-        return self.gram.diagonal(dim1=1, dim2=2)
+    def _mine(self) -> Tensor:
+        """‖C_i‖² over the sites that j trained, [K, K]."""
+        return self.squares.T @ self.trained.double()
 
     def _typical(self) -> Tensor:
         """The median of ‖C_k‖² at each site over those who trained it, [sites]; all alike if nothing has changed."""
-        known = self._squares().masked_fill(~self.trained, float("nan")).nanmedian(dim=1).values.nan_to_num()
+        known = self.squares.masked_fill(~self.trained, float("nan")).nanmedian(dim=1).values.nan_to_num()
         return known if known.any() else self.trained.any(dim=1).to(known)
 
 

@@ -24,7 +24,7 @@ class FoolsGold:
     )
 
     def judge(self, changes: Changes) -> Changes:
-        squares = changes.gram.diagonal(dim1=1, dim2=2).sum(0)
+        squares = changes.squares.sum(0)
         there = ((changes.weights > 0) & (squares > 0)).nonzero()[:, 0]  # who changed nothing resembles nobody
         weights = changes.weights.clone()
         weights[there] *= originality(changes.among(there).cosines())

@@ -27,13 +27,13 @@ class GeometricMedian:
     def judge(self, changes: Changes) -> Changes:
         given, steps = changes.weights, _STEPS
         weights, floor = given, 0.0
+        trained, squares = changes.of_groups()
         while steps:
-            shares = weights * changes.trained
+            shares = weights * trained
             shares = shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
             along = (changes.gram @ shares[:, :, None])[:, :, 0]  # ⟨z, C_k⟩
             middle = (shares * along).sum(1, keepdim=True)  # ⟨z, z⟩
-            squares = changes.gram.diagonal(dim1=1, dim2=2)
-            apart = changes.whole(squares - 2 * along + middle, changes.trained).sqrt()
+            apart = changes.whole(((squares - 2 * along + middle).clamp(min=0) * trained).sum(0)).sqrt()
             apart = apart.where(~apart.isnan(), apart[changes.there].nanmedian())  # who trained no site
             floor = floor or _SMOOTHING * float(apart[changes.there].median())
             if not floor > 0:  # most are in one place, or nobody trained

@@ -18,10 +18,17 @@ _ROWS = 512  # directions whose products with all others are held at once
 
 def changes(current: Adapter, updates: Updates) -> Changes:
     """What devices made of `current`, their weights as they came; at least one update."""
-    found = [inner_products(site, [adapter.get(name) for adapter, _ in updates]) for name, site in current.items()]
-    trained = [[name in adapter and len(adapter[name].a) > 0 for adapter, _ in updates] for name in current]
+    trained = [tuple(name in adapter and len(adapter[name].a) > 0 for adapter, _ in updates) for name in current]
+    groups = {those: group for group, those in enumerate(dict.fromkeys(trained))}
+    gram = torch.zeros(len(groups), len(updates), len(updates), dtype=torch.float64)
+    squares = torch.zeros(len(trained), len(updates), dtype=torch.float64)
+    for place, (name, site) in enumerate(current.items()):
+        found = inner_products(site, [adapter.get(name) for adapter, _ in updates])
+        gram[groups[trained[place]]] += found
+        squares[place] = found.diagonal()
     weights = torch.tensor([weight for _, weight in updates], dtype=torch.float64)
-    return Changes(torch.stack(found), torch.tensor(trained), weights, torch.ones_like(weights))
+    of_sites = torch.tensor([groups[those] for those in trained])
+    return Changes(gram, squares, of_sites, torch.tensor(trained), weights, torch.ones_like(weights))
 
 
 def inner_products(current: Factors, devices: list[Factors | None]) -> Tensor:

@@ -29,6 +29,6 @@ class NormBound:
             norms = changes.norms()
             bound = self._factor * float(norms[changes.there].nanmedian())
         else:
-            norms = changes.gram.diagonal(dim1=1, dim2=2).sum(0).clamp(min=0).sqrt()
+            norms = changes.squares.sum(0).clamp(min=0).sqrt()
             bound = self._bound
         return changes.scaled((bound / norms).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0))

@@ -36,11 +36,15 @@ def turned(adapter, seed):
 @given(rounds())
 def test_they_are_those_of_dense_matrices(round):
     current, updates = round
-    found = changes(current, updates)
+    found, grams = changes(current, updates), torch.zeros(len(current), len(updates), len(updates)).double()
     for place, site in enumerate(current):
         flat = np.stack([change(current, adapter, site).ravel() for adapter, _ in updates])
-        assert np.allclose(found.gram[place], flat @ flat.T, rtol=1e-9, atol=1e-9)
+        gram = torch.from_numpy(flat @ flat.T)
+        grams[found.groups[place]] += gram
+        assert torch.allclose(found.squares[place], gram.diagonal(), rtol=1e-9, atol=1e-9)
         assert found.trained[place].tolist() == [trained(adapter, site) for adapter, _ in updates]
+    assert torch.allclose(found.gram, grams[: len(found.gram)], rtol=1e-9, atol=1e-9)
+    assert len(found.gram) == len({tuple(those) for those in found.trained.tolist()})
     assert found.weights.tolist() == [weight for _, weight in updates]
 
 
@@ -94,3 +98,55 @@ def test_nobody_moved_or_trained():
     assert not nothing.trained.any()
     assert not nothing.gram.any()
     assert nothing.norms().isnan().all()
+
+
+def site_by_site(current, updates):
+    """Norms, distances and cosines of sums over the Gram matrices of single sites, K² numbers of each."""
+    grams = torch.stack([
+        gram.inner_products(site, [adapter.get(name) for adapter, _ in updates]) for name, site in current.items()
+    ])  # fmt: skip
+    known = torch.tensor([[trained(adapter, site) for adapter, _ in updates] for site in current])
+    squares = grams.diagonal(dim1=1, dim2=2)
+    typical = squares.masked_fill(~known, float("nan")).nanmedian(dim=1).values.nan_to_num()
+    typical = typical if typical.any() else known.any(dim=1).to(typical)
+
+    def whole(values, where):
+        typically = typical.view(-1, *[1] * (where.dim() - 1))
+        return (values.clamp(min=0) * where).sum(0) * typical.sum() / (typically * where).sum(0)
+
+    both = known[:, :, None] & known[:, None]
+    norms = (squares[:, :, None] * both).sum(0).sqrt()
+    return {
+        "norms": whole(squares, known).sqrt(),
+        "distances": whole(squares[:, :, None] + squares[:, None] - 2 * grams, both).sqrt(),
+        "cosines": (grams.sum(0) / (norms * norms.T)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(rounds())
+def test_sums_over_groups_of_sites_are_those_over_single_ones(round):
+    """Also of some devices alone, and of scaled changes."""
+    current, updates = round
+    found = changes(current, updates)
+    some = list(range(0, len(updates), 2))
+    half = {site: Factors(f.a, f.b) for site, f in current.items()}
+    for given_, wanted in (
+        (found, site_by_site(current, updates)),
+        (found.among(torch.tensor(some)), site_by_site(half, [updates[place] for place in some])),
+    ):
+        scale = float(given_.squares.max()) ** 0.5
+        for name, value in wanted.items():
+            close = 1e-6 * (scale if name != "cosines" else 1)
+            assert torch.allclose(getattr(given_, name)(), value, rtol=1e-6, atol=close, equal_nan=True)
+    doubled, twice = found.scaled(torch.full((len(updates),), 2.0).double()), found.norms()
+    assert torch.allclose(doubled.norms(), 2 * twice, equal_nan=True)
+
+
+def test_room_grows_with_the_sets_of_devices_and_not_with_sites():
+    current = {f"{site}{copy}": factors for copy in range(20) for site, factors in random_adapter(4, 0).items()}
+    whole = {f"{site}{copy}": factors for copy in range(20) for site, factors in random_adapter(4, 1).items()}
+    half = {site: factors for site, factors in whole.items() if int(site[1:]) < 10}
+    found = changes(current, [(whole, 1.0), (half, 1.0), (whole, 1.0)])
+    assert found.gram.shape == (2, 3, 3)
+    assert found.squares.shape == (len(current), 3)

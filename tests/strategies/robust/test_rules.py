@@ -31,7 +31,8 @@ def of_vectors(vectors, weights=None):
     flat = torch.as_tensor(np.asarray(vectors), dtype=torch.float64)
     weights = torch.ones(len(flat), dtype=torch.float64) if weights is None else torch.tensor(weights).double()
     there = torch.ones(1, len(flat), dtype=torch.bool)
-    return Changes((flat @ flat.T)[None], there, weights, torch.ones_like(weights))
+    gram = flat @ flat.T
+    return Changes(gram[None], gram.diagonal()[None], torch.zeros(1).long(), there, weights, torch.ones_like(weights))
 
 
 def mean(judged, vectors):
