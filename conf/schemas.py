@@ -285,6 +285,8 @@ class Strategy:
     update: str = "fp32"  # how devices send what they trained: fp32; or its change in fp16, int8 or int4, rounded at
     # random after any noise. Where directions keep their meaning (fedit, ffa, fedsa, fedsb, hetlora) what rounding left
     # goes into the next round
+    metered_update: str | None = None  # how devices on a metered link, or with less than 2 Mbit/s up, send it instead:
+    # fp16, int8 or int4, if that is fewer bits (not private per device); null: as all do
     download: str = "fp32"  # how adapters are sent to devices: fp32; or in fp16, int8 or int4, rounded at random. What
     # rounding took the server keeps, unless the rule turns its factors (flexlora, flora, fedsvd, raflora)
     keep: float = 1.0  # share of a rounded change that is sent: its largest blocks; the others wait for a later round
@@ -317,6 +319,8 @@ class Strategy:
         choose("strategy.weights", self.weights, ("device", "rank_slice"))
         choose("strategy.planning", self.planning, ("full", "device"))
         choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
+        if self.metered_update is not None:
+            choose("strategy.metered_update", self.metered_update, ("fp16", "int8", "int4"))
         choose("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"

@@ -75,6 +75,8 @@ def build(
     cut = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
     limits = Limits(
         metered_rank=config.strategy.metered_rank if cut else None,
+        metered_update=config.strategy.metered_update,
+        feedback=rule.steady,
         deadline=config.strategy.deadline,
         joules=config.strategy.joules,
         battery_share=config.strategy.battery_share,
@@ -83,6 +85,11 @@ def build(
         raise AntherError(
             f"strategy.battery_share={limits.battery_share}: what is left of a battery belongs to a device, and "
             f"privacy={chosen.level} hides all of one; use strategy.joules"
+        )
+    if limits.metered_update is not None and config.privacy.of_devices:
+        raise AntherError(
+            f"strategy.metered_update={limits.metered_update}: what link a device is on belongs to it, and "
+            f"privacy={chosen.level} hides all of one; use strategy.update"
         )
     level = _device_level(config, plan.run, sites, frame, seed, ledger) if config.privacy.of_devices else None
     return Federated(

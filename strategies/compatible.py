@@ -66,8 +66,10 @@ def check(
         raise ValueError("limits.metered_rank: this aggregation takes one rank only; leave it None")
     if device_level and (selection.sensitivity.momentary or limits.momentary):
         raise ValueError("what a device tells of its moment decides, and is part of what is private")
-    if device_level and limits.metered_rank is not None:
-        raise ValueError("limits.metered_rank: what link a device is on is part of what is private; leave it None")
+    if device_level and (limits.metered_rank is not None or limits.metered_update is not None):
+        raise ValueError("limits: what link a device is on is part of what is private; leave metered_… None")
+    if limits.metered_update is not None and limits.feedback and not aggregation.steady:
+        raise ValueError("feedback needs directions that keep their meaning, and under this aggregation they don't")
     if measuring.every and plan.privacy and not measuring.among_pictures:
         raise ValueError("measuring: a private plan promises to ask no device for a measure without noise")
     if measuring.every and device_level and not measuring.among_devices:

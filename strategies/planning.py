@@ -12,6 +12,8 @@ from models.trained import trained_shapes
 from protocol.messages import DeviceReport, TrainingPlan
 from protocol.rounding import bytes_per_number
 
+SLOW = 2.0  # Mbit/s up
+PRECISIONS = ("fp32", "fp16", "int8", "int4")  # of updates, from most bits to fewest
 _MANY = 2**31 - 1  # steps, where nothing limits them
 
 
@@ -21,6 +23,11 @@ class Limits:
 
     metered_rank: int | None = None
     """Directions asked of a device on a metered link; None: as many as of the others."""
+    metered_update: str | None = None
+    """Precision in which devices on a metered or slow link send their change, if the full plan has more bits; None:
+    as the others do."""
+    feedback: bool = False
+    """Whether those then carry what rounding left into the next round."""
     deadline: float | None = None
     """Seconds that a round may take a device, its transfers included; None: no limit."""
     joules: float | None = None
@@ -64,7 +71,13 @@ def allowed(
     if (min(most) < full.rank and not mixed_ranks) or (only is not None and not only):
         return None
     cut = replace(full, rank=min(most), sites=None if only is None or len(only) == len(sites) else only)
-    return None if full.scaffold and cut != full else cut  # a control variate is of all that was sent
+    if full.scaffold and cut != full:
+        return None  # a control variate is of all that was sent
+    few = limits.metered_update
+    light = report.metered or report.uplink_mbps < SLOW
+    if few is None or not light or PRECISIONS.index(few) <= PRECISIONS.index(full.update):
+        return cut
+    return replace(cut, update=few, feedback=limits.feedback)
 
 
 def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: float) -> int:

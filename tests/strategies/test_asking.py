@@ -13,6 +13,7 @@ import torch
 from flwr.app import ConfigRecord
 
 from conf.compose import compose
+from conf.errors import AntherError
 from models.adapter import initial, to_tensors
 from protocol import records
 from protocol.codec import encode
@@ -165,10 +166,15 @@ def test_a_metered_link_decides_nothing_where_it_is_the_unit(tmp_path: Path) -> 
     """A lower rank goes up sooner, and would have been drawn instead of another."""
     with pytest.raises(ValueError, match="part of what is private"):
         private(tmp_path, aggregation=FFA(), limits=Limits(metered_rank=1))
+    with pytest.raises(ValueError, match="part of what is private"):
+        private(tmp_path, aggregation=FFA(), limits=Limits(metered_update="int4"))
     for level, most in (("device", None), ("none", 4)):
         config = compose(f"strategy=ffa privacy={level} adapter.shared.rank=3")
         ledger = device_level(tmp_path).ledger
         assert build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)._limits.metered_rank == most
+    config = compose("strategy=ffa privacy=device adapter.shared.rank=3 strategy.metered_update=int4")
+    with pytest.raises(AntherError, match=r"strategy\.metered_update=int4: what link a device is on belongs to it"):
+        build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)
 
 
 def test_old_reports_are_asked_for_again_where_they_matter() -> None:

@@ -13,6 +13,7 @@ from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
 from simulations.grid import CohortGrid
 from strategies.aggregation import Aggregated
+from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.facts import DeviceFacts
 from strategies.measuring import Measuring
@@ -505,6 +506,20 @@ def test_metered_devices_round_fewer_directions():
     federated = strategy(plan=replace(PLAN, update="int8"), limits=Limits(metered_rank=1))
     assert train(federated, devices)
     assert [facts.rank for facts in federated.trained.devices.values()] == [3, 1]
+
+
+@pytest.mark.parametrize("rule", [FedIT(), Exact(rank=3, max_rank=None, seed=0)], ids=lambda rule: type(rule).__name__)
+def test_metered_devices_send_fewer_bits_beside_others_that_send_all(rule):
+    devices = [FakeDevice("a"), FakeDevice("b", report=replace(REPORT, device="b", metered=True))]
+    limits = Limits(metered_update="int4", feedback=rule.steady)
+    found, whole = strategy(aggregation=rule, limits=limits), strategy(aggregation=rule)
+    mixed, alone = train(found, devices), train(whole, devices)
+    of_a, of_b = found.trained.devices["a"].bytes_up, found.trained.devices["b"].bytes_up
+    assert of_a == whole.trained.devices["b"].bytes_up > of_b
+    assert found.trained.replied == 2
+    assert not same(mixed, alone)
+    with pytest.raises(ValueError, match="directions that keep their meaning"):
+        strategy(limits=Limits(metered_update="int4", feedback=True))
 
 
 def test_fewer_bytes_leave_more_steps_before_a_deadline():

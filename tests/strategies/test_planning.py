@@ -46,6 +46,19 @@ def test_metered_links_carry_fewer_directions():
     assert plan(metered_rank=4) == FULL
 
 
+def test_metered_and_slow_links_carry_fewer_bits():
+    metered, slow = replace(REPORT, metered=True), replace(REPORT, uplink_mbps=1.9)
+    light = replace(FULL, update="int4")
+    assert plan(metered, metered_update="int4") == plan(slow, metered_update="int4") == light
+    assert plan(metered, metered_update="int4", feedback=True) == replace(light, feedback=True)
+    assert plan(replace(REPORT, uplink_mbps=2.0), metered_update="int4") == plan(metered) == FULL
+    few = replace(FULL, update="int8")
+    assert plan(metered, full=few, metered_update="int4").update == "int4"
+    assert plan(metered, full=few, metered_update="fp16") == few  # never more bits than the others
+    assert planned(metered, metered_update="int4").seconds < planned(metered).seconds
+    assert planned(metered, replace(FULL, scaffold=True), metered_update="int4").plan.update == "int4"
+
+
 def test_no_device_is_asked_for_more_than_it_trains():
     few = replace(REPORT, rank=4)
     assert plan(few) == replace(FULL, rank=4)
