@@ -22,6 +22,8 @@ class Server:
     insecure: bool = False  # no TLS and no keys: on loopback only, to try things
     devices: int = 100  # that take part at most: with privacy per device and fleet.rate, noise is reckoned with it
     per_holder: int = 5  # devices of one person at most
+    again: bool = False  # begin another run of a configuration whose last one is over; else that is refused, since a
+    # machine that starts again would ask every device for another run
     tries: int = 5  # of a run that fails again and again before its first new round, until the server gives up
 
     def __post_init__(self) -> None:

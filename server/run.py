@@ -77,7 +77,10 @@ class Federation:
     def run(self) -> None:
         """Serve until the run is over; AntherError if it can't be begun, or fails again and again."""
         settings, here = self.config.server, place.of(self.config.server.folder)
-        compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
+        asked = compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
+        last = runs.newest(asked, assets.home() / "runs")
+        if last is not None and runs.is_over(last) and not settings.again:
+            raise AntherError(f"{last}: the run of this configuration is over; server.again=true begins another")
         say(f"Anther {version()}: {here.folder}")
         here.prepare(settings.hosts, settings.port)
         secure = None if settings.insecure else here.certificates

@@ -1,0 +1,32 @@
+"""A server whose run is over says so, and begins no other by itself: a machine that starts again would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.compose import compose
+from server import runs
+from server.run import of_run
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["rounds=1", "fleet.sample=1"]
+
+
+@pytest.mark.parametrize(("words", "refused"), [([], True), (["server.again=true"], False)])
+def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: list[str], refused: bool) -> None:
+    folder = runs.run_folder(compose(" ".join(of_run(WORDS, 100))), tmp_path / "runs")
+    runs.end(folder)
+    # A folder that can't be made ends a server that gets any further, and quickly.
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "server.run", *WORDS, *words, f"server.folder={tmp_path / 'file' / 'x'}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "ANTHER_HOME": str(tmp_path)}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert (f"{folder}: the run of this configuration is over" in done.stderr) == refused, done.stderr
