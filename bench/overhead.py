@@ -40,7 +40,7 @@ from server.superlink import SuperLink
 OUT = Path("bench/results/overhead.json")
 LEG, ADDED = 4.0, 40.0  # seconds of a leg, MiB that Anther may add when idle
 RUN = (
-    "fleet.sample={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
+    "strategy=fedit fleet.sample={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
     "evaluation.timesteps=1 strategy.timeout=600"
 )
 

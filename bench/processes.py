@@ -71,6 +71,8 @@ class Program:
     words: list[str]
     home: Path
     environment: dict[str, str] = field(default_factory=dict)
+    within: list[str] = field(default_factory=list)
+    """What its command is begun with: of a network namespace."""
     process: subprocess.Popen | None = None
 
     @property
@@ -85,7 +87,7 @@ class Program:
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *self.words], cwd=ROOT, stdout=log, stderr=log,
+                [*self.within, sys.executable, "-m", self.module, *self.words], cwd=ROOT, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, env=environment(self.home, self.environment),
             )  # fmt: skip
         return self
@@ -120,10 +122,10 @@ def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str
     return {**kept, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
 
 
-def command(module: str, *words: str, home: Path) -> subprocess.CompletedProcess:
+def command(module: str, *words: str, home: Path, within: Sequence[str] = ()) -> subprocess.CompletedProcess:
     """`python -m MODULE WORDS` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", module, *words], cwd=ROOT, env=environment(home), capture_output=True, text=True,
+        [*within, sys.executable, "-m", module, *words], cwd=ROOT, env=environment(home), capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
 
@@ -137,12 +139,14 @@ class Federation:
     port: int = field(default_factory=free_port)
     inner: int = field(default_factory=free_port)
     devices: dict[str, Program] = field(default_factory=dict)
+    host: str = LOOPBACK
+    """That devices reach it by."""
     server: Program = field(init=False)
 
     def __post_init__(self) -> None:
         settings = [
-            f"server.port={self.port}", f"server.inner_port={self.inner}", f"server.host={LOOPBACK}",
-            f"server.hosts=[{LOOPBACK}]",
+            f"server.port={self.port}", f"server.inner_port={self.inner}", f"server.host={self.host}",
+            f"server.hosts=[{self.host}]",
         ]  # fmt: skip
         self.server = Program("server.run", [*self.words, *settings], self.folder / "server", {"ANTHER_TEST": "true"})
 
@@ -159,12 +163,12 @@ class Federation:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def enrol(self, name: str, data: Path, *words: str) -> Program:
+    def enrol(self, name: str, data: Path, *words: str, within: Sequence[str] = ()) -> Program:
         """A device that is in; not started yet."""
         home = self.folder / name
-        done = command("client.enroll", self.ticket(), f"data={data}", f"name={name}", home=home)
+        done = command("client.enroll", self.ticket(), f"data={data}", f"name={name}", home=home, within=within)
         assert done.returncode == 0, done.stderr
-        self.devices[name] = Program("client.run", [*QUICK, *words], home)
+        self.devices[name] = Program("client.run", [*QUICK, *words], home, within=list(within))
         return self.devices[name]
 
     @property
@@ -182,9 +186,9 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, overrides: str) -> Iterator[Federation]:
+def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterator[Federation]:
     """A federation that is ended at last, whatever becomes of the test."""
-    found = Federation(folder, shlex.split(overrides))
+    found = Federation(folder, shlex.split(overrides), host=host)
     try:
         yield found
     finally:

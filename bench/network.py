@@ -1,0 +1,53 @@
+"""A network of this machine's own: a bridge, and for each device a namespace with one cable that can be pulled."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+SERVER = "10.213.0.1"
+_BRIDGE = "anther0"
+
+
+@contextmanager
+def network(names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
+    """What a command is begun with to run in each one's namespace; root's alone to make. The server is at SERVER."""
+    _end(names)
+    try:
+        _ip("link", "add", _BRIDGE, "type", "bridge")
+        _ip("addr", "add", f"{SERVER}/24", "dev", _BRIDGE)
+        _ip("link", "set", _BRIDGE, "up")
+        for number, name in enumerate(names):
+            _ip("netns", "add", _space(name))
+            _ip("link", "add", cable(name), "type", "veth", "peer", "name", "eth0", "netns", _space(name))
+            _ip("link", "set", cable(name), "master", _BRIDGE, "up")
+            inside = ("netns", "exec", _space(name), "ip")
+            _ip(*inside, "addr", "add", f"10.213.0.{10 + number}/24", "dev", "eth0")
+            _ip(*inside, "link", "set", "eth0", "up")
+            _ip(*inside, "link", "set", "lo", "up")
+        yield {name: ["ip", "netns", "exec", _space(name)] for name in names}
+    finally:
+        _end(names)
+
+
+def plug(name: str, *, on: bool) -> None:
+    """The cable of a device in, or out."""
+    _ip("link", "set", cable(name), "up" if on else "down")
+
+
+def cable(name: str) -> str:
+    return f"an-{name[-10:]}"  # 15 characters are the most
+
+
+def _space(name: str) -> str:
+    return f"anther-{name}"
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def _end(names: Sequence[str]) -> None:
+    for words in (*(("netns", "del", _space(name)) for name in names), ("link", "del", _BRIDGE)):
+        subprocess.run(["ip", *words], check=False, stderr=subprocess.DEVNULL)
