@@ -125,8 +125,8 @@ def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str
 def command(module: str, *words: str, home: Path, within: Sequence[str] = ()) -> subprocess.CompletedProcess:
     """`python -m MODULE WORDS` to its end."""
     return subprocess.run(
-        [*within, sys.executable, "-m", module, *words], cwd=ROOT, env=environment(home), capture_output=True, text=True,
-        timeout=120, check=False,
+        [*within, sys.executable, "-m", module, *words], cwd=ROOT, env=environment(home), capture_output=True,
+        text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
