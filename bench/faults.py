@@ -37,7 +37,7 @@ from bench.processes import Federation, Program, command, federation, letters, u
 OUT = Path("bench/results/faults.json")
 DEVICES = 3
 RUN = (
-    "rounds=100000 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=1e6 privacy.delta=1e-3 "
+    "rounds=3000 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=1000 privacy.delta=1e-3 "
     "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 strategy.timeout=90"
 )
 PATIENCE = 420.0  # seconds in which a federation must go on

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from conf.compose import compose
+from conf.errors import AntherError
 from models import assets
 from models.adapter import shapes
 from models.base import load
@@ -22,7 +24,7 @@ from server import checkpoint
 from server.federation import federate
 from server.gate import Gated
 from server.ledger import Ledger
-from server.runs import end, run_folder
+from server.runs import end, refuse, run_folder
 from server.state import Round
 from strategies.build import build
 from strategies.clock import WallClock
@@ -41,9 +43,18 @@ def main(grid: Grid, context: Context) -> None:
     with reproducible noise are accepted, and nothing of the run is a private release.
     """
     _log_as_flower_does()
+    folders = assets.home() / "runs"
+    try:
+        _federate(grid, context, folders)
+    except AntherError as error:  # what a person has to mend, no other try will
+        refuse(folders, context.run_id, str(error))
+        raise
+
+
+def _federate(grid: Grid, context: Context, folders: Path) -> None:
     config = compose(str(context.run_config.get("overrides", "")))
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
-    folder = run_folder(config, assets.home() / "runs")
+    folder = run_folder(config, folders)
     plan = training_plan(config, run=folder.name, base=base.hash)
     strategy = build(
         config,

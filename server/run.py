@@ -87,7 +87,7 @@ class Federation:
         self.register = Register(here.folder, per_holder=settings.per_holder)
         self.superlink = SuperLink(here.folder, settings.inner_port, secure)
         with alone(here):
-            stop_leftovers(here)
+            stop_leftovers(self.superlink.home)
             self._serve(here)
 
     def _serve(self, here: Place) -> None:
@@ -111,9 +111,6 @@ class Federation:
             configuration = compose(shlex.join(self.words))
             last = runs.newest(configuration, folders)
             resume = last is not None and not runs.is_over(last)
-            if not resume and before >= 0 and last is not None:
-                say("the run is over")
-                return
             words = [*self.words, "resume=true"] if resume else self.words
             try:
                 run = self.superlink.submit(app, shlex.join(words))
@@ -121,6 +118,9 @@ class Federation:
                 self._follow(run)
             except AntherError as error:
                 say(f"{error}")
+            else:
+                if reason := runs.refusal(folders, run):
+                    raise AntherError(reason)
             last = runs.newest(configuration, folders)
             if last is not None and runs.is_over(last):
                 say(f"the run is over: {last}")
@@ -158,6 +158,7 @@ class Federation:
 
     def _revive(self) -> None:
         if not self.superlink.alive:
+            stop_leftovers(self.superlink.home)  # its ServerApp looks every while only whether it is still there
             self.superlink.start()
             self._reconcile()
 
@@ -216,13 +217,11 @@ def alone(here: Place) -> Iterator[None]:
         yield
 
 
-def stop_leftovers(here: Place) -> None:
-    """End what an earlier server of this folder left running: it would hold the port and the database."""
-    flower = f"FLWR_HOME={here.folder / 'flower'}"
+def stop_leftovers(flower: Path) -> None:
+    """End what a SuperLink that is gone left running: it would hold the port and the database."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            ours = process.pid != psutil.Process().pid and process.environ().get("FLWR_HOME")
-            if ours and f"FLWR_HOME={ours}" == flower:
+            if process.environ().get("FLWR_HOME") == str(flower):
                 process.kill()
 
 

@@ -12,7 +12,7 @@ from conf.schemas import Simulation
 from privacy.durable import write
 from protocol import plain
 
-_CONFIG, _OVER = "config.json", "over"
+_CONFIG, _OVER, _REFUSED = "config.json", "over", "refused-"
 
 
 def run_folder(config: Simulation, runs: Path) -> Path:
@@ -47,6 +47,21 @@ def end(folder: Path) -> None:
 
 def is_over(folder: Path) -> bool:
     return (folder / _OVER).is_file()
+
+
+def refuse(runs: Path, flower: int, reason: str) -> None:
+    """Note why a ServerApp can't go on before somebody has done something, by the id that Flower gave its run."""
+    write(runs / f"{_REFUSED}{flower}", reason.encode())
+
+
+def refusal(runs: Path, flower: int) -> str | None:
+    """What `refuse` has noted; None: nothing, so that whatever ended it may go better the next time."""
+    file = runs / f"{_REFUSED}{flower}"
+    if not file.is_file():
+        return None
+    found = file.read_text(encoding="utf-8", errors="replace")
+    file.unlink()
+    return found
 
 
 def _identity(config: Simulation) -> bytes:
