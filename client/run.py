@@ -107,7 +107,7 @@ def ready(node: Node, link: Link) -> str:
 
 
 def have(node: Node, link: Link, base: str) -> None:
-    """Have the base of this content hash here, from wherever it is to be had."""
+    """Have the base of this content hash here, from wherever it is to be had; Unreachable if it isn't to be had now."""
     with contextlib.suppress(AntherError):
         assets.locate(base)
         return
@@ -117,8 +117,15 @@ def have(node: Node, link: Link, base: str) -> None:
 
     sensors = choose(node.power)
     say(f"fetching the base {base[:12]}")
-    with link.client(signed=True) as client:
-        fetch(base, node.fetch, http_get(client), metered=lambda: bool(sensors.read().metered), progress=_Progress())
+
+    def metered() -> bool:
+        return bool(sensors.read().metered)
+
+    try:
+        with link.client(signed=True) as client:
+            fetch(base, node.fetch, http_get(client), metered=metered, progress=_Progress())
+    except AntherError as error:  # a cut link, a paid network, a full disk: what came is kept, and later it may go on
+        raise Unreachable(str(error)) from error
 
 
 class _Progress:

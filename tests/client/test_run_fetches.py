@@ -1,0 +1,55 @@
+"""A device that lacks its base waits for it: whatever kept it from coming, it is asked for again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from client import fetch, run
+from client.link import Link, Unreachable
+from conf.errors import AntherError
+from conf.node import Fetch, Node, Power
+from protocol.hello import Hello
+
+BASE = "0" * 64
+LINK = Link("127.0.0.1:1", insecure=True)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: Iterator[object] = iter([AntherError("the link was cut 7 times"), AntherError("again"), Path("there")])
+    hello = Hello(oldest=1, newest=1, anther="", federation="", base=BASE, base_bytes=1, time="")
+
+    def fetched(*_: object, **__: object) -> Path:
+        found = next(tries)
+        if isinstance(found, Exception):
+            raise found
+        assert isinstance(found, Path)
+        return found
+
+    monkeypatch.setattr(fetch, "fetch", fetched)
+    monkeypatch.setattr(Link, "hello", lambda _: hello)
+    monkeypatch.setattr(run.links, "skew", lambda _: 0.0)
+    waited: list[float] = []
+    monkeypatch.setattr(run.time, "sleep", waited.append)
+    assert run.ready(Node(), LINK) == BASE
+    assert len(waited) == 2
+
+
+def test_a_network_that_is_paid_by_volume_is_left_alone(home: Path) -> None:
+    (home / "sensors.json").write_text(json.dumps({"metered": True}))
+    node = Node(power=Power(meter="file", file=str(home / "sensors.json")), fetch=Fetch(source="server"))
+    with pytest.raises(Unreachable, match="paid by volume"):
+        run.have(node, LINK, BASE)
+    with pytest.raises(Unreachable, match="can't be had") as refused:  # nobody is there, but it was asked
+        run.have(replace(node, fetch=Fetch(source="folder", metered=True)), LINK, BASE)
+    assert "paid by volume" not in str(refused.value)
