@@ -88,9 +88,5 @@ def leg(config: Simulation, grid: Grid, strategy: Federated, pace: Pace) -> Leg:
     chosen = config.strategy
     if chosen.timing == "sync":
         return Synchronous(grid, strategy, pace)
-    shift, size, concurrency = (
-        SHIFTS[chosen.aggregation],
-        chosen.buffer or SIZE,
-        config.fleet.concurrency or CONCURRENCY,
-    )
-    return Buffered(grid, strategy, pace, shift=shift, size=size, concurrency=concurrency)
+    size, concurrency = chosen.buffer or SIZE, config.fleet.concurrency or CONCURRENCY
+    return Buffered(grid, strategy, pace, shift=SHIFTS[chosen.aggregation], size=size, concurrency=concurrency)
