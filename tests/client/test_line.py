@@ -1,0 +1,108 @@
+"""A ClientApp and its worker: what is said arrives as it was, and nobody else is listened to."""
+
+import socket
+import threading
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client import line
+from conf.errors import AntherError
+from protocol.messages import Evaluate, Personalised, Query, Train
+from tests.client.devices import train_request
+
+REQUESTS = [
+    Query(),
+    train_request(number=1),
+    Evaluate(run="r", round=1, adapter=b"\0\1"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def ends():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def exchange(ends, asked, answered):
+    """What a worker hears, and what whoever asked is told."""
+    ours, theirs = ends
+    heard = []
+
+    def work():
+        heard.append(line.hear(theirs))
+        line.tell(theirs, answered)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    told = line.ask(ours, asked)
+    worker.join()
+    return heard[0], told
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_request_and_its_reply_arrive(ends, request_):
+    reply = Personalised(device="d", seconds=1.5, joules=2.0, quality="estimate")
+    asked = line.Asked(request_, "rounds=3 adapter.sites='a|b'")
+    assert exchange(ends, asked, line.Answered(reply=reply)) == (asked, line.Answered(reply=reply))
+
+
+@given(st.binary(max_size=5000))
+def test_an_adapter_of_any_bytes_arrives(data):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        asked = line.Asked(replace(train_request(number=1), adapter=data), "")
+        heard, told = exchange((ours, theirs), asked, line.Answered(refused="no"))
+    assert isinstance(heard.request, Train)
+    assert heard.request.adapter == data
+    assert told == line.Answered(refused="no")
+
+
+def test_a_failure_is_named_and_no_more(ends):
+    assert exchange(ends, line.Asked(Query(), ""), line.Answered(failed="ValueError"))[1].failed == "ValueError"
+
+
+def test_a_worker_that_dies_is_noticed(ends):
+    ours, theirs = ends
+    theirs.close()
+    with pytest.raises(ConnectionError):
+        line.ask(ours, line.Asked(Query(), ""))
+
+
+def test_half_a_request_is_none(ends):
+    ours, theirs = ends
+    ours.sendall(b"\0\0\0\7\0")
+    ours.close()
+    with pytest.raises(ConnectionError):
+        line.hear(theirs)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'{"kind":"Query","message":"{}","carries":true}',
+        b'{"kind":"Reboot","message":"{}","carries":false}',
+        b'{"kind":"Train","message":"{}","carries":false}',
+    ],
+)
+def test_what_is_malformed_is_refused(ends, head):
+    ours, theirs = ends
+    ours.sendall(line._LENGTHS.pack(len(head), 0) + head)
+    with pytest.raises(AntherError):
+        line.hear(theirs)
+
+
+def test_no_room_is_made_for_what_is_only_claimed(ends):
+    ours, theirs = ends
+    ours.sendall(line._LENGTHS.pack(2, 1 << 60))
+    with pytest.raises(AntherError, match="too long"):
+        line.hear(theirs)
+
+
+def test_our_own_user_is_known(ends, monkeypatch):
+    assert line.same_user(ends[0])
+    monkeypatch.setattr("os.getuid", lambda: 1_000_000)
+    assert not line.same_user(ends[0])
