@@ -9,10 +9,10 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate audit gate locks test test-slow format clean
+.PHONY: help simulate audit gate locks smoke-aarch64 test test-slow format clean
 
 help:  ## list what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make simulate ARGS="rounds=3 seed=1"       any key of conf/simulate.yaml'
 	@echo '  make simulate PYTHON=python3.12            another interpreter (on a fresh .venv)'
@@ -39,6 +39,11 @@ test-slow: $(INSTALLED_DEV)  ## the slow tests
 
 locks: $(INSTALLED_DEV)  ## lock what a server and a device install, as .venv holds it
 	@deploy/locks/lock.sh
+
+ROOT ?= outputs/arm64
+smoke-aarch64: $(INSTALLED)  ## two private steps on an emulated Pi 4, beside this machine's (as root; ROOT=FOLDER for its Debian)
+	@test -x $(ROOT)/opt/anther/bin/python || deploy/smoke/root.sh $(ROOT)
+	@$(BIN)/python -m bench.aarch64 --root $(ROOT)
 
 format: $(INSTALLED_DEV)  ## mend format and what ruff can mend by itself
 	$(BIN)/ruff check --fix .

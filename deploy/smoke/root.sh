@@ -1,0 +1,21 @@
+#!/bin/sh
+# An arm64 Debian with Anther as its lock has it, on another machine:  sudo deploy/smoke/root.sh FOLDER
+#
+# What is installed there is installed by deploy/termux/install.sh, under a processor like a Pi 4's. Needs Debian's
+# debootstrap, qemu-user-static and binfmt-support; takes half an hour and 2 GB. For `make smoke-aarch64`.
+set -eu
+
+here=$(cd "$(dirname "$0")/../.." && pwd)
+root=${1:?"say where: deploy/smoke/root.sh FOLDER"}
+
+[ -e "$root/etc/debian_version" ] || debootstrap --arch=arm64 --variant=minbase \
+    --include=python3,python3-venv,ca-certificates,libgomp1 bookworm "$root"
+mountpoint -q /proc/sys/fs/binfmt_misc || mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+update-binfmts --enable qemu-aarch64
+cp /etc/resolv.conf "$root/etc/resolv.conf"
+[ -e "$root/proc/self" ] || mount -t proc proc "$root/proc"
+[ -e "$root/dev/urandom" ] || mount --rbind --make-rslave /dev "$root/dev"
+mkdir -p "$root/srv/anther"
+(cd "$here" && git archive HEAD) | tar -x -C "$root/srv/anther"
+exec nice -n 15 chroot "$root" /usr/bin/env -i QEMU_CPU=cortex-a72 HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+    ${PIP_CERT:+PIP_CERT="$PIP_CERT"} /srv/anther/deploy/termux/install.sh
