@@ -111,9 +111,7 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
         "the first row's run of the same seed, medians too. `fleet=week`: phones, boards and laptops with "
         "batteries, owners and heat. `fleet=spread`: boards and laptops that are always there, the fastest ten "
         "times as fast as the slowest. *Lost*: devices that never replied, in all runs until then. Gini: of how "
-        "often each device took part. Small circles are runs, large ones their medians. The asynchronous arms are of "
-        "commit ca1402a, where one device could give a round several updates; since then each gives one, and they have "
-        "not been measured again.\n"
+        "often each device took part. Small circles are runs, large ones their medians.\n"
     )
     yield "![Hours and kWh of each arm](fleets.svg)\n"
     for fleet, arms in found.items():

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
     drawn, memory, events, began = random.Random(asked.seed), Memory(), Counter[str](), time.monotonic()
-    words = PRIVATE.replace("rounds=3000", f"rounds={asked.rounds}").replace("timeout=90", "timeout=30")
+    words = PRIVATE.replace("rounds=500", f"rounds={asked.rounds}").replace("timeout=90", "timeout=30")
     with tempfile.TemporaryDirectory(prefix="anther-") as folder, federation(Path(folder), words) as found:
         found.start()
         for name, data in letters(Path(folder) / "pictures", DEVICES, each=6).items():
