@@ -42,7 +42,7 @@ locks: $(INSTALLED_DEV)  ## lock what a server and a device install, as .venv ho
 
 ROOT ?= outputs/arm64
 smoke-aarch64: $(INSTALLED)  ## two private steps on an emulated Pi 4, beside this machine's (as root; ROOT=FOLDER for its Debian)
-	@test -x $(ROOT)/opt/anther/bin/python || deploy/smoke/root.sh $(ROOT)
+	@deploy/smoke/root.sh $(ROOT)
 	@$(BIN)/python -m bench.aarch64 --root $(ROOT)
 
 format: $(INSTALLED_DEV)  ## mend format and what ruff can mend by itself

@@ -2,7 +2,8 @@
 # An arm64 Debian with Anther as its lock has it, on another machine:  sudo deploy/smoke/root.sh FOLDER
 #
 # What is installed there is installed by deploy/termux/install.sh, under a processor like a Pi 4's. Needs Debian's
-# debootstrap, qemu-user-static and binfmt-support; takes half an hour and 2 GB. For `make smoke-aarch64`.
+# debootstrap, qemu-user-static and binfmt-support; takes half an hour and 2 GB. For `make smoke-aarch64`. Where Anther is
+# already, it only mounts what that needs: remove FOLDER/opt/anther to have it installed anew.
 set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
@@ -11,10 +12,11 @@ root=${1:?"say where: deploy/smoke/root.sh FOLDER"}
 [ -e "$root/etc/debian_version" ] || debootstrap --arch=arm64 --variant=minbase \
     --include=python3,python3-venv,ca-certificates,libgomp1 bookworm "$root"
 mountpoint -q /proc/sys/fs/binfmt_misc || mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
-update-binfmts --enable qemu-aarch64
+[ -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ] || update-binfmts --enable qemu-aarch64
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 [ -e "$root/proc/self" ] || mount -t proc proc "$root/proc"
 [ -e "$root/dev/urandom" ] || mount --rbind --make-rslave /dev "$root/dev"
+[ ! -x "$root/opt/anther/bin/python" ] || exit 0
 mkdir -p "$root/srv/anther"
 (cd "$here" && git archive HEAD) | tar -x -C "$root/srv/anther"
 exec nice -n 15 chroot "$root" /usr/bin/env -i QEMU_CPU=cortex-a72 HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin \
