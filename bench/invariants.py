@@ -138,7 +138,8 @@ def _violations(records: object, expected: Expected) -> Iterator[str]:
         yield "other records than a message has"
         return
     config, arrays = records["message"], records.get("arrays")
-    if not isinstance(config, ConfigRecord) or sorted(config) != ["json", "sha256"] or type(config["json"]) is not str:
+    named = ["json", "sha256", "version"]
+    if not isinstance(config, ConfigRecord) or sorted(config) != named or type(config["json"]) is not str:
         yield "the JSON and its checksum are not where they belong"
         return
     text, data = config["json"], b""

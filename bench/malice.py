@@ -18,6 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+from protocol.messages import NEWEST
+
 Header = dict[str, dict[str, Any]]
 Delivery = Callable[[], Message]
 
@@ -51,7 +53,8 @@ def records_of(letter: Letter, checksum: str | None = None) -> RecordDict:
     """A letter in Flower's records, with its own checksum or another."""
     beside = b"" if letter.adapter is None else hashlib.sha256(letter.adapter).digest()
     true = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
-    records = RecordDict({"message": ConfigRecord({"json": letter.text, "sha256": checksum or true})})
+    said = {"json": letter.text, "sha256": checksum or true, "version": NEWEST}
+    records = RecordDict({"message": ConfigRecord(said)})
     if letter.adapter is not None:
         array = Array("uint8", (len(letter.adapter),), "safetensors", letter.adapter)
         records["arrays"] = ArrayRecord({"adapter": array})
@@ -273,7 +276,10 @@ def mutated_records(letter: Letter, random: Random) -> RecordDict:
     elif way == 4:
         config["json"] = random.choice((letter.text.encode(), 1, [letter.text], True, [b"x"] * 1000))
     elif way == 5:
-        config["sha256"] = random.choice(("", "0" * 64, b"x", 0, ["x"], config["sha256"].upper()))
+        if random.random() < 0.5:
+            config["version"] = random.choice((0, NEWEST + 1, 2**63 - 1, -1, 1.0, "1", b"1", True, [1]))
+        else:
+            config["sha256"] = random.choice(("", "0" * 64, b"x", 0, ["x"], config["sha256"].upper()))
     elif way == 6:
         change = random.choice((
             {"dtype": "float32"}, {"dtype": "object"}, {"shape": (2**62,)}, {"shape": ()}, {"shape": (1,) * 5000},

@@ -125,7 +125,7 @@ OF_PICTURES = (
     ),
     Mutant(
         "simulated noise told as a release", "client/train.py",
-        "release=noise.release,\n        seconds=seconds,", "release=True,\n        seconds=seconds,",
+        "release=noise.release,\n        seconds=spent.seconds,", "release=True,\n        seconds=spent.seconds,",
         "tests/client/test_logic.py::test_simulated_noise_is_no_release",
     ),
     Mutant(

@@ -106,12 +106,12 @@ def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]
     """The JSON and the adapter of a message, as they were sent; what is cheap to find is found first."""
     names = set(records) if isinstance(records, RecordDict) else set()
     config, arrays = (records[name] if name in names else None for name in (_MESSAGE, _ARRAYS))
+    if isinstance(config, ConfigRecord) and _VERSION in config:
+        _check_version(config[_VERSION])  # first of all: another version may hold whatever it likes
     expected = {_JSON, _SHA256, _VERSION}
-    if not isinstance(config, ConfigRecord) or names - {_MESSAGE, _ARRAYS} or _VERSION not in config:
-        raise AntherError(f"malformed message: must hold {_MESSAGE!r} with its {_VERSION}, an adapter, no more")
-    _check_version(config[_VERSION])
-    if set(config) != expected:
-        raise AntherError(f"malformed message: {_MESSAGE!r} must hold {', '.join(sorted(expected))}, no more")
+    if not isinstance(config, ConfigRecord) or set(config) != expected or names - {_MESSAGE, _ARRAYS}:
+        listed = f"{_JSON}, {_SHA256} and {_VERSION}"
+        raise AntherError(f"malformed message: must hold {listed} in {_MESSAGE!r}, an adapter, no more")
     text, checksum = config[_JSON], config[_SHA256]
     if not isinstance(text, str) or len(text) > messages.LONGEST:
         raise AntherError(f"malformed message: the JSON is not a text of at most {messages.LONGEST} characters")

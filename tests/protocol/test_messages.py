@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from conf.errors import AntherError
 from protocol import records
 from protocol.messages import (
+    NEWEST,
     DeviceReport,
     Evaluate,
     Evaluation,
@@ -176,16 +177,20 @@ def with_config(**changes):
 
 EMPTY = Array("uint8", (0,), "safetensors", b"")
 MALFORMED = [
-    (RecordDict(), "must hold json and sha256"),
-    (ConfigRecord({"json": "{}"}), "must hold json and sha256"),
-    (with_records(message=None), "must hold json and sha256"),
-    (with_records(message=MetricRecord({"json": 1})), "must hold json and sha256"),
+    (RecordDict(), "must hold json, sha256 and version"),
+    (ConfigRecord({"json": "{}"}), "must hold json, sha256 and version"),
+    (with_records(message=None), "must hold json, sha256 and version"),
+    (with_records(message=MetricRecord({"json": 1})), "must hold json, sha256 and version"),
     (with_records(extra=ConfigRecord()), "no more"),
     (with_config(extra=1), "no more"),
     (with_config(json=1), "not a text"),
     (with_config(json="x" * 65_537), "at most 65536 characters"),
     (with_config(sha256="0" * 64), "damaged in transit"),
     (with_config(sha256=0), "damaged in transit"),
+    (with_config(version=0), "whoever wrote it has to update"),
+    (with_config(version=NEWEST + 1, more="x"), "whoever reads it has to update"),
+    (with_config(version="1"), "not a whole number"),
+    (with_config(version=b"1"), "not a whole number"),
     (with_config(json=to_json(UPDATE) + " "), "damaged in transit"),
     (with_config(json="\ud800"), "damaged in transit"),
     (with_records(arrays=None), "damaged in transit"),
