@@ -53,7 +53,7 @@ def records_of(letter: Letter, checksum: str | None = None) -> RecordDict:
     """A letter in Flower's records, with its own checksum or another."""
     beside = b"" if letter.adapter is None else hashlib.sha256(letter.adapter).digest()
     true = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
-    said = {"json": letter.text, "sha256": checksum or true, "version": NEWEST}
+    said: dict[str, Any] = {"json": letter.text, "sha256": checksum or true, "version": NEWEST}
     records = RecordDict({"message": ConfigRecord(said)})
     if letter.adapter is not None:
         array = Array("uint8", (len(letter.adapter),), "safetensors", letter.adapter)

@@ -52,9 +52,10 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _federate(grid: Grid, context: Context, folders: Path) -> None:
-    config = compose(str(context.run_config.get("overrides", "")))
+    overrides = str(context.run_config.get("overrides", ""))
+    config = compose(overrides)
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
-    folder = run_folder(config, folders)
+    folder = run_folder(overrides, folders)
     plan = training_plan(config, run=folder.name, base=base.hash)
     strategy = build(
         config,

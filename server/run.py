@@ -77,8 +77,8 @@ class Federation:
     def run(self) -> None:
         """Serve until the run is over; AntherError if it can't be begun, or fails again and again."""
         settings, here = self.config.server, place.of(self.config.server.folder)
-        asked = compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
-        last = runs.newest(asked, assets.home() / "runs")
+        compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
+        last = runs.newest(shlex.join(self.words), assets.home() / "runs")
         if last is not None and runs.is_over(last) and not settings.again:
             raise AntherError(f"{last}: the run of this configuration is over; server.again=true begins another")
         say(f"Anther {version()}: {here.folder}")
@@ -106,10 +106,9 @@ class Federation:
             self.superlink.stop()
 
     def _until_over(self, app: Path, folders: Path) -> None:
-        tries, pause, before = 0, _PAUSE, -1
+        tries, pause, before, overrides = 0, _PAUSE, -1, shlex.join(self.words)
         while True:
-            configuration = compose(shlex.join(self.words))
-            last = runs.newest(configuration, folders)
+            last = runs.newest(overrides, folders)
             resume = last is not None and not runs.is_over(last)
             words = [*self.words, "resume=true"] if resume else self.words
             try:
@@ -121,7 +120,7 @@ class Federation:
             else:
                 if reason := runs.refusal(folders, run):
                     raise AntherError(reason)
-            last = runs.newest(configuration, folders)
+            last = runs.newest(overrides, folders)
             if last is not None and runs.is_over(last):
                 say(f"the run is over: {last}")
                 return

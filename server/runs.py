@@ -1,41 +1,41 @@
-"""Runs by their folders: which one a configuration continues, and which are over."""
+"""Runs by their folders: which one the same words continue, and which are over."""
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
 from conf.errors import AntherError
-from conf.schemas import Simulation
 from privacy.durable import write
-from protocol import plain
 
-_CONFIG, _OVER, _REFUSED = "config.json", "over", "refused-"
+_WORDS, _OVER, _REFUSED = "words", "over", "refused-"
+_RESUME = "resume=true"
 
 
-def run_folder(config: Simulation, runs: Path) -> Path:
-    """A new folder for this run, or with `resume` the newest one that was made for the same configuration.
+def run_folder(overrides: str, runs: Path) -> Path:
+    """A new folder for the run of these words, or with `resume=true` among them the newest one that was made for them.
 
-    A device answers for a run and round only once, so a new run must have a name that was never used.
+    It goes by the words, not by all that they are composed to: a release that adds a key continues the run all the
+    same. A device answers for a run and round only once, so a new run must have a name that was never used.
 
     Raises AntherError if there is nothing to resume.
     """
-    if config.resume:
-        if (found := newest(config, runs)) is None:
+    if _RESUME in shlex.split(overrides):
+        if (found := newest(overrides, runs)) is None:
             raise AntherError(f"resume=true: {runs} holds no run of this configuration: leave it out to start one")
         return found
     folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    write(folder / _CONFIG, _identity(config))
+    write(folder / _WORDS, _identity(overrides))
     return folder
 
 
-def newest(config: Simulation, runs: Path) -> Path | None:
-    """The newest run that was made for the same configuration."""
-    identity = _identity(config)
+def newest(overrides: str, runs: Path) -> Path | None:
+    """The newest run that was made for the same words."""
+    identity = _identity(overrides)
     for folder in sorted(runs.glob("*/"), reverse=True):
-        if (folder / _CONFIG).is_file() and (folder / _CONFIG).read_bytes() == identity:
+        if (folder / _WORDS).is_file() and (folder / _WORDS).read_bytes() == identity:
             return folder
     return None
 
@@ -64,5 +64,6 @@ def refusal(runs: Path, flower: int) -> str | None:
     return found
 
 
-def _identity(config: Simulation) -> bytes:
-    return plain.dumps(dataclasses.replace(config, resume=False)).encode()
+def _identity(overrides: str) -> bytes:
+    """A word a line, whether or not a run is continued."""
+    return "".join(f"{word}\n" for word in shlex.split(overrides) if word != _RESUME).encode()

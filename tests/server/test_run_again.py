@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from conf.compose import compose
 from server import runs
 from server.run import of_run
 
@@ -19,7 +18,7 @@ WORDS = ["rounds=1", "fleet.sample=1"]
 
 @pytest.mark.parametrize(("words", "refused"), [([], True), (["server.again=true"], False)])
 def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: list[str], refused: bool) -> None:
-    folder = runs.run_folder(compose(" ".join(of_run(WORDS, 100))), tmp_path / "runs")
+    folder = runs.run_folder(" ".join(of_run(WORDS, 100)), tmp_path / "runs")
     runs.end(folder)
     # A folder that can't be made ends a server that gets any further, and quickly.
     (tmp_path / "file").write_text("")

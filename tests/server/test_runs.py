@@ -2,35 +2,34 @@
 
 import pytest
 
-from conf.compose import compose
 from conf.errors import AntherError
 from server.runs import end, is_over, newest, refusal, refuse, run_folder
 
 
 def test_a_new_run_has_a_name_never_used(tmp_path):
-    config = compose("rounds=2")
+    config = "rounds=2 seed=1"
     assert run_folder(config, tmp_path) != run_folder(config, tmp_path)
 
 
 def test_resume_finds_the_newest_run_of_the_same_configuration(tmp_path):
     for _ in range(2):
-        run_folder(compose("rounds=2"), tmp_path)
+        run_folder("rounds=2", tmp_path)
     newest = max(tmp_path.iterdir())
-    run_folder(compose("rounds=3"), tmp_path)
-    assert run_folder(compose("rounds=2 resume=true"), tmp_path) == newest
+    run_folder("rounds=3", tmp_path)
+    assert run_folder("rounds=2 resume=true", tmp_path) == newest
     with pytest.raises(AntherError, match="holds no run of this configuration"):
-        run_folder(compose("rounds=4 resume=true"), tmp_path)
+        run_folder("rounds=4 resume=true", tmp_path)
 
 
 def test_a_run_is_over_once_it_was_said(tmp_path):
-    config = compose("rounds=2")
+    config = "rounds=2 seed=1"
     assert newest(config, tmp_path) is None
     folder = run_folder(config, tmp_path)
     assert newest(config, tmp_path) == folder
     assert not is_over(folder)
     end(folder)
     assert is_over(folder)
-    assert newest(compose("rounds=3"), tmp_path) is None
+    assert newest("rounds=3", tmp_path) is None
 
 
 def test_a_refusal_is_told_once_and_to_its_own_run(tmp_path):
