@@ -5,7 +5,8 @@ Flower's SuperNode carries the messages. Four things are other than its own comm
 - **No code that a server sends is run.** Flower installs the app bundle that comes with a run, and imports the
   ClientApp from it: then a server could read any picture. Here the ClientApp is this device's own installed one.
 - ClientApps are forks of this process, which has imported all that they need and holds no thread: milliseconds and a
-  few MiB for each message, where a new interpreter takes a second or two and 180 MiB.
+  few MiB for each message, where a new interpreter takes a second or two and 180 MiB. One that is killed is followed by
+  another; Flower would wait for a minute, or, where it was killed before it had its message, for ever.
 - A node that was killed says goodbye first when it starts again, in place of being refused for a minute.
 - A node at work looks for messages twice a second, one that has had none for long every few seconds; Flower's own
   waits three seconds between two.
@@ -27,14 +28,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import flwr.supernode.runtime.run_clientapp as clientapp
 import flwr.supernode.start_client_internal as supernode
+import httpx
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -137,40 +143,65 @@ def _say_goodbye(address: str, insecure: bool, roots: Any, keys: Any, node: int)
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
 
+class _Task(NamedTuple):
+    """A message that is to be answered, and how often that may still be tried."""
+
+    token: str
+    pulled: tuple[Any, ...]
+    """What Flower's ClientApp process would pull for itself: here it is there before the fork, so that it isn't lost
+    with a ClientApp that is killed, and Flower waits for no reply that never comes."""
+    tries: int = 3
+
+
 def _serve(node: int, noted: int, address: str, secret: bytes) -> int:
     """Start a ClientApp for each task of the SuperNode; its exit status when it ends."""
-    client = RuntimeHttpClient.from_server_address(
-        server_address=address, insecure=True, root_certificates=None,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-            SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}),
-        ],
-    )  # fmt: skip
-    apps: set[int] = set()
+    client = _client(
+        address, "SuperExec", SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE})
+    )
+    apps: dict[int, _Task] = {}
     while True:
-        ready, _, _ = select.select([noted], [], [], _UNNOTED)
+        ready, _, _ = select.select([noted], [], [], 0.5 if apps else _UNNOTED)
         if ready and not os.read(noted, 4096):
             break  # the SuperNode is gone
-        apps -= {child for child in apps if os.waitpid(child, os.WNOHANG)[0]}
+        for child in list(apps):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            task = apps.pop(child) if ended else None
+            if task and os.WIFSIGNALED(status) and task.tries > 1:
+                print(
+                    f"a ClientApp was ended by signal {os.WTERMSIG(status)}; its message is answered anew", flush=True
+                )
+                apps[_in_a_fork(address, task)] = task._replace(tries=task.tries - 1)
         try:
             found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-        except Exception:  # it has not begun to listen, or is about to end
-            continue
-        if found.HasField("task") and found.token:
-            apps.add(_in_a_fork(address, found.token))
+            if found.HasField("task") and found.token:
+                with contextlib.closing(
+                    _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(found.token))
+                ) as own:
+                    task = _Task(found.token, clientapp.pull_task_input(own))
+                apps[_in_a_fork(address, task)] = task
+        except Exception as error:  # it has not begun to listen, or is about to end
+            if not isinstance(error, httpx.TransportError):
+                print(f"a message could not be taken from the SuperNode: {error}", flush=True)
     for child in apps:
         os.kill(child, signal.SIGTERM)
     return os.waitstatus_to_exitcode(os.waitpid(node, 0)[1])
 
 
-def _in_a_fork(address: str, token: str) -> int:
+def _client(address: str, name: str, own: Any) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=address, insecure=True, root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name=name), own],
+    )  # fmt: skip
+
+
+def _in_a_fork(address: str, task: _Task) -> int:
     if child := os.fork():
         return child
     status = 1
     try:
         with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        answer_task(address, token)
+        answer_task(address, task)
         status = 0
     except SystemExit as end:
         status = int(end.code or 0) if isinstance(end.code, int) else 1
@@ -178,12 +209,13 @@ def _in_a_fork(address: str, token: str) -> int:
         os._exit(status)
 
 
-def answer_task(address: str, token: str) -> None:
+def answer_task(address: str, task: _Task) -> None:
     """Flower's own course of a ClientApp, with this device's code in place of the server's."""
+    clientapp.pull_task_input = lambda _: task.pulled  # type: ignore[assignment]
     clientapp.install_from_fab = lambda *_, **__: None  # type: ignore[assignment]
     clientapp.get_project_dir = lambda *_, **__: None  # type: ignore[assignment]
     clientapp.get_load_client_app_fn = lambda **_: lambda *_: app
-    clientapp.run_clientapp(runtime_api_address=address, token=token, insecure=True, parent_pid=None)
+    clientapp.run_clientapp(runtime_api_address=address, token=task.token, insecure=True, parent_pid=None)
 
 
 if __name__ == "__main__":
