@@ -1,0 +1,111 @@
+"""The process that holds the base: what it keeps between requests, whom it serves, and when it ends."""
+
+import socket
+import threading
+
+import pytest
+
+from client import answering, line
+from client.answering import Owned
+from client.guard import Guard
+from client.home import files_of
+from client.opening import opened
+from client.power.conditions import Conditions
+from client.power.meter import Meter
+from client.worker import Worker, stated
+from conf import node as nodes
+from conf.node import compose
+from protocol.messages import DeviceReport, Query
+from tests.client.devices import train_request
+from tests.tiny import ATTENTION
+
+OVERRIDES = f"'adapter.sites=\"{ATTENTION}\"' evaluation.timesteps=1"
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch, pipeline_folder):
+    """One on a tiny base, with its store, and where to reach it."""
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    words = [f"data={tmp_path}", "name=pi", "worker.idle_seconds=0.5", "worker.memory_gib=0.25", "device=cpu"]
+    node = compose(words, tmp_path / "none")
+    answering._base.cache_clear()
+    with opened(files_of("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        guard = Guard(nodes.Guard(free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5))
+        owned = Owned(store=found.store, read=guard._read, meter=Meter(None, watts=5.0), guard=guard)
+        yield Worker(stated(node, str(pipeline_folder)), owned), listener, node
+
+
+def asking(listener, *requests):
+    """Asks one after the other in a thread; what comes of it is in the list that is returned."""
+    answers = []
+
+    def ask():
+        for request in requests:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(listener.getsockname())
+                try:
+                    answers.append(line.ask(connection, line.Asked(request, OVERRIDES)))
+                except OSError as error:
+                    answers.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return answers, thread
+
+
+def test_the_second_request_loads_nothing_and_then_it_ends(worker):
+    serving, listener, node = worker
+    answers, thread = asking(listener, Query(), Query(), Query())
+    serving.serve(listener, node)  # returns when nobody has asked for a while
+    thread.join()
+    assert all(isinstance(answer.reply, DeviceReport) for answer in answers), answers
+    assert answering._base.cache_info().misses == 1
+    report = answers[0].reply
+    assert (report.device, report.battery, report.charging) == ("pi", 0.4, True)
+
+
+def test_a_refusal_is_told_and_a_failure_only_named(worker):
+    serving, listener, node = worker
+    answers, thread = asking(listener, train_request(number=1))  # of another base
+    serving.serve(listener, node)
+    thread.join()
+    assert "the plan is for base" in answers[0].refused
+    serving.stated["base"] = "/nowhere/ada's pictures"
+    answers, thread = asking(listener, Query())
+    serving.serve(listener, node)
+    thread.join()
+    assert answers == [line.Answered(failed="AntherError")]
+
+
+def test_another_user_is_not_served(worker, monkeypatch):
+    serving, listener, node = worker
+    monkeypatch.setattr(line, "same_user", lambda _: False)
+    answers, thread = asking(listener, Query())
+    serving.serve(listener, node)
+    thread.join()
+    assert isinstance(answers[0], OSError)
+
+
+def test_rubbish_ends_a_request_and_not_the_worker(worker):
+    serving, listener, node = worker
+
+    def rubbish():
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(listener.getsockname())
+            connection.sendall(b"\0" * 40)
+        answers.extend(asking(listener, Query())[0])
+
+    answers = []
+    thread = threading.Thread(target=rubbish)
+    thread.start()
+    serving.serve(listener, node)
+    thread.join()
+    assert not serving.owned.guard.stop.is_set()
+
+
+def test_told_to_stop_it_takes_no_other_request(worker):
+    serving, listener, node = worker
+    serving.owned.guard.stop.set()
+    serving.serve(listener, node)
