@@ -49,5 +49,6 @@ def _ip(*words: str) -> None:
 
 
 def _end(names: Sequence[str]) -> None:
-    for words in (*(("netns", "del", _space(name)) for name in names), ("link", "del", _BRIDGE)):
+    cables = (("link", "del", cable(name)) for name in names)
+    for words in (*cables, *(("netns", "del", _space(name)) for name in names), ("link", "del", _BRIDGE)):
         subprocess.run(["ip", *words], check=False, stderr=subprocess.DEVNULL)

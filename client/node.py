@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import flwr.supernode.runtime.run_clientapp as clientapp
 import flwr.supernode.start_client_internal as supernode
-import httpx
+from flwr.common.constant import Status, SubStatus
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
@@ -54,7 +54,7 @@ POLL, SLOW = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _IDLE = 3.0  # seconds that Flower's SuperNode sleeps when there was no message
 _QUICK = 60.0  # seconds after a message in which the next is looked for quickly
-_UNNOTED = 2.0  # seconds after which a task is looked for, though none was noted
+_UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
 
 class _Pace:
@@ -102,14 +102,21 @@ def _pace(note: int) -> None:
     pace = _Pace(float(os.environ.get(POLL, "0.5")), float(os.environ.get(SLOW, "5")))
     pull = supernode._pull_and_store_message
 
-    def noting(*arguments: Any, **named: Any) -> int | None:
-        found = pull(*arguments, **named)
+    def noting(*, state: Any, **named: Any) -> int | None:
+        before = {task.task_id for task in state.get_tasks(statuses=_UNFINISHED)}  # of a ClientApp that is ending
+        found = pull(state=state, **named)
         if found is not None:
             pace.came()
             os.write(note, b".")
-        return found
+            return found
+        # Of a message that came in part, as its run or the server ended, Flower leaves the task behind: nobody could
+        # ever answer it, and whoever tried would wait.
+        for task in state.get_tasks(statuses=_UNFINISHED):
+            if task.task_id not in before:
+                state.finish_task(task.task_id, sub_status=SubStatus.FAILED, details="its message never came")
+        return None
 
-    supernode._pull_and_store_message = noting
+    supernode._pull_and_store_message = noting  # type: ignore[assignment] # by names alone
     supernode.time = SimpleNamespace(sleep=pace.sleep)  # type: ignore[assignment]
 
 
@@ -160,7 +167,7 @@ def _serve(node: int, noted: int, address: str, secret: bytes) -> int:
     )
     apps: dict[int, _Task] = {}
     while True:
-        ready, _, _ = select.select([noted], [], [], 0.5 if apps else _UNNOTED)
+        ready, _, _ = select.select([noted], [], [], 0.5 if apps else None)
         if ready and not os.read(noted, 4096):
             break  # the SuperNode is gone
         for child in list(apps):
@@ -171,6 +178,8 @@ def _serve(node: int, noted: int, address: str, secret: bytes) -> int:
                     f"a ClientApp was ended by signal {os.WTERMSIG(status)}; its message is answered anew", flush=True
                 )
                 apps[_in_a_fork(address, task)] = task._replace(tries=task.tries - 1)
+        if not ready:
+            continue
         try:
             found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
             if found.HasField("task") and found.token:
@@ -179,9 +188,9 @@ def _serve(node: int, noted: int, address: str, secret: bytes) -> int:
                 ) as own:
                     task = _Task(found.token, clientapp.pull_task_input(own))
                 apps[_in_a_fork(address, task)] = task
-        except Exception as error:  # it has not begun to listen, or is about to end
-            if not isinstance(error, httpx.TransportError):
-                print(f"a message could not be taken from the SuperNode: {error}", flush=True)
+        except Exception as error:  # the SuperNode waits for an answer that won't come: begin again
+            print(f"a message could not be taken from the SuperNode: {error}", flush=True)
+            os.kill(node, signal.SIGTERM)
     for child in apps:
         os.kill(child, signal.SIGTERM)
     return os.waitstatus_to_exitcode(os.waitpid(node, 0)[1])
