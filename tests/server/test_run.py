@@ -37,10 +37,9 @@ SEED = 7
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found and ended in /proc")
 
 
-@pytest.fixture(scope="module")
-def over(tmp_path_factory):
-    """A federation after its run, with all of it still there."""
-    folder = tmp_path_factory.mktemp("federation")
+def test_a_federation_of_processes(tmp_path, monkeypatch):
+    """In one test: another worker of pytest's would run it all again."""
+    folder = tmp_path / "federation"
     pictures = letters(folder / "pictures", len(OWNERS), each=8)
     with federation(folder, RUN) as running:
         running.start()
@@ -49,7 +48,10 @@ def over(tmp_path_factory):
         refusals = refused(running, pictures[OWNERS[0]])
         until(lambda: running.server.code is not None, 400, f"the run's end\n{running.told()}")
         assert running.server.code == 0, running.told()
-        yield running, pictures, refusals
+        it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path / "simulated", monkeypatch)
+        what_was_noised_reproducibly_is_no_release(running)
+        strangers_are_refused(refusals)
+        every_device_has_a_personal_adapter(running)
 
 
 def refused(running: Federation, pictures: Path) -> dict[str, str]:
@@ -87,8 +89,7 @@ def refused(running: Federation, pictures: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_it_comes_to_what_a_simulation_of_the_same_seed_comes_to(over, tmp_path, monkeypatch):
-    running, pictures, _ = over
+def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
     config = compose(shlex.join(of_run(shlex.split(RUN), 100)))
     base = load(config.base.path, sites=config.adapter.sites)
@@ -112,16 +113,14 @@ def test_it_comes_to_what_a_simulation_of_the_same_seed_comes_to(over, tmp_path,
         assert apart <= 1e-4 * max(1.0, float(torch.linalg.norm(b @ a))), site
 
 
-def test_what_was_noised_reproducibly_is_no_release(over):
-    running, *_ = over
+def what_was_noised_reproducibly_is_no_release(running):
     for owner in OWNERS:
         done = command("client.ledger", "--name", owner, home=running.folder / owner)
         assert "no: test" in done.stdout, done.stdout + done.stderr
         assert "ε=" not in done.stdout.split("All of it together")[0]
 
 
-def test_strangers_are_refused(over):
-    *_, refusals = over
+def strangers_are_refused(refusals):
     assert "works once" in refusals["used"]
     assert "isn't enrolled there, or was revoked" in refusals["stranger"]
     assert "200" not in refusals["plain"]
@@ -129,7 +128,6 @@ def test_strangers_are_refused(over):
     assert refusals["control"] in ("401", "404", "405")  # nothing behind the door but what devices need
 
 
-def test_every_device_has_a_personal_adapter(over):
-    running, *_ = over
+def every_device_has_a_personal_adapter(running):
     for owner in OWNERS:
         assert list((running.folder / owner).rglob("personal.safetensors")), running.devices[owner].said
