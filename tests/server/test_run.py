@@ -45,6 +45,9 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
         running.start()
         for owner in OWNERS:
             running.enrol(owner, pictures[owner], "test=true", f"seed={SEED}").start()
+        until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.told()}")
+        for dies in (*running.devices[OWNERS[0]].children("client.worker"), *running.server.children("flwr-serverapp")):
+            dies.kill()  # neither changes a bit of what follows
         refusals = refused(running, pictures[OWNERS[0]])
         until(lambda: running.server.code is not None, 400, f"the run's end\n{running.told()}")
         assert running.server.code == 0, running.told()
@@ -106,6 +109,7 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
     (run,) = running.runs
     deployed_state = checkpoint.load(run / "checkpoints", sites=base.sites)
     assert deployed_state.round == state.round == 3
+    assert "the run broke off" in running.server.said
     assert all(done.train.replied == 3 for done in deployed_state.history[1:])
     for site, (a, b) in state.adapter.items():
         other = deployed_state.adapter[site]
