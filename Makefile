@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate audit gate locks smoke-aarch64 test test-slow format clean
+.PHONY: help simulate audit gate faults soak locks smoke-aarch64 test test-slow format clean
 
 help:  ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ audit: $(INSTALLED)  ## attack what privacy promises, and leave a page (ARGS="'r
 
 gate: $(INSTALLED)  ## 20,000 malicious messages: what they cost, and whether one comes in
 	@$(BIN)/python -m bench.gate $(ARGS)
+
+faults: $(INSTALLED)  ## what happens to real devices, done to a federation of processes (root, Linux; hours; ARGS="--runs 5")
+	@$(BIN)/python -m bench.faults $(ARGS)
+
+soak: $(INSTALLED)  ## 500 rounds in which devices join, leave and die
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones, with coverage
 	$(BIN)/ruff check .
