@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ CALLS = (
 )  # fmt: skip
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a fork; its exit status, negative for a signal."""
+def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> int:
+    """Run in a fork, which is killed after so many seconds; its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -23,6 +24,9 @@ def in_child(work: Callable[[], None]) -> int:
             status = 0
         finally:
             os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -36,6 +36,7 @@ from privacy.sealed import Box, Sealed
 from privacy.storage import Files, Storage
 from protocol.messages import Train, Update
 from tests.client.devices import Performer, know_epsilon, make_device, to_bytes, train_request
+from tests.client.kills import in_child
 from training import jobs
 from training.engine import perform as really_perform
 
@@ -130,22 +131,6 @@ def read_wire(folder: Path) -> list[Sent]:
     wire = folder / "wire"
     lines = [line.split() for line in wire.read_text().splitlines()] if wire.exists() else []
     return [Sent(int(number), int(events), found) for number, events, found in lines]
-
-
-def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> int:
-    """Run in a fork; its exit status, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def serve_until(call: int, life: Life, *, within: bool = False, trace: Path | None = None) -> None:

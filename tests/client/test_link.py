@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from bench.processes import free_port
 from client import enroll
 from client.link import Link, Refused, Unreachable, enrol, skew
 from conf.errors import AntherError
@@ -15,7 +16,6 @@ from server.door import Door, serve
 from server.keys import ticket
 from server.place import Place
 from server.register import Register
-from tests.ports import free_port
 
 BASE = "b" * 64
 
