@@ -21,7 +21,14 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = "127.0.0.1"
-QUICK = ("guard.charging=false", "guard.celsius=null", "worker.nice=0", "worker.threads=1", "link.poll_seconds=0.2")
+QUICK = (
+    "guard.charging=false",
+    "guard.celsius=null",
+    "guard.battery_celsius=null",
+    "worker.nice=0",
+    "worker.threads=1",
+    "link.poll_seconds=0.2",
+)
 """A test's devices train whatever their sensors say, and with little to wait for."""
 
 
@@ -146,7 +153,7 @@ class Federation:
     def __post_init__(self) -> None:
         settings = [
             f"server.port={self.port}", f"server.inner_port={self.inner}", f"server.host={self.host}",
-            f"server.hosts=[{self.host}]",
+            f"server.hosts=[{self.host}]", "server.per_holder=99",
         ]  # fmt: skip
         self.server = Program("server.run", [*self.words, *settings], self.folder / "server", {"ANTHER_TEST": "true"})
 
@@ -159,7 +166,7 @@ class Federation:
         assert self.server.code is None, self.server.said
 
     def ticket(self, holder: str = "somebody") -> str:
-        done = command("server.keys", "ticket", "--holder", holder, "--per-holder", "99", home=self.server.home)
+        done = command("server.keys", "ticket", "--holder", holder, home=self.server.home)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

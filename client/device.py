@@ -28,7 +28,7 @@ from protocol.messages import DeviceReport
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
-HOT = 80.0  # °C, as `guard.celsius`: from here on training waits
+HOT, BATTERY_HOT = 80.0, 40.0  # °C, as `guard.celsius` and `guard.battery_celsius`: from here on training waits
 
 
 def _no_limit(_: int, __: Collection[str]) -> None:
@@ -152,7 +152,7 @@ def noticed(report: DeviceReport, now: Conditions) -> DeviceReport:
         battery=None if now.battery is None else math.floor(5 * now.battery + 1e-9) / 5,
         charging=bool(now.charging),
         busy=bool(now.owner_active),
-        hot=bool(now.throttled) or (now.celsius is not None and now.celsius > HOT),
+        hot=bool(now.throttled) or (now.celsius or 0) > HOT or (now.battery_celsius or 0) > BATTERY_HOT,
         metered=report.metered or bool(now.metered),
     )
 

@@ -34,20 +34,27 @@ def reason(now: Conditions, settings: node.Guard, *, waiting: bool = False) -> s
         waiting: training waits already, and goes on only once battery and heat are well within their limits.
     """
     least = min(1.0, settings.battery + BATTERY_MARGIN * waiting)
-    most = None if settings.celsius is None else settings.celsius - COOLER * waiting
     if settings.charging and now.charging is False:
         return "not on its charger"
     if settings.battery and now.battery is not None and now.battery < least:
         return f"the battery is at {now.battery:.0%}, and should be at {least:.0%}"
-    if most is not None and now.celsius is not None and now.celsius > most:
-        return f"{now.celsius:.0f} °C, and should be {most:.0f} °C"
-    if most is not None and now.throttled:
+    if wrong := _hot(now.celsius, settings.celsius, waiting=waiting):
+        return wrong
+    if wrong := _hot(now.battery_celsius, settings.battery_celsius, waiting=waiting):
+        return f"the battery: {wrong}"
+    if settings.celsius is not None and now.throttled:
         return "it is throttled"
     if settings.idle and now.owner_active:
         return "its owner uses it"
     if settings.unmetered and now.metered:
         return "its network is metered"
     return None
+
+
+def _hot(celsius: float | None, most: float | None, *, waiting: bool) -> str | None:
+    if celsius is None or most is None or celsius <= (most := most - COOLER * waiting):
+        return None
+    return f"{celsius:.0f} °C, and should be {most:.0f} °C"
 
 
 def shortage(now: Conditions, settings: node.Guard) -> str | None:

@@ -45,6 +45,7 @@ class Guard:
     charging: bool = True  # a device with a battery trains on its charger only
     battery: float = 0.4  # and not with less than this share of a full one
     celsius: float | None = 80.0  # not while it is hotter, nor throttled; null: however hot
+    battery_celsius: float | None = 40.0  # not while its battery is hotter, since that ages it; null: however hot
     idle: bool = False  # not while its owner uses it
     unmetered: bool = False  # not while its network is paid by volume
     free_mib: float = 150.0  # not with less memory left for all that else runs: what training holds is given back
@@ -54,7 +55,9 @@ class Guard:
 
     def __post_init__(self) -> None:
         require(0 <= self.battery <= 1, f"guard.battery={self.battery}: must be 0 to 1")
-        require(self.celsius is None or self.celsius > 0, f"guard.celsius={self.celsius}: must be over 0, or null")
+        for key in ("celsius", "battery_celsius"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"guard.{key}={value}: must be over 0, or null")
         for key in ("free_mib", "patience"):
             require(getattr(self, key) >= 0, f"guard.{key}={getattr(self, key)}: must be 0 or more")
         require(self.poll_seconds > 0, f"guard.poll_seconds={self.poll_seconds}: must be over 0")

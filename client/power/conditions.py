@@ -22,7 +22,9 @@ class Conditions:
     battery: float | None = None
     """Share of a full one that is left, 0 to 1."""
     celsius: float | None = None
-    """Of its hottest sensor; on a phone its battery's, where that is all it tells."""
+    """Of its hottest sensor, but the battery's."""
+    battery_celsius: float | None = None
+    """Of its battery, which ages at a heat that a processor doesn't feel."""
     throttled: bool | None = None
     """It runs slower than it could, for heat or for want of current."""
     free_mib: float = math.inf
@@ -41,7 +43,8 @@ def combined(*parts: Conditions) -> Conditions:
     return Conditions(
         charging=_first([part.charging for part in parts]),
         battery=_first([part.battery for part in parts]),
-        celsius=max((part.celsius for part in parts if part.celsius is not None), default=None),
+        celsius=_hottest([part.celsius for part in parts]),
+        battery_celsius=_hottest([part.battery_celsius for part in parts]),
         throttled=max((part.throttled for part in parts if part.throttled is not None), default=None),
         free_mib=min((part.free_mib for part in parts), default=math.inf),
         owner_active=_first([part.owner_active for part in parts]),
@@ -63,6 +66,10 @@ def seldom(
         return kept[0][1]
 
     return reading
+
+
+def _hottest(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _first(values: list[T | None]) -> T | None:

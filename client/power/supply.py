@@ -1,8 +1,8 @@
 """Batteries and chargers as Linux tells of them, in /sys/class/power_supply.
 
-Attributes and units are the kernel's (include/linux/power_supply.h: µV, µA, µW, µWh): `type`, `online`, `status`,
-`capacity`, and `scope`, which is `Device` for the battery of a mouse, say. That `online` is 2 behind some USB chargers
-is recalled, not looked up. Android mostly keeps all this from apps.
+Attributes and units are the kernel's (include/linux/power_supply.h: µV, µA, µW, µWh, tenths of °C): `type`, `online`,
+`status`, `capacity`, `temp`, and `scope`, which is `Device` for the battery of a mouse, say. That `online` is 2 behind
+some USB chargers is recalled, not looked up. Android mostly keeps all this from apps.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ def supply(system: System) -> Conditions:
     online = [system.number(folder / "online") for folder in found if folder not in batteries]
     charging = plugged([value for value in online if value is not None], [_status(system, one) for one in batteries])
     shares = [share for one in batteries if (share := _share(system, one)) is not None]
+    heat = [tenths / 10 for one in batteries if (tenths := system.number(one / "temp")) is not None]
     return Conditions(
         charging=charging,
         battery=sum(shares) / len(shares) if shares else None,
+        battery_celsius=max((value for value in heat if -40 < value < 150), default=None),
         watts=None if charging is not False else _watts(system, batteries),
     )
 

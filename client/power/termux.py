@@ -42,7 +42,7 @@ def of_battery(said: dict[str, Any]) -> Conditions:
     return Conditions(
         charging=charging,
         battery=None if percent is None or not 0 <= percent <= 100 else percent / 100,
-        celsius=heat if heat is not None and -40 < heat < 150 else None,
+        battery_celsius=heat if heat is not None and -40 < heat < 150 else None,
         throttled=health == "OVERHEAT" if isinstance(health, str) else None,
         watts=abs(current) * voltage / 1e9 if gives and current and voltage else None,
     )

@@ -91,6 +91,8 @@ def test_the_report_is_coarse_and_says_what_was_stated(root: Path, tmp_path: Pat
         (Conditions(battery=0.05), {"battery": 0.0}),
         (Conditions(celsius=80.0, throttled=False), {}),
         (Conditions(celsius=80.1), {"hot": True}),
+        (Conditions(battery_celsius=40.0), {}),
+        (Conditions(battery_celsius=40.1), {"hot": True}),
         (Conditions(throttled=True), {"hot": True}),
         (Conditions(owner_active=True, metered=True), {"busy": True, "metered": True}),
         (Conditions(free_mib=12.3, watts=4.5, owner_active=False, metered=False), {}),  # nobody's business

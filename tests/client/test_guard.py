@@ -55,6 +55,7 @@ class Device:
         ({"charging": False}, "charger"),
         ({"battery": 0.39}, "battery"),
         ({"celsius": 80.5}, "°C"),
+        ({"battery_celsius": 40.5}, "the battery: 40 °C"),
         ({"throttled": True}, "throttled"),
         ({}, "owner"),
         ({"owner_active": False}, "metered"),
@@ -75,9 +76,16 @@ def test_what_is_not_known_is_no_reason() -> None:
 
 def test_an_owner_may_allow_anything() -> None:
     worst = Conditions(
-        charging=False, battery=0.0, celsius=200.0, throttled=True, free_mib=0, owner_active=True, metered=True
+        charging=False,
+        battery=0.0,
+        celsius=200.0,
+        battery_celsius=90.0,
+        throttled=True,
+        free_mib=0,
+        owner_active=True,
+        metered=True,
     )
-    lax = node.Guard(charging=False, battery=0.0, celsius=None, free_mib=0.0)
+    lax = node.Guard(charging=False, battery=0.0, celsius=None, battery_celsius=None, free_mib=0.0)
     assert reason(worst, lax) is None
     assert reason(worst, lax, waiting=True) is None
     assert shortage(worst, lax) is None
@@ -90,7 +98,11 @@ def test_memory_is_short_below_its_limit() -> None:
 
 @pytest.mark.parametrize(
     ("at", "well"),
-    [({"battery": 0.4}, {"battery": 0.46}), ({"celsius": 80.0}, {"celsius": 75.0})],
+    [
+        ({"battery": 0.4}, {"battery": 0.46}),
+        ({"celsius": 80.0}, {"celsius": 75.0}),
+        ({"battery_celsius": 40.0}, {"battery_celsius": 35.0}),
+    ],
 )
 def test_who_waits_goes_on_only_well_within_the_limit(at: dict[str, object], well: dict[str, object]) -> None:
     edge = replace(FINE, **at)  # type: ignore[arg-type]

@@ -13,13 +13,15 @@ def test_nothing_is_known_of_nothing() -> None:
 
 
 def test_the_hottest_the_least_and_who_tells_first() -> None:
-    one = Conditions(charging=False, battery=0.0, celsius=40.0, throttled=False, free_mib=300, metered=False)
+    one = Conditions(
+        charging=False, battery=0.0, celsius=40.0, battery_celsius=31.0, throttled=False, free_mib=300, metered=False
+    )
     other = Conditions(
         charging=True, celsius=60.0, throttled=True, free_mib=200, owner_active=True, watts=3.0, watts_quality=ESTIMATE
     )
     assert combined(Conditions(), one, other) == Conditions(
-        charging=False, battery=0.0, celsius=60.0, throttled=True, free_mib=200, owner_active=True, metered=False,
-        watts=3.0, watts_quality=ESTIMATE,
+        charging=False, battery=0.0, celsius=60.0, battery_celsius=31.0, throttled=True, free_mib=200,
+        owner_active=True, metered=False, watts=3.0, watts_quality=ESTIMATE,
     )  # fmt: skip
     assert combined(one, Conditions()).throttled is False
 

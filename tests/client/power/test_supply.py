@@ -21,6 +21,12 @@ def test_a_laptop_on_its_charger_and_off_it(tmp_path: Path) -> None:
     assert read(tmp_path / "off", UNPLUGGED) == Conditions(charging=False, battery=0.85, watts=21.0)
 
 
+def test_a_battery_tells_its_heat_in_tenths_and_its_hottest_counts(tmp_path: Path) -> None:
+    warm = LAPTOP | {"BAT0/temp": "314", "BAT1/type": "Battery", "BAT1/status": "Full", "BAT1/temp": "398"}
+    assert read(tmp_path / "two", warm).battery_celsius == pytest.approx(39.8)
+    assert read(tmp_path / "none", LAPTOP | {"BAT0/temp": "-2731"}).battery_celsius is None
+
+
 def test_current_times_voltage_of_either_sign(tmp_path: Path) -> None:
     gauge = {name: text for name, text in UNPLUGGED.items() if "power_now" not in name}
     found = read(tmp_path, gauge | {"BAT0/current_now": "-1500000", "BAT0/voltage_now": "12000000"})

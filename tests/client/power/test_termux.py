@@ -26,7 +26,7 @@ def read(tmp_path: Path, **changes: object) -> Conditions:
 
 def test_a_phone_in_a_hand(tmp_path: Path) -> None:
     found = read(tmp_path)
-    assert (found.charging, found.battery, found.celsius, found.throttled) == (False, 0.85, 31.4, False)
+    assert (found.charging, found.battery, found.battery_celsius, found.throttled) == (False, 0.85, 31.4, False)
     assert found.watts == pytest.approx(0.82 * 4.0)
     assert found.owner_active is None
     assert read(tmp_path, current=820000).watts == pytest.approx(3.28)  # a vendor who counts the other way
@@ -34,7 +34,7 @@ def test_a_phone_in_a_hand(tmp_path: Path) -> None:
 
 def test_a_phone_on_its_charger_tells_no_watts(tmp_path: Path) -> None:
     found = read(tmp_path, plugged="PLUGGED_AC", status="NOT_CHARGING", health="OVERHEAT", temperature="45.0")
-    assert found == Conditions(charging=True, battery=0.85, celsius=45.0, throttled=True)
+    assert found == Conditions(charging=True, battery=0.85, battery_celsius=45.0, throttled=True)
     assert read(tmp_path, plugged="PLUGGED_WIRELESS").charging
     assert read(tmp_path, plugged="PLUGGED_DOCK").charging
 
