@@ -207,6 +207,13 @@ def clock_jumps(scene: Scene) -> str:
     return next(line for line in device.said[before:].splitlines() if "clock is" in line)
 
 
+def certificate_anew(scene: Scene) -> None:
+    """The operator makes a new key and certificate while everything is at work."""
+    scene.pause(4)
+    done = command("server.keys", "rotate", home=scene.federation.server.home)
+    assert done.returncode == 0, done.stderr
+
+
 def cut(seconds: float) -> Harm:
     """The device's network is down from the middle of an upload on."""
 
@@ -226,7 +233,8 @@ ROWS: dict[str, Harm] = {
     **{f"kill -9 {what}": killed(what) for what in ("ClientApp", "worker", "SuperNode", "SuperLink", "server app")},
     "kill -9 server": server_killed, "kill -9 device": device_killed, "disk full": disk_full,
     "corrupt cache": corrupt_cache, "half a checkpoint": half_a_checkpoint, "two with one store": two_with_one_store,
-    "another certificate": another_certificate, "clock jumps": clock_jumps, "network cut": cut(120),
+    "another certificate": another_certificate, "clock jumps": clock_jumps,
+    "certificate rotated": certificate_anew, "network cut": cut(120),
 }  # fmt: skip
 
 

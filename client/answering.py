@@ -39,7 +39,9 @@ class Owned:
     guard: Guard
 
     def device(self, stated: Mapping[str, object], base: Base) -> Device:
-        return from_config(stated, base, store=self.store, read=self.read, spent=lambda: self.meter.last)
+        found = from_config(stated, base, store=self.store, read=self.read, spent=lambda: self.meter.last)
+        self.meter.watts = found.report.watts  # where nothing measures: stated, or of its benchmark
+        return found
 
     def around(self, perform: Perform) -> Perform:
         return with_guard(measured(perform, self.meter), self.guard)

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from client import lock, partial
+from client import partial
 from conf.errors import AntherError
 from conf.node import Fetch
 from models import assets, hub, parts
-from privacy import durable
+from privacy import durable, lock
 
 Get = Callable[[str, int, int | None], Iterator[bytes]]
 """Bytes of a path of the server, from an offset and so many, or all of them.

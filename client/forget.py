@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from client import layout, lock, migrate
+from client import layout, migrate
 from client.home import owners_command, run
 from client.opening import check_there, last_federation
 from conf.errors import AntherError
-from privacy import durable
+from privacy import durable, lock
 from privacy.storage import ASIDE, Files
 
 NOTHING = "{folder}: nothing was learnt here of {whose}."

@@ -1,6 +1,6 @@
 """How what a device keeps is laid out in its folder, and what of it belongs to one federation.
 
-    version, lock             `client.migrate`, `client.lock`
+    version, lock             `client.migrate`, `privacy.lock`
     sealed                    `privacy.sealed`, if the store is encrypted
     policy.toml               what the owner allows, written by hand
     ledger.jsonl, outbox/, enrolled, seed, cache/       of the device, in whichever federation it is

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from client import lock
 from client.home import link, owners_command, run, words
 from conf.errors import AntherError
-from privacy import durable
+from privacy import durable, lock
 from privacy.storage import Files
 
 LEFT = """This device has left {federation}: its keys, {link}, and its words, {words}, are gone from here.

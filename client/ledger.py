@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from client import keyring, layout, lock, migrate
+from client import keyring, layout, migrate
 from client.home import owners_command, run
 from client.opening import look
 from conf.errors import AntherError
-from privacy import policy
+from privacy import lock, policy
 from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, SENT, TRAIN, History, Ledger, Reservation
 from privacy.policy import Policy

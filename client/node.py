@@ -7,7 +7,8 @@ Flower's SuperNode carries the messages. Four things are other than its own comm
 - ClientApps are forks of this process, which has imported all that they need and holds no thread: milliseconds and a
   few MiB for each message, where a new interpreter takes a second or two and 180 MiB. One that is killed is followed by
   another; Flower would wait for a minute, or, where it was killed before it had its message, for ever.
-- A node that was killed says goodbye first when it starts again, in place of being refused for a minute.
+- A node that was killed says goodbye first when it starts again, in place of being refused for a minute; and stays
+  away until its server has seen that, and has given up what the node had pulled.
 - A node at work looks for messages twice a second, one that has had none for long every few seconds; Flower's own
   waits three seconds between two.
 
@@ -53,6 +54,7 @@ from privacy.durable import write
 POLL, SLOW = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _IDLE = 3.0  # seconds that Flower's SuperNode sleeps when there was no message
+_AWAY = 4.0  # seconds; a server looks for replies every 3
 _QUICK = 60.0  # seconds after a message in which the next is looked for quickly
 _UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
@@ -123,7 +125,9 @@ def _pace(note: int) -> None:
 def _remember(file: Path) -> None:
     """Have a node that was killed say goodbye when it is started again.
 
-    Else Flower takes it for connected, and refuses it, until it has missed heartbeats for a minute.
+    Else Flower takes it for connected, and refuses it, until it has missed heartbeats for a minute. What it had pulled,
+    it can't answer any more: to whoever asks for a reply while a node is away, Flower says that none will come, and
+    the round need not wait for it.
     """
     connect = supernode.http_request_response
 
@@ -134,6 +138,7 @@ def _remember(file: Path) -> None:
         if keys is not None and file.exists():
             with contextlib.suppress(Exception):  # it may be forgotten there, or the server away: Flower then says so
                 _say_goodbye(address, insecure, roots, keys, int(file.read_text()))
+                time.sleep(_AWAY)
         with connect(address, insecure, roots, keys, tries, wait) as found:
             write(file, str(found[0]).encode())
             yield found

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from client import keyring, layout, lock, migrate
+from client import keyring, layout, migrate
 from client.layout import FEDERATION
 from conf.errors import AntherError
+from privacy import lock
 from privacy.sealed import SEAL, SEALED, Box, Seal, Sealed
 from privacy.storage import Files, Storage
 

@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -20,19 +19,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from client import home
 from client import link as links
 from client.link import Link, Unreachable
-from client.lock import alone
 from conf import lean
 from conf.children import with_parent
 from conf.errors import AntherError
 from conf.flower import environment
 from conf.node import Node, compose
+from conf.service import Stopped, say, stoppable
 from models import assets
 from privacy.durable import make_folder
+from privacy.lock import alone
 from protocol import plain
 
 DONE, USAGE = 0, 2
@@ -43,17 +42,13 @@ _PAUSE, _LONGEST = 2.0, 30.0  # seconds before what ended is started again: Flow
 _SOCKET_PATH = 100  # bytes that the path of a socket may have
 
 
-class Stopped(BaseException):
-    """A signal came."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: USAGE with one line on standard error where its owner has to do something."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-h", "--help"):
         print(__doc__, "Keys, their units and limits: conf/node.py.", sep="\n")
         return DONE
-    signal.signal(signal.SIGTERM, _stop)
+    stoppable()
     try:
         run(compose(words, home.words()))
     except AntherError as error:
@@ -256,10 +251,6 @@ def listening() -> Iterator[socket.socket]:
             yield listener
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
-
-
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -275,11 +266,6 @@ def _end(process: subprocess.Popen | None) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise Stopped
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from client.power.choose import choose
 from client.power.meter import Meter
 from conf.errors import AntherError
 from conf.node import Node
+from conf.service import Stopped
+from models.base import picked
 from privacy.policy import Refusal
 from protocol import plain
 from training.jobs import Cancelled
@@ -35,10 +37,6 @@ LISTEN, NODE, BASE = "ANTHER_LISTEN_FD", "ANTHER_NODE", "ANTHER_BASE_HELD"
 """The listening socket's number; the node's configuration, as JSON; and the base that is held, by hash or path."""
 
 USAGE = 2
-
-
-class Stopped(BaseException):
-    """A signal came."""
 
 
 def main() -> int:
@@ -52,8 +50,8 @@ def main() -> int:
             ) as found,
             socket.socket(fileno=int(os.environ[LISTEN])) as listener,
         ):
-            sensors = choose(node.power, cuda=node.device == "cuda")
-            meter = Meter(sensors.source, watts=node.power.watts or WATTS)
+            sensors = choose(node.power, cuda=picked(node.device) == "cuda")
+            meter = Meter(sensors.source, watts=WATTS)
             guard = Guard(node.guard, sensors.read, pausing=meter.paused)
             owned = Owned(store=found.store, read=sensors.read, meter=meter, guard=guard)
             log.info("energy is measured by %s: %s", sensors.name, sensors.covers)

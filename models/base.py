@@ -144,9 +144,14 @@ def load(path: str, *, sites: str | None = None, device: str = "cpu", **options:
     Raises:
         AntherError: it is missing or of another kind.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Base(assets.locate(path), sites=sites, device=device, **options)
+    return Base(assets.locate(path), sites=sites, device=picked(device), **options)
+
+
+def picked(device: str) -> str:
+    """The torch device of that name; of `auto`, a GPU if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _latents(encoded: Any) -> Tensor:

@@ -171,6 +171,12 @@ def serve(door: Door, *, host: str, port: int, certificates: Certificates | None
     return server
 
 
+def show(server: uvicorn.Server, certificates: Certificates) -> None:
+    """Whoever connects from now on is shown this certificate."""
+    assert isinstance(server.config.ssl, ssl.SSLContext)
+    server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
+
+
 async def _body(request: Request, most: int) -> bytes:
     found = bytearray()
     async for part in request.stream():

@@ -4,7 +4,7 @@
     ticket --holder WHO [--days 7]      print what one device needs to come in; it works once
     list                                all devices and open tickets
     revoke DEVICE                       shut a device out, at once, also while the server runs
-    rotate [--host NAME …]              a new key and certificate for the server; restart it to show them
+    rotate [--host NAME …]              a new key and certificate for the server, which shows them at once
 
 Devices trust the federation's own authority, whose key is FOLDER/authority.key: keep a copy elsewhere. Whoever has it
 can pose as this server, and without it certificates can't be renewed.
@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=Server.port)
     parser.add_argument("--holder", help="with ticket: whose device it is for")
     parser.add_argument("--days", type=float, default=7.0, help="with ticket: how long it is good for")
-    parser.add_argument("--per-holder", type=int, default=Server.per_holder, help="devices of one holder at most")
     asked = parser.parse_args(arguments)
     try:
         print(_act(place.of(asked.folder), asked))
@@ -50,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _act(here: Place, asked: argparse.Namespace) -> str:
-    register = Register(here.folder, per_holder=asked.per_holder)
+    if asked.command == "init":
+        here.prepare(asked.host, asked.port)
+        hosts = ", ".join(pki.hosts_of(here.certificates.certificate.read_bytes()))
+        return f"{here.folder}: certificates for {hosts}. Keep a copy of authority.key elsewhere."
+    register = Register(here.folder, per_holder=here.address().per_holder)
     match asked.command:
-        case "init":
-            here.prepare(asked.host, asked.port)
-            hosts = ", ".join(pki.hosts_of(here.certificates.certificate.read_bytes()))
-            return f"{here.folder}: certificates for {hosts}. Keep a copy of authority.key elsewhere."
         case "ticket":
             if not asked.holder:
                 raise AntherError("ticket: say --holder, whose device it is for: so many devices each holder may have")
@@ -68,9 +67,8 @@ def _act(here: Place, asked: argparse.Namespace) -> str:
             register.revoke(asked.device)
             return f"{asked.device} is shut out from now on. What it shared before stays in the adapter."
         case _:
-            here.address()
             here.rotate(asked.host)
-            return "a new certificate is there: restart python -m server.run to show it. Devices need nothing."
+            return "a new certificate is there, and a server that runs shows it at once. Devices need nothing."
 
 
 def ticket(here: Place, register: Register, holder: str, days: float) -> str:

@@ -1,8 +1,8 @@
 """A federation's place on its server's disk: certificates, keys, and where devices reach it.
 
 authority.crt, .key     of the federation: devices know it by its fingerprint. Keep a copy of the key elsewhere
-server.crt, .key        what the port shows; made anew by `python -m server.keys rotate`
-federation.json         its name and address
+server.crt, .key        what the port shows; made anew before it ends, and by `python -m server.keys rotate`
+federation.json         its name and address, and how many devices each holder may have
 register.json           who may take part
 superlink.db, flower/   Flower's own
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from conf.errors import AntherError
+from conf.serving import Server
 from models import assets
 from privacy.durable import make_folder, write
 from protocol import plain
@@ -34,6 +35,7 @@ class Address:
     federation: str
     host: str
     port: int
+    per_holder: int = Server.per_holder
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Place:
         except ValueError as error:
             raise AntherError(f"{self.folder / 'federation.json'} is damaged ({error}): init again") from error
 
-    def prepare(self, hosts: Sequence[str], port: int) -> None:
+    def prepare(self, hosts: Sequence[str], port: int, per_holder: int = Server.per_holder) -> None:
         """Make what is missing, and the server's certificate anew if it ends soon or is for other hosts."""
         make_folder(self.folder)
         if not (self.folder / "authority.crt").exists():
@@ -69,10 +71,15 @@ class Place:
             self.rotate(hosts or found_hosts())
         elif hosts and not set(hosts) <= set(pki.hosts_of(known.read_bytes())):
             self.rotate(hosts)
-        elif pki.days_left(known.read_bytes(), datetime.now(UTC)) < _RENEWED:
-            self.rotate(pki.hosts_of(known.read_bytes()))
+        else:
+            self.renew()
         host = (list(hosts) or pki.hosts_of(known.read_bytes()))[0]
-        self._tell(Address(federation=self.fingerprint()[:16], host=host, port=port))
+        self._tell(Address(federation=self.fingerprint()[:16], host=host, port=port, per_holder=per_holder))
+
+    def renew(self) -> None:
+        """Make the server's certificate anew if it ends soon; AntherError as for `rotate`."""
+        if pki.days_left(self.certificates.certificate.read_bytes(), datetime.now(UTC)) < _RENEWED:
+            self.rotate()
 
     def rotate(self, hosts: Sequence[str] = ()) -> None:
         """A new key and certificate for the server, by the same authority: devices notice nothing.

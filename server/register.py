@@ -93,7 +93,7 @@ class Register:
             if there + len(open_) >= self._per_holder:
                 raise AntherError(
                     f"{holder} has {there} devices and {len(open_)} open tickets, and {self._per_holder} are the most: "
-                    "revoke one, or allow more with --per-holder"
+                    "revoke one, or start the server with a higher server.per_holder"
                 )
             ticket = Issued(holder=holder, expires=(now + timedelta(days=days)).isoformat())
             self._write(replace(contents, tickets={**contents.tickets, _hash(secret): ticket}))

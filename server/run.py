@@ -10,49 +10,45 @@ does when this command, or the machine, is started again with the same configura
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shlex
-import signal
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import psutil
+import uvicorn
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from conf.cli import application
 from conf.compose import compose
 from conf.errors import AntherError
+from conf.service import Stopped, say, stoppable
 from conf.serving import Serve
 from models import assets, parts
+from privacy.lock import alone
 from protocol.hello import Hello
 from protocol.messages import NEWEST, OLDEST
 from server import place, runs, shelf
 from server.bundle import assemble, version
-from server.door import Door, now, serve
+from server.door import Door, now, serve, show
 from server.place import Place
 from server.register import Register
 from server.superlink import SuperLink
 
 _LOOK = 1.0  # seconds between two looks at what is alive
+_DAY = 86_400.0  # seconds
 _PAUSE, _LONGEST = 2.0, 120.0  # seconds before something that failed is tried again
-
-
-class Stopped(BaseException):
-    """A signal came."""
 
 
 @application("serve", Serve)
 def main(config: Serve) -> None:
     words = [word for word in HydraConfig.get().overrides.task if not word.lstrip("+").startswith("server.")]
     GlobalHydra.instance().clear()  # what the ServerApp composes is composed here too
-    signal.signal(signal.SIGTERM, _stop)
+    stoppable()
     with contextlib.suppress(Stopped, KeyboardInterrupt):
         Federation(config, of_run(words, config.server.devices)).run()
 
@@ -71,6 +67,9 @@ class Federation:
     words: list[str]
     superlink: SuperLink = field(init=False)
     register: Register = field(init=False)
+    _opened: uvicorn.Server = field(init=False)
+    _shown: bytes = b""  # the certificate that devices are shown
+    _look_again: float = 0.0  # for whether it ends soon
     _known: set[str] = field(default_factory=set)  # public keys that the SuperLink lets in
     _registering: threading.Lock = field(default_factory=threading.Lock)
 
@@ -82,26 +81,27 @@ class Federation:
         if last is not None and runs.is_over(last) and not settings.again:
             raise AntherError(f"{last}: the run of this configuration is over; server.again=true begins another")
         say(f"Anther {version()}: {here.folder}")
-        here.prepare(settings.hosts, settings.port)
+        here.prepare(settings.hosts, settings.port, settings.per_holder)
         secure = None if settings.insecure else here.certificates
         self.register = Register(here.folder, per_holder=settings.per_holder)
         self.superlink = SuperLink(here.folder, settings.inner_port, secure)
-        with alone(here):
+        with alone(here.folder, what="this federation"):
             stop_leftovers(self.superlink.home)
             self._serve(here)
 
     def _serve(self, here: Place) -> None:
         settings, secure = self.config.server, self.superlink.certificates
         try:
+            self._shown = secure.certificate.read_bytes() if secure else b""
             self.superlink.start()
             self._reconcile()
-            door = serve(self._door(here), host=settings.host, port=settings.port, certificates=secure)
+            self._opened = serve(self._door(here), host=settings.host, port=settings.port, certificates=secure)
             say(f"listening on {settings.host}:{settings.port}" + ("" if secure else ", without TLS or keys"))
             if secure and not self._known:
                 say("no devices yet: python -m server.keys ticket --holder NAME, then on the device")
                 say("    python -m client.enroll TICKET data=FOLDER && python -m client.run")
             self._until_over(assemble(here.folder / "app"), assets.home() / "runs")
-            door.should_exit = True
+            self._opened.should_exit = True
         finally:
             self.superlink.stop()
 
@@ -145,6 +145,10 @@ class Federation:
                     say("the SuperLink is gone")
                     return
                 self._shut_out()
+                if self._certified_anew():
+                    say("the server has a new certificate, with which the SuperLink starts again")
+                    self.superlink.stop()
+                    return
             while (
                 self.superlink.alive and (status := self.superlink.control.status(run)).partition(":")[0] != "finished"
             ):
@@ -154,6 +158,23 @@ class Federation:
             watched.terminate()
             watched.wait()
             reader.join(5)
+
+    def _certified_anew(self) -> bool:
+        """Whether another certificate is there than was shown; devices are shown it from now on."""
+        secure = self.superlink.certificates
+        if secure is None:
+            return False
+        if time.monotonic() > self._look_again:
+            self._look_again = time.monotonic() + _DAY
+            try:
+                place.of(self.config.server.folder).renew()
+            except AntherError as error:  # there is a month in which to mend that
+                say(f"{error}")
+        if (found := secure.certificate.read_bytes()) == self._shown:
+            return False
+        self._shown = found
+        show(self._opened, secure)
+        return True
 
     def _revive(self) -> None:
         if not self.superlink.alive:
@@ -205,27 +226,12 @@ class Federation:
         )  # fmt: skip
 
 
-@contextlib.contextmanager
-def alone(here: Place) -> Iterator[None]:
-    """AntherError if another server of this folder runs."""
-    with (here.folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AntherError(f"{here.folder}: a server of this federation runs already") from None
-        yield
-
-
 def stop_leftovers(flower: Path) -> None:
     """End what a SuperLink that is gone left running: it would hold the port and the database."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("FLWR_HOME") == str(flower):
                 process.kill()
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def _trusting(authority: Path) -> ssl.SSLContext:
@@ -242,11 +248,6 @@ def _print_all(process: object) -> None:
     for line in process.stdout:  # type: ignore[attr-defined]
         sys.stdout.write(line)
         sys.stdout.flush()
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise Stopped
 
 
 if __name__ == "__main__":

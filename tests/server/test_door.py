@@ -1,6 +1,7 @@
 """What comes through a federation's one port, and what doesn't."""
 
 import base64
+import ssl
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -14,12 +15,19 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from bench.processes import free_port
 from protocol import plain
 from protocol.hello import Enrolment, Hello
 from protocol.messages import NEWEST, OLDEST
 from server import identity
-from server.door import Door, now
+from server.door import Door, now, serve, show
+from server.place import Place
 from server.register import Register
+
+
+def shown(port: int) -> bytes:
+    """The certificate that whoever connects is shown, as PEM."""
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=10).encode()
 
 
 def key_of(size=ec.SECP384R1):
@@ -191,3 +199,17 @@ def test_a_larger_request_than_flower_makes_is_refused(client, register, inside,
     key = enrolled(client, register, key_of())
     assert client.post("/v1/fleet/push-object", content=b"x" * 11, headers=signed(key, "x")).status_code == 413
     assert inside.seen == []
+
+
+def test_a_new_certificate_is_shown_without_a_restart(register, tmp_path):
+    place, port = Place(tmp_path), free_port()
+    place.prepare(["127.0.0.1"], port)
+    door = Door(inside="http://inside", register=register, hello=str, authority=b"", welcome=lambda *_: None)
+    opened = serve(door, host="127.0.0.1", port=port, certificates=place.certificates)
+    try:
+        assert shown(port) == place.certificates.certificate.read_bytes()
+        place.rotate()
+        show(opened, place.certificates)
+        assert shown(port) == place.certificates.certificate.read_bytes()
+    finally:
+        opened.should_exit = True

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from client import lock
 from client.opening import by_owner, look, opened
 from client.roll_back import main
 from client.store import Personal
 from conf.errors import AntherError
+from privacy import lock
 from privacy.storage import Files
 from tests.client.devices import BASE, SITES, adapter
 
