@@ -4,12 +4,16 @@ One federation of three devices goes on round after round, with privacy per pict
 row does its harm at a random moment and then waits. It *went on* if, without anybody's help, a later round has used an
 update of every device again; *refused* if the one concerned said why in a line and the others went on. After each run
 every ledger must be whole, and hold a sealed entry for every update that the server has used.
+
+With `--jobs N` several such federations work side by side, each with a network and mounts of its own; a core and 2 GiB
+for each are enough. Runs are added to those in the file: remove it to begin anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -20,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,11 +37,12 @@ from rich.table import Table
 from bench.machine import machine, versions
 from bench.network import SERVER, network, plug
 from bench.processes import Federation, Program, command, federation, letters, until
+from privacy.durable import write
 
 OUT = Path("bench/results/faults.json")
 DEVICES = 3
 RUN = (
-    "rounds=500 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
+    "rounds=5000 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
     "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 strategy.timeout=90"
 )
 PATIENCE = 420.0  # seconds in which a federation must go on
@@ -70,7 +75,7 @@ class Scene:
             with contextlib.suppress(OSError, IndexError, ValueError):  # replaced while we look
                 return {name: facts["rounds"] for name, facts in self.server_state()["devices"].items()}
             time.sleep(0.1)
-        return {}
+        raise AssertionError(f"no checkpoint can be read\n{self.federation.told()}")
 
     def process(self, what: str) -> psutil.Process:
         """One that is there, as soon as it is."""
@@ -161,11 +166,11 @@ def half_a_checkpoint(scene: Scene) -> str | None:
     file.write_bytes(before[: scene.drawn.randrange(len(before))])
     federation.start()
     until(lambda: str(newest) in federation.server.said, 120, "the damage's name")
-    said = next(line for line in federation.server.said.splitlines() if f"delete {newest}" in line)
+    *_, said = (line for line in federation.server.said.splitlines() if f"delete {newest}" in line)
     federation.server.stop()
     shutil.rmtree(newest)  # as it says
     federation.start()
-    return said
+    return said.removeprefix("error: ")
 
 
 def two_with_one_store(scene: Scene) -> str:
@@ -174,7 +179,7 @@ def two_with_one_store(scene: Scene) -> str:
     second = Program("client.run", scene.device.words, scene.device.home / "second", own, scene.device.within)
     second.start()
     until(lambda: second.code is not None, 60, f"a refusal\n{second.said}")
-    return second.said.strip().splitlines()[-1]
+    return second.said.strip().splitlines()[-1].removeprefix("error: ")
 
 
 def another_certificate(scene: Scene) -> str:
@@ -238,37 +243,37 @@ ROWS: dict[str, Harm] = {
 }  # fmt: skip
 
 
-@dataclass
-class Outcome:
-    """All runs of a row."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What came of one run; with neither, it failed."""
 
-    went_on: int = 0
-    refused: int = 0
-    seconds: list[float] = field(default_factory=list)
-    said: str = ""
-    failures: list[str] = field(default_factory=list)
+    seconds: float
+    refused: str | None = None
+    """With these words."""
+    failed: str | None = None
+    """What was waited for, and what all the logs say."""
+
+    def __str__(self) -> str:
+        return f"{'FAILED' if self.failed else 'refused' if self.refused else 'went on'} in {self.seconds:.0f}"
 
 
-def once(scene: Scene, harm: Harm, outcome: Outcome) -> None:
+def once(scene: Scene, harm: Harm) -> Run:
     """One run of a row."""
     scene.victim = scene.drawn.choice(list(scene.federation.devices))
-    began = time.monotonic()
+    began, refused, failed = time.monotonic(), None, None
     try:
-        said = harm(scene)
+        refused = harm(scene)
         before = scene.last_used()
-        until(lambda: _all_again(before, scene.last_used()), PATIENCE, scene.federation.told())
+        until(lambda: _all_again(scene, before), PATIENCE, scene.federation.told())
         whole(scene)
     except AssertionError as error:
-        outcome.failures.append(str(error)[-2000:])
-        return
-    outcome.seconds.append(time.monotonic() - began)
-    outcome.went_on += said is None
-    outcome.refused += said is not None
-    outcome.said = said or outcome.said
+        failed = str(error)[-4000:]
+    return Run(seconds=time.monotonic() - began, refused=refused, failed=failed)
 
 
-def _all_again(before: dict[str, int], now: dict[str, int]) -> bool:
-    return bool(before) and all(now.get(name, 0) > rounds for name, rounds in before.items())
+def _all_again(scene: Scene, before: dict[str, int]) -> bool:
+    now = scene.last_used()
+    return all(now.get(name, 0) > before.get(name, 0) for name in scene.federation.devices)
 
 
 def whole(scene: Scene) -> None:
@@ -298,7 +303,7 @@ def scene(folder: Path, seed: int) -> Iterator[Scene]:
                 device = found.enrol(name, data, "test=true", "seed=1", within=within[name])
                 device.start()
             at_work = Scene(found, random.Random(seed))
-            until(lambda: len(at_work.last_used()) == DEVICES, 600, found.told())
+            until(lambda: found.rounds() >= 1, 600, found.told())
             yield at_work
     finally:
         for home in mounted:
@@ -328,41 +333,82 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--piece", type=int, default=5, help="runs with one federation, where there are several jobs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
     if unknown := set(asked.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(unknown)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    outcomes: dict[str, Outcome] = {}
-    with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), asked.seed) as at_work:
-        for row in asked.rows or ROWS:
-            outcomes[row] = Outcome()
-            for number in range(asked.runs):
-                once(at_work, ROWS[row], outcomes[row])
-                print(f"{row} {number + 1}: {outcomes[row].went_on} + {outcomes[row].refused}", file=sys.stderr)
-            _keep(asked.out, outcomes, asked.runs)
+    rows = asked.rows or list(ROWS)
+    pieces = [min(asked.piece, asked.runs - first) for first in range(0, asked.runs, asked.piece)]
+    if asked.jobs == 1:
+        here(rows, asked.runs, asked.seed, asked.out)
+    else:
+        side_by_side([(row, runs) for runs in pieces for row in rows], asked.jobs, asked.seed, asked.out)
     Console(width=120).print(table(json.loads(asked.out.read_text())))
 
 
-def _keep(out: Path, outcomes: dict[str, Outcome], runs: int) -> None:
-    """Beside rows of earlier calls."""
-    known = json.loads(out.read_text())["rows"] if out.exists() else {}
-    rows = {name: {"runs": runs, **vars(outcome)} for name, outcome in outcomes.items()}
-    record = {
-        "command": " ".join(["python -m bench.faults", *sys.argv[1:]]), "machine": machine(torch.device("cpu")),
-        "versions": versions("flwr", "torch"), "load": os.getloadavg()[0], "rows": {**known, **rows},
-    }  # fmt: skip
-    out.write_text(json.dumps(record, indent=2) + "\n")
+def here(rows: list[str], runs: int, seed: int, out: Path) -> None:
+    """All runs of all rows with one federation."""
+    with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as at_work:
+        for row in rows:
+            for _ in range(runs):
+                print(f"{row}: {keep(out, row, once(at_work, ROWS[row]))} s", file=sys.stderr)
+
+
+def side_by_side(waiting: list[tuple[str, int]], jobs: int, seed: int, out: Path) -> None:
+    """Pieces, so many runs of a row each, as many at a time as there are jobs."""
+    working: list[subprocess.Popen] = []
+    try:
+        while waiting or working:
+            while waiting and len(working) < jobs:
+                working.append(_apart(*waiting.pop(0), seed := seed + 1, out))
+            time.sleep(1)
+            working = [piece for piece in working if piece.poll() is None]
+    finally:
+        for piece in working:
+            piece.terminate()
+        for piece in working:
+            piece.wait()
+
+
+def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
+    """A piece with a network and mounts of its own, begun."""
+    words = [row, "--runs", str(runs), "--seed", str(seed), "--out", str(out)]
+    own = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec "$@"'
+    return subprocess.Popen(
+        ["unshare", "--net", "--mount", "sh", "-c", own, "-", sys.executable, "-m", "bench.faults", *words],
+        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def keep(out: Path, row: str, run: Run) -> Run:
+    """Add it to the file, which several write."""
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = json.loads(out.read_text())["rows"] if out.exists() else {}
+        rows: dict[str, list[Any]] = {name: known.get(name, []) for name in ROWS}
+        rows[row].append(asdict(run))
+        record = {
+            "command": "python -m bench.faults", "machine": machine(torch.device("cpu")),
+            "versions": versions("flwr", "torch"), "rows": rows,
+        }  # fmt: skip
+        write(out, (json.dumps(record, indent=2) + "\n").encode())
+    return run
 
 
 def table(record: dict[str, Any]) -> Table:
     shown = Table(title="what was done, and what became of it without anybody's help")
     for heading in ("", "runs", "went on", "refused with a reason", "seconds (median)", "said"):
         shown.add_column(heading, justify="left" if heading in ("", "said") else "right")
-    for name, row in record["rows"].items():
-        seconds = f"{median(row['seconds']):.0f}" if row["seconds"] else "—"
-        shown.add_row(name, str(row["runs"]), str(row["went_on"]), str(row["refused"]), seconds, row["said"][:60])
+    for name, runs in record["rows"].items():
+        good = [run for run in runs if not run["failed"]]
+        said = next((run["refused"] for run in good if run["refused"]), "")
+        refused = sum(run["refused"] is not None for run in good)
+        seconds = f"{median(run['seconds'] for run in good):.0f}" if good else "—"
+        shown.add_row(name, str(len(runs)), str(len(good) - refused), str(refused), seconds, said[:60])
     return shown
 
 
