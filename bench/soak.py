@@ -2,8 +2,8 @@
 
 Short rounds over TLS with keys, in which devices join, leave and die at random, but for one. At the end the run must be
 over. Every update that was asked for must be accounted for by the server, as used, late, rejected or lost, and every
-one that a device has sealed must be among them. Memory must be flat: the slope of a line through the PSS of each process
-that lived all along, after a warm-up, over all the rounds, in per cent of what it began with.
+one that a device has sealed must be among them. Memory must be flat: the slope of a line through the PSS of each
+process that lived all along, after a warm-up, over all the rounds, in per cent of what it began with.
 """
 
 from __future__ import annotations
