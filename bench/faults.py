@@ -386,8 +386,9 @@ def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
 
 def keep(out: Path, row: str, run: Run) -> Run:
     """Add it to the file, which several write."""
-    with out.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(out.absolute().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         known = json.loads(out.read_text())["rows"] if out.exists() else {}
         rows: dict[str, list[Any]] = {name: known.get(name, []) for name in ROWS}
         rows[row].append(asdict(run))
@@ -396,6 +397,8 @@ def keep(out: Path, row: str, run: Run) -> Run:
             "versions": versions("flwr", "torch"), "rows": rows,
         }  # fmt: skip
         write(out, (json.dumps(record, indent=2) + "\n").encode())
+    finally:
+        os.close(folder)
     return run
 
 

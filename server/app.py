@@ -24,7 +24,8 @@ from server import checkpoint
 from server.federation import federate
 from server.gate import Gated
 from server.ledger import Ledger
-from server.runs import end, refuse, run_folder
+from server.results import finish
+from server.runs import end, refuse, run_folder, without_resume
 from server.state import Round
 from strategies.build import build
 from strategies.clock import WallClock
@@ -57,14 +58,9 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
     folder = run_folder(overrides, folders)
     plan = training_plan(config, run=folder.name, base=base.hash)
-    strategy = build(
-        config,
-        plan,
-        base.sites,
-        accept_simulated=os.environ.get("ANTHER_TEST") == "true",
-        ledger=Ledger(Files(folder)),
-        base=base,
-    )
+    test = os.environ.get("ANTHER_TEST") == "true"
+    ledger = Ledger(Files(folder))
+    strategy = build(config, plan, base.sites, accept_simulated=test, ledger=ledger, base=base)
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     state = federate(
@@ -79,9 +75,9 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
         waits=True,
         clock=WallClock(),
     )
-    best = state.best_round
+    page = finish(config, folder, base, state, words=without_resume(overrides), test=test)
     end(folder)
-    log.info("done: best round %d, its adapter in %s", best, folder / "checkpoints" / f"round-{state.round:06d}")
+    log.info("done: best round %d; its adapter is in %s, and all about it in %s", state.best_round, folder, page)
 
 
 def _log_as_flower_does() -> None:

@@ -64,6 +64,11 @@ def refusal(runs: Path, flower: int) -> str | None:
     return found
 
 
+def without_resume(overrides: str) -> str:
+    """The words that a run was begun with."""
+    return shlex.join(word for word in shlex.split(overrides) if word != _RESUME)
+
+
 def _identity(overrides: str) -> bytes:
     """A word a line, whether or not a run is continued."""
-    return "".join(f"{word}\n" for word in shlex.split(overrides) if word != _RESUME).encode()
+    return "".join(f"{word}\n" for word in shlex.split(without_resume(overrides))).encode()

@@ -21,6 +21,36 @@ def config_hash(config: Simulation) -> str:
     return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()
 
 
+def check(folder: Path, config: Simulation) -> dict[str, Any]:
+    """What `folder` says of the run of this configuration that it holds; empty if it is free for a new one.
+
+    Raises:
+        AntherError: the folder holds something else, or there is nothing to resume.
+    """
+    file = folder / RUN
+    if not config.resume:
+        if folder.exists() and any(folder.iterdir()):
+            hint = "add resume=true to continue it, or name another hydra.run.dir"
+            raise AntherError(f"{folder}: already holds {'a run' if file.exists() else 'files'}: {hint}")
+        return {}
+    if not file.exists():
+        raise AntherError(f"{folder}: no run to resume here: name its folder with hydra.run.dir=…, or drop resume=true")
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if missing := {"config", "config_hash", "assets", "memory"} - found.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+    except (AttributeError, ValueError) as error:
+        raise AntherError(
+            f"{file}: damaged ({error}): this run can't be resumed, start anew in another folder"
+        ) from error
+    if found["config_hash"] != config_hash(config):
+        changed = [f"{key} was {old}, now {new}" for key, old, new in _differences(found["config"], _settings(config))]
+        raise AntherError(
+            f"{folder}: holds a different run ({'; '.join(changed[:3])}): resume it with its own settings"
+        )
+    return found
+
+
 def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory: int) -> int:
     """Make `folder` this run's own, or check that it already is; the bytes of memory that the run trains in.
 
@@ -29,37 +59,19 @@ def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory
         memory: for a new run; a resumed one goes on with its own, so that it packs alike.
 
     Raises:
-        AntherError: the folder holds something else, or there is nothing to resume; nothing was written.
+        AntherError: as for `check`, or it was run with others; nothing was written.
     """
-    settings = _settings(config)
-    record = {"config_hash": config_hash(config), "assets": dict(assets), "memory": memory, "config": settings}
-    file = folder / RUN
-    if not config.resume:
-        if folder.exists() and any(folder.iterdir()):
-            hint = "add resume=true to continue it, or name another hydra.run.dir"
-            raise AntherError(f"{folder}: already holds {'a run' if file.exists() else 'files'}: {hint}")
-        durable.write(file, json.dumps(record, indent=2).encode())
+    found = check(folder, config)
+    if not found:
+        record = {"config_hash": config_hash(config), "assets": dict(assets), "memory": memory}
+        durable.write(folder / RUN, json.dumps({**record, "config": _settings(config)}, indent=2).encode())
         return memory
-    if not file.exists():
-        raise AntherError(f"{folder}: no run to resume here: name its folder with hydra.run.dir=…, or drop resume=true")
-    try:
-        found = json.loads(file.read_text())
-        before, memory = found["config"], int(found["memory"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AntherError(
-            f"{file}: damaged ({error}): this run can't be resumed, start anew in another folder"
-        ) from error
-    if found["config_hash"] != record["config_hash"]:
-        changed = [f"{key} was {old}, now {new}" for key, old, new in _differences(before, settings)]
-        raise AntherError(
-            f"{folder}: holds a different run ({'; '.join(changed[:3])}): resume it with its own settings"
-        )
     for name, digest in assets.items():
         if found["assets"].get(name) != digest:
             raise AntherError(
                 f"{folder}: was run with another {name} ({found['assets'].get(name)}): restore it, or start anew"
             )
-    return memory
+    return int(found["memory"])
 
 
 def _settings(config: Simulation) -> dict[str, Any]:

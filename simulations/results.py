@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ from models.adapter import Adapter
 from models.base import Base
 from models.export import export
 from privacy import durable
-from privacy.accounting import DEVICE, IMAGE
+from server.report import sums
 from server.report.report import DeviceRow, GalleryRow, Report, write
 from server.state import State
 from simulations import evaluation
@@ -31,7 +29,7 @@ from simulations.fleet import Participant
 from simulations.log import FleetFacts, gini
 from simulations.output import config_hash
 from strategies.download import download
-from strategies.facts import device_epsilon, nothing
+from strategies.facts import nothing
 from typefaces import judge
 
 
@@ -121,12 +119,6 @@ def summarise(
     seconds: float,
 ) -> dict[str, Any]:
     """The numbers of `summary.json`; means over those who were judged."""
-    trained = [record.train for record in state.history if record.train]
-    promised = [guarantee for record in state.history for guarantee in record.guarantees]
-
-    def most(unit: str) -> dict[str, Any] | None:
-        found = [guarantee for guarantee in promised if guarantee.unit == unit]
-        return dataclasses.asdict(max(found, key=lambda guarantee: guarantee.value)) if found else None
 
     def mean(field: str) -> dict[str, float | None]:
         known: dict[str, list[float]] = {}
@@ -135,7 +127,6 @@ def summarise(
                 known.setdefault(arm, []).extend([] if getattr(result, field) is None else [getattr(result, field)])
         return {arm: sum(found) / len(found) if found else None for arm, found in known.items()}
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "rounds": config.rounds,
         "best_round": state.best_round,
@@ -144,12 +135,8 @@ def summarise(
         "loss": mean("loss"),
         "legibility": mean("legibility"),
         "style": mean("style"),
-        "bytes": {"up": sum(t.bytes_up for t in trained), "down": sum(t.bytes_down for t in trained)},
-        "joules": {"value": sum(t.joules for t in trained), "quality": "estimate"},
-        "epsilon": most(IMAGE),
-        "device_epsilon": most(DEVICE),
+        **sums.summed(state.history),
         "seconds": seconds,
-        "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
         "seed": config.seed,
         "config_hash": config_hash(config),
     }
@@ -192,26 +179,9 @@ def build_report(
     fleet: Sequence[FleetFacts] = (),
 ) -> Report:
     """The page's content."""
-    base = next((r.validation.base for r in state.history if r.validation.base is not None), None)
-    rounds = [
-        {
-            "round": record.number,
-            "base": record.validation.base if record.number else base,
-            "shared": record.validation.shared if record.number else base,
-            "gain": record.validation.gain,
-            "gain_error": record.validation.gain_error,
-            "bytes_up": record.train.bytes_up if record.train else 0,
-            "bytes_down": record.train.bytes_down if record.train else 0,
-            "seconds": record.train.seconds if record.train else 0.0,
-            "joules": fleet[record.number].joules if fleet else record.train.joules if record.train else 0.0,
-            "epsilon": record.epsilon,
-            "device_epsilon": device_epsilon(record.train),
-            "dropped": record.train.dropped if record.train else {},
-            "hours": fleet[record.number].ended / 3600 if fleet else None,
-            "lost": fleet[record.number].lost if fleet else {},
-        }
-        for record in state.history
-    ]  # fmt: skip
+    rounds = sums.rows(state.history)
+    for row, facts in zip(rounds, fleet, strict=False):
+        row.update(joules=facts.joules, hours=facts.ended / 3600, lost=facts.lost)
     return Report(
         title=title(people),
         command=command,
@@ -221,17 +191,14 @@ def build_report(
         devices=[device_row(person, state, judged[person.name]) for person in chosen],
         gallery=[gallery_row(person, drawn[person.name]) for person in chosen if person.name in drawn],
         base=config.base.path,
+        footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
     )
 
 
 def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
     """What one device did over all rounds; nothing, if it was never asked."""
-    idle = nothing()
-    facts = dataclasses.asdict(state.devices.get(person.name, idle))
-    for name in ("events", "asked", "last", "loss"):  # what the server remembers: no cost of anything
-        del facts[name]
-    losses = {arm: one.loss for arm, one in judged.items()}
-    return DeviceRow(name=person.name, profile=person.profile, loss=losses, **facts)
+    facts = state.devices.get(person.name, nothing())
+    return sums.device_row(person.name, person.profile, facts, {arm: one.loss for arm, one in judged.items()})
 
 
 def gallery_row(person: Participant, drawn: Drawn) -> GalleryRow:

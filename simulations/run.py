@@ -50,6 +50,7 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     """Run or continue the federation of `config` in `folder`."""
     started = time.perf_counter()
     check_time(config)
+    output.check(folder, config)
     display.phase("loading the base")
     if config.grid.name == "ray":
         from simulations import ray  # before anything else of Flower, which it tells how to be imported

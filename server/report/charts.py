@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 480, 250
 LEFT, TOP, BOTTOM = 62, 14, 36
 LABELS = 84  # room at the right for the names of curves
+DOTS = 60  # rounds up to which each is a dot that says its value
 LABEL_GAP = 16  # least distance between two labels at line ends
 
 Show = Callable[[float], str]
@@ -63,7 +64,7 @@ def line_chart(x: Sequence[int], lines: Sequence[Line], show: Show, *, from_zero
         dash = ' stroke-dasharray="5 5"' if line.dashed else ""
         parts.append(f'<polyline class="curve {line.tone}" points="{path}"{dash}/>')
         for at, value in zip(x, line.values, strict=True):
-            if value is not None and not line.dashed:
+            if value is not None and not line.dashed and len(x) <= DOTS:
                 words = escape(f"{x_label} {at}: {line.label} {show(value)}")
                 parts.append(
                     f'<circle class="dot {line.tone}" cx="{across(at):.1f}" cy="{up(value):.1f}" r="3.5">'

@@ -74,13 +74,17 @@ class Report:
     """One of each round: round, base and shared (mean validation losses, or None), gain and gain_error (of a noised
     one, or None), bytes_up, bytes_down and joules (of this round, over all devices), seconds (of its slowest), epsilon
     and device_epsilon (so far, per image and per device, or None), dropped (replies by reason); and of a fleet with a
-    clock of its own hours (on it when the round was over, else None) and lost (devices by what became of them)."""
+    clock of its own hours (on it when the round was over) and lost (devices by what became of them)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     base: str = "glyphs"
     """Name or folder of the base, for the lines that show how to use an adapter."""
     quality: str = "estimate"
-    """How the devices' seconds and joules were had: `measured` or `estimate`."""
+    """How the devices' seconds and joules were had: `estimate` from their profiles, or else in words."""
+    test: bool = True
+    """Noise can be made again, so that nothing is a release."""
+    footer: str = ""
+    """What tells this run from others."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import socket
 import ssl
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bench.processes import LOOPBACK, Federation, Program, command, federation, letters, until
 from client.device import from_config
@@ -55,6 +57,7 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
         what_was_noised_reproducibly_is_no_release(running)
         strangers_are_refused(refusals)
         every_device_has_a_personal_adapter(running)
+        the_run_leaves_an_adapter_and_a_page(running)
 
 
 def refused(running: Federation, pictures: Path) -> dict[str, str]:
@@ -65,6 +68,9 @@ def refused(running: Federation, pictures: Path) -> dict[str, str]:
     first = command("client.enroll", ticket, f"data={pictures}", "name=emil", home=running.folder / "e")
     assert first.returncode == 0, first.stderr
     again = command("client.enroll", ticket, f"data={pictures}", "name=eve", home=running.folder / "f")
+    owner = running.devices[OWNERS[1]]
+    second = Program("client.run", owner.words, running.folder / "second", {"ANTHER_HOME": str(owner.home)}).start()
+    until(lambda: second.code is not None, 120, f"a second one's refusal\n{second.said}")
     # A key that nobody enrolled, with everything else right.
     stranger = Program("client.run", ["link.slow_poll_seconds=1"], running.folder / "d")
     (stranger.home / "link" / "node.key").unlink()
@@ -87,7 +93,7 @@ def refused(running: Federation, pictures: Path) -> dict[str, str]:
         shelf = client.get("/v1/anther/base/x/manifest").status_code
         fleet = client.post("/v1/fleet/pull-messages", content=b"").status_code
     return {
-        "used": again.stderr, "stranger": stranger.said, "plain": answer.decode(errors="replace"),
+        "used": again.stderr, "second": second.said, "stranger": stranger.said, "plain": answer.decode(errors="replace"),
         "control": str(control), "shelf": str(shelf), "fleet": str(fleet),
     }  # fmt: skip
 
@@ -127,9 +133,19 @@ def what_was_noised_reproducibly_is_no_release(running):
 def strangers_are_refused(refusals):
     assert "works once" in refusals["used"]
     assert "isn't enrolled there, or was revoked" in refusals["stranger"]
+    assert "is in use by process" in refusals["second"]
     assert "200" not in refusals["plain"]
     assert (refusals["shelf"], refusals["fleet"]) == ("401", "401")
     assert refusals["control"] in ("401", "404", "405")  # nothing behind the door but what devices need
+
+
+def the_run_leaves_an_adapter_and_a_page(running):
+    (run,) = running.runs
+    assert len(load_file(run / "adapters" / "shared.safetensors")) == 2 * 56
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["rounds"], summary["clients"], summary["test"]) == (3, 3, True)
+    assert 0 < summary["epsilon"]["value"] <= 8
+    assert "so not a release" in (run / "report.html").read_text()
 
 
 def every_device_has_a_personal_adapter(running):

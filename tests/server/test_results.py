@@ -1,0 +1,64 @@
+"""What a finished run of real devices leaves: an adapter that diffusers reads, its numbers, and a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.compose import compose
+from models.adapter import Factors
+from models.base import Base
+from privacy.accounting import Guarantee
+from server.results import finish
+from server.state import Round, State
+from strategies.facts import TrainFacts, Validation, nothing
+from tests.server.test_report import Page
+
+GUARANTEE = Guarantee(value=1.5, delta=1e-5)
+
+
+def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float | None = 0.25) -> State:
+    """Two rounds of two devices, one of which only measured."""
+    adapter = {
+        name: Factors(torch.ones(2, site.inputs), torch.ones(site.outputs, 2)) for name, site in base.sites.items()
+    }
+    found = State.start(run="r", private=False, adapter=adapter)
+    nobody = Validation(base=None, shared=None)
+    found = found.after(Round(number=0, train=None, validation=nobody, wall_seconds=1), adapter)
+    worked = replace(nothing(), rank=2, steps=4, bytes_up=10, bytes_down=20, rounds=1)
+    train = TrainFacts(
+        asked=2, replied=1, dropped={"no reply": 1}, bytes_down=20, bytes_up=10, seconds=2.0, joules=3.0, loss=None,
+        epsilon=None, guarantees=guarantees, devices={"pi": worked, "phone": nothing()},
+    )  # fmt: skip
+    validation = nobody if shared is None else Validation(base=0.5, shared=shared)
+    return found.after(Round(number=1, train=train, validation=validation, wall_seconds=3), adapter)
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, test: bool) -> None:
+    page = finish(compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), words="rounds=1", test=test)
+    assert len(load_file(tmp_path / "adapters" / "shared.safetensors")) == 2 * len(base.sites)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["rounds"], summary["clients"], summary["seconds"], summary["test"]) == (1, 1, 4, test)
+    assert summary["loss"] == {"base": 0.5, "shared": 0.25}
+    assert summary["bytes"] == {"up": 10, "down": 20}
+    said = Page(page.read_text()).text
+    assert "1 device learned together" in said
+    assert "ε = 1.5 per image" in said
+    assert ("so not a release" in said) == test
+    assert "python -m server.run rounds=1" in said
+    assert "adapters/shared.safetensors" in said
+    assert "1 no reply" in said
+
+
+def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path: Path) -> None:
+    page = finish(compose(""), tmp_path, base, state(base, shared=None), words="", test=False)
+    assert json.loads((tmp_path / "summary.json").read_text())["loss"] == {}
+    said = Page(page.read_text()).text
+    assert "Pictures that nobody trained on" not in said
+    assert "No differential privacy" in said
