@@ -93,8 +93,8 @@ def refused(running: Federation, pictures: Path) -> dict[str, str]:
         shelf = client.get("/v1/anther/base/x/manifest").status_code
         fleet = client.post("/v1/fleet/pull-messages", content=b"").status_code
     return {
-        "used": again.stderr, "second": second.said, "stranger": stranger.said, "plain": answer.decode(errors="replace"),
-        "control": str(control), "shelf": str(shelf), "fleet": str(fleet),
+        "used": again.stderr, "second": second.said, "stranger": stranger.said, "control": str(control),
+        "plain": answer.decode(errors="replace"), "shelf": str(shelf), "fleet": str(fleet),
     }  # fmt: skip
 
 
