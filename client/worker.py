@@ -55,7 +55,9 @@ def main() -> int:
             guard = Guard(node.guard, sensors.read, pausing=meter.paused)
             owned = Owned(store=found.store, read=sensors.read, meter=meter, guard=guard)
             log.info("energy is measured by %s: %s", sensors.name, sensors.covers)
-            Worker(stated(node, os.environ[BASE]), owned).serve(listener, node)
+            worker = Worker(stated(node, os.environ[BASE]), owned)
+            signal.signal(signal.SIGTERM, worker.stop)
+            worker.serve(listener, node)
     except AntherError as error:
         log.error("%s", error)
         return USAGE
@@ -78,7 +80,6 @@ class Worker:
             import torch
 
             torch.set_num_threads(node.worker.threads)
-        signal.signal(signal.SIGTERM, self._stop)
         listener.settimeout(node.worker.idle_seconds)
         while not self.owned.guard.stop.is_set():
             try:
@@ -106,7 +107,7 @@ class Worker:
         except OSError as error:  # what was sealed is sent when it is asked for again
             log.warning("whoever asked is gone: %s", error)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def stop(self, number: int, frame: FrameType | None) -> None:
         """Training ends before its next step, and whoever asked is told so; without any, at once."""
         del number, frame
         self.owned.guard.stop.set()
