@@ -82,7 +82,8 @@ def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
     for place, part in [*enumerate(parts)] * 2:
         assert int(part[0]) == place
         release(part, 0, len(part))
-        assert resident(file) <= 1 << 17
+        if place % 10 == 0:  # to ask takes a while
+            assert resident(file) <= 1 << 17
     assert all(bool((part == place).all()) for place, part in enumerate(parts))
 
 

@@ -23,6 +23,8 @@ TINY = [
     "adapter.personal.steps=4", "adapter.personal.rank=2", "adapter.look_every=2", "evaluation.timesteps=2",
     "evaluation.gallery=2", "evaluation.steps=2", "base.device=cpu",
 ]  # fmt: skip
+BARE = ["evaluation.gallery=0", "evaluation.local=false"]
+"""For runs of which nobody looks at what they drew."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -92,6 +94,7 @@ def test_a_personal_adapter_loads_in_diffusers(
     assert pipe.get_active_adapters()
 
 
+@pytest.mark.slow  # killed and resumed it does so too
 def test_the_same_seed_gives_the_same_numbers(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
     pipeline_folder: Path,
@@ -261,7 +264,7 @@ def test_private_training_reports_what_it_promises(
     pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     measuring = ["privacy.measuring.every=3", "privacy.measuring.noise_multiplier=5"]
-    done = run(pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring)
+    done = run(pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring, *BARE)
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all((row["base"], row["shared"]) == (None, None) for row in rounds)  # as on real devices: none tells a loss
@@ -278,7 +281,7 @@ def test_private_training_reports_what_it_promises(
 
 def test_two_promises_stand_side_by_side(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     chosen = ["privacy=both", "privacy.epsilon=4", "privacy.device.epsilon=6", "strategy=fedit", "fleet.rate=0.7"]
-    done = run(pipeline_folder, tmp_path / "run", environment, *chosen)
+    done = run(pipeline_folder, tmp_path / "run", environment, *chosen, *BARE)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 3.9 < summary["epsilon"].pop("value") <= 4
