@@ -27,7 +27,7 @@ audit: $(INSTALLED)  ## attack what privacy promises, and leave a page (ARGS="'r
 gate: $(INSTALLED)  ## 20,000 malicious messages: what they cost, and whether one comes in
 	@$(BIN)/python -m bench.gate $(ARGS)
 
-faults: $(INSTALLED)  ## what happens to real devices, done to a federation of processes (root, Linux; hours; ARGS="--runs 5")
+faults: $(INSTALLED)  ## what happens to real devices, done to a federation of processes (root, Linux; hours; ARGS="--jobs 8" on many cores)
 	@$(BIN)/python -m bench.faults $(ARGS)
 
 soak: $(INSTALLED)  ## 500 rounds in which devices join, leave and die

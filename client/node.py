@@ -54,7 +54,7 @@ from privacy.durable import write
 POLL, SLOW = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _IDLE = 3.0  # seconds that Flower's SuperNode sleeps when there was no message
-_AWAY = 4.0  # seconds; a server looks for replies every 3
+_AWAY = 6.0  # seconds; a server looks for replies every 3, and may be busy
 _QUICK = 60.0  # seconds after a message in which the next is looked for quickly
 _UNFINISHED = (Status.PENDING, Status.STARTING, Status.RUNNING)
 
