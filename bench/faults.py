@@ -36,7 +36,7 @@ from rich.table import Table
 
 from bench.machine import machine, versions
 from bench.network import SERVER, network, plug
-from bench.processes import Federation, Program, command, federation, letters, until
+from bench.processes import Federation, Program, command, end_all, federation, letters, until
 from privacy.durable import write
 
 OUT = Path("bench/results/faults.json")
@@ -160,6 +160,7 @@ def half_a_checkpoint(scene: Scene) -> str | None:
     """The server dies, and of its newest checkpoint a file is cut: refused by name, and gone on from the one before."""
     federation = scene.federation
     federation.server.kill()
+    end_all(federation.server.home)  # as a power cut does: else its ServerApp may end another round meanwhile
     newest = sorted(federation.runs[-1].glob("checkpoints/round-*"))[-1]
     file = scene.drawn.choice([*newest.iterdir()])
     before = file.read_bytes()

@@ -205,13 +205,13 @@ def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterato
 
 
 def end_all(folder: Path) -> None:
-    """Processes whose home is in the folder: of what was killed, children may be left for a moment."""
+    """Processes whose home is the folder or in it: of what was killed, children may be left for a moment."""
     for process in psutil.process_iter():
         try:
             home = process.environ().get("ANTHER_HOME", "")
         except psutil.Error:
             continue
-        if home.startswith(f"{folder}{os.sep}") and process.pid != os.getpid():
+        if Path(folder) in (Path(home), *Path(home).parents) and process.pid != os.getpid():
             process.send_signal(signal.SIGKILL)
 
 

@@ -264,7 +264,9 @@ def test_private_training_reports_what_it_promises(
     pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     measuring = ["privacy.measuring.every=3", "privacy.measuring.noise_multiplier=5"]
-    done = run(pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring, *BARE)
+    done = run(
+        pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring, *BARE
+    )
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all((row["base"], row["shared"]) == (None, None) for row in rounds)  # as on real devices: none tells a loss
