@@ -24,8 +24,7 @@ from server import checkpoint
 from server.federation import federate
 from server.gate import Gated
 from server.ledger import Ledger
-from server.results import finish
-from server.runs import end, refuse, run_folder, without_resume
+from server.runs import end, refuse, run_folder
 from server.state import Round
 from strategies.build import build
 from strategies.clock import WallClock
@@ -75,9 +74,9 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
         waits=True,
         clock=WallClock(),
     )
-    page = finish(config, folder, base, state, words=without_resume(overrides), test=test)
+    best = state.best_round
     end(folder)
-    log.info("done: best round %d; its adapter is in %s, and all about it in %s", state.best_round, folder, page)
+    log.info("done: best round %d; python -m server.results %s writes its adapter and all about it", best, folder)
 
 
 def _log_as_flower_does() -> None:

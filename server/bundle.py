@@ -13,7 +13,7 @@ from pathlib import Path
 from conf.errors import AntherError
 
 ROOMS = ("client", "conf", "models", "privacy", "protocol", "server", "strategies", "training")
-_KEPT = {".py", ".yaml", ".json", ".html", ".toml"}
+_KEPT = {".py", ".yaml", ".json", ".toml"}
 
 PROJECT = """[project]
 name = "anther"

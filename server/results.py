@@ -1,21 +1,69 @@
-"""What a finished run of real devices leaves beside its checkpoints: the shared adapter, summary.json, report.html."""
+"""What a run of real devices came to:  python -m server.results [FOLDER]
+
+Writes into the run's folder (the newest of ANTHER_HOME/runs) its shared adapter, as diffusers reads it, `summary.json`
+and `report.html`, from its last checkpoint: at its end, or while it is at work. `python -m server.run` does so at the
+end. A process of its own, because Flower lets no page's template into the bundle that a ServerApp runs from.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from conf.compose import compose
+from conf.errors import AntherError
 from conf.schemas import Simulation
-from models.base import Base
+from models import assets
+from models.base import Base, load
 from models.export import export
 from privacy import durable
+from server import checkpoint, runs
 from server.report import sums
 from server.report.report import Report, write
 from server.state import State
 from strategies.download import download
+
+DONE, USAGE = 0, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: USAGE with one line on standard error where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="of the run; default: the newest")
+    asked = parser.parse_args(arguments)
+    try:
+        print(of_run(asked.folder or _newest()))
+    except AntherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    return DONE
+
+
+def of_run(folder: Path) -> Path:
+    """Write everything about the run in this folder; the page. AntherError if there is none, or it is damaged."""
+    words = runs.words_of(folder)
+    config = compose(words)
+    base = load(config.base.path, sites=config.adapter.sites)
+    state = checkpoint.load(folder / "checkpoints", sites=base.sites)
+    if state is None:
+        raise AntherError(f"{folder}: no round of this run is over yet: wait for one")
+    return finish(config, folder, base, state, words=words, test=os.environ.get("ANTHER_TEST") == "true")
+
+
+def _newest() -> Path:
+    folders = assets.home() / "runs"
+    if not (found := sorted(folders.glob("*/"))):
+        raise AntherError(f"{folders}: holds no run yet: name a run's folder, or start python -m server.run")
+    return found[-1]
 
 
 def finish(config: Simulation, folder: Path, base: Base, state: State, *, words: str, test: bool) -> Path:
@@ -51,3 +99,7 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
         page,
     )  # fmt: skip
     return page
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -123,6 +124,7 @@ class Federation:
             last = runs.newest(overrides, folders)
             if last is not None and runs.is_over(last):
                 say(f"the run is over: {last}")
+                _write_results(last)
                 return
             done = _rounds(last)
             tries, pause = (0, _PAUSE) if done > before >= 0 else (tries + 1, min(2 * pause, _LONGEST))
@@ -224,6 +226,13 @@ class Federation:
             authority=secure.authority.read_bytes() if secure else b"", welcome=self._welcome,
             shelf=shelf.routes(on_shelf), verify=_trusting(secure.authority) if secure else False,
         )  # fmt: skip
+
+
+def _write_results(folder: Path) -> None:
+    """In a process of its own, which may fail: what it writes can be written later."""
+    done = subprocess.run([sys.executable, "-m", "server.results", str(folder)], check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        say(f"its report could not be written; later: python -m server.results {folder}")
 
 
 def stop_leftovers(flower: Path) -> None:

@@ -64,11 +64,14 @@ def refusal(runs: Path, flower: int) -> str | None:
     return found
 
 
-def without_resume(overrides: str) -> str:
-    """The words that a run was begun with."""
-    return shlex.join(word for word in shlex.split(overrides) if word != _RESUME)
+def words_of(folder: Path) -> str:
+    """What a run was begun with; AntherError if the folder holds none."""
+    try:
+        return shlex.join((folder / _WORDS).read_text(encoding="utf-8").splitlines())
+    except OSError as error:
+        raise AntherError(f"{folder}: holds no run ({error.strerror}): name its folder, in ANTHER_HOME/runs") from error
 
 
 def _identity(overrides: str) -> bytes:
     """A word a line, whether or not a run is continued."""
-    return "".join(f"{word}\n" for word in shlex.split(without_resume(overrides))).encode()
+    return "".join(f"{word}\n" for word in shlex.split(overrides) if word != _RESUME).encode()

@@ -14,7 +14,8 @@ from conf.compose import compose
 from models.adapter import Factors
 from models.base import Base
 from privacy.accounting import Guarantee
-from server.results import finish
+from server.results import USAGE, finish, main
+from server.runs import run_folder
 from server.state import Round, State
 from strategies.facts import TrainFacts, Validation, nothing
 from tests.server.test_report import Page
@@ -62,3 +63,16 @@ def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path:
     said = Page(page.read_text()).text
     assert "Pictures that nobody trained on" not in said
     assert "No differential privacy" in said
+
+
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    assert main([]) == USAGE
+    assert "holds no run yet" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == USAGE
+    assert "holds no run (" in capsys.readouterr().err
+    folder = run_folder("rounds=1", tmp_path / "runs")
+    assert main([]) == USAGE
+    assert f"{folder}: no round of this run is over yet" in capsys.readouterr().err
