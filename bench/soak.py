@@ -54,7 +54,7 @@ class Memory:
                     pss = process.memory_full_info().pss / 2**20
                     self.samples.setdefault((part, process.pid), []).append((number, pss))
 
-    def slopes(self, rounds: int) -> dict[str, dict[str, float]]:
+    def slopes(self, rounds: int) -> dict[str, dict[str, Any]]:
         """Growth over all the rounds, in per cent of what there was after the warm-up, of what lived all along."""
         told = {}
         for (part, _), samples in sorted(self.samples.items()):
@@ -65,7 +65,7 @@ class Memory:
             first = start + slope * late[0, 0]
             grown = 100 * slope * (rounds - late[0, 0]) / first
             name = part if part not in told else f"{part} (its fork)"
-            told[name] = {"mib": float(first), "per_cent": float(grown), "samples": len(late)}
+            told[name] = {"mib": float(first), "per_cent": float(grown), "curve": samples[:: len(samples) // 50 or 1]}
         return told
 
 

@@ -148,10 +148,24 @@ def _composed(kinds: tuple[tuple[float, float, int], ...], delta: float) -> floa
         if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf:
             break
         coarser = value
+    forget_transforms()
     return value
 
 
-@lru_cache(maxsize=8)
+def forget_transforms() -> None:
+    """SciPy keeps the factors of the 16 lengths it transformed last, of real numbers and of complex ones, each as long
+    as its transform: of use to nobody here, where every round has other lengths, and growing with ε. Short ones push
+    them out.
+    """
+    import numpy as np  # not of a process that never asks for ε
+    from scipy import fft
+
+    for length in range(1, 17):
+        fft.fft(np.zeros(length))
+        fft.fft(np.zeros(length, dtype=complex))
+
+
+@lru_cache(maxsize=len(INTERVALS))
 def _losses(kinds: tuple[tuple[float, float, int], ...], interval: float) -> PrivacyLossDistribution:
     """The privacy losses of all steps together, on one grid. Kept: the owner's δ and the plan's ask for the same."""
     from dp_accounting.pld import privacy_loss_distribution as pld  # slow import, so only here

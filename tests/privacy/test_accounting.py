@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import fft
 
 from conf.errors import AntherError
-from privacy.accounting import Guarantee, NonPrivate, PoissonGaussian, epsilon, noise_multiplier_for
+from privacy.accounting import Guarantee, NonPrivate, PoissonGaussian, epsilon, forget_transforms, noise_multiplier_for
 from privacy.policy import Policy
 
 
@@ -169,3 +172,42 @@ def test_delta_is_a_probability(delta: float) -> None:
 
 def test_every_printed_epsilon_has_its_unit() -> None:
     assert str(Guarantee(2.355, 1e-3)) == "ε=2.35 per image (δ=0.001, add or remove one)"
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+@pytest.mark.parametrize("kind", [float, complex])
+def test_no_transform_is_kept(kind: type) -> None:
+    """A plan of 2¹⁸ points is megabytes, which the C library must have back."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        pytest.skip("the C library doesn't tell what is in use")
+    mallinfo.restype = _Mallinfo2
+
+    def used() -> int:
+        told = mallinfo()
+        return told.uordblks + told.hblkhd
+
+    forget_transforms()
+    before = used()
+    fft.fft(np.zeros(2**18, dtype=kind))
+    assert used() - before > 2**20
+    forget_transforms()
+    assert used() - before < 2**17
