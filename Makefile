@@ -8,8 +8,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check  # errors al
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
+MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help simulate audit gate faults soak locks smoke-aarch64 test test-slow format clean
+.PHONY: help simulate audit gate faults soak locks smoke-aarch64 test coverage test-slow format clean
 
 help:  ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,12 +35,14 @@ faults: $(INSTALLED)  ## what happens to real devices, done to a federation of p
 soak: $(INSTALLED)  ## 500 rounds in which devices join, leave and die
 	@$(BIN)/python -m bench.soak $(ARGS)
 
-test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones, with coverage
+test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal --cov --cov-report=
-	$(BIN)/coverage report
+	$(BIN)/python -m pytest $(MOST)
+
+coverage: $(INSTALLED_DEV)  ## what those tests reach, in nearly twice the time
+	$(BIN)/python -m pytest $(MOST) --cov
 
 test-slow: $(INSTALLED_DEV)  ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -1,7 +1,8 @@
-"""Is every way of breaking what is promised noticed by a test?  python -m bench.mutations [--only WORDS]
+"""Is every way of breaking what is promised noticed by a test?  python -m bench.mutations [--only WORDS] [--jobs N]
 
 Each mutant of `bench.mutants` is put into a copy of the source, in which its named test has to fail; without a mutant
-all of those tests have to pass there. The exit code is 1 if a mutant survives, or doesn't fit the source any more.
+all of those tests have to pass there. Each of the jobs has a copy of its own. The exit code is 1 if a mutant survives,
+or doesn't fit the source any more.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -126,24 +130,36 @@ def chosen(only: str) -> list[tuple[str, Mutant]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="words that the name of a mutant holds")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants that are judged at once")
     parser.add_argument("--out", type=Path, default=Path("bench/results/mutations.json"))
     arguments = parser.parse_args()
     console = Console(width=200)
-    verdicts = []
-    with copy_of_the_source() as root:
-        mutants = chosen(arguments.only)
-        code, said = run_tests(root, sorted({mutant.test for _, mutant in mutants}))
-        if code != PASSED:
-            sys.exit(f"without a mutant: {said}")
-        for level, mutant in mutants:
-            try:
-                verdicts.append(judge(level, mutant, root))
-            except AntherError as error:
-                sys.exit(str(error))
-            console.print(f"{'caught' if verdicts[-1].caught else 'SURVIVED'}: {mutant.name}: {verdicts[-1].said}")
+    mutants, copies = chosen(arguments.only), SimpleQueue[Path]()
+
+    def judged(one: tuple[str, Mutant]) -> Verdict:
+        root = copies.get()
+        try:
+            verdict = judge(*one, root)
+        finally:
+            copies.put(root)
+        console.print(f"{'caught' if verdict.caught else 'SURVIVED'}: {verdict.mutant.name}: {verdict.said}")
+        return verdict
+
+    with ExitStack() as held, ThreadPoolExecutor(arguments.jobs) as pool:
+        for _ in range(arguments.jobs):
+            copies.put(held.enter_context(copy_of_the_source()))
+        untouched = held.enter_context(copy_of_the_source())
+        honest = pool.submit(run_tests, untouched, sorted({mutant.test for _, mutant in mutants}))
+        try:
+            verdicts = list(pool.map(judged, mutants))
+        except AntherError as error:
+            sys.exit(str(error))
+        code, said = honest.result()
+    if code != PASSED:
+        sys.exit(f"without a mutant: {said}")
     survivors = [verdict.mutant.name for verdict in verdicts if not verdict.caught]
     result = {
-        "command": " ".join(["python -m bench.mutations", *([f"--only {arguments.only!r}"] if arguments.only else [])]),
+        "command": shlex.join(["python", "-m", "bench.mutations", *sys.argv[1:]]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "pytest", "hypothesis", "dp-accounting"),
         "mutants": len(verdicts),

@@ -52,6 +52,7 @@ def test_a_plan_that_is_ended_or_a_timid_ladder_is_not_sound(peak: int | None, a
     assert found["above_share"] == above / 1024
 
 
+@pytest.mark.slow
 def test_every_device_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are alike run once; where the top rung fits there is none above."""
     ran: list[Any] = []

@@ -12,9 +12,7 @@ from bench.mutations import PASSED, ROOT, applied, chosen, copy_of_the_source, j
 from conf.errors import AntherError
 
 EVERY = chosen("")
-SAMPLE = {
-    "batches of fixed size accounted as Poisson", "noise redrawn at a resend", "weights by the order of arrival"
-}  # fmt: skip
+SAMPLE = {"batches of fixed size accounted as Poisson", "weights by the order of arrival"}
 WANTED = {  # what the table has to hold at least: a promise broken, and the mutants that break it
     "noise off": {"noise off"},
     "noise × 0.25": {"noise × 0.25"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from typing import ClassVar
 
 import dp_accounting
 import numpy as np
@@ -175,21 +176,12 @@ def test_every_printed_epsilon_has_its_unit() -> None:
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [float, complex])

@@ -40,6 +40,7 @@ def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
     return rounds
 
 
+@pytest.mark.slow
 def test_a_fleet_is_no_more_than_who_is_asked(pipeline_folder: Path, tmp_path: Path) -> None:
     count = 300
     rounds = simulate(

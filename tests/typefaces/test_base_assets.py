@@ -63,6 +63,7 @@ def test_a_sample_is_a_grey_picture_and_its_seed_decides_it(pipe: StableDiffusio
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_its_pictures_can_be_read(pipe: StableDiffusionPipeline) -> None:
     share, pictures = legibility(pipe, load(), count=62, guidance=1.5, steps=10, seed=11)
     assert share >= 0.93
