@@ -159,7 +159,7 @@ def main() -> None:
         sys.exit(f"without a mutant: {said}")
     survivors = [verdict.mutant.name for verdict in verdicts if not verdict.caught]
     result = {
-        "command": shlex.join(["python", "-m", "bench.mutations", *sys.argv[1:]]),
+        "command": f"python -m bench.mutations --jobs {arguments.jobs} --only {shlex.quote(arguments.only)}",
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "pytest", "hypothesis", "dp-accounting"),
         "mutants": len(verdicts),

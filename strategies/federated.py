@@ -161,7 +161,7 @@ class Federated(Strategy):
         self._measured = False
         self._quorum = quorum
         self.good = 0
-        self._number = 0  # of the round that was asked for last
+        self._spendable: float | None = None  # ε per picture that what was asked for last can have come to
         self.able: set[int] = set()
         self.away: set[int] = set()
         self.room: int | None = None
@@ -273,7 +273,6 @@ class Federated(Strategy):
         Raises:
             AntherError: with privacy per device, no room on the disk for all updates; nothing is charged.
         """
-        self._number = server_round
         number = server_round if number is None else number
         reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
         if self.device_level:
@@ -302,6 +301,7 @@ class Federated(Strategy):
             # On a full disk one reply would keep out another. For all who were picked: who can't be asked isn't told.
             self._held = Gathered(len(picked) * size(self.sites, full.rank))
             self.device_level.open(server_round, [one.report.device for one in picked], data)
+        self._spendable = self._explained(server_round, measured=server_round - 1)  # before any reply is here to wait
         self._round = Asked(
             adapter=adapter,
             plans=plans,
@@ -356,9 +356,8 @@ class Federated(Strategy):
 
         def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self._checks.update(asked.adapter, sent, reply)
-            most = self._explained(self._number, measured=self._number - 1)
             found.told = largest([found.told, update.epsilon])
-            update = replace(update, epsilon=clipped(update.epsilon, most))
+            update = replace(update, epsilon=clipped(update.epsilon, self._spendable))
             if self._replay:
                 self._replay.check(asked.adapter, update.device, adapter, self.memory, found.sketches)
             found.add(update, shift(adapter))
@@ -433,6 +432,8 @@ class Federated(Strategy):
         self._measured = self.measures(server_round) and self._paid(server_round, data)
         self._asked = self._panel(self.query(grid), server_round) if self._measured else {}
         private = self._measuring.among_pictures
+        if self._asked and private:
+            self._spendable = self._explained(server_round, measured=server_round)
         return self._ask(
             Evaluate(run=self._plan.run, round=server_round, adapter=data, rounded=rounded, privacy=private)
         )
@@ -459,11 +460,10 @@ class Federated(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean validation losses of the base and of the adapter, or a noised gain; None when there is neither."""
-        most = self._explained(server_round, measured=server_round) if self._measuring.among_pictures else None
 
         def check(report: DeviceReport, reply: Evaluation) -> Evaluation:
             checked = self._checks.evaluation(server_round, report, reply)
-            return replace(checked, epsilon=clipped(checked.epsilon, most))
+            return replace(checked, epsilon=clipped(checked.epsilon, self._spendable))
 
         found, dropped = receive(records.EVALUATE, _heard(records.EVALUATE, replies), self._asked, check)
         told = Validation(base=None, shared=None, dropped=dropped)
