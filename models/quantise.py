@@ -122,8 +122,8 @@ def other_scratch() -> Iterator[None]:
 
 def _buffer(count: int, dtype: torch.dtype, codes: Tensor) -> Tensor:
     """Memory for `count` weights, beside their codes."""
-    alike = type(codes) is type(_scratch.bytes)  # else shapes alone are traced, and nothing of that is kept
-    if codes.device.type != "cpu" or not alike or torch.compiler.is_compiling():
+    kept = codes.device.type == "cpu" and not torch.compiler.is_compiling()  # asked first, or dynamo guards the scratch
+    if not kept or type(codes) is not type(_scratch.bytes):  # of another type: shapes alone are traced
         return codes.new_empty(count, dtype=dtype)
     if len(_scratch.bytes) < count * dtype.itemsize:
         with torch.inference_mode(False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> in
         try:
             work()
             status = 0
+        except Exception:
+            traceback.print_exc()  # nobody else would tell of it
         finally:
             os._exit(status)
     if kill_after is not None:

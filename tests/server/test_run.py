@@ -34,7 +34,7 @@ RUN = (
     "adapter.shared.steps=2 adapter.personal.steps=1 evaluation.timesteps=1 strategy.timeout=300"
 )
 OWNERS = ("owner-0", "owner-1", "owner-2")
-SEED = 7
+DEVICE = ("test=true", "seed=7", "device=cpu")  # as the simulation, to be compared, also where there is a GPU
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found and ended in /proc")
 
@@ -46,7 +46,7 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
     with federation(folder, RUN) as running:
         running.start()
         for owner in OWNERS:
-            running.enrol(owner, pictures[owner], "test=true", f"seed={SEED}").start()
+            running.enrol(owner, pictures[owner], *DEVICE).start()
         until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.told()}")
         for dies in (*running.devices[OWNERS[0]].children("client.worker"), *running.server.children("flwr-serverapp")):
             dies.kill()  # neither changes a bit of what follows
@@ -104,7 +104,7 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
     base = load(config.base.path, sites=config.adapter.sites)
     devices = []
     for owner in OWNERS:
-        words = [f"data={pictures[owner]}", f"name={owner}", "test=true", f"seed={SEED}"]
+        words = [f"data={pictures[owner]}", f"name={owner}", *DEVICE]
         devices.append(from_config(stated(compose_node(words, tmp_path / "none"), base.hash), base))
     plan = training_plan(config, run="simulated", base=base.hash)
     state = federate(
