@@ -3,7 +3,8 @@
 Short rounds over TLS with keys, in which devices join, leave and die at random, but for one. At the end the run must be
 over. Every update that was asked for must be accounted for by the server, as used, late, rejected or lost, and every
 one that a device has sealed must be among them. Memory must be flat: the slope of a line through the PSS of each
-process that lived all along, after a warm-up, over all the rounds, in per cent of what it began with.
+process that lived all along, after a warm-up, over all the rounds, in per cent of what it began with. PSS counts a
+library's pages to each of those that map it: let no other Python start or end meanwhile.
 """
 
 from __future__ import annotations
