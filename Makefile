@@ -41,7 +41,7 @@ test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(MOST)
 
-coverage: $(INSTALLED_DEV)  ## what those tests reach, in nearly twice the time
+coverage: $(INSTALLED_DEV)  ## what those tests reach, in half as much time again
 	$(BIN)/python -m pytest $(MOST) --cov
 
 test-slow: $(INSTALLED_DEV)  ## the slow tests
