@@ -7,8 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check  # errors alone are worth a line
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
-
-MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal
+MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal  # of the tests: `slow` marks the others
 
 .DEFAULT_GOAL := help
 .PHONY: help simulate audit gate faults soak locks smoke-aarch64 test coverage test-slow format clean
