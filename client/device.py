@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from client import preflight, speed
-from client.data import METADATA, Pictures, load_folder
+from client.data import METADATA, WHITE, Pictures, load_folder
 from client.home import files_of
 from client.power.conditions import Conditions
 from client.power.meter import Spent
@@ -74,11 +74,11 @@ def from_config(
 
     Args:
         node_config: `data`, the folder of pictures, or else `data-root` and `partition-id`, which pick its k-th
-            sub-folder in a simulation. Optional: `name`; `store`, a folder; `previews`, how many pictures are drawn
-            into it whenever something was learnt; `test=true`, which makes noise reproducible by `seed` and nothing a
-            release; and what the report says: `examples-per-second`, `watts`, `uplink-mbps`, `downlink-mbps`,
-            `metered`; and `rank` and `sites`, the highest rank and, as a regular expression, the only layers that it is
-            to train.
+            sub-folder in a simulation. Optional: `background`, which transparent pictures are put on; `name`; `store`,
+            a folder; `previews`, how many pictures are drawn into it whenever something was learnt; `test=true`, which
+            makes noise reproducible by `seed` and nothing a release; and what the report says: `examples-per-second`,
+            `watts`, `uplink-mbps`, `downlink-mbps`, `metered`; and `rank` and `sites`, the highest rank and, as a
+            regular expression, the only layers that it is to train.
         base: what the device holds.
         store: that is open already; None: it is opened here, in the clear.
         read: its sensors, for what the report says of now; None: nothing is said of it.
@@ -100,7 +100,7 @@ def from_config(
         name=name,
         report=probe(name, base, node_config, store=store, read=read),
         store=store,
-        pictures=partial(load_folder, pictures),
+        pictures=partial(load_folder, pictures, background=str(node_config.get("background", WHITE))),
         sites=base.sites,
         policy=policy.load(files.folder / "policy.toml"),
         noise=partial(noise.source, client=name, seed=seed if is_test else None),

@@ -118,7 +118,8 @@ class Worker:
 def stated(node: Node, base: str) -> dict[str, object]:
     """What `client.device.from_config` knows of a device."""
     said = {
-        "base": base, "data": node.data, "name": node.name, "store": node.store, "weights": node.weights,
+        "base": base, "data": node.data, "background": node.background, "name": node.name, "store": node.store,
+        "weights": node.weights,
         "device": node.device, "resolution": node.resolution, "checkpointing": node.checkpointing, "rank": node.rank,
         "sites": node.sites, "previews": node.previews, "test": node.test, "seed": node.seed if node.test else None,
         "uplink-mbps": node.uplink_mbps, "downlink-mbps": node.downlink_mbps,

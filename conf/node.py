@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.cli import keyed, to_object
 from conf.errors import AntherError
 from conf.explain import explain, known_keys
-from conf.schemas import choose, require
+from conf.schemas import choose, require, require_background
 
 METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
 
@@ -124,6 +124,7 @@ class Node:
     """One device of a real federation."""
 
     data: str | None = None  # the folder with its owner's pictures and metadata.jsonl; null: not said yet
+    background: str = "white"  # what shows through where a picture is transparent: white, black, gray or '#rrggbb'
     name: str | None = None  # that the server knows it by; null: the machine's
     federation: str | None = None  # that it was enrolled with: what it keeps of one is not mixed with another's
     base: str | None = None  # name, folder or content hash; null: the federation's
@@ -148,6 +149,7 @@ class Node:
     storage: Storage = field(default_factory=Storage)
 
     def __post_init__(self) -> None:
+        require_background("background", self.background)
         choose("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
         choose("checkpointing", self.checkpointing, ("none", "block"))
         for key in ("resolution", "rank", "uplink_mbps", "downlink_mbps", "examples_per_second"):

@@ -24,6 +24,12 @@ def choose(key: str, value: str, options: tuple[str, ...]) -> None:
     require(value in (*options, MISSING), f"{key}={value}: must be one of: {', '.join(options)}")
 
 
+def require_background(key: str, color: str) -> None:
+    """Refuse what isn't a color to put transparent pictures on."""
+    known = color in ("white", "black", "gray") or re.fullmatch(r"#[0-9a-fA-F]{6}", color)
+    require(bool(known), f"{key}={color}: must be white, black, gray or '#rrggbb'")
+
+
 def _none_or_positive(value: float | None) -> bool:
     return value is None or value > 0
 
@@ -69,9 +75,11 @@ class Data:
     skew: bool = False  # label skew: a writer gives glyphs of one kind (digits, capital or lowercase letters, in turn),
     # and of the others only if those run out
     pictures: list[str] = field(default_factory=list)  # your own folders: each takes the place of a writer
+    background: str = "white"  # what shows through where a picture is transparent: white, black, gray or '#rrggbb'
 
     def __post_init__(self) -> None:
         choose("data.role", self.role, ("development", "test"))
+        require_background("data.background", self.background)
         require(self.writers >= 0, f"data.writers={self.writers}: must be 0 or more")
         require(1 <= self.train <= 20, f"data.train={self.train}: a writer gives 1 to 20 glyphs")
         require(1 <= self.validation <= 10, f"data.validation={self.validation}: must be 1 to 10")

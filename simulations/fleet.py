@@ -6,14 +6,16 @@ for something, and what it keeps lies in its storage.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from client.data import Pictures, load_folder
+from client.data import Pictures, fingerprint, load_folder
 from client.device import Device
 from client.store import Store
 from conf.errors import AntherError
@@ -65,13 +67,19 @@ class Participant:
         return self.device.pictures()
 
 
-def participants(config: Simulation, base: Base, storage: Callable[[str], Storage]) -> list[Participant]:
+def participants(
+    config: Simulation,
+    base: Base,
+    storage: Callable[[str], Storage],
+    own: Sequence[tuple[str, Pictures]] | None = None,
+) -> list[Participant]:
     """The fleet, in the order of names; AntherError if two have one name.
 
     Args:
         storage: where the device of a name keeps what is its own.
+        own: `own_pictures` of the configuration, if they were read already.
     """
-    people = [Writer(name, "own", pictures) for name, pictures in own_pictures(config.data.pictures)]
+    people = [Writer(name, "own", pictures) for name, pictures in (own_pictures(config.data) if own is None else own)]
     people += writers(config.data)[: max(0, config.data.writers - len(people))]  # each folder takes a writer's place
     dealt = sorted(deal(people, config.data.count()), key=lambda device: device[0])
     names = [name for name, *_ in dealt]
@@ -140,11 +148,11 @@ def writers(data: Data) -> list[Writer]:
     return found
 
 
-def own_pictures(folders: Sequence[str]) -> list[tuple[str, Pictures]]:
+def own_pictures(data: Data) -> list[tuple[str, Pictures]]:
     """Name and pictures of one's own folders; AntherError unless each has all three splits."""
     found = []
-    for folder in folders:
-        pictures = load_folder(folder)
+    for folder in data.pictures:
+        pictures = load_folder(folder, background=data.background)
         for split in ("validation", "test"):
             if not getattr(pictures, split):
                 raise AntherError(
@@ -156,6 +164,12 @@ def own_pictures(folders: Sequence[str]) -> list[tuple[str, Pictures]]:
     if len(set(names)) < len(names):
         raise AntherError(f"data.pictures: two folders are called {max(names, key=names.count)}: rename one")
     return found
+
+
+def identity(people: Iterable[Participant]) -> str | None:
+    """SHA-256 of all pictures that are somebody's own, with whose they are; None if there are none."""
+    own = {person.name: [fingerprint(split) for split in person.pictures] for person in people if person.kind == "own"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest() if own else None
 
 
 def slug(name: str) -> str:

@@ -100,7 +100,7 @@ def suspects(data: Data, took_part: Set[str]) -> list[Suspect]:
     Args:
         took_part: names of the devices that trained in any round.
     """
-    own = own_pictures(data.pictures)
+    own = own_pictures(data)
     found = [
         Suspect(name, "", picture, member and name in took_part)
         for name, pictures in own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from conf.schemas import Simulation
 from privacy import durable
 
 RUN = "run.json"
+PICTURES = "set of pictures"
+"""Key of the hash of people's own pictures, among the assets of a run."""
+_ADDED = {"data.background": "white"}
+"""Settings that were added, with what runs went by before there was a choice: these runs keep their hash."""
+
+log = logging.getLogger(__name__)
 
 
 def config_hash(config: Simulation) -> str:
@@ -67,16 +74,23 @@ def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory
         durable.write(folder / RUN, json.dumps({**record, "config": _settings(config)}, indent=2).encode())
         return memory
     for name, digest in assets.items():
-        if found["assets"].get(name) != digest:
-            raise AntherError(
-                f"{folder}: was run with another {name} ({found['assets'].get(name)}): restore it, or start anew"
-            )
+        began = found["assets"].get(name)
+        if began is None and name == PICTURES:
+            log.warning("%s: was begun before runs kept hashes of your own pictures: whether they changed isn't known",
+                        folder)  # fmt: skip
+        elif began != digest:
+            raise AntherError(f"{folder}: was run with another {name} ({began}): restore it, or start anew")
     return int(found["memory"])
 
 
 def _settings(config: Simulation) -> dict[str, Any]:
+    """All settings but `resume`; and but those that runs of before hadn't, where they are as those runs were."""
     settings = dataclasses.asdict(config)
     del settings["resume"]
+    for key, before in _ADDED.items():
+        group, _, name = key.rpartition(".")
+        if settings[group].get(name) == before:
+            del settings[group][name]
     return settings
 
 

@@ -59,14 +59,13 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     from models import assets  # slow imports, after the first line is on the screen
     from privacy.storage import Files
     from server.ledger import Ledger
-    from simulations import world
-    from simulations.fleet import judged
+    from simulations import fleet, world
     from simulations.lives import lives
     from strategies.build import build
     from strategies.full_plan import training_plan
 
     frozen, people, database = here = world.build(config, folder)
-    chosen = judged(people, config.evaluation.devices)
+    chosen = fleet.judged(people, config.evaluation.devices)
     plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
     lived = lives(config, people, folder / "fleet") if config.fleet.timed else None
     strategy = build(
@@ -78,14 +77,16 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     memory = budget(config.cohort.memory_gib, frozen.device)
     check_free(memory, frozen.device)
     hashes = {"base": frozen.hash, "data": assets.digest(assets.locate("typefaces"))}
+    if own := fleet.identity(people):
+        hashes[output.PICTURES] = own
     memory = output.claim(folder, config, hashes, memory=memory)  # whatever can be refused, was
     from simulations import results
 
     perform = world.performer(config, frozen, memory)
     with grid(config, folder, here, perform, memory, lived) as devices:
         state = federate(config, folder, strategy, plan, devices, people, chosen, display, lived)
-    fleet = lived.log.rounds if lived else ()
-    results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command(), fleet)
+    facts = lived.log.rounds if lived else ()
+    results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command(), facts)
     database.close()
 
 

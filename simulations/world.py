@@ -13,7 +13,7 @@ from conf.schemas import Simulation
 from models import base
 from models.base import Base
 from simulations.evaluation import Perform
-from simulations.fleet import Participant, participants
+from simulations.fleet import Participant, own_pictures, participants
 from simulations.storage import FILE, Database
 from training.engine import perform
 
@@ -25,14 +25,15 @@ class World(NamedTuple):
 
 
 def build(config: Simulation, folder: Path) -> World:
-    """The world of the run in `folder`."""
+    """The world of the run in `folder`; mistakes in pictures are told before the base is loaded."""
+    own = own_pictures(config.data)
     frozen = base.load(
         config.base.path, sites=config.adapter.sites, weights=config.base.weights, device=config.base.device,
         compute=config.base.compute, checkpointing=config.base.checkpointing,
         resolution=config.base.resolution,
     )  # fmt: skip
     database = Database(folder / "devices" / FILE)
-    return World(frozen, participants(config, frozen, database.device), database)
+    return World(frozen, participants(config, frozen, database.device, own), database)
 
 
 def performer(config: Simulation, base: Base, memory: int) -> Perform:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from conf.errors import AntherError
@@ -44,15 +45,30 @@ def perform(
     return results
 
 
-def encode(base: Base, jobs: Sequence[Encode]) -> list[Examples]:
-    """All pictures in one go, so that the encoders are loaded once, and freed."""
-    if not jobs:
-        return []
-    latents = base.encode_images([picture.pixels for job in jobs for picture in job.pictures]).cpu()
-    context = base.encode_captions([picture.caption for job in jobs for picture in job.pictures]).cpu()
-    counts = [len(job.pictures) for job in jobs]
+def encode(base: Base, jobs: Sequence[Encode]) -> list[Examples | Exception]:
+    """Encode all pictures in one go, so that the encoders are loaded once, and freed.
+
+    One picture's pixels are in memory at a time: each is cut to the base's resolution before the next is read. A job
+    with one that can't be read yields that error.
+    """
+    fitted = [_fitted(base, job) for job in jobs]
+    good = [(job, images) for job, images in zip(jobs, fitted, strict=True) if not isinstance(images, Exception)]
+    if not good:
+        return [images for images in fitted if isinstance(images, Exception)]
+    latents = base.encode_images([image for _, images in good for image in images]).cpu()
+    context = base.encode_captions([picture.caption for job, _ in good for picture in job.pictures]).cpu()
+    counts = [len(images) for _, images in good]
     parts = zip(latents.split(counts), context.split(counts), strict=True)
-    return [Examples(latents.clone(), context.clone()) for latents, context in parts]
+    examples = (Examples(latents.clone(), context.clone()) for latents, context in parts)
+    return [images if isinstance(images, Exception) else next(examples) for images in fitted]
+
+
+def _fitted(base: Base, job: Encode) -> list[np.ndarray] | Exception:
+    """The job's pictures as the base sees them."""
+    try:
+        return [base.fit(picture.at_least(base.resolution)) for picture in job.pictures]
+    except AntherError as error:
+        return error
 
 
 def measure(base: Base, jobs: Sequence[Measure], memory: int, timesteps: int) -> list[float]:

@@ -6,7 +6,7 @@ A job is plain data. Drivers collect the jobs of many clients and run each kind 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,11 +17,31 @@ from models.adapter import Adapter
 from privacy.noise import NoiseSource
 
 
-class Picture(NamedTuple):
-    """One picture, uint8 [H, W] grey or [H, W, 3] colour, and its caption."""
+class Picture:
+    """One picture, uint8 [H, W] gray or [H, W, 3] color, and its caption.
 
-    pixels: np.ndarray
-    caption: str
+    This one holds its pixels. One that reads them from a file when they are asked for overrides all but the caption.
+    """
+
+    __slots__ = ("_pixels", "caption")
+
+    def __init__(self, pixels: np.ndarray, caption: str) -> None:
+        self._pixels, self.caption = pixels, caption
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """All pixels."""
+        return self._pixels
+
+    def at_least(self, side: int) -> np.ndarray:
+        """The pixels, or a smaller copy good enough for any use at `side` pixels."""
+        del side
+        return self.pixels
+
+    def content(self) -> Iterator[bytes]:
+        """Bytes that are others for any change of what the picture shows or its caption."""
+        yield repr((self.pixels.shape, len(self.caption.encode()), self.caption)).encode()
+        yield np.ascontiguousarray(self.pixels).tobytes()
 
 
 class Examples(NamedTuple):

@@ -111,7 +111,7 @@ class Performer:
     def _perform(self, job: jobs.Job) -> Result:
         match job:
             case jobs.Encode():
-                means = [float(pixels.mean()) for pixels, _ in job.pictures]
+                means = [float(picture.pixels.mean()) for picture in job.pictures]
                 return Examples(
                     torch.tensor(means)[:, None, None, None].expand(-1, 4, 2, 2), torch.zeros(len(means), 3, 2)
                 )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+
+from client.data import Stored
+from conf.errors import AntherError
 from models.adapter import Factors, initial
 from models.base import Base
 from training.engine import perform
@@ -29,3 +35,19 @@ def test_a_drawing_that_fails_is_its_own_loss(base: Base) -> None:
     assert two.pictures.shape == (2, 16, 16)
     assert np.abs(two.pictures[1].astype(int) - one.pictures[0]).max() <= 1  # B is 0, and each has its own noise
     assert (two.pictures[0] != two.pictures[1]).any()
+
+
+def test_a_picture_that_is_gone_fails_its_own_job(base: Base, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30), np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    stored, gone = Stored(tmp_path / "a.png", "a"), Stored(tmp_path / "b.png", "a")
+    (tmp_path / "b.png").unlink()
+    jobs = [Encode(pictures=[stored, gone]), Encode(pictures=[stored]), Encode(pictures=[Picture(pixels, "a")])]
+    lost, read, held = perform(base, jobs, memory=budget(None, base.device), timesteps=1)
+    assert "b.png" in str(lost)
+    assert isinstance(lost, AntherError)
+    assert isinstance(read, Examples)
+    assert isinstance(held, Examples)
+    assert torch.equal(read.latents, held.latents)
+    assert torch.equal(read.context, held.context)

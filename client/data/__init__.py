@@ -1,0 +1,89 @@
+"""A person's own pictures: a folder in the imagefolder convention.
+
+`metadata.jsonl` holds one line for each picture, `{"file_name": "cat.jpg", "text": "my cat"}`. Sub-folders `train`,
+`validation` and `test` (or `Train`, `val`, `test_images`, …) split the pictures, each with its own metadata.jsonl or
+named in the one above; without them each picture's name decides, so that about a fifth each is held out. Every mistake
+is one line that names the file and how to mend it.
+
+A split is a data set of its own, to train on or to measure by, each with its own noise, and ε says what one picture
+more or less changes. So one picture must not move others between them: where it goes depends on it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from client.data.reading import WHITE
+from client.data.sheets import EXAMPLE, METADATA, Files, captions
+from client.data.splits import SPLITS, check_depth, split_folders, split_of
+from client.data.stored import Stored
+from conf.errors import AntherError, refused
+from training.jobs import Picture
+
+__all__ = ["EXAMPLE", "METADATA", "SPLITS", "WHITE", "Pictures", "Stored", "fingerprint", "load_folder", "split_of"]
+
+
+class Pictures(NamedTuple):
+    """Pictures to train on, to stop by, and to measure by, which nobody trains on."""
+
+    train: tuple[Picture, ...]
+    validation: tuple[Picture, ...]
+    test: tuple[Picture, ...]
+
+
+def load_folder(path: str | Path, *, background: str = WHITE) -> Pictures:
+    """Find every picture of a folder with its caption, each split in the order of names.
+
+    Each file is hashed, and decoded once to see that it can be; no pixels are kept.
+
+    Args:
+        path: the folder.
+        background: what shows through where a picture is transparent.
+
+    Raises:
+        AntherError: what is missing, damaged or not captioned, by file name.
+    """
+    root = Path(path).expanduser()
+    try:
+        if "\0" in str(path) or not root.is_dir():
+            raise AntherError(f"{root}: no such folder; name the one that holds your pictures and {METADATA}")
+        return _load(root, background)
+    except OSError as error:
+        raise refused(error, root) from error
+
+
+def _load(root: Path, background: str) -> Pictures:
+    splits = split_folders(root, [place.name for place in root.iterdir() if place.is_dir()])
+    found = captions(Files(root), splits.values())
+    names = {name: splits.get(name, name) for name in SPLITS}
+    if splits:
+        split = {name: [file for file in found if file.split("/")[0] == folder] for name, folder in names.items()}
+        if astray := found.keys() - {file for files in split.values() for file in files}:
+            folders = ", ".join(names.values())
+            raise AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them")
+        if not split["train"]:
+            raise AntherError(f"{root / names['train']}: no pictures to train on; put some there")
+    else:
+        check_depth(root, found)
+        split = {name: [file for file in found if split_of(file) == name] for name in SPLITS}
+        if not split["train"]:
+            raise AntherError(
+                f"{root}: by their names none of the pictures ({len(found)}) is to train on; add some, or sort them "
+                f"into folders {', '.join(SPLITS)}"
+            )
+    return Pictures(*(
+        tuple(Stored(root / file, found[file], background=background) for file in sorted(split[name]))
+        for name in SPLITS
+    ))  # fmt: skip
+
+
+def fingerprint(pictures: Iterable[Picture]) -> str:
+    """SHA-256 of the pictures and captions in their order: another for any change of them."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        for part in picture.content():
+            digest.update(part)
+    return digest.hexdigest()

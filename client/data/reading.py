@@ -1,0 +1,122 @@
+"""A picture's file, read and decoded: which formats, how large, which way up, on what background."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from conf.errors import AntherError, refused
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""All that Pillow may try, whatever a file is called: it has some forty decoders, and one runs Ghostscript."""
+NAMED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+SMALLEST = 8  # pixels on each side
+MOST = 64_000_000  # pixels in all: they take 4 bytes each, or 9 where some are transparent
+WHITE = "white"
+_ORIENTATION = 0x0112  # EXIF
+_GREY = ("1", "L", "LA", "La")
+
+
+def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | None = None) -> np.ndarray:
+    """Decode a picture upright, transparent parts on the background: uint8 [H, W] gray or [H, W, 3] color.
+
+    Args:
+        path: for messages.
+        file: open at its beginning.
+        background: what shows through where a picture is transparent: a name or `#rrggbb`.
+        side: return a smaller copy if there is one whose sides all have at least twice this many pixels; None: all
+            pixels. JPEGs are decoded at an eighth, a quarter or half their size; the others are averaged in blocks.
+
+    Raises:
+        AntherError: not a picture, damaged, too large or too small.
+    """
+    from PIL import Image, UnidentifiedImageError  # slow import, so only here
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large or odd files: they are refused, or read all the same
+            with Image.open(file, formats=FORMATS) as image:
+                _check_size(path, *image.size)
+                if side is not None and image.format in ("JPEG", "MPO"):
+                    image.draft(None, (2 * side, 2 * side))
+                image.load()
+                _check_depth(path, image.mode)
+                return np.array(_smaller(_opaque(_upright(image), background), side))
+    except AntherError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_many(path, "") from error
+    except UnidentifiedImageError as error:
+        raise AntherError(f"{path}: can't be read as a picture ({NAMED}); save it again as PNG or JPEG") from error
+    except MemoryError as error:
+        raise AntherError(f"{path}: takes more memory than there is; save a smaller copy") from error
+    except Exception as error:  # decoders raise whatever they like
+        raise AntherError(f"{path}: can't be read as a picture; save it again as PNG or JPEG") from error
+
+
+def open_picture(path: Path) -> BinaryIO:
+    """The file for reading; AntherError if it can't be opened."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise refused(error, path) from error
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MOST:
+        raise _too_many(path, f", {width}×{height}")
+    if min(height, width) < SMALLEST:
+        raise AntherError(f"{path}: {width}×{height} pixels are too few; use one of at least {SMALLEST}×{SMALLEST}")
+
+
+def _too_many(path: Path, size: str) -> AntherError:
+    return AntherError(f"{path}: too many pixels{size}; save a smaller copy, of at most {MOST // 10**6} million")
+
+
+def _check_depth(path: Path, mode: str) -> None:
+    if mode.startswith(("I", "F")):
+        raise AntherError(f"{path}: has more than 8 bits a channel; save it as an 8-bit PNG or JPEG")
+
+
+def _upright(image: Image) -> Image:
+    """The picture turned as its EXIF or XMP says.
+
+    Not by `ImageOps.exif_transpose`, which also writes the EXIF block anew and fails on many that cameras write.
+    """
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    try:
+        turn = turns.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _opaque(image: Image, background: str) -> Image:
+    """Gray or RGB, with what is transparent on the background: a picture's hidden colors are noise, or black."""
+    from PIL import Image as Pillow
+    from PIL import ImageColor
+
+    if not image.has_transparency_data:
+        return image.convert("L" if image.mode in _GREY else "RGB")
+    color = ImageColor.getrgb(background)[:3]
+    mode = "L" if image.mode in _GREY and len(set(color)) == 1 else "RGB"
+    seen = image.convert("RGBA")
+    canvas = Pillow.new(mode, image.size, color[0] if mode == "L" else color)
+    canvas.paste(seen.convert(mode), mask=seen.getchannel("A"))
+    return canvas
+
+
+def _smaller(image: Image, side: int | None) -> Image:
+    factor = 1 if side is None else min(image.size) // (2 * side)
+    return image.reduce(factor) if factor > 1 else image

@@ -1,0 +1,95 @@
+"""Which split a picture belongs to: by the folder that it is in, or else by its name."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+from conf.errors import AntherError, shown
+from privacy.noise import stream
+
+SPLITS = ("train", "validation", "test")
+_WORDS = {
+    "train": "train", "training": "train", "trn": "train",
+    "validation": "validation", "val": "validation", "valid": "validation", "validate": "validation",
+    "dev": "validation", "development": "validation",
+    "test": "test", "tests": "test", "testing": "test", "tst": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+_NEUTRAL = {
+    "data", "dataset", "file", "files", "folder", "image", "images", "img", "imgs", "photo", "photos", "pic", "pics",
+    "picture", "pictures", "set", "split", "subset",
+}  # fmt: skip
+_BEGINNINGS = {"train": "train", "trn": "train", "val": "validation", "test": "test", "eval": "test"}
+
+
+def split_of(file: str) -> str:
+    """Where a picture of this name belongs: one in five to validation and to test each, by the hash of its name.
+
+    Names that differ in their last number alone take turns, so that of five pictures in a row each split has some. To
+    guarantee that for any names, others would have to move when one is added; then neighbouring folders wouldn't be
+    neighbouring data sets, and noise that hides one picture would hide too little. So a small folder may leave
+    validation or test empty. One that leaves nothing to train on is an error: ε compares sets that both reach the
+    owner's minimum of training pictures (`privacy.policy`).
+    """
+    name = Path(file).with_suffix("").as_posix()
+    bare = name.rstrip("0123456789")
+    turn = stream("split", bare) + int(name[len(bare) :] or 0)
+    return {0: "validation", 1: "test"}.get(turn % 5, "train")
+
+
+def kind_of(folder: str) -> str | None:
+    """The split that a folder of this name means, in any case: `Train`, `val`, `test_images`, `train2017`; or None."""
+    words = [word for word in re.split(r"[^a-z]+", _plain(folder)) if word]
+    bare = [word for word in words if word not in _NEUTRAL]
+    if len(bare) != 1:
+        return None
+    word = bare[0]
+    if word not in _WORDS:  # trainset, valimages
+        word = next((word.removesuffix(end) for end in sorted(_NEUTRAL) if word.endswith(end)), word)
+    return _WORDS.get(word)
+
+
+def split_folders(root: Path, folders: Iterable[str]) -> dict[str, str]:
+    """The folders of `root` that are splits: {split: folder}, in the order of `SPLITS`; empty if there are none.
+
+    Raises:
+        AntherError: two folders mean one split; or names look like splits and can't be told for sure.
+    """
+    names = sorted(folders)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if (kind := kind_of(name)) is not None:
+            found.setdefault(kind, []).append(name)
+    for kind, same in found.items():
+        if len(same) > 1:
+            raise AntherError(f"{root}: {' and '.join(map(shown, same))} both look like {kind}: keep one of them")
+    likely = {name: kind for name in names if kind_of(name) is None and (kind := _likely(name))}
+    if likely and len({*likely.values(), *found}) > 1:
+        listed = ", ".join(map(shown, likely))
+        raise AntherError(f"{root}: {listed}: look like splits: rename folders to {', '.join(SPLITS)}")
+    return {kind: found[kind][0] for kind in SPLITS if kind in found}
+
+
+def check_depth(root: Path, files: Collection[str]) -> None:
+    """Refuse split folders further down, `cats/train/1.jpg`: their pictures would be mixed by name.
+
+    Raises:
+        AntherError: names the first such picture.
+    """
+    for file in sorted(files):
+        folders = PurePosixPath(file).parts[1:-1]
+        if any(kind_of(folder) is not None for folder in folders):
+            raise AntherError(
+                f"{root / shown(file)}: lies in a folder that looks like a split, further down: move "
+                f"{', '.join(SPLITS)} directly into the folder that you name"
+            )
+
+
+def _likely(folder: str) -> str | None:
+    return next((kind for word, kind in _BEGINNINGS.items() if _plain(folder).startswith(word)), None)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
