@@ -153,6 +153,8 @@ def _tried(run: Run, config: MembershipTrial) -> tuple[list[Suspect], dict[str, 
         raise AntherError(f"{run.folder}: has no picture that it trained on, or none that it didn't")
     tried = {"best": state.best_adapter, "last": state.adapter}[config.adapter]
     (examples,) = encode(frozen, [Encode(pictures=[suspect.picture for suspect in people])])
+    if isinstance(examples, Exception):
+        raise examples
     stacks = to_device(stack_adapters(frozen.sites, [tried]), frozen.like)
     granted = for_looking(budget(config.memory_gib, frozen.device))
 
