@@ -98,12 +98,15 @@ MESSAGES: Mapping[str, Check] = {
         release=_flag, epsilon=_or_none(_amount),
     ),
     "Personalised": _object(device=_text, seconds=_amount, joules=_amount, quality=_quality),
-    "Query": _object(),
-    "Train": _object(plan=_PLAN, rounded=_or_none(_ROUNDED), echo=_count),
-    "Evaluate": _object(run=_text, round=_count, rounded=_or_none(_ROUNDED), privacy=_or_none(_MEASURING)),
+    "Query": _object(adapted=_or_none(_texts)),
+    "Train": _object(plan=_PLAN, rounded=_or_none(_ROUNDED), adapted=_or_none(_texts), echo=_count),
+    "Evaluate": _object(
+        run=_text, round=_count, rounded=_or_none(_ROUNDED), adapted=_or_none(_texts), timesteps=_count,
+        privacy=_or_none(_MEASURING),
+    ),
     "Personalise": _object(
         run=_text, round=_count, rank=_count, steps=_count, batch_size=_count, learning_rate=_amount,
-        look_every=_count, patience=_count, rounded=_or_none(_ROUNDED),
+        look_every=_count, patience=_count, rounded=_or_none(_ROUNDED), adapted=_or_none(_texts), timesteps=_count,
     ),
 }  # fmt: skip
 CARRYING = {"Update", "Train", "Evaluate", "Personalise"}

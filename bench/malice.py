@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from protocol.messages import NEWEST
+from protocol.messages import LONGEST, NEWEST
 
 Header = dict[str, dict[str, Any]]
 Delivery = Callable[[], Message]
@@ -223,7 +223,7 @@ def _change(value: dict[str, Any], random: Random) -> None:
 def texts(good: str) -> Iterator[tuple[str, str]]:
     """Named texts that no honest peer writes."""
     fields = json.loads(good)
-    yield "JSON too long", good + " " * 70_000
+    yield "JSON too long", good + " " * LONGEST
     yield "JSON too long", "9" * 30_000_000
     yield "deep nesting", "[" * 60_000
     yield "deep nesting", good[:-1] + f'{"," if fields else ""}"a":{NESTED}}}'

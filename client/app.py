@@ -2,7 +2,8 @@
 
 It only connects things. On a real device, where ANTHER_WORKER names the socket of a worker that holds the base, it
 hands the request on and needs no torch; in a simulation it answers by itself. Nothing that a server sends chooses the
-device's files, policy or noise: those come from the node's own configuration and environment.
+device's files, policy or noise: those come from the node's own configuration and environment. The configuration of the
+server's run isn't read here: what a device needs of it is in the messages.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 app = ClientApp()
 
 WORKER = "ANTHER_WORKER"
+FAILED = "failed, see the device's own log"
+"""The one word for everything that goes wrong: which of them it was can depend on the owner's pictures."""
 TRIES, PAUSE = 4, 1.0  # a worker that dies is there again when it is next connected to
 
 
@@ -36,14 +39,13 @@ TRIES, PAUSE = 4, 1.0  # a worker that dies is there again when it is next conne
 @app.evaluate()
 def answer(message: Message, context: Context) -> Message:
     """Reply to any request; whatever goes wrong becomes this node's error reply."""
-    overrides = str(context.run_config.get("overrides", ""))
     try:
         request = requested(message)
     except Refusal as error:
         return reply_message(error, message)
     if WORKER in os.environ:
-        return relayed(line.Asked(request, overrides), os.environ[WORKER], message)
-    return reply_message(_by_ourselves(request, overrides, context), message)
+        return relayed(request, os.environ[WORKER], message)
+    return reply_message(_by_ourselves(request, context), message)
 
 
 def requested(message: Message, *, most: int | None = None) -> Request:
@@ -58,7 +60,7 @@ def requested(message: Message, *, most: int | None = None) -> Request:
         raise Refusal(str(error)) from None
 
 
-def relayed(asked: line.Asked, path: str, message: Message) -> Message:
+def relayed(request: Request, path: str, message: Message) -> Message:
     """The reply of the worker, which may have to be started, and is asked again if it dies.
 
     What it had charged before it died stays charged: asked the same, it goes on under the same reservation.
@@ -67,7 +69,7 @@ def relayed(asked: line.Asked, path: str, message: Message) -> Message:
         try:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(path)
-                answered = line.ask(connection, asked)
+                answered = line.ask(connection, request)
         except (OSError, AntherError) as error:
             log.warning("the worker did not answer (%s), %d tries left", error, left)
             time.sleep(PAUSE if left else 0)
@@ -76,8 +78,8 @@ def relayed(asked: line.Asked, path: str, message: Message) -> Message:
             return Message(records.reply_to_records(answered.reply), reply_to=message)
         if answered.refused is not None:
             return _error(message, f"{records.REFUSED}{answered.refused}")
-        return _error(message, f"{answered.failed}, see the device's own log")
-    return _error(message, "WorkerDied, see the device's own log")
+        break
+    return _error(message, FAILED)
 
 
 def reply_message(outcome: Reply | Exception, request: Message) -> Message:
@@ -91,13 +93,13 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
     log.error("could not answer %s: %s", request.metadata.message_type, outcome, exc_info=unforeseen)
     if isinstance(outcome, Refusal):
         return _error(request, f"{records.REFUSED}{outcome}")
-    return _error(request, f"{type(outcome).__name__}, see the device's own log")
+    return _error(request, FAILED)
 
 
-def _by_ourselves(request: Request, overrides: str, context: Context) -> Reply | Exception:
+def _by_ourselves(request: Request, context: Context) -> Reply | Exception:
     from client import answering  # torch
 
-    return answering.answer(request, overrides, _stated(context))
+    return answering.answer(request, _stated(context))
 
 
 def _error(request: Message, reason: str) -> Message:

@@ -25,6 +25,7 @@ def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result,
     """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
     device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_measure(request.privacy)
+    device.policy.check_timesteps(request.timesteps)
     sent = received(request.adapter, device, rounded=request.rounded)
     if request.privacy is None:
         return (yield from _losses(request, sent, device))

@@ -1,8 +1,9 @@
 """Training yields to the owner: it waits, with what it has, while a device should not train, and lets go if it must.
 
-A guard is what `training.jobs.Train.cancelled` asks, after every pass and before every step of an empty batch. So a
-charger that is pulled, heat, or an owner who sits down stops training before its next step is taken. Where steps are
-faster than sensors are read (`interval`), that is within 2 s instead.
+A guard is asked before a base is loaded and before every job, by `training.jobs.Train.cancelled` after every pass and
+before every step of an empty batch, and by all other jobs before every pass. So a charger that is pulled, heat, or an
+owner who sits down stops training before its next step is taken. Where steps are faster than sensors are read
+(`interval`), that is within 2 s instead.
 """
 
 from __future__ import annotations
@@ -114,12 +115,17 @@ class Guard:
         self._read, self._pausing, self._clock = read, pausing, clock
         self._sleep = sleep or self.stop.wait
         self._fresh_until = clock()
+        self._asking = threading.Lock()  # passes run in several threads, and all of them wait while one does
 
     def must_wait(self) -> str | None:
         """Why it should not train now; None: it may."""
         return self._look(waiting=False).why
 
     def __call__(self) -> bool:
+        with self._asking:
+            return self._must_stop()
+
+    def _must_stop(self) -> bool:
         if not self.stop.is_set() and self._clock() < self._fresh_until:
             return False
         look = self._look(waiting=False)

@@ -20,7 +20,10 @@ Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 
 
 def with_guard(perform: Perform, guard: Guard) -> Perform:
-    """The same, asking the guard before any job, and within training after every pass."""
+    """The same, asking the guard before any job, and within training after every pass.
+
+    Within other jobs whoever performs them asks it (`training.engine.perform`).
+    """
 
     def guarded(batch: list[Job]) -> Sequence[Result | Exception]:
         if guard():

@@ -27,21 +27,12 @@ REPLIES = {
 }
 
 
-class Asked(NamedTuple):
-    """One message of a server, and the configuration of its run."""
-
-    request: Request
-    overrides: str
-
-
 class Answered(NamedTuple):
     """What came of it: a reply, or why there is none."""
 
     reply: Reply | None = None
     refused: str | None = None
-    """That the server may be told."""
-    failed: str | None = None
-    """That it may be told; the rest is in the worker's log."""
+    """That the server may be told. None without a reply: it failed, and why is in the worker's log alone."""
 
 
 def same_user(connection: socket.socket) -> bool:
@@ -52,18 +43,17 @@ def same_user(connection: socket.socket) -> bool:
     return int(_PEER.unpack(found)[1]) == os.getuid()
 
 
-def ask(connection: socket.socket, asked: Asked) -> Answered:
+def ask(connection: socket.socket, request: Request) -> Answered:
     """Send a request and wait for what comes of it; ConnectionError if whoever answers is gone."""
-    text, adapter = _parts(asked.request)
-    head = {"kind": type(asked.request).__name__, "message": text, "overrides": asked.overrides}
-    _send(connection, head, adapter)
+    text, adapter = _parts(request)
+    _send(connection, {"kind": type(request).__name__, "message": text}, adapter)
     head, data = _receive(connection)
     if "message" not in head:
-        return Answered(refused=head.get("refused"), failed=head.get("failed"))
+        return Answered(refused=head.get("refused"))
     return Answered(reply=_message(REPLIES, head, data))  # type: ignore[arg-type]
 
 
-def hear(connection: socket.socket) -> Asked:
+def hear(connection: socket.socket) -> Request:
     """The request of whoever connected.
 
     Raises:
@@ -71,12 +61,12 @@ def hear(connection: socket.socket) -> Asked:
         AntherError: what it says is malformed.
     """
     head, data = _receive(connection)
-    return Asked(_message(REQUESTS, head, data), str(head.get("overrides", "")))  # type: ignore[arg-type]
+    return _message(REQUESTS, head, data)  # type: ignore[return-value,arg-type]
 
 
 def tell(connection: socket.socket, answered: Answered) -> None:
     if answered.reply is None:
-        _send(connection, {"refused": answered.refused, "failed": answered.failed}, None)
+        _send(connection, {"refused": answered.refused}, None)
         return
     text, adapter = _parts(answered.reply)
     _send(connection, {"kind": type(answered.reply).__name__, "message": text}, adapter)

@@ -29,6 +29,7 @@ from conf.service import Stopped
 from models.base import picked
 from privacy.policy import Refusal
 from protocol import plain
+from protocol.messages import Request
 from training.jobs import Cancelled
 
 log = logging.getLogger("client.worker")
@@ -97,13 +98,13 @@ class Worker:
             log.warning("another user connected, and was not answered")
             return
         try:
-            asked = line.hear(connection)
+            request = line.hear(connection)
         except (OSError, ValueError, KeyError, AntherError) as error:
             log.warning("a request could not be read: %s", error)
             return
-        outcome = answering.answer(asked.request, asked.overrides, self.stated, owned=self.owned)
+        outcome = answering.answer(request, self.stated, owned=self.owned)
         try:
-            line.tell(connection, _told(asked, outcome))
+            line.tell(connection, _told(request, outcome))
         except OSError as error:  # what was sealed is sent when it is asked for again
             log.warning("whoever asked is gone: %s", error)
 
@@ -129,17 +130,17 @@ def stated(node: Node, base: str) -> dict[str, object]:
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _told(asked: line.Asked, outcome: object) -> line.Answered:
-    """A refusal may be told; other exceptions can name the owner's files, so their text stays in this log."""
+def _told(request: Request, outcome: object) -> line.Answered:
+    """A refusal may be told; which other exception it was can depend on the pictures, and stays in this log."""
     if not isinstance(outcome, Exception):
         return line.Answered(reply=outcome)  # type: ignore[arg-type]
     if isinstance(outcome, Cancelled):  # why is the owner's affair
         return line.Answered(refused="not now: its owner, its battery or its memory comes first")
     unforeseen = None if isinstance(outcome, AntherError) else outcome
-    log.error("could not answer %s: %s", type(asked.request).__name__, outcome, exc_info=unforeseen)
+    log.error("could not answer %s: %s", type(request).__name__, outcome, exc_info=unforeseen)
     if isinstance(outcome, Refusal):
         return line.Answered(refused=str(outcome))
-    return line.Answered(failed=type(outcome).__name__)
+    return line.Answered()
 
 
 if __name__ == "__main__":

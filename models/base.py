@@ -5,7 +5,7 @@ The network stays; the VAE and the text encoders are loaded to encode pictures o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,22 +77,27 @@ class Base(Denoiser):
         )  # fmt: skip
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
+    def encode_images(self, images: Sequence[np.ndarray], ask: Callable[[], None] = lambda: None) -> Tensor:
         """Scaled latents [n, c, h, w] of uint8 pictures of any size, grey or colour: the mean of the posterior.
 
         Passes are always of equally many pictures, filled up with the last: the latents of a picture don't depend on
-        how many others there are; nor on which, nor on its place among them, to the last bit (tested on CPUs).
+        how many others there are; nor on which, nor on its place among them, to the last bit (tested on CPUs). `ask` is
+        called before each pass, and may raise.
         """
         batch = self._at_once(16)
         vae: Any = self._checkpoint.load("vae").to(self.device)
         pixels = torch.from_numpy(np.stack([self.fit(image) for image in images])).float() / 127.5 - 1
         pixels = pixels[:, None] if self._grey else pixels.permute(0, 3, 1, 2)
         filled = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
-        latents = torch.cat([_latents(vae.encode(part.to(self.device))) for part in filled.split(batch)])
+        found = []
+        for part in filled.split(batch):
+            ask()
+            found.append(_latents(vae.encode(part.to(self.device))))
+        latents = torch.cat(found)
         return (latents[: len(pixels)] - _shift(vae)) * vae.config.scaling_factor
 
     @torch.no_grad()
-    def encode_captions(self, captions: Sequence[str | None]) -> Tensor:
+    def encode_captions(self, captions: Sequence[str | None], ask: Callable[[], None] = lambda: None) -> Tensor:
         """All that stands for each caption [n, rows, d], as its family packs it; None is what guidance leads away from.
 
         Captions that repeat are encoded once, each by itself: an embedding doesn't depend on which others there are,
@@ -100,7 +105,10 @@ class Base(Denoiser):
         gradients of others.
         """
         encoders: Any = self._checkpoint.load_encoders().to(self.device)
-        distinct = {caption: self.family.encode(encoders, caption) for caption in dict.fromkeys(captions)}
+        distinct = {}
+        for caption in dict.fromkeys(captions):
+            ask()
+            distinct[caption] = self.family.encode(encoders, caption)
         return torch.stack([distinct[caption] for caption in captions])
 
     def guided(self, captions: Sequence[str], strength: float) -> Guidance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import chain
@@ -73,6 +73,7 @@ class Denoiser:
         checkpointing: str = "none",
         forward: Forward = call_unet,
     ) -> None:
+        self._able = adaptable(network)
         self.sites: Sites = find_sites(network, sites)
         quantise_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
@@ -88,6 +89,22 @@ class Denoiser:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.kept: dict[Any, Any] = {}
         self._free: SimpleQueue[nn.Module] = SimpleQueue()  # copies of the network, which itself is never lent
+
+    def adapt(self, names: Collection[str]) -> None:
+        """Move the adapters to the layers of these names, in the network's order; nothing is loaded again.
+
+        Raises AntherError for no name, one that is there twice, or one of no layer that can be adapted.
+        """
+        wanted = set(names)
+        if unknown := min(wanted - self._able.keys(), default=None):
+            raise AntherError(f"site {unknown[:100]}: the base has no such layer to adapt")
+        if not 0 < len(wanted) == len(names):
+            raise AntherError(f"{len(names)} sites are named, {len(wanted)} of them different")
+        if wanted == self.sites.keys():
+            return
+        self.sites = {name: site for name, site in self._able.items() if name in wanted}
+        add_slots(self.network, {name: self.sites[name] for name in wanted - slot_layers(self.network).keys()})
+        self._free, self.kept = SimpleQueue(), {}  # both are of the sites before
 
     @property
     def like(self) -> Tensor:
@@ -145,11 +162,16 @@ def find_sites(network: nn.Module, pattern: str) -> dict[str, Site]:
         wanted = re.compile(pattern)
     except re.error as error:
         raise AntherError(f"adapter.sites={pattern}: not a regular expression ({error})") from error
-    able = {name: site for name, layer in network.named_modules() if (site := _site(layer))}
+    able = adaptable(network)
     sites = {name: site for name, site in able.items() if wanted.fullmatch(name)}
     if not sites:
         raise AntherError(f"adapter.sites={pattern}: matches no layer of the base, such as {next(iter(able))}")
     return sites
+
+
+def adaptable(network: nn.Module) -> dict[str, Site]:
+    """Every linear and convolution layer that an adapter can sit at, by its name, in the network's order."""
+    return {name: site for name, layer in network.named_modules() if (site := _site(layer))}
 
 
 def _site(layer: nn.Module) -> Site | None:

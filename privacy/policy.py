@@ -72,6 +72,12 @@ class Policy:
     """In one round."""
     max_batch: int = 1024
     """Examples in one step, counting every draw."""
+    max_learning_rate: float = 10.0
+    """Of either optimizer: AdamW takes steps of about its rate, and plain SGD seldom needs more."""
+    max_timesteps: int = 32
+    """At which the loss of a picture is measured."""
+    min_sampling_rate: float = 1e-4
+    """q below it hides nothing more, and its ε takes long to compute."""
 
     def __post_init__(self) -> None:
         cap = self.max_epsilon
@@ -87,6 +93,9 @@ class Policy:
             ("max_rank", self.max_rank >= 1, "1 or more"),
             ("max_steps", self.max_steps >= 1, "1 or more"),
             ("max_batch", self.max_batch >= 1, "1 or more"),
+            ("max_learning_rate", 0 < self.max_learning_rate < math.inf, "over 0"),
+            ("max_timesteps", self.max_timesteps >= 1, "1 or more"),
+            ("min_sampling_rate", 0 < self.min_sampling_rate <= 1, "over 0, and 1 at most"),
         ):
             if not valid:
                 raise AntherError(f"policy: {name}={getattr(self, name)} must be {rule}")
@@ -119,8 +128,13 @@ class Policy:
         ):
             if not 1 <= value <= most:
                 raise Refusal(f"{name}: {value} asked, this device allows 1 to {most}")
-        if not 0 < learning_rate < math.inf:
-            raise Refusal(f"learning_rate: {learning_rate} asked, must be a number over 0")
+        if not 0 < learning_rate <= self.max_learning_rate:
+            raise Refusal(f"learning_rate: {learning_rate} asked, this device allows up to {self.max_learning_rate:g}")
+
+    def check_timesteps(self, timesteps: int) -> None:
+        """Raises Refusal for more looks at each picture than the owner allows."""
+        if not 1 <= timesteps <= self.max_timesteps:
+            raise Refusal(f"timesteps: {timesteps} asked, this device allows 1 to {self.max_timesteps}")
 
     def check_measure(self, privacy: MeasuringPrivacy | None) -> None:
         """Raises Refusal if so much may not be told of an adapter's losses; None: all, without noise."""
@@ -157,9 +171,11 @@ class Policy:
     def _check_privacy(self, privacy: ExamplePrivacy) -> None:
         """Raises Refusal for parameters with which DP-SGD would promise nothing."""
         self._check_noise(privacy)
-        for name, valid in (("sampling_rate", 0 < privacy.sampling_rate <= 1), ("draws", privacy.draws >= 1)):
-            if not valid:
-                raise Refusal(f"privacy.{name}: {getattr(privacy, name)} asked, which promises nothing")
+        rate = privacy.sampling_rate
+        if not self.min_sampling_rate <= rate <= 1:
+            raise Refusal(f"privacy.sampling_rate: {rate} asked, this device allows {self.min_sampling_rate:g} to 1")
+        if privacy.draws < 1:
+            raise Refusal(f"privacy.draws: {privacy.draws} asked, which promises nothing")
 
     def _check_noise(self, privacy: ExamplePrivacy | MeasuringPrivacy) -> None:
         sigma, least = privacy.noise_multiplier, self.min_noise_multiplier

@@ -15,6 +15,8 @@ MOST_COUNT = 2**31 - 1
 MOST_NUMBER = 1e12
 """Sums of as many numbers as there are devices stay finite."""
 MOST_TEXT = 200  # characters
+MOST_TIMESTEPS = 1000  # as many as a schedule has; how many a device takes is its policy's to say
+MOST_ENTRIES = 20_000  # more than any base has layers
 
 _SIGNED = {"gain"}  # every other number is an amount
 _SHARES = {"battery"}  # of a whole
@@ -43,6 +45,8 @@ def _check(value: Any, where: str, name: str) -> None:
             _check(key, f"{where}, key {index}", name)
             _check(item, f"{where}, value {index}", name)
     elif isinstance(value, tuple):
+        if len(value) > MOST_ENTRIES:
+            raise ValueError(f"{where}: {len(value)} entries, where {MOST_ENTRIES} are the most")
         for index, item in enumerate(value):
             _check(item, f"{where}[{index}]", name)
     elif complaint := _complaint(name, value):
@@ -60,6 +64,8 @@ def _complaint(name: str, value: Any) -> str | None:
     match value:
         case bool():
             return None
+        case int() if name == "timesteps":
+            return None if 1 <= value <= MOST_TIMESTEPS else f"must be 1 to {MOST_TIMESTEPS}"
         case int():
             return None if 0 <= value <= MOST_COUNT else f"must be 0 to {MOST_COUNT}"
         case float():

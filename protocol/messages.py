@@ -13,12 +13,14 @@ from typing import TypeVar
 from conf.errors import AntherError
 from protocol import limits, plain
 
-OLDEST, NEWEST = 1, 1
+OLDEST, NEWEST = 2, 2
 """Versions of this protocol that are spoken here. A message names the one that it is written in; whoever doesn't speak
-it says who has to update, and nothing of the message is read."""
+it says who has to update, and nothing of the message is read.
 
-LONGEST = 64 * 1024
-"""Characters of a message's JSON; the longest that we write names every site of a base, about 40,000."""
+1: a device took sites and timesteps from its server's configuration. 2: they are fields of the messages."""
+
+LONGEST = 128 * 1024
+"""Characters of a message's JSON; the longest that we write names every site of a base twice, each about 40,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,8 @@ class Train:
     adapter: bytes
     rounded: Rounded | None = None
     """None: `adapter` is whole."""
+    adapted: tuple[str, ...] | None = None
+    """As of a Query."""
     echo: int = 0
     """Events in the device's ledger when the server last heard of it. A ledger with fewer was rolled back, and its
     device refuses; more of them permit nothing."""
@@ -179,6 +183,10 @@ class Evaluate:
     adapter: bytes
     rounded: Rounded | None = None
     """As of a Train."""
+    adapted: tuple[str, ...] | None = None
+    """As of a Query."""
+    timesteps: int = 3
+    """Fixed timesteps at which the loss of each picture is measured."""
     privacy: MeasuringPrivacy | None = None
 
 
@@ -215,6 +223,10 @@ class Personalise:
     """Looks without improvement before training ends."""
     rounded: Rounded | None = None
     """As of a Train."""
+    adapted: tuple[str, ...] | None = None
+    """As of a Query."""
+    timesteps: int = 3
+    """As of an Evaluate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +242,9 @@ class Personalised:
 @dataclass(frozen=True, kw_only=True)
 class Query:
     """Ask a device for its report."""
+
+    adapted: tuple[str, ...] | None = None
+    """Names of the base's layers that adapters of this run sit at; None: those that the base's family adapts."""
 
 
 Request = Query | Train | Evaluate | Personalise

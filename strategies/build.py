@@ -112,6 +112,8 @@ def build(
         eligible=Eligible(**vars(config.fleet.eligible)),
         clock=clock,
         report_age=config.fleet.report_age,
+        adapted=None if config.adapter.sites is None else tuple(sites),
+        timesteps=config.evaluation.timesteps,
     )
 
 

@@ -96,6 +96,8 @@ class Federated(Strategy):
             not asked, and nobody in their place: who else is asked, now or later, would tell of them.
         fitting: chooses the sites that each device trains at; None: all of them.
         clock: that reports age by.
+        adapted: names of the sites, where they are not what the base's family adapts; None: they are.
+        timesteps: at which devices measure the loss of a picture.
         report_age: seconds after which a report is asked for again, where anything goes by a device's moment.
 
     `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
@@ -126,6 +128,8 @@ class Federated(Strategy):
         fitting: Fitting | None = None,
         clock: Clock | None = None,
         report_age: float = math.inf,
+        adapted: tuple[str, ...] | None = None,
+        timesteps: int = 3,
     ) -> None:
         measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
         check(
@@ -144,6 +148,7 @@ class Federated(Strategy):
         )
         self.sites, self.frame, self.device_level = sites, frame, device_level
         self._plan, self._limits, self._decay = plan, limits, decay
+        self._adapted, self._timesteps = adapted, timesteps
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
@@ -205,7 +210,9 @@ class Federated(Strategy):
         them others would be drawn.
         """
         if unknown := self._roster.unknown(set(grid.get_node_ids())):
-            replies = grid.send_and_receive([self._message(Query(), node) for node in unknown], timeout=_QUERY_TIMEOUT)
+            replies = grid.send_and_receive(
+                [self._message(Query(adapted=self._adapted), node) for node in unknown], timeout=_QUERY_TIMEOUT
+            )
             heard = _heard(records.QUERY, replies)
             found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
             for node, report in sorted(found.items()):
@@ -312,7 +319,14 @@ class Federated(Strategy):
         )
         return [
             self._message(
-                Train(plan=plan, adapter=data, rounded=rounded, echo=self._history.events(report.device)), node
+                Train(
+                    plan=plan,
+                    adapter=data,
+                    rounded=rounded,
+                    adapted=self._adapted,
+                    echo=self._history.events(report.device),
+                ),
+                node,
             )
             for node, (report, plan) in plans.items()
         ]
@@ -435,8 +449,11 @@ class Federated(Strategy):
         if self._asked and private:
             self._spendable = self._explained(server_round, measured=server_round)
         return self._ask(
-            Evaluate(run=self._plan.run, round=server_round, adapter=data, rounded=rounded, privacy=private)
-        )
+            Evaluate(
+                run=self._plan.run, round=server_round, adapter=data, rounded=rounded, adapted=self._adapted,
+                timesteps=self._timesteps, privacy=private,
+            )
+        )  # fmt: skip
 
     def _down(self, whole: bytes) -> tuple[bytes, Rounded | None]:
         """What travels of an adapter, and how it is to be read."""
@@ -481,7 +498,9 @@ class Federated(Strategy):
     ) -> Iterable[Message]:
         """A Personalise message for every device that is there and, where they are given, one of `names`."""
         data, rounded = self._down(request.adapter)
-        request = replace(request, adapter=data, rounded=rounded)
+        request = replace(
+            request, adapter=data, rounded=rounded, adapted=self._adapted, timesteps=self._timesteps
+        )  # fmt: skip
         self._asked = self.query(grid)
         if names is not None:
             self._asked = {node: report for node, report in self._asked.items() if report.device in names}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -12,13 +13,21 @@ from models.base import Base
 from models.decoding import TILE
 from models.slots import stack_adapters, to_device
 from training.inference import draw_under, each_loss, held_out_losses
-from training.jobs import Draw, Drawn, Encode, Examples, Job, Measure, MeasureEach, Result, Train
+from training.jobs import Cancelled, Draw, Drawn, Encode, Examples, Job, Measure, MeasureEach, Result, Train, never
 from training.memory import for_looking, for_training
 from training.trainer import train
 
+T = TypeVar("T")
+
 
 def perform(
-    base: Base, jobs: Sequence[Job], *, memory: int, timesteps: int, compiled: bool = False
+    base: Base,
+    jobs: Sequence[Job],
+    *,
+    memory: int,
+    timesteps: int,
+    compiled: bool = False,
+    cancelled: Callable[[], bool] = never,
 ) -> list[Result | Exception]:
     """Results in the jobs' order; a job that fails yields its exception and harms no other.
 
@@ -27,6 +36,8 @@ def perform(
             and keeps it for the next time.
         timesteps: fixed timesteps of a held-out loss.
         compiled: as for `training.trainer.train`.
+        cancelled: asked between the passes of all that isn't training, whose jobs have such a question of their own;
+            when it says so, the jobs of that kind yield Cancelled.
     """
     results: list[Result | Exception] = [AntherError("not performed")] * len(jobs)
 
@@ -35,62 +46,86 @@ def perform(
         for row, result in zip(rows, found, strict=True):
             results[row] = result
 
-    place(Encode, encode(base, [job for job in jobs if isinstance(job, Encode)]))
-    place(Measure, measure(base, [job for job in jobs if isinstance(job, Measure)], for_looking(memory), timesteps))
+    looking = for_looking(memory)
+    pictures = [job for job in jobs if isinstance(job, Encode)]
+    place(Encode, _unless_cancelled(pictures, lambda: encode(base, pictures, cancelled)))
+    losses = [job for job in jobs if isinstance(job, Measure)]
+    place(Measure, _unless_cancelled(losses, lambda: measure(base, losses, looking, timesteps, cancelled)))
     each = [job for job in jobs if isinstance(job, MeasureEach)]
-    place(MeasureEach, measure_each(base, each, for_looking(memory), timesteps))
-    place(Draw, [draw(base, job, for_looking(memory)) for job in jobs if isinstance(job, Draw)])
+    place(MeasureEach, _unless_cancelled(each, lambda: measure_each(base, each, looking, timesteps, cancelled)))
+    place(Draw, [draw(base, job, looking, cancelled) for job in jobs if isinstance(job, Draw)])
     training = [job for job in jobs if isinstance(job, Train)]
     place(Train, train(base, training, memory=for_training(memory), timesteps=timesteps, compiled=compiled))
     return results
 
 
-def encode(base: Base, jobs: Sequence[Encode]) -> list[Examples | Exception]:
+def _unless_cancelled(jobs: Sequence[Job], work: Callable[[], Sequence[T]]) -> Sequence[T | Exception]:
+    try:
+        return work()
+    except Cancelled as error:
+        return [error] * len(jobs)
+
+
+def encode(base: Base, jobs: Sequence[Encode], cancelled: Callable[[], bool] = never) -> list[Examples | Exception]:
     """Encode all pictures in one go, so that the encoders are loaded once, and freed.
 
     One picture's pixels are in memory at a time: each is cut to the base's resolution before the next is read. A job
     with one that can't be read yields that error.
     """
-    fitted = [_fitted(base, job) for job in jobs]
+
+    def ask() -> None:
+        if cancelled():
+            raise Cancelled("stopped between two pictures")
+
+    fitted = [_fitted(base, job, ask) for job in jobs]
     good = [(job, images) for job, images in zip(jobs, fitted, strict=True) if not isinstance(images, Exception)]
     if not good:
         return [images for images in fitted if isinstance(images, Exception)]
-    latents = base.encode_images([image for _, images in good for image in images]).cpu()
-    context = base.encode_captions([picture.caption for job, _ in good for picture in job.pictures]).cpu()
+    latents = base.encode_images([image for _, images in good for image in images], ask).cpu()
+    context = base.encode_captions([picture.caption for job, _ in good for picture in job.pictures], ask).cpu()
     counts = [len(images) for _, images in good]
     parts = zip(latents.split(counts), context.split(counts), strict=True)
     examples = (Examples(latents.clone(), context.clone()) for latents, context in parts)
     return [images if isinstance(images, Exception) else next(examples) for images in fitted]
 
 
-def _fitted(base: Base, job: Encode) -> list[np.ndarray] | Exception:
+def _fitted(base: Base, job: Encode, ask: Callable[[], None]) -> list[np.ndarray] | Exception:
     """The job's pictures as the base sees them."""
+    fitted = []
     try:
-        return [base.fit(picture.at_least(base.resolution)) for picture in job.pictures]
+        for picture in job.pictures:
+            ask()
+            fitted.append(base.fit(picture.at_least(base.resolution)))
     except AntherError as error:
         return error
+    return fitted
 
 
-def measure(base: Base, jobs: Sequence[Measure], memory: int, timesteps: int) -> list[float]:
+def measure(
+    base: Base, jobs: Sequence[Measure], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
+) -> list[float]:
     """Held-out losses; jobs without an adapter share passes with those that have one."""
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
-    return held_out_losses(base, pools, [adapters], timesteps=timesteps, memory=memory)
+    return held_out_losses(base, pools, [adapters], timesteps=timesteps, memory=memory, cancelled=cancelled)
 
 
-def measure_each(base: Base, jobs: Sequence[MeasureEach], memory: int, timesteps: int) -> list[Tensor]:
+def measure_each(
+    base: Base, jobs: Sequence[MeasureEach], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
+) -> list[Tensor]:
     """Losses float64 [n] of every job's examples, each by itself."""
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
     pools = [job.examples for job in jobs]
-    return each_loss(base, pools, [adapters], timesteps=timesteps, memory=memory)
+    return each_loss(base, pools, [adapters], timesteps=timesteps, memory=memory, cancelled=cancelled)
 
 
-def draw(base: Base, job: Draw, memory: int) -> Drawn | Exception:
+def draw(base: Base, job: Draw, memory: int, cancelled: Callable[[], bool] = never) -> Drawn | Exception:
     """One job's pictures, or what kept them from being drawn."""
     try:
         latents = draw_under(
-            base, job.captions, job.adapters, seed=job.seed, sampler="dpm", steps=job.steps, guidance=1.5, memory=memory
-        )
+            base, job.captions, job.adapters, seed=job.seed, sampler="dpm", steps=job.steps, guidance=1.5,
+            memory=memory, cancelled=cancelled,
+        )  # fmt: skip
         return Drawn(base.decode(latents, tile=TILE))
     except Exception as error:  # whatever it is, it is this job's alone
         return error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,29 +15,42 @@ from models.sampling import noises_of, sample
 from models.slots import Stacks, select, stack_adapters, to_device
 from privacy.noise import stream
 from training.capacity import pictures_within
-from training.jobs import Examples
+from training.jobs import Cancelled, Examples, never
 from training.passes import pass_size, run_passes
 
 
 def held_out_losses(
-    base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], *, timesteps: int, memory: int
+    base: Denoiser,
+    pools: Sequence[Examples],
+    adapters: Sequence[Stacks],
+    *,
+    timesteps: int,
+    memory: int,
+    cancelled: Callable[[], bool] = never,
 ) -> list[float]:
     """Mean denoising loss of each pool of examples, under slot i for pool i.
 
     Every example is seen at the same `timesteps` evenly spaced timesteps, each with one fixed noise: losses
     of different adapters on one pool differ by the adapters alone. `memory`: bytes for all passes that run at once.
+    `cancelled`: asked before every pass; Cancelled is raised when it says so.
     """
     if not pools:
         return []
     place = torch.cat([torch.arange(len(pool)) for pool in pools])
     count = len(place) * timesteps
     size = pass_size(base.device, count, _most(base, pools, adapters, memory))
-    losses = _losses(base, pools, adapters, timesteps, place, torch.arange(count).split(size))
+    losses = _losses(base, pools, adapters, timesteps, place, torch.arange(count).split(size), cancelled)
     return [loss.mean().item() for loss in losses]
 
 
 def each_loss(
-    base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], *, timesteps: int, memory: int
+    base: Denoiser,
+    pools: Sequence[Examples],
+    adapters: Sequence[Stacks],
+    *,
+    timesteps: int,
+    memory: int,
+    cancelled: Callable[[], bool] = never,
 ) -> list[Tensor]:
     """Denoising loss of each example of each pool, float64 [n], under slot i for pool i.
 
@@ -50,7 +63,7 @@ def each_loss(
     size = min(timesteps, _most(base, pools, adapters, memory))
     looks = torch.arange(len(place) * timesteps).split(timesteps)
     parts = [part for look in looks for part in look.split(size)]
-    return [loss.mean(1) for loss in _losses(base, pools, adapters, timesteps, place, parts)]
+    return [loss.mean(1) for loss in _losses(base, pools, adapters, timesteps, place, parts, cancelled)]
 
 
 def _most(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], memory: int) -> int:
@@ -66,6 +79,7 @@ def _losses(
     timesteps: int,
     place: Tensor,
     parts: Sequence[Tensor],
+    cancelled: Callable[[], bool],
 ) -> list[Tensor]:
     """Losses [n, timesteps] of each pool, float64.
 
@@ -85,6 +99,7 @@ def _losses(
 
     @torch.no_grad()  # per thread
     def loss(part: Tensor) -> Tensor:
+        _ask(cancelled)
         example, look = part // timesteps, part % timesteps
         x0, t, epsilon = latents[example], times[look], noise[place[example], look]
         with base.lending([select(stacks, slot[example]) for stacks in adapters]) as denoise:
@@ -108,6 +123,7 @@ def draw(
     steps: int,
     guidance: float,
     memory: int,
+    cancelled: Callable[[], bool] = never,
 ) -> Tensor:
     """Scaled latents [n, c, h, w] for the captions, each from its own seed's noise and under its own slot."""
     context, null, strength = base.guided(captions, guidance)
@@ -117,6 +133,7 @@ def draw(
     noises, index = noises.to(base.device), torch.tensor(slots, device=base.device)
 
     def one_pass(part: Tensor) -> Tensor:
+        _ask(cancelled)
         with base.lending([select(stacks, index[part]) for stacks in adapters]) as denoise:
             return sample(
                 sampler, denoise, base.schedule, list(noises[:, part]), context[part], steps=steps,
@@ -138,11 +155,17 @@ def draw_under(
     steps: int,
     guidance: float,
     memory: int,
+    cancelled: Callable[[], bool] = never,
 ) -> Tensor:
     """Scaled latents [n, c, h, w] for the captions, all under the same adapters on top of each other."""
     seeds = [stream(seed, caption, "draw") for caption in captions]
     stacks = [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in adapters]
     return draw(
         base, captions, seeds, stacks, [0] * len(captions), sampler=sampler, steps=steps, guidance=guidance,
-        memory=memory,
+        memory=memory, cancelled=cancelled,
     )  # fmt: skip
+
+
+def _ask(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise Cancelled("stopped between two passes")

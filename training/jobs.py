@@ -96,7 +96,7 @@ class Cancelled(Exception):  # noqa: N818 - nothing went wrong
     """Whoever asked for a job has no use for it any more."""
 
 
-def _never() -> bool:
+def never() -> bool:
     return False
 
 
@@ -125,7 +125,7 @@ class Train:
     names: tuple[str, ...] = ()  # one for each picture, by what it shows and nothing else; required with privacy
     views: int = 1  # augmentation multiplicity: examples in a row that show one picture; its draws go through them
     prior: Prior | None = None
-    cancelled: Callable[[], bool] = _never  # asked between passes
+    cancelled: Callable[[], bool] = never  # asked between passes
 
     def __post_init__(self) -> None:
         if self.views < 1 or len(self.examples) % self.views:

@@ -24,12 +24,12 @@ def budget(memory_gib: float | None, device: torch.device) -> int:
     return int(memory_gib * GIB) if memory_gib else int(SHARE[device.type] * total_and_free(device)[0])
 
 
-def check_free(wanted: int, device: torch.device) -> None:
-    """Raises AntherError if less than `wanted` bytes are free on `device` now."""
+def check_free(wanted: int, device: torch.device, *, key: str = "cohort.memory_gib") -> None:
+    """Raises AntherError, naming the `key` that asked for it, if less than `wanted` bytes are free on `device` now."""
     total, free = total_and_free(device)
     if wanted > free:
         raise AntherError(
-            f"cohort.memory_gib={wanted / GIB:.3g}: only {free / GIB:.3g} of {total / GIB:.3g} GiB are free on this "
+            f"{key}={wanted / GIB:.3g}: only {free / GIB:.3g} of {total / GIB:.3g} GiB are free on this "
             f"{device.type}: stop what else runs there, or ask for less"
         )
 

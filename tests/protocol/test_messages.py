@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from conf.errors import AntherError
 from protocol import records
 from protocol.messages import (
+    LONGEST,
     NEWEST,
     DeviceReport,
     Evaluate,
@@ -90,7 +91,7 @@ def test_malformed_texts():
         ("[]", "not a JSON object"),
         ("[" * 60_000, "nested"),
         (good[:-5], "malformed"),
-        (good + " " * 70_000, "too long"),
+        (good + " " * LONGEST, "too long"),
     ]:
         with pytest.raises(AntherError, match=message):
             from_json(DeviceReport, text)
@@ -184,7 +185,7 @@ MALFORMED = [
     (with_records(extra=ConfigRecord()), "no more"),
     (with_config(extra=1), "no more"),
     (with_config(json=1), "not a text"),
-    (with_config(json="x" * 65_537), "at most 65536 characters"),
+    (with_config(json="x" * (LONGEST + 1)), f"at most {LONGEST} characters"),
     (with_config(sha256="0" * 64), "damaged in transit"),
     (with_config(sha256=0), "damaged in transit"),
     (with_config(version=0), "whoever wrote it has to update"),

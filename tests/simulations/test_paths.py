@@ -17,7 +17,6 @@ from protocol import records
 from protocol.codec import encode
 from protocol.messages import Evaluate, ExamplePrivacy, Personalise, Query, Train, TrainingPlan
 from simulations.grid import CohortGrid
-from tests.tiny import ATTENTION
 from training.engine import perform
 
 PRIVACY = ExamplePrivacy(noise_multiplier=2.0, clip=0.1, sampling_rate=0.5, draws=2, delta=1e-3)
@@ -42,17 +41,17 @@ def pictures(tmp_path_factory):
 
 
 def requests(base):
-    adapter = encode(to_tensors(initial(base.sites, 4, seed=0)))
+    adapter, sites = encode(to_tensors(initial(base.sites, 4, seed=0))), tuple(base.sites)
     plan = TrainingPlan(run="r", round=1, base=base.hash, rank=2, steps=2, batch_size=2, learning_rate=1e-2)
     return [
-        Query(),
-        Train(plan=plan, adapter=adapter),
-        Evaluate(run="r", round=1, adapter=adapter),
+        Query(adapted=sites),
+        Train(plan=plan, adapter=adapter, adapted=sites),
+        Evaluate(run="r", round=1, adapter=adapter, adapted=sites, timesteps=2),
         Personalise(
             run="r", round=2, adapter=adapter, rank=2, steps=2, batch_size=2, learning_rate=1e-2, look_every=1,
-            patience=1,
+            patience=1, adapted=sites, timesteps=2,
         ),
-        Train(plan=replace(plan, run="private", round=3, privacy=PRIVACY), adapter=adapter),
+        Train(plan=replace(plan, run="private", round=3, privacy=PRIVACY), adapter=adapter, adapted=sites),
     ]  # fmt: skip
 
 
@@ -79,14 +78,14 @@ def by_grid(base, pictures, folder, *, together):
 
 def by_app(base, pictures, folder, pipeline_folder):
     replies = []
-    overrides = f"'adapter.sites=\"{ATTENTION}\"' cohort.memory_gib=0.25 evaluation.timesteps=2"
+    hostile = "adapter.sites='(.*.*)*!' cohort.memory_gib=9999 hydra.searchpath=[file:///] seed=${oc.env:HOME}"
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)
         for node, owner in enumerate("ab", start=1):
             message = Message(records.request_to_records(request), node, records.message_type(request))
             config = node_config(pictures, folder, owner) | {"device": "cpu", "base": str(pipeline_folder)}
-            context = Context(1, node, config, RecordDict(), {"overrides": overrides})
+            context = Context(1, node, config | {"memory-gib": 0.25}, RecordDict(), {"overrides": hostile})
             replies.append(app(message, context))
     return replies
 
@@ -138,4 +137,4 @@ def test_an_error_tells_the_server_nothing_of_the_device(pictures, tmp_path, pip
     reply = app(message, Context(1, 1, node, RecordDict(), {}))
     assert reply.error.code == 2
     assert "secret" not in reply.error.reason
-    assert reply.error.reason == "AntherError, see the device's own log"
+    assert reply.error.reason == "failed, see the device's own log"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from privacy.noise import stream
 from tests.training.reference import PLENTY, examples, live
 from training.engine import perform
 from training.inference import draw, each_loss
-from training.jobs import Examples, Measure, MeasureEach
+from training.jobs import Cancelled, Draw, Encode, Examples, Measure, MeasureEach, Picture
 
 TIMESTEPS = 3
 
@@ -103,6 +105,28 @@ def test_jobs_of_each_kind_together(base: Base) -> None:
     (alone,) = each_loss(base, [other], [stacks], timesteps=TIMESTEPS, memory=PLENTY)
     torch.testing.assert_close(found[2], alone)
     assert not torch.equal(found[0], found[3])
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(Measure, 8), (MeasureEach, 8), (Encode, 3), (Draw, 1)])
+def test_stops_before_any_pass(base: Base, kind: Any, passes: int) -> None:
+    """Whichever pass it is cancelled at, no further one is run and no other job is harmed."""
+    pool = examples(base, 2, 7)
+    picture = Picture(np.zeros((16, 16), np.uint8), "a")
+    job: Any = {
+        Measure: lambda: Measure(examples=pool, adapter=None),
+        MeasureEach: lambda: MeasureEach(examples=pool, adapter=None),
+        Encode: lambda: Encode(pictures=[picture]),
+        Draw: lambda: Draw(captions=["a"], adapters=[], seed=1, steps=2),
+    }[kind]()
+    for last in range(passes + 1):
+        asked = count()
+
+        def cancelled(asked: Iterator[int] = asked, last: int = last) -> bool:
+            return next(asked) >= last
+
+        (found,) = perform(base, [job], memory=4, timesteps=4, cancelled=cancelled)
+        assert isinstance(found, Cancelled) == (last < passes)
+        assert next(asked) == min(last + 1, passes)
 
 
 def test_nobody(base: Base) -> None:
