@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from models.adapter import Adapter, from_tensors, shapes
 from protocol.codec import decode
 from protocol.records import adapter_from_record
-from server.collect import Late
+from server.collect import LAST_LOOK, Late, pull, push
 from server.legs import Pace
 from strategies.asynchronous import STRIDE, Shift, number_of, staleness
 from strategies.clock import WallClock
@@ -70,14 +71,8 @@ class Buffered:
         self._send_out(number, arrays)
         with Gathered() as found:
             while True:
-                for name, flight in list(self._flights.items()):
-                    if len(found) == self._size:
-                        break
-                    if not (replies := list(self._grid.pull_messages([name]))) and self._clock.now() < flight.until:
-                        continue
-                    ended.append(self._flights.pop(name))
-                    if not replies:
-                        self._late.add([name], round=number)
+                for flight, replies in self._landed(until, number):
+                    ended.append(flight)
                     shift = partial(self._shifted, current, flight, number)
                     bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
                     dropped.update(bad)
@@ -85,6 +80,8 @@ class Buffered:
                         self._done.add(flight.node)
                     else:
                         self._gave[flight.node] += 1
+                    if len(found) == self._size:
+                        break
                 if len(found) == self._size or self._clock.now() >= until:
                     break
                 self._send_out(number, arrays)
@@ -94,6 +91,19 @@ class Buffered:
             if late := self._late.came(round=number):
                 dropped["late"] = late
             return self._strategy.close(number, current, [flight.asked for flight in ended], found, dropped)
+
+    def _landed(self, until: float, number: int) -> Iterator[tuple[_Flight, list[Message]]]:
+        """Flights that a reply has come of, and those that are given up: without one."""
+        now = self._clock.now()
+        for name, reply in pull(self._grid, list(self._flights), max(LAST_LOOK, until - now)):
+            yield self._flights.pop(name), [reply]
+        due = [name for name, flight in self._flights.items() if now >= flight.until]
+        for name, reply in pull(self._grid, due, LAST_LOOK, last=True):
+            yield self._flights.pop(name), [reply]
+        for name in due:
+            if name in self._flights:
+                self._late.add([name], round=number)
+                yield self._flights.pop(name), []
 
     def _shifted(self, current: Adapter, flight: _Flight, number: int, trained: Adapter) -> Adapter:
         if flight.round == number and not flight.asked.lost:  # the device began where the server stands
@@ -137,7 +147,7 @@ class Buffered:
         if not messages:
             return False
         self._place += 1
-        for name, message in zip(self._grid.push_messages(messages), messages, strict=True):
+        for name, message in zip(push(self._grid, messages, self._pace.timeout), messages, strict=True):
             node = message.metadata.dst_node_id
             own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
             self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)

@@ -41,7 +41,7 @@ from conf.cli import to_object
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from protocol import plain
-from server.gate import Forwarding
+from server.forwarding import Forwarding
 from simulations.evaluation import Perform
 from simulations.fleet import Participant
 from simulations.world import build, performer

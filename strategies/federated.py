@@ -57,7 +57,7 @@ from strategies.planning import Limits
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.robust.replay import Replay
-from strategies.roster import Roster, by_name
+from strategies.roster import Registry, Roster, by_name
 from strategies.scaffold import Drift, begun
 from strategies.selection import ByName, Candidate, Candidates, Selection
 from strategies.selection.eligible import EVERYBODY, Eligible
@@ -70,6 +70,7 @@ log = logging.getLogger(__name__)
 _CONTROL = "control"  # part of the memory
 
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
+_QUERY_WAIT = 20.0  # seconds that those who are in wait for the answer of a newcomer, which may also come later
 
 
 class Federated(Strategy):
@@ -210,13 +211,18 @@ class Federated(Strategy):
         them others would be drawn.
         """
         if unknown := self._roster.unknown(set(grid.get_node_ids())):
-            replies = grid.send_and_receive(
-                [self._message(Query(adapted=self._adapted), node) for node in unknown], timeout=_QUERY_TIMEOUT
-            )
+            messages = [self._message(Query(adapted=self._adapted), node) for node in unknown]
+            names: Mapping[int, str] = {}
+            if isinstance(grid, Registry):
+                names = grid.names()
+                wait = _QUERY_WAIT if self._roster.reports else _QUERY_TIMEOUT
+                replies = grid.inquire(messages, timeout=_QUERY_TIMEOUT, wait=wait)
+            else:
+                replies = iter(grid.send_and_receive(messages, timeout=_QUERY_TIMEOUT))
             heard = _heard(records.QUERY, replies)
             found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
             for node, report in sorted(found.items()):
-                self._roster.consider(node, report, now=self._clock.now())
+                self._roster.consider(node, report, now=self._clock.now(), registered=names.get(node))
         reports, stale = self._roster.reports, () if self.device_level else self._roster.stale
         return {node: report for node, report in reports.items() if node not in stale}
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+from flwr.app import Message
 
 from protocol.messages import DeviceReport
 from strategies.replies import LEAST, MOST
@@ -11,10 +14,24 @@ from strategies.replies import LEAST, MOST
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Registry(Protocol):
+    """A grid that knows which device each node was registered as (`server.gate.Gated`)."""
+
+    def names(self) -> Mapping[int, str]:
+        """Names that nodes were registered under, each of which belongs to a key; of other nodes nothing is known."""
+        ...
+
+    def inquire(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
+        """Answers to questions, each of which may also come with a later call."""
+        ...
+
+
 class Roster:
     """The devices that are there and hold this base.
 
-    A name belongs to the node that came with it first, for as long as that is there.
+    A name belongs to the node that was registered under it; where no register is kept (a simulation, or a server
+    without keys), to the node that came with it first, for as long as that is there.
 
     Attributes:
         reports: of those that are there, by node.
@@ -32,6 +49,8 @@ class Roster:
     def unknown(self, present: Collection[int]) -> list[int]:
         """The nodes among those present that have yet to say who they are, or how; whoever left is forgotten."""
         if not self.reports.keys() <= set(present):
+            gone = sorted(report.device for node, report in self.reports.items() if node not in present)
+            log.info("%s left, %d are in", ", ".join(gone), len(self.reports) - len(gone))
             # Whoever left may be back under another node id, refused so far because its name was taken.
             self.reports = {node: report for node, report in self.reports.items() if node in present}
             self._heard = {node: time for node, time in self._heard.items() if node in present}
@@ -49,12 +68,19 @@ class Roster:
         """
         self.stale |= {node for node in self.reports if self._heard[node] < before and node not in but}
 
-    def consider(self, node: int, report: DeviceReport, *, now: float) -> None:
-        """Take a device in, or what it tells anew, or say why not."""
+    def consider(self, node: int, report: DeviceReport, *, now: float, registered: str | None = None) -> None:
+        """Take a device in, or what it tells anew, or say why not.
+
+        Args:
+            now: in seconds.
+            registered: the name that the node's key was registered under; None: nobody knows.
+        """
         named = self.reports.get(node, report).device
         costs = (report.examples_per_second, report.watts, report.uplink_mbps, report.downlink_mbps)
         if report.base != self._base:
             unfit = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
+        elif registered is not None and report.device != registered:
+            unfit = f"its key was registered as {registered!r}"
         elif self._nodes.get(report.device, node) != node:
             unfit = "its name is taken"
         elif report.device != named:
@@ -64,13 +90,21 @@ class Roster:
         elif not (report.device and all(LEAST < cost < MOST for cost in costs)):
             unfit = "its report has no name, or no sensible speed or power"
         else:
+            if node not in self.reports:
+                log.info(
+                    "%s is in: %s, %g GiB, %d in all",
+                    report.device,
+                    report.profile,
+                    report.memory_gib,
+                    len(self.reports) + 1,
+                )
             self.reports[node], self._heard[node] = report, now
             self._nodes[report.device] = node
             self.stale.discard(node)
             return
         if node not in self.reports:  # else its old report stays, stale
             self._unfit[node] = unfit
-        log.warning("device %r is not asked: %s", report.device[:100], unfit)
+        log.warning("node %d, which calls itself %r, is not asked: %s", node, report.device[:100], unfit)
 
 
 def by_name(reports: Mapping[int, DeviceReport]) -> dict[str, int]:

@@ -37,8 +37,12 @@ FLOWER = {
     "server/legs.py",
     "server/buffered.py",
     "server/gate.py",  # around Flower's own grid
+    "server/forwarding.py",
+    "server/runtime_grid.py",  # that grid, call by call
+    "server/arrivals.py",
     "server/control.py",  # of a SuperLink
     "strategies/federated.py",
+    "strategies/roster.py",
     "protocol/records.py",
     "simulations/grid.py",
     "simulations/timed.py",  # the same with time

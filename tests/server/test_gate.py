@@ -17,7 +17,8 @@ from models.adapter import initial, shapes, to_tensors
 from protocol import records
 from protocol.codec import encode, largest
 from protocol.messages import Query
-from server.gate import Gated, memory_at_most
+from server.gate import Gated
+from server.memory import memory_at_most
 from simulations.grid import CohortGrid
 from tests.fleet import SITES, FakeDevice, handle, perform, strategy
 
@@ -137,14 +138,17 @@ def test_without_the_gate_one_reply_ends_the_round() -> None:
         grid.pull_messages(identifiers)
 
 
-def test_a_connection_that_breaks_is_nobodys_reply() -> None:
+def test_a_reply_that_can_never_be_had_is_that_nodes_failure(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(CohortGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            raise ConnectionError(f"no SuperLink to ask for {message_ids}")
+            if "1" in message_ids:
+                raise ConnectionError("HTTP 500")
+            return super().pull_messages(message_ids)
 
-    federated = strategy()
-    with pytest.raises(ConnectionError):
-        federated.query(Gated(Broken([FakeDevice("a")], perform), largest=0, poll=0.0))
+    gate = Gated(Broken([FakeDevice("a"), FakeDevice("b")], perform), largest=0, poll=0.0)
+    assert [report.device for report in strategy().query(gate).values()] == ["b"]
+    assert "node 1 is unreachable: its reply can't be had: ConnectionError: HTTP 500" in caplog.text
+    assert list(gate.get_node_ids()) == [2]  # the other is left out for a while
 
 
 def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
@@ -165,7 +169,7 @@ def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
 
 LIMITED = """
 import sys
-from server.gate import memory_at_most
+from server.memory import memory_at_most
 held = bytes(2**24)
 try:
     with memory_at_most(2**26):

@@ -265,8 +265,8 @@ def test_a_name_stays_with_the_node_that_came_with_it(caplog: pytest.LogCaptureF
     roster.consider(3, one, now=2.0)
     roster.consider(2, one, now=2.0)
     roster.consider(1, replace(REPORT, device="c"), now=2.0)
-    assert caplog.text.count("device 'a' is not asked: its name is taken") == 2
-    assert "device 'c' is not asked: it was 'a' before" in caplog.text
+    assert caplog.text.count("which calls itself 'a', is not asked: its name is taken") == 2
+    assert "which calls itself 'c', is not asked: it was 'a' before" in caplog.text
     assert (roster.reports, roster.stale) == ({1: one, 2: other}, {1, 2})
     roster.consider(2, other, now=2.0)
     assert (roster.unknown({1, 2, 3}), roster.stale) == ([1], {1})

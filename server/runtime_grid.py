@@ -1,0 +1,123 @@
+"""Flower's grid over HTTP, one short call at a time.
+
+Flower's `HttpGrid.pull_messages` waits for the objects of a reply for up to two hours once its head is there, and
+retries any call to a SuperLink that doesn't answer for ever. Here each call is made once, with its own time limit, and
+the head of a reply and its objects are separate calls. Of the server, only this module uses private parts of Flower's
+grid (flwr 1.42).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import httpx
+from flwr.app import Message
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.superlink.grid import HttpGrid
+
+CALL = 30.0
+"""Seconds that one call may take."""
+
+
+class Gone(Exception):  # noqa: N818  # of one reply, and no error of ours
+    """An object was promised and is not going to be sent any more."""
+
+
+class Head(NamedTuple):
+    """What is known of a reply before its objects are pulled."""
+
+    request: str
+    """Id of the message that it answers."""
+    reply: str
+    """Its own id, which is that of its outermost object."""
+    objects: tuple[str, ...]
+    """Ids of all its objects, one more than the most that were asked for if there are more."""
+
+
+class RuntimeGrid(HttpGrid):
+    """The grid of the same run, without retries.
+
+    Args:
+        grid: as a ServerApp gets it.
+    """
+
+    def __init__(self, grid: HttpGrid) -> None:
+        super().__init__(grid._addr, grid._insecure, grid._cert, token=grid._token)
+        self._retry_invoker.max_tries = 1  # a run that was stopped still raises RunNotRunningException
+        self.set_run(grid.run)
+
+    def limit(self, seconds: float) -> None:
+        """Let each of the following calls take so long at most."""
+        self._runtime_client._client.timeout = httpx.Timeout(min(CALL, max(0.2, seconds)))
+
+    def names(self) -> Mapping[int, str]:
+        """Names that the nodes were registered under; a SuperLink without authentication of nodes knows none."""
+        return {node.node_id: node.name for node in self.get_nodes() if node.name}
+
+    def push(self, message: Message) -> str:
+        """Send one message; its id.
+
+        Raises:
+            Exception: it could not be sent, or its objects were refused.
+        """
+        with no_object_id_recompute():
+            (identifier,) = self.push_messages([message])
+        if not identifier:
+            raise ValueError("the SuperLink did not take the message")
+        return identifier
+
+    def heads(self, identifiers: Iterable[str], *, most: int) -> Iterator[Head]:
+        """Heads of the replies that have come to these messages; each is handed out once.
+
+        Args:
+            most: ids of objects of one reply that are listed.
+        """
+        found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(identifiers)))
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            meta = message.metadata
+            yield Head(meta.reply_to_message_id, meta.message_id, object_ids(tree, most + 1))
+
+    def object(self, identifier: str) -> bytes | None:
+        """The content of an object; None if it has not been sent yet.
+
+        Raises:
+            Gone: its device stopped sending for too long, and the SuperLink has given it up.
+        """
+        run = self.run.run_id
+        found = self._runtime_client.PullObject(PullObjectRequest(node=self.node, run_id=run, object_id=identifier))
+        if not found.object_found:
+            raise Gone("the device stopped sending it half-way")
+        return found.object_content if found.object_available else None
+
+    def confirm(self, reply: str) -> None:
+        """Have the SuperLink delete a reply's objects."""
+        request = ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=reply)
+        self._runtime_client.ConfirmMessageReceived(request)
+
+
+def unpacked(head: Head, contents: dict[str, bytes]) -> Message:
+    """The message that these objects make.
+
+    Raises:
+        Exception: whatever Flower raises over contents that are none.
+    """
+    message = inflate_object_from_contents(head.reply, contents)
+    if not isinstance(message, Message):
+        raise TypeError(f"its outermost object is a {type(message).__name__}")
+    message.metadata.__dict__["_message_id"] = head.reply  # there is no setter
+    return message
+
+
+def object_ids(tree: ObjectTree, most: int) -> tuple[str, ...]:
+    """Ids of a tree's objects, the outermost first, at most so many."""
+    found: dict[str, None] = {}
+    waiting = [tree]
+    while waiting and len(found) < most:
+        node = waiting.pop()
+        found[node.object_id] = None
+        waiting.extend(node.children)
+    return tuple(found)
