@@ -1,11 +1,12 @@
-"""Adapters as other tools read them: diffusers (peft keys) and kohya (ComfyUI, stable-diffusion.cpp).
+"""Adapters as other tools read them: in diffusers' layout (peft keys) and in kohya's (`models.kohya`).
 
-An export is self-contained: concatenate shared and personal first. The scale is folded into B, so α = rank. All sites
-get the largest rank, filled up with zeros: diffusers loses the α of single attention layers in kohya's layout.
+The scale is folded into B, so α = rank. All sites get the largest rank, filled up with zeros: diffusers loses the α of
+single attention layers in kohya's layout. A file is the same, byte for byte, whenever it is written.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, rank
 from models.families.family import Family
+from models.kohya import PREFIX, Piece, fused, half_swapped
+
+LAYOUTS = ("diffusers", "kohya")
 
 
 def diffusers_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tensor]:
@@ -29,16 +33,22 @@ def diffusers_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, 
 
 
 def kohya_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tensor]:
-    """`lora_unet_<site, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`, or `lora_transformer_…`.
+    """`lora_unet_<module, dots as underscores>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
     Raises:
-        AntherError: nobody reads such keys of this family.
+        AntherError: no tool reads such keys of this family.
     """
     if family.kohya is None:
         raise AntherError(f"layout=kohya: no tool reads it for {family.name}: export with layout=diffusers")
-    tensors = {}
+    modules: dict[str, list[Piece]] = {}
     for name, (down, up) in _layers(adapter, sites):
-        stem = family.kohya + name.replace(".", "_")
+        place = family.kohya.place(name)
+        up = half_swapped(name, sites[name], up) if family.kohya.names else up
+        modules.setdefault(place.module, []).append(Piece(place.part, place.parts, down, up))
+    tensors = {}
+    for module, pieces in modules.items():
+        down, up = fused(pieces)
+        stem = PREFIX + module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = down
         tensors[f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha"] = torch.tensor(float(len(down)))
@@ -67,9 +77,29 @@ def export(
 ) -> None:
     """Write an adapter of these sites as one safetensors file; it appears under its name only when complete."""
     keys = {"diffusers": diffusers_keys, "kohya": kohya_keys}[layout]
-    notes = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank(adapter))}
-    content = save(keys(adapter, sites, family), metadata={**notes, **(metadata or {})})
+    tensors = keys(adapter, sites, family)
+    notes = {"format": "pt", **(metadata or {})}
+    if layout == "kohya":
+        notes |= _network_of(tensors, family)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_bytes(content)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_bytes(_in_order(save(tensors, notes)))
     scratch.replace(path)
+
+
+def _network_of(tensors: Mapping[str, Tensor], family: Family) -> dict[str, str]:
+    """What sd-scripts writes of a network: `Dynamic` where its modules' ranks differ, as its own tools have it."""
+    assert family.kohya is not None, "it has keys in this layout"
+    ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_down.weight")}
+    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    return {"ss_network_module": family.kohya.network_module, "ss_network_dim": dim, "ss_network_alpha": dim}
+
+
+def _in_order(content: bytes) -> bytes:
+    """Safetensors bytes with their metadata sorted: the library writes them in another order each time."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]

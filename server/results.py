@@ -1,8 +1,9 @@
 """What a run of real devices came to:  python -m server.results [FOLDER]
 
-Writes into the run's folder (the newest of ANTHER_HOME/runs) its shared adapter, as diffusers reads it, `summary.json`
-and `report.html`, from its last checkpoint: at its end, or while it is at work. `python -m server.run` does so at the
-end. A process of its own, because Flower lets no page's template into the bundle that a ServerApp runs from.
+Writes into the run's folder (the newest of ANTHER_HOME/runs) its shared adapter, as diffusers and other tools read it,
+`summary.json` and `report.html`, from its last checkpoint: at its end, or while it is at work. `python -m server.run`
+does so at the end. A process of its own, because Flower lets no page's template into the bundle that a ServerApp runs
+from.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import yaml
 from conf.compose import compose
 from conf.errors import AntherError
 from conf.schemas import Simulation
-from models import assets
+from models import adapter_files, assets
 from models.base import Base, load
-from models.export import export
 from privacy import durable
 from server import checkpoint, runs
 from server.report import sums
 from server.report.report import Report, write
+from server.report.use import use_of
 from server.state import State
 from strategies.download import download
 
@@ -74,8 +75,7 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
         test: devices made noise that can be made again, so that nothing is a release.
     """
     shared = download(state.best_adapter, config.strategy.download).adapter  # what devices have of it
-    note = {"anther_base": base.hash, **{f"anther_{key}": value for key, value in base.notes.items()}}
-    export(shared, folder / "adapters" / "shared.safetensors", family=base.family, sites=base.sites, metadata=note)
+    adapter_files.write(folder / "adapters", "shared", shared, base, "shared")
     summary = {
         "rounds": state.round,
         "best_round": state.best_round,
@@ -93,7 +93,8 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
             title=f"{summary['clients']} {'device' if summary['clients'] == 1 else 'devices'} learned together",
             command=f"python -m server.run {words}",
             config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
-            summary=summary, rounds=sums.rows(state.history), devices=devices, base=config.base.path,
+            summary=summary, rounds=sums.rows(state.history), devices=devices,
+            use=use_of(base, folder / "adapters"), strategy=config.strategy.aggregation, letters=False,
             quality="as devices tell it", test=test, footer=f"Run {folder.name}",
         ),
         page,

@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from conf.schemas import Simulation
-from models import assets
-from models.adapter import Adapter
+from models import adapter_files, assets
+from models.adapter import Adapter, concatenate
 from models.base import Base
-from models.export import export
 from privacy import durable
 from server.report import sums
 from server.report.report import DeviceRow, GalleryRow, Report, write
+from server.report.use import use_of
 from server.state import State
 from simulations import evaluation
 from simulations.display import Display
@@ -31,6 +31,8 @@ from simulations.output import config_hash
 from strategies.download import download
 from strategies.facts import nothing
 from typefaces import judge
+
+PERSONAL = "personal"  # folder of the personal adapters
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def finish(
         local = evaluation.train_local(config, base, chosen, pools, perform)
     shared = download(state.best_adapter, config.strategy.download).adapter  # what devices have of it
     adapters = evaluation.arms(chosen, local, shared, base)
-    export_adapters(folder / "adapters", base, chosen, adapters, shared)
-    display.phase("measuring held-out letters")
+    export_adapters(folder / "adapters", base, chosen, shared)
+    display.phase("measuring held-out pictures")
     losses = evaluation.losses(chosen, adapters, pools, perform)
     drawn: dict[str, Drawn] = {}
     if config.evaluation.gallery:
@@ -81,20 +83,25 @@ def finish(
         summary["fleet"] = lived(people, state, fleet)
     durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     page = folder / "report.html"
-    write(build_report(config, people, chosen, state, judged, drawn, summary, command, fleet), page)
+    write(
+        build_report(config, base, folder / "adapters", people, chosen, state, judged, drawn, summary, command, fleet),
+        page,
+    )
     display.finish(summary, {"report": page, "adapters": folder / "adapters"})
     return summary
 
 
-def export_adapters(
-    folder: Path, base: Base, people: Sequence[Participant], adapters: evaluation.Adapters, shared: Adapter
-) -> None:
-    """`shared.safetensors`, and a self-contained file for every person, as diffusers reads them."""
-    note = {"anther_base": base.hash, **{f"anther_{key}": value for key, value in base.notes.items()}}
-    export(shared, folder / "shared.safetensors", family=base.family, sites=base.sites, metadata=note)
+def export_adapters(folder: Path, base: Base, people: Sequence[Participant], shared: Adapter) -> None:
+    """The shared adapter, and for everybody who has a personal one two files: with the shared one in it, and without.
+
+    Each in every layout that some tool reads (`models.adapter_files`).
+    """
+    adapter_files.write(folder, "shared", shared, base, "shared")
     for person in people:
-        file = folder / "personal" / f"{person.name}.safetensors"
-        export(adapters["personal"][person.name], file, family=base.family, sites=base.sites, metadata=note)
+        if kept := person.device.store.personal(base.sites):
+            both = concatenate([kept.shared, kept.adapter])
+            adapter_files.write(folder / PERSONAL, f"{person.name}.with_shared", both, base, "shared+personal")
+            adapter_files.write(folder / PERSONAL, f"{person.name}.without_shared", kept.adapter, base, "personal")
 
 
 def judge_all(
@@ -169,6 +176,8 @@ def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping
 
 def build_report(
     config: Simulation,
+    base: Base,
+    adapters: Path,
     people: Sequence[Participant],
     chosen: Sequence[Participant],
     state: State,
@@ -190,7 +199,9 @@ def build_report(
         rounds=rounds,
         devices=[device_row(person, state, judged[person.name]) for person in chosen],
         gallery=[gallery_row(person, drawn[person.name]) for person in chosen if person.name in drawn],
-        base=config.base.path,
+        use=use_of(base, adapters),
+        strategy=config.strategy.aggregation,
+        letters=all(person.kind != "own" for person in people),
         footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
     )
 

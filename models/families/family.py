@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.denoiser import Forward
+from models.kohya import Kohya
 
 ATTENTION = r".*\.attn[12]?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
 """The projections of every attention, with those of the text where it runs along: what most LoRAs adapt."""
@@ -42,7 +43,7 @@ class Family:
     forward: Forward
     latents: Callable[[Mapping[str, Any]], Latents]  # from the network's configuration
     context: Callable[[Mapping[str, Any]], tuple[int, int]]  # from the same: rows and width of a packed caption
-    kohya: str | None  # what ComfyUI's names of its layers begin with; None: it knows none in kohya's layout
+    kohya: Kohya | None  # its layers' names in kohya's layout; None: no tool reads it of this family
     guide: Callable[[Tensor, float], Tensor] | None = None
     """Writes the strength of guidance into packed captions, for networks that embed it; None: guided by two passes."""
     sites: str = ATTENTION  # where adapters go unless one says otherwise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.families.family import Family, Latents, pack, packed_rows, unpack
+from models.kohya import Kohya, Place, qkv, renamed
 
 _SIDE = 128  # of the latents of 1024 pixels: the pipeline's own default, since the network's configuration has none
 
@@ -68,6 +69,42 @@ def _context(config: Mapping[str, Any]) -> tuple[int, int]:
     return packed_rows(512, config["joint_attention_dim"], config["pooled_projection_dim"], 1)
 
 
+_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+_KOHYA = Kohya(
+    network_module="networks.lora_flux",
+    read=r"(?!norm_out\.|proj_out$).*",
+    names=(
+        *qkv(_DOUBLE + r"attn\.to_%s", r"double_blocks.\1.img_attn.qkv"),
+        *qkv(_DOUBLE + r"attn\.add_%s_proj", r"double_blocks.\1.txt_attn.qkv"),
+        *qkv(_SINGLE + r"attn\.to_%s", r"single_blocks.\1.linear1", rest=4),
+        (_SINGLE + "proj_mlp", Place(r"single_blocks.\1.linear1", 3, (1, 1, 1, 4))),
+        *renamed(
+            {
+                _DOUBLE + r"attn\.to_out\.0": r"double_blocks.\1.img_attn.proj",
+                _DOUBLE + r"attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",
+                _DOUBLE + r"ff\.net\.0\.proj": r"double_blocks.\1.img_mlp.0",
+                _DOUBLE + r"ff\.net\.2": r"double_blocks.\1.img_mlp.2",
+                _DOUBLE + r"ff_context\.net\.0\.proj": r"double_blocks.\1.txt_mlp.0",
+                _DOUBLE + r"ff_context\.net\.2": r"double_blocks.\1.txt_mlp.2",
+                _DOUBLE + r"norm1\.linear": r"double_blocks.\1.img_mod.lin",
+                _DOUBLE + r"norm1_context\.linear": r"double_blocks.\1.txt_mod.lin",
+                _SINGLE + r"norm\.linear": r"single_blocks.\1.modulation.lin",
+                _SINGLE + "proj_out": r"single_blocks.\1.linear2",
+                "x_embedder": "img_in",
+                "context_embedder": "txt_in",
+                r"time_text_embed\.timestep_embedder\.linear_1": "time_in.in_layer",
+                r"time_text_embed\.timestep_embedder\.linear_2": "time_in.out_layer",
+                r"time_text_embed\.text_embedder\.linear_1": "vector_in.in_layer",
+                r"time_text_embed\.text_embedder\.linear_2": "vector_in.out_layer",
+                r"time_text_embed\.guidance_embedder\.linear_1": "guidance_in.in_layer",
+                r"time_text_embed\.guidance_embedder\.linear_2": "guidance_in.out_layer",
+                r"norm_out\.linear": "final_layer.adaLN_modulation.1",
+                "proj_out": "final_layer.linear",
+            }
+        ),
+    ),
+)
+
 FLUX = Family(
     name="flux",
     pipeline="FluxPipeline",
@@ -78,6 +115,6 @@ FLUX = Family(
     forward=_forward,
     latents=_latents,
     context=_context,
-    kohya="lora_transformer_",
+    kohya=_KOHYA,
     guide=_guide,
 )

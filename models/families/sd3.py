@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.families.family import Family, own_latents, pack, packed_rows, unpack
+from models.kohya import Kohya, qkv, renamed
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -30,6 +31,37 @@ def _context(config: Mapping[str, Any]) -> tuple[int, int]:
     return packed_rows(77 + 256, config["joint_attention_dim"], config["pooled_projection_dim"])
 
 
+_BLOCK = r"transformer_blocks\.(\d+)\."
+_KOHYA = Kohya(
+    network_module="networks.lora_sd3",
+    names=(
+        *qkv(_BLOCK + r"attn\.to_%s", r"joint_blocks.\1.x_block.attn.qkv"),
+        *qkv(_BLOCK + r"attn2\.to_%s", r"joint_blocks.\1.x_block.attn2.qkv"),
+        *qkv(_BLOCK + r"attn\.add_%s_proj", r"joint_blocks.\1.context_block.attn.qkv"),
+        *renamed(
+            {
+                _BLOCK + r"attn\.to_out\.0": r"joint_blocks.\1.x_block.attn.proj",
+                _BLOCK + r"attn2\.to_out\.0": r"joint_blocks.\1.x_block.attn2.proj",
+                _BLOCK + r"attn\.to_add_out": r"joint_blocks.\1.context_block.attn.proj",
+                _BLOCK + r"ff\.net\.0\.proj": r"joint_blocks.\1.x_block.mlp.fc1",
+                _BLOCK + r"ff\.net\.2": r"joint_blocks.\1.x_block.mlp.fc2",
+                _BLOCK + r"ff_context\.net\.0\.proj": r"joint_blocks.\1.context_block.mlp.fc1",
+                _BLOCK + r"ff_context\.net\.2": r"joint_blocks.\1.context_block.mlp.fc2",
+                _BLOCK + r"norm1\.linear": r"joint_blocks.\1.x_block.adaLN_modulation.1",
+                _BLOCK + r"norm1_context\.linear": r"joint_blocks.\1.context_block.adaLN_modulation.1",
+                r"pos_embed\.proj": "x_embedder.proj",
+                "context_embedder": "context_embedder",
+                r"time_text_embed\.timestep_embedder\.linear_1": "t_embedder.mlp.0",
+                r"time_text_embed\.timestep_embedder\.linear_2": "t_embedder.mlp.2",
+                r"time_text_embed\.text_embedder\.linear_1": "y_embedder.mlp.0",
+                r"time_text_embed\.text_embedder\.linear_2": "y_embedder.mlp.2",
+                r"norm_out\.linear": "final_layer.adaLN_modulation.1",
+                "proj_out": "final_layer.linear",
+            }
+        ),
+    ),
+)
+
 SD3 = Family(
     name="sd3",
     pipeline="StableDiffusion3Pipeline",
@@ -40,5 +72,5 @@ SD3 = Family(
     forward=_forward,
     latents=own_latents,
     context=_context,
-    kohya="lora_transformer_",
+    kohya=_KOHYA,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.families.family import Family, own_latents, pack, packed_rows, unpack
+from models.kohya import UNET_KOHYA
 
 _SCALE = 8  # pixels of a latent, of every SDXL VAE
 
@@ -51,5 +52,5 @@ SDXL = Family(
     forward=_forward,
     latents=own_latents,
     context=_context,
-    kohya="lora_unet_",
+    kohya=UNET_KOHYA,
 )

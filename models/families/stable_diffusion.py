@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.denoiser import call_unet
 from models.families.family import Family, own_latents
+from models.kohya import UNET_KOHYA
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -34,5 +35,5 @@ STABLE_DIFFUSION = Family(
     forward=call_unet,
     latents=own_latents,
     context=_context,
-    kohya="lora_unet_",
+    kohya=UNET_KOHYA,
 )

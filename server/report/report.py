@@ -16,13 +16,18 @@ from markupsafe import Markup
 from server.report import words
 from server.report.charts import Line, Show, line_chart
 from server.report.pictures import png
+from server.report.use import Use
 
 ARMS = {
-    "real": ("real", "what the writer really wrote; no device trained on these"),
+    "real": ("real", "letters of the writer's own; no device trained on these"),
     "base": ("base", "the frozen base, which never saw this writer"),
     "local": ("alone", "the same device alone, with as many steps and as much trained rank in all"),
     "shared": ("shared", "the adapter that the federation made, the same for everyone"),
     "personal": ("shared + personal", "the shared adapter under the one that never left the device"),
+}
+OF_PICTURES = {
+    "real": ("real", "the pictures themselves; no device trained on these"),
+    "base": ("base", "the frozen base, which never saw pictures of this device"),
 }
 HIGHLIGHTS = 4  # writers shown in the first screens
 
@@ -77,8 +82,12 @@ class Report:
     clock of its own hours (on it when the round was over) and lost (devices by what became of them)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
-    base: str = "glyphs"
-    """Name or folder of the base, for the lines that show how to use an adapter."""
+    use: Use | None = None
+    """How its adapters are loaded into diffusers; None: not shown."""
+    strategy: str = ""
+    """How updates were aggregated, in a word or two."""
+    letters: bool = True
+    """Whether the pictures are letters that people write."""
     quality: str = "estimate"
     """How the devices' seconds and joules were had: `estimate` from their profiles, or else in words."""
     test: bool = True
@@ -105,7 +114,7 @@ def render(report: Report) -> str:
         .render(
             report=report,
             summary=report.summary,
-            arms=ARMS,
+            arms=ARMS | ({} if report.letters else OF_PICTURES),
             results=[arm for arm in ARMS if arm in losses],
             gains={arm: gain(losses, arm) for arm in losses},
             best=max((value for arm in losses if (value := gain(losses, arm)) is not None), default=0.0),
@@ -118,9 +127,16 @@ def render(report: Report) -> str:
             given=span([len(row.given) for row in report.gallery]),
             label=label,
             dropped=sum((Counter(row["dropped"]) for row in report.rounds), Counter[str]()),
+            adapter=adapter(report),
             example=next((caption for row in report.gallery for caption in row.captions), "a picture"),
         )
     )
+
+
+def adapter(report: Report) -> str:
+    """The file that the page shows how to use."""
+    own = [device.name for device in report.devices if "personal" in device.loss]
+    return f"personal/{own[0]}.with_shared.safetensors" if own else "shared.safetensors"
 
 
 def environment(*folders: Path) -> Environment:
@@ -159,7 +175,7 @@ def gain(losses: Mapping[str, float], arm: str) -> float | None:
 
 
 def highlights(gallery: Sequence[GalleryRow], devices: Sequence[DeviceRow]) -> list[GalleryRow]:
-    """The writers whose loss fell most from base to personal, most first."""
+    """Those whose loss fell most from base to personal, most first."""
     gains = {device.name: gain(device.loss, "personal") or 0.0 for device in devices}
     return sorted(gallery, key=lambda row: -gains.get(row.name, 0.0))[:HIGHLIGHTS]
 

@@ -16,6 +16,7 @@ from server.report import words
 from server.report.charts import LABEL_GAP, Line, line_chart, nice_ticks, spread, whole_ticks
 from server.report.pictures import png
 from server.report.report import DeviceRow, GalleryRow, Report, gain, highlights, render, write
+from server.report.use import Use
 
 LOSSES = {"base": 0.12, "local": 0.105, "shared": 0.108, "personal": 0.096}
 VOID = {"img", "meta"}
@@ -37,6 +38,9 @@ def writer(name: str, tone: int) -> GalleryRow:
         captions=["lowercase letter g", "capital letter Q"],
         arms={arm: [picture(tone + 2 + i), picture(tone + 12 + i)] for i, arm in enumerate(arms)},
     )
+
+
+USE = Use(base="/bases/b", adapters="/runs/r/adapters", network="unet", resolution=64)
 
 
 def report(**changes: Any) -> Report:
@@ -81,6 +85,8 @@ def report(**changes: Any) -> Report:
         rounds=rounds,
         devices=devices,
         gallery=[writer("Ada <hand>", 20), writer("Bert", 60)],
+        use=USE,
+        strategy="exact",
     )
     return dataclasses.replace(full, **changes)
 
@@ -141,7 +147,10 @@ def test_says_what_happened() -> None:
     assert "No differential privacy" in text
     assert "estimate" in text
     assert "python -m simulations.run rounds=3 seed=5" in text
-    assert 'pipe.load_lora_weights("adapters/personal/Ada <hand>.safetensors")' in text
+    assert "aggregated by exact" in text
+    assert "from diffusers import DiffusionPipeline pipe = DiffusionPipeline.from_pretrained('/bases/b')" in text
+    assert "pipe.load_lora_weights('/runs/r/adapters/personal/Ada <hand>.with_shared.safetensors')" in text
+    assert "load it alone, or the shared one counts twice" in text
 
 
 def test_a_promise_is_printed_with_unit_delta_and_relation() -> None:
@@ -211,7 +220,7 @@ def test_without_pictures_or_judge(judged: dict[str, None] | None) -> None:
 def test_without_rounds_or_devices() -> None:
     text = text_of(render(report(rounds=[], devices=[])))
     assert "Round by round" not in text
-    assert "adapters/personal/NAME.safetensors" in text
+    assert "pipe.load_lora_weights('/runs/r/adapters/shared.safetensors')" in text
 
 
 def test_nobody_measured_validation() -> None:
@@ -303,3 +312,24 @@ def test_chart_of_one_round_and_of_gaps() -> None:
 )
 def test_words(said: str, words_said: str) -> None:
     assert said == words_said
+
+
+def test_words_of_photographs_are_not_those_of_letters() -> None:
+    letters, photographs = text_of(render(report())), text_of(render(report(letters=False)))
+    assert "letters of the writer's own" in letters
+    assert "the pictures themselves" in photographs
+    assert "writer" not in photographs.replace("Style: nearer to this writer's", "").replace("the writer's own are", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loads": False}, "reads no adapters, so it is added to the weights"),
+        ({"kohya": False}, "There is no kohya layout of this base's family"),
+        ({"ignored": 3}, "sd-scripts leaves out 3 of the layers"),
+        ({"packed": True}, "FOLDER OF THE BASE THAT WAS PACKED"),
+        ({}, "….kohya.safetensors for ComfyUI, A1111, Forge and sd-scripts"),
+    ],
+)
+def test_says_what_reads_an_adapter(changes: dict[str, Any], said: str) -> None:
+    assert said in text_of(render(report(use=dataclasses.replace(USE, **changes))))

@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, subprocess.Complete
     assert summary["peak_rss_mib"] > 100
     assert len(summary["config_hash"]) == 64
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
-    assert len(list((folder / "adapters" / "personal").iterdir())) == 3
+    assert len(list((folder / "adapters" / "personal").glob("*.with_shared.safetensors"))) == 3
     assert list((folder / "tensorboard").glob("events*"))
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page
@@ -89,7 +89,7 @@ def test_a_personal_adapter_loads_in_diffusers(
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
-    file = next((finished[0] / "adapters" / "personal").iterdir())
+    file = next((finished[0] / "adapters" / "personal").glob("*.with_shared.safetensors"))
     pipe.load_lora_weights(file)
     assert pipe.get_active_adapters()
 
@@ -257,7 +257,7 @@ def test_a_folder_of_ones_own_takes_the_place_of_a_writer(
     (own,) = [person for person in people if person["kind"] == "own"]
     assert own["name"] == "my-cat"
     assert own["personal"]["legibility"] is None
-    assert (tmp_path / "run" / "adapters" / "personal" / "my-cat.safetensors").exists()
+    assert (tmp_path / "run" / "adapters" / "personal" / "my-cat.with_shared.safetensors").exists()
 
 
 def test_private_training_reports_what_it_promises(

@@ -1,0 +1,116 @@
+"""Names of layers in kohya's layout, which sd-scripts, ComfyUI, A1111 and Forge read.
+
+A UNet keeps diffusers' names there. SD3 and Flux have the names of their makers' own networks, where several layers of
+diffusers are one: queries, keys and values lie under each other in a single weight. Adapters of such layers become one
+whose A are stacked and whose B stand on the diagonal, each in the rows of its part: the same product, to the last bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from conf.errors import AntherError
+from models.adapter import Site
+
+PREFIX = "lora_unet_"
+
+
+class Place(NamedTuple):
+    """Where a layer of diffusers lies in its makers' network."""
+
+    module: str
+    part: int = 0
+    """Which part of the module's rows it is."""
+    parts: tuple[int, ...] = (1,)
+    """Heights of all parts, relative to each other."""
+
+
+class Piece(NamedTuple):
+    """The adapter of one layer of diffusers."""
+
+    part: int
+    parts: tuple[int, ...]
+    down: Tensor  # [r, in], or [r, in, h, w] of a convolution
+    up: Tensor  # [out, r], or [out, r, 1, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kohya:
+    """How sd-scripts names and reads the layers of a family."""
+
+    network_module: str
+    """The module of sd-scripts that reads such a file."""
+    names: tuple[tuple[str, Place], ...] = ()
+    """(regular expression on diffusers' names, place with groups of it); the first that matches. Empty: as they are."""
+    read: str = ".*"
+    """Regular expression on diffusers' names: the layers that sd-scripts reads; it drops the others without a word."""
+
+    def place(self, name: str) -> Place:
+        """Where the layer of this name lies.
+
+        Raises:
+            AntherError: the family's network has no such layer.
+        """
+        if not self.names:
+            return Place(name)
+        for pattern, place in self.names:
+            if found := re.fullmatch(pattern, name):
+                return place._replace(module=found.expand(place.module))
+        raise AntherError(f"{name}: has no name in kohya's layout: export with layout=diffusers")
+
+    def ignored(self, sites: Iterable[str]) -> list[str]:
+        """The sites that sd-scripts drops; ComfyUI reads them."""
+        return [name for name in sites if not re.fullmatch(self.read, name)]
+
+
+def fused(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
+    """A and B of one module from those of its parts: [Σ r, in] and [out, Σ r], whose product has zeros elsewhere."""
+    pieces = sorted(pieces, key=lambda piece: piece.part)
+    if len(pieces) == len(pieces[0].parts) == 1:
+        return pieces[0].down, pieces[0].up
+    parts = pieces[0].parts
+    unit = len(pieces[0].up) // parts[pieces[0].part]
+    down = torch.cat([piece.down for piece in pieces])
+    up = down.new_zeros(unit * sum(parts), len(down))
+    column = 0
+    for piece in pieces:
+        row, rank = unit * sum(parts[: piece.part]), len(piece.down)
+        up[row : row + len(piece.up), column : column + rank] = piece.up
+        column += rank
+    return down, up
+
+
+def half_swapped(name: str, site: Site, up: Tensor) -> Tensor:
+    """B of a layer whose two halves the makers have in the other order.
+
+    The last modulation of a transformer gives (scale, shift) in diffusers and (shift, scale) in SD3 and Flux; it is
+    the only one that is twice as high as it is wide.
+    """
+    if re.fullmatch(r"norm_out\.linear|.*\.norm1_context\.linear", name) and site.outputs == 2 * site.inputs:
+        return torch.cat(up.chunk(2)[::-1])
+    return up
+
+
+def qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, Place], ...]:
+    """Names of queries, keys and values that are one module.
+
+    Args:
+        pattern: with one %s where q, k and v stand.
+        rest: height of what lies under them, relative to each.
+    """
+    parts = (1, 1, 1, rest) if rest else (1, 1, 1)
+    return tuple((pattern % each, Place(module, part, parts)) for part, each in enumerate("qkv"))
+
+
+def renamed(names: Mapping[str, str]) -> tuple[tuple[str, Place], ...]:
+    """Names of layers that are modules of their own."""
+    return tuple((pattern, Place(module)) for pattern, module in names.items())
+
+
+UNET_KOHYA = Kohya(network_module="networks.lora", read=r"(down_blocks|mid_block|up_blocks)\..*")
