@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from client import home, link
-from conf.errors import AntherError
+from conf.errors import TOLD, told
 from conf.node import compose, enrolled
 from privacy.durable import write
 from protocol import ticket as tickets
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         print(enroll(asked.ticket, asked.words))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE
 

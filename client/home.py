@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conf.errors import AntherError
+from conf.errors import TOLD, told
+from conf.terminal import use_plain_output
 from models import assets
 from privacy.anchors import read_marker
 from privacy.ledger import MARKER
@@ -74,10 +75,11 @@ def run(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, act: Callable[[Files, argparse.Namespace], str]
 ) -> int:
     """The process' exit status: DONE with what `act` says, or USAGE with one line on standard error."""
+    use_plain_output()
     asked = parser.parse_args(arguments)
     try:
         print(act(find(asked.store, asked.name), asked))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE

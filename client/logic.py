@@ -6,9 +6,13 @@ jobs run: a cohort of simulated devices in one pass, or one device's warm worker
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 from client import evaluate, personal, train
 from client.device import Device
 from client.drive import Conversation
+from conf.errors import AntherError
 from protocol import messages
 from protocol.messages import Request
 
@@ -16,11 +20,24 @@ from protocol.messages import Request
 def handle(request: Request, device: Device) -> Conversation:
     """Answer one request.
 
+    A number that isn't finite is no answer: weights that hold NaN make every loss one, and JSON has none.
+
     Raises:
         Refusal: the device's policy or its ledger forbids it; the reason may go to the server.
         AntherError: the request is malformed, or something on the device is damaged; the text may name the
             owner's files and stays on the device.
     """
+    reply = yield from _answer(request, device)
+    for field in dataclasses.fields(reply):
+        value = getattr(reply, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise AntherError(
+                f"{field.name} came out as {value}: the base or the adapter sent holds numbers that overflow"
+            )
+    return reply
+
+
+def _answer(request: Request, device: Device) -> Conversation:
     match request:
         case messages.Query():
             return device.report

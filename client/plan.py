@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from client.ladder import Predict, Rung, Setting, ladder, settings, too_large
-from conf.errors import AntherError
+from conf.errors import TOLD, told
 from conf.planning import Plan, devices, planned
 from conf.units import HOUR, MIB
 from models import assets
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = planned(asked.overrides, assets.home() / PROFILE)
         base = find(plan.base)
         rungs, best = ladder(ways(base), plan, predictor(base, plan))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     print(json.dumps(as_plain(rungs, best, plan), indent=2) if asked.json else in_words(rungs, best, plan))
     return DONE

@@ -25,7 +25,7 @@ from client import link as links
 from client.link import Link, Unreachable
 from conf import lean
 from conf.children import with_parent
-from conf.errors import AntherError
+from conf.errors import TOLD, AntherError, told
 from conf.flower import environment
 from conf.node import Node, compose
 from conf.service import Stopped, say, stoppable
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stoppable()
     try:
         run(compose(words, home.words()))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     except (Stopped, KeyboardInterrupt):
         pass

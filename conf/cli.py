@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,18 +22,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.errors import AntherError
+from conf.errors import TOLD, AntherError, told
 from conf.explain import explain, known_keys
+from conf.terminal import use_plain_output
+from conf.words import prepared
 
 USAGE, INTERRUPTED = 2, 130
 
 
-def application(name: str, schema: type) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def application(
+    name: str, schema: type, *, after: Callable[[], None] | None = None
+) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate `main(config: schema)` as the Hydra application of `conf/<name>.yaml`.
 
     The function receives the resolved configuration as an instance of `schema`, whose `__post_init__` may
-    raise ValueError to refuse a value. AntherError and refused configurations end the process with exit
-    code 2 and one line on standard error; in a multirun too, before the jobs that would have followed.
+    raise ValueError to refuse a value. AntherError, refused configurations and what the operating system refuses end
+    the process with exit code 2 and one line on standard error; in a multirun too, before the jobs that would have
+    followed.
+
+    Args:
+        name: of the YAML file.
+        schema: the dataclass that describes it.
+        after: called once all jobs of the command have run.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
@@ -41,22 +52,30 @@ def application(name: str, schema: type) -> Callable[[Callable[[Any], None]], Ca
         def job(config: DictConfig) -> None:
             try:
                 main(to_object(config, schema))
-            except AntherError as error:
-                with contextlib.suppress(OSError):  # not empty: it is somebody's
-                    Path(output_dir()).rmdir()  # Hydra made it before we could look at the configuration
-                _stop(str(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
+            except TOLD as error:
+                drop_empty(output_dir())
+                _stop(told(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
 
         @functools.wraps(main)
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors: Hydra is to raise them as they are
+            use_plain_output()
+            sys.argv[1:] = prepared(sys.argv[1:], schema)
             try:
                 job()
+                if after is not None:
+                    after()
             except (HydraException, OmegaConfBaseException, YAMLError) as error:
                 _stop(explain(error, known_keys(schema)))
             except ValueError as error:  # Hydra has no exception of its own for `group=null` and `group=3`
                 if not str(error).startswith("Config group override must be"):
                     raise
                 _stop("a group takes the name of one of its options; --help lists them")
+            except BrokenPipeError:  # whoever read our output has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(USAGE)
+            except TOLD as error:  # Hydra's own: the output folder, a file of one's own configuration
+                _stop(told(error))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)
 
@@ -72,6 +91,8 @@ def to_object(config: DictConfig, schema: type) -> Any:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(config))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise AntherError(f"{missing[0]}: needs a value")
+        for key, value in _not_finite(OmegaConf.to_container(merged)):
+            raise AntherError(f"{key}={value}: must be a finite number")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise AntherError(explain(error, known_keys(schema))) from error
@@ -87,6 +108,30 @@ def keyed(word: str) -> DictConfig:
     except YAMLError:
         pass
     raise AntherError(f"{word}: can't be read as key=value; quote brackets and spaces")
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Keys whose values are no numbers to compute with: no limit is written as inf, nor is anything NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _not_finite(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from _not_finite(part, f"{key}[{place}]")
+
+
+def drop_empty(folder: str) -> None:
+    """Remove an output folder that Hydra made before anybody could look at the configuration."""
+    with contextlib.suppress(OSError):  # not empty: it is somebody's
+        Path(folder).rmdir()
+
+
+def program(module: str) -> list[str]:
+    """The words that started this process: `anther simulate`, or `python -m` and the module."""
+    started = sys.argv[0].split()
+    return started if started[:1] == ["anther"] else ["python", "-m", module]
 
 
 def output_dir() -> str:

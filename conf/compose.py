@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 import hydra
 from hydra import initialize_config_module
@@ -14,12 +15,20 @@ from conf.cli import to_object
 from conf.errors import AntherError
 from conf.explain import explain, known_keys
 from conf.schemas import Simulation
+from conf.words import prepared
 
 
-def compose(overrides: str) -> Simulation:
-    """`conf/simulate.yaml` with overrides as on a command line, `rounds=3 privacy=example`; AntherError if refused."""
+def compose(overrides: str | Sequence[str]) -> Simulation:
+    """Compose `conf/simulate.yaml` with overrides as on a command line.
+
+    Args:
+        overrides: `"rounds=3 privacy=example"`, or a list of such words.
+
+    Raises:
+        AntherError: one of them is refused.
+    """
     try:
-        words = shlex.split(overrides)
+        words = prepared(shlex.split(overrides) if isinstance(overrides, str) else list(overrides), Simulation)
     except ValueError as error:
         raise AntherError(f"overrides={overrides}: {error}") from error
     try:

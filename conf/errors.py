@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 
 LONGEST = 160
 """Characters of a name that one message shows."""
@@ -52,6 +53,19 @@ def refused(error: OSError, path: object = None) -> AntherError:
     if error.errno in _MENDS:
         return AntherError(where + _MENDS[error.errno])
     return AntherError(f"{where}{error.strerror or type(error).__name__}: name another file or folder")
+
+
+TOLD: tuple[type[Exception], ...] = (AntherError, OSError, sqlite3.OperationalError)
+"""What a command ends with one line for, `told`, and no traceback."""
+
+
+def told(error: Exception) -> str:
+    """One line for an error of `TOLD`."""
+    if isinstance(error, AntherError):
+        return str(error)
+    if isinstance(error, OSError):
+        return str(refused(error))
+    return str(AntherError(f"a database can't be used ({error}): is its disk full, or its folder not yours?"))
 
 
 def _user() -> str:

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import get_type_hints
 
+from conf.words import quoted
+
+CALLED = {
+    "strategy": {"fedavg": "fedit (FedAvg of the factors)", "fedprox": "fedit, with adapter.shared.proximal",
+                 "scaffold": "fedit, with strategy.correction=scaffold", "fedlora": "fedit", "svd": "fedsvd"},
+    "privacy": {"dp": "example", "dpsgd": "example", "dp-sgd": "example", "user": "device", "client": "device"},
+}  # fmt: skip
+"""Options by other names that people know them by."""
+SYNONYMS = {
+    "lr": "learning_rate", "epochs": "rounds", "clients": "data.writers", "num_clients": "data.writers",
+    "num_rounds": "rounds", "model": "base.path", "dataset": "data.pictures", "photos": "data.pictures",
+    "images": "data.pictures", "batch": "batch_size", "output": "hydra.run.dir", "out": "hydra.run.dir",
+    "eps": "privacy.epsilon", "random_seed": "seed",
+}  # fmt: skip
+"""Keys by other names that people know them by."""
 EXPECTED = {
     r"could not be converted to Integer": "must be a whole number",
     r"could not be converted to Float": "must be a number",
@@ -35,9 +51,10 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     if option := re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.*)", text):
         choice, group, options = option.groups()
         listed = ", ".join(options.split(" Config search path")[0].split())
-        return f"{group}={choice.removeprefix(f'{group}/')}: no such option; {group} is one of: {listed}"
+        choice = choice.removeprefix(f"{group}/")
+        return f"{group}={choice}: no such option{_meant(group, choice, options)}; {group} is one of: {listed}"
     if unreadable := getattr(error, "override", None):
-        return f"{unreadable}: can't be read as key=value; quote commas, brackets and spaces"
+        return _unreadable(unreadable)
     if merging := re.search(r"Error merging override (.*)", text):
         return f"{merging[1]}: {_expected(cause)}"
     if nested := re.search(r"Could not override '([^']+)'.*", text):
@@ -53,6 +70,23 @@ def explain(error: BaseException, known: Sequence[str]) -> str:
     if full_key:
         return f"{full_key[1]}: {_expected(cause)}"
     return text.split(" Check that it's in your config search path")[0]
+
+
+def _unreadable(word: str) -> str:
+    """What to type instead of a word that Hydra's grammar has no meaning for."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        return f"{word}: can't be read; write key=value"
+    mend = shlex.quote(f"{key}={quoted(value)}")
+    return f"{word}: can't be read as key=value; quote the value, and all of it for the shell: {mend}"
+
+
+def _meant(group: str, choice: str, options: str) -> str:
+    """A hint at the option that was meant, by what the field calls it or by its spelling."""
+    names = options.replace(",", " ").split()
+    known = CALLED.get(group, {}).get(choice.lower())
+    near = [known] if known else difflib.get_close_matches(choice, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _flat(error: BaseException) -> str:
@@ -73,6 +107,10 @@ def _no_such_key(key: str, known: Sequence[str]) -> str:
     everywhere: dict[str, list[str]] = {}
     for name in known:
         everywhere.setdefault(name.rpartition(".")[2], []).append(name)
+    if leaf in SYNONYMS:
+        same = SYNONYMS[leaf]
+        meant = [f"{parent}.{same}"] if same in siblings and parent else everywhere.get(same, [same])
+        return f"{key}: no such key; did you mean {' or '.join(meant)}?"
     if near := difflib.get_close_matches(leaf, siblings, n=1):
         return f"{key}: no such key; did you mean {siblings[near[0]]}?"
     if near := difflib.get_close_matches(leaf, everywhere, n=1):

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from conf.errors import AntherError
+from conf.errors import AntherError, refused
 from models import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # what counts; cards and pictures don't
@@ -29,7 +29,10 @@ REPORT = "metrics.json"  # nor does what was measured
 
 def home() -> Path:
     """ANTHER_HOME, by default ~/.anther."""
-    return Path(os.environ.get("ANTHER_HOME") or "~/.anther").expanduser()
+    try:
+        return Path(os.environ.get("ANTHER_HOME") or "~/.anther").expanduser()
+    except RuntimeError:  # a user without a name, and no HOME
+        raise AntherError("this user has no home folder: set ANTHER_HOME to a folder for what Anther keeps") from None
 
 
 def digest(path: Path) -> str:
@@ -106,6 +109,13 @@ def _seed(name: str, path: str, wanted: str, stored: Path) -> None:
         raise AntherError(
             f"asset {name} ({wanted[:12]}) is not in {home()}: install anther and run `python -m models.assets`"
         )
+    try:
+        _copy(source, stored)
+    except OSError as error:
+        raise AntherError(f"{refused(error, stored)}; ANTHER_HOME names another folder") from error
+
+
+def _copy(source: Path, stored: Path) -> None:
     stored.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=stored.parent.parent) as scratch:
         filling = Path(scratch) / "asset"

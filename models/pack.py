@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from conf.errors import AntherError
+from conf.errors import TOLD, AntherError, told
 from models import assets
 from models.packed import FILE, FORMAT, Manifest, is_packed, skeleton
 from models.quantise import quantise, sizes
@@ -27,6 +27,7 @@ from models.weights import MODES, kinds
 NETWORKS = ("unet", "transformer")
 _TYPES = {torch.float32: "F32", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8"}
 _STEM = "diffusion_pytorch_model"
+USAGE = "Pack a base once, for everyone:  python -m models.pack base=FOLDER weights=nf4 out=FOLDER"
 _CARDS = ("README.md", "LICENSE*", "*.license")
 
 
@@ -163,13 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 2, with one line on standard error, if the base can't be packed."""
     given = dict(argument.partition("=")[::2] for argument in (sys.argv[1:] if arguments is None else arguments))
     if given.keys() != {"base", "weights", "out"}:
-        print((__doc__ or "").splitlines()[0], file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     try:
         out = Path(given["out"]).expanduser()
         digest = pack(given["base"], out, given["weights"])
-    except AntherError as error:
-        print(error, file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in out.glob(f"*/{FILE}"))
     print(f"{out}: {size / 1e6:.0f} MB of {given['weights']}, base {digest[:12]}")

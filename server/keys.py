@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from conf.errors import AntherError
+from conf.errors import TOLD, AntherError, told
 from conf.serving import Server
 from protocol.ticket import Ticket
 from server import pki, place
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         print(_act(place.of(asked.folder), asked))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from conf.compose import compose
-from conf.errors import AntherError
+from conf.errors import TOLD, AntherError, told
 from conf.schemas import Simulation
 from models import adapter_files, assets
 from models.base import Base, load
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         print(of_run(asked.folder or _newest()))
-    except AntherError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE
 

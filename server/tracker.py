@@ -101,10 +101,11 @@ def trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterator[Tra
 def _lines_before(start: int, path: Path) -> list[str]:
     """The whole lines of the steps before `start`."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for data in path.read_bytes().splitlines(keepends=True):
         try:
+            line = data.decode("utf-8")
             step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):  # torn by a kill: everything after it is newer
+        except (ValueError, KeyError, TypeError):  # torn by a kill, or the disk: what follows is newer
             break
         if step >= start or not line.endswith("\n"):
             break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ ARMS = {"base": "base", "local": "alone", "shared": "shared", "personal": "share
 BAR = 12  # characters
 FULL = 0.3  # gain over the base that fills a bar
 NARROW = 60  # columns that the whole table of results takes
+JUDGED, ROUNDS = 10, 4  # devices and rounds under which a run says too little of its arms
 
 
 class Display:
@@ -29,10 +30,18 @@ class Display:
     """
 
     def __init__(
-        self, rounds: int, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        rounds: int,
+        *,
+        after: float = 0.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`rounds`: how many there will be in all, those before a resumption among them."""
-        self._rounds = rounds
+        """Args:
+        rounds: how many there will be in all, those before a resumption among them.
+        after: work that follows them, in rounds.
+        """
+        self._rounds, self._after = rounds, after
         self._console = console or Console(highlight=False)
         self._clock = clock
         self._started = clock()
@@ -62,6 +71,10 @@ class Display:
             self._ends.append(self._clock())
         self._phase, self._done, self._total = name, 0, total
 
+    def say(self, words: str) -> None:
+        """A line that stays."""
+        self._print(Text(words))
+
     def advance(self, parts: int = 1) -> None:
         """So many parts of the phase are done."""
         self._done += parts
@@ -90,7 +103,8 @@ class Display:
             promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
             self._print(Text(f"{promise}, {epsilon['relation'].replace('_', ' ')}; simulated noise, so not a release"))
         traffic = f"{data(summary['bytes']['up'])} up, {data(summary['bytes']['down'])} down"
-        counts = f"{summary['clients']} devices, {plural(summary['rounds'], 'round')}"
+        strategy = f" of {summary['strategy']}" if summary.get("strategy") else ""
+        counts = f"{plural(summary['clients'], 'device')}, {plural(summary['rounds'], 'round')}{strategy}"
         self._print(Text(f"{counts}, {traffic}, {duration(summary['seconds'])}"))
         if fleet := summary.get("fleet"):
             lost = ", ".join(f"{count} {reason}" for reason, count in fleet["lost"].items()) or "none"
@@ -99,12 +113,22 @@ class Display:
                 f"{short(fleet['hours'])} simulated hours, {energy}; devices lost: {lost}; {fleet['late']} late; "
                 f"Gini of who took part {fleet['gini']:.2f}"
             ))  # fmt: skip
+        if too_little(summary):
+            tried = f"{plural(summary['rounds'], 'round')} on {plural(judged(summary), 'device')}"
+            self._print(Text(f"{tried}: too little to judge an arm by; it shows the whole path once", style="yellow"))
         for name, path in paths.items():
             self._print(Text(f"{name}: ").append(str(path), style="bold"))
 
-    def stopped(self, resume_command: str) -> None:
-        """The run was interrupted: how to go on."""
+    def stopped(self, resume_command: str | None) -> None:
+        """The run was interrupted.
+
+        Args:
+            resume_command: how to go on; None: nothing was begun that could be.
+        """
         self._settle()
+        if resume_command is None:
+            self._print(Text("Stopped before anything was kept: there is nothing to continue."))
+            return
         last = self._last_round
         where = "before the first round" if last is None else f"after round {last} of {self._rounds}"
         self._print(Text(f"Stopped {where}. To continue:"))
@@ -141,7 +165,7 @@ class Display:
             for guarantee in record.get("guarantees", ()):
                 line.append(f"  {guarantee}", style="magenta")
         if not self._live and (left := self._left()) is not None:
-            line.append(f"  about {duration(left)} of rounds left")
+            line.append(f"  about {duration(left)} left")
         line.rstrip()
         if self._live:
             line.truncate(self._console.width, overflow="ellipsis")
@@ -158,7 +182,7 @@ class Display:
         else:
             status.append(" …")
         if self._phase == "training" and (left := self._left()) is not None:
-            status.append(f"  about {duration(left)} of rounds left", style="dim")
+            status.append(f"  about {duration(left)} left", style="dim")
         return status
 
     def _elapsed(self) -> str:
@@ -166,11 +190,45 @@ class Display:
         return f"{minutes}:{seconds:02}"
 
     def _left(self) -> float | None:
-        """Seconds until the last round is over, by the mean of those that this process has seen."""
-        if len(self._ends) < 2 or self._last_round is None or self._last_round >= self._rounds:
+        """Seconds until all is over, by the mean of the rounds that this process has seen."""
+        if len(self._ends) < 2 or self._last_round is None:
             return None
+        rounds = self._rounds - self._last_round + self._after
         each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return max(0.0, each * (self._rounds - self._last_round) - (self._clock() - self._ends[-1]))
+        return max(0.0, each * rounds - (self._clock() - self._ends[-1])) if rounds > 0 else None
+
+
+def too_little(summary: Mapping[str, Any]) -> bool:
+    """Whether a run is so small that which arm comes out ahead is chance."""
+    return judged(summary) < JUDGED or summary["rounds"] < ROUNDS
+
+
+def judged(summary: Mapping[str, Any]) -> int:
+    """On how many devices the arms were compared."""
+    return int(summary.get("judged", summary["clients"]))
+
+
+def compare(runs: Sequence[tuple[Sequence[str], Mapping[str, Any]]], console: Console | None = None) -> None:
+    """Print a table of several runs, each named by the settings in which it differs from the others.
+
+    Args:
+        runs: the overrides of each, and its summary.
+        console: where; None: the terminal.
+    """
+    alike = set.intersection(*(set(overrides) for overrides, _ in runs))
+    arms = [arm for arm in ARMS if any(arm in summary["loss"] for _, summary in runs)]
+    table = Table(box=None, padding=(0, 2, 0, 0), title="loss on unseen pictures", title_justify="left")
+    for name in ("run", *(ARMS[arm] for arm in arms), "up", "ε"):
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name != "run")
+    for place, (overrides, summary) in enumerate(runs):
+        name = " ".join(word for word in overrides if word not in alike) or "as given"
+        losses = [number(summary["loss"].get(arm)) for arm in arms]
+        promised = summary.get("epsilon") or summary.get("device_epsilon")
+        spent = short(promised["value"]) if promised else ""
+        table.add_row(f"{place}: {name}", *losses, data(summary["bytes"]["up"]), spent)
+    console = console or Console(highlight=False)
+    console.print()
+    console.print(table)
 
 
 def gain(base: float | None, arm: float | None) -> float:

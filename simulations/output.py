@@ -58,6 +58,11 @@ def check(folder: Path, config: Simulation) -> dict[str, Any]:
     return found
 
 
+def begun(folder: Path) -> bool:
+    """Whether the folder holds a run that can be continued."""
+    return (folder / RUN).exists()
+
+
 def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory: int) -> int:
     """Make `folder` this run's own, or check that it already is; the bytes of memory that the run trains in.
 

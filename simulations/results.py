@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ def finish(
     summary = summarise(config, len(people), state, judged, time.perf_counter() - started)
     if fleet:
         summary["fleet"] = lived(people, state, fleet)
-    durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    durable.write(folder / "summary.json", json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     page = folder / "report.html"
     write(
         build_report(config, base, folder / "adapters", people, chosen, state, judged, drawn, summary, command, fleet),
@@ -89,6 +90,15 @@ def finish(
     )
     display.finish(summary, {"report": page, "adapters": folder / "adapters"})
     return summary
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None for each number that isn't finite: JSON has no NaN, and nothing was measured there."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def export_adapters(folder: Path, base: Base, people: Sequence[Participant], shared: Adapter) -> None:
@@ -135,6 +145,7 @@ def summarise(
         return {arm: sum(found) / len(found) if found else None for arm, found in known.items()}
 
     return {
+        "strategy": config.strategy.aggregation,
         "rounds": config.rounds,
         "best_round": state.best_round,
         "clients": clients,
@@ -171,7 +182,7 @@ def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping
         {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(one) for arm, one in judged[p.name].items()}}
         for p in people
     ]
-    durable.write(file, json.dumps(rows, indent=1).encode())
+    durable.write(file, json.dumps(finite(rows), indent=1, allow_nan=False).encode())
 
 
 def build_report(

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from rich.console import Console
 
-from conf.cli import application, output_dir
+from conf.cli import application, drop_empty, output_dir, program
+from conf.compose import compose
 from conf.errors import AntherError
 from conf.schemas import Simulation
+from conf.words import quoted
 from simulations import output
-from simulations.display import Display
+from simulations.display import Display, compare
+from simulations.expected import after_rounds
 
 if TYPE_CHECKING:
     from protocol.messages import TrainingPlan
@@ -35,23 +41,82 @@ if TYPE_CHECKING:
     from strategies.federated import Federated
 
 
-@application("simulate", Simulation)
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    summary: dict[str, Any]
+    """As in `summary.json`: mean losses by arm, bytes, ε, and so on."""
+
+    @property
+    def report(self) -> Path:
+        """The page that shows it."""
+        return self.folder / "report.html"
+
+    @property
+    def adapters(self) -> Path:
+        """The folder of `shared.safetensors` and each person's own."""
+        return self.folder / "adapters"
+
+
+_finished: list[tuple[list[str], Result]] = []
+"""Overrides and result of each job of this command."""
+
+
+def across() -> None:
+    """Print the results of a multirun side by side."""
+    if len(_finished) > 1:
+        compare([(overrides, result.summary) for overrides, result in _finished])
+
+
+@application("simulate", Simulation, after=across)
 def main(config: Simulation) -> None:
-    folder = Path(output_dir())
-    with Display(config.rounds) as display:
+    folder, overrides = Path(output_dir()), list(HydraConfig.get().overrides.task)
+    with Display(config.rounds, after=after_rounds(config)) as display:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            display.say(f"run {HydraConfig.get().job.num}: {' '.join(overrides)}")
         try:
-            simulate(config, folder, display)
+            result = simulate(config, folder, display=display, command=shlex.join([*_program(), *overrides]))
         except KeyboardInterrupt:
-            display.stopped(resume_command(folder))
+            display.stopped(resume_command(overrides, folder) if output.begun(folder) else None)
+            drop_empty(str(folder))
             raise
+    _finished.append((overrides, result))
 
 
-def simulate(config: Simulation, folder: Path, display: Display) -> None:
-    """Run or continue the federation of `config` in `folder`."""
+def simulate(
+    config: Simulation | str | Sequence[str],
+    folder: str | Path,
+    *,
+    display: Display | None = None,
+    command: str | None = None,
+) -> Result:
+    """Run or continue a federation.
+
+    Args:
+        config: a configuration, or the words of a command line: `"rounds=3 privacy=example"`, or a list of them.
+        folder: what the run leaves comes here; it must not hold another run.
+        display: shows progress; None: nothing is shown.
+        command: how the report says that the run was started; None: by the words, or as a call of this function.
+
+    Raises:
+        AntherError: a setting, a picture or the base can't be used, or the folder is another run's.
+    """
+    if not isinstance(config, Simulation):
+        words = shlex.split(config) if isinstance(config, str) else list(config)
+        command = command or shlex.join([*_program(), *words])
+        config = compose(words)
+    display = display or Display(config.rounds, console=Console(quiet=True))
+    command = command or f"simulate(config, {str(folder)!r})"
+    return _simulate(config, Path(folder), display, command)
+
+
+def _simulate(config: Simulation, folder: Path, display: Display, command: str) -> Result:
     started = time.perf_counter()
     check_time(config)
     output.check(folder, config)
-    display.phase("loading the base")
+    display.phase("reading pictures and loading the base" if config.data.pictures else "loading the base")
     if config.grid.name == "ray":
         from simulations import ray  # before anything else of Flower, which it tells how to be imported
 
@@ -86,8 +151,11 @@ def simulate(config: Simulation, folder: Path, display: Display) -> None:
     with grid(config, folder, here, perform, memory, lived) as devices:
         state = federate(config, folder, strategy, plan, devices, people, chosen, display, lived)
     facts = lived.log.rounds if lived else ()
-    results.finish(config, folder, frozen, people, chosen, perform, memory, state, display, started, command(), facts)
+    summary = results.finish(
+        config, folder, frozen, people, chosen, perform, memory, state, display, started, command, facts
+    )
     database.close()
+    return Result(folder, summary)
 
 
 def check_time(config: Simulation) -> None:
@@ -215,15 +283,19 @@ def numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
     return {**values, "seconds": record.wall_seconds}
 
 
-def command() -> str:
-    """The command that started this run, as one would type it."""
-    return shlex.join(["python", "-m", "simulations.run", *HydraConfig.get().overrides.task])
+def resume_command(overrides: Sequence[str], folder: Path) -> str:
+    """The command that continues a run, quoted for Hydra and for the shell.
+
+    Args:
+        overrides: what it was started with.
+        folder: of the run.
+    """
+    kept = [word for word in overrides if not word.startswith(("resume=", "hydra.run.dir="))]
+    return shlex.join([*_program(), *kept, f"hydra.run.dir={quoted(str(folder))}", "resume=true"])
 
 
-def resume_command(folder: Path) -> str:
-    """The command that continues this run."""
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
-    return shlex.join(["python", "-m", "simulations.run", *overrides, f"hydra.run.dir={folder}", "resume=true"])
+def _program() -> list[str]:
+    return program("simulations.run")
 
 
 if __name__ == "__main__":

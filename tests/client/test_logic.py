@@ -36,6 +36,7 @@ from tests.client.devices import (
     train_request,
 )
 from training import jobs
+from training.jobs import Result
 
 PERSONALISE = Personalise(
     run="run", round=9, adapter=to_bytes(adapter(3)), rank=2, steps=10, batch_size=4, learning_rate=1e-3, look_every=5,
@@ -461,3 +462,14 @@ def test_personalising_without_validation_pictures_takes_every_step(tmp_path: Pa
 def test_impossible_personalising_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
     with pytest.raises(Refusal):
         ask(dataclasses.replace(PERSONALISE, **change), make_device(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, loss: float) -> None:
+    class Overflows(Performer):
+        def _perform(self, job: jobs.Job) -> Result:
+            return loss if isinstance(job, jobs.Measure) else super()._perform(job)
+
+    request = Evaluate(run="run", round=1, adapter=to_bytes(adapter(2)))
+    with pytest.raises(AntherError, match=f"base came out as {loss}"):
+        ask(request, make_device(tmp_path), Overflows())

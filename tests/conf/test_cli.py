@@ -63,7 +63,21 @@ MISTAKES = {
     "resume=perhaps": "resume=perhaps: must be true or false",
     "data.pictures=photos": "data.pictures=photos: must be a list: [a,b]",
     "adapter.shared=4": "adapter.shared=4: is a group of keys, not a value",
-    "adapter.sites=[": "adapter.sites=[: can't be read as key=value; quote commas, brackets and spaces",
+    "adapter.sites=[": "adapter.sites=[: can't be read as key=value; quote the value, and all of it for the shell: "
+    """'adapter.sites='"'"'['"'"''""",
+    "strategy=fedavg": "strategy=fedavg: no such option; did you mean fedit (FedAvg of the factors)?; strategy is one "
+    "of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
+    "privacy=exampel": "privacy=exampel: no such option; did you mean example?; privacy is one of: both, device, "
+    "example, none",
+    "lr=1e-4": "lr: no such key; did you mean adapter.shared.learning_rate or adapter.personal.learning_rate or "
+    "adapter.local.learning_rate?",
+    "adapter.shared.lr=1e-4": "adapter.shared.lr: no such key; did you mean adapter.shared.learning_rate?",
+    "epochs=3": "epochs: no such key; did you mean rounds?",
+    "adapter.shared.learning_rate=inf": "adapter.shared.learning_rate=inf: must be a finite number",
+    "privacy.epsilon=inf": "privacy.epsilon=inf: must be a finite number",
+    "strategy.timeout=nan": "strategy.timeout=nan: must be a finite number",
+    "data.background=pinkish": "data.background=pinkish: must be white, black, gray or '#rrggbb'",
+    "hydra.run.dir=/proc/nowhere/x": "/proc/nowhere: No such file or directory: name another file or folder",
     "adapter.sites='['": "adapter.sites=[: not a regular expression",
     "rounds=0": "rounds=0: must be 1 or more",
     "adapter.shared.rank=0": "adapter.shared.rank=0: must be 1 or more",

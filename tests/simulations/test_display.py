@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from privacy.accounting import DEVICE, Guarantee
-from simulations.display import Display, against_base, bar, gain, results
+from simulations.display import Display, against_base, bar, compare, gain, results
 
 SUMMARY: dict[str, Any] = {
     "rounds": 3,
@@ -84,10 +84,9 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         " 0:00  round 0 of 3  loss 0.120   as the base",
     ]
     assert lines[3] == (
-        " 0:10  round 1 of 3  loss 0.116   3.3 % below the base    20 devices  1.2 MB up, 1.3 MB down"
-        "  about 20 s of rounds left"
+        " 0:10  round 1 of 3  loss 0.116   3.3 % below the base    20 devices  1.2 MB up, 1.3 MB down  about 20 s left"
     )
-    assert "about 10 s of rounds left" in lines[4]
+    assert "about 10 s left" in lines[4]
     assert "left" not in lines[5]
     assert lines[-1] == f"report: {PATH}"
     assert "\x1b" not in "".join(lines)
@@ -137,7 +136,7 @@ def test_status_shows_phase_progress_and_time_left() -> None:
     clock.now += 30
     display.round(record(1))
     clock.now += 5
-    assert display._status().plain == " 0:35  round 2 of 3  training …  about 55 s of rounds left"
+    assert display._status().plain == " 0:35  round 2 of 3  training …  about 55 s left"
 
 
 def test_rounds_before_a_resumption_count_for_nothing_in_the_time_left() -> None:
@@ -149,7 +148,7 @@ def test_rounds_before_a_resumption_count_for_nothing_in_the_time_left() -> None
     display.phase("training")
     clock.now += 7
     display.round(record(2))
-    assert "about 7 s of rounds left" in printed(screen)
+    assert "about 7 s left" in printed(screen)
     assert printed(screen).count("left") == 1
 
 
@@ -159,6 +158,42 @@ def test_stopped_says_where_and_how_to_go_on() -> None:
     screen = console()
     Display(3, console=screen).stopped("again")
     assert "Stopped before the first round." in printed(screen)
+    screen = console()
+    Display(3, console=screen).stopped(None)
+    assert "nothing to continue" in printed(screen)
+    assert "To continue" not in printed(screen)
+
+
+def test_time_left_counts_what_follows_the_rounds() -> None:
+    clock, screen = Clock(), console()
+    display = Display(2, after=1.5, console=screen, clock=clock)
+    display.phase("training")
+    display.round({"round": 0, "base": 0.12, "shared": 0.12})
+    for number in (1, 2):
+        clock.now += 10
+        display.round(record(number))
+    lines = printed(screen).splitlines()
+    assert lines[-2].endswith("about 25 s left")
+    assert lines[-1].endswith("about 15 s left")
+
+
+@pytest.mark.parametrize(("changes", "little"), [
+    ({"rounds": 2, "judged": 6}, True), ({"rounds": 4, "judged": 20}, False), ({"rounds": 4, "judged": 3}, True),
+])  # fmt: skip
+def test_small_runs_say_that_they_are_small(changes: dict[str, int], little: bool) -> None:
+    screen = console()
+    Display(2, console=screen).finish(SUMMARY | changes | {"strategy": "fedit"}, {})
+    assert ("too little to judge" in printed(screen)) == little
+    assert f"{changes['rounds']} rounds of fedit" in printed(screen)
+
+
+def test_runs_are_compared_by_what_differs() -> None:
+    screen = console(width=120)
+    compare([(["preset=quick", f"strategy={name}"], SUMMARY) for name in ("exact", "fedit")], screen)
+    rows = printed(screen).splitlines()
+    assert any(row.startswith("0: strategy=exact") and "0.0960" in row for row in rows)
+    assert any(row.startswith("1: strategy=fedit") for row in rows)
+    assert "preset" not in printed(screen)
 
 
 def test_dropped_replies_and_missing_losses_are_said() -> None:

@@ -1,0 +1,32 @@
+"""Output on terminals whose encoding lacks our signs: each becomes plain letters, and none ends a run."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Mapping
+
+PLAIN: Mapping[str, str] = {
+    "…": "...", "–": "-", "—": "-", "·": "|", "×": "x", "±": "+/-", "≤": "<=", "≥": ">=", "→": "->", "°": " deg ",
+    "ε": "eps", "δ": "delta", "σ": "sigma", "μ": "mu", "η": "eta", "β": "beta", "α": "alpha", "τ": "tau",
+    "█": "#", "▉": "#", "▊": "#", "▋": "#", "▌": "#", "▍": "-", "▎": "-", "▏": "-", "░": ".",
+    "“": '"', "”": '"', "‘": "'", "’": "'", "\u00a0": " ", "\u202f": " ",
+}  # fmt: skip
+_HANDLER = "anther.plain"
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """Stand in for what an encoding lacks, as `codecs.register_error` asks for."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    escaped = (PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing)
+    return "".join(escaped), error.end
+
+
+def use_plain_output() -> None:
+    """Have standard output and standard error write what they can't encode as plain letters."""
+    codecs.register_error(_HANDLER, plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not one that a test or a notebook put in its place
+            stream.reconfigure(errors=_HANDLER)

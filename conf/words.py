@@ -1,0 +1,80 @@
+"""Words of a command line as Hydra reads them: paths and names are text, whatever they look like to its grammar.
+
+To Hydra `2024_01` is the number 202401, and `写真`, `a=b` or `Photos (1)` are nothing at all unless they are quoted,
+for it and for the shell. Where the schema asks for text, we quote for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+_LIST = re.compile(r"\[[^\[\]{}'\"\\$]*\]")  # one list, nothing in it quoted, nested or interpolated
+_SCALAR = re.compile(r"[^\[\](){}'\"\\$,]+")  # neither quoted, nor a call, a list or a sweep
+_SAFE = re.compile(r"[\w./:@+-]+", re.ASCII)
+_FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve")
+
+
+def prepared(words: Sequence[str], schema: type) -> list[str]:
+    """The command line with Hydra's switches first and text quoted wherever `schema` asks for text."""
+    flags = [word for word in words if word in _FLAGS]
+    return flags + [literal(word, schema) for word in words if word not in _FLAGS]
+
+
+def literal(word: str, schema: type) -> str:
+    """One `key=value` whose value stays what was typed, if its key holds text or a list of texts."""
+    key, equals, value = word.partition("=")
+    if not equals or not value:
+        return word
+    match kinds(schema).get(key.lstrip("+")):
+        case "list" if _LIST.fullmatch(value):
+            parts = [part.strip() for part in value[1:-1].split(",")]
+            return f"{key}=[{','.join(map(quoted, parts))}]" if any(parts) else word
+        case "text" if _SCALAR.fullmatch(value) and value != "null" and not _is_text(word):
+            return f"{key}={quoted(value)}"
+    return word
+
+
+def quoted(value: str) -> str:
+    """`value` as Hydra reads it back, in quotes where it needs them."""
+    if _SAFE.fullmatch(value) and _is_text(f"x={value}"):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return "'" + escaped.replace("${", "\\${") + "'"
+
+
+@functools.cache
+def kinds(schema: type, prefix: str = "") -> dict[str, str]:
+    """Which keys of a schema hold text, and which a list of texts."""
+    found: dict[str, str] = {}
+    for name, hint in get_type_hints(schema).items():
+        options = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
+        if is_dataclass(hint) and isinstance(hint, type):
+            found |= kinds(hint, f"{prefix}{name}.")
+        elif options <= {str, types.NoneType}:
+            found[prefix + name] = "text"
+        elif hint == list[str]:
+            found[prefix + name] = "list"
+    return found
+
+
+def _is_text(word: str) -> bool:
+    """Whether Hydra's grammar reads the value of a word as text."""
+    try:
+        value: Any = _parser().parse_override(word).value()
+    except HydraException:
+        return False
+    return isinstance(value, str)
+
+
+@functools.cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()

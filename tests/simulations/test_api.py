@@ -1,0 +1,72 @@
+"""`simulate` from Python, and what a person is told who stops a run or looks at it on an old terminal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from conf.compose import compose
+from conf.errors import AntherError
+from simulations import simulate
+from simulations.expected import after_rounds
+from simulations.run import resume_command
+from tests.simulations.test_run import BARE, TINY, environment, run
+
+__all__ = ["environment"]  # a fixture
+
+
+def test_simulate_returns_what_it_made(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    words = [f"base.path={pipeline_folder}", *TINY, *BARE, "rounds=1", "data.writers=1"]
+    result = simulate(words, tmp_path / "run")
+    assert result.summary["loss"].keys() == {"base", "shared", "personal"}
+    assert result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result.report.read_text().count("data.writers=1") >= 1
+    assert (result.adapters / "shared.safetensors").exists()
+    assert "round" not in capsys.readouterr().out  # no display was asked for
+    with pytest.raises(AntherError, match="already holds a run"):
+        simulate(words, tmp_path / "run")
+
+
+def test_pictures_are_checked_before_the_base_is_loaded(tmp_path: Path) -> None:
+    """The base isn't there at all, and the pictures are what is told."""
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(AntherError, match=r"metadata\.jsonl: missing"):
+        simulate(["base.path=/nowhere", f"data.pictures=[{tmp_path / 'photos'}]"], tmp_path / "run")
+
+
+@pytest.mark.parametrize("folder", ["Jürgen", "My Projects (old)", "it's", "50% a=b"])
+def test_resume_command_goes_through_shell_and_hydra(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py"])
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    typed = resume_command(["data.pictures=['a b']", "hydra.run.dir=x", "resume=false"], Path("/tmp") / folder)
+    start, words = shlex.split(typed)[:3], shlex.split(typed)[3:]
+    assert start == ["python", "-m", "simulations.run"]
+    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(words)}
+    assert values == {"data.pictures": ["a b"], "hydra.run.dir": f"/tmp/{folder}", "resume": True}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_old_terminals_are_no_error(
+    pipeline_folder: Path, environment: dict[str, str], tmp_path: Path, encoding: str
+) -> None:
+    variables = {**environment, "PYTHONIOENCODING": encoding}
+    done = run(pipeline_folder, tmp_path / "run", variables, "data.pictures=[/nowhere]")
+    assert done.returncode == 2
+    assert "loading the base ..." in done.stdout
+    assert done.stderr.startswith("error: /nowhere: no such folder")
+
+
+def test_work_after_the_rounds_is_told_in_rounds() -> None:
+    config = compose("data.writers=10 rounds=4 evaluation.gallery=0 evaluation.local=false fleet.sample=5")
+    shared, personal = config.adapter.shared, config.adapter.personal
+    assert after_rounds(config) == pytest.approx(
+        10 * personal.steps * personal.batch_size / (5 * shared.steps * shared.batch_size)
+    )
+    assert after_rounds(compose("data.writers=10")) > after_rounds(compose("data.writers=10 evaluation.local=false"))
