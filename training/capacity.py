@@ -58,11 +58,13 @@ def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
 
 
 def expected_entries(job: Train) -> float:
-    """Entries of one step of a job, under DP the mean."""
-    partners = 2 if job.prior else 1
+    """Entries of one step of a job; under DP the mean for as many pictures as the plan assumes, however many there are.
+
+    So what fits, and whether anything does, tells nothing of the pictures.
+    """
     if job.privacy:
-        return partners * job.privacy.draws * job.privacy.sampling_rate * job.pictures
-    return partners * job.batch_size
+        return job.unit * job.privacy.sampling_rate * job.assumed
+    return (2 if job.prior else 1) * job.batch_size
 
 
 def entry_bytes(base: Denoiser, shape: Shape) -> int:

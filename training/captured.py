@@ -21,11 +21,15 @@ class CapturedPasses:
     A pass takes the smallest graph that holds its entries; the rest is filled up with entries of weight 0. Only the
     full size is compiled, if asked for: the others are for the last entries of a call. All are recorded here, so that
     no round waits for one that it is the first to need.
+
+    Args:
+        one_size: no halves. Kernels differ with the size, so private passes all take one.
     """
 
-    def __init__(self, base: Denoiser, rows: Rows, size: int, *, compiled: bool) -> None:
+    def __init__(self, base: Denoiser, rows: Rows, size: int, *, compiled: bool, one_size: bool = False) -> None:
         pool = torch.cuda.graph_pool_handle()  # of memory: no two graphs ever run at once
-        halves = [size >> halvings for halvings in range(1, _HALVES + 1) if size >> halvings]
+        halvings = 0 if one_size else _HALVES
+        halves = [size >> halving for halving in range(1, halvings + 1) if size >> halving]
         self._graphs = {size: _Graph(base, rows, size, pool, compiled=compiled)}
         self._graphs |= {half: _Graph(base, rows, half, pool, compiled=False) for half in halves}
 

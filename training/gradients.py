@@ -63,10 +63,13 @@ def gradients(base: Denoiser, rows: Rows, entries: Entries, *, compiled: bool = 
 
 
 def reduce(rows: Rows, pack: Pack, found: Tensor, losses: Tensor) -> Found:
-    """Gradients [n, D] and losses [n] of a pack's entries, brought together by client; `found` is overwritten."""
+    """Gradients [n, D] and losses [n] of a pack's entries, brought together by client; `found` is overwritten.
+
+    What a pack is filled up with has gradients of zero, and its losses are left out.
+    """
     counts = (pack.clients, pack.units, pack.entries, pack.unit_sizes)
     clients, units, entries, sizes = (torch.from_numpy(values).to(found.device) for values in counts)
-    per_client = sum_segments(losses.double(), entries)
+    per_client = sum_segments(losses[: int(pack.entries.sum())].double(), entries)
     if len(sizes) < pack.size:
         found = sum_segments(found, sizes)
     if pack.piece:

@@ -172,6 +172,21 @@ class Train:
         """How many pictures the examples show."""
         return len(self.examples) // self.views
 
+    @property
+    def assumed(self) -> int:
+        """N, the pictures that the plan assumes: batch_size / q under DP, as many as there are without it.
+
+        Under DP the size of a pass, memory and time follow from N, which is public, and never from `pictures`.
+        """
+        if self.privacy is None or not self.privacy.sampling_rate:
+            return self.pictures
+        return max(1, round(self.batch_size / self.privacy.sampling_rate))
+
+    @property
+    def unit(self) -> int:
+        """Entries of what is clipped: under DP the draws of a picture with their partners of the prior; else 1."""
+        return (self.privacy.draws if self.privacy else 1) * (2 if self.privacy and self.prior else 1)
+
 
 class Trained(NamedTuple):
     """The trained adapter (the best on validation, where that was asked for)."""

@@ -14,7 +14,7 @@ from training.batches import Batch
 class Pack(NamedTuple):
     """The entries [n] of one pass, which make u units of the steps of c clients."""
 
-    rows: np.ndarray  # [n] row of the entry's client
+    rows: np.ndarray  # [n] row of the entry's client; n may be more than the clients' entries: see `filled`
     examples: np.ndarray  # [n] index into the pooled examples
     phases: np.ndarray  # [n]
     noise_keys: np.ndarray  # [n]
@@ -30,6 +30,36 @@ class Pack(NamedTuple):
     def size(self) -> int:
         """How many entries."""
         return len(self.rows)
+
+    def filled(self, size: int) -> Pack:
+        """The same with `size` entries: those that are missing are copies of the first, of weight 0.
+
+        Their gradients are zero. In whole units, or in the piece, they are counted as the last client's, so that every
+        array after the pass has one shape too; `entries` leaves them out.
+
+        Raises:
+            ValueError: what is missing makes no whole units.
+        """
+        missing = size - self.size
+        per_unit = missing if self.piece else int(self.unit_sizes[0])
+        if missing < 0 or (missing and (missing % per_unit or (self.unit_sizes != self.unit_sizes[0]).any())):
+            raise ValueError(f"{self.size} entries can't be filled up to {size} by whole units of {per_unit}")
+        units = self.units.copy()
+        if not self.piece:
+            units[-1] += missing // per_unit
+
+        def more(values: np.ndarray) -> np.ndarray:
+            return np.concatenate([values, values[:1].repeat(missing)])
+
+        return self._replace(
+            rows=more(self.rows),
+            examples=more(self.examples),
+            phases=more(self.phases),
+            noise_keys=more(self.noise_keys),
+            weights=np.concatenate([self.weights, np.zeros(missing)]),
+            unit_sizes=self.unit_sizes + missing if self.piece else self.unit_sizes[:1].repeat(size // per_unit),
+            units=units,
+        )
 
 
 @dataclass

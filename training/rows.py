@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     per_site: bool  # how private jobs clip
     latents: torch.Size  # of one example
     context: torch.Size
-    examples: int  # of the job that has most, with those of its prior
+    examples: int  # of the job that has most, with those of its prior; of a private one as many as its plan assumes
     stopping: bool  # whether the best adapter is kept beside the last
     optimiser: str
     proximal: bool  # whether any is held to where it started
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
             per_site=first.clips_per_site,
             latents=first.examples.latents.shape[1:],
             context=first.examples.context.shape[1:],
-            examples=max(sum(map(len, _pools(job))) for job in jobs),
+            examples=max(map(_held, jobs)),
             stopping=any(job.early_stopping for job in jobs),
             optimiser=first.optimiser,
             proximal=any(job.proximal for job in jobs),
@@ -199,6 +199,12 @@ def clip_bounds(job: Train, sites: Iterable[str]) -> list[float]:
 
 def _pools(job: Train) -> list[Examples]:
     return [job.examples, *([job.prior.examples] if job.prior else [])]
+
+
+def _held(job: Train) -> int:
+    """Examples that its row has room for. `client.train` gives a private job no more pictures than its plan assumes."""
+    pictures = max(job.assumed, job.pictures)
+    return pictures * job.views + (len(job.prior.examples) if job.prior else 0)
 
 
 def _names(adapters: Iterable[Adapter]) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ Every job that is resident has a row in flat buffers, and every entry of a pass 
 slot with a copy of its client's adapter: the gradient of a slot *is* the entry's gradient. Entries wait in one queue,
 whoever they belong to; a client's step ends when its last entry is through, and its next one queues up behind the
 others. So passes are full until the end, jobs leave and others enter, and nobody waits for the slowest.
+
+Private jobs have passes of their own, all of one size (`training.fixed`): an entry's gradient is a function of its
+picture, streams and adapter, to the last bit, whichever others there are.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from models.denoiser import Denoiser
 from training.batches import Batches
 from training.capacity import TooLittleMemoryError, capacity, largest_pass
 from training.captured import CapturedPasses
+from training.fixed import fixed_size
 from training.gradients import Found, clip_whole, gradients, on_device, reduce
 from training.inference import held_out_losses
 from training.jobs import Cancelled, Train, Trained
@@ -39,8 +43,8 @@ def train(
 ) -> list[Outcome]:
     """Train every job; results in the jobs' order. A job that fails does so alone.
 
-    Jobs that differ in the shape of their examples, in how they clip, in their optimiser, or in what of their adapter
-    is trained or stays don't share passes; all others do.
+    Jobs that differ in the shape of their examples, in privacy and what they clip, in their optimiser, or in what of
+    their adapter is trained or stays don't share passes; all others do.
 
     Args:
         memory: bytes of the device's memory for rows and passes.
@@ -53,7 +57,8 @@ def train(
     groups: dict[object, list[int]] = {}
     for place, job in enumerate(jobs):
         latents, context = job.examples
-        kind = (latents.shape[1:], context.shape[1:], job.clips_per_site, job.stays, job.optimiser)
+        clips = (job.clips_per_site, job.unit) if job.privacy else None
+        kind = (latents.shape[1:], context.shape[1:], clips, job.stays, job.optimiser)
         groups.setdefault(kind, []).append(place)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
     for places in groups.values():
@@ -97,13 +102,16 @@ class _Cohort:
 
     def __post_init__(self) -> None:
         found = capacity(self.base, self.jobs, self.memory)
+        self.private = self.jobs[0].privacy is not None
         self.at_once = min(workers(self.base.device), found.entries)
         self.size = largest_pass(self.base.device, found.entries)
         self.spare = found.room  # bytes for looks, between passes
         if self.base.device.type == "cuda":  # captured passes keep their memory; their size holds a step of everybody
             most, self.spare = max(1, for_training(self.size)), for_looking(found.room)
-            self.size = -(-found.expected // -(-found.expected // most))
-        self.key = (Shape.of(self.jobs), found.jobs, self.size, self.compiled)
+            self.size = -(-found.expected // -(-found.expected // most)) if not self.private else most
+        if self.private:
+            self.size = fixed_size(self.base.device, self.jobs[: found.jobs], self.size)
+        self.key = (Shape.of(self.jobs), found.jobs, self.size, self.compiled, self.private)
         self.rows, self.captured = _buffers(self.base, *self.key)
         self.queue = Queue()
         self.pieces: dict[int, Tensor] = {}  # by row: what is there of a unit that is larger than a pass
@@ -124,11 +132,14 @@ class _Cohort:
         return self.outcomes
 
     def _packs(self) -> list[Pack]:
-        """What runs now: a pack for each core, of its share of what waits."""
+        """What runs now: a pack for each core, of its share of what waits; if private, all of one size."""
         share = -(-len(self.queue) // self.at_once)
         packs: list[Pack] = []
         while len(self.queue) and len(packs) < self.at_once:
-            packs.append(self.queue.take(min(max(share, self.queue.unit), self.size)))
+            if self.private:
+                packs.append(self.queue.take(self.size).filled(self.size))
+            else:
+                packs.append(self.queue.take(min(max(share, self.queue.unit), self.size)))
         return packs
 
     def _pass(self, pack: Pack) -> Found:
@@ -287,13 +298,16 @@ def let_go(base: Denoiser) -> None:
 
 
 def _buffers(
-    base: Denoiser, shape: Shape, capacity: int, size: int, compiled: bool
+    base: Denoiser, shape: Shape, capacity: int, size: int, compiled: bool, private: bool
 ) -> tuple[Rows, CapturedPasses | None]:
     """Buffers, and on a GPU a captured pass over them: the last call's, if they fit. Rounds are much alike."""
-    key = (shape, capacity, size, compiled)
+    key = (shape, capacity, size, compiled, private)
     known, buffers = base.kept.pop(_BUFFERS, (None, None))
     if known != key:
         del buffers  # before others are made
         rows = Rows(base, shape, capacity)
-        buffers = rows, CapturedPasses(base, rows, size, compiled=compiled) if base.device.type == "cuda" else None
+        captured = None
+        if base.device.type == "cuda":
+            captured = CapturedPasses(base, rows, size, compiled=compiled, one_size=private)
+        buffers = rows, captured
     return buffers

@@ -160,18 +160,18 @@ def test_rows_and_entries_make_up_the_budget(base: Base, seed: int) -> None:
 
 
 def test_there_is_always_room_for_an_entry(base: Base) -> None:
-    """Where a client has an entry once in fifty steps, rows alone could fill any budget."""
-    jobs = [private(base, f"{place}", 0.02, count=1, rank=16, draws=1) for place in range(12)]
+    """Where a client has one entry a step, rows alone could fill any budget."""
+    jobs = [private(base, f"{place}", 0.02, rank=16, draws=1, batch_size=1) for place in range(12)]
     low, high = least(base, jobs), room(base, jobs, 2)
     for step in range(200):
         found = capacity(base, jobs, low + (high - low) * step // 200)
         assert found.jobs >= 1
         assert found.entries >= 1
-    assert found.jobs > 8
+    assert found.jobs > 4, found
 
 
 def test_too_little_memory_is_told_with_the_key_to_change(base: Base) -> None:
-    jobs = [private(base, "a"), job(base, "b", rank=16)]
+    jobs = [private(base, "a"), private(base, "b", rank=16)]
     found = capacity(base, jobs, least(base, jobs))
     assert (found.jobs, found.entries) == (1, 1)
     with pytest.raises(TooLittleMemoryError, match=r"cohort\.memory_gib=.*one picture of one device takes"):
@@ -193,7 +193,7 @@ def test_what_a_budget_does_not_hold_fails_alone(base: Base) -> None:
 @pytest.mark.parametrize(("prior", "draws", "rate"), [(False, 1, 0.1), (True, 3, 0.4), (False, 2, 1.0), (True, 1, 0.0)])
 def test_as_many_entries_as_come_are_expected(base: Base, prior: bool, draws: int, rate: float) -> None:
     partners = Prior(examples=examples(base, 2, 5)) if prior else None
-    plan = private(base, "a", rate, draws=draws, prior=partners, views=2)
+    plan = private(base, "a", rate, count=10, draws=draws, prior=partners, views=2, batch_size=max(1, round(10 * rate)))
     batches = Batches(plan)
     mean = sum(batches.next().size for _ in range(2000)) / 2000
     assert expected_entries(plan) == pytest.approx(mean, rel=0.1)

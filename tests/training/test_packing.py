@@ -144,6 +144,38 @@ def test_dropping_forgets_one_client_alone(steps: list[Step], sizes: list[int], 
     assert left == rest
 
 
+@given(units=st.integers(1, 4), per_unit=st.integers(1, 5), more=st.integers(0, 3), clients=st.integers(1, 3))
+def test_filled_packs_have_one_shape(units: int, per_unit: int, more: int, clients: int) -> None:
+    """What they are filled up with weighs nothing, in whole units of the last client, and isn't counted as its own."""
+    steps = [Step(row, units, per_unit) for row in range(clients)]
+    size = (clients * units + more) * per_unit
+    pack = queue_of(steps).take(size)
+    full = pack.filled(size)
+    assert full.size == size
+    assert all(len(full[place]) == size for place in range(5))
+    assert full.weights[: pack.size].tolist() == pack.weights.tolist()
+    assert full.weights[pack.size :].tolist() == [0.0] * (size - pack.size)
+    assert full.unit_sizes.tolist() == [per_unit] * (size // per_unit)
+    assert full.units.tolist() == [*[units] * (clients - 1), units + more]
+    assert full.entries.tolist() == pack.entries.tolist()
+
+
+def test_a_filled_piece_stays_one_unit() -> None:
+    queue = queue_of([Step(row=0, units=1, per_unit=5)])
+    whole, rest = (queue.take(3).filled(3) for _ in range(2))
+    assert [whole.unit_sizes.tolist(), rest.unit_sizes.tolist()] == [[3], [3]]
+    assert (rest.units.tolist(), rest.entries.tolist(), rest.weights[2:].tolist()) == ([1], [2], [0.0])
+    assert rest.last
+
+
+@pytest.mark.parametrize(
+    ("steps", "size"), [([Step(0, 1, 2), Step(1, 1, 3)], 7), ([Step(0, 2, 2)], 5), ([Step(0, 2, 1)], 1)]
+)
+def test_what_makes_no_whole_units_is_not_filled_up(steps: list[Step], size: int) -> None:
+    with pytest.raises(ValueError, match="can't be filled up"):
+        queue_of(steps).take(9).filled(size)
+
+
 @given(steps=STEPS, later=STEPS, sizes=SIZES)
 def test_who_comes_later_waits_behind(steps: list[Step], later: list[Step], sizes: list[int]) -> None:
     """Clients that are through push their next step while others still wait."""
