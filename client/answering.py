@@ -23,7 +23,8 @@ from protocol.codec import largest
 from protocol.messages import Evaluate, Personalise, Query, Reply, Request, payloads
 from training.engine import perform
 from training.jobs import Cancelled, Job, Result, never
-from training.memory import budget, check_free
+from training.memory import budget, check_free, total_and_free
+from training.trainer import let_go
 
 DEFAULT_BASE = "glyphs"
 
@@ -61,7 +62,7 @@ def answer(request: Request, stated: Mapping[str, object], *, owned: Owned | Non
             )
         own = stated.get("memory-gib")  # of a server's run nothing is asked here: it could read off what is free
         memory = budget(None if own is None else float(str(own)), base.device)
-        check_free(memory, base.device, key="worker.memory_gib")
+        _check_free(memory, base)
         owner = from_config(stated, base) if owned is None else owned.device(stated, base)
         most = largest(shapes(owner.sites, -1), free=owner.policy.max_rank)
         if any(len(data) > most for data in payloads(request).values()):
@@ -76,6 +77,16 @@ def answer(request: Request, stated: Mapping[str, object], *, owned: Owned | Non
         return drive({"": handle(request, owner)}, work if owned is None else owned.around(work))[""]
     except Exception as error:  # whatever it is, it is this request's alone
         return error
+
+
+def _check_free(memory: int, base: Base) -> None:
+    """Raises AntherError if so much isn't free, also without what training has left for the next time.
+
+    How much that is may follow from the number of pictures, which no error may tell.
+    """
+    if memory > total_and_free(base.device)[1]:
+        let_go(base)
+        check_free(memory, base.device, key="worker.memory_gib")
 
 
 def contained(perform: Perform) -> Perform:

@@ -75,6 +75,7 @@ class _Look(NamedTuple):
 
     stop: str | None = None
     wait: str | None = None
+    out_of_memory: bool = False
 
     @property
     def why(self) -> str | None:
@@ -97,6 +98,7 @@ class Guard:
     Attributes:
         pauses, paused_seconds, stops: how often and how long it has waited, and how often it said to stop.
         last_reason: why it waited or stopped last.
+        out_of_memory: whether it stopped last for want of memory.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Guard:
         self.settings, self.stop = settings, stop or threading.Event()
         self.pauses, self.stops, self.paused_seconds = 0, 0, 0.0
         self.last_reason: str | None = None
+        self.out_of_memory = False
         self._read, self._pausing, self._clock = read, pausing, clock
         self._sleep = sleep or self.stop.wait
         self._fresh_until = clock()
@@ -134,7 +137,7 @@ class Guard:
         if look.stop is None:
             return False
         self.stops += 1
-        self.last_reason = look.stop
+        self.last_reason, self.out_of_memory = look.stop, look.out_of_memory
         self._fresh_until = self._clock()  # whoever asks next is to look again
         log.info("training stops: %s", look.stop)
         return True
@@ -176,4 +179,5 @@ class Guard:
         finally:
             ended = self._clock()
             self._fresh_until = ended + interval(ended - began)
-        return _Look(stop=shortage(now, self.settings), wait=reason(now, self.settings, waiting=waiting))
+        short = shortage(now, self.settings)
+        return _Look(stop=short, wait=reason(now, self.settings, waiting=waiting), out_of_memory=short is not None)

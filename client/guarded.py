@@ -19,6 +19,10 @@ from training.jobs import Cancelled, Job, Result, Train
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 
 
+class OutOfMemory(Cancelled):
+    """The guard stopped for want of memory, which what was asked for may itself have taken."""
+
+
 def with_guard(perform: Perform, guard: Guard) -> Perform:
     """The same, asking the guard before any job, and within training after every pass.
 
@@ -27,8 +31,14 @@ def with_guard(perform: Perform, guard: Guard) -> Perform:
 
     def guarded(batch: list[Job]) -> Sequence[Result | Exception]:
         if guard():
-            return [Cancelled(f"stopped before it began: {guard.last_reason}") for _ in batch]
-        return perform([_asking(job, guard) for job in batch])
+            found: Sequence[Result | Exception] = [
+                Cancelled(f"stopped before it began: {guard.last_reason}") for _ in batch
+            ]
+        else:
+            found = perform([_asking(job, guard) for job in batch])
+        if not guard.out_of_memory:
+            return found
+        return [OutOfMemory(str(result)) if isinstance(result, Cancelled) else result for result in found]
 
     return guarded
 

@@ -22,12 +22,14 @@ from conf.errors import AntherError
 from privacy.ledger import JOURNAL, MARKER, OUTBOX
 from privacy.storage import ASIDE
 
-PERSONAL, PREVIOUS, SEED = "personal.safetensors", "previous.safetensors", "seed"
+PERSONAL, SEED = "personal.safetensors", "seed"
+PREVIOUS = ("previous.safetensors", *(f"previous-{number}.safetensors" for number in range(2, 7)))
+"""The first is of before there were several."""
 RESIDUAL, VARIATE, OWN = "residual.safetensors", "variate.safetensors", "own.safetensors"
 PREVIEWS, CACHE = "previews", "cache"
 VERSION, FEDERATION, FEDERATIONS = "version", "federation", "federations"
 
-ADAPTERS = (PERSONAL, PREVIOUS)
+ADAPTERS = (PERSONAL, *PREVIOUS)
 LEFT = (RESIDUAL, VARIATE, OWN)  # of rounds: it goes with the ledger that counted them
 OF_FEDERATION = (*ADAPTERS, *LEFT, PREVIEWS)
 

@@ -10,19 +10,23 @@ from collections.abc import Generator, Sequence
 import torch
 
 from client.device import Device
+from client.guarded import OutOfMemory
 from client.own import of_run
 from client.sent import received
 from client.store import Personal
 from client.work import cost, encoded, expect
-from models.adapter import Adapter, Factors, initial, rank
+from conf.errors import AntherError
+from models.adapter import Adapter, Factors, concatenate, initial, rank
+from models.bounds import excess
 from privacy.noise import stream
 from privacy.policy import Refusal
 from protocol import messages
 from training import jobs
-from training.jobs import Drawn, Examples, Job, Result, Trained
+from training.jobs import Cancelled, Drawn, Examples, Job, Result, Trained
 
 PERSONAL = "personal"
 PREVIEW_STEPS = 8
+TRIES, MOST_TRIES = "personalise-tries", 3
 
 log = logging.getLogger(__name__)
 
@@ -30,30 +34,64 @@ log = logging.getLogger(__name__)
 def answer(request: messages.Personalise, device: Device) -> Generator[Job, Result, messages.Personalised]:
     """Train the personal adapter on top of the shared one sent, or of the one kept, and keep both on the device.
 
-    Which of the two it is, is the owner's alone: nothing that leaves the device, now or later, depends on it.
+    What comes of it is the owner's alone. The reply is made before any picture is looked at, and from there on it is
+    given whatever happens: a failure, or the lack of one, would tell of the pictures without noise or charge. Only a
+    guard that stops for the battery, for heat or for its owner ends it without a reply.
     """
     device.policy.check_adaptable(device.report.base, device.sites)
     device.policy.check_work(
         rank=request.rank, steps=request.steps, examples=request.batch_size, learning_rate=request.learning_rate
     )
+    device.policy.check_timesteps(request.timesteps)
     device.check_memory(request.rank, device.sites)
     if min(request.look_every, request.patience) < 1:
         raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
-    sent = of_run(received(request.adapter, device, rounded=request.rounded).adapter, request.run, device)
+    sent = received(request.adapter, device, rounded=request.rounded).adapter
     # Of the steps asked for, and never measured: when training stops tells of the pictures.
     seconds, joules, quality = cost(device, request.steps * request.batch_size)
     reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality=quality)
     identity = hashlib.sha256(messages.to_json(request).encode() + request.adapter).hexdigest()
-    stored = device.store.personal(device.sites)
-    if stored and stored.request == identity:
-        return reply  # made before a crash of whoever asked: training on from it would give another one
+    try:
+        yield from _once(request, identity, of_run(sent, request.run, device), device)
+    except Cancelled as error:
+        if not isinstance(error, OutOfMemory):
+            raise
+        log.error("nothing was learnt for its owner in round %d: %s", request.round, error)
+    except Exception as error:
+        unforeseen = None if isinstance(error, AntherError) else error
+        log.error("nothing was learnt for its owner in round %d: %s", request.round, error, exc_info=unforeseen)
+    return reply
+
+
+def _once(request: messages.Personalise, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
+    """Do what was asked for, unless it is done or has ended this process too often: with how many pictures it does,
+    whoever asks for the reply again and again would find out.
+    """
+    tries = device.store.number(TRIES, identity) or 0
+    if tries >= MOST_TRIES:
+        raise AntherError(f"it has ended the worker {tries:.0f} times: give it more memory, or lower worker.memory_gib")
+    device.store.save_number(TRIES, identity, tries + 1)
+    try:
+        yield from _learn(request, identity, sent, device)
+    finally:  # whatever it came to, this process is there to see it
+        device.store.save_number(TRIES, identity, 0)
+
+
+def _learn(request: messages.Personalise, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
+    """Train, and keep what was trained where it is finite, of bounded norm and no worse than what was there."""
+    there = device.store.personal(device.sites)
+    if there and there.request == identity:
+        return  # made before a crash of whoever asked: training on from it would give another one
+    stored = there if there and there.base == device.report.base else None
     pictures = device.pictures()
     examples = yield from encoded(device, "train", pictures.train)
-    stopping, shared = None, sent
+    judges, stopping = examples, None  # those trained on, where there are no others: they show what is broken
     if pictures.validation:
-        validation = yield from encoded(device, "validation", pictures.validation)
-        stopping = jobs.EarlyStopping(validation=validation, every=request.look_every, patience=request.patience)
-        shared = yield from _better(sent, stored, validation, device)
+        judges = yield from encoded(device, "validation", pictures.validation)
+        every = min(request.look_every, request.steps)
+        stopping = jobs.EarlyStopping(validation=judges, every=every, patience=request.patience)
+    shared = yield from _better(sent, stored, judges)
+    start = _personal_start(request.rank, shared, stored, device)
     trained = expect(
         Trained,
         (
@@ -63,7 +101,7 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
                 purpose=PERSONAL,
                 seed=device.seed,
                 examples=examples,
-                start=_personal_start(request.rank, shared, stored, device),
+                start=start,
                 frozen=shared,
                 steps=request.steps,
                 batch_size=request.batch_size,
@@ -71,13 +109,35 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
                 early_stopping=stopping,
             )
         ),
-    )
-    is_new = stored is not None and not _same(stored.shared, shared)
-    device.store.save_personal(Personal(trained.adapter, shared, device.report.base, identity), aside=is_new)
+    ).adapter
+    before = stored or Personal(start, shared, device.report.base, identity)
+    if (yield from _is_worse(trained, shared, before, judges)):
+        log.warning("round %d taught nothing better than what was there, which stays", request.round)
+        found = before._replace(request=identity)
+        device.store.save_personal(found, aside=there is not None and stored is None)
+    else:
+        found = Personal(trained, shared, device.report.base, identity)
+        device.store.save_personal(found, aside=there is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
-        yield from _preview(f"round-{request.round:06d}", captions, (shared, trained.adapter), device)
-    return reply
+        yield from _preview(f"round-{request.round:06d}", captions, (found.shared, found.adapter), device)
+
+
+def _is_worse(trained: Adapter, shared: Adapter, before: Personal, judges: Examples) -> Generator[Job, Result, bool]:
+    """Whether what was trained may not take the place of what was there before: both are measured, whatever they are.
+
+    NaN and infinity are worse than anything, also where what was there is no better.
+    """
+    old = yield from _loss(judges, concatenate([before.shared, before.adapter]))
+    new = yield from _loss(judges, concatenate([shared, trained]))
+    if wrong := excess(trained):
+        log.warning("what was trained is out of bounds: %s", wrong)
+        return True
+    return not math.isfinite(new) or new > old
+
+
+def _loss(judges: Examples, adapter: Adapter) -> Generator[Job, Result, float]:
+    return expect(float, (yield jobs.Measure(examples=judges, adapter=adapter)))
 
 
 def _preview(
@@ -91,17 +151,15 @@ def _preview(
         log.warning("no preview of %s: %s", name, error)
 
 
-def _better(
-    sent: Adapter, stored: Personal | None, validation: Examples, device: Device
-) -> Generator[Job, Result, Adapter]:
+def _better(sent: Adapter, stored: Personal | None, judges: Examples) -> Generator[Job, Result, Adapter]:
     """The shared adapter to keep: the one sent, unless the one kept so far does better on the owner's own pictures.
 
     Both are measured whichever was kept before, so that what there is to do doesn't tell.
     """
-    if stored is None or stored.base != device.report.base:
+    if stored is None:
         return sent
-    kept = expect(float, (yield jobs.Measure(examples=validation, adapter=stored.shared)))
-    new = expect(float, (yield jobs.Measure(examples=validation, adapter=sent)))
+    kept = yield from _loss(judges, stored.shared)
+    new = yield from _loss(judges, sent)
     return stored.shared if kept < new or math.isnan(new) else sent
 
 
@@ -111,12 +169,7 @@ def _personal_start(rank_asked: int, shared: Adapter, stored: Personal | None, d
     A new one looks where the federation found that people differ: its A is the shared adapter's (Guo et al., 2025,
     arXiv:2410.01463), its B is zero.
     """
-    if (
-        stored
-        and stored.base == device.report.base
-        and rank(stored.adapter) == rank_asked
-        and _same(stored.shared, shared)
-    ):
+    if stored and rank(stored.adapter) == rank_asked and _same(stored.shared, shared):
         return stored.adapter
     fresh = initial(device.sites, rank_asked, stream(device.seed, device.name, PERSONAL))
     return {name: Factors(torch.cat([shared[name].a, f.a])[:rank_asked], f.b) for name, f in fresh.items()}

@@ -9,7 +9,7 @@
 and of one federation, each in a folder of its own (`client.layout`):
 
     personal.safetensors      the personal adapter with the shared one that it sits on
-    previous.safetensors      both as they were before the shared one was last exchanged: for `roll_back`
+    previous….safetensors     those that it had before, for `roll_back` (`client.generations`)
     residual.safetensors      what rounding left of the last change that was sent
     variate.safetensors       SCAFFOLD's control variate, before the last round and after it
     own.safetensors           the factors B of a run that shares A alone
@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from client.layout import CACHE, OWN, PERSONAL, PREVIEWS, PREVIOUS, RESIDUAL, SEED, VARIATE, under
+from client.generations import Generation, Generations, metadata
+from client.layout import CACHE, OWN, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, under
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
 from privacy.ledger import Ledger
@@ -90,6 +91,7 @@ class Store:
     def __init__(self, storage: Storage, federation: str | None = None) -> None:
         self.ledger = Ledger(storage)  # one, whoever got what it counts: the pictures are the same
         self._storage, self._under = storage, under(federation)
+        self._generations = Generations(storage, self._under)
 
     @property
     def where(self) -> str:
@@ -107,11 +109,9 @@ class Store:
         return self._storage.where(self._under + name)
 
     def save_personal(self, personal: Personal, *, aside: bool = False) -> None:
-        """Replace the personal adapter; `aside`: the one there, with its shared one, becomes the previous."""
-        if aside and (before := self._read(PERSONAL)) is not None:
-            self._write(PREVIOUS, before)
+        """Replace the personal adapter; `aside`: the one there, with its shared one, becomes a previous one."""
         tensors = _prefixed("personal", personal.adapter) | _prefixed("shared", personal.shared)
-        self._write(PERSONAL, save(tensors, {"base": personal.base, "request": personal.request}))
+        self._generations.save(tensors, {"base": personal.base, "request": personal.request}, aside=aside)
 
     def personal(self, sites: Sites) -> Personal | None:
         """The personal adapter with what it sits on; None before the first one is trained.
@@ -143,18 +143,22 @@ class Store:
         names = (name.partition("/") for name in tensors)
         return tuple(sorted({site.rpartition(".")[0] for part, _, site in names if part == "personal"}))
 
-    def roll_back(self) -> None:
-        """Return to the shared adapter before this one, with what was personal on top of it.
+    def generations(self) -> list[Generation]:
+        """The personal adapters that are kept, the newest first."""
+        return self._generations.listed()
 
-        The next shared adapter that is sent is measured against it, as against any other.
+    def roll_back(self, to: str | None = None) -> Generation:
+        """Return to a previous personal adapter, with the shared one under it; the present one is kept in its place.
+
+        The next one that is trained is measured against it, as against any other.
+
+        Args:
+            to: as `generations` names it; None: the newest that is older than the present one.
 
         Raises:
             AntherError: there is none.
         """
-        if (before := self._read(PREVIOUS)) is None:
-            raise AntherError(f"{self._where(PREVIOUS)}: there is no previous adapter to go back to")
-        self._write(PERSONAL, before)
-        self._storage.remove(self._under + PREVIOUS)
+        return self._generations.roll_back(to)
 
     def save_residual(self, residual: Residual) -> None:
         self._save_of_round(RESIDUAL, residual)
@@ -258,9 +262,7 @@ class Store:
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors of safetensors bytes, and what is written beside them."""
-    tensors = load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    return load(data), metadata(data)
 
 
 def _prefixed(prefix: str, adapter: Adapter) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ def test_memory_is_the_owners_or_a_fixed_share(device, monkeypatch):
         return budget(gib, where)
 
     monkeypatch.setattr(answering, "budget", spied)
-    monkeypatch.setattr(answering, "check_free", lambda *_, **__: None)
+    monkeypatch.setattr(answering, "_check_free", lambda *_: None)
     device.ask(Query())
     device.stated.pop("memory-gib")
     device.ask(Query())

@@ -410,12 +410,15 @@ def test_an_evaluation_needs_validation_pictures(tmp_path: Path) -> None:
         ask(Evaluate(run="run", round=1, adapter=to_bytes(adapter(3))), device)
 
 
+def last_train(perform: Performer) -> jobs.Train:
+    return [job for job in perform.jobs if isinstance(job, jobs.Train)][-1]
+
+
 def test_personalising(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Performer()
     reply = ask(PERSONALISE, device, perform)
     assert reply == Personalised(device="d", seconds=4.0, joules=20.0, quality="estimate")
-    train = perform.jobs[-1]
-    assert isinstance(train, jobs.Train)
+    train = last_train(perform)
     assert train.early_stopping is not None
     assert (train.early_stopping.every, train.early_stopping.patience) == (5, 3)
     assert len(train.early_stopping.validation) == len(PICTURES.validation)
@@ -435,13 +438,11 @@ def test_personalising_goes_on_only_over_the_same_shared_adapter(tmp_path: Path)
     stored = device.store.personal(SITES)
     assert stored is not None
     ask(dataclasses.replace(PERSONALISE, round=10), device, perform)
-    assert isinstance(perform.jobs[-1], jobs.Train)
-    assert torch.equal(perform.jobs[-1].start["up.to_k"].b, stored.adapter["up.to_k"].b)
+    assert torch.equal(last_train(perform).start["up.to_k"].b, stored.adapter["up.to_k"].b)
     changes = ({"adapter": to_bytes(adapter(3, seed=1))}, {"adapter": to_bytes(adapter(4))}, {"rank": 1})
     for number, change in enumerate(changes, start=11):
         ask(dataclasses.replace(PERSONALISE, round=number, **change), device, perform)
-        assert isinstance(perform.jobs[-1], jobs.Train)
-        assert perform.jobs[-1].start["up.to_k"].b.eq(0).all()
+        assert last_train(perform).start["up.to_k"].b.eq(0).all()
 
 
 def test_personalising_asked_twice_is_done_once(tmp_path: Path) -> None:
@@ -454,8 +455,7 @@ def test_personalising_asked_twice_is_done_once(tmp_path: Path) -> None:
 def test_personalising_without_validation_pictures_takes_every_step(tmp_path: Path) -> None:
     perform = Performer()
     ask(PERSONALISE, make_device(tmp_path, pictures=PICTURES._replace(validation=())), perform)
-    assert isinstance(perform.jobs[-1], jobs.Train)
-    assert perform.jobs[-1].early_stopping is None
+    assert last_train(perform).early_stopping is None
 
 
 @pytest.mark.parametrize("change", [{"rank": 0}, {"steps": 10**6}, {"look_every": 0}, {"patience": 0}])

@@ -35,3 +35,10 @@ def test_back_once_and_no_further(
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert "no previous adapter" in errors
+    assert main([*arguments, "--list"]) == 0
+    newest, oldest = capsys.readouterr().out.splitlines()
+    assert oldest.endswith("(in use)")
+    assert main([*arguments, "--to", newest.split()[0]]) == 0
+    found = store.personal(SITES)
+    assert found is not None
+    assert found.request == "run:2"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from client.store import Personal, Store
 from conf.errors import AntherError
-from models.adapter import Site
+from models.adapter import Site, to_tensors
 from privacy.storage import Files
 from tests.client.devices import BASE, SITES, adapter
 from training.jobs import Examples
@@ -29,20 +30,89 @@ def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> No
         assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
 
 
-def test_what_was_set_aside_comes_back_once(tmp_path: Path) -> None:
-    store, second = Store(Files(tmp_path)), PERSONAL._replace(shared=adapter(5, seed=2), request="run:4")
-    third = second._replace(request="run:5")
-    store.save_personal(PERSONAL, aside=True)  # there was nothing to set aside
-    store.save_personal(second, aside=True)
-    store.save_personal(third)
-    assert [found and found.request for found in (store.personal(SITES),)] == ["run:5"]
-    store.roll_back()
-    found = Store(Files(tmp_path)).personal(SITES)
-    assert found is not None
-    assert found.request == "run:3"
-    assert torch.equal(found.shared["up.to_k"].b, PERSONAL.shared["up.to_k"].b)
-    with pytest.raises(AntherError, match="no previous adapter"):
+def requests(store: Store) -> list[str]:
+    """What each kept adapter was asked by, the newest first; only the present one stays as it was."""
+    found, present = [], next(one.at for one in store.generations() if one.present)
+    for one in store.generations():
+        if not one.present:
+            store.roll_back(one.at)
+        personal = store.personal(SITES)
+        found.append(personal.request if personal else "")
+    if not next(one.present for one in store.generations() if one.at == present):
+        store.roll_back(present)
+    return found
+
+
+def test_previous_ones_are_kept_by_their_date(tmp_path: Path) -> None:
+    store = Store(Files(tmp_path))
+    for number in range(1, 10):
+        store.save_personal(PERSONAL._replace(request=f"run:{number}"), aside=True)
+    assert requests(store) == [f"run:{number}" for number in (9, 8, 7, 6, 5, 4, 3)]
+    for number in (8, 7, 6, 5, 4, 3):  # one after the other
         store.roll_back()
+        found = Store(Files(tmp_path)).personal(SITES)
+        assert found is not None
+        assert found.request == f"run:{number}"
+    with pytest.raises(AntherError, match="no previous adapter to go back to; kept are: 20"):
+        store.roll_back()
+    assert requests(store)[0] == "run:9"
+    with pytest.raises(AntherError, match="there is 2001-01-01 to go back to; kept are: 20"):
+        store.roll_back("2001-01-01")
+
+
+def test_the_last_of_a_base_outlives_many_of_another(tmp_path: Path) -> None:
+    store = Store(Files(tmp_path))
+    store.save_personal(PERSONAL._replace(request="old"))
+    for number in range(20):
+        store.save_personal(PERSONAL._replace(base="c" * 64, request=f"run:{number}"), aside=True)
+    assert requests(store)[-1] == "old"
+
+
+def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
+    """A store as an earlier Anther left it: with one previous, and without dates."""
+    store = Store(Files(tmp_path))
+    for name, number in (("previous", 1), ("personal", 2)):
+        tensors = {f"{part}/{key}": t for part, whole in (("personal", PERSONAL.adapter), ("shared", PERSONAL.shared))
+                   for key, t in to_tensors(whole).items()}  # fmt: skip
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"base": BASE, "request": f"run:{number}"})
+    assert [one.at for one in store.generations()] == ["undated", "undated"]
+    store.roll_back()
+    assert [one and one.request for one in (store.personal(SITES),)] == ["run:1"]
+    store.roll_back()
+    assert [one and one.request for one in (store.personal(SITES),)] == ["run:2"]
+    store.save_personal(PERSONAL._replace(request="run:3"), aside=True)
+    store.save_personal(PERSONAL._replace(request="run:4"), aside=True)
+    assert store.generations()[0].present
+    assert len(store.generations()) == 4
+    store.roll_back()
+    store.roll_back()
+    found = store.personal(SITES)
+    assert found is not None
+    assert found.request in ("run:1", "run:2")
+
+
+def test_a_store_with_one_previous_of_before_rolls_back(tmp_path: Path) -> None:
+    store = Store(Files(tmp_path))
+    store.save_personal(PERSONAL._replace(request="run:1"))
+    (tmp_path / "personal.safetensors").rename(tmp_path / "previous.safetensors")
+    store.save_personal(PERSONAL._replace(request="run:2"))
+    store.roll_back()
+    found = store.personal(SITES)
+    assert found is not None
+    assert found.request == "run:1"
+
+
+def test_what_is_damaged_is_no_generation(tmp_path: Path) -> None:
+    store = Store(Files(tmp_path))
+    store.save_personal(PERSONAL._replace(request="run:1"))
+    store.save_personal(PERSONAL._replace(request="run:2"), aside=True)
+    (tmp_path / "personal.safetensors").write_bytes(b"\xff" * 100)
+    (tmp_path / "previous-2.safetensors").write_bytes(b"")
+    assert len(store.generations()) == 1
+    store.roll_back()  # of a damaged one there is always a way back
+    found = store.personal(SITES)
+    assert found is not None
+    assert found.request == "run:1"
 
 
 @pytest.mark.parametrize("kept", [0, 9, 400, -1])
