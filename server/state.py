@@ -69,9 +69,9 @@ class State:
         return len(self.history) - 1
 
     @property
-    def best_loss(self) -> float | None:
-        """Mean validation loss of the best adapter; None where nobody measured it."""
-        return self.history[self.best_round].validation.shared if self.history else None
+    def best_score(self) -> float | None:
+        """What the best adapter takes off the base's loss, as a share of it; None where nobody measured it."""
+        return self.history[self.best_round].validation.score if self.history else None
 
     def after(
         self, round: Round, adapter: Adapter, ledger: Anchor | None = None, memory: Memory | None = None
@@ -85,10 +85,10 @@ class State:
         )
         devices, history = _measured(_summed(self.devices, train), validation), (*self.history, record)
         state = replace(self, adapter=adapter, history=history, devices=devices, ledger=ledger, memory=memory or {})
-        loss, best = round.validation.shared, self.best_loss
-        if loss is not None and best is None and self.best_round == 0:
-            best = round.validation.base  # the adapter that training starts from adds nothing to the base
-        if self.private or best is None or (loss is not None and loss < best):
+        score, best = round.validation.score, self.best_score
+        if score is not None and best is None and self.best_round == 0:
+            best = 0.0  # the adapter that training starts from adds nothing to the base
+        if self.private or best is None or (score is not None and score > best):
             state = replace(state, best_round=round.number, best_adapter=adapter)
         return state
 

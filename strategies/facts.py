@@ -8,6 +8,7 @@ from typing import Any
 
 from privacy.accounting import Guarantee
 from protocol.messages import ExamplePrivacy, TrainingPlan, Update
+from strategies.plausible import trimmed_mean
 
 EVENTS = 6
 """Of one round in a device's ledger at most: reserved, sealed and sent, for training and for measuring."""
@@ -121,9 +122,12 @@ class Validation:
     """How one adapter does on the devices' own pictures: losses, or under privacy a noised gain alone."""
 
     base: float | None
-    """Mean over devices of the base's loss; None if no device told one."""
+    """Trimmed mean over devices of the base's loss; None if no device told one."""
     shared: float | None
-    """Mean over devices of the adapter's loss."""
+    """Trimmed mean over the same devices of the adapter's loss."""
+    improved: float | None = None
+    """Trimmed mean over the same devices of the share of the base's loss that the adapter takes off it. Rounds are
+    compared by it: which devices are there changes the losses far more than a round does."""
     gain: float | None = None
     """Mean of what the adapter takes off the base's loss, clipped and noised; None unless it was asked for so."""
     gain_error: float | None = None
@@ -135,6 +139,13 @@ class Validation:
     spent: dict[str, float] = field(default_factory=dict)
     """The same of each device; empty in a run's history."""
     dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float | None:
+        """By which rounds are compared; None where nobody told losses."""
+        if self.improved is not None or not self.base or self.shared is None:
+            return self.improved
+        return (self.base - self.shared) / self.base  # of a checkpoint from before there was one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +200,7 @@ def train_facts(
         bytes_up=sum(bytes_up.values()),
         seconds=max((update.seconds for update in updates), default=0.0),
         joules=sum(update.joules for update in updates),
-        loss=mean(losses),
+        loss=trimmed_mean(losses),
         epsilon=spent,
         told=told,
         guarantees=of_images + ((central.guarantee,) if central else ()),

@@ -33,6 +33,7 @@ from protocol.messages import (
     Evaluate,
     Evaluation,
     Personalise,
+    Personalised,
     Query,
     Reply,
     Request,
@@ -54,6 +55,7 @@ from strategies.measuring import Measuring
 from strategies.optimisers import Memory, Optimiser, Tensors
 from strategies.planner import Planner
 from strategies.planning import Limits
+from strategies.plausible import among_others, cost
 from strategies.private import DeviceLevel, changes
 from strategies.replies import Checks, Heard, failure, receive
 from strategies.robust.replay import Replay
@@ -164,6 +166,7 @@ class Federated(Strategy):
         self._round: Asked | None = None
         self._held: Gathered | None = None  # room on the disk for a round that is charged for
         self._asked: dict[int, DeviceReport] = {}
+        self._personal: tuple[TrainingPlan, float | None] = plan, None
         self._measured = False
         self._quorum = quorum
         self.good = 0
@@ -210,7 +213,7 @@ class Federated(Strategy):
         With privacy per device those that were asked anew and are silent are there with what they told last: without
         them others would be drawn.
         """
-        if unknown := self._roster.unknown(set(grid.get_node_ids())):
+        if unknown := self._roster.unknown(set(grid.get_node_ids()), now=self._clock.now()):
             messages = [self._message(Query(adapted=self._adapted), node) for node in unknown]
             names: Mapping[int, str] = {}
             if isinstance(grid, Registry):
@@ -322,6 +325,7 @@ class Federated(Strategy):
             bytes_down=len(data) * len(plans),
             drift=Drift(control, start, devices=len(candidates)) if control else None,
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
+            since=self._now(grid),
         )
         return [
             self._message(
@@ -377,7 +381,9 @@ class Federated(Strategy):
         def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self._checks.update(asked.adapter, sent, reply)
             found.told = largest([found.told, update.epsilon])
-            update = replace(update, epsilon=clipped(update.epsilon, self._spendable))
+            seconds, joules = self._believed(*sent, update, asked.since)
+            epsilon = clipped(update.epsilon, self._spendable)
+            update = replace(update, epsilon=epsilon, seconds=seconds, joules=joules)
             if self._replay:
                 self._replay.check(asked.adapter, update.device, adapter, self.memory, found.sketches)
             found.add(update, shift(adapter))
@@ -412,8 +418,15 @@ class Federated(Strategy):
         for each in asked if aggregated else ():
             if each.drift:
                 self._follow(each.drift, plans, found.adapters)
+        updates = found.updates
+        if any(each.since is not None for each in asked):
+            seconds = among_others([update.seconds for update in updates])
+            joules = among_others([update.joules for update in updates])
+            updates = [
+                replace(update, seconds=s, joules=j) for update, s, j in zip(updates, seconds, joules, strict=True)
+            ]
         self.trained = train_facts(
-            found.updates,
+            updates,
             round=server_round,
             plans=plans,
             passed=[name for each in asked for name in each.passed],
@@ -430,6 +443,17 @@ class Federated(Strategy):
             log.info("a device's ledger holds ε=%.3g per picture, of which this run explains ε=%.3g", told, explained)
         self._history.learn(self.trained)
         return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
+
+    def _now(self, grid: Grid) -> float | None:
+        """The time, where devices work by the same as this server."""
+        return self._clock.now() if isinstance(grid, Registry) else None
+
+    def _believed(
+        self, report: DeviceReport, plan: TrainingPlan, told: Update | Personalised, since: float | None
+    ) -> tuple[float, float]:
+        """Seconds and joules that a device's work counts with."""
+        elapsed = None if since is None else self._clock.now() - since
+        return cost(report, plan, (told.seconds, told.joules), sites=self.sites, elapsed=elapsed)
 
     def _explained(self, rounds: int, *, measured: int) -> float | None:
         """ε per picture that so many rounds come to, with what was measured after as many."""
@@ -510,19 +534,30 @@ class Federated(Strategy):
         self._asked = self.query(grid)
         if names is not None:
             self._asked = {node: report for node, report in self._asked.items() if report.device in names}
+        plan = replace(self._plan, rank=request.rank, steps=request.steps, batch_size=request.batch_size, privacy=None)
+        self._personal = plan, self._now(grid)
         return self._ask(request)
 
     def aggregate_personalise(self, replies: Iterable[Message]) -> PersonalFacts:
         """Who has a personal adapter now, and what it cost."""
+        plan, since = self._personal
+
+        def check(report: DeviceReport, reply: Personalised) -> Personalised:
+            checked = self._checks.personalised(report, reply)
+            seconds, joules = self._believed(report, plan, checked, since)
+            return replace(checked, seconds=seconds, joules=joules)
+
         heard = _heard(records.PERSONALISE, replies)
-        found, dropped = receive(records.PERSONALISE, heard, self._asked, self._checks.personalised)
+        found, dropped = receive(records.PERSONALISE, heard, self._asked, check)
         done = sorted(found.values(), key=lambda reply: reply.device)
+        costs = [reply.seconds for reply in done], [reply.joules for reply in done]
+        seconds, joules = costs if since is None else map(among_others, costs)
         self.personalised = PersonalFacts(
             asked=len(self._asked),
             devices=tuple(reply.device for reply in done),
             dropped=dropped,
-            seconds=max((reply.seconds for reply in done), default=0.0),
-            joules=sum(reply.joules for reply in done),
+            seconds=max(seconds, default=0.0),
+            joules=sum(joules),
         )
         return self.personalised
 

@@ -27,6 +27,8 @@ class Asked:
     """Of devices that correct for it."""
     lost: Mapping[str, Tensor]
     """What rounding took of the adapter on its way, for the next one."""
+    since: float | None = None
+    """When it was sent, on the strategy's clock; None where devices' seconds are not those of that clock."""
 
 
 class Gathered:

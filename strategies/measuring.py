@@ -13,6 +13,9 @@ from privacy.measuring import noise_error, noised_mean
 from privacy.noise import NoiseSource, source
 from protocol.messages import Evaluation, MeasuringPrivacy
 from strategies.facts import Validation, mean
+from strategies.plausible import trimmed_mean
+
+_FAR = 8.0  # standard deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +66,22 @@ class Measuring:
                 clip=private.clip, noise_multiplier=private.noise_multiplier, count=private.pictures,
                 means=max(1, len(gains)),
             )  # fmt: skip
+            most = private.clip + _FAR * noise_error(
+                clip=private.clip, noise_multiplier=private.noise_multiplier, count=private.pictures
+            )  # a mean of clipped gains; beyond that no honest noise takes it
+            gains = {name: max(-most, min(most, gain)) for name, gain in gains.items()}
             return Validation(
                 base=None, shared=None, gain=mean(list(gains.values())), gain_error=error if gains else None,
                 devices=gains, epsilon=max(spent.values(), default=None), spent=spent, dropped=told,
             )  # fmt: skip
-        losses = {reply.device: reply.shared for reply in replies if reply.shared is not None}
-        base = mean([reply.base for reply in replies if reply.base is not None])
-        return Validation(base=base, shared=mean(list(losses.values())), devices=losses, dropped=told)
+        pairs = {r.device: (r.base, r.shared) for r in replies if r.base is not None and r.shared is not None}
+        return Validation(
+            base=trimmed_mean([base for base, _ in pairs.values()]),
+            shared=trimmed_mean([shared for _, shared in pairs.values()]),
+            improved=trimmed_mean([(base - shared) / base for base, shared in pairs.values() if base > 0]),
+            devices={name: shared for name, (_, shared) in pairs.items()},
+            dropped=told,
+        )
 
     def fits(self, reply: Evaluation) -> bool:
         """Whether a reply is of the form asked for: a noised gain alone, or both losses alone."""

@@ -13,6 +13,10 @@ from strategies.replies import LEAST, MOST
 
 log = logging.getLogger(__name__)
 
+_WATTS = 10_000.0  # more than any one device takes
+_SLOWEST = 1e-4  # examples a second: with fewer, a round takes days
+_AGAIN = 600.0  # seconds after which a node that was refused is asked once more who it is
+
 
 @runtime_checkable
 class Registry(Protocol):
@@ -43,11 +47,12 @@ class Roster:
         self._base = base
         self.stale: set[int] = set()
         self._nodes: dict[str, int] = {}  # of each name in the reports
-        self._unfit: dict[int, str] = {}
+        self._unfit: dict[int, float] = {}  # when each was refused
         self._heard: dict[int, float] = {}  # when each report came
 
-    def unknown(self, present: Collection[int]) -> list[int]:
+    def unknown(self, present: Collection[int], *, now: float = 0.0) -> list[int]:
         """The nodes among those present that have yet to say who they are, or how; whoever left is forgotten."""
+        self._unfit = {node: when for node, when in self._unfit.items() if node in present and now < when + _AGAIN}
         if not self.reports.keys() <= set(present):
             gone = sorted(report.device for node, report in self.reports.items() if node not in present)
             log.info("%s left, %d are in", ", ".join(gone), len(self.reports) - len(gone))
@@ -76,7 +81,7 @@ class Roster:
             registered: the name that the node's key was registered under; None: nobody knows.
         """
         named = self.reports.get(node, report).device
-        costs = (report.examples_per_second, report.watts, report.uplink_mbps, report.downlink_mbps)
+        costs = report.examples_per_second, report.watts, report.uplink_mbps, report.downlink_mbps, report.memory_gib
         if report.base != self._base:
             unfit = f"holds base {report.base[:12]}, the run uses {self._base[:12]}"
         elif registered is not None and report.device != registered:
@@ -88,7 +93,9 @@ class Roster:
         elif report.rank is not None and report.rank < 1:
             unfit = "its report asks for a rank below 1"
         elif not (report.device and all(LEAST < cost < MOST for cost in costs)):
-            unfit = "its report has no name, or no sensible speed or power"
+            unfit = "its report has no name, or no sensible speed, power or memory"
+        elif report.watts > _WATTS or report.examples_per_second < _SLOWEST:
+            unfit = f"it tells of {report.watts:g} W and {report.examples_per_second:g} examples a second"
         else:
             if node not in self.reports:
                 log.info(
@@ -103,7 +110,7 @@ class Roster:
             self.stale.discard(node)
             return
         if node not in self.reports:  # else its old report stays, stale
-            self._unfit[node] = unfit
+            self._unfit[node] = now
         log.warning("node %d, which calls itself %r, is not asked: %s", node, report.device[:100], unfit)
 
 

@@ -28,9 +28,9 @@ def summed(history: Sequence[Round]) -> dict[str, Any]:
 
 
 def validated(state: State) -> dict[str, float]:
-    """Mean validation loss of the base and of the best shared adapter, where devices told any."""
+    """Mean validation loss of the base and of the best shared adapter on the same devices, where these told any."""
     validation = state.history[state.best_round].validation
-    found = {"base": _base(state.history), "shared": validation.shared}
+    found = {"base": validation.base, "shared": validation.shared}
     return {arm: loss for arm, loss in found.items() if loss is not None} if validation.shared is not None else {}
 
 

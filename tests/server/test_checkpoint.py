@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from conf.errors import AntherError
 from models.adapter import Site, initial, to_tensors
 from server import checkpoint
+from server.report import sums
 from server.state import Round
 from strategies.facts import DeviceFacts, TrainFacts, Validation
 from tests.fleet import SITES, fresh_state
@@ -92,6 +94,20 @@ def test_the_best_round_is_the_least_validation_loss():
     assert torch.equal(best.best_adapter["x"].a, initial(SITES, 3, seed=1)["x"].a)
 
 
+def test_rounds_are_compared_by_what_they_take_off_the_base_on_the_same_devices():
+    """An easy device alone in round 1; then a hard one, on which the adapter gets better and better."""
+    state = fresh_state()
+    for number, (base, shared) in enumerate([(None, None), (0.5, 0.49), (0.9, 0.8), (0.9, 0.6), (0.9, 0.7)]):
+        told = Validation(base=base, shared=shared, improved=None if base is None else 1 - shared / base)
+        record = Round(number=number, train=None, validation=told, wall_seconds=1.0)
+        state = state.after(record, initial(SITES, 3, seed=number))
+    assert state.best_round == 3
+    assert sums.validated(state) == {"base": 0.9, "shared": 0.6}
+    old = [replace(done, validation=replace(done.validation, improved=None)) for done in state.history]
+    scores = [done.validation.score for done in state.history[1:]]
+    assert [done.validation.score for done in old[1:]] == pytest.approx(scores)
+
+
 def test_a_private_run_does_not_choose():
     assert [state.best_round for state in states(1.0, 0.5, 0.7, private=True)] == [0, 1, 2]
 
@@ -100,7 +116,7 @@ def test_rounds_follow_each_other():
     with pytest.raises(ValueError, match="round 2 can't follow round -1"):
         fresh_state().after(round_(2, 0.5), {})
     assert fresh_state().round == -1
-    assert fresh_state().best_loss is None
+    assert fresh_state().best_score is None
 
 
 def test_the_newest_two_are_kept_and_the_best_is_in_them(tmp_path):

@@ -12,8 +12,10 @@ from conf.schemas import Simulation
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.noise import Secure, Simulated
 from protocol.messages import Evaluation, MeasuringPrivacy
+from server.state import Round
 from strategies.full_plan import training_plan
 from strategies.measuring import AmongDevices, Measuring, measuring, spending
+from tests.fleet import fresh_state
 
 PICTURES = MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
 
@@ -100,6 +102,36 @@ def test_open_losses() -> None:
     assert (found.gain, found.gain_error, found.epsilon, found.dropped) == (None, None, None, {"refused": 1})
     nobody = Measuring().summary(2, [], {})
     assert (nobody.base, nobody.shared) == (None, None)
+
+
+@pytest.mark.parametrize("lie", [(0.19, 1e11), (0.19, 0.0), (1e-30, 1.0), (1e11, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("others", [2, 19])
+def test_one_liar_moves_what_is_measured_within_what_others_tell(lie: tuple[float, float], others: int) -> None:
+    honest = [raw(f"d{i}", 0.19 + 0.001 * i, 0.16 + 0.0005 * i) for i in range(others)]
+    found = Measuring().summary(2, [*honest, raw("mallory", *lie)], {})
+    for told, values in (
+        (found.base, [reply.base for reply in honest]),
+        (found.shared, [reply.shared for reply in honest]),
+        (found.improved, [1 - reply.shared / reply.base for reply in honest]),
+    ):
+        assert min(values) - 1e-9 <= told <= max(values) + 1e-9
+
+
+def test_a_liar_chooses_no_best_round() -> None:
+    """It calls the first round perfect and all others terrible; the last is the best."""
+    state = fresh_state()
+    for number, loss in enumerate([None, 0.180, 0.172, 0.165, 0.160]):
+        replies = [] if loss is None else [raw(f"d{i}", 0.19, loss) for i in range(19)]
+        replies += [] if loss is None else [raw("mallory", 0.19, 0.0 if number == 1 else 1e11)]
+        told = Measuring().summary(number, replies, {})
+        state = state.after(Round(number=number, train=None, validation=told, wall_seconds=1.0), state.adapter)
+    assert state.best_round == 4
+
+
+def test_a_noised_gain_counts_as_far_as_noise_can_take_it() -> None:
+    private = Measuring(every=2, among_pictures=PICTURES)
+    most = PICTURES.clip * (1 + 8 * PICTURES.noise_multiplier / PICTURES.pictures)
+    assert private.summary(2, [gain("a", 1e11)], {}).gain == pytest.approx(most)
 
 
 def test_gains_that_devices_noised() -> None:
