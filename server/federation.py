@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def federate(
     on_round: Callable[[Round], None],
     present: int = 1,
     waits: bool = False,
+    patience: float = math.inf,
     clock: Clock | None = None,
     keep: Callable[[int], None] = lambda _: None,
     personal_on: Collection[str] | None = None,
@@ -40,7 +42,7 @@ def federate(
     """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
 
     Args:
-        present, waits, keep: as for `run_rounds`.
+        present, waits, patience, keep: as for `run_rounds`.
         clock: as of its pace.
         personal_on: names of the devices that are asked for a personal adapter; None: every device.
     """
@@ -65,6 +67,7 @@ def federate(
         leg=leg(config, grid, strategy, pace),
         present=present,
         waits=waits,
+        patience=patience,
         keep=keep,
     )
     personal = config.adapter.personal

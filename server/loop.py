@@ -7,6 +7,7 @@ wherever a State stands.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -14,13 +15,13 @@ from pathlib import Path
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from conf.errors import AntherError
 from models.adapter import from_tensors, shapes, to_tensors
 from protocol.codec import decode, encode
 from protocol.messages import Personalise
 from protocol.records import adapter_from_record, adapter_to_record
 from server import checkpoint
 from server.legs import Leg, Pace, Synchronous
+from server.patience import Patience, wait_for_devices
 from server.state import Round, State
 from strategies.clock import WallClock
 from strategies.facts import PersonalFacts, Validation
@@ -42,6 +43,7 @@ def run_rounds(
     leg: Leg | None = None,
     present: int = 1,
     waits: bool = False,
+    patience: float = math.inf,
     keep: Callable[[int], None] = lambda _: None,
 ) -> State:
     """Continue a run until `rounds` rounds of training are complete.
@@ -54,13 +56,15 @@ def run_rounds(
         leg: how a round trains (default: it ends before the next begins).
         present: devices that must be there before the first of these rounds; of the others whoever is there is enough,
             if it is one, or none where `present` is 0.
-        waits: for them for as long as it takes, as a real federation does whose owners sleep.
+        waits: for them for as long as it takes, as a real federation does whose owners sleep. A round that has too few
+            good replies then doesn't count, and is tried again after a while, unless its sample was charged for.
+        patience: hours without a good round after which such a run stops, unfinished.
         keep: called before each round's checkpoint: what it keeps is there for whoever resumes from that.
 
     With privacy per device, a round that its budget doesn't pay for is not begun: the run ends with those that it has.
 
-    Raises AntherError if fewer devices are there after the pace's timeout than must be, unless it `waits`, or if the
-    server's ledger is not the one of this state.
+    Raises AntherError if fewer devices are there after the pace's timeout than must be, unless it `waits`; if its
+    patience is at its end; or if the server's ledger is not the one of this state.
     """
     strategy.summary()
     strategy.remember(state.devices, (done.train for done in state.history))
@@ -70,14 +74,23 @@ def run_rounds(
         ledger.check(state.ledger)
         ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this line
     leg = leg or Synchronous(grid, strategy, pace)
-    begun = state.round
-    for number in range(state.round + 1, rounds + 1):
-        _wait_for_devices(grid, strategy, present if state.round == begun else min(present, 1), pace, waits=waits)
+    begun, clock = state.round, pace.clock or WallClock()
+    tries = Patience(clock, patience)
+    while state.round < rounds:
+        number = state.round + 1
+        needed = present if state.round == begun else min(present, 1)
+        wait_for_devices(grid, strategy, needed, clock, pace.timeout, waits=waits)
+        needs = strategy.quorum if waits and strategy.asks_again else 0
         try:
-            state = _one_round(number, grid, strategy, state, leg, pace.timeout)
+            after = _one_round(number, grid, strategy, state, leg, pace.timeout, needs=needs)
         except Exhausted as over:
             log.warning("the run ends after round %d of %d: %s", state.round, rounds, over)
             break
+        if after is None:
+            tries.again(number, strategy.trained, needed=needs)
+            continue
+        tries.done()
+        state = after
         keep(number)
         checkpoint.save(checkpoints, state)
         if ledger:
@@ -104,7 +117,10 @@ def personalise(
     )
 
 
-def _one_round(number: int, grid: Grid, strategy: Federated, state: State, leg: Leg, timeout: float) -> State:
+def _one_round(
+    number: int, grid: Grid, strategy: Federated, state: State, leg: Leg, timeout: float, *, needs: int
+) -> State | None:
+    """The state after one more round; None, with the state as it was, if it had fewer good replies than it needs."""
     started = time.perf_counter()
     arrays = adapter_to_record(encode(to_tensors(state.adapter)))
     config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
@@ -116,6 +132,8 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, leg: 
         aggregated = leg.train(number, arrays)
         arrays = arrays if aggregated is None else aggregated
         train = strategy.trained
+        if train is None or train.replied < needs:
+            return None
     validation = Validation(base=None, shared=None)
     if number > 0 and strategy.measures(number):  # before training an adapter adds nothing: it measures as the base
         replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
@@ -125,20 +143,3 @@ def _one_round(number: int, grid: Grid, strategy: Federated, state: State, leg: 
     done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
     anchor = strategy.device_level.ledger.anchor() if strategy.device_level else None
     return state.after(done, adapter, anchor, strategy.memory)
-
-
-def _wait_for_devices(grid: Grid, strategy: Federated, present: int, pace: Pace, *, waits: bool) -> None:
-    """Return once so many devices with our base are there; a line in the log whenever the pace's time is over."""
-    clock = pace.clock or WallClock()
-    until = clock.now() + pace.timeout
-    while len(found := strategy.query(grid)) < present:
-        if clock.now() >= until:
-            short = (
-                f"{len(found)} of {present} devices are there after {pace.timeout:g} s: "
-                "check that they are connected and hold the base of this run"
-            )
-            if not waits:
-                raise AntherError(short)
-            log.warning("%s; waiting on", short)
-            until = clock.now() + pace.timeout
-        clock.wait(until)

@@ -168,7 +168,7 @@ class Federated(Strategy):
         self._asked: dict[int, DeviceReport] = {}
         self._personal: tuple[TrainingPlan, float | None] = plan, None
         self._measured = False
-        self._quorum = quorum
+        self.quorum = quorum
         self.good = 0
         self._spendable: float | None = None  # ε per picture that what was asked for last can have come to
         self.able: set[int] = set()
@@ -569,7 +569,7 @@ class Federated(Strategy):
         if self.device_level:
             trained = (adapter for adapter, _ in updates)
             mean, central = self.device_level.close(self._aggregation, current, trained, round=round)
-        elif len(updates) < self._quorum:
+        elif len(updates) < self.quorum:
             return None, None
         else:
             rule = self._aggregation.of(ranks) if isinstance(self._aggregation, Ranked) else self._aggregation

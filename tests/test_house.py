@@ -38,6 +38,7 @@ FLOWER = {
     "server/buffered.py",
     "server/gate.py",  # around Flower's own grid
     "server/forwarding.py",
+    "server/patience.py",
     "server/runtime_grid.py",  # that grid, call by call
     "server/arrivals.py",
     "server/control.py",  # of a SuperLink

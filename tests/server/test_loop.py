@@ -10,7 +10,7 @@ from conf.errors import AntherError
 from models.adapter import to_tensors
 from protocol import records
 from protocol.codec import encode
-from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
+from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise, Update
 from server import checkpoint
 from server.federation import federate
 from server.legs import Pace
@@ -20,7 +20,7 @@ from strategies.aggregation.fedit import FedIT
 from strategies.measuring import Measuring
 from strategies.selection import Sampling
 from strategies.selection.sample import Sample
-from tests.fleet import PLAN, SITES, FakeDevice, fresh_state, handle, perform, strategy
+from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
 
 
 @pytest.fixture(autouse=True)
@@ -170,8 +170,64 @@ def test_a_run_without_anybody_waits_on_or_ends_with_an_error(tmp_path, caplog):
     gone = [0] * 130 + [2]  # looks, a minute from each other
     found = left(tmp_path / "night", gone, waits=True, pace=Pace(timeout=3600.0, clock=clock))
     assert [done.train.replied for done in found.history[1:]] == [4, 2, 2]
-    told = [line for line in caplog.messages if "0 of 1 devices are there after 3600 s" in line]
-    assert len(told) == 2
+    told = [line for line in caplog.messages if line.startswith("0 of 1 devices are there; waiting for 1 more")]
+    assert len(told) == 3  # at once, and each hour
+
+
+def failing(times, reason=RuntimeError):
+    """A device whose first updates fail."""
+    left = [times]
+
+    def fail(reply):
+        if isinstance(reply, Update) and left[0] > 0:
+            left[0] -= 1
+            raise reason
+        return reply
+
+    return fail
+
+
+def tried(folder, *devices, clock=None, **settings):
+    heard, clock = [], clock or Ticks()
+    state = run_rounds(
+        grid=CohortGrid(list(devices), perform), strategy=strategy(), state=fresh_state(), rounds=2,
+        checkpoints=folder, on_round=heard.append, waits=True, pace=Pace(timeout=60.0, clock=clock), **settings,
+    )  # fmt: skip
+    return state, [done.number for done in heard]
+
+
+def test_a_round_without_a_good_reply_does_not_count(tmp_path, caplog):
+    device = FakeDevice("a", misbehave=failing(3))
+    state, heard = tried(tmp_path, device)
+    assert heard == [0, 1, 2]
+    assert [done.train.replied for done in state.history[1:]] == [1, 1]
+    assert device.heard.count("Train") == 5
+    assert device.heard.count("Evaluate") == 2  # of an adapter that nobody trained nothing is measured
+    told = [line for line in caplog.messages if "it doesn't count" in line]
+    assert told[0] == "round 1: 0 good replies of 1 (1 failed), 1 needed: it doesn't count, and is tried again in 30 s"
+    assert [line.rsplit(" ", 2)[1] for line in told] == ["30", "60", "120"]
+    assert torch.isfinite(state.adapter["x"].a).all()
+
+
+def test_patience_ends_and_the_run_is_not_over(tmp_path):
+    device = FakeDevice("a", misbehave=failing(10**6))
+    with pytest.raises(AntherError, match=r"round 1 had no 1 good replies in \d+ tries over 2 hours \(\d+ failed\)"):
+        tried(tmp_path, device, patience=2.0)
+    assert checkpoint.load(tmp_path, sites=SITES).round == 0
+    resumed = run_rounds(
+        grid=CohortGrid([FakeDevice("a")], perform), strategy=strategy(),
+        state=checkpoint.load(tmp_path, sites=SITES), rounds=2, checkpoints=tmp_path, on_round=lambda _: None,
+    )  # fmt: skip
+    assert resumed.round == 2
+
+
+def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
+    empty = FakeDevice("a", report=replace(REPORT, device="a", pictures=False))
+    with pytest.raises(AntherError, match="1 of 2 devices are there"):
+        run_rounds(
+            grid=CohortGrid([empty, FakeDevice("b")], perform), strategy=strategy(), state=fresh_state(), rounds=1,
+            checkpoints=tmp_path, on_round=lambda _: None, present=2, pace=Pace(timeout=0.0),
+        )  # fmt: skip
 
 
 def test_fedit_runs_the_same_loop(tmp_path):
