@@ -23,7 +23,7 @@ from pathlib import Path
 from client import home
 from client import link as links
 from client.link import Link, Unreachable
-from conf import lean
+from conf import children, lean
 from conf.children import with_parent
 from conf.errors import TOLD, AntherError, told
 from conf.flower import environment
@@ -179,7 +179,7 @@ class Worker:
             os.nice(settings.nice)
 
         return subprocess.Popen(
-            [sys.executable, "-m", "client.worker"], env={**os.environ, **own}, pass_fds=[number],
+            children.python("client.worker"), env=children.environment(own), pass_fds=[number],
             stdin=subprocess.DEVNULL, preexec_fn=prepare,
         )  # fmt: skip
 
@@ -218,7 +218,7 @@ class SuperNode:
         own_address = f"127.0.0.1:{_free_port()}"
         self._started = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "client.node", own_address, "--", "--superlink", self.link.address, *safe],
+            children.python("client.node", own_address, "--", "--superlink", self.link.address, *safe),
             env={**environment(home), **own}, stdin=subprocess.DEVNULL, preexec_fn=with_parent,
         )  # fmt: skip
 

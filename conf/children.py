@@ -1,4 +1,4 @@
-"""Processes that end with whoever started them."""
+"""Processes that we start: of our own modules, whatever lies in the working directory, and ended with their parent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,25 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+
+
+def python(module: str, *words: str) -> list[str]:
+    """The command that runs one of our modules, and none of that name in the working directory (`-P`)."""
+    return [sys.executable, "-P", "-m", module, *words]
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables for such a process: ours, in which our modules are found, and `changes`."""
+    variables = {**os.environ, "PYTHONSAFEPATH": "1"}
+    root = Path(__file__).parents[1]
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout: Python doesn't look there by itself
+        others = [part for part in variables.get("PYTHONPATH", "").split(os.pathsep) if part]
+        variables["PYTHONPATH"] = os.pathsep.join([str(root), *(part for part in others if part != str(root))])
+    return {**variables, **(changes or {})}
 
 
 def with_parent() -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from conf import children
+
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -19,4 +21,4 @@ def environment(home: Path) -> dict[str, str]:
     """Ours, with `home` as Flower's: nothing is sent to anybody but the federation, and nothing is installed."""
     commands = str(Path(sys.executable).parent)  # Flower finds its own programs by PATH
     path = os.environ.get("PATH", "")
-    return {**os.environ, **OFFLINE, "FLWR_HOME": str(home), "PATH": f"{commands}{os.pathsep}{path}"}
+    return children.environment({**OFFLINE, "FLWR_HOME": str(home), "PATH": f"{commands}{os.pathsep}{path}"})

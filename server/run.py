@@ -24,6 +24,7 @@ import uvicorn
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from conf import children
 from conf.cli import application
 from conf.compose import compose
 from conf.errors import AntherError
@@ -230,7 +231,8 @@ class Federation:
 
 def _write_results(folder: Path) -> None:
     """In a process of its own, which may fail: what it writes can be written later."""
-    done = subprocess.run([sys.executable, "-m", "server.results", str(folder)], check=False, stdin=subprocess.DEVNULL)
+    command, variables = children.python("server.results", str(folder)), children.environment()
+    done = subprocess.run(command, env=variables, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         say(f"its report could not be written; later: python -m server.results {folder}")
 

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "anther": 7,
     "simulations": 6,
     "bench": 6,
     "server": 5,

@@ -33,9 +33,9 @@ fi
 
 cat >/usr/local/bin/anther <<'END'
 #!/bin/sh
-# One of Anther's commands:  anther client.enroll TICKET data=FOLDER
+# One of Anther's commands:  anther device enroll TICKET data=FOLDER
 export ANTHER_HOME="$HOME/.anther" PYTHONUNBUFFERED=1
-exec /opt/anther/bin/python -m "$@"
+exec /opt/anther/bin/anther "$@"
 END
 chmod 755 /usr/local/bin/anther
 

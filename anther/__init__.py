@@ -1,0 +1,1 @@
+"""The command line of everything: `anther simulate`, `anther serve`, `anther device run`, …"""

@@ -1,0 +1,84 @@
+"""One program for all commands:  anther COMMAND [words]
+
+As an installed program it doesn't look for modules in the working directory, so that a `server.py` or `client.py` which
+lies there stays what it is. Only the module of the command that was asked for is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from conf.errors import TOLD, told
+from conf.terminal import use_plain_output
+
+COMMANDS = {
+    "simulate": ("simulations.run", "a whole federation on this machine, with a report"),
+    "audit": ("simulations.audit", "does the privacy hold that is claimed?"),
+    "serve": ("server.run", "a federation's server"),
+    "keys": ("server.keys", "tickets and devices of a server: ticket, list, revoke"),
+    "results": ("server.results", "the report of a server's run, again"),
+    "pack": ("models.pack", "a base in fewer bits, once for everyone"),
+    "device enroll": ("client.enroll", "join a federation with a ticket"),
+    "device run": ("client.run", "take part, until you stop it"),
+    "device plan": ("client.plan", "what a device can train, before it tries"),
+    "device benchmark": ("client.benchmark", "how fast this device trains"),
+    "device ledger": ("client.ledger", "what was shared from here, and what privacy that left"),
+    "device draw": ("client.draw", "draw with what was learned here"),
+    "device roll-back": ("client.roll_back", "the personal adapter of before"),
+    "device leave": ("client.leave", "leave the federation"),
+    "device forget": ("client.forget", "delete what was learned here"),
+}
+TITLE = "Anther personalizes a diffusion model on people's own devices.  anther COMMAND [words]"
+USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first words name; its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    use_plain_output()
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else USAGE
+    found = find(words)
+    if found is None:
+        print(f"error: {unknown(words)}", file=sys.stderr)
+        return USAGE
+    name, rest = found
+    try:
+        command = importlib.import_module(COMMANDS[name][0])
+        sys.argv = [f"anther {name}", *rest]  # as the module's own `python -m` would have it
+        return int(command.main() or 0)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return USAGE
+
+
+def find(words: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The command that the words begin with, by its name or its module's, and the words that follow."""
+    by_module = {module: name for name, (module, _) in COMMANDS.items()}
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if (name := by_module.get(name, name)) in COMMANDS:
+            return name, list(words[length:])
+    return None
+
+
+def unknown(words: Sequence[str]) -> str:
+    """What to say of words that name no command."""
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if group:
+        return f"anther {words[0]}: needs one of: {', '.join(name.split(' ', 1)[1] for name in group)}"
+    asked = " ".join(words[:2])
+    near = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(words[0], COMMANDS, n=1)
+    hint = f"did you mean anther {near[0]}?" if near else "anther --help lists them"
+    return f"{words[0]}: no such command; {hint}"
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  anther {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return f"{TITLE}\n\n{listed}\n\n--help after a command says more of it."

@@ -1,0 +1,95 @@
+"""The program `anther`: it finds every command, and no module of the working directory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anther import cli
+from conf import children
+
+ROOT = Path(__file__).parents[2]
+SHADOWS = ("client", "server", "simulations", "models", "conf", "anther")
+
+
+@pytest.fixture
+def tutorial(tmp_path: Path) -> Path:
+    """A folder as of any Flower tutorial, with modules that are called as ours are."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    return tmp_path
+
+
+@pytest.fixture
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as pip writes it, in a folder of its own."""
+    file = tmp_path_factory.mktemp("bin") / "anther"
+    file.write_text(f"#!{sys.executable}\nimport sys\nfrom anther.cli import main\nsys.exit(main())\n")
+    file.chmod(0o755)
+    return file
+
+
+def run(program: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "ANTHER_HOME": str(folder / "home")}
+    return subprocess.run(
+        [str(program), *words], cwd=folder, env=variables, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [("keys", "--help"), ("device", "ledger", "--help"), ("client.forget", "--help")])
+def test_modules_of_the_folder_are_not_ours(program: Path, tutorial: Path, words: tuple[str, ...]) -> None:
+    done = run(program, tutorial, *words)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+    assert "wrong module" not in done.stdout + done.stderr
+
+
+def test_children_are_ours_too(tutorial: Path) -> None:
+    done = subprocess.run(
+        children.python("server.results", "--help"), cwd=tutorial, env=children.environment(), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "wrong module" not in done.stdout + done.stderr
+
+
+def test_every_child_is_started_so() -> None:
+    rooms = ("anther", "client", "conf", "models", "privacy", "protocol", "server", "simulations", "strategies")
+    sources = {path: path.read_text() for room in rooms for path in (ROOT / room).rglob("*.py")}
+    assert len(sources) > 100
+    spawned = {
+        path.relative_to(ROOT).as_posix() for path, text in sources.items() if re.search(r'executable,\s*"-', text)
+    }
+    assert spawned == {"conf/children.py"}
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"anther {name} " in listed for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("module", "summary"), cli.COMMANDS.values())
+def test_every_command_is_there(module: str, summary: str) -> None:
+    assert callable(importlib.import_module(module).main)
+    assert summary
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["simulat"], "did you mean anther simulate?"), (["device"], "needs one of: enroll, run"),
+    (["device", "enrol"], "needs one of: enroll"), (["xyzzy"], "anther --help"),
+])  # fmt: skip
+def test_unknown_commands_get_a_hint(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == cli.USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_words_reach_the_command(program: Path, tmp_path: Path) -> None:
+    done = run(program, tmp_path, "simulate", "rounds=0")
+    assert (done.returncode, done.stderr) == (2, "error: rounds=0: must be 1 or more\n")
