@@ -99,7 +99,7 @@ class Scene:
             case "worker":
                 return self.device.children("client.worker")
             case "SuperLink":
-                return self.federation.server.children("flower-superlink")
+                return self.federation.server.children("server.local_superlink")
             case _:
                 return [p for p in psutil.process_iter() if _is_of(p, self.federation.server.home, "flwr-serverapp")]
 

@@ -33,7 +33,10 @@ from bench.processes import Federation, Program, command, federation, letters
 
 OUT = Path("bench/results/soak.json")
 DEVICES, LEAST = 5, 1
-SERVER, DEVICE = ("server.run", "flower-superlink", "flwr-serverapp"), ("client.run", "client.node", "client.worker")
+SERVER, DEVICE = (
+    ("server.run", "server.local_superlink", "flwr-serverapp"),
+    ("client.run", "client.node", "client.worker"),
+)
 FLAT = 3.0  # per cent
 WARM = 0.1  # of the rounds
 EVENTS = ("join", "leave", "die")

@@ -1,4 +1,4 @@
-"""A device's side of a federation's door: its key, the authority it trusts, and what it asks before Flower does.
+"""A device's side of a federation's gateway: its key, the authority it trusts, and what it asks before Flower does.
 
 In ANTHER_HOME: `node.conf`, the words of its configuration, and `link/` with `ca.pem` and `node.key`, for its owner's
 eyes only.

@@ -10,6 +10,24 @@ from conf.schemas import Simulation, require
 
 
 @dataclass
+class Limits:
+    """How much devices may ask of a server, and who hasn't shown yet that it is one."""
+
+    requests_per_minute: int = 1200  # of one device; a device at work makes about 150
+    concurrent: int = 8  # requests of one device at once
+    connections: int = 64  # of one address (of IPv6: one /64) on which nobody has shown yet to be enrolled
+    total_connections: int = 2048  # of all; at most three quarters of the files that the process may open
+    header_seconds: float = 20.0  # for a TLS handshake and the head of a request
+    idle_seconds: float = 60.0  # without a byte in the middle of a request or an answer
+    slowest_kib: float = 4.0  # a second: a request that comes more slowly is cut off after a minute
+    body_mib: int = 256  # of memory for all requests that are being read
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            require(value > 0, f"server.limits.{key}={value:g}: must be over 0")
+
+
+@dataclass
 class Server:
     """Where devices reach it, and who may come."""
 
@@ -19,11 +37,16 @@ class Server:
     inner_port: int = 9444  # of Flower's SuperLink, on this machine only
     hosts: list[str] = field(default_factory=list)  # names and addresses under which devices reach it, for its
     # certificate; empty: this machine's
+    unguarded: bool = False  # start also where the system can't tell which local user connects to inner_port: any of
+    # them could then run code as this server. Linux can tell
+    disk_gib: float = 20.0  # that messages may fill at most; then the SuperLink starts again without them, and the run
+    # goes on after its last whole round
     insecure: bool = False  # no TLS and no keys: on loopback only, to try things
     devices: int = 100  # that take part at most: with privacy per device and fleet.rate, noise is reckoned with it
     per_holder: int = 5  # devices of one person at most
     again: bool = False  # begin another run of a configuration whose last one is over; else that is refused, since a
     # machine that starts again would ask every device for another run
+    limits: Limits = field(default_factory=Limits)
     tries: int = 5  # of a run that fails again and again before its first new round, until the server gives up
 
     def __post_init__(self) -> None:
@@ -33,6 +56,7 @@ class Server:
         local = self.host in ("127.0.0.1", "::1", "localhost")
         alone = "with server.insecure=true only 127.0.0.1, ::1 or localhost"
         require(local or not self.insecure, f"server.host={self.host}: {alone}")
+        require(self.disk_gib > 0, f"server.disk_gib={self.disk_gib:g}: must be over 0")
         for key in ("devices", "per_holder", "tries"):
             require(getattr(self, key) >= 1, f"server.{key}={getattr(self, key)}: must be 1 or more")
 

@@ -26,6 +26,7 @@ from server.gate import Gated
 from server.ledger import Ledger
 from server.runs import end, refuse, run_folder
 from server.state import Round
+from server.superlink import tell_largest_adapter
 from strategies.build import build
 from strategies.clock import WallClock
 from strategies.full_plan import training_plan
@@ -61,10 +62,11 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
     ledger = Ledger(Files(folder))
     strategy = build(config, plan, base.sites, accept_simulated=test, ledger=ledger, base=base)
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
+    tell_largest_adapter(most := largest(shapes(base.sites, plan.rank)))
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     state = federate(
         config,
-        grid=Gated(grid, largest=largest(shapes(base.sites, plan.rank))),
+        grid=Gated(grid, largest=most),
         strategy=strategy,
         plan=plan,
         saved=saved,

@@ -18,7 +18,7 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from conf.errors import AntherError
-from server.identity import written
+from server.gateway.identity import written
 
 
 class Control:

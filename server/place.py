@@ -4,7 +4,9 @@ authority.crt, .key     of the federation: devices know it by its fingerprint. K
 server.crt, .key        what the port shows; made anew before it ends, and by `python -m server.keys rotate`
 federation.json         its name and address, and how many devices each holder may have
 register.json           who may take part
+nodes.json              which of the SuperLink's nodes each device is
 superlink.db, flower/   Flower's own
+spool/                  replies of devices that aren't whole yet
 """
 
 from __future__ import annotations
@@ -47,6 +49,14 @@ class Place:
     @property
     def certificates(self) -> Certificates:
         return Certificates(*(self.folder / name for name in ("authority.crt", "server.crt", "server.key")))
+
+    def spool(self) -> Path:
+        """Folder for replies that are coming in; empty."""
+        folder = self.folder / "spool"
+        make_folder(folder)
+        for left in folder.iterdir():
+            left.unlink()
+        return folder
 
     def address(self) -> Address:
         """AntherError before the first start."""

@@ -1,8 +1,8 @@
 """The server of a federation of real devices:  python -m server.run [key=value …]
 
-It makes certificates if there are none, opens one port (`server.door`), runs Flower's SuperLink behind it, submits the
-run and stays until that is over. Whatever dies is started again, and the run goes on after its last whole round; so it
-does when this command, or the machine, is started again with the same configuration.
+It makes certificates if there are none, opens one port (`server.gateway`), runs Flower's SuperLink behind it, submits
+the run and stays until that is over. Whatever dies is started again, and the run goes on after its last whole round;
+so it does when this command, or the machine, is started again with the same configuration.
 
     python -m server.keys ticket --holder ada      what one of Ada's devices needs to come in
 """
@@ -36,10 +36,11 @@ from protocol.hello import Hello
 from protocol.messages import NEWEST, OLDEST
 from server import place, runs, shelf
 from server.bundle import assemble, version
-from server.door import Door, now, serve, show
+from server.gateway.app import Gateway, now
+from server.gateway.listening import serve, show
 from server.place import Place
 from server.register import Register
-from server.superlink import SuperLink
+from server.superlink import SuperLink, largest_adapter
 
 _LOOK = 1.0  # seconds between two looks at what is alive
 _DAY = 86_400.0  # seconds
@@ -72,7 +73,7 @@ class Federation:
     _opened: uvicorn.Server = field(init=False)
     _shown: bytes = b""  # the certificate that devices are shown
     _look_again: float = 0.0  # for whether it ends soon
-    _known: set[str] = field(default_factory=set)  # public keys that the SuperLink lets in
+    _known: dict[str, int] = field(default_factory=dict)  # node ids that the SuperLink lets in, by public key
     _registering: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
@@ -86,7 +87,7 @@ class Federation:
         here.prepare(settings.hosts, settings.port, settings.per_holder)
         secure = None if settings.insecure else here.certificates
         self.register = Register(here.folder, per_holder=settings.per_holder)
-        self.superlink = SuperLink(here.folder, settings.inner_port, secure)
+        self.superlink = SuperLink(here.folder, settings.inner_port, secure, unguarded=settings.unguarded)
         with alone(here.folder, what="this federation"):
             stop_leftovers(self.superlink.home)
             self._serve(here)
@@ -97,7 +98,7 @@ class Federation:
             self._shown = secure.certificate.read_bytes() if secure else b""
             self.superlink.start()
             self._reconcile()
-            self._opened = serve(self._door(here), host=settings.host, port=settings.port, certificates=secure)
+            self._opened = serve(self._gateway(here), host=settings.host, port=settings.port, certificates=secure)
             say(f"listening on {settings.host}:{settings.port}" + ("" if secure else ", without TLS or keys"))
             if secure and not self._known:
                 say("no devices yet: python -m server.keys ticket --holder NAME, then on the device")
@@ -148,6 +149,10 @@ class Federation:
                     say("the SuperLink is gone")
                     return
                 self._shut_out()
+                if self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
+                    say("messages fill more than server.disk_gib: the SuperLink starts again without them")
+                    self.superlink.stop()
+                    return
                 if self._certified_anew():
                     say("the server has a new certificate, with which the SuperLink starts again")
                     self.superlink.stop()
@@ -196,20 +201,24 @@ class Federation:
                 control.unregister(there.pop(key))
             for key in members.keys() - there.keys():
                 there[key] = control.register(key, members[key].name)
-            self._known = set(there)
+            self._know(there)
 
     def _shut_out(self) -> None:
-        """Have the SuperLink forget who was revoked; the door has shut them out already."""
-        if self._known - self.register.look().inside().keys():
+        """Have the SuperLink forget who was revoked; the gateway has shut them out already."""
+        if self._known.keys() - self.register.look().inside().keys():
             self._reconcile()
 
     def _welcome(self, key: str, name: str) -> None:
         with self._registering:
             if key not in self._known:
-                self.superlink.control.register(key, name)
-                self._known.add(key)
+                self._know({**self._known, key: self.superlink.control.register(key, name)})
 
-    def _door(self, here: Place) -> Door:
+    def _know(self, ids: dict[str, int]) -> None:
+        """Note which node each device is, for the gateway and for ServerApps."""
+        self._known = ids
+        self.register.note_nodes(ids)
+
+    def _gateway(self, here: Place) -> Gateway:
         base = assets.locate(self.config.base.path)
         on_shelf = shelf.Shelf([base])
         (content,) = on_shelf.bases
@@ -222,10 +231,12 @@ class Federation:
             )  # fmt: skip
 
         secure = self.superlink.certificates
-        return Door(
+        return Gateway(
             inside=f"{'https' if secure else 'http'}://{self.superlink.address}", register=self.register, hello=hello,
             authority=secure.authority.read_bytes() if secure else b"", welcome=self._welcome,
+            node_of=lambda key: self._known.get(key), largest=lambda: largest_adapter(here.folder),
             shelf=shelf.routes(on_shelf), verify=_trusting(secure.authority) if secure else False,
+            folder=here.spool(), limits=self.config.server.limits,
         )  # fmt: skip
 
 

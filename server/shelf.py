@@ -1,4 +1,4 @@
-"""The bases that a server hands to the devices of its federation: routes for `server.door`, which asks who comes first.
+"""The bases that a server hands to the devices of its federation: routes for `server.gateway`, which knows who asks.
 
     GET /v1/anther/base/<hash>/manifest     models.parts, as JSON
     GET /v1/anther/base/<hash>/file/<n>     the n-th file of it, or by `Range` a part
@@ -77,6 +77,8 @@ def routes(shelf: Shelf) -> list[Route]:
             return PlainTextResponse("no such file here", 404)
         if not found.is_file():
             return PlainTextResponse("this file is gone from the server", 410)
+        if "," in "".join(request.headers.getlist("range")):  # thousands of them cost seconds each
+            return PlainTextResponse("one range at a time", 416)
         return FileResponse(found, media_type="application/octet-stream")
 
     return [Route(MANIFEST_PATH, manifest, methods=["GET"]), Route(FILE_PATH, file, methods=["GET"])]

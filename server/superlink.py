@@ -1,14 +1,17 @@
-"""Flower's SuperLink as a child process, and what its own command line asks of it.
+"""Flower's SuperLink as a child process, and the commands of Flower's that are given to it.
 
-It listens on this machine only: its control API, by which runs are started and nodes let in, knows no passwords. What
-devices may reach of it goes through `server.door`.
+It listens on loopback, for its own user only (`server.local_superlink`): its control API, by which runs are started and
+nodes registered, knows no passwords. Devices reach of it what `server.gateway` lets through.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,9 +24,17 @@ from conf.children import with_parent
 from conf.errors import AntherError
 from conf.flower import environment
 from privacy.durable import write
+from server import database
 from server.control import Control
+from server.local_superlink import UNGUARDED
 
 LOOPBACK = "127.0.0.1"
+SERVER_FOLDER = "ANTHER_SERVER"
+"""Environment variable that tells a ServerApp where its server's folder is."""
+
+_LARGEST = "largest"  # file in a server's folder
+_ADAPTER = 64 << 20  # bytes, where no ServerApp has told
+
 _READY = 60.0  # seconds that it may take to start
 
 
@@ -41,11 +52,13 @@ class SuperLink:
 
     Args:
         certificates: None: without TLS, and then without authentication of nodes.
+        unguarded: whether other local users may connect, where the system can't tell users apart.
     """
 
     folder: Path
     port: int
     certificates: Certificates | None
+    unguarded: bool = False
     _process: subprocess.Popen | None = None
 
     @property
@@ -56,17 +69,26 @@ class SuperLink:
     def home(self) -> Path:
         return self.folder / "flower"
 
+    @property
+    def _database(self) -> Path:
+        return self.folder / "superlink.db"
+
+    def stored_bytes(self) -> int:
+        """Bytes of its database on disk."""
+        return database.size(self._database)
+
     def start(self) -> None:
         """Start it and return when it answers; AntherError if it doesn't."""
         self._describe()
+        database.prepare(self._database)
+        own = {SERVER_FOLDER: str(self.folder), **({UNGUARDED: "1"} if self.unguarded else {})}
         with (self.folder / "superlink.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    "flower-superlink", "--host", LOOPBACK, "--port", str(self.port),
-                    "--database", str(self.folder / "superlink.db"), "--disable-runtime-dependency-installation",
-                    *self._tls(),
+                    sys.executable, "-P", "-m", "server.local_superlink", "--host", LOOPBACK, "--port", str(self.port),
+                    "--database", str(self._database), "--disable-runtime-dependency-installation", *self._tls(),
                 ],
-                env=environment(self.home), cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env=environment(self.home) | own, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 preexec_fn=with_parent,
             )  # fmt: skip
         until = time.monotonic() + _READY
@@ -154,3 +176,16 @@ class SuperLink:
     def _last_words(self) -> str:
         text = (self.folder / "superlink.log").read_text(errors="replace")
         return " ".join(text.split())[-300:]
+
+
+def tell_largest_adapter(size: int) -> None:
+    """Tell the gateway, from a ServerApp, how many bytes the largest adapter of its run has."""
+    if folder := os.environ.get(SERVER_FOLDER):
+        write(Path(folder) / _LARGEST, str(size).encode())
+
+
+def largest_adapter(folder: Path) -> int:
+    """Bytes of the largest adapter of the run of this server's folder."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / _LARGEST).read_text())
+    return _ADAPTER

@@ -43,6 +43,11 @@ FLOWER = {
     "server/runtime_grid.py",  # that grid, call by call
     "server/arrivals.py",
     "server/control.py",  # of a SuperLink
+    "server/gateway/calls.py",  # Flower's fleet protocol, as a table
+    "server/gateway/conversations.py",
+    "server/gateway/fleet.py",
+    "server/gateway/replies.py",
+    "server/local_superlink.py",  # its command, with a socket of ours
     "strategies/federated.py",
     "strategies/roster.py",
     "protocol/records.py",

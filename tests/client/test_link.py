@@ -1,4 +1,4 @@
-"""How a device comes in, and whom it believes: against a real door on loopback, with TLS."""
+"""How a device comes in, and whom it believes: against a real gateway on loopback, with TLS."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -12,7 +12,8 @@ from conf.node import compose
 from protocol import messages
 from protocol.hello import Hello
 from protocol.ticket import Ticket
-from server.door import Door, serve
+from server.gateway.app import Gateway
+from server.gateway.listening import serve
 from server.keys import ticket
 from server.place import Place
 from server.register import Register
@@ -21,18 +22,18 @@ BASE = "b" * 64
 
 
 class Server:
-    """A door with nothing behind it."""
+    """A gateway with nothing behind it."""
 
     def __init__(self, folder, port):
         self.place, self.port = Place(folder), port
         self.place.prepare(["127.0.0.1"], port)
         self.register = Register(folder)
         self.newest, self.off = messages.NEWEST, timedelta(0)
-        door = Door(
+        gateway = Gateway(
             inside="https://127.0.0.1:1", register=self.register, hello=self.hello,
             authority=self.place.certificates.authority.read_bytes(), welcome=lambda *_: None,
         )  # fmt: skip
-        self.uvicorn = serve(door, host="127.0.0.1", port=port, certificates=self.place.certificates)
+        self.uvicorn = serve(gateway, host="127.0.0.1", port=port, certificates=self.place.certificates)
 
     def hello(self):
         return Hello(

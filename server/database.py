@@ -1,0 +1,57 @@
+"""The SuperLink's database on disk: bounded, because devices decide what is put into it.
+
+It holds nothing that is worth keeping between two starts: who may take part is in `register.json`, what rounds came to
+in the run's checkpoints, and messages are those of a ServerApp that has ended with its SuperLink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+_CONTENTS = (  # of messages and their objects; Flower's other tables are kept
+    "object_push_session_pending",
+    "object_push_session_roots",
+    "object_push_sessions",
+    "object_children",
+    "run_objects",
+    "objects",
+    "message_res",
+    "message_ins",
+    "task_message",
+    "message",
+)
+
+
+def prepare(file: Path) -> None:
+    """Empty a stopped SuperLink's database of messages, and have it give space back by itself from now on.
+
+    One that can't be read is removed: the next start makes another.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            for table in _CONTENTS:
+                if table in tables:
+                    database.execute(f"DELETE FROM {table}")
+            database.commit()
+            database.execute("PRAGMA auto_vacuum = FULL")  # takes effect with the VACUUM
+            database.execute("VACUUM")
+    except sqlite3.DatabaseError:
+        for part in _files(file):
+            part.unlink(missing_ok=True)
+
+
+def size(file: Path) -> int:
+    """Bytes of the database on disk, its write-ahead log included."""
+    total = 0
+    for part in _files(file):
+        with contextlib.suppress(OSError):
+            total += part.stat().st_size
+    return total
+
+
+def _files(file: Path) -> list[Path]:
+    return [file, *(file.with_name(f"{file.name}{end}") for end in ("-wal", "-shm", "-journal"))]

@@ -1,0 +1,283 @@
+"""The one port of a federation's server, and the only way from outside to Flower's SuperLink.
+
+    GET  /v1/anther/ca       the authority's certificate, whose fingerprint a ticket names
+    GET  /v1/anther/hello    protocol versions, base, clock: a device's first request
+    POST /v1/anther/enrol    enrol with a ticket and a public key
+    GET  /v1/anther/in       whether the caller is enrolled
+    /v1/anther/base/…        the base in pieces, for enrolled devices (`server.shelf`)
+    POST /v1/fleet/…         Flower's fleet protocol, for enrolled devices (`server.gateway.fleet`)
+
+Who asks is known by a signature before a body is read. A request is never forwarded: the gateway answers it, and makes
+requests of its own to the SuperLink. A revoked device is refused from the next request on. While the SuperLink is away
+devices are told to wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import httpx
+from google.protobuf.message import DecodeError, Message
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount, Route
+
+from conf.errors import AntherError
+from conf.serving import Limits
+from protocol import messages, plain
+from protocol.hello import Enrolment, Hello
+from server.gateway import calls, identity
+from server.gateway.calls import Call
+from server.gateway.fleet import Caller, Fleet, Passed
+from server.gateway.identity import Claim
+from server.gateway.limits import Budget
+from server.gateway.refusal import MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
+from server.gateway.replies import Bound
+from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
+from server.register import Register
+
+log = logging.getLogger(__name__)
+
+_ENROLMENT = 16 << 10  # bytes
+_PIECE = 64 << 10  # bytes of an answer that are written at once: a slow line then holds no more
+_ADAPTER = 64 << 20  # bytes of the largest adapter, before a ServerApp has told
+_QUIET = 60.0  # seconds between two lines of the log about one device
+_NOT_ENROLLED = "not enrolled here, or revoked"
+
+
+@dataclass
+class Gateway:
+    """All that is reached of a server from outside.
+
+    Args:
+        inside: base URL of the SuperLink.
+        authority: of the federation, in PEM; empty without TLS: then any key may take part.
+        welcome: called with the public key and the name of a newly enrolled device; returns once the SuperLink knows
+            it.
+        node_of: id of the node with this public key; None if the SuperLink doesn't know it yet.
+        largest: bytes of the largest adapter of the run.
+        shelf: routes of the base, for enrolled devices.
+        verify: whom the SuperLink is trusted by.
+        folder: for replies that are coming in.
+        proved: called with the address of a connection and the key that has shown on it to be enrolled.
+    """
+
+    inside: str
+    register: Register
+    hello: Callable[[], Hello]
+    authority: bytes
+    welcome: Callable[[str, str], None]
+    node_of: Callable[[str], int | None] = lambda _: None
+    largest: Callable[[], int] = lambda: _ADAPTER
+    shelf: Sequence[BaseRoute] = ()
+    verify: ssl.SSLContext | bool = True
+    folder: Path = field(default_factory=lambda: Path(gettempdir()))
+    limits: Limits = field(default_factory=Limits)
+    proved: Callable[[Any, str], None] = lambda *_: None
+    transport: httpx.AsyncBaseTransport | None = None
+    budget: Budget = field(init=False)
+    fleet: Fleet = field(init=False)
+    _complained: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.limits)
+        self.fleet = Fleet(
+            SuperLinkClient(self.inside, self.verify, self.transport), lambda: Bound.of(self.largest()), self.folder,
+            registering=not self.authority,
+        )  # fmt: skip
+
+    def app(self) -> Starlette:
+        inside = Starlette(routes=[Route("/v1/anther/in", self._is_in), *self.shelf])
+        app = Starlette(
+            routes=[
+                Route("/v1/anther/ca", self._ca),
+                Route("/v1/anther/hello", self._greet),
+                Route("/v1/anther/enrol", self._enrol, methods=["POST"]),
+                *(Route(call.path, self._endpoint(call), methods=["POST"]) for call in calls.CALLS),
+                Mount("", app=_Enrolled(inside, self)),
+            ]
+        )
+        app.router.redirect_slashes = inside.router.redirect_slashes = False
+        return app
+
+    async def _ca(self, request: Request) -> Response:
+        del request
+        return PlainTextResponse(self.authority.decode())
+
+    async def _greet(self, request: Request) -> Response:
+        del request
+        return _json(self.hello())
+
+    async def _is_in(self, request: Request) -> Response:
+        del request
+        return PlainTextResponse("in")
+
+    async def _enrol(self, request: Request) -> Response:
+        try:
+            body = await _body(request, _ENROLMENT)
+            asked = plain.from_plain(Enrolment, plain.loads(body))
+            check_version(asked.protocol)
+            key = identity.canonical(asked.key)
+            if not (0 < len(asked.name) <= 64 and asked.name.isprintable()):
+                raise AntherError("a device's name has 1 to 64 printable characters: choose another with name=…")
+            member = await run_in_threadpool(self.register.enrol, asked.secret, key, asked.name)
+            await run_in_threadpool(self.welcome, key, member.name)
+        except Refusal as refusal:
+            return _refused(refusal, request)
+        except (AntherError, ValueError) as error:
+            return JSONResponse({"error": str(error)}, status_code=403)
+        log.info("%s is in, of %s", member.name, member.holder)
+        return _json(self.hello())
+
+    def allows(self, request: Request) -> str | None:
+        """The enrolled key that signed a request's path; None if none did."""
+        if not self.authority:
+            return ""
+        key = identity.proven(request.headers, request.scope["path"])
+        return key if key is not None and self.register.look().known(key) is not None else None
+
+    def _endpoint(self, call: Call) -> Callable[[Request], Any]:
+        async def endpoint(request: Request) -> Response:
+            key = ""
+            try:
+                claim = self._claim(request)
+                key = claim.name
+                self.proved(request.scope.get("client"), key)
+                self.budget.take(key)
+                with self.budget.working(key):
+                    message = await self._message(request, call)
+                    answer = await self.fleet.carry_out(call, message, self._caller(claim))
+            except Refusal as refusal:
+                if refusal.hostile:
+                    self._complain(key, refusal.reason)
+                return _refused(refusal, request)
+            except Passed as passed:
+                return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
+            return _pieces(answer.SerializeToString())
+
+        return endpoint
+
+    def _claim(self, request: Request) -> Claim:
+        """The enrolled identity behind a request. Refusal if there is none."""
+        claim = identity.claimed(request.headers)
+        if claim is None or (self.authority and self.register.look().known(claim.name) is None):
+            raise Refusal(UNKNOWN, _NOT_ENROLLED)
+        if not claim.proves(claim.time):
+            raise Refusal(UNKNOWN, "the signature is wrong, or the clock")
+        return claim
+
+    def _caller(self, claim: Claim) -> Caller:
+        headers = claim.headers()
+        node = self.node_of(claim.name) if self.authority else None
+        return Caller(claim.name, identity.pem(claim.key), headers, node)
+
+    async def _message(self, request: Request, call: Call) -> Message:
+        """A request's body, read and parsed."""
+        kinds = request.headers.getlist("content-type")
+        if [kind.partition(";")[0].strip() for kind in kinds] != [PROTOBUF] or "content-encoding" in request.headers:
+            raise hostile("a request of another content type", MALFORMED)
+        length = request.headers.get("content-length", "")
+        size = int(length) if length.isdecimal() and len(length) < 12 else call.most
+        if size > call.most:
+            raise hostile(f"a request of more than {call.most} bytes", TOO_LARGE)
+        with self.budget.reading(size):
+            body = await _body(request, call.most)
+        try:
+            message = call.request.FromString(body)
+        except DecodeError:
+            raise hostile("a request that is no message of Flower's", MALFORMED) from None
+        message.DiscardUnknownFields()
+        return message
+
+    def _complain(self, key: str, reason: str) -> None:
+        """Count a hostile request against its sender, and name it in the log now and then."""
+        self.budget.punish(key)
+        now = time.monotonic()
+        if now - self._complained.get(key, -_QUIET) < _QUIET:
+            return
+        if len(self._complained) > 4096:
+            self._complained.clear()
+        self._complained[key] = now
+        member = self.register.look().known(key)
+        name = f"{member.name} of {member.holder}" if member else "a node"
+        log.warning("%s: refused: %s", name, reason)
+
+
+@dataclass
+class _Enrolled:
+    """An application for enrolled devices."""
+
+    app: Starlette
+    gateway: Gateway
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope)
+        key = self.gateway.allows(request)
+        if key is None:
+            await _refused(Refusal(UNKNOWN, _NOT_ENROLLED), request)(scope, receive, send)
+            return
+        if key:
+            self.gateway.proved(scope.get("client"), key)
+        try:
+            self.gateway.budget.take(key)
+            with self.gateway.budget.working(key):
+                await self.app(scope, receive, send)
+        except Refusal as refusal:
+            await _refused(refusal, request)(scope, receive, send)
+
+
+def check_version(theirs: int) -> None:
+    """AntherError, saying which side has to update, if a device and this server have no protocol in common."""
+    if theirs < messages.OLDEST:
+        raise AntherError(
+            f"this server speaks protocol {messages.OLDEST} and later, and the device {theirs}: update Anther on the "
+            "device (pip install --upgrade anther)"
+        )
+
+
+def now() -> str:
+    """For `Hello.time`: a device whose clock is off would be refused without knowing why."""
+    return datetime.now(UTC).isoformat()
+
+
+async def _body(request: Request, most: int) -> bytes:
+    found = bytearray()
+    try:
+        async for part in request.stream():
+            found += part
+            if len(found) > most:
+                raise hostile(f"a request of more than {most} bytes", TOO_LARGE)
+    except ClientDisconnect:
+        raise Refusal(MALFORMED, "cut off") from None
+    return bytes(found)
+
+
+def _pieces(content: bytes) -> Response:
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(content), _PIECE):
+            yield content[start : start + _PIECE]
+
+    return StreamingResponse(pieces(), media_type=PROTOBUF, headers={"content-length": str(len(content))})
+
+
+def _refused(refusal: Refusal, request: Request) -> Response:
+    """The answer to a request whose body may be unread: a long one is cut off."""
+    length = request.headers.get("content-length", "0")
+    short = "transfer-encoding" not in request.headers and length.isdecimal() and int(length[:12]) <= calls.HEAD
+    return PlainTextResponse(refusal.reason, refusal.status, headers={} if short else {"connection": "close"})
+
+
+def _json(value: Any) -> Response:
+    return Response(plain.dumps(value), media_type="application/json")

@@ -1,0 +1,205 @@
+"""Who may hold a connection, for how long: before anything is known of who is at its other end."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from conf.serving import Limits
+
+_GRACE = 60.0  # seconds in which a request may come as slowly as it likes
+_PER_KEY = 32  # connections of one device
+
+
+class Phase(Enum):
+    """What a connection waits for."""
+
+    HEAD = "a TLS handshake, or the head of a request"
+    BODY = "a request's body"
+    ANSWER = "us, or its reader"
+
+
+@dataclass
+class Connection:
+    """One connection.
+
+    Args:
+        end: closes it at once.
+    """
+
+    address: Any
+    since: float
+    end: Callable[[], None]
+    phase: Phase = Phase.HEAD
+    moved: float = 0.0
+    """When a byte came or went last."""
+    bytes: int = 0
+    """Of the request that is coming."""
+    unsent: Callable[[], int] = lambda: 0
+    left: int = 0
+    """Bytes that were unsent at the last look."""
+    key: str | None = None
+    """That has shown on it to be enrolled."""
+
+    @property
+    def network(self) -> str:
+        return network(self.address)
+
+    def enter(self, phase: Phase, now: float) -> None:
+        """Note what it waits for from now on."""
+        if phase is not self.phase:
+            self.phase, self.since, self.moved, self.bytes = phase, now, now, 0
+
+
+def network(address: Any) -> str:
+    """What one sender has as a whole: an IPv4 address, or a /64 of IPv6."""
+    host = str(address[0]) if isinstance(address, tuple) else str(address)
+    try:
+        found = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if found.version == 4:
+        return host
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+
+
+@dataclass
+class Connections:
+    """All open connections of a listener; used in its event loop only.
+
+    Args:
+        settings: the limits.
+        clock: seconds, monotonic.
+    """
+
+    settings: Limits
+    clock: Callable[[], float] = time.monotonic
+    total: int = 0
+    """Most connections; 0: by the settings and by how many files may be open."""
+    _open: dict[Any, Connection] = field(default_factory=dict)
+    _strangers: Counter[str] = field(default_factory=Counter)  # connections by network on which no key has shown
+
+    def __post_init__(self) -> None:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = self.settings.total_connections if files < 0 else files * 3 // 4
+        self.total = self.total or max(1, min(self.settings.total_connections, allowed))
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def admit(self, address: Any, end: Callable[[], None]) -> bool:
+        """Take a connection in, in place of a stranger's if there are too many; False: it is to be closed."""
+        where = network(address)
+        if self._strangers[where] >= self.settings.connections or address in self._open:
+            return False
+        if len(self._open) >= self.total and not self._evict():
+            return False
+        now = self.clock()
+        self._open[address] = Connection(address, now, end, moved=now)
+        self._strangers[where] += 1
+        return True
+
+    def found(self, address: Any) -> Connection | None:
+        return self._open.get(address)
+
+    def prove(self, address: Any, key: str) -> None:
+        """Note that an enrolled key has shown on a connection; of too many with one key the oldest is closed."""
+        connection = self._open.get(tuple(address) if isinstance(address, list) else address)
+        if connection is None or connection.key == key:
+            return
+        if connection.key is None:
+            self._forget_stranger(connection)
+        connection.key = key
+        same = [other for other in self._open.values() if other.key == key]
+        if len(same) > _PER_KEY:
+            same[0].end()
+
+    def release(self, address: Any) -> None:
+        """Forget a connection that has been closed."""
+        connection = self._open.pop(address, None)
+        if connection is not None and connection.key is None:
+            self._forget_stranger(connection)
+
+    def sweep(self) -> None:
+        """Close what is too slow."""
+        now = self.clock()
+        for connection in [*self._open.values()]:
+            if self._is_late(connection, now):
+                connection.end()
+
+    def _is_late(self, connection: Connection, now: float) -> bool:
+        unsent = connection.unsent()
+        if unsent != connection.left:
+            connection.left, connection.moved = unsent, now
+        quiet = now - connection.moved > self.settings.idle_seconds
+        if unsent:
+            if connection.phase is Phase.HEAD:
+                connection.since = now  # the next head is waited for once this answer has gone
+            return quiet
+        waited = now - connection.since
+        if connection.phase is Phase.HEAD:
+            return waited > self.settings.header_seconds
+        if connection.phase is Phase.BODY:
+            slow = waited > _GRACE and connection.bytes < (waited - _GRACE) * self.settings.slowest_kib * 1024
+            return quiet or slow
+        return False
+
+    def _evict(self) -> bool:
+        """Close the oldest stranger of the network that has most of them; False if there are no strangers."""
+        if not self._strangers:
+            return False
+        where, _ = self._strangers.most_common(1)[0]
+        for connection in self._open.values():  # in the order in which they came
+            if connection.key is None and connection.network == where:
+                connection.end()
+                self.release(connection.address)
+                return True
+        return False
+
+    def _forget_stranger(self, connection: Connection) -> None:
+        self._strangers[connection.network] -= 1
+        if self._strangers[connection.network] <= 0:
+            del self._strangers[connection.network]
+
+
+class Accepted(socket.socket):
+    """A connection that tells when it is closed."""
+
+    released: Callable[[], None] = staticmethod(lambda: None)
+
+    def close(self) -> None:
+        self.released()
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket that hands on connections which `connections` admits."""
+
+    connections: Connections
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept one connection.
+
+        Raises:
+            ConnectionAbortedError: it wasn't admitted, and is closed. asyncio takes this for a client that left.
+        """
+        connection, address = super().accept()
+        accepted = Accepted(fileno=connection.detach())
+
+        def end() -> None:
+            with contextlib.suppress(OSError):
+                accepted.shutdown(socket.SHUT_RDWR)
+
+        if not self.connections.admit(address, end):
+            accepted.close()
+            raise ConnectionAbortedError("too many connections")
+        accepted.released = lambda: self.connections.release(address)
+        return accepted, address

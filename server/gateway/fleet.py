@@ -1,0 +1,300 @@
+"""Flower's fleet protocol, spoken with SuperNodes: each call is checked, and made anew to the SuperLink."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.proto.fleet_pb2 import Reconnect
+from google.protobuf.message import Message
+from starlette.concurrency import run_in_threadpool
+
+from server.gateway import calls
+from server.gateway.calls import Call
+from server.gateway.conversations import Conversation, Given
+from server.gateway.refusal import LATER, NOT_YOURS, UNKNOWN, Refusal, hostile
+from server.gateway.replies import Bound, Reply
+from server.gateway.superlink_client import Answer, SuperLinkClient
+
+_CONVERSATIONS = 4096
+_STALLED = 600.0  # seconds without an object
+_TRIES = 10  # to hand a reply on that the SuperLink doesn't store
+
+
+class Caller(NamedTuple):
+    """The node that a request is from, as its signature shows."""
+
+    key: str
+    """In OpenSSH's form."""
+    pem: bytes
+    headers: Mapping[str, str]
+    """That prove it to the SuperLink; they sign the time, so they do for more than one call."""
+    node: int | None
+    """Its id; None where the gateway doesn't know nodes by their keys (without TLS) and it hasn't come yet."""
+
+
+class Passed(Exception):  # noqa: N818
+    """The SuperLink's own refusal, for the device."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
+@dataclass
+class Fleet:
+    """All conversations with nodes.
+
+    Args:
+        superlink: that calls are made to.
+        bound: how much a reply of the run may hold.
+        folder: for replies that are coming in.
+        registering: whether nodes register themselves (without TLS and keys).
+        spool_bytes: of all replies that are coming in.
+    """
+
+    superlink: SuperLinkClient
+    bound: Callable[[], Bound]
+    folder: Path
+    registering: bool = False
+    spool_bytes: int = 4 << 30
+    conversations: OrderedDict[str, Conversation] = field(default_factory=OrderedDict)
+
+    async def carry_out(self, call: Call, message: Any, caller: Caller) -> Message:
+        """Answer one call.
+
+        Raises:
+            Refusal: it isn't carried out.
+            Passed: the SuperLink refuses it.
+        """
+        if call in (calls.REGISTER, calls.ACTIVATE):
+            return await self._come(call, message, caller)
+        conversation = self._conversation(caller)
+        if call in (calls.DEACTIVATE, calls.UNREGISTER):
+            return await self._leave(call, message, caller, conversation)
+        if message.node.node_id != conversation.node:
+            raise hostile("another node's id", UNKNOWN)
+        handlers: dict[Call, Callable[[Any, Caller, Conversation], Awaitable[Message]]] = {
+            calls.HEARTBEAT: self._heartbeat, calls.PULL_MESSAGES: self._pull_messages, calls.GET_RUN: self._get_run,
+            calls.GET_FAB: self._get_fab, calls.PULL_OBJECT: self._pull_object, calls.CONFIRM: self._confirm,
+            calls.PUSH_MESSAGES: self._push_messages, calls.PUSH_OBJECT: self._push_object,
+        }  # fmt: skip
+        return await handlers[call](message, caller, conversation)
+
+    async def _come(self, call: Call, message: Any, caller: Caller) -> Message:
+        if message.public_key != caller.pem:
+            raise hostile("another node's key", UNKNOWN)
+        if call is calls.REGISTER:
+            if not self.registering:
+                raise hostile("nodes of this federation are enrolled, and don't register")
+            found = await self._ask(call, calls.REGISTER.request(public_key=caller.pem), caller)
+        else:
+            if caller.node is None and not self.registering:
+                raise Refusal(LATER, "the federation is starting")
+            asked = call.request(public_key=caller.pem, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+            found = await self._ask(call, asked, caller)
+        self._begin(caller.key, found.node_id)
+        return found
+
+    async def _leave(self, call: Call, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        if message.node_id != conversation.node:
+            raise hostile("another node's id", UNKNOWN)
+        if call is calls.UNREGISTER and not self.registering:
+            raise hostile("nodes of this federation are enrolled, and don't register")
+        return await self._ask(call, call.request(node_id=conversation.node), caller)
+
+    async def _heartbeat(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        del message
+        return await self._ask(
+            calls.HEARTBEAT, _request(calls.HEARTBEAT, conversation, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
+            caller,
+        )  # fmt: skip
+
+    async def _pull_messages(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        del message
+        async with conversation.lock:
+            found = await self._ask(calls.PULL_MESSAGES, _request(calls.PULL_MESSAGES, conversation), caller)
+            earlier = [name for name, given in conversation.given.items() if not given.confirmed]
+            for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                conversation.gave(head, tree)
+            if found.messages_list:  # it is done with the one before, whose objects would stay for good
+                for name in earlier:
+                    with contextlib.suppress(Passed, Refusal):
+                        await self._confirm_for(name, conversation.given.get(name), caller, conversation)
+        return found
+
+    async def _get_run(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        if not conversation.takes_part_in(message.run_id):
+            raise hostile("a run that this node takes no part in")
+        return await self._ask(calls.GET_RUN, _request(calls.GET_RUN, conversation, run_id=message.run_id), caller)
+
+    async def _get_fab(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        if not conversation.takes_part_in(message.run_id) or len(message.hash_str) > 64:
+            raise hostile("a run that this node takes no part in")
+        conversation.fabs[message.run_id] += 1
+        if conversation.fabs[message.run_id] > 16:
+            raise hostile("the same app again and again")
+        asked = _request(calls.GET_FAB, conversation, run_id=message.run_id, hash_str=message.hash_str)
+        return await self._ask(calls.GET_FAB, asked, caller)
+
+    async def _pull_object(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        given = conversation.gives(message.object_id, message.run_id)
+        found = await self._object(message.run_id, message.object_id, caller, conversation)
+        if found.object_available:
+            given.pulls[message.object_id] += 1
+            given.sent.add(message.object_id)
+        return found
+
+    async def _confirm(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        given = conversation.message(message.message_object_id, message.run_id)
+        async with conversation.lock:
+            if not await self._confirm_for(message.message_object_id, given, caller, conversation):
+                raise hostile("receipt of a message that isn't there yet", LATER)
+        return calls.CONFIRM.response()
+
+    async def _confirm_for(self, name: str, given: Given | None, caller: Caller, conversation: Conversation) -> bool:
+        """Confirm a message's receipt, whereupon the SuperLink removes it; False if the server isn't done sending it.
+
+        A SuperNode needn't pull an object that it happens to hold, so what it hasn't pulled is looked for.
+        """
+        if given is None or given.confirmed:
+            return True
+        for identifier in given.objects - given.sent:
+            found = await self._object(given.head.run_id, identifier, caller, conversation)
+            if found.object_found and not found.object_available:
+                return False
+            given.sent.add(identifier)
+        await self._remove(given.head.run_id, name, caller, conversation)
+        given.confirmed = True
+        return True
+
+    async def _push_messages(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        del caller
+        async with conversation.lock:
+            if conversation.reply is None:
+                self._make_room()
+            reply = conversation.begin(message, self.bound(), self.folder)
+            head = message.messages_list[0]
+            response = calls.PUSH_MESSAGES.response(reconnect=Reconnect(reconnect=5))
+            response.results[head.metadata.message_id] = 0
+            if reply is None:
+                return response
+            response.session_id = reply.session
+            # All of them, whatever the SuperLink holds: which it does is not for devices to know.
+            response.objects_to_push.extend(reply.objects)
+            return response
+
+    async def _push_object(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+        async with conversation.lock:
+            reply = conversation.reply
+            if reply is None or reply.session != message.session_id or reply.head.metadata.run_id != message.run_id:
+                if conversation.handed_on_session == message.session_id:  # the last answer was lost
+                    return calls.PUSH_OBJECT.response(stored=True)
+                raise hostile("an object of no reply")
+            await run_in_threadpool(reply.add, message.object_id, message.object_content)
+            if reply.whole:
+                await self._hand_on(reply, caller, conversation)
+        return calls.PUSH_OBJECT.response(stored=True)
+
+    async def _hand_on(self, reply: Reply, caller: Caller, conversation: Conversation) -> None:
+        """Give a reply that is whole to the SuperLink."""
+        reply.tries += 1
+        run = reply.head.metadata.run_id
+        asked = _request(
+            calls.PUSH_MESSAGES, conversation, messages_list=[reply.head], message_object_trees=[reply.tree],
+            clientapp_runtime_list=[reply.runtime],
+        )  # fmt: skip
+        try:
+            found = await self._ask(calls.PUSH_MESSAGES, asked, caller)
+            wanted = set(found.objects_to_push)
+            for identifier in [name for name in reply.objects if name in wanted]:
+                content = await run_in_threadpool(reply.content, identifier)
+                stored = await self._ask(
+                    calls.PUSH_OBJECT,
+                    _request(
+                        calls.PUSH_OBJECT, conversation, run_id=run, object_id=identifier, object_content=content,
+                        session_id=found.session_id,
+                    ),
+                    caller,
+                )  # fmt: skip
+                if not stored.stored:
+                    status = LATER if reply.tries < _TRIES else NOT_YOURS
+                    raise Refusal(status, "the server doesn't take this reply")
+        except Passed:  # as where the run is over
+            conversation.drop(reply)
+            raise
+        except Refusal:
+            if reply.tries >= _TRIES:
+                conversation.drop(reply)
+            raise
+        if (old := conversation.handed_on(reply)) is not None:
+            with contextlib.suppress(Passed, Refusal):
+                await self._remove(*old, caller, conversation)
+
+    async def _object(self, run: int, identifier: str, caller: Caller, conversation: Conversation) -> Any:
+        return await self._ask(
+            calls.PULL_OBJECT, _request(calls.PULL_OBJECT, conversation, run_id=run, object_id=identifier), caller
+        )
+
+    async def _remove(self, run: int, message: str, caller: Caller, conversation: Conversation) -> None:
+        """Have the SuperLink remove a message's objects, if they are there."""
+        asked = _request(calls.CONFIRM, conversation, run_id=run, message_object_id=message)
+        await self._ask(calls.CONFIRM, asked, caller)
+
+    async def _ask(self, call: Call, message: Message, caller: Caller) -> Any:
+        answer = await self.superlink.ask(call, message, caller.headers)
+        if answer.status >= 500:  # such as a database that is locked
+            raise Refusal(LATER, "the server is busy")
+        if answer.status != 200:
+            raise Passed(answer)
+        return call.response.FromString(answer.content)
+
+    def _conversation(self, caller: Caller) -> Conversation:
+        found = self.conversations.get(caller.key)
+        node = caller.node
+        if node is None and found is not None:
+            node = found.node
+        if node is None:
+            raise Refusal(UNKNOWN if self.registering else LATER, "this node hasn't come yet")
+        if found is None or found.node != node:
+            found = self._begin(caller.key, node)
+        self.conversations.move_to_end(caller.key)
+        return found
+
+    def _begin(self, key: str, node: int) -> Conversation:
+        """The conversation with a node; another if it got another id."""
+        found = self.conversations.get(key)
+        if found is None or found.node != node:
+            if found is not None:
+                found.close()
+            found = self.conversations[key] = Conversation(node)
+        while len(self.conversations) > _CONVERSATIONS:
+            _, oldest = self.conversations.popitem(last=False)
+            oldest.close()
+        return found
+
+    def _make_room(self) -> None:
+        """Drop replies that don't come on, where those of all fill the spool. Refusal if that isn't enough."""
+        replies = [(found, found.reply) for found in self.conversations.values() if found.reply is not None]
+        total = sum(reply.size for _, reply in replies)
+        if total <= self.spool_bytes:
+            return
+        for conversation, reply in replies:
+            if time.monotonic() - reply.touched > _STALLED:
+                total -= reply.size
+                conversation.drop(reply)
+        if total > self.spool_bytes:
+            raise Refusal(LATER, "the server is busy")
+
+
+def _request(call: Call, conversation: Conversation, **fields: Any) -> Message:
+    """A request in the name of the conversation's node."""
+    found: Any = call.request(**fields)
+    found.node.node_id = conversation.node
+    return found

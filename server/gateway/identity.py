@@ -1,0 +1,110 @@
+"""Device identity: a signature with the key that the device was enrolled with.
+
+Flower's SuperNode signs the time; our own calls sign the time and the path, with the same key and headers. Each header
+must be there exactly once: of two, the gateway and the SuperLink could believe different ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
+from starlette.datastructures import Headers
+
+from conf.errors import AntherError
+
+KEY, TIME, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"
+TOLERANCE = 300.0  # seconds that clocks may differ
+
+_CURVE = "secp384r1"
+_LONGEST = 512  # characters of a header; an honest key takes 288
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A public key that a request names; only its signature shows that the sender holds the private one."""
+
+    key: ec.EllipticCurvePublicKey
+    name: str
+    """The key in OpenSSH's form: how the register knows it."""
+    time: str
+    signature: str
+
+    def proves(self, signed: str, *, now: datetime | None = None) -> bool:
+        """Whether the key signed this text, at a time near enough to ours."""
+        try:
+            apart = abs(((now or datetime.now(UTC)) - datetime.fromisoformat(self.time)).total_seconds())
+            if not apart <= TOLERANCE:
+                return False
+            signature = base64.b64decode(self.signature, validate=True)
+            self.key.verify(signature, signed.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def headers(self) -> dict[str, str]:
+        """The three headers as Flower writes them, whatever form of them the request had."""
+        return {KEY: base64.b64encode(pem(self.key)).decode(), TIME: self.time, SIGNATURE: self.signature}
+
+
+def claimed(headers: Headers) -> Claim | None:
+    """The identity that a request claims; None if a header is missing, doubled, or no key of ours."""
+    values = [headers.getlist(name) for name in (KEY, TIME, SIGNATURE)]
+    if any(len(found) != 1 or len(found[0]) > _LONGEST for found in values):
+        return None
+    (key,), (time,), (signature,) = values
+    found = _key(key)
+    return None if found is None else Claim(found, written(found), time, signature)
+
+
+def proven(headers: Headers, path: str, *, now: datetime | None = None) -> str | None:
+    """The key that signed this path and a near time, in OpenSSH's form; None if none did."""
+    claim = claimed(headers)
+    return claim.name if claim is not None and claim.proves(f"{claim.time} {path}", now=now) else None
+
+
+def canonical(key: str) -> str:
+    """A public key in OpenSSH's form without its comment.
+
+    Raises:
+        AntherError: it isn't an EC key of 384 bits.
+    """
+    try:
+        found = load_ssh_public_key(key.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        found = None
+    if not isinstance(found, ec.EllipticCurvePublicKey) or found.curve.name != _CURVE:
+        raise AntherError("the public key must be ecdsa-sha2-nistp384, as python -m client.enroll makes it")
+    return written(found)
+
+
+def written(key: Any) -> str:
+    """A public key in OpenSSH's form, without a comment."""
+    text: bytes = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return text.decode()
+
+
+@functools.lru_cache(maxsize=1024)
+def _key(header: str) -> ec.EllipticCurvePublicKey | None:
+    try:
+        found = load_pem_public_key(base64.b64decode(header, validate=True))
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return found if isinstance(found, ec.EllipticCurvePublicKey) and found.curve.name == _CURVE else None
+
+
+def pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A public key as Flower knows it."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

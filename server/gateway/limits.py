@@ -1,0 +1,86 @@
+"""How much each device may ask for, and all of them together."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from conf.serving import Limits
+from server.gateway.refusal import LATER, Refusal
+
+HOSTILE = 30.0  # requests that one counts as which no SuperNode of ours sends
+
+_FORGOTTEN = 4096  # keys
+
+
+@dataclass
+class _Bucket:
+    left: float
+    at: float
+
+
+class Budget:
+    """Requests a minute and at once by key, and bytes of bodies that are being read by all.
+
+    Args:
+        settings: the limits.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, settings: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings, self._clock = settings, clock
+        self._buckets: dict[str, _Bucket] = {}
+        self._working: Counter[str] = Counter()
+        self._reading = 0
+
+    def take(self, key: str, amount: float = 1.0) -> None:
+        """Count a request of a key's.
+
+        Raises:
+            Refusal: the key has no more for now.
+        """
+        bucket = self._refilled(key)
+        if bucket.left <= 0:
+            raise Refusal(LATER, "too many requests; try again in a minute")
+        bucket.left -= amount
+
+    def punish(self, key: str) -> None:
+        """Count a hostile request as many."""
+        bucket = self._refilled(key)
+        bucket.left = max(bucket.left - HOSTILE, -float(self._settings.requests_per_minute))
+
+    @contextmanager
+    def working(self, key: str) -> Iterator[None]:
+        """Within it, one of the requests that a key may have at once. Refusal if it has as many already."""
+        if self._working[key] >= self._settings.concurrent:
+            raise Refusal(LATER, "too many requests at once")
+        self._working[key] += 1
+        try:
+            yield
+        finally:
+            self._working[key] -= 1
+            if not self._working[key]:
+                del self._working[key]
+
+    @contextmanager
+    def reading(self, size: int) -> Iterator[None]:
+        """Within it, memory for a body of this many bytes. Refusal if bodies fill what there is for them."""
+        if self._reading + size > self._settings.body_mib * 2**20:
+            raise Refusal(LATER, "the server is busy")
+        self._reading += size
+        try:
+            yield
+        finally:
+            self._reading -= size
+
+    def _refilled(self, key: str) -> _Bucket:
+        most, now = float(self._settings.requests_per_minute), self._clock()
+        if len(self._buckets) > _FORGOTTEN:
+            self._buckets = {name: bucket for name, bucket in self._buckets.items() if now - bucket.at < 60.0}
+        bucket = self._buckets.setdefault(key, _Bucket(most, now))
+        bucket.left = min(most, bucket.left + (now - bucket.at) * most / 60.0)
+        bucket.at = now
+        return bucket

@@ -1,0 +1,128 @@
+"""The gateway at its port: uvicorn's HTTP, with limits on connections that uvicorn doesn't have."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+import time
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from conf.errors import AntherError
+from server.gateway.app import Gateway
+from server.gateway.connections import Connection, Connections, Listener, Phase
+from server.superlink import Certificates
+
+_HEAD = 16 << 10  # bytes of a request's head
+_BACKLOG = 512
+_KEEP_ALIVE = 15  # seconds that a connection stays open for the next request
+
+
+class WatchedProtocol(H11Protocol):
+    """HTTP/1.1 that tells what its connection waits for."""
+
+    admitted: Connections
+    watched: Connection | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.watched = self.admitted.found(transport.get_extra_info("peername"))
+        if self.watched is None:  # it has been given up meanwhile
+            transport.abort()
+        else:
+            self.watched.unsent = transport.get_write_buffer_size
+            self.watched.end = transport.abort
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.watched is not None:
+            self._note()
+            self.watched.moved = self.admitted.clock()
+            self.watched.bytes += len(data)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note(again=True)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # the answer is still going, over a slow line
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _note(self, *, again: bool = False) -> None:
+        if self.watched is None:
+            return
+        if self.conn.their_state is h11.SEND_BODY:
+            phase = Phase.BODY
+        elif self.cycle is not None and not self.cycle.response_complete:
+            phase = Phase.ANSWER
+        else:
+            phase = Phase.HEAD
+        now = self.admitted.clock()
+        if again and phase is Phase.HEAD:
+            self.watched.since = now
+        self.watched.enter(phase, now)
+
+
+class _Server(uvicorn.Server):
+    """Runs in a thread, and closes what is too slow."""
+
+    connections: Connections
+
+    def install_signal_handlers(self) -> None:
+        """None: the process has its own."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            self.connections.sweep()
+        return await super().on_tick(counter)
+
+
+def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates | None) -> uvicorn.Server:
+    """Open the gateway in a thread of its own; AntherError if nothing can listen at that address."""
+    connections = Connections(gateway.limits)
+    gateway.proved = connections.prove
+    protocol = type("Protocol", (WatchedProtocol,), {"admitted": connections})
+    listener = _listener(host, port, connections)
+    config = uvicorn.Config(
+        gateway.app(), http=protocol, ws="none", loop="asyncio", lifespan="off", interface="asgi3", log_level="warning",
+        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5, backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE, h11_max_incomplete_event_size=_HEAD,
+        ssl_certfile=certificates and str(certificates.certificate), ssl_keyfile=certificates and str(certificates.key),
+    )  # fmt: skip
+    server = _Server(config)
+    server.connections = connections
+    thread = threading.Thread(target=server.run, args=([listener],), name="gateway", daemon=True)
+    thread.start()
+    while thread.is_alive() and not server.started:
+        time.sleep(0.05)
+    if not server.started:
+        raise AntherError(f"{host}:{port}: nobody can listen there: choose another server.port, or stop what does")
+    return server
+
+
+def show(server: uvicorn.Server, certificates: Certificates) -> None:
+    """Show this certificate from the next connection on."""
+    assert isinstance(server.config.ssl, ssl.SSLContext)
+    server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
+
+
+def _listener(host: str, port: int, connections: Connections) -> Listener:
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        listener = Listener(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        raise AntherError(
+            f"{host}:{port}: nobody can listen there: choose another server.port, or stop what does"
+        ) from None
+    listener.connections = connections
+    return listener

@@ -1,0 +1,186 @@
+"""One reply as it comes in: its head and the tree of its objects first, then the objects one by one.
+
+Flower stores what a tree promises before an object has come, and believes that the children it names are those that the
+objects name. Here a reply is put together outside of the SuperLink and handed on only when it is whole and true: every
+object has come, is what its hash says, is of a kind that a reply of ours has at that place, and names the children that
+the tree named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from flwr.proto.message_pb2 import Message, ObjectTree
+from google.protobuf.message import DecodeError
+
+from server.gateway.calls import CHUNK, HEAD
+from server.gateway.refusal import hostile
+
+_KINDS = (("Message",), ("RecordDict",), ("ConfigRecord", "ArrayRecord"), ("Array",), ("ArrayChunk",))  # by depth
+_DATA = len(_KINDS) - 1  # depth of the objects that hold an array's data
+_SAME = ("run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type", "created_at", "ttl")
+_ID = re.compile(r"[0-9a-f]{64}")
+_DIVIDER = b"\0"
+_WITHOUT_DATA = 8  # objects of a reply beside the data of its array; ours have five
+_BESIDE = 1 << 20  # bytes beside it: the JSON of a message with everything around it
+_IN_MEMORY = 256 << 10  # bytes of a reply that aren't put on the disk
+
+
+class Bound(NamedTuple):
+    """How much one reply may hold."""
+
+    objects: int
+    bytes: int
+
+    @classmethod
+    def of(cls, adapter: int) -> Bound:
+        """For a largest adapter of this many bytes."""
+        size = adapter + _BESIDE
+        return cls(objects=_WITHOUT_DATA + -(-size // CHUNK), bytes=size)
+
+
+class Promised(NamedTuple):
+    """One object of a tree."""
+
+    depth: int
+    children: frozenset[str]
+
+
+def promised(tree: ObjectTree, most: int) -> dict[str, Promised]:
+    """The objects that a tree names, children before their parents.
+
+    Args:
+        most: names in the tree at most, repetitions counted.
+
+    Raises:
+        Refusal: no reply of ours has such a tree.
+    """
+    found: dict[str, Promised] = {}
+    order: list[tuple[ObjectTree, int]] = []
+    waiting = [(tree, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        order.append((node, depth))
+        if len(order) + len(waiting) + len(node.children) > most:
+            raise hostile(f"a reply of more than {most} objects")
+        if depth == _DATA and node.children:
+            raise hostile("a tree of objects that is too deep")
+        waiting += [(child, depth + 1) for child in node.children]
+    for node, depth in reversed(order):
+        if not _ID.fullmatch(node.object_id):
+            raise hostile("an object's id that is no hash")
+        children = [child.object_id for child in node.children]
+        entry = Promised(depth, frozenset(children))
+        if len(entry.children) != len(children) or found.setdefault(node.object_id, entry) != entry:
+            raise hostile("a tree of objects that contradicts itself")
+    return found
+
+
+def check_object(identifier: str, content: bytes, expected: Promised) -> None:
+    """Refuse an object that isn't what its id and its place in the tree say."""
+    if len(content) > (CHUNK + HEAD if expected.depth == _DATA else HEAD):
+        raise hostile("an object that is too large")
+    if hashlib.sha256(content).hexdigest() != identifier:
+        raise hostile("an object that its hash isn't of")
+    end = content.find(_DIVIDER, 0, HEAD)
+    try:
+        kind, children, size = content[: max(end, 0)].decode().split(" ")
+    except ValueError:
+        raise hostile("an object without a head") from None
+    named = children.split(",") if children else []
+    if kind not in _KINDS[expected.depth] or len(named) != len(set(named)) or set(named) != expected.children:
+        raise hostile("an object that isn't what its tree says")
+    if size != str(len(content) - end - 1):
+        raise hostile("an object of another length than its head says")
+
+
+def check_root(content: bytes, head: Message) -> None:
+    """Refuse a reply's root object if its metadata isn't that of the head: the ServerApp reads the object's."""
+    try:
+        body = Message.FromString(content[content.find(_DIVIDER) + 1 :])
+    except DecodeError:
+        raise hostile("a reply whose root is no message") from None
+    same = all(getattr(body.metadata, name) == getattr(head.metadata, name) for name in _SAME)
+    errors = [(found.HasField("error"), found.error.code, found.error.reason) for found in (body, head)]
+    if not same or errors[0] != errors[1] or body.content.ByteSize():
+        raise hostile("a reply whose root says otherwise than its head")
+
+
+@dataclass
+class Reply:
+    """A reply that is coming in.
+
+    Args:
+        head: the message without its content, as it will be handed on.
+        tree: of its objects, as it will be handed on.
+        objects: that the tree names, children before parents.
+        bound: how much it may hold.
+        folder: for what has come of it.
+    """
+
+    head: Message
+    tree: ObjectTree
+    runtime: float
+    objects: dict[str, Promised]
+    bound: Bound
+    folder: Path
+    session: str = field(default_factory=lambda: secrets.token_hex(16))
+    tries: int = 0
+    """How often it was handed on in vain."""
+    size: int = 0
+    touched: float = field(default_factory=time.monotonic)
+    """When an object came last."""
+    _places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and length, by id
+    _spool: IO[bytes] | None = None
+
+    @property
+    def identifier(self) -> str:
+        """The message's id, which is that of its root object."""
+        return str(self.tree.object_id)
+
+    @property
+    def whole(self) -> bool:
+        return len(self._places) == len(self.objects)
+
+    def add(self, identifier: str, content: bytes) -> None:
+        """Take one object; one that has come before is only checked again.
+
+        Raises:
+            Refusal: it isn't one of this reply's, or isn't what it should be.
+        """
+        if (expected := self.objects.get(identifier)) is None:
+            raise hostile("an object that is none of this reply's")
+        check_object(identifier, content, expected)
+        if expected.depth == 0:
+            check_root(content, self.head)
+        if identifier in self._places:
+            return
+        if self.size + len(content) > self.bound.bytes:
+            raise hostile(f"a reply of more than {self.bound.bytes} bytes")
+        if self._spool is None:
+            self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(self.folder))  # noqa: SIM115
+        self._spool.seek(self.size)
+        self._spool.write(content)
+        self._places[identifier] = self.size, len(content)
+        self.touched = time.monotonic()
+        self.size += len(content)
+
+    def content(self, identifier: str) -> bytes:
+        """An object that has come."""
+        offset, length = self._places[identifier]
+        assert self._spool is not None
+        self._spool.seek(offset)
+        return self._spool.read(length)
+
+    def close(self) -> None:
+        """Give its room back."""
+        if self._spool is not None:
+            self._spool.close()
+        self._spool = None

@@ -1,0 +1,69 @@
+"""How the gateway asks the SuperLink: by a table's path, with a message that it wrote itself."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import httpx
+from google.protobuf.message import Message
+
+from server.gateway.calls import Call
+from server.gateway.refusal import LATER, Refusal
+
+PROTOBUF = "application/protobuf"
+_TIMEOUT = 60.0  # seconds
+_AT_ONCE = 32  # requests; a SuperLink works on 40
+
+
+class Answer(NamedTuple):
+    """The SuperLink's answer."""
+
+    status: int
+    content: bytes
+    kind: str
+    """Its content type."""
+
+
+@dataclass
+class SuperLinkClient:
+    """Asks the SuperLink in the name of a node.
+
+    Args:
+        address: base URL.
+        verify: whom it is trusted by.
+    """
+
+    address: str
+    verify: ssl.SSLContext | bool = True
+    transport: httpx.AsyncBaseTransport | None = None
+    _client: httpx.AsyncClient | None = field(default=None, init=False)
+    _slots: asyncio.Semaphore | None = field(default=None, init=False)
+
+    async def ask(self, call: Call, message: Message, headers: Mapping[str, str]) -> Answer:
+        """Make one call.
+
+        Args:
+            headers: that prove whose it is.
+
+        Raises:
+            Refusal: the SuperLink is away.
+        """
+        if self._client is None or self._slots is None:  # in the gateway's own event loop
+            self._client = httpx.AsyncClient(
+                base_url=self.address, verify=self.verify, timeout=_TIMEOUT, trust_env=False, transport=self.transport,
+                follow_redirects=False,
+            )  # fmt: skip
+            self._slots = asyncio.Semaphore(_AT_ONCE)
+        own = {"content-type": PROTOBUF, "accept": PROTOBUF}
+        try:
+            async with self._slots:
+                found = await self._client.post(
+                    call.path, content=message.SerializeToString(), headers={**headers, **own}
+                )
+        except httpx.TransportError:
+            raise Refusal(LATER, "the federation is starting again") from None
+        return Answer(found.status_code, found.content, found.headers.get("content-type", PROTOBUF))

@@ -1,0 +1,102 @@
+"""Flower's SuperLink, open to its own user only:  python -m server.local_superlink ARGUMENTS-OF-flower-superlink
+
+Its APIs listen on a loopback port and know no passwords: a client of the control API starts runs, and a run is code.
+Flower can't listen on a Unix socket, and a network namespace isn't available everywhere (containers, hardened kernels)
+and would cut the ServerApp off the network. The kernel, however, knows which user owns the other end of a loopback
+connection: a connection of any user but our own and root is closed before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+UNGUARDED = "ANTHER_UNGUARDED"
+"""Set to 1: let every local user in, where the system can't tell one from another."""
+
+_TABLE = Path("/proc/net/tcp")  # of our own network namespace
+_ESTABLISHED, _NO_INODE = "01", "0"
+_ROOT = 0
+
+Address = tuple[str, int]
+
+
+def owner(peer: Address, ours: Address, table: str) -> int | None:
+    """User id of the process at the other end of a loopback connection.
+
+    Args:
+        peer: IPv4 address and port of the other end.
+        ours: IPv4 address and port of this end.
+        table: contents of /proc/net/tcp.
+
+    Returns:
+        None if the other end isn't on this machine, or has closed its socket: then it belongs to no user any more.
+    """
+    wanted = [_written(peer), _written(ours)]
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        if fields[1:3] == wanted and fields[3] == _ESTABLISHED and fields[9] != _NO_INODE:
+            return int(fields[7])
+    return None
+
+
+class OwnUserListener(socket.socket):
+    """A listening socket on loopback that closes connections of other users."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept one connection of our own user, or of root.
+
+        Raises:
+            ConnectionAbortedError: it was of another user, and is closed. asyncio takes this for a client that left.
+        """
+        connection, address = super().accept()
+        user = owner(address, connection.getsockname(), _TABLE.read_text())
+        if user is None or user not in (os.geteuid(), _ROOT):
+            connection.close()
+            print(f"closed a connection of user {'unknown' if user is None else user}", file=sys.stderr, flush=True)
+            raise ConnectionAbortedError("a connection of another user")
+        return connection, address
+
+
+def main() -> None:
+    """Run Flower's own command with our socket in place of its own."""
+    command: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    command.uvicorn = SimpleNamespace(run=_serve)
+    command.flower_superlink()
+
+
+def _serve(*, app: Any, host: str, port: int, reload: bool, workers: int, **settings: Any) -> None:
+    """Stand for `uvicorn.run`."""
+    del reload, workers
+    import uvicorn
+
+    with _listener() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            sys.exit(f"{host}:{port}: can't listen there ({error.strerror}): choose another server.inner_port")
+        uvicorn.Server(uvicorn.Config(app, **settings)).run(sockets=[listener])
+
+
+def _listener() -> socket.socket:
+    if _TABLE.exists():
+        return OwnUserListener(socket.AF_INET, socket.SOCK_STREAM)
+    if os.environ.get(UNGUARDED) == "1":
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sys.exit(f"{_TABLE} is missing, so that local users can't be told apart: server.unguarded=true accepts all of them")
+
+
+def _written(address: Address) -> str:
+    """An IPv4 address and port as the kernel writes them."""
+    number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
+    return f"{number:08X}:{address[1]:04X}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Who may connect to the SuperLink on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from server.local_superlink import OwnUserListener, owner
+
+NOBODY = 65534
+CLIENT = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=10) as line:
+    line.sendall(b"hello")
+    try:
+        sys.stdout.write(line.recv(100).decode())
+    except OSError:
+        pass
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net/tcp")
+
+
+@pytest.fixture
+def port():
+    """Of a listener that greets each connection of its own user."""
+    with OwnUserListener(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def greet():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except ConnectionAbortedError:
+                    continue
+                except OSError:
+                    return
+                with connection:
+                    connection.sendall(b"welcome")
+
+        threading.Thread(target=greet, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def connect(port, **options):
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, str(port)], capture_output=True, text=True, check=False, **options
+    )
+    return done.stdout
+
+
+def test_own_user_connects(port):
+    assert connect(port) == "welcome"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_another_user_is_closed_before_a_byte_is_read(port):
+    assert connect(port, user=NOBODY, cwd="/") == ""
+    assert connect(port) == "welcome"
+
+
+def test_owner_is_that_of_the_other_end_while_it_is_open():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as line:
+        connection, peer = listener.accept()
+        ours = listener.getsockname()
+        with connection:
+            with open("/proc/net/tcp") as table:  # noqa: PTH123
+                assert owner(peer, ours, table.read()) == os.geteuid()
+            line.close()  # a socket that nobody holds is listed as root's
+            with open("/proc/net/tcp") as table:  # noqa: PTH123
+                assert owner(peer, ours, table.read()) is None
+    assert owner(("192.0.2.1", 5), ours, "header\n") is None
