@@ -10,7 +10,7 @@ INSTALLED_DEV := .venv/.installed-dev
 MOST := -m "not slow" -n logical --maxprocesses 8 --dist worksteal  # of the tests: `slow` marks the others
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate audit gate faults soak locks smoke-aarch64 test coverage test-slow format clean
+.PHONY: help simulate audit gate gateway faults soak locks smoke-aarch64 test coverage test-slow format clean
 
 help:  ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ audit: $(INSTALLED)  ## attack what privacy promises, and leave a page (ARGS="'r
 
 gate: $(INSTALLED)  ## 20,000 malicious messages: what they cost, and whether one comes in
 	@$(BIN)/python -m bench.gate $(ARGS)
+
+gateway: $(INSTALLED)  ## 20,000 hostile calls at a server with three honest devices: what becomes of their rounds
+	@$(BIN)/python -m bench.gateway $(ARGS)
 
 faults: $(INSTALLED)  ## what happens to real devices, done to a federation of processes (root, Linux; hours; ARGS="--jobs 8" on many cores)
 	@$(BIN)/python -m bench.faults $(ARGS)

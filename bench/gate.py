@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load as stock_load
 
-from bench.doors import ACCEPTED, Door, doors
+from bench.ingress import ACCEPTED, Ingress, ingresses
 from bench.invariants import Expected, violations_of_adapter
 from bench.machine import machine, versions
 from bench.malice import Attack, delivering, mutation, payloads, records_of, texts
@@ -78,9 +78,9 @@ def _resident(name: str) -> int:
     return int(found)
 
 
-def corpus(door: Door, *, empty: int = EMPTY) -> Iterator[Attack]:
+def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[Attack]:
     """The honest message, and every named attack on its kind."""
-    letter = door.honest
+    letter = ingress.honest
     yield delivering("honest", records_of(letter), letter.adapter)
     for kind, text in texts(letter.text):
         yield delivering(kind, records_of(letter._replace(text=text)))
@@ -96,12 +96,12 @@ def run(sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty:
     sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
     expected = Expected("Update", sizes, rank, {"rank": rank})
 
-    every = doors(sites, rank=rank, folder=folder)
+    every = ingresses(sites, rank=rank, folder=folder)
 
-    def attacks() -> Iterator[tuple[str, Door, Attack]]:
+    def attacks() -> Iterator[tuple[str, Ingress, Attack]]:
         random = Random(seed)
-        for name, door in every.items():
-            yield from ((_direction(name), door, attack) for attack in corpus(door, empty=empty))
+        for name, ingress in every.items():
+            yield from ((_direction(name), ingress, attack) for attack in corpus(ingress, empty=empty))
         names = sorted(every)
         names += ["Update", "Train"] * 4  # they hold most of what can be wrong
         for _ in range(fuzzed):
@@ -109,8 +109,8 @@ def run(sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty:
             attack = mutation(every[name].honest, random, objects=name in TO_SERVER)
             yield _direction(name), every[name], attack._replace(kind=f"fuzzed: {attack.kind}")
 
-    for direction, door, attack in attacks():
-        opened = door.open(attack)
+    for direction, ingress, attack in attacks():
+        opened = ingress.open(attack)
         answer, ms, mib = measured(opened.deliver)
         violated = opened.violated() if answer == ACCEPTED else []
         gate.setdefault((direction, attack.kind), Row()).add(answer, ms, mib, violated)

@@ -35,6 +35,8 @@ SERVER_FOLDER = "ANTHER_SERVER"
 _LARGEST = "largest"  # file in a server's folder
 _ADAPTER = 64 << 20  # bytes, where no ServerApp has told
 
+_LONG = 64 << 20  # bytes of a log that is begun anew at the next start
+
 _READY = 60.0  # seconds that it may take to start
 
 
@@ -70,6 +72,10 @@ class SuperLink:
         return self.folder / "flower"
 
     @property
+    def _log(self) -> Path:
+        return self.folder / "superlink.log"
+
+    @property
     def _database(self) -> Path:
         return self.folder / "superlink.db"
 
@@ -82,7 +88,9 @@ class SuperLink:
         self._describe()
         database.prepare(self._database)
         own = {SERVER_FOLDER: str(self.folder), **({UNGUARDED: "1"} if self.unguarded else {})}
-        with (self.folder / "superlink.log").open("ab") as log:
+        if self._log.exists() and self._log.stat().st_size > _LONG:
+            self._log.replace(self._log.with_suffix(".log.1"))
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
                     sys.executable, "-P", "-m", "server.local_superlink", "--host", LOOPBACK, "--port", str(self.port),
@@ -174,7 +182,7 @@ class SuperLink:
             return False
 
     def _last_words(self) -> str:
-        text = (self.folder / "superlink.log").read_text(errors="replace")
+        text = self._log.read_text(errors="replace")
         return " ".join(text.split())[-300:]
 
 

@@ -33,7 +33,7 @@ def check(
 ) -> None:
     """ValueError for the parts of a `strategies.federated.Federated` that contradict each other.
 
-    Whoever configures a run is told before, in terms of its keys (`strategies.build`); this is the last door.
+    Whoever configures a run is told before, in terms of its keys (`strategies.build`); this is the last check.
     """
     if device_level and quorum > 1:
         raise ValueError("quorum: what is private per device is released whatever came back; leave it 1")

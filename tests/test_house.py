@@ -1,4 +1,4 @@
-"""The house rule: imports run downwards only, Flower stays behind its five doors, a device knows no server."""
+"""The house rule: imports run downwards only, Flower stays in a named list of modules, a device knows no server."""
 
 import ast
 from collections.abc import Iterator
@@ -56,7 +56,8 @@ FLOWER = {
     "simulations/ray.py",  # another grid: Flower's own simulation
     "bench/ray_recipe.py",  # the peer is Flower's own recipe
     "bench/malice.py",  # an attacker writes Flower's records
-    "bench/doors.py",
+    "bench/ingress.py",
+    "bench/fleet_attacks.py",  # an attacker writes Flower's fleet protocol
     "bench/invariants.py",
 }
 

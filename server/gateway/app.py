@@ -40,8 +40,8 @@ from server.gateway import calls, identity
 from server.gateway.calls import Call
 from server.gateway.fleet import Caller, Fleet, Passed
 from server.gateway.identity import Claim
-from server.gateway.limits import Budget
-from server.gateway.refusal import MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
+from server.gateway.limits import COMING, Budget
+from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
 from server.gateway.replies import Bound
 from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
 from server.register import Register
@@ -153,7 +153,7 @@ class Gateway:
                 claim = self._claim(request)
                 key = claim.name
                 self.proved(request.scope.get("client"), key)
-                self.budget.take(key)
+                self.budget.take(key, COMING if call in (calls.ACTIVATE, calls.DEACTIVATE) else 1.0)
                 with self.budget.working(key):
                     message = await self._message(request, call)
                     answer = await self.fleet.carry_out(call, message, self._caller(claim))
@@ -161,6 +161,9 @@ class Gateway:
                 if refusal.hostile:
                     self._complain(key, refusal.reason)
                 return _refused(refusal, request)
+            except AntherError as error:  # of the register
+                log.error("%s", error)
+                return _refused(Refusal(LATER, "the server has to be looked after"), request)
             except Passed as passed:
                 return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
             return _pieces(answer.SerializeToString())

@@ -17,6 +17,7 @@ from conf.serving import Limits
 
 _GRACE = 60.0  # seconds in which a request may come as slowly as it likes
 _PER_KEY = 32  # connections of one device
+_JUST_COME = 0.5  # seconds in which a connection isn't closed for another
 
 
 class Phase(Enum):
@@ -36,7 +37,9 @@ class Connection:
     """
 
     address: Any
+    came: float
     since: float
+    """When the phase began."""
     end: Callable[[], None]
     phase: Phase = Phase.HEAD
     moved: float = 0.0
@@ -96,14 +99,19 @@ class Connections:
         return len(self._open)
 
     def admit(self, address: Any, end: Callable[[], None]) -> bool:
-        """Take a connection in, in place of a stranger's if there are too many; False: it is to be closed."""
-        where = network(address)
-        if self._strangers[where] >= self.settings.connections or address in self._open:
+        """Take a connection in, in place of the oldest stranger's if there are too many; False: it is to be closed.
+
+        A device shows who it is within a fraction of a second, so whoever doesn't makes room, also for others behind
+        the same address.
+        """
+        where, now = network(address), self.clock()
+        if address in self._open:
             return False
-        if len(self._open) >= self.total and not self._evict():
+        if self._strangers[where] >= self.settings.connections and not self._evict(where, now):
             return False
-        now = self.clock()
-        self._open[address] = Connection(address, now, end, moved=now)
+        if len(self._open) >= self.total and not self._evict(self._most(), now):
+            return False
+        self._open[address] = Connection(address, now, now, end, moved=now)
         self._strangers[where] += 1
         return True
 
@@ -152,13 +160,16 @@ class Connections:
             return quiet or slow
         return False
 
-    def _evict(self) -> bool:
-        """Close the oldest stranger of the network that has most of them; False if there are no strangers."""
-        if not self._strangers:
-            return False
-        where, _ = self._strangers.most_common(1)[0]
+    def _most(self) -> str:
+        """The network with most strangers."""
+        return next((where for where, _ in self._strangers.most_common(1)), "")
+
+    def _evict(self, where: str, now: float) -> bool:
+        """Close the oldest stranger of a network; False if there is none but those that have only just come."""
         for connection in self._open.values():  # in the order in which they came
             if connection.key is None and connection.network == where:
+                if now - connection.came < _JUST_COME:
+                    return False
                 connection.end()
                 self.release(connection.address)
                 return True

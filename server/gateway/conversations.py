@@ -24,6 +24,7 @@ _OUTSTANDING = (
     4  # replies of one node that the SuperLink keeps at most: those of messages that nobody waits for any more
 )
 _PULLS = 32  # of one object, since lines break
+_FETCHES = 16  # of one run: a SuperNode remembers it
 _AHEAD = 600.0  # seconds that a device's clock may be ahead
 _LONGEST_TTL = 1e9  # seconds
 
@@ -54,7 +55,8 @@ class Conversation:
     """Run and id of each reply that was handed on, the oldest first."""
     handed_on_session: str = ""
     """Of the last reply that was handed on."""
-    fabs: Counter[int] = field(default_factory=Counter)
+    fetched: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """How often it asked for each run, and for its app."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def gave(self, head: Message, tree: ObjectTree) -> None:
@@ -72,11 +74,16 @@ class Conversation:
         """A message that this node was given in this run. Refusal if there is none."""
         found = self.given.get(identifier)
         if found is None or found.head.run_id != run:
-            raise hostile("a message that this node wasn't given")
+            raise Refusal(NOT_YOURS, "a message that this node wasn't given")
         return found
 
-    def takes_part_in(self, run: int) -> bool:
-        return any(given.head.run_id == run for given in self.given.values())
+    def check_run(self, run: int, what: str) -> None:
+        """Refuse to tell of a run that this node takes no part in, and to tell again and again."""
+        if not any(given.head.run_id == run for given in self.given.values()):
+            raise Refusal(NOT_YOURS, "a run that this node takes no part in")
+        self.fetched[what, run] += 1
+        if self.fetched[what, run] > _FETCHES:
+            raise hostile("the same run again and again")
 
     def gives(self, identifier: str, run: int) -> Given:
         """The message that an object belongs to, for a node that asks for the object. Refusal if there is none."""
@@ -85,7 +92,7 @@ class Conversation:
                 if given.pulls[identifier] >= _PULLS:
                     raise hostile("the same object again and again")
                 return given
-        raise hostile("an object of no message of this node's")
+        raise Refusal(NOT_YOURS, "an object of no message of this node's")
 
     def begin(self, request: PushMessagesRequest, bound: Bound, folder: Path) -> Reply | None:
         """The reply that a node starts to send; None if this very one was handed on already.

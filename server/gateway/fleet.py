@@ -130,16 +130,13 @@ class Fleet:
         return found
 
     async def _get_run(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
-        if not conversation.takes_part_in(message.run_id):
-            raise hostile("a run that this node takes no part in")
+        conversation.check_run(message.run_id, "run")
         return await self._ask(calls.GET_RUN, _request(calls.GET_RUN, conversation, run_id=message.run_id), caller)
 
     async def _get_fab(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
-        if not conversation.takes_part_in(message.run_id) or len(message.hash_str) > 64:
-            raise hostile("a run that this node takes no part in")
-        conversation.fabs[message.run_id] += 1
-        if conversation.fabs[message.run_id] > 16:
-            raise hostile("the same app again and again")
+        conversation.check_run(message.run_id, "app")
+        if len(message.hash_str) > 64:
+            raise hostile("a hash that is none")
         asked = _request(calls.GET_FAB, conversation, run_id=message.run_id, hash_str=message.hash_str)
         return await self._ask(calls.GET_FAB, asked, caller)
 
@@ -196,7 +193,7 @@ class Fleet:
             if reply is None or reply.session != message.session_id or reply.head.metadata.run_id != message.run_id:
                 if conversation.handed_on_session == message.session_id:  # the last answer was lost
                     return calls.PUSH_OBJECT.response(stored=True)
-                raise hostile("an object of no reply")
+                raise Refusal(NOT_YOURS, "an object of no reply")
             await run_in_threadpool(reply.add, message.object_id, message.object_content)
             if reply.whole:
                 await self._hand_on(reply, caller, conversation)

@@ -92,7 +92,7 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
     protocol = type("Protocol", (WatchedProtocol,), {"admitted": connections})
     listener = _listener(host, port, connections)
     config = uvicorn.Config(
-        gateway.app(), http=protocol, ws="none", loop="asyncio", lifespan="off", interface="asgi3", log_level="warning",
+        gateway.app(), http=protocol, ws="none", loop="asyncio", lifespan="off", interface="asgi3", log_level="error",
         access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5, backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE, h11_max_incomplete_event_size=_HEAD,
         ssl_certfile=certificates and str(certificates.certificate), ssl_keyfile=certificates and str(certificates.key),

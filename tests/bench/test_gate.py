@@ -18,8 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.doors import ACCEPTED, Door, doors
 from bench.gate import Row, Rows, corpus, failures, run, table
+from bench.ingress import ACCEPTED, Ingress, ingresses
 from bench.invariants import Expected, violations
 from bench.malice import Attack, Letter, delivering, mutation, payloads, records_of, scaled
 from models.adapter import Site
@@ -41,13 +41,13 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Door]:
-    return doors(SITES, rank=RANK, folder=tmp_path_factory.mktemp("device"))
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ingress]:
+    return ingresses(SITES, rank=RANK, folder=tmp_path_factory.mktemp("device"))
 
 
-def judge(door: Door, attack: Attack) -> str:
+def judge(ingress: Ingress, attack: Attack) -> str:
     """What became of it; fails if it crashed something or came in against an invariant."""
-    opened = door.open(attack)
+    opened = ingress.open(attack)
     reason = opened.deliver()
     assert not reason.startswith("crash"), (attack.kind, reason)
     if reason == ACCEPTED:
@@ -56,13 +56,13 @@ def judge(door: Door, attack: Attack) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_honest_messages_come_in(every: dict[str, Door], name: str) -> None:
+def test_honest_messages_come_in(every: dict[str, Ingress], name: str) -> None:
     letter = every[name].honest
     assert judge(every[name], delivering("honest", records_of(letter))) == ACCEPTED
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_of_the_corpus_comes_in(every: dict[str, Door], name: str) -> None:
+def test_nothing_of_the_corpus_comes_in(every: dict[str, Ingress], name: str) -> None:
     for attack in corpus(every[name], empty=10_000):
         tracemalloc.start()
         reason = judge(every[name], attack)
@@ -72,27 +72,27 @@ def test_nothing_of_the_corpus_comes_in(every: dict[str, Door], name: str) -> No
         assert peak < 64 * 2**20, attack.kind
 
 
-def fuzz(every: dict[str, Door], name: str, random: Random) -> str:
+def fuzz(every: dict[str, Ingress], name: str, random: Random) -> str:
     attack = mutation(every[name].honest, random, objects=name in TO_SERVER)
     return judge(every[name], attack)
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
-def test_fuzzed_messages(every: dict[str, Door], name: str, random: Random) -> None:
+def test_fuzzed_messages(every: dict[str, Ingress], name: str, random: Random) -> None:
     fuzz(every, name, random)
 
 
 @pytest.mark.slow
 @settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
-def test_many_fuzzed_messages(every: dict[str, Door], name: str, random: Random) -> None:
+def test_many_fuzzed_messages(every: dict[str, Ingress], name: str, random: Random) -> None:
     """pytest -m slow tests/bench/test_gate.py; `python -m bench.gate` measures as many at the real base's sizes."""
     fuzz(every, name, random)
 
 
 @pytest.mark.parametrize("name", ["Update", "Train"])
-def test_truncated_at_every_byte_and_bits_flipped_throughout(every: dict[str, Door], name: str) -> None:
+def test_truncated_at_every_byte_and_bits_flipped_throughout(every: dict[str, Ingress], name: str) -> None:
     """With the right checksum, as an attacker would: what then comes in is a sound adapter of other numbers."""
     letter = every[name].honest
     assert letter.adapter is not None
@@ -109,10 +109,10 @@ def test_truncated_at_every_byte_and_bits_flipped_throughout(every: dict[str, Do
         assert reason != ACCEPTED or place >= start
 
 
-def test_the_largest_adapter_that_a_norm_allows(every: dict[str, Door]) -> None:
+def test_the_largest_adapter_that_a_norm_allows(every: dict[str, Ingress]) -> None:
     """Just under the bound comes in, just over it does not."""
-    door = every["Update"]
-    assert door.honest.adapter is not None
+    ingress = every["Update"]
+    assert ingress.honest.adapter is not None
     for value, accepted in ((99.99, True), (100.01, False)):
 
         def one(values, value=value):  # type: ignore[no-untyped-def]
@@ -120,8 +120,8 @@ def test_the_largest_adapter_that_a_norm_allows(every: dict[str, Door]) -> None:
             values[0] = value
             return values
 
-        letter = door.honest._replace(adapter=scaled(door.honest.adapter, one))
-        assert (judge(door, delivering("edge", records_of(letter))) == ACCEPTED) == accepted
+        letter = ingress.honest._replace(adapter=scaled(ingress.honest.adapter, one))
+        assert (judge(ingress, delivering("edge", records_of(letter))) == ACCEPTED) == accepted
 
 
 # That the invariants can be broken
@@ -134,20 +134,20 @@ EXPECTED = Expected("Update", SIZES, RANK, {"rank": RANK, "round": 3, "device": 
     {"round": 4}, {"rank": 1}, {"device": "e"}, {"seconds": -1.0}, {"events": True}, {"quality": "x"}, {"extra": 1},
     {"epsilon": 1e13}, {"run": "a\nb"},
 ])  # fmt: skip
-def test_a_wrong_field_violates(every: dict[str, Door], change: dict[str, object]) -> None:
+def test_a_wrong_field_violates(every: dict[str, Ingress], change: dict[str, object]) -> None:
     letter = every["Update"].honest
     assert violations(records_of(letter), EXPECTED) == []
     assert violations(records_of(letter._replace(text=json.dumps(json.loads(letter.text) | change))), EXPECTED)
 
 
-def test_every_named_adapter_violates(every: dict[str, Door]) -> None:
+def test_every_named_adapter_violates(every: dict[str, Ingress]) -> None:
     letter = every["Update"].honest
     assert letter.adapter is not None
     for kind, payload in payloads(letter.adapter, empty=1000):
         assert violations(records_of(letter._replace(adapter=payload)), EXPECTED), kind
 
 
-def test_damage_violates(every: dict[str, Door]) -> None:
+def test_damage_violates(every: dict[str, Ingress]) -> None:
     letter = every["Update"].honest
     assert violations(records_of(letter, "0" * 64), EXPECTED) == ["damaged in transit"]
     assert violations(records_of(Letter(letter.text, None)), EXPECTED) == ["other records than a message has"]
@@ -156,15 +156,15 @@ def test_damage_violates(every: dict[str, Door]) -> None:
 # That the measurement would tell
 
 
-def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Door], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Ingress], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its checks of numbers and of norms, the harness finds both."""
-    door = every["Update"]
-    assert door.honest.adapter is not None
+    ingress = every["Update"]
+    assert ingress.honest.adapter is not None
     monkeypatch.setattr("strategies.replies.excess", lambda _adapter: None)
     monkeypatch.setattr(codec, "_finite", lambda _values: True)
     for value in (1e30, float("nan")):
-        payload = scaled(door.honest.adapter, lambda values, value=value: values * 0 + value)
-        opened = door.open(delivering("wrong", records_of(door.honest._replace(adapter=payload))))
+        payload = scaled(ingress.honest.adapter, lambda values, value=value: values * 0 + value)
+        opened = ingress.open(delivering("wrong", records_of(ingress.honest._replace(adapter=payload))))
         assert opened.deliver() == ACCEPTED
         assert opened.violated() != []
 

@@ -136,7 +136,7 @@ def strangers_are_refused(refusals):
     assert "is in use by process" in refusals["second"]
     assert "200" not in refusals["plain"]
     assert (refusals["shelf"], refusals["fleet"]) == ("401", "401")
-    assert refusals["control"] in ("401", "404", "405")  # nothing behind the door but what devices need
+    assert refusals["control"] in ("401", "404", "405")  # nothing behind the gateway but what devices need
 
 
 def the_run_leaves_an_adapter_and_a_page(running):

@@ -347,6 +347,6 @@ def test_a_rule_that_would_protect_nothing_is_refused(strategy, rules):
     assert isinstance(aggregation(compose("strategy=hetlora 'strategy.robust=[krum]'")), Guarded)
 
 
-def test_the_last_door_says_so_too():
+def test_the_last_check_says_so_too():
     with pytest.raises(ValueError, match="no device sends one"):
         Guarded(FedSA(), rules=[MultiKrum(outliers=0.2)], entrywise=None, rank=None, seed=0)

@@ -39,15 +39,19 @@ def come(connections, ended):
     return come
 
 
-def test_one_address_has_so_many_that_nobody_has_shown_on(connections, come):
-    assert [come("192.0.2.1", port) for port in range(5)] == [True] * 3 + [False] * 2
+def test_one_address_has_so_many_that_nobody_has_shown_on(connections, clock, come, ended):
+    assert [come("192.0.2.1", port) for port in range(4)] == [True] * 3 + [False], "all have only just come"
     assert come("192.0.2.2", 1)
+    clock.now += 1
     connections.prove(("192.0.2.1", 0), "key")
-    assert come("192.0.2.1", 9)
-    connections.release(("192.0.2.1", 9))
-    connections.release(("192.0.2.1", 9))
+    assert come("192.0.2.1", 4)
+    assert ended == []
+    assert come("192.0.2.1", 5)
+    assert ended == [("192.0.2.1", 1)], "the oldest stranger of that address makes room, and no device does"
+    for port in (4, 4, 5):
+        connections.release(("192.0.2.1", port))
     assert come("192.0.2.1", 10)
-    assert not come("192.0.2.1", 11)
+    assert len(ended) == 1
 
 
 def test_of_ipv6_one_sender_has_a_64(come):
@@ -57,13 +61,15 @@ def test_of_ipv6_one_sender_has_a_64(come):
     assert network("") == ""
 
 
-def test_when_all_are_taken_the_oldest_stranger_makes_room(connections, come, ended):
+def test_when_all_are_taken_the_oldest_stranger_makes_room(connections, clock, come, ended):
     hosts = ["192.0.2.1", "192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5", "192.0.2.6"]
     assert all(come(host, port) for port, host in enumerate(hosts))
     connections.prove(("192.0.2.1", 0), "key")
+    clock.now += 1
     assert come("192.0.2.7", 100)
     assert ended == [("192.0.2.1", 1)], "of the network that holds most; a device's own stays"
     assert len(connections) == 8
+    clock.now += 1
     for address in [*connections._open]:
         connections.prove(address, f"key of {address}")
     assert not come("192.0.2.8", 100), "devices that have shown who they are aren't sent away for a stranger"

@@ -80,7 +80,9 @@ def test_half_open_heads_shut_nobody_out(port, tls):
                 found.sendall(b"GET /v1/anther/hello HTTP/1.1\r\nhost: a\r\nx: ")
                 held.append(found)
     assert held
+    time.sleep(0.6)
     assert greeted(port), "in place of the oldest of them"
+    assert greeted(port, "127.0.0.4"), "also for others behind the same address"
     until(lambda: closed(held) == len(held), 20, "all of them closed")
     for found in held:
         found.close()

@@ -1,4 +1,4 @@
-"""The doors that messages come in by, each a function from an attack to what became of it.
+"""The ingresses that messages come in by, each a function from an attack to what became of it.
 
 A reply goes through everything that a server has: its gate around Flower's grid, records, messages, codec and the
 strategy's checks, up to the aggregation. A request goes through what a device has, up to the first job.
@@ -52,7 +52,7 @@ REPORT = messages.DeviceReport(
 
 
 class Opened(NamedTuple):
-    """An attack that waits at a door."""
+    """An attack that waits at an ingress."""
 
     deliver: Callable[[], str]
     """Lets it come in, which is all that is measured: `accepted`, the reason of the refusal, or `crash …`."""
@@ -60,22 +60,22 @@ class Opened(NamedTuple):
     """Once it was accepted: the invariants that it breaks."""
 
 
-class Door(NamedTuple):
+class Ingress(NamedTuple):
     """One kind of message, and where it comes in."""
 
     honest: Letter
     open: Callable[[Attack], Opened]
 
 
-def doors(sites: Sites, *, rank: int, folder: Path) -> dict[str, Door]:
-    """A door for each kind of message, by the name of its type, for adapters of one rank at these sites.
+def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
+    """An ingress for each kind of message, by the name of its type, for adapters of one rank at these sites.
 
     Args:
         folder: where the device keeps what is its own.
     """
     drawn = initial(sites, rank, seed=0)
     adapter = encode(to_tensors({name: Factors(a, torch.full_like(b, 0.01)) for name, (a, b) in drawn.items()}))
-    return _Server(sites, rank, adapter).doors() | _Device(sites, rank, adapter, folder).doors()
+    return _Server(sites, rank, adapter).ingresses() | _Device(sites, rank, adapter, folder).ingresses()
 
 
 class _Line(InProcess):
@@ -136,7 +136,7 @@ class _Server:
         self._gate = Gated(self._line, largest=largest(shapes(sites, rank)), poll=0.0)
         self._request = identify(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
 
-    def doors(self) -> dict[str, Door]:
+    def ingresses(self) -> dict[str, Ingress]:
         origin: dict[str, object] = {"device": REPORT.device}
         told: list[tuple[messages.Reply, dict[str, object], Callable[[Federated], Callable[[], dict[str, int]]]]] = [
             (
@@ -159,11 +159,11 @@ class _Server:
             ),
             (REPORT, {"base": PLAN.base}, self._query),
         ]  # fmt: skip
-        return {type(reply).__name__: self._door(reply, exact, leg) for reply, exact, leg in told}
+        return {type(reply).__name__: self._ingress(reply, exact, leg) for reply, exact, leg in told}
 
-    def _door(
+    def _ingress(
         self, reply: messages.Reply, exact: dict[str, object], leg: Callable[[Federated], Callable[[], dict[str, int]]]
-    ) -> Door:
+    ) -> Ingress:
         expected = _expected(reply, self._sites, self._plan.rank, exact)
 
         def open_(attack: Attack) -> Opened:
@@ -184,7 +184,7 @@ class _Server:
 
             return Opened(deliver, lambda: violations(self._line.content, expected) + self._differences())
 
-        return Door(_letter(reply), open_)
+        return Ingress(_letter(reply), open_)
 
     def _differences(self) -> list[str]:
         """Where what came through to the aggregation is not what an independent reading finds."""
@@ -238,16 +238,16 @@ class _Device:
             resolution=8,
         )  # fmt: skip
 
-    def doors(self) -> dict[str, Door]:
+    def ingresses(self) -> dict[str, Ingress]:
         told: list[tuple[messages.Request, dict[str, object]]] = [
             (messages.Train(plan=replace(PLAN, rank=self._rank), adapter=self._adapter), {"plan.base": PLAN.base}),
             (messages.Evaluate(run=PLAN.run, round=ROUND, adapter=self._adapter), {}),
             (_personalise(self._adapter, self._rank), {}),
             (messages.Query(), {}),
         ]
-        return {type(request).__name__: self._door(request, exact) for request, exact in told}
+        return {type(request).__name__: self._ingress(request, exact) for request, exact in told}
 
-    def _door(self, request: messages.Request, exact: dict[str, object]) -> Door:
+    def _ingress(self, request: messages.Request, exact: dict[str, object]) -> Ingress:
         expected = _expected(request, self._device.sites, self._device.policy.max_rank, exact)
         asked = Message(RecordDict(), NODE, records.message_type(request))
         most = largest(shapes(self._device.sites, -1), free=self._device.policy.max_rank)
@@ -270,7 +270,7 @@ class _Device:
 
             return Opened(deliver, lambda: violations(received[0].content, expected))
 
-        return Door(_letter(request), open_)
+        return Ingress(_letter(request), open_)
 
 
 def _personalise(adapter: bytes, rank: int) -> messages.Personalise:
