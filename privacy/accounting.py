@@ -26,6 +26,9 @@ ADD_OR_REMOVE_ONE = "add_or_remove_one"
 INTERVALS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 AGREEMENT = 0.005
 TOLERANCE = 0.005  # a solved σ gives an ε in [(1 − TOLERANCE) target, target]
+OVERFLOW = 1e-12
+"""What a step with Poisson batches may cut off of them, as a probability, so that a job takes a public time
+(`training.schedule`, which proves that δ grows by just this). It is kept back of every δ, also where nothing is cut."""
 LARGEST = 1000.0  # an ε above it promises nothing: not solved for, and not worth a finer grid
 
 
@@ -85,13 +88,17 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
     if not 0 < delta < 1:
         raise ValueError(f"delta={delta}: must lie between 0 and 1")
     steps: Counter[tuple[float, float]] = Counter()
+    uncut = delta
     for event in events:
         match event:
             case NonPrivate():
                 return Guarantee(math.inf, delta, unit)
             case PoissonGaussian():
                 steps[event.noise_multiplier, event.sampling_rate] += event.steps
-    return Guarantee(_composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta), delta, unit)
+                uncut -= OVERFLOW * event.steps * (0 < event.sampling_rate < 1)
+    if uncut <= 0:
+        return Guarantee(math.inf, delta, unit)
+    return Guarantee(_composed(tuple(sorted((*kind, count) for kind, count in steps.items())), uncut), delta, unit)
 
 
 @lru_cache(maxsize=4096)

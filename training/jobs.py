@@ -194,6 +194,7 @@ class Trained(NamedTuple):
     adapter: Adapter
     loss: float  # mean training loss over all steps; NaN if no example was seen
     steps: int  # steps actually taken
+    idle: float = 0.0  # seconds that are left of a private job's public time, if it had the device for itself
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,17 @@ class Pack(NamedTuple):
         """How many entries."""
         return len(self.rows)
 
+    @staticmethod
+    def nothing(row: int, example: int, size: int, unit: int) -> Pack:
+        """A pass of `size` entries of one client's example that all weigh nothing, as large as any other."""
+        ones = np.ones(size, np.int64)
+        sizes = np.full(size // unit, unit) if unit <= size else np.array([size])
+        return Pack(
+            rows=ones * row, examples=ones * example, phases=ones / 2, noise_keys=0 * ones, weights=0.0 * ones,
+            unit_sizes=sizes, clients=ones[:1] * row, units=np.array([len(sizes)]), entries=np.array([size]),
+            piece=unit > size, last=True,
+        )  # fmt: skip
+
     def filled(self, size: int) -> Pack:
         """The same with `size` entries: those that are missing are copies of the first, of weight 0.
 

@@ -6,11 +6,12 @@ other, and much more of it on a busy machine. So each core takes whole passes, w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +36,37 @@ def run_passes(device: torch.device, function: Callable[[P], R], parts: Iterable
         return
     with single_threaded_layers():
         yield from _pool().map(function, parts)
+
+
+class Stopwatch:
+    """Seconds of what runs within it, each time; on a GPU it doesn't wait for that, and `seconds` does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._taken: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._begun = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self._taken.append((self._begun, self._now()))
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def seconds(self) -> list[float]:
+        """Of each time, in order."""
+        if not self._cuda:
+            return [end - begin for begin, end in self._taken]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in self._taken]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @cache

@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from conf.errors import AntherError
 from models.denoiser import Denoiser
-from training.batches import Batches
+from training.batches import Batch, Batches
 from training.capacity import TooLittleMemoryError, capacity, largest_pass
 from training.captured import CapturedPasses
 from training.fixed import fixed_size
@@ -30,12 +32,14 @@ from training.inference import held_out_losses
 from training.jobs import Cancelled, Train, Trained
 from training.memory import for_looking, for_training
 from training.packing import Pack, Queue
-from training.passes import run_passes, workers
+from training.passes import Stopwatch, run_passes, workers
 from training.rows import Rows, Shape, check
+from training.schedule import Turns, scheduled
 
 Outcome = Trained | Exception
 
 _BUFFERS = "buffers of the last cohort"
+FEW_TURNS = 5
 
 
 def train(
@@ -87,6 +91,22 @@ class _Resident:
     entries: int = 0  # seen in all
     best: tuple[float, Tensor] | None = None  # validation loss and adapter
     stale: int = 0  # looks since the best
+    turns: Turns = field(init=False)  # of a private job's pictures
+    planned: int = 0  # turns that a private job is given
+    left: int = 0  # of them
+
+    def schedule(self, turns: Turns) -> None:
+        """Give a private job its public number of turns. One has more pictures than assumed in simulations alone."""
+        assert self.job.privacy
+        assumed = max(self.job.assumed, self.job.pictures)
+        self.turns = turns
+        self.planned = self.left = scheduled(assumed, self.job.privacy.sampling_rate, self.job.steps, turns)
+
+    def cut(self, batch: Batch) -> Batch:
+        """What the turns that are left are enough for of a Poisson batch; the others count as not drawn."""
+        units = min(batch.size // batch.per_unit, self.turns.holding(self.left))
+        self.left -= self.turns(units)
+        return batch.part(slice(units * batch.per_unit))
 
 
 @dataclass
@@ -118,13 +138,16 @@ class _Cohort:
         self.vacant = list(reversed(range(found.jobs)))
         self.outcomes: list[Outcome] = [AntherError("not trained")] * len(self.jobs)
         self.coming = deque(range(len(self.jobs)))
+        # Time is for a device, which trains one job at a time.
+        self.watch = Stopwatch(self.base.device) if self.private and len(self.jobs) == 1 else None
 
     def run(self) -> list[Outcome]:
         self._settle(self._admit())
         while self.residents:
             packs = self._packs()
-            for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
-                self._accumulate(pack, found)
+            with self.watch or nullcontext():
+                for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
+                    self._accumulate(pack, found)
             self._still_wanted(list(self.residents))
             through = [row for row, resident in self.residents.items() if not resident.pending]
             self._settle(self._step(through) + self._admit())
@@ -157,6 +180,8 @@ class _Cohort:
             try:
                 check(job, self.base.sites)
                 self.residents[row].batches = Batches(job)
+                if self.private:
+                    self.residents[row].schedule(Turns.of(job, self.size, self.at_once))
                 entering[row] = job
             except Exception as error:
                 self._leave(row, error)
@@ -180,6 +205,7 @@ class _Cohort:
             resident = self.residents[row]
             try:
                 batch = resident.batches.next()
+                batch = resident.cut(batch) if self.private else batch
             except Exception as error:  # whatever a job brings along: its noise source, say
                 self._leave(row, error)
                 continue
@@ -278,10 +304,25 @@ class _Cohort:
             job, entries, step = resident.job, resident.entries, resident.step
             if whole and (fine or job.privacy):
                 mean = loss / entries if entries else math.nan
-                self._leave(row, Trained(self.rows.layout.unpack(adapter, job.start), mean, step))
+                found = self.rows.layout.unpack(adapter, job.start)
+                self._leave(row, Trained(found, mean, step, self._idle(row, resident)))
             else:
                 hint = f"learning_rate={job.learning_rate} too high?"
                 self._leave(row, AntherError(f"{job.client}: training became not finite by step {step}; {hint}"))
+
+    def _idle(self, row: int, resident: _Resident) -> float:
+        """Seconds that are left of a private job's turns, each as long as the median of those that it took.
+
+        If these were few, some more are run that find nothing: the first ones of all take longer than others.
+        """
+        if self.watch is None:
+            return 0.0
+        nothing = Pack.nothing(row, self.rows.place(row), self.size, resident.job.unit)
+        for _ in range(len(self.watch), min(FEW_TURNS, resident.planned)):
+            with self.watch:
+                list(run_passes(self.base.device, self._pass, [nothing] * self.at_once))
+        seconds = self.watch.seconds()
+        return max(0.0, resident.planned * median(seconds) - sum(seconds)) if seconds else 0.0
 
     def _leave(self, row: int, outcome: Outcome) -> None:
         resident = self.residents.pop(row)

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from scipy import fft
 
 from conf.errors import AntherError
-from privacy.accounting import Guarantee, NonPrivate, PoissonGaussian, epsilon, forget_transforms, noise_multiplier_for
+from privacy.accounting import (
+    OVERFLOW,
+    Guarantee,
+    NonPrivate,
+    PoissonGaussian,
+    epsilon,
+    forget_transforms,
+    noise_multiplier_for,
+)
 from privacy.policy import Policy
 
 
@@ -204,3 +212,15 @@ def test_no_transform_is_kept(kind: type) -> None:
         pytest.skip("this SciPy keeps nothing")
     forget_transforms()
     assert used() - before < 2**17
+
+
+def test_what_a_schedule_may_cut_is_kept_back_of_delta() -> None:
+    """At a δ near it, where it shows; and none of what joins every batch."""
+    few, many = (PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=steps) for steps in (1, 10))
+    kept = 10 * OVERFLOW
+    assert epsilon([many], kept).value == math.inf
+    assert epsilon([few] * 10, kept).value == math.inf
+    assert epsilon([few] * 10, 2 * kept).value == epsilon([many], 2 * kept).value < math.inf
+    assert epsilon([many], 2 * kept).value > epsilon([many], 20 * kept).value
+    everybody = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=10)
+    assert epsilon([everybody], kept).value < math.inf

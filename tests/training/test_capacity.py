@@ -66,7 +66,7 @@ def some_memory(base: Base, jobs: list[Train], pick: Pick) -> int:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
     monkeypatch.setattr(passes, "_cores", lambda: 1)
-    monkeypatch.setattr(trainer, "Trained", lambda _, loss, steps: Trained({}, loss, steps))
+    monkeypatch.setattr(trainer, "Trained", lambda _, loss, steps, idle: Trained({}, loss, steps, idle))
 
 
 def check_peak(base: Base, seed: int) -> None:

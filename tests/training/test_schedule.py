@@ -1,0 +1,149 @@
+"""A private job's public number of turns: enough but for a probability that is charged, and nearly the least such."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.base import Base
+from privacy.accounting import OVERFLOW
+from privacy.noise import CPU
+from tests.training.reference import PLENTY, Reference, assert_close, private, room
+from training import passes, trainer
+from training.batches import Batch, Batches
+from training.jobs import Train, Trained
+from training.passes import Stopwatch
+from training.schedule import Turns, scheduled
+from training.trainer import train
+
+
+@pytest.mark.parametrize(("at_once", "units", "pieces"), [(1, 1, 1), (2, 3, 1), (4, 1, 1), (1, 1, 3), (2, 1, 3)])
+def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -> None:
+    turns = Turns(at_once, units, pieces)
+    assert turns(0) == 0
+    for count in range(30):
+        assert turns.holding(turns(count)) >= count
+        if count:
+            assert turns.holding(turns(count) - 1) < count
+
+
+def test_a_pass_holds_pictures_or_pieces() -> None:
+    with pytest.raises(ValueError, match="a piece of one"):
+        Turns(1, 2, 2)
+
+
+def tail(assumed: int, rate: float, steps: int, turns: Turns, most: int) -> float:
+    """P(more than `most` turns), exactly: one picture is drawn at every step, the others by their coins."""
+    others = [math.comb(assumed - 1, k) * rate**k * (1 - rate) ** (assumed - 1 - k) for k in range(assumed)]
+    step = np.zeros(turns(assumed) + 1)
+    for count, chance in enumerate(others):
+        step[turns(count + 1)] += chance
+    total = np.ones(1)
+    for _ in range(steps):
+        total = np.convolve(total, step)
+    return float(total[most + 1 :].sum())
+
+
+@pytest.mark.parametrize(
+    ("assumed", "rate", "steps"), [(20, 0.2, 10), (5, 0.8, 3), (100, 0.04, 20), (2, 0.5, 40), (1, 0.3, 8)]
+)
+@pytest.mark.parametrize("turns", [Turns(), Turns(2, 3), Turns(2, 1, 3)])
+def test_turns_are_enough_but_for_what_is_charged(assumed: int, rate: float, steps: int, turns: Turns) -> None:
+    found = scheduled(assumed, rate, steps, turns)
+    assert tail(assumed, rate, steps, turns, found) <= steps * OVERFLOW
+    least = next(k for k in itertools.count() if tail(assumed, rate, steps, turns, k) <= steps * OVERFLOW)
+    assert found <= max(least + turns(assumed), 1.1 * least)
+
+
+def test_nothing_is_cut_where_everybody_joins() -> None:
+    assert scheduled(20, 1.0, 7, Turns(1, 8)) == 7 * 3
+    assert scheduled(20, 0.2, 0) == 0
+
+
+def test_many_steps_need_little_more_than_their_mean() -> None:
+    """What is left over falls with the root of the pictures drawn in all, to one that is drawn at every step."""
+    shares = [scheduled(20, 0.2, steps) / ((1 + 19 * 0.2) * steps) for steps in (5, 50, 500, 5000)]
+    assert shares == sorted(shares, reverse=True)
+    assert 1 < shares[-1] < 1.06
+
+
+def idle(outcome: Trained | Exception) -> float:
+    assert isinstance(outcome, Trained), outcome
+    return outcome.idle
+
+
+class Crowded:
+    """Without noise: in these batches everybody is drawn, and then nobody."""
+
+    release = False
+
+    def __init__(self, batches: int) -> None:
+        self._left = batches
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
+        self._left -= 1
+        return torch.arange(size if self._left >= 0 else 0)
+
+    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+        return torch.zeros(size, device=device)
+
+
+def crowded(base: Base, batches: int, **changes: object) -> Train:
+    """Sixteen steps that expect a picture of ten each."""
+    return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=Crowded(batches), **changes)
+
+
+def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the order in which pictures stand, once the turns are used up."""
+    monkeypatch.setattr(trainer, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    turns = scheduled(10, 0.1, 16)
+    assert 10 < turns < 160
+    really, kept = Batches.next, list[int]()
+
+    def cut(self: Batches) -> Batch:
+        batch = really(self)
+        kept.append(min(batch.size, turns - sum(kept)))
+        return batch.part(slice(kept[-1]))
+
+    (found,) = train(fine, [crowded(fine, 16)], memory=PLENTY, timesteps=2)
+    monkeypatch.setattr(Batches, "next", cut)
+    assert_close(found, Reference(fine, crowded(fine, 16)).train(), crowded(fine, 16).start, 1e-10)
+    assert sum(kept) == turns
+    assert 0 in kept
+
+
+def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still but for passes, and says a second for each turn."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(trainer, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    planned, turns = scheduled(10, 0.1, 16), list[int]()
+    really = Stopwatch.__exit__
+
+    def counted(self: Stopwatch, *error: object) -> None:
+        turns.append(1)
+        really(self, *error)
+
+    monkeypatch.setattr(Stopwatch, "__exit__", counted)
+    for batches in (0, 16):
+        turns.clear()
+        (found,) = train(base, [crowded(base, batches)], memory=PLENTY, timesteps=2)
+        assert len(turns) + idle(found) == planned
+        assert len(turns) >= trainer.FEW_TURNS
+    several = train(base, [crowded(base, 1), crowded(base, 2)], memory=PLENTY, timesteps=2)
+    assert [idle(found) for found in several] == [0, 0]
+
+
+def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=Crowded(0))
+    (found,) = train(base, [plan], memory=room(base, [plan], 3), timesteps=2)
+    assert idle(found) > 0
