@@ -7,19 +7,22 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from conf.errors import shown
 from conf.schemas import Simulation
 from models import adapter_files, assets
 from models.adapter import Adapter, concatenate
 from models.base import Base
 from privacy import durable
 from server.report import sums
+from server.report.pictures import SIDE, Thumbnail, Thumbnails
 from server.report.report import DeviceRow, GalleryRow, Report, write
 from server.report.use import use_of
 from server.state import State
@@ -31,9 +34,13 @@ from simulations.log import FleetFacts, gini
 from simulations.output import config_hash
 from strategies.download import download
 from strategies.facts import nothing
+from training.jobs import Picture
 from typefaces import judge
 
 PERSONAL = "personal"  # folder of the personal adapters
+
+GIVEN = 40
+"""Pictures of one person that are shown of those trained on, at most."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ def build_report(
         summary=summary,
         rounds=rounds,
         devices=[device_row(person, state, judged[person.name]) for person in chosen],
-        gallery=[gallery_row(person, drawn[person.name]) for person in chosen if person.name in drawn],
+        gallery=gallery([person for person in chosen if person.name in drawn], drawn),
         use=use_of(base, adapters),
         strategy=config.strategy.aggregation,
         letters=all(person.kind != "own" for person in people),
@@ -223,15 +230,26 @@ def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) 
     return sums.device_row(person.name, person.profile, facts, {arm: one.loss for arm, one in judged.items()})
 
 
-def gallery_row(person: Participant, drawn: Drawn) -> GalleryRow:
+def gallery(people: Sequence[Participant], drawn: Mapping[str, Drawn]) -> list[GalleryRow]:
+    """The rows of the page's gallery, all their pictures small enough for one page."""
+    shown_of = {person.name: person.pictures.train[:GIVEN] for person in people}
+    counts = (sum(map(len, drawn[name].arms.values())) + len(given) for name, given in shown_of.items())
+    thumbnail = Thumbnails(sum(counts))
+    return [gallery_row(person, shown_of[person.name], drawn[person.name], thumbnail) for person in people]
+
+
+def gallery_row(
+    person: Participant, given: Sequence[Picture], drawn: Drawn, thumbnail: Callable[[np.ndarray], Thumbnail]
+) -> GalleryRow:
     """One row of the page's gallery."""
     return GalleryRow(
         name=person.name,
         kind={"hand": "handwriting", "individual": "individual design"}.get(person.kind, "own pictures"),
-        given=[picture.pixels for picture in person.pictures.train],
-        given_captions=[picture.caption for picture in person.pictures.train],
-        captions=list(drawn.captions),
-        arms={arm: list(pictures) for arm, pictures in drawn.arms.items()},
+        given=[thumbnail(picture.at_least(SIDE)) for picture in given],
+        given_captions=[shown(picture.caption) for picture in given],
+        captions=[shown(caption) for caption in drawn.captions],
+        arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in drawn.arms.items()},
+        gave=len(person.pictures.train),
     )
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from server.report import words
 from server.report.charts import Line, Show, line_chart
-from server.report.pictures import png
+from server.report.pictures import Thumbnail, png
 from server.report.use import Use
 
 ARMS = {
@@ -29,6 +29,7 @@ OF_PICTURES = {
     "real": ("real", "the pictures themselves; no device trained on these"),
     "base": ("base", "the frozen base, which never saw pictures of this device"),
 }
+Picture = np.ndarray | Thumbnail
 HIGHLIGHTS = 4  # writers shown in the first screens
 
 
@@ -53,17 +54,25 @@ class DeviceRow:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One writer's pictures: uint8, [H, W] grey or [H, W, 3] colour."""
+    """One writer's pictures: thumbnails, or uint8 [H, W] gray or [H, W, 3] color."""
 
     name: str
     kind: str
     """What the writer is, e.g. `handwriting`; empty if there is nothing to say."""
-    given: list[np.ndarray]
+    given: Sequence[Picture]
+    """Those that are shown of what was trained on."""
     given_captions: list[str]
     captions: list[str]
     """Of the held-out pictures, one for each column of every arm."""
-    arms: dict[str, list[np.ndarray]]
+    arms: Mapping[str, Sequence[Picture]]
     """By arm, in the order real, base, local, shared, personal; an arm may be missing."""
+    gave: int | None = None
+    """How many were trained on; None: as many as are shown."""
+
+    @property
+    def count(self) -> int:
+        """How many pictures were trained on."""
+        return len(self.given) if self.gave is None else self.gave
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def render(report: Report) -> str:
             ],
             highlights=highlights(report.gallery, report.devices),
             charts=charts(report.rounds, report.quality, report.summary.get("best_round")),
-            given=span([len(row.given) for row in report.gallery]),
+            given=span([row.count for row in report.gallery]),
             label=label,
             dropped=sum((Counter(row["dropped"]) for row in report.rounds), Counter[str]()),
             adapter=adapter(report),

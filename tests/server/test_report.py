@@ -14,7 +14,7 @@ from PIL import Image
 
 from server.report import words
 from server.report.charts import LABEL_GAP, Line, line_chart, nice_ticks, spread, whole_ticks
-from server.report.pictures import png
+from server.report.pictures import PAGE, SIDE, Thumbnails, png
 from server.report.report import DeviceRow, GalleryRow, Report, gain, highlights, render, write
 from server.report.use import Use
 
@@ -333,3 +333,27 @@ def test_words_of_photographs_are_not_those_of_letters() -> None:
 )
 def test_says_what_reads_an_adapter(changes: dict[str, Any], said: str) -> None:
     assert said in text_of(render(report(use=dataclasses.replace(USE, **changes))))
+
+
+@pytest.mark.parametrize(("people", "given", "columns", "side"), [(20, 40, 4, 512), (20, 5, 32, 64), (2, 4, 2, 3000)])
+def test_pictures_of_twenty_people_fit_a_page(people: int, given: int, columns: int, side: int) -> None:
+    """Noise is the dearest picture of all: nothing in it repeats."""
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    count = people * (given + 5 * columns)
+    one = Thumbnails(count)(noise)
+    assert count * len(one.uri) <= PAGE
+    assert max(one.shape[:2]) <= SIDE
+    assert one.uri == png(one)
+
+
+def test_letters_are_kept_to_the_last_bit() -> None:
+    letter = np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255
+    kept = Thumbnails(20)(letter)
+    data = base64.b64decode(kept.uri.removeprefix("data:image/png;base64,"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), letter)
+    assert kept.shape == (64, 64)
+
+
+def test_photo_keeps_its_proportions() -> None:
+    photo = np.zeros((300, 600, 3), np.uint8)
+    assert Thumbnails(1)(photo).shape == (64, 128, 3)
