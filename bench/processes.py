@@ -129,11 +129,13 @@ def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str
     return {**kept, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
 
 
-def command(module: str, *words: str, home: Path, within: Sequence[str] = ()) -> subprocess.CompletedProcess:
-    """`python -m MODULE WORDS` to its end."""
+def command(
+    module: str, *words: str, home: Path, within: Sequence[str] = (), told: str = ""
+) -> subprocess.CompletedProcess:
+    """`python -m MODULE WORDS` to its end; `told` is its standard input."""
     return subprocess.run(
         [*within, sys.executable, "-m", module, *words], cwd=ROOT, env=environment(home), capture_output=True,
-        text=True, timeout=120, check=False,
+        text=True, timeout=120, check=False, input=told,
     )  # fmt: skip
 
 
@@ -173,7 +175,7 @@ class Federation:
     def enrol(self, name: str, data: Path, *words: str, within: Sequence[str] = ()) -> Program:
         """A device that is in; not started yet."""
         home = self.folder / name
-        done = command("client.enroll", self.ticket(), f"data={data}", f"name={name}", home=home, within=within)
+        done = command("client.enroll", f"data={data}", f"name={name}", home=home, within=within, told=self.ticket())
         assert done.returncode == 0, done.stderr
         self.devices[name] = Program("client.run", [*QUICK, *words], home, within=list(within))
         return self.devices[name]

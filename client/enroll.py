@@ -1,25 +1,30 @@
-"""Take part with this device:  python -m client.enroll TICKET [data=FOLDER] [name=NAME] [key=value …]
+"""Take part with this device:  python -m client.enroll [--ticket-file FILE] [data=FOLDER] [name=NAME] [key=value …]
 
-The ticket is what the federation's operator gave you; it works once. What else is said here, any key of a device's
+The ticket is what the federation's operator gave you; it works once. It is asked for, or read from a file or standard
+input: what is on a command line, every user of this machine can read. What else is said here, any key of a device's
 configuration (conf/node.py), is kept in ANTHER_HOME/node.conf, for `python -m client.run`.
 """
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from client import home, link
-from conf.errors import TOLD, told
+from conf.errors import AntherError, refused
 from conf.node import compose, enrolled
 from privacy.durable import write
 from protocol import ticket as tickets
 from protocol.hello import Hello
 
 DONE, USAGE = 0, 2
+_LONGEST = 4096  # characters of what a ticket is read from
+_SCHEME = "anther://"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,15 +32,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m client.enroll", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ticket")
+    parser.add_argument(
+        "--ticket-file", metavar="FILE", help="that the ticket is in; -: standard input (default: it is asked for)"
+    )
     parser.add_argument("words", nargs="*", metavar="key=value")
     asked = parser.parse_args(arguments)
     try:
-        print(enroll(asked.ticket, asked.words))
-    except TOLD as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        if any(word.startswith(_SCHEME) for word in asked.words):
+            raise AntherError(
+                "a ticket on the command line can be read by every user of this machine, and stays in the shell's "
+                "history: leave it out, and paste it when it is asked for; or --ticket-file FILE"
+            )
+        checked = _checked(asked.words)
+        print(enroll(ticket_text(asked.ticket_file), checked))
+    except AntherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except (EOFError, KeyboardInterrupt):
+        print("error: no ticket was given", file=sys.stderr)
         return USAGE
     return DONE
+
+
+def _checked(words: Sequence[str]) -> Sequence[str]:
+    """The words, once nothing is wrong with them nor with the pictures: the ticket, which works once, comes after.
+
+    Raises AntherError otherwise.
+    """
+    node = compose(words, home.words())
+    if node.data is not None:
+        from client.data import load_folder  # torch
+
+        load_folder(node.data)
+    return words
+
+
+def ticket_text(file: str | None) -> str:
+    """The ticket as it was written: in a file, on standard input, or at the terminal without being shown."""
+    try:
+        if file not in (None, "-"):
+            with Path(str(file)).expanduser().open(encoding="utf-8") as content:
+                return content.read(_LONGEST)
+        if file is None and sys.stdin.isatty():
+            return getpass.getpass("Ticket (it isn't shown): ")
+        return sys.stdin.readline(_LONGEST)
+    except OSError as error:
+        raise refused(error, file) from error
+    except UnicodeDecodeError as error:
+        raise AntherError(f"{file or 'standard input'}: not a text, so no ticket") from error
 
 
 def enroll(text: str, words: Sequence[str]) -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
 
 import httpx
 from cryptography import x509
@@ -27,14 +30,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from client import home
-from conf.errors import AntherError
+from conf.errors import AntherError, shown
 from privacy.durable import write
 from protocol import plain
 from protocol.hello import Enrolment, Hello
 from protocol.messages import NEWEST
 from protocol.ticket import Ticket
 
-_TIMEOUT = 30.0
+_TIMEOUT = 30.0  # seconds without a byte
+_DEADLINE = 60.0  # seconds for a whole answer
+LONGEST = 64 * 1024
+"""Bytes of an answer."""
 _SKEW = 240.0  # seconds: Flower refuses what is signed five minutes off
 
 
@@ -126,7 +132,8 @@ def skew(hello: Hello) -> float:
     """Seconds by which this device's clock is ahead of the server's, where it is so far off that Flower would refuse
     it; else 0.
     """
-    apart = (datetime.now(UTC) - datetime.fromisoformat(hello.time)).total_seconds()
+    theirs = hello.clock()
+    apart = 0.0 if theirs is None else (datetime.now(UTC) - theirs).total_seconds()
     return apart if abs(apart) > _SKEW else 0.0
 
 
@@ -147,8 +154,9 @@ def enrol(ticket: Ticket, name: str) -> tuple[Link, Hello]:
     public = private_key(link.key).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     asked = Enrolment(protocol=NEWEST, secret=ticket.secret, key=public, name=name)
     with link.client() as client:
-        found = _asked(client, "POST", "/v1/anther/enrol", ticket.address, content=plain.dumps(asked))
-    return link, _understood(found)
+        found = _understood(_asked(client, "POST", "/v1/anther/enrol", ticket.address, content=plain.dumps(asked)))
+    found.check()
+    return link, found
 
 
 def private_key(file: Path) -> ec.EllipticCurvePrivateKey:
@@ -184,35 +192,73 @@ def _authority(ticket: Ticket) -> bytes:
     return pem
 
 
+class _Answer(NamedTuple):
+    status: int
+    text: str
+
+
 def _asked(client: httpx.Client, method: str, path: str, address: str, **more: str) -> str:
     """What is answered; AntherError where it is a no, with the server's reason."""
     try:
-        found = client.request(method, path, **more)  # type: ignore[arg-type]
+        found = _within(_DEADLINE, client, lambda: _read(client, method, path, **more))
     except httpx.TransportError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise AntherError(
                 f"{address}: another server answers than the one that this device was enrolled with, or its "
                 f"certificate is for another name or over ({error}): ask its operator for a new ticket"
             ) from error
-        raise Unreachable(f"{address}: no answer ({error})") from error
-    if found.status_code in (502, 503, 504):
-        raise Unreachable(f"{address}: {found.text[:200]}")
-    if found.status_code == 401:
+        raise Unreachable(f"{address}: no answer ({shown(error)})") from error
+    if found.status in (502, 503, 504):
+        raise Unreachable(f"{address}: {shown(found.text, 200)}")
+    if found.status == 401:
         raise Refused(f"{address}: {_reason(found)}")
-    if found.status_code != 200:
+    if found.status != 200:
         raise AntherError(f"{address}: {_reason(found)}")
     return found.text
 
 
-def _reason(found: httpx.Response) -> str:
+def _read(client: httpx.Client, method: str, path: str, **more: str) -> _Answer:
+    """An answer, of which no more is read than any of ours has, as it comes: nothing is unpacked."""
+    plainly = {"Accept-Encoding": "identity"}
+    with client.stream(method, path, headers=plainly, **more) as reply:  # type: ignore[arg-type]
+        data = bytearray()
+        for piece in reply.iter_raw():
+            data += piece
+            if len(data) > LONGEST:
+                raise AntherError(f"{client.base_url.netloc.decode()}: an answer of over {LONGEST} bytes: not Anther's")
+        return _Answer(reply.status_code, data.decode(errors="replace"))
+
+
+def _within(seconds: float, client: httpx.Client, work: Callable[[], _Answer]) -> _Answer:
+    """What `work` comes to; Unreachable if it takes longer: a time without a byte is bounded by httpx, but not many."""
+    found: Future[_Answer] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
     try:
-        return str(found.json()["error"])[:400]
+        return found.result(seconds)
+    except TimeoutError:
+        if found.done():
+            raise
+        client.close()
+        raise Unreachable(f"{client.base_url.netloc.decode()}: no whole answer in {seconds:.0f} s") from None
+
+
+def _reason(found: _Answer) -> str:
+    try:
+        return shown(plain.loads(found.text)["error"], 400)
     except (ValueError, KeyError, TypeError):
-        return f"answered {found.status_code}: is an Anther server there?"
+        return f"answered {found.status}: is an Anther server there?"
 
 
 def _understood(text: str) -> Hello:
     try:
         return plain.from_plain(Hello, plain.loads(text))
     except ValueError as error:
-        raise AntherError(f"the server's greeting can't be read ({error}): update Anther on the older side") from error
+        reason = shown(error)
+        raise AntherError(f"the server's greeting can't be read ({reason}): update Anther on the older side") from error

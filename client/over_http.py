@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT = 60.0  # seconds without a byte
+SLOWEST = 1024.0  # bytes a second, after the first minute: who sends less could keep a device waiting for ever
 
 
 def http_get(client: httpx.Client) -> Get:
@@ -32,7 +34,12 @@ def http_get(client: httpx.Client) -> Get:
         try:
             with client.stream("GET", path, headers=asked, follow_redirects=False, timeout=TIMEOUT) as reply:
                 _check(reply, offset, ranged=length is not None)
-                yield from reply.iter_raw()
+                began, came = time.monotonic(), 0
+                for piece in reply.iter_raw():
+                    came += len(piece)
+                    if time.monotonic() - began > TIMEOUT + came / SLOWEST:
+                        raise ConnectionError(f"slower than {SLOWEST:.0f} bytes a second")
+                    yield piece
         except httpx.TransportError as error:
             raise ConnectionError(str(error) or type(error).__name__) from error
 

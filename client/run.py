@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(node: Node) -> None:
     """Take part until a signal comes; AntherError if its owner has to do something first."""
     if node.link.address is None:
-        raise AntherError("not enrolled yet: python -m client.enroll TICKET, with a ticket of the server's operator")
+        raise AntherError("not enrolled yet: python -m client.enroll, with a ticket of the server's operator")
     if node.data is None:
         raise AntherError("data: say which folder holds your pictures, data=FOLDER")
     node = replace(node, name=node.name or platform.node() or "device")

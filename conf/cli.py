@@ -100,16 +100,6 @@ def to_object(config: DictConfig, schema: type) -> Any:
         raise AntherError(str(error)) from error
 
 
-def keyed(word: str) -> DictConfig:
-    """One key with its value, of what is composed without Hydra; AntherError if it is none."""
-    try:
-        if "=" in word:
-            return OmegaConf.from_dotlist([word])
-    except YAMLError:
-        pass
-    raise AntherError(f"{word}: can't be read as key=value; quote brackets and spaces")
-
-
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
     """Keys whose values are no numbers to compute with: no limit is written as inf, nor is anything NaN."""
     if isinstance(value, float) and not math.isfinite(value):

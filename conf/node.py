@@ -14,9 +14,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.cli import keyed, to_object
+from conf.cli import to_object
 from conf.errors import AntherError
 from conf.explain import explain, known_keys
+from conf.keyed import keyed
 from conf.schemas import choose, require, require_background
 
 METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
@@ -150,6 +151,8 @@ class Node:
 
     def __post_init__(self) -> None:
         require_background("background", self.background)
+        own = self.name is None or (Path(self.name).name == self.name and self.name not in ("", ".."))
+        require(own, f"name={self.name}: must not be a path, nor empty")
         choose("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
         choose("checkpointing", self.checkpointing, ("none", "block"))
         for key in ("resolution", "rank", "uplink_mbps", "downlink_mbps", "examples_per_second"):
@@ -185,7 +188,7 @@ def compose(words: Sequence[str], file: Path) -> Node:
     Raises:
         AntherError: a key or a value is refused, in one line.
     """
-    asked = [keyed(word) for word in (*enrolled(file), *words)]
+    asked = [keyed(word, Node) for word in (*enrolled(file), *words)]
     try:
         config = OmegaConf.merge(OmegaConf.structured(Node), *asked)
     except OmegaConfBaseException as error:

@@ -13,9 +13,10 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.cli import keyed, to_object
+from conf.cli import to_object
 from conf.errors import AntherError
 from conf.explain import explain, known_keys
+from conf.keyed import keyed
 from conf.schemas import require
 
 DEVICES = Path(__file__).parent / "device"
@@ -92,7 +93,7 @@ def planned(words: Sequence[str], own: Path) -> Plan:
     """
     named = [word.removeprefix("device=") for word in words if word.startswith("device=")]
     profile = _profile(named[-1] if named else THIS, own)
-    asked = [keyed(word) for word in words if not word.startswith("device=")]
+    asked = [keyed(word, Plan) for word in words if not word.startswith("device=")]
     try:
         config = OmegaConf.merge(OmegaConf.structured(Plan), {"device": profile}, *asked)
     except OmegaConfBaseException as error:

@@ -102,7 +102,7 @@ class Federation:
             say(f"listening on {settings.host}:{settings.port}" + ("" if secure else ", without TLS or keys"))
             if secure and not self._known:
                 say("no devices yet: python -m server.keys ticket --holder NAME, then on the device")
-                say("    python -m client.enroll TICKET data=FOLDER && python -m client.run")
+                say("    python -m client.enroll data=FOLDER && python -m client.run")
             self._until_over(assemble(here.folder / "app"), assets.home() / "runs")
             self._opened.should_exit = True
         finally:

@@ -4,7 +4,7 @@
 #   in Termux     pkg install proot-distro termux-api && proot-distro install debian
 #                 git clone … anther && proot-distro login debian --bind "$PWD/anther:/srv/anther"
 #   in Debian     /srv/anther/deploy/termux/install.sh
-#                 anther client.enroll TICKET data=FOLDER
+#                 anther client.enroll data=FOLDER
 #
 # SOURCE and TORCH are as for deploy/venv.sh; the lock's PyTorch runs on any 64-bit ARM. It makes /opt/anther,
 # /usr/local/bin/anther (which keeps its state in ~/.anther), and where it sees Termux's home a script there that
@@ -33,7 +33,7 @@ fi
 
 cat >/usr/local/bin/anther <<'END'
 #!/bin/sh
-# One of Anther's commands:  anther device enroll TICKET data=FOLDER
+# One of Anther's commands:  anther device enroll data=FOLDER
 export ANTHER_HOME="$HOME/.anther" PYTHONUNBUFFERED=1
 exec /opt/anther/bin/anther "$@"
 END

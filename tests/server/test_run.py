@@ -62,12 +62,12 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
 
 def refused(running: Federation, pictures: Path) -> dict[str, str]:
     """What becomes of who has no business here, while the federation runs."""
-    used = command("client.enroll", running.ticket(), f"data={pictures}", "name=dora", home=running.folder / "d")
+    used = command("client.enroll", f"data={pictures}", "name=dora", home=running.folder / "d", told=running.ticket())
     assert used.returncode == 0, used.stderr
     ticket = running.ticket()
-    first = command("client.enroll", ticket, f"data={pictures}", "name=emil", home=running.folder / "e")
+    first = command("client.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", told=ticket)
     assert first.returncode == 0, first.stderr
-    again = command("client.enroll", ticket, f"data={pictures}", "name=eve", home=running.folder / "f")
+    again = command("client.enroll", f"data={pictures}", "name=eve", home=running.folder / "f", told=ticket)
     owner = running.devices[OWNERS[1]]
     second = Program("client.run", owner.words, running.folder / "second", {"ANTHER_HOME": str(owner.home)}).start()
     until(lambda: second.code is not None, 120, f"a second one's refusal\n{second.said}")
