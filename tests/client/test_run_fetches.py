@@ -14,6 +14,7 @@ from client.link import Link, Unreachable
 from conf.errors import AntherError
 from conf.node import Fetch, Node, Power
 from protocol.hello import Hello
+from protocol.messages import NEWEST, OLDEST
 
 BASE = "0" * 64
 LINK = Link("127.0.0.1:1", insecure=True)
@@ -27,7 +28,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: Iterator[object] = iter([AntherError("the link was cut 7 times"), AntherError("again"), Path("there")])
-    hello = Hello(oldest=1, newest=1, anther="", federation="", base=BASE, base_bytes=1, time="")
+    hello = Hello(
+        oldest=OLDEST, newest=NEWEST, anther="1", federation="f", base=BASE, base_bytes=1,
+        time="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
 
     def fetched(*_: object, **__: object) -> Path:
         found = next(tries)
