@@ -19,7 +19,7 @@ from client.home import owners_command, run
 from client.opening import look
 from conf.errors import AntherError
 from privacy import lock, policy
-from privacy.accounting import Guarantee, PoissonGaussian
+from privacy.accounting import Guarantee, PoissonGaussian, with_strict
 from privacy.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, SENT, TRAIN, History, Ledger, Reservation
 from privacy.policy import Policy
 from privacy.sealed import SEAL, Seal
@@ -59,8 +59,8 @@ def show(files: Files, *, as_json: bool = False) -> str:
     history = ledger.history() if any(path.exists() for path in known) else History()
     owners = policy.load(files.folder / "policy.toml")
     if as_json:
-        return json.dumps(as_plain(history, owners, ledger), indent=2)
-    return in_words(history, owners, ledger, files) if history.entries else FRESH
+        return json.dumps(as_plain(history, owners), indent=2)
+    return in_words(history, owners, files) if history.entries else FRESH
 
 
 def reset(files: Files, *, sure: bool) -> str:
@@ -92,13 +92,13 @@ def _readable(files: Files) -> bool:
     return True
 
 
-def as_plain(history: History, owners: Policy, ledger: Ledger) -> dict[str, Any]:
+def as_plain(history: History, owners: Policy) -> dict[str, Any]:
     """All of it as plain values; ε is null where none can be promised."""
-    spent = ledger.spent(owners.delta) if history.entries else Guarantee(0.0, owners.delta)
+    spent = _spent(history, owners)
     return {
         "ledger": history.ledger,
         "events": history.events,
-        "epsilon": {**dataclasses.asdict(spent), "value": spent.value if spent.value < math.inf else None},
+        "epsilon": dataclasses.asdict(spent) | {name: _finite(getattr(spent, name)) for name in ("value", "strict")},
         "max_epsilon": owners.max_epsilon,
         "entries": [
             {
@@ -114,7 +114,7 @@ def as_plain(history: History, owners: Policy, ledger: Ledger) -> dict[str, Any]
     }
 
 
-def in_words(history: History, owners: Policy, ledger: Ledger, files: Files) -> str:
+def in_words(history: History, owners: Policy, files: Files) -> str:
     """A table of what was shared with each run, and what it all comes to."""
     from rich.console import Console, Group  # slow imports, so only here
     from rich.table import Table
@@ -134,13 +134,13 @@ def in_words(history: History, owners: Policy, ledger: Ledger, files: Files) -> 
     known = f"Ledger {str(history.ledger)[:8]} of {files.folder}, {history.events} events; times are UTC."
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with console.capture() as captured:
-        console.print(Group(*tables.values(), *_promise(history, owners, ledger), known), highlight=False)
+        console.print(Group(*tables.values(), *_promise(history, owners), known), highlight=False)
     return captured.get().rstrip("\n")
 
 
-def _promise(history: History, owners: Policy, ledger: Ledger) -> list[str]:
+def _promise(history: History, owners: Policy) -> list[str]:
     """What everything together promises, and how much of the cap is left."""
-    spent, entries = ledger.spent(owners.delta), history.entries.values()
+    spent, entries = _spent(history, owners), history.entries.values()
     lines = []
     if spent.value == math.inf:
         bare = sum(_is_bare(entry.reservation) for entry in entries)
@@ -159,6 +159,14 @@ def _promise(history: History, owners: Policy, ledger: Ledger) -> list[str]:
     if (sets := len({entry.reservation.data for entry in entries})) > 1:
         lines.append(f"The pictures changed in between: there were {sets} sets; ε bounds what was shared of each one.")
     return lines
+
+
+def _spent(history: History, owners: Policy) -> Guarantee:
+    return with_strict(history.spent(owners.delta), history.mechanisms)
+
+
+def _finite(epsilon: float | None) -> float | None:
+    return None if epsilon is None or math.isinf(epsilon) else epsilon
 
 
 def _noise(made: Reservation) -> str:

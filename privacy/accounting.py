@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,9 @@ ADD_OR_REMOVE_ONE = "add_or_remove_one"
 # times finer changes ε by less than AGREEMENT, about a hundredth of that is left.
 INTERVALS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 AGREEMENT = 0.005
+STRICT = 1e-5
+"""A δ that is small beside one over the number of pictures or devices of most federations: a larger one is not told
+alone."""
 TOLERANCE = 0.005  # a solved σ gives an ε in [(1 − TOLERANCE) target, target]
 OVERFLOW = 1e-12
 """What a step with Poisson batches may cut off of them, as a probability, so that a job takes a public time
@@ -74,13 +77,19 @@ class Guarantee:
     delta: float
     unit: str = IMAGE
     relation: str = ADD_OR_REMOVE_ONE
+    strict: float | None = None
+    """ε at δ = `STRICT`, at most; None where `delta` is no larger, or nobody asked."""
 
     def __str__(self) -> str:
-        return f"ε={self.value:.3g} per {self.unit} (δ={self.delta:g}, {self.relation.replace('_', ' ')})"
+        beside = "" if self.strict is None else f"; ε={self.strict:.3g} at δ={STRICT:g}"
+        return f"ε={self.value:.3g} per {self.unit} (δ={self.delta:g}, {self.relation.replace('_', ' ')}{beside})"
 
 
 def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Guarantee:
     """ε of all events together, per `unit` under add/remove-one: an upper bound, tight to about 0.1 %.
+
+    By definition it is 0 wherever δ alone covers everything, as for one step of a sampling rate of δ or less. It is
+    infinite for a δ that the discretized distributions can't show (10⁻¹⁵) or that `OVERFLOW` takes.
 
     Raises:
         ValueError: `delta` is not between 0 and 1.
@@ -99,6 +108,13 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
     if uncut <= 0:
         return Guarantee(math.inf, delta, unit)
     return Guarantee(_composed(tuple(sorted((*kind, count) for kind, count in steps.items())), uncut), delta, unit)
+
+
+def with_strict(found: Guarantee, events: Iterable[Mechanism]) -> Guarantee:
+    """A guarantee of these events, with ε at δ = `STRICT` where its δ is larger."""
+    if found.delta <= STRICT:
+        return found
+    return replace(found, strict=epsilon(events, STRICT, found.unit).value)
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.errors import AntherError
 from privacy import chain
-from privacy.accounting import DEVICE, Guarantee, PoissonGaussian, epsilon
+from privacy.accounting import DEVICE, Guarantee, PoissonGaussian, epsilon, with_strict
 from privacy.entries import RESERVED, TRAIN
 from privacy.storage import Storage
 from protocol import plain
@@ -136,8 +136,10 @@ def spending(charges: Iterable[Charge], budget: Budget) -> Guarantee:
             of_device.setdefault(name, Counter())[charge.mechanism] += 1
     histories = [Counter[PoissonGaussian](), *of_device.values()]
     everybody += +planned  # only what is left of them
-    found = [epsilon((everybody + history).elements(), budget.delta, DEVICE) for history in _longest(histories)]
-    return max(found, key=lambda guarantee: guarantee.value)
+    events = [list((everybody + history).elements()) for history in _longest(histories)]
+    found = [with_strict(epsilon(one, budget.delta, DEVICE), one) for one in events]
+    strict = max((guarantee.strict for guarantee in found if guarantee.strict is not None), default=None)
+    return replace(max(found, key=lambda guarantee: guarantee.value), strict=strict)
 
 
 def _longest(histories: Iterable[Counter[PoissonGaussian]]) -> list[Counter[PoissonGaussian]]:

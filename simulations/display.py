@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from privacy.accounting import STRICT
 from server.report.words import data, duration, number, percent, short
 
 ARMS = {"base": "base", "local": "alone", "shared": "shared", "personal": "shared + personal"}
@@ -101,6 +102,8 @@ class Display:
         self._console.print(results(summary, self._console.width))
         for epsilon in filter(None, (summary.get("epsilon"), summary.get("device_epsilon"))):
             promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
+            if (strict := epsilon.get("strict")) is not None:
+                promise += f" (ε = {short(strict)} at δ = {short(STRICT)})"
             self._print(Text(f"{promise}, {epsilon['relation'].replace('_', ' ')}; simulated noise, so not a release"))
         traffic = f"{data(summary['bytes']['up'])} up, {data(summary['bytes']['down'])} down"
         strategy = f" of {summary['strategy']}" if summary.get("strategy") else ""

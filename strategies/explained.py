@@ -8,13 +8,18 @@ from privacy.accounting import PoissonGaussian, epsilon
 from protocol.messages import MeasuringPrivacy, TrainingPlan
 
 
-def explained(plan: TrainingPlan, *, rounds: int, measuring: MeasuringPrivacy | None, measured: int) -> float | None:
+def explained(
+    plan: TrainingPlan, *, rounds: int, measuring: MeasuringPrivacy | None, measured: int, delta: float | None = None
+) -> float | None:
     """ε per picture of a device that trained in all of these rounds, and measured so often; None without DP.
 
     A ledger is of every federation that its device is in, and nobody can look into it: a device may tell any number.
     What is promised of this run must not be its to set, nor does what it did elsewhere belong there. No honest one has
     spent more here than whoever took part in everything, since each answers for a round only once, so that the lesser
     of the two bounds what this run has learned of its pictures, however it came to its number.
+
+    Args:
+        delta: None for the plan's.
     """
     events: Sequence[PoissonGaussian] = ()
     if plan.privacy is None:
@@ -30,7 +35,7 @@ def explained(plan: TrainingPlan, *, rounds: int, measuring: MeasuringPrivacy | 
     if measuring and measured:
         noise = measuring.noise_multiplier
         events = (*events, PoissonGaussian(noise_multiplier=noise, sampling_rate=1.0, steps=measured))
-    return epsilon(events, plan.privacy.delta).value
+    return epsilon(events, delta or plan.privacy.delta).value
 
 
 def clipped(told: float | None, most: float | None) -> float | None:

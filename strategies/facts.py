@@ -174,6 +174,7 @@ def train_facts(
     private: ExamplePrivacy | None,
     spent: float | None,
     told: float | None = None,
+    strict: float | None = None,
     central: CentralFacts | None,
     diagnostics: Mapping[str, float],
 ) -> TrainFacts:
@@ -188,9 +189,10 @@ def train_facts(
         private: of examples on each device.
         spent: the largest ε per picture of any round before.
         told: the largest that one told of in this, explained or not.
+        strict: ε per picture at δ = `STRICT`, at most; None if the plan's δ is no larger.
     """
     spent = largest([spent, *(update.epsilon for update in updates)])
-    of_images = (Guarantee(spent, private.delta),) if private and spent is not None else ()
+    of_images = (Guarantee(spent, private.delta, strict=strict),) if private and spent is not None else ()
     losses = [update.loss for update in updates if update.loss is not None and not (private or central)]
     return TrainFacts(
         asked=len(plans),

@@ -23,7 +23,7 @@ from models.bounds import excess
 from models.controls import beside
 from models.cores import to_framed_tensors
 from models.trained import from_trained_tensors, trained_layout, trained_tensors
-from privacy.accounting import PoissonGaussian
+from privacy.accounting import STRICT, PoissonGaussian
 from privacy.noise import stream
 from privacy.snr import signal_to_spread
 from protocol import records
@@ -436,6 +436,7 @@ class Federated(Strategy):
             private=self._plan.privacy,
             spent=self._history.spent,
             told=found.told,
+            strict=self._explained(server_round, measured=server_round, delta=STRICT),
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )
@@ -455,11 +456,15 @@ class Federated(Strategy):
         elapsed = None if since is None else self._clock.now() - since
         return cost(report, plan, (told.seconds, told.joules), sites=self.sites, elapsed=elapsed)
 
-    def _explained(self, rounds: int, *, measured: int) -> float | None:
-        """ε per picture that so many rounds come to, with what was measured after as many."""
+    def _explained(self, rounds: int, *, measured: int, delta: float | None = None) -> float | None:
+        """ε per picture that so many rounds come to, with what was measured after as many; None without, or at a δ
+        that the plan's doesn't exceed.
+        """
+        if self._plan.privacy is None or (delta and self._plan.privacy.delta <= delta):
+            return None
         measuring = self._measuring
         times = sum(measuring.due(number) for number in range(1, measured + 1))
-        return explained(self._plan, rounds=rounds, measuring=measuring.among_pictures, measured=times)
+        return explained(self._plan, rounds=rounds, measuring=measuring.among_pictures, measured=times, delta=delta)
 
     def _diagnostics(self) -> dict[str, float]:
         return self.trained.diagnostics if self.trained else {}

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from privacy.accounting import STRICT
 from server.report import words
 from server.report.charts import Line, Show, line_chart
 from server.report.pictures import Thumbnail, png
@@ -123,6 +124,7 @@ def render(report: Report) -> str:
         .render(
             report=report,
             summary=report.summary,
+            strict_delta=STRICT,
             arms=ARMS | ({} if report.letters else OF_PICTURES),
             results=[arm for arm in ARMS if arm in losses],
             gains={arm: gain(losses, arm) for arm in losses},

@@ -75,12 +75,12 @@ def test_the_number_is_the_ledgers_with_all_that_it_means(
     ledger: Ledger, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "devices/tablet/policy.toml").write_text("max_epsilon = 4.0\ndelta = 1e-3")
-    spent = ledger.spent(1e-3)
-    assert f"{spent}" in shown(capsys)
+    spent, strict = ledger.spent(1e-3), ledger.spent(1e-5).value
+    assert f"ε={spent.value:.3g} per image (δ=0.001, add or remove one; ε={strict:.3g} at δ=1e-05)" in shown(capsys)
     assert f"ε=4 at this δ: {4 - spent.value:.3g} is left" in shown(capsys)
     found = json.loads(shown(capsys, "--json"))
     assert found["epsilon"] == {
-        "value": spent.value, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"
+        "value": spent.value, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one", "strict": strict
     }  # fmt: skip
     assert found["max_epsilon"] == 4.0
     assert [entry["state"] for entry in found["entries"]] == ["sent", "sealed", "reserved"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import dp_accounting
@@ -25,6 +26,7 @@ from privacy.accounting import (
     epsilon,
     forget_transforms,
     noise_multiplier_for,
+    with_strict,
 )
 from privacy.policy import Policy
 
@@ -180,7 +182,22 @@ def test_delta_is_a_probability(delta: float) -> None:
 
 
 def test_every_printed_epsilon_has_its_unit() -> None:
-    assert str(Guarantee(2.355, 1e-3)) == "ε=2.35 per image (δ=0.001, add or remove one)"
+    assert str(Guarantee(2.355, 1e-5)) == "ε=2.35 per image (δ=1e-05, add or remove one)"
+
+
+def test_a_large_delta_is_not_told_alone() -> None:
+    event = PoissonGaussian(noise_multiplier=1.0, sampling_rate=0.2, steps=50)
+    told = with_strict(epsilon([event], 1e-3), [event])
+    assert told.strict == epsilon([event], 1e-5).value > told.value
+    assert str(told) == f"ε={told.value:.3g} per image (δ=0.001, add or remove one; ε={told.strict:.3g} at δ=1e-05)"
+    assert with_strict(small := epsilon([event], 1e-5), [event]) is small
+
+
+def test_a_delta_that_covers_everything_gives_0_and_one_too_small_gives_infinity() -> None:
+    once = PoissonGaussian(noise_multiplier=1.0, sampling_rate=1e-4, steps=1)
+    assert epsilon([once], 1e-4).value == 0  # whoever is in a step at all has a probability of δ
+    assert epsilon([replace(once, sampling_rate=1e-3)], 1e-4).value > 0
+    assert epsilon([replace(once, sampling_rate=0.5)], 1e-16).value == math.inf
 
 
 class _Mallinfo2(ctypes.Structure):

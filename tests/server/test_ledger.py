@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import AntherError
-from privacy.accounting import DEVICE, PoissonGaussian, epsilon
+from privacy.accounting import DEVICE, PoissonGaussian, epsilon, with_strict
 from privacy.entries import MEASURE
 from privacy.storage import Files
 from server.ledger import JOURNAL, Ledger, spending
@@ -27,8 +27,12 @@ def charge(round=1, asked=("a", "b"), mechanism=ROUND, **changes):
     )  # fmt: skip
 
 
+def promised(*events):
+    return with_strict(epsilon(events, BUDGET.delta, DEVICE), events)
+
+
 def of(count, mechanism=ROUND):
-    return epsilon([replace(mechanism, steps=count)], BUDGET.delta, DEVICE)
+    return promised(replace(mechanism, steps=count))
 
 
 @pytest.fixture
@@ -98,20 +102,20 @@ def test_spending_is_that_of_the_worst_device_by_a_loop(asked, measured):
     charges = [charge(number, tuple(sorted(names))) for number, names in enumerate(asked)]
     charges += [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(measured)]
     most = max((sum(name in names for names in asked) for name in "abcd"), default=0)
-    expected = epsilon([MEASURED, *[ROUND] * most], BUDGET.delta, DEVICE)
+    expected = promised(MEASURED, *[ROUND] * most)
     assert spending(charges, replace(BUDGET, beside=(MEASURED,))) == expected
 
 
 def test_measuring_more_than_planned_is_paid_for():
     again = [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(5)]
     found = spending(again, replace(BUDGET, beside=(MEASURED,)))
-    assert found == epsilon([replace(MEASURED, steps=5)], BUDGET.delta, DEVICE)
+    assert found == promised(replace(MEASURED, steps=5))
 
 
 def test_two_mechanisms_compose_over_the_device_that_had_both():
     other = replace(ROUND, noise_multiplier=3.0)
     charges = [charge(1, ("a",)), charge(2, ("b",), other), charge(3, ("a",), other)]
-    assert spending(charges, BUDGET) == epsilon([ROUND, other], BUDGET.delta, DEVICE)
+    assert spending(charges, BUDGET) == promised(ROUND, other)
 
 
 def test_nothing_asked_costs_nothing():
