@@ -105,7 +105,7 @@ def main() -> None:
         folders["overfitted"] = [overfitted.result()]
     tried = {name: judged(found, "last" if name == "overfitted" else "best") for name, found in folders.items()}
     asked = " ".join(["python -m bench.membership", *sys.argv[1:]])
-    write(Results([], [], list(tried.values())), Audit(), arguments.runs, asked)
+    write(Results(arms=list(tried.values())), Audit(), arguments.runs, asked)
     recorded = record(tried)
     arguments.out.write_text(
         json.dumps(

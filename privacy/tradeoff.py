@@ -38,14 +38,30 @@ def inverse(event: PoissonGaussian) -> Inverse:
     """
     if event.sampling_rate == 1:
         return gaussian(math.sqrt(event.steps) / event.noise_multiplier)
+    epsilons = np.linspace(-_WIDEST, _WIDEST, _POINTS)
+    deltas, factors = _deltas(event, epsilons), np.exp(-epsilons)
+    return lambda y: max(0.0, float(np.max(factors * (y - deltas))))
+
+
+@lru_cache(maxsize=64)
+def advantage(event: PoissonGaussian) -> float:
+    """The total variation distance of P and Q, at most: δ at ε = 0.
+
+    Who knows that a unit is in with probability 1/2 guesses it rightly with probability (1 + advantage) / 2 at most.
+    """
+    if event.sampling_rate == 1:
+        return math.erf(math.sqrt(event.steps / 8) / event.noise_multiplier)  # 2 Φ(μ / 2) − 1
+    return float(_deltas(event, np.zeros(1))[0])
+
+
+def _deltas(event: PoissonGaussian, epsilons: np.ndarray) -> np.ndarray:
+    """δ(ε) of a whole event, at most, in whichever order of the data sets it is larger."""
     from dp_accounting.pld import privacy_loss_distribution  # slow import, so only here
 
     loss = privacy_loss_distribution.from_gaussian_mechanism(
         event.noise_multiplier, sampling_prob=event.sampling_rate, value_discretization_interval=INTERVAL
     ).self_compose(event.steps)
-    epsilons = np.linspace(-_WIDEST, _WIDEST, _POINTS)
-    deltas, factors = np.asarray(loss.get_delta_for_epsilon(epsilons)), np.exp(-epsilons)
-    return lambda y: max(0.0, float(np.max(factors * (y - deltas))))
+    return np.asarray(loss.get_delta_for_epsilon(epsilons))
 
 
 def hockey_stick(p: tuple[float, float], q: tuple[float, float], epsilon: float) -> float:

@@ -1,12 +1,15 @@
 """Does the privacy hold that is claimed?  python -m simulations.audit [key=value …]
 
-Without runs the training loop itself is on trial: canaries in it, for some claims of ε, and once without noise, which
-the audit must catch or be of no use; and canary clients against the clip and noise of whole devices. With runs the
-adapters that they share are: who was trained on? The exit code is 1 if a claim is refuted, or missing noise missed.
+Without runs the mechanisms themselves are on trial: canaries in the training loop and canary clients in the rounds of
+`privacy=device`, for some claims of ε, and once without noise, which the audit must catch or be of no use. Everything
+that goes in is known, so that the noise is seen by itself too, and tested as what it ought to be. With runs the
+adapters that they share are on trial: who was trained on? The exit code is 1 if a claim is refuted, a test of the noise
+fails, or missing noise is missed.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +18,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
 from conf.audit import Audit
 from conf.cli import application, output_dir
 
 if TYPE_CHECKING:
-    from privacy.audit import Finding
     from privacy.noise import NoiseSource
-    from simulations.audit_page import Results, Verdict
-    from simulations.canaries import Experiment
+    from simulations.canaries import Experiment, Recorded, Sources
     from simulations.membership import Arm
+    from simulations.verdicts import Fit, Results, Verdict
 
 MEMORY = 2**28  # bytes for the passes of canaries, which are a few numbers each
 PASSED, FAILED = 0, 1
+IMAGE, DEVICE = "image", "device"
 
 
 class Case(NamedTuple):
@@ -46,8 +50,11 @@ class Case(NamedTuple):
 @application("audit", Audit)
 def main(config: Audit) -> None:
     from simulations.audit_page import write
+    from simulations.verdicts import last_line
 
     results = audit(config, print)
+    if not config.runs:
+        print(last_line(results, config.false_alarms))
     page = write(results, config, Path(output_dir()), shlex.join(command()))
     print(f"page  {page}")
     sys.exit(PASSED if results.sound else FAILED)
@@ -55,21 +62,28 @@ def main(config: Audit) -> None:
 
 def audit(config: Audit, say: Callable[[str], object]) -> Results:
     """Everything that the configuration asks for, told as it comes."""
-    from simulations.audit_page import Results, line, lines
+    from simulations.verdicts import Fit, Results, arm_lines, fit_lines, line
 
-    results = Results([], [], [])
+    results = Results()
     if config.runs:
         for arm in arms(config):
-            for words in lines(arm):
+            for words in arm_lines(arm):
                 say(words)
             results.arms.append(arm)
         return results
-    for verdict in loop(config):
-        say(line("training loop", verdict))
-        results.loop.append(verdict)
-    for verdict in clients(config):
-        say(line("whole devices", verdict))
-        results.clients.append(verdict)
+    for trial, where, verdicts in ((loop, "training loop", results.loop), (clients, "whole devices", results.clients)):
+        for found in trial(config):
+            if isinstance(found, Fit):
+                results.fits.append(found)
+                for words in fit_lines(found):
+                    say(words)
+            else:
+                verdicts.append(found)
+                say(line(where, found))
+    for found in fits(config):
+        results.fits.append(found)
+        for words in fit_lines(found):
+            say(words)
     return results
 
 
@@ -82,10 +96,9 @@ def arms(config: Audit) -> Iterator[Arm]:
         yield membership.attack(list(alike), config.membership, confidence=config.confidence, seed=config.seed)
 
 
-def loop(config: Audit) -> Iterator[Verdict]:
-    """The training loop on trial."""
+def loop(config: Audit) -> Iterator[Verdict | Fit]:
+    """The training loop on trial: each claim, and the noise under it."""
     from privacy.accounting import PoissonGaussian, noise_multiplier_for
-    from simulations.audit_page import Verdict
     from simulations.canaries import Experiment, Silent, toss
 
     asked = config.canaries
@@ -95,52 +108,100 @@ def loop(config: Audit) -> Iterator[Verdict]:
         )
         claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=asked.sampling_rate, steps=asked.rounds)
         included = toss(asked.count, case.seed)
-        experiment = Experiment(
-            claim=claim, clip=asked.clip, draws=asked.draws, included=included, devices=asked.devices
-        )
+        experiment = Experiment(claim=claim, draws=asked.draws, included=included, devices=asked.devices)
 
         def sources(device: str, round: int, case: Case = case) -> NoiseSource:
             found = source(asked.noise, case.seed, device, round)
             return found if case.honest else Silent(found)
 
-        yield Verdict(case.name, examine(experiment, sources, asked.delta, config.confidence), case.honest)
+        yield from examine(experiment, sources, case, config)
 
 
-def examine(
-    experiment: Experiment, sources: Callable[[str, int], NoiseSource], delta: float, confidence: float
-) -> Finding:
-    """Train on canaries, and see what the releases give away."""
+def examine(experiment: Experiment, sources: Sources, case: Case, config: Audit) -> Iterator[Verdict | Fit]:
+    """Train on canaries, and see what the releases give away; and what is left of them without the canaries."""
+    from privacy import goodness_of_fit
     from privacy.audit import audit
     from simulations import canaries
+    from simulations.verdicts import Fit, Verdict
     from training.trainer import train
 
-    jobs = canaries.jobs(experiment, sources)
-    outcomes = train(canaries.network(experiment), jobs, memory=MEMORY, timesteps=1)
-    attacks = canaries.attacks(experiment, canaries.seen(experiment, outcomes))
-    return audit(experiment.claim, delta, attacks, experiment.included, confidence)
+    recorded: list[Recorded] = []
+
+    def recording(device: str, round: int) -> Recorded:
+        recorded.append(canaries.Recorded(sources(device, round)))
+        return recorded[-1]
+
+    jobs = canaries.jobs(experiment, recording)
+    outcomes = train(canaries.network(experiment.side), jobs, memory=MEMORY, timesteps=1)
+    seen = canaries.seen(experiment, outcomes)
+    finding = audit(
+        experiment.claim, config.canaries.delta, canaries.attacks(experiment, seen), experiment.included,
+        confidence=config.confidence, false_alarms=share(config),
+    )  # fmt: skip
+    yield Verdict(case.name, finding, case.honest)
+    if case.honest:
+        noise, joined = canaries.residuals(experiment, seen, recorded)
+        checks = goodness_of_fit.battery(noise)
+        checks.append(goodness_of_fit.alignment(noise, joined, "along pictures that joined"))
+        yield Fit(f"noise of {case.name}", IMAGE, sum(map(len, noise)), checks, share(config))
 
 
-def clients(config: Audit) -> Iterator[Verdict]:
-    """Clip and noise of whole devices on trial."""
+def clients(config: Audit) -> Iterator[Verdict | Fit]:
+    """The rounds of `privacy=device` on trial."""
     from privacy.accounting import PoissonGaussian, noise_multiplier_for
     from privacy.audit import audit, cosine_epsilon, log_likelihood_ratio
-    from privacy.noise import Secure
-    from simulations import canaries
-    from simulations.audit_page import Verdict
+    from simulations import canaries, canary_clients
+    from simulations.canary_clients import Cohort
+    from simulations.verdicts import Fit, Verdict
 
     asked = config.clients
     for case in cases(asked.epsilons, config.seed) if asked.count else ():
         sigma = noise_multiplier_for(epsilon=case.epsilon, delta=asked.delta, sampling_rate=1.0, steps=asked.rounds)
         claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=asked.rounds)
-        noise = Secure() if case.honest else canaries.Silent(Secure())
-        mechanism = partial(canaries.clip_and_noise, clip=1.0, noise_multiplier=sigma, noise=noise)
         included = canaries.toss(asked.count, case.seed)
-        found = canaries.clients(
-            mechanism, included, dimension=asked.dimension, clip=1.0, rounds=asked.rounds, seed=case.seed
-        )
-        scores = {"releases": log_likelihood_ratio(found.seen, claim)}
-        finding = audit(claim, asked.delta, scores, included, config.confidence)
-        yield Verdict(case.name, finding, case.honest, cosine_epsilon(found.cosines, asked.dimension, asked.delta))
+        cohort = Cohort(claim=claim, included=included, side=math.isqrt(asked.dimension))
+
+        def noise(round: int, case: Case = case) -> NoiseSource:
+            found = source("secure", case.seed, "server", round)
+            return found if case.honest else canaries.Silent(found)
+
+        found = canary_clients.play(cohort, noise)
+        own = found.sums[:, : asked.count]
+        finding = audit(
+            claim, asked.delta, {"own releases": log_likelihood_ratio(own, claim)}, included,
+            confidence=config.confidence, false_alarms=share(config),
+        )  # fmt: skip
+        total = found.sums.sum(0)
+        cosines = total[: asked.count][included] / np.linalg.norm(total)
+        yield Verdict(case.name, finding, case.honest, cosine_epsilon(cosines, total.size, asked.delta))
+        if case.honest:
+            checks = canary_clients.checks(found)
+            yield Fit(f"noise of {case.name}", DEVICE, found.sums.size, checks, share(config))
+
+
+def fits(config: Audit) -> Iterator[Fit]:
+    """Situations in which everything but the noise is known, per image and per device."""
+    from simulations import canary_clients, situations
+    from simulations.verdicts import Fit
+
+    asked = config.fits
+    for situation in situations.situations(asked.longest) if asked.longest else ():
+        seen = situations.observe(situation, partial(source, asked.noise, config.seed), config.seed, memory=MEMORY)
+        numbers = sum(map(len, seen.noise))
+        yield Fit(situation.name, IMAGE, numbers, situations.checks(seen), share(config))
+    for name, cohort in canary_clients.cohorts(asked.longest, config.seed) if asked.longest else ():
+        released = canary_clients.play(cohort, partial(source, asked.noise, config.seed, "server"))
+        yield Fit(name, DEVICE, released.sums.size, canary_clients.checks(released), share(config))
+
+
+def share(config: Audit) -> float:
+    """What each claim and situation may have of the false alarms."""
+    from simulations import canary_clients, situations
+
+    claims = 2 * len(config.canaries.epsilons) * bool(config.canaries.count)
+    claims += 2 * len(config.clients.epsilons) * bool(config.clients.count)
+    others = len(situations.situations(4)) + len(canary_clients.cohorts(4, 0)) if config.fits.longest else 0
+    return config.false_alarms / (claims + others)
 
 
 def cases(epsilons: Sequence[float], seed: int) -> list[Case]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +15,15 @@ from markupsafe import Markup
 
 from conf.audit import Audit
 from privacy import durable
-from privacy.audit import Finding
-from privacy.membership import FPR, Membership, Roc, Trial, matched
+from privacy.membership import Membership, Roc, Trial, matched
 from server.report.report import environment
-from server.report.words import short
 from simulations import plots
 from simulations.membership import AGAINST, ATTACKS, CONTROL, Arm
 from simulations.plots import Curve
+from simulations.verdicts import POWER, Fit, Results, Verdict
 
 TONES = ("personal", "local", "shared", "ink")  # of arms, in turn
 _POINTS = 400  # of a curve on the page
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one claim."""
-
-    name: str
-    finding: Finding
-    honest: bool
-    """Whether the claim ought to hold: without noise it must not."""
-    estimate: float | None = None
-    """ε as canary clients estimate it."""
-
-    @property
-    def sound(self) -> bool:
-        """Whether it came out as it ought to."""
-        return self.finding.refuted != self.honest
-
-
-@dataclass(frozen=True)
-class Results:
-    """All that an audit found."""
-
-    loop: list[Verdict]
-    clients: list[Verdict]
-    arms: list[Arm]
-
-    @property
-    def sound(self) -> bool:
-        """Whether no claim was refuted, and missing noise was found out."""
-        return all(verdict.sound for verdict in (*self.loop, *self.clients))
-
-
-def line(where: str, verdict: Verdict) -> str:
-    """One verdict in a line."""
-    found, held = verdict.finding, "refuted" if verdict.finding.refuted else "not refuted"
-    bounds = f"ε ≥ {short(found.f_dp)} by f-DP, ≥ {short(found.one_run)} by (ε, δ)"
-    right = f"{found.guesses.correct} of {found.guesses.made} guesses right"
-    return f"{'ok  ' if verdict.sound else 'FAIL'}  {where}, {verdict.name}: {held}; {bounds}; {right}"
-
-
-def lines(arm: Arm) -> list[str]:
-    """One arm in a line for each attack."""
-    told = [f"{arm.name}: {arm.writers} writers, {len(arm.runs)} run{'s' if len(arm.runs) != 1 else ''}"]
-    for name, found in arm.found.items():
-        auc, tpr = found.auc, found.tpr
-        told.append(
-            f"  {name:24} AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]  "
-            f"TPR at {FPR:.0%} FPR {tpr.value:.3f} [{tpr.low:.3f}, {tpr.high:.3f}]"
-        )
-    return told
 
 
 def write(results: Results, config: Audit, folder: Path, command: str) -> Path:
@@ -95,6 +42,8 @@ def as_json(results: Results, config: Audit, command: str) -> dict[str, Any]:
         "sound": results.sound,
         "training_loop": [_verdict(verdict) for verdict in results.loop],
         "whole_devices": [_verdict(verdict) for verdict in results.clients],
+        "noise": [_fit(fit) for fit in results.fits],
+        "sees_noise_short_by": {"power": POWER, **results.shortfalls},
         "membership": [
             {
                 "arm": arm.name,
@@ -139,11 +88,12 @@ def bounds(verdicts: Sequence[Verdict]) -> Markup:
     claimed = [verdict.finding.claimed.value for verdict in held]
     found = [
         Curve("claimed", [0.0, *claimed], [0.0, *claimed], "base", dashed=True),
+        Curve("at least", claimed, [verdict.finding.independent for verdict in held], "shared", dots=True),
         Curve("at least, by f-DP", claimed, [verdict.finding.f_dp for verdict in held], "personal", dots=True),
         Curve("at least, by (ε, δ)", claimed, [verdict.finding.one_run for verdict in held], "local", dots=True),
     ]
     if estimates := [verdict.estimate for verdict in held if verdict.estimate is not None]:
-        found.append(Curve("estimate from cosines", claimed, estimates, "shared", dots=True))
+        found.append(Curve("estimate from cosines", claimed, estimates, "ink", dots=True))
     return plots.curves(found, x_label="ε that is claimed", y_label="ε that is shown")
 
 
@@ -186,6 +136,14 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "name": verdict.name, "honest": verdict.honest, "refuted": verdict.finding.refuted, "sound": verdict.sound,
         "estimate": verdict.estimate, **dataclasses.asdict(verdict.finding),
         "guesses": verdict.finding.guesses._asdict(),
+    }  # fmt: skip
+
+
+def _fit(fit: Fit) -> dict[str, Any]:
+    return {
+        "name": fit.name, "per": fit.level, "numbers": fit.numbers, "sound": fit.sound,
+        "significance": fit.significance, "sees_noise_short_by": fit.shortfall,
+        "checks": [check._asdict() for check in fit.checks],
     }  # fmt: skip
 
 

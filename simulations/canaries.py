@@ -10,9 +10,9 @@ sums, noise and AdamW. A round is one step, so that the adversary sees every noi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,21 +21,17 @@ from torch import Tensor, nn
 from models.adapter import Adapter, Factors
 from models.denoiser import Denoiser
 from models.objective import diffusion
-from privacy import central
 from privacy.accounting import PoissonGaussian
 from privacy.audit import log_likelihood_ratio
-from privacy.central import Gaussian
 from privacy.noise import CPU, NoiseSource
 from training.jobs import DPSGD, Examples, Train, Trained
 
-SITE = "canaries"
+SITE = "canaries.0"
 LENGTH = 100.0  # of a canary's gradient, in units of the clip
 _EPS = 1e-8  # of AdamW
 
 Sources = Callable[[str, int], NoiseSource]
 """(device, round) -> where its noise and Poisson batches come from."""
-Mechanism = Callable[[Tensor], Tensor]
-"""Updates [n, d] of the devices of one round -> what the server releases of them [d]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +39,19 @@ class Experiment:
     """Which canaries went in, and what is claimed about whoever trains on them."""
 
     claim: PoissonGaussian  # of all rounds of one device
-    clip: float
     draws: int
     included: np.ndarray  # [m] bool, each true with probability 1/2
     devices: int
+
+    @property
+    def divisor(self) -> int:
+        """The public constant, for as many pictures as a device could have."""
+        return math.ceil(self.claim.sampling_rate * len(self.included) / self.devices)
+
+    @property
+    def clip(self) -> float:
+        """So small that AdamW's first step keeps the size of what it is told."""
+        return _EPS * self.divisor
 
     @property
     def side(self) -> int:
@@ -60,15 +65,18 @@ class Experiment:
 
 
 class _Network(nn.Module):
-    """Predicts what its site makes of the context, whatever the noised picture."""
+    """Predicts what each of its sites makes of its token of the context, whatever the noised picture."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, sites: int) -> None:
         super().__init__()
-        self.canaries = nn.Linear(side, side, bias=False)
-        nn.init.zeros_(self.canaries.weight)
+        layers = [nn.Linear(side, side, bias=False) for _ in range(sites)]
+        for layer in layers:
+            nn.init.zeros_(layer.weight)
+        self.canaries = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:  # noqa: ARG002
-        return (self.canaries(encoder_hidden_states[:, 0]).view_as(x),)
+        found = [layer(encoder_hidden_states[:, number]) for number, layer in enumerate(self.canaries)]
+        return (torch.stack(found, dim=1).view_as(x),)
 
 
 class Silent:
@@ -91,9 +99,34 @@ def toss(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random(count) < 0.5
 
 
-def network(experiment: Experiment) -> Denoiser:
-    """The base that the canaries are made for."""
-    return Denoiser(_Network(experiment.side), diffusion(torch.zeros(10), "v_prediction"), sites=SITE)
+def site(number: int) -> str:
+    """Name of one of the sites of the canaries' base."""
+    return f"canaries.{number}"
+
+
+def network(side: int, sites: int = 1) -> Denoiser:
+    """The base that the canaries are made for, with so many sites of `side` inputs and outputs."""
+    return Denoiser(_Network(side, sites), diffusion(torch.zeros(10), "v_prediction"), sites=r"canaries\.\d+")
+
+
+class Recorded:
+    """A noise source, and the batches that it gave."""
+
+    def __init__(self, inner: NoiseSource) -> None:
+        self.inner = inner
+        self.batches: list[np.ndarray] = []
+
+    @property
+    def release(self) -> bool:
+        return self.inner.release
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:
+        batch = self.inner.poisson_batch(size, rate)
+        self.batches.append(batch.numpy().copy())
+        return batch
+
+    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+        return self.inner.gaussian(size, device)
 
 
 def jobs(experiment: Experiment, sources: Sources) -> list[Train]:
@@ -109,7 +142,7 @@ def jobs(experiment: Experiment, sources: Sources) -> list[Train]:
             found.append(
                 Train(
                     client=name, round=number, purpose="shared", seed=0, examples=pictures, start=start, steps=1,
-                    batch_size=_divisor(experiment), learning_rate=1.0, names=names, noise=sources(name, number),
+                    batch_size=experiment.divisor, learning_rate=1.0, names=names, noise=sources(name, number),
                     privacy=DPSGD(
                         noise_multiplier=claim.noise_multiplier, clip=experiment.clip,
                         sampling_rate=claim.sampling_rate, draws=experiment.draws,
@@ -131,7 +164,7 @@ def seen(experiment: Experiment, outcomes: Sequence[Trained | Exception]) -> np.
         steps.append(-outcome.adapter[SITE].b.double().flatten()[: len(experiment.included)])
     step = torch.stack(steps).unflatten(0, (experiment.devices, -1))
     gradient = _EPS * step / (1 - step.abs())
-    return (gradient * _divisor(experiment) / experiment.clip).numpy()
+    return (gradient * experiment.divisor / experiment.clip).numpy()
 
 
 def attacks(experiment: Experiment, seen: np.ndarray) -> dict[str, np.ndarray]:
@@ -150,36 +183,20 @@ def attacks(experiment: Experiment, seen: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-class Clients(NamedTuple):
-    """What an adversary makes of canary clients."""
-
-    cosines: np.ndarray
-    """Of those that were in, with all that was released together: that is what the final model shows."""
-    seen: np.ndarray
-    """What was released along each one's direction, in units of the clip: [rounds, m]."""
-
-
-def clients(
-    mechanism: Mechanism, included: np.ndarray, *, dimension: int, clip: float, rounds: int, seed: int
-) -> Clients:
-    """Let the included of [m] canary clients take part in every round (Andrew et al., 2023, arXiv:2302.03098).
-
-    Each has a random direction of its own, nearly orthogonal to all others, and sends it every time, longer than the
-    clip.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = nn.functional.normalize(torch.randn(len(included), dimension, generator=generator))
-    present = directions[torch.from_numpy(included)]
-    released = torch.stack([mechanism(LENGTH * clip * present) for _ in range(rounds)])
-    cosines = nn.functional.cosine_similarity(present, released.sum(0, keepdim=True))
-    return Clients(cosines.double().numpy(), (released @ directions.T).double().numpy() / clip)
-
-
-def clip_and_noise(updates: Tensor, *, clip: float, noise_multiplier: float, noise: NoiseSource) -> Tensor:
-    """A round of the server's own mechanism on updates [n, d], as the sum that it would divide: [d]."""
-    server = Gaussian(noise_multiplier=noise_multiplier, expected=float(len(updates)))
-    released = server.release(central.clip_and_sum(updates, clip, updates.shape[1]), noise)
-    return (released.mean * server.expected).to(updates)
+def residuals(
+    experiment: Experiment, seen: np.ndarray, recorded: Sequence[Recorded]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What is left of each release [m] without what is known to be in it, over σ; and who joined [m], over σ."""
+    noise, joined = [], []
+    for device in range(experiment.devices):
+        (chosen,) = np.nonzero(experiment.included & (experiment.owners == device))
+        for number in range(experiment.claim.steps):
+            (batch,) = recorded[device * experiment.claim.steps + number].batches
+            member = np.zeros(len(experiment.included))
+            member[chosen[batch]] = 1.0
+            joined.append(member / experiment.claim.noise_multiplier)
+            noise.append(seen[device, number] / experiment.claim.noise_multiplier - joined[-1])
+    return noise, joined
 
 
 def _examples(experiment: Experiment, chosen: np.ndarray) -> Examples:
@@ -190,8 +207,3 @@ def _examples(experiment: Experiment, chosen: np.ndarray) -> Examples:
     )  # the loss is a mean over `side` numbers, its gradient twice that of one
     latents = length * nn.functional.one_hot(row, side).float()
     return Examples(latents[:, None, None], nn.functional.one_hot(column, side).float()[:, None])
-
-
-def _divisor(experiment: Experiment) -> int:
-    """A public constant so large that AdamW's first step keeps the size of what it is told."""
-    return max(1, round(experiment.clip / _EPS))

@@ -58,7 +58,7 @@ def test_p_value_of_randomised_response_is_exact() -> None:
 
 
 @given(m=st.integers(5, 400), mu=st.floats(0.1, 3), significance=st.sampled_from([0.05, 0.001]))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_f_dp_never_refutes_what_a_gaussian_really_does(m: int, mu: float, significance: float) -> None:
     """m independent bits each seen through N(±μ/2, 1): the best guesses are right with probability Φ(μ/2)."""
     right = int(binom.isf(significance, m, norm.cdf(mu / 2)))  # P[V ≥ right] > significance
@@ -75,7 +75,7 @@ def test_f_dp_refutes_what_it_has_to() -> None:
 
 
 @given(correct=st.integers(0, 99), significance=st.floats(0.001, 0.2))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_more_right_guesses_never_show_less(correct: int, significance: float) -> None:
     fewer, more = Guesses(200, 100, correct), Guesses(200, 100, correct + 1)
     assert audit.one_run_epsilon(fewer, DELTA, significance) <= audit.one_run_epsilon(more, DELTA, significance)
@@ -95,7 +95,9 @@ def test_bounds_are_near_what_others_find(setting: tuple[float, int]) -> None:
     found = []
     for seed in range(5):
         scores, included = release(sigma, m, seed)
-        found.append(audit.audit(gaussian(sigma), DELTA, {"release": scores}, included, 0.95))
+        found.append(
+            audit.audit(gaussian(sigma), DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6)
+        )
     one_run, f_dp = np.median([[one.one_run, one.f_dp] for one in found], axis=0)
     wanted = PUBLISHED[setting]
     assert 0.6 * wanted[0] <= one_run <= 1.7 * wanted[0]
@@ -118,7 +120,9 @@ def test_true_claims_stand_in_19_of_20_audits() -> None:
 def test_more_noise_shows_less_and_more_canaries_more() -> None:
     def bound(sigma: float, m: int) -> float:
         scores, included = release(sigma, m, 1)
-        return audit.audit(gaussian(sigma), DELTA, {"release": scores}, included, 0.95).f_dp
+        return audit.audit(
+            gaussian(sigma), DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6
+        ).f_dp
 
     assert bound(0.5, 1000) > bound(1.0, 1000) > bound(3.0, 1000)
     assert bound(1.0, 3000) > bound(1.0, 100)
@@ -126,13 +130,17 @@ def test_more_noise_shows_less_and_more_canaries_more() -> None:
 
 def test_no_canary_told_apart_is_no_bound() -> None:
     scores, included = release(1.0, 500, 0)
-    found = audit.audit(gaussian(1.0), DELTA, {"coins": np.zeros_like(scores)}, included, 0.95)
+    found = audit.audit(
+        gaussian(1.0), DELTA, {"coins": np.zeros_like(scores)}, included, confidence=0.95, false_alarms=1e-6
+    )
     assert (found.bound, found.noise_multiplier, found.refuted) == (0.0, None, False)
 
 
 def test_everything_told_apart_refutes_any_claim() -> None:
     included = np.arange(600) % 2 == 0
-    found = audit.audit(gaussian(1.0), DELTA, {"sees all": included.astype(float)}, included, 0.95)
+    found = audit.audit(
+        gaussian(1.0), DELTA, {"sees all": 2.0 * included - 1}, included, confidence=0.95, false_alarms=1e-6
+    )
     assert found.refuted
     assert found.f_dp > 1.5 * found.claimed.value
     assert found.guesses.correct == found.guesses.made
@@ -141,8 +149,8 @@ def test_everything_told_apart_refutes_any_claim() -> None:
 def test_bound_is_that_of_the_smallest_noise_that_is_refuted() -> None:
     claim = gaussian(1.0)
 
-    def refuted(inverse: tradeoff.Inverse) -> bool:
-        return inverse(0.5) > norm.cdf(-1 / 0.7)  # as more noise than 0.7 has it
+    def refuted(event: PoissonGaussian) -> bool:
+        return event.noise_multiplier > 0.7
 
     assert audit.smallest_refuted(claim, refuted) == pytest.approx(0.7, rel=0.025)
     assert audit.smallest_refuted(replace(claim, noise_multiplier=0.1), refuted) == pytest.approx(0.7, rel=0.025)

@@ -29,9 +29,9 @@ from privacy.membership import Interval, judge, roc
 from server import checkpoint
 from server.state import State
 from simulations import audit, audit_page, canaries, membership, output, plots
-from simulations.audit_page import Results, Verdict
 from simulations.fleet import writers
 from simulations.membership import CONTROL, suspects
+from simulations.verdicts import Results, Verdict
 from tests.privacy.test_membership import trial as drawn
 from tests.server.test_checkpoint import device, round_
 from tests.training.reference import live
@@ -207,8 +207,8 @@ def test_letters_alone_would_tell_members_and_matching_keeps_them_from_it() -> N
 def finding(bound: float, claimed: float = 1.0) -> Finding:
     claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=3)
     return Finding(
-        claim=claim, claimed=Guarantee(claimed, 1e-5), one_run=bound / 2, f_dp=bound, noise_multiplier=1.0, ceiling=7.0,
-        attack="own releases", guesses=Guesses(100, 50, 30),
+        claim=claim, claimed=Guarantee(claimed, 1e-5), refuted=bound > claimed, independent=bound, one_run=bound / 2,
+        f_dp=bound, noise_multiplier=1.0, ceiling=7.0, attack="own releases", guesses=Guesses(100, 50, 30),
     )  # fmt: skip
 
 
@@ -229,6 +229,7 @@ def test_refuted_claims_and_missed_noise_fail_the_command(
 ) -> None:
     monkeypatch.setattr(audit, "loop", lambda _: iter(verdicts))
     monkeypatch.setattr(audit, "clients", lambda _: iter([]))
+    monkeypatch.setattr(audit, "fits", lambda _: iter([]))
     assert command(monkeypatch, tmp_path) == (0 if sound else 1)
     assert json.loads((tmp_path / "audit.json").read_text())["sound"] is sound
     page = (tmp_path / "audit.html").read_text()
@@ -240,12 +241,12 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
     config = Audit()
     config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000
     config.canaries.noise = "simulated"
-    config.clients.count = 0
+    config.clients.count = config.fits.longest = 0
     told: list[str] = []
     results = audit.audit(config, told.append)
     assert results.sound
-    assert [line[:4] for line in told] == ["ok  ", "ok  "]
-    assert ["not refuted" in line for line in told] == [True, False]
+    assert [line[:4] for line in told] == ["ok  "] * 3
+    assert ["not refuted" in told[0], "noise of ε = 1" in told[1], "not refuted" in told[2]] == [True, True, False]
     honest = audit.source
     monkeypatch.setattr(audit, "source", lambda *key: canaries.Silent(honest(*key)))
     assert not audit.audit(config, told.append).sound
@@ -255,12 +256,14 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
     ("mistake", "words"),
     [
         ("runs=[nowhere]", "nowhere: no finished run here"),
-        ("canaries.count=0 clients.count=0", "nothing to audit"),
+        ("canaries.count=0 clients.count=0 fits.longest=0", "nothing to audit"),
         ("canaries.epsilons=[]", "canaries.epsilons=[]: name a claim"),
         ("canaries.noise=none", "canaries.noise=none: must be one of: secure, simulated"),
-        ("clients.dimension=100", "clients.dimension=100: must be 10 × clients.count"),
+        ("clients.dimension=100", "clients.dimension=100: must be clients.count or more"),
         ("membership.adapter=first", "membership.adapter=first: must be one of: best, last"),
         ("membership.time=1", "membership.time=1.0: must lie between 0 and 1"),
+        ("fits.longest=10", "fits.longest=10: must be 0, or 1024 or more"),
+        ("false_alarms=0.5", "false_alarms=0.5: must be over 0, at most 0.05"),
         ("confidence=0.3", "confidence=0.3: must lie between"),
         ("canary.count=9", "no such key; did you mean"),
     ],
@@ -286,4 +289,4 @@ def test_plots_say_what_they_are_given() -> None:
     few = audit_page.thinned(whole)
     assert len(few.fpr) <= 510
     assert few.auc == pytest.approx(whole.auc, abs=2e-3)
-    assert Results([], [], []).sound
+    assert Results().sound

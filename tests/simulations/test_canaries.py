@@ -16,30 +16,31 @@ from scipy import stats
 from torch import Tensor
 
 from privacy import audit
-from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
+from privacy import goodness_of_fit as fit
+from privacy.accounting import PoissonGaussian, epsilon
 from privacy.audit import Finding
-from privacy.noise import CPU, NoiseSource, Simulated
+from privacy.noise import CPU, NoiseSource
 from simulations import canaries
 from simulations.audit import MEMORY, source
-from simulations.canaries import LENGTH, Experiment, Silent
+from simulations.canaries import LENGTH, Experiment, Recorded, Silent
 from training.jobs import Examples, Train
 from training.trainer import train
 
-CONFIDENCE = 0.95
 CLAIM = PoissonGaussian(noise_multiplier=3.0, sampling_rate=0.5, steps=8)  # ε = 2.1 at δ = 1e-5
 DELTA = 1e-5
 
 
 def experiment(claim: PoissonGaussian = CLAIM, *, count: int = 1000, devices: int = 4, draws: int = 1) -> Experiment:
-    return Experiment(claim=claim, clip=0.01, draws=draws, included=canaries.toss(count, 0), devices=devices)
+    return Experiment(claim=claim, draws=draws, included=canaries.toss(count, 0), devices=devices)
 
 
 def seen(trial: Experiment, jobs: list[Train]) -> np.ndarray:
-    return canaries.seen(trial, train(canaries.network(trial), jobs, memory=MEMORY, timesteps=1))
+    return canaries.seen(trial, train(canaries.network(trial.side), jobs, memory=MEMORY, timesteps=1))
 
 
 def verdict(trial: Experiment, jobs: list[Train]) -> Finding:
-    return audit.audit(trial.claim, DELTA, canaries.attacks(trial, seen(trial, jobs)), trial.included, CONFIDENCE)
+    attacks = canaries.attacks(trial, seen(trial, jobs))
+    return audit.audit(trial.claim, DELTA, attacks, trial.included, confidence=0.95, false_alarms=0.05)
 
 
 honest = partial(source, "simulated", 0)
@@ -182,9 +183,22 @@ def test_a_mutation_is_caught(mutation: Callable[[Experiment], list[Train]]) -> 
     found = verdict(trial, mutation(trial))
     assert found.refuted
     assert found.bound > found.claimed.value
-    wanted = {"noise_shared_by_devices": "against other devices", "noise_shared_by_rounds": "against other rounds"}
-    if name := wanted.get(mutation.__name__):
-        assert found.attack == name
+    if mutation is noise_shared_by_devices:
+        assert found.attack == "against other devices"
+
+
+def test_what_is_left_of_releases_is_the_noise() -> None:
+    trial, recorded = experiment(), []
+
+    def recording(device: str, number: int) -> Recorded:
+        recorded.append(Recorded(honest(device, number)))
+        return recorded[-1]
+
+    noise, joined = canaries.residuals(trial, seen(trial, canaries.jobs(trial, recording)), recorded)
+    assert min(check.p_value for check in fit.battery(noise)) > 1e-4
+    for missing in joined:  # a picture is a third of σ
+        assert set(np.unique(missing).round(3)) == {0.0, 0.333}
+    assert fit.alignment([one + other for one, other in zip(noise, joined, strict=True)], joined, "").p_value < 1e-9
 
 
 def test_a_job_that_failed_fails_the_audit() -> None:
@@ -196,38 +210,3 @@ def test_a_job_that_failed_fails_the_audit() -> None:
 
     with pytest.raises(OSError, match="no entropy"):
         seen(trial, canaries.jobs(trial, lambda *key: Broken(honest(*key))))
-
-
-def device_level(noise: NoiseSource, *, clip: float = 1.0, sigma: float | None = None) -> tuple[float, Finding, float]:
-    """ε per device at δ = 0.01, the audit of clip and noise, and the estimate of that ε from cosines."""
-    claim = PoissonGaussian(
-        noise_multiplier=noise_multiplier_for(epsilon=2.0, delta=DELTA, sampling_rate=1.0, steps=4),
-        sampling_rate=1.0, steps=4,
-    )  # fmt: skip
-    included = canaries.toss(600, 3)
-    mechanism = partial(
-        canaries.clip_and_noise, clip=clip, noise_multiplier=sigma or claim.noise_multiplier, noise=noise
-    )
-    found = canaries.clients(mechanism, included, dimension=20_000, clip=1.0, rounds=4, seed=0)
-    scores = {"releases": audit.log_likelihood_ratio(found.seen, claim)}
-    finding = audit.audit(claim, DELTA, scores, included, CONFIDENCE)
-    return epsilon([claim], 1e-2).value, finding, audit.cosine_epsilon(found.cosines, 20_000, 1e-2)
-
-
-def simulated() -> Simulated:
-    return Simulated(seed=0, client="server", round=0, purpose="aggregate")
-
-
-def test_canary_clients_estimate_what_is_claimed_per_device() -> None:
-    claimed, finding, estimate = device_level(simulated())
-    assert estimate == pytest.approx(claimed, rel=0.35)
-    assert 0 < finding.bound < finding.claimed.value
-
-
-def test_canary_clients_see_missing_noise_and_a_missing_clip() -> None:
-    claimed, finding, estimate = device_level(Scaled(simulated(), 0.1))
-    assert finding.refuted
-    assert estimate > 3 * claimed
-    claimed, finding, estimate = device_level(simulated(), clip=LENGTH, sigma=0.01)
-    assert finding.refuted
-    assert estimate > 3 * claimed

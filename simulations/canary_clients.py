@@ -1,0 +1,148 @@
+"""Canary clients: devices whose updates are known, in rounds that the server's own `DeviceLevel` opens and closes.
+
+Andrew et al. (2023, arXiv:2302.03098). Each canary client moves one number of B, another one each, and far further
+than the clip. So all are orthogonal, and what a round releases along each is its part of the sum and noise.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.adapter import Adapter, Factors
+from privacy import goodness_of_fit as fit
+from privacy.accounting import PoissonGaussian
+from privacy.central import Adaptive, Gaussian
+from privacy.goodness_of_fit import Check
+from privacy.noise import NoiseSource
+from privacy.storage import Files
+from server.ledger import Ledger
+from simulations.canaries import LENGTH, network, site, toss
+from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.ffa import FFA
+from strategies.private import Budget, DeviceLevel
+
+CLIP = 1.0
+_ADAPTIVE_RATE = 0.2
+_QUANTILE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Canary clients [m], of which the included take part in every round."""
+
+    claim: PoissonGaussian
+    included: np.ndarray
+    side: int  # of the matrix B, of which each client moves a number
+    adaptive: bool = False  # whether the clip follows a quantile
+    trains_both: bool = False  # FedIT, which noises A as well; else FFA
+
+    @property
+    def expected(self) -> float:
+        return float(len(self.included)) / 2
+
+
+class Released(NamedTuple):
+    """What all rounds together show, in units of the clip."""
+
+    sums: np.ndarray
+    """[rounds, D]: the noised sums."""
+    known: np.ndarray
+    """[D]: the exact sum, the same in every round."""
+    deviation: float
+    """Standard deviation of the noise on each number of `sums`."""
+    counts: np.ndarray
+    """[rounds]: with an adaptive clip, residuals of the noised counts, standard normal; else empty."""
+
+    @property
+    def residuals(self) -> np.ndarray:
+        return (self.sums - self.known) / self.deviation
+
+
+def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
+    """Let the included take part in all rounds that the claim is of."""
+    z, side = cohort.claim.noise_multiplier, cohort.side
+    present = np.nonzero(cohort.included)[0]
+    count_deviation = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
+    adaptive = Adaptive(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, deviation=count_deviation) if cohort.adaptive else None
+    mechanism = Gaussian(noise_multiplier=z, expected=cohort.expected, adaptive=adaptive)
+    rule = FedIT() if cohort.trains_both else FFA()
+    sums, counts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        budget = Budget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)  # only the noise is on trial here
+        level = DeviceLevel(
+            run="audit", sites=network(side).sites, mechanism=mechanism, sampling_rate=1.0, clip=CLIP, budget=budget,
+            noise=noise, ledger=Ledger(Files(Path(folder))),
+        )  # fmt: skip
+        for number in range(cohort.claim.steps):
+            level.open(number, ["canaries"], b"the same")
+            clip = level.clip
+            updates = (_update(side, int(client), clip) for client in present)
+            aggregated, facts = level.close(rule, _sent(side, torch.zeros(side * side)), updates, round=number)
+            sums.append(_moved(cohort, aggregated.adapter) * cohort.expected / clip)
+            if adaptive:
+                told = _QUANTILE - np.log(facts.next_clip / clip) / adaptive.rate  # b̃
+                exact = 0.5 - 0.5 * len(present) / cohort.expected  # every update is longer than the clip
+                counts.append((told - exact) * cohort.expected / adaptive.deviation)
+    ones = torch.zeros(side * side)
+    ones[torch.from_numpy(present)] = 1.0
+    known = _moved(cohort, _sent(side, ones))
+    deviation = adaptive.noise_multiplier(z) if adaptive else z
+    return Released(np.stack(sums), known, deviation, np.array(counts))
+
+
+def checks(released: Released) -> list[Check]:
+    """All tests of what the rounds showed."""
+    rounds = list(released.residuals)
+    found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(rounds)]
+    along = [released.known / released.deviation] * len(rounds)
+    found.append(fit.alignment(rounds, along, "noise: along devices that took part"))
+    away = [(1 - released.known) / released.deviation] * len(rounds)
+    found.append(fit.alignment(rounds, away, "noise: along devices that did not"))
+    if len(released.counts):
+        found += [
+            check._replace(name=f"count: {check.name}")
+            for check in (fit.distribution(released.counts), fit.variance(released.counts))
+        ]
+    return found
+
+
+def _sent(side: int, b: Tensor) -> Adapter:
+    """An adapter with these numbers [side²] of B."""
+    return {site(0): Factors(torch.eye(side), b.view(side, side))}
+
+
+def _update(side: int, client: int, clip: float) -> Adapter:
+    """What one canary client sends."""
+    b = torch.zeros(side * side)
+    b[client] = LENGTH * clip
+    return _sent(side, b)
+
+
+def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
+    """By how much an adapter differs from the start [D]: B, and off the diagonal A, whose ones hide small changes."""
+    a, b = adapter[site(0)]
+    if not cohort.trains_both:
+        return b.double().numpy().ravel()
+    apart = np.eye(cohort.side) == 0
+    return np.concatenate([b.double().numpy().ravel(), a.double().numpy()[apart]])
+
+
+def cohorts(longest: int, seed: int) -> list[tuple[str, Cohort]]:
+    """What every audit looks at beside the claims, releases of about `longest` numbers in all."""
+    rounds, side = 20, max(2, math.isqrt(longest // 20))
+    claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=rounds)
+    included = toss(min(100, side * side), seed)
+    plain = Cohort(claim=claim, included=included, side=side)
+    return [
+        ("FedIT, 20 rounds", replace(plain, trains_both=True)),
+        ("FFA, 20 rounds with an adaptive clip", replace(plain, adaptive=True)),
+    ]

@@ -1,0 +1,220 @@
+"""Private training whose every input is known, so that nothing but noise is left of a release once they are subtracted.
+
+The canaries of `simulations.canaries` in situations of all kinds: several steps a job, several sites, mixed ranks,
+either optimiser, batches that are mostly empty, one very long release. What joined which batch is recorded from the
+noise source; what each picture adds to a sum is a formula of this module, not the code on trial.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from models.adapter import Adapter, Factors
+from privacy import goodness_of_fit as fit
+from privacy.goodness_of_fit import Check
+from privacy.noise import NoiseSource
+from simulations.canaries import LENGTH, Recorded, Sources, network, site
+from training.jobs import DPSGD, Examples, Train, Trained
+from training.trainer import train
+
+BETA = 0.9  # AdamW's β₁
+EPS = 1e-8  # AdamW's
+_RATE = 2.0**-40  # learning rate: the adapter hardly moves, and the canaries stay where they are
+_LINEAR = 1e-4  # of AdamW: gradients of so many ε, on which it is linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """How many jobs of which kind: one for each device and round."""
+
+    name: str
+    pictures: int  # of each device
+    sampling_rate: float
+    noise_multiplier: float
+    side: int  # inputs and outputs of a site
+    devices: int = 1
+    rounds: int = 1
+    steps: int = 1
+    sites: int = 1
+    ranks: tuple[int, ...] = ()  # of the devices in turn; empty: `side`
+    trains: str = "both"
+    optimiser: str = "sgd"
+    per_site: bool = False
+    draws: int = 1
+
+    def rank(self, device: int) -> int:
+        return self.ranks[device % len(self.ranks)] if self.ranks else self.side
+
+    @property
+    def divisor(self) -> int:
+        """The public constant: a power of two, by which division is exact, for no fewer pictures than there are."""
+        return int(2 ** math.ceil(math.log2(max(1.0, self.sampling_rate * self.pictures))))
+
+    @property
+    def clip(self) -> float:
+        """A power of two, for SGD; for AdamW so small that it is linear."""
+        return 2.0**-7 if self.optimiser == "sgd" else _LINEAR * EPS * self.divisor / self.noise_multiplier
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[steps]: what each step's gradient weighs in −1 × the change of the adapter, times ε for AdamW.
+
+        Where g ≪ ε AdamW takes steps of m̂_t / ε, m̂_t = Σ_{i ≤ t} (1 − β) β^(t−i) g_i / (1 − β^t).
+        """
+        if self.optimiser == "sgd":
+            return np.ones(self.steps)
+        t, i = np.arange(1, self.steps + 1)[None], np.arange(1, self.steps + 1)[:, None]
+        return np.where(i <= t, (1 - BETA) * BETA ** (t - i.astype(float)) / (1 - BETA**t), 0.0).sum(1)
+
+
+class Observed(NamedTuple):
+    """What one situation showed, as numbers that are standard normal if the mechanism is the claimed one."""
+
+    noise: list[np.ndarray]
+    """Of each job: residuals of its release."""
+    batches: list[np.ndarray]
+    """Of each job: who joined."""
+    sizes: np.ndarray
+    """Of every batch."""
+    joined: list[np.ndarray]
+    """Of each job: what its batches came to, where `noise` has it."""
+    missed: list[np.ndarray]
+    """The same of pictures that did not join."""
+
+
+def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observed:
+    """Run every job of a situation through `training.trainer.train`, and take what is known out of the releases."""
+    generator = np.random.default_rng(seed)
+    recorded = [
+        Recorded(sources(f"device {device}", number))
+        for device in range(situation.devices)
+        for number in range(situation.rounds)
+    ]
+    jobs = [_job(situation, place, source) for place, source in enumerate(recorded)]
+    outcomes = train(network(situation.side, situation.sites), jobs, memory=memory, timesteps=1)
+    found = Observed([], [], np.empty(0), [], [])
+    sizes = []
+    for job, source, outcome in zip(jobs, recorded, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        member = np.zeros((situation.steps, situation.pictures), bool)
+        for step, batch in enumerate(source.batches):
+            member[step, batch] = True
+        noise, joined, missed = _residuals(situation, job.start, outcome, member)
+        found.noise.append(noise)
+        found.joined.append(joined)
+        found.missed.append(missed)
+        found.batches.append(fit.of_membership(member, situation.sampling_rate, generator).ravel())
+        sizes.append(member.sum(1))
+    every = np.concatenate(sizes)
+    return found._replace(sizes=fit.of_sizes(every, situation.pictures, situation.sampling_rate, generator))
+
+
+def checks(observed: Observed) -> list[Check]:
+    """All tests of what a situation showed."""
+    found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(observed.noise)]
+    found.append(fit.alignment(observed.noise, observed.joined, "noise: along pictures that joined"))
+    found.append(fit.alignment(observed.noise, observed.missed, "noise: along pictures that did not"))
+    if sum(map(len, observed.batches)) > 1:
+        found += [check._replace(name=f"batches: {check.name}") for check in fit.battery(observed.batches)]
+        found += [fit.distribution(observed.sizes)._replace(name="batch sizes: distribution")]
+        found += [fit.variance(observed.sizes)._replace(name="batch sizes: variance")]
+    return found
+
+
+def _job(situation: Situation, place: int, source: NoiseSource) -> Train:
+    device, number = divmod(place, situation.rounds)
+    rank, side = situation.rank(device), situation.side
+    factors = Factors(torch.eye(side)[:rank], torch.zeros(side, rank))
+    return Train(
+        client=f"device {device}", round=number, purpose="shared", seed=0, examples=_examples(situation),
+        start={site(place): factors for place in range(situation.sites)}, trains=situation.trains,
+        steps=situation.steps, batch_size=situation.divisor, learning_rate=_RATE, optimiser=situation.optimiser,
+        names=tuple(f"canary {number}" for number in range(situation.pictures)), noise=source,
+        privacy=DPSGD(
+            noise_multiplier=situation.noise_multiplier, clip=situation.clip, sampling_rate=situation.sampling_rate,
+            draws=situation.draws, per_site=situation.per_site,
+        ),
+    )  # fmt: skip
+
+
+def _places(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(site, row, column) of each picture [pictures], distinct, in the columns that every rank has."""
+    columns = min(situation.ranks, default=situation.side)
+    rest, sites = np.divmod(np.arange(situation.pictures), situation.sites)
+    row, column = np.divmod(rest, columns)
+    return sites, row, column
+
+
+def _examples(situation: Situation) -> Examples:
+    """x_0 along one output, c along one input: one number of B has a gradient. The loss is a mean over all outputs."""
+    sites, row, column = _places(situation)
+    shape = (situation.pictures, 1, situation.sites, situation.side)
+    latents, context = torch.zeros(shape), torch.zeros(shape[0], *shape[2:])
+    every = np.arange(situation.pictures)
+    latents[every, 0, sites, row] = LENGTH * situation.clip * situation.sites * situation.side / 2
+    context[every, sites, column] = 1.0
+    return Examples(latents, context)
+
+
+def _residuals(
+    situation: Situation, start: Adapter, outcome: Trained, member: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(residuals, sum of those that joined, of those that did not), each [d], of one job; `member` is [steps, n]."""
+    weights = situation.weights
+    bound = situation.clip / math.sqrt(situation.sites) if situation.per_site else situation.clip
+    deviation = situation.noise_multiplier * situation.clip * float(np.sqrt(np.square(weights).sum()))
+    scale = situation.divisor / _RATE * (1.0 if situation.optimiser == "sgd" else EPS)
+    sites, row, column = _places(situation)
+    residuals: list[np.ndarray] = []
+    there: list[np.ndarray] = []
+    absent: list[np.ndarray] = []
+    for number in range(situation.sites):
+        before, after = start[site(number)], outcome.adapter[site(number)]
+        own = sites == number
+        known, others = (np.zeros(before.b.shape) for _ in range(2))
+        np.add.at(known, (row[own], column[own]), weights @ member[:, own])
+        np.add.at(others, (row[own], column[own]), weights @ ~member[:, own])
+        b = (before.b - after.b).double().numpy() * scale - bound * known
+        parts = [(b, known, others)]
+        if situation.trains == "both":  # but for the ones of A, beside which the noise is rounded away
+            apart = np.eye(*before.a.shape) == 0
+            a = (before.a - after.a).double().numpy()[apart] * scale
+            parts.append((a, np.zeros_like(a), np.zeros_like(a)))
+        for left, joined, missed in parts:
+            residuals.append(left.ravel())
+            there.append(joined.ravel())
+            absent.append(missed.ravel())
+    unit = bound / deviation
+    return np.concatenate(residuals) / deviation, np.concatenate(there) * unit, np.concatenate(absent) * unit
+
+
+def situations(longest: int) -> list[Situation]:
+    """What every audit looks at.
+
+    Args:
+        longest: numbers of the longest release: noise that repeats itself after half as many is seen.
+    """
+    mixed = Situation(
+        name="five steps a job, three sites, mixed ranks", pictures=60, sampling_rate=0.3, noise_multiplier=1.5,
+        side=24, devices=6, rounds=10, steps=5, sites=3, ranks=(24, 12, 6),
+    )  # fmt: skip
+    return [
+        mixed,
+        replace(
+            mixed, name="the same by AdamW, clipped per site, two draws", optimiser="adamw", per_site=True, draws=2
+        ),
+        Situation(
+            name="three pictures, batches mostly empty", pictures=3, sampling_rate=0.2, noise_multiplier=1.0, side=16,
+            rounds=400,
+        ),
+        Situation(
+            name="one long release", pictures=8, sampling_rate=0.5, noise_multiplier=0.5, side=math.isqrt(longest),
+            trains="b",
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,126 @@
+"""What an audit finds, claim by claim and test by test, and what it says of it in a line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from privacy import goodness_of_fit
+from privacy.audit import Finding
+from privacy.goodness_of_fit import Check
+from privacy.membership import FPR
+from server.report.words import short
+from simulations.membership import Arm
+
+POWER = 0.999
+"""Probability with which a shortfall of noise is found that an audit says it can see."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one claim."""
+
+    name: str
+    finding: Finding
+    honest: bool
+    """Whether the claim ought to hold: without noise it must not."""
+    estimate: float | None = None
+    """ε as canary clients estimate it."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether it came out as it ought to."""
+        return self.finding.refuted != self.honest
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of the tests of one situation in which everything but the noise is known."""
+
+    name: str
+    level: str
+    """Whose noise it is: `image` or `device`."""
+    numbers: int
+    """Numbers of noise."""
+    checks: list[Check]
+    false_alarms: float
+    """Probability, at most, that an honest mechanism fails any of them."""
+
+    @property
+    def significance(self) -> float:
+        """Of each test."""
+        return self.false_alarms / len(self.checks)
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.p_value > self.significance]
+
+    @property
+    def sound(self) -> bool:
+        return not self.failed
+
+    @property
+    def least(self) -> Check:
+        """The test of smallest p-value."""
+        return min(self.checks, key=lambda check: check.p_value)
+
+    @property
+    def shortfall(self) -> float:
+        """The relative shortfall of noise that its variance shows with probability `POWER`."""
+        return goodness_of_fit.shortfall(self.numbers, self.significance, POWER)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that an audit found."""
+
+    loop: list[Verdict] = field(default_factory=list)
+    clients: list[Verdict] = field(default_factory=list)
+    fits: list[Fit] = field(default_factory=list)
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no claim was refuted and no test failed, and missing noise was found out."""
+        return all(verdict.sound for verdict in (*self.loop, *self.clients)) and all(fit.sound for fit in self.fits)
+
+    @property
+    def shortfalls(self) -> dict[str, float]:
+        """By level, the shortfall of noise that one situation at least shows with probability `POWER`."""
+        levels = dict.fromkeys(fit.level for fit in self.fits)
+        return {level: min(fit.shortfall for fit in self.fits if fit.level == level) for level in levels}
+
+
+def line(where: str, verdict: Verdict) -> str:
+    """One verdict in a line."""
+    found, held = verdict.finding, "refuted" if verdict.finding.refuted else "not refuted"
+    bounds = f"ε ≥ {short(found.independent)}; {short(found.f_dp)} by f-DP, {short(found.one_run)} by (ε, δ)"
+    right = f"{found.guesses.correct} of {found.guesses.made} guesses right"
+    return f"{'ok  ' if verdict.sound else 'FAIL'}  {where}, {verdict.name}: {held}; {bounds}; {right}"
+
+
+def fit_lines(fit: Fit) -> list[str]:
+    """One situation in a line, and one for each test that failed."""
+    sees = f"would see noise short by {fit.shortfall:.1%}"
+    told = f"{fit.numbers} numbers of noise, {len(fit.checks)} tests, least p {fit.least.p_value:.2g}; {sees}"
+    failed = [f"        {check.name}: {check.shown} (p ≤ {check.p_value:.1g})" for check in fit.failed]
+    return [f"{'ok  ' if fit.sound else 'FAIL'}  per {fit.level}, {fit.name}: {told}", *failed]
+
+
+def last_line(results: Results, false_alarms: float) -> str:
+    """What all of it comes to, and what it could have seen."""
+    outcome = "nothing is refuted" if results.sound else "refuted, or blind"
+    seen = [f"{shortfall:.1%} per {level}" for level, shortfall in results.shortfalls.items()]
+    sees = f"; noise short by {' or by '.join(seen)} would be seen with probability {POWER}" if seen else ""
+    return f"{'ok  ' if results.sound else 'FAIL'}  {outcome}; false alarms: {false_alarms:g} of all audits{sees}"
+
+
+def arm_lines(arm: Arm) -> list[str]:
+    """One arm in a line for each attack."""
+    told = [f"{arm.name}: {arm.writers} writers, {len(arm.runs)} run{'s' if len(arm.runs) != 1 else ''}"]
+    for name, found in arm.found.items():
+        auc, tpr = found.auc, found.tpr
+        told.append(
+            f"  {name:24} AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]  "
+            f"TPR at {FPR:.0%} FPR {tpr.value:.3f} [{tpr.low:.3f}, {tpr.high:.3f}]"
+        )
+    return told

@@ -1,0 +1,64 @@
+"""Training in which all is known: its releases are formula plus noise, and each broken mechanism is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from privacy.noise import NoiseSource, Simulated
+from simulations import situations
+from simulations.canaries import Silent
+from simulations.situations import Situation
+
+MEMORY = 2**27
+SMALL = Situation(
+    name="small", pictures=12, sampling_rate=0.4, noise_multiplier=1.5, side=12, devices=3, rounds=2, steps=3, sites=2,
+    ranks=(12, 4),
+)  # fmt: skip
+KINDS = {
+    "sgd": SMALL,
+    "adamw": replace(SMALL, optimiser="adamw"),
+    "per site, two draws": replace(SMALL, per_site=True, draws=2),
+    "only B": replace(SMALL, trains="b", optimiser="adamw"),
+}
+
+
+def simulated(device: str, number: int) -> NoiseSource:
+    return Simulated(seed=0, client=device, round=number, purpose="shared")
+
+
+def silent(device: str, number: int) -> NoiseSource:
+    return Silent(simulated(device, number))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_noise_nothing_is_left(kind: str) -> None:
+    """The formula of what each picture adds is that of the training loop, in every kind of job."""
+    found = situations.observe(KINDS[kind], silent, 0, memory=MEMORY)
+    joined = [one for one in found.joined if one.any()]
+    assert len(joined) >= 5
+    for noise in found.noise:
+        assert np.abs(noise).max() < 2e-3
+    b, a = 2 * 12 * 12, 2 * (12 * 12 - 12)
+    assert found.noise[0].size == b + (a if KINDS[kind].trains == "both" else 0)
+    assert found.noise[2].size == b / 3 + (a * (4 * 11) / (12 * 11) if KINDS[kind].trains == "both" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_jobs_pass(kind: str) -> None:
+    found = situations.checks(situations.observe(KINDS[kind], simulated, 0, memory=MEMORY))
+    assert min(check.p_value for check in found) > 1e-4
+    assert {check.name.partition(":")[0] for check in found} == {"noise", "batches", "batch sizes"}
+
+
+def test_every_audit_has_several_steps_both_optimizers_mixed_ranks_empty_batches_and_a_long_release() -> None:
+    every = situations.situations(2**20)
+    assert {one.optimiser for one in every} == {"sgd", "adamw"}
+    assert max(one.steps for one in every) == 5
+    assert any(one.per_site and one.sites > 1 for one in every)
+    assert any(len(set(one.ranks)) == 3 for one in every)
+    assert any(one.draws > 1 for one in every)
+    assert any((1 - one.sampling_rate) ** one.pictures > 0.5 for one in every)
+    assert max(one.side**2 for one in every) == 2**20
