@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from client.ladder import Predict, Rung, Setting, ladder, settings, too_large
-from conf.errors import TOLD, told
+from conf.errors import TOLD, AntherError, told
 from conf.planning import Plan, devices, planned
 from conf.units import HOUR, MIB
 from models import assets
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def ways(base: Known) -> list[Setting]:
     """Every way in which a base could be trained, from the best down."""
     _, side, patch = base.family.latents(base.whole_config())
+    if side is None:
+        raise AntherError(f"its {base.family.network}'s config.json says no sample_size: add it, in latents")
     step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
     sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= SMALLEST and side % step == 0]

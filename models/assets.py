@@ -49,8 +49,8 @@ def identity(folder: Path) -> list[Path]:
 
 
 def counts(file: Path) -> bool:
-    """Whether a file of this name makes a folder what it is."""
-    return file.suffix in IDENTITY and file.name != REPORT
+    """Whether a file of this name makes a folder what it is; those that macOS leaves beside each don't."""
+    return file.suffix in IDENTITY and file.name != REPORT and not file.name.startswith("._")
 
 
 def combined(files: Iterable[tuple[str, str]]) -> str:

@@ -56,10 +56,12 @@ class Base(Denoiser):
     ) -> None:
         self._checkpoint = checkpoint = recognise(folder)
         self.folder, self.family, self.notes = folder, checkpoint.family, checkpoint.notes()
-        self._grey = checkpoint.config("vae")["in_channels"] == 1
+        self._grey = checkpoint.config("vae").get("in_channels", 3) == 1
         channels, side, patch = self.family.latents(checkpoint.config(self.family.network))
         scale = checkpoint.scale
-        self.resolution = resolution or side * scale
+        if resolution is None and side is None:
+            raise AntherError(f"base {folder}: its {self.family.network} says no sample_size: give base.resolution")
+        self.resolution = resolution or (side or 0) * scale
         if self.resolution % (patch * scale):
             raise AntherError(f"base {folder}: {self.resolution} pixels: must be a multiple of {patch * scale}")
         side = self.resolution // scale
@@ -94,7 +96,8 @@ class Base(Denoiser):
             ask()
             found.append(_latents(vae.encode(part.to(self.device))))
         latents = torch.cat(found)
-        return (latents[: len(pixels)] - _shift(vae)) * vae.config.scaling_factor
+        shift, scale = _statistics(vae, latents)
+        return self._sound((latents[: len(pixels)] - shift) * scale, "vae")
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str | None], ask: Callable[[], None] = lambda: None) -> Tensor:
@@ -109,7 +112,13 @@ class Base(Denoiser):
         for caption in dict.fromkeys(captions):
             ask()
             distinct[caption] = self.family.encode(encoders, caption)
-        return torch.stack([distinct[caption] for caption in captions])
+        return self._sound(torch.stack([distinct[caption] for caption in captions]), "text encoder")
+
+    def _sound(self, encoded: Tensor, part: str) -> Tensor:
+        """What a part made, if it is finite: a copy whose half precision overflowed gives none that is."""
+        if not encoded.isfinite().all():
+            raise AntherError(f"base {self.folder}: its {part} gives numbers that are not finite: get another copy")
+        return encoded
 
     def guided(self, captions: Sequence[str], strength: float) -> Guidance:
         """What to draw captions under, so that guidance has this strength; 1 is none."""
@@ -129,7 +138,8 @@ class Base(Denoiser):
         vae: Any = (decoding.small_vae(small) if small else self._checkpoint.load("vae")).to(self.device)
         if tile:
             decoding.in_tiles(vae, tile, self._checkpoint.scale)
-        latents = latents / vae.config.scaling_factor + _shift(vae)
+        shift, scale = _statistics(vae, latents)
+        latents = latents / scale + shift
         pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
@@ -169,5 +179,10 @@ def _latents(encoded: Any) -> Tensor:
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
 
-def _shift(vae: Any) -> float:
-    return vae.config.get("shift_factor") or 0.0
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What is taken from a VAE's latents, and what they are then multiplied by."""
+    config = vae.config
+    if config.get("latents_mean") is None:
+        return config.get("shift_factor") or 0.0, config.scaling_factor
+    mean, deviation = (torch.tensor(config[key]).to(like).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
+    return mean, config.scaling_factor / deviation

@@ -36,9 +36,15 @@ Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """The same, with the network first: how a family of networks is called."""
 
 
-def call_unet(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """The forward of a UNet whose context is tokens [N, tokens, d] and nothing else."""
-    output: Tensor = network(x, t, encoder_hidden_states=context, return_dict=False)[0]
+def call_unet(
+    network: nn.Module, x: Tensor, t: Tensor, context: Tensor, *, timestep_cond: Tensor | None = None
+) -> Tensor:
+    """The forward of a UNet whose context is tokens [N, tokens, d] and nothing else.
+
+    Args:
+        timestep_cond: [N, w], the strength of guidance for a UNet that embeds it (`models.families.lcm`).
+    """
+    output: Tensor = network(x, t, encoder_hidden_states=context, timestep_cond=timestep_cond, return_dict=False)[0]
     return output
 
 

@@ -1,8 +1,9 @@
 """Pack a base once, for everyone:  python -m models.pack base=FOLDER weights=nf4 out=FOLDER
 
 The result is a pipeline's folder like the one given, its network in few bits. Tensors go from file to file one by one,
-so that packing takes no more memory than the largest of them beside Python's own. It is
-known by its hash, as every base is, and is packed once and handed on: another processor may round otherwise.
+so that packing takes no more memory than the largest of them beside Python's own, and the VAE, with which the result is
+tried before it appears. It is known by its hash, as every base is, and is packed once and handed on: another processor
+may round otherwise.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from conf.errors import TOLD, AntherError, told
-from models import assets
+from models import assets, loading
+from models.families.checkpoint import recognise
 from models.packed import FILE, FORMAT, Manifest, is_packed, skeleton
 from models.quantise import quantise, sizes
 from models.weights import MODES, kinds
 
 NETWORKS = ("unet", "transformer")
 _TYPES = {torch.float32: "F32", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8"}
-_STEM = "diffusion_pytorch_model"
 USAGE = "Pack a base once, for everyone:  python -m models.pack base=FOLDER weights=nf4 out=FOLDER"
 _CARDS = ("README.md", "LICENSE*", "*.license")
 
@@ -35,7 +36,8 @@ def pack(base: str, out: Path, weights: str) -> str:
     """Pack the base of that name or folder into a new folder; the hash of the result.
 
     Raises:
-        AntherError: the base is missing, packed already, or no pipeline with weights in safetensors.
+        AntherError: the base is missing, packed already, no pipeline with weights in safetensors, or one that couldn't
+            be used.
     """
     if weights not in MODES:
         raise AntherError(f"weights={weights}: must be one of: {', '.join(MODES)}")
@@ -45,6 +47,9 @@ def pack(base: str, out: Path, weights: str) -> str:
     part, parts = _parts(source)
     if is_packed(source / part):
         raise AntherError(f"base={base}: is packed already")
+    whole = any((source / name).is_dir() for name in parts if name != part)  # a network alone is measured, not trained
+    if whole:
+        recognise(source).try_encoders()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".packing-") as scratch:
         filling = Path(scratch) / out.name
@@ -56,6 +61,8 @@ def pack(base: str, out: Path, weights: str) -> str:
             shutil.copy2(file, filling)
         shutil.copy2(source / part / "config.json", filling / part)
         _pack_network(source / part, filling / part, weights, assets.digest(source))
+        if whole:
+            recognise(filling).try_out()
         filling.rename(out)
     return assets.digest(out)
 
@@ -65,7 +72,7 @@ def _parts(folder: Path) -> tuple[str, list[str]]:
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = [name for name, value in index.items() if isinstance(value, list)]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise AntherError(f"base {folder}: no model_index.json in it: give a pipeline's folder") from error
     for name in NETWORKS:
         if name in parts and (folder / name / "config.json").is_file():
@@ -127,24 +134,12 @@ def _places(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int],
     return places, len(text).to_bytes(8, "little") + text
 
 
-def _files(folder: Path) -> list[Path]:
-    """The weights among a folder's files, where others may lie: those of the index, or else the first of these."""
-    index = folder / f"{_STEM}.safetensors.index.json"
-    try:
-        if index.exists():
-            return [folder / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
-    except (ValueError, LookupError, AttributeError) as error:
-        raise AntherError(f"{index}: can't be read ({error}): copy the pipeline again") from error
-    files = (folder / f"{_STEM}{variant}.safetensors" for variant in ("", ".fp16"))
-    return [file for file in files if file.is_file()][:1]
-
-
 class _Source:
     """The tensors of a network's folder. Its files are opened anew for each, so that no page of them is kept."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
-        for file in _files(folder):
+        for file in loading.weights(folder, loading.NETWORK).files:
             try:
                 with safe_open(file, "pt") as tensors:
                     self._files |= dict.fromkeys(tensors.keys(), file)
@@ -157,7 +152,10 @@ class _Source:
 
     def read(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as tensors:
-            return tensors.get_tensor(name)
+            found: Tensor = tensors.get_tensor(name)
+        if not loading.finite(found):
+            raise AntherError(f"{self._files[name]}: {name} holds numbers that are not finite: get another copy")
+        return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,3 +60,24 @@ def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_predi
     )  # fmt: skip
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+def as_variant(folder: Path, name: str = "fp16", *, sharded: bool = False) -> Path:
+    """A pipeline whose weights all are called as a variant is, as one that was downloaded alone; the same numbers."""
+    from safetensors.torch import load_file, save_file
+
+    for file in list(folder.glob("*/*.safetensors")):
+        stem = file.name.removesuffix(".safetensors")
+        if not sharded:
+            file.rename(file.with_name(f"{stem}.{name}.safetensors"))
+            continue
+        tensors = load_file(file)
+        places = {key: place % 2 for place, key in enumerate(sorted(tensors))}
+        names = [f"{stem}.{name}-0000{place + 1}-of-00002.safetensors" for place in range(2)]
+        for place, shard in enumerate(names):
+            part = {key: tensors[key] for key in tensors if places[key] == place}
+            save_file(part, file.with_name(shard), metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {key: names[place] for key, place in places.items()}}
+        file.with_name(f"{stem}.safetensors.index.{name}.json").write_text(json.dumps(index))
+        file.unlink()
+    return folder

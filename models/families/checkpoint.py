@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conf.errors import AntherError
-from models import loading
+from models import loading, packed
+from models.families import encoders
+from models.families.checks import check
 from models.families.family import Family
 from models.families.flux import FLUX
+from models.families.lcm import told_guidance
 from models.families.pixart import PIXART
 from models.families.sana import SANA
+from models.families.schedules import schedule_of
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
@@ -51,13 +55,25 @@ class Checkpoint:
         return loading.from_folder(getattr(diffusers, self.parts[part]), self.folder / part)
 
     def load_encoders(self) -> Any:
-        """The pipeline with nothing but its text encoders and tokenisers."""
+        """The pipeline with nothing but its text encoders and tokenizers; AntherError if one isn't whole."""
         import diffusers  # slow import, so only here
 
-        left_out = dict.fromkeys(self.parts.keys() - set(self.family.encoders))
         with loading.quiet():  # importing a pipeline class is what complains
             kind = getattr(diffusers, self.family.pipeline)
-        return loading.from_pretrained(kind, self.folder, **left_out)
+            found = encoders.load(self.folder, self.family.encoders, self.parts)
+        left_out = dict.fromkeys(self.parts.keys() - found.keys())
+        return loading.from_pretrained(kind, self.folder, **left_out, **found)
+
+    def try_encoders(self) -> None:
+        """Load the text encoders without their numbers, and drop them again; AntherError if one isn't whole."""
+        encoders.load(self.folder, self.family.encoders, self.parts, empty=True)
+
+    def try_out(self) -> None:
+        """The same of every part of a packed pipeline, in memory for little but its VAE."""
+        self.try_encoders()
+        self.load("vae")
+        packed.load(self.folder / self.family.network, self.parts[self.family.network])
+        schedule_of(self.config("scheduler"), 1)
 
     def notes(self) -> dict[str, str]:
         """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""
@@ -82,24 +98,53 @@ def recognise(folder: Path) -> Checkpoint:
     if name not in FAMILIES:
         raise AntherError(f"base {folder}: holds a {name}: only {', '.join(FAMILIES)} are supported")
     family = FAMILIES[name]
-    parts = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and entry[1]}
+    parts = _parts(folder, index)
     for part in (family.network, "vae", "scheduler", *family.encoders):
+        if index.get(part) == [None, None]:
+            raise AntherError(
+                f"base {folder}: was saved without its {part}, which captions are encoded with: copy it too"
+            )
         if part not in parts or not (folder / part).is_dir():
             raise AntherError(f"base {folder}: its folder {part} is missing: copy the whole pipeline")
+        library = "transformers" if part in family.encoders else "diffusers"
+        if index[part][0] != library:
+            raise AntherError(
+                f"base {folder}: its {part} is of {index[part][0]}: only those of {library} are supported"
+            )
     for part, kinds in ((family.network, (family.kind,)), ("vae", _VAES)):
         if parts[part] not in kinds:
             raise AntherError(f"base {folder}: its {part} is a {parts[part]}: only {', '.join(kinds)} is supported")
     required = bool(index.get("requires_safety_checker", False))
-    return Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
+    found = Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
+    network = found.config(family.network)
+    check(folder, family, network, found.config("vae"), parts["vae"])
+    if network.get("time_cond_proj_dim") is not None:
+        return replace(found, family=told_guidance(family))
+    return found
+
+
+def _parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each part that the pipeline was saved with."""
+    parts = {}
+    for part, entry in index.items():
+        if not isinstance(entry, list):
+            continue  # a setting
+        if len(entry) != 2 or not all(value is None or isinstance(value, str) for value in entry):
+            raise AntherError(f"base {folder}: model_index.json has {part}={entry}: must be [library, class]")
+        if entry[1]:
+            parts[part] = entry[1]
+    return parts
 
 
 def _json(folder: Path, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise AntherError(f"base {folder}: {file.name} can't be read as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AntherError(
+            f"base {folder}: {file.relative_to(folder)} can't be read as JSON ({error}): copy it again"
+        ) from error
     if not isinstance(found, dict):
-        raise AntherError(f"base {folder}: {file.name} holds no configuration")
+        raise AntherError(f"base {folder}: {file.relative_to(folder)} holds no configuration: copy it again")
     return found
 
 

@@ -25,7 +25,7 @@ class Latents(NamedTuple):
     """The latents that a network takes."""
 
     channels: int
-    side: int  # of its own resolution
+    side: int | None  # of its own resolution; None: its configuration doesn't say
     patch: int  # the side of a token: what a side must be a multiple of
 
 
@@ -46,12 +46,17 @@ class Family:
     kohya: Kohya | None  # its layers' names in kohya's layout; None: no tool reads it of this family
     guide: Callable[[Tensor, float], Tensor] | None = None
     """Writes the strength of guidance into packed captions, for networks that embed it; None: guided by two passes."""
+    latent_statistics: bool = False  # whether its pipeline uses a VAE's latents_mean and latents_std
     sites: str = ATTENTION  # where adapters go unless one says otherwise
 
 
 def own_latents(config: Mapping[str, Any]) -> Latents:
     """The latents of a network that names them in its configuration."""
-    return Latents(config["in_channels"], config["sample_size"], config.get("patch_size") or 1)
+    side = config.get("sample_size")
+    if isinstance(side, list | tuple) and len({*side}) == 1:
+        side = side[0]  # height and width
+    side = side if isinstance(side, int) and not isinstance(side, bool) else None
+    return Latents(config["in_channels"], side, config.get("patch_size") or 1)
 
 
 def packed_rows(tokens: int, width: int, *vectors: int) -> tuple[int, int]:

@@ -23,13 +23,17 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
     return torch.zeros_like(packed) if zeros else packed
 
 
-def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+def _forward(
+    network: nn.Module, x: Tensor, t: Tensor, context: Tensor, *, timestep_cond: Tensor | None = None
+) -> Tensor:
     """Pictures are neither cropped nor were they ever of another size (§2.2): (height, width, 0, 0, height, width)."""
     tokens, pooled = unpack(context, _pooled(cast(Any, network).config))
     sizes = x.new_zeros(len(x), 6)
     sizes[:, 0::4], sizes[:, 1::4] = x.shape[-2] * _SCALE, x.shape[-1] * _SCALE
     more = {"text_embeds": pooled, "time_ids": sizes}
-    output: Tensor = network(x, t, encoder_hidden_states=tokens, added_cond_kwargs=more, return_dict=False)[0]
+    output: Tensor = network(
+        x, t, encoder_hidden_states=tokens, added_cond_kwargs=more, timestep_cond=timestep_cond, return_dict=False
+    )[0]
     return output
 
 
@@ -53,4 +57,5 @@ SDXL = Family(
     latents=own_latents,
     context=_context,
     kohya=UNET_KOHYA,
+    latent_statistics=True,
 )

@@ -67,3 +67,12 @@ def test_the_hash_of_a_folder_is_that_of_its_names_and_hashes_in_the_order_of_pa
     files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
     lines = "".join(f"{file.relative_to(tmp_path).as_posix()}\0{assets.digest(file)}\n" for file in files)
     assert assets.digest(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_files_that_macos_leaves_are_no_part_of_a_base(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    before = assets.digest(tmp_path)
+    (tmp_path / "._a.json").write_bytes(b"x")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    assert assets.digest(tmp_path) == before
+    assert [file.name for file in assets.identity(tmp_path)] == ["a.json"]

@@ -19,7 +19,7 @@ from models.pack import main, pack
 from models.packed import FILE, MANIFEST, Manifest, load, skeleton
 from models.quantised import Quantised
 from models.weights import kinds
-from tests.tiny import ATTENTION, save_pipeline
+from tests.tiny import ATTENTION, as_variant, save_pipeline
 
 NETWORK = "UNet2DConditionModel"
 
@@ -133,6 +133,51 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
         assert (len(told.err.splitlines()), told.out) == (1, "")
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_a_variant_alone_is_packed_whole(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
+    """What is packed of it encodes as before: a packed base that can't be loaded is none."""
+    source = as_variant(Path(shutil.copytree(pipeline_folder, tmp_path / "source")), sharded=sharded)
+    pack(str(source), tmp_path / "packed", "fp32")
+    ours, theirs = Base(tmp_path / "packed", sites=ATTENTION), Base(pipeline_folder, sites=ATTENTION)
+    assert torch.equal(output(ours), output(theirs))
+    assert torch.equal(ours.encode_captions(["a b"]), theirs.encode_captions(["a b"]))
+    assert torch.equal(output(Base(source, sites=ATTENTION)), output(theirs))
+
+
+def test_nothing_is_packed_that_could_not_be_used(pipeline_folder: Path, tmp_path: Path) -> None:
+    for place, (spoil, match) in enumerate(
+        [
+            (lambda copy: pickled(copy / "text_encoder/model.safetensors"), "pickled weights are never read"),
+            (lambda copy: (copy / "tokenizer/tokenizer.json").unlink(), "has no vocabulary"),
+            (lambda copy: lacking(copy / "text_encoder/model.safetensors"), "lacks 1 of the weights"),
+            (lambda copy: lacking(copy / "vae/diffusion_pytorch_model.safetensors"), "lacks 1 of the weights"),
+            (lambda copy: not_a_number(copy / "unet/diffusion_pytorch_model.safetensors"), "not finite"),
+        ]
+    ):
+        copy = Path(shutil.copytree(pipeline_folder, tmp_path / str(place)))
+        spoil(copy)
+        with pytest.raises(AntherError, match=match):
+            pack(str(copy), tmp_path / "out", "int8")
+        assert {path.name for path in tmp_path.iterdir()} == {str(one) for one in range(place + 1)}
+
+
+def pickled(file: Path) -> None:
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
+def lacking(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors[next(name for name in sorted(tensors) if name.endswith(("fc1.weight", "conv_in.weight")))]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def not_a_number(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["conv_in.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 class TestRefused:
     """Each one clear line."""
 
@@ -214,7 +259,7 @@ class TestRefused:
         self.refuse("lack conv_in.bias", lambda: pack(str(source), out, "nf4"))
         torch.save(tensors, weights.with_suffix(".bin"))
         weights.unlink()
-        self.refuse("lack", lambda: pack(str(source), out, "nf4"))  # pickle is not looked at
+        self.refuse("pickled weights are never read", lambda: pack(str(source), out, "nf4"))
         shutil.rmtree(source / "unet")
         self.refuse("holds no unet", lambda: pack(str(source), out, "nf4"))
         assert not out.exists()

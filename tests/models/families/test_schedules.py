@@ -25,7 +25,7 @@ def config(scheduler: Any) -> dict[str, Any]:
         diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
         diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=500),
-        diffusers.DDPMScheduler(trained_betas=np.linspace(0.001, 0.02, 10)),
+        diffusers.DDPMScheduler(trained_betas=np.linspace(0.001, 0.02, 10).tolist()),
     ],
 )
 def test_a_diffusion_is_that_of_its_scheduler(scheduler: Any) -> None:
@@ -67,3 +67,28 @@ def test_a_flow_under_a_solver_is_trained_where_it_is_drawn() -> None:
 def test_another_process_is_refused(scheduler: Any, match: str) -> None:
     with pytest.raises(AntherError, match=match):
         schedule_of(config(scheduler), tokens=16)
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_flows_under_other_solvers_are_the_same_process(kind: str) -> None:
+    scheduler, plain = getattr(diffusers, kind)(shift=3.0), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    torch.testing.assert_close(scheduler.sigmas[: len(plain.sigmas)], plain.sigmas)
+    found, wanted = schedule_of(config(scheduler), tokens=16), schedule_of(config(plain), tokens=16)
+    torch.testing.assert_close(found.sigmas, wanted.sigmas)
+    assert (found.prediction, found.shift) == ("flow", 3.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shift": None}, {"shift": "3"}, {"shift": 0}, {"shift": 1e9}, {"num_train_timesteps": 1e3},
+     {"use_dynamic_shifting": True, "base_image_seq_len": 4096}, {"use_dynamic_shifting": True, "max_shift": None}],
+)  # fmt: skip
+def test_numbers_of_a_flow_are_bounded(changes: dict[str, Any]) -> None:
+    with pytest.raises(AntherError, match=f"{list(changes)[-1]}"):
+        schedule_of(config(diffusers.FlowMatchEulerDiscreteScheduler()) | changes, tokens=16)
+
+
+def test_epsilon_under_a_cosine_schedule_is_taken() -> None:
+    """It ends with 5e-5 of a picture, from which it is told."""
+    cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    assert 0 < schedule_of(config(cosine), tokens=16).signals.min() < 1e-4

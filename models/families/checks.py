@@ -1,0 +1,95 @@
+"""A pipeline's configurations, looked through before anything is made of them.
+
+A base may come from anywhere: converted, edited by hand, or from a server that means harm. What a run would stumble
+over later, or what would take for ever, is refused here in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conf.errors import AntherError
+from models.families.family import Family
+
+_LARGEST = 10**7  # of any number in a network's configuration: no published one comes near
+_SIDE = 2**13  # latents
+_CHANNELS = 2**12
+_LATENTS_OF = {"AutoencoderKL": 4, "AutoencoderDC": 32, "AutoencoderTiny": 4}  # where a VAE's file doesn't say
+
+
+def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping[str, Any], vae_class: str) -> None:
+    """Refuse configurations that don't fit each other or this family.
+
+    Args:
+        folder: of the pipeline.
+
+    Raises:
+        AntherError: with the part, the key and the mend.
+    """
+    part = f"base {folder}: its {family.network}"
+    if "quantization_config" in network:
+        raise AntherError(f"{part} is quantized already: give the base in full precision, and choose base.weights")
+    for key, value in network.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= _LARGEST:
+            raise AntherError(f"{part} has {key}={value}: no network is like that")
+        if isinstance(value, list) and any(isinstance(one, int | float) and not abs(one) <= _LARGEST for one in value):
+            raise AntherError(f"{part} has {key}={value}: no network is like that")
+    channels = _whole(part, network, "in_channels", 1, _CHANNELS)
+    if network.get("patch_size") is not None:
+        _whole(part, network, "patch_size", 1, _SIDE)
+    if network.get("time_cond_proj_dim") is not None:
+        _whole(part, network, "time_cond_proj_dim", 4, _CHANNELS)
+    latents = family.latents(network)
+    if (stated := network.get("sample_size")) is not None and not 1 <= (latents.side or 0) <= _SIDE:
+        raise AntherError(f"{part} has sample_size={stated}: must be one whole number, 1 to {_SIDE} latents")
+    _check_vae(f"base {folder}: its vae", vae)
+    latent = latents.channels
+    _check_statistics(f"base {folder}: its vae", vae, latent, family)
+    given = vae.get("latent_channels", _LATENTS_OF[vae_class])
+    if latent != given:
+        kind = " (one for inpainting?)" if latent > given else ""
+        raise AntherError(
+            f"{part} takes latents of {latent} channels{kind} and its vae makes {given}: only text to image"
+        )
+    made = network.get("out_channels")
+    if made is not None and made not in (channels, 2 * channels):  # twice: it predicts its variance too
+        raise AntherError(f"{part} takes {channels} channels and makes {made}: only text to image is supported")
+
+
+def _check_vae(part: str, vae: Mapping[str, Any]) -> None:
+    blocks = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= 10:
+        raise AntherError(f"{part} has block_out_channels={blocks}: must be the channels of 1 to 10 levels")
+    for key in ("in_channels", "latent_channels"):
+        if key in vae:
+            _whole(part, vae, key, 1, _CHANNELS)
+    for key in ("scaling_factor", "shift_factor"):
+        value = vae.get(key, 1.0)
+        shift = key == "shift_factor" and value is None
+        if not shift and (isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST):
+            raise AntherError(f"{part} has {key}={value}: must be a number (SD 1 and 2 have 0.18215, SDXL 0.13025)")
+    if vae.get("scaling_factor") == 0:
+        raise AntherError(f"{part} has scaling_factor=0: nothing of a picture would be left")
+
+
+def _check_statistics(part: str, vae: Mapping[str, Any], channels: int, family: Family) -> None:
+    """A mean and a deviation for every channel of latents, both or none."""
+    stated = [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]
+    if stated and not family.latent_statistics:
+        raise AntherError(f"{part} has {stated[0]}, which {family.pipeline} of diffusers ignores: remove it")
+    for key in ("latents_mean", "latents_std") if stated else ():
+        found = vae.get(key)
+        sound = isinstance(found, list) and len(found) == channels
+        if not sound or not all(isinstance(value, int | float) and abs(value) <= _LARGEST for value in found or ()):
+            raise AntherError(f"{part} has {key}={found}: must be {channels} numbers, with both a mean and a deviation")
+    if stated and not all(value > 0 for value in vae["latents_std"]):
+        raise AntherError(f"{part} has latents_std={vae['latents_std']}: must be over 0")
+
+
+def _whole(part: str, config: Mapping[str, Any], key: str, least: int, most: int) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise AntherError(f"{part} has {key}={value}: must be a whole number, {least} to {most}")
+    return value

@@ -1,0 +1,84 @@
+"""Text encoders and tokenizers of a pipeline's folder, each whole: neither library minds what is missing.
+
+transformers draws weights at random that a file lacks, and makes a tokenizer without words of a folder without a
+vocabulary: then all captions are one, and nothing says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conf.errors import AntherError
+from models import loading, spiece
+
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Gemma2Model")
+TOKENIZERS = tuple(f"{kind}Tokenizer{end}" for kind in ("CLIP", "T5", "Gemma") for end in ("", "Fast"))
+
+_MARKS = re.compile(r"▁|Ġ|</w>|\s")  # where a word begins or ends
+_SENTINEL = re.compile(r"<extra_id_\d+>")
+_LONGEST = 10**6  # tokens: a tokenizer that isn't told its longest caption says 10³⁰
+_T5_LONGEST = 512
+
+
+def load(folder: Path, names: tuple[str, ...], classes: Mapping[str, str], *, empty: bool = False) -> dict[str, Any]:
+    """The text encoders and tokenizers of these folders' names.
+
+    Args:
+        folder: of the pipeline.
+        classes: of each, in transformers.
+        empty: leave the encoders' numbers in their files, and only see that all are there.
+
+    Raises:
+        AntherError: one is of another kind, damaged or not whole, or doesn't belong to the other.
+    """
+    import transformers  # slow import, so only here
+
+    found: dict[str, Any] = {}
+    for name in names:
+        known = TOKENIZERS if name.startswith("tokenizer") else TEXT_ENCODERS
+        if classes[name] not in known:
+            raise AntherError(f"base {folder}: its {name} is a {classes[name]}: only {', '.join(known)} are supported")
+        kind = getattr(transformers, classes[name])
+        if known is TOKENIZERS:
+            found[name] = _tokenizer(kind, folder / name)
+        else:
+            found[name] = loading.encoder(kind, folder / name, empty=empty)
+    for name, encoder in found.items():
+        if name.startswith("text_encoder"):
+            _match(found[name.replace("text_encoder", "tokenizer")], encoder, folder / name)
+    return found
+
+
+def _tokenizer(kind: Any, folder: Path) -> Any:
+    if (folder / spiece.FILE).is_file() and not (folder / "tokenizer.json").is_file() and "T5" in kind.__name__:
+        found = spiece.t5_tokenizer(folder)
+    else:
+        found = loading.from_pretrained(kind, folder, dtype=None, use_safetensors=None)
+    special = set(found.all_special_tokens)
+    words = {_MARKS.sub("", token) for token in found.get_vocab() if not _SENTINEL.fullmatch(token)} - special - {""}
+    if len(words) < 2:  # one word alone tells no two captions apart
+        raise AntherError(
+            f"{folder}: has no vocabulary (tokenizer.json, or vocab.json and merges.txt, or {spiece.FILE}): "
+            "copy it again"
+        )
+    return found
+
+
+def _match(tokenizer: Any, encoder: Any, folder: Path) -> None:
+    """Let a tokenizer write no more tokens than its text encoder reads, and none that it doesn't know."""
+    known, largest = encoder.config.vocab_size, max(tokenizer.get_vocab().values())
+    if largest >= known:
+        raise AntherError(
+            f"{folder}: knows {known} tokens and its tokenizer {largest + 1}: they are of different models, copy both"
+        )
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or longest < 1:
+        raise AntherError(f"{folder}: its tokenizer's model_max_length={longest}: must be over 0")
+    places = getattr(encoder.config, "max_position_embeddings", None)
+    if places is not None:
+        tokenizer.model_max_length = int(min(longest, places))
+    elif longest > _LONGEST:
+        tokenizer.model_max_length = _T5_LONGEST

@@ -1,0 +1,173 @@
+"""Text encoders and tokenizers that aren't whole are refused: the libraries fill in what is missing, at random."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conf.errors import AntherError
+from models.base import Base
+from models.families.checkpoint import recognise
+from tests.models.families.conftest import Tiny
+from tests.models.families.test_checkpoint import change
+from tests.models.test_spiece import PIECES, model_bytes
+from tests.tiny import LETTERS, as_variant
+
+
+@pytest.fixture
+def folder(pipeline_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "copy"))
+
+
+def encoders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith("text_encoder"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def refuse(folder: Path, match: str) -> None:
+    with pytest.raises(AntherError, match=match) as refusal:
+        recognise(folder).load_encoders()
+    assert "\n" not in str(refusal.value)
+
+
+def test_two_captions_differ(tiny: Tiny) -> None:
+    one, other = tiny.base.encode_captions(["cat", "dog"])
+    assert not torch.equal(one, other)
+
+
+def test_each_missing_weight_is_found(tiny: Tiny, tmp_path: Path) -> None:
+    """Of every text encoder, the first of its matrices and the last of all."""
+    for encoder in encoders(tiny.folder):
+        names = sorted(load_file(encoder / "model.safetensors"))
+        for place in (names[0], names[len(names) // 2], names[-1]):
+            copy = Path(shutil.copytree(tiny.folder, tmp_path / encoder.name / place))
+            rewrite(copy / encoder.name, lambda tensors, name=place: {k: t for k, t in tensors.items() if k != name})
+            refuse(copy, rf"{encoder.name}: lacks [12] of the weights that config\.json names")
+
+
+def test_foreign_weights_are_refused_and_other_halves_are_not(folder: Path) -> None:
+    plain = Base(folder).encode_captions(["cat"])
+    encoder = folder / "text_encoder"
+    benign = {"text_model.embeddings.position_ids": torch.arange(8)[None], "logit_scale": torch.ones(())}
+    rewrite(encoder, lambda tensors: tensors | benign | {"vision_model.x.weight": torch.ones(1)})
+    assert torch.equal(Base(folder).encode_captions(["cat"]), plain)
+    rewrite(encoder, lambda tensors: tensors | {"encoder.layers.1.mlp.fc1.weight": torch.ones(1)})
+    refuse(folder, r"holds 1 weights that are none of a CLIPTextModel's")
+    rewrite(encoder, lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()})
+    refuse(folder, "text_encoder: holds")
+
+
+def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
+    rewrite(folder / "text_encoder", lambda tensors: tensors | {"final_layer_norm.weight": torch.ones(3)})
+    refuse(folder, "text_encoder: ")
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "mine"])
+def test_variants_alone_are_loaded(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    copy = as_variant(Path(shutil.copytree(tiny.folder, tmp_path / "copy")), name, sharded=name == "fp16")
+    ours = Base(copy, resolution=tiny.base.resolution)
+    assert torch.equal(ours.encode_captions(["cat"]), tiny.base.encode_captions(["cat"]))
+    for key, tensor in ours.network.state_dict().items():
+        assert torch.equal(tensor, tiny.base.network.state_dict()[key])
+
+
+def test_of_two_variants_none_is_chosen(folder: Path) -> None:
+    as_variant(folder, "bf16")
+    shutil.copy(
+        folder / "unet/diffusion_pytorch_model.bf16.safetensors",
+        folder / "unet/diffusion_pytorch_model.ema.safetensors",
+    )
+    with pytest.raises(AntherError, match=r"several variants of its weights \(bf16, ema\)"):
+        Base(folder)
+
+
+class TestTokenizers:
+    def test_without_a_vocabulary(self, tiny: Tiny, tmp_path: Path) -> None:
+        for name in [path.name for path in tiny.folder.iterdir() if path.name.startswith("tokenizer")]:
+            copy = Path(shutil.copytree(tiny.folder, tmp_path / name))
+            (copy / name / "tokenizer.json").unlink()
+            refuse(copy, rf"{name}: (has no vocabulary|can't load)")
+
+    def test_empty(self, folder: Path) -> None:
+        for file in (folder / "tokenizer").iterdir():
+            file.unlink()
+        refuse(folder, "tokenizer: has no vocabulary")
+
+    def test_that_says_no_longest_caption_takes_what_its_encoder_does(self, folder: Path) -> None:
+        plain = Base(folder).encode_captions(["cat " * 20])
+        config = folder / "tokenizer/tokenizer_config.json"
+        told = json.loads(config.read_text())
+        config.write_text(json.dumps({key: value for key, value in told.items() if key != "model_max_length"}))
+        assert torch.equal(Base(folder).encode_captions(["cat " * 20]), plain)
+        change(config, model_max_length=100)
+        assert torch.equal(Base(folder).encode_captions(["cat " * 20]), plain)
+
+    @pytest.mark.parametrize("longest", [0, -1])
+    def test_that_takes_no_caption(self, folder: Path, longest: int) -> None:
+        change(folder / "tokenizer/tokenizer_config.json", model_max_length=longest)
+        refuse(folder, f"model_max_length={longest}")
+
+    def test_of_another_model(self, folder: Path) -> None:
+        change(folder / "text_encoder/config.json", vocab_size=10)
+        rewrite(
+            folder / "text_encoder",
+            lambda tensors: {k: t[:10] if "token_embedding" in k else t for k, t in tensors.items()},
+        )
+        refuse(folder, "knows 10 tokens and its tokenizer")
+
+    def test_of_sentencepiece_alone_is_read(self, tiny: Tiny, tmp_path: Path) -> None:
+        """As PixArt-Σ is published; without the sentencepiece library."""
+        if tiny.name != "pixart":
+            pytest.skip("of T5 alone")
+        copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
+        (copy / "tokenizer/tokenizer.json").unlink()
+        pieces = [*PIECES[:4], *((letter, -3.0, 1) for letter in LETTERS)]  # those of its tokenizer.json
+        (copy / "tokenizer/spiece.model").write_bytes(model_bytes(pieces))
+        base = Base(copy, resolution=tiny.base.resolution)
+        captions = ["a cat 7", "fox", None]
+        assert torch.equal(base.encode_captions(captions), tiny.base.encode_captions(captions))
+        (copy / "tokenizer/spiece.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\n")
+        refuse(copy, r"spiece\.model: no SentencePiece model")
+
+
+class TestCode:
+    """Nothing of a text encoder is taken from elsewhere."""
+
+    @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+    def test_attention_of_a_hub(self, folder: Path, key: str) -> None:
+        change(folder / "text_encoder/config.json", **{key: "evil/kernel"})
+        refuse(folder, rf"{key}=evil/kernel: only eager and sdpa")
+        change(folder / "text_encoder/config.json", **{key: None, "text_config": {key: "evil/kernel"}})
+        refuse(folder, rf"{key}=evil/kernel: only eager and sdpa")
+
+    def test_an_adapter_of_another_folder(self, folder: Path) -> None:
+        (folder / "text_encoder/adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
+        refuse(folder, "adapter_config")
+
+    @pytest.mark.parametrize(
+        ("part", "entry", "match"),
+        [
+            ("tokenizer", ["client.enroll", "main"], "is of client.enroll"),
+            ("tokenizer", ["transformers", "AutoTokenizer"], "is a AutoTokenizer"),
+            ("text_encoder", ["transformers", "AutoModel"], "is a AutoModel"),
+            ("text_encoder", ["my_code", "CLIPTextModel"], "is of my_code"),
+            ("unet", ["antigravity", "UNet2DConditionModel"], "is of antigravity"),
+        ],
+    )
+    def test_classes_and_libraries(self, folder: Path, part: str, entry: list[str], match: str) -> None:
+        change(folder / "model_index.json", **{part: entry})
+        refuse(folder, match)
+
+    def test_quantized(self, folder: Path) -> None:
+        change(folder / "text_encoder/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+        refuse(folder, "is quantized")
