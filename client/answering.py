@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from client.device import Device, from_config, whole
 from client.drive import drive
 from client.guard import Guard
-from client.guarded import Perform, measured, with_guard
+from client.guarded import Perform, measured, wait, with_guard
 from client.logic import handle
 from client.power.conditions import Conditions
 from client.power.meter import Meter
@@ -39,7 +39,10 @@ class Owned:
     guard: Guard
 
     def device(self, stated: Mapping[str, object], base: Base) -> Device:
-        found = from_config(stated, base, store=self.store, read=self.read, spent=lambda: self.meter.last)
+        found = from_config(
+            stated, base, store=self.store, read=self.read, spent=lambda: self.meter.last,
+            wait=functools.partial(wait, self.guard),
+        )  # fmt: skip
         self.meter.watts = found.report.watts  # where nothing measures: stated, or of its benchmark
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import re
@@ -24,11 +25,17 @@ from privacy import noise, policy
 from privacy.noise import NoiseSource
 from protocol.messages import DeviceReport
 
+log = logging.getLogger(__name__)
+
 # What a device is taken for that doesn't say: the slowest of conf/fleet, so that nothing is promised too soon.
 EXAMPLES_PER_SECOND_PER_CORE = 6.0  # Raspberry Pi 4, glyph base: estimate, see conf/fleet/mixed.yaml
 WATTS = 6.4  # Raspberry Pi 4, whole board
 UPLINK_MBPS, DOWNLINK_MBPS = 8.0, 40.0  # mobile data
 HOT, BATTERY_HOT = 80.0, 40.0  # °C, as `guard.celsius` and `guard.battery_celsius`: from here on training waits
+
+
+def _at_once(_: float) -> None:
+    pass
 
 
 def _no_limit(_: int, __: Collection[str]) -> None:
@@ -53,6 +60,12 @@ class Device:
     """Of the ordinary streams: batches without privacy, timesteps, diffusion noise."""
     resolution: int
     """Side in pixels of pictures as the base sees them."""
+    listed: Callable[[], Pictures] | None = None
+    """The same for private jobs, with an Absent where a picture can't be used, as its owner's log says. None: as
+    `pictures` has them."""
+    wait: Callable[[float], None] = _at_once
+    """Lets so many seconds pass before a private reply, so that it comes at a public time; Cancelled if the device is
+    to stop meanwhile. In a simulation time is counted."""
     check_memory: Callable[[int, Collection[str]], None] = _no_limit
     """Raises Refusal if training an adapter of this rank at these sites wouldn't fit; a simulation's memory is the
     cohort's affair."""
@@ -69,6 +82,7 @@ def from_config(
     store: Store | None = None,
     read: Callable[[], Conditions] | None = None,
     spent: Callable[[], Spent | None] | None = None,
+    wait: Callable[[float], None] = _at_once,
 ) -> Device:
     """The device that a SuperNode's own configuration describes.
 
@@ -82,7 +96,7 @@ def from_config(
         base: what the device holds.
         store: that is open already; None: it is opened here, in the clear.
         read: its sensors, for what the report says of now; None: nothing is said of it.
-        spent: as of the Device.
+        spent, wait: as of the Device.
 
     Raises:
         AntherError: a key is missing or its value can't be used.
@@ -96,11 +110,14 @@ def from_config(
     store = store or Store(files)
     is_test = _flag(node_config, "test")
     seed = whole(node_config, "seed") if is_test else store.seed()
+    read_pictures = partial(load_folder, pictures, background=str(node_config.get("background", WHITE)))
     return Device(
         name=name,
         report=probe(name, base, node_config, store=store, read=read),
         store=store,
-        pictures=partial(load_folder, pictures, background=str(node_config.get("background", WHITE))),
+        pictures=read_pictures,
+        listed=partial(read_pictures, tell=lambda mistake: log.error("%s", mistake)),
+        wait=wait,
         sites=base.sites,
         policy=policy.load(files.folder / "policy.toml"),
         noise=partial(noise.source, client=name, seed=seed if is_test else None),

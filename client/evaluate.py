@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator
 
+import torch
 from torch import Tensor
 
 from client.data import fingerprint
 from client.device import Device
 from client.own import of_run, private_of_run
 from client.sent import Sent, received
-from client.work import cache_key, encoded, expect
+from client.work import cache_key, encoded, encoded_alone, expect, places
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import MEASURE, Reservation
 from privacy.measuring import noised_mean
 from privacy.policy import Refusal
 from protocol import messages
 from training import jobs
-from training.jobs import Job, Result
+from training.jobs import Examples, Job, Result
 
 
 def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result, messages.Evaluation]:
@@ -65,21 +66,21 @@ def _noised_gain(
 
     Sensitivity: the losses of a picture are a function of it and of the two adapters (`jobs.MeasureEach`), so one
     picture more or less is one gain more or less, which `noised_mean` bounds. A device without pictures answers too,
-    with noise alone: a refusal would tell that there are none.
+    with noise alone: a refusal would tell that there are none. As many are measured as the request assumes, of which
+    some may be blank and count for nothing, so that time doesn't tell how many there are.
     """
     ledger, noise = device.store.ledger, device.noise(request.round, MEASURE)
     if (sealed := ledger.sealed((request.run, request.round, MEASURE), _asked(request))) is not None:
         return messages.from_json(messages.Evaluation, sealed.decode())
-    pictures = device.pictures().validation
+    there = places(device, "validation", privacy.pictures)
+    pictures, examples = yield from encoded_alone(device, "validation", there)
     reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
-    examples = (yield from encoded(device, "validation", pictures)) if pictures else None
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
-    gains: list[float] = []
-    if examples:
-        base = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=None)))
-        adapter = private_of_run(sent.adapter, request.run, device, release=noise.release)
-        shared = expect(Tensor, (yield jobs.MeasureEach(examples=examples, adapter=adapter)))
-        gains = (base - shared).tolist()
+    seen = _filled(examples, privacy.pictures)
+    base = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=None)))
+    adapter = private_of_run(sent.adapter, request.run, device, release=noise.release)
+    shared = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=adapter)))
+    gains = (base - shared)[: len(pictures)].tolist()
     reply = messages.Evaluation(
         device=device.name,
         round=request.round,
@@ -96,6 +97,11 @@ def _noised_gain(
         epsilon=charged.spent(privacy.delta).value,
     )
     return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
+
+
+def _filled(examples: Examples, count: int) -> Examples:
+    """So many examples: these, and blank ones."""
+    return Examples(*(torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])]) for part in examples))
 
 
 def _measuring(request: messages.Evaluate, device: Device, *, adapter: str, data: str, release: bool) -> Reservation:

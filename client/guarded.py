@@ -55,6 +55,12 @@ def measured(perform: Perform, meter: AbstractContextManager[object]) -> Perform
     return metered
 
 
+def wait(guard: Guard, seconds: float) -> None:
+    """Let so many seconds pass. Raises Cancelled if the device is to stop meanwhile."""
+    if guard.stop.wait(seconds):
+        raise Cancelled("stopped while a reply waited for its time")
+
+
 def _asking(job: Job, guard: Guard) -> Job:
     """A job that stops when the guard says so, or when whoever asked for it says so."""
     if not isinstance(job, Train):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Generator
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ from client.device import Device
 from client.outgoing import keep, outgoing
 from client.own import own_factors, with_own
 from client.sent import received
-from client.work import cost, encoded, expect
+from client.work import cost, encoded, encoded_alone, expect, places
 from models.trained import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
@@ -20,9 +21,12 @@ from privacy.policy import Refusal
 from protocol import messages, plain
 from protocol.messages import TrainingPlan
 from training import jobs
-from training.jobs import Job, Result, Trained
+from training.jobs import Examples, Job, Picture, Result, Trained, assumed
+from training.schedule import scheduled_examples
 
 SHARED = "shared"
+
+log = logging.getLogger(__name__)
 
 
 def answer(request: messages.Train, device: Device) -> Generator[Job, Result, messages.Update]:
@@ -49,9 +53,12 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
 
     start, frozen, frame = sent.parts(plan.rank, plan.sites)
     device.check_memory(plan.rank, start)  # before pictures take any: the answer is for the server to know
-    pictures = device.pictures().train
-    device.policy.check_pictures(len(pictures))
-    examples = yield from encoded(device, "train", pictures)
+    if plan.privacy is None:
+        pictures = device.pictures().train
+        device.policy.check_pictures(len(pictures))
+        examples = yield from encoded(device, "train", pictures)
+    else:
+        pictures, examples = yield from _hidden(device, assumed(plan.batch_size, plan.privacy.sampling_rate))
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
@@ -88,10 +95,10 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         plan, device, start=start, trained=trained.adapter, frame=frame, own=own, history=charged,
         release=noise.release,
     )  # fmt: skip
-    draws = plan.privacy.draws if plan.privacy else 1
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     # Under DP nothing that was measured leaves: it would tell, without noise, how large the Poisson batches were.
-    spent = cost(device, plan.steps * plan.batch_size * draws, measured=plan.privacy is None)
+    draws, whole = plan.privacy.draws if plan.privacy else 1, scheduled_examples(plan)
+    spent = cost(device, plan.steps * plan.batch_size * draws, lasting=whole, measured=plan.privacy is None)
     reply = messages.Update(
         device=device.name,
         run=plan.run,
@@ -122,7 +129,23 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         return _unpack(sealed)
     # Not before it is the reply: what is left of another one, never sent, would be a second release of this round.
     remember()
+    device.wait(trained.idle)  # stopped meanwhile, it is sent when it is asked for again
     return reply
+
+
+def _hidden(device: Device, most: int) -> Generator[Job, Result, tuple[tuple[Picture, ...], Examples]]:
+    """The pictures of a private round, `most` of them, and what the denoiser sees of them.
+
+    With fewer than the owner's minimum it is none of them, and the reply is noise alone, charged like any other. A
+    refusal would tell, without noise, that there are too few. Between a set of pictures that reaches a minimum of m and
+    one that doesn't, what ε bounds is what a group of m pictures changes: whoever sets it chooses that.
+    """
+    pictures = places(device, "train", most)
+    kept, examples = yield from encoded_alone(device, "train", pictures)
+    if (least := device.policy.min_pictures) > len(kept):
+        log.warning("%d pictures can be used, fewer than min_pictures=%d: nothing is trained on them", len(kept), least)
+        return (), Examples(*(part[:0] for part in examples))
+    return kept, examples
 
 
 def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:

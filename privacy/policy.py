@@ -8,10 +8,9 @@ are also those of a device without the file:
   So the first run decides, and no later one can take back what that promised.
 - Whoever writes `max_epsilon` has asked for privacy from the beginning: nothing at all is shared without noise.
 
-A refusal says what was asked for and what is allowed, both of which are the server's business. Of the pictures it
-tells one thing only, where `min_pictures` is over 1: that there are fewer. To refuse tells so, whatever the words, and
-no ε covers it: ε compares sets of pictures that both reach the owner's minimum. It is one bit, the same in every round,
-about a limit that the server isn't told.
+A refusal says what was asked for and what is allowed, both of which are the server's business, and of the pictures
+nothing. With fewer than `min_pictures` a device refuses to share without noise; asked with noise it trains on none, and
+replies with noise alone (`client.train`).
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ EPSILON_UNSAID = 16.0
 """Cap of an owner who named none: at δ = 1e-5 it is room for one run of ε = 8 at δ = 1e-3, and not for two."""
 
 MEASURES = ("none", "noised", "raw")
+MOST_PICTURES = 100_000
+"""That a private request may assume a device to have: it takes memory and time for as many, whatever it has."""
 _LOUDEST = 1e6  # σ: more drowns everything, and much more overflows
 
 
@@ -59,7 +60,7 @@ class Policy:
     max_clip: float = 100.0
     """Bound on the clip of a gradient, and of a gain."""
     min_pictures: int = 1
-    """Training pictures below which the device trains nothing that is shared."""
+    """Training pictures below which none of them enters what is shared."""
     sites: str = ".*"
     """Regular expression on the whole names of the layers that an adapter may sit at, e.g. `.*attn[12].*`."""
     bases: tuple[str, ...] = ()
@@ -115,7 +116,7 @@ class Policy:
             rank=plan.rank, steps=plan.steps, examples=plan.batch_size * draws, learning_rate=plan.learning_rate
         )
         if plan.privacy:
-            self._check_privacy(plan.privacy)
+            self._check_privacy(plan, plan.privacy)
         elif self.max_epsilon is not None:
             raise Refusal("this device shares nothing without example privacy")
 
@@ -145,8 +146,8 @@ class Policy:
                 raise Refusal("this device tells no measure of its pictures without noise")
             return
         self._check_noise(privacy)
-        if privacy.pictures < 1:
-            raise Refusal(f"privacy.pictures: {privacy.pictures} asked, must be 1 or more")
+        if not 1 <= privacy.pictures <= MOST_PICTURES:
+            raise Refusal(f"privacy.pictures: {privacy.pictures} asked, must be 1 to {MOST_PICTURES:,}")
 
     def check_pictures(self, count: int) -> None:
         """Raises Refusal for fewer training pictures than the owner wants to hide each one among."""
@@ -168,12 +169,14 @@ class Policy:
         if cost.value > cap:
             raise Refusal(f"it would bring this device to {cost}; it allows {cap:g}")
 
-    def _check_privacy(self, privacy: ExamplePrivacy) -> None:
+    def _check_privacy(self, plan: TrainingPlan, privacy: ExamplePrivacy) -> None:
         """Raises Refusal for parameters with which DP-SGD would promise nothing."""
         self._check_noise(privacy)
         rate = privacy.sampling_rate
         if not self.min_sampling_rate <= rate <= 1:
             raise Refusal(f"privacy.sampling_rate: {rate} asked, this device allows {self.min_sampling_rate:g} to 1")
+        if plan.batch_size > MOST_PICTURES * rate:
+            raise Refusal(f"batch_size, privacy.sampling_rate: they assume over {MOST_PICTURES:,} pictures")
         if privacy.draws < 1:
             raise Refusal(f"privacy.draws: {privacy.draws} asked, which promises nothing")
 

@@ -17,6 +17,7 @@ from models.footprint import Footprint, example, footprint, shapes
 from models.partial import PassCosts
 from protocol.messages import TrainingPlan
 from strategies.fitting import costs_of
+from training.schedule import scheduled_examples
 
 Predict = Callable[[int], Footprint]
 """Of a pass of one picture, whose adapter has this rank and is trained at every site."""
@@ -46,9 +47,8 @@ class Costs:
 
     def seconds(self, plan: TrainingPlan, device: DeviceProfile) -> float:
         """Of all its steps, at full speed."""
-        draws = plan.privacy.draws if plan.privacy else 1
         work = 1.0 if plan.sites is None else self._partly().work(plan.sites)
-        return plan.steps * plan.batch_size * draws * work * self.example_seconds(plan.rank, device)
+        return scheduled_examples(plan) * work * self.example_seconds(plan.rank, device)
 
     def example_seconds(self, rank: int, device: DeviceProfile) -> float:
         """Of one training example at every site, at full speed."""

@@ -11,6 +11,7 @@ from models.adapter import Sites
 from models.trained import trained_shapes
 from protocol.messages import DeviceReport, TrainingPlan
 from protocol.rounding import bytes_per_number
+from training.schedule import scheduled_examples
 
 SLOW = 2.0  # Mbit/s up
 PRECISIONS = ("fp32", "fp16", "int8", "int4")  # of updates, from most bits to fewest
@@ -112,6 +113,5 @@ def upload(plan: TrainingPlan, sites: Sites) -> float:
 
 
 def seconds_per_step(report: DeviceReport, plan: TrainingPlan) -> float:
-    """Expected time of one step at every site: under DP a picture is drawn several times."""
-    draws = plan.privacy.draws if plan.privacy else 1
-    return plan.batch_size * draws / report.examples_per_second
+    """Time of one step at every site; under DP its share of the time that all take, whatever is drawn."""
+    return scheduled_examples(plan) / plan.steps / report.examples_per_second

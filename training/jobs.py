@@ -180,12 +180,17 @@ class Train:
         """
         if self.privacy is None or not self.privacy.sampling_rate:
             return self.pictures
-        return max(1, round(self.batch_size / self.privacy.sampling_rate))
+        return assumed(self.batch_size, self.privacy.sampling_rate)
 
     @property
     def unit(self) -> int:
         """Entries of what is clipped: under DP the draws of a picture with their partners of the prior; else 1."""
         return (self.privacy.draws if self.privacy else 1) * (2 if self.privacy and self.prior else 1)
+
+
+def assumed(batch_size: int, sampling_rate: float) -> int:
+    """N, the pictures that a plan with Poisson batches assumes: its q is batch_size / N."""
+    return max(1, round(batch_size / sampling_rate))
 
 
 class Trained(NamedTuple):

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from privacy.accounting import OVERFLOW
+from protocol.messages import TrainingPlan
 from training.fixed import pictures_of_a_step
-from training.jobs import Train
+from training.jobs import Train, assumed
 
 _RATES = np.geomspace(1e-4, 30, 400)  # of the exponential moments: each gives a bound, the best of them is taken
 
@@ -60,22 +62,23 @@ EACH = Turns()
 """A turn for each picture."""
 
 
-def scheduled(assumed: int, rate: float, steps: int, turns: Turns = EACH) -> int:
-    """Turns of a job, which are enough for `assumed` pictures with a probability of at least 1 - steps · OVERFLOW.
+@lru_cache(maxsize=1024)
+def scheduled(pictures: int, rate: float, steps: int, turns: Turns = EACH) -> int:
+    """Turns of a job, which are enough for N pictures with a probability of at least 1 - steps · OVERFLOW.
 
     Whatever the coins of any one of them are: it is counted as drawn at every step. By the exponential moments of the
     others' exact binomial counts: P(Σ X > k) ≤ exp(-λ (k + 1)) E[exp(λ X)]^steps for any λ > 0 (Chernoff, 1952,
     doi:10.1214/aoms/1177729330).
 
     Args:
-        assumed: N, the pictures that the plan assumes.
+        pictures: N, those that the plan assumes.
         rate: q of the Poisson batches.
         turns: of the pictures of a step.
     """
-    most = steps * turns(assumed)
+    most = steps * turns(pictures)
     if not steps or rate >= 1:
         return most
-    counts, chances = pictures_of_a_step(assumed - 1, rate)
+    counts, chances = pictures_of_a_step(pictures - 1, rate)
     taken = np.array([turns(int(count) + 1) for count in counts])
     budget = -math.log(steps * OVERFLOW) + 1e-6 * steps  # the rest for rounding
     with np.errstate(divide="ignore"):
@@ -89,3 +92,11 @@ def _enough(taken: np.ndarray, logs: np.ndarray, slope: float, steps: int, budge
     exponents = slope * taken + logs
     top = float(exponents.max())
     return (steps * (top + math.log(float(np.exp(exponents - top).sum()))) + budget) / float(slope)
+
+
+def scheduled_examples(plan: TrainingPlan) -> int:
+    """Examples whose time a round of this plan takes: under DP those that its turns are enough for, one by one."""
+    if plan.privacy is None:
+        return plan.steps * plan.batch_size
+    rate = plan.privacy.sampling_rate
+    return scheduled(assumed(plan.batch_size, rate), rate, plan.steps) * plan.privacy.draws

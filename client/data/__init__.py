@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from client.data.reading import WHITE
-from client.data.sheets import EXAMPLE, METADATA, Files, captions
+from client.data.sheets import EXAMPLE, METADATA, Files, Tell, captions, stop
 from client.data.splits import SPLITS, check_depth, split_folders, split_of
-from client.data.stored import Stored
+from client.data.stored import Absent, Stored
 from conf.errors import AntherError, refused
 from training.jobs import Picture
 
-__all__ = ["EXAMPLE", "METADATA", "SPLITS", "WHITE", "Pictures", "Stored", "fingerprint", "load_folder", "split_of"]
+__all__ = [
+    "EXAMPLE", "METADATA", "SPLITS", "WHITE", "Absent", "Pictures", "Stored", "fingerprint", "load_folder", "split_of",
+]  # fmt: skip
 
 
 class Pictures(NamedTuple):
@@ -34,7 +36,7 @@ class Pictures(NamedTuple):
     test: tuple[Picture, ...]
 
 
-def load_folder(path: str | Path, *, background: str = WHITE) -> Pictures:
+def load_folder(path: str | Path, *, background: str = WHITE, tell: Tell = stop) -> Pictures:
     """Find every picture of a folder with its caption, each split in the order of names.
 
     Each file is hashed, and decoded once to see that it can be; no pixels are kept.
@@ -42,6 +44,8 @@ def load_folder(path: str | Path, *, background: str = WHITE) -> Pictures:
     Args:
         path: the folder.
         background: what shows through where a picture is transparent.
+        tell: hears of each mistake, and raises it. If it returns, a picture that is listed and can't be used is an
+            `Absent` in its place, and a folder without any has none.
 
     Raises:
         AntherError: what is missing, damaged or not captioned, by file name.
@@ -50,34 +54,44 @@ def load_folder(path: str | Path, *, background: str = WHITE) -> Pictures:
     try:
         if "\0" in str(path) or not root.is_dir():
             raise AntherError(f"{root}: no such folder; name the one that holds your pictures and {METADATA}")
-        return _load(root, background)
+        return _load(root, background, tell)
     except OSError as error:
-        raise refused(error, root) from error
+        mistake = refused(error, root)
+    except AntherError as error:
+        mistake = error
+    tell(mistake)
+    return Pictures((), (), ())
 
 
-def _load(root: Path, background: str) -> Pictures:
+def _load(root: Path, background: str, tell: Tell) -> Pictures:
     splits = split_folders(root, [place.name for place in root.iterdir() if place.is_dir()])
-    found = captions(Files(root), splits.values())
+    found = captions(Files(root), splits.values(), tell)
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
         split = {name: [file for file in found if file.split("/")[0] == folder] for name, folder in names.items()}
         if astray := found.keys() - {file for files in split.values() for file in files}:
             folders = ", ".join(names.values())
-            raise AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them")
+            tell(AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them"))
         if not split["train"]:
-            raise AntherError(f"{root / names['train']}: no pictures to train on; put some there")
+            tell(AntherError(f"{root / names['train']}: no pictures to train on; put some there"))
     else:
         check_depth(root, found)
         split = {name: [file for file in found if split_of(file) == name] for name in SPLITS}
         if not split["train"]:
-            raise AntherError(
+            tell(AntherError(
                 f"{root}: by their names none of the pictures ({len(found)}) is to train on; add some, or sort them "
                 f"into folders {', '.join(SPLITS)}"
-            )
-    return Pictures(*(
-        tuple(Stored(root / file, found[file], background=background) for file in sorted(split[name]))
-        for name in SPLITS
-    ))  # fmt: skip
+            ))  # fmt: skip
+
+    def picture(file: str) -> Picture:
+        caption = found[file]
+        try:
+            return Absent() if caption is None else Stored(root / file, caption, background=background)
+        except AntherError as error:
+            tell(error)
+            return Absent()
+
+    return Pictures(*(tuple(map(picture, sorted(split[name]))) for name in SPLITS))
 
 
 def fingerprint(pictures: Iterable[Picture]) -> str:

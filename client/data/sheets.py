@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ JUNK = {"@eadir", "__macosx", "$recycle.bin", "thumbs.db", "system volume inform
 """What machines leave in folders of pictures; names that begin with a dot aside."""
 LARGEST = 64 * 2**20  # bytes of a sheet
 LONGEST = 20_000  # characters of a caption
+
+Tell = Callable[[AntherError], None]
+"""What hears of a mistake. If it returns, the picture counts as absent."""
+
+
+def stop(error: AntherError) -> None:
+    """Raise the first mistake."""
+    raise error
 
 
 class Files:
@@ -63,33 +71,55 @@ class Files:
             yield from ((place / name).as_posix() for name in files if not _junk(name))
 
 
-def captions(files: Files, folders: Iterable[str]) -> dict[str, str]:
-    """The caption of each picture by its path below the root; every picture has one.
+def captions(files: Files, folders: Iterable[str], tell: Tell = stop) -> dict[str, str | None]:
+    """The caption of each picture by its path below the root; None: it is listed, and can't be used.
 
     Args:
         files: of the folder.
         folders: those in the root that may have a sheet of their own.
+        tell: hears of each mistake.
     """
     root = files.root
     places = [root / METADATA, *(root / folder / METADATA for folder in folders)]
     sheets = [sheet for sheet in places if sheet.is_file()]
     if not sheets:
         raise AntherError(f"{root / METADATA}: missing; write it with a line for each picture: {EXAMPLE}")
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     real: dict[str, str] = {}  # a file by what links to it
     for sheet in sheets:
-        for number, line in _lines(sheet):
-            file, caption = _captioned(files, sheet, number, line)
-            target = os.path.realpath(root / file)
-            if file in found or target in real:
-                same = "" if file in found else f", for it is the same file as {shown(real[target])}"
-                raise AntherError(f"{sheet}:{number}: {shown(file)} is listed twice{same}; remove one of the lines")
-            found[file], real[target] = caption, file
-    _check_all_captioned(files, found, real)
+        try:
+            for number, line in _lines(sheet):
+                try:
+                    file, caption = _captioned(files, sheet, number, line)
+                    target = os.path.realpath(root / file)
+                    if file in found or target in real:
+                        same = "" if file in found else f", for it is the same file as {shown(real[target])}"
+                        raise AntherError(
+                            f"{sheet}:{number}: {shown(file)} is listed twice{same}; remove one of the lines"
+                        )
+                    found[file], real[target] = caption, file
+                except AntherError as error:
+                    tell(error)
+                    if (named := _named(root, sheet, line)) is not None:
+                        found.setdefault(named, None)
+        except AntherError as error:  # of the whole sheet
+            tell(error)
+    try:
+        _check_all_captioned(files, found, real)
+    except AntherError as error:
+        tell(error)
     return found
 
 
-def _check_all_captioned(files: Files, found: Mapping[str, str], real: Mapping[str, str]) -> None:
+def _named(root: Path, sheet: Path, line: str) -> str | None:
+    """The path below the root that a line means, whether or not there is a picture."""
+    try:
+        return Path(os.path.relpath(sheet.parent / json.loads(line)["file_name"], root)).as_posix()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _check_all_captioned(files: Files, found: Mapping[str, str | None], real: Mapping[str, str]) -> None:
     root, pictures = files.root.resolve(), (name for name in files.names if name.lower().endswith((*READ, *OTHERS)))
     without = [name for name in pictures if name not in found and str(root / name) not in real]
     if not without:

@@ -52,6 +52,15 @@ class Stored(Picture):
             return decode(self.path, file, background=self.background, side=side)
 
 
+class Absent(Picture):
+    """A picture that is listed and can't be used: it keeps its place among the others."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(np.zeros((0, 0), np.uint8), "")
+
+
 def _hashed(path: Path) -> str:
     with open_picture(path) as file:
         return _digest(file, path)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.data import Pictures, fingerprint, load_folder, split_of
+from client.data import Absent, Pictures, fingerprint, load_folder, split_of
 from conf.errors import AntherError
 from training.jobs import Picture
 
@@ -199,3 +199,33 @@ def test_a_fingerprint_tells_any_change() -> None:
     ]  # fmt: skip
     assert len({fingerprint(pictures) for pictures in kinds}) == len(kinds)
     assert fingerprint([first]) == fingerprint(iter([first]))
+
+
+def test_what_cannot_be_used_is_absent_in_its_place(tmp_path: Path) -> None:
+    """For private jobs: a missing file, a damaged one and one that isn't described; the rest is as it was."""
+    files = [f"train/{letter}.png" for letter in "abcdef"]
+    for place, file in enumerate(files):
+        save(tmp_path / file, value=place)
+    caption(tmp_path, **{file: f"text {file}" for file in files})
+    whole = load_folder(tmp_path).train
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    lines[4] = json.dumps({"file_name": files[4]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, "no JSON"]))
+    (tmp_path / files[1]).unlink()
+    (tmp_path / files[3]).write_bytes(b"damaged")
+    said: list[AntherError] = []
+    found = load_folder(tmp_path, tell=said.append).train
+    assert [isinstance(one, Absent) for one in found] == [False, True, False, True, True, False]
+    for place in (0, 2, 5):
+        assert fingerprint([found[place]]) == fingerprint([whole[place]])
+    for words in ("b.png is not there", "d.png", "e.png has no caption", "JSON object"):
+        assert any(words in str(error) for error in said), said
+    with pytest.raises(AntherError):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("make", [lambda root: root / "nowhere", lambda root: root])
+def test_a_folder_that_cannot_be_used_has_no_pictures(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    said: list[AntherError] = []
+    assert load_folder(make(tmp_path), tell=said.append) == Pictures((), (), ())
+    assert len(said) == 1

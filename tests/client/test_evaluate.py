@@ -64,7 +64,7 @@ def test_a_noised_gain_and_nothing_else(tmp_path: Path) -> None:
     assert [type(job) for job in perform.jobs] == [jobs.Encode, jobs.MeasureEach, jobs.MeasureEach]
     measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureEach)]
     assert [job.adapter is None for job in measured] == [True, False]
-    assert all(len(job.examples) == len(PICTURES.validation) for job in measured)
+    assert all(len(job.examples) == PRIVATE.pictures for job in measured)  # some of them blank
     (entry,) = device.store.ledger.entries()
     assert (entry.state, entry.reservation.purpose, entry.reservation.clip) == (SEALED, MEASURE, 0.2)
     event = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=1)
@@ -76,6 +76,10 @@ def test_the_gain_is_that_of_the_clipped_losses(tmp_path: Path) -> None:
     """The performer's losses are a thousandth of a picture's mean grey, and half of it under an adapter."""
     greys = [float(picture(seed).pixels.mean()) for seed in (4, 5)]
     assert sum_without_noise(tmp_path, 4, 5) == pytest.approx(sum(greys) / 2000, abs=1e-3)
+
+
+def test_no_more_pictures_are_measured_than_are_asked_for(tmp_path: Path) -> None:
+    assert sum_without_noise(tmp_path / "more", 4, 5, 6, 7) == sum_without_noise(tmp_path / "three", 4, 5, 6)
 
 
 def test_one_picture_more_or_less_changes_the_sum_by_at_most_the_clip(tmp_path: Path) -> None:
@@ -102,7 +106,7 @@ def test_without_validation_pictures_noise_alone_is_told(tmp_path: Path) -> None
     device, perform = make_device(tmp_path, pictures=with_validation()), Performer()
     reply = ask(NOISED, device, perform)
     assert reply.gain != 0
-    assert not perform.jobs
+    assert [len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEach)] == [3, 3]
     assert states(device) == [(MEASURE, SEALED)]
     with pytest.raises(Refusal, match="no validation pictures"):
         ask(RAW, make_device(tmp_path / "raw", pictures=with_validation()))

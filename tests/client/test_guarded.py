@@ -16,7 +16,7 @@ from client.data import Pictures
 from client.device import Device
 from client.drive import drive
 from client.guard import Guard
-from client.guarded import Perform, measured, with_guard
+from client.guarded import Perform, measured, wait, with_guard
 from client.logic import handle
 from client.power.choose import choose
 from client.power.conditions import MEASURED
@@ -290,5 +290,13 @@ def test_a_reply_tells_what_was_measured_unless_that_is_private(base: Base, tmp_
     )  # fmt: skip
     tell(personal)
     assert told[0] == (2.0 * steps, 20.0 * steps, MEASURED)
-    assert told[1] == (2.0, 10.0, "estimate")  # of 5 steps of 4 at 10 a second and 5 W, whatever they took
+    assert told[1] == (5.5, 10.0, "estimate")  # 5 steps of 4 at 10 a second and 5 W, in their public time
     assert told[2] == (1.6, 8.0, "estimate")
+
+
+def test_a_device_that_is_to_stop_does_not_wait(tmp_path: Path) -> None:
+    guard = Charger(tmp_path).guard
+    wait(guard, 0.0)
+    guard.stop.set()
+    with pytest.raises(Cancelled, match="waited"):
+        wait(guard, 3600.0)

@@ -8,10 +8,11 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from client.data import Pictures, fingerprint
+from client.data import Absent, Pictures, fingerprint
 from client.device import Device
 from client.drive import drive
 from client.logic import handle
@@ -21,7 +22,7 @@ from models.adapter import Factors, head_and_tail, rank
 from privacy.ledger import RESERVED, SEALED, SENT
 from privacy.noise import Simulated
 from privacy.policy import Policy, Refusal
-from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Query, Reply, Request, Update
+from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Query, Reply, Request, Train, Update
 from tests.client.devices import (
     BASE,
     PICTURES,
@@ -76,7 +77,7 @@ def test_a_private_round(tmp_path: Path) -> None:
     assert reply.loss is None
     assert reply.release
     assert reply.epsilon == device.store.ledger.spent(1e-3).value > 0
-    assert (reply.seconds, reply.joules, reply.quality) == (2.0, 10.0, "estimate")
+    assert (reply.seconds, reply.joules, reply.quality) == (5.5, 10.0, "estimate")
     assert from_bytes(reply.adapter, 2)
     assert states(device) == [SEALED]
     made = device.store.ledger.entries()[0].reservation
@@ -359,8 +360,8 @@ def test_what_the_owner_forbids_is_refused_before_anything_is_read(tmp_path: Pat
 
 
 def test_the_owners_minimum_of_pictures(tmp_path: Path) -> None:
-    """It is refused in the same words for every number of them, before anything is done or charged."""
-    said = set()
+    """Without privacy it is refused in the same words for every number, before anything is done or charged."""
+    said, open_ = set(), train_request(private=False)
     for count in range(1, 4):
         pictures = PICTURES._replace(train=PICTURES.train[:count])
         device, perform = (
@@ -368,12 +369,112 @@ def test_the_owners_minimum_of_pictures(tmp_path: Path) -> None:
             Performer(),
         )
         with pytest.raises(Refusal) as raised:
-            ask(train_request(), device, perform)
+            ask(open_, device, perform)
         said.add(str(raised.value))
         assert not perform.jobs
         assert not states(device)
     assert len(said) == 1
-    ask(train_request(), make_device(tmp_path, policy=Policy(min_pictures=4)))
+    ask(open_, make_device(tmp_path, policy=Policy(min_pictures=4)))
+
+
+def trained_on(device: Device, request: Train = train_request()) -> jobs.Train:  # noqa: B008 - frozen
+    """The one private job of a round that is answered and charged."""
+    perform = Performer()
+    assert isinstance(ask(request, device, perform), Update)
+    assert states(device) == [SEALED]
+    job = perform.jobs[-1]
+    assert isinstance(job, jobs.Train)
+    return job
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_too_few_pictures_for_the_owner_are_not_told_in_private(tmp_path: Path, count: int) -> None:
+    """Noise alone: none of them enters, though the round is answered and charged like any other."""
+    pictures = PICTURES._replace(train=PICTURES.train[:count])
+    job = trained_on(make_device(tmp_path, pictures=pictures, policy=Policy(min_pictures=4)))
+    assert (job.pictures, job.names) == (0, ())
+    assert job.assumed == 20
+
+
+def broken(number: int) -> jobs.Picture:
+    """A picture that can be told from others and not be read."""
+
+    class Broken(jobs.Picture):
+        def at_least(self, side: int) -> np.ndarray:  # noqa: ARG002
+            raise OSError(f"broken {number}")
+
+    return Broken(np.full((9, 8, 3), number, np.uint8), f"broken {number}")
+
+
+class Reader(Performer):
+    """Reads pictures, as an encoder does."""
+
+    def _perform(self, job: jobs.Job) -> jobs.Result:
+        if isinstance(job, jobs.Encode):
+            for picture in job.pictures:
+                picture.at_least(64)
+        return super()._perform(job)
+
+    def __call__(self, batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+        try:
+            return list(super().__call__(batch))
+        except OSError as error:
+            return [error] * len(batch)
+
+
+def test_pictures_that_cannot_be_used_count_as_absent_in_private(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever keeps them from being used, one by one; the owner's log says which."""
+    mixed = (PICTURES.train[0], Absent(), broken(1), PICTURES.train[1])
+    device, perform = make_device(tmp_path, pictures=PICTURES._replace(train=mixed)), Reader()
+    assert isinstance(ask(train_request(), device, perform), Update)
+    job = perform.jobs[-1]
+    assert isinstance(job, jobs.Train)
+    assert job.names == tuple(fingerprint([PICTURES.train[place]]) for place in (0, 1))
+    assert len(job.examples) == 2
+    assert "broken 1" in caplog.text
+
+
+def test_a_private_round_without_any_pictures_is_noise_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def missing() -> Pictures:
+        raise AntherError("photos: no such folder")
+
+    for number, read in enumerate((missing, lambda: Pictures((), (), ()))):
+        device = dataclasses.replace(make_device(tmp_path / str(number)), pictures=read)
+        assert trained_on(device).pictures == 0
+    assert "photos: no such folder" in caplog.text
+
+
+def test_more_pictures_than_assumed_leave_the_last_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An absent one keeps its place, so that none moves up: a neighbor is a place without its picture."""
+    assert PRIVACY.sampling_rate == 0.2
+    request = train_request()
+    request = dataclasses.replace(request, plan=dataclasses.replace(request.plan, batch_size=1))  # of five
+    whole = tuple(map(picture, range(8)))
+    job = trained_on(make_device(tmp_path / "whole", pictures=PICTURES._replace(train=whole)), request)
+    assert job.names == tuple(fingerprint([one]) for one in whole[:5])
+    assert "of 8 pictures (train) the first 5" in caplog.text
+    without = (*whole[:2], Absent(), *whole[3:])
+    job = trained_on(make_device(tmp_path / "without", pictures=PICTURES._replace(train=without)), request)
+    assert job.names == tuple(fingerprint([whole[place]]) for place in (0, 1, 3, 4))
+
+
+def test_a_private_reply_waits_for_its_time(tmp_path: Path) -> None:
+    """Once it is sealed: a device that is stopped while it waits has nothing to do again."""
+    waited: list[tuple[float, list[str]]] = []
+
+    class Early(Performer):
+        def _perform(self, job: jobs.Job) -> jobs.Result:
+            found = super()._perform(job)
+            return found._replace(idle=12.5) if isinstance(found, jobs.Trained) else found
+
+    device = make_device(tmp_path)
+    device = dataclasses.replace(device, wait=lambda seconds: waited.append((seconds, states(device))))
+    first = ask(train_request(), device, Early())
+    assert waited == [(12.5, [SEALED])]
+    assert ask(train_request(), device) == first
+    assert len(waited) == 1
 
 
 @pytest.mark.parametrize("policy", [Policy(bases=("a" * 64,)), Policy(sites="up.*"), Policy(max_rank=1)])
@@ -384,13 +485,13 @@ def test_the_owner_has_a_say_in_the_personal_adapter_too(tmp_path: Path, policy:
     assert not perform.jobs
 
 
-def test_unusable_pictures_cost_nothing(tmp_path: Path) -> None:
+def test_unusable_pictures_cost_nothing_without_privacy(tmp_path: Path) -> None:
     def missing() -> Pictures:
         raise AntherError("photos: no such folder")
 
     device = dataclasses.replace(make_device(tmp_path), pictures=missing)
     with pytest.raises(AntherError, match="photos"):
-        ask(train_request(), device)
+        ask(train_request(private=False), device)
     assert not states(device)
 
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from models.adapter import Site
 from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
 from strategies.planner import Planner
-from strategies.planning import Cosine, Limits, upload
+from strategies.planning import Cosine, Limits, seconds_per_step, upload
 from strategies.selection.everyone import Everyone
 from strategies.selection.panel import Panel
 from strategies.selection.sample import Sample
+from training.schedule import scheduled
 
 REPORT = DeviceReport(
     device="a", base="b", profile="p", memory_gib=4.0, examples_per_second=2.0, watts=5.0, uplink_mbps=8.0,
@@ -109,8 +110,16 @@ def test_at_least_one_step():
 
 
 def test_draws_take_their_time():
-    private = replace(FULL, privacy=ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=3, delta=0.1))
+    private = replace(FULL, privacy=ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=1, draws=3, delta=0.1))
     assert plan(full=private, deadline=14.5).steps == 2
+
+
+def test_poisson_batches_take_their_public_time():
+    """So long that 10 steps of about 4 of 8 pictures are through with all but certainty."""
+    chosen = ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=1, delta=0.1)
+    step = seconds_per_step(REPORT, replace(FULL, privacy=chosen)) * REPORT.examples_per_second
+    assert step == scheduled(8, 0.5, 10) / 10
+    assert 4 < step < 8
 
 
 def test_everyone_is_sorted():
