@@ -7,6 +7,8 @@ import time
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.routing import Route
 
 from bench.processes import LOOPBACK, free_port, until
 from conf.errors import AntherError
@@ -15,7 +17,7 @@ from server.gateway.app import Gateway
 from server.gateway.listening import serve, show
 from server.place import Place
 from server.register import Register
-from tests.server.gateway.served import hello
+from tests.server.gateway.served import hello, new_key, openssh, signed
 
 LIMITS = Limits(connections=8, total_connections=12, header_seconds=1.5, idle_seconds=1.5)
 
@@ -106,6 +108,37 @@ def test_a_body_that_stops_is_cut_off(port):
         found.settimeout(15)
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             assert found.recv(1000) == b""
+
+
+def test_a_body_over_a_slow_line_comes_in(port):
+    body = b'{"protocol": 1}'.ljust(15)
+    with line(port) as found:
+        found.sendall(b"POST /v1/anther/enrol HTTP/1.1\r\nhost: a\r\ncontent-length: 15\r\n\r\n")
+        for number in range(len(body)):  # longer than a head or a pause may take
+            time.sleep(0.3)
+            found.sendall(body[number : number + 1])
+        assert found.recv(1000).startswith(b"HTTP/1.1 403")
+
+
+def test_an_answer_over_a_slow_line_is_sent_to_its_end(place):
+    size, port, key = 3 << 20, free_port(), new_key()
+    place.prepare([LOOPBACK], port)
+    served = gateway(place)
+    served.register.enrol(served.register.issue("ada"), openssh(key), "pi")
+    served.shelf = [Route("/big", lambda _: Response(bytes(size)))]
+    opened = serve(served, host=LOOPBACK, port=port, certificates=place.certificates)
+    try:
+        with line(port) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            head = "".join(f"{name}: {value}\r\n" for name, value in signed(key, "/big").items())
+            found.sendall(f"GET /big HTTP/1.1\r\nhost: a\r\n{head}\r\n".encode())
+            came = 0
+            while came < size:
+                came += len(found.recv(1 << 18))
+                time.sleep(0.03)
+            assert came >= size
+    finally:
+        opened.should_exit = True
 
 
 def test_many_requests_on_one_connection(port):
