@@ -328,7 +328,8 @@ def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> No
         waiting += found.children
         while True:
             content = client.ask("taking", "pull-object", run_id=asked.run_id, object_id=found.object_id)
-            if content is None or message_pb2.PullObjectResponse.FromString(content).object_available:
+            told = message_pb2.PullObjectResponse.FromString(content or b"")
+            if told.object_available or not told.object_found:  # gone, where an early confirmation came late enough
                 break
             time.sleep(0.1)
     client.ask("taking", "confirm-message-received", run_id=asked.run_id, message_object_id=asked.message_id)

@@ -44,7 +44,7 @@ from server.gateway.limits import COMING, Budget
 from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
 from server.gateway.replies import Bound
 from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
-from server.register import Register
+from server.register import Member, Register
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,15 @@ class Gateway:
         if not self.authority:
             return ""
         key = identity.proven(request.headers, request.scope["path"])
-        return key if key is not None and self.register.look().known(key) is not None else None
+        return key if key is not None and self.member(key) is not None else None
+
+    def member(self, key: str) -> Member | None:
+        """The enrolled device with this key."""
+        try:
+            return self.register.look().known(key)
+        except AntherError as error:
+            log.error("%s", error)
+            raise Refusal(LATER, "the server has to be looked after") from None
 
     def _endpoint(self, call: Call) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
@@ -161,9 +169,6 @@ class Gateway:
                 if refusal.hostile:
                     self._complain(key, refusal.reason)
                 return _refused(refusal, request)
-            except AntherError as error:  # of the register
-                log.error("%s", error)
-                return _refused(Refusal(LATER, "the server has to be looked after"), request)
             except Passed as passed:
                 return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
             return _pieces(answer.SerializeToString())
@@ -173,7 +178,7 @@ class Gateway:
     def _claim(self, request: Request) -> Claim:
         """The enrolled identity behind a request. Refusal if there is none."""
         claim = identity.claimed(request.headers)
-        if claim is None or (self.authority and self.register.look().known(claim.name) is None):
+        if claim is None or (self.authority and self.member(claim.name) is None):
             raise Refusal(UNKNOWN, _NOT_ENROLLED)
         if not claim.proves(claim.time):
             raise Refusal(UNKNOWN, "the signature is wrong, or the clock")
@@ -211,7 +216,7 @@ class Gateway:
         if len(self._complained) > 4096:
             self._complained.clear()
         self._complained[key] = now
-        member = self.register.look().known(key)
+        member = self.member(key)
         name = f"{member.name} of {member.holder}" if member else "a node"
         log.warning("%s: refused: %s", name, reason)
 
@@ -227,13 +232,12 @@ class _Enrolled:
         if scope["type"] != "http":
             return
         request = Request(scope)
-        key = self.gateway.allows(request)
-        if key is None:
-            await _refused(Refusal(UNKNOWN, _NOT_ENROLLED), request)(scope, receive, send)
-            return
-        if key:
-            self.gateway.proved(scope.get("client"), key)
         try:
+            key = self.gateway.allows(request)
+            if key is None:
+                raise Refusal(UNKNOWN, _NOT_ENROLLED)
+            if key:
+                self.gateway.proved(scope.get("client"), key)
             self.gateway.budget.take(key)
             with self.gateway.budget.working(key):
                 await self.app(scope, receive, send)

@@ -74,6 +74,11 @@ def network(address: Any) -> str:
     return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
 
 
+def _key(address: Any) -> Any:
+    """Host and port: of IPv6 the system tells more, and uvicorn doesn't."""
+    return tuple(address[:2]) if isinstance(address, tuple | list) else address
+
+
 @dataclass
 class Connections:
     """All open connections of a listener; used in its event loop only.
@@ -104,23 +109,23 @@ class Connections:
         A device shows who it is within a fraction of a second, so whoever doesn't makes room, also for others behind
         the same address.
         """
-        where, now = network(address), self.clock()
-        if address in self._open:
+        where, now, key = network(address), self.clock(), _key(address)
+        if key in self._open:
             return False
         if self._strangers[where] >= self.settings.connections and not self._evict(where, now):
             return False
         if len(self._open) >= self.total and not self._evict(self._most(), now):
             return False
-        self._open[address] = Connection(address, now, now, end, moved=now)
+        self._open[key] = Connection(address, now, now, end, moved=now)
         self._strangers[where] += 1
         return True
 
     def found(self, address: Any) -> Connection | None:
-        return self._open.get(address)
+        return self._open.get(_key(address))
 
     def prove(self, address: Any, key: str) -> None:
         """Note that an enrolled key has shown on a connection; of too many with one key the oldest is closed."""
-        connection = self._open.get(tuple(address) if isinstance(address, list) else address)
+        connection = self._open.get(_key(address))
         if connection is None or connection.key == key:
             return
         if connection.key is None:
@@ -132,7 +137,7 @@ class Connections:
 
     def release(self, address: Any) -> None:
         """Forget a connection that has been closed."""
-        connection = self._open.pop(address, None)
+        connection = self._open.pop(_key(address), None)
         if connection is not None and connection.key is None:
             self._forget_stranger(connection)
 

@@ -24,6 +24,7 @@ _OUTSTANDING = (
     4  # replies of one node that the SuperLink keeps at most: those of messages that nobody waits for any more
 )
 _PULLS = 32  # of one object, since lines break
+_PROMISES = 16  # replies to one message that are begun: after a fault of the server's one is begun anew
 _FETCHES = 16  # of one run: a SuperNode remembers it
 _AHEAD = 600.0  # seconds that a device's clock may be ahead
 _LONGEST_TTL = 1e9  # seconds
@@ -39,6 +40,8 @@ class Given:
     """How often the node was given each object."""
     sent: set[str] = field(default_factory=set)
     """Objects that the server is done sending: until then its confirmation would make the server's own push fail."""
+    promises: int = 0
+    """How many replies were begun."""
     confirmed: bool = False
     answered: str | None = None
     """Id of the reply that was handed on."""
@@ -112,10 +115,13 @@ class Conversation:
             if given.answered != tree.object_id:
                 raise hostile("a second reply to one message")
             return None
+        if self.reply is not None and self.reply.identifier == tree.object_id and self.reply.tree == tree:
+            return self.reply  # the answer was lost, or it goes on after one
+        given.promises += 1
+        if given.promises > _PROMISES:
+            raise hostile("one reply begun after another")
         if self.reply is not None:
-            if self.reply.identifier == tree.object_id and self.reply.tree == tree:
-                return self.reply  # the answer was lost, or it goes on after one
-            self.reply.close()
+            self.drop(self.reply)
         runtime = request.clientapp_runtime_list[0] if len(request.clientapp_runtime_list) == 1 else 0.0
         runtime = runtime if math.isfinite(runtime) and 0 <= runtime < _LONGEST_TTL else 0.0
         self.reply = Reply(_rebuilt(head), tree, runtime, objects, bound, folder)

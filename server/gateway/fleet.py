@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,6 +22,8 @@ from server.gateway.conversations import Conversation, Given
 from server.gateway.refusal import LATER, NOT_YOURS, UNKNOWN, Refusal, hostile
 from server.gateway.replies import Bound, Reply
 from server.gateway.superlink_client import Answer, SuperLinkClient
+
+log = logging.getLogger(__name__)
 
 _CONVERSATIONS = 4096
 _STALLED = 600.0  # seconds without an object
@@ -194,9 +197,13 @@ class Fleet:
                 if conversation.handed_on_session == message.session_id:  # the last answer was lost
                     return calls.PUSH_OBJECT.response(stored=True)
                 raise Refusal(NOT_YOURS, "an object of no reply")
-            await run_in_threadpool(reply.add, message.object_id, message.object_content)
-            if reply.whole:
-                await self._hand_on(reply, caller, conversation)
+            try:
+                await run_in_threadpool(reply.add, message.object_id, message.object_content)
+                if reply.whole:
+                    await self._hand_on(reply, caller, conversation)
+            except OSError as error:
+                log.error("a reply can't be kept: %s", error)
+                raise Refusal(LATER, "the server has no room") from None
         return calls.PUSH_OBJECT.response(stored=True)
 
     async def _hand_on(self, reply: Reply, caller: Caller, conversation: Conversation) -> None:

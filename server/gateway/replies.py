@@ -13,6 +13,7 @@ import re
 import secrets
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -30,6 +31,7 @@ _ID = re.compile(r"[0-9a-f]{64}")
 _DIVIDER = b"\0"
 _WITHOUT_DATA = 8  # objects of a reply beside the data of its array; ours have five
 _BESIDE = 1 << 20  # bytes beside it: the JSON of a message with everything around it
+_PUSHES = 32  # of one object, since lines break: each is read and hashed
 _IN_MEMORY = 256 << 10  # bytes of a reply that aren't put on the disk
 
 
@@ -137,6 +139,7 @@ class Reply:
     size: int = 0
     touched: float = field(default_factory=time.monotonic)
     """When an object came last."""
+    _pushes: Counter[str] = field(default_factory=Counter)
     _places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and length, by id
     _spool: IO[bytes] | None = None
 
@@ -157,6 +160,9 @@ class Reply:
         """
         if (expected := self.objects.get(identifier)) is None:
             raise hostile("an object that is none of this reply's")
+        self._pushes[identifier] += 1
+        if self._pushes[identifier] > _PUSHES:
+            raise hostile("the same object again and again")
         check_object(identifier, content, expected)
         if expected.depth == 0:
             check_root(content, self.head)

@@ -135,6 +135,14 @@ def test_a_revoked_device_is_out_from_the_next_request_on(served, client):
     assert len(served.seen) == before
 
 
+def test_a_damaged_register_lets_nobody_in_and_is_told(served, client, caplog):
+    pi = served.node("pi")
+    (served.gateway.folder / "register.json").write_text("{")
+    assert pi.call(calls.PULL_MESSAGES)[0] == 503
+    assert client.get(IN, headers=signed(pi.key, IN)).status_code == 503
+    assert "restore it from a backup" in caplog.text
+
+
 def test_a_used_ticket_an_old_device_and_another_kind_of_key_are_told_why(served, client):
     secret = served.register.issue("ada")
 

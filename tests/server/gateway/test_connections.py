@@ -54,9 +54,13 @@ def test_one_address_has_so_many_that_nobody_has_shown_on(connections, clock, co
     assert len(ended) == 1
 
 
-def test_of_ipv6_one_sender_has_a_64(come):
+def test_of_ipv6_one_sender_has_a_64(connections, come):
     assert [come(f"2001:db8::{n}", n) for n in range(4)] == [True] * 3 + [False]
     assert come("2001:db8:0:1::1", 1)
+    connections.prove(("2001:db8::0", 0), "key")
+    connections.release(("2001:db8::0", 0, 0, 0))
+    assert connections.found(("2001:db8::1", 1, 0, 0)).key is None
+    assert len(connections) == 3
     assert network(("::ffff:192.0.2.1", 5)) == "192.0.2.1"
     assert network("") == ""
 

@@ -264,6 +264,25 @@ def test_the_same_object_again_and_again(served, pi):
     assert statuses == [200] * 32 + [403] * 8
 
 
+def test_the_same_reply_again_and_again(served, pi):
+    served.ask(pi, QUERY)
+    head = pi.receive()
+    reply = pi.reply(head, records())
+    _, found = pi.promise(reply)
+    name, content = next((name, item.deflate()) for name, item in get_all_nested_objects(reply).items())
+    assert [pi.push_object(served.run, found.session_id, name, content)[0] for _ in range(34)] == [200] * 32 + [403] * 2
+    begun = [pi.promise(pi.reply(head, records(text=str(n))))[0] for n in range(17)]
+    assert begun == [200] * 15 + [403] * 2
+
+
+def test_a_full_disk_is_waited_for(served, pi, monkeypatch):
+    asked = served.ask(pi, QUERY)
+    reply = pi.reply(pi.receive(), records(1 << 20))
+    monkeypatch.setattr(served.gateway.fleet, "folder", served.gateway.folder / "missing")
+    assert 503 in pi.send(reply)
+    assert served.replies(asked) == []
+
+
 def test_a_node_is_its_key(served, pi):
     mallory = served.node("mallory")
     theirs = ProtoNode(node_id=pi.id)
