@@ -81,7 +81,8 @@ def _serve(*, app: Any, host: str, port: int, reload: bool, workers: int, **sett
             listener.bind((host, port))
         except OSError as error:
             sys.exit(f"{host}:{port}: can't listen there ({error.strerror}): choose another server.inner_port")
-        uvicorn.Server(uvicorn.Config(app, **settings)).run(sockets=[listener])
+        # uvloop, uvicorn's own choice, accepts connections without asking the socket's `accept`.
+        uvicorn.Server(uvicorn.Config(app, **{**settings, "loop": "asyncio"})).run(sockets=[listener])
 
 
 def _listener() -> socket.socket:

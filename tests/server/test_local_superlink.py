@@ -8,6 +8,8 @@ import threading
 
 import pytest
 
+from bench.processes import free_port, until
+from conf.flower import environment
 from server.local_superlink import OwnUserListener, owner
 
 NOBODY = 65534
@@ -62,6 +64,38 @@ def test_own_user_connects(port):
 def test_another_user_is_closed_before_a_byte_is_read(port):
     assert connect(port, user=NOBODY, cwd="/") == ""
     assert connect(port) == "welcome"
+
+
+GREET = """
+import sys, urllib.request
+print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=10).status)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_flowers_own_superlink_answers_nobody_else(tmp_path):
+    port = free_port()
+    words = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-P", "-m", "server.local_superlink", *words], env=environment(tmp_path), cwd=tmp_path,
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+
+        def health(**options):
+            words = [sys.executable, "-c", GREET, str(port)]
+            return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+
+        until(lambda: health().stdout == "200\n", 60, "a SuperLink")
+        other = health(user=NOBODY, cwd="/")
+        assert other.stdout == ""
+        assert "refused" not in other.stderr.lower(), "it is there, and closes the connection"
+        assert f"closed a connection of user {NOBODY}" in (tmp_path / "log").read_text()
+        assert health().stdout == "200\n"
+    finally:
+        running.terminate()
+        running.wait()
 
 
 def test_owner_is_that_of_the_other_end_while_it_is_open():
