@@ -146,9 +146,8 @@ def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Fou
         for name, data in pictures.items():
             running.enrol(name, data, "test=true").start()
         for name in ("mallory", "eve"):
-            done = command(
-                "client.enroll", running.ticket(), f"data={pictures['owner-0']}", f"name={name}", home=folder / name
-            )
+            words = [f"data={pictures['owner-0']}", f"name={name}"]
+            done = command("client.enroll", *words, home=folder / name, told=running.ticket())
             assert done.returncode == 0, done.stderr
         signals = folder / "signals"
         signals.mkdir()
