@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import random
 import unicodedata
 import zlib
@@ -19,7 +21,7 @@ SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tif", ".avif", ".eps")
 def picture(coins: random.Random, folder: Path) -> None:
     """A small picture of some format and mode, damaged or not, under any suffix."""
     name = f"a{coins.choice(SUFFIXES)}"
-    (folder / name).write_bytes(damaged(coins, _encoded(coins)))
+    _write(folder, name, damaged(coins, _encoded(coins)))
     _sheet(folder, [{"file_name": name, "text": "a picture"}])
 
 
@@ -39,7 +41,7 @@ def exif(coins: random.Random, folder: Path) -> None:
         Image.new("RGB", (32, 24)).save(buffer, kind, exif=block[:60_000])
     except Exception:  # Pillow reads TIFF's when it writes it
         Image.new("RGB", (32, 24)).save(buffer, "JPEG", exif=block[:60_000])
-    (folder / "a.jpg").write_bytes(buffer.getvalue())
+    _write(folder, "a.jpg", buffer.getvalue())
     _sheet(folder, [{"file_name": "a.jpg", "text": "turned"}])
 
 
@@ -59,7 +61,7 @@ def sheet(coins: random.Random, folder: Path) -> None:
     )
     encoding = coins.choice(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
     data = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
-    (folder / "metadata.jsonl").write_bytes(damaged(coins, data) if coins.random() < 0.6 else data)
+    _write(folder, "metadata.jsonl", damaged(coins, data) if coins.random() < 0.6 else data)
 
 
 def layout(coins: random.Random, folder: Path) -> None:
@@ -72,12 +74,13 @@ def layout(coins: random.Random, folder: Path) -> None:
         if coins.random() < 0.85:
             lines.append({"file_name": name, "text": coins.choice(_TEXTS)})
         if coins.random() < 0.3:
-            _sheet(folder / place, [{"file_name": Path(name).name, "text": "beside it"}])
+            _sheet(folder, [{"file_name": Path(name).name, "text": "beside it"}], place)
         if coins.random() < 0.3:
             link = folder / place / coins.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
-            if not link.is_symlink() and not link.exists():
-                link.symlink_to(coins.choice(["a.png", "..", "/etc/passwd", "nowhere", "link.png", "/"]))
-    if coins.random() < 0.9 and not (folder / "metadata.jsonl").is_symlink():
+            target = coins.choice(["a.png", "..", str(_outside(folder)), "nowhere", "link.png"])
+            with contextlib.suppress(OSError):  # something is there, or a picture is in the way
+                link.symlink_to(target)
+    if coins.random() < 0.9:
         _sheet(folder, lines)
 
 
@@ -167,18 +170,38 @@ _VALUES: tuple[object, ...] = (
 )  # fmt: skip
 
 
-def _put(folder: Path, name: str) -> None:
-    """A small picture by that name, if there can be one."""
-    try:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (9, 9)).save(folder / name, "PNG")
-    except OSError:
-        return
+def _outside(folder: Path) -> Path:
+    """A file for links that lead out of the folder: in the case's own scratch, never one of the machine's."""
+    file = folder.parent / "outside.txt"
+    file.write_text("not a picture, and nobody's affair")
+    return file
 
 
-def _sheet(folder: Path, lines: list[dict[str, str]]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    except OSError:  # a picture or a link is in the way
-        return
+def _write(root: Path, name: str, data: bytes) -> None:
+    """Write a file below `root`, if there can be one of that name.
+
+    Never through a link: what a generator links to is not its own to write, and it may run as root.
+    """
+    place, top = root / name, root.resolve()
+    with contextlib.suppress(OSError):  # a picture or a link is in the way
+        for folder in [*reversed(place.relative_to(root).parents), place.relative_to(root)]:
+            if (root / folder).is_symlink():
+                return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.resolve().is_relative_to(top):
+            raise ValueError(f"{place} leads out of {root}")
+        with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
+            file.write(data)
+
+
+def _put(root: Path, name: str) -> None:
+    """A small picture by that name."""
+    buffer = io.BytesIO()
+    Image.new("L", (9, 9)).save(buffer, "PNG")
+    _write(root, name, buffer.getvalue())
+
+
+def _sheet(root: Path, lines: list[dict[str, str]], place: str = "") -> None:
+    """A sheet of captions in a folder below `root`."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    _write(root, f"{place}/metadata.jsonl".lstrip("/"), text.encode())

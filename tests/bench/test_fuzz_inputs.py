@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from bench import fuzz_inputs
+from bench import fuzz_inputs, spoiled
 from bench.fuzz_inputs import KINDS, chunk
 from client import data
 
@@ -60,3 +61,34 @@ def test_cases_are_made_again_by_their_seed(tmp_path: Path) -> None:
         KINDS["picture"](random.Random("picture 7"), tmp_path / name)
         made.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout"])
+def test_generators_write_nowhere_else(tmp_path: Path, kind: str) -> None:
+    """They may run as root: no link leads to a file of the machine, and nothing is written through one."""
+    for seed in range(60):
+        folder = tmp_path / str(seed) / "photos"
+        folder.mkdir(parents=True)
+        KINDS[kind](random.Random(f"{kind} {seed}"), folder)
+        others = [file.name for file in folder.parent.iterdir() if file != folder]
+        assert others in ([], ["outside.txt"])
+        if others:
+            assert (folder.parent / "outside.txt").read_text().startswith("not a picture")
+        links = [path for path in folder.rglob("*") if path.is_symlink()]
+        leads = (Path(os.path.normpath(path.parent / path.readlink())) for path in links)
+        assert all(lead.is_relative_to(folder.parent) for lead in leads)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "photos", tmp_path / "outside.txt"
+    folder.mkdir()
+    victim.write_text("precious")
+    for name in ("metadata.jsonl", "a.png"):
+        (folder / name).symlink_to(victim)
+    (folder / "train").symlink_to(tmp_path)
+    spoiled._sheet(folder, [{"file_name": "a.png", "text": "x"}])
+    spoiled._put(folder, "a.png")
+    spoiled._put(folder, "train/b.png")
+    spoiled._sheet(folder, [], "train")
+    assert victim.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside.txt", "photos"]
