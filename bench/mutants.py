@@ -17,6 +17,7 @@ class Mutant(NamedTuple):
 
 _NEIGHBOURS = "tests/privacy/test_neighbours.py::test_one_picture_moves_each_sum_by_the_clip_at_most"
 _AUDIT = "tests/simulations/test_canaries.py"
+_CLIENTS = "tests/simulations/test_canary_clients.py"
 
 OF_PICTURES = (
     Mutant(
@@ -188,12 +189,12 @@ OF_DEVICES = (
     Mutant(
         "noise off", "privacy/sensitivity.py",
         "self.sensitivity.deviation(noise_multiplier) * drawn", "0.0 * drawn",
-        f"{_AUDIT}::test_canary_clients_estimate_what_is_claimed_per_device",
+        f"{_CLIENTS}::test_canary_clients_show_what_is_claimed_and_no_more",
     ),
     Mutant(
         "noise × 0.25", "privacy/sensitivity.py",
         "return noise_multiplier * self.norm", "return 0.25 * noise_multiplier * self.norm",
-        f"{_AUDIT}::test_canary_clients_estimate_what_is_claimed_per_device",
+        f"{_CLIENTS}::test_canary_clients_show_what_is_claimed_and_no_more",
     ),
     Mutant(
         "clip off", "privacy/central.py",

@@ -246,8 +246,8 @@ class Store:
     def seed(self) -> int:
         """The seed of a real device's ordinary streams, drawn once and never told.
 
-        Which (t, ε) a picture is trained with must be secret too: where they are known, taking one picture away
-        shifts those of the others, and more than one picture's gradient changes.
+        No ε rests on its secrecy (`training.batches.Batches`): it is kept so that devices differ, and that nobody can
+        redraw what an open update was trained with.
         """
         if (found := self._storage.read(SEED)) is None:
             found = str(secrets.randbits(63)).encode()

@@ -143,7 +143,7 @@ def examine(experiment: Experiment, sources: Sources, case: Case, config: Audit)
         noise, joined = canaries.residuals(experiment, seen, recorded)
         checks = goodness_of_fit.battery(noise)
         checks.append(goodness_of_fit.alignment(noise, joined, "along pictures that joined"))
-        yield Fit(f"noise of {case.name}", IMAGE, sum(map(len, noise)), checks, share(config))
+        yield Fit.of(f"noise of {case.name}", IMAGE, noise, checks, share(config))
 
 
 def clients(config: Audit) -> Iterator[Verdict | Fit]:
@@ -176,7 +176,7 @@ def clients(config: Audit) -> Iterator[Verdict | Fit]:
         yield Verdict(case.name, finding, case.honest, cosine_epsilon(cosines, total.size, asked.delta))
         if case.honest:
             checks = canary_clients.checks(found)
-            yield Fit(f"noise of {case.name}", DEVICE, found.sums.size, checks, share(config))
+            yield Fit.of(f"noise of {case.name}", DEVICE, [found.residuals], checks, share(config))
 
 
 def fits(config: Audit) -> Iterator[Fit]:
@@ -187,11 +187,10 @@ def fits(config: Audit) -> Iterator[Fit]:
     asked = config.fits
     for situation in situations.situations(asked.longest) if asked.longest else ():
         seen = situations.observe(situation, partial(source, asked.noise, config.seed), config.seed, memory=MEMORY)
-        numbers = sum(map(len, seen.noise))
-        yield Fit(situation.name, IMAGE, numbers, situations.checks(seen), share(config))
+        yield Fit.of(situation.name, IMAGE, seen.noise, situations.checks(seen), share(config))
     for name, cohort in canary_clients.cohorts(asked.longest, config.seed) if asked.longest else ():
         released = canary_clients.play(cohort, partial(source, asked.noise, config.seed, "server"))
-        yield Fit(name, DEVICE, released.sums.size, canary_clients.checks(released), share(config))
+        yield Fit.of(name, DEVICE, [released.residuals], canary_clients.checks(released), share(config))
 
 
 def share(config: Audit) -> float:

@@ -64,6 +64,7 @@ def render(results: Results, config: Audit, command: str) -> str:
         .get_template("audit.html")
         .render(
             results=results,
+            power=POWER,
             config=config,
             command=command,
             config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),

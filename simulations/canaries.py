@@ -74,7 +74,7 @@ class _Network(nn.Module):
             nn.init.zeros_(layer.weight)
         self.canaries = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:  # noqa: ARG002
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:  # noqa: ARG002
         found = [layer(encoder_hidden_states[:, number]) for number, layer in enumerate(self.canaries)]
         return (torch.stack(found, dim=1).view_as(x),)
 

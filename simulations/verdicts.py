@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
 
 from privacy import goodness_of_fit
 from privacy.audit import Finding
@@ -41,9 +46,17 @@ class Fit:
     """Whose noise it is: `image` or `device`."""
     numbers: int
     """Numbers of noise."""
+    ratio: float
+    """Its standard deviation as found, over the claimed one."""
     checks: list[Check]
     false_alarms: float
     """Probability, at most, that an honest mechanism fails any of them."""
+
+    @classmethod
+    def of(cls, name: str, level: str, noise: Sequence[np.ndarray], checks: list[Check], false_alarms: float) -> Self:
+        numbers = sum(release.size for release in noise)
+        squares = sum(float(np.square(release).sum()) for release in noise)
+        return cls(name, level, numbers, math.sqrt(squares / numbers), checks, false_alarms)
 
     @property
     def significance(self) -> float:

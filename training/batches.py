@@ -74,7 +74,11 @@ class Batches:
         """A Poisson batch; the draws of a picture are stratified over themselves and go through its views in turn.
 
         A picture's streams are keyed by what it shows, so that they depend on no other picture. Keyed by its place they
-        would shift when an earlier picture is taken away, and more than one gradient change.
+        would shift when an earlier picture is taken away, and more than one gradient change. So the (t, ε) need not be
+        secret: given the seed of the streams, each picture's clipped gradient is a function of that picture, the
+        adapter and the step, and one picture more or less changes the sum by its own gradient alone, C at most. The
+        Gaussian mechanism then bounds ε for every seed, and so for any distribution of seeds. What must be secret is
+        who joins a batch, and the noise.
         """
         privacy, noise = self._job.privacy, self._job.noise
         assert privacy

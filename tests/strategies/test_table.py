@@ -11,6 +11,7 @@ from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import initial, to_tensors
 from models.cores import empty
+from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 from privacy.storage import Files
 from protocol import records
 from protocol.codec import encode
@@ -174,3 +175,15 @@ def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refuse
         found = refusal(chosen_with(axis, "new", level=level))
         assert (found is not None) == (level in refused)
         assert found is None or declared.reason in found
+
+
+@pytest.mark.parametrize(
+    ("rate", "rounds", "delta", "asked"),
+    [(0.3, 10, 1e-3, {3: 9.6, 6: 15.4}), (0.05, 100, 1e-3, {5: 18.4, 10: 30.5}), (0.01, 200, 1e-5, {2: 15.7, 5: 28.8})],
+)
+def test_what_a_sample_that_was_seen_is_worth_is_what_the_page_says(rate, rounds, delta, asked):
+    z = noise_multiplier_for(epsilon=8.0, delta=delta, sampling_rate=rate, steps=rounds)
+    for times, told in asked.items():
+        seen = PoissonGaussian(noise_multiplier=z, sampling_rate=1.0, steps=times)
+        assert epsilon([seen], delta).value == pytest.approx(told, abs=0.06)
+        assert f"{times} rounds: {told}" in page()
