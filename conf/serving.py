@@ -47,7 +47,8 @@ class Server:
     again: bool = False  # begin another run of a configuration whose last one is over; else that is refused, since a
     # machine that starts again would ask every device for another run
     limits: Limits = field(default_factory=Limits)
-    tries: int = 5  # of a run that fails again and again before its first new round, until the server gives up
+    min_devices: int = 2  # that a run waits for before it begins or goes on; 1 lets one device work alone
+    patience: float = 48.0  # hours without a good reply in any round, after which the run stops, unfinished
 
     def __post_init__(self) -> None:
         for key in ("port", "inner_port"):
@@ -57,8 +58,11 @@ class Server:
         alone = "with server.insecure=true only 127.0.0.1, ::1 or localhost"
         require(local or not self.insecure, f"server.host={self.host}: {alone}")
         require(self.disk_gib > 0, f"server.disk_gib={self.disk_gib:g}: must be over 0")
-        for key in ("devices", "per_holder", "tries"):
+        for key in ("devices", "per_holder", "min_devices"):
             require(getattr(self, key) >= 1, f"server.{key}={getattr(self, key)}: must be 1 or more")
+        few = f"server.min_devices={self.min_devices}: no more than server.devices={self.devices} take part"
+        require(self.min_devices <= self.devices, few)
+        require(self.patience > 0, f"server.patience={self.patience}: must be over 0")
 
 
 @dataclass

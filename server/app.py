@@ -7,6 +7,7 @@ started in.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from server import checkpoint
 from server.federation import federate
 from server.gate import Gated
 from server.ledger import Ledger
+from server.run_log import log_as_flower_does
 from server.runs import end, refuse, run_folder
 from server.state import Round
 from server.superlink import tell_largest_adapter
+from server.tracker import numbers, trackers
 from strategies.build import build
 from strategies.clock import WallClock
 from strategies.full_plan import training_plan
@@ -43,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     `resume=true` continues the newest run of the same configuration. ANTHER_TEST=true makes it a test: updates made
     with reproducible noise are accepted, and nothing of the run is a private release.
     """
-    _log_as_flower_does()
+    log_as_flower_does("server", "strategies")
     folders = assets.home() / "runs"
     try:
         _federate(grid, context, folders)
@@ -64,39 +67,43 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
     tell_largest_adapter(most := largest(shapes(base.sites, plan.rank)))
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
-    state = federate(
-        config,
-        grid=Gated(grid, largest=most),
-        strategy=strategy,
-        plan=plan,
-        saved=saved,
-        checkpoints=folder / "checkpoints",
-        on_round=_tell,
-        present=config.fleet.sample or 1,
-        waits=True,
-        clock=WallClock(),
-    )
+    settings = context.run_config
+    with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
+
+        def on_round(done: Round) -> None:
+            tracker.log(done.number, numbers(done))
+            _tell(done, config.rounds)
+
+        for done in saved.history if saved else ():  # a kill may have come before its line was written
+            tracker.log(done.number, numbers(done))
+        state = federate(
+            config,
+            grid=Gated(grid, largest=most),
+            strategy=strategy,
+            plan=plan,
+            saved=saved,
+            checkpoints=folder / "checkpoints",
+            on_round=on_round,
+            present=max(config.fleet.sample or 1, int(settings.get("min_devices", 1))),
+            waits=True,
+            patience=float(settings.get("patience", math.inf)),
+            clock=WallClock(),
+        )
     best = state.best_round
     end(folder)
-    log.info("done: best round %d; python -m server.results %s writes its adapter and all about it", best, folder)
+    log.info("done: %d rounds, best round %d", state.round, best)
 
 
-def _log_as_flower_does() -> None:
-    """Through Flower's handlers: `flwr run --stream` shows what they get."""
-    for room in ("server", "strategies"):
-        logger = logging.getLogger(room)
-        logger.setLevel(logging.INFO)
-        for handler in logging.getLogger("flwr").handlers:
-            logger.addHandler(handler)
-
-
-def _tell(done: Round) -> None:
+def _tell(done: Round, rounds: int) -> None:
+    """One line in the log for a round."""
     train, validation = done.train, done.validation
-    replied = f"{train.replied} of {train.asked} replied, " if train else ""
-    if train and (refused := train.dropped.get("refused")):
-        replied += f"{refused} refused, "
-    loss = "no losses" if validation.shared is None else f"base {validation.base:.5f}, shared {validation.shared:.5f}"
+    if train is None:
+        return
+    dropped = ", ".join(f"{count} {reason}" for reason, count in train.dropped.items())
+    said = f"{train.replied} of {train.asked} replied" + (f" ({dropped})" if dropped else "")
+    if validation.score is not None:
+        said += f", {validation.score:.1%} off the base's loss ({validation.base:.4f} to {validation.shared:.4f})"
     if validation.gain is not None:
-        loss = f"gain {validation.gain:.5f} ± {validation.gain_error:.5f} by its noise"
-    promised = "".join(f", {guarantee}" for guarantee in done.guarantees)
-    log.info("round %d: %s%s, %.1f s%s", done.number, replied, loss, done.wall_seconds, promised)
+        said += f", gain {validation.gain:.5f} ± {validation.gain_error:.5f} by its noise"
+    said += "".join(f", {guarantee}" for guarantee in done.guarantees)
+    log.info("round %d of %d: %s, %.1f s", done.number, rounds, said, done.wall_seconds)

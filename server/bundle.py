@@ -30,6 +30,8 @@ clientapp = "client.app:app"
 
 [tool.flwr.app.config]
 overrides = ""
+min_devices = 1
+patience = 48.0
 """
 
 

@@ -91,7 +91,7 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
     write(
         Report(
             title=f"{summary['clients']} {'device' if summary['clients'] == 1 else 'devices'} learned together",
-            command=f"python -m server.run {words}",
+            command=runs.command_of(folder) or f"python -m server.run {words}",
             config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
             summary=summary, rounds=sums.rows(state.history), devices=devices,
             use=use_of(base, folder / "adapters"), strategy=config.strategy.aggregation, letters=False,

@@ -25,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from conf import children
-from conf.cli import application
+from conf.cli import application, program
 from conf.compose import compose
 from conf.errors import AntherError
 from conf.service import Stopped, say, stoppable
@@ -40,20 +40,24 @@ from server.gateway.app import Gateway, now
 from server.gateway.listening import serve, show
 from server.place import Place
 from server.register import Register
+from server.run_log import log_here, print_all
 from server.superlink import SuperLink, largest_adapter
 
 _LOOK = 1.0  # seconds between two looks at what is alive
 _DAY = 86_400.0  # seconds
-_PAUSE, _LONGEST = 2.0, 120.0  # seconds before something that failed is tried again
+_PAUSE, _LONGEST = 2.0, 600.0  # seconds before something that failed is tried again
+_DEAF = 600.0  # seconds after which a SuperLink that doesn't answer is started again
 
 
 @application("serve", Serve)
 def main(config: Serve) -> None:
-    words = [word for word in HydraConfig.get().overrides.task if not word.lstrip("+").startswith("server.")]
+    typed = [*HydraConfig.get().overrides.task]
+    words = [word for word in typed if not word.lstrip("+").startswith("server.")]
     GlobalHydra.instance().clear()  # what the ServerApp composes is composed here too
     stoppable()
     with contextlib.suppress(Stopped, KeyboardInterrupt):
-        Federation(config, of_run(words, config.server.devices)).run()
+        log_here("server")
+        Federation(config, of_run(words, config.server.devices), typed).run()
 
 
 def of_run(words: list[str], devices: int) -> list[str]:
@@ -64,20 +68,30 @@ def of_run(words: list[str], devices: int) -> list[str]:
 
 @dataclass
 class Federation:
-    """All that one server runs."""
+    """All that one server runs.
+
+    Args:
+        words: of its runs' configuration.
+        typed: what it was started with.
+    """
 
     config: Serve
     words: list[str]
+    typed: list[str]
     superlink: SuperLink = field(init=False)
     register: Register = field(init=False)
     _opened: uvicorn.Server = field(init=False)
     _shown: bytes = b""  # the certificate that devices are shown
     _look_again: float = 0.0  # for whether it ends soon
     _known: dict[str, int] = field(default_factory=dict)  # node ids that the SuperLink lets in, by public key
+    _troubled: str = ""  # what was said of it last
     _registering: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
-        """Serve until the run is over; AntherError if it can't be begun, or fails again and again."""
+        """Serve until the run is over; AntherError for what only its operator can mend.
+
+        Whatever else breaks off a run, it goes on after a while, for as long as it takes.
+        """
         settings, here = self.config.server, place.of(self.config.server.folder)
         compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
         last = runs.newest(shlex.join(self.words), assets.home() / "runs")
@@ -109,63 +123,109 @@ class Federation:
             self.superlink.stop()
 
     def _until_over(self, app: Path, folders: Path) -> None:
-        tries, pause, before, overrides = 0, _PAUSE, -1, shlex.join(self.words)
+        pause, before, overrides = _PAUSE, -1, shlex.join(self.words)
+        settings = {"min_devices": self.config.server.min_devices, "patience": self.config.server.patience}
         while True:
+            self._until_it_answers()
             last = runs.newest(overrides, folders)
             resume = last is not None and not runs.is_over(last)
             words = [*self.words, "resume=true"] if resume else self.words
             try:
-                run = self.superlink.submit(app, shlex.join(words))
+                run = self.superlink.submit(app, shlex.join(words), settings)
                 say(f"run {run}" + (f" goes on: {last.name}" if resume and last else " began"))
                 self._follow(run)
-            except AntherError as error:
+            except (AntherError, OSError, subprocess.SubprocessError) as error:
                 say(f"{error}")
             else:
                 if reason := runs.refusal(folders, run):
                     raise AntherError(reason)
             last = runs.newest(overrides, folders)
             if last is not None and runs.is_over(last):
-                say(f"the run is over: {last}")
-                _write_results(last)
+                runs.note_command(last, shlex.join([*program("server.run"), *self.typed]))
+                say(f"the run is over: {last}{_write_results(last)}")
                 return
-            done = _rounds(last)
-            tries, pause = (0, _PAUSE) if done > before >= 0 else (tries + 1, min(2 * pause, _LONGEST))
+            done = runs.last_round(last)
+            pause = _PAUSE if done > before >= 0 else min(2 * pause, _LONGEST)
             before = max(done, 0)
-            if tries >= self.config.server.tries:
-                raise AntherError(f"the run failed {tries} times without a new round; see its log above, and {last}")
-            say(f"the run broke off; it goes on in {pause:.0f} s")
-            time.sleep(pause)
-            self._revive()
+            say(f"the run broke off after round {before}; it goes on in {pause:.0f} s")
+            until = time.monotonic() + pause
+            while time.monotonic() < until:
+                if not self._attend():
+                    self.superlink.stop()
+                time.sleep(_LOOK)
+
+    def _until_it_answers(self) -> None:
+        """Return once the SuperLink does what it is asked; one that is gone, or deaf for long, is started again."""
+        since = time.monotonic()
+        while True:
+            try:
+                self._revive()
+                self.superlink.control.nodes()
+            except AntherError as error:
+                self._trouble(error)
+            else:
+                self._troubled = ""
+                return
+            if time.monotonic() - since > _DEAF:
+                say(f"the SuperLink has not answered for {_DEAF / 60:.0f} min: it starts again")
+                self.superlink.stop()
+                since = time.monotonic()
+            time.sleep(_LOOK)
 
     def _follow(self, run: int) -> None:
         """Print a run's log until it ends, and look after everything else meanwhile."""
-        watched = self.superlink.watch(run)
-        reader = threading.Thread(target=_print_all, args=(watched,), daemon=True)
-        reader.start()
+        heard = time.monotonic()
+        while True:
+            watched = self.superlink.watch(run)
+            reader = threading.Thread(target=print_all, args=(watched.stdout,), daemon=True)
+            reader.start()
+            try:
+                while watched.poll() is None:
+                    time.sleep(_LOOK)
+                    if not self.superlink.alive:
+                        say("the SuperLink is gone")
+                        return
+                    if not self._attend():
+                        self.superlink.stop()
+                        return
+            finally:
+                watched.terminate()
+                watched.wait()
+                reader.join(5)
+            if not self.superlink.alive:
+                return
+            try:  # the log may break off before the run does
+                if self.superlink.control.status(run).partition(":")[0] in ("finished", "unknown"):
+                    return
+                heard = time.monotonic()
+            except AntherError as error:
+                self._trouble(error)
+            if time.monotonic() - heard > _DEAF:
+                say(f"the SuperLink has not answered for {_DEAF / 60:.0f} min: it starts again")
+                self.superlink.stop()
+                return
+            time.sleep(10 * _LOOK)
+
+    def _attend(self) -> bool:
+        """Shut out who was revoked and renew the certificate; whether the SuperLink can go on as it is."""
         try:
-            while watched.poll() is None:
-                time.sleep(_LOOK)
-                if not self.superlink.alive:
-                    say("the SuperLink is gone")
-                    return
+            if self.superlink.alive:
                 self._shut_out()
-                if self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
-                    say("messages fill more than server.disk_gib: the SuperLink starts again without them")
-                    self.superlink.stop()
-                    return
-                if self._certified_anew():
-                    say("the server has a new certificate, with which the SuperLink starts again")
-                    self.superlink.stop()
-                    return
-            while (
-                self.superlink.alive and (status := self.superlink.control.status(run)).partition(":")[0] != "finished"
-            ):
-                say(f"run {run} is {status}")  # the log broke off before it
-                time.sleep(10 * _LOOK)
-        finally:
-            watched.terminate()
-            watched.wait()
-            reader.join(5)
+        except AntherError as error:  # the gateway has shut them out already, and this is tried again
+            self._trouble(error)
+        if self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
+            say("messages fill more than server.disk_gib: the SuperLink starts again without them")
+            return False
+        if self._certified_anew():
+            say("the server has a new certificate, with which the SuperLink starts again")
+            return False
+        return True
+
+    def _trouble(self, error: AntherError) -> None:
+        """Say what is wrong, once."""
+        if (said := str(error)) != self._troubled:
+            say(f"{said}; trying on")
+        self._troubled = said
 
     def _certified_anew(self) -> bool:
         """Whether another certificate is there than was shown; devices are shown it from now on."""
@@ -240,12 +300,15 @@ class Federation:
         )  # fmt: skip
 
 
-def _write_results(folder: Path) -> None:
-    """In a process of its own, which may fail: what it writes can be written later."""
+def _write_results(folder: Path) -> str:
+    """Write a run's report, in a process of its own, which may fail: it can be written later. Where it is, in words."""
     command, variables = children.python("server.results", str(folder)), children.environment()
-    done = subprocess.run(command, env=variables, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, env=variables, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
-        say(f"its report could not be written; later: python -m server.results {folder}")
+        return f". Its report could not be written; later: python -m server.results {folder}"
+    return f". Its report: {done.stdout.strip()}"
 
 
 def stop_leftovers(flower: Path) -> None:
@@ -258,18 +321,6 @@ def stop_leftovers(flower: Path) -> None:
 
 def _trusting(authority: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(authority))
-
-
-def _rounds(folder: Path | None) -> int:
-    """The last whole round of a run; -1: none."""
-    found = sorted(folder.glob("checkpoints/round-*")) if folder else []
-    return int(found[-1].name.removeprefix("round-")) if found else -1
-
-
-def _print_all(process: object) -> None:
-    for line in process.stdout:  # type: ignore[attr-defined]
-        sys.stdout.write(line)
-        sys.stdout.flush()
 
 
 if __name__ == "__main__":

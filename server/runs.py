@@ -10,7 +10,7 @@ from pathlib import Path
 from conf.errors import AntherError
 from privacy.durable import write
 
-_WORDS, _OVER, _REFUSED = "words", "over", "refused-"
+_WORDS, _OVER, _COMMAND, _REFUSED = "words", "over", "command", "refused-"
 _RESUME = "resume=true"
 
 
@@ -70,6 +70,23 @@ def words_of(folder: Path) -> str:
         return shlex.join((folder / _WORDS).read_text(encoding="utf-8").splitlines())
     except OSError as error:
         raise AntherError(f"{folder}: holds no run ({error.strerror}): name its folder, in ANTHER_HOME/runs") from error
+
+
+def last_round(folder: Path | None) -> int:
+    """The last whole round of a run; -1: none."""
+    found = sorted(folder.glob("checkpoints/round-*")) if folder else []
+    return int(found[-1].name.removeprefix("round-")) if found else -1
+
+
+def note_command(folder: Path, command: str) -> None:
+    """Note what its operator typed to start a run."""
+    write(folder / _COMMAND, command.encode())
+
+
+def command_of(folder: Path) -> str | None:
+    """What `note_command` has noted."""
+    file = folder / _COMMAND
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _identity(overrides: str) -> bytes:

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,10 +120,11 @@ class SuperLink:
             self._process.kill()
             self._process.wait()
 
-    def submit(self, app: Path, overrides: str) -> int:
-        """Start a run; its id."""
-        written = json.dumps(overrides)  # a TOML basic string is written like one of JSON
-        found = self._flwr("run", str(app), "anther", "--run-config", f"overrides={written}", "--format", "json")
+    def submit(self, app: Path, overrides: str, settings: Mapping[str, float]) -> int:
+        """Start a run with this configuration and these settings of its server; its id."""
+        written = f"overrides={json.dumps(overrides)}"  # a TOML basic string is written like one of JSON
+        written += "".join(f" {key}={value!r}" for key, value in settings.items())
+        found = self._flwr("run", str(app), "anther", "--run-config", written, "--format", "json")
         if not found.get("success") or not str(found.get("run-id", "")).isdecimal():
             raise AntherError(f"the SuperLink did not take the run: {found}")
         return int(found["run-id"])

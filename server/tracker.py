@@ -6,7 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from server.state import Round
+from strategies.facts import device_epsilon
 
 Values = Mapping[str, float | None]
 
@@ -83,6 +86,27 @@ class Trackers:
         """Close every one."""
         for tracker in self._trackers:
             tracker.close()
+
+
+def numbers(record: Round) -> dict[str, Any]:
+    """One round as flat numbers, for trackers and displays."""
+    values: dict[str, Any] = {
+        "round": record.number,
+        "base": record.validation.base,
+        "shared": record.validation.shared,
+        "improved": record.validation.score,
+        "gain": record.validation.gain,
+        "gain_error": record.validation.gain_error,
+    }
+    if train := record.train:
+        values |= {
+            "asked": train.asked, "replied": train.replied, "refused": train.dropped.get("refused", 0),
+            "dropped": sum(train.dropped.values()), "loss": train.loss, "bytes_up": train.bytes_up,
+            "bytes_down": train.bytes_down, "device_seconds": train.seconds, "joules": train.joules,
+            "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), "told_epsilon": train.told,
+            **train.diagnostics,
+        }  # fmt: skip
+    return {**values, "seconds": record.wall_seconds}
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def federate(
     with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
         def on_round(record: Round) -> None:
-            values = numbers(record, lived.log.rounds[record.number] if lived else None)
+            values = _numbers(record, lived.log.rounds[record.number] if lived else None)
             tracker.log(record.number, values)
             if record.number:
                 display.round({**values, "guarantees": record.guarantees})
@@ -250,29 +250,15 @@ def federate(
         )  # fmt: skip
 
 
-def numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
+def _numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
     """One round as flat numbers, for trackers and the display.
 
     Args:
         fleet: what really became of a fleet that lives on a clock of its own.
     """
-    from strategies.facts import device_epsilon
+    from server.tracker import numbers
 
-    values: dict[str, Any] = {
-        "round": record.number,
-        "base": record.validation.base,
-        "shared": record.validation.shared,
-        "gain": record.validation.gain,
-        "gain_error": record.validation.gain_error,
-    }
-    if train := record.train:
-        values |= {
-            "asked": train.asked, "replied": train.replied, "refused": train.dropped.get("refused", 0),
-            "dropped": sum(train.dropped.values()), "loss": train.loss, "bytes_up": train.bytes_up,
-            "bytes_down": train.bytes_down, "device_seconds": train.seconds, "joules": train.joules,
-            "epsilon": record.epsilon, "device_epsilon": device_epsilon(train), "told_epsilon": train.told,
-            **train.diagnostics,
-        }  # fmt: skip
+    values, train = numbers(record), record.train
     if fleet:
         values |= {
             "hours": fleet.ended / 3600, "fleet_joules": fleet.joules, "battery_joules": fleet.drained,
@@ -280,7 +266,7 @@ def numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
         }  # fmt: skip
         values |= {f"lost/{reason}": count for reason, count in fleet.lost.items()}
         values["late"] = train.dropped.get("late", 0) if train else 0
-    return {**values, "seconds": record.wall_seconds}
+    return values
 
 
 def resume_command(overrides: Sequence[str], folder: Path) -> str:

@@ -1,7 +1,9 @@
 """Every mistake at the command line costs one line, exit code 2, and leaves nothing behind."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from conf import schemas
 from conf.cli import application
 from conf.errors import AntherError
+from conf.serving import Server
 
 APP = """
 from conf.cli import application, output_dir
@@ -188,3 +191,19 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert helped.returncode == 0
     assert "preset: claim, metered, private, quick, scale" in helped.stdout
     assert helped.stdout.count("  python -m simulations.run ") == 10  # the usage line and nine examples
+
+
+def test_the_servers_help_explains_its_own_keys():
+    found = subprocess.run(
+        [sys.executable, "-m", "server.run", "--help"],
+        cwd=Path(schemas.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    assert "python -m server.run [key=value ...]" in found
+    for field in fields(Server):
+        if is_dataclass(field.default_factory):
+            continue
+        assert re.search(rf"^ *server\.{field.name}=\S+ +\w", found, re.MULTILINE), field.name
+    assert "data.writers" not in found

@@ -1,0 +1,80 @@
+"""A run's log, as its operator reads it: our lines plain and with the time, of Flower's what went wrong."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+
+from conf.service import say
+
+MARK = "anther: "
+"""What our lines begin with in Flower's log."""
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_LEVEL = re.compile(r"\s*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d[-\d :,.]*)?:\s*")
+
+
+class Marked(logging.Handler):
+    """Hands our records to a handler of Flower's, so that they can be told from Flower's own.
+
+    Args:
+        inner: that handler.
+    """
+
+    def __init__(self, inner: logging.Handler) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def emit(self, record: logging.LogRecord) -> None:
+        copied = logging.makeLogRecord(record.__dict__)
+        copied.msg, copied.args = MARK + record.getMessage(), None
+        self._inner.handle(copied)
+
+
+class Said(logging.Handler):
+    """Prints records of the server's own process."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(_leveled(record.levelname, record.getMessage()))
+
+
+def log_here(*rooms: str) -> None:
+    """Print what these loggers tell, from INFO on, in this process."""
+    for room in rooms:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(Said())
+
+
+def log_as_flower_does(*rooms: str) -> None:
+    """Hand what these loggers tell, from INFO on, to Flower's handlers: `flwr run --stream` shows what they get."""
+    for room in rooms:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        for handler in logging.getLogger("flwr").handlers:
+            logger.addHandler(Marked(handler))
+
+
+def print_all(lines: Iterable[str]) -> None:
+    """Print a run's log as it comes."""
+    for line in lines:
+        if text := readable(line):
+            say(text)
+
+
+def readable(line: str) -> str | None:
+    """What an operator reads of a line of Flower's log; None for one that only tells of Flower's own progress."""
+    plain = _ANSI.sub("", line).rstrip()
+    level = match[1] if (match := _LEVEL.match(plain)) else None
+    text = plain[match.end() :] if match else plain
+    if text.startswith(MARK):
+        return _leveled(level or "INFO", text.removeprefix(MARK))
+    if not text.strip() or level in ("DEBUG", "INFO"):
+        return None
+    return _leveled(level or "INFO", text)
+
+
+def _leveled(level: str, text: str) -> str:
+    return text if level == "INFO" else f"{level.lower()}: {text}"
