@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-AGGREGATIONS = (
-    "exact", "fedit", "fedsa", "fedsb", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "raflora", "rolora",
-)  # fmt: skip
+AGGREGATIONS = tuple(sorted(file.stem for file in (Path(__file__).parent / "strategy").glob("*.yaml")))
 
 
 def require(condition: bool, message: str) -> None:

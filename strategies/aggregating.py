@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from models.adapter import Sites
 from privacy.noise import stream
 from strategies.aggregation import Aggregation
-from strategies.aggregation.exact import Exact
-from strategies.aggregation.fedit import FedIT
-from strategies.aggregation.fedsa import FedSA
-from strategies.aggregation.fedsb import FedSB
-from strategies.aggregation.fedsvd import FedSVD
-from strategies.aggregation.ffa import FFA
-from strategies.aggregation.flexlora import FlexLoRA
-from strategies.aggregation.flora import FLoRA
-from strategies.aggregation.hetlora import HetLoRA
-from strategies.aggregation.raflora import RaFLoRA
-from strategies.aggregation.rolora import RoLoRA
 from strategies.optimisers import FedAvgM, FedOpt, Optimiser
-from strategies.registry import unguarded
+from strategies.registry import AGGREGATIONS, OPTIMISERS, ROBUST, known, made, unguarded
 from strategies.robust import Rule
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
@@ -46,6 +37,8 @@ def aggregation(config: Simulation) -> Aggregation:
         raise AntherError(f"strategy.robust: {reason}")
     if not set(chosen.robust) - {"replay"}:
         return rule
+    for name in chosen.robust:
+        known(ROBUST, "strategy.robust", name)
     outliers = 0.2 if chosen.outliers is None else chosen.outliers
     judging: dict[str, Rule] = {
         "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor or 1.0),
@@ -55,6 +48,10 @@ def aggregation(config: Simulation) -> Aggregation:
         "geometric": GeometricMedian(),
     }
     entrywise = {"median": Median(), "trimmed": TrimmedMean(outliers=outliers)}
+    if unmade := [name for name in chosen.robust if name not in {"replay", *judging, *entrywise}]:
+        raise AntherError(
+            f"strategy.robust={unmade[0]}: it is registered, and strategies/aggregating.py doesn't make it"
+        )
     last = chosen.robust[-1]
     parts = {rule.trains(number) for number in (1, 2)} - {"both"}
     if last in entrywise and (parts or chosen.keep < 1):
@@ -97,9 +94,10 @@ def _aggregation(config: Simulation) -> Aggregation:
     """The rule that `strategy.aggregation` names."""
     chosen, rank, seed = config.strategy, config.adapter.shared.rank, stream(config.seed, "aggregation")
     name = chosen.aggregation
+    settings = {"rank": rank, "seed": seed}
     if name == "exact":
-        by_slice = chosen.weights == "rank_slice"
-        return Exact(rank=rank, max_rank=chosen.max_rank, energy=chosen.energy, by_slice=by_slice, seed=seed)
+        own = {"max_rank": chosen.max_rank, "energy": chosen.energy, "by_slice": chosen.weights == "rank_slice"}
+        return cast(Aggregation, made(AGGREGATIONS, "strategy.aggregation", name, {**settings, **own}))
     if chosen.weights != "device":
         raise AntherError(f"strategy.weights={chosen.weights}: {name} weighs whole devices; use strategy=exact")
     if chosen.max_rank not in (None, rank):
@@ -108,26 +106,7 @@ def _aggregation(config: Simulation) -> Aggregation:
         )
     if chosen.energy is not None:
         raise AntherError(f"strategy.energy={chosen.energy}: {name} goes by adapter.shared.rank; use strategy=exact")
-    match name:
-        case "flexlora":
-            return FlexLoRA(rank=rank, seed=seed)
-        case "flora":
-            return FLoRA(rank=rank, seed=seed)
-        case "hetlora":
-            return HetLoRA()
-        case "ffa":
-            return FFA()
-        case "rolora":
-            return RoLoRA()
-        case "fedsa":
-            return FedSA()
-        case "fedsvd":
-            return FedSVD(seed=seed)
-        case "fedsb":
-            return FedSB()
-        case "raflora":
-            return RaFLoRA(rank=rank, seed=seed)
-    return FedIT()
+    return cast(Aggregation, made(AGGREGATIONS, "strategy.aggregation", name, settings))
 
 
 def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
@@ -150,8 +129,11 @@ def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
             "trimmed, or leave it none"
         )
     momentum = 0.9 if chosen.momentum is None else chosen.momentum
+    known(OPTIMISERS, "strategy.optimiser", chosen.optimiser)
     if chosen.optimiser == "fedavgm":
         return FedAvgM(rate=chosen.server_rate or 1.0, momentum=momentum)
+    if chosen.optimiser not in ("fedadam", "fedyogi"):
+        raise AntherError(f"strategy.optimiser={chosen.optimiser}: it is registered, and nothing here makes it")
     return FedOpt(
         rate=chosen.server_rate or 0.003,
         momentum=momentum,

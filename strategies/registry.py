@@ -7,11 +7,13 @@ Secure aggregation and noise that is correlated over rounds have their place her
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from conf.errors import AntherError
 from strategies.aggregation import Linearity
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
@@ -110,6 +112,33 @@ TIMINGS: dict[str, Any] = {
 }
 
 
+def known(axis: Mapping[str, Any], key: str, name: str) -> Any:
+    """The piece that is registered under a name.
+
+    Args:
+        key: of the configuration that names it.
+
+    Raises:
+        AntherError: none is, so that nothing else runs in its place.
+    """
+    if name not in axis:
+        raise AntherError(f"{key}={name}: nothing is registered under this name; known are {', '.join(axis)}")
+    return axis[name]
+
+
+def made(axis: Mapping[str, Any], key: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """A new piece, given those of the settings that it takes.
+
+    Raises:
+        AntherError: it is not registered, or takes a setting that there is none of.
+    """
+    piece = known(axis, key, name)
+    takes = inspect.signature(piece).parameters.values()
+    if lacking := [one.name for one in takes if one.default is one.empty and one.name not in settings]:
+        raise AntherError(f"{key}={name}: it takes {', '.join(lacking)}, and is given {', '.join(settings)}")
+    return piece(**{one.name: settings[one.name] for one in takes if one.name in settings})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Combination:
     """One choice on each axis, by name; of robust rules several, or none."""
@@ -186,8 +215,17 @@ def _unfit_for_async(chosen: Combination) -> str | None:
 def refusal(chosen: Combination) -> str | None:
     """Why a combination does not go together, or can't be private at its level, in a line; None if it runs.
 
-    Raises KeyError for a name that is not registered.
+    Raises AntherError for a name that is not registered.
     """
+    for key, axis, names in (
+        ("strategy.aggregation", AGGREGATIONS, (chosen.aggregation,)),
+        ("strategy.robust", ROBUST, chosen.robust),
+        ("selection", SELECTIONS, (chosen.selection,)),
+        ("strategy.timing", TIMINGS, (chosen.timing,)),
+        ("strategy.optimiser", OPTIMISERS, (chosen.optimiser,)),
+    ):
+        for name in names:
+            known(axis, key, name)
     if reason := unfit(chosen):
         return reason
     linearity = _declared(AGGREGATIONS, chosen.aggregation, Linearity)

@@ -8,7 +8,7 @@ from functools import partial
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from privacy.noise import source
-from strategies.registry import NONE
+from strategies.registry import NONE, SELECTIONS
 from strategies.selection import ByName, Selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.energy import Energy
@@ -54,7 +54,9 @@ def selection(config: Simulation, seed: int | None) -> Selection:
             return LossFair(size=size, more=more, seed=config.seed)
         case "thrifty":
             return Thrifty(size=size, more=more, seed=config.seed)
-    return Sample(size=size, seed=config.seed)
+        case "sample":
+            return Sample(size=size, seed=config.seed)
+    raise AntherError(f"selection={chosen.name}: nothing here makes it; known are {', '.join(SELECTIONS)}")
 
 
 def evaluation(config: Simulation) -> ByName:

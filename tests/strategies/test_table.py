@@ -155,6 +155,43 @@ def test_and_is_not_built(monkeypatch, tmp_path):
         built(config, tmp_path)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("axis", PLANTED)
+def test_what_is_not_registered_is_refused(axis, level):
+    """With the list of those that are: nothing else runs in its place."""
+    key = {"selection": "selection", "optimiser": "strategy.optimiser"}.get(axis, f"strategy.{axis}")
+    listed = ", ".join(getattr(registry, PLANTED[axis][0]))
+    with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered .* known are {listed}"):
+        refusal(chosen_with(axis, "fedavg", level=level))
+
+
+@pytest.mark.parametrize("key", ["aggregation", "optimiser", "robust"])
+def test_an_unknown_piece_is_not_built(key, tmp_path):
+    config = compose("strategy=fedit")
+    setattr(config.strategy, key, ["fedavg"] if key == "robust" else "fedavg")
+    with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered"):
+        built(config, tmp_path)
+
+
+def test_a_registered_rule_is_the_one_that_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(AGGREGATIONS, "new", Silent)
+    config = compose("strategy=fedit")
+    config.strategy.aggregation = "new"
+    assert type(built(config, tmp_path)._aggregation) is Silent
+
+
+def test_a_rule_that_takes_what_there_is_not_is_refused(monkeypatch, tmp_path):
+    class Greedy(FedIT):
+        def __init__(self, rank, temperature):
+            self.rank, self.temperature = rank, temperature
+
+    monkeypatch.setitem(AGGREGATIONS, "new", Greedy)
+    config = compose("strategy=fedit")
+    config.strategy.aggregation = "new"
+    with pytest.raises(AntherError, match="it takes temperature, and is given rank, seed"):
+        built(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("axis", "name", "declared", "refused"),
     [
