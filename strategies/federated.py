@@ -73,6 +73,7 @@ _CONTROL = "control"  # part of the memory
 
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
 _QUERY_WAIT = 20.0  # seconds that those who are in wait for the answer of a newcomer, which may also come later
+_QUERY_FIRST = 5.0  # seconds that it is waited for where nobody is in: others may have come meanwhile
 
 
 class Federated(Strategy):
@@ -218,7 +219,7 @@ class Federated(Strategy):
             names: Mapping[int, str] = {}
             if isinstance(grid, Registry):
                 names = grid.names()
-                wait = _QUERY_WAIT if self._roster.reports else _QUERY_TIMEOUT
+                wait = _QUERY_WAIT if self._roster.reports else _QUERY_FIRST
                 replies = grid.inquire(messages, timeout=_QUERY_TIMEOUT, wait=wait)
             else:
                 replies = iter(grid.send_and_receive(messages, timeout=_QUERY_TIMEOUT))
