@@ -13,7 +13,6 @@ import contextlib
 import shlex
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -213,7 +212,7 @@ class Federation:
                 self._shut_out()
         except AntherError as error:  # the gateway has shut them out already, and this is tried again
             self._trouble(error)
-        if self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
+        if self.superlink.alive and self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
             say("messages fill more than server.disk_gib: the SuperLink starts again without them")
             return False
         if self._certified_anew():
