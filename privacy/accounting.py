@@ -34,12 +34,18 @@ OVERFLOW = 1e-12
 (`training.schedule`, which proves that δ grows by just this). It is kept back of every δ, also where nothing is cut."""
 LARGEST = 1000.0  # an ε above it promises nothing: not solved for, and not worth a finer grid
 
+SAMPLING = 2.0**-60
+"""What of every δ is kept for the noise that was really drawn. `privacy.noise.Secure` draws exactly, but gives up after
+4,096 bits, with a probability γ under 2⁻⁴⁰⁰⁰ a number. Over 2⁶⁴ numbers (1 + e^ε) γ is still far less than this for any ε
+up to `LARGEST`, so (ε, δ − SAMPLING) of the exact mechanism is (ε, δ) of the drawn one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoissonGaussian:
     """Steps that each add N(0, (σC)² I) to the sum, of sensitivity C, over a Poisson batch.
 
-    With a sampling rate of 1 it is the Gaussian mechanism, without amplification.
+    What is released is rounded to a grid, as is all that is summed (`privacy.noise`): post-processing, at no cost. With
+    a sampling rate of 1 it is the Gaussian mechanism, without amplification.
 
     Raises:
         ValueError: a value outside its range.
@@ -165,9 +171,11 @@ _epsilon = epsilon  # under a name that no argument takes
 @lru_cache(maxsize=4096)
 def _composed(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     """ε of the given (σ, q, steps), on ever finer grids until two agree."""
-    coarser = math.inf
+    coarser, exact = math.inf, delta - SAMPLING
+    if exact <= 0:
+        return math.inf
     for interval in INTERVALS:
-        value = float(_losses(kinds, interval).get_epsilon_for_delta(delta))
+        value = float(_losses(kinds, interval).get_epsilon_for_delta(exact))
         if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf:
             break
         coarser = value

@@ -21,17 +21,15 @@ from torch import Tensor
 from conf.errors import AntherError
 from privacy.accounting import DEVICE
 from privacy.noise import NoiseSource
-from privacy.sensitivity import Bounded, Sensitivity
+from privacy.sensitivity import RESOLUTION, Bounded, Sensitivity
 from privacy.snr import signal_to_noise
 
 LEAST, MOST = 1e-12, 1e12
 """A clip lies between, wherever it adapts to."""
 
-_STEPS = 2.0**40
-"""Steps of the grid in one C: integers add exactly, and a sum of 2²² of them still fits 64 bits."""
-
-_WITHIN = 1 - 2.0**-30
-"""What norms are scaled to, in C: more than the rounding of a norm of 10⁶ numbers in float64 can make up for."""
+_WITHIN = 1 - 2.0**-24
+"""What norms are scaled to, in C: more than the rounding of a norm of 2²⁸ numbers in float64 can make up for, whatever
+the order of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of what is computed of it."""
 
 
 class Clipped(NamedTuple):
@@ -50,7 +48,7 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> Clipped:
 
     Formal guarantee: adding or removing one update, whatever it holds, moves `total` by at most C and `below` by at
     most ½. It is exact, as sums of floating point numbers are not (Casacuberta et al., 2022, arXiv:2207.10635): clipped
-    updates are cut to a grid of C/2⁴⁰, on which they add up without rounding and in any order.
+    updates are cut to whole steps of C / `RESOLUTION`, which add up without rounding and in any order.
 
     Args:
         updates: [D] each.
@@ -60,19 +58,19 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> Clipped:
     if not LEAST <= clip <= MOST:
         raise ValueError(f"{clip=}: must be {LEAST:g} to {MOST:g}")
     total = torch.zeros(size, dtype=torch.int64)
-    below, dropped = 0.0, 0
+    below, dropped = 0, 0
     for update in updates:
         values = update.double()
         norm = float(torch.linalg.vector_norm(values))
         if not math.isfinite(norm):  # min(1, C / NaN) is 1: it would pass whole
             dropped += 1
             continue
-        below += 0.5 if norm <= clip else -0.5
+        below += 1 if norm <= clip else -1
         scale = _WITHIN * min(1.0, clip / norm if norm else 1.0)
-        total += (values * scale / clip * _STEPS).long()  # towards zero, so that no norm grows
+        total += (values * scale / clip * RESOLUTION).long()  # towards zero, so that no norm grows
     return Clipped(
-        Bounded(total.double() * (clip / _STEPS), Sensitivity(norm=clip, unit=DEVICE)),
-        Bounded(torch.tensor([below], dtype=torch.float64), Sensitivity(norm=0.5, unit=DEVICE)),
+        Bounded(total, Sensitivity(norm=clip, unit=DEVICE)),
+        Bounded(torch.tensor([below * RESOLUTION]), Sensitivity(norm=0.5, unit=DEVICE)),
         dropped,
     )
 
@@ -146,7 +144,7 @@ class Gaussian:
             self.adaptive.noise_multiplier(self.noise_multiplier)
 
     def release(self, clipped: Clipped, noise: NoiseSource) -> Release:
-        """(Σ clip(u_k) + N(0, (zC)² I)) / m, and with an adaptive clip the noised count; also where nobody replied."""
+        """(Σ clip(u_k) + N(0, (zC)² I)) / m, and with an adaptive clip the noised count; also if no device replied."""
         clip, z = clipped.total.sensitivity.norm, self.noise_multiplier
         of_sum = self.adaptive.noise_multiplier(z) if self.adaptive else z
         mean = clipped.total.noised(of_sum, noise) / self.expected

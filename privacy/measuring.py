@@ -5,10 +5,9 @@ trusted server noises what the devices told it. Either is the Gaussian mechanism
 doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: to the accountant a
 `PoissonGaussian` with a sampling rate of 1 and one step.
 
-The sum is counted in whole steps of clip / STEPS, and so is the noise. Rounding the noise to a step is rounding the
-noised sum, so it is no weaker; the sensitivity then holds exactly, and what leaves is a multiple of a step whatever the
-gains were. Of a float's sum the last digits, which coarse noise leaves alone, would tell it (Mironov, 2012, "On
-significance of the least significant bits for differential privacy").
+The sum is counted in whole steps of clip / STEPS, and its noise is a rounded Gaussian in the same steps
+(`privacy.noise`): the sensitivity holds exactly, and a gain is released as a whole number of steps, any of which is
+possible whatever the gains were.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.noise import NoiseSource
 
 STEPS = 1024
-"""Of a clip: coarse beside any noise that hides a unit, and far above what float32 noise can't tell apart."""
+"""Of a clip: far finer than any noise that hides a unit."""
 
 
 class BoundedSum(NamedTuple):
@@ -65,7 +64,7 @@ def noised_mean(
     if not 0 < noise_multiplier < math.inf or count < 1:
         raise ValueError(f"noise_multiplier={noise_multiplier}, count={count}: each must be a number over 0")
     bounded = clipped_sum(gains, clip)
-    drawn = round(noise_multiplier * bounded.sensitivity * noise.gaussian(1).item())
+    drawn = int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))
     return (bounded.steps + drawn) * bounded.step / count
 
 

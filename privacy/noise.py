@@ -1,6 +1,12 @@
 """Where DP noise and Poisson batches come from.
 
-The server has no say in either: whoever knows the seed of the noise can subtract it.
+The server has no say in either: with the seed of the noise it could subtract it.
+
+Noise is a whole number of steps of a public grid, the rounded Gaussian round(s·g) with g ~ N(0, 1). For a sum x that is
+whole steps too, x + round(s·g) = round(x + s·g): the Gaussian mechanism, rounded afterwards, so that its privacy loss
+holds by post-processing, and the set of possible releases is ℤ whatever x is. Floating point noise on a floating point
+sum has neither property: which numbers it can reach depends on the sum (Mironov, 2012, "On significance of the least
+significant bits for differential privacy").
 """
 
 from __future__ import annotations
@@ -8,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +22,15 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+MOST_STEPS = 2.0**41
+"""The largest standard deviation in steps: with it every number that is drawn is exact in float64."""
+
+_BITS = 53  # of a uniform, at first
+_CELL = 2.0**-_BITS  # width of what those bits leave open
+_MARGIN = 2.0**-45  # relative to the radius: see `_pairs`
+_MOST_BITS = 4096
+_BLOCK = 1 << 14  # pairs that are drawn at once: their arrays stay in the cache
 
 
 class NoiseSource(Protocol):
@@ -29,8 +45,12 @@ class NoiseSource(Protocol):
         """Indices of the members of range(size) that join this step, each independently with probability `rate`."""
         ...
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        """Standard normal noise, float32 [size], on `device`."""
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        """round(stddev · g) for independent standard normals g, int64 [size], on `device`.
+
+        Args:
+            stddev: over 0, at most `MOST_STEPS`; in steps of the grid that the noised sum lies on.
+        """
         ...
 
 
@@ -47,33 +67,46 @@ class Simulated:
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         return (torch.rand(size, generator=self._batches, dtype=torch.float64) < rate).nonzero().flatten()
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
         """Each kind of device has a stream of its own: a GPU draws what a CPU would take longer for than the step."""
+        check_stddev(stddev)
         if device not in self._noises:
             self._noises[device] = torch.Generator(device).manual_seed(self._seed)
-        return torch.randn(size, generator=self._noises[device], device=device)
+        drawn = torch.randn(size, generator=self._noises[device], device=device, dtype=torch.float64)
+        return drawn.mul_(stddev).round_().long()
 
 
 class Secure:
     """Noise from the operating system's CSPRNG: it has no seed, so nobody can choose or repeat it.
 
-    The guarantee is that of the real-valued mechanism. Floating-point Gaussians miss some values, and which
-    ones they can reach depends on the sum they hide (Mironov, 2012, "On significance of the least significant
-    bits for differential privacy"); drawing in float64 and rounding to float32 hides the coarsest of those
-    gaps, but it is no proof. A discrete Gaussian (Canonne et al., 2020, arXiv:2004.00010) would be one.
+    Both draws are exact: they have the distribution that `NoiseSource` states, not one near it. Uniforms are real
+    numbers of which the first 53 bits are drawn at once, and more wherever those don't decide the result. What is left
+    is that a number stays undecided after 4,096 bits, with a probability under 2⁻⁴⁰⁰⁰ (`accounting.SAMPLING` covers
+    it), and two assumptions: the operating system's bytes are uniform, and NumPy's float64 log, sin and cos are right
+    to 16 units in the last place (4 are documented).
     """
 
     release = True
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(_uniforms(size) < rate))
+        whole = math.floor(rate / _CELL)
+        first = _bits(size)
+        joins = first < whole
+        for index in np.flatnonzero(first == whole):  # the next bits decide
+            joins[index] = _happens(rate / _CELL - whole)
+        return torch.from_numpy(np.flatnonzero(joins))
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        """Box and Muller (1958): √(−2 ln u) (cos 2πv, sin 2πv) are two independent normals."""
-        u, v = _uniforms(size + size % 2).reshape(2, -1)
-        radius, angle = np.sqrt(-2.0 * np.log1p(-u)), 2.0 * math.pi * v  # 1 − u lies in (0, 1]: its logarithm is finite
-        normals = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return torch.from_numpy(normals[:size].astype(np.float32)).to(device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        check_stddev(stddev)
+        blocks = [_pairs(min(_BLOCK, left), stddev) for left in _counting_down(-(-size // 2))]
+        drawn = np.concatenate([np.empty(0, np.int64), *blocks])
+        return torch.from_numpy(drawn[:size]).to(device)
+
+
+def check_stddev(stddev: float) -> None:
+    """Raises ValueError for noise that no source draws."""
+    if not 0 < stddev <= MOST_STEPS:
+        raise ValueError(f"noise of {stddev:g} steps: must be over 0, and {MOST_STEPS:g} at most")
 
 
 def source(round: int, purpose: str, *, client: str, seed: int | None) -> NoiseSource:
@@ -81,10 +114,72 @@ def source(round: int, purpose: str, *, client: str, seed: int | None) -> NoiseS
     return Secure() if seed is None else Simulated(seed=seed, client=client, round=round, purpose=purpose)
 
 
-def _uniforms(size: int) -> np.ndarray:
-    """Float64 [size], uniform on the 2⁵³ multiples of 2⁻⁵³ in [0, 1)."""
-    bits = np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
-    return (bits >> np.uint64(11)) * 2.0**-53
+def _pairs(count: int, stddev: float) -> np.ndarray:
+    """`count` pairs of rounded Gaussians, int64 [2 · count], by Box and Muller (1958): s √(−2 ln u) (cos 2πv, sin 2πv).
+
+    u and v are known to lie in cells of width h = 2⁻⁵³. Within its cell the radius r varies by less than 2h / (u·r),
+    since r(u)² − r(u+h)² = 2 ln(1 + h/u) ≤ 2h/u. The sine and cosine vary by 2πh, and what is computed of them, r and
+    the products is off by less than 2⁻⁴⁶ r in all. So where s·r·cos is further than s·(2h/(u·r) + 2⁻⁴⁵ r) from the
+    middle between two integers, the nearest one is the rounded Gaussian. Elsewhere, once in 2⁴³/s numbers, further
+    bits decide (`_resolved`).
+    """
+    first, second = _bits(2 * count).reshape(2, -1)
+    u, angle = first * _CELL, second * (2.0 * math.pi * _CELL)
+    with np.errstate(divide="ignore", invalid="ignore"):  # u = 0 gives an infinite radius, and decides nothing
+        radius = np.sqrt(-2.0 * np.log(u))
+        margin = stddev * (2.0 * _CELL / (u * radius) + _MARGIN * radius)
+        radius *= stddev
+        values = np.stack([np.cos(angle), np.sin(angle)])
+        values *= radius
+        nearest = np.rint(values)
+        values -= nearest  # exactly
+        decided = (np.abs(values, out=values) < 0.5 - margin).all(axis=0)
+    undecided = np.flatnonzero(~decided)
+    nearest[:, undecided] = 0.0
+    drawn = nearest.astype(np.int64)
+    for index in undecided:
+        drawn[:, index] = _resolved(int(first[index]), int(second[index]), stddev)
+    return drawn.ravel()
+
+
+def _resolved(first: int, second: int, stddev: float) -> tuple[int, int]:
+    """The pair that `_pairs` left open, by interval arithmetic on 64 bits more of u and v until both are decided."""
+    from mpmath.ctx_iv import MPIntervalContext  # needed once in thousands of steps
+    from mpmath.libmp import round_floor, to_int
+
+    context = MPIntervalContext()  # of its own: the precision of mpmath's is shared by all threads
+    for bits in range(_BITS + 64, _MOST_BITS, 64):
+        first, second = ((known << 64) | int.from_bytes(os.urandom(8)) for known in (first, second))
+        if first == 0:  # the radius has no bound yet
+            continue
+        context.prec = bits + 64
+        u, v = (context.mpf([known, known + 1]) / (1 << bits) for known in (first, second))
+        radius, angle = context.sqrt(-2 * context.log(u)) * context.mpf(stddev), 2 * context.pi * v
+        ends = [(radius * turned + context.mpf(0.5))._mpi_ for turned in (context.cos(angle), context.sin(angle))]
+        (a, b), (c, d) = ([to_int(end, round_floor) for end in interval] for interval in ends)
+        if a == b and c == d:
+            return a, c
+    raise ArithmeticError(f"{_MOST_BITS} random bits decided nothing: is the operating system's generator broken?")
+
+
+def _happens(probability: float) -> bool:
+    """Whether an event of this probability in [0, 1) happens, exactly."""
+    while probability:
+        whole = math.floor(probability / _CELL)
+        if (drawn := int(_bits(1)[0])) != whole:
+            return drawn < whole
+        probability = probability / _CELL - whole
+    return False
+
+
+def _bits(size: int) -> np.ndarray:
+    """Int64 [size], uniform on [0, 2⁵³)."""
+    return (np.frombuffer(os.urandom(8 * size), dtype=np.uint64) >> np.uint64(64 - _BITS)).astype(np.int64)
+
+
+def _counting_down(count: int) -> Iterator[int]:
+    """`count`, and what is left of it block after block."""
+    return iter(range(count, 0, -_BLOCK))
 
 
 def stream(*key: object) -> int:

@@ -90,8 +90,8 @@ class Silent:
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         return self._batches.poisson_batch(size, rate)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return torch.zeros(size, device=device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        return torch.zeros(size, dtype=torch.int64, device=device)
 
 
 def toss(count: int, seed: int) -> np.ndarray:

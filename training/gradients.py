@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.denoiser import Denoiser
 from models.objective import noised, per_example_loss, target
-from privacy.clipping import Clipped, clip_and_sum, sum_segments
+from privacy.clipping import Clipped, sum_segments
 from training import streams
 from training.packing import Pack
 from training.rows import Rows
@@ -74,9 +74,9 @@ def reduce(rows: Rows, pack: Pack, found: Tensor, losses: Tensor) -> Found:
         found = sum_segments(found, sizes)
     if pack.piece:
         return Found(clients, per_client, None, found)
-    return Found(clients, per_client, clip_and_sum(found, units, rows.sums.bounds[clients], rows.segments), None)
+    return Found(clients, per_client, rows.sums.clip(clients, found, units), None)
 
 
 def clip_whole(rows: Rows, client: Tensor, unit: Tensor) -> Clipped:
     """One client's [1] unit [1, D] that was put together from its pieces, clipped."""
-    return clip_and_sum(unit, torch.ones_like(client), rows.sums.bounds[client], rows.segments)
+    return rows.sums.clip(client, unit, torch.ones_like(client))

@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     frozen_sites: tuple[str, ...]
     frozen_rank: int  # largest underneath
     common: bool  # whether one frozen adapter lies underneath all
+    private: bool
     per_site: bool  # how private jobs clip
     latents: torch.Size  # of one example
     context: torch.Size
@@ -39,7 +40,7 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(jobs: Sequence[Train]) -> Shape:
-        """What holds any of these jobs, which agree in their examples' shape, clip, optimiser and in what is fixed."""
+        """The shape for jobs that agree in their examples' shape, privacy, clip, optimiser and in what is fixed."""
         first = jobs[0]
         return Shape(
             sites=_names(job.start for job in jobs),
@@ -48,6 +49,7 @@ class Shape(NamedTuple):
             frozen_sites=_names(job.frozen or {} for job in jobs),
             frozen_rank=max(rank(job.frozen) if job.frozen else 0 for job in jobs),
             common=all(job.frozen is first.frozen for job in jobs),
+            private=first.privacy is not None,
             per_site=first.clips_per_site,
             latents=first.examples.latents.shape[1:],
             context=first.examples.context.shape[1:],
@@ -64,7 +66,6 @@ class Rows:
 
     Attributes:
         adapters: [S, D], what is trained, laid out by `layout`.
-        segments: widths of the parts of a row that are clipped by themselves: every site, or all of it.
         sums: of clipped gradients.
         losses: [S], summed over entries.
         divisors: [S, 1], what a sum is divided by: under DP the plan's public constant.
@@ -79,8 +80,8 @@ class Rows:
         self._starts = torch.zeros_like(self.adapters) if shape.proximal else None
         self._corrections = torch.zeros_like(self.adapters) if shape.corrected else None
         self._proximal = like.new_zeros(capacity, 1)  # μ
-        self.segments = self.layout.site_widths if shape.per_site else [self.layout.size]
-        self.sums = BoundedSums(capacity, self.segments, like=self.adapters)
+        segments = self.layout.site_widths if shape.per_site else [self.layout.size]
+        self.sums = BoundedSums(capacity, segments, like=self.adapters, private=shape.private)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
         self.divisors = like.new_ones(capacity, 1)
         self._frozen_layout, self._common = frozen_layout(base, shape), shape.common
@@ -144,14 +145,15 @@ class Rows:
         return self._frozen_layout.stacks(self._frozen if self._common else self._frozen[rows])
 
     def noise(self, row: int, job: Train) -> Tensor | None:
-        """Standard normal noise [D] from the job's own source, on the numbers that its adapter really has."""
-        if job.privacy is None or job.noise is None:
+        """Noise in whole steps, int64 [D], from the job's own source, on the numbers that its adapter really has."""
+        stddev = self.sums.stddev(row)
+        if job.noise is None or not stddev:
             return None
-        noise = job.noise.gaussian(self._owned[row], self.adapters.device).to(self.adapters)
-        if noise.shape != (self._owned[row],):
-            raise ValueError(f"client {job.client}: its noise source gave {tuple(noise.shape)} numbers")
+        noise = job.noise.rounded_gaussian(self._owned[row], stddev, self.adapters.device)
+        if noise.shape != (self._owned[row],) or noise.dtype != torch.int64:
+            raise ValueError(f"client {job.client}: its noise source gave {tuple(noise.shape)} numbers, {noise.dtype}")
         own = self._own[row]
-        return noise if own is None else self.adapters.new_zeros(self.layout.size).masked_scatter_(own, noise)
+        return noise if own is None else noise.new_zeros(self.layout.size).masked_scatter_(own, noise)
 
     def _packed(self, layout: Layout, adapters: Sequence[Adapter | None]) -> Tensor:
         """Rows [R, D] of adapters; many jobs start from one and the same, which travels once."""
@@ -244,6 +246,8 @@ def row_bytes(base: Denoiser, shape: Shape) -> int:
     precise, compute = base.precise.itemsize, base.dtype.itemsize
     # Adapter, two moments, sum and mask; three more for what is made of them between passes; the best adapter.
     buffers = 8 + shape.stopping + shape.proximal + shape.corrected
+    # Integer sums have 8 bytes, and so have the noise and what is made of both: as numbers, and by mask.
+    wide = 4 * torch.float64.itemsize if shape.private else 0
     frozen = 0 if shape.common else 3 * frozen_layout(base, shape).size * compute
     example = shape.latents.numel() * precise + shape.context.numel() * compute
-    return buffers * row_layout(base, shape).size * precise + frozen + shape.examples * example
+    return (buffers * precise + wide) * row_layout(base, shape).size + frozen + shape.examples * example

@@ -123,7 +123,7 @@ class Performer:
             case jobs.Draw():
                 return Drawn(np.full((len(job.captions), 4, 6, 3), job.steps, np.uint8))
             case jobs.Train():
-                drawn = Secure().gaussian(1)
+                drawn = Secure().rounded_gaussian(1, 2.0**30) / 2.0**30
                 return Trained(
                     {name: Factors(f.a + drawn, f.b + drawn) for name, f in job.start.items()}, 0.25, job.steps
                 )

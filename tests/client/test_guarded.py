@@ -80,9 +80,9 @@ class Telling:
         self._tell(self.steps)
         return self._source.poisson_batch(size, rate)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
         self.released += 1
-        return self._source.gaussian(size, device)
+        return self._source.rounded_gaussian(size, stddev, device)
 
 
 def pulls(charger: Charger) -> Callable[[int], None]:

@@ -58,8 +58,8 @@ class Still:
         joining = next(self._batches, self._members)
         return torch.tensor([place for place, who in enumerate(self._members) if who in joining], dtype=torch.long)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return torch.zeros(size, device=device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        return torch.zeros(size, dtype=torch.int64, device=device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

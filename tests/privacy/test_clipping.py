@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.clipping import BoundedSums, clip_and_sum, deviation, even_bounds, sum_segments
+from privacy.sensitivity import MOST_NOISE, RESOLUTION
 
 LARGEST = 2.0**60  # squares of larger numbers leave float32: see `test_rows_whose_squares_leave_float32_count_as_zero`
 FLOATS = st.floats(-LARGEST, LARGEST, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
 CLIPS = st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 2.0, 1e15, math.inf])
-ROUNDING = 1e-6  # what the formal guarantee admits
+ROUNDING = 1e-6  # of float32, without privacy
+CUT = 1e-5  # what the clip takes beside the grid, relative to a norm
 
 
 @st.composite
@@ -37,6 +40,20 @@ def clip(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]],
     """`clip_and_sum` of a copy: it overwrites what it gets."""
     limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
     return clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments)
+
+
+def step_of(bounds: Sequence[float]) -> float:
+    return math.hypot(*bounds) / RESOLUTION or 1.0
+
+
+def cut(rows: Tensor, counts: Sequence[int], bounds: Sequence[Sequence[float]], segments: Sequence[int]) -> tuple:
+    """`clip_and_sum` to whole steps, with those as int64."""
+    limits = torch.tensor(bounds, dtype=torch.float64).view(len(counts), len(segments))
+    steps = torch.tensor([step_of(each) for each in bounds], dtype=torch.float64)
+    values, dropped = clip_and_sum(rows.clone(), torch.tensor(counts, dtype=torch.long), limits, segments, steps)
+    assert values.dtype == torch.float64
+    assert torch.equal(values, values.trunc())
+    return values.long(), dropped
 
 
 def clip_alone(row: Tensor, bounds: Sequence[float], segments: Sequence[int]) -> Tensor:
@@ -76,18 +93,31 @@ def test_sums_are_those_of_a_loop_over_rows(batch: tuple) -> None:
         assert bad == sum(not np.isfinite(row).all() for row in own)
 
 
+def private(batch: tuple) -> tuple:
+    """The batch with finite bounds only."""
+    rows, counts, bounds, segments = batch
+    return rows, counts, [[0.1 if math.isinf(bound) else bound for bound in each] for each in bounds], segments
+
+
+def squared(steps: Tensor, bounds: Sequence[float]) -> Fraction:
+    """‖steps‖² of a part, exactly, in units of the value."""
+    return sum((Fraction(count) ** 2 for count in steps.tolist()), Fraction(0)) * Fraction(step_of(bounds)) ** 2
+
+
 @given(batches(least=1), st.data())
 @settings(deadline=None, max_examples=200)
 def test_a_row_moves_its_owners_sum_by_at_most_the_bound_and_no_other(batch: tuple, data: st.DataObject) -> None:
-    rows, counts, bounds, segments = batch
+    """In exact arithmetic: nothing is left to rounding."""
+    rows, counts, bounds, segments = private(batch)
     removed = data.draw(st.integers(0, len(rows) - 1))
     owner = next(i for i in range(len(counts)) if removed < sum(counts[: i + 1]))
     rest = torch.cat([rows[:removed], rows[removed + 1 :]])
     fewer = [count - (i == owner) for i, count in enumerate(counts)]
-    before, bad = clip(*batch)
-    after, bad_after = clip(rest, fewer, bounds, segments)
-    moved = norm(before[owner].double() - after[owner].double())
-    assert moved <= math.hypot(*bounds[owner]) * (1 + ROUNDING)
+    before, bad = cut(rows, counts, bounds, segments)
+    after, bad_after = cut(rest, fewer, bounds, segments)
+    moved = before[owner] - after[owner]
+    for part, bound in zip(moved.split(segments), bounds[owner], strict=True):
+        assert squared(part, bounds[owner]) <= Fraction(bound) ** 2
     others = [i for i in range(len(counts)) if i != owner]
     assert torch.equal(before[others], after[others])
     assert torch.equal(bad[others], bad_after[others])
@@ -95,15 +125,55 @@ def test_a_row_moves_its_owners_sum_by_at_most_the_bound_and_no_other(batch: tup
 
 @given(batches())
 @settings(deadline=None)
-def test_every_row_is_finite_and_within_its_bounds(batch: tuple) -> None:
+def test_every_row_is_cut_towards_zero_by_less_than_a_step(batch: tuple) -> None:
+    rows, counts, bounds, segments = private(batch)
+    owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
+    for row, owner in zip(rows, owners, strict=True):
+        steps, _ = cut(row[None], [1], [bounds[owner]], segments)
+        found, wanted = steps[0].numpy() * step_of(bounds[owner]), truth(row.numpy(), bounds[owner], segments)
+        assert (np.abs(found) <= np.abs(wanted) * (1 + 1e-12)).all()
+        assert (np.abs(found - wanted) <= step_of(bounds[owner]) + CUT * np.abs(wanted)).all()
+        for part, bound in zip(steps[0].split(segments), bounds[owner], strict=True):
+            assert squared(part, bounds[owner]) <= Fraction(bound) ** 2
+
+
+@given(batches())
+@settings(deadline=None)
+def test_without_a_grid_every_row_is_finite_and_within_its_bounds(batch: tuple) -> None:
     rows, counts, bounds, segments = batch
     owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
     for row, owner in zip(rows, owners, strict=True):
         clipped = clip_alone(row, bounds[owner], segments)
         assert clipped.isfinite().all()
-        assert norm(clipped) <= math.hypot(*bounds[owner]) * (1 + ROUNDING)
         for part, bound in zip(clipped.split(segments), bounds[owner], strict=True):
-            assert norm(part) <= bound * (1 + ROUNDING)
+            assert norm(part) <= bound * (1 + CUT)
+
+
+@pytest.mark.parametrize("bounds", [[1e-12], [1e15], [3e18], [1e30], [1e300], [1e-12, 1e15], [0.0, 1.0], [0.0, 0.0]])
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-23, 1e-12, 1.0, 1e15, 1.8e19 / 64])
+def test_rows_of_any_size_are_within_any_bound_exactly(bounds: list[float], scale: float) -> None:
+    torch.manual_seed(0)
+    segments = [4096 // len(bounds)] * len(bounds)
+    rows = torch.cat([torch.randn(3, 4096), torch.ones(1, 4096), torch.rand(2, 4096) ** 40]) * scale
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        steps, _ = cut(rows.to(dtype).to(torch.promote_types(dtype, torch.float32)), [1] * 6, [bounds] * 6, segments)
+        for row in steps:
+            for part, bound in zip(row.split(segments), bounds, strict=True):
+                assert squared(part, bounds) <= Fraction(bound) ** 2
+
+
+def test_gradients_that_are_too_coarse_to_be_cut_are_refused() -> None:
+    with pytest.raises(TypeError, match="bfloat16"):
+        cut(torch.zeros(1, 2, dtype=torch.bfloat16), [1], [[1.0]], [2])
+
+
+def test_sums_of_many_units_are_exact() -> None:
+    """300 units of 2²⁰ − 1 steps and more leave float32's integers."""
+    rows = torch.full((300, 1), 2.0)
+    steps, _ = cut(rows, [300], [[1.0]], [1])
+    one, _ = cut(rows[:1], [1], [[1.0]], [1])
+    assert one.item() in range(RESOLUTION - 8, RESOLUTION)
+    assert steps.item() == 300 * one.item()
 
 
 ADVERSARIAL: dict[str, Callable[[int], Tensor]] = {
@@ -122,11 +192,12 @@ def assert_clipped(rows: Tensor) -> None:
     """To the bound, within rounding; neither to more nor to less."""
     lengths = torch.linalg.vector_norm(rows.double(), dim=1)
     for bound in (1e-12, 0.3, 1.0):
-        values, dropped = clip(rows, [1] * len(rows), [[bound]] * len(rows), [rows.shape[1]])
-        norms = torch.linalg.vector_norm(values.double(), dim=1)
-        assert (norms <= bound * (1 + ROUNDING)).all()
+        values, dropped = cut(rows, [1] * len(rows), [[bound]] * len(rows), [rows.shape[1]])
+        squares = [sum(count * count for count in row.tolist()) for row in values]
+        assert max(squares) <= RESOLUTION**2
         long = (lengths > bound) & (dropped == 0)
-        assert (norms[long] >= bound * (1 - ROUNDING)).all()
+        norms = torch.tensor(squares, dtype=torch.float64).sqrt() / RESOLUTION
+        assert (norms[long] >= 1 - CUT - rows.shape[1] ** 0.5 / RESOLUTION).all()
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4097, 200_000])
@@ -209,55 +280,63 @@ def test_deviation_is_sigma_times_the_sensitivity(bounds: list[float], sigma: fl
         assert deviation(bounds, sigma) == pytest.approx(sigma * sum(bound**2 for bound in bounds) ** 0.5)
 
 
-def sums(clients: int = 3, segments: Sequence[int] = (2, 3)) -> BoundedSums:
-    return BoundedSums(clients, segments, like=torch.zeros(0))
+def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = True) -> BoundedSums:
+    return BoundedSums(clients, segments, like=torch.zeros(0), private=private)
 
 
 def gather(found: BoundedSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
     """As one pass does."""
     index = torch.tensor(clients)
-    found.add(index, clip_and_sum(rows.clone(), torch.tensor(counts), found.bounds[index], [2, 3]))
+    found.add(index, found.clip(index, rows.clone(), torch.tensor(counts)))
 
 
 class TestBoundedSums:
     def test_names_the_relation_of_its_guarantee(self) -> None:
         assert BoundedSums.relation == ADD_OR_REMOVE_ONE
 
+    @pytest.mark.parametrize("private", [True, False])
     @given(data=st.data())
     @settings(deadline=None, max_examples=50)
-    def test_micro_batches_add_up_to_the_batch(self, data: st.DataObject) -> None:
+    def test_micro_batches_add_up_to_the_batch(self, private: bool, data: st.DataObject) -> None:
         torch.manual_seed(data.draw(st.integers(0, 2**31)))
         counts = data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=3))
         rows = {client: torch.randn(count, 5) for client, count in enumerate(counts)}
-        bounds = [[1.0, 0.5], [math.inf, math.inf], [0.0, 1e-3]]
-        found = sums()
+        bounds = [[1.0, 0.5], [2.0, 3.0], [0.0, 1e-3]] if private else [[math.inf, math.inf]] * 3
+        found = sums(private=private)
         found.open([0, 1, 2], bounds, [0.0] * 3)
         order = data.draw(st.permutations([client for client, count in enumerate(counts) for _ in range(count)]))
         taken = dict.fromkeys(rows, 0)
         for client in order:  # in any order, one row at a time
             gather(found, rows[client][taken[client]][None], [1], [client])
             taken[client] += 1
-        whole, _ = clip(torch.cat(list(rows.values())), counts, bounds, [2, 3])
-        torch.testing.assert_close(found.take([0, 1, 2], {}), whole)
+        if private:
+            whole, _ = cut(torch.cat(list(rows.values())), counts, bounds, [2, 3])
+            steps = torch.tensor([[step_of(each)] for each in bounds], dtype=torch.float64)
+            assert torch.equal(found.take([0, 1, 2], {}), (whole * steps).float())
+        else:
+            whole, _ = clip(torch.cat(list(rows.values())), counts, bounds, [2, 3])
+            torch.testing.assert_close(found.take([0, 1, 2], {}), whole)
 
-    def test_noise_is_the_deviation_times_what_was_drawn(self) -> None:
+    def test_noise_is_added_in_whole_steps(self) -> None:
         found, rows = sums(), torch.randn(3, 5)
-        found.open([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [math.inf, math.inf]], [2.0, 0.0, 0.0])
+        found.open([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
+        assert [found.stddev(client) for client in range(3)] == [2.0 * RESOLUTION, 0.0, 0.0]
         gather(found, rows, [1, 1, 1], [0, 1, 2])
-        noise = torch.randn(5)
-        expected = clip(rows, [1, 1, 1], found.bounds.tolist(), [2, 3])[0]
-        expected[0] += 10.0 * noise  # σ = 2 times ‖(3, 4)‖
-        unasked = {1: torch.full((5,), 1e9), 2: torch.full((5,), 1e9)}
-        torch.testing.assert_close(found.take([2, 0, 1], {0: noise, **unasked}), expected[[2, 0, 1]])
+        noise = torch.randint(-(2**40), 2**40, (5,))
+        expected, _ = cut(rows, [1, 1, 1], found.bounds.tolist(), [2, 3])
+        expected[0] += noise
+        values = expected * torch.tensor([[step_of(each)] for each in found.bounds.tolist()], dtype=torch.float64)
+        unasked = {1: torch.full((5,), 10**9), 2: torch.full((5,), 10**9)}
+        assert torch.equal(found.take([2, 0, 1], {0: noise, **unasked}), values[[2, 0, 1]].float())
 
     def test_an_empty_batch_is_noised_all_the_same(self) -> None:
-        found, noise = sums(), torch.randn(5)
+        found, noise = sums(), torch.arange(5)
         found.open([1], [[0.6, 0.8]], [0.5])
         gather(found, torch.zeros(0, 5), [0], [1])
-        torch.testing.assert_close(found.take([1], {1: noise})[0], 0.5 * noise)
+        assert torch.equal(found.take([1], {1: noise})[0], noise / RESOLUTION)
 
     def test_nothing_is_released_twice(self) -> None:
-        found = sums()
+        found = sums(private=False)
         found.open([0], [[math.inf, math.inf]], [0.0])
         gather(found, torch.ones(1, 5), [1], [0])
         assert found.take([0], {}).tolist() == [[1.0] * 5]
@@ -267,38 +346,40 @@ class TestBoundedSums:
         found = sums()
         found.open([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
         with pytest.raises(KeyError):
-            found.take([0, 1], {0: torch.zeros(5)})
+            found.take([0, 1], {0: torch.zeros(5, dtype=torch.int64)})
 
     def test_what_is_taken_is_no_view_of_the_sums(self) -> None:
-        found = sums()
-        found.open([0], [[1.0, 1.0]], [0.0])
-        found.take([0], {}).fill_(7.0)
-        assert found.take([0], {}).tolist() == [[0.0] * 5]
+        for private in (True, False):
+            found = sums(private=private)
+            found.open([0], [[1.0, 1.0]], [0.0])
+            found.take([0], {}).fill_(7.0)
+            assert found.take([0], {}).tolist() == [[0.0] * 5]
 
     def test_others_are_left_alone(self) -> None:
         found = sums()
-        found.open([0, 1], [[1.0, 1.0], [math.inf, 1.0]], [1.0, 0.0])
+        found.open([0, 1], [[1.0, 1.0], [2.0, 1.0]], [1.0, 0.0])
         rows = torch.tensor([[math.nan] * 5, [1.0] * 5])
         gather(found, rows, [1, 1], [0, 1])
         gather(found, rows, [1, 1], [1, 0])
         bounds = found.bounds[1].clone()
-        found.take([0], {0: torch.zeros(5)})
+        found.take([0], {0: torch.zeros(5, dtype=torch.int64)})
         found.open([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
         assert torch.equal(found.bounds[1], bounds)
         assert found.dropped.tolist() == [0.0, 1.0, 0.0]
-        torch.testing.assert_close(found.take([1], {}), torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]]))
+        wanted = torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]])
+        torch.testing.assert_close(found.take([1], {}), wanted, rtol=CUT, atol=2 * step_of([2.0, 1.0]))
 
     def test_whoever_is_opened_begins_anew(self) -> None:
         found = sums()
         found.open([0], [[1.0, 1.0]], [3.0])
         gather(found, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
         assert found.dropped.tolist() == [1.0, 0.0, 0.0]
-        found.open([0], [[math.inf, math.inf]], [0.0])
+        found.open([0], [[2.0, 1.0]], [0.0])
         assert found.dropped.tolist() == [0.0] * 3
         assert found.take([0], {}).tolist() == [[0.0] * 5]
 
     def test_whoever_was_never_opened_has_no_privacy(self) -> None:
-        found = sums()
+        found = sums(private=False)
         assert found.bounds.eq(math.inf).all()
         assert found.bounds.dtype == torch.float64
 
@@ -316,9 +397,31 @@ class TestBoundedSums:
         with pytest.raises(ValueError, match="zip"):
             sums().open([0, 1], [[1.0, 1.0]], [1.0, 1.0])
 
+    def test_noise_on_sums_that_are_not_private_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="not private"):
+            sums(private=False).open([0], [[1.0, 1.0]], [1.0])
+
+    def test_a_private_sum_without_a_bound_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="finite bound"):
+            sums().open([0], [[1.0, math.inf]], [0.0])
+
+    @pytest.mark.parametrize("sigma", [math.nan, math.inf, -1.0, 1.01 * MOST_NOISE])
+    def test_noise_that_integers_do_not_hold_is_refused(self, sigma: float) -> None:
+        with pytest.raises(ValueError, match="noise_multiplier"):
+            sums().open([0], [[1.0, 1.0]], [sigma])
+
+    def test_the_largest_noise_stays_exact(self) -> None:
+        found = sums()
+        found.open([0], [[1.0, 1.0]], [MOST_NOISE])
+        most = int(found.stddev(0)) * 64
+        gather(found, torch.full((1, 5), -9.0), [1], [0])
+        own, _ = cut(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
+        noised = found._values[[0]] + most
+        assert torch.equal(noised.long(), own + most)
+
     def test_double_precision_stays(self) -> None:
-        found = BoundedSums(1, [2], like=torch.zeros(0, dtype=torch.float64))
+        found = BoundedSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
         found.open([0], [[1.0]], [0.0])
-        rows = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-        found.add(torch.tensor([0]), clip_and_sum(rows, torch.tensor([1]), found.bounds[:1], [2]))
-        assert (found.take([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < 1e-15
+        rows, one = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0])
+        found.add(one, found.clip(one, rows, torch.tensor([1])))
+        assert (found.take([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < CUT

@@ -30,8 +30,8 @@ class Fixed:
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         raise AssertionError(f"nobody samples {size} at {rate}")
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return torch.full((size,), self._drawn, device=device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        return torch.full((size,), round(self._drawn * stddev), device=device)
 
 
 def mean(gains: list[float], noise: NoiseSource, *, clip: float = 0.1, sigma: float = 3.0, count: int = 5) -> float:

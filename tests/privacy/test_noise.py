@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
+from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -14,19 +17,82 @@ from privacy import noise
 from privacy.noise import NoiseSource, Secure, Simulated, source, stream
 
 SOURCES = [Simulated(seed=1, client="a", round=2, purpose="shared"), Secure()]
+BOTH = pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
+STDDEV = 3.75 * 2**20
+"""In steps: what σ = 3.75 takes."""
+COUNT = 200_001
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
-def test_noise_is_standard_normal_and_white(source: NoiseSource) -> None:
-    drawn = source.gaussian(200_001)  # odd: Box and Muller come in pairs
-    assert drawn.dtype == torch.float32
-    assert drawn.shape == (200_001,)
-    assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
-    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.012  # 5 standard errors
-    assert abs(np.corrcoef(drawn[:100_000], drawn[100_000:200_000])[0, 1]) < 0.016  # cosines against sines
+def autocorrelation(drawn: np.ndarray) -> np.ndarray:
+    """At every lag from 1, in standard errors of white noise; without wrapping around."""
+    spectrum = np.fft.rfft(drawn, 2 * len(drawn))
+    sums = np.fft.irfft(np.abs(spectrum) ** 2)[1 : len(drawn)]
+    return sums / (drawn.var() * np.sqrt(np.arange(len(drawn) - 1, 0, -1)))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
+def probabilities(stddev: float, most: int) -> np.ndarray:
+    """Of the rounded Gaussian at −most … most, with both tails at the ends."""
+    edges = np.arange(-most, most) + 0.5
+    return np.diff(np.concatenate([[0.0], stats.norm.cdf(edges / stddev), [1.0]]))
+
+
+@BOTH
+def test_noise_is_a_rounded_gaussian(source: NoiseSource) -> None:
+    drawn = source.rounded_gaussian(COUNT, STDDEV)
+    assert drawn.dtype == torch.int64
+    assert drawn.shape == (COUNT,)
+    normal = drawn.double().numpy() / STDDEV
+    assert stats.kstest(normal, "norm").pvalue > 1e-6
+    assert normal.std() == pytest.approx(1.0, abs=5 / (2 * COUNT) ** 0.5)
+    assert abs(stats.kurtosis(normal)) < 5 * (24 / COUNT) ** 0.5
+    assert 4.0 < np.abs(normal).max() < 7.0
+
+
+@BOTH
+@pytest.mark.parametrize("stddev", [0.3, 1.0, 4.5])
+def test_each_integer_has_its_probability(source: NoiseSource, stddev: float) -> None:
+    most = max(1, round(3 * stddev))
+    drawn = source.rounded_gaussian(COUNT, stddev).clamp(-most, most).numpy()
+    found = np.bincount(drawn + most, minlength=2 * most + 1)
+    assert stats.chisquare(found, COUNT * probabilities(stddev, most)).pvalue > 1e-6
+    assert not source.rounded_gaussian(1000, 0.01).any()
+
+
+@BOTH
+def test_noise_is_white_at_every_lag(source: NoiseSource) -> None:
+    """In particular no half, nor any other stretch, repeats another: subtracted, they would leave no noise."""
+    drawn = source.rounded_gaussian(COUNT, STDDEV).double().numpy() / STDDEV
+    for moved in (drawn, np.abs(drawn) - np.abs(drawn).mean()):
+        assert np.abs(autocorrelation(moved)).max() < 7.5  # of 200,000 lags
+    half = (COUNT + 1) // 2
+    assert abs(np.corrcoef(drawn[: half - 1], drawn[half:])[0, 1]) < 5 / half**0.5
+
+
+@BOTH
+def test_no_number_is_drawn_twice(source: NoiseSource) -> None:
+    """Coarse noise, of float16 or float32 say, comes back to the same numbers."""
+    drawn = np.concatenate([source.rounded_gaussian(COUNT, 2.0**34).numpy() for _ in range(2)])
+    assert len(np.unique(np.abs(drawn))) > 0.9999 * len(drawn)  # by chance 8 pairs agree
+
+
+@BOTH
+@pytest.mark.parametrize("stddev", [STDDEV, 2.0**30, 2.0**38])
+def test_every_residue_is_as_likely(source: NoiseSource, stddev: float) -> None:
+    """The last bits of a release hide those of the sum: of coarser noise some residues never come."""
+    count = COUNT if stddev < 2**35 else 20_001
+    drawn = source.rounded_gaussian(count, stddev).numpy()
+    for modulus in (2, 3, 256, 1000):
+        assert stats.chisquare(np.bincount(drawn % modulus, minlength=modulus)).pvalue > 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("stddev", [0.0, -1.0, math.nan, math.inf, 2 * noise.MOST_STEPS])
+def test_noise_that_no_source_draws_is_refused(source: NoiseSource, stddev: float) -> None:
+    with pytest.raises(ValueError, match="noise of"):
+        source.rounded_gaussian(3, stddev)
+
+
+@BOTH
 def test_poisson_batches_have_the_rate_and_differ(source: NoiseSource) -> None:
     sizes = [len(source.poisson_batch(50, 0.2)) for _ in range(2000)]
     assert np.mean(sizes) == pytest.approx(10, abs=5 * math.sqrt(8 / 2000))
@@ -36,24 +102,124 @@ def test_poisson_batches_have_the_rate_and_differ(source: NoiseSource) -> None:
     assert len(batch.unique()) == len(batch)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
+@BOTH
 def test_extremes(source: NoiseSource) -> None:
     assert source.poisson_batch(7, 0.0).tolist() == []
     assert source.poisson_batch(7, 1.0).tolist() == list(range(7))
     assert source.poisson_batch(0, 0.5).tolist() == []
-    assert source.gaussian(0).shape == (0,)
+    assert source.rounded_gaussian(0, STDDEV).shape == (0,)
 
 
-def test_the_smallest_and_largest_uniforms_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for byte in (b"\x00", b"\xff"):
-        monkeypatch.setattr(noise.os, "urandom", lambda count, byte=byte: byte * count)
-        assert Secure().gaussian(4).isfinite().all()
+class Bytes:
+    """An operating system that hands out these bytes first and then random ones, and counts what it is asked for."""
+
+    def __init__(self, first: bytes, seed: int = 0) -> None:
+        self._first, self._rest, self.asked = first, np.random.default_rng(seed), 0
+
+    def __call__(self, count: int) -> bytes:
+        self.asked += count
+        given, self._first = self._first[:count], self._first[count:]
+        return given + (self._rest.bytes(count - len(given)) if count > len(given) else b"")
+
+
+def words(*numbers: int) -> bytes:
+    """53-bit numbers as `Secure` reads them."""
+    return np.array([number << 11 for number in numbers], dtype=np.uint64).tobytes()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 2**52, 2**53 - 2, 2**53 - 1])
+@pytest.mark.parametrize("second", [0, 1, 2**51, 2**52 - 1, 2**52, 2**53 - 1])
+@pytest.mark.parametrize("stddev", [0.5, STDDEV, 2.0**41])
+def test_the_ends_of_the_uniforms(monkeypatch: pytest.MonkeyPatch, first: int, second: int, stddev: float) -> None:
+    """By mpmath in 100 digits, on the further bits that are drawn where 53 don't decide."""
+    told = Bytes(words(first, second), seed=first ^ second)
+    monkeypatch.setattr(noise.os, "urandom", told)
+    found = Secure().rounded_gaussian(2, stddev)
+    bits, replay = 53, Bytes(words(first, second), seed=first ^ second)
+    u, v = (int.from_bytes(replay(8), "little") >> 11 for _ in range(2))
+    while replay.asked < told.asked:
+        u, v, bits = u << 64 | int.from_bytes(replay(8)), v << 64 | int.from_bytes(replay(8)), bits + 64
+    with mpmath.workdps(100):
+        for end in (mpmath.mpf("0.001"), mpmath.mpf("0.999")):  # wherever in its cell each uniform lies
+            for other in (mpmath.mpf("0.001"), mpmath.mpf("0.999")):
+                radius = stddev * mpmath.sqrt(-2 * mpmath.log((u + end) / mpmath.mpf(2) ** bits))
+                angle = 2 * mpmath.pi * (v + other) / mpmath.mpf(2) ** bits
+                exact = [int(mpmath.nint(radius * turned)) for turned in (mpmath.cos(angle), mpmath.sin(angle))]
+                assert found.tolist() == exact
+
+
+def test_what_float64_leaves_open_is_decided_by_further_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number that is drawn, quickly or not, is the exact one: against mpmath, on the bits that decided."""
+    told, count, stddev = Bytes(b"", seed=5), 400, 2.0**41
+    monkeypatch.setattr(noise.os, "urandom", told)
+    found = Secure().rounded_gaussian(count, stddev).view(2, -1).T
+    assert told.asked > 8 * count  # some took more
+    first, second = (np.frombuffer(Bytes(b"", seed=5)(8 * count), np.uint64) >> np.uint64(11)).reshape(2, -1)
+    with mpmath.workdps(60):
+        for pair, u, v in zip(found.tolist(), first.tolist(), second.tolist(), strict=True):
+            radius = stddev * mpmath.sqrt(-2 * mpmath.log(mpmath.ldexp(u + 0.5, -53)))
+            angle = 2 * mpmath.pi * mpmath.ldexp(v + 0.5, -53)
+            reach = 1 + stddev * (2 / (u * radius / stddev) + radius / stddev * 2**-48)  # half a step, and the cells
+            for number, exact in zip(pair, (radius * mpmath.cos(angle), radius * mpmath.sin(angle)), strict=True):
+                assert abs(number - exact) <= reach
+
+
+def test_a_generator_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise.os, "urandom", bytes)
+    with pytest.raises(ArithmeticError, match="generator broken"):
+        Secure().rounded_gaussian(2, 1.0)
+
+
+def test_every_byte_of_secure_noise_is_the_operating_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes give the same draws, whatever the seeds of Python, NumPy and PyTorch are; others give others."""
+
+    def draw(seed: int, of_system: int) -> list[list[int]]:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        told = Bytes(b"", seed=of_system)
+        monkeypatch.setattr(noise.os, "urandom", told)
+        source = Secure()
+        draws = [source.rounded_gaussian(5, STDDEV).tolist(), source.poisson_batch(50, 0.3).tolist()]
+        assert told.asked == 8 * (6 + 50)  # every number has bits of its own
+        return draws
+
+    assert draw(0, 0) == draw(1, 0)
+    for one, other in zip(draw(0, 0), draw(0, 1), strict=True):
+        assert one != other
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.3, 2.0**-53, 3 * 2.0**-54, 1e-300])
+def test_a_coin_is_exact(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """Where 53 bits leave it open, the next ones decide: against the rate in rational numbers."""
+    threshold = Fraction(rate) * 2**53
+    whole = math.floor(threshold)
+    rest = (threshold - whole) * 2**53
+    for further in {0, math.floor(rest), math.ceil(rest), 2**53 - 1} - {2**53}:
+        monkeypatch.setattr(noise.os, "urandom", Bytes(words(whole, further)))
+        joined = bool(len(Secure().poisson_batch(1, rate)))
+        if further != rest and math.floor(rest) != further:
+            assert joined == (further < rest)
+    for drawn in {max(0, whole - 1), whole + 1} - {whole}:
+        monkeypatch.setattr(noise.os, "urandom", Bytes(words(drawn)))
+        assert bool(len(Secure().poisson_batch(1, rate))) == (drawn < threshold)
+
+
+@BOTH
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_batches_are_binomial_and_may_be_empty(source: NoiseSource, rate: float) -> None:
+    sizes = np.bincount([len(source.poisson_batch(50, rate)) for _ in range(4000)], minlength=51)
+    wanted = 4000 * stats.binom.pmf(np.arange(51), 50, rate)
+    assert sizes[0] == pytest.approx(wanted[0], abs=5 * wanted[0] ** 0.5)
+    common = wanted > 5
+    rest = [sizes[~common].sum(), wanted[~common].sum()]
+    assert stats.chisquare([*sizes[common], rest[0]], [*wanted[common], rest[1]]).pvalue > 1e-6
 
 
 def test_simulated_noise_is_keyed() -> None:
-    def draw(**changed: object) -> list[float]:
+    def draw(**changed: object) -> list[int]:
         key = {"seed": 1, "client": "a", "round": 2, "purpose": "shared"} | changed
-        return Simulated(**key).gaussian(8).tolist()  # type: ignore[arg-type]
+        return Simulated(**key).rounded_gaussian(8, STDDEV).tolist()  # type: ignore[arg-type]
 
     assert draw() == draw()
     others = [draw(seed=2), draw(client="b"), draw(round=3), draw(purpose="personal")]
@@ -78,9 +244,9 @@ def test_noise_and_batches_of_a_simulation_come_from_streams_of_their_own() -> N
     """What is trained doesn't depend on how much noise was drawn before, nor on which device."""
     apart, mixed = simulated(), simulated()
     batches = [apart.poisson_batch(50, 0.3).tolist() for _ in range(4)]
-    noises = [apart.gaussian(5).tolist() for _ in range(4)]
+    noises = [apart.rounded_gaussian(5, STDDEV).tolist() for _ in range(4)]
     for batch, noise_before in zip(batches, noises, strict=True):
-        assert mixed.gaussian(5).tolist() == noise_before
+        assert mixed.rounded_gaussian(5, STDDEV).tolist() == noise_before
         assert mixed.poisson_batch(50, 0.3).tolist() == batch
 
 
@@ -90,34 +256,34 @@ def test_batches_are_independent_of_the_noise() -> None:
     for number in range(1000):
         source = simulated(round=number)
         joined[number, source.poisson_batch(8, 0.5)] = 1.0
-        noises[number] = source.gaussian(8)
+        noises[number] = source.rounded_gaussian(8, STDDEV) / STDDEV
     correlations = np.corrcoef(joined.T, noises.T)[:8, 8:]
     assert np.abs(correlations).max() < 5 / 1000**0.5
 
 
 def test_a_device_has_one_stream_that_goes_on() -> None:
     source, other = simulated(), simulated()
-    first, second = source.gaussian(5), source.gaussian(5, torch.device("cpu"))
+    first, second = source.rounded_gaussian(5, STDDEV), source.rounded_gaussian(5, STDDEV, torch.device("cpu"))
     assert not torch.equal(first, second)
-    assert torch.equal(first, other.gaussian(5, torch.device("cpu")))
-    assert torch.equal(second, other.gaussian(5))
+    assert torch.equal(first, other.rounded_gaussian(5, STDDEV, torch.device("cpu")))
+    assert torch.equal(second, other.rounded_gaussian(5, STDDEV))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
+@BOTH
 def test_noise_comes_on_its_device(source: NoiseSource) -> None:
-    drawn = source.gaussian(10_001, torch.device("cuda"))
+    drawn = source.rounded_gaussian(10_001, STDDEV, torch.device("cuda"))
     assert drawn.device.type == "cuda"
-    assert stats.kstest(drawn.cpu().numpy(), "norm").pvalue > 1e-6
+    assert stats.kstest(drawn.cpu().numpy() / STDDEV, "norm").pvalue > 1e-6
 
 
 def test_secure_noise_has_no_seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
-    first = Secure().gaussian(8)
+    first = Secure().rounded_gaussian(8, STDDEV)
     torch.manual_seed(0)
     np.random.seed(0)
-    assert not torch.equal(first, Secure().gaussian(8))
+    assert not torch.equal(first, Secure().rounded_gaussian(8, STDDEV))
     assert not inspect.signature(Secure).parameters
     assert Secure.release
     assert not Simulated.release
@@ -138,7 +304,7 @@ def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:
         (1, "train", "b", 0),
         (1, "train", "a", 1),
     ]
-    drawn = [tuple(source(r, p, client=c, seed=s).gaussian(4).tolist()) for r, p, c, s in keys]
+    drawn = [tuple(source(r, p, client=c, seed=s).rounded_gaussian(4, STDDEV).tolist()) for r, p, c, s in keys]
     assert len(set(drawn)) == len(keys)
-    wanted = Simulated(seed=0, client="a", round=1, purpose="train").gaussian(4)
+    wanted = Simulated(seed=0, client="a", round=1, purpose="train").rounded_gaussian(4, STDDEV)
     assert drawn[0] == tuple(wanted.tolist())

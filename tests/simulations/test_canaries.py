@@ -99,8 +99,8 @@ class Scaled:
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         return self.inner.poisson_batch(size, rate)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return self.scale * self.inner.gaussian(size, device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        return self.inner.rounded_gaussian(size, self.scale * stddev, device)
 
 
 class Batches:
@@ -114,8 +114,8 @@ class Batches:
     def poisson_batch(self, size: int, rate: float) -> Tensor:
         return self.batches.poisson_batch(size, rate)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return self.noise.gaussian(size, device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        return self.noise.rounded_gaussian(size, stddev, device)
 
 
 def noise_off(trial: Experiment) -> list[Train]:
@@ -205,8 +205,8 @@ def test_a_job_that_failed_fails_the_audit() -> None:
     trial = experiment(count=64, devices=1)
 
     class Broken(Silent):
-        def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-            raise OSError(f"no entropy for {size} numbers on {device}")
+        def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+            raise OSError(f"no entropy for {size} numbers of {stddev} on {device}")
 
     with pytest.raises(OSError, match="no entropy"):
         seen(trial, canaries.jobs(trial, lambda *key: Broken(honest(*key))))

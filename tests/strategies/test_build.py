@@ -227,7 +227,8 @@ def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
         assert isinstance(federated._selection, Poisson)
         assert isinstance(federated._selection._coins(1), kind)
     noise = private(overrides, tmp_path).device_level._noise
-    assert noise(1).gaussian(3).tolist() == noise(1).gaussian(3).tolist() != noise(2).gaussian(3).tolist()
+    assert noise(1).rounded_gaussian(3, 1e9).tolist() == noise(1).rounded_gaussian(3, 1e9).tolist()
+    assert noise(1).rounded_gaussian(3, 1e9).tolist() != noise(2).rounded_gaussian(3, 1e9).tolist()
 
 
 @pytest.mark.parametrize(("overrides", "said"), [

@@ -10,6 +10,7 @@ from conf.compose import compose
 from conf.errors import AntherError
 from conf.schemas import Simulation
 from privacy.accounting import PoissonGaussian, epsilon
+from privacy.measuring import STEPS
 from privacy.noise import Secure, Simulated
 from protocol.messages import Evaluation, MeasuringPrivacy
 from server.state import Round
@@ -151,7 +152,9 @@ def test_gains_that_the_server_noises() -> None:
     replies = [raw("a", 1.0, 0.98), raw("b", 1.0, 0.1), raw("c", 0.5, 1e9)]
     found = among_devices(drawn).summary(2, replies, {})
     assert drawn == [2]
-    z = Simulated(seed=3, client="server", round=2, purpose="measure").gaussian(1).item()
+    z = Simulated(seed=3, client="server", round=2, purpose="measure").rounded_gaussian(1, 2.0 * STEPS).item() / (
+        2.0 * STEPS
+    )
     assert found.gain == pytest.approx((0.02 + 0.05 - 0.05 + 2.0 * 0.05 * z) / 4, abs=1e-4)
     assert found.gain_error == pytest.approx(2.0 * 0.05 / 4)
     assert (found.base, found.shared, found.devices, found.spent) == (None, None, {}, {})

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord
 from models.adapter import Factors, at, from_tensors, initial, shapes, to_tensors
 from models.slots import Layout
 from models.trained import from_trained_tensors, trained_layout, trained_shapes
+from privacy.sensitivity import RESOLUTION
 from protocol import codec, records
 from protocol.codec import decode, encode
 from simulations.grid import CohortGrid
@@ -172,8 +173,8 @@ def test_per_device_some_sites_are_clipped_alone_and_the_divisor_stays(tmp_path,
         own = sent(replies[name], trains, sites)
         change = (layout.pack(own).double() - layout.pack(at(START, own)).double()).numpy()
         total += change * min(1.0, CLIP / np.linalg.norm(change))
-    noise = simulated("updates", 1).gaussian(total.size).double().numpy()
-    row = layout.pack(START).double().numpy() + (total + Z * CLIP * noise) / EXPECTED
+    noise = simulated("updates", 1).rounded_gaussian(total.size, Z * RESOLUTION).numpy() * (CLIP / RESOLUTION)
+    row = layout.pack(START).double().numpy() + (total + noise) / EXPECTED
     wanted = layout.unpack(torch.from_numpy(row).float(), START)
     for site in SITES:
         assert close(dense(found, site), dense(wanted, site))

@@ -16,7 +16,9 @@ from models.slots import Layout
 from models.trained import trained_layout
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.central import Adaptive, Gaussian
+from privacy.measuring import STEPS
 from privacy.noise import Secure
+from privacy.sensitivity import RESOLUTION
 from protocol import records
 from protocol.codec import decode, encode
 from protocol.messages import ExamplePrivacy
@@ -92,8 +94,8 @@ def expected_release(devices):
     for device in devices:
         update = flat(trained(device)) - flat(START)
         total += update * min(1.0, CLIP / np.linalg.norm(update))
-    normals = simulated("updates", 1).gaussian(total.size).double().numpy()
-    return flat(START) + (total + Z * CLIP * normals) / EXPECTED
+    noise = simulated("updates", 1).rounded_gaussian(total.size, Z * RESOLUTION).numpy() * (CLIP / RESOLUTION)
+    return flat(START) + (total + noise) / EXPECTED
 
 
 def test_the_release_is_that_of_a_loop(tmp_path):
@@ -306,7 +308,7 @@ def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(t
         told.append((len(asked), federated.validation))
     (asked, first), (none, second) = told
     gains = 2 * min(0.2, 1.0 - 1.0 / 2)  # what both fake devices tell, clipped
-    noise = 5.0 * 0.2 * simulated("measure", 1).gaussian(1).item()
+    noise = simulated("measure", 1).rounded_gaussian(1, 5.0 * STEPS).item() * 0.2 / STEPS
     assert (asked, first.gain) == (2, pytest.approx((gains + noise) / 4, abs=1e-3))
     assert (first.base, first.shared, first.devices) == (None, None, {})
     assert (none, second.gain, second.dropped) == (0, None, {})
@@ -329,9 +331,9 @@ def test_cores_alone_are_clipped_and_noised(tmp_path):
     level = device_level(tmp_path, frame=frame)
     level.open(1, ["a"], b"adapter")
     found, _ = level.close(FedSB(), empty(frame), [], round=1)
-    noise = simulated("updates", 1).gaussian(len(SITES) * size * size)
+    noise = simulated("updates", 1).rounded_gaussian(len(SITES) * size * size, Z * RESOLUTION)
     cores = trained_layout(SITES, size, "cores", frame).pack(found.adapter)
-    assert cores.numpy() == pytest.approx((Z * CLIP * noise / EXPECTED).numpy(), abs=1e-6)
+    assert cores.numpy() == pytest.approx((noise * (CLIP / RESOLUTION) / EXPECTED).numpy(), abs=1e-6)
     for name, (a, left) in frame.items():
         assert torch.equal(found.adapter[name].a, a)
         assert torch.allclose(left @ (left.T @ found.adapter[name].b), found.adapter[name].b, atol=1e-6)

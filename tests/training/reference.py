@@ -15,6 +15,7 @@ from models.adapter import Adapter, Factors, initial
 from models.base import Base
 from models.objective import noised, target
 from privacy.noise import Simulated, stream
+from privacy.sensitivity import RESOLUTION
 from training import streams
 from training.batches import Batch, Batches
 from training.capacity import TooLittleMemoryError, capacity, entry_bytes
@@ -183,7 +184,12 @@ class Reference:
         norms = [float(torch.cat([gradient.flatten() for gradient in part]).norm()) for part in parts]
         scales = [min(1.0, bound / norm) if norm else 1.0 for norm in norms]
         self.scales += scales
-        return [gradient * scale for part, scale in zip(parts, scales, strict=True) for gradient in part]
+        step = privacy.clip / RESOLUTION or 1.0
+        return [
+            (gradient * (scale * (1 - 2.0**-18) / step)).trunc() * step
+            for part, scale in zip(parts, scales, strict=True)
+            for gradient in part
+        ]
 
     def private_gradients(self, batch: Batch) -> list[Tensor]:
         privacy, noise = self.job.privacy, self.job.noise
@@ -193,7 +199,10 @@ class Reference:
         for gradients in self.unit_gradients(batch):
             sums = [s + g for s, g in zip(sums, self.clipped(gradients), strict=True)]
         sizes = [p.numel() for p in self.parameters]
-        flat = noise.gaussian(sum(sizes)).to(self.base.precise) * privacy.noise_multiplier * privacy.clip
+        steps = torch.zeros(sum(sizes), dtype=torch.int64)
+        if privacy.noise_multiplier and privacy.clip:
+            steps = noise.rounded_gaussian(sum(sizes), privacy.noise_multiplier * RESOLUTION)
+        flat = (steps.double() * (privacy.clip / RESOLUTION)).to(self.base.precise)
         return [(s + n.view_as(s)) / self.job.batch_size for s, n in zip(sums, flat.split(sizes), strict=True)]
 
     def corrections(self) -> list[Tensor]:

@@ -143,7 +143,7 @@ def test_timesteps_and_noise_tell_nothing_of_dp_noise() -> None:
     """The ordinary stream is the same under another source of noise: neither is drawn from the other."""
     one = Batches(private("abc", noise=Dictated())).next()
     secret = Dictated()
-    secret.gaussian(100)
+    secret.rounded_gaussian(100, 1e6)
     assert same(Batches(private("abc", noise=secret)).next(), one)
 
 

@@ -53,7 +53,7 @@ def cohort(base: Base) -> list[Train]:
         ),
         private(base, "views", count=3, views=2, steps=10, frozen=some(frozen, 3)),
         private(base, "nobody", rate=0.0, rank=1, steps=10),
-        private(base, "nothing clipped", clip=1e6, noise_multiplier=0.0, draws=1, steps=3),
+        private(base, "nothing clipped", clip=100.0, noise_multiplier=0.0, draws=1, steps=3),
         private(base, "nothing through", clip=0.0, noise_multiplier=0.0, steps=3),
     ]
 

@@ -52,9 +52,9 @@ class Broken(Simulated):
         self._called("poisson_batch")
         return super().poisson_batch(size, rate)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        self._called("gaussian")
-        return super().gaussian(size, device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        self._called("rounded_gaussian")
+        return super().rounded_gaussian(size, stddev, device)
 
 
 def after(calls: int) -> Callable[[], bool]:
@@ -98,10 +98,10 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     ),
     "no first batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 0)), OSError, "no entropy"),
     "no third batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 2)), OSError, "no entropy"),
-    "no first noise": (lambda base: private(base, "bad", noise=Broken("gaussian", 0)), OSError, "no entropy"),
-    "no second noise": (lambda base: private(base, "bad", noise=Broken("gaussian", 1)), OSError, "no entropy"),
+    "no first noise": (lambda base: private(base, "bad", noise=Broken("rounded_gaussian", 0)), OSError, "no entropy"),
+    "no second noise": (lambda base: private(base, "bad", noise=Broken("rounded_gaussian", 1)), OSError, "no entropy"),
     "empty, and no noise": (
-        lambda base: private(base, "bad", rate=0.0, noise=Broken("gaussian", 2)), OSError, "no entropy",
+        lambda base: private(base, "bad", rate=0.0, noise=Broken("rounded_gaussian", 2)), OSError, "no entropy",
     ),
     "fewer contexts": (
         lambda base: job(base, "bad", examples=Examples(examples(base, 5, 1).latents, examples(base, 3, 1).context)),

@@ -96,7 +96,8 @@ def test_what_is_fixed_stays_and_the_source_of_noise_is_asked_for_the_rest_alone
     start = inside(between, 7, fine) if between else live(fine, 2, 7)
     plan = private(fine, "p", start=start, frame=between, trains=trains, noise_multiplier=5.0)
     assert plan.noise
-    with patch.object(type(plan.noise), "gaussian", autospec=True, side_effect=type(plan.noise).gaussian) as asked:
+    drawing = type(plan.noise).rounded_gaussian
+    with patch.object(type(plan.noise), "rounded_gaussian", autospec=True, side_effect=drawing) as asked:
         found = trained(train(fine, [plan], memory=PLENTY, timesteps=2)[0])
     numbers = sum(part.numel() for part in trained_tensors(start, trains, between).values())
     assert {call.args[1] for call in asked.call_args_list} == {numbers}
