@@ -35,9 +35,11 @@ OVERFLOW = 1e-12
 LARGEST = 1000.0  # an ε above it promises nothing: not solved for, and not worth a finer grid
 
 SAMPLING = 2.0**-60
-"""What of every δ is kept for the noise that was really drawn. `privacy.noise.Secure` draws exactly, but gives up after
-4,096 bits, with a probability γ under 2⁻⁴⁰⁰⁰ a number. Over 2⁶⁴ numbers (1 + e^ε) γ is still far less than this for any ε
-up to `LARGEST`, so (ε, δ − SAMPLING) of the exact mechanism is (ε, δ) of the drawn one."""
+"""Share of every δ that covers the distance between drawn and exact noise.
+
+`privacy.noise.Secure` draws exactly but gives up after 4,096 bits, with a probability under 2⁻⁴⁰⁰⁰ a number. Let γ be
+that over 2⁶⁴ numbers: (1 + e^ε) γ is far below 2⁻⁶⁰ for each ε up to `LARGEST`. So if the exact mechanism is
+(ε, δ − SAMPLING)-DP, the drawn one is (ε, δ)-DP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
     if not 0 < delta < 1:
         raise ValueError(f"delta={delta}: must lie between 0 and 1")
     steps: Counter[tuple[float, float]] = Counter()
-    uncut = delta
+    uncut = delta - SAMPLING
     for event in events:
         match event:
             case NonPrivate():
@@ -171,11 +173,9 @@ _epsilon = epsilon  # under a name that no argument takes
 @lru_cache(maxsize=4096)
 def _composed(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     """ε of the given (σ, q, steps), on ever finer grids until two agree."""
-    coarser, exact = math.inf, delta - SAMPLING
-    if exact <= 0:
-        return math.inf
+    coarser = math.inf
     for interval in INTERVALS:
-        value = float(_losses(kinds, interval).get_epsilon_for_delta(exact))
+        value = float(_losses(kinds, interval).get_epsilon_for_delta(delta))
         if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf:
             break
         coarser = value

@@ -27,7 +27,7 @@ _CHUNK = 32  # numbers whose squares are added in float32 before float64 takes o
 _WITHIN = 1 - 2.0**-18
 """What norms are scaled to, in their bounds: makes up for all rounding, see `clip_and_sum`."""
 _SMALLEST = 1e-12  # a bound under it would be lost among squares that float32 can't hold
-_COLUMNS = 1 << 16  # of rows that are copied in float64 at once
+_AT_ONCE = 1 << 22  # numbers that are copied in float64 at once
 
 
 class Clipped(NamedTuple):
@@ -81,7 +81,8 @@ def clip_and_sum(
     if steps is None:
         return Clipped(sum_segments(gradients, counts), dropped)
     gradients.trunc_()
-    sums = [sum_segments(columns.double(), counts) for columns in gradients.split(_COLUMNS, dim=1)]
+    columns = max(1, _AT_ONCE // max(1, len(gradients)))
+    sums = [sum_segments(part.double(), counts) for part in gradients.split(columns, dim=1)]
     return Clipped(torch.cat(sums, dim=1), dropped)
 
 

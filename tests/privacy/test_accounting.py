@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from scipy import fft
 
 from conf.errors import AntherError
+from privacy import accounting
 from privacy.accounting import (
     OVERFLOW,
+    SAMPLING,
     Guarantee,
     NonPrivate,
     PoissonGaussian,
@@ -241,3 +243,10 @@ def test_what_a_schedule_may_cut_is_kept_back_of_delta() -> None:
     assert epsilon([many], 2 * kept).value > epsilon([many], 20 * kept).value
     everybody = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=10)
     assert epsilon([everybody], kept).value < math.inf
+
+
+def test_a_part_of_delta_covers_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert epsilon(events(2.0, 1.0, 1), SAMPLING).value == math.inf
+    without = epsilon(events(2.125, 1.0, 1), 4e-6).value
+    monkeypatch.setattr(accounting, "SAMPLING", 4e-6)
+    assert epsilon(events(2.125, 1.0, 1), 8e-6).value == pytest.approx(without, rel=1e-9)

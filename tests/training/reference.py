@@ -92,6 +92,7 @@ def least(base: Base, jobs: Sequence[Train]) -> int:
 
 def room(base: Base, jobs: Sequence[Train], entries: int, residents: int | None = None) -> int:
     """Memory for all jobs, or so many, and so many entries."""
+    jobs = sorted(jobs, key=lambda job: job.privacy is None)  # rows of private ones are larger
     shape = Shape.of(jobs)
     more = (len(jobs) if residents is None else residents) - 1
     return least(base, jobs) + more * row_bytes(base, shape) + (entries - 1) * entry_bytes(base, shape)
