@@ -125,8 +125,8 @@ class Recorded:
         self.batches.append(batch.numpy().copy())
         return batch
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return self.inner.gaussian(size, device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        return self.inner.rounded_gaussian(size, stddev, device)
 
 
 def jobs(experiment: Experiment, sources: Sources) -> list[Train]:

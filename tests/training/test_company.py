@@ -61,8 +61,8 @@ class Joining:
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return self._places
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return torch.zeros(size, device=device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        return torch.zeros(size, dtype=torch.int64, device=device)
 
 
 @pytest.fixture(scope="module", params=["cpu", cuda])

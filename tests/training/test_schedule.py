@@ -90,8 +90,8 @@ class Crowded:
         self._left -= 1
         return torch.arange(size if self._left >= 0 else 0)
 
-    def gaussian(self, size: int, device: torch.device = CPU) -> Tensor:
-        return torch.zeros(size, device=device)
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        return torch.zeros(size, dtype=torch.int64, device=device)
 
 
 def crowded(base: Base, batches: int, **changes: object) -> Train:
