@@ -39,6 +39,7 @@ from training.engine import perform
 SIGMA, CLIP = 3.75, 2.0**-6  # ε = 1 at δ = 1e-5 without sampling
 STEP = CLIP / RESOLUTION  # a power of two, so that float32 holds every whole step under 2²⁴
 RANK = 2
+BATCH = 8  # that sums are divided by: exactly
 
 
 def off_lattice(released: Tensor, known: Tensor, scale: float) -> int:
@@ -64,13 +65,20 @@ def agree(without: int, having: int, numbers: int) -> None:
     assert stats.fisher_exact([[without, numbers - without], [having, numbers - having]]).pvalue > 1e-6
 
 
-def of_device(base: Base, folder: Path, count: int, noise: NoiseSource, rate: float = 1.0) -> Tensor:
+class Empty(Secure):
+    """Secure noise on a batch that no picture joined."""
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
+        return torch.empty(0, dtype=torch.long)
+
+
+def of_device(base: Base, folder: Path, count: int, noise: NoiseSource) -> Tensor:
     """What a malicious server gets of one step of SGD at B = 0: the noised sum itself [D], by the device's own path."""
     held = Pictures(tuple(picture(seed) for seed in range(count)), (), ())
     device = device_on(base, folder, "d", held, lambda _round, _purpose: noise)
     sent = {name: Factors(a, torch.zeros_like(b)) for name, (a, b) in adapter(base, 1).items()}
-    privacy = ExamplePrivacy(noise_multiplier=SIGMA, clip=CLIP, sampling_rate=rate, draws=1, delta=1e-3)
-    asked = plan(base, round=1, steps=1, batch_size=1, learning_rate=1.0, optimiser="sgd", privacy=privacy)
+    privacy = ExamplePrivacy(noise_multiplier=SIGMA, clip=CLIP, sampling_rate=1.0, draws=1, delta=1e-3)
+    asked = plan(base, round=1, steps=1, batch_size=BATCH, learning_rate=1.0, optimiser="sgd", privacy=privacy)
 
     def performed(jobs: list) -> Sequence:
         return perform(base, jobs, memory=PLENTY, timesteps=1)
@@ -80,15 +88,15 @@ def of_device(base: Base, folder: Path, count: int, noise: NoiseSource, rate: fl
     assert not isinstance(reply, Exception), reply
     rank = next(iter(sent.values())).a.shape[0]
     told = codec.decode(reply.adapter, shapes(base.sites, rank))
-    return -torch.cat([told[name].flatten() for name in sorted(told) if name.endswith("lora_B")])
+    return -BATCH * torch.cat([told[name].flatten() for name in sorted(told) if name.endswith("lora_B")])
 
 
 def test_a_device_releases_whole_steps_that_fit_any_pictures(base: Base, tmp_path: Path) -> None:
     known = of_device(base, tmp_path / "known", 4, Still(range(4)))
     assert known.norm() > CLIP  # there is something to find
     off = []
-    for count, rate in ((4, 1.0), (5, 1.0), (5, 1e-4)):  # without the fifth, with it, and an empty batch
-        released = torch.cat([of_device(base, tmp_path / f"{count} {rate} {i}", count, Secure(), rate) for i in (0, 1)])
+    for number, (count, noise) in enumerate([(4, Secure()), (5, Secure()), (5, Empty())]):  # the fifth or not, nobody
+        released = torch.cat([of_device(base, tmp_path / f"{number} {i}", count, noise) for i in (0, 1)])
         steps = whole_steps(released, STEP)
         assert steps.std() == pytest.approx(SIGMA * RESOLUTION, rel=0.1)
         for modulus in (2, 3, 16):  # the last bits of the sum are hidden in even ones
