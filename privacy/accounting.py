@@ -87,9 +87,13 @@ class Guarantee:
     relation: str = ADD_OR_REMOVE_ONE
     strict: float | None = None
     """ε at δ = `STRICT`, at most; None where `delta` is no larger, or nobody asked."""
+    seen: float | None = None
+    """ε against who sees which devices were asked, as the network does, for one that was asked in every round; None
+    where `value` holds against them too."""
 
     def __str__(self) -> str:
         beside = "" if self.strict is None else f"; ε={self.strict:.3g} at δ={STRICT:g}"
+        beside += "" if self.seen is None else f"; ε={self.seen:.3g} if the network sees who was asked"
         return f"ε={self.value:.3g} per {self.unit} (δ={self.delta:g}, {self.relation.replace('_', ' ')}{beside})"
 
 

@@ -122,7 +122,8 @@ def spending(charges: Iterable[Charge], budget: Budget) -> Guarantee:
     """ε of the device that paid most, with what is left to measure of `budget.beside`.
 
     Without a secret sample a device pays for the rounds that it was asked in. With one every device pays for every
-    round: that it may not have been asked is what the sampling rate accounts for.
+    round: that it may not have been asked is what the sampling rate accounts for. Beside it stands what it comes to for
+    who sees who is asked.
     """
     everybody: Counter[PoissonGaussian] = Counter()
     planned = Counter({replace(event, steps=1): event.steps for event in budget.beside})
@@ -139,7 +140,15 @@ def spending(charges: Iterable[Charge], budget: Budget) -> Guarantee:
     events = [list((everybody + history).elements()) for history in _longest(histories)]
     found = [with_strict(epsilon(one, budget.delta, DEVICE), one) for one in events]
     strict = max((guarantee.strict for guarantee in found if guarantee.strict is not None), default=None)
-    return replace(max(found, key=lambda guarantee: guarantee.value), strict=strict)
+    seen = max(filter(None, (_seen(one, budget.delta) for one in events)), default=None)
+    return replace(max(found, key=lambda guarantee: guarantee.value), strict=strict, seen=seen)
+
+
+def _seen(events: Sequence[PoissonGaussian], delta: float) -> float | None:
+    """ε of a device that was asked in every round, for who sees that; None if it was no secret."""
+    if all(event.sampling_rate == 1 for event in events):
+        return None
+    return epsilon([replace(event, sampling_rate=1.0) for event in events], delta, DEVICE).value
 
 
 def _longest(histories: Iterable[Counter[PoissonGaussian]]) -> list[Counter[PoissonGaussian]]:

@@ -32,6 +32,11 @@ from server.state import State
 from strategies.download import download
 
 DONE, USAGE = 0, 2
+SECRET = (
+    "Each device was asked with a secret probability, and ε counts on that: what single devices and rounds cost would "
+    "tell who was asked, so only sums over the whole run are shown. The server's own checkpoints, ledger and "
+    "metrics.jsonl hold more: don't publish them."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,15 +92,18 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
     }
     durable.write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     page = folder / "report.html"
-    devices = [sums.device_row(name, "", facts, {}) for name, facts in sorted(state.devices.items())]
+    secret = config.fleet.rate is not None and config.privacy.of_devices
+    known = {} if secret else state.devices
+    devices = [sums.device_row(name, "", facts, {}) for name, facts in sorted(known.items())]
     write(
         Report(
             title=f"{summary['clients']} {'device' if summary['clients'] == 1 else 'devices'} learned together",
             command=runs.command_of(folder) or f"python -m server.run {words}",
             config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
-            summary=summary, rounds=sums.rows(state.history), devices=devices,
+            summary=summary, rounds=sums.rows(state.history, secret=secret), devices=devices,
             use=use_of(base, folder / "adapters"), strategy=config.strategy.aggregation, letters=False,
             quality="as devices tell it", test=test, footer=f"Run {folder.name}",
+            hidden=SECRET if secret else "",
         ),
         page,
     )  # fmt: skip

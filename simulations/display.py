@@ -104,6 +104,8 @@ class Display:
             promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
             if (strict := epsilon.get("strict")) is not None:
                 promise += f" (ε = {short(strict)} at δ = {short(STRICT)})"
+            if (seen := epsilon.get("seen")) is not None:
+                promise += f" (ε = {short(seen)} if the network sees who was asked)"
             self._print(Text(f"{promise}, {epsilon['relation'].replace('_', ' ')}; simulated noise, so not a release"))
         traffic = f"{data(summary['bytes']['up'])} up, {data(summary['bytes']['down'])} down"
         strategy = f" of {summary['strategy']}" if summary.get("strategy") else ""

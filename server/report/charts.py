@@ -32,8 +32,8 @@ def line_chart(x: Sequence[int], lines: Sequence[Line], show: Show, *, from_zero
     """Curves over rounds, several labelled at their ends; `show` words a value, in ticks and tooltips."""
     lines = [line for line in lines if any(value is not None for value in line.values)]
     present = [value for line in lines for value in line.values if value is not None]
-    if not present:
-        return Markup("")
+    if not present or (from_zero and not any(present)):
+        return Markup("")  # nothing was told, or nothing happened
     ticks = nice_ticks(min([0.0, *present] if from_zero else present), max(present))
     low, high = ticks[0], ticks[-1]
     right = WIDTH - (LABELS if len(lines) > 1 else 14)

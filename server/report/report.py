@@ -104,6 +104,8 @@ class Report:
     """Noise can be made again, so that nothing is a release."""
     footer: str = ""
     """What tells this run from others."""
+    hidden: str = ""
+    """Why nothing is told of single devices and rounds, where it isn't."""
 
 
 @dataclass(frozen=True)

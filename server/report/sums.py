@@ -34,10 +34,14 @@ def validated(state: State) -> dict[str, float]:
     return {arm: loss for arm, loss in found.items() if loss is not None} if validation.shared is not None else {}
 
 
-def rows(history: Sequence[Round]) -> list[dict[str, Any]]:
-    """Of each round, what the page draws of it."""
+def rows(history: Sequence[Round], *, secret: bool = False) -> list[dict[str, Any]]:
+    """Of each round, what the page draws of it.
+
+    Args:
+        secret: leave out what would tell how many devices were asked in it.
+    """
     base = _base(history)
-    return [
+    found = [
         {
             "round": record.number,
             "base": record.validation.base if record.number else base,
@@ -54,6 +58,10 @@ def rows(history: Sequence[Round]) -> list[dict[str, Any]]:
         }
         for record in history
     ]
+    if secret:
+        for row in found:
+            row |= dict.fromkeys(("bytes_up", "bytes_down"), 0) | dict.fromkeys(("seconds", "joules"), 0.0)
+    return found
 
 
 def device_row(name: str, profile: str, facts: DeviceFacts, loss: dict[str, float]) -> DeviceRow:

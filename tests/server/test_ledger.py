@@ -58,6 +58,19 @@ def test_a_secret_sample_names_nobody(ledger, tmp_path):
     assert ledger.participations() == {}
 
 
+def test_beside_a_secret_sample_stands_what_it_comes_to_for_who_sees_it(ledger):
+    """Of a device that was asked in every round: without the sample, and with what is measured."""
+    budget = replace(BUDGET, participations=None, beside=(MEASURED,))
+    for number in range(3):
+        found = ledger.reserve(charge(number, None, SECRET), budget)
+    assert found.value == promised(replace(SECRET, steps=3), MEASURED).value
+    assert found.seen == epsilon([replace(SECRET, sampling_rate=1.0, steps=3), MEASURED], budget.delta).value
+    assert found.seen > found.value
+    assert str(found).endswith(f"; ε={found.seen:.3g} if the network sees who was asked)")
+    assert ledger.reserve(charge(9, ("a",)), BUDGET).seen is not None  # what was sampled before stays so
+    assert spending([charge()], BUDGET).seen is None
+
+
 def test_the_same_round_again_is_one_more(ledger):
     ledger.reserve(charge(), BUDGET)
     assert ledger.reserve(charge(), BUDGET) == of(2)

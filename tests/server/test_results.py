@@ -15,7 +15,7 @@ from models.adapter import Factors
 from models.base import Base
 from privacy.accounting import Guarantee
 from server.results import USAGE, finish, main
-from server.runs import run_folder
+from server.runs import note_command, run_folder
 from server.state import Round, State
 from strategies.facts import TrainFacts, Validation, nothing
 from tests.server.test_report import Page
@@ -63,6 +63,39 @@ def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path:
     said = Page(page.read_text()).text
     assert "Pictures that nobody trained on" not in said
     assert "No differential privacy" in said
+
+
+@pytest.mark.parametrize("rate", [True, False])
+def test_a_secret_sample_stays_secret(base: Base, tmp_path: Path, rate: bool) -> None:
+    """Costs of single devices and rounds are exact participation."""
+    sampled = "fleet.rate=0.3" if rate else "fleet.sample=2"
+    config = compose(f"privacy=device strategy=fedit data.devices=100 data.writers=1 {sampled}")
+    seen = replace(GUARANTEE, unit="device", seen=9.25)
+    found = state(base, guarantees=(seen,), shared=None)
+    page = finish(config, tmp_path, base, found, words="", test=False).read_text()
+    said, summary = Page(page).text, (tmp_path / "summary.json").read_text()
+    told = [name for name in ("pi", "phone") if f'class="text">{name}</th>' in page or f'"{name}"' in summary]
+    assert told == ([] if rate else ["pi", "phone"])
+    assert ("Each device was asked with a secret probability" in said) == rate
+    assert ("Bytes so far" in said) != rate
+    assert "ε = 9.25 if the network sees who was asked" in said
+    assert json.loads(summary)["device_epsilon"]["seen"] == 9.25
+    assert json.loads(summary)["bytes"] == {"up": 10, "down": 20}
+
+
+def test_the_command_that_was_typed_is_shown(base: Base, tmp_path: Path) -> None:
+    note_command(tmp_path, "python -m server.run rounds=1 server.port=9999")
+    page = finish(compose(""), tmp_path, base, state(base), words="rounds=1 data.writers=1", test=False)
+    assert "python -m server.run rounds=1 server.port=9999" in Page(page.read_text()).text
+
+
+def test_nothing_happened_and_nothing_is_drawn(base: Base, tmp_path: Path) -> None:
+    found = state(base, shared=None)
+    train = replace(found.history[1].train, seconds=0.0, joules=0.0, bytes_up=0, bytes_down=0)
+    nothing_done = replace(found, history=(found.history[0], replace(found.history[1], train=train)))
+    said = Page(finish(compose(""), tmp_path, base, nothing_done, words="", test=False).read_text()).text
+    assert "-1 s" not in said
+    assert "Device time so far" not in said
 
 
 def test_the_command_says_what_is_missing(
