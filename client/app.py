@@ -88,7 +88,10 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
     Other exceptions can name the owner's files, so their text stays in the device's own log.
     """
     if not isinstance(outcome, Exception):
-        return Message(records.reply_to_records(outcome), reply_to=request)
+        try:
+            return Message(records.reply_to_records(outcome), reply_to=request)
+        except ValueError as error:  # a loss that isn't finite, say: JSON has none, and no other reply is harmed by it
+            outcome = error
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", request.metadata.message_type, outcome, exc_info=unforeseen)
     if isinstance(outcome, Refusal):

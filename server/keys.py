@@ -3,7 +3,7 @@
     init [--host NAME …] [--port P]     make certificates, for these names and addresses of this server
     ticket --holder WHO [--days 7]      print what one device needs to come in; it works once
     list                                all devices and open tickets
-    revoke DEVICE                       shut a device out, at once, also while the server runs
+    revoke DEVICE|TICKET                shut a device out, or void a ticket, at once, also while the server runs
     rotate [--host NAME …]              a new key and certificate for the server, which shows them at once
 
 Devices trust the federation's own authority, whose key is FOLDER/authority.key: keep a copy elsewhere. Whoever has it
@@ -22,7 +22,7 @@ from conf.serving import Server
 from protocol.ticket import Ticket
 from server import pki, place
 from server.place import Place
-from server.register import Register
+from server.register import Register, ticket_name
 
 DONE, USAGE = 0, 2
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m server.keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("init", "ticket", "list", "revoke", "rotate"))
-    parser.add_argument("device", nargs="?", help="with revoke: its name")
+    parser.add_argument("device", nargs="?", help="with revoke: its name, or an open ticket's, as in the list")
     parser.add_argument("--folder", help="the federation's folder (server.folder; default: in ANTHER_HOME)")
     parser.add_argument("--host", nargs="+", default=[], help="names and addresses that devices reach this server by")
     parser.add_argument("--port", type=int, default=Server.port)
@@ -63,8 +63,11 @@ def _act(here: Place, asked: argparse.Namespace) -> str:
             return listed(register)
         case "revoke":
             if not asked.device:
-                raise AntherError("revoke: say which device; python -m server.keys list shows all")
+                raise AntherError("revoke: say which device or ticket; python -m server.keys list shows all")
+            was_in = any(member.name == asked.device for member in register.look().inside().values())
             register.revoke(asked.device)
+            if not was_in:
+                return f"{asked.device} lets nobody in any more."
             return f"{asked.device} is shut out from now on. What it shared before stays in the adapter."
         case _:
             here.rotate(asked.host)
@@ -89,8 +92,8 @@ def listed(register: Register) -> str:
         for member in found.members.values()
     ]
     lines += [
-        f"(open ticket)  of {ticket.holder}, until {ticket.expires[:16]}"
-        for ticket in found.tickets.values()
+        f"{ticket_name(hashed)}  open, of {ticket.holder}, until {ticket.expires[:16]}"
+        for hashed, ticket in found.tickets.items()
         if ticket.used_by is None and ticket.expires > now
     ]
     return "\n".join(lines) or "no devices, and no open tickets"

@@ -126,6 +126,11 @@ class Register:
             if ticket is None:
                 raise AntherError("no such ticket: ask the operator for another one")
             if ticket.used_by == key and (member := contents.known(key)):
+                if member.name != name:
+                    raise AntherError(
+                        f"this device is in as {member.name}, and a name stays with its key, as does what it may still "
+                        f"spend: go on with name={member.name}, or have it revoked and enroll with a new key"
+                    )
                 return member
             if ticket.used_by is not None:
                 raise AntherError("this ticket was used already, and works once: ask the operator for another one")
@@ -147,11 +152,17 @@ class Register:
         return member
 
     def revoke(self, name: str) -> None:
-        """Shut a device out, from now on; AntherError if there is none of this name."""
+        """Shut a device out, or void an open ticket, from now on; AntherError if nothing has this name."""
         with self._locked() as contents:
             keys = [key for key, member in contents.members.items() if member.name == name and not member.revoked]
             if not keys:
-                raise AntherError(f"{name}: no such device; python -m server.keys list shows all")
+                now = datetime.now(UTC)
+                void = [key for key, one in contents.tickets.items() if ticket_name(key) == name and _is_open(one, now)]
+                if not void:
+                    raise AntherError(f"{name}: no such device or open ticket; python -m server.keys list shows all")
+                left = {key: one for key, one in contents.tickets.items() if key not in void}
+                self._write(replace(contents, tickets=left))
+                return
             gone = replace(contents.members[keys[0]], revoked=datetime.now(UTC).isoformat(timespec="seconds"))
             self._write(replace(contents, members={**contents.members, keys[0]: gone}))
 
@@ -204,6 +215,11 @@ class Register:
             yield self.look()
         finally:
             os.close(handle)
+
+
+def ticket_name(hashed: str) -> str:
+    """What a ticket is called in lists, which tells nothing of its secret."""
+    return f"ticket-{hashed[:8]}"
 
 
 def _hash(secret: str) -> str:

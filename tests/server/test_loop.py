@@ -10,7 +10,7 @@ from conf.errors import AntherError
 from models.adapter import to_tensors
 from protocol import records
 from protocol.codec import encode
-from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise, Update
+from protocol.messages import Evaluation, ExamplePrivacy, MeasuringPrivacy, Personalise, Update
 from server import checkpoint
 from server.federation import federate
 from server.legs import Pace
@@ -207,6 +207,25 @@ def test_a_round_without_a_good_reply_does_not_count(tmp_path, caplog):
     assert told[0] == "round 1: 0 good replies of 1 (1 failed), 1 needed: it doesn't count, and is tried again in 30 s"
     assert [line.rsplit(" ", 2)[1] for line in told] == ["30", "60", "120"]
     assert torch.isfinite(state.adapter["x"].a).all()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -1.0, 1e300])
+def test_losses_that_are_none_are_one_devices_rejected_reply(tmp_path, loss):
+    """In training and in measuring; the checkpoint, which is JSON, is written all the same."""
+
+    def wrong(reply):
+        if isinstance(reply, Update):
+            return replace(reply, loss=loss)
+        return replace(reply, base=loss, shared=loss) if isinstance(reply, Evaluation) else reply
+
+    grid = CohortGrid([FakeDevice("a", misbehave=wrong), FakeDevice("b")], perform)
+    run_rounds(
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
+    )
+    state = checkpoint.load(tmp_path, sites=SITES)
+    assert [done.train.replied for done in state.history[1:]] == [1, 1]
+    assert all(sum(done.validation.dropped.values()) == 1 for done in state.history[1:])
+    assert state.history[2].validation.shared == pytest.approx(1 / 3)
 
 
 def test_patience_ends_and_the_run_is_not_over(tmp_path):

@@ -7,6 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from conf.errors import AntherError
+from privacy.durable import write
+from protocol import plain
+from server import keys
+from server.place import Address
 from server.register import FILE, NODES, NodeOwner, Register
 
 
@@ -71,6 +75,36 @@ def test_names_and_keys_are_not_taken_twice(tmp_path):
         register.enrol(register.issue("ada"), "key b", "pi")
     with pytest.raises(AntherError, match="known here already"):
         register.enrol(register.issue("ada"), "key", "pi-2")
+
+
+def test_a_name_stays_with_its_key(tmp_path):
+    register = Register(tmp_path)
+    secret = register.issue("ada")
+    register.enrol(secret, "key", "pi")
+    with pytest.raises(AntherError, match=r"this device is in as pi, .* go on with name=pi"):
+        register.enrol(secret, "key", "pi-2")
+    assert [member.name for member in register.look().inside().values()] == ["pi"]
+    register.revoke("pi")
+
+
+def test_an_open_ticket_can_be_voided_by_its_name(tmp_path, capsys):
+    register = Register(tmp_path, per_holder=2)
+    register.enrol(register.issue("ada"), "key", "pi")
+    void, _ = register.issue("ada"), register.issue("ben")
+    write(tmp_path / "federation.json", plain.dumps(Address(federation="f", host="h", port=1)).encode())
+    assert keys.main(["list", "--folder", str(tmp_path)]) == 0
+    device, *tickets = capsys.readouterr().out.splitlines()
+    assert device.startswith("pi  of ada")
+    name = next(line.split()[0] for line in tickets if "open, of ada" in line)
+    assert void not in "".join(tickets)
+    assert keys.main(["revoke", name, "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{name} lets nobody in any more.\n"
+    with pytest.raises(AntherError, match="no such ticket"):
+        register.enrol(void, "another key", "b")
+    with pytest.raises(AntherError, match="no such device or open ticket"):
+        register.revoke(name)
+    register.issue("ada")  # its place is free again
+    assert len(register.look().members) == 1
 
 
 def test_who_was_revoked_stays_out_and_its_name_is_free(tmp_path):

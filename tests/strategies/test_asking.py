@@ -17,6 +17,7 @@ from conf.errors import AntherError
 from models.adapter import initial, to_tensors
 from protocol import records
 from protocol.codec import encode
+from protocol.messages import Update
 from server import checkpoint
 from server.loop import run_rounds
 from server.state import State
@@ -274,6 +275,72 @@ def test_a_name_stays_with_the_node_that_came_with_it(caplog: pytest.LogCaptureF
     roster.consider(3, one, now=3.0)
     assert roster.reports == {2: other, 3: one}
     assert not roster.stale
+
+
+class Enrolled(CohortGrid):
+    """Whose nodes were registered under names, whatever their devices call themselves."""
+
+    def __init__(self, devices: list[FakeDevice]) -> None:
+        super().__init__(devices, perform)  # type: ignore[arg-type]
+        self.registered = {node: device.name for node, device in self._devices.items()}
+
+    def names(self) -> dict[int, str]:
+        return self.registered
+
+    def inquire(self, messages: Any, *, timeout: float, wait: float) -> Any:
+        assert 0 < wait < timeout
+        return self.send_and_receive(messages)
+
+
+def test_a_name_belongs_to_the_key_that_was_enrolled_under_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever comes first with another's name is refused, and the other one is in, with its own history."""
+    calls_itself = {"ada": "ada", "mallory": "ada", "zoe": "sybil-1"}
+    devices = [FakeDevice(name, report=replace(REPORT, device=told)) for name, told in calls_itself.items()]
+    grid, federated = Enrolled(devices), strategy()
+    grid._devices = dict(sorted(grid._devices.items(), key=lambda one: -one[0]))  # ada is heard last
+    assert [report.device for report in federated.query(grid).values()] == ["ada"]
+    assert "calls itself 'ada', is not asked: its key was registered as 'mallory'" in caplog.text
+    assert "calls itself 'sybil-1', is not asked: its key was registered as 'zoe'" in caplog.text
+    assert list(federated.query(grid)) == [1]  # the others aren't asked again and again
+    federated._roster.unknown({1}, now=0.0)  # they left, and are back, under their own names
+    for device in devices:
+        device.report = replace(REPORT, device=device.name)
+    assert [report.device for report in federated.query(grid).values()] == ["ada", "mallory", "zoe"]
+
+
+def test_who_was_refused_is_asked_again_after_a_while() -> None:
+    roster = Roster(REPORT.base)
+    roster.unknown({1}, now=0.0)
+    roster.consider(1, replace(REPORT, device="x"), now=0.0, registered="a")
+    assert roster.unknown({1}, now=599.0) == []
+    assert roster.unknown({1}, now=601.0) == [1]
+
+
+@pytest.mark.parametrize(
+    "lie", [{"watts": 1e6}, {"examples_per_second": 1e-5}, {"memory_gib": float("nan")}, {"memory_gib": -1.0}]
+)
+def test_a_report_that_no_device_can_have_is_refused(lie: dict[str, float]) -> None:
+    roster = Roster(REPORT.base)
+    roster.consider(1, replace(REPORT, device="a", **lie), now=0.0)
+    assert roster.reports == {}
+
+
+def test_a_liar_s_events_are_its_own() -> None:
+    """Whom the server echoes two thousand million events to is the one that told of them."""
+
+    def lies(reply: Any) -> Any:
+        return replace(reply, events=2_000_000_000) if isinstance(reply, Update) else reply
+
+    mallory = FakeDevice("mallory", misbehave=lies)
+    grid, federated, echoes = Enrolled([FakeDevice("ada"), mallory]), strategy(), {}
+    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    for number in (1, 2):
+        asked = list(federated.configure_train(number, start, ConfigRecord(), grid))
+        for message in asked:
+            request = records.request_from_records("train", message.content)
+            echoes[grid.registered[message.metadata.dst_node_id]] = request.echo
+        federated.aggregate_train(number, grid.send_and_receive(asked))
+    assert echoes == {"ada": 3, "mallory": 2_000_000_000}
 
 
 def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:
