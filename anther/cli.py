@@ -21,6 +21,7 @@ COMMANDS = {
     "keys": ("server.keys", "tickets and devices of a server: ticket, list, revoke"),
     "results": ("server.results", "the report of a server's run, again"),
     "pack": ("models.pack", "a base in fewer bits, once for everyone"),
+    "assets": ("models.assets", "where the shipped base and data lie; copies them there once"),
     "device enroll": ("client.enroll", "join a federation with a ticket"),
     "device run": ("client.run", "take part, until you stop it"),
     "device plan": ("client.plan", "what a device can train, before it tries"),

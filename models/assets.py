@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from conf.errors import AntherError, refused
+from conf.errors import TOLD, AntherError, refused, told
 from models import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # what counts; cards and pictures don't
@@ -150,8 +150,18 @@ def _manifest() -> dict[str, dict[str, str]]:
     return json.loads(MANIFEST.read_text())
 
 
+def main() -> int:
+    """Have every shipped asset in ANTHER_HOME, and say where."""
+    try:
+        if sys.argv[1:] == ["--pin"]:
+            pin(MANIFEST.parents[1])
+        for asset in _manifest():
+            print(f"{asset}: {locate(asset)}")
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--pin"]:
-        pin(MANIFEST.parents[1])
-    for asset in _manifest():
-        print(f"{asset}: {locate(asset)}")
+    sys.exit(main())

@@ -12,6 +12,7 @@ more or less changes. So one picture must not move others between them: where it
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,7 @@ def load_folder(path: str | Path, *, background: str = WHITE, tell: Tell = stop)
 
 
 def _load(root: Path, background: str, tell: Tell) -> Pictures:
-    splits = split_folders(root, [place.name for place in root.iterdir() if place.is_dir()])
+    splits = split_folders(root, _folders(root))
     found = captions(Files(root), splits.values(), tell)
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
@@ -92,6 +93,16 @@ def _load(root: Path, background: str, tell: Tell) -> Pictures:
             return Absent()
 
     return Pictures(*(tuple(map(picture, sorted(split[name]))) for name in SPLITS))
+
+
+def _folders(root: Path) -> list[str]:
+    """The folders in the root; in one that may be entered but not listed, those with a split's own name."""
+    try:
+        return [place.name for place in root.iterdir() if place.is_dir()]
+    except PermissionError:
+        if not os.access(root, os.X_OK):
+            raise
+        return [name for name in SPLITS if (root / name).is_dir()]
 
 
 def fingerprint(pictures: Iterable[Picture]) -> str:

@@ -19,7 +19,7 @@ READ = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff
 """Suffixes of pictures that are read."""
 OTHERS = (".avif", ".heic", ".heif", ".jxl")
 """Suffixes of pictures that aren't: one without a caption is told all the same, so that none is left out unnoticed."""
-JUNK = {"@eadir", "__macosx", "$recycle.bin", "thumbs.db", "system volume information"}
+JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system volume information"}
 """What machines leave in folders of pictures; names that begin with a dot aside."""
 LARGEST = 64 * 2**20  # bytes of a sheet
 LONGEST = 20_000  # characters of a caption
@@ -63,7 +63,8 @@ class Files:
 
     def _walk(self) -> Iterator[str]:
         def failed(error: OSError) -> None:
-            raise error
+            if not (isinstance(error, PermissionError) and Path(error.filename) == self.root):
+                raise error  # the root may be one that can be entered and not listed: its sheet says what there is
 
         for folder, folders, files in os.walk(self.root, onerror=failed):
             folders[:] = sorted(name for name in folders if not _junk(name))

@@ -73,17 +73,17 @@ def split_folders(root: Path, folders: Iterable[str]) -> dict[str, str]:
 
 
 def check_depth(root: Path, files: Collection[str]) -> None:
-    """Refuse split folders further down, `cats/train/1.jpg`: their pictures would be mixed by name.
+    """Refuse split folders that weren't recognized, as `cats/train/1.jpg`: their pictures would be mixed by name.
 
     Raises:
         AntherError: names the first such picture.
     """
     for file in sorted(files):
-        folders = PurePosixPath(file).parts[1:-1]
+        folders = PurePosixPath(file).parts[:-1]
         if any(kind_of(folder) is not None for folder in folders):
             raise AntherError(
-                f"{root / shown(file)}: lies in a folder that looks like a split, further down: move "
-                f"{', '.join(SPLITS)} directly into the folder that you name"
+                f"{root / shown(file)}: lies in a folder that looks like a split, further down or in a folder that "
+                f"can't be listed: move {', '.join(SPLITS)} directly into the one that you name, and let it be listed"
             )
 
 

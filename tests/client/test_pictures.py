@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.data import fingerprint, load_folder
+from client.data import fingerprint, load_folder, split_of
 from client.data.reading import MOST
 from client.data.splits import kind_of
 from conf.errors import AntherError
@@ -346,6 +346,24 @@ def another_user() -> Iterator[Path]:
         finally:
             if root:
                 os.seteuid(0)
+
+
+def test_folder_that_can_be_entered_and_not_listed(another_user: Path) -> None:
+    gray(another_user / "0.png")
+    (another_user / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
+    name = next(f"{number}.png" for number in range(5) if split_of(f"{number}.png") == "train")
+    (another_user / "0.png").rename(another_user / name)
+    (another_user / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
+    another_user.chmod(0o311)
+    assert len(load_folder(another_user).train) == 1
+    another_user.chmod(0o755)
+    (another_user / "Training").mkdir()
+    (another_user / name).rename(another_user / "Training" / name)
+    (another_user / "metadata.jsonl").write_text(json.dumps({"file_name": f"Training/{name}", "text": "a"}))
+    another_user.chmod(0o311)
+    with pytest.raises(AntherError, match="can't be listed"):
+        load_folder(another_user)
+    another_user.chmod(0o755)
 
 
 @pytest.mark.parametrize("closed", ["train", "train/metadata.jsonl", "train/a.png", "."])
