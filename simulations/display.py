@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -195,11 +196,11 @@ class Display:
         return f"{minutes}:{seconds:02}"
 
     def _left(self) -> float | None:
-        """Seconds until all is over, by the mean of the rounds that this process has seen."""
+        """Seconds until all is over, by the quickest round that this process has seen: the first has more to do."""
         if len(self._ends) < 2 or self._last_round is None:
             return None
         rounds = self._rounds - self._last_round + self._after
-        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        each = min(end - start for start, end in pairwise(self._ends))
         return max(0.0, each * rounds - (self._clock() - self._ends[-1])) if rounds > 0 else None
 
 

@@ -16,7 +16,8 @@ def after_rounds(config: Simulation) -> float:
     data, shared, personal = config.data, config.adapter.shared, config.adapter.personal
     judged = config.evaluation.devices or max(data.writers, len(data.pictures))
     sampled = config.fleet.sample or data.count()
-    one_round = sampled * shared.steps * shared.batch_size * TRAINED
+    measured = (config.fleet.evaluate or sampled) * data.validation * config.evaluation.timesteps * DRAWN
+    one_round = sampled * shared.steps * shared.batch_size * TRAINED + measured
     steps = personal.steps + (config.rounds * shared.steps + personal.steps if config.evaluation.local else 0)
     trained = judged * steps * personal.batch_size * TRAINED
     arms = 3 if config.evaluation.local else 2  # base and shared draw each caption once for everybody

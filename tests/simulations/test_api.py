@@ -64,9 +64,11 @@ def test_old_terminals_are_no_error(
 
 
 def test_work_after_the_rounds_is_told_in_rounds() -> None:
-    config = compose("data.writers=10 rounds=4 evaluation.gallery=0 evaluation.local=false fleet.sample=5")
-    shared, personal = config.adapter.shared, config.adapter.personal
-    assert after_rounds(config) == pytest.approx(
-        10 * personal.steps * personal.batch_size / (5 * shared.steps * shared.batch_size)
+    few = "data.writers=10 rounds=4 evaluation.gallery=0 evaluation.local=false fleet.sample=5"
+    training = (
+        "adapter.shared.steps=2 adapter.shared.batch_size=3 adapter.personal.steps=8 adapter.personal.batch_size=5"
     )
+    config = compose(f"{few} {training} data.validation=4 evaluation.timesteps=2")
+    # 10 devices × 8 steps of 5 examples, at 3 each, in rounds of 5 × 2 × 3 such, and 5 × 4 × 2 looked at, at 1 each
+    assert after_rounds(config) == pytest.approx(10 * 8 * 5 * 3 / (5 * 2 * 3 * 3 + 5 * 4 * 2))
     assert after_rounds(compose("data.writers=10")) > after_rounds(compose("data.writers=10 evaluation.local=false"))
