@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from conf.errors import AntherError
+from privacy.kinds import Kind, merged
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -23,6 +24,7 @@ ADD_OR_REMOVE_ONE = "add_or_remove_one"
 
 # Every grid gives an upper bound. Its excess falls with the square of the interval, so that when a grid ten
 # times finer changes ε by less than AGREEMENT, about a hundredth of that is left.
+COARSEST = 100.0  # losses for which that is too fine promise nothing
 INTERVALS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 AGREEMENT = 0.005
 STRICT = 1e-5
@@ -32,6 +34,10 @@ TOLERANCE = 0.005  # a solved σ gives an ε in [(1 − TOLERANCE) target, targe
 OVERFLOW = 1e-12
 """What a step with Poisson batches may cut off of them, as a probability, so that a job takes a public time
 (`training.schedule`, which proves that δ grows by just this). It is kept back of every δ, also where nothing is cut."""
+MOST_AT_ONCE = 100_000  # steps: dp-accounting raises a number to the power of how many it composes
+POINTS = 500_000
+"""Points of all arrays of one grid, about: what ε costs to compute is bounded, whatever σ and q a server asks for. That
+is half a second of a desktop's core and two of a Raspberry Pi's, and some 50 MiB; an ordinary run takes a tenth."""
 LARGEST = 1000.0  # an ε above it promises nothing: not solved for, and not worth a finer grid
 
 SAMPLING = 2.0**-60
@@ -175,12 +181,19 @@ _epsilon = epsilon  # under a name that no argument takes
 
 
 @lru_cache(maxsize=4096)
-def _composed(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    """ε of the given (σ, q, steps), on ever finer grids until two agree."""
-    coarser = math.inf
-    for interval in INTERVALS:
-        value = float(_losses(kinds, interval).get_epsilon_for_delta(delta))
-        if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf:
+def _composed(kinds: tuple[Kind, ...], delta: float) -> float:
+    """ε of the given (σ, q, steps), on ever finer grids until two agree or a finer one would be too much work.
+
+    Every grid gives an upper bound, so to stop early overstates ε and never understates it.
+    """
+    kinds = merged(kinds)
+    coarser, value = math.inf, math.inf
+    if (first := _first_interval(kinds)) > COARSEST:
+        return math.inf
+    for interval in (first, *(finer for finer in INTERVALS if finer < first)):
+        level = _losses(kinds, interval)
+        value = min(value, float(level.losses.get_epsilon_for_delta(delta)))
+        if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf or 10 * level.points > POINTS:
             break
         coarser = value
     forget_transforms()
@@ -200,16 +213,46 @@ def forget_transforms() -> None:
         fft.fft(np.zeros(length, dtype=complex))
 
 
-@lru_cache(maxsize=len(INTERVALS))
-def _losses(kinds: tuple[tuple[float, float, int], ...], interval: float) -> PrivacyLossDistribution:
-    """The privacy losses of all steps together, on one grid. Kept: the owner's δ and the plan's ask for the same."""
+def _first_interval(kinds: tuple[Kind, ...]) -> float:
+    """The coarsest grid, or a coarser one if that has too many points for losses this large.
+
+    A step's loss deviates by at most 1/σ, and what is kept of the sum of n lies within about 8 √n / σ; a single one's
+    lies within 1/(2 σ²) + 40 / σ. There are two directions, of adding and of removing, and each array is composed once.
+    """
+    points = sum(8 * (8 * math.sqrt(steps) / sigma + 1 / (2 * sigma**2) + 40 / sigma) for sigma, _, steps in kinds)
+    return INTERVALS[0] * 10.0 ** max(0, math.ceil(math.log10(max(1.0, points) / POINTS)))
+
+
+class _Level(NamedTuple):
+    """The privacy losses of steps on one grid, and how many points were computed for it."""
+
+    losses: PrivacyLossDistribution
+    points: int
+
+
+@lru_cache(maxsize=4 * len(INTERVALS))
+def _losses(kinds: tuple[Kind, ...], interval: float) -> _Level:
+    """The privacy losses of all steps together, on one grid.
+
+    Kept, and so are those of all kinds but the last, to which a device's next round adds.
+    """
     from dp_accounting.pld import privacy_loss_distribution as pld  # slow import, so only here
 
-    composed = pld.identity(interval)
-    for sigma, rate, steps in kinds:
-        if rate:
-            composed = composed.compose(_losses_of_step(sigma, rate, interval).self_compose(steps))
-    return composed
+    if not kinds:
+        return _Level(pld.identity(interval), 0)
+    sigma, rate, steps = kinds[-1]
+    before, step = _losses(kinds[:-1], interval), _losses_of_step(sigma, rate, interval)
+    many, rest = divmod(steps, MOST_AT_ONCE)
+    these = step.self_compose(rest) if rest else pld.identity(interval)
+    if many:
+        these = these.compose(step.self_compose(MOST_AT_ONCE).self_compose(many))
+    composed = before.losses.compose(these)
+    return _Level(composed, before.points + _points(step) + _points(these) + _points(composed))
+
+
+def _points(losses: PrivacyLossDistribution) -> int:
+    """Entries of a distribution's arrays, in both directions."""
+    return int(losses._pmf_remove.size + losses._pmf_add.size)
 
 
 @lru_cache(maxsize=8)
