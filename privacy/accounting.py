@@ -125,7 +125,8 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
                 uncut -= OVERFLOW * event.steps * (0 < event.sampling_rate < 1)
     if uncut <= 0:
         return Guarantee(math.inf, delta, unit)
-    return Guarantee(_composed(tuple(sorted((*kind, count) for kind, count in steps.items())), uncut), delta, unit)
+    kinds = tuple((*kind, count) for kind, count in steps.items() if kind[1])  # q = 0 tells nothing
+    return Guarantee(_composed(kinds, uncut), delta, unit)
 
 
 def with_strict(found: Guarantee, events: Iterable[Mechanism]) -> Guarantee:
