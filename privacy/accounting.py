@@ -125,7 +125,7 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
                 uncut -= OVERFLOW * event.steps * (0 < event.sampling_rate < 1)
     if uncut <= 0:
         return Guarantee(math.inf, delta, unit)
-    kinds = tuple((*kind, count) for kind, count in steps.items() if kind[1])  # q = 0 tells nothing
+    kinds = tuple(sorted((*kind, count) for kind, count in steps.items() if kind[1]))  # q = 0 tells nothing
     return Guarantee(_composed(kinds, uncut), delta, unit)
 
 
@@ -235,7 +235,7 @@ class _Level(NamedTuple):
 def _losses(kinds: tuple[Kind, ...], interval: float) -> _Level:
     """The privacy losses of all steps together, on one grid.
 
-    Kept, and so are those of all kinds but the last, to which a device's next round adds.
+    Kept, and so are those of the kinds before, so that another δ or more steps of the last kind cost little.
     """
     from dp_accounting.pld import privacy_loss_distribution as pld  # slow import, so only here
 
