@@ -89,7 +89,7 @@ def bounds(verdicts: Sequence[Verdict]) -> Markup:
     claimed = [verdict.finding.claimed.value for verdict in held]
     found = [
         Curve("claimed", [0.0, *claimed], [0.0, *claimed], "base", dashed=True),
-        Curve("at least", claimed, [verdict.finding.independent for verdict in held], "shared", dots=True),
+        Curve("at least", claimed, [verdict.finding.bound for verdict in held], "shared", dots=True),
         Curve("at least, by f-DP", claimed, [verdict.finding.f_dp for verdict in held], "personal", dots=True),
         Curve("at least, by (ε, δ)", claimed, [verdict.finding.one_run for verdict in held], "local", dots=True),
     ]

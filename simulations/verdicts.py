@@ -106,7 +106,7 @@ class Results:
 def line(where: str, verdict: Verdict) -> str:
     """One verdict in a line."""
     found, held = verdict.finding, "refuted" if verdict.finding.refuted else "not refuted"
-    bounds = f"ε ≥ {short(found.independent)}; {short(found.f_dp)} by f-DP, {short(found.one_run)} by (ε, δ)"
+    bounds = f"ε ≥ {short(found.bound)}; {short(found.f_dp)} by f-DP, {short(found.one_run)} by (ε, δ)"
     right = f"{found.guesses.correct} of {found.guesses.made} guesses right"
     return f"{'ok  ' if verdict.sound else 'FAIL'}  {where}, {verdict.name}: {held}; {bounds}; {right}"
 
