@@ -171,6 +171,38 @@ def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repea
     return Check(name, min(1.0, chance) if count else 1.0, f"{count} of {len(hashes)} windows occur again")
 
 
+def residues(integers: np.ndarray, name: str = "last digits") -> Check:
+    """Remainders of integers [n] by 16 against the uniform distribution, by χ².
+
+    They are uniform, but for 10⁻¹⁰⁰⁰, whatever sum is in them, where the noise's standard deviation is over 1000. Noise
+    on a coarser lattice leaves some out.
+    """
+    from scipy.stats import chisquare
+
+    found = chisquare(np.bincount(np.mod(integers, 16).astype(np.int64).ravel(), minlength=16))
+    return Check(name, float(found.pvalue), f"χ² {found.statistic:.1f} of 15 degrees of freedom")
+
+
+def collisions(integers: np.ndarray, deviation: float, name: str = "equal numbers") -> Check:
+    """How many pairs of n integers that are round(N(0, deviation²)) are equal, where n² is not far over the deviation.
+
+    Two are equal with probability 1 / (2√π deviation), at most; pairs are nearly independent then, and their number
+    nearly Poisson. It sees any lattice that is coarser than the integers, of whatever spacing.
+    """
+    from scipy.stats import poisson
+
+    _, counts = np.unique(integers, return_counts=True)
+    pairs = int((counts * (counts - 1) // 2).sum())
+    expected = integers.size * (integers.size - 1) / 2 / (2 * math.sqrt(math.pi) * deviation)
+    return Check(name, float(poisson.sf(pairs - 1, expected)), f"{pairs} pairs, {expected:.2g} expected")
+
+
+def on_grid(values: np.ndarray, name: str = "on the grid") -> Check:
+    """Whether all values, in steps of the grid, are whole."""
+    off = int((np.abs(values - np.rint(values)) > 1e-6).sum())
+    return Check(name, 0.0 if off else 1.0, f"{off} of {values.size} numbers are no whole steps")
+
+
 def of_integers(integers: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
     """Standard normal numbers [n] for integers that are round(N(0, deviation²)), exactly.
 

@@ -18,6 +18,7 @@ from models.adapter import Adapter, Factors
 from privacy import goodness_of_fit as fit
 from privacy.goodness_of_fit import Check
 from privacy.noise import NoiseSource
+from privacy.sensitivity import RESOLUTION
 from simulations.canaries import LENGTH, Recorded, Sources, network, site
 from training.jobs import DPSGD, Examples, Train, Trained
 from training.trainer import train
@@ -25,6 +26,7 @@ from training.trainer import train
 BETA = 0.9  # AdamW's β₁
 EPS = 1e-8  # AdamW's
 _RATE = 2.0**-40  # learning rate: the adapter hardly moves, and the canaries stay where they are
+MOST_SIGMA = 1e6  # of `privacy.policy`
 _LINEAR = 1e-4  # of AdamW: gradients of so many ε, on which it is linear
 
 
@@ -85,6 +87,8 @@ class Observed(NamedTuple):
     """Of each job: what its batches came to, where `noise` has it."""
     missed: list[np.ndarray]
     """The same of pictures that did not join."""
+    steps: list[np.ndarray]
+    """Of each job: what it released in steps of the grid, where the optimizer leaves them whole."""
 
 
 def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observed:
@@ -97,18 +101,23 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
     ]
     jobs = [_job(situation, place, source) for place, source in enumerate(recorded)]
     outcomes = train(network(situation.side, situation.sites), jobs, memory=memory, timesteps=1)
-    found = Observed([], [], np.empty(0), [], [])
-    sizes = []
+    found, sizes = Observed([], [], np.empty(0), [], [], []), []
+    bound = situation.clip / math.sqrt(situation.sites) if situation.per_site else situation.clip
+    step = situation.clip / RESOLUTION
+    deviation = situation.noise_multiplier * situation.clip * float(np.sqrt(np.square(situation.weights).sum()))
     for job, source, outcome in zip(jobs, recorded, outcomes, strict=True):
         if isinstance(outcome, Exception):
             raise outcome
         member = np.zeros((situation.steps, situation.pictures), bool)
-        for step, batch in enumerate(source.batches):
-            member[step, batch] = True
-        noise, joined, missed = _residuals(situation, job.start, outcome, member)
-        found.noise.append(noise)
-        found.joined.append(joined)
-        found.missed.append(missed)
+        for number, batch in enumerate(source.batches):
+            member[number, batch] = True
+        moved, joined, missed = _moved(situation, job.start, outcome, member)
+        within_a_step = step * (generator.random(moved.size) - 0.5)  # or whole steps of 0 would be no normal numbers
+        found.noise.append((moved - bound * joined + within_a_step) / deviation)
+        found.joined.append(bound * joined / deviation)
+        found.missed.append(bound * missed / deviation)
+        if situation.optimiser == "sgd":
+            found.steps.append(moved / step)
         found.batches.append(fit.of_membership(member, situation.sampling_rate, generator).ravel())
         sizes.append(member.sum(1))
     every = np.concatenate(sizes)
@@ -120,6 +129,10 @@ def checks(observed: Observed) -> list[Check]:
     found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(observed.noise)]
     found.append(fit.alignment(observed.noise, observed.joined, "noise: along pictures that joined"))
     found.append(fit.alignment(observed.noise, observed.missed, "noise: along pictures that did not"))
+    if observed.steps:
+        every = np.concatenate(observed.steps)
+        found += [fit.on_grid(every), fit.residues(np.rint(every))]
+        found.append(fit.repeats([np.rint(steps).astype(np.int64) for steps in observed.steps], RESOLUTION / 4))
     if sum(map(len, observed.batches)) > 1:
         found += [check._replace(name=f"batches: {check.name}") for check in fit.battery(observed.batches)]
         found += [fit.distribution(observed.sizes)._replace(name="batch sizes: distribution")]
@@ -162,36 +175,33 @@ def _examples(situation: Situation) -> Examples:
     return Examples(latents, context)
 
 
-def _residuals(
+def _moved(
     situation: Situation, start: Adapter, outcome: Trained, member: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(residuals, sum of those that joined, of those that did not), each [d], of one job; `member` is [steps, n]."""
+    """What one job released, and what is known of it: each [d].
+
+    Args:
+        member: [steps, n], who joined.
+
+    Returns:
+        Σ w_t · release_t; the weights of those that joined, where they are; of those that did not.
+    """
     weights = situation.weights
-    bound = situation.clip / math.sqrt(situation.sites) if situation.per_site else situation.clip
-    deviation = situation.noise_multiplier * situation.clip * float(np.sqrt(np.square(weights).sum()))
     scale = situation.divisor / _RATE * (1.0 if situation.optimiser == "sgd" else EPS)
     sites, row, column = _places(situation)
-    residuals: list[np.ndarray] = []
-    there: list[np.ndarray] = []
-    absent: list[np.ndarray] = []
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for number in range(situation.sites):
         before, after = start[site(number)], outcome.adapter[site(number)]
         own = sites == number
-        known, others = (np.zeros(before.b.shape) for _ in range(2))
-        np.add.at(known, (row[own], column[own]), weights @ member[:, own])
-        np.add.at(others, (row[own], column[own]), weights @ ~member[:, own])
-        b = (before.b - after.b).double().numpy() * scale - bound * known
-        parts = [(b, known, others)]
+        joined, missed = np.zeros(before.b.shape), np.zeros(before.b.shape)
+        joined[row[own], column[own]] = weights @ member[:, own]
+        missed[row[own], column[own]] = weights @ ~member[:, own]
+        parts.append(((before.b - after.b).double().numpy() * scale, joined, missed))
         if situation.trains == "both":  # but for the ones of A, beside which the noise is rounded away
-            apart = np.eye(*before.a.shape) == 0
-            a = (before.a - after.a).double().numpy()[apart] * scale
+            a = (before.a - after.a).double().numpy()[np.eye(*before.a.shape) == 0] * scale
             parts.append((a, np.zeros_like(a), np.zeros_like(a)))
-        for left, joined, missed in parts:
-            residuals.append(left.ravel())
-            there.append(joined.ravel())
-            absent.append(missed.ravel())
-    unit = bound / deviation
-    return np.concatenate(residuals) / deviation, np.concatenate(there) * unit, np.concatenate(absent) * unit
+    moved, joined, missed = (np.concatenate([part.ravel() for part in same]) for same in zip(*parts, strict=True))
+    return moved, joined, missed
 
 
 def situations(longest: int) -> list[Situation]:
@@ -201,7 +211,7 @@ def situations(longest: int) -> list[Situation]:
         longest: numbers of the longest release: noise that repeats itself after half as many is seen.
     """
     mixed = Situation(
-        name="five steps a job, three sites, mixed ranks", pictures=60, sampling_rate=0.3, noise_multiplier=1.5,
+        name="five steps a job, three sites, mixed ranks", pictures=60, sampling_rate=0.3, noise_multiplier=1.0,
         side=24, devices=6, rounds=10, steps=5, sites=3, ranks=(24, 12, 6),
     )  # fmt: skip
     return [
@@ -218,3 +228,15 @@ def situations(longest: int) -> list[Situation]:
             trains="b",
         ),
     ]  # fmt: skip
+
+
+def of_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Check]]:
+    """Noise of the largest σ that a policy allows, as standard normal numbers, and its tests.
+
+    Integers that large don't survive in float32 adapters, so they are taken from the source itself. Noise that was
+    rounded before it was scaled shows here, and here only: for smaller σ its lattice is finer than the grid.
+    """
+    deviation = MOST_SIGMA * RESOLUTION
+    integers = source.rounded_gaussian(count, deviation).numpy()
+    noise = integers / deviation
+    return noise, [*fit.battery([noise]), fit.residues(integers), fit.collisions(integers, deviation)]
