@@ -64,6 +64,7 @@ class FitTrial:
 
     longest: int = 2**20  # numbers of the longest release: what repeats itself within half of it is seen; 0: none
     noise: str = "secure"  # or simulated
+    base: str | None = "glyphs"  # on which pictures are trained alone and together; null: on none
 
     def __post_init__(self) -> None:
         require(self.longest == 0 or self.longest >= 1024, f"fits.longest={self.longest}: must be 0, or 1024 or more")

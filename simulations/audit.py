@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from simulations.membership import Arm
     from simulations.verdicts import Fit, Results, Verdict
 
+COMPANY_MEMORY = 2**30  # bytes for those of a real base
 MEMORY = 2**28  # bytes for the passes of canaries, which are a few numbers each
+SOURCE_NUMBERS = 2**14  # of so large a σ that many of them need further bits, one by one
 PASSED, FAILED = 0, 1
 IMAGE, DEVICE = "image", "device"
 
@@ -80,7 +82,7 @@ def audit(config: Audit, say: Callable[[str], object]) -> Results:
             else:
                 verdicts.append(found)
                 say(line(where, found))
-    for found in fits(config):
+    for found in chain(fits(config), company(config)):
         results.fits.append(found)
         for words in fit_lines(found):
             say(words)
@@ -188,9 +190,25 @@ def fits(config: Audit) -> Iterator[Fit]:
     for situation in situations.situations(asked.longest) if asked.longest else ():
         seen = situations.observe(situation, partial(source, asked.noise, config.seed), config.seed, memory=MEMORY)
         yield Fit.of(situation.name, IMAGE, seen.noise, situations.checks(seen), share(config))
+    if asked.longest:
+        noise, checks = situations.of_source(source(asked.noise, config.seed, "device", -1), SOURCE_NUMBERS)
+        yield Fit.of("the source itself, σ = 2¹⁹", IMAGE, [noise], checks, share(config))
     for name, cohort in canary_clients.cohorts(asked.longest, config.seed) if asked.longest else ():
         released = canary_clients.play(cohort, partial(source, asked.noise, config.seed, "server"))
         yield Fit.of(name, DEVICE, [released.residuals], canary_clients.checks(released), share(config))
+
+
+def company(config: Audit) -> Iterator[Fit]:
+    """Whether pictures move what others add, on the base that is shipped."""
+    from models.base import load
+    from simulations import company
+    from simulations.verdicts import Fit
+
+    if config.fits.base is None:
+        return
+    base = load(config.fits.base, device="cpu")
+    moved = company.shift(base, company.chaotic(base), company.random_examples(base), memory=COMPANY_MEMORY)
+    yield Fit("pictures beside others, on a chaotic adapter", IMAGE, 0, 1.0, [company.check(moved)], 0.0)
 
 
 def share(config: Audit) -> float:
@@ -199,7 +217,7 @@ def share(config: Audit) -> float:
 
     claims = 2 * len(config.canaries.epsilons) * bool(config.canaries.count)
     claims += 2 * len(config.clients.epsilons) * bool(config.clients.count)
-    others = len(situations.situations(4)) + len(canary_clients.cohorts(4, 0)) if config.fits.longest else 0
+    others = len(situations.situations(4)) + 1 + len(canary_clients.cohorts(4, 0)) if config.fits.longest else 0
     return config.false_alarms / (claims + others)
 
 

@@ -23,6 +23,7 @@ from privacy.accounting import PoissonGaussian
 from privacy.central import Adaptive, Gaussian
 from privacy.goodness_of_fit import Check
 from privacy.noise import NoiseSource
+from privacy.sensitivity import RESOLUTION
 from privacy.storage import Files
 from server.ledger import Ledger
 from simulations.canaries import LENGTH, network, site, toss
@@ -54,9 +55,9 @@ class Released(NamedTuple):
     """What all rounds together show, in units of the clip."""
 
     sums: np.ndarray
-    """[rounds, D]: the noised sums."""
+    """[rounds, D]: the noised sums; NaN where nothing is seen of one."""
     known: np.ndarray
-    """[D]: the exact sum, the same in every round."""
+    """[D]: the exact sum, the same in every round, of which B comes last."""
     deviation: float
     """Standard deviation of the noise on each number of `sums`."""
     counts: np.ndarray
@@ -64,7 +65,11 @@ class Released(NamedTuple):
 
     @property
     def residuals(self) -> np.ndarray:
-        return (self.sums - self.known) / self.deviation
+        """[rounds, D], spread over their steps: whole steps of 0 would be no normal numbers."""
+        generator = np.random.default_rng(0)
+        within = (generator.random(self.sums.shape) - 0.5) / RESOLUTION
+        found = (self.sums - self.known + within) / self.deviation
+        return np.where(np.isnan(found), generator.standard_normal(found.shape), found)
 
 
 def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
@@ -94,7 +99,7 @@ def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
                 counts.append((told - exact) * cohort.expected / adaptive.deviation)
     ones = torch.zeros(side * side)
     ones[torch.from_numpy(present)] = 1.0
-    known = _moved(cohort, _sent(side, ones))
+    known = np.nan_to_num(_moved(cohort, _sent(side, ones)))
     deviation = adaptive.noise_multiplier(z) if adaptive else z
     return Released(np.stack(sums), known, deviation, np.array(counts))
 
@@ -128,12 +133,14 @@ def _update(side: int, client: int, clip: float) -> Adapter:
 
 
 def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
-    """By how much an adapter differs from the start [D]: B, and off the diagonal A, whose ones hide small changes."""
-    a, b = adapter[site(0)]
+    """By how much an adapter differs from the start [D], in the order in which noise is drawn.
+
+    NaN at the ones of A, which hide small changes.
+    """
+    a, b = (factor.double().numpy() for factor in adapter[site(0)])
     if not cohort.trains_both:
-        return b.double().numpy().ravel()
-    apart = np.eye(cohort.side) == 0
-    return np.concatenate([b.double().numpy().ravel(), a.double().numpy()[apart]])
+        return np.ravel(b)
+    return np.concatenate([np.where(np.eye(cohort.side) == 0, a, np.nan).ravel(), b.ravel()])
 
 
 def cohorts(longest: int, seed: int) -> list[tuple[str, Cohort]]:

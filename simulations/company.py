@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.adapter import Adapter, Factors, initial
+from models.base import Base
 from models.denoiser import Denoiser
 from privacy.goodness_of_fit import Check
 from privacy.noise import Secure
@@ -43,7 +44,7 @@ def shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) 
     """The largest ‖sum of n − Σ what each adds alone‖ / C over several n, of clipped gradients without noise.
 
     Args:
-        examples: 16 or more.
+        examples: as many as the largest of `SIZES`.
     """
     most = max(SIZES)
     every = [slice(place, place + 1) for place in range(most)] + [slice(0, size) for size in SIZES]
@@ -56,6 +57,12 @@ def shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) 
     alone, together = torch.stack(sums[:most]), sums[most:]
     moved = [torch.linalg.vector_norm(sum_ - alone[:size].sum(0)) for size, sum_ in zip(SIZES, together, strict=True)]
     return float(max(moved)) / CLIP
+
+
+def random_examples(base: Base) -> Examples:
+    """Latents of noise under one caption: what makes gradients chaotic is the adapter, not the pictures."""
+    latents = torch.randn(max(SIZES), *base.shape, generator=torch.Generator().manual_seed(_SEED))
+    return Examples(latents, base.encode_captions([""]).cpu().expand(max(SIZES), -1, -1))
 
 
 def check(moved: float) -> Check:

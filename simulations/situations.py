@@ -26,7 +26,7 @@ from training.trainer import train
 BETA = 0.9  # AdamW's β₁
 EPS = 1e-8  # AdamW's
 _RATE = 2.0**-40  # learning rate: the adapter hardly moves, and the canaries stay where they are
-MOST_SIGMA = 1e6  # of `privacy.policy`
+LOUD = 2.0**19  # σ: half of what a policy allows, and a power of two, with which float32 numbers stay on a lattice
 _LINEAR = 1e-4  # of AdamW: gradients of so many ε, on which it is linear
 
 
@@ -113,11 +113,14 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
             member[number, batch] = True
         moved, joined, missed = _moved(situation, job.start, outcome, member)
         within_a_step = step * (generator.random(moved.size) - 0.5)  # or whole steps of 0 would be no normal numbers
-        found.noise.append((moved - bound * joined + within_a_step) / deviation)
+        noise = (moved - bound * joined + within_a_step) / deviation
+        unseen = np.isnan(moved)
+        noise[unseen] = generator.standard_normal(int(unseen.sum()))  # others keep their place in the order
+        found.noise.append(noise)
         found.joined.append(bound * joined / deviation)
         found.missed.append(bound * missed / deviation)
         if situation.optimiser == "sgd":
-            found.steps.append(moved / step)
+            found.steps.append(moved[~unseen] / step)
         found.batches.append(fit.of_membership(member, situation.sampling_rate, generator).ravel())
         sizes.append(member.sum(1))
     every = np.concatenate(sizes)
@@ -184,7 +187,8 @@ def _moved(
         member: [steps, n], who joined.
 
     Returns:
-        Σ w_t · release_t; the weights of those that joined, where they are; of those that did not.
+        Σ w_t · release_t, in the order in which noise is drawn, NaN at the ones of A, beside which it is rounded away;
+        the weights of those that joined, where they are; of those that did not.
     """
     weights = situation.weights
     scale = situation.divisor / _RATE * (1.0 if situation.optimiser == "sgd" else EPS)
@@ -196,10 +200,10 @@ def _moved(
         joined, missed = np.zeros(before.b.shape), np.zeros(before.b.shape)
         joined[row[own], column[own]] = weights @ member[:, own]
         missed[row[own], column[own]] = weights @ ~member[:, own]
-        parts.append(((before.b - after.b).double().numpy() * scale, joined, missed))
-        if situation.trains == "both":  # but for the ones of A, beside which the noise is rounded away
-            a = (before.a - after.a).double().numpy()[np.eye(*before.a.shape) == 0] * scale
+        if situation.trains == "both":
+            a = np.where(before.a.numpy() == 0, (before.a - after.a).double().numpy() * scale, np.nan)
             parts.append((a, np.zeros_like(a), np.zeros_like(a)))
+        parts.append(((before.b - after.b).double().numpy() * scale, joined, missed))
     moved, joined, missed = (np.concatenate([part.ravel() for part in same]) for same in zip(*parts, strict=True))
     return moved, joined, missed
 
@@ -231,12 +235,12 @@ def situations(longest: int) -> list[Situation]:
 
 
 def of_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Check]]:
-    """Noise of the largest σ that a policy allows, as standard normal numbers, and its tests.
+    """Noise of a σ as large as policies allow, as standard normal numbers, and its tests.
 
     Integers that large don't survive in float32 adapters, so they are taken from the source itself. Noise that was
     rounded before it was scaled shows here, and here only: for smaller σ its lattice is finer than the grid.
     """
-    deviation = MOST_SIGMA * RESOLUTION
+    deviation = LOUD * RESOLUTION
     integers = source.rounded_gaussian(count, deviation).numpy()
     noise = integers / deviation
     return noise, [*fit.battery([noise]), fit.residues(integers), fit.collisions(integers, deviation)]

@@ -78,7 +78,9 @@ class Fit:
 
     @property
     def shortfall(self) -> float:
-        """The relative shortfall of noise that its variance shows with probability `POWER`."""
+        """The relative shortfall of noise that its variance shows with probability `POWER`; 1 without any."""
+        if not self.numbers:
+            return 1.0
         return goodness_of_fit.shortfall(self.numbers, self.significance, POWER)
 
 
@@ -99,7 +101,7 @@ class Results:
     @property
     def shortfalls(self) -> dict[str, float]:
         """By level, the shortfall of noise that one situation at least shows with probability `POWER`."""
-        levels = dict.fromkeys(fit.level for fit in self.fits)
+        levels = dict.fromkeys(fit.level for fit in self.fits if fit.numbers)
         return {level: min(fit.shortfall for fit in self.fits if fit.level == level) for level in levels}
 
 
@@ -113,8 +115,8 @@ def line(where: str, verdict: Verdict) -> str:
 
 def fit_lines(fit: Fit) -> list[str]:
     """One situation in a line, and one for each test that failed."""
-    sees = f"would see noise short by {fit.shortfall:.1%}"
-    told = f"{fit.numbers} numbers of noise, {len(fit.checks)} tests, least p {fit.least.p_value:.2g}; {sees}"
+    sees = f"least p {fit.least.p_value:.2g}; would see noise short by {fit.shortfall:.1%}"
+    told = f"{fit.numbers} numbers of noise, {len(fit.checks)} tests, {sees}" if fit.numbers else fit.least.shown
     failed = [f"        {check.name}: {check.shown} (p ≤ {check.p_value:.1g})" for check in fit.failed]
     return [f"{'ok  ' if fit.sound else 'FAIL'}  per {fit.level}, {fit.name}: {told}", *failed]
 

@@ -39,18 +39,18 @@ def test_without_noise_nothing_is_left(kind: str) -> None:
     found = situations.observe(KINDS[kind], silent, 0, memory=MEMORY)
     joined = [one for one in found.joined if one.any()]
     assert len(joined) >= 5
-    for noise in found.noise:
-        assert np.abs(noise).max() < 2e-3
-    b, a = 2 * 12 * 12, 2 * (12 * 12 - 12)
-    assert found.noise[0].size == b + (a if KINDS[kind].trains == "both" else 0)
-    assert found.noise[2].size == b / 3 + (a * (4 * 11) / (12 * 11) if KINDS[kind].trains == "both" else 0)
+    ones = 2 * 12 if KINDS[kind].trains == "both" else 0  # of A, beside which nothing is seen
+    for device, noise in enumerate(found.noise[::2]):
+        assert np.sort(np.abs(noise))[: -ones or None].max() < 2e-3
+        assert noise.size == 2 * 12 * SMALL.rank(device) * (2 if ones else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_honest_jobs_pass(kind: str) -> None:
     found = situations.checks(situations.observe(KINDS[kind], simulated, 0, memory=MEMORY))
     assert min(check.p_value for check in found) > 1e-4
-    assert {check.name.partition(":")[0] for check in found} == {"noise", "batches", "batch sizes"}
+    of_the_grid = set() if KINDS[kind].optimiser == "adamw" else {"on the grid", "last digits", "repeats"}
+    assert {check.name.partition(":")[0] for check in found} == {"noise", "batches", "batch sizes"} | of_the_grid
 
 
 def test_every_audit_has_several_steps_both_optimizers_mixed_ranks_empty_batches_and_a_long_release() -> None:

@@ -1,0 +1,224 @@
+"""Each way of breaking the mechanism fails the audit, for the right reason; the honest one passes, run after run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.base import load
+from privacy.accounting import PoissonGaussian
+from privacy.clipping import BoundedSums
+from privacy.goodness_of_fit import Check
+from privacy.noise import NoiseSource, Secure, Simulated
+from privacy.sensitivity import Bounded, Sensitivity
+from simulations import canary_clients, company, situations
+from simulations.canaries import Silent, toss
+from simulations.canary_clients import Cohort
+from simulations.situations import Situation, observe
+from tests.simulations import broken
+from training import batches, trainer
+from training.gradients import gradients
+
+MEMORY = 2**27
+SIGNIFICANCE = 1e-9  # what a test may have of a whole audit's false alarms
+PLAIN = Situation(
+    name="plain", pictures=60, sampling_rate=0.3, noise_multiplier=1.0, side=60, devices=2, rounds=10,
+)  # fmt: skip
+STEPS = replace(PLAIN, steps=3, side=24)
+FEW = Situation(name="few", pictures=3, sampling_rate=0.2, noise_multiplier=1.0, side=16, rounds=100)
+LONG = Situation(name="long", pictures=8, sampling_rate=0.5, noise_multiplier=0.5, side=400, trains="b")
+Break = Callable[[NoiseSource], NoiseSource]
+
+
+def simulated(device: str, number: int) -> NoiseSource:
+    return Simulated(seed=0, client=device, round=number, purpose="shared")
+
+
+def failed(checks: Sequence[Check]) -> set[str]:
+    return {check.name for check in checks if not check.p_value > SIGNIFICANCE}
+
+
+def of(situation: Situation, breaks: Break = lambda source: source) -> set[str]:
+    seen = observe(situation, lambda *key: breaks(simulated(*key)), 0, memory=MEMORY)
+    return failed(situations.checks(seen))
+
+
+SOURCES: Mapping[str, tuple[Situation, Break, str]] = {
+    "noise × 0.7": (PLAIN, lambda source: broken.Scaled(source, 0.7), "noise: variance"),
+    "noise × 0.5": (PLAIN, lambda source: broken.Scaled(source, 0.5), "noise: variance"),
+    "noise × 0.35": (PLAIN, lambda source: broken.Scaled(source, 0.35), "noise: variance"),
+    "noise 3 % low": (PLAIN, lambda source: broken.Scaled(source, 0.97), "noise: variance"),
+    "no noise": (PLAIN, Silent, "noise: variance"),
+    "second half a copy of the first": (PLAIN, broken.CopiedHalf, "noise: autocorrelation"),
+    "repeated every 65,536 numbers": (LONG, lambda source: broken.Periodic(source, 65536), "noise: autocorrelation"),
+    "one noise for all steps": (STEPS, broken.Remembered, "noise: variance"),
+    "float16 noise": (PLAIN, broken.InFloat16, "last digits"),
+    "batches of fixed size": (PLAIN, broken.FixedSize, "batch sizes: variance"),
+    "everybody in each batch": (PLAIN, broken.Everybody, "batches: distribution"),
+    "no batch is empty": (FEW, broken.NeverEmpty, "batch sizes: distribution"),
+    "batches of a seed": (PLAIN, broken.SeededBatches, "batches: autocorrelation"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_broken_source_fails(name: str) -> None:
+    situation, breaks, finder = SOURCES[name]
+    assert finder in of(situation, breaks)
+
+
+@pytest.mark.parametrize("situation", [PLAIN, STEPS, FEW, LONG], ids=lambda situation: situation.name)
+def test_the_honest_source_passes(situation: Situation) -> None:
+    assert of(situation) == set()
+
+
+@pytest.mark.parametrize("key", ["device", "round"])
+def test_noise_without_the_device_or_the_round_in_its_seed_fails(key: str) -> None:
+    def reused(device: str, number: int) -> NoiseSource:
+        return simulated("the same", number) if key == "device" else simulated(device, 0)
+
+    found = failed(situations.checks(observe(PLAIN, reused, 0, memory=MEMORY)))
+    assert {"noise: autocorrelation", "noise: between releases", "repeats"} <= found
+
+
+def test_noise_that_was_rounded_to_float32_before_it_was_scaled_fails() -> None:
+    """The lattice of Mironov: any release tells which sums are impossible. Of small σ it is finer than the grid."""
+    rounded = broken.InFloat16(Secure(), torch.float32)
+    assert {"last digits", "equal numbers"} & failed(situations.of_source(rounded, 2**12)[1])
+    assert failed(situations.of_source(Secure(), 2**12)[1]) == set()
+
+
+def test_noise_that_is_left_out_for_empty_batches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = BoundedSums.take
+
+    def skipping(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+        drawn = {client: noise * bool(self._values[client].any()) for client, noise in noises.items()}
+        return take(self, clients, drawn)
+
+    monkeypatch.setattr(BoundedSums, "take", skipping)
+    assert "noise: variance" in of(FEW)
+
+
+def test_sums_that_are_kept_for_the_next_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = BoundedSums.take
+
+    def keeping(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+        before = self._values[list(clients)].clone()
+        found = take(self, clients, noises)
+        self._values[list(clients)] = before
+        return found
+
+    monkeypatch.setattr(BoundedSums, "take", keeping)
+    assert "noise: along pictures that joined" in of(STEPS)
+    assert of(PLAIN) == set()  # with one step there is nothing to see
+
+
+def test_noise_of_a_smaller_sigma_than_the_plans_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    stddev = BoundedSums.stddev
+    monkeypatch.setattr(BoundedSums, "stddev", lambda self, client: 0.97 * stddev(self, client))
+    assert "noise: variance" in of(PLAIN)
+
+
+def test_a_loop_that_takes_other_pictures_than_were_drawn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded batches are Poisson batches: what is left of the releases tells that others were used."""
+
+    def everybody(self: batches.Batches) -> batches.Batch:
+        noise = self._job.noise
+        assert noise is not None
+        noise.poisson_batch(self._job.pictures, 0.3)
+        job = replace(self._job, noise=broken.Everybody(noise))
+        kept, self._job = self._job, job
+        try:
+            return poisson(self)
+        finally:
+            self._job = kept
+
+    poisson = batches.Batches._poisson
+    monkeypatch.setattr(batches.Batches, "_poisson", everybody)
+    assert "noise: along pictures that did not" in of(PLAIN)
+
+
+# At the level of devices.
+
+CLAIM = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=10)
+COHORT = Cohort(claim=CLAIM, included=toss(100, 0), side=110)
+
+
+def rounds(breaks: Break = lambda source: source, cohort: Cohort = COHORT) -> set[str]:
+    def source(number: int) -> NoiseSource:
+        return breaks(Simulated(seed=0, client="server", round=number, purpose="aggregate"))
+
+    return failed(canary_clients.checks(canary_clients.play(cohort, source)))
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.5, 0.35, 0.97])
+def test_too_little_noise_on_a_round_fails(scale: float) -> None:
+    assert "noise: variance" in rounds(lambda source: broken.Scaled(source, scale))
+
+
+def test_copied_noise_on_a_round_fails() -> None:
+    assert "noise: autocorrelation" in rounds(broken.CopiedHalf)
+
+
+def test_a_round_that_nobody_answered_is_noised() -> None:
+    nobody = replace(COHORT, included=np.zeros(100, bool))
+    assert rounds(cohort=nobody) == set()
+    assert "noise: variance" in rounds(Silent, nobody)
+
+
+def test_a_sum_that_is_noised_less_than_its_sensitivity_asks_for_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    deviation = Sensitivity.deviation
+    monkeypatch.setattr(Sensitivity, "deviation", lambda self, sigma: 0.97 * deviation(self, sigma))
+    assert "noise: variance" in rounds()
+
+
+def test_a_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    noised = Bounded.noised
+
+    def quiet(self: Bounded, noise_multiplier: float, noise: NoiseSource) -> Tensor:
+        return noised(self, noise_multiplier, noise if len(self.steps) > 1 else Silent(noise))
+
+    adaptive = replace(COHORT, adaptive=True, claim=replace(CLAIM, steps=20), side=40)
+    assert rounds(cohort=adaptive) == set()
+    monkeypatch.setattr(Bounded, "noised", quiet)
+    assert "count: variance" in rounds(cohort=adaptive)
+
+
+# Company.
+
+
+@pytest.mark.slow
+def test_arithmetic_that_depends_on_how_many_share_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load("glyphs", device="cpu")
+    adapter, examples = company.chaotic(base), company.random_examples(base)
+
+    def depending(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+        found, losses = gradients(*arguments, **options)  # type: ignore[arg-type]
+        real = int((arguments[2].weights != 0).sum())  # type: ignore[attr-defined]
+        return found + 1e-3 * real * found.roll(1, dims=1), losses
+
+    honest = company.shift(base, adapter, examples, memory=2**30)
+    assert company.check(honest).p_value == 1.0
+    monkeypatch.setattr(trainer, "gradients", depending)
+    assert company.check(company.shift(base, adapter, examples, memory=2**30)).p_value == 0.0
+
+
+# Repeated.
+
+
+@pytest.mark.slow
+def test_honest_runs_pass_again_and_again() -> None:
+    """200 small runs: of their tests about one in a thousand has a p-value under 0.001, and none under 10⁻⁶."""
+    small = [replace(PLAIN, side=16, rounds=2), replace(STEPS, side=8, optimiser="adamw"), replace(FEW, rounds=10)]
+    p_values = []
+    for seed in range(200):
+        for situation in small:
+            seen = observe(situation, lambda *_: Secure(), seed, memory=MEMORY)
+            p_values += [check.p_value for check in situations.checks(seen)]
+    assert len(p_values) >= 200 * 45
+    assert min(p_values) > 1e-6
+    assert np.mean(np.array(p_values) < 1e-3) < 2e-3
