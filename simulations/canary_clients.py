@@ -145,11 +145,13 @@ def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
 
 def cohorts(longest: int, seed: int) -> list[tuple[str, Cohort]]:
     """What every audit looks at beside the claims, releases of about `longest` numbers in all."""
-    rounds, side = 20, max(2, math.isqrt(longest // 20))
+    rounds, side = 20, max(4, math.isqrt(longest // 20))
     claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=rounds)
-    included = toss(min(100, side * side), seed)
+    included = toss(min(100, (side // 4) ** 2), seed)
+    nobody = np.zeros_like(included)
     plain = Cohort(claim=claim, included=included, side=side)
     return [
         ("FedIT, 20 rounds", replace(plain, trains_both=True)),
         ("FFA, 20 rounds with an adaptive clip", replace(plain, adaptive=True)),
+        ("FFA, 20 rounds that no device answered", replace(plain, included=nobody, side=max(1, side // 4))),
     ]
