@@ -155,7 +155,7 @@ class Federation:
     def __post_init__(self) -> None:
         settings = [
             f"server.port={self.port}", f"server.inner_port={self.inner}", f"server.host={self.host}",
-            f"server.hosts=[{self.host}]", "server.per_holder=99",
+            f"server.hosts=[{self.host}]", "server.per_holder=99", "server.min_devices=1",
         ]  # fmt: skip
         self.server = Program("server.run", [*self.words, *settings], self.folder / "server", {"ANTHER_TEST": "true"})
 

@@ -59,12 +59,13 @@ class Buffered:
         self._done: set[int] = set()  # nodes that are not asked again in this round
         self._gave: Counter[int] = Counter()  # updates of each node in this round
         self._place = 0  # of the next plan in this round
+        self._until = 0.0  # when this round is over, on the clock
         self._late = Late(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Aggregate the next K updates; fewer, if no more of them come in time."""
         current = from_tensors(decode(adapter_from_record(arrays), shapes(self._strategy.sites, -1)))
-        until = self._clock.now() + self._pace.timeout
+        self._until = until = self._clock.now() + self._pace.timeout
         self._done, self._gave, self._place = set(), Counter(), 0
         ended: list[_Flight] = []
         dropped: Counter[str] = Counter()
@@ -98,7 +99,7 @@ class Buffered:
         for name, reply in pull(self._grid, list(self._flights), max(LAST_LOOK, until - now)):
             yield self._flights.pop(name), [reply]
         due = [name for name, flight in self._flights.items() if now >= flight.until]
-        for name, reply in pull(self._grid, due, LAST_LOOK, last=True):
+        for name, reply in pull(self._grid, due, LAST_LOOK / 2, last=True) if due else ():
             yield self._flights.pop(name), [reply]
         for name in due:
             if name in self._flights:
@@ -147,7 +148,8 @@ class Buffered:
         if not messages:
             return False
         self._place += 1
-        for name, message in zip(push(self._grid, messages, self._pace.timeout), messages, strict=True):
+        left = max(LAST_LOOK, self._until - self._clock.now())
+        for name, message in zip(push(self._grid, messages, left), messages, strict=True):
             node = message.metadata.dst_node_id
             own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))
             self._flights[name] = _Flight(node=node, asked=own, round=number, until=until)

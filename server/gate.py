@@ -144,7 +144,7 @@ class Gated(Forwarding):
             came = {name for name, _ in self.pull(names, math.inf)}
         else:
             try:
-                self._limit(self._poll)
+                self._limit(_SLACK)
                 self._arrivals.look(names)
             except httpx.TransportError:
                 return set()

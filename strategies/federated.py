@@ -72,8 +72,8 @@ log = logging.getLogger(__name__)
 _CONTROL = "control"  # part of the memory
 
 _QUERY_TIMEOUT = 120.0  # seconds: a device starts a process to answer
-_QUERY_WAIT = 20.0  # seconds that those who are in wait for the answer of a newcomer, which may also come later
-_QUERY_FIRST = 5.0  # seconds that it is waited for where nobody is in: others may have come meanwhile
+_QUERY_WAIT = 5.0  # seconds that the others wait for the answer of a newcomer, which may also come later
+_QUERY_STALE = 30.0  # seconds that they wait for those who are in, where it matters how these are now
 
 
 class Federated(Strategy):
@@ -219,7 +219,7 @@ class Federated(Strategy):
             names: Mapping[int, str] = {}
             if isinstance(grid, Registry):
                 names = grid.names()
-                wait = _QUERY_WAIT if self._roster.reports else _QUERY_FIRST
+                wait = _QUERY_STALE if self._roster.stale else _QUERY_WAIT
                 replies = grid.inquire(messages, timeout=_QUERY_TIMEOUT, wait=wait)
             else:
                 replies = iter(grid.send_and_receive(messages, timeout=_QUERY_TIMEOUT))

@@ -5,16 +5,25 @@ Against Flower's own state, object store and request handlers.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
+from models.adapter import initial, to_tensors
 from protocol import records
+from protocol.codec import encode
 from protocol.messages import Query
+from server.buffered import Buffered
 from server.collect import Late, collect
+from server.legs import Pace
 from server.pauses import FIRST, LONGEST, Pauses
+from strategies.aggregation.fedit import FedIT
+from strategies.asynchronous import SHIFTS
 from strategies.clock import WallClock
+from tests.fleet import PLAN, REPORT, SITES, FakeDevice, _reply, strategy
 from tests.superlink import Device, SuperLink
 
 LIMIT = 60.0  # seconds
@@ -274,3 +283,35 @@ def test_pauses_double_and_end():
 def test_names_are_those_of_the_register(link):
     devices, gate = [link.device(name) for name in "ab"], link.grid()
     assert {device.node: device.name for device in devices}.items() <= gate.names().items()
+
+
+def test_an_asynchronous_round_is_over_in_time_too(link, passing):
+    """One promises and never sends, one is silent, one is honest; each round ends with the honest update."""
+    mallory, silent, ada = (link.device(name) for name in ("mallory", "silent", "ada"))
+    gate, federated = link.grid(), strategy(aggregation=FedIT())
+    gate.names = lambda: {device.node: device.name for device in (mallory, silent, ada)}
+    for device in (mallory, silent, ada):
+        federated._roster.consider(device.node, replace(REPORT, device=device.name), now=0.0)
+    federated.query = lambda _: {n: r for n, r in federated._roster.reports.items() if n in gate.get_node_ids()}
+    pace = Pace(clock=WallClock(), timeout=LIMIT)
+    leg = Buffered(gate, federated, pace, shift=SHIFTS["fedit"], size=3, concurrency=3)
+    pushed, arrays = gate.push, records.adapter_to_record(encode(to_tensors(initial(SITES, PLAN.rank, seed=0))))
+
+    def push(messages, left):
+        messages = list(messages)
+        identifiers = pushed(messages, left)
+        for message in messages:
+            if message.metadata.dst_node_id == mallory.node:
+                promises(mallory)
+            elif message.metadata.dst_node_id == ada.node:
+                request = ada.pull()
+                train = records.request_from_records("train", request.content)
+                ada.push(ada.reply(request, records.reply_to_records(_reply(train, FakeDevice("ada")))))
+        return identifiers
+
+    gate.push = push
+    for number in (1, 2):
+        passing.passed = 0.0
+        assert leg.train(number, arrays) is not None
+        assert passing.passed < LIMIT + 2.0
+        assert federated.trained.replied >= 1
