@@ -129,6 +129,33 @@ They come after the clip and the noise of a step, and no picture enters them but
 """
 
 TOLD = """
+## What a device answers
+
+Under `example` a plan assumes N pictures, adapter.shared.batch_size / q of them, and a noised gain as many as it is
+divided by. From the first look at its pictures on, a device answers alike whatever they are:
+
+- *Which data sets are neighbors.* Each of the first N pictures by name has a place, and ε compares a place with its
+  picture and the same place without. What is missing, damaged or can't be encoded is absent, and none moves up; the
+  device's own log says which. On a device with at most N pictures this is one picture added or removed. With more, the
+  rest are left out, and to remove one together with its line lets another in: ε is then that of two pictures.
+- *No error tells of them.* Without any picture, or with fewer than `min_pictures`, the reply is noise alone, charged
+  like any other. Between data sets that reach a minimum of m and those that don't, ε is that of a group of m pictures.
+  A gradient that is not finite counts as zero. Everything else that goes wrong is one word, whatever it was.
+- *No picture's arithmetic depends on the others.* All passes of a job have one size, which follows from plan and
+  memory, and are filled up with entries of weight zero: the kernels of a layer depend on the size, and an adapter can
+  be made under which their last bits decide everything.
+- *Time is public.* A job has a number of passes that is enough for batches of N pictures, and waits for those that it
+  didn't need. What would go beyond isn't trained on: its probability, under 10⁻¹² a step, is kept back of every δ
+  (`training.schedule`). With N pictures at rate q and T steps it lasts about
+  1 + (1 − q) / qN + 7 √((1 − q) / qNT) times as long as its mean batches take, and exactly as long where q is 1. A
+  noised gain measures blank pictures in the places of those that aren't there. Seconds and joules in a reply follow
+  from the plan.
+- *What time is left to tell.* Finding and decoding pictures takes longer with more or larger ones, every round, and so
+  does encoding them, in the first round after they have changed. Waiting goes by the median of the job's own passes,
+  which vary by what else the machine does. A battery, heat and the owner's own use hold a job up, and a reply that was
+  sealed already is sent at once when asked for again. Whoever may read a device's power or temperature sees when it
+  waits. None of this is covered by ε.
+
 ## Downloads in few bits
 
 `strategy.download` rounds what was released already, by coins that follow from it. What rounding took stays on the
@@ -140,9 +167,7 @@ server and enters the next adapter there: of releases too.
   √(‖x̃‖² − D s²)₊ / (s √D) with the known deviation s. Under `example` alone an optimiser stands between the noise and
   an update, so what the updates differ by takes the place of the noise: a low estimate, since people differ as well.
 - Who replies, and when: how long a device takes, that it drops out or refuses, and so how long a round lasts. ε bounds
-  what updates tell, not this. Under `example` a device takes the steps of its plan whatever its pictures are, and tells
-  the seconds that these should take; but batches are larger where there are more pictures, so that its time hints at
-  their number: the promise assumes that whoever sees it learns nothing by it. Under `device` the server sees it and is
+  what updates tell, not this. Under `example` see "What a device answers". Under `device` the server sees it and is
   trusted with it; it decides about nobody else, nor about what is released. When releases come is assumed to tell
   nobody anything.
 - How many replied, and which devices took part, is in the log and the checkpoints of the server, which is trusted with

@@ -20,15 +20,19 @@ import torch
 from training.jobs import Train
 from training.passes import workers
 
-OVERHEAD = {"cpu": 2.0, "cuda": 16.0}
-"""What a pass costs beside its entries, in entries: `bench.private_cost`."""
+BESIDE = {"cpu": 16e6, "cuda": 100e6}
+"""Bytes of a pass that take as long as all that it does beside them: launches, and Python. `bench.private_cost`."""
 
 
-def fixed_size(device: torch.device, jobs: Sequence[Train], most: int) -> int:
+def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:
     """Entries of every pass of these private jobs, which are resident together and agree in their unit; at most `most`.
 
     As many whole units as make a step cheapest: few passes, and little to fill up. Of a unit that is larger than
     `most`, an even share.
+
+    Args:
+        entry: bytes that an entry takes (`training.capacity.entry_bytes`). Of a large base a pass of one picture is as
+            cheap as any other, and nothing has to be filled up.
     """
     unit = jobs[0].unit
     if unit > most:
@@ -36,7 +40,7 @@ def fixed_size(device: torch.device, jobs: Sequence[Train], most: int) -> int:
     assumed = max(1, sum(job.assumed for job in jobs))
     mean = sum(job.assumed * job.privacy.sampling_rate for job in jobs if job.privacy)
     counts, chances = pictures_of_a_step(assumed, min(1.0, mean / assumed))
-    overhead, at_once = OVERHEAD.get(device.type, OVERHEAD["cuda"]), workers(device)
+    overhead, at_once = BESIDE[device.type] / entry, workers(device)
 
     def cost(units: int) -> float:
         return float(np.ceil(counts / (units * at_once)) @ chances) * (overhead + units * unit)

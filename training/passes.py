@@ -38,6 +38,21 @@ def run_passes(device: torch.device, function: Callable[[P], R], parts: Iterable
         yield from _pool().map(function, parts)
 
 
+@contextmanager
+def without_denormals(device: torch.device) -> Iterator[None]:
+    """Within this context the calling thread of a CPU takes numbers near the smallest for zero.
+
+    Arithmetic with them can take a hundred times as long, so that the time of a pass would tell of what it sees.
+    """
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        if device.type == "cpu":
+            torch.set_flush_denormal(False)
+
+
 class Stopwatch:
     """Seconds of what runs within it, each time; on a GPU it doesn't wait for that, and `seconds` does."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from conf.errors import AntherError
 from models.denoiser import Denoiser
 from training.batches import Batch, Batches
-from training.capacity import TooLittleMemoryError, capacity, largest_pass
+from training.capacity import TooLittleMemoryError, capacity, entry_bytes, largest_pass
 from training.captured import CapturedPasses
 from training.fixed import fixed_size
 from training.gradients import Found, clip_whole, gradients, on_device, reduce
@@ -32,7 +32,7 @@ from training.inference import held_out_losses
 from training.jobs import Cancelled, Train, Trained
 from training.memory import for_looking, for_training
 from training.packing import Pack, Queue
-from training.passes import Stopwatch, run_passes, workers
+from training.passes import Stopwatch, run_passes, without_denormals, workers
 from training.rows import Rows, Shape, check
 from training.schedule import Turns, scheduled
 
@@ -130,7 +130,8 @@ class _Cohort:
             most, self.spare = max(1, for_training(self.size)), for_looking(found.room)
             self.size = -(-found.expected // -(-found.expected // most)) if not self.private else most
         if self.private:
-            self.size = fixed_size(self.base.device, self.jobs[: found.jobs], self.size)
+            entry = entry_bytes(self.base, Shape.of(self.jobs))
+            self.size = fixed_size(self.base.device, self.jobs[: found.jobs], self.size, entry)
         self.key = (Shape.of(self.jobs), found.jobs, self.size, self.compiled, self.private)
         self.rows, self.captured = _buffers(self.base, *self.key)
         self.queue = Queue()
@@ -167,8 +168,9 @@ class _Cohort:
 
     def _pass(self, pack: Pack) -> Found:
         entries = on_device(pack, self.base.device)
-        found = self.captured(entries) if self.captured else gradients(self.base, self.rows, entries)
-        return reduce(self.rows, pack, *found)
+        with without_denormals(self.base.device) if self.private else nullcontext():
+            found = self.captured(entries) if self.captured else gradients(self.base, self.rows, entries)
+            return reduce(self.rows, pack, *found)
 
     def _admit(self) -> list[int]:
         """Fill vacant rows with the next jobs; those rows."""

@@ -250,7 +250,7 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
     """Of the adapters of two rounds, the sum that the noise is to hide in whole steps; a personal one in between."""
     held = Pictures((picture(9),), tuple(PICTURES[member] for member in members), ())
     device = device_on(base, folder, "d", held, lambda _round, _purpose: Still())
-    privacy = MeasuringPrivacy(noise_multiplier=20.0, clip=clip, pictures=1, delta=PRIVACY.delta)
+    privacy = MeasuringPrivacy(noise_multiplier=20.0, clip=clip, pictures=DIVISOR, delta=PRIVACY.delta)
     first, second = (
         Evaluate(run="run", round=number, adapter=codec.encode(to_tensors(adapter(base, number))), privacy=privacy)
         for number in (1, 2)
@@ -261,7 +261,7 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
         reply = drive({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
         if isinstance(reply, Evaluation):
             assert reply.gain is not None
-            found.append(round(reply.gain / clip * measuring.STEPS))
+            found.append(round(reply.gain * DIVISOR / clip * measuring.STEPS))
     return found
 
 

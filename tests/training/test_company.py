@@ -19,6 +19,7 @@ from models.adapter import Adapter, Factors, initial
 from models.base import Base, load
 from models.bounds import excess
 from privacy.noise import CPU
+from privacy.sensitivity import RESOLUTION
 from training import passes, trainer
 from training.batches import Batch
 from training.gradients import gradients, on_device
@@ -128,12 +129,13 @@ def test_a_pass_of_another_size_changes_the_gradient(glyphs: Base, letters: Exam
 
 
 def sums(base: Base, jobs: Sequence[Train]) -> list[Tensor]:
-    """Of each job of one step, in the jobs' order: what its noise is to hide [D], in units of the sum."""
+    """Of each job of one step, in the jobs' order: what its noise is to hide [D], in whole steps of the grid."""
     told: dict[int, Tensor] = {}
     really = SGD.step
 
     def step(self: SGD, rows: Sequence[int], found: Tensor) -> None:
-        told.update({row: gradient.double().cpu() * 16 for row, gradient in zip(rows, found, strict=True)})
+        steps = (found.double().cpu() * (16 * RESOLUTION / CLIP)).round()  # float32 holds as many digits
+        told.update(dict(zip(rows, steps, strict=True)))
         really(self, rows, found)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -147,9 +149,8 @@ def test_one_picture_more_moves_the_sum_by_its_own_alone(glyphs: Base, letters: 
     """Fifteen pictures and sixteen, where kernels change: with passes as large as batches this was 4.6 clips."""
     start = chaos(glyphs, *FOUND)
     few, many, alone = (sums(glyphs, [plan(start, letters, p)])[0] for p in (range(15), range(16), [15]))
-    assert alone.norm() == pytest.approx(CLIP, rel=1e-3)  # the grid takes the rest
-    assert (many - few).norm() <= CLIP * (1 + 1e-6)
-    assert (many - few - alone).norm() <= 1e-6 * CLIP
+    assert torch.equal(many - few, alone)
+    assert 0.999 * RESOLUTION < alone.norm() <= RESOLUTION  # the grid takes the rest
 
 
 @pytest.mark.parametrize(("size", "draws"), [(6, 1), (2, 3)], ids=["whole", "in pieces"])
@@ -174,4 +175,4 @@ def test_threads_and_other_clients_change_nothing(
             monkeypatch.setattr(passes, "_pool", lambda: pool)
             together = sums(glyphs, [jobs()[place] for place in order])
             for place, total in zip(order, together, strict=True):
-                assert (total - alone[place]).norm() <= 1e-6 * CLIP
+                assert torch.equal(total, alone[place])

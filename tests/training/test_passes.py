@@ -92,3 +92,10 @@ def test_a_pass_may_overwrite_what_the_last_one_found(
     fine.kept.clear()
     for got, want, plan in zip(found, wanted, jobs(), strict=True):
         assert_close(got, trained(want), plan.start, 1e-10)
+
+
+def test_numbers_near_the_smallest_are_zero_within_alone() -> None:
+    tiny = torch.tensor(1e-39)
+    with passes.without_denormals(CPU):
+        assert (tiny * 0.5).item() == 0
+    assert (tiny * 0.5).item() > 0
