@@ -64,7 +64,7 @@ class Client:
     Args:
         home: of an enrolled device, with its key and the authority's certificate.
         port: of the server.
-        own: whether it signs with its own key, or with one that nobody knows.
+        own: whether it signs with its own key, or with an unknown one.
         base: hash of the federation's base.
     """
 
@@ -120,7 +120,7 @@ class Client:
 
 
 def honest(client: Client, call: str) -> Any:
-    """A request as a SuperNode makes it, but for ids that nobody gave it."""
+    """A request as a SuperNode makes it, but with invented ids."""
     drawn, message = client.drawn, REQUESTS[call]()
     for name, value in (
         ("public_key", client.pem), ("heartbeat_interval", 30.0), ("run_id", drawn.getrandbits(63)),
@@ -167,7 +167,7 @@ def malformed(client: Client) -> None:
 
 def foreign(client: Client) -> None:
     call = client.drawn.choice([*set(REQUESTS) - {"activate-node", "send-node-heartbeat", "pull-messages"}])
-    client.post(f"ids of nobody's: {call}", call, honest(client, call).SerializeToString())
+    client.post(f"invented ids: {call}", call, honest(client, call).SerializeToString())
 
 
 def another_node(client: Client) -> None:
@@ -276,7 +276,7 @@ def send(client: Client, kind: str, made: Message) -> None:
 
 
 def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
-    """What a node that was given a message might do with it, at the cost of others."""
+    """Misuse a message in every way that could harm others."""
     drawn, run = client.drawn, asked.run_id
     for _ in range(3):
         client.ask("confirmed early", "confirm-message-received", run_id=run, message_object_id=asked.message_id)
@@ -300,7 +300,7 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
     promise(client, "another node's reply", reply_to(client, asked, None, src_node_id=drawn.getrandbits(63)))
     promise(client, "reply to nothing", reply_to(client, asked, None, reply_to_message_id=leaf().object_id))
     promise(client, "odd times", reply_to(client, asked, None, ttl=float("nan"), created_at=float("inf")))
-    known = tree.children[0] if tree.children else leaf()  # of what the server sends, to other devices too
+    known = tree.children[0] if tree.children else leaf()  # the server sends it to other devices too
     found = promise(client, "poisoned id", made, grown(ObjectTree(object_id=known.object_id)))
     if found is not None:
         for name in (known.object_id, whole.object_id):
@@ -321,7 +321,7 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
 
 
 def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> None:
-    """Take a message as a SuperNode does, and refuse what it asks; a Query is answered."""
+    """Take a message as a SuperNode does, and refuse it; a Query is answered."""
     waiting = [tree]
     while waiting:
         found = waiting.pop()
@@ -369,7 +369,7 @@ def come(client: Client) -> None:
 
 
 def flood(client: Client, calls: int, rate: float) -> None:
-    """So many hostile calls, so many a second."""
+    """Make hostile calls at a rate per second."""
     began = time.monotonic()
     for number in range(calls):
         client.drawn.choice(KINDS)(client)

@@ -65,7 +65,7 @@ class Done:
 
 @dataclass
 class Found:
-    """What was measured."""
+    """Measurements of one federation."""
 
     calls: int = 0
     calm_seconds: list[float] = field(default_factory=list)
@@ -117,7 +117,7 @@ def lost(done: Iterable[Done]) -> list[int]:
 
 
 def processes(running: Federation) -> dict[str, set[int]]:
-    """Ids of the processes of the server and of the honest devices, by what they run."""
+    """Ids of the processes of the server and of the honest devices, by program."""
     homes = {str(running.server.home): ("server", SERVER)}
     homes |= {str(device.home): (name, DEVICE) for name, device in running.devices.items()}
     found: dict[str, set[int]] = {}
@@ -131,7 +131,7 @@ def processes(running: Federation) -> dict[str, set[int]]:
 
 
 def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
-    """What has ended meanwhile; a device's ClientApps and workers come and go."""
+    """Programs that have ended meanwhile; a device's ClientApps and workers come and go."""
     lasting = {name: ids for name, ids in before.items() if not name.endswith(("client.worker", "client.node"))}
     nodes = {name: {min(ids)} for name, ids in before.items() if name.endswith("client.node")}  # the others are forks
     return [name for name, ids in {**lasting, **nodes}.items() if ids - after.get(name, set())]
@@ -209,7 +209,7 @@ def stored(running: Federation) -> int:
 
 
 def table(found: Found) -> Table:
-    """A row for each kind of call, and below it what it came to."""
+    """A row for each kind of call, with a summary below."""
     shown = Table(title=f"{found.calls:,} calls", caption=summary(found))
     for heading in ("client", "call", "what became of it"):
         shown.add_column(heading)

@@ -15,7 +15,7 @@ class Limits:
 
     requests_per_minute: int = 1200  # of one device; a device at work makes about 150
     concurrent: int = 8  # requests of one device at once
-    connections: int = 64  # of one address (of IPv6: one /64) on which nobody has shown yet to be enrolled
+    connections: int = 64  # of one address (of IPv6: one /64) on which no enrolled device has shown yet
     total_connections: int = 2048  # of all; at most three quarters of the files that the process may open
     header_seconds: float = 20.0  # for a TLS handshake and the head of a request
     idle_seconds: float = 60.0  # without a byte in the middle of a request or an answer

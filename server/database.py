@@ -1,4 +1,4 @@
-"""The SuperLink's database on disk: bounded, because devices decide what is put into it.
+"""The SuperLink's database on disk: bounded, because devices fill it.
 
 It holds nothing that is worth keeping between two starts: who may take part is in `register.json`, what rounds came to
 in the run's checkpoints, and messages are those of a ServerApp that has ended with its SuperLink.

@@ -1,1 +1,1 @@
-"""The one port of a federation's server: what devices, enrolled or not, can reach of it."""
+"""The one port of a federation's server: everything that devices can reach."""

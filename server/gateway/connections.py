@@ -1,4 +1,4 @@
-"""Who may hold a connection, for how long: before anything is known of who is at its other end."""
+"""Limits on open connections: their number by address, and the time that each may take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _JUST_COME = 0.5  # seconds in which a connection isn't closed for another
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """The event that a connection waits for."""
 
     HEAD = "a TLS handshake, or the head of a request"
     BODY = "a request's body"
@@ -57,13 +57,13 @@ class Connection:
         return network(self.address)
 
     def enter(self, phase: Phase, now: float) -> None:
-        """Note what it waits for from now on."""
+        """Begin to wait for another event."""
         if phase is not self.phase:
             self.phase, self.since, self.moved, self.bytes = phase, now, now, 0
 
 
 def network(address: Any) -> str:
-    """What one sender has as a whole: an IPv4 address, or a /64 of IPv6."""
+    """Return the network of one sender: an IPv4 address, or a /64 of IPv6."""
     host = str(address[0]) if isinstance(address, tuple) else str(address)
     try:
         found = ipaddress.ip_address(host.partition("%")[0])
@@ -106,8 +106,8 @@ class Connections:
     def admit(self, address: Any, end: Callable[[], None]) -> bool:
         """Take a connection in, in place of the oldest stranger's if there are too many; False: it is to be closed.
 
-        A device shows who it is within a fraction of a second, so whoever doesn't makes room, also for others behind
-        the same address.
+        A device shows who it is within a fraction of a second, so a connection on
+        which none has makes room, also for devices behind the same address.
         """
         where, now, key = network(address), self.clock(), _key(address)
         if key in self._open:
@@ -142,7 +142,7 @@ class Connections:
             self._forget_stranger(connection)
 
     def sweep(self) -> None:
-        """Close what is too slow."""
+        """Close connections that are too slow."""
         now = self.clock()
         for connection in [*self._open.values()]:
             if self._is_late(connection, now):

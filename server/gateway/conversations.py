@@ -1,4 +1,4 @@
-"""What one node and the server are in the middle of: the messages that the node was given, and its reply to one.
+"""State of the exchange with each node: the messages that it was given, and its reply to one of them.
 
 Lost with the gateway, on purpose: a gateway ends together with its SuperLink's ServerApp, and replies to a ServerApp
 that is gone are of no use. A node in the middle of one then gets a 403, for which Flower's SuperNode drops it.
@@ -20,9 +20,7 @@ from server.gateway.refusal import NOT_YOURS, Refusal, hostile
 from server.gateway.replies import Bound, Reply, promised
 
 _REMEMBERED = 8  # messages; a SuperNode is given one at a time
-_OUTSTANDING = (
-    4  # replies of one node that the SuperLink keeps at most: those of messages that nobody waits for any more
-)
+_OUTSTANDING = 4  # replies of one node that the SuperLink keeps at most, such as those that came too late
 _PULLS = 32  # of one object, since lines break
 _PROMISES = 16  # replies to one message that are begun: after a fault of the server's one is begun anew
 _FETCHES = 16  # of one run: a SuperNode remembers it
@@ -81,7 +79,7 @@ class Conversation:
         return found
 
     def check_run(self, run: int, what: str) -> None:
-        """Refuse to tell of a run that this node takes no part in, and to tell again and again."""
+        """Refuse to describe a run that this node takes no part in, or to describe one again and again."""
         if not any(given.head.run_id == run for given in self.given.values()):
             raise Refusal(NOT_YOURS, "a run that this node takes no part in")
         self.fetched[what, run] += 1
@@ -166,7 +164,7 @@ def _check_head(head: Message, asked: Metadata, node: int) -> None:
 
 
 def _rebuilt(head: Message) -> Message:
-    """A head with what a reply has and nothing else."""
+    """Copy the fields of a reply's head, and no others."""
     kept, metadata = Message(), head.metadata
     for name in (
         "run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type",

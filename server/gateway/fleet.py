@@ -161,7 +161,7 @@ class Fleet:
     async def _confirm_for(self, name: str, given: Given | None, caller: Caller, conversation: Conversation) -> bool:
         """Confirm a message's receipt, whereupon the SuperLink removes it; False if the server isn't done sending it.
 
-        A SuperNode needn't pull an object that it happens to hold, so what it hasn't pulled is looked for.
+        A SuperNode needn't pull an object that it happens to hold, so the gateway looks for the rest.
         """
         if given is None or given.confirmed:
             return True

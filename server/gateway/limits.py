@@ -1,4 +1,4 @@
-"""How much each device may ask for, and all of them together."""
+"""Limits on requests: rate and number by device, memory in total."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Budget:
 
     @contextmanager
     def working(self, key: str) -> Iterator[None]:
-        """Within it, one of the requests that a key may have at once. Refusal if it has as many already."""
+        """Hold one of the requests that a key may have at once. Refusal if it holds all of them."""
         if self._working[key] >= self._settings.concurrent:
             raise Refusal(LATER, "too many requests at once")
         self._working[key] += 1
@@ -68,7 +68,7 @@ class Budget:
 
     @contextmanager
     def reading(self, size: int) -> Iterator[None]:
-        """Within it, memory for a body of this many bytes. Refusal if bodies fill what there is for them."""
+        """Reserve memory for a body of this many bytes. Refusal if other bodies take all of it."""
         if self._reading + size > self._settings.body_mib * 2**20:
             raise Refusal(LATER, "the server is busy")
         self._reading += size

@@ -72,7 +72,7 @@ class WatchedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Runs in a thread, and closes what is too slow."""
+    """A server that runs in a thread and closes slow connections."""
 
     connections: Connections
 
@@ -104,7 +104,9 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
     while thread.is_alive() and not server.started:
         time.sleep(0.05)
     if not server.started:
-        raise AntherError(f"{host}:{port}: nobody can listen there: choose another server.port, or stop what does")
+        raise AntherError(
+            f"{host}:{port}: the port is taken: choose another server.port, or stop the program that listens there"
+        )
     return server
 
 
@@ -122,7 +124,7 @@ def _listener(host: str, port: int, connections: Connections) -> Listener:
         listener.bind(address)
     except OSError:
         raise AntherError(
-            f"{host}:{port}: nobody can listen there: choose another server.port, or stop what does"
+            f"{host}:{port}: the port is taken: choose another server.port, or stop the program that listens there"
         ) from None
     listener.connections = connections
     return listener

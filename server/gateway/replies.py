@@ -124,7 +124,7 @@ class Reply:
         tree: of its objects, as it will be handed on.
         objects: that the tree names, children before parents.
         bound: how much it may hold.
-        folder: for what has come of it.
+        folder: for its objects as they come.
     """
 
     head: Message
@@ -156,7 +156,7 @@ class Reply:
         """Take one object; one that has come before is only checked again.
 
         Raises:
-            Refusal: it isn't one of this reply's, or isn't what it should be.
+            Refusal: it isn't one of this reply's, or is another object than its id says.
         """
         if (expected := self.objects.get(identifier)) is None:
             raise hostile("an object that is none of this reply's")

@@ -184,5 +184,5 @@ def test_a_new_certificate_is_shown_without_a_restart(place):
 
 
 def test_a_port_that_is_taken(port, place):
-    with pytest.raises(AntherError, match="nobody can listen there"):
+    with pytest.raises(AntherError, match="the port is taken"):
         serve(gateway(place), host=LOOPBACK, port=port, certificates=place.certificates)
