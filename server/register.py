@@ -120,11 +120,11 @@ class Register:
         Raises:
             AntherError: the ticket is unknown, used or expired, or the name or the key is taken.
         """
-        now = datetime.now(UTC)
+        now, mark = datetime.now(UTC), _hash(secret)
+        if mark not in self.look().tickets:  # guesses don't wait for the lock, nor hold it
+            raise AntherError("no such ticket: ask the operator for another one")
         with self._locked() as contents:
-            ticket = contents.tickets.get(_hash(secret))
-            if ticket is None:
-                raise AntherError("no such ticket: ask the operator for another one")
+            ticket = contents.tickets[mark]
             if ticket.used_by == key and (member := contents.known(key)):
                 if member.name != name:
                     raise AntherError(
@@ -145,7 +145,7 @@ class Register:
             member = Member(name=name, holder=ticket.holder, since=now.isoformat(timespec="seconds"))
             self._write(
                 Contents(
-                    tickets={**contents.tickets, _hash(secret): replace(ticket, used_by=key)},
+                    tickets={**contents.tickets, mark: replace(ticket, used_by=key)},
                     members={**contents.members, key: member},
                 )
             )

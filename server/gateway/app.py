@@ -40,7 +40,7 @@ from server.gateway import calls, identity
 from server.gateway.calls import Call
 from server.gateway.fleet import Caller, Fleet, Passed
 from server.gateway.identity import Claim
-from server.gateway.limits import COMING, Budget
+from server.gateway.limits import COMING, PIECE, Budget
 from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
 from server.gateway.replies import Bound
 from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
@@ -238,7 +238,7 @@ class _Enrolled:
                 raise Refusal(UNKNOWN, _NOT_ENROLLED)
             if key:
                 self.gateway.proved(scope.get("client"), key)
-            self.gateway.budget.take(key)
+            self.gateway.budget.take(key, PIECE)
             with self.gateway.budget.working(key):
                 await self.app(scope, receive, send)
         except Refusal as refusal:

@@ -12,6 +12,7 @@ from conf.serving import Limits
 from server.gateway.refusal import LATER, Refusal
 
 HOSTILE = 30.0  # requests that one counts as which no SuperNode of ours sends
+PIECE = 0.1  # requests that one for a piece of the base counts as: of a large one there are thousands
 COMING = 30.0  # requests that coming or leaving counts as: the server has to ask a node anew each time
 
 _FORGOTTEN = 4096  # keys

@@ -104,9 +104,7 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
     while thread.is_alive() and not server.started:
         time.sleep(0.05)
     if not server.started:
-        raise AntherError(
-            f"{host}:{port}: the port is taken: choose another server.port, or stop the program that listens there"
-        )
+        raise AntherError(f"{host}:{port}: the gateway did not start: see the lines above")
     return server
 
 
@@ -122,9 +120,10 @@ def _listener(host: str, port: int, connections: Connections) -> Listener:
         listener = Listener(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError:
+    except OSError as error:
         raise AntherError(
-            f"{host}:{port}: the port is taken: choose another server.port, or stop the program that listens there"
+            f"{host}:{port}: can't listen there ({error.strerror or error}): choose another server.port or "
+            "server.host, or stop the program that does"
         ) from None
     listener.connections = connections
     return listener
