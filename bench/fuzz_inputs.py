@@ -1,6 +1,7 @@
 """Does any file surprise?  python -m bench.fuzz_inputs [--cases 20000] [--seed 0]
 
-Pictures of every format, sheets of captions, EXIF blocks and layouts of folders, each made by a seed and then spoiled.
+Pictures of every format, sheets of captions, EXIF blocks, layouts of folders, and bases of every family, each made by a
+seed and then spoiled.
 A case is sound if the folder is read, its pixels can be had at every size, and its fingerprint; or if it is refused in
 one line that names a place. Anything else is a fault, with the seed that makes it again: `--kind exif --only 123`.
 Processes that die are faults, too. Other kinds of input (`KINDS`) are added as a function from a random generator and
@@ -30,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import spoiled
+from bench import spoiled, spoiled_bases
 from bench.machine import machine, versions
 from client.data import fingerprint, load_folder
 from conf.errors import AntherError
@@ -75,6 +76,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Try]] = {
     "exif": _folder(spoiled.exif),
     "sheet": _folder(spoiled.sheet),
     "layout": _folder(spoiled.layout),
+    "base": spoiled_bases.base,
 }
 
 

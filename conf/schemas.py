@@ -109,6 +109,8 @@ class Profile:
     device: str | None = None  # its hardware, by the name of a file of conf/device; null: as stated in the next three
     memory_gib: float | None = None  # null: its hardware's
     examples_per_second: float | None = None  # training examples of the base; null: predicted from its hardware
+    measured_on: str | None = None  # base whose rate that is, at its own resolution: for another base or resolution it
+    # is predicted from the hardware; null: of the run's base, whatever it is
     watts: float | None = None  # while training; null: its hardware's
     rank: int | None = None  # the highest that it trains; null: any
     sites: str | None = None  # regular expression on the names of the only layers that it trains; null: any
@@ -130,6 +132,8 @@ class Profile:
             require(_none_or_positive(value), f"fleet.profiles: {name}={value} of {self.name}: must be over 0")
             said = f"fleet.profiles: {name} of {self.name}: state it, or name its hardware (device)"
             require(value is not None or self.device is not None, said)
+        measured = f"fleet.profiles: measured_on={self.measured_on} of {self.name}: name its hardware too (device)"
+        require(self.measured_on is None or self.device is not None, measured)
         for name in ("uplink_mbps", "downlink_mbps", "share", "cool_after", "hot_speed"):
             value = getattr(self, name)
             require(value == MISSING or value > 0, f"fleet.profiles: {name}={value} of {self.name}: must be over 0")

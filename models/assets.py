@@ -73,6 +73,12 @@ def held(wanted: str) -> Path | None:
     return found[0] if len(found) == 1 and found[0].exists() else None
 
 
+def is_asset(name: str, sha256: str) -> bool:
+    """Whether a base of that name, shipped or a folder's, has this content hash."""
+    manifest = _manifest()
+    return (manifest[name]["sha256"] if name in manifest else digest(locate(name))) == sha256
+
+
 def locate(name: str) -> Path:
     """The file or folder of a shipped asset by its name, of any that is here by its hash, of one's own by its path,
     or of the hub's by 'owner/name'."""

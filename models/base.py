@@ -17,7 +17,6 @@ from conf.errors import AntherError
 from models import assets, decoding, packed
 from models.denoiser import Denoiser
 from models.families.checkpoint import recognise
-from models.families.schedules import schedule_of
 
 
 class Guidance(NamedTuple):
@@ -41,6 +40,7 @@ class Base(Denoiser):
         notes: its family, licence and safety checker, to be carried along with what is made from it.
         shape: latent shape (c, h, w).
         resolution: side of a picture in pixels.
+        own_resolution: that which the network was made for; None: its configuration doesn't say.
     """
 
     def __init__(
@@ -61,12 +61,13 @@ class Base(Denoiser):
         scale = checkpoint.scale
         if resolution is None and side is None:
             raise AntherError(f"base {folder}: its {self.family.network} says no sample_size: give base.resolution")
+        self.own_resolution = None if side is None else side * scale
         self.resolution = resolution or (side or 0) * scale
         if self.resolution % (patch * scale):
             raise AntherError(f"base {folder}: {self.resolution} pixels: must be a multiple of {patch * scale}")
         side = self.resolution // scale
         self.shape = (channels, side, side)
-        schedule = schedule_of(checkpoint.config("scheduler"), (side // patch) ** 2)
+        schedule = checkpoint.schedule((side // patch) ** 2)
         part = folder / self.family.network
         if packed.is_packed(part):
             network, weights = packed.load(part, checkpoint.parts[self.family.network], weights), "fp32"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.errors import AntherError
+from conf.errors import AntherError, shown
 
 NETWORK, ENCODER = "diffusion_pytorch_model", "model"  # how diffusers and transformers call their weights
 
@@ -19,6 +19,7 @@ _ELSEWHERE = re.compile(  # what a text encoder's file may hold beside it: the r
     r"lm_head\..*|score\..*"
 )
 _ATTENTION = ("eager", "sdpa")
+_LARGEST, _LAYERS = 10**7, 2**9  # of a number in a text encoder's configuration: the libraries make what it says
 
 
 class Weights(NamedTuple):
@@ -130,8 +131,13 @@ def _check_encoder(folder: Path) -> None:
     if isinstance(config, dict) and "quantization_config" in config:
         raise AntherError(f"{folder}: is quantized: give the text encoder in full precision")
     for key, value in _entries(config):
+        most = _LAYERS if "layers" in key else _LARGEST
+        if isinstance(value, int | float) and not abs(value) <= most:
+            raise AntherError(f"{folder / 'config.json'}: {key}={shown(value)}: no text encoder is like that")
         if key.endswith("attn_implementation") and value is not None and value not in _ATTENTION:
-            raise AntherError(f"{folder / 'config.json'}: {key}={value}: only {' and '.join(_ATTENTION)} are allowed")
+            raise AntherError(
+                f"{folder / 'config.json'}: {key}={shown(value)}: only {' and '.join(_ATTENTION)} are allowed"
+            )
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:

@@ -85,7 +85,8 @@ def participants(
     names = [name for name, *_ in dealt]
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
-    policy, kinds = owners_policy(config), hardware(config.fleet, costs(config, base), config.adapter.shared.rank)
+    policy = owners_policy(config)
+    kinds = hardware(config.fleet, costs(config, base), config.adapter.shared.rank, base)
     return [
         _participant(config, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
         for i, (name, writer, copy) in enumerate(dealt)

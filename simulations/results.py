@@ -219,9 +219,20 @@ def build_report(
         gallery=gallery([person for person in chosen if person.name in drawn], drawn),
         use=use_of(base, adapters),
         strategy=config.strategy.aggregation,
+        rates=rates(people, base),
         letters=all(person.kind != "own" for person in people),
         footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
     )
+
+
+def rates(people: Sequence[Participant], base: Base) -> str:
+    """Where the devices' seconds and joules come from."""
+    words = {
+        False: "from the rates that their profiles state for this base",
+        True: f"predicted from the operations of one training pass of this base at {base.resolution} pixels and what "
+        "the devices' hardware sustains, as python -m client.plan does",
+    }
+    return "; ".join(words[kind] for kind in sorted({person.hardware.predicted for person in people}))
 
 
 def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:

@@ -22,6 +22,7 @@ from models.families.schedules import schedule_of
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.objective import Schedule
 
 FAMILIES = {family.pipeline: family for family in (STABLE_DIFFUSION, SDXL, PIXART, SD3, FLUX, SANA)}
 
@@ -48,6 +49,13 @@ class Checkpoint:
         vae = self.config("vae")
         return int(2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1))
 
+    def schedule(self, tokens: int) -> Schedule:
+        """Its forward process, for latents of this many tokens; AntherError if its scheduler is of another kind."""
+        try:
+            return schedule_of(self.config("scheduler"), tokens)
+        except AntherError as error:
+            raise AntherError(f"base {self.folder}: its {error}") from error
+
     def load(self, part: str) -> Any:
         """A network of the pipeline in float32; AntherError if it is pickled, damaged or foreign."""
         import diffusers  # slow import, so only here
@@ -73,7 +81,7 @@ class Checkpoint:
         self.try_encoders()
         self.load("vae")
         packed.load(self.folder / self.family.network, self.parts[self.family.network])
-        schedule_of(self.config("scheduler"), 1)
+        self.schedule(1)
 
     def notes(self) -> dict[str, str]:
         """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.errors import AntherError
+from conf.errors import AntherError, shown
 from models import loading, spiece
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Gemma2Model")
@@ -76,7 +76,7 @@ def _match(tokenizer: Any, encoder: Any, folder: Path) -> None:
         )
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or longest < 1:
-        raise AntherError(f"{folder}: its tokenizer's model_max_length={longest}: must be over 0")
+        raise AntherError(f"{folder}: its tokenizer's model_max_length={shown(longest)}: must be over 0")
     places = getattr(encoder.config, "max_position_embeddings", None)
     if places is not None:
         tokenizer.model_max_length = int(min(longest, places))

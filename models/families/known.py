@@ -33,6 +33,7 @@ class Known:
     family: Family
     config: Mapping[str, Any]  # of its network, where it differs from the class's defaults
     scale: int = 8  # pixels of a latent, along a side
+    name: str = "base"  # for messages
 
     def whole_config(self) -> dict[str, Any]:
         """The configuration with the class's defaults."""
@@ -45,8 +46,14 @@ class Known:
         """It, on the meta device: shapes and nothing else."""
         import diffusers  # slow import, so only here
 
-        with torch.device("meta"):
-            found: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
+        try:
+            with torch.device("meta"):
+                found: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
+        except Exception as error:  # the libraries raise a dozen kinds for a foreign configuration
+            reason = " ".join(str(error).split())[:200]
+            raise AntherError(
+                f"{self.name}: no {self.family.kind} can be made of its configuration ({reason})"
+            ) from error
         return found.requires_grad_(False).eval()
 
 
@@ -65,7 +72,7 @@ def find(base: str) -> Known:
     checkpoint = recognise(folder)
     config = checkpoint.config(checkpoint.family.network)
     own = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Known(family=checkpoint.family, config=own, scale=checkpoint.scale)
+    return Known(family=checkpoint.family, config=own, scale=checkpoint.scale, name=f"base {folder}")
 
 
 def _unet(attention: int, **changes: Any) -> Known:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from conf.errors import AntherError
+from conf.errors import AntherError, shown
 from models.objective import Schedule, diffusion, rectified_flow
 
 _BETAS = (
@@ -32,7 +32,9 @@ def schedule_of(config: Mapping[str, Any], tokens: int) -> Schedule:
     name = config.get("_class_name")
     length = config.get("num_train_timesteps", 1000)
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= _LONGEST:
-        raise AntherError(f"scheduler {name}: num_train_timesteps={length}: must be a whole number, 1 to {_LONGEST}")
+        raise AntherError(
+            f"scheduler {shown(name)}: num_train_timesteps={shown(length)}: must be a whole number, 1 to {_LONGEST}"
+        )
     if name in _FLOWS:
         if config.get("use_dynamic_shifting"):
             return rectified_flow(length, trained_shift=1.0, shift=_dynamic_shift(config, tokens))
@@ -43,13 +45,13 @@ def schedule_of(config: Mapping[str, Any], tokens: int) -> Schedule:
         shift = _number({**config, "flow_shift": config.get("flow_shift") or 1.0}, "flow_shift", 1.0)
         return rectified_flow(length, trained_shift=shift, shift=shift)
     if "beta_start" not in config:
-        raise AntherError(f"scheduler {name}: neither a diffusion with betas nor a rectified flow")
+        raise AntherError(f"scheduler {shown(name)}: neither a diffusion with betas nor a rectified flow")
     if config.get("trained_betas") is None:
         for key in ("beta_start", "beta_end"):
             _number(config, key, 0.01, most=1.0)
         if (kind := config.get("beta_schedule", "linear")) not in _BETA_SCHEDULES:
             raise AntherError(
-                f"scheduler {name}: beta_schedule={kind}: only {', '.join(_BETA_SCHEDULES)} are supported"
+                f"scheduler {shown(name)}: beta_schedule={shown(kind)}: only {', '.join(_BETA_SCHEDULES)} are supported"
             )
     else:
         _check_betas(name, config["trained_betas"])
@@ -59,8 +61,8 @@ def schedule_of(config: Mapping[str, Any], tokens: int) -> Schedule:
     least = float(scheduler.alphas_cumprod.min()) ** 0.5
     if prediction == "epsilon" and not least >= _LEAST:
         raise AntherError(
-            f"scheduler {name}: prediction_type=epsilon where nothing is left of a picture (rescale_betas_zero_snr): "
-            "no picture can be told from its noise there; such bases predict v: set prediction_type=v_prediction"
+            f"scheduler {shown(name)}: prediction_type=epsilon where nothing is left of a picture "
+            "(rescale_betas_zero_snr): such bases predict v; set prediction_type=v_prediction if this one does"
         )
     return diffusion(scheduler.alphas_cumprod, prediction)
 
@@ -68,14 +70,16 @@ def schedule_of(config: Mapping[str, Any], tokens: int) -> Schedule:
 def _check_betas(name: Any, betas: Any) -> None:
     sound = isinstance(betas, list) and 1 <= len(betas) <= _LONGEST
     if not sound or not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas):
-        raise AntherError(f"scheduler {name}: trained_betas: must be 1 to {_LONGEST} numbers between 0 and 1")
+        raise AntherError(f"scheduler {shown(name)}: trained_betas: must be 1 to {_LONGEST} numbers between 0 and 1")
 
 
 def _number(config: Mapping[str, Any], key: str, default: float, *, most: float = 1e3) -> float:
     """A positive number of a configuration."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-        raise AntherError(f"scheduler {config.get('_class_name')}: {key}={value}: must be over 0 and at most {most:g}")
+        raise AntherError(
+            f"scheduler {config.get('_class_name')}: {key}={shown(value)}: must be over 0 and at most {most:g}"
+        )
     return value
 
 

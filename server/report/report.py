@@ -100,6 +100,8 @@ class Report:
     """Whether the pictures are letters that people write."""
     quality: str = "estimate"
     """How the devices' seconds and joules were had: `estimate` from their profiles, or else in words."""
+    rates: str = "from the profile of the device"
+    """Where estimated seconds and joules come from."""
     test: bool = True
     """Noise can be made again, so that nothing is a release."""
     footer: str = ""

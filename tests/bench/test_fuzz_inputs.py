@@ -13,7 +13,7 @@ from bench.fuzz_inputs import KINDS, chunk
 from client import data
 
 
-@pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout"])
+@pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout", "base"])
 def test_no_input_surprises(kind: str) -> None:
     row = chunk(kind, range(40))
     assert row.faults == []

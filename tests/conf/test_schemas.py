@@ -42,8 +42,8 @@ def test_a_device_is_the_same_in_every_fleet() -> None:
     seen: dict[str, Any] = {}
     for path in sorted((GROUPS / "fleet").glob("*.yaml")):
         for profile in composed(f"fleet={path.stem}").fleet.profiles:
-            assert seen.setdefault((profile.name, profile.device), profile) == profile, path.name
-    assert {"pi4_4gb", "pi5_8gb", "pixel8", "iphone15", "laptop"} <= {name for name, device in seen if device is None}
+            assert seen.setdefault((profile.name, profile.device, profile.measured_on), profile) == profile, path.name
+    assert {"pi4_4gb", "pi5_8gb", "pixel8", "iphone15", "laptop"} <= {name for name, _, measured in seen if measured}
 
 
 def test_folder_of_ones_own_pictures_joins_typeface_writers() -> None:

@@ -4,10 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from client.ladder import pass_seconds
 from conf.compose import compose
 from conf.errors import AntherError
 from conf.planning import device_profile
-from models.base import Base
+from models.base import Base, load
+from models.families.family import ATTENTION
+from models.families.known import find
+from models.footprint import example, footprint, shapes
 from privacy.storage import Files
 from simulations.costs import costs
 from simulations.fleet import participants
@@ -59,3 +63,37 @@ def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
     traced = born(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
     assert {owned.hours.plugged(1800.0) for owned in traced.values()} == {True}
     assert {owned.hours.plugged(7200.0) for owned in traced.values()} == {False}
+
+
+def test_a_rate_counts_for_the_base_that_it_was_measured_on(base: Base):
+    """For another base, or another resolution of it, it is predicted as client.plan does."""
+    fleet = compose("fleet=mixed").fleet
+    glyphs = load("glyphs", sites=r".*\.attn[12]\.to_(q|k|v|out\.0)")
+    stated = hardware(fleet, COSTS, 3, glyphs)
+    assert [kind.examples_per_second for kind in stated] == [25, 56, 77, 47, 110, 140]
+    assert not any(kind.predicted for kind in stated)
+    larger = load("glyphs", sites="conv_in", resolution=2 * glyphs.resolution)
+    for other in (base, larger):
+        for kind in hardware(fleet, COSTS, 3, other):
+            assert kind.predicted
+            assert kind.device is not None
+            assert kind.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, kind.device))
+            assert (kind.memory_gib, kind.watts) == (kind.profile.memory_gib, kind.profile.watts)
+
+
+def test_a_rate_of_the_runs_own_base_counts_whatever_it_is(base: Base):
+    own = "{name: p, memory_gib: 1, examples_per_second: 0.5, watts: 2, uplink_mbps: 1, downlink_mbps: 1}"
+    (kind,) = hardware(compose(f"'fleet.profiles=[{own}]'").fleet, COSTS, 3, base)
+    assert (kind.examples_per_second, kind.predicted) == (0.5, False)
+    with pytest.raises(AntherError, match="measured_on=glyphs of p: name its hardware too"):
+        compose(f"'fleet.profiles=[{own[:-1]}, measured_on: glyphs}}]'")
+
+
+@pytest.mark.slow
+def test_stable_diffusion_on_a_pi_takes_what_the_plan_says():
+    """About 106 s a step at 512 pixels, where a run's page told of 0.04 s."""
+    (pi,) = [p for p in compose("fleet=pis").fleet.profiles if p.name == "pi4_4gb"]
+    known = find("sd15")
+    held = shapes(known, sites=ATTENTION, weights="int8", checkpointing="block")
+    predicted = footprint(held, *example(known, 512), rank=8)
+    assert 60 < pass_seconds(predicted, device_profile(pi.device or "")) < 200
