@@ -74,17 +74,25 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
     asked.out.mkdir(parents=True, exist_ok=True)
     written = []
     for number, (caption, picture) in enumerate(zip(asked.captions, pictures, strict=True), start=1):
-        written.append(asked.out / f"{number:02}-{_slug(caption)}.png")
+        under = "" if asked.under == "personal" else f"-{asked.under}"  # so that they can lie side by side
+        written.append(asked.out / f"{number:02}{under}-{_slug(caption)}.png")
         Image.fromarray(picture).save(written[-1])
     return "\n".join(map(str, written))
 
 
 def _check(asked: argparse.Namespace) -> None:
     """What would fail only after the base was loaded."""
-    if asked.steps < 1:
-        raise AntherError(f"--steps {asked.steps}: must be 1 or more")
-    if asked.guidance < 1:
-        raise AntherError(f"--guidance {asked.guidance}: must be 1 or more")
+    for name, valid, rule in (
+        ("steps", 1 <= asked.steps <= 1000, "1 to 1000"),
+        ("guidance", 1 <= asked.guidance <= 1000, "1 to 1000"),
+        ("resolution", asked.resolution is None or 8 <= asked.resolution <= 8192, "8 to 8192"),
+        ("tile", 0 <= asked.tile <= 8192, "0 to 8192"),
+        ("seed", 0 <= asked.seed < 2**63, "0 to 2⁶³ − 1"),
+    ):
+        if not valid:
+            raise AntherError(f"--{name} {getattr(asked, name)}: must be {rule}")
+    if wrong := next((caption for caption in asked.captions if not caption.strip()), None):
+        raise AntherError(f"{wrong!r}: says nothing to draw")
 
 
 def _adapters(store: Store, base: Base, under: str) -> list[Adapter]:

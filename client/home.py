@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conf.errors import TOLD, told
+from conf.errors import TOLD, AntherError, told
 from conf.terminal import use_plain_output
 from models import assets
 from privacy.anchors import read_marker
-from privacy.ledger import MARKER
+from privacy.durable import write
+from privacy.ledger import JOURNAL, MARKER
 from privacy.storage import Files
 
 DONE, USAGE = 0, 2
@@ -25,10 +26,69 @@ DONE, USAGE = 0, 2
 def files_of(name: str, store: str | Path | None = None) -> Files:
     """The files of the device of this name, in the folder `store`; their heads are in ANTHER_HOME all the same.
 
-    By the name: another store under it isn't taken for a fresh device's.
+    By the name: another store under it isn't taken for a fresh device's. Only a store whose marker names a head that is
+    there goes with that: it was kept under another name.
     """
     home = assets.home()
-    return Files(store or home / "devices" / name, heads=home / "heads" / name)
+    files = Files(store or home / "devices" / name, heads=home / "heads" / name)
+    if not files.heads.exists() and (marker := files.read(MARKER)) is not None:
+        head = Path(read_marker(marker, files.where(MARKER)).head)
+        if head.exists():
+            return Files(files.folder, heads=head.parent)
+    return files
+
+
+def own(name: str, store: str | None) -> Files:
+    """The files of the device that takes part from this ANTHER_HOME, whatever it is called by now.
+
+    The ledger counts what was shared of the pictures, so it belongs to the store and not to a name: a device that was
+    renamed goes on in the store that it had (`remember`).
+
+    Raises:
+        AntherError: which store it had isn't known, and there is one under another name.
+    """
+    if store is not None:
+        return files_of(name, Path(store).expanduser())
+    fresh, kept = assets.home() / "devices" / name, _remembered()
+    if kept is not None:
+        return files_of(name, kept)
+    others = [] if fresh.exists() else _stores()
+    if others:
+        listed = ", ".join(map(str, others))
+        raise AntherError(
+            f"name={name}: nothing is kept under this name, and here is the ledger of another: {listed}. If it is this "
+            f"device's, which was renamed, say store={others[0]}; if not, store={fresh}"
+        )
+    return files_of(name)
+
+
+def remember(files: Files) -> None:
+    """Note which store the device that takes part from here has."""
+    if _remembered() != files.folder:
+        write(_note(), f"{files.folder}\n".encode())
+
+
+def _note() -> Path:
+    return assets.home() / "store"
+
+
+def _remembered() -> Path | None:
+    """The store that was noted, if it is there still."""
+    try:
+        found = Path(_note().read_text(encoding="utf-8").rstrip("\n"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AntherError(
+            f"{_note()}: can't be read ({error}): write the folder of this device's store there"
+        ) from error
+    return found if found.is_dir() else None
+
+
+def _stores() -> list[Path]:
+    """Folders of devices that have shared something."""
+    found = (assets.home() / "devices").glob("*/")
+    return sorted(folder for folder in found if (folder / MARKER).exists() or (folder / JOURNAL).exists())
 
 
 def find(store: Path | None, name: str | None) -> Files:
@@ -37,16 +97,14 @@ def find(store: Path | None, name: str | None) -> Files:
     Raises:
         AntherError: the words of its enrolment can't be read.
     """
-    if store is None and name is None and words().exists():
-        from conf.node import compose  # slow import, so only here
+    if store is None and name is None:
+        if words().exists():
+            from conf.node import compose  # slow import, so only here
 
-        node = compose([], words())
-        store, name = None if node.store is None else Path(node.store).expanduser(), node.name
-    files = files_of(name or (store.name if store else platform.node()) or "device", store)
-    if store and not name and (marker := files.read(MARKER)) is not None:
-        head = Path(read_marker(marker, files.where(MARKER)).head)
-        files = Files(store, heads=head.parent)
-    return files
+            node = compose([], words())
+            return own(node.name or platform.node() or "device", node.store)
+        store = _remembered()  # of a device that has left
+    return files_of(name or (store.name if store else platform.node()) or "device", store)
 
 
 def words() -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 from client import keyring, layout, migrate
 from client.home import owners_command, run
-from client.opening import look
+from client.opening import check_there, look
 from conf.errors import AntherError
 from privacy import lock, policy
 from privacy.accounting import Guarantee, PoissonGaussian, with_strict
@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _act(files: Files, asked: argparse.Namespace) -> str:
-    return reset(files, sure=asked.forget) if asked.command == "reset" else show(files, as_json=asked.json)
+    if asked.command == "reset":
+        return reset(files, sure=asked.forget)
+    if (asked.store or asked.name) and not (files.heads / JOURNAL).exists():
+        check_there(files)  # a mistyped folder is no device that has shared nothing
+    return show(files, as_json=asked.json)
 
 
 def show(files: Files, *, as_json: bool = False) -> str:
@@ -156,6 +160,10 @@ def _promise(history: History, owners: Policy) -> list[str]:
         lines.append(f"Made with a test's reproducible noise, not a release: {simulated} of {len(entries)}.")
     if waiting := sum(entry.state == RESERVED and not _is_bare(entry.reservation) for entry in entries):
         lines.append(f"Charged, with no sealed reply yet: {waiting}. What was charged stays charged.")
+    if sum(entry.state == SEALED for entry in entries):
+        lines.append(
+            "A reply without a date under “received” was sent: a server tells that it came by asking for a later round."
+        )
     if (sets := len({entry.reservation.data for entry in entries})) > 1:
         lines.append(f"The pictures changed in between: there were {sets} sets; ε bounds what was shared of each one.")
     return lines

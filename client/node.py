@@ -12,8 +12,8 @@ Flower's SuperNode carries the messages. Four things are other than its own comm
 - A node at work looks for messages twice a second, one that has had none for long every few seconds; Flower's own
   waits three seconds between two.
 
-What of Flower is replaced for it is in `_pace`, `_remember` and `answer_task`, by the names that it has in the versions
-of pyproject.toml.
+What of Flower is replaced for it is in `_pace`, `_leave_bundles_packed`, `_remember` and `answer_task`, by the names
+that it has in the versions of pyproject.toml.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def main() -> None:
         os.close(noted)
         with_parent()
         _pace(note)
+        _leave_bundles_packed()
         _remember(Path(os.environ["FLWR_HOME"]) / "node")
         sys.argv = ["flower-supernode", "--isolation", "process", "--host", host, "--port", port, *arguments]
         flower_supernode()
@@ -120,6 +121,11 @@ def _pace(note: int) -> None:
 
     supernode._pull_and_store_message = noting  # type: ignore[assignment] # by names alone
     supernode.time = SimpleNamespace(sleep=pace.sleep)  # type: ignore[assignment]
+
+
+def _leave_bundles_packed() -> None:
+    """Have no app bundle opened: Flower unpacks a file of it whole, for a configuration that nobody here reads."""
+    supernode.get_fused_config_from_fab = lambda *_: {}
 
 
 def _remember(file: Path) -> None:

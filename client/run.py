@@ -30,6 +30,7 @@ from conf.flower import environment
 from conf.node import Node, compose
 from conf.service import Stopped, say, stoppable
 from models import assets
+from privacy import policy
 from privacy.durable import make_folder
 from privacy.lock import alone
 from protocol import plain
@@ -65,15 +66,19 @@ def run(node: Node) -> None:
         raise AntherError("not enrolled yet: python -m client.enroll, with a ticket of the server's operator")
     if node.data is None:
         raise AntherError("data: say which folder holds your pictures, data=FOLDER")
-    node = replace(node, name=node.name or platform.node() or "device")
+    name = node.name or platform.node() or "device"
+    files = home.own(name, node.store)
+    node, owners = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
+    check_pictures(node)
     link = Link(str(node.link.address), insecure=node.link.insecure)
     with alone(home.link(), what="this device's part in its federation"), listening() as listener:
+        home.remember(files)
         worker = Worker(listener, node)
         supernode = SuperNode(node, link, listener.getsockname())
         try:
             while True:
                 if not supernode.alive:
-                    worker.base = ready(node, link)
+                    worker.base = ready(node, link, owners)
                     supernode.start()
                 worker.look(_LOOK)
                 supernode.look()
@@ -82,8 +87,26 @@ def run(node: Node) -> None:
             worker.stop()
 
 
-def ready(node: Node, link: Link) -> str:
-    """Wait for the server, and have the base; its content hash or path."""
+def check_pictures(node: Node) -> None:
+    """Raises AntherError with what is wrong with its owner's pictures, before anything is taken part in.
+
+    A process of its own looks at them: what it needs for that is not to stay in memory.
+    """
+    done = subprocess.run(
+        children.python("client.check", str(node.data)), env=children.environment(), stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, check=False, preexec_fn=with_parent,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["they could not be looked at"]
+        raise AntherError(lines[-1].removeprefix("error: "))
+
+
+def ready(node: Node, link: Link, owners: policy.Policy) -> str:
+    """Wait for the server, and have the base; its content hash or path.
+
+    Raises:
+        AntherError: the server's base isn't among those that the owner allows, or as `Link.hello`.
+    """
     pause = _PAUSE
     while True:
         try:
@@ -92,6 +115,11 @@ def ready(node: Node, link: Link) -> str:
             if apart := links.skew(hello):
                 raise Unreachable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
             link.check_in()
+            if node.base is None and owners.bases and hello.base not in owners.bases:
+                raise AntherError(
+                    f"the federation's base is {hello.base}, which is not among `bases` of policy.toml: add it if you "
+                    "trust it; nothing was fetched"
+                )
             if node.base is None:
                 have(node, link, hello.base)
             return node.base or hello.base
@@ -219,7 +247,8 @@ class SuperNode:
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             children.python("client.node", own_address, "--", "--superlink", self.link.address, *safe),
-            env={**environment(home), **own}, stdin=subprocess.DEVNULL, preexec_fn=with_parent,
+            env={"FLWR_LOG_LEVEL": "WARNING", **environment(home), **own}, stdin=subprocess.DEVNULL,
+            preexec_fn=with_parent,
         )  # fmt: skip
 
     def look(self) -> None:

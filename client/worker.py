@@ -29,7 +29,7 @@ from conf.service import Stopped
 from models.base import picked
 from privacy.policy import Refusal
 from protocol import plain
-from protocol.messages import Request
+from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Request, Train, Update
 from training.jobs import Cancelled
 
 log = logging.getLogger("client.worker")
@@ -133,6 +133,8 @@ def stated(node: Node, base: str) -> dict[str, object]:
 def _told(request: Request, outcome: object) -> line.Answered:
     """A refusal may be told; which other exception it was can depend on the pictures, and stays in this log."""
     if not isinstance(outcome, Exception):
+        if said := _said(request, outcome):
+            log.info("%s", said)
         return line.Answered(reply=outcome)  # type: ignore[arg-type]
     if isinstance(outcome, Cancelled):  # why is the owner's affair
         return line.Answered(refused="not now: its owner, its battery or its memory comes first")
@@ -141,6 +143,25 @@ def _told(request: Request, outcome: object) -> line.Answered:
     if isinstance(outcome, Refusal):
         return line.Answered(refused=str(outcome))
     return line.Answered()
+
+
+def _said(request: Request, reply: object) -> str | None:
+    """What was done, for its owner; None: nothing worth a line."""
+    match request, reply:
+        case Train(plan=plan), Update():
+            what = f"trained {plan.steps} steps for round {plan.round}, sent {_size(len(reply.adapter))}"
+            return what if reply.epsilon is None else f"{what}; all that was shared comes to ε={reply.epsilon:.3g}"
+        case Evaluate(), Evaluation(gain=None):
+            return f"measured the adapter of round {request.round} on its pictures, told two losses"
+        case Evaluate(), Evaluation():
+            return f"measured the adapter of round {request.round} on its pictures, told a noised gain"
+        case Personalise(), Personalised():
+            return f"the personal adapter of round {request.round} is done; nothing of it was sent"
+    return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 if __name__ == "__main__":

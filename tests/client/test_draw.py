@@ -60,7 +60,8 @@ def test_it_is_what_merged_weights_draw(
     options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--out", str(tmp_path / "out")]
     assert main([*CAPTIONS, *options, "--under", under, "--store", str(tmp_path / "store")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert [file.name for file in files] == ["01-a-b.png", "02-c.png"]
+    part = "" if under == "personal" else f"-{under}"  # one doesn't take the other's place
+    assert [file.name for file in files] == [f"01{part}-a-b.png", f"02{part}-c.png"]
     wanted = merged(fresh.folder, *(shared, personal)[:parts])
     for file, picture in zip(files, wanted, strict=True):
         assert np.abs(np.asarray(Image.open(file)).astype(int) - picture.astype(int)).max() <= 1
@@ -72,8 +73,14 @@ def test_it_is_what_merged_weights_draw(
     ("options", "words"),
     [
         ([], "nothing was learnt here yet"),
-        (["--steps", "0"], "--steps 0: must be 1 or more"),
-        (["--guidance", "0"], "--guidance 0.0: must be 1 or more"),
+        (["--steps", "0"], "--steps 0: must be 1 to 1000"),
+        (["--guidance", "0"], "--guidance 0.0: must be 1 to 1000"),
+        (["--guidance", "nan"], "--guidance nan: must be 1 to 1000"),
+        (["--guidance", "inf"], "--guidance inf: must be 1 to 1000"),
+        (["--resolution", "-16"], "--resolution -16: must be 8 to 8192"),
+        (["--resolution", "0"], "--resolution 0: must be 8 to 8192"),
+        (["--tile", "-1"], "--tile -1: must be 0 to 8192"),
+        (["--seed", "-1"], "--seed -1: must be 0 to"),
         (["--resolution", "17", "--under", "base"], "17 pixels: must be a multiple"),
         (["--tile", "5", "--under", "base"], "tiles of 5 pixels: must be a multiple of 16"),
         (["--small-vae", "nowhere", "--under", "base"], "nowhere: holds no safetensors"),

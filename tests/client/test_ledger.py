@@ -153,7 +153,10 @@ def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
 def test_as_a_program(home: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ANTHER_HOME": str(home)}
     command = [sys.executable, "-m", "client.ledger", "--store", str(home / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "there is no store here" in done.stderr  # it was named, and mistyped maybe
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    done = subprocess.run(command[:3], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == FRESH + "\n"
     (home / "heads/x").mkdir(parents=True)
     (home / "heads/x" / JOURNAL).write_bytes(b"?")

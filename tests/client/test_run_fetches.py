@@ -13,6 +13,7 @@ from client import fetch, run
 from client.link import Link, Unreachable
 from conf.errors import AntherError
 from conf.node import Fetch, Node, Power
+from privacy.policy import Policy
 from protocol.hello import Hello
 from protocol.messages import NEWEST, OLDEST
 
@@ -45,7 +46,7 @@ def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(run.links, "skew", lambda _: 0.0)
     waited: list[float] = []
     monkeypatch.setattr(run.time, "sleep", waited.append)
-    assert run.ready(Node(), LINK) == BASE
+    assert run.ready(Node(), LINK, Policy()) == BASE
     assert len(waited) == 2
 
 

@@ -1,0 +1,31 @@
+"""What a device's SuperNode does with what a server sends, before a ClientApp has it."""
+
+import io
+import zipfile
+
+import flwr.supernode.start_client_internal as supernode
+import pytest
+from flwr.common.config import get_fused_config_from_fab
+from flwr.supercore.run import Run
+
+from client import node
+
+
+def bundle(megabytes):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed, packed.open("pyproject.toml", "w") as content:
+        content.write(b"[tool.flwr.app.config]\nx=1\n#")
+        content.write(b"a" * (megabytes << 20))
+    return file.getvalue()
+
+
+def test_no_bundle_is_unpacked(monkeypatch):
+    """Flower's own function reads it; in its place nothing does, however much it unpacks to."""
+    monkeypatch.setattr(supernode, "get_fused_config_from_fab", get_fused_config_from_fab)  # so that it is put back
+    small = bundle(0)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - it got as far as looking for what a bundle holds
+        supernode.get_fused_config_from_fab(small[:-40], Run.create_empty(1))
+    node._leave_bundles_packed()
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
+    assert supernode.get_fused_config_from_fab(small, Run.create_empty(1)) == {}
+    assert supernode.get_fused_config_from_fab(b"no bundle", Run.create_empty(1)) == {}
