@@ -16,18 +16,20 @@ class Mutant(NamedTuple):
 
 
 _NEIGHBOURS = "tests/privacy/test_neighbours.py::test_one_picture_moves_each_sum_by_the_clip_at_most"
+_NOISE = "tests/privacy/test_noise.py"
+_LATTICE = "tests/privacy/test_lattice.py"
 _AUDIT = "tests/simulations/test_canaries.py"
 _CLIENTS = "tests/simulations/test_canary_clients.py"
 
 OF_PICTURES = (
     Mutant(
         "noise off", "privacy/clipping.py",
-        "row.add_(noises[client], alpha=sigma)", "row.add_(noises[client], alpha=0.0)",
+        "row.add_(noises[client])", "row.add_(0 * noises[client])",
         f"{_AUDIT}::test_the_honest_loop_is_not_refuted_and_shows_something",
     ),
     Mutant(
         "noise × 0.25", "privacy/clipping.py",
-        "return noise_multiplier * sensitivity if", "return 0.25 * noise_multiplier * sensitivity if",
+        "return noise_multiplier * RESOLUTION if", "return 0.25 * noise_multiplier * RESOLUTION if",
         f"{_AUDIT}::test_the_honest_loop_is_not_refuted_and_shows_something",
     ),
     Mutant(
@@ -64,9 +66,8 @@ OF_PICTURES = (
     ),
     Mutant(
         "batches of fixed size accounted as Poisson", "privacy/noise.py",
-        "return torch.from_numpy(np.flatnonzero(_uniforms(size) < rate))",
-        "return torch.from_numpy(np.sort(np.argsort(_uniforms(size))[: round(rate * size)]))",
-        "tests/privacy/test_noise.py::test_poisson_batches_have_the_rate_and_differ",
+        "joins = first < whole\n", "joins = np.argsort(np.argsort(first)) < round(rate * size)\n",
+        f"{_NOISE}::test_poisson_batches_have_the_rate_and_differ",
     ),
     Mutant(
         "personal adapter in the private forward", "client/train.py",
@@ -83,13 +84,89 @@ OF_PICTURES = (
     Mutant(
         "noise of a seed that another device has too", "privacy/noise.py",
         'stream(seed, client, round, purpose, "privacy")', 'stream(seed, round, purpose, "privacy")',
-        "tests/privacy/test_noise.py::test_simulated_noise_is_keyed",
+        f"{_NOISE}::test_simulated_noise_is_keyed",
     ),
     Mutant(
         "secure noise from a seed", "privacy/noise.py",
         "np.frombuffer(os.urandom(8 * size), dtype=np.uint64)",
         "np.random.default_rng(0).integers(0, 2**64, size, dtype=np.uint64)",
-        "tests/privacy/test_noise.py::test_secure_noise_has_no_seed",
+        f"{_NOISE}::test_secure_noise_has_no_seed",
+    ),
+    Mutant(
+        "secure noise from NumPy's generator", "privacy/noise.py",
+        "np.frombuffer(os.urandom(8 * size), dtype=np.uint64)",
+        "np.random.default_rng().integers(0, 2**64, size, dtype=np.uint64)",
+        f"{_NOISE}::test_every_byte_of_secure_noise_is_the_operating_systems",
+    ),
+    Mutant(
+        "cosines in both halves of the noise", "privacy/noise.py",
+        "np.stack([np.cos(angle), np.sin(angle)])", "np.stack([np.cos(angle), np.cos(angle)])",
+        f"{_NOISE}::test_noise_is_white_at_every_lag[secure]",
+    ),
+    Mutant(
+        "noise that repeats every 65,536 numbers", "privacy/noise.py",
+        "torch.from_numpy(drawn[:size])", "torch.from_numpy(np.resize(drawn[:65536], size))",
+        f"{_NOISE}::test_noise_is_white_at_every_lag[secure]",
+    ),
+    Mutant(
+        "noise that comes back with another sign", "privacy/noise.py",
+        "torch.from_numpy(drawn[:size])",
+        "torch.from_numpy(np.concatenate([drawn[: -(-size // 2)], -drawn[: size // 2]]))",
+        f"{_NOISE}::test_noise_is_white_at_every_lag[secure]",
+    ),
+    Mutant(
+        "float16 noise", "privacy/noise.py",
+        "torch.from_numpy(drawn[:size])",
+        "torch.from_numpy(np.rint((drawn[:size] / stddev).astype(np.float16).astype(float) * stddev).astype(np.int64))",
+        f"{_NOISE}::test_no_number_is_drawn_twice[secure]",
+    ),
+    Mutant(
+        "float32 noise", "privacy/noise.py",
+        "torch.from_numpy(drawn[:size])",
+        "torch.from_numpy(np.rint((drawn[:size] / stddev).astype(np.float32).astype(float) * stddev).astype(np.int64))",
+        f"{_NOISE}::test_no_number_is_drawn_twice[secure]",
+    ),
+    Mutant(
+        "float32 noise on a gain", "privacy/measuring.py",
+        "int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))",
+        "round(noise_multiplier * bounded.sensitivity * float(noise.rounded_gaussian(1, 2.0**23).float()) / 2**23)",
+        f"{_LATTICE}::test_the_noise_on_a_gain_is_as_fine_as_its_steps",
+    ),
+    Mutant(
+        "numbers that 53 bits leave open are rounded", "privacy/noise.py",
+        "undecided = np.flatnonzero(~decided)", "undecided = np.flatnonzero(~decided)[:0]",
+        f"{_NOISE}::test_the_ends_of_the_uniforms",
+    ),
+    Mutant(
+        "coins of 53 bits", "privacy/noise.py",
+        "joins[index] = _happens(rate / _CELL - whole)", "joins[index] = True",
+        f"{_NOISE}::test_a_coin_is_exact",
+    ),
+    Mutant(
+        "batches that are never empty", "privacy/noise.py",
+        "return torch.from_numpy(np.flatnonzero(joins))",
+        "return torch.from_numpy(np.flatnonzero(joins) if joins.any() or not size else np.zeros(1, np.int64))",
+        f"{_NOISE}::test_batches_are_binomial_and_may_be_empty",
+    ),
+    Mutant(
+        "gradients cut to the nearest step", "privacy/clipping.py",
+        "gradients.trunc_()", "gradients.round_()",
+        "tests/privacy/test_clipping.py::test_a_row_moves_its_owners_sum_by_at_most_the_bound_and_no_other",
+    ),
+    Mutant(
+        "gradients not cut", "privacy/clipping.py",
+        "    gradients.trunc_()\n", "",
+        f"{_LATTICE}::test_a_device_releases_whole_steps_that_fit_any_pictures",
+    ),
+    Mutant(
+        "sums of integers in float32", "privacy/clipping.py",
+        "sum_segments(part.double(), counts)", "sum_segments(part, counts).double()",
+        "tests/privacy/test_clipping.py::test_sums_of_many_units_are_exact",
+    ),
+    Mutant(
+        "nothing of delta kept for the sampler", "privacy/accounting.py",
+        "uncut = delta - SAMPLING", "uncut = delta",
+        "tests/privacy/test_accounting.py::test_a_part_of_delta_covers_the_sampler",
     ),
     Mutant(
         "trained again at a resend", "client/train.py",
@@ -188,7 +265,7 @@ OF_PICTURES = (
 OF_DEVICES = (
     Mutant(
         "noise off", "privacy/sensitivity.py",
-        "self.sensitivity.deviation(noise_multiplier) * drawn", "0.0 * drawn",
+        "self.steps + noise.rounded_gaussian(", "self.steps + 0 * noise.rounded_gaussian(",
         f"{_CLIENTS}::test_canary_clients_show_what_is_claimed_and_no_more",
     ),
     Mutant(
@@ -224,14 +301,14 @@ OF_DEVICES = (
     ),
     Mutant(
         "weights by the order of arrival", "privacy/central.py",
-        "total += (values * scale / clip * _STEPS).long()",
-        "total += (values * scale / clip * _STEPS * (2 if bool(total.any()) else 1)).long()",
+        "total += (values * scale / clip * RESOLUTION).long()",
+        "total += (values * scale / clip * RESOLUTION * (2 if bool(total.any()) else 1)).long()",
         "tests/privacy/test_central.py::test_everybody_weighs_the_same",
     ),
     Mutant(
         "sample of fixed size accounted as Poisson", "strategies/selection/poisson.py",
         "self._coins(draw).poisson_batch(len(names), self.rate).tolist()",
-        "sorted(self._coins(draw).gaussian(len(names)).argsort()[: int(self.rate * len(names))].tolist())",
+        "sorted(self._coins(draw).rounded_gaussian(len(names), 1e9).argsort()[: int(self.rate * len(names))].tolist())",
         "tests/strategies/test_poisson.py::test_each_by_itself_with_its_rate",
     ),
     Mutant(
@@ -268,8 +345,30 @@ OF_DEVICES = (
     ),
     Mutant(
         "count for the clip not paid for", "privacy/central.py",
-        "of_sum = self.adaptive.noise_multiplier(z) if self.adaptive else z", "of_sum = z",
+        "return self.adaptive.noise_multiplier(z) if self.adaptive else z", "return z",
         "tests/privacy/test_central.py::test_the_clip_follows_the_quantile_as_in_the_paper",
+    ),
+    Mutant(
+        "signal to noise from before the noise", "privacy/central.py",
+        "signal_to_noise(mean, deviation), next_clip",
+        "signal_to_noise(clipped.total.steps * clipped.total.step / self.expected, deviation), next_clip",
+        f"{_LATTICE}::test_all_that_the_server_tells_is_a_function_of_the_noised_integers",
+    ),
+    Mutant(
+        "a diagnostic from before the noise", "strategies/private.py",
+        '"noise": facts.deviation}', '"noise": facts.deviation, "moved": float(clipped.total.steps.abs().max())}',
+        f"{_LATTICE}::test_all_that_the_server_tells_is_a_function_of_the_noised_integers",
+    ),
+    Mutant(
+        "updates cut to the nearest step", "privacy/central.py",
+        "(values * scale / clip * RESOLUTION).long()", "(values * scale / clip * RESOLUTION).round().long()",
+        "tests/privacy/test_central.py::test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most",
+    ),
+    Mutant(
+        "float32 noise", "privacy/sensitivity.py",
+        "noise.rounded_gaussian(len(self.steps), stddev)",
+        "(noise.rounded_gaussian(len(self.steps), 2.0**23).float() / 2**23 * stddev).round().long()",
+        f"{_LATTICE}::test_the_server_releases_whole_steps_that_fit_any_devices",
     ),
     Mutant(
         "simulated noise on a real server", "strategies/build.py",

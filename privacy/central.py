@@ -21,7 +21,7 @@ from torch import Tensor
 from conf.errors import AntherError
 from privacy.accounting import DEVICE
 from privacy.noise import NoiseSource
-from privacy.sensitivity import RESOLUTION, Bounded, Sensitivity
+from privacy.sensitivity import MOST_NOISE, RESOLUTION, Bounded, Sensitivity
 from privacy.snr import signal_to_noise
 
 LEAST, MOST = 1e-12, 1e12
@@ -127,7 +127,7 @@ class Gaussian:
 
     Raises:
         ValueError: a value outside its range.
-        AntherError: too few devices are expected to adapt the clip.
+        AntherError: too few devices are expected to adapt the clip, or so much noise that integers don't hold it.
     """
 
     noise_multiplier: float
@@ -140,13 +140,18 @@ class Gaussian:
     def __post_init__(self) -> None:
         if not 0 < self.expected < math.inf:
             raise ValueError(f"expected={self.expected}: must be a number over 0")
-        if self.adaptive:
-            self.adaptive.noise_multiplier(self.noise_multiplier)
+        if (of_sum := self._of_sum) > MOST_NOISE:
+            raise AntherError(f"noise multiplier {of_sum:.3g}: over {MOST_NOISE:g}, allow a larger epsilon")
+
+    @property
+    def _of_sum(self) -> float:
+        """Noise multiplier of the sum: all of z, or what the count for the clip leaves of it."""
+        z = self.noise_multiplier
+        return self.adaptive.noise_multiplier(z) if self.adaptive else z
 
     def release(self, clipped: Clipped, noise: NoiseSource) -> Release:
         """(Σ clip(u_k) + N(0, (zC)² I)) / m, and with an adaptive clip the noised count; also if no device replied."""
-        clip, z = clipped.total.sensitivity.norm, self.noise_multiplier
-        of_sum = self.adaptive.noise_multiplier(z) if self.adaptive else z
+        clip, of_sum = clipped.total.sensitivity.norm, self._of_sum
         mean = clipped.total.noised(of_sum, noise) / self.expected
         deviation = clipped.total.sensitivity.deviation(of_sum) / self.expected
         next_clip = clip

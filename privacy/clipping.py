@@ -137,8 +137,7 @@ class BoundedSums:
             raise ValueError("noise on sums that are not private")
         steps = []
         for client, parts, sigma in zip(clients, bounds, noise_multipliers, strict=True):
-            deviation(parts, sigma)
-            self._stddevs[client] = sigma * RESOLUTION if any(parts) else 0.0
+            self._stddevs[client] = stddev(parts, sigma)
             steps.append(math.hypot(*parts) / RESOLUTION or 1.0)  # no bound at all: there are zeros alone
         index = torch.tensor(clients, device=self._values.device)
         self._values[index] = 0.0
@@ -183,8 +182,9 @@ class BoundedSums:
         return noised.to(self._like)
 
 
-def deviation(bounds: Sequence[float], noise_multiplier: float) -> float:
-    """Standard deviation of the noise that hides one example: σ times the sensitivity, the L2 norm of the bounds.
+def stddev(bounds: Sequence[float], noise_multiplier: float) -> float:
+    """Standard deviation, in steps, of the noise that hides one example: σ times the sensitivity, the L2 norm of the
+    bounds, which is `RESOLUTION` steps. 0: there is nothing to hide, or σ is 0.
 
     Raises:
         ValueError: a bound is negative, NaN or too small, or no noise could hide the sum.
@@ -193,10 +193,9 @@ def deviation(bounds: Sequence[float], noise_multiplier: float) -> float:
         raise ValueError(f"clip={min(bounds)}: must be 0, or {_SMALLEST:g} or more")
     if not 0 <= noise_multiplier <= MOST_NOISE:
         raise ValueError(f"noise_multiplier={noise_multiplier}: must be 0 to {MOST_NOISE:g}")
-    sensitivity = math.hypot(*bounds)
-    if math.isinf(sensitivity) and noise_multiplier:
+    if math.inf in bounds and noise_multiplier:
         raise ValueError("an unbounded sum can't be noised: clip it to a finite norm")
-    return noise_multiplier * sensitivity if noise_multiplier else 0.0
+    return noise_multiplier * RESOLUTION if any(bounds) else 0.0
 
 
 def even_bounds(clip: float, parts: Sequence[bool]) -> list[float]:

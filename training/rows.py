@@ -14,7 +14,7 @@ from models.adapter import Adapter, Factors, Sites, rank
 from models.denoiser import Denoiser
 from models.slots import Layout, Stacks
 from models.trained import PartLayout
-from privacy.clipping import BoundedSums, deviation, even_bounds
+from privacy.clipping import BoundedSums, even_bounds, stddev
 from training.jobs import Examples, Train
 from training.optimiser import SGD, AdamW
 
@@ -187,7 +187,7 @@ def check(job: Train, sites: Sites) -> None:
         if [factor.shape for factor in given] != [factor.shape for factor in wanted]:
             raise ValueError(f"client {job.client}: a frame at {name} that doesn't fit the adapter")
     if job.privacy:
-        deviation(clip_bounds(job, job.start), job.privacy.noise_multiplier)
+        stddev(clip_bounds(job, job.start), job.privacy.noise_multiplier)
 
 
 def clip_bounds(job: Train, sites: Iterable[str]) -> list[float]:

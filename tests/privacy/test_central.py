@@ -13,7 +13,7 @@ from conf.errors import AntherError
 from privacy.accounting import DEVICE
 from privacy.central import LEAST, MOST, Adaptive, Gaussian, clip_and_sum
 from privacy.noise import Secure, Simulated
-from privacy.sensitivity import RESOLUTION
+from privacy.sensitivity import MOST_NOISE, RESOLUTION
 
 SIZE = 5
 ANYTHING = st.one_of(
@@ -174,3 +174,8 @@ def test_the_denominator_is_the_public_constant(replies):
 def test_a_denominator_that_is_none():
     with pytest.raises(ValueError, match="expected=0"):
         Gaussian(noise_multiplier=1.0, expected=0)
+
+
+def test_more_noise_than_integers_hold_is_refused_at_the_start():
+    with pytest.raises(AntherError, match="allow a larger epsilon"):
+        Gaussian(noise_multiplier=1.01 * MOST_NOISE, expected=4)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
 from privacy.accounting import ADD_OR_REMOVE_ONE
-from privacy.clipping import BoundedSums, clip_and_sum, deviation, even_bounds, sum_segments
+from privacy.clipping import BoundedSums, clip_and_sum, even_bounds, stddev, sum_segments
 from privacy.sensitivity import MOST_NOISE, RESOLUTION
 
 LARGEST = 2.0**60  # squares of larger numbers leave float32: see `test_rows_whose_squares_leave_float32_count_as_zero`
@@ -270,14 +270,15 @@ def test_even_bounds_together_make_the_clip(clip: float, parts: list[bool]) -> N
 
 
 @given(bounds=st.lists(CLIPS, min_size=1, max_size=4), sigma=st.floats(0, 100))
-def test_deviation_is_sigma_times_the_sensitivity(bounds: list[float], sigma: float) -> None:
+def test_noise_is_sigma_times_the_sensitivity(bounds: list[float], sigma: float) -> None:
+    """In steps, of which the L2 norm of the bounds has `RESOLUTION`."""
     if sigma and math.inf in bounds:
         with pytest.raises(ValueError, match="unbounded"):
-            deviation(bounds, sigma)
+            stddev(bounds, sigma)
     elif not sigma:
-        assert deviation(bounds, sigma) == 0
+        assert stddev(bounds, sigma) == 0
     else:
-        assert deviation(bounds, sigma) == pytest.approx(sigma * sum(bound**2 for bound in bounds) ** 0.5)
+        assert stddev(bounds, sigma) * step_of(bounds) == pytest.approx(sigma * math.hypot(*bounds))
 
 
 def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = True) -> BoundedSums:
