@@ -31,6 +31,11 @@ class Control:
     def __init__(self, address: str, authority: Path | None) -> None:
         self._address, self._authority = address, authority
 
+    def check(self) -> None:
+        """AntherError unless the SuperLink, and its database, answer."""
+        with self._client() as client:
+            client.ListNodes(ListNodesRequest())
+
     def nodes(self) -> dict[str, int]:
         """Ids of the nodes that are registered, by their public keys as OpenSSH writes them."""
         with self._client() as client:

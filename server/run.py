@@ -37,6 +37,7 @@ from server import place, runs, shelf
 from server.bundle import assemble, version
 from server.gateway.app import Gateway, now
 from server.gateway.listening import serve, show
+from server.members import Members
 from server.place import Place
 from server.register import Register
 from server.run_log import log_here, print_all
@@ -78,13 +79,11 @@ class Federation:
     words: list[str]
     typed: list[str]
     superlink: SuperLink = field(init=False)
-    register: Register = field(init=False)
+    members: Members = field(init=False)
     _opened: uvicorn.Server = field(init=False)
     _shown: bytes = b""  # the certificate that devices are shown
     _look_again: float = 0.0  # for whether it ends soon
-    _known: dict[str, int] = field(default_factory=dict)  # node ids that the SuperLink lets in, by public key
     _troubled: str = ""  # what was said of it last
-    _registering: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
         """Serve until the run is over; AntherError for what only its operator can mend.
@@ -99,8 +98,8 @@ class Federation:
         say(f"Anther {version()}: {here.folder}")
         here.prepare(settings.hosts, settings.port, settings.per_holder)
         secure = None if settings.insecure else here.certificates
-        self.register = Register(here.folder, per_holder=settings.per_holder)
         self.superlink = SuperLink(here.folder, settings.inner_port, secure, unguarded=settings.unguarded)
+        self.members = Members(Register(here.folder, per_holder=settings.per_holder), self.superlink)
         with alone(here.folder, what="this federation"):
             stop_leftovers(self.superlink.home)
             self._serve(here)
@@ -110,10 +109,11 @@ class Federation:
         try:
             self._shown = secure.certificate.read_bytes() if secure else b""
             self.superlink.start()
-            self._reconcile()
+            self._until_it_answers()
+            self.members.reconcile()
             self._opened = serve(self._gateway(here), host=settings.host, port=settings.port, certificates=secure)
             say(f"listening on {settings.host}:{settings.port}" + ("" if secure else ", without TLS or keys"))
-            if secure and not self._known:
+            if secure and not self.members:
                 say("no devices yet: python -m server.keys ticket --holder NAME, then on the device")
                 say("    python -m client.enroll data=FOLDER && python -m client.run")
             self._until_over(assemble(here.folder / "app"), assets.home() / "runs")
@@ -159,7 +159,7 @@ class Federation:
         while True:
             try:
                 self._revive()
-                self.superlink.control.nodes()
+                self.superlink.control.check()
             except AntherError as error:
                 self._trouble(error)
             else:
@@ -209,7 +209,7 @@ class Federation:
         """Shut out who was revoked and renew the certificate; whether the SuperLink can go on as it is."""
         try:
             if self.superlink.alive:
-                self._shut_out()
+                self.members.shut_out()
         except AntherError as error:  # the gateway has shut them out already, and this is tried again
             self._trouble(error)
         if self.superlink.alive and self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
@@ -247,35 +247,7 @@ class Federation:
         if not self.superlink.alive:
             stop_leftovers(self.superlink.home)  # its ServerApp looks every while only whether it is still there
             self.superlink.start()
-            self._reconcile()
-
-    def _reconcile(self) -> None:
-        """Have the SuperLink know whom the register knows, and nobody else."""
-        if self.superlink.certificates is None:
-            return
-        with self._registering:
-            control = self.superlink.control
-            there, members = control.nodes(), self.register.look().inside()
-            for key in there.keys() - members.keys():
-                control.unregister(there.pop(key))
-            for key in members.keys() - there.keys():
-                there[key] = control.register(key, members[key].name)
-            self._know(there)
-
-    def _shut_out(self) -> None:
-        """Have the SuperLink forget who was revoked; the gateway has shut them out already."""
-        if self._known.keys() - self.register.look().inside().keys():
-            self._reconcile()
-
-    def _welcome(self, key: str, name: str) -> None:
-        with self._registering:
-            if key not in self._known:
-                self._know({**self._known, key: self.superlink.control.register(key, name)})
-
-    def _know(self, ids: dict[str, int]) -> None:
-        """Note which node each device is, for the gateway and for ServerApps."""
-        self._known = ids
-        self.register.note_nodes(ids)
+            self.members.reconcile()
 
     def _gateway(self, here: Place) -> Gateway:
         base = assets.locate(self.config.base.path)
@@ -291,9 +263,10 @@ class Federation:
 
         secure = self.superlink.certificates
         return Gateway(
-            inside=f"{'https' if secure else 'http'}://{self.superlink.address}", register=self.register, hello=hello,
-            authority=secure.authority.read_bytes() if secure else b"", welcome=self._welcome,
-            node_of=lambda key: self._known.get(key), largest=lambda: largest_adapter(here.folder),
+            inside=f"{'https' if secure else 'http'}://{self.superlink.address}", hello=hello,
+            register=self.members.register,
+            authority=secure.authority.read_bytes() if secure else b"", welcome=self.members.welcome,
+            node_of=self.members.node_of, largest=lambda: largest_adapter(here.folder),
             shelf=shelf.routes(on_shelf), verify=_trusting(secure.authority) if secure else False,
             folder=here.spool(), limits=self.config.server.limits,
         )  # fmt: skip

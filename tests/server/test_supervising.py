@@ -12,6 +12,7 @@ import pytest
 from conf.errors import AntherError
 from conf.serving import Server
 from server import runs
+from server.members import Members
 from server.run import Federation
 
 WORDS = ["rounds=3"]
@@ -55,9 +56,8 @@ class SuperLink:
     def control(self) -> SuperLink:
         return self
 
-    def nodes(self) -> dict[str, int]:
+    def check(self) -> None:
         self._answers()
-        return {}
 
     def status(self, _run: int) -> str:
         self._answers()
@@ -88,7 +88,8 @@ def served(superlink: SuperLink, folders: Path) -> None:
     config = SimpleNamespace(server=Server())
     federation = Federation(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
     federation.superlink = superlink  # type: ignore[assignment]
-    federation.register = SimpleNamespace(look=lambda: SimpleNamespace(inside=dict))  # type: ignore[assignment]
+    register = SimpleNamespace(look=lambda: SimpleNamespace(inside=dict))
+    federation.members = Members(register, superlink)  # type: ignore[arg-type]
     federation._until_over(Path("app"), folders)
 
 
