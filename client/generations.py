@@ -20,6 +20,9 @@ from client.layout import PERSONAL, PREVIOUS
 from conf.errors import AntherError
 from privacy.storage import Storage
 
+MARK = b"ANTHER 1"
+"""Begins each file: other tools would read its tensors as an adapter, know none of the names, and say nothing."""
+
 UNDATED = "undated"
 """Stands for the date of one that was kept before they had any; it is older than all that have."""
 
@@ -66,7 +69,7 @@ class Generations:
         at = "" if aside or before is None else before.get("at", "")
         if aside and before is not None:
             self._keep(self._read(PERSONAL) or b"", before)
-        self._storage.write(self._under + PERSONAL, save(tensors, {**told, "at": at or self._next_date()}))
+        self._storage.write(self._under + PERSONAL, MARK + save(tensors, {**told, "at": at or self._next_date()}))
 
     def roll_back(self, to: str | None = None) -> Generation:
         """Make a previous one the present one; the present one is kept in its place.
@@ -132,8 +135,14 @@ class Generations:
             return None
 
 
+def plain(data: bytes) -> bytes:
+    """The safetensors bytes of one that is kept; those of before there was a mark have none."""
+    return data.removeprefix(MARK)
+
+
 def metadata(data: bytes) -> dict[str, str]:
-    """What is written beside the tensors of safetensors bytes; ValueError if they are damaged."""
+    """What is written beside the tensors of one that is kept; ValueError if it is damaged."""
+    data = plain(data)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 + length or not length:
         raise ValueError("cut short")

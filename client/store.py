@@ -8,7 +8,7 @@
 
 and of one federation, each in a folder of its own (`client.layout`):
 
-    personal.safetensors      the personal adapter with the shared one that it sits on
+    personal.safetensors      the personal adapter with the shared one that it sits on, behind a mark of ours
     previous….safetensors     those that it had before, for `roll_back` (`client.generations`)
     residual.safetensors      what rounding left of the last change that was sent
     variate.safetensors       SCAFFOLD's control variate, before the last round and after it
@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from client.generations import Generation, Generations, metadata
+from client.generations import Generation, Generations, metadata, plain
 from client.layout import CACHE, OWN, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, under
 from conf.errors import AntherError
 from models.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
@@ -262,7 +262,7 @@ class Store:
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors of safetensors bytes, and what is written beside them."""
-    return load(data), metadata(data)
+    return load(plain(data)), metadata(data)
 
 
 def _prefixed(prefix: str, adapter: Adapter) -> dict[str, Tensor]:

@@ -52,6 +52,13 @@ class Schedule:
         """a_t and σ_t, each [N, 1, 1, 1], for places [N] in the schedule."""
         return self.signals[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
 
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a, σ and what the network is told [n] at places [n] of T that are evenly spaced, as pictures are drawn."""
+        if self.prediction != "flow":
+            return self.signals[t], self.sigmas[t], self.times[t]
+        sigmas = shifted((t.double() + 1) / len(self), self.shift).float()
+        return 1 - sigmas, sigmas, sigmas * len(self)
+
     def grid(self, steps: int) -> Grid:
         """`steps` evenly spaced places, the first at most noise, and the clean picture.
 
@@ -74,14 +81,19 @@ def diffusion(alpha_bars: Tensor, prediction: str) -> Schedule:
     return Schedule(alpha_bars.sqrt(), (1 - alpha_bars).sqrt(), times, prediction)
 
 
-def rectified_flow(length: int, *, trained_shift: float, shift: float) -> Schedule:
+def rectified_flow(length: int, *, trained_shift: float, shift: float, logit_normal: bool = False) -> Schedule:
     """The schedule of σ = 1/T, …, 1, shifted; the network is told T σ.
 
     Args:
         trained_shift: of the σ that are trained, each alike often.
         shift: of the σ that pictures are drawn through.
+        logit_normal: train the middle more often, before the shift: σ are the T quantiles of a standard logit-normal
+            (Esser et al., 2024, arXiv:2403.03206, eq. 19), so that a place drawn evenly has that density.
     """
-    sigmas = shifted(torch.arange(1, length + 1, dtype=torch.float64) / length, trained_shift).float()
+    plain = torch.arange(1, length + 1, dtype=torch.float64) / length
+    if logit_normal:
+        plain = torch.special.ndtri(plain - 0.5 / length).sigmoid()
+    sigmas = shifted(plain, trained_shift).float()
     return Schedule(1 - sigmas, sigmas, sigmas * length, "flow", shift)
 
 

@@ -104,10 +104,10 @@ def lcm(denoise: Denoise, schedule: Schedule, noises: Sequence[Tensor], context:
     origins = torch.arange(1, _ORIGINS + 1) * (len(schedule) // _ORIGINS) - 1
     chosen = origins.flip(0)[torch.linspace(0, _ORIGINS, steps + 1, dtype=torch.float64)[:-1].long()]
     x0 = noises[0]
-    for place, (t, noise) in enumerate(zip(chosen.to(x0.device), noises, strict=True)):
-        signal, sigma = schedule.signals[t], schedule.sigmas[t]
+    grid = zip(*schedule.at(chosen.to(x0.device)), noises, strict=True)
+    for place, (signal, sigma, time, noise) in enumerate(grid):
         x = signal * x0 + sigma * noise if place else noise
-        x0, _ = ends(schedule, x, denoise(x, schedule.times[t].expand(len(x)), context), signal, sigma)
+        x0, _ = ends(schedule, x, denoise(x, time.expand(len(x)), context), signal, sigma)
     return x0
 
 

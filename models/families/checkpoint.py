@@ -52,7 +52,7 @@ class Checkpoint:
     def schedule(self, tokens: int) -> Schedule:
         """Its forward process, for latents of this many tokens; AntherError if its scheduler is of another kind."""
         try:
-            return schedule_of(self.config("scheduler"), tokens)
+            return schedule_of(self.config("scheduler"), tokens, logit_normal=self.family.logit_normal)
         except AntherError as error:
             raise AntherError(f"base {self.folder}: its {error}") from error
 

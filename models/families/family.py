@@ -46,6 +46,7 @@ class Family:
     kohya: Kohya | None  # its layers' names in kohya's layout; None: no tool reads it of this family
     guide: Callable[[Tensor, float], Tensor] | None = None
     """Writes the strength of guidance into packed captions, for networks that embed it; None: guided by two passes."""
+    logit_normal: bool = False  # whether its flow is trained in the middle more often
     latent_statistics: bool = False  # whether its pipeline uses a VAE's latents_mean and latents_std
     sites: str = ATTENTION  # where adapters go unless one says otherwise
 

@@ -73,4 +73,5 @@ SD3 = Family(
     latents=own_latents,
     context=_context,
     kohya=_KOHYA,
+    logit_normal=True,
 )

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from client.generations import MARK
 from client.store import Personal, Store
 from conf.errors import AntherError
 from models.adapter import Site, to_tensors
@@ -28,6 +30,36 @@ def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> No
     for part, expected in ((found.adapter, PERSONAL.adapter), (found.shared, PERSONAL.shared)):
         assert part.keys() == expected.keys()
         assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
+
+
+def test_other_tools_refuse_the_store_s_own_file(tmp_path: Path, pipeline_folder: Path) -> None:
+    """They would know none of its names, and draw without it."""
+    from diffusers import StableDiffusionPipeline
+
+    Store(Files(tmp_path)).save_personal(PERSONAL)
+    file = tmp_path / "personal.safetensors"
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    with pytest.raises((SafetensorError, OSError)):
+        pipeline.load_lora_weights(file)
+
+
+def test_a_file_of_before_it_had_a_mark_is_read(tmp_path: Path) -> None:
+    store, file = Store(Files(tmp_path)), tmp_path / "personal.safetensors"
+    store.save_personal(PERSONAL)
+    marked = store.personal(SITES)
+    file.write_bytes(file.read_bytes().removeprefix(MARK))
+    assert load_file(file)
+    plain = Store(Files(tmp_path)).personal(SITES)
+    assert marked is not None
+    assert plain is not None
+    for name in SITES:
+        assert torch.equal(plain.adapter[name].a, marked.adapter[name].a)
+    store.save_personal(PERSONAL, aside=True)
+    assert len(store.generations()) == 2
+    store.roll_back()
+    assert store.personal(SITES) is not None
 
 
 def requests(store: Store) -> list[str]:

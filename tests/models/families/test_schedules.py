@@ -92,3 +92,35 @@ def test_epsilon_under_a_cosine_schedule_is_taken() -> None:
     """It ends with 5e-5 of a picture, from which it is told."""
     cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     assert 0 < schedule_of(config(cosine), tokens=16).signals.min() < 1e-4
+
+
+def test_places_of_sd3_have_the_density_of_diffusers_scripts() -> None:
+    """As compute_density_for_timestep_sampling draws them, by their distribution function to half a percent."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    torch.manual_seed(0)
+    u = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.0, logit_std=1.0)
+    theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
+    ours = schedule_of(config(scheduler), tokens=16, logit_normal=True)
+    for sigma in (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99):
+        assert (ours.sigmas < sigma).float().mean().item() == pytest.approx(
+            (theirs < sigma).float().mean().item(), abs=5e-3
+        )
+    even = schedule_of(config(scheduler), tokens=16)
+    shares = [((s.sigmas < 0.25).float().mean().item(), (s.sigmas > 0.95).float().mean().item()) for s in (ours, even)]
+    assert shares == [(pytest.approx(0.014, abs=2e-3), pytest.approx(0.032, abs=3e-3)),
+                      (pytest.approx(0.099, abs=2e-3), pytest.approx(0.137, abs=3e-3))]  # fmt: skip
+    assert ours.signals.isfinite().all()
+    assert 0 < ours.sigmas.min() < ours.sigmas.max() < 1
+    torch.testing.assert_close(ours.grid(7), even.grid(7))  # pictures are drawn as before
+    places = torch.tensor([19, 499, 999])
+    torch.testing.assert_close(torch.stack(ours.at(places)), torch.stack(even.at(places)))
+    torch.testing.assert_close(even.at(places)[1], even.sigmas[places])
+
+
+def test_only_sd3_trains_the_middle_more_often(tiny: Any) -> None:
+    sigmas = tiny.base.schedule.sigmas
+    assert tiny.base.family.logit_normal == (tiny.base.family.name == "sd3")
+    if tiny.base.family.name == "sd3":
+        assert (sigmas < 0.25).float().mean() < 0.02
