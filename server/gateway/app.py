@@ -136,7 +136,7 @@ class Gateway:
             return _refused(refusal, request)
         except (AntherError, ValueError) as error:
             return JSONResponse({"error": str(error)}, status_code=403)
-        log.info("%s is in, of %s", member.name, member.holder)
+        log.info("%s is enrolled, of %s", member.name, member.holder)
         return _json(self.hello())
 
     def allows(self, request: Request) -> str | None:

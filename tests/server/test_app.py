@@ -1,0 +1,39 @@
+"""What a ServerApp tells of its rounds: a line in its log, and numbers for trackers."""
+
+import logging
+from dataclasses import replace
+
+from privacy.accounting import Guarantee
+from server.app import _tell
+from server.state import Round
+from server.tracker import numbers
+from strategies.facts import TrainFacts, Validation
+
+TRAIN = TrainFacts(
+    asked=4, replied=2, dropped={"refused": 1, "unreachable": 1}, bytes_down=20, bytes_up=10, seconds=2.0, joules=3.0,
+    loss=0.5, epsilon=None,
+)  # fmt: skip
+NOBODY = Validation(base=None, shared=None)
+MEASURED = Validation(base=0.5, shared=0.4, improved=0.2)
+
+
+def test_a_round_is_one_line(caplog):
+    caplog.set_level(logging.INFO)
+    done = Round(number=1, train=TRAIN, validation=MEASURED, wall_seconds=12.34)
+    private = replace(TRAIN, dropped={}, guarantees=(Guarantee(1.5, 1e-5),))
+    hidden = replace(NOBODY, gain=0.1, gain_error=0.01)
+    _tell(Round(number=0, train=None, validation=NOBODY, wall_seconds=1.0), 3)
+    _tell(done, 3)
+    _tell(replace(done, train=private, validation=hidden), 3)
+    assert caplog.messages == [
+        "round 1 of 3: 2 of 4 replied (1 refused, 1 unreachable), 20.0% off the base's loss (0.5000 to 0.4000), 12.3 s",
+        "round 1 of 3: 2 of 4 replied, gain 0.10000 ± 0.01000 by its noise, ε=1.5 per image (δ=1e-05, add or remove "
+        "one), 12.3 s",
+    ]
+
+
+def test_numbers_of_a_round():
+    found = numbers(Round(number=1, train=TRAIN, validation=MEASURED, wall_seconds=12.34))
+    assert found["improved"] == 0.2
+    assert (found["asked"], found["replied"], found["dropped"], found["refused"]) == (4, 2, 2, 1)
+    assert found["seconds"] == 12.34
