@@ -44,7 +44,8 @@ def call_unet(
     Args:
         timestep_cond: [N, w], the strength of guidance for a UNet that embeds it (`models.families.lcm`).
     """
-    output: Tensor = network(x, t, encoder_hidden_states=context, timestep_cond=timestep_cond, return_dict=False)[0]
+    guidance = {} if timestep_cond is None else {"timestep_cond": timestep_cond}
+    output: Tensor = network(x, t, encoder_hidden_states=context, return_dict=False, **guidance)[0]
     return output
 
 

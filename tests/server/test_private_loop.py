@@ -9,7 +9,7 @@ import pytest
 from conf.compose import compose
 from conf.errors import AntherError
 from models.adapter import to_tensors
-from privacy.accounting import DEVICE, PoissonGaussian, epsilon
+from privacy.accounting import DEVICE, PoissonGaussian, epsilon, with_strict
 from privacy.central import Adaptive, Gaussian
 from protocol.codec import encode
 from server import checkpoint
@@ -52,7 +52,8 @@ def run(folder, *, rounds=3, resume=False, on_round=lambda _: None, kill=None, *
 
 
 def spent(rounds, rate=1.0):
-    return epsilon([PoissonGaussian(noise_multiplier=Z, sampling_rate=rate, steps=rounds)], BUDGET.delta, DEVICE)
+    events = [PoissonGaussian(noise_multiplier=Z, sampling_rate=rate, steps=rounds)]
+    return with_strict(epsilon(events, BUDGET.delta, DEVICE), events)
 
 
 def states(folder):
