@@ -55,6 +55,42 @@ OF_PICTURES = (
         f"{_NEIGHBOURS}[clipped]",
     ),
     Mutant(
+        "passes as large as batches", "training/trainer.py",
+        "self.queue.take(self.size).filled(self.size)", "self.queue.take(self.size)",
+        "tests/training/test_company.py::test_one_picture_more_moves_the_sum_by_its_own_alone[cpu]",
+    ),
+    Mutant(
+        "the size of a pass by how many pictures there are", "training/fixed.py",
+        "assumed = max(1, sum(job.assumed for job in jobs))", "assumed = max(1, sum(job.pictures for job in jobs))",
+        "tests/training/test_fixed.py::test_the_size_is_a_function_of_the_plan",
+    ),
+    Mutant(
+        "a job that takes as many passes as its batches", "training/trainer.py",
+        "units = min(batch.size // batch.per_unit, self.turns.holding(self.left))",
+        "units = batch.size // batch.per_unit",
+        "tests/training/test_schedule.py::test_what_goes_beyond_counts_as_not_drawn",
+    ),
+    Mutant(
+        "a schedule that is often too short", "training/schedule.py",
+        "budget = -math.log(steps * OVERFLOW) + 1e-6 * steps", "budget = 1.0",
+        "tests/training/test_schedule.py::test_turns_are_enough_but_for_what_is_charged",
+    ),
+    Mutant(
+        "what a schedule cuts isn't charged", "privacy/accounting.py",
+        "uncut -= OVERFLOW * event.steps", "uncut -= 0.0 * event.steps",
+        "tests/privacy/test_accounting.py::test_what_a_schedule_may_cut_is_kept_back_of_delta",
+    ),
+    Mutant(
+        "a private reply as soon as it is done", "client/train.py",
+        "device.wait(trained.idle)", "device.wait(0.0)",
+        "tests/client/test_logic.py::test_a_private_reply_waits_for_its_time",
+    ),
+    Mutant(
+        "only the pictures that there are measured", "client/evaluate.py",
+        "seen = _filled(examples, privacy.pictures)", "seen = examples",
+        "tests/client/test_evaluate.py::test_a_noised_gain_and_nothing_else",
+    ),
+    Mutant(
         "loss as the mean of the batch", "training/batches.py",
         "weights=np.full(len(turns), 1 / draws),\n", "weights=np.full(len(turns), 1 / max(1, len(turns))),\n",
         "tests/privacy/test_neighbours.py::test_one_picture_beside_copies_of_another",
