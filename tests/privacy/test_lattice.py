@@ -7,7 +7,7 @@ with floating point noise the answer is always yes without the unit and often no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from models.adapter import Adapter, Factors, shapes, to_tensors
 from models.base import Base
 from models.trained import trained_layout
 from privacy.central import Gaussian, clip_and_sum
+from privacy.clipping import BoundedSums
 from privacy.measuring import clipped_sum, noised_mean
 from privacy.noise import CPU, NoiseSource, Secure
 from privacy.sensitivity import RESOLUTION
@@ -34,7 +35,10 @@ from strategies.private import changes
 from tests.fleet import SITES
 from tests.privacy.neighbours import PLENTY, Still, adapter, device_on, picture, plan
 from tests.strategies.central import device_level
+from tests.training.reference import assert_same_bits, private
 from training.engine import perform
+from training.jobs import Trained
+from training.trainer import train
 
 SIGMA, CLIP = 3.75, 2.0**-6  # ε = 1 at δ = 1e-5 without sampling
 STEP = CLIP / RESOLUTION  # a power of two, so that float32 holds every whole step under 2²⁴
@@ -194,3 +198,48 @@ def test_all_that_the_server_tells_is_a_function_of_the_noised_integers(tmp_path
         told.append((layout.pack(found.adapter).tolist(), found.diagnostics, replace(facts, dropped=0)))
     assert told[0] == told[1] == told[2]
     assert told[0][1]["snr"] > 0
+
+
+class Counting:
+    """The same batches as another run, with the noise that brings each step's sum to the total of that run."""
+
+    release = False
+
+    def __init__(self, noises: Sequence[Tensor] = ()) -> None:
+        self._noises = list(noises)
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
+        return torch.arange(size)
+
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        return self._noises.pop(0).to(device) if self._noises else torch.zeros(size, dtype=torch.int64, device=device)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_all_that_a_device_tells_is_a_function_of_the_noised_integers(
+    base: Base, optimiser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step on other pictures, with noise that brings their sum to the same: the same adapter, bit by bit."""
+    seen: list[Tensor] = []
+    really = BoundedSums.take
+
+    def take(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+        seen.append(self._values[list(clients)][0].clone())
+        return really(self, clients, noises)
+
+    monkeypatch.setattr(BoundedSums, "take", take)
+    total, told = torch.zeros(0), []
+    for count in (0, 2, 5):
+        first = private(base, "a", count=count, steps=1, optimiser=optimiser, noise=Counting())
+        (_,) = train(base, [first], memory=PLENTY, timesteps=1)
+        steps = seen.pop().long()
+        if not count:
+            total = torch.randint_like(steps, -(2**22), 2**22)
+        assert count == 0 or steps.any()
+        again = replace(first, noise=Counting([total - steps]))
+        (found,) = train(base, [again], memory=PLENTY, timesteps=1)
+        assert isinstance(found, Trained), found
+        assert torch.equal(seen.pop().long(), steps)
+        told.append(found)
+    assert_same_bits(told[0], told[1])
+    assert_same_bits(told[1], told[2])
