@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def load(folder: Path, *, sites: Sites) -> State | None:
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != manifest.get(name):
                 raise AntherError(f"{path / name} is not as it was written (SHA-256 differs)")
-        saved = plain.from_plain(_Saved, plain.loads(files[_STATE]))
+        saved = plain.from_plain(_Saved, _of_today(plain.loads(files[_STATE])))
         return State(
             run=saved.run,
             private=saved.private,
@@ -120,8 +121,22 @@ def load(folder: Path, *, sites: Sites) -> State | None:
         )
     except AntherError as error:
         raise AntherError(f"{error}: {mend}") from error
-    except ValueError as error:  # not the JSON that was written
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # not the JSON that was written
         raise AntherError(f"{path}: {_MANIFEST} or {_STATE} is damaged ({error}): {mend}") from error
+
+
+def _of_today(state: Any) -> Any:
+    """A state as this release writes it, of one that an earlier one wrote: what is new since is not known of it."""
+    if not isinstance(state, dict) or not isinstance(state.get("history"), list):
+        return state  # `from_plain` says what is wrong
+    for record in state["history"]:
+        validation, train = record.get("validation") or {}, record.get("train") or {}
+        validation.setdefault("improved", None)
+        central = [train["central"]["guarantee"]] if train.get("central") else []
+        for guarantee in [*(train.get("guarantees") or ()), *central]:
+            guarantee.setdefault("strict", None)
+            guarantee.setdefault("seen", None)
+    return state
 
 
 def _rounds(folder: Path) -> list[Path]:

@@ -37,6 +37,7 @@ from protocol.records import UNREADABLE
 from server.arrivals import Arrivals
 from server.collect import collect
 from server.forwarding import Forwarding
+from server.inquiries import Inquiries
 from server.memory import memory_at_most
 from server.pauses import Pauses
 from server.runtime_grid import Gone, RuntimeGrid
@@ -78,7 +79,7 @@ class Gated(Forwarding):
         self._asked: dict[str, Message] = {}  # what no reply has come to yet, by message id
         self._unsent: dict[str, Message] = {}  # errors in place of replies to what could not be sent
         self._failed: Counter[str] = Counter()  # looks for each reply that failed
-        self._inquiries: dict[int, tuple[str, float]] = {}  # by node: what it was asked last, and when
+        self._inquiries = Inquiries(self, poll=poll, slack=_SLACK)
         self._pauses = Pauses()
         self._silent = False  # the SuperLink did not answer the last time
         self._numbers = count(1)
@@ -175,26 +176,11 @@ class Gated(Forwarding):
             timeout: seconds that an answer may take.
             wait: seconds after a question that are waited for its answer.
         """
-        new = [message for message in messages if message.metadata.dst_node_id not in self._inquiries]
-        now = time.monotonic()
-        for message, name in zip(new, self.push(new, timeout), strict=True):
-            self._inquiries[message.metadata.dst_node_id] = name, now
-        while True:
-            ids = {name: node for node, (name, _) in self._inquiries.items()}
-            for name, reply in self.pull(ids, self._poll + _SLACK):
-                del self._inquiries[ids[name]]
-                yield reply
-            now = time.monotonic()
-            for node, (name, since) in list(self._inquiries.items()):
-                if now >= since + timeout:
-                    log.warning("node %d did not answer in %.0f s", node, timeout)
-                    self._pause(node)
-                    self.forget([name])
-                    del self._inquiries[node]
-            left = max((since + wait - now for _, since in self._inquiries.values()), default=0.0)
-            if left <= 0:
-                return
-            time.sleep(min(self._poll, left))
+        return self._inquiries.ask(messages, timeout=timeout, wait=wait)
+
+    def leave_out(self, node: int) -> None:
+        """Leave a node out for a while."""
+        log.warning("node %d is left out for %.0f s", node, self._pauses.add(node))
 
     def _pushed(self, message: Message, until: float) -> str:
         """The id of a message that was sent, or of one in whose place its node's error is going to arrive."""
@@ -289,11 +275,8 @@ class Gated(Forwarding):
         node = request.metadata.dst_node_id
         log.warning("node %d is unreachable: %s", node, reason)
         if blamed:
-            self._pause(node)
+            self.leave_out(node)
         return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=request)
-
-    def _pause(self, node: int) -> None:
-        log.warning("node %d is left out for %.0f s", node, self._pauses.add(node))
 
     def _limit(self, seconds: float) -> None:
         if self._calls:

@@ -275,11 +275,10 @@ class Federation:
 def _write_results(folder: Path) -> str:
     """Write a run's report, in a process of its own, which may fail: it can be written later. Where it is, in words."""
     command, variables = children.python("server.results", str(folder)), children.environment()
-    done = subprocess.run(
-        command, env=variables, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env=variables, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        return f". Its report could not be written; later: python -m server.results {folder}"
+        why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        return f". Its report could not be written ({why}); later: python -m server.results {folder}"
     return f". Its report: {done.stdout.strip()}"
 
 

@@ -12,6 +12,7 @@ MARK = "anther: "
 """What our lines begin with in Flower's log."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_NOISE = ("Using SuperLink: ", "Successfully installed ")
 _LEVEL = re.compile(r"\s*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d[-\d :,.]*)?:\s*")
 
 
@@ -71,7 +72,7 @@ def readable(line: str) -> str | None:
     text = plain[match.end() :] if match else plain
     if text.startswith(MARK):
         return _leveled(level or "INFO", text.removeprefix(MARK))
-    if not text.strip() or level in ("DEBUG", "INFO"):
+    if not text.strip() or level in ("DEBUG", "INFO") or text.startswith(_NOISE):
         return None
     return _leveled(level or "INFO", text)
 

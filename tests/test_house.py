@@ -42,6 +42,7 @@ FLOWER = {
     "server/patience.py",
     "server/runtime_grid.py",  # that grid, call by call
     "server/arrivals.py",
+    "server/inquiries.py",
     "server/control.py",  # of a SuperLink
     "server/gateway/calls.py",  # Flower's fleet protocol, as a table
     "server/gateway/conversations.py",

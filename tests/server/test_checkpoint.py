@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, and nothing damaged does."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ import torch
 
 from conf.errors import AntherError
 from models.adapter import Site, initial, to_tensors
+from privacy.accounting import Guarantee
 from server import checkpoint
 from server.report import sums
 from server.state import Round
-from strategies.facts import DeviceFacts, TrainFacts, Validation
+from strategies.facts import CentralFacts, DeviceFacts, TrainFacts, Validation
 from tests.fleet import SITES, fresh_state
 
 FILES = ["adapter.safetensors", "best.safetensors", "memory.safetensors", "state.json", "manifest.json"]
@@ -164,6 +166,33 @@ def test_an_edited_history_is_found_even_if_it_is_json(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text())))
     with pytest.raises(AntherError, match=r"state\.json is not as it was written .*go back to the start"):
         checkpoint.load(tmp_path, sites=SITES)
+
+
+def test_a_checkpoint_of_an_earlier_release(tmp_path):
+    """It has no gains on the same devices: the means stand in for them, and the same round is the best. Of ε it has
+    one number."""
+    (*_, state) = states(None, 0.5, 0.7)
+    promised = Guarantee(1.5, 1e-5)
+    central = CentralFacts(guarantee=promised, clip=1.0, next_clip=1.0, deviation=1.0, snr=1.0, dropped=0, release=True)
+    last = replace(state.history[2], train=replace(state.history[2].train, guarantees=(promised,), central=central))
+    state = replace(state, history=(*state.history[:2], last))
+    folder = checkpoint.save(tmp_path, state)
+    written = json.loads((folder / "state.json").read_text())
+    for done in written["history"]:
+        del done["validation"]["improved"]
+    train = written["history"][2]["train"]
+    for guarantee in (train["guarantees"][0], train["central"]["guarantee"]):
+        del guarantee["strict"], guarantee["seen"]
+    data = json.dumps(written).encode()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = hashlib.sha256(data).hexdigest()
+    (folder / "state.json").write_bytes(data)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = checkpoint.load(tmp_path, sites=SITES)
+    assert (found.best_round, found.best_score) == (1, 0.5)
+    assert found.history == state.history
+    assert found.after(round_(3, 0.6), found.adapter).best_round == 1
+    assert found.after(round_(3, 0.4), found.adapter).best_round == 3
 
 
 def test_other_sites(tmp_path):

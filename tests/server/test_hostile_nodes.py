@@ -47,6 +47,7 @@ class Time:
 def passing(monkeypatch, link) -> Time:
     passing = Time()
     monkeypatch.setattr("server.gate.time", passing)
+    monkeypatch.setattr("server.inquiries.time", passing)
     monkeypatch.setattr("strategies.clock.time", passing)
     monkeypatch.setattr(link, "calls", lambda _: passing.sleep(COST))
     return passing
@@ -253,7 +254,7 @@ def gate_pulled(gate, name):
 def test_a_question_is_not_waited_for_and_its_answer_comes_later(link, passing):
     ada, slow, gate = link.device("ada"), link.device("slow"), link.grid()
     for message in asked(ada, slow):
-        gate._inquiries[message.metadata.dst_node_id] = gate.push([message], 1.0)[0], passing.monotonic()
+        gate._inquiries._asked[message.metadata.dst_node_id] = gate.push([message], 1.0)[0], passing.monotonic()
     ada.push(ada.reply(ada.pull(), content(ada)))
     assert outcome(gate.inquire([], timeout=60.0, wait=0.0)) == {ada.node: 0}
     assert outcome(gate.inquire(asked(slow), timeout=60.0, wait=0.0)) == {}  # it is not asked again

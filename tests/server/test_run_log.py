@@ -34,6 +34,7 @@ def test_a_traceback_is_shown():
     assert readable("Traceback (most recent call last):\n") == "Traceback (most recent call last):"
     assert readable("\x1b[92mINFO \x1b[0m:      \n") is None
     assert readable("\n") is None
+    assert readable("Using SuperLink: anther (127.0.0.1:9444)") is None
 
 
 def test_this_process_tells_too(capsys):
