@@ -220,7 +220,7 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     noised = [Line("gain", [row["gain"] for row in rounds], "shared")]
     errors = [row["gain_error"] for row in rounds if row["gain_error"] is not None]
     drawn = [
-        chart("Validation loss", f"mean over devices{chosen}", loss, words.number, from_zero=False),
+        chart("Validation loss", f"trimmed mean over devices{chosen}", loss, words.number, from_zero=False),
         chart(
             "Gain on validation, noised",
             f"what the adapter takes off the base's loss, ± {words.number(max(errors, default=None))} by its noise",
