@@ -11,7 +11,7 @@ from protocol import messages
 
 LARGEST_BASE = 1 << 43
 """Bytes of a base: 8 TiB."""
-_FEDERATION = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+_FEDERATION = re.compile(r"(?!null$)[a-z0-9][a-z0-9._-]{0,79}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,8 @@ def test_pictures_are_looked_at_before_the_ticket_is_used(server, tmp_path, wher
     "said",
     [
         {"federation": "a\nlink.insecure=true"}, {"federation": "${oc.env:HOME}"}, {"federation": "../../x"},
-        {"federation": "[1,2]"}, {"federation": ""}, {"federation": "f" * 81}, {"base": "attacker/evil-model"},
+        {"federation": "[1,2]"}, {"federation": ""}, {"federation": "null"},
+        {"federation": "f" * 81}, {"base": "attacker/evil-model"},
         {"base": "/etc"}, {"base": "~"}, {"base": "glyphs"}, {"base": "B" * 64}, {"base_bytes": -1},
         {"base_bytes": 10**15}, {"time": "x"}, {"time": "2026-01-01T00:00:00"}, {"time": "2026-01-01"},
         {"anther": "\x1b[2Jx"}, {"anther": "1" * 41},
