@@ -248,3 +248,11 @@ def test_held_out_losses_stay_within_what_was_granted(base: Base, rank: int) -> 
         assert peaks[-1] <= max(granted, peaks[0] - beside) + beside, f"{peaks[-1]} of {granted} + {beside} bytes"
         assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
     assert peaks[0] < peaks[1] < peaks[2]
+
+
+def test_what_fits_tells_nothing_of_private_pictures(base: Base) -> None:
+    """The least memory in which a private job trains, and all that it holds, are those of the pictures assumed."""
+    plans = [[private(base, "a", 0.5, count=count, batch_size=4)] for count in (0, 1, 7, 8)]
+    assert len({least(base, plan) for plan in plans}) == 1
+    assert len({capacity(base, plan, PLENTY) for plan in plans}) == 1
+    assert least(base, [job(base, "a", count=8)]) > least(base, [job(base, "a", count=1)])
