@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -229,3 +230,10 @@ def test_a_folder_that_cannot_be_used_has_no_pictures(make: Callable[[Path], Pat
     said: list[AntherError] = []
     assert load_folder(make(tmp_path), tell=said.append) == Pictures((), (), ())
     assert len(said) == 1
+
+
+def test_fingerprints_of_pixels_in_memory_stay_what_they_were() -> None:
+    """They key cached latents and the random streams of private jobs: by shape, caption and pixels."""
+    pixels = np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    text = repr(((8, 8, 3), 3, "cat")).encode()
+    assert fingerprint([Picture(pixels, "cat")]) == hashlib.sha256(text + pixels.tobytes()).hexdigest()

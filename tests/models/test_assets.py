@@ -76,3 +76,22 @@ def test_files_that_macos_leaves_are_no_part_of_a_base(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_bytes(b"x")
     assert assets.digest(tmp_path) == before
     assert [file.name for file in assets.identity(tmp_path)] == ["a.json"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")  # as of a user id that nobody has
+
+    monkeypatch.delenv("ANTHER_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", nameless)
+    with pytest.raises(AntherError, match="set ANTHER_HOME"):
+        assets.home()
+
+
+def test_a_home_that_is_a_file_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.argv", ["assets"])
+    assert assets.main() == 2
+    with pytest.raises(AntherError, match=r"in the way.*ANTHER_HOME names another folder"):
+        assets.locate("glyphs")

@@ -96,3 +96,11 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
             starts.append(event.step)
         offset += 16 + length
     assert starts == [2]
+
+
+def test_lines_that_are_not_utf8_are_dropped_with_what_follows(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 0}\n{"step": 1, "x": "\xff\xfe"}\n{"step": 2}\n')
+    with trackers(tmp_path, tensorboard=False, start=3) as tracker:
+        tracker.log(3, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").splitlines()] == [0, 3]
