@@ -77,7 +77,10 @@ def guess(scores: np.ndarray, included: np.ndarray, top: float, bottom: float) -
 
 
 def guess_all(scores: np.ndarray, included: np.ndarray) -> Guesses:
-    """Guess "in" for every canary [m] whose log-likelihood ratio is over 0: the rule that is right most often."""
+    """Guess "in" for every canary [m] whose score is over 0.
+
+    Of log-likelihood ratios no rule is right more often. A rule that looked at the guesses would be no fair one.
+    """
     return Guesses(len(scores), len(scores), int(((scores > 0) == included).sum()))
 
 
@@ -91,6 +94,11 @@ def log_likelihood_ratio(seen: np.ndarray, claim: PoissonGaussian) -> np.ndarray
     joined = (2 * seen - 1) / (2 * variance) + math.log(q)
     missed = math.log1p(-q) if q < 1 else -math.inf
     return np.asarray(np.logaddexp(joined, missed).sum(0))
+
+
+def summed(seen: np.ndarray, claim: PoissonGaussian) -> np.ndarray:
+    """Σ seen − q · steps / 2: [steps, m] -> [m]. Over 0 where a canary is in rather than out, whatever the noise."""
+    return np.asarray(seen.sum(0) - claim.sampling_rate * claim.steps / 2)
 
 
 def one_run_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
@@ -195,7 +203,7 @@ def audit(
     """What the scores of some attacks show together.
 
     Args:
-        attacks: log-likelihood ratios [m] of the canaries, by the name of the attack.
+        attacks: scores [m] of the canaries, over 0 for those that are rather in, by the name of the attack.
         included: which canaries were in [m].
         confidence: of the bounds on ε.
         false_alarms: probability, at most, that a true claim is called refuted.

@@ -117,6 +117,54 @@ def test_true_claims_stand_in_19_of_20_audits() -> None:
     assert wrong <= 200 * 0.05 + 3 * math.sqrt(200 * 0.05 * 0.95)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+def test_no_rule_guesses_better_than_the_total_variation_distance(rate: float, steps: int) -> None:
+    """By the densities: of q N(1, σ²) + (1 − q) N(0, σ²) against N(0, σ²), and of four Gaussian steps in a row."""
+    x = np.linspace(-12, 14, 400_001)
+    sigma, shift = (1.5, 1.0) if steps == 1 else (1.5 / 2, 1.0)  # four steps are one with half the noise
+    missed, joined = norm.pdf(x, 0, sigma), norm.pdf(x, shift, sigma)
+    distance = rate * np.trapezoid(np.maximum(joined - missed, 0), x)
+    found = tradeoff.advantage(gaussian(1.5, rate, steps))
+    if rate == 1 or steps == 1:
+        assert distance - 1e-9 <= found <= 1.002 * distance
+    else:
+        assert distance < found < 4 * rate * np.trapezoid(np.maximum(norm.pdf(x, 1, 1.5) - norm.pdf(x, 0, 1.5), 0), x)
+
+
+HALF = {1.0: (0.2, 20), 2.0: (0.2, 20), 4.0: (0.2, 20)}
+
+
+@pytest.mark.parametrize("epsilon", HALF)
+def test_half_the_noise_is_refuted_by_guesses_alone_and_honest_noise_is_not(epsilon: float) -> None:
+    """The claims of `conf.audit`, 10,000 canaries, in 40 runs each."""
+    rate, steps = HALF[epsilon]
+    sigma = accounting.noise_multiplier_for(epsilon=epsilon, delta=DELTA, sampling_rate=rate, steps=steps)
+    claim = gaussian(sigma, rate, steps)
+    refuted = {1.0: 0, 0.5: 0}
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        included = generator.random(10_000) < 0.5
+        for scale in refuted:
+            joined = (generator.random((steps, 10_000)) < rate) & included
+            seen = joined + scale * sigma * generator.standard_normal((steps, 10_000))
+            made = audit.guess_all(audit.summed(seen, claim), included)
+            refuted[scale] += audit.refutes_each(made, claim, 1e-6 / 400)
+    assert refuted == {1.0: 0, 0.5: 40}
+
+
+def test_a_bound_that_is_above_its_claim_by_chance_refutes_nothing() -> None:
+    """Of 10,000 independent guesses, as many right as in one honest audit of a thousand."""
+    claim, included = gaussian(1.0), np.arange(10_000) % 2 == 0
+    right = int(binom.isf(1e-3, 10_000, (1 + tradeoff.advantage(claim)) / 2))
+    scores = np.where(np.arange(10_000) < right, 2.0 * included - 1, 1 - 2.0 * included)
+    scores = scores * np.random.default_rng(0).random(10_000)
+    found = audit.audit(claim, DELTA, {"release": scores}, included, confidence=0.95, false_alarms=1e-6)
+    assert found.guesses.correct == right
+    assert found.independent >= found.claimed.value
+    assert not found.refuted
+
+
 def test_more_noise_shows_less_and_more_canaries_more() -> None:
     def bound(sigma: float, m: int) -> float:
         scores, included = release(sigma, m, 1)

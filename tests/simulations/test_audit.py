@@ -34,6 +34,7 @@ from simulations.membership import CONTROL, suspects
 from simulations.verdicts import Results, Verdict
 from tests.privacy.test_membership import trial as drawn
 from tests.server.test_checkpoint import device, round_
+from tests.simulations.broken import Scaled
 from tests.training.reference import live
 from typefaces.dataset import POOL, TEST
 
@@ -250,6 +251,26 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
     honest = audit.source
     monkeypatch.setattr(audit, "source", lambda *key: canaries.Silent(honest(*key)))
     assert not audit.audit(config, told.append).sound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 0.7, 0.5])
+def test_the_command_fails_for_too_little_noise(
+    scale: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute for each: python -m pytest -m slow tests/simulations/test_audit.py. Of half, claims fall as well."""
+    honest = audit.source
+    monkeypatch.setattr(audit, "source", lambda *key: Scaled(honest(*key), scale))
+    assert command(monkeypatch, tmp_path, "canaries.epsilons=[4]", "clients.epsilons=[4]") == (0 if scale == 1 else 1)
+    told = capsys.readouterr().out.splitlines()
+    bad = [line for line in told if line.startswith("FAIL")]
+    situations = [line for line in bad if " numbers of noise" in line]
+    claims = [line for line in bad if ": refuted" in line]
+    assert len(situations) == (0 if scale == 1 else 10)
+    assert len(claims) == (2 if scale == 0.5 else 0) or scale == 0.7
+    assert told[-2].startswith("ok" if scale == 1 else "FAIL")
+    assert "would be seen with probability 0.999" in told[-2]
+    stands_alone((tmp_path / "audit.html").read_text())
 
 
 @pytest.mark.parametrize(

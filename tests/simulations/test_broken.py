@@ -29,7 +29,7 @@ SIGNIFICANCE = 1e-9  # what a test may have of a whole audit's false alarms
 PLAIN = Situation(
     name="plain", pictures=60, sampling_rate=0.3, noise_multiplier=1.0, side=60, devices=2, rounds=10,
 )  # fmt: skip
-STEPS = replace(PLAIN, steps=3, side=24)
+STEPS = replace(PLAIN, name="steps", steps=3, side=24)
 FEW = Situation(name="few", pictures=3, sampling_rate=0.2, noise_multiplier=1.0, side=16, rounds=100)
 LONG = Situation(name="long", pictures=8, sampling_rate=0.5, noise_multiplier=0.5, side=400, trains="b")
 Break = Callable[[NoiseSource], NoiseSource]

@@ -45,6 +45,8 @@ def test_a_device_that_tells_more_sets_no_guarantee(monkeypatch, tmp_path, lie):
         most = explained(PRIVATE, rounds=done.number, measuring=None, measured=0)
         assert (done.train.replied, done.train.told) == (3, lie)
         assert [guarantee.value for guarantee in done.guarantees] == [done.epsilon] == [most]
+        strict = explained(PRIVATE, rounds=done.number, measuring=None, measured=0, delta=1e-5)
+        assert [guarantee.strict for guarantee in done.guarantees] == [strict]
     assert found.devices["a"].epsilon == most
     assert found.devices["b"].epsilon <= 1.5  # what it told
 
