@@ -1,8 +1,8 @@
 """Is every way of breaking what is promised noticed by a test?  python -m bench.mutations [--only WORDS] [--jobs N]
 
-Each mutant of `bench.mutants` is put into a copy of the source, in which its named test has to fail; without a mutant
-all of those tests have to pass there. Each of the jobs has a copy of its own. The exit code is 1 if a mutant survives,
-or doesn't fit the source any more.
+Each mutant of `bench.mutants` and `bench.audit_mutants` is put into a copy of the source, in which its named test has
+to fail; without a mutant all of those tests have to pass there. Each of the jobs has a copy of its own. The exit code
+is 1 if a mutant survives, or doesn't fit the source any more.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.audit_mutants import OF_AUDITS
 from bench.machine import machine, versions
 from bench.mutants import OF_DEVICES, OF_PICTURES, Mutant
 from conf.errors import AntherError
@@ -42,7 +43,7 @@ class Verdict:
     """What became of one mutant."""
 
     level: str
-    """The unit that the broken promise is about: `image` or `device`."""
+    """The unit that the broken promise is about, `image` or `device`; or `audit`, for what the audit itself sees."""
     mutant: Mutant
     caught: bool
     said: str
@@ -122,14 +123,15 @@ def record(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
 
 def chosen(only: str) -> list[tuple[str, Mutant]]:
-    """All mutants with their level, or those whose name holds these words."""
-    every = [("image", mutant) for mutant in OF_PICTURES] + [("device", mutant) for mutant in OF_DEVICES]
-    return [(level, mutant) for level, mutant in every if only in mutant.name]
+    """All mutants with their level, or those of this level, or whose name holds these words."""
+    levels = {"image": OF_PICTURES, "device": OF_DEVICES, "audit": OF_AUDITS}
+    every = [(level, mutant) for level, mutants in levels.items() for mutant in mutants]
+    return [(level, mutant) for level, mutant in every if only in (level, "") or only in mutant.name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="words that the name of a mutant holds")
+    parser.add_argument("--only", default="", help="words that the name of a mutant holds, or image, device or audit")
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are judged at once")
     parser.add_argument("--out", type=Path, default=Path("bench/results/mutations.json"))
     arguments = parser.parse_args()

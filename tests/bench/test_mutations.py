@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.audit_mutants import OF_AUDITS
 from bench.mutants import OF_DEVICES, OF_PICTURES, Mutant
 from bench.mutations import PASSED, ROOT, applied, chosen, copy_of_the_source, judge, run_tests
 from conf.errors import AntherError
@@ -30,6 +31,11 @@ WANTED = {  # what the table has to hold at least: a promise broken, and the mut
         "simulated noise on a device that declared no test", "simulated noise on a real server",
     },
     "simulated noise recorded as a release": {"simulated noise recorded as a release"},
+    "noise off by little": {"noise 3 % low", "noise on a round 3 % low"},
+    "noise that repeats": {"noise that repeats every 65,536 numbers", "cosines in both halves of the noise"},
+    "another source of noise": {"secure noise from NumPy's generator", "float16 noise", "float32 noise"},
+    "told from before the noise": {"signal to noise from before the noise", "a diagnostic from before the noise"},
+    "sums and batches": {"sums kept for the next step", "no noise on empty batches", "batches that are never empty"},
 }  # fmt: skip
 
 
@@ -47,7 +53,7 @@ def test_all_that_was_asked_for_is_there() -> None:
     assert len(EVERY) == len({(level, mutant.name) for level, mutant in EVERY}) >= 20
 
 
-@pytest.mark.parametrize("mutant", [*OF_PICTURES, *OF_DEVICES], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*OF_PICTURES, *OF_DEVICES, *OF_AUDITS], ids=lambda mutant: mutant.name)
 def test_a_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
     assert mutant.new != mutant.old
     assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
