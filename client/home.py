@@ -64,8 +64,9 @@ def own(name: str, store: str | None) -> Files:
 
 def remember(files: Files) -> None:
     """Note which store the device that takes part from here has."""
-    if _remembered() != files.folder:
-        write(_note(), f"{files.folder}\n".encode())
+    folder, home = files.folder.absolute(), assets.home().absolute()
+    if _remembered() != folder:  # of a home that is moved or copied as a whole it goes along
+        write(_note(), f"{folder.relative_to(home) if folder.is_relative_to(home) else folder}\n".encode())
 
 
 def _note() -> Path:
@@ -75,7 +76,7 @@ def _note() -> Path:
 def _remembered() -> Path | None:
     """The store that was noted, if it is there still."""
     try:
-        found = Path(_note().read_text(encoding="utf-8").rstrip("\n"))
+        found = assets.home().absolute() / _note().read_text(encoding="utf-8").rstrip("\n")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

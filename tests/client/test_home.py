@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def shares(name: str, number: int = 1) -> None:
     remember(files)
 
 
-def test_a_renamed_device_keeps_its_ledger(anther: Path) -> None:
+def test_a_renamed_device_keeps_its_ledger(anther: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares("pi", 1)
     shares("my-pi", 2)
     shares("pi", 3)
@@ -48,6 +49,9 @@ def test_a_renamed_device_keeps_its_ledger(anther: Path) -> None:
     assert [path.name for path in (anther / "devices").iterdir()] == ["pi"]
     (anther / "node.conf").write_text("name=another\n")
     assert len(Ledger(find(None, None)).entries()) == 3
+    shutil.copytree(anther, anther.with_name("copy"))
+    monkeypatch.setenv("ANTHER_HOME", str(anther.with_name("copy")))
+    assert own("pi", None).folder == anther.with_name("copy") / "devices" / "pi"  # not the one that it was copied from
 
 
 def test_a_renamed_device_of_before_is_refused_with_the_mend(anther: Path) -> None:
