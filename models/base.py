@@ -5,7 +5,8 @@ The network stays; the VAE and the text encoders are loaded to encode pictures o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ class Base(Denoiser):
         found = []
         for part in filled.split(batch):
             ask()
-            found.append(_latents(vae.encode(part.to(self.device))))
+            with self._running("vae"):
+                found.append(_latents(vae.encode(part.to(self.device))))
         latents = torch.cat(found)
         shift, scale = _statistics(vae, latents)
         return self._sound((latents[: len(pixels)] - shift) * scale, "vae")
@@ -112,7 +114,8 @@ class Base(Denoiser):
         distinct = {}
         for caption in dict.fromkeys(captions):
             ask()
-            distinct[caption] = self.family.encode(encoders, caption)
+            with self._running("text encoder"):
+                distinct[caption] = self.family.encode(encoders, caption)
         return self._sound(torch.stack([distinct[caption] for caption in captions]), "text encoder")
 
     def _sound(self, encoded: Tensor, part: str) -> Tensor:
@@ -120,6 +123,17 @@ class Base(Denoiser):
         if not encoded.isfinite().all():
             raise AntherError(f"base {self.folder}: its {part} gives numbers that are not finite: get another copy")
         return encoded
+
+    @contextmanager
+    def _running(self, part: str) -> Iterator[None]:
+        """Whatever goes wrong in a part that was loaded, in one line: its configuration is not that of its weights."""
+        try:
+            yield
+        except (AntherError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any kind, from deep within the libraries
+            reason = " ".join(str(error).split())[:200]
+            raise AntherError(f"base {self.folder}: its {part} can't be run ({reason}): copy it again") from error
 
     def guided(self, captions: Sequence[str], strength: float) -> Guidance:
         """What to draw captions under, so that guidance has this strength; 1 is none."""
@@ -141,7 +155,8 @@ class Base(Denoiser):
             decoding.in_tiles(vae, tile, self._checkpoint.scale)
         shift, scale = _statistics(vae, latents)
         latents = latents / scale + shift
-        pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
+        with self._running("vae"):
+            pixels = torch.cat([vae.decode(part).sample for part in latents.split(self._at_once(64))])
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conf.errors import AntherError
+from conf.errors import AntherError, shown
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
@@ -38,7 +38,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise AntherError(f"scheduler predicts {self.prediction!r}: only {', '.join(PREDICTIONS)} are supported")
+            raise AntherError(
+                f"scheduler predicts {shown(repr(self.prediction))}: only {', '.join(PREDICTIONS)} are supported"
+            )
 
     def __len__(self) -> int:
         return self.signals.shape[0]

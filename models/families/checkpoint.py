@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conf.errors import AntherError
+from conf.errors import AntherError, shown
 from models import loading, packed
 from models.families import encoders
 from models.families.checks import check
@@ -104,7 +104,7 @@ def recognise(folder: Path) -> Checkpoint:
     index = _json(folder, folder / "model_index.json")
     name = str(index.get("_class_name"))
     if name not in FAMILIES:
-        raise AntherError(f"base {folder}: holds a {name}: only {', '.join(FAMILIES)} are supported")
+        raise AntherError(f"base {folder}: holds a {shown(name)}: only {', '.join(FAMILIES)} are supported")
     family = FAMILIES[name]
     parts = _parts(folder, index)
     for part in (family.network, "vae", "scheduler", *family.encoders):
@@ -117,11 +117,13 @@ def recognise(folder: Path) -> Checkpoint:
         library = "transformers" if part in family.encoders else "diffusers"
         if index[part][0] != library:
             raise AntherError(
-                f"base {folder}: its {part} is of {index[part][0]}: only those of {library} are supported"
+                f"base {folder}: its {part} is of {shown(index[part][0])}: only those of {library} are supported"
             )
     for part, kinds in ((family.network, (family.kind,)), ("vae", _VAES)):
         if parts[part] not in kinds:
-            raise AntherError(f"base {folder}: its {part} is a {parts[part]}: only {', '.join(kinds)} is supported")
+            raise AntherError(
+                f"base {folder}: its {part} is a {shown(parts[part])}: only {', '.join(kinds)} is supported"
+            )
     required = bool(index.get("requires_safety_checker", False))
     found = Checkpoint(folder=folder, family=family, parts=parts, requires_safety_checker=required)
     network = found.config(family.network)
@@ -138,7 +140,9 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(entry, list):
             continue  # a setting
         if len(entry) != 2 or not all(value is None or isinstance(value, str) for value in entry):
-            raise AntherError(f"base {folder}: model_index.json has {part}={entry}: must be [library, class]")
+            raise AntherError(
+                f"base {folder}: model_index.json has {shown(part)}={shown(entry)}: must be [library, class]"
+            )
         if entry[1]:
             parts[part] = entry[1]
     return parts

@@ -19,7 +19,8 @@ _LAYERS = 2**9  # of any number of layers
 _SIDE = 2**13  # latents
 _CHANNELS = 2**12
 _TYPES: dict[type, tuple[type, ...]] = {  # of some there is one for each level
-    float: (int, float), int: (int, float, list, tuple), str: (str, list, tuple), bool: (bool,),
+    float: (int, float), int: (int, float, list, tuple), str: (str, list, tuple), bool: (bool, list, tuple),
+    tuple: (list, tuple),
 }  # fmt: skip
 _LATENTS_OF = {"AutoencoderKL": 4, "AutoencoderDC": 32, "AutoencoderTiny": 4}  # where a VAE's file doesn't say
 
@@ -74,7 +75,7 @@ def _typed(part: str, config: Mapping[str, Any], kind: str) -> None:
         if value is default or (value is None and not isinstance(default, float)):
             continue
         wanted = _TYPES.get(type(default))
-        if wanted and (not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)):
+        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool))):
             raise AntherError(f"{part} has {key}={shown(value)}, where {kind} has {default} by default")
 
 

@@ -40,7 +40,9 @@ def load(folder: Path, names: tuple[str, ...], classes: Mapping[str, str], *, em
     for name in names:
         known = TOKENIZERS if name.startswith("tokenizer") else TEXT_ENCODERS
         if classes[name] not in known:
-            raise AntherError(f"base {folder}: its {name} is a {classes[name]}: only {', '.join(known)} are supported")
+            raise AntherError(
+                f"base {folder}: its {name} is a {shown(classes[name])}: only {', '.join(known)} are supported"
+            )
         kind = getattr(transformers, classes[name])
         if known is TOKENIZERS:
             found[name] = _tokenizer(kind, folder / name)
@@ -75,7 +77,7 @@ def _match(tokenizer: Any, encoder: Any, folder: Path) -> None:
             f"{folder}: knows {known} tokens and its tokenizer {largest + 1}: they are of different models, copy both"
         )
     longest = tokenizer.model_max_length
-    if not isinstance(longest, int | float) or longest < 1:
+    if not isinstance(longest, int | float) or not longest >= 1:
         raise AntherError(f"{folder}: its tokenizer's model_max_length={shown(longest)}: must be over 0")
     places = getattr(encoder.config, "max_position_embeddings", None)
     if places is not None:

@@ -318,6 +318,8 @@ def test_words_of_photographs_are_not_those_of_letters() -> None:
     letters, photographs = text_of(render(report())), text_of(render(report(letters=False)))
     assert "letters of the writer's own" in letters
     assert "the pictures themselves" in photographs
+    assert "Q" in letters
+    assert "Q" not in photographs  # the letter that a caption ends with heads no column of photographs
     assert "writer" not in photographs.replace("Style: nearer to this writer's", "").replace("the writer's own are", "")
 
 
@@ -357,3 +359,10 @@ def test_letters_are_kept_to_the_last_bit() -> None:
 def test_photo_keeps_its_proportions() -> None:
     photo = np.zeros((300, 600, 3), np.uint8)
     assert Thumbnails(1)(photo).shape == (64, 128, 3)
+
+
+def test_one_device_is_not_called_several() -> None:
+    one = report(summary=report().summary | {"clients": 1}, gallery=[writer("Ada <hand>", 20)])
+    assert "One device gave 2 pictures and trained small adapters" in text_of(render(one))
+    assert "The 1 whose" not in text_of(render(one))
+    assert "1 device trained small adapters" in text_of(render(dataclasses.replace(one, gallery=[])))

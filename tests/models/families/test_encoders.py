@@ -171,3 +171,13 @@ class TestCode:
     def test_quantized(self, folder: Path) -> None:
         change(folder / "text_encoder/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
         refuse(folder, "is quantized")
+
+
+def test_what_goes_wrong_within_an_encoder_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    """T5's own code divides by the logarithm of it."""
+    if tiny.name != "pixart":
+        pytest.skip("of T5")
+    copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
+    change(copy / "text_encoder/config.json", relative_attention_max_distance=0)
+    with pytest.raises(AntherError, match=r"its text encoder can't be run \(math domain error\)"):
+        Base(copy, resolution=16).encode_captions(["cat"])
