@@ -50,7 +50,7 @@ MOST_SLOWER, MOST_MEMORY, MOST_DISK = 1.2, 256.0, 64.0  # times, MiB more than c
 SERVER = ("server.run", "server.local_superlink", "flwr-serverapp")
 DEVICE = ("client.run", "client.node", "client.worker")
 
-_ROUND = re.compile(r"round (\d+): (\d+) of (\d+) replied.* ([\d.]+) s")
+_ROUND = re.compile(r"round (\d+) of \d+: (\d+) of (\d+) replied.* ([\d.]+) s\b")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 
 import httpx
@@ -78,6 +79,7 @@ class Gated(Forwarding):
         self._memory = _MEMORY + _COPIES * largest
         self._asked: dict[str, Message] = {}  # what no reply has come to yet, by message id
         self._unsent: dict[str, Message] = {}  # errors in place of replies to what could not be sent
+        self._left: set[str] = set()  # given-up messages that the SuperLink still holds
         self._failed: Counter[str] = Counter()  # looks for each reply that failed
         self._inquiries = Inquiries(self, poll=poll, slack=_SLACK)
         self._pauses = Pauses()
@@ -90,7 +92,9 @@ class Gated(Forwarding):
         while True:
             try:
                 self._limit(_PATIENCE)
-                return self._pauses.without(self._grid.get_node_ids())
+                found = self._pauses.without(self._grid.get_node_ids())
+                self._clear()  # before a round, and not within its time limit
+                return found
             except httpx.HTTPError as error:
                 if time.monotonic() >= until:
                     raise
@@ -155,12 +159,22 @@ class Gated(Forwarding):
 
     def forget(self, message_ids: Iterable[str]) -> None:
         names = set(message_ids)
+        self._left |= names & (self._asked.keys() - self._unsent.keys())
         for kept in (self._asked, self._unsent, self._failed):
             for name in names & kept.keys():
                 del kept[name]
         if self._arrivals:
             self._arrivals.drop(names)
         super().forget(names)
+
+    def _clear(self) -> None:
+        """Have the SuperLink delete messages whose replies are given up: nodes that never take any fill its disk."""
+        until = time.monotonic() + _SLACK
+        with suppress(httpx.HTTPError):  # the rest next time
+            while self._calls and self._left and time.monotonic() < until:
+                identifier = next(iter(self._left))
+                self._calls.confirm(identifier)
+                self._left.remove(identifier)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies as they come, until there is one to each message or `timeout` seconds are over (None: no limit)."""

@@ -12,10 +12,10 @@ from server.gateway import calls
 from tests.server.gateway.served import Served, new_key, pem, records
 
 LOG = """2026-11-30 19:48:14 run 7 began
-[92mINFO [0m:      round 0: no losses, 0.0 s
-[92mINFO [0m:      round 1: 3 of 4 replied, 1 refused, base 0.18455, shared 0.18403, 12.6 s
-[92mINFO [0m:      round 2: 2 of 4 replied, base 0.18455, shared 0.18434, 6.3 s
-[92mINFO [0m:      round 2: 2 of 4 replied, base 0.18455, shared 0.18434, 6.3 s
+2026-11-30 19:48:20 round 0 of 9: no losses, 0.0 s
+2026-11-30 19:48:30 round 1 of 9: 3 of 4 replied (1 refused), 0.7% off the base's loss (0.0761 to 0.0761), 12.6 s
+2026-11-30 19:48:40 round 2 of 9: 2 of 4 replied (1 no reply), 0.7% off the base's loss (0.0761 to 0.0761), 6.3 s
+2026-11-30 19:48:40 round 2 of 9: 2 of 4 replied (1 no reply), 0.7% off the base's loss (0.0761 to 0.0761), 6.3 s
 """
 
 

@@ -10,7 +10,10 @@ from dataclasses import replace
 import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.superlink.servicer.fleet import fleet_handlers
 
 from models.adapter import initial, to_tensors
 from protocol import records
@@ -316,3 +319,19 @@ def test_an_asynchronous_round_is_over_in_time_too(link, passing):
         assert leg.train(number, arrays) is not None
         assert passing.passed < LIMIT + 2.0
         assert federated.trained.replied >= 1
+
+
+def test_messages_that_a_node_never_takes_are_deleted(link):
+    ada, gate = link.device("ada"), link.grid()
+    (name,) = gate.push(asked(ada), 1.0)
+    assert name in link.state.object_store
+    gate.forget([name])
+    assert there(gate, ada) == ["ada"]
+    assert name not in link.state.object_store, "before the next round"
+    pulled = fleet_handlers.pull_messages(
+        PullMessagesRequest(node=Node(node_id=ada.node)), link.state, link.state.object_store
+    )
+    assert not pulled.messages_list, "a node that takes messages again isn't given it"
+    (again,) = gate.push(asked(ada), 1.0)
+    ada.push(ada.reply(ada.pull(), content(ada)))
+    assert outcome(reply for _, reply in gate.pull([again], 1.0)) == {ada.node: 0}
