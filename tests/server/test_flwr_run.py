@@ -80,8 +80,12 @@ def test_flower_runs_the_bundle(tmp_path, environment, pipeline_folder):
         ],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert "round 2: 2 of 2 replied" in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "anther: round 2 of 2: 2 of 2 replied" in done.stdout + done.stderr, (
+        done.stdout[-3000:] + done.stderr[-1000:]
+    )
     (run,) = (tmp_path / "anther" / "runs").iterdir()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert list((run / "tensorboard").iterdir())
     state = checkpoint.load(run / "checkpoints", sites=Base(pipeline_folder, sites=ATTENTION).sites)
     assert state.round == 2
     assert state.history[2].validation.shared != state.history[2].validation.base
