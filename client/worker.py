@@ -104,7 +104,11 @@ class Worker:
             return
         outcome = answering.answer(request, self.stated, owned=self.owned)
         try:
-            line.tell(connection, _told(request, outcome))
+            try:
+                line.tell(connection, _told(request, outcome))
+            except ValueError as error:  # a number that JSON has not: nothing of it was sent
+                log.error("could not answer %s: %s", type(request).__name__, error)
+                line.tell(connection, line.Answered())
         except OSError as error:  # what was sealed is sent when it is asked for again
             log.warning("whoever asked is gone: %s", error)
 

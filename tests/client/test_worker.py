@@ -1,5 +1,7 @@
 """The process that holds the base: what it keeps between requests, whom it serves, and when it ends."""
 
+import dataclasses
+import math
 import socket
 import threading
 
@@ -15,7 +17,7 @@ from client.power.meter import Meter
 from client.worker import Worker, stated
 from conf import node as nodes
 from conf.node import compose
-from protocol.messages import DeviceReport, Query
+from protocol.messages import DeviceReport, Evaluation, Query
 from tests.client.devices import train_request
 
 
@@ -99,6 +101,18 @@ def test_rubbish_ends_a_request_and_not_the_worker(worker):
     serving.serve(listener, node)
     thread.join()
     assert not serving.owned.guard.stop.is_set()
+
+
+def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, monkeypatch):
+    serving, listener, node = worker
+    evaluation = Evaluation(device="pi", round=1, base=math.nan, shared=0.5)
+    told = iter([evaluation, evaluation, dataclasses.replace(evaluation, base=0.5)])
+    monkeypatch.setattr(answering, "answer", lambda *_, **__: next(told))
+    answers, thread = asking(listener, Query(), Query(), Query())
+    serving.serve(listener, node)
+    thread.join()
+    assert answers[:2] == [line.Answered(), line.Answered()]
+    assert answers[2].reply.base == 0.5
 
 
 def test_told_to_stop_it_takes_no_other_request(worker):
