@@ -65,13 +65,17 @@ def skeleton(folder: Path) -> nn.Module:
     """The network that a folder's config.json describes, its parameters on the meta device."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        name = config["_class_name"]
-        kind = getattr(importlib.import_module(_MODULES.get(name, "diffusers.models")), name)
+        kind = class_of(config["_class_name"])
         with _empty_parameters():
             network: nn.Module = kind.from_config(config)
     except Exception as error:  # a class that isn't there, or whatever it says of a foreign configuration
         raise AntherError(f"{folder / CONFIG}: describes no network of diffusers ({_line(error)})") from error
     return network
+
+
+def class_of(name: str) -> Any:
+    """The class of diffusers that a network is of."""
+    return getattr(importlib.import_module(_MODULES.get(name, "diffusers.models")), name)
 
 
 @contextmanager

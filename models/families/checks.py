@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.errors import AntherError, shown
 from models.families.family import Family
+from models.packed import class_of
 
 _LARGEST = 2**14  # of any number in a network's configuration: no published one comes near
 _LAYERS = 2**9  # of any number of layers
@@ -38,7 +39,6 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
     if "quantization_config" in network:
         raise AntherError(f"{part} is quantized already: give the base in full precision, and choose base.weights")
     _typed(part, network, family.kind)
-    _typed(f"base {folder}: its vae", vae, vae_class)
     _bounded(part, network)
     _bounded(f"base {folder}: its vae", vae)
     heads, width = network.get("num_attention_heads"), network.get("attention_head_dim")
@@ -68,9 +68,7 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
 
 def _typed(part: str, config: Mapping[str, Any], kind: str) -> None:
     """Refuse values of other types than a class of diffusers has by default: many are looked at first in a pass."""
-    import diffusers  # slow import, so only here
-
-    for key, parameter in inspect.signature(getattr(diffusers, kind)).parameters.items():
+    for key, parameter in inspect.signature(class_of(kind)).parameters.items():
         default, value = parameter.default, config.get(key, parameter.default)
         if value is default or (value is None and not isinstance(default, float)):
             continue
