@@ -11,7 +11,6 @@ import json
 import os
 import ssl
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.children import with_parent
+from conf.children import python, with_parent
 from conf.errors import AntherError
 from conf.flower import environment
 from privacy.durable import write
@@ -92,10 +91,10 @@ class SuperLink:
             self._log.replace(self._log.with_suffix(".log.1"))
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    sys.executable, "-P", "-m", "server.local_superlink", "--host", LOOPBACK, "--port", str(self.port),
+                python(
+                    "server.local_superlink", "--host", LOOPBACK, "--port", str(self.port),
                     "--database", str(self._database), "--disable-runtime-dependency-installation", *self._tls(),
-                ],
+                ),
                 env=environment(self.home) | own, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 preexec_fn=with_parent,
             )  # fmt: skip

@@ -80,7 +80,8 @@ def test_the_number_is_the_ledgers_with_all_that_it_means(
     assert f"ε=4 at this δ: {4 - spent.value:.3g} is left" in shown(capsys)
     found = json.loads(shown(capsys, "--json"))
     assert found["epsilon"] == {
-        "value": spent.value, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one", "strict": strict
+        "value": spent.value, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one", "strict": strict,
+        "seen": None,
     }  # fmt: skip
     assert found["max_epsilon"] == 4.0
     assert [entry["state"] for entry in found["entries"]] == ["sent", "sealed", "reserved"]

@@ -275,8 +275,8 @@ def test_private_training_reports_what_it_promises(
     assert "by its noise" in done.stdout
     assert "± " in (tmp_path / "run" / "report.html").read_text()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert 3.9 < summary["epsilon"].pop("value") <= 4
-    assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
+    assert 3.9 < summary["epsilon"].pop("value") <= 4 < summary["epsilon"].pop("strict")
+    assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one", "seen": None}
     assert summary["device_epsilon"] is None
     assert summary["best_round"] == 3  # fixed beforehand: choosing would look at the pictures
 
@@ -286,10 +286,11 @@ def test_two_promises_stand_side_by_side(pipeline_folder: Path, environment: dic
     done = run(pipeline_folder, tmp_path / "run", environment, *chosen, *BARE)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert 3.9 < summary["epsilon"].pop("value") <= 4
-    assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
-    assert 5.9 < summary["device_epsilon"].pop("value") <= 6
-    assert summary["device_epsilon"] == {"delta": 1e-3, "unit": "device", "relation": "add_or_remove_one"}
+    assert 3.9 < summary["epsilon"].pop("value") <= 4 < summary["epsilon"].pop("strict")
+    assert summary["epsilon"] == {"delta": 1e-3, "unit": "image", "relation": "add_or_remove_one", "seen": None}
+    device = summary["device_epsilon"]
+    assert 5.9 < device.pop("value") <= 6 < min(device.pop("strict"), device.pop("seen"))
+    assert device == {"delta": 1e-3, "unit": "device", "relation": "add_or_remove_one"}
     events = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [event["state"] for event in events] == ["reserved", "released"] * 3
     assert [event["release"] for event in events[::2]] == [False] * 3
