@@ -39,7 +39,7 @@ class Members:
                 control.unregister(there.pop(key))
             for key in members.keys() - there.keys():
                 there[key] = control.register(key, members[key].name)
-            self._know(there)
+            self._ids = there
 
     def shut_out(self) -> None:
         """Have the SuperLink forget who was revoked; the gateway has shut them out already."""
@@ -50,9 +50,4 @@ class Members:
         """Have the SuperLink know a device that has just been enrolled."""
         with self._lock:
             if key not in self._ids:
-                self._know({**self._ids, key: self.superlink.control.register(key, name)})
-
-    def _know(self, ids: dict[str, int]) -> None:
-        """Note which node each device is, for the gateway and for ServerApps."""
-        self._ids = ids
-        self.register.note_nodes(ids)
+                self._ids = {**self._ids, key: self.superlink.control.register(key, name)}

@@ -4,7 +4,6 @@ authority.crt, .key     of the federation: devices know it by its fingerprint. K
 server.crt, .key        what the port shows; made anew before it ends, and by `python -m server.keys rotate`
 federation.json         its name and address, and how many devices each holder may have
 register.json           who may take part
-nodes.json              which of the SuperLink's nodes each device is
 superlink.db, flower/   Flower's own
 spool/                  replies of devices that aren't whole yet
 """

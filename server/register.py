@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,6 @@ from privacy.durable import make_folder, write
 from protocol import plain
 
 FILE = "register.json"
-NODES = "nodes.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +60,6 @@ class Contents:
         """The device with this public key, unless it is none, or was revoked."""
         member = self.members.get(key)
         return None if member is None or member.revoked else member
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeOwner:
-    """The enrolled device behind one of Flower's nodes."""
-
-    name: str
-    holder: str
-    key: str  # public, as OpenSSH writes it
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Nodes:
-    nodes: dict[str, NodeOwner]  # by the decimal node id: JSON has no other keys
 
 
 class Register:
@@ -165,37 +150,6 @@ class Register:
                 return
             gone = replace(contents.members[keys[0]], revoked=datetime.now(UTC).isoformat(timespec="seconds"))
             self._write(replace(contents, members={**contents.members, keys[0]: gone}))
-
-    def note_nodes(self, ids: Mapping[str, int]) -> None:
-        """Note which node of the SuperLink each device is.
-
-        Node ids are the SuperLink's and last as long as its database, so they lie in a file of their own.
-
-        Args:
-            ids: node ids by public key; keys of devices that aren't enrolled are left out.
-        """
-        members = self.look().inside()
-        found = {
-            str(node): NodeOwner(name=members[key].name, holder=members[key].holder, key=key)
-            for key, node in ids.items()
-            if key in members
-        }
-        write(self._file.with_name(NODES), plain.dumps(_Nodes(nodes=found)).encode())
-
-    def nodes(self) -> dict[int, NodeOwner]:
-        """The device behind each node id, as last noted; none without TLS and keys.
-
-        Raises:
-            AntherError: the file is damaged.
-        """
-        file = self._file.with_name(NODES)
-        try:
-            found = plain.from_plain(_Nodes, plain.loads(file.read_bytes()))
-            return {int(node): owner for node, owner in found.nodes.items()}
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise AntherError(f"{file} is damaged ({error}): remove it and start the server again") from error
 
     def _read(self) -> Contents:
         try:

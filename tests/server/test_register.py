@@ -11,7 +11,7 @@ from privacy.durable import write
 from protocol import plain
 from server import keys
 from server.place import Address
-from server.register import FILE, NODES, NodeOwner, Register
+from server.register import FILE, Register
 
 
 def test_a_ticket_works_once_and_its_reply_may_be_lost(tmp_path):
@@ -142,17 +142,3 @@ def test_a_damaged_register_is_named(tmp_path):
     (tmp_path / FILE).write_text("{")
     with pytest.raises(AntherError, match="is damaged"):
         Register(tmp_path).look()
-
-
-def test_nodes_of_enrolled_devices_are_noted(tmp_path):
-    register = Register(tmp_path)
-    assert register.nodes() == {}
-    register.enrol(register.issue("ada"), "key a", "pi")
-    register.note_nodes({"key a": 2**64 - 1, "key b": 5})
-    assert register.nodes() == {2**64 - 1: NodeOwner(name="pi", holder="ada", key="key a")}
-    register.revoke("pi")
-    register.note_nodes({"key a": 2**64 - 1})
-    assert register.nodes() == {}
-    (tmp_path / NODES).write_text("{}")
-    with pytest.raises(AntherError, match="remove it and start the server again"):
-        register.nodes()
