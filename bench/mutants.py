@@ -401,9 +401,9 @@ OF_DEVICES = (
         "tests/privacy/test_central.py::test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most",
     ),
     Mutant(
-        "float32 noise", "privacy/sensitivity.py",
+        "float16 noise", "privacy/sensitivity.py",
         "noise.rounded_gaussian(len(self.steps), stddev)",
-        "(noise.rounded_gaussian(len(self.steps), 2.0**23).float() / 2**23 * stddev).round().long()",
+        "(noise.rounded_gaussian(len(self.steps), 2.0**10).half().double() / 2**10 * stddev).round().long()",
         f"{_LATTICE}::test_the_server_releases_whole_steps_that_fit_any_devices",
     ),
     Mutant(
