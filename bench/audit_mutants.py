@@ -59,7 +59,7 @@ OF_AUDITS = (
     Mutant(
         "correlation at short lags alone", "privacy/goodness_of_fit.py",
         "lags = np.argsort(scores)[-_CANDIDATES:]", "lags = np.argsort(scores[:_CANDIDATES])",
-        f"{_FOUND}[repeated every 4096]",
+        f"{_FOUND}[second half a copy]",
     ),
     Mutant(
         "signs hide a copy", "privacy/goodness_of_fit.py",
