@@ -116,7 +116,9 @@ class Base(Denoiser):
             ask()
             with self._running("text encoder"):
                 distinct[caption] = self.family.encode(encoders, caption)
-        return self._sound(torch.stack([distinct[caption] for caption in captions]), "text encoder")
+        with self._running("text encoder"):  # captions of several lengths, if its tokenizer doesn't fill them up
+            together = torch.stack([distinct[caption] for caption in captions])
+        return self._sound(together, "text encoder")
 
     def _sound(self, encoded: Tensor, part: str) -> Tensor:
         """What a part made, if it is finite: a copy whose half precision overflowed gives none that is."""
