@@ -146,7 +146,7 @@ class _Cohort:
         self._settle(self._admit())
         while self.residents:
             packs = self._packs()
-            with self.watch or nullcontext():
+            with nullcontext() if self.watch is None else self.watch:
                 for pack, found in zip(packs, run_passes(self.base.device, self._pass, packs), strict=True):
                     self._accumulate(pack, found)
             self._still_wanted(list(self.residents))

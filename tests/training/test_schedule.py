@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from tests.training.reference import PLENTY, Reference, assert_close, private, r
 from training import passes, trainer
 from training.batches import Batch, Batches
 from training.jobs import Train, Trained
-from training.passes import Stopwatch
 from training.schedule import Turns, scheduled
 from training.trainer import train
 
@@ -120,24 +120,24 @@ def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.Mo
 
 
 def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that stands still but for passes, and says a second for each turn."""
-    clock = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    """By a clock that passes alone move, a second for each turn, whoever times them."""
+    turns = list[int]()
+    really = passes.run_passes
+
+    def turn(*given: Any) -> Any:
+        turns.append(1)
+        return really(*given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
+    monkeypatch.setattr(trainer, "run_passes", turn)
     monkeypatch.setattr(trainer, "fixed_size", lambda *_: 1)
     monkeypatch.setattr(passes, "_cores", lambda: 1)
-    planned, turns = scheduled(10, 0.1, 16), list[int]()
-    really = Stopwatch.__exit__
-
-    def counted(self: Stopwatch, *error: object) -> None:
-        turns.append(1)
-        really(self, *error)
-
-    monkeypatch.setattr(Stopwatch, "__exit__", counted)
-    for batches in (0, 16):
+    planned = scheduled(10, 0.1, 16)
+    for batches in (0, 1, 2, 16):
         turns.clear()
         (found,) = train(base, [crowded(base, batches)], memory=PLENTY, timesteps=2)
         assert len(turns) + idle(found) == planned
-        assert len(turns) >= trainer.FEW_TURNS
+        assert len(turns) == min(max(10 * batches, trainer.FEW_TURNS), planned)
     several = train(base, [crowded(base, 1), crowded(base, 2)], memory=PLENTY, timesteps=2)
     assert [idle(found) for found in several] == [0, 0]
 
