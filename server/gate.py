@@ -10,7 +10,7 @@ is left out for a while:
     malformed      the reply can't be unpacked, or names another sender
     unreachable    the message could not be sent, or no more than a part of the reply came
 
-What lies outside our reach: what a SuperLink and a SuperNode do with bytes before they hand them on (`server.door`
+What lies outside our reach: what a SuperLink and a SuperNode do with bytes before they hand them on (`server.gateway`
 limits what devices may send); that a SuperNode runs the app bundle of whoever may start runs on its federation, so its
 owner must trust that one with code, or isolate it; and whose node a node is, which Flower's node authentication
 decides.

@@ -12,6 +12,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ UNGUARDED = "ANTHER_UNGUARDED"
 _TABLE = Path("/proc/net/tcp")  # of our own network namespace
 _ESTABLISHED, _NO_INODE = "01", "0"
 _ROOT = 0
+_QUIET = 60.0  # seconds between two lines of the log about one user
 
 Address = tuple[str, int]
 
@@ -46,7 +48,14 @@ def owner(peer: Address, ours: Address, table: str) -> int | None:
 
 
 class OwnUserListener(socket.socket):
-    """A listening socket on loopback that closes connections of other users."""
+    """A listening socket on loopback that closes connections of other users.
+
+    Each of them is named once a minute, since one that goes on trying would else fill the disk with our log.
+    """
+
+    def __init__(self, family: int, kind: int) -> None:
+        super().__init__(family, kind)
+        self._told: dict[int | None, float] = {}  # when each user was named last
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept one connection of our own user, or of root.
@@ -58,9 +67,15 @@ class OwnUserListener(socket.socket):
         user = owner(address, connection.getsockname(), _TABLE.read_text())
         if user is None or user not in (os.geteuid(), _ROOT):
             connection.close()
-            print(f"closed a connection of user {'unknown' if user is None else user}", file=sys.stderr, flush=True)
+            self._tell(user)
             raise ConnectionAbortedError("a connection of another user")
         return connection, address
+
+    def _tell(self, user: int | None) -> None:
+        now = time.monotonic()
+        if now - self._told.get(user, -_QUIET) >= _QUIET:
+            self._told[user] = now
+            print(f"closed a connection of user {'unknown' if user is None else user}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -106,10 +106,12 @@ class Register:
             AntherError: the ticket is unknown, used or expired, or the name or the key is taken.
         """
         now, mark = datetime.now(UTC), _hash(secret)
+        unknown = AntherError("no such ticket: ask the operator for another one")
         if mark not in self.look().tickets:  # guesses don't wait for the lock, nor hold it
-            raise AntherError("no such ticket: ask the operator for another one")
+            raise unknown
         with self._locked() as contents:
-            ticket = contents.tickets[mark]
+            if (ticket := contents.tickets.get(mark)) is None:  # voided meanwhile
+                raise unknown
             if ticket.used_by == key and (member := contents.known(key)):
                 if member.name != name:
                     raise AntherError(

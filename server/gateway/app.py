@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,7 +103,7 @@ class Gateway:
                 Route("/v1/anther/ca", self._ca),
                 Route("/v1/anther/hello", self._greet),
                 Route("/v1/anther/enrol", self._enrol, methods=["POST"]),
-                *(Route(call.path, self._endpoint(call), methods=["POST"]) for call in calls.CALLS),
+                *(Route(call.path, _Endpoint(self, call), methods=["POST"]) for call in calls.CALLS),
                 Mount("", app=_Enrolled(inside, self)),
             ]
         )
@@ -154,26 +154,33 @@ class Gateway:
             log.error("%s", error)
             raise Refusal(LATER, "the server has to be looked after") from None
 
-    def _endpoint(self, call: Call) -> Callable[[Request], Any]:
-        async def endpoint(request: Request) -> Response:
-            key = ""
-            try:
-                claim = self._claim(request)
-                key = claim.name
-                self.proved(request.scope.get("client"), key)
-                self.budget.take(key, COMING if call in (calls.ACTIVATE, calls.DEACTIVATE) else 1.0)
-                with self.budget.working(key):
-                    message = await self._message(request, call)
-                    answer = await self.fleet.carry_out(call, message, self._caller(claim))
-            except Refusal as refusal:
-                if refusal.hostile:
-                    self._complain(key, refusal.reason)
-                return _refused(refusal, request)
-            except Passed as passed:
-                return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
-            return _pieces(answer.SerializeToString())
+    async def answer(self, call: Call, request: Request, *, sending: Callable[[Response], Awaitable[None]]) -> None:
+        """Carry out one call of the fleet protocol, and send its answer.
 
-        return endpoint
+        A device holds one of the requests that it may make at once until it has read the answer: one that reads
+        slowly would else have us keep as many answers as it opens connections. Heartbeats are counted apart, since
+        they can't wait for a large object.
+        """
+        key = ""
+        try:
+            claim = self._claim(request)
+            key = claim.name
+            self.proved(request.scope.get("client"), key)
+            self.budget.take(key, COMING if call in (calls.ACTIVATE, calls.DEACTIVATE) else 1.0)
+            with self.budget.working(key if call is not calls.HEARTBEAT else f"{key} heartbeat"):
+                await sending(await self._carried_out(call, request, claim))
+        except Refusal as refusal:
+            if refusal.hostile:
+                self._complain(key, refusal.reason)
+            await sending(_refused(refusal, request))
+
+    async def _carried_out(self, call: Call, request: Request, claim: Claim) -> Response:
+        message = await self._message(request, call, claim.name)
+        try:
+            answer = await self.fleet.carry_out(call, message, self._caller(claim))
+        except Passed as passed:
+            return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
+        return _pieces(answer.SerializeToString())
 
     def _claim(self, request: Request) -> Claim:
         """The enrolled identity behind a request. Refusal if there is none."""
@@ -189,7 +196,7 @@ class Gateway:
         node = self.node_of(claim.name) if self.authority else None
         return Caller(claim.name, identity.pem(claim.key), headers, node)
 
-    async def _message(self, request: Request, call: Call) -> Message:
+    async def _message(self, request: Request, call: Call, key: str) -> Message:
         """A request's body, read and parsed."""
         kinds = request.headers.getlist("content-type")
         if [kind.partition(";")[0].strip() for kind in kinds] != [PROTOBUF] or "content-encoding" in request.headers:
@@ -198,7 +205,7 @@ class Gateway:
         size = int(length) if length.isdecimal() and len(length) < 12 else call.most
         if size > call.most:
             raise hostile(f"a request of more than {call.most} bytes", TOO_LARGE)
-        with self.budget.reading(size):
+        with self.budget.reading(key, size):
             body = await _body(request, call.most)
         try:
             message = call.request.FromString(body)
@@ -219,6 +226,20 @@ class Gateway:
         member = self.member(key)
         name = f"{member.name} of {member.holder}" if member else "a node"
         log.warning("%s: refused: %s", name, reason)
+
+
+@dataclass
+class _Endpoint:
+    """One call of the fleet protocol, as an application."""
+
+    gateway: Gateway
+    call: Call
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def sending(response: Response) -> None:
+            await response(scope, receive, send)
+
+        await self.gateway.answer(self.call, Request(scope, receive), sending=sending)
 
 
 @dataclass

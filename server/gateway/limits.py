@@ -15,6 +15,8 @@ HOSTILE = 30.0  # requests that one counts as which no SuperNode of ours sends
 PIECE = 0.1  # requests that one for a piece of the base counts as: of a large one there are thousands
 COMING = 30.0  # requests that coming or leaving counts as: the server has to ask a node anew each time
 
+SHARE = 0.25  # of the memory for bodies, for those of one key
+
 _FORGOTTEN = 4096  # keys
 
 
@@ -25,7 +27,7 @@ class _Bucket:
 
 
 class Budget:
-    """Requests a minute and at once by key, and bytes of bodies that are being read by all.
+    """Requests a minute and at once by key, and bytes of bodies that are being read, by key and by all.
 
     Args:
         settings: the limits.
@@ -36,7 +38,7 @@ class Budget:
         self._settings, self._clock = settings, clock
         self._buckets: dict[str, _Bucket] = {}
         self._working: Counter[str] = Counter()
-        self._reading = 0
+        self._reading: Counter[str] = Counter()
 
     def take(self, key: str, amount: float = 1.0) -> None:
         """Count a request of a key's.
@@ -68,15 +70,22 @@ class Budget:
                 del self._working[key]
 
     @contextmanager
-    def reading(self, size: int) -> Iterator[None]:
-        """Reserve memory for a body of this many bytes. Refusal if other bodies take all of it."""
-        if self._reading + size > self._settings.body_mib * 2**20:
+    def reading(self, key: str, size: int) -> Iterator[None]:
+        """Reserve memory for a body of this many bytes.
+
+        Raises:
+            Refusal: other bodies take all of it, or the key's own take more than its share and this one isn't alone.
+        """
+        most, own = self._settings.body_mib * 2**20, self._reading[key]
+        if self._reading.total() + size > most or (own and own + size > most * SHARE):
             raise Refusal(LATER, "the server is busy")
-        self._reading += size
+        self._reading[key] += size
         try:
             yield
         finally:
-            self._reading -= size
+            self._reading[key] -= size
+            if not self._reading[key]:
+                del self._reading[key]
 
     def _refilled(self, key: str) -> _Bucket:
         most, now = float(self._settings.requests_per_minute), self._clock()

@@ -11,7 +11,7 @@ from privacy.durable import write
 from protocol import plain
 from server import keys
 from server.place import Address
-from server.register import FILE, Register
+from server.register import FILE, Register, ticket_name
 
 
 def test_a_ticket_works_once_and_its_reply_may_be_lost(tmp_path):
@@ -105,6 +105,17 @@ def test_an_open_ticket_can_be_voided_by_its_name(tmp_path, capsys):
         register.revoke(name)
     register.issue("ada")  # its place is free again
     assert len(register.look().members) == 1
+
+
+def test_a_ticket_that_is_voided_while_it_is_used(tmp_path, monkeypatch):
+    register = Register(tmp_path)
+    secret, before = register.issue("ada"), register.look()
+    register.revoke(next(iter(map(ticket_name, before.tickets))))
+    looks = [before]  # what whoever enrols saw just before
+    look = Register.look
+    monkeypatch.setattr(Register, "look", lambda self: looks.pop() if looks else look(self))
+    with pytest.raises(AntherError, match="no such ticket"):
+        register.enrol(secret, "key a", "pi")
 
 
 def test_who_was_revoked_stays_out_and_its_name_is_free(tmp_path):

@@ -1,6 +1,8 @@
 """What is answered at a federation's one port, and to whom."""
 
+import asyncio
 import base64
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -199,6 +201,44 @@ def test_hostile_requests_count_as_many(tmp_path, caplog):
     assert [record.message for record in caplog.records if "refused" in record.message] == [
         "pi of ada: refused: nodes of this federation are enrolled, and don't register"
     ], "named once"
+
+
+def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
+    """One that reads slowly would else have us keep an answer of 20 MiB for each of its connections."""
+    served = Served(tmp_path)
+    served.gateway.budget = Budget(Limits(concurrent=1))
+    with served.client as client:
+        pi, other = served.node("pi"), served.node("other")
+        began, over = threading.Event(), asyncio.Event()
+
+        async def read_slowly():
+            body = calls.PULL_MESSAGES.request(node={"node_id": pi.id}).SerializeToString()
+            headers = {"content-type": "application/protobuf", **signed(pi.key)}
+
+            async def receive():
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(_):
+                began.set()
+                await over.wait()
+
+            scope = {
+                "type": "http", "asgi": {"spec_version": "2.4"}, "http_version": "1.1", "method": "POST", "path": PULL,
+                "query_string": b"", "headers": [(n.encode(), v.encode()) for n, v in headers.items()],
+                "client": ("127.0.0.1", 1),
+            }  # fmt: skip
+            await served.gateway.app()(scope, receive, send)
+
+        reading = client.portal.start_task_soon(read_slowly)
+        try:
+            assert began.wait(10)
+            assert pi.call(calls.PULL_MESSAGES)[0] == 503
+            assert pi.call(calls.HEARTBEAT, heartbeat_interval=30.0)[0] == 200, "it is there, however slow its line"
+            assert other.call(calls.PULL_MESSAGES)[0] == 200
+        finally:
+            client.portal.call(over.set)
+        reading.result(10)
+        assert pi.call(calls.PULL_MESSAGES)[0] == 200
 
 
 def test_without_tls_a_node_registers_itself(tmp_path):

@@ -1,5 +1,7 @@
 """Requests a minute and at once, and memory for bodies."""
 
+import contextlib
+
 import pytest
 
 from conf.serving import Limits
@@ -36,11 +38,27 @@ def test_a_punishment_ends():
 def test_requests_at_once_and_memory_are_given_back():
     budget = Budget(Limits(concurrent=1, body_mib=1))
     for _ in range(3):
-        with budget.working("key"), budget.reading(1 << 20):
+        with budget.working("key"), budget.reading("key", 1 << 20):
             with pytest.raises(Refusal), budget.working("key"):
                 pass
-            with budget.working("other"), pytest.raises(Refusal), budget.reading(1):
+            with budget.working("other"), pytest.raises(Refusal), budget.reading("other", 1):
                 pass
+
+
+def test_one_key_leaves_memory_to_others():
+    """An object of Flower's is up to 20 MiB: eight requests of one device, held for an hour at the slowest rate."""
+    budget, held = Budget(Limits(body_mib=256)), 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            with contextlib.suppress(Refusal):
+                stack.enter_context(budget.reading("one", 20 << 20))
+                held += 1
+        assert held == 3
+        for other in range(9):
+            stack.enter_context(budget.reading(f"other {other}", 20 << 20))
+    with budget.reading("one", 200 << 20):  # whatever its size, one alone is let in
+        pass
+    assert not budget._reading
 
 
 def test_keys_are_forgotten():
