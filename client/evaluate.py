@@ -12,7 +12,7 @@ from client.data import fingerprint
 from client.device import Device
 from client.own import of_run, private_of_run
 from client.sent import Sent, received
-from client.work import cache_key, encoded, encoded_alone, expect, places
+from client.work import cache_key, encoded, encoded_alone, expect, places, spent_at
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import MEASURE, Reservation
 from privacy.measuring import noised_mean
@@ -39,11 +39,15 @@ def _losses(request: messages.Evaluate, sent: Sent, device: Device) -> Generator
     Once is enough: after one nothing can be promised any more, and further ones take nothing away.
     """
     ledger = device.store.ledger
+    past = ledger.history().mechanisms
+    told_before = any(isinstance(event, NonPrivate) for event in past)
+    if not told_before:
+        device.policy.check_spending(past, NonPrivate())  # before pictures are looked at: a no tells of none
     pictures = device.pictures().validation
     if not pictures:
         raise Refusal("this device has no validation pictures")
     examples = yield from encoded(device, "validation", pictures)
-    if not any(isinstance(entry.reservation.mechanism, NonPrivate) for entry in ledger.entries()):
+    if not told_before:
         release = device.noise(request.round, MEASURE).release
         ledger.reserve(
             _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=release),
@@ -76,6 +80,7 @@ def _noised_gain(
     pictures, examples = yield from encoded_alone(device, "validation", there)
     reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
+    epsilon = spent_at(privacy.delta, charged)
     seen = _filled(examples, privacy.pictures)
     base = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=None)))
     adapter = private_of_run(sent.adapter, request.run, device, release=noise.release)
@@ -94,7 +99,7 @@ def _noised_gain(
             noise=noise,
         ),
         release=noise.release,
-        epsilon=charged.spent(privacy.delta).value,
+        epsilon=epsilon,
     )
     return messages.from_json(messages.Evaluation, ledger.seal(reservation, messages.to_json(reply).encode()).decode())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Generator
 from functools import lru_cache
 
@@ -13,13 +14,14 @@ from client.device import Device
 from client.outgoing import keep, outgoing
 from client.own import own_factors, with_own
 from client.sent import received
-from client.work import cost, encoded, encoded_alone, expect, places
+from client.work import cost, encoded, encoded_alone, expect, places, spent_at
 from models.trained import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger import TRAIN, Reservation
 from privacy.policy import Refusal
 from protocol import messages, plain
 from protocol.messages import TrainingPlan
+from protocol.rounding import PRECISIONS
 from training import jobs
 from training.jobs import Examples, Job, Picture, Result, Trained, assumed
 from training.schedule import scheduled_examples
@@ -40,6 +42,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
+    _check_form(plan)
     sent = received(
         request.adapter, device, rounded=request.rounded, framed=plan.trains == "cores",
         controlled=plan.trains if plan.scaffold else None,
@@ -54,6 +57,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     start, frozen, frame = sent.parts(plan.rank, plan.sites)
     device.check_memory(plan.rank, start)  # before pictures take any: the answer is for the server to know
     if plan.privacy is None:
+        device.policy.check_spending(ledger.history().mechanisms, NonPrivate())  # before pictures: a no tells of none
         pictures = device.pictures().train
         device.policy.check_pictures(len(pictures))
         examples = yield from encoded(device, "train", pictures)
@@ -62,6 +66,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
+    epsilon = spent_at(plan.privacy.delta, charged) if plan.privacy else None
     mine = controls.own(plan, device, sent.control, release=noise.release)
     own = own_factors(plan, device, noise.release) if plan.trains == "split" else None
     if own is not None:
@@ -110,7 +115,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         joules=spent.joules,
         quality=spent.quality,
         loss=None if plan.privacy else trained.loss,  # it was not noised
-        epsilon=charged.spent(plan.privacy.delta).value if plan.privacy else None,
+        epsilon=epsilon,
         events=events,
     )
 
@@ -146,6 +151,23 @@ def _hidden(device: Device, most: int) -> Generator[Job, Result, tuple[tuple[Pic
         log.warning("%d pictures can be used, fewer than min_pictures=%d: nothing is trained on them", len(kept), least)
         return (), Examples(*(part[:0] for part in examples))
     return kept, examples
+
+
+def _check_form(plan: TrainingPlan) -> None:
+    """Raises Refusal for a plan that could be trained by and not be answered.
+
+    A round that fails after training is no release, and is trained anew whenever it is asked for, with other noise and
+    without a charge or a wait: how long that takes would tell of the pictures.
+    """
+    for name, value, valid in (
+        ("trains", plan.trains, plan.trains in ("both", "a", "b", "cores", "split")),
+        ("optimiser", plan.optimiser, plan.optimiser in ("adamw", "sgd")),
+        ("proximal", plan.proximal, 0 <= plan.proximal < math.inf),
+        ("update", plan.update, plan.update in ("fp32", *PRECISIONS)),
+        ("keep", plan.keep, 0 < plan.keep <= 1),
+    ):
+        if not valid:
+            raise Refusal(f"{name}: {value} asked, which no device knows")
 
 
 def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:

@@ -7,6 +7,7 @@ does tells of them but what was noised. The reason for an error, or that there w
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ from client.data import Absent, fingerprint
 from client.device import Device
 from client.power.conditions import ESTIMATE
 from client.power.meter import Spent
+from privacy.entries import History
+from privacy.policy import Refusal
 from training import jobs
 from training.jobs import Cancelled, Drawn, Examples, Job, Picture, Result, Trained
 
@@ -89,6 +92,17 @@ def encoded_alone(
     if not found:
         found = [Examples(*(part[:0] for part in expect(Examples, (yield jobs.Encode(pictures=[_BLANK])))))]
     return tuple(kept), Examples(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def spent_at(delta: float, history: History) -> float:
+    """ε of all that is charged, as a private reply tells it.
+
+    Raises Refusal, before anything is trained or measured, if that is no number. JSON has none for it, so the reply
+    would fail afterwards, as often as it is asked for.
+    """
+    if math.isinf(found := history.spent(delta).value):
+        raise Refusal(f"privacy.delta: {delta} asked, at which this device can promise no ε")
+    return found
 
 
 def cache_key(device: Device, pictures: Sequence[Picture]) -> str:

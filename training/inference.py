@@ -16,7 +16,7 @@ from models.slots import Stacks, select, stack_adapters, to_device
 from privacy.noise import stream
 from training.capacity import pictures_within
 from training.jobs import Cancelled, Examples, never
-from training.passes import pass_size, run_passes
+from training.passes import pass_size, run_passes, without_denormals
 
 
 def held_out_losses(
@@ -102,7 +102,8 @@ def _losses(
         _ask(cancelled)
         example, look = part // timesteps, part % timesteps
         x0, t, epsilon = latents[example], times[look], noise[place[example], look]
-        with base.lending([select(stacks, slot[example]) for stacks in adapters]) as denoise:
+        lent = [select(stacks, slot[example]) for stacks in adapters]
+        with without_denormals(base.device), base.lending(lent) as denoise:
             output = denoise(noised(base.schedule, x0, epsilon, t), base.schedule.times[t], context[example])
         return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 

@@ -187,6 +187,8 @@ def check(job: Train, sites: Sites) -> None:
         if [factor.shape for factor in given] != [factor.shape for factor in wanted]:
             raise ValueError(f"client {job.client}: a frame at {name} that doesn't fit the adapter")
     if job.privacy:
+        if not all(factor.isfinite().all() for factors in job.start.values() for factor in factors):
+            raise ValueError(f"client {job.client}: starts from numbers that are not finite")
         stddev(clip_bounds(job, job.start), job.privacy.noise_multiplier)
 
 

@@ -11,6 +11,7 @@ picture, streams and adapter, to the last bit, whichever others there are.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from training.passes import Stopwatch, run_passes, without_denormals, workers
 from training.rows import Rows, Shape, check
 from training.schedule import Turns, scheduled
 
+log = logging.getLogger(__name__)
+
 Outcome = Trained | Exception
 
 _BUFFERS = "buffers of the last cohort"
@@ -46,6 +49,8 @@ def train(
     base: Denoiser, jobs: Sequence[Train], *, memory: int, timesteps: int, compiled: bool = False
 ) -> list[Outcome]:
     """Train every job; results in the jobs' order. A job that fails does so alone.
+
+    A private job whose numbers overflow is no failure: it ends where it started, in its public time.
 
     Jobs that differ in the shape of their examples, in privacy and what they clip, in their optimiser, or in what of
     their adapter is trained or stays don't share passes; all others do.
@@ -304,13 +309,16 @@ class _Cohort:
         for row, adapter, (whole, fine, loss) in zip(rows, fetched, told, strict=True):
             resident = self.residents[row]
             job, entries, step = resident.job, resident.entries, resident.step
-            if whole and (fine or job.privacy):
+            hint = f"learning_rate={job.learning_rate} too high?"
+            failed = f"{job.client}: training became not finite by step {step}; {hint}"
+            if job.privacy and not whole:  # an error would come early, and each further try would be one more release
+                log.warning("%s It ends where it started", failed)
+            if job.privacy or (whole and fine):
                 mean = loss / entries if entries else math.nan
-                found = self.rows.layout.unpack(adapter, job.start)
+                found = self.rows.layout.unpack(adapter, job.start) if whole else job.start
                 self._leave(row, Trained(found, mean, step, self._idle(row, resident)))
             else:
-                hint = f"learning_rate={job.learning_rate} too high?"
-                self._leave(row, AntherError(f"{job.client}: training became not finite by step {step}; {hint}"))
+                self._leave(row, AntherError(failed))
 
     def _idle(self, row: int, resident: _Resident) -> float:
         """Seconds that are left of a private job's turns, each as long as the median of those that it took.

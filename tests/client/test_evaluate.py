@@ -211,6 +211,15 @@ def test_after_a_promise_nothing_is_told_without_noise(tmp_path: Path, first: Re
     assert len(states(device)) == 1
 
 
+def test_a_delta_at_which_no_epsilon_can_be_told_measures_nothing(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, delta=1e-19))
+    for _ in range(2):
+        with pytest.raises(Refusal, match=r"privacy\.delta: 1e-19 asked"):
+            ask(request, device, perform)
+    assert not any(isinstance(job, jobs.MeasureEach) for job in perform.jobs)
+
+
 def test_a_sealed_gain_is_the_message_that_was_made(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     reply = ask(NOISED, device)

@@ -214,6 +214,45 @@ def test_a_later_round_settles_the_earlier_ones_of_its_run(tmp_path: Path) -> No
         ask(train_request(number=1), device)
 
 
+@pytest.mark.parametrize(
+    "change", [{"update": "int9"}, {"keep": 0.0}, {"trains": "c"}, {"optimiser": "adam"}, {"proximal": -1.0}], ids=str
+)
+def test_a_plan_that_could_not_be_answered_is_refused_before_anything(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    """It would fail after training, each time that it is asked for, with other noise and at no further charge."""
+    device, perform, request = make_device(tmp_path), Performer(), train_request()
+    plan = dataclasses.replace(request.plan, **change)  # type: ignore[arg-type]
+    with pytest.raises(Refusal, match=f"{next(iter(change))}: .* asked, which no device knows"):
+        ask(dataclasses.replace(request, plan=plan), device, perform)
+    assert (perform.jobs, states(device)) == ([], [])
+
+
+def test_a_delta_at_which_no_epsilon_can_be_told_trains_nothing(tmp_path: Path) -> None:
+    device, perform, request = make_device(tmp_path), Performer(), train_request()
+    plan = dataclasses.replace(request.plan, privacy=dataclasses.replace(PRIVACY, delta=1e-13))
+    for _ in range(2):
+        with pytest.raises(Refusal, match=r"privacy\.delta: 1e-13 asked"):
+            ask(dataclasses.replace(request, plan=plan), device, perform)
+    assert not any(isinstance(job, jobs.Train) for job in perform.jobs)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_after_a_promise_an_open_request_looks_at_no_picture(tmp_path: Path, damaged: bool) -> None:
+    """Which no it is must not tell whether there are pictures, nor that one is damaged."""
+    ask(train_request(), make_device(tmp_path))
+
+    def pictures() -> Pictures:
+        if damaged:
+            raise AntherError("cat.jpg: is no picture")
+        return Pictures((), (), ())
+
+    device = dataclasses.replace(make_device(tmp_path), pictures=pictures)
+    for request in (train_request(number=2, private=False), Evaluate(run="run", round=2, adapter=to_bytes(adapter(3)))):
+        with pytest.raises(Refusal, match="nothing without it since"):
+            ask(request, device)
+
+
 def test_a_failed_training_stays_charged_and_is_retried_under_its_reservation(tmp_path: Path) -> None:
     device = make_device(tmp_path)
 

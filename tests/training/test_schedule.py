@@ -147,3 +147,28 @@ def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPat
     plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=Crowded(0))
     (found,) = train(base, [plan], memory=room(base, [plan], 3), timesteps=2)
     assert idle(found) > 0
+
+
+@pytest.mark.parametrize("batches", [1, 16])
+def test_numbers_that_overflow_take_the_same_time_and_end_where_they_started(
+    base: Base, batches: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would come as soon as what was drawn is through, and be tried again with other noise."""
+    turns = list[int]()
+    really = passes.run_passes
+
+    def turn(*given: Any) -> Any:
+        turns.append(1)
+        return really(*given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
+    monkeypatch.setattr(trainer, "run_passes", turn)
+    monkeypatch.setattr(trainer, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(passes, "_cores", lambda: 1)
+    job = crowded(base, batches, optimiser="sgd", learning_rate=1.0, proximal=1e300)
+    (found,) = train(base, [job], memory=PLENTY, timesteps=2)
+    assert len(turns) + idle(found) == scheduled(10, 0.1, 16)
+    assert isinstance(found, Trained)
+    for name, factors in job.start.items():
+        assert all(torch.equal(one, other) for one, other in zip(factors, found.adapter[name], strict=True))
+    assert "became not finite" in caplog.text
