@@ -103,7 +103,8 @@ class Denoiser:
         Raises AntherError for no name, one that is there twice, or one of no layer that can be adapted.
         """
         wanted = set(names)
-        if unknown := min(wanted - self._able.keys(), default=None):
+        unknown = min(wanted - self._able.keys(), default=None)
+        if unknown is not None:
             raise AntherError(f"site {unknown[:100]}: the base has no such layer to adapt")
         if not 0 < len(wanted) == len(names):
             raise AntherError(f"{len(names)} sites are named, {len(wanted)} of them different")

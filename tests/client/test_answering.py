@@ -94,7 +94,7 @@ def test_alternating_sites_load_nothing_again(device, loads):
     assert isinstance(device.ask(replace(evaluate(base), adapted=OTHER)), Evaluation)  # at the layers that it names
 
 
-@pytest.mark.parametrize("sites", [("nowhere",), (*ONE, *ONE), ("(.*.*)*!",), ("${oc.env:HOME}",)])
+@pytest.mark.parametrize("sites", [("nowhere",), ("",), (*ONE, *ONE), ("(.*.*)*!",), ("${oc.env:HOME}",)])
 def test_sites_are_names(device, sites):
     found = device.ask(Query(adapted=sites))
     assert isinstance(found, Refusal)

@@ -131,5 +131,13 @@ def replace_base(base: str) -> Hello:
     return Hello(**{**vars(HELLO), "base": base})
 
 
+def test_only_this_user_reaches_the_workers_socket() -> None:
+    with run.listening() as listener:
+        path = Path(listener.getsockname())
+        assert path.is_socket()
+        assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert not path.parent.exists()
+
+
 def test_home_is_where_it_was(anther: Path) -> None:
     assert home.words() == anther / "node.conf"

@@ -3,12 +3,14 @@
 import io
 import zipfile
 
+import flwr.supernode.runtime.run_clientapp as clientapp
 import flwr.supernode.start_client_internal as supernode
 import pytest
 from flwr.common.config import get_fused_config_from_fab
 from flwr.supercore.run import Run
 
 from client import node
+from client.app import app
 
 
 def bundle(megabytes):
@@ -29,3 +31,25 @@ def test_no_bundle_is_unpacked(monkeypatch):
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
     assert supernode.get_fused_config_from_fab(small, Run.create_empty(1)) == {}
     assert supernode.get_fused_config_from_fab(b"no bundle", Run.create_empty(1)) == {}
+
+
+def test_the_clientapp_is_the_devices_own(monkeypatch):
+    """Flower's own course, by the names that it has there, installs nothing of a bundle and imports nothing of it."""
+    names = ("pull_task_input", "install_from_fab", "get_project_dir", "get_load_client_app_fn")
+    flowers = clientapp.run_clientapp.__code__.co_names
+    for name in names:
+        assert name in flowers
+        monkeypatch.setattr(clientapp, name, getattr(clientapp, name))  # so that it is put back
+    called = {}
+
+    def course(**named):
+        load = clientapp.get_load_client_app_fn(default_app_ref="evil:app", app_path="/x", multi_app=True)
+        called.update(
+            named, pulled=clientapp.pull_task_input("client"), installed=clientapp.install_from_fab(bundle(0), None),
+            app=load("evil", "1"),
+        )  # fmt: skip
+
+    monkeypatch.setattr(clientapp, "run_clientapp", course)
+    node.answer_task("127.0.0.1:1", node._Task("token", ("what was pulled",)))
+    assert called["app"] is app
+    assert (called["pulled"], called["installed"], called["token"]) == (("what was pulled",), None, "token")

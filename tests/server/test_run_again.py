@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from privacy.lock import alone
 from server import runs
 from server.run import of_run
 
@@ -29,3 +30,14 @@ def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: li
     )  # fmt: skip
     assert done.returncode != 0
     assert (f"{folder}: the run of this configuration is over" in done.stderr) == refused, done.stderr
+
+
+def test_two_servers_of_one_folder(tmp_path: Path) -> None:
+    """The second would register the same devices with another SuperLink."""
+    command = [sys.executable, "-m", "server.run", *WORDS, "server.hosts=[127.0.0.1]"]
+    environment = {**os.environ, "ANTHER_HOME": str(tmp_path)}
+    with alone(tmp_path / "server", what="a federation"):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert (done.returncode, "is in use by process" in done.stderr) == (2, True), done.stderr
