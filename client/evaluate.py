@@ -21,6 +21,9 @@ from protocol import messages
 from training import jobs
 from training.jobs import Examples, Job, Result
 
+AT_ONCE = 256
+"""Pictures of a noised gain that are in memory together."""
+
 
 def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result, messages.Evaluation]:
     """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
@@ -71,7 +74,8 @@ def _noised_gain(
     Sensitivity: the losses of a picture are a function of it and of the two adapters (`jobs.MeasureEach`), so one
     picture more or less is one gain more or less, which `noised_mean` bounds. A device without pictures answers too,
     with noise alone: a refusal would tell that there are none. As many are measured as the request assumes, of which
-    some may be blank and count for nothing, so that time doesn't tell how many there are.
+    some may be blank and count for nothing, so that time doesn't tell how many there are; and no more than `AT_ONCE` of
+    them at a time, so that memory doesn't follow from what a server assumes.
     """
     ledger, noise = device.store.ledger, device.noise(request.round, MEASURE)
     if (sealed := ledger.sealed((request.run, request.round, MEASURE), _asked(request))) is not None:
@@ -81,11 +85,14 @@ def _noised_gain(
     reservation = _measuring(request, device, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
     epsilon = spent_at(privacy.delta, charged)
-    seen = _filled(examples, privacy.pictures)
-    base = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=None)))
     adapter = private_of_run(sent.adapter, request.run, device, release=noise.release)
-    shared = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=adapter)))
-    gains = (base - shared)[: len(pictures)].tolist()
+    gains: list[float] = []
+    for start in range(0, privacy.pictures, AT_ONCE):
+        some = Examples(*(part[start : start + AT_ONCE] for part in examples))
+        seen = _filled(some, min(AT_ONCE, privacy.pictures - start))
+        base = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=None)))
+        shared = expect(Tensor, (yield jobs.MeasureEach(examples=seen, adapter=adapter)))
+        gains += (base - shared)[: len(some)].tolist()
     reply = messages.Evaluation(
         device=device.name,
         round=request.round,

@@ -133,8 +133,10 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     if sealed is not packed:
         return _unpack(sealed)
     # Not before it is the reply: what is left of another one, never sent, would be a second release of this round.
-    remember()
-    device.wait(trained.idle)  # stopped meanwhile, it is sent when it is asked for again
+    try:
+        remember()
+    finally:  # whatever came of it, nobody hears of this round before its time
+        device.wait(trained.idle)  # stopped meanwhile, it is sent when it is asked for again
     return reply
 
 

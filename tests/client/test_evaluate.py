@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from client import evaluate
 from client.data import Pictures
 from client.device import Device
 from client.drive import drive
@@ -218,6 +219,24 @@ def test_a_delta_at_which_no_epsilon_can_be_told_measures_nothing(tmp_path: Path
         with pytest.raises(Refusal, match=r"privacy\.delta: 1e-19 asked"):
             ask(request, device, perform)
     assert not any(isinstance(job, jobs.MeasureEach) for job in perform.jobs)
+
+
+def test_memory_does_not_follow_from_the_pictures_that_a_server_assumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured a few at a time: as many looks whatever there is, and the same gain as of all at once."""
+    request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, pictures=7))
+    held, looks, gains = with_validation(4, 5, 6), [], []
+    for at_once in (256, 2):
+        monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
+        for pictures in (held, with_validation()):
+            perform = Performer()
+            device = simulated(tmp_path / f"{at_once} {len(pictures.validation)}", pictures=pictures)
+            gains.append(ask(request, device, perform).gain)
+            looks.append([len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEach)])
+    assert looks == [[7, 7], [7, 7], [2, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 2, 1, 1]]
+    assert gains[:2] == gains[2:]
+    assert gains[0] != gains[1]
 
 
 def test_a_sealed_gain_is_the_message_that_was_made(tmp_path: Path) -> None:

@@ -516,6 +516,21 @@ def test_a_private_reply_waits_for_its_time(tmp_path: Path) -> None:
     assert len(waited) == 1
 
 
+def test_a_private_reply_waits_also_where_the_device_cannot_keep_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("client.train.keep", full)
+    device = dataclasses.replace(make_device(tmp_path), wait=waited.append)
+    with pytest.raises(OSError, match="no space"):
+        ask(train_request(), device)
+    assert (len(waited), states(device)) == (1, [SEALED])
+
+
 @pytest.mark.parametrize("policy", [Policy(bases=("a" * 64,)), Policy(sites="up.*"), Policy(max_rank=1)])
 def test_the_owner_has_a_say_in_the_personal_adapter_too(tmp_path: Path, policy: Policy) -> None:
     perform = Performer()
