@@ -34,7 +34,7 @@ from bench.mutants import OF_DEVICES, OF_PICTURES, Mutant
 from conf.errors import AntherError
 
 ROOT = Path(__file__).parents[1]
-PASSED, FAILED = 0, 1  # exit codes of pytest; others are for tests that could not be run
+PASSED, FAILED, BROKEN = 0, 1, 3  # exit codes of pytest; others than the first two: tests that could not be run
 _CLUTTER = shutil.ignore_patterns(".*", "__pycache__", "outputs", "multirun", "build", "dist")
 
 
@@ -52,7 +52,7 @@ class Verdict:
 
 @contextmanager
 def copy_of_the_source() -> Iterator[Path]:
-    """A copy without assets, which the named tests can do without."""
+    """A copy of the code; assets and data are links to what is here."""
 
     def left_behind(folder: str, names: list[str]) -> set[str]:
         return _CLUTTER(folder, names) | ({"assets", "data"} if Path(folder) == ROOT / "typefaces" else set())
@@ -60,6 +60,8 @@ def copy_of_the_source() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "anther"
         shutil.copytree(ROOT, copy, ignore=left_behind)
+        for name in ("assets", "data"):
+            (copy / "typefaces" / name).symlink_to(ROOT / "typefaces" / name)
         yield copy
 
 
@@ -82,7 +84,10 @@ def applied(mutant: Mutant, root: Path) -> Iterator[None]:
 
 
 def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """(exit code of pytest, its short summary or last line) in a process of its own, on the source below `root`."""
+    """(exit code of pytest, its short summary or last line) in a process of its own, on the source below `root`.
+
+    An error outside of a test isn't a failure of it: the code is then not `FAILED`.
+    """
     # A byte code file is told from an outdated one by seconds and size, which a mutant may leave as they are.
     environment = os.environ | {
         "PYTHONPATH": str(root),
@@ -94,6 +99,8 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
     found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     lines = found.stdout.strip().splitlines() or found.stderr.strip().splitlines() or ["nothing was said"]
     failures = [line for line in lines if line.startswith("FAILED")]
+    if found.returncode == FAILED and not failures:
+        return BROKEN, lines[-1]
     return found.returncode, re.sub(r"^FAILED .*? - ", "", failures[0]) if failures else lines[-1]
 
 
