@@ -14,13 +14,13 @@ class Limits:
     """How much devices may ask of a server, and who hasn't shown yet that it is one."""
 
     requests_per_minute: int = 1200  # of one device; a device at work makes about 150
-    concurrent: int = 8  # requests of one device at once
+    concurrent: int = 8  # requests of one device at once, until their answers are read
     connections: int = 64  # of one address (of IPv6: one /64) on which no enrolled device has shown yet
     total_connections: int = 2048  # of all; at most three quarters of the files that the process may open
     header_seconds: float = 20.0  # for a TLS handshake and the head of a request
     idle_seconds: float = 60.0  # without a byte in the middle of a request or an answer
     slowest_kib: float = 4.0  # a second: a request that comes more slowly is cut off after a minute
-    body_mib: int = 256  # of memory for all requests that are being read
+    body_mib: int = 256  # of memory for all requests that are being read; a quarter at most for one device
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

@@ -102,8 +102,7 @@ class Gated(Forwarding):
                 time.sleep(self._poll)
 
     def names(self) -> Mapping[int, str]:
-        """Names that the nodes were registered under, as far as it is known."""
-        self._limit(_PATIENCE)
+        """Names that the nodes which `get_node_ids` has found were registered under, as far as it is known."""
         return self._calls.names() if self._calls else {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

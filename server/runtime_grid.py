@@ -14,6 +14,7 @@ from typing import NamedTuple
 import httpx
 from flwr.app import Message
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -48,15 +49,25 @@ class RuntimeGrid(HttpGrid):
     def __init__(self, grid: HttpGrid) -> None:
         super().__init__(grid._addr, grid._insecure, grid._cert, token=grid._token)
         self._retry_invoker.max_tries = 1  # a run that was stopped still raises RunNotRunningException
+        self._names: dict[int, str] = {}
         self.set_run(grid.run)
 
     def limit(self, seconds: float) -> None:
         """Let each of the following calls take so long at most."""
         self._runtime_client._client.timeout = httpx.Timeout(min(CALL, max(0.2, seconds)))
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        found = list(super().get_nodes())
+        self._names |= {node.node_id: node.name for node in found if node.name}
+        return found
+
     def names(self) -> Mapping[int, str]:
-        """Names that the nodes were registered under; a SuperLink without authentication of nodes knows none."""
-        return {node.node_id: node.name for node in self.get_nodes() if node.name}
+        """Names of all nodes that were there at a look; a SuperLink without authentication of nodes knows none.
+
+        They are noted with the look itself: of a node that leaves right after it, the SuperLink would tell none, and it
+        could call itself whatever it likes.
+        """
+        return self._names
 
     def push(self, message: Message) -> str:
         """Send one message; its id.

@@ -286,7 +286,30 @@ def test_pauses_double_and_end():
 
 def test_names_are_those_of_the_register(link):
     devices, gate = [link.device(name) for name in "ab"], link.grid()
+    assert there(gate, *devices) == ["a", "b"]
     assert {device.node: device.name for device in devices}.items() <= gate.names().items()
+
+
+def test_who_leaves_in_between_gets_no_name_of_its_choice(link, caplog):
+    """It goes once it was found there, when it could be called anything, and is back to answer the question."""
+    mallory, gate, federated = link.device("mallory"), link.grid(), strategy()
+    found, pushed = gate.get_node_ids, gate.push
+
+    def leaves():
+        nodes = [node for node in found() if node == mallory.node]
+        assert link.state.deactivate_node(mallory.node)
+        return nodes
+
+    def push(messages, seconds):
+        assert link.state.activate_node(mallory.node, 30.0)
+        identifiers = pushed(messages, seconds)
+        report = replace(REPORT, device="ada", base=PLAN.base)
+        mallory.push(mallory.reply(mallory.pull(), records.reply_to_records(report)))
+        return identifiers
+
+    gate.get_node_ids, gate.push = leaves, push
+    assert federated.query(gate) == {}
+    assert "calls itself 'ada', is not asked: its key was registered as 'mallory'" in caplog.text
 
 
 def test_an_asynchronous_round_is_over_in_time_too(link, passing):
