@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.tiny_pipelines import PIPELINES, save
 from models import loading
 from models.base import Base
 from models.families.known import find
-from tests.models.families.pipelines import PIPELINES, save
 
 _SIDES = {"sdxl": 64, "sana": 32}
 _VALUES: tuple[Any, ...] = (

@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from bench.tiny import ATTENTION, save_pipeline
 from models.base import Base
-from tests.tiny import ATTENTION, save_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def test_every_package_is_a_room() -> None:
         ("server/report/report.py", "from flwr.app import Message"),
         ("server/loop.py", "from . import state"),
         ("simulations/run.py", "import bench"),
-        ("models/base.py", "from tests.tiny import base"),
+        ("models/base.py", "from bench.tiny import base"),
     ],
 )
 def test_a_planted_violation_is_found(path: str, source: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.tiny import ATTENTION
 from client import preflight
 from client.preflight import check_memory
 from client.store import Store
@@ -15,7 +16,6 @@ from models.families.known import find
 from models.footprint import MARGIN, example, footprint, shapes
 from privacy.policy import Refusal
 from privacy.storage import Files
-from tests.tiny import ATTENTION
 from training import trainer
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.tiny import ATTENTION, save_pipeline
 from conf.errors import AntherError
 from models import assets
 from models.adapter import Adapter, Site, concatenate, rank
@@ -25,7 +26,6 @@ from models.families.checkpoint import Checkpoint, recognise
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.slots import Layout, Stacks, stack_adapters
 from tests.models.adapters import random_adapter
-from tests.tiny import ATTENTION, save_pipeline
 
 
 def denoised(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks] = ()) -> Tensor:

@@ -10,10 +10,10 @@ import diffusers
 import pytest
 import torch
 
+from bench.tiny import ATTENTION, save_pipeline
 from conf.errors import AntherError
 from models.base import Base
 from models.decoding import in_tiles, small_vae
-from tests.tiny import ATTENTION, save_pipeline
 from training.memory import counted
 
 

@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from bench.tiny import ATTENTION
 from conf.errors import AntherError
 from models.adapter import Site
 from models.denoiser import Denoiser, find_sites
@@ -26,7 +27,6 @@ from models.quantise import dequantise, quantise
 from models.slots import SlotLayer, Stack, slot_layers, stack_adapters, to_device
 from models.weights import kinds
 from tests.models.adapters import random_adapter
-from tests.tiny import ATTENTION
 
 FEED_FORWARD = r".*ff\.net\.(0\.proj|2)"
 TIME = r"time_embedding\.linear_[12]|.*time_emb_proj"

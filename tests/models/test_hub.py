@@ -9,11 +9,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from bench.tiny import ATTENTION, save_pipeline
 from conf.errors import AntherError
 from models import assets
 from models.base import load
 from models.hub import is_name
-from tests.tiny import ATTENTION, save_pipeline
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.tiny import ATTENTION, as_variant, save_pipeline
 from conf.errors import AntherError
 from models import assets
 from models.base import Base
@@ -19,7 +20,6 @@ from models.pack import main, pack
 from models.packed import FILE, MANIFEST, Manifest, load, skeleton
 from models.quantised import Quantised
 from models.weights import kinds
-from tests.tiny import ATTENTION, as_variant, save_pipeline
 
 NETWORK = "UNet2DConditionModel"
 

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bench.tiny import ATTENTION
 from models.base import Base
 from models.pack import pack
 from models.paging import _MARKED, mark, release
 from models.quantise import Packed, quantise
 from models.quantised import QuantisedLinear
-from tests.tiny import ATTENTION
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

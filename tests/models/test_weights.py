@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from bench.tiny import ATTENTION
 from bench.workloads import WORKLOADS
 from models.base import Base
 from models.quantise import sizes
 from models.quantised import Quantised, QuantisedConv2d, QuantisedLinear
 from models.weights import MODES, kinds, quantise_layers
-from tests.tiny import ATTENTION
 
 
 class Network(nn.Module):

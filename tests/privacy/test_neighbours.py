@@ -13,6 +13,7 @@ import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
 
+from bench.tiny import ATTENTION
 from client.data import Pictures
 from client.device import Device
 from client.drive import drive
@@ -38,7 +39,6 @@ from tests.privacy.neighbours import (
     picture,
     two_rounds,
 )
-from tests.tiny import ATTENTION
 from tests.training.reference import examples, private, room
 from training.batches import Batch, Batches
 from training.engine import perform

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.tiny import ATTENTION
 from models.base import Base
 from server import checkpoint
-from tests.tiny import ATTENTION
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench.tiny import ATTENTION, save_pipeline
 from conf.compose import compose
 from conf.errors import AntherError
 from models.base import load
@@ -32,7 +33,6 @@ from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.selection.thrifty import Thrifty
 from tests.fleet import SITES, frame_file
-from tests.tiny import ATTENTION, save_pipeline
 
 
 def test_the_aggregation_is_the_one_named():

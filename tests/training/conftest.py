@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny import ATTENTION
 from models.base import Base
-from tests.tiny import ATTENTION
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.tiny import ATTENTION, save_pipeline
 from models.adapter import Adapter, initial
 from models.base import Base
 from models.slots import stack_adapters, to_device
 from privacy.membership import Trial, roc
 from privacy.noise import stream
-from tests.tiny import ATTENTION, save_pipeline
 from tests.training.reference import PLENTY, examples, live, trained, untouched
 from training import attacks, streams
 from training.jobs import Examples, Train

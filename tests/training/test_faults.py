@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.tiny import ATTENTION
 from models.adapter import Factors
 from models.base import Base
 from privacy.noise import CPU, Simulated
-from tests.tiny import ATTENTION
 from tests.training.reference import (
     PLENTY,
     Reference,

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from bench.tiny import ATTENTION
 from models.base import Base
-from tests.tiny import ATTENTION
 from tests.training.reference import (
     PLENTY,
     Reference,

@@ -11,8 +11,8 @@ import diffusers
 import pytest
 from torch import Tensor
 
+from bench.tiny_pipelines import PIPELINES, save
 from models.base import Base
-from tests.models.families.pipelines import PIPELINES, save
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from bench.tiny_pipelines import save
 from client.plan import main as plan
 from conf.errors import AntherError
 from models.base import Base
 from models.families.checkpoint import recognise
 from tests.models.families.conftest import Tiny
-from tests.models.families.pipelines import save
 
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 GONE = object()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.tiny import LETTERS, as_variant
 from conf.errors import AntherError
 from models.base import Base
 from models.families.checkpoint import recognise
 from tests.models.families.conftest import Tiny
 from tests.models.families.test_checkpoint import change
 from tests.models.test_spiece import PIECES, model_bytes
-from tests.tiny import LETTERS, as_variant
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.tiny import LETTERS, clip_config, clip_tokenizer, save_pipeline
+from bench.tiny import LETTERS, clip_config, clip_tokenizer, save_pipeline
 
 
 def _autoencoder(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
