@@ -89,7 +89,9 @@ def _learn(request: messages.Personalise, identity: str, sent: Adapter, device: 
     if pictures.validation:
         judges = yield from encoded(device, "validation", pictures.validation)
         every = min(request.look_every, request.steps)
-        stopping = jobs.EarlyStopping(validation=judges, every=every, patience=request.patience)
+        promised = device.policy.promises(device.store.ledger.history().mechanisms)
+        patience = request.steps if promised else request.patience  # the step at which it ends would tell of pictures
+        stopping = jobs.EarlyStopping(validation=judges, every=every, patience=patience)
     shared = yield from _better(sent, stored, judges)
     start = _personal_start(request.rank, shared, stored, device)
     trained = expect(

@@ -154,6 +154,10 @@ class Policy:
         if count < self.min_pictures:
             raise Refusal("this device's own minimum of pictures is not met")
 
+    def promises(self, past: Iterable[Mechanism]) -> bool:
+        """Whether privacy is promised: by the owner's cap, or by what was shared before."""
+        return self.max_epsilon is not None or any(isinstance(event, PoissonGaussian) for event in past)
+
     def check_spending(self, past: Sequence[Mechanism], new: Mechanism) -> None:
         """Raises Refusal if `new` would bring the whole above the cap, or is less than what was promised before."""
         if isinstance(new, NonPrivate):

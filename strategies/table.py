@@ -181,10 +181,10 @@ divided by. From the first look at its pictures on, a device answers alike whate
   which vary by what else the machine does. A battery, heat and the owner's own use hold a job up, and a reply that was
   sealed already is sent at once when asked for again. Whoever may read a device's power or temperature sees when it
   waits. None of this is covered by ε.
-- *Personalising is not timed.* Its reply is fixed beforehand, and nothing of the adapter leaves the device. But when
-  the reply comes follows from when early stopping ends, and so from the pictures. A server chooses rank, rate and
-  steps, and may ask often, at no charge: by time alone it can learn more of pictures than any ε allows. An owner who
-  doesn't trust it with this has no setting against it yet.
+- *Personalising is not timed.* Its reply is fixed beforehand, and nothing of the adapter leaves the device. Where
+  privacy is promised all steps are taken, so that early stopping decides which adapter is kept and not when the reply
+  comes. But pictures are encoded and looked at, and how long that takes follows from their number; a device without any
+  replies at once. A server may ask often, at no charge: what this time tells is covered by no ε.
 - *A server that chooses as it goes.* ε of a device's ledger is of the plans that were asked for, composed as if they
   had been fixed beforehand. A server that chooses σ and q of a round by what it saw of earlier ones can do better than
   that: in two rounds it makes ε = 1 really 1.16 at δ = 10⁻⁵. Runs of this program fix both beforehand.

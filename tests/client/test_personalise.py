@@ -18,6 +18,7 @@ from client.guarded import OutOfMemory
 from client.logic import handle
 from conf.errors import AntherError
 from models.adapter import Adapter, Factors, rank
+from privacy.policy import Policy
 from protocol.messages import Evaluate, MeasuringPrivacy, Personalise, Request, to_json
 from tests.client.devices import PICTURES, SITES, Performer, adapter, make_device, to_bytes, train_request
 from training import jobs
@@ -204,6 +205,18 @@ def test_it_looks_at_the_end_of_training_at_the_latest(tmp_path: Path) -> None:
     stopping = trains(perform).early_stopping
     assert stopping is not None
     assert stopping.every == 3
+
+
+@pytest.mark.parametrize("promise", ["open", "cap", "round"])
+def test_where_privacy_is_promised_pictures_do_not_end_training(tmp_path: Path, promise: str) -> None:
+    """Neither by the owner's cap nor after a private round."""
+    device, perform = make_device(tmp_path, policy=Policy(max_epsilon=4.0) if promise == "cap" else None), Judging(0.4)
+    if promise == "round":
+        ask(train_request(), device, Performer())
+    ask(sent(FIRST, 1), device, perform)
+    stopping = trains(perform).early_stopping
+    assert stopping is not None
+    assert stopping.patience == (3 if promise == "open" else 10)
 
 
 def _raises(error: Exception) -> Any:
