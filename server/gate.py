@@ -9,6 +9,7 @@ is left out for a while:
 
     malformed      the reply can't be unpacked, or names another sender
     unreachable    the message could not be sent, or no more than a part of the reply came
+    silent         nothing came in time, several times in a row: others wait for it, round after round
 
 What lies outside our reach: what a SuperLink and a SuperNode do with bytes before they hand them on (`server.gateway`
 limits what devices may send); that a SuperNode runs the app bundle of whoever may start runs on its federation, so its
@@ -51,6 +52,7 @@ _COPIES = 16  # of an adapter: as pulled, as unpacked, in chunks, whole
 _OBJECTS = 64  # of a reply, beside the chunks of its adapter
 _POLL = 3.0  # seconds between two looks for replies, as in Flower's own
 _TRIES = 3  # looks that may fail until a reply is given up
+_MISSES = 3  # messages in a row that may have no reply at the end of their time until a node is left out
 _PATIENCE = 60.0  # seconds that the SuperLink may be away when it is asked who is there
 _SLACK = 0.5  # seconds after the end of its time that a call may end
 _UNPACKING = (  # what Flower raises over content, where it pulls and unpacks in one
@@ -81,6 +83,8 @@ class Gated(Forwarding):
         self._unsent: dict[str, Message] = {}  # errors in place of replies to what could not be sent
         self._left: set[str] = set()  # given-up messages that the SuperLink still holds
         self._failed: Counter[str] = Counter()  # looks for each reply that failed
+        self._sent: dict[str, float] = {}  # when each message was sent
+        self._missed: Counter[int] = Counter()  # messages to each node, since its last reply, that had none in time
         self._inquiries = Inquiries(self, poll=poll, slack=_SLACK)
         self._pauses = Pauses()
         self._silent = False  # the SuperLink did not answer the last time
@@ -140,6 +144,10 @@ class Gated(Forwarding):
             for name in self._arrivals.promised(waiting):
                 self._arrivals.drop([name])
                 yield name, self._over(name, self._unreachable(name, "it promised a reply and did not send all of it"))
+        if last and not self._silent:
+            for name in waiting:
+                if name in self._asked:
+                    self._miss(name)
 
     def came(self, message_ids: Iterable[str]) -> set[str]:
         """Those of these messages that there is a reply to, which is thrown away."""
@@ -159,7 +167,7 @@ class Gated(Forwarding):
     def forget(self, message_ids: Iterable[str]) -> None:
         names = set(message_ids)
         self._left |= names & (self._asked.keys() - self._unsent.keys())
-        for kept in (self._asked, self._unsent, self._failed):
+        for kept in (self._asked, self._unsent, self._failed, self._sent):
             for name in names & kept.keys():
                 del kept[name]
         if self._arrivals:
@@ -191,9 +199,17 @@ class Gated(Forwarding):
         """
         return self._inquiries.ask(messages, timeout=timeout, wait=wait)
 
-    def leave_out(self, node: int) -> None:
-        """Leave a node out for a while."""
-        log.warning("node %d is left out for %.0f s", node, self._pauses.add(node))
+    def leave_out(self, node: int, waited: float = 0.0) -> None:
+        """Leave a node out for a while, for which others waited so many seconds in vain."""
+        log.warning("node %d is left out for %.0f s", node, self._pauses.add(node, waited))
+
+    def _miss(self, name: str) -> None:
+        """Count a message that has no reply at the end of its time."""
+        node = self._asked[name].metadata.dst_node_id
+        self._missed[node] += 1
+        if self._missed[node] >= _MISSES:
+            log.warning("node %d has not replied in time %d times in a row", node, self._missed[node])
+            self.leave_out(node, time.monotonic() - self._sent[name])
 
     def _pushed(self, message: Message, until: float) -> str:
         """The id of a message that was sent, or of one in whose place its node's error is going to arrive."""
@@ -209,7 +225,7 @@ class Gated(Forwarding):
             self._asked[identifier] = request
             self._unsent[identifier] = self._unreachable(identifier, f"sending: {_said(error)}", blamed=blamed)
         request.metadata.__dict__["_message_id"] = identifier  # there is no setter
-        self._asked[identifier] = request
+        self._asked[identifier], self._sent[identifier] = request, time.monotonic()
         return identifier
 
     def _whole(self, waiting: list[str], until: float) -> Iterator[tuple[str, Message]]:
@@ -271,11 +287,13 @@ class Gated(Forwarding):
         if reply.metadata.src_node_id != node:
             return self._unreadable(name, f"it names node {reply.metadata.src_node_id} as its sender")
         self._pauses.clear(node)
+        self._missed.pop(node, None)
         return reply
 
     def _over(self, name: str, reply: Message) -> Message:
         self._asked.pop(name, None)
         self._failed.pop(name, None)
+        self._sent.pop(name, None)
         return reply
 
     def _unreadable(self, name: str, reason: str) -> Message:

@@ -7,6 +7,8 @@ from time import monotonic
 
 FIRST, LONGEST = 30.0, 1800.0
 """Seconds that a node is left out after its first failure, and at most; twice as long after each further one."""
+TIMES = 4.0
+"""How many times as long as it was waited for in vain: so it costs others a fifth of their time at most."""
 
 
 class Pauses:
@@ -21,9 +23,14 @@ class Pauses:
         self._until: dict[int, float] = {}
         self._length: dict[int, float] = {}
 
-    def add(self, node: int) -> float:
-        """Leave a node out from now on; for how many seconds."""
-        self._length[node] = min(LONGEST, 2 * self._length[node]) if node in self._length else FIRST
+    def add(self, node: int, waited: float = 0.0) -> float:
+        """Leave a node out from now on; for how many seconds.
+
+        Args:
+            waited: seconds that others waited for it in vain.
+        """
+        usual = min(LONGEST, 2 * self._length[node]) if node in self._length else FIRST
+        self._length[node] = max(usual, TIMES * waited)
         self._until[node] = self._now() + self._length[node]
         return self._length[node]
 

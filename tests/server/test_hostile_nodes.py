@@ -142,6 +142,39 @@ def test_one_node_costs_the_others_nothing(link, passing, does, code):
     assert there(gate, mallory, *honest) == [*([] if code == 4 else ["mallory"]), "ada", "bob"]
 
 
+def test_who_is_silent_again_and_again_is_left_out(link, passing):
+    """For four times as long as it was waited for, so that others lose a fifth of their time at most."""
+    mallory, ada = link.device("mallory"), link.device("ada")
+    gate = link.grid()
+
+    def rounds(count):
+        for _ in range(count):
+            passing.passed = 0.0
+            push = gate.push
+            assert answering(passing, gate, [ada], {mallory: is_silent}) == {ada.node: 0}
+            gate.push = push
+
+    rounds(2)
+    assert there(gate, mallory, ada) == ["mallory", "ada"]
+    assert answering_all(gate, mallory, ada) == {mallory.node: 0, ada.node: 0}
+    rounds(2)  # counted anew since it replied
+    assert there(gate, mallory, ada) == ["mallory", "ada"]
+    gate._pauses = Pauses(lambda: passing.passed)
+    rounds(1)
+    assert there(gate, mallory, ada) == ["ada"]
+    passing.passed += 4 * LIMIT - 1
+    assert there(gate, mallory, ada) == ["ada"]
+    passing.passed += 3
+    assert there(gate, mallory, ada) == ["mallory", "ada"]
+
+
+def answering_all(gate, *devices):
+    names = gate.push(asked(*devices), 5.0)
+    for device in devices:
+        device.push(device.reply(device.pull(), content(device)))
+    return outcome(reply for _, reply in gate.pull(names, 5.0))
+
+
 def test_honest_replies_that_came_are_taken_when_time_is_over(link, passing):
     """Both are there, and the time was over before anybody looked."""
     mallory, ada = link.device("mallory"), link.device("ada")
