@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from conf.errors import TOLD, told
 from conf.terminal import use_plain_output
@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else USAGE
+    if len(words) == 2 and words[1] in ("-h", "--help") and group(words[0]):
+        print(overview(group(words[0])))
+        return 0
     found = find(words)
     if found is None:
         print(f"error: {unknown(words)}", file=sys.stderr)
@@ -69,17 +72,23 @@ def find(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 def unknown(words: Sequence[str]) -> str:
     """What to say of words that name no command."""
-    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if group:
-        return f"anther {words[0]}: needs one of: {', '.join(name.split(' ', 1)[1] for name in group)}"
     asked = " ".join(words[:2])
+    if names := group(words[0]):
+        near = difflib.get_close_matches(asked, names, n=1) if len(words) > 1 else []
+        hint = f"; did you mean anther {near[0]}?" if near else ""
+        return f"anther {words[0]}: needs one of: {', '.join(name.split(' ', 1)[1] for name in names)}{hint}"
     near = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(words[0], COMMANDS, n=1)
     hint = f"did you mean anther {near[0]}?" if near else "anther --help lists them"
     return f"{words[0]}: no such command; {hint}"
 
 
-def overview() -> str:
-    """All commands, a line each."""
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  anther {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+def group(word: str) -> list[str]:
+    """The commands whose first word of two is this one."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
+
+
+def overview(names: Collection[str] = COMMANDS) -> str:
+    """These commands, a line each."""
+    width = max(map(len, names))
+    listed = "\n".join(f"  anther {name:<{width}}  {COMMANDS[name][1]}" for name in names)
     return f"{TITLE}\n\n{listed}\n\n--help after a command says more of it."

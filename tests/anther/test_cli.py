@@ -75,6 +75,13 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"anther {name} " in listed for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_a_group_lists_its_commands(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["device", flag]) == 0
+    listed = capsys.readouterr().out
+    assert {name for name in cli.COMMANDS if f"anther {name} " in listed} == set(cli.group("device"))
+
+
 @pytest.mark.parametrize(("module", "summary"), cli.COMMANDS.values())
 def test_every_command_is_there(module: str, summary: str) -> None:
     assert callable(importlib.import_module(module).main)
@@ -83,7 +90,8 @@ def test_every_command_is_there(module: str, summary: str) -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     (["simulat"], "did you mean anther simulate?"), (["device"], "needs one of: enroll, run"),
-    (["device", "enrol"], "needs one of: enroll"), (["xyzzy"], "anther --help"),
+    (["device", "enrol"], "needs one of: enroll"),
+    (["device", "ledge"], "did you mean anther device ledger?"), (["xyzzy"], "anther --help"),
 ])  # fmt: skip
 def test_unknown_commands_get_a_hint(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == cli.USAGE
