@@ -50,7 +50,7 @@ class Use:
                 "",
                 f"pipe = DiffusionPipeline.from_pretrained({base!r})",
                 f"pipe.load_lora_weights({file!r})" if self.loads else f"fuse(pipe.{self.network}, {file!r})",
-                f"pipe({caption!r}, num_inference_steps=20, {size}{binned}).images[0]",
+                f"pipe({caption!r}, num_inference_steps=20, {size}{binned}).images[0].save('picture.png')",
             ]
         )
 

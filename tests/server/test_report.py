@@ -337,6 +337,17 @@ def test_says_what_reads_an_adapter(changes: dict[str, Any], said: str) -> None:
     assert said in text_of(render(report(use=dataclasses.replace(USE, **changes))))
 
 
+@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize("personal", [True, False])
+def test_sentences_on_the_adapters_keep_apart(loads: bool, personal: bool) -> None:
+    summary = report().summary | {"loss": LOSSES if personal else {"base": 0.12, "shared": 0.108}}
+    text = text_of(render(report(summary=summary, use=dataclasses.replace(USE, loads=loads))))
+    told = text[text.index("Use the adapters") : text.index("from diffusers import")]
+    assert " diffusers" in told
+    assert " The same as" in told
+    assert re.findall(r"[a-z)]\.[A-Zd](?=[a-z]+ )", told) == []
+
+
 @pytest.mark.parametrize(("people", "given", "columns", "side"), [(20, 40, 4, 512), (20, 5, 32, 64), (2, 4, 2, 3000)])
 def test_pictures_of_twenty_people_fit_a_page(people: int, given: int, columns: int, side: int) -> None:
     """Noise is the dearest picture of all: nothing in it repeats."""

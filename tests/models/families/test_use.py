@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.slow
 def test_the_lines_run_as_printed_from_anywhere(tiny: Tiny, tmp_path: Path) -> None:
     """In a process of their own, in another folder: and the adapter shows."""
-    name, script = 'it\'s <a> "name".with_shared', "import torch\n"
+    name, script = 'it\'s <a> "name".with_shared', "import os\nimport torch\n"
     learnt = random_adapter(tiny.base.sites, 1)
     for kind, strength in (("plain", 0), ("learnt", 1)):
         adapter = {site: factors._replace(b=strength * factors.b) for site, factors in learnt.items()}
@@ -32,7 +32,9 @@ def test_the_lines_run_as_printed_from_anywhere(tiny: Tiny, tmp_path: Path) -> N
         adapter_files.write(folder / "personal", name, adapter, tiny.base, "shared+personal")
         lines = use_of(tiny.base, folder).lines(f"personal/{name}.safetensors", 'fox \'n "hound"')
         picture = str(tmp_path / f"{kind}.png")
-        script += f"torch.manual_seed(0)\n{lines.replace('steps=20', 'steps=2')}.save({picture!r})\n"
+        script += (
+            f"torch.manual_seed(0)\n{lines.replace('steps=20', 'steps=2')}\nos.replace('picture.png', {picture!r})\n"
+        )
     (there := tmp_path / "elsewhere").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
