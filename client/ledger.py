@@ -149,6 +149,7 @@ def _promise(history: History, owners: Policy) -> list[str]:
     if spent.value == math.inf:
         bare = sum(_is_bare(entry.reservation) for entry in entries)
         lines.append(f"Shared without noise: {bare} of {len(entries)}, so no ε can be promised.")
+        lines.append("What is shared without noise isn't sealed and has no dates of a reply: count it as sent.")
     else:
         lines.append(f"All of it together: {spent}. It bounds what anybody can learn of any one picture.")
         if owners.max_epsilon is None:

@@ -55,7 +55,7 @@ def main() -> int:
             meter = Meter(sensors.source, watts=WATTS)
             guard = Guard(node.guard, sensors.read, pausing=meter.paused)
             owned = Owned(store=found.store, read=sensors.read, meter=meter, guard=guard)
-            log.info("energy is measured by %s: %s", sensors.name, sensors.covers)
+            log.info("energy: %s", f"{sensors.name}, {sensors.covers}" if sensors.source else sensors.covers)
             worker = Worker(stated(node, os.environ[BASE]), owned)
             signal.signal(signal.SIGTERM, worker.stop)
             worker.serve(listener, node)

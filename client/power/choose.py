@@ -51,7 +51,7 @@ def choose(power: Power, system: System | None = None, *, cuda: bool = False) ->
         raise AntherError(f"power.meter={power.meter}: it measures nothing on this device{_hint(power.meter)}")
     return Sensors(
         name=source.name if source else NONE,
-        covers=source.covers if source else "nothing: seconds times watts",
+        covers=source.covers if source else "not measured here; estimated as seconds times power.watts",
         read=reader(system, cuda=cuda),
         source=source,
     )

@@ -101,6 +101,7 @@ def test_a_measurement_is_shown_with_the_noise_on_it(ledger: Ledger, capsys: pyt
 def test_without_noise_there_is_no_number(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.reserve(replace(FIRST, run="bare", mechanism=NonPrivate(), clip=None), free)
     assert "Shared without noise: 1 of 4, so no ε can be promised" in shown(capsys)
+    assert "has no dates of a reply: count it as sent" in shown(capsys)
     assert "no sealed reply yet: 1." in shown(capsys)  # without noise there is nothing to seal
     assert json.loads(shown(capsys, "--json"))["epsilon"]["value"] is None
 
