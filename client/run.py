@@ -79,6 +79,7 @@ def run(node: Node) -> None:
             while True:
                 if not supernode.alive:
                     worker.base = ready(node, link, owners)
+                    say(f"{name} takes part in the federation at {node.link.address}, until it is stopped")
                     supernode.start()
                 worker.look(_LOOK)
                 supernode.look()
