@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small-vae", type=Path, metavar="DIR", help="an AutoencoderTiny that decodes")
     parser.add_argument("--tile", type=int, default=TILE, help="side of the pieces to decode in pixels; 0: whole")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("drawn"), help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("drawn"), metavar="DIR", help="folder of the pictures")
     return run(parser, arguments, draw)
 
 
@@ -88,6 +88,7 @@ def _check(asked: argparse.Namespace) -> None:
         ("resolution", asked.resolution is None or 8 <= asked.resolution <= 8192, "8 to 8192"),
         ("tile", 0 <= asked.tile <= 8192, "0 to 8192"),
         ("seed", 0 <= asked.seed < 2**63, "0 to 2⁶³ − 1"),
+        ("out", not (asked.out.is_file() or asked.out.suffix.lower() in (".png", ".jpg", ".jpeg")), "a folder"),
     ):
         if not valid:
             raise AntherError(f"--{name} {getattr(asked, name)}: must be {rule}")

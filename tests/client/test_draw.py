@@ -81,6 +81,8 @@ def test_it_is_what_merged_weights_draw(
         (["--resolution", "0"], "--resolution 0: must be 8 to 8192"),
         (["--tile", "-1"], "--tile -1: must be 0 to 8192"),
         (["--seed", "-1"], "--seed -1: must be 0 to"),
+        (["--out", "cat.PNG"], "--out cat.PNG: must be a folder"),
+        (["--out", __file__], "test_draw.py: must be a folder"),
         (["--resolution", "17", "--under", "base"], "17 pixels: must be a multiple"),
         (["--tile", "5", "--under", "base"], "tiles of 5 pixels: must be a multiple of 16"),
         (["--small-vae", "nowhere", "--under", "base"], "nowhere: holds no safetensors"),
