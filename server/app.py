@@ -91,7 +91,7 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
         )
     best = state.best_round
     end(folder)
-    log.info("done: %d rounds, best round %d", state.round, best)
+    log.info("done: %d round%s, best round %d", state.round, "" if state.round == 1 else "s", best)
 
 
 def _tell(done: Round, rounds: int) -> None:
