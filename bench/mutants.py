@@ -87,7 +87,7 @@ OF_PICTURES = (
     ),
     Mutant(
         "only the pictures that there are measured", "client/evaluate.py",
-        "seen = _filled(examples, privacy.pictures)", "seen = examples",
+        "seen = _filled(some, min(AT_ONCE, privacy.pictures - start))", "seen = some",
         "tests/client/test_evaluate.py::test_a_noised_gain_and_nothing_else",
     ),
     Mutant(

@@ -203,9 +203,9 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
     frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.Train) and job.frozen]
     kept = device.store.personal(SITES)
     assert kept is not None
-    for found in (*measured, *frozen, kept.shared):
-        assert all(torch.equal(found[name].b, after(first)[name].b) for name in SITES)
-        assert all(torch.equal(found[name].a, SENT[name].a) for name in SITES)
+    for found in (*measured, *frozen, kept.shared):  # some of them with a personal adapter beside
+        assert all(torch.equal(found[name].b[:, :3], after(first)[name].b) for name in SITES)
+        assert all(torch.equal(found[name].a[:3], SENT[name].a) for name in SITES)
 
 
 @pytest.mark.parametrize("release", [True, False])

@@ -243,6 +243,7 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
     config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000
     config.canaries.noise = "simulated"
     config.clients.count = config.fits.longest = 0
+    config.fits.base = None
     told: list[str] = []
     results = audit.audit(config, told.append)
     assert results.sound
