@@ -1,7 +1,7 @@
 """One program for all commands:  anther COMMAND [words]
 
-As an installed program it doesn't look for modules in the working directory, so that a `server.py` or `client.py` which
-lies there stays what it is. Only the module of the command that was asked for is imported.
+The installed program doesn't look for modules in the working directory, so a `server.py` or `client.py` there is never
+imported by mistake. Only the module of the requested command is imported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the first words name; its exit status."""
+    """Run the command that the first words name, and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     use_plain_output()
     if not words or words[0] in ("-h", "--help", "help"):
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The command that the words begin with, by its name or its module's, and the words that follow."""
+    """Find the command that the words begin with (by its name or its module's), and the remaining words."""
     by_module = {module: name for name, (module, _) in COMMANDS.items()}
     for length in (2, 1):
         name = " ".join(words[:length])
@@ -71,7 +71,7 @@ def find(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def unknown(words: Sequence[str]) -> str:
-    """What to say of words that name no command."""
+    """Return the error message for words that name no command."""
     asked = " ".join(words[:2])
     if names := group(words[0]):
         near = difflib.get_close_matches(asked, names, n=1) if len(words) > 1 else []
@@ -83,12 +83,12 @@ def unknown(words: Sequence[str]) -> str:
 
 
 def group(word: str) -> list[str]:
-    """The commands whose first word of two is this one."""
+    """List the two-word commands whose first word is `word`."""
     return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def overview(names: Collection[str] = COMMANDS) -> str:
-    """These commands, a line each."""
+    """List these commands, one per line."""
     width = max(map(len, names))
     listed = "\n".join(f"  anther {name:<{width}}  {COMMANDS[name][1]}" for name in names)
     return f"{TITLE}\n\n{listed}\n\n--help after a command says more of it."

@@ -1,4 +1,4 @@
-"""Mutants that the audit is to notice by itself, and mutants of the audit and of what is told of ε."""
+"""Mutants that the audit itself must detect, and mutants of the audit and of the reporting of ε."""
 
 from __future__ import annotations
 

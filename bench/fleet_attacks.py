@@ -2,7 +2,7 @@
 
     mallory    enrolled, asked for rounds like any device; misuses each message that it is given, then refuses it
     eve        enrolled, never asked; malformed and foreign calls
-    stranger   not enrolled: the same, without a key that counts
+    stranger   not enrolled: the same, without an enrolled key
 
 Started by `bench.gateway`; until a file named `attack` is in FOLDER, mallory only refuses, and the others wait.
 """
@@ -62,9 +62,9 @@ class Client:
     """One client of a federation.
 
     Args:
-        home: of an enrolled device, with its key and the authority's certificate.
-        port: of the server.
-        own: whether it signs with its own key, or with an unknown one.
+        home: folder of an enrolled device, with its key and the authority's certificate.
+        port: the server's port.
+        own: whether the client signs with its own key, or with an unknown one.
         base: hash of the federation's base.
     """
 
@@ -85,7 +85,7 @@ class Client:
         self.http = httpx.Client(base_url=f"https://{LOOPBACK}:{self.port}", verify=self.trusted, timeout=60)
 
     def signed(self, *, off: float = 0.0) -> dict[str, str]:
-        """Headers of a SuperNode whose clock is `off` seconds ahead."""
+        """Make the headers of a SuperNode whose clock is `off` seconds ahead."""
         moment = (datetime.now(UTC) + timedelta(seconds=off)).isoformat()
         signature = self.key.sign(moment.encode(), ec.ECDSA(hashes.SHA256()))
         return {
@@ -94,7 +94,7 @@ class Client:
         }  # fmt: skip
 
     def post(self, kind: str, call: str, body: Any, headers: Any = None, *, method: str = "POST") -> bytes | None:
-        """One call, counted by its kind and what became of it; the answer if there is a good one."""
+        """Make one call, count it by kind and outcome, and return the answer if the call succeeded."""
         try:
             found = self.http.request(
                 method, f"/v1/fleet/{call}", content=body, headers=self.signed() if headers is None else headers
@@ -120,7 +120,7 @@ class Client:
 
 
 def honest(client: Client, call: str) -> Any:
-    """A request as a SuperNode makes it, but with invented ids."""
+    """Make a request as a SuperNode does, but with invented ids."""
     drawn, message = client.drawn, REQUESTS[call]()
     for name, value in (
         ("public_key", client.pem), ("heartbeat_interval", 30.0), ("run_id", drawn.getrandbits(63)),
@@ -139,7 +139,7 @@ def honest(client: Client, call: str) -> Any:
 
 
 def mutated(body: bytes, drawn: Random) -> bytes:
-    """A body that was damaged, or grown, at random."""
+    """Damage or enlarge a body at random."""
     data = bytearray(body or b"\0")
     match drawn.randrange(6):
         case 0:
@@ -181,7 +181,7 @@ def another_node(client: Client) -> None:
 
 
 def odd_headers(client: Client) -> None:
-    """Doubled, missing, wrong and old proofs of who asks."""
+    """Send duplicate, missing, wrong and expired signatures."""
     body, headers = honest(client, "pull-messages").SerializeToString(), client.signed()
     other = Client.signed(client, off=client.drawn.choice([-4000.0, 4000.0]))
     match client.drawn.randrange(5):
@@ -206,7 +206,7 @@ def odd_path(client: Client) -> None:
 
 
 def too_large(client: Client) -> None:
-    """A body that is declared or found to be too large."""
+    """Send bodies that are too large, by their declared or their actual size."""
 
     def endless() -> Iterator[bytes]:
         for _ in range(100):
@@ -217,7 +217,7 @@ def too_large(client: Client) -> None:
 
 
 def half_open(client: Client) -> None:
-    """Connections with half a head, or none, that are left behind."""
+    """Open connections, send half a head or nothing, and abandon them."""
     held = client.__dict__.setdefault("held", [])
     with contextlib.suppress(OSError):
         found = socket.create_connection((LOOPBACK, client.port), timeout=10)
@@ -240,7 +240,7 @@ KINDS: list[Callable[[Client], None]] = [
 
 
 def reply_to(client: Client, asked: Any, content: RecordDict | None, **changed: Any) -> Message:
-    """A reply to a message; `changed`: fields of its metadata."""
+    """Make a reply to a message; `changed` overrides fields of its metadata."""
     fields: dict[str, Any] = {
         "run_id": asked.run_id, "message_id": "", "src_node_id": client.node, "dst_node_id": asked.src_node_id,
         "reply_to_message_id": asked.message_id, "group_id": asked.group_id, "created_at": time.time(),
@@ -254,7 +254,7 @@ def reply_to(client: Client, asked: Any, content: RecordDict | None, **changed: 
 
 
 def promise(client: Client, kind: str, made: Message, tree: ObjectTree | None = None, times: int = 1) -> Any:
-    """Send a reply's head and tree; the response if it was taken."""
+    """Send a reply's head and object tree, and return the response if the server accepted them."""
     bare = made if made.has_error() else make_message(metadata=made.metadata, content=RecordDict())
     found = client.ask(
         kind, "push-messages", messages_list=[message_to_proto(bare)] * times,
@@ -264,7 +264,7 @@ def promise(client: Client, kind: str, made: Message, tree: ObjectTree | None = 
 
 
 def send(client: Client, kind: str, made: Message) -> None:
-    """A whole reply."""
+    """Send a complete reply."""
     if (found := promise(client, kind, made)) is None:
         return
     contents = {name: item.deflate() for name, item in get_all_nested_objects(made).items()}
@@ -343,7 +343,7 @@ def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> No
 
 
 def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
-    """Be a node that is asked like any other."""
+    """Take part as a node that receives messages like any other."""
     beaten = 0.0
     while not until():
         if time.monotonic() - beaten > 8:
@@ -360,7 +360,7 @@ def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
 
 
 def come(client: Client) -> None:
-    """Become a node of the federation."""
+    """Register as a node of the federation."""
     content = None
     while content is None:
         content = client.ask("coming", "activate-node", public_key=client.pem, heartbeat_interval=30.0)
@@ -398,7 +398,7 @@ def main() -> None:
             time.sleep(0.2)
         if asked.role == "eve":
             come(client)
-            client.ask("leaving", "deactivate-node", node_id=client.node)  # known, and not asked
+            client.ask("leaving", "deactivate-node", node_id=client.node)  # registered, but not sampled
         flood(client, asked.calls, asked.rate)
     found = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]
     write(asked.folder / f"{asked.role}.json", json.dumps(found).encode())

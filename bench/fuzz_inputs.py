@@ -1,11 +1,11 @@
-"""Does any file surprise?  python -m bench.fuzz_inputs [--cases 20000] [--seed 0]
+"""Fuzz the readers of pictures, captions and bases:  python -m bench.fuzz_inputs [--cases 20000] [--seed 0]
 
 Pictures of every format, sheets of captions, EXIF blocks, layouts of folders, and bases of every family, each made by a
 seed and then spoiled.
-A case is sound if the folder is read, its pixels can be had at every size, and its fingerprint; or if it is refused in
-one line that names a place. Anything else is a fault, with the seed that makes it again: `--kind exif --only 123`.
-Processes that die are faults, too. Other kinds of input (`KINDS`) are added as a function from a random generator and
-an empty folder to the call that must be sound.
+A case is sound if the folder can be read, its pixels at every size and its fingerprint computed; or if it is refused
+with one line that names a place. Anything else is a fault, reported with the seed that reproduces it:
+`--kind exif --only 123`. A process that dies is a fault, too. To add a kind of input to `KINDS`, write a function that
+takes a random generator and an empty folder and returns the call that must be sound.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHUNK = 250  # cases that a process is handed at once
 
 @dataclass
 class Row:
-    """What one kind of input came to."""
+    """Results of one kind of input."""
 
     read: int = 0
     refused: int = 0
@@ -62,7 +62,7 @@ class Row:
 
 
 def _folder(spoil: Callable[[random.Random, Path], None]) -> Callable[[random.Random, Path], Try]:
-    """The kind of input whose folder is spoiled so, and then read."""
+    """Make the kind of input whose folder is damaged by `spoil` and then read."""
 
     def attempt(coins: random.Random, folder: Path) -> Try:
         spoil(coins, folder)
@@ -81,7 +81,7 @@ KINDS: dict[str, Callable[[random.Random, Path], Try]] = {
 
 
 def read(folder: Path) -> None:
-    """Everything that a run asks of a folder."""
+    """Read a folder as a run does: pictures, pixels at every size, fingerprint."""
     pictures = load_folder(folder)
     for split in pictures:
         fingerprint(split)
@@ -92,7 +92,7 @@ def read(folder: Path) -> None:
 
 
 def outcome(kind: str, seed: int) -> Row:
-    """One case, alone."""
+    """Run one case and classify its outcome."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve() / "photos"
         folder.mkdir()
@@ -115,7 +115,7 @@ def outcome(kind: str, seed: int) -> Row:
 
 
 def chunk(kind: str, seeds: Iterable[int]) -> Row:
-    """Several cases, one after the other."""
+    """Run several cases in sequence."""
     warnings.simplefilter("ignore")
     total = Row()
     for seed in seeds:
@@ -124,7 +124,7 @@ def chunk(kind: str, seeds: Iterable[int]) -> Row:
 
 
 def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str, Row]:
-    """Every kind, in equally many cases."""
+    """Run equally many cases of every kind."""
     rows = {kind: Row() for kind in kinds}
     each = cases // len(rows)
     parts = [(kind, range(a, min(a + CHUNK, seed + each))) for kind in rows for a in range(seed, seed + each, CHUNK)]
@@ -136,14 +136,14 @@ def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str
                 try:
                     rows[kind].add(done.result())
                     parts.remove((kind, seeds))
-                except BrokenProcessPool:  # whose fault it was isn't known: halve until it is
+                except BrokenProcessPool:  # the case that killed the process is unknown: bisect
                     parts = _halved(parts, rows)
                     break
     return rows
 
 
 def _halved(parts: list[tuple[str, range]], rows: dict[str, Row]) -> list[tuple[str, range]]:
-    """The remaining parts in halves; one of a single case died, and is a fault."""
+    """Split the remaining parts in halves; a part with a single case killed its process, and is a fault."""
     left = []
     for kind, seeds in parts:
         if len(seeds) == 1:
@@ -155,7 +155,7 @@ def _halved(parts: list[tuple[str, range]], rows: dict[str, Row]) -> list[tuple[
 
 
 def _wrong(line: str, scratch: str) -> list[str]:
-    """What is amiss with a refusal."""
+    """List the defects of a refusal message."""
     found = []
     if not line.isprintable():
         found.append("isn't one printable line")

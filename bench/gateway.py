@@ -6,9 +6,9 @@ client (`eve`) and one that isn't (`stranger`) make malformed and hostile calls 
 second as the server's default limit lets one device make. The limit itself is lifted and hostile calls' cost with it,
 so that every call goes as deep as it can.
 
-Kept if: no round misses an honest device's reply; no process of the server's or a device's was started again; the
-median round isn't longer than 1.2 times the median calm one; the gateway's memory and the SuperLink's database are
-bounded; no call was answered with an error of the server's own, and no call of the stranger's with a success.
+The bench passes if: no round misses an honest device's reply; no process of the server or of a device was restarted;
+the median round takes at most 1.2 times the median calm round; the gateway's memory and the SuperLink's database are
+bounded; no call was answered with an internal server error, and no call of the stranger succeeded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ROUND = re.compile(r"round (\d+) of \d+: (\d+) of (\d+) replied.* ([\d.]+) s\b"
 
 @dataclass(frozen=True)
 class Done:
-    """A round, as the server's log tells it."""
+    """A round as recorded in the server's log."""
 
     number: int
     replied: int
@@ -85,7 +85,7 @@ class Found:
         return median(self.seconds) / median(self.calm_seconds) if self.seconds and self.calm_seconds else float("inf")
 
     def errors(self) -> list[str]:
-        """Calls that the server answered as it never should."""
+        """List the calls whose answers are never acceptable."""
         return [
             f"{who}: {kind}: {became} × {count}"
             for who, calls in self.outcomes.items()
@@ -94,7 +94,7 @@ class Found:
         ]
 
     def failures(self) -> list[str]:
-        """What isn't as it was claimed."""
+        """List the claims that don't hold."""
         checks = {
             f"rounds without a device's reply: {self.lost}": bool(self.lost),
             f"started again: {', '.join(self.restarted)}": bool(self.restarted),
@@ -106,13 +106,13 @@ class Found:
 
 
 def rounds(log: str) -> list[Done]:
-    """Rounds in a server's log, each once."""
+    """Parse the rounds of a server's log, without repetitions."""
     found = {int(n): Done(int(n), int(r), int(a), float(s)) for n, r, a, s in _ROUND.findall(log)}
     return [found[number] for number in sorted(found)]
 
 
 def lost(done: Iterable[Done]) -> list[int]:
-    """Rounds in which an honest device's reply is missing."""
+    """List the rounds in which an honest device's reply is missing."""
     return [found.number for found in done if found.replied < HONEST]
 
 
@@ -131,14 +131,14 @@ def processes(running: Federation) -> dict[str, set[int]]:
 
 
 def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
-    """Programs that have ended meanwhile; a device's ClientApps and workers come and go."""
+    """List the programs that have exited meanwhile; a device's ClientApps and workers are expected to exit."""
     lasting = {name: ids for name, ids in before.items() if not name.endswith(("client.worker", "client.node"))}
     nodes = {name: {min(ids)} for name, ids in before.items() if name.endswith("client.node")}  # the others are forks
     return [name for name, ids in {**lasting, **nodes}.items() if ids - after.get(name, set())]
 
 
 def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Found:
-    """A federation of this folder, before and under attack."""
+    """Run a federation in this folder, before and under attack."""
     found = Found()
     pictures = letters(folder / "pictures", HONEST, each=6)
     with federation(folder / "federation", RUN) as running:
@@ -204,12 +204,12 @@ def _go_through(running: Federation, clients: dict[str, Program], signals: Path,
 
 
 def stored(running: Federation) -> int:
-    """Bytes of the SuperLink's database."""
+    """Return the size of the SuperLink's database in bytes."""
     return database.size(running.server.home / "server" / "superlink.db")
 
 
 def table(found: Found) -> Table:
-    """A row for each kind of call, with a summary below."""
+    """Make a table with a row for each kind of call and a summary below."""
     shown = Table(title=f"{found.calls:,} calls", caption=summary(found))
     for heading in ("client", "call", "what became of it"):
         shown.add_column(heading)
@@ -232,7 +232,7 @@ def summary(found: Found) -> str:
 
 
 def main() -> int:
-    """The process' exit status: 1 if something isn't as claimed."""
+    """Return the exit status: 1 if a claim doesn't hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--calm", type=int, default=CALM, help="rounds before the attack, and at least under it")

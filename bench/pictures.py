@@ -1,8 +1,8 @@
-"""What a folder of photographs costs a device:  python -m bench.pictures [--count 60] [--photos FOLDER]
+"""Cost of a folder of photographs for a device:  python -m bench.pictures [--count 60] [--photos FOLDER]
 
-Each case is a folder of photographs of 12 megapixels, read and encoded in a process of its own: memory at its peak
-over that of the base with its encoders, CPU seconds to read the folder for the first time and again, and to encode it.
-Beside it, what the pixels would take if all were held at once.
+Each case is a folder of photographs of 12 megapixels, read and encoded in a process of its own. Reported are the peak
+memory above that of the base with its encoders, and the CPU seconds to read the folder for the first time, to read it
+again, and to encode it. For comparison: the memory that all pixels would take at once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rich.table import Table
 
 from bench.machine import machine, memory, versions
 
-WIDTH, HEIGHT = 4032, 3024  # of a phone
+WIDTH, HEIGHT = 4032, 3024  # a phone's camera
 MOST_MIB = 300
 """Over the base, at the peak."""
 CASES = {"JPEG": ("jpg", "RGB"), "PNG": ("png", "RGB"), "transparent PNG": ("png", "RGBA")}
 
 
 def photographs(folder: Path | None) -> Iterator[Image.Image]:
-    """Photographs of 12 megapixels: those of a folder, enlarged; without one, clouds."""
+    """Yield photographs of 12 megapixels: a folder's pictures, enlarged, or without a folder, synthetic clouds."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")) if folder else []
     for path in found[:4]:
         with Image.open(path) as image:
@@ -44,7 +44,7 @@ def photographs(folder: Path | None) -> Iterator[Image.Image]:
 
 
 def fill(folder: Path, case: str, count: int, photos: Path | None) -> None:
-    """A folder of `count` photographs with captions: a few pictures, in files that all differ by what follows them."""
+    """Fill a folder with `count` captioned photographs: a few pictures, whose files all differ by trailing bytes."""
     suffix, mode = CASES[case]
     contents = []
     for image in photographs(photos):

@@ -1,13 +1,13 @@
-"""What does privacy cost a step?  python -m bench.private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
+"""Cost of privacy per step:  python -m bench.private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
 
 Trains one client's adapter on the glyph base, open and private in turn, on batches of the same size in the mean, and
 compares:
 
-    computed  the private job's work over the open one's: clipping, noise, and what its passes are filled up with
+    computed  the private job's work over the open one's: clipping, noise, and the padding of its passes
     waited    the time after which its reply leaves over the open job's: the turns of its public schedule
 
-The second is also known before: `formula` is K · pass / (steps · open step), of K turns (`training.schedule`). What a
-pass costs beside its entries is fitted to passes of several sizes: `training.fixed.BESIDE` is set by it.
+The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.schedule`). The
+fixed cost of a pass beside its entries is fitted to passes of several sizes: it determines `training.fixed.BESIDE`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from training.trainer import train
 from typefaces import dataset
 
 RANK, MOST = 8, 1.15
-CASES = [  # pictures of a batch in the mean, draws of each, pictures assumed
+CASES = [  # mean pictures per batch, draws per picture, assumed number of pictures
     (4, 1, 20), (4, 4, 20), (5, 8, 5), (8, 4, 40), (16, 1, 200), (16, 4, 200), (20, 4, 20), (64, 1, 1000),
 ]  # fmt: skip
 SMALL = CASES[:2] + CASES[6:7]
@@ -53,7 +53,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def letters(base: Base, count: int) -> Examples:
-    """So many examples, of a few letters over and over."""
+    """Make `count` examples by repeating a few letters."""
     writer = dataset.load("development")[0]
     order = writer.order[:20]
     latents = base.encode_images([writer.images[place] for place in order]).cpu()
@@ -63,7 +63,7 @@ def letters(base: Base, count: int) -> Examples:
 
 
 def job(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool) -> Train:
-    """A job of a case; an open one sees as many entries a step."""
+    """Make the job of a case; an open job has the same number of entries per step."""
     batch, draws, assumed = case
     plain = Train(
         client="bench", round=seed, purpose="shared", seed=7, examples=Examples(*(e[:assumed] for e in examples)),
@@ -79,7 +79,7 @@ def job(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, 
 
 
 def seconds_of(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Seconds by the wall and of the CPU, and what came of it."""
+    """Run `work`, and return its wall-clock seconds, its CPU seconds and its result."""
     synchronise(base.device)
     wall, busy = time.perf_counter(), time.process_time()
     found = work()
@@ -88,7 +88,7 @@ def seconds_of(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
 
 
 def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
-    """Seconds of a pass beside its entries and of each entry, from the fastest passes of several sizes."""
+    """Fit the fixed seconds of a pass and the seconds per entry to the fastest passes of several sizes."""
     plan = job(base, examples, CASES[0], 1, 0, private=True)
     rows_shape = Shape.of([plan])
     rows = Rows(base, rows_shape, 1)
@@ -108,12 +108,12 @@ def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
 
 
 def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a step, open and private, and their ratios, medians over repeats in turn."""
+    """Measure seconds per step, open and private, and their ratios: medians over alternating repeats."""
     memory = for_training(budget(None, base.device))
     found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     for seed in range(repeats):
         for private in (False, True):
-            for warm in (False, True):  # the other kind's buffers, and on a GPU its graphs, make way for this one's
+            for warm in (False, True):  # replaces the other kind's buffers and, on a GPU, its graphs
                 plan = job(base, examples, case, steps, seed, private=private)
                 wall, busy, (trained,) = seconds_of(base, partial(train, base, [plan], memory=memory, timesteps=1))
                 assert isinstance(trained, Trained), trained
@@ -166,7 +166,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "machine": machine(base.device), "versions": versions("torch"), "device": given.device, "steps": given.steps,
         "threads": torch.get_num_threads(), "cases": [],
-        # On a GPU these passes are graphs, and as long for one entry as for many.
+        # On a GPU these passes are graphs, which take as long for one entry as for many.
         "a_pass": overhead(base, examples, given.repeats) if base.device.type == "cpu" else None,
     }  # fmt: skip
     for case in cases:

@@ -85,7 +85,7 @@ def layout(coins: random.Random, folder: Path) -> None:
 
 
 def damaged(coins: random.Random, data: bytes, least: int = 0) -> bytes:
-    """The bytes with some changed, cut, doubled or put elsewhere; sometimes as they are."""
+    """Change, cut, duplicate or move some of the bytes, or sometimes return them unchanged."""
     spoiled = bytearray(data)
     for _ in range(coins.choice([0, 1, 1, 2, 4, 16])):
         if len(spoiled) <= least + 1:
@@ -128,7 +128,7 @@ def _encoded(coins: random.Random) -> bytes:
 
 
 def _checked(data: bytes) -> bytes:
-    """A PNG's chunks with the checksums that they should have: damage that a checksum doesn't find."""
+    """Correct the checksums of a PNG's chunks, so that they don't reveal the damage."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, at = bytearray(data[:8]), 8
@@ -171,16 +171,16 @@ _VALUES: tuple[object, ...] = (
 
 
 def _outside(folder: Path) -> Path:
-    """A file for links that lead out of the folder: in the case's own scratch, never one of the machine's."""
+    """Make a target for links out of the folder, in the case's scratch folder, never one of the machine's own files."""
     file = folder.parent / "outside.txt"
     file.write_text("not a picture, and nobody's affair")
     return file
 
 
 def _write(root: Path, name: str, data: bytes) -> None:
-    """Write a file below `root`, if there can be one of that name.
+    """Write a file below `root`, if that name is possible.
 
-    Never through a link: what a generator links to is not its own to write, and it may run as root.
+    Links are never followed: the target doesn't belong to the generator, which may run as root.
     """
     place, top = root / name, root.resolve()
     with contextlib.suppress(OSError):  # a picture or a link is in the way
@@ -195,13 +195,13 @@ def _write(root: Path, name: str, data: bytes) -> None:
 
 
 def _put(root: Path, name: str) -> None:
-    """A small picture by that name."""
+    """Write a small picture under that name."""
     buffer = io.BytesIO()
     Image.new("L", (9, 9)).save(buffer, "PNG")
     _write(root, name, buffer.getvalue())
 
 
 def _sheet(root: Path, lines: list[dict[str, str]], place: str = "") -> None:
-    """A sheet of captions in a folder below `root`."""
+    """Write a sheet of captions in a folder below `root`."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     _write(root, f"{place}/metadata.jsonl".lstrip("/"), text.encode())

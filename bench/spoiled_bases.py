@@ -1,8 +1,8 @@
-"""Bases as nobody should make them, for `bench.fuzz_inputs`: tiny pipelines of every family, a file or two damaged.
+"""Damaged bases for `bench.fuzz_inputs`: tiny pipelines of every family, with one or two files damaged.
 
 Configurations with keys removed, values of other types and sizes, text that is no JSON; weights cut, renamed, with
-other keys and shapes; vocabularies taken away. Each is planned for, loaded, given captions and a picture, run once and
-drawn from.
+other keys and shapes; vocabularies removed. Each base is planned for, loaded, used to encode captions and a picture,
+run once and sampled from.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TEXTS = (
 
 
 def spoil(folder: Path, coins: random.Random) -> str:
-    """Damage one file of a pipeline; what was done to it."""
+    """Damage one file of a pipeline, and return a description of the damage."""
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors", ".model")
     )
@@ -133,7 +133,7 @@ def _weights(file: Path, coins: random.Random) -> str:
 
 
 def base(coins: random.Random, folder: Path) -> Callable[[], None]:
-    """A damaged pipeline in a folder, and what a run asks of it."""
+    """Make a damaged pipeline in a folder, and return the call that uses it as a run does."""
     name = coins.choice(sorted(PIPELINES))
     shutil.copytree(_whole(name), folder, dirs_exist_ok=True)
     for _ in range(coins.choice((1, 1, 2))):
@@ -143,7 +143,7 @@ def base(coins: random.Random, folder: Path) -> Callable[[], None]:
 
 @cache
 def _whole(name: str) -> Path:
-    """The sound pipeline of a family; one for this process, gone with it."""
+    """Return the intact pipeline of a family, made once per process and removed at its exit."""
     place = tempfile.TemporaryDirectory(prefix="anther-bases-")
     _KEPT.append(place)
     with loading.quiet():
@@ -154,11 +154,11 @@ _KEPT: list[Any] = []
 
 
 def use(folder: Path, side: int) -> None:
-    """Everything that is made of a base, once.
+    """Do once everything that a run does with a base.
 
     Raises:
-        AntherError: it can't be used.
-        ValueError: two captions are one, without a word.
+        AntherError: the base can't be used.
+        ValueError: two captions get the same encoding, and no error says so.
     """
     find(str(folder)).network()
     base = Base(folder, resolution=side)

@@ -1,4 +1,4 @@
-"""Look at a folder of pictures as training would: exit status 0, or 2 with one line that says what is wrong."""
+"""Check a folder of pictures as training would: exit status 0, or 2 with one line that names the mistake."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A device's personal adapter and those that it had before, each with the shared one under it and its date.
+"""A device's current and previous personal adapters, each with its shared adapter and its date.
 
-A new one takes the place of the present one, which is kept among the previous ones. There are few, in files of fixed
-names, so that any storage holds them; which is the older is written in them. Where all are taken, the oldest goes that
-isn't the only one of its base.
+A new adapter replaces the current one, which is kept among the previous ones. There are few of them, in files of fixed
+names, so that any storage can hold them; each file records its date. If all files are in use, the oldest adapter that
+isn't the only one of its base is deleted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNDATED = "undated"
 
 
 class Generation(NamedTuple):
-    """One personal adapter that is kept."""
+    """One stored personal adapter."""
 
     at: str
     """When it was made, ISO 8601 in UTC: by that it is named."""
@@ -39,10 +39,10 @@ class Generation(NamedTuple):
 
 
 class Generations:
-    """Those of one federation.
+    """Stored personal adapters of one federation.
 
     Args:
-        under: what goes before the names of its files.
+        under: prefix of the file names.
         now: the device's clock.
     """
 
@@ -52,18 +52,18 @@ class Generations:
         self._storage, self._under, self._now = storage, under, now
 
     def listed(self) -> list[Generation]:
-        """All that can be read, the newest first."""
+        """List all readable generations, newest first."""
         found = [(name, told) for name in (PERSONAL, *PREVIOUS) if (told := self._told(name)) is not None]
         listed = [Generation(_shown(told), told.get("base", ""), name == PERSONAL) for name, told in found]
         return sorted(listed, key=lambda one: (_order(one.at), one.present), reverse=True)
 
     def save(self, tensors: dict[str, Tensor], told: dict[str, str], *, aside: bool) -> None:
-        """Replace the present one, under a date of its own.
+        """Store an adapter as the current one, with its date.
 
         Args:
-            told: what is written beside the tensors.
-            aside: keep the one that is there among the previous ones. Otherwise this is that one still, and keeps its
-                date.
+            told: metadata stored with the tensors.
+            aside: keep the current adapter among the previous ones. Otherwise the new tensors are a later state of the
+                same generation, and keep its date.
         """
         before = self._told(PERSONAL)
         at = "" if aside or before is None else before.get("at", "")
@@ -72,13 +72,13 @@ class Generations:
         self._storage.write(self._under + PERSONAL, MARK + save(tensors, {**told, "at": at or self._next_date()}))
 
     def roll_back(self, to: str | None = None) -> Generation:
-        """Make a previous one the present one; the present one is kept in its place.
+        """Make a previous adapter the current one; the current adapter takes its place.
 
         Args:
-            to: its date as `listed` has it; None: the newest that is older than the present one.
+            to: date of the previous adapter as in `listed`; None: the newest that is older than the current one.
 
         Raises:
-            AntherError: there is none.
+            AntherError: there is no such adapter.
         """
         told = self._told(PERSONAL)
         olds = {name: old for name in PREVIOUS if (old := self._told(name)) is not None}
@@ -94,7 +94,7 @@ class Generations:
         chosen = fit[0]
         present, back = self._read(PERSONAL), self._read(chosen) or b""
         free = next((name for name in PREVIOUS if name not in olds), None)
-        if present is not None and told is not None and free:  # so that whenever this is killed, both are there
+        if present is not None and told is not None and free:  # so that both survive if the process is killed here
             self._storage.write(self._under + free, present)
         self._storage.write(self._under + PERSONAL, back)
         if present is not None and told is not None and not free:
@@ -104,10 +104,10 @@ class Generations:
         return Generation(_shown(olds[chosen]), olds[chosen].get("base", ""), present=True)
 
     def _keep(self, data: bytes, told: dict[str, str]) -> None:
-        """Put one among the previous ones, in the place of the one that matters least."""
+        """Store an adapter among the previous ones, in place of the least important."""
         olds = {name: self._told(name) for name in PREVIOUS}
         if any(old == told and self._read(name) == data for name, old in olds.items()):
-            return  # of a save that was killed half-way
+            return  # left by a save that was killed half-way
         kinds = Counter(old.get("base") for old in (*olds.values(), told) if old is not None)
 
         def worth(name: str) -> tuple[bool, bool, str]:
@@ -117,7 +117,7 @@ class Generations:
         self._storage.write(self._under + min(PREVIOUS, key=worth), data)
 
     def _next_date(self) -> str:
-        """Of now, and after every other."""
+        """Return the current time, or later, so that it follows every other date."""
         now, last = self._now(), max((_order(one.at) for one in self.listed()), default="")
         if last and (after := datetime.fromisoformat(last) + timedelta(milliseconds=1)) > now:
             now = after
@@ -127,7 +127,7 @@ class Generations:
         return self._storage.read(self._under + name)
 
     def _told(self, name: str) -> dict[str, str] | None:
-        """What is written beside the tensors of one that is there; None if it isn't, or is damaged."""
+        """Read the metadata of a stored adapter; None if it is missing or damaged."""
         data = self._read(name)
         try:
             return None if data is None else metadata(data)
@@ -136,12 +136,12 @@ class Generations:
 
 
 def plain(data: bytes) -> bytes:
-    """The safetensors bytes of one that is kept; those of before there was a mark have none."""
+    """Return the safetensors bytes of a stored adapter; files of older versions have no format mark."""
     return data.removeprefix(MARK)
 
 
 def metadata(data: bytes) -> dict[str, str]:
-    """What is written beside the tensors of one that is kept; ValueError if it is damaged."""
+    """Read the metadata of a stored adapter; ValueError if it is damaged."""
     data = plain(data)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 + length or not length:
@@ -156,10 +156,10 @@ def _shown(told: dict[str, str]) -> str:
 
 
 def _is_older(old: dict[str, str], present: dict[str, str]) -> bool:
-    """Where neither has a date, as in a store of before they had any, the previous one is the older."""
+    """Compare by date; without dates, as in stores of older versions, the previous adapter is the older."""
     return _order(_shown(old)) < _order(_shown(present)) or not ("at" in old or "at" in present)
 
 
 def _order(at: str) -> str:
-    """To be compared: dates are written in one zone and to one digit, and one without is before them."""
+    """Return a sort key: dates share one time zone and precision, and a missing date sorts first."""
     return "" if at == UNDATED else at

@@ -1,4 +1,4 @@
-"""A `key=value` that a person wrote for a schema, of what is composed without Hydra."""
+"""Parse `key=value` words against a schema, for commands that are configured without Hydra."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from conf.errors import AntherError
 
 
 def keyed(word: str, schema: type) -> DictConfig:
-    """One key with its value, of what is composed without Hydra.
+    """Parse one `key=value`, for commands that are configured without Hydra.
 
-    What a person writes for a text is that text, to the letter: a folder may be called 2024_01, on, or Album #3, and
-    nothing in it is looked up. Other values are converted to the type that the schema has for the key; `null` is none
-    where it allows none.
+    A value of a text key is taken literally: a folder may be called 2024_01, on, or Album #3, and nothing in it is
+    interpolated. Other values are converted to the key's type in the schema; `null` is None if the type is optional.
 
     Raises:
-        AntherError: it is no key with a value.
+        AntherError: the word is not a `key=value`.
     """
     key, equals, value = word.partition("=")
     if not equals or not key:
@@ -42,7 +41,7 @@ def keyed(word: str, schema: type) -> DictConfig:
 
 
 def _kinds(schema: Any, path: Sequence[str]) -> set[type]:
-    """The types that the schema allows for a key; none for a key that it hasn't."""
+    """Return the types that the schema allows for a key; empty for an unknown key."""
     for part in path:
         if not dataclasses.is_dataclass(schema):
             return set()
@@ -51,5 +50,5 @@ def _kinds(schema: Any, path: Sequence[str]) -> set[type]:
 
 
 def _escaped(value: str) -> str:
-    """A text that OmegaConf resolves to this value, whatever is in it."""
+    """Escape a value so that OmegaConf resolves the result to exactly this value."""
     return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)

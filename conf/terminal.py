@@ -1,4 +1,4 @@
-"""Output on terminals whose encoding lacks our signs: each becomes plain letters, and none ends a run."""
+"""Output on terminals whose encoding lacks some characters: they are replaced by ASCII, and never end a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HANDLER = "anther.plain"
 
 
 def plain(error: UnicodeError) -> tuple[str, int]:
-    """Stand in for what an encoding lacks, as `codecs.register_error` asks for."""
+    """Replace characters that an encoding lacks; an error handler for `codecs.register_error`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -25,7 +25,7 @@ def plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def use_plain_output() -> None:
-    """Have standard output and standard error write what they can't encode as plain letters."""
+    """Make standard output and standard error write characters that they can't encode as ASCII."""
     codecs.register_error(_HANDLER, plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not one that a test or a notebook put in its place

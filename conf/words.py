@@ -1,7 +1,7 @@
 """Words of a command line as Hydra reads them: paths and names are text, whatever they look like to its grammar.
 
-To Hydra `2024_01` is the number 202401, and `写真`, `a=b` or `Photos (1)` are nothing at all unless they are quoted,
-for it and for the shell. Where the schema asks for text, we quote for it.
+Hydra reads `2024_01` as the number 202401, and rejects `写真`, `a=b` or `Photos (1)` unless they are quoted both for
+Hydra and for the shell. If the schema asks for text, the value is quoted for Hydra here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve")
 
 
 def prepared(words: Sequence[str], schema: type) -> list[str]:
-    """The command line with Hydra's switches first and text quoted wherever `schema` asks for text."""
+    """Move Hydra's switches to the front of the command line, and quote values where `schema` asks for text."""
     flags = [word for word in words if word in _FLAGS]
     return flags + [literal(word, schema) for word in words if word not in _FLAGS]
 
 
 def literal(word: str, schema: type) -> str:
-    """One `key=value` whose value stays what was typed, if its key holds text or a list of texts."""
+    """Quote the value of a `key=value` so that it is read literally, if its key holds text or a list of texts."""
     key, equals, value = word.partition("=")
     if not equals or not value:
         return word
@@ -43,7 +43,7 @@ def literal(word: str, schema: type) -> str:
 
 
 def quoted(value: str) -> str:
-    """`value` as Hydra reads it back, in quotes where it needs them."""
+    """Quote `value`, if necessary, so that Hydra reads it back unchanged."""
     if _SAFE.fullmatch(value) and _is_text(f"x={value}"):
         return value
     escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
@@ -53,7 +53,7 @@ def quoted(value: str) -> str:
 
 @functools.cache
 def kinds(schema: type, prefix: str = "") -> dict[str, str]:
-    """Which keys of a schema hold text, and which a list of texts."""
+    """Find the keys of a schema that hold text or a list of texts."""
     found: dict[str, str] = {}
     for name, hint in get_type_hints(schema).items():
         options = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}

@@ -1,4 +1,4 @@
-"""The files of an adapter: in each layout that some tool reads, with metadata by the keys that those tools read.
+"""Files of an adapter in the layouts, and with the metadata keys, that other tools read.
 
     NAME.safetensors          diffusers' layout: `pipe.load_lora_weights`, ComfyUI for transformers
     NAME.kohya.safetensors    kohya's layout: ComfyUI, A1111, Forge, sd-scripts; not of PixArt and Sana
@@ -28,10 +28,10 @@ CONTENTS = {
 
 
 def write(folder: Path, name: str, adapter: Adapter, base: Base, contents: str) -> None:
-    """Write an adapter of a base in every layout that some tool reads.
+    """Write an adapter of a base in every supported layout.
 
     Args:
-        name: of the files, without suffixes.
+        name: file name without suffixes.
         contents: one of `CONTENTS`.
     """
     for layout in LAYOUTS:
@@ -48,7 +48,7 @@ class _Kind(NamedTuple):
 
 
 def describe(base: Base, contents: str) -> dict[str, str]:
-    """What a file says of an adapter of this base.
+    """Return the metadata of an adapter file for this base.
 
     Args:
         contents: one of `CONTENTS`.

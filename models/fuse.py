@@ -1,8 +1,8 @@
 """Fuse an adapter into its base:  python -m models.fuse base=FOLDER adapter=FILE out=FOLDER
 
-The result is a pipeline's folder like the one given, with the adapter's products added to its network's weights. For
-pipelines that read no adapters, such as PixArt-Σ's, and for tools that read whole pipelines only. From Python,
-`fuse(pipe.transformer, FILE)` does it in memory.
+The result is a copy of the pipeline's folder, with the adapter's products added to its network's weights. Use it for
+pipelines that can't load adapters, such as PixArt-Σ's, and for tools that only read whole pipelines. From Python,
+`fuse(pipe.transformer, FILE)` fuses in memory.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def fuse(network: nn.Module, file: Path | str, strength: float = 1.0) -> None:
 
     Args:
         file: an adapter in diffusers' layout, such as `adapters/shared.safetensors` of a run.
-        strength: what its products are multiplied by.
+        strength: factor of the adapter's products.
 
     Raises:
-        AntherError: the file is none, or made for another network.
+        AntherError: the file isn't an adapter, or was made for another network.
     """
     tensors, _ = _read(Path(file))
     layers = dict(network.named_modules())
@@ -63,7 +63,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def fused(base: str, adapter: Path, out: Path) -> str:
-    """Write the base with the adapter in its weights as a new folder; the hash of the result.
+    """Write the base with the adapter fused into its weights to a new folder, and return the hash of the result.
 
     Raises:
         AntherError: the base is missing or packed, the adapter is of another base, or `out` is there already.
@@ -92,7 +92,7 @@ def fused(base: str, adapter: Path, out: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 2, with one line on standard error, if it can't be fused."""
+    """Return the exit status: 2, with one line on standard error, if fusing fails."""
     given = dict(argument.partition("=")[::2] for argument in (sys.argv[1:] if arguments is None else arguments))
     if given.keys() != {"base", "adapter", "out"}:
         print((__doc__ or "python -m models.fuse base=FOLDER adapter=FILE out=FOLDER").splitlines()[0], file=sys.stderr)

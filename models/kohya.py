@@ -1,8 +1,8 @@
-"""Names of layers in kohya's layout, which sd-scripts, ComfyUI, A1111 and Forge read.
+"""Layer names in kohya's layout, which sd-scripts, ComfyUI, A1111 and Forge read.
 
-A UNet keeps diffusers' names there. SD3 and Flux have the names of their makers' own networks, where several layers of
-diffusers are one: queries, keys and values lie under each other in a single weight. Adapters of such layers become one
-whose A are stacked and whose B stand on the diagonal, each in the rows of its part: the same product, to the last bit.
+A UNet keeps diffusers' names. SD3 and Flux use the names of the original networks, which merge several layers of
+diffusers into one: queries, keys and values are stacked in a single weight. Adapters of such layers are merged into
+one with stacked A and block-diagonal B, each block in the rows of its part: the product is the same, to the last bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREFIX = "lora_unet_"
 
 
 class Place(NamedTuple):
-    """Where a layer of diffusers lies in its makers' network."""
+    """Position of a diffusers layer in the original network."""
 
     module: str
     part: int = 0
@@ -52,7 +52,7 @@ class Kohya:
     """Regular expression on diffusers' names: the layers that sd-scripts reads; it drops the others without a word."""
 
     def place(self, name: str) -> Place:
-        """Where the layer of this name lies.
+        """Return the position of a layer in the original network.
 
         Raises:
             AntherError: the family's network has no such layer.
@@ -65,12 +65,12 @@ class Kohya:
         raise AntherError(f"{name}: has no name in kohya's layout: export with layout=diffusers")
 
     def ignored(self, sites: Iterable[str]) -> list[str]:
-        """The sites that sd-scripts drops; ComfyUI reads them."""
+        """Return the sites that sd-scripts ignores; ComfyUI reads them."""
         return [name for name in sites if not re.fullmatch(self.read, name)]
 
 
 def fused(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
-    """A and B of one module from those of its parts: [Σ r, in] and [out, Σ r], whose product has zeros elsewhere."""
+    """Merge A and B of a module's parts into [Σ r, in] and [out, Σ r]; rows of other parts are zero."""
     pieces = sorted(pieces, key=lambda piece: piece.part)
     if len(pieces) == len(pieces[0].parts) == 1:
         return pieces[0].down, pieces[0].up
@@ -87,10 +87,10 @@ def fused(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
 
 
 def half_swapped(name: str, site: Site, up: Tensor) -> Tensor:
-    """B of a layer whose two halves the makers have in the other order.
+    """Swap the halves of B for a layer whose two halves have the opposite order in the original network.
 
-    The last modulation of a transformer gives (scale, shift) in diffusers and (shift, scale) in SD3 and Flux; it is
-    the only one that is twice as high as it is wide.
+    The last modulation of a transformer outputs (scale, shift) in diffusers and (shift, scale) in SD3 and Flux. It is
+    the only layer with twice as many outputs as inputs.
     """
     if re.fullmatch(r"norm_out\.linear|.*\.norm1_context\.linear", name) and site.outputs == 2 * site.inputs:
         return torch.cat(up.chunk(2)[::-1])
@@ -98,18 +98,18 @@ def half_swapped(name: str, site: Site, up: Tensor) -> Tensor:
 
 
 def qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, Place], ...]:
-    """Names of queries, keys and values that are one module.
+    """Map the names of queries, keys and values to one merged module.
 
     Args:
-        pattern: with one %s where q, k and v stand.
-        rest: height of what lies under them, relative to each.
+        pattern: layer name, with one %s in place of q, k and v.
+        rest: rows below them in the merged weight, relative to the rows of each.
     """
     parts = (1, 1, 1, rest) if rest else (1, 1, 1)
     return tuple((pattern % each, Place(module, part, parts)) for part, each in enumerate("qkv"))
 
 
 def renamed(names: Mapping[str, str]) -> tuple[tuple[str, Place], ...]:
-    """Names of layers that are modules of their own."""
+    """Map the names of layers that remain separate modules."""
     return tuple((pattern, Place(module)) for pattern, module in names.items())
 
 

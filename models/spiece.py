@@ -1,7 +1,7 @@
-"""T5's tokenizer from a SentencePiece model, as PixArt-Σ and older pipelines have it, without that library.
+"""T5's tokenizer from a SentencePiece model (as in PixArt-Σ and older pipelines), without the SentencePiece library.
 
-The file is a protocol buffer of few fields (sentencepiece_model.proto, Kudo & Richardson, 2018, arXiv:1808.06226):
-pieces with their scores, and a normalizer as a table that the tokenizers library reads as it is.
+The file is a protocol buffer with few fields (sentencepiece_model.proto, Kudo & Richardson, 2018, arXiv:1808.06226):
+pieces with their scores, and a normalizer as a table that the tokenizers library reads directly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _T5_UNKNOWN = 2  # place of the unknown piece, fixed in that class
 
 
 class Model(NamedTuple):
-    """What a SentencePiece file holds."""
+    """Contents of a SentencePiece file."""
 
     pieces: list[tuple[str, float]]  # and the logarithm of each one's probability
     unknown: int  # its place among them
@@ -31,10 +31,10 @@ class Model(NamedTuple):
 
 
 def read(file: Path) -> Model:
-    """A SentencePiece model of the unigram kind.
+    """Read a SentencePiece unigram model.
 
     Raises:
-        AntherError: it is damaged, or of another kind.
+        AntherError: the file is damaged, or the model is of another type.
     """
     pieces, kinds, normalizer, model_type = [], [], b"", _UNIGRAM
     try:
@@ -55,7 +55,7 @@ def read(file: Path) -> Model:
 
 
 def _fields(data: Any) -> Iterator[tuple[int, Any]]:
-    """Fields of a protocol buffer in their order: numbers of varints as int, the others as bytes."""
+    """Yield the fields of a protocol buffer in order: varints as int, the others as bytes."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -88,7 +88,7 @@ def _varint(data: Any, place: int) -> tuple[int, int]:
 
 
 def t5_tokenizer(folder: Path) -> Any:
-    """T5's tokenizer from `spiece.model` and what else its folder says."""
+    """Make T5's tokenizer from `spiece.model` and the other files of its folder."""
     from transformers import T5Tokenizer  # slow import, so only here
 
     model, told = read(folder / FILE), _told(folder)
@@ -104,7 +104,7 @@ def t5_tokenizer(folder: Path) -> Any:
             vocab=vocabulary, _spm_precompiled_charsmap=model.normalizer or None, extra_ids=sentinels,
             **({} if longest is None else {"model_max_length": longest}),
         )  # fmt: skip
-    except Exception as error:  # whatever the library says of such pieces
+    except Exception as error:  # the library may raise anything for invalid pieces
         raise AntherError(f"{folder / FILE}: no tokenizer of T5 ({' '.join(str(error).split())[:200]})") from error
     if model.unknown != found.unk_token_id:
         raise AntherError(

@@ -1,4 +1,4 @@
-"""Exact tests of a mechanism whose inputs are all known: is its noise what was claimed, and are its batches?
+"""Exact tests of a mechanism whose inputs are all known: do its noise and its batches match the claim?
 
 Every observation is first turned into a number that is standard normal, independent of all others, if the mechanism is
 the claimed one: the residual of a release divided by the standard deviation of the noise, or the randomized quantile
@@ -19,7 +19,7 @@ import numpy as np
 
 _FEWEST = 64  # products in a sum of an autocorrelation
 _CANDIDATES = 200  # lags whose p-value is computed: those of largest normalized sum
-_BEYOND = 1e3  # no honest number is larger; what is infinite would leave no statistic
+_BEYOND = 1e3  # no honest number is larger; an infinite number would make statistics undefined
 _WINDOW = 8  # numbers in a row that no two releases share by chance
 
 
@@ -36,8 +36,8 @@ class Check(NamedTuple):
 def battery(releases: Sequence[np.ndarray]) -> list[Check]:
     """Test whether these vectors [d] each hold independent standard normal numbers.
 
-    The autocorrelations are of all vectors in a row, so that they see a dependence within one of them, at any
-    distance, as well as between any two. Those of the squares see it where signs were flipped as well.
+    The autocorrelations are computed over the concatenated vectors, so that they detect a dependence within a vector,
+    at any lag, and between any two vectors. Autocorrelations of the squares detect it even if signs were flipped.
     """
     releases = [np.nan_to_num(np.ravel(release), nan=_BEYOND).clip(-_BEYOND, _BEYOND) for release in releases]
     numbers = np.concatenate(releases)
@@ -70,7 +70,7 @@ def variance(numbers: np.ndarray) -> Check:
 def shortfall(count: int, significance: float, power: float) -> float:
     """The smallest relative shortfall of σ that `variance` finds in this many numbers with probability `power`.
 
-    Noise of f σ gives Σ x² = f² χ²: it is found if that lies under the critical value.
+    Noise of standard deviation f σ gives Σ x² = f² χ²: the shortfall is found if this is below the critical value.
     """
     from scipy.stats import chi2
 
@@ -78,7 +78,7 @@ def shortfall(count: int, significance: float, power: float) -> float:
 
 
 def extremes(numbers: np.ndarray) -> Check:
-    """The largest |x| of numbers [n]: too large, or too small, as where tails are cut off."""
+    """Test the largest |x| of numbers [n]: too large, or too small because tails are truncated."""
     from scipy.special import log_ndtr
 
     largest = float(np.abs(numbers).max(initial=0.0))
@@ -136,7 +136,7 @@ def products_p_value(total: float, count: int) -> float:
 def alignment(residuals: Sequence[np.ndarray], directions: Sequence[np.ndarray], name: str) -> Check:
     """Σ ⟨x, v⟩ / √Σ ‖v‖² of residuals x and fixed vectors v, against N(0, 1).
 
-    It sees what is added to a release beside its noise, if it is known in which direction to look.
+    This detects anything added to a release beside its noise, if the direction to test is known.
     """
     from scipy.special import log_ndtr
 
@@ -174,8 +174,8 @@ def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repea
 def residues(integers: np.ndarray, name: str = "last digits") -> Check:
     """Remainders of integers [n] by 16 against the uniform distribution, by χ².
 
-    They are uniform, but for 10⁻¹⁰⁰⁰, whatever sum is in them, where the noise's standard deviation is over 1000. Noise
-    on a coarser lattice leaves some out.
+    If the noise's standard deviation exceeds 1000, they are uniform up to 10⁻¹⁰⁰⁰, regardless of the sum that they
+    contain. Noise on a coarser lattice misses some remainders.
     """
     from scipy.stats import chisquare
 
@@ -186,8 +186,8 @@ def residues(integers: np.ndarray, name: str = "last digits") -> Check:
 def collisions(integers: np.ndarray, deviation: float, name: str = "equal numbers") -> Check:
     """How many pairs of n integers that are round(N(0, deviation²)) are equal, where n² is not far over the deviation.
 
-    Two are equal with probability 1 / (2√π deviation), at most; pairs are nearly independent then, and their number
-    nearly Poisson. It sees any lattice that is coarser than the integers, of whatever spacing.
+    Two are equal with probability at most 1 / (2√π deviation). Pairs are then nearly independent, and their number is
+    nearly Poisson. The test detects any lattice that is coarser than the integers, regardless of its spacing.
     """
     from scipy.stats import poisson
 

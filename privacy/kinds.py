@@ -1,9 +1,9 @@
-"""The kinds of steps that a ledger holds, few enough to compose: what is merged counts as the worst of it.
+"""Kinds of steps in a ledger, few enough to compose: merged kinds are charged as the worst of them.
 
-A step of (σ, q) costs no more than one of (σ', q') with σ' ≤ σ and q' ≥ q: of the latter's output the former is a
-post-processing, which adds the missing noise and replaces it by the output without the unit with probability 1 − q/q'
+A step of (σ, q) costs no more than one of (σ', q') with σ' ≤ σ and q' ≥ q, because its output is a post-processing of
+the latter's output: add the missing noise, and with probability 1 − q/q' replace the output by that without the unit
 (Poisson sampling of a sample). So kinds may be rounded and merged towards less noise and more sampling; ε is then an
-upper bound. A ledger of ordinary runs has few kinds, and none is touched.
+upper bound. A ledger of ordinary runs has few kinds, and none of them is changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FINEST = 2.0**-9
 
 
 def merged(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """At most `MOST` kinds that cost together at least what these do."""
+    """Merge kinds into at most `MOST` kinds that together cost at least as much."""
     found, width = list(kinds), _FINEST
     while len(found) > _PAIRED:
         found, width = _rounded(kinds, width), 2 * width
@@ -38,7 +38,7 @@ def merged(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
 
 
 def _rounded(kinds: Sequence[Kind], width: float) -> list[Kind]:
-    """Every σ rounded down and every q up to powers of 2^width, so that kinds that are close become one."""
+    """Round every σ down and every q up to powers of 2^width, so that similar kinds become equal."""
     steps: Counter[tuple[float, float]] = Counter()
     for sigma, rate, count in kinds:
         steps[_down(sigma, width), 1 / _down(1 / rate, width)] += count
@@ -46,7 +46,7 @@ def _rounded(kinds: Sequence[Kind], width: float) -> list[Kind]:
 
 
 def _down(value: float, width: float) -> float:
-    """The largest power of 2^width that is no larger."""
+    """Return the largest power of 2^width that is at most `value`."""
     power = math.floor(math.log2(value) / width + 1e-9)  # the logarithm of a power may be a little under it
     while 2.0 ** (power * width) > value:
         power -= 1
@@ -58,7 +58,7 @@ def _both(one: Kind, other: Kind) -> Kind:
 
 
 def _added(one: Kind, other: Kind) -> float:
-    """What merging two adds, by n (q/σ)², to which the cost of many weak steps is proportional."""
+    """Return the cost that merging two kinds adds, by n (q/σ)²: the cost of many weak steps is proportional to it."""
     return _weight(_both(one, other)) - _weight(one) - _weight(other)
 
 

@@ -1,4 +1,4 @@
-"""Replies on their way, from the moment that their heads are there until all of their objects are."""
+"""Incoming replies, from the arrival of their heads until all of their objects have arrived."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from server.runtime_grid import Head, RuntimeGrid, unpacked
 
 
 class Arrivals:
-    """Heads of replies whose objects are not all there yet.
+    """Heads of replies whose objects have not all arrived.
 
-    Nothing of a reply is kept in memory before it is whole: a device that sends all of it but one object would else
-    take memory for as long as it likes.
+    No part of a reply is kept in memory before the reply is complete. Otherwise a device could occupy memory
+    indefinitely by withholding one object.
 
     Args:
-        most: objects that a reply may consist of.
+        most: maximum number of objects in a reply.
     """
 
     def __init__(self, grid: RuntimeGrid, *, most: int) -> None:
@@ -26,10 +26,10 @@ class Arrivals:
         self._heads: dict[str, Head] = {}  # by the id of the message that each answers
 
     def look(self, identifiers: Collection[str]) -> Mapping[str, Exception]:
-        """Ask for the heads of replies to these messages; what went wrong for which of them.
+        """Ask for the heads of replies to these messages, and return the errors by message id.
 
         Raises:
-            httpx.TransportError: the SuperLink doesn't answer, which is no device's doing.
+            httpx.TransportError: the SuperLink doesn't answer, which is not a device's fault.
         """
         asked = [name for name in identifiers if name not in self._heads]
         if not asked:
@@ -38,20 +38,20 @@ class Arrivals:
             self._keep(self._grid.heads(asked, most=self._most), asked)
         except httpx.TransportError:
             raise
-        except Exception:  # one of them spoils it for the others: each by itself
+        except Exception:  # one invalid reply fails the whole call: ask for each separately
             return self._one_by_one(asked)
         return {}
 
     def promised(self, identifiers: Iterable[str]) -> list[str]:
-        """Those of these messages to which the head of a reply has come, fewest objects first."""
+        """Return the messages for which the head of a reply has arrived, fewest objects first."""
         return sorted((name for name in identifiers if name in self._heads), key=lambda name: len(self._objects(name)))
 
     def pull(self, identifier: str) -> Message | None:
-        """The reply to a message whose head has come; None if it is not whole yet.
+        """Return the reply to a message whose head has arrived; None if it is incomplete.
 
         Raises:
             httpx.TransportError: as for `look`.
-            Exception: it can't be had, or can't be unpacked, and is dropped.
+            Exception: the reply can't be fetched or unpacked, and is dropped.
         """
         head = self._heads[identifier]
         try:
@@ -60,7 +60,7 @@ class Arrivals:
             contents: dict[str, bytes] = {}
             for name in head.objects:
                 content = self._grid.object(name)
-                if content is None:  # the next look begins with it, and costs one call while it is missing
+                if content is None:  # the next pull starts with it: one call while it is missing
                     rest = (other for other in head.objects if other != name)
                     self._heads[identifier] = head._replace(objects=(name, *rest))
                     return None
@@ -75,10 +75,10 @@ class Arrivals:
         return message
 
     def drop(self, identifiers: Iterable[str]) -> None:
-        """Forget these replies, and have the SuperLink delete what is there of them."""
+        """Forget these replies, and have the SuperLink delete their objects."""
         for name in identifiers:
             if head := self._heads.pop(name, None):
-                with contextlib.suppress(Exception):  # it stays on the SuperLink's disk until its time is over
+                with contextlib.suppress(Exception):  # it stays on the SuperLink's disk until it expires
                     self._grid.confirm(head.reply)
 
     def _objects(self, name: str) -> tuple[str, ...]:

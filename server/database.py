@@ -1,7 +1,7 @@
 """The SuperLink's database on disk: bounded, because devices fill it.
 
-It holds nothing that is worth keeping between two starts: who may take part is in `register.json`, what rounds came to
-in the run's checkpoints, and messages are those of a ServerApp that has ended with its SuperLink.
+It holds nothing that must survive a restart: enrolled devices are in `register.json`, results of rounds are in the
+run's checkpoints, and its messages belong to a ServerApp that has ended with its SuperLink.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-_CONTENTS = (  # of messages and their objects; Flower's other tables are kept
+_CONTENTS = (  # tables of messages and their objects; Flower's other tables are kept
     "object_push_session_pending",
     "object_push_session_roots",
     "object_push_sessions",
@@ -25,9 +25,9 @@ _CONTENTS = (  # of messages and their objects; Flower's other tables are kept
 
 
 def prepare(file: Path) -> None:
-    """Empty a stopped SuperLink's database of messages, and have it give space back by itself from now on.
+    """Delete all messages from a stopped SuperLink's database, and make it release free space automatically.
 
-    One that can't be read is removed: the next start makes another.
+    A database that can't be read is removed; the next start creates another.
     """
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:

@@ -1,4 +1,4 @@
-"""A grid around another one."""
+"""A grid that forwards to another grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.collect import give_up
 
 
 class Forwarding(Grid):
-    """A grid on top of another, which it is but for `send_and_receive`."""
+    """A grid that forwards every call to another grid, except `send_and_receive`."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid

@@ -1,4 +1,4 @@
-"""Questions that nobody has to wait for."""
+"""Queries to nodes that don't block the server."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class Asking(Limited, Protocol):
-    """What a grid that questions are asked over does besides (`server.gate.Gated`)."""
+    """Operations that queries need from a grid (`server.gate.Gated`)."""
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """No reply to these is going to be pulled."""
+        """Note that no reply to these messages will be pulled."""
         ...
 
     def leave_out(self, node: int) -> None:
@@ -27,11 +27,11 @@ class Asking(Limited, Protocol):
 
 
 class Inquiries:
-    """Questions that were asked, until they are answered or too old; one for each node.
+    """Pending queries, until they are answered or expire; at most one per node.
 
     Args:
-        poll: seconds between two looks for answers.
-        slack: seconds that a look may take beside.
+        poll: seconds between two polls for answers.
+        slack: additional seconds that a poll may take.
     """
 
     def __init__(self, grid: Asking, *, poll: float, slack: float) -> None:
@@ -39,7 +39,7 @@ class Inquiries:
         self._asked: dict[int, tuple[str, float]] = {}  # by node: the message's id, and when it was sent
 
     def ask(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
-        """Answers to these questions and to earlier ones, as `server.gate.Gated.inquire`."""
+        """Send queries, and yield answers to these and to earlier ones, as `server.gate.Gated.inquire`."""
         new = [message for message in messages if message.metadata.dst_node_id not in self._asked]
         now = time.monotonic()
         for message, name in zip(new, self._grid.push(new, timeout), strict=True):

@@ -1,4 +1,4 @@
-"""Flower's SuperLink, open to its own user only:  python -m server.local_superlink ARGUMENTS-OF-flower-superlink
+"""Flower's SuperLink, restricted to its own user:  python -m server.local_superlink ARGUMENTS-OF-flower-superlink
 
 Its APIs listen on a loopback port and know no passwords: a client of the control API starts runs, and a run is code.
 Flower can't listen on a Unix socket, and a network namespace isn't available everywhere (containers, hardened kernels)
@@ -50,18 +50,19 @@ def owner(peer: Address, ours: Address, table: str) -> int | None:
 class OwnUserListener(socket.socket):
     """A listening socket on loopback that closes connections of other users.
 
-    Each of them is named once a minute, since one that goes on trying would else fill the disk with our log.
+    Each user is logged at most once a minute. Otherwise repeated attempts would fill the disk with log lines.
     """
 
     def __init__(self, family: int, kind: int) -> None:
         super().__init__(family, kind)
-        self._told: dict[int | None, float] = {}  # when each user was named last
+        self._told: dict[int | None, float] = {}  # when each user was last logged
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept one connection of our own user, or of root.
 
         Raises:
-            ConnectionAbortedError: it was of another user, and is closed. asyncio takes this for a client that left.
+            ConnectionAbortedError: the connection belonged to another user, and is closed. asyncio treats this as a
+                client that disconnected.
         """
         connection, address = super().accept()
         user = owner(address, connection.getsockname(), _TABLE.read_text())
@@ -86,7 +87,7 @@ def main() -> None:
 
 
 def _serve(*, app: Any, host: str, port: int, reload: bool, workers: int, **settings: Any) -> None:
-    """Stand for `uvicorn.run`."""
+    """Replace `uvicorn.run`."""
     del reload, workers
     import uvicorn
 

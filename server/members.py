@@ -1,4 +1,4 @@
-"""Devices that the register lets in, made known to the SuperLink as its nodes."""
+"""Register enrolled devices as nodes of the SuperLink."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from server.superlink import SuperLink
 
 @dataclass
 class Members:
-    """Which node of the SuperLink each enrolled device is.
+    """Map from enrolled devices to nodes of the SuperLink.
 
-    Without certificates the SuperLink authenticates nobody, and knows no names.
+    Without certificates, the SuperLink doesn't authenticate nodes, and has no names.
     """
 
     register: Register
@@ -29,7 +29,7 @@ class Members:
         return self._ids.get(key)
 
     def reconcile(self) -> None:
-        """Have the SuperLink know whom the register knows, and nobody else."""
+        """Make the SuperLink's nodes equal the enrolled devices of the register."""
         if self.superlink.certificates is None:
             return
         with self._lock:
@@ -42,12 +42,12 @@ class Members:
             self._ids = there
 
     def shut_out(self) -> None:
-        """Have the SuperLink forget who was revoked; the gateway has shut them out already."""
+        """Remove revoked devices from the SuperLink; the gateway refuses them already."""
         if self._ids.keys() - self.register.look().inside().keys():
             self.reconcile()
 
     def welcome(self, key: str, name: str) -> None:
-        """Have the SuperLink know a device that has just been enrolled."""
+        """Register a newly enrolled device with the SuperLink."""
         with self._lock:
             if key not in self._ids:
                 self._ids = {**self._ids, key: self.superlink.control.register(key, name)}

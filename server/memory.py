@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def memory_at_most(extra: int) -> Iterator[None]:
-    """Within it, taking more than `extra` bytes on top of what the process has raises MemoryError.
+    """Limit new memory to `extra` bytes above the process's current size; exceeding it raises MemoryError.
 
-    On Linux; elsewhere nothing is limited. What the process has includes memory that it freed and its allocator kept,
-    which can be taken again without a limit.
+    Only Linux is supported; elsewhere nothing is limited. The current size includes freed memory that the allocator
+    kept, which can be reused without limit.
     """
     status = Path("/proc/self/status")
     if not status.exists():

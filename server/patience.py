@@ -1,4 +1,4 @@
-"""What a real federation does while nobody, or too few, can train: it waits, says for whom, and in the end why not."""
+"""Wait while too few devices of a real federation can train, log which are missing, and finally stop with a reason."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _SHORT, _LONG = 30.0, 600.0  # seconds before a round is tried again, first and 
 def wait_for_devices(
     grid: Grid, strategy: Federated, present: int, clock: Clock, timeout: float, *, waits: bool
 ) -> None:
-    """Return once so many devices are there that hold the run's base and have pictures.
+    """Wait until enough devices are connected that hold the run's base and have pictures.
 
-    A line in the log tells who is there, whenever that changes and every `timeout` seconds.
+    The connected devices are logged whenever they change, and every `timeout` seconds.
 
     Args:
-        waits: for as long as it takes.
+        waits: whether to wait without limit.
 
     Raises:
-        AntherError: they are not there after `timeout` seconds, and it doesn't wait.
+        AntherError: too few devices are connected after `timeout` seconds, and `waits` is false.
     """
     until = clock.now() + timeout
     told: str | None = None
@@ -50,16 +50,16 @@ def wait_for_devices(
 
 
 def _able(reports: Mapping[int, DeviceReport]) -> list[str]:
-    """Names of the devices that have pictures; where privacy is promised all of them say that they have."""
+    """Return names of the devices that have pictures; under a privacy guarantee, every device reports that it has."""
     return sorted(report.device for report in reports.values() if report.pictures)
 
 
 @dataclass
 class Patience:
-    """Rounds that came to nothing, and what to do about them.
+    """Retry policy for failed rounds.
 
     Args:
-        hours: without one good round after which the run stops, unfinished.
+        hours: time without a good round after which the run stops, unfinished.
     """
 
     clock: Clock
@@ -69,10 +69,10 @@ class Patience:
     _reasons: dict[str, int] = field(default_factory=dict)
 
     def again(self, number: int, train: TrainFacts | None, *, needed: int) -> None:
-        """Wait before a round is tried again that had too few good replies.
+        """Wait before retrying a round that had too few good replies.
 
         Raises:
-            AntherError: there was no good round for too long.
+            AntherError: there was no good round for `hours`.
         """
         now = self.clock.now()
         self._since = now if self._since is None else self._since
@@ -95,5 +95,5 @@ class Patience:
             self.clock.wait(until)
 
     def done(self) -> None:
-        """A round was good."""
+        """Note that a round was good."""
         self._since, self._tries, self._reasons = None, 0, {}

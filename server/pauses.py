@@ -1,4 +1,4 @@
-"""Nodes that are left out for a while, because messages to them or replies from them failed."""
+"""Temporary exclusion of nodes after failed messages to them or failed replies from them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TIMES = 4.0
 
 
 class Pauses:
-    """Which nodes are left out, and until when.
+    """Excluded nodes, with the end of each exclusion.
 
     Args:
-        now: the time in seconds.
+        now: clock, in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
@@ -24,10 +24,10 @@ class Pauses:
         self._length: dict[int, float] = {}
 
     def add(self, node: int, waited: float = 0.0) -> float:
-        """Leave a node out from now on; for how many seconds.
+        """Exclude a node from now on, and return the exclusion's length in seconds.
 
         Args:
-            waited: seconds that others waited for it in vain.
+            waited: seconds that others waited for the node in vain.
         """
         usual = min(LONGEST, 2 * self._length[node]) if node in self._length else FIRST
         self._length[node] = max(usual, TIMES * waited)
@@ -40,6 +40,6 @@ class Pauses:
         self._length.pop(node, None)
 
     def without(self, nodes: Iterable[int]) -> list[int]:
-        """Those that are not left out now."""
+        """Return the nodes that are not excluded now."""
         now = self._now()
         return [node for node in nodes if self._until.get(node, now) <= now]

@@ -1,4 +1,4 @@
-"""A run's log, as its operator reads it: our lines plain and with the time, of Flower's what went wrong."""
+"""A run's log for its operator: our records as plain lines with the time, and Flower's warnings and errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LEVEL = re.compile(r"\s*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d[-\d :,.]*)?
 
 
 class Marked(logging.Handler):
-    """Hands our records to a handler of Flower's, so that they can be told from Flower's own.
+    """Handler that marks our records and passes them to a handler of Flower, to distinguish them from Flower's own.
 
     Args:
-        inner: that handler.
+        inner: Flower's handler.
     """
 
     def __init__(self, inner: logging.Handler) -> None:
@@ -34,14 +34,14 @@ class Marked(logging.Handler):
 
 
 class Said(logging.Handler):
-    """Prints records of the server's own process."""
+    """Handler that prints records of the server's own process."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(_leveled(record.levelname, record.getMessage()))
 
 
 def log_here(*rooms: str) -> None:
-    """Print what these loggers tell, from INFO on, in this process."""
+    """Print records of these loggers from INFO on, in this process."""
     for room in rooms:
         logger = logging.getLogger(room)
         logger.setLevel(logging.INFO)
@@ -50,7 +50,7 @@ def log_here(*rooms: str) -> None:
 
 
 def log_as_flower_does(*rooms: str) -> None:
-    """Hand what these loggers tell, from INFO on, to Flower's handlers: `flwr run --stream` shows what they get."""
+    """Pass records of these loggers, from INFO on, to Flower's handlers, whose output `flwr run --stream` shows."""
     for room in rooms:
         logger = logging.getLogger(room)
         logger.setLevel(logging.INFO)
@@ -59,14 +59,14 @@ def log_as_flower_does(*rooms: str) -> None:
 
 
 def print_all(lines: Iterable[str]) -> None:
-    """Print a run's log as it comes."""
+    """Print a run's log as it arrives."""
     for line in lines:
         if text := readable(line):
             say(text)
 
 
 def readable(line: str) -> str | None:
-    """What an operator reads of a line of Flower's log; None for one that only tells of Flower's own progress."""
+    """Convert a line of Flower's log for the operator; None for a line that only reports Flower's own progress."""
     plain = _ANSI.sub("", line).rstrip()
     level = match[1] if (match := _LEVEL.match(plain)) else None
     text = plain[match.end() :] if match else plain

@@ -1,8 +1,8 @@
 """Flower's grid over HTTP, one short call at a time.
 
 Flower's `HttpGrid.pull_messages` waits for the objects of a reply for up to two hours once its head is there, and
-retries any call to a SuperLink that doesn't answer for ever. Here each call is made once, with its own time limit, and
-the head of a reply and its objects are separate calls. Of the server, only this module uses private parts of Flower's
+retries calls forever if the SuperLink doesn't answer. Here each call is made once, with its own time limit, and the
+head of a reply and its objects are separate calls. This is the server's only module that uses private parts of Flower's
 grid (flwr 1.42).
 """
 
@@ -25,11 +25,11 @@ CALL = 30.0
 
 
 class Gone(Exception):  # noqa: N818  # of one reply, and no error of ours
-    """An object was promised and is not going to be sent any more."""
+    """A promised object will no longer be sent."""
 
 
 class Head(NamedTuple):
-    """What is known of a reply before its objects are pulled."""
+    """Information about a reply that is available before its objects are pulled."""
 
     request: str
     """Id of the message that it answers."""
@@ -43,7 +43,7 @@ class RuntimeGrid(HttpGrid):
     """The grid of the same run, without retries.
 
     Args:
-        grid: as a ServerApp gets it.
+        grid: the grid that Flower passes to a ServerApp.
     """
 
     def __init__(self, grid: HttpGrid) -> None:
@@ -53,7 +53,7 @@ class RuntimeGrid(HttpGrid):
         self.set_run(grid.run)
 
     def limit(self, seconds: float) -> None:
-        """Let each of the following calls take so long at most."""
+        """Set the time limit of each following call."""
         self._runtime_client._client.timeout = httpx.Timeout(min(CALL, max(0.2, seconds)))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -62,18 +62,18 @@ class RuntimeGrid(HttpGrid):
         return found
 
     def names(self) -> Mapping[int, str]:
-        """Names of all nodes that were there at a look; a SuperLink without authentication of nodes knows none.
+        """Names of all nodes that were ever listed; empty if the SuperLink doesn't authenticate nodes.
 
-        They are noted with the look itself: of a node that leaves right after it, the SuperLink would tell none, and it
-        could call itself whatever it likes.
+        They are recorded with the listing itself. If a node left right after it, the SuperLink would return no name for
+        the node, which could then claim any name.
         """
         return self._names
 
     def push(self, message: Message) -> str:
-        """Send one message; its id.
+        """Send one message, and return its id.
 
         Raises:
-            Exception: it could not be sent, or its objects were refused.
+            Exception: the message could not be sent, or its objects were refused.
         """
         with no_object_id_recompute():
             (identifier,) = self.push_messages([message])
@@ -82,10 +82,10 @@ class RuntimeGrid(HttpGrid):
         return identifier
 
     def heads(self, identifiers: Iterable[str], *, most: int) -> Iterator[Head]:
-        """Heads of the replies that have come to these messages; each is handed out once.
+        """Yield heads of the replies that have arrived for these messages, each once.
 
         Args:
-            most: ids of objects of one reply that are listed.
+            most: maximum number of object ids listed per reply.
         """
         found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(identifiers)))
         for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
@@ -93,10 +93,10 @@ class RuntimeGrid(HttpGrid):
             yield Head(meta.reply_to_message_id, meta.message_id, object_ids(tree, most + 1))
 
     def object(self, identifier: str) -> bytes | None:
-        """The content of an object; None if it has not been sent yet.
+        """Return the content of an object; None if it has not been sent yet.
 
         Raises:
-            Gone: its device stopped sending for too long, and the SuperLink has given it up.
+            Gone: the device stopped sending for too long, and the SuperLink has discarded the object.
         """
         run = self.run.run_id
         found = self._runtime_client.PullObject(PullObjectRequest(node=self.node, run_id=run, object_id=identifier))
@@ -111,10 +111,10 @@ class RuntimeGrid(HttpGrid):
 
 
 def unpacked(head: Head, contents: dict[str, bytes]) -> Message:
-    """The message that these objects make.
+    """Assemble a message from its objects.
 
     Raises:
-        Exception: whatever Flower raises over contents that are none.
+        Exception: any error of Flower's for invalid contents.
     """
     message = inflate_object_from_contents(head.reply, contents)
     if not isinstance(message, Message):
@@ -124,7 +124,7 @@ def unpacked(head: Head, contents: dict[str, bytes]) -> Message:
 
 
 def object_ids(tree: ObjectTree, most: int) -> tuple[str, ...]:
-    """Ids of a tree's objects, the outermost first, at most so many."""
+    """Return ids of a tree's objects, the outermost first, at most `most`."""
     found: dict[str, None] = {}
     waiting = [tree]
     while waiting and len(found) < most:

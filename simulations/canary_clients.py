@@ -1,7 +1,7 @@
 """Canary clients: devices whose updates are known, in rounds that the server's own `DeviceLevel` opens and closes.
 
-Andrew et al. (2023, arXiv:2302.03098). Each canary client moves one number of B, another one each, and far further
-than the clip. So all are orthogonal, and what a round releases along each is its part of the sum and noise.
+Andrew et al. (2023, arXiv:2302.03098). Each canary client moves a different single number of B, by far more than the
+clip. So all updates are orthogonal, and a round's release along each is that client's part of the sum, plus noise.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _QUANTILE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Cohort:
-    """Canary clients [m], of which the included take part in every round."""
+    """Canary clients [m]; the included ones take part in every round."""
 
     claim: PoissonGaussian
     included: np.ndarray
-    side: int  # of the matrix B, of which each client moves a number
+    side: int  # of the matrix B; each client moves one of its numbers
     adaptive: bool = False  # whether the clip follows a quantile
     trains_both: bool = False  # FedIT, which noises A as well; else FFA
 
@@ -52,12 +52,12 @@ class Cohort:
 
 
 class Released(NamedTuple):
-    """What all rounds together show, in units of the clip."""
+    """Releases of all rounds together, in units of the clip."""
 
     sums: np.ndarray
     """[rounds, D]: the noised sums; NaN where nothing is seen of one."""
     known: np.ndarray
-    """[D]: the exact sum, the same in every round, of which B comes last."""
+    """[D]: the exact sum, the same in every round; B's part comes last."""
     deviation: float
     """Standard deviation of the noise on each number of `sums`."""
     counts: np.ndarray
@@ -65,7 +65,7 @@ class Released(NamedTuple):
 
     @property
     def residuals(self) -> np.ndarray:
-        """[rounds, D], spread over their steps: whole steps of 0 would be no normal numbers."""
+        """[rounds, D]: residuals, dithered within their grid steps, since whole steps aren't normally distributed."""
         generator = np.random.default_rng(0)
         within = (generator.random(self.sums.shape) - 0.5) / RESOLUTION
         found = (self.sums - self.known + within) / self.deviation
@@ -73,7 +73,7 @@ class Released(NamedTuple):
 
 
 def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
-    """Let the included take part in all rounds that the claim is of."""
+    """Run all rounds that the claim covers, with the included clients."""
     z, side = cohort.claim.noise_multiplier, cohort.side
     present = np.nonzero(cohort.included)[0]
     count_deviation = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
@@ -82,7 +82,7 @@ def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
     rule = FedIT() if cohort.trains_both else FFA()
     sums, counts = [], []
     with tempfile.TemporaryDirectory() as folder:
-        budget = Budget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)  # only the noise is on trial here
+        budget = Budget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)  # only the noise is tested here
         level = DeviceLevel(
             run="audit", sites=network(side).sites, mechanism=mechanism, sampling_rate=1.0, clip=CLIP, budget=budget,
             noise=noise, ledger=Ledger(Files(Path(folder))),
@@ -105,7 +105,7 @@ def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
 
 
 def checks(released: Released) -> list[Check]:
-    """All tests of what the rounds showed."""
+    """Run all tests on the releases of the rounds."""
     rounds = list(released.residuals)
     found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(rounds)]
     along = [released.known / released.deviation] * len(rounds)
@@ -121,21 +121,21 @@ def checks(released: Released) -> list[Check]:
 
 
 def _sent(side: int, b: Tensor) -> Adapter:
-    """An adapter with these numbers [side²] of B."""
+    """Make an adapter with these numbers [side²] of B."""
     return {site(0): Factors(torch.eye(side), b.view(side, side))}
 
 
 def _update(side: int, client: int, clip: float) -> Adapter:
-    """What one canary client sends."""
+    """Make the update that one canary client sends."""
     b = torch.zeros(side * side)
     b[client] = LENGTH * clip
     return _sent(side, b)
 
 
 def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
-    """By how much an adapter differs from the start [D], in the order in which noise is drawn.
+    """Return an adapter's difference from the start [D], in the order in which noise is drawn.
 
-    NaN at the ones of A, which hide small changes.
+    Entries where A is one are NaN, since float32 rounding hides small changes there.
     """
     a, b = (factor.double().numpy() for factor in adapter[site(0)])
     if not cohort.trains_both:
@@ -144,7 +144,7 @@ def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
 
 
 def cohorts(longest: int, seed: int) -> list[tuple[str, Cohort]]:
-    """What every audit looks at beside the claims, releases of about `longest` numbers in all."""
+    """List the cohorts that every audit tests beside the claims; releases have about `longest` numbers in total."""
     rounds, side = 20, max(4, math.isqrt(longest // 20))
     claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=rounds)
     included = toss(min(100, (side // 4) ** 2), seed)

@@ -1,8 +1,9 @@
-"""Does what a picture adds to a sum depend on the other pictures? On a real network, whose float32 rounding may.
+"""Test whether a picture's contribution to a sum depends on the other pictures, on a real network in float32.
 
-Kernels of a layer differ with the size of a pass, in the last bits of what they compute. Under an adapter that makes
-the network chaotic those bits grow to all of a gradient, so that one picture more could move the sum by several clips.
-A search among adapters within `models.bounds.MOST_NORM` found one under which it does in passes of any size.
+Kernels of a layer vary with the size of a pass, and so do the last bits of their results. Under an adapter that makes
+the network chaotic, those bits grow to the whole gradient, so that one more picture could move the sum by several
+clips. A search among adapters within `models.bounds.MOST_NORM` found an adapter for which it does, if passes have
+arbitrary sizes.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from training.trainer import train
 
 SIZES = (2, 3, 4, 15, 16)  # kernels change from 1 to 2, 3 to 4 and 15 to 16
 CLIP = 2.0**-7
-_RATE = 2.0**10  # so that the start of the adapter takes no digits of the sum
-_SEED, _RANK, _NORM = 601139390, 4, 99.0  # what the search found
+_RATE = 2.0**10  # large enough that adding the adapter's start costs no digits of the sum
+_SEED, _RANK, _NORM = 601139390, 4, 99.0  # result of the search
 TOLERANCE = 1e-4
 """In units of the clip: what float32 adapters round."""
 
 
 def chaotic(base: Denoiser, rank: int = 8) -> Adapter:
-    """An adapter of this rank, each site's product of Frobenius norm 99, under which the base is chaotic."""
+    """Make an adapter under which the base is chaotic; each site's product has Frobenius norm 99."""
     generator = torch.Generator().manual_seed(_SEED)
     found = {}
     for name, factors in initial(base.sites, rank, _SEED).items():
@@ -41,10 +42,10 @@ def chaotic(base: Denoiser, rank: int = 8) -> Adapter:
 
 
 def shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) -> float:
-    """The largest ‖sum of n − Σ what each adds alone‖ / C over several n, of clipped gradients without noise.
+    """Return the largest ‖sum over n pictures − Σ single-picture sums‖ / C over several n, clipped and without noise.
 
     Args:
-        examples: as many as the largest of `SIZES`.
+        examples: as many examples as the largest of `SIZES`.
     """
     most = max(SIZES)
     every = [slice(place, place + 1) for place in range(most)] + [slice(0, size) for size in SIZES]
@@ -60,13 +61,13 @@ def shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) 
 
 
 def random_examples(base: Base) -> Examples:
-    """Latents of noise under one caption: what makes gradients chaotic is the adapter, not the pictures."""
+    """Make latents of noise under one caption: the adapter makes gradients chaotic, not the pictures."""
     latents = torch.randn(max(SIZES), *base.shape, generator=torch.Generator().manual_seed(_SEED))
     return Examples(latents, base.encode_captions([""]).cpu().expand(max(SIZES), -1, -1))
 
 
 def check(moved: float) -> Check:
-    """A shift as a test: of arithmetic that depends on nobody else there is none."""
+    """Express a shift as a test: it is zero if the arithmetic for one picture doesn't depend on the others."""
     return Check("company", 1.0 if moved <= TOLERANCE else 0.0, f"a picture moves what others add by {moved:.2g} C")
 
 
@@ -80,6 +81,6 @@ def _job(adapter: Adapter, examples: Examples, first: int) -> Train:
 
 
 def _moved(start: Adapter, end: Adapter) -> Tensor:
-    """The sum that the step was made of [D]."""
+    """Recover the sum [D] that the optimizer step applied."""
     parts = [before - after for name in start for before, after in zip(start[name], end[name], strict=True)]
     return torch.cat([part.double().flatten() for part in parts]) * (max(SIZES) / _RATE)

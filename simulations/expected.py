@@ -1,17 +1,17 @@
-"""How long what follows the rounds will take, told in rounds before any of it has begun."""
+"""Estimated duration of the work after the last round, in rounds, known before it begins."""
 
 from __future__ import annotations
 
 from conf.schemas import Simulation
 
 TRAINED, DRAWN = 3.0, 1.0
-"""Work of one example: a forward and a backward pass, about twice as dear, or a forward pass alone."""
+"""Work per example: forward and backward pass (which costs about twice the forward pass), or forward pass only."""
 
 
 def after_rounds(config: Simulation) -> float:
-    """Work that follows the last round, in rounds: personal adapters, everybody alone, the gallery.
+    """Estimate the work after the last round, in rounds: personal adapters, local baselines, the gallery.
 
-    Early stopping may end training before, so this is more often too long than too short.
+    Early stopping may end training sooner, so this is more often an overestimate than an underestimate.
     """
     data, shared, personal = config.data, config.adapter.shared, config.adapter.personal
     judged = config.evaluation.devices or max(data.writers, len(data.pictures))
@@ -20,7 +20,7 @@ def after_rounds(config: Simulation) -> float:
     one_round = sampled * shared.steps * shared.batch_size * TRAINED + measured
     steps = personal.steps + (config.rounds * shared.steps + personal.steps if config.evaluation.local else 0)
     trained = judged * steps * personal.batch_size * TRAINED
-    arms = 3 if config.evaluation.local else 2  # base and shared draw each caption once for everybody
+    arms = 3 if config.evaluation.local else 2  # base and shared draw each caption once for all devices
     guided = 2 if config.evaluation.guidance > 1 else 1
     drawn = judged * config.evaluation.gallery * arms * config.evaluation.steps * guided * DRAWN
     return (trained + drawn) / one_round

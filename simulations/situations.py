@@ -1,8 +1,8 @@
-"""Private training whose every input is known, so that nothing but noise is left of a release once they are subtracted.
+"""Private training with known inputs: subtracting their contributions from a release leaves only the noise.
 
-The canaries of `simulations.canaries` in situations of all kinds: several steps a job, several sites, mixed ranks,
-either optimiser, batches that are mostly empty, one very long release. What joined which batch is recorded from the
-noise source; what each picture adds to a sum is a formula of this module, not the code on trial.
+The canaries of `simulations.canaries` are run in various situations: several steps per job, several sites, mixed ranks,
+either optimizer, mostly empty batches, one very long release. The members of each batch are recorded from the noise
+source. Each picture's contribution to a sum is computed by a formula of this module, not by the code under test.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from training.trainer import train
 BETA = 0.9  # AdamW's β₁
 EPS = 1e-8  # AdamW's
 _RATE = 2.0**-40  # learning rate: the adapter hardly moves, and the canaries stay where they are
-LOUD = 2.0**19  # σ: half of what a policy allows, and a power of two, with which float32 numbers stay on a lattice
-_LINEAR = 1e-4  # of AdamW: gradients of so many ε, on which it is linear
+LOUD = 2.0**19  # σ: half of a policy's limit, and a power of two, which keeps float32 numbers on a lattice
+_LINEAR = 1e-4  # AdamW is linear for gradients of this many ε
 
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """How many jobs of which kind: one for each device and round."""
+    """Number and kind of the jobs: one for each device and round."""
 
     name: str
     pictures: int  # of each device
@@ -54,19 +54,19 @@ class Situation:
 
     @property
     def divisor(self) -> int:
-        """The public constant: a power of two, by which division is exact, for no fewer pictures than there are."""
+        """Public divisor of the sum: a power of two (so division is exact) that is at least the number of pictures."""
         return int(2 ** math.ceil(math.log2(max(1.0, self.sampling_rate * self.pictures))))
 
     @property
     def clip(self) -> float:
-        """A power of two, for SGD; for AdamW so small that it is linear."""
+        """Clip: a power of two for SGD; for AdamW, small enough that AdamW is linear."""
         return 2.0**-7 if self.optimiser == "sgd" else _LINEAR * EPS * self.divisor / self.noise_multiplier
 
     @property
     def weights(self) -> np.ndarray:
-        """[steps]: what each step's gradient weighs in −1 × the change of the adapter, times ε for AdamW.
+        """[steps]: weight of each step's gradient in −1 × the change of the adapter, times ε for AdamW.
 
-        Where g ≪ ε AdamW takes steps of m̂_t / ε, m̂_t = Σ_{i ≤ t} (1 − β) β^(t−i) g_i / (1 − β^t).
+        If g ≪ ε, AdamW takes steps of m̂_t / ε, m̂_t = Σ_{i ≤ t} (1 − β) β^(t−i) g_i / (1 − β^t).
         """
         if self.optimiser == "sgd":
             return np.ones(self.steps)
@@ -75,7 +75,7 @@ class Situation:
 
 
 class Observed(NamedTuple):
-    """What one situation showed, as numbers that are standard normal if the mechanism is the claimed one."""
+    """Observations of one situation, as numbers that are standard normal if the mechanism is the claimed one."""
 
     noise: list[np.ndarray]
     """Of each job: residuals of its release."""
@@ -88,11 +88,11 @@ class Observed(NamedTuple):
     missed: list[np.ndarray]
     """The same of pictures that did not join."""
     steps: list[np.ndarray]
-    """Of each job: what it released in steps of the grid, where the optimizer leaves them whole."""
+    """Release of each job in grid steps, if the optimizer keeps them whole."""
 
 
 def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observed:
-    """Run every job of a situation through `training.trainer.train`, and take what is known out of the releases."""
+    """Run every job of a situation through `training.trainer.train`, and subtract known contributions from releases."""
     generator = np.random.default_rng(seed)
     recorded = [
         Recorded(sources(f"device {device}", number))
@@ -112,7 +112,7 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
         for number, batch in enumerate(source.batches):
             member[number, batch] = True
         moved, joined, missed = _moved(situation, job.start, outcome, member)
-        within_a_step = step * (generator.random(moved.size) - 0.5)  # or whole steps of 0 would be no normal numbers
+        within_a_step = step * (generator.random(moved.size) - 0.5)  # dither: whole steps aren't normally distributed
         noise = (moved - bound * joined + within_a_step) / deviation
         unseen = np.isnan(moved)
         noise[unseen] = generator.standard_normal(int(unseen.sum()))  # others keep their place in the order
@@ -128,7 +128,7 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
 
 
 def checks(observed: Observed) -> list[Check]:
-    """All tests of what a situation showed."""
+    """Run all tests on the observations of a situation."""
     found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(observed.noise)]
     found.append(fit.alignment(observed.noise, observed.joined, "noise: along pictures that joined"))
     found.append(fit.alignment(observed.noise, observed.missed, "noise: along pictures that did not"))
@@ -160,7 +160,7 @@ def _job(situation: Situation, place: int, source: NoiseSource) -> Train:
 
 
 def _places(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(site, row, column) of each picture [pictures], distinct, in the columns that every rank has."""
+    """Return a distinct (site, row, column) for each picture [pictures], in the columns that every rank has."""
     columns = min(situation.ranks, default=situation.side)
     rest, sites = np.divmod(np.arange(situation.pictures), situation.sites)
     row, column = np.divmod(rest, columns)
@@ -168,7 +168,10 @@ def _places(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _examples(situation: Situation) -> Examples:
-    """x_0 along one output, c along one input: one number of B has a gradient. The loss is a mean over all outputs."""
+    """Make examples with x_0 along one output and c along one input, so that only one number of B has a gradient.
+
+    The loss is a mean over all outputs.
+    """
     sites, row, column = _places(situation)
     shape = (situation.pictures, 1, situation.sites, situation.side)
     latents, context = torch.zeros(shape), torch.zeros(shape[0], *shape[2:])
@@ -181,14 +184,14 @@ def _examples(situation: Situation) -> Examples:
 def _moved(
     situation: Situation, start: Adapter, outcome: Trained, member: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What one job released, and what is known of it: each [d].
+    """Return one job's release and its known contributions: each [d].
 
     Args:
-        member: [steps, n], who joined.
+        member: [steps, n], whether each picture joined each batch.
 
     Returns:
-        Σ w_t · release_t, in the order in which noise is drawn, NaN at the ones of A, beside which it is rounded away;
-        the weights of those that joined, where they are; of those that did not.
+        Σ w_t · release_t, in the order in which noise is drawn, NaN where A is one (float32 rounds the release away
+        there); the weights of the pictures that joined, at their positions; the weights of those that did not join.
     """
     weights = situation.weights
     scale = situation.divisor / _RATE * (1.0 if situation.optimiser == "sgd" else EPS)
@@ -209,10 +212,10 @@ def _moved(
 
 
 def situations(longest: int) -> list[Situation]:
-    """What every audit looks at.
+    """List the situations that every audit tests.
 
     Args:
-        longest: numbers of the longest release: noise that repeats itself after half as many is seen.
+        longest: numbers in the longest release; noise that repeats after half as many numbers is detected.
     """
     mixed = Situation(
         name="five steps a job, three sites, mixed ranks", pictures=60, sampling_rate=0.3, noise_multiplier=1.0,
@@ -235,10 +238,10 @@ def situations(longest: int) -> list[Situation]:
 
 
 def of_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Check]]:
-    """Noise of a σ as large as policies allow, as standard normal numbers, and its tests.
+    """Draw noise of the largest σ that policies allow, and return it as standard normal numbers, with its tests.
 
-    Integers that large don't survive in float32 adapters, so they are taken from the source itself. Noise that was
-    rounded before it was scaled shows here, and here only: for smaller σ its lattice is finer than the grid.
+    float32 adapters can't represent integers this large, so they are taken from the source itself. Only this test
+    detects noise that was rounded before it was scaled: for smaller σ, its lattice is finer than the grid.
     """
     deviation = LOUD * RESOLUTION
     integers = source.rounded_gaussian(count, deviation).numpy()

@@ -1,4 +1,4 @@
-"""What an audit finds, claim by claim and test by test, and what it says of it in a line."""
+"""Results of an audit by claim and by test, and their one-line summaries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POWER = 0.999
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one claim."""
+    """Result of one claim."""
 
     name: str
     finding: Finding
@@ -33,13 +33,13 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """Whether it came out as it ought to."""
+        """Whether the result is the expected one."""
         return self.finding.refuted != self.honest
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of the tests of one situation in which everything but the noise is known."""
+    """Results of the tests of one situation in which everything except the noise is known."""
 
     name: str
     level: str
@@ -60,7 +60,7 @@ class Fit:
 
     @property
     def significance(self) -> float:
-        """Of each test."""
+        """Significance level of each test."""
         return self.false_alarms / len(self.checks)
 
     @property
@@ -78,7 +78,7 @@ class Fit:
 
     @property
     def shortfall(self) -> float:
-        """The relative shortfall of noise that its variance shows with probability `POWER`; 1 without any."""
+        """Relative shortfall of noise that the variance test detects with probability `POWER`; 1 without numbers."""
         if not self.numbers:
             return 1.0
         return goodness_of_fit.shortfall(self.numbers, self.significance, POWER)
@@ -86,7 +86,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Results:
-    """All that an audit found."""
+    """All results of an audit."""
 
     loop: list[Verdict] = field(default_factory=list)
     clients: list[Verdict] = field(default_factory=list)
@@ -95,18 +95,18 @@ class Results:
 
     @property
     def sound(self) -> bool:
-        """Whether no claim was refuted and no test failed, and missing noise was found out."""
+        """Whether no claim was refuted, no test failed, and missing noise was detected."""
         return all(verdict.sound for verdict in (*self.loop, *self.clients)) and all(fit.sound for fit in self.fits)
 
     @property
     def shortfalls(self) -> dict[str, float]:
-        """By level, the shortfall of noise that one situation at least shows with probability `POWER`."""
+        """Shortfall of noise, by level, that at least one situation detects with probability `POWER`."""
         levels = dict.fromkeys(fit.level for fit in self.fits if fit.numbers)
         return {level: min(fit.shortfall for fit in self.fits if fit.level == level) for level in levels}
 
 
 def line(where: str, verdict: Verdict) -> str:
-    """One verdict in a line."""
+    """Format one verdict as a line."""
     found, held = verdict.finding, "refuted" if verdict.finding.refuted else "not refuted"
     bounds = f"ε ≥ {short(found.bound)}; {short(found.f_dp)} by f-DP, {short(found.one_run)} by (ε, δ)"
     right = f"{found.guesses.correct} of {found.guesses.made} guesses right"
@@ -114,7 +114,7 @@ def line(where: str, verdict: Verdict) -> str:
 
 
 def fit_lines(fit: Fit) -> list[str]:
-    """One situation in a line, and one for each test that failed."""
+    """Format one situation as a line, followed by a line for each failed test."""
     sees = f"least p {fit.least.p_value:.2g}; would see noise short by {fit.shortfall:.1%}"
     told = f"{fit.numbers} numbers of noise, {len(fit.checks)} tests, {sees}" if fit.numbers else fit.least.shown
     failed = [f"        {check.name}: {check.shown} (p ≤ {check.p_value:.1g})" for check in fit.failed]
@@ -122,7 +122,7 @@ def fit_lines(fit: Fit) -> list[str]:
 
 
 def last_line(results: Results, false_alarms: float) -> str:
-    """What all of it comes to, and what it could have seen."""
+    """Summarize the audit, with the smallest deviation that it could have detected."""
     outcome = "nothing is refuted" if results.sound else "refuted, or blind"
     seen = [f"{shortfall:.1%} per {level}" for level, shortfall in results.shortfalls.items()]
     sees = f"; noise short by {' or by '.join(seen)} would be seen with probability {POWER}" if seen else ""
@@ -130,7 +130,7 @@ def last_line(results: Results, false_alarms: float) -> str:
 
 
 def arm_lines(arm: Arm) -> list[str]:
-    """One arm in a line for each attack."""
+    """Format one arm as a line for each attack."""
     told = [f"{arm.name}: {arm.writers} writers, {len(arm.runs)} run{'s' if len(arm.runs) != 1 else ''}"]
     for name, found in arm.found.items():
         auc, tpr = found.auc, found.tpr

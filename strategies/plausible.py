@@ -1,4 +1,4 @@
-"""Bounds on what devices tell of themselves, so that one that lies moves a total by no more than a few honest ones."""
+"""Bounds on self-reported values of devices, so that a lying device moves a total no more than a few honest ones."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from protocol.messages import DeviceReport, TrainingPlan
 from strategies.planning import seconds_per_step, transfers
 
 TIMES = 10.0
-"""A device may take so many times what its plan should cost it: it may be hot, or in use."""
-START = 60.0  # seconds that it may take to begin
+"""Largest accepted multiple of the expected cost of a device's plan: the device may be hot, or in use."""
+START = 60.0  # seconds that a device may take to begin
 OTHERS = 20.0
-"""In a real federation what a device tells counts up to so many times the median of its round."""
+"""In a real federation, a reported value is capped at this multiple of its round's median."""
 
 
 def trimmed_mean(values: Sequence[float]) -> float | None:
-    """The mean without the largest and smallest tenth, and at least one of each where there are three or more.
+    """Compute the mean without the largest and smallest tenth (at least one each, if there are three or more values).
 
-    None of nothing. It lies within the range of the honest values if fewer are false than are left out at one end.
+    Empty input gives None. If fewer values are false than are left out at one end, the mean lies within the range of
+    the honest values.
 
     References:
         Yin et al., "Byzantine-Robust Distributed Learning", ICML 2018, definition 2.
@@ -32,11 +33,11 @@ def trimmed_mean(values: Sequence[float]) -> float | None:
 def cost(
     report: DeviceReport, plan: TrainingPlan, told: tuple[float, float], *, sites: Sites, elapsed: float | None
 ) -> tuple[float, float]:
-    """Seconds and joules that are believed of a device.
+    """Return the accepted seconds and joules of a device.
 
     Args:
-        told: by it.
-        elapsed: seconds since it was asked; None: a simulated device's seconds are not the server's.
+        told: values reported by the device.
+        elapsed: seconds since the request; None for a simulated device, whose seconds are not the server's.
     """
     seconds, joules = told
     work = plan.steps * seconds_per_step(report, plan) + transfers(report, plan, sites=sites, download=0)
@@ -45,7 +46,7 @@ def cost(
 
 
 def among_others(values: Sequence[float]) -> list[float]:
-    """Each value, held to a multiple of their median where there are three or more."""
+    """Cap each value at a multiple of their median, if there are three or more."""
     if len(values) < 3:
         return list(values)
     most = OTHERS * median(values)

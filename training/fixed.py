@@ -1,11 +1,12 @@
-"""The one size of every pass of private jobs.
+"""Fixed pass size for private jobs.
 
-The kernels of a layer, and so the last bits of a gradient, depend on how many entries share a pass, and an adapter can
-be made under which these bits grow to all of the gradient. If a pass held as many entries as a batch has, one picture
-more would change the gradients of all others, and no clip would bound that. So passes of private jobs have one size,
-filled up with entries of weight 0. It follows from the device, the memory granted and the plans, which are public.
+The kernels of a layer, and so the last bits of a gradient, depend on the number of entries in a pass, and an adapter
+can be constructed that amplifies these bits to the whole gradient. If the pass size followed the batch size, adding
+one picture would change the gradients of all others, and no clip would bound that change. So all passes of private
+jobs have the same size, padded with entries of weight 0. The size follows from the device, the memory budget and the
+plans, which are public.
 
-At one size, what an entry finds depends neither on its place in the pass nor on its neighbors
+At a fixed size, an entry's result depends neither on its position in the pass nor on its neighbors
 (`tests/training/test_company.py`, bit for bit).
 """
 
@@ -25,14 +26,14 @@ BESIDE = {"cpu": 16e6, "cuda": 100e6}
 
 
 def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:
-    """Entries of every pass of these private jobs, which are resident together and agree in their unit; at most `most`.
+    """Choose the number of entries per pass for private jobs that are resident together and share a unit size.
 
-    As many whole units as make a step cheapest: few passes, and little to fill up. Of a unit that is larger than
-    `most`, an even share.
+    The size is at most `most`. It is the number of whole units that makes a step cheapest: few passes, little padding.
+    A unit larger than `most` is divided evenly.
 
     Args:
-        entry: bytes that an entry takes (`training.capacity.entry_bytes`). Of a large base a pass of one picture is as
-            cheap as any other, and nothing has to be filled up.
+        entry: bytes that an entry takes (`training.capacity.entry_bytes`). For a large base, a pass of one picture is
+            as cheap per picture as any other, and needs no padding.
     """
     unit = jobs[0].unit
     if unit > most:
@@ -49,11 +50,11 @@ def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: in
 
 
 def pictures_of_a_step(assumed: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes of a Poisson batch and their binomial chances, summing to 1 but for the rounding of float64."""
+    """Return sizes of a Poisson batch and their binomial probabilities, which sum to 1 up to float64 rounding."""
     counts = np.arange(assumed + 1)
     if rate in (0, 1):
         return counts[[-int(rate)]], np.ones(1)
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, assumed + 1)))])  # of factorials
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, assumed + 1)))])  # logarithms of factorials
     with np.errstate(divide="ignore", invalid="ignore"):
         chances = logs[-1] - logs - logs[::-1] + counts * math.log(rate) + (assumed - counts) * math.log1p(-rate)
     return counts, np.exp(chances)

@@ -1,16 +1,17 @@
-"""How long a private job takes, whatever its Poisson batches hold: a public number of turns.
+"""Public duration of a private job, in turns, independent of its Poisson batches.
 
-A turn is what a device's cores do at once, a pass of one size (`training.fixed`) each. How many a job needs follows
-from its batches, and so from how many pictures there are. So it is given a number that is enough, all but surely, for
-as many as the plan assumes. What would go beyond is cut off as if it had not been drawn, and turns that weren't needed
-are waited for (`client.train`).
+In one turn, each of a device's cores runs one pass of fixed size (`training.fixed`). The number of turns that a job
+needs depends on its batches, and so on the number of pictures, which is private. So a job is given a public number of
+turns that, with overwhelming probability, suffices for the number of pictures that the plan assumes. Draws beyond it
+are cut off as if they had not been drawn, and unused turns are waited for (`client.train`).
 
-*What the cut costs.* Let x be a picture, and c the coins of all others. Say that c is good if there are enough turns
-whatever the coins of x are. For a good c nothing is cut, with x or without it, and both releases are what they are
-without a schedule; the bound of the Poisson-sampled Gaussian holds for each c, since its proof conditions on the other
-pictures' coins. For the other c, whose probability is β at most, nothing is claimed. Together that is (ε, δ + β) for
-the (ε, δ) of the mechanism without a cut. It would be δ + (1 + e^ε) β if the coins of x had a say in what is good. β is
-`OVERFLOW` a step, which `privacy.accounting` takes off every δ. Where everybody joins each batch nothing is ever cut.
+*Privacy cost of the cut.* Let x be a picture, and c the coins of all others. Call c good if there are enough turns for
+every outcome of the coins of x. For a good c nothing is cut, with or without x, and both releases equal those without
+a schedule; the bound of the Poisson-sampled Gaussian holds for each c, since its proof conditions on the other
+pictures' coins. For the other c, whose probability is at most β, nothing is claimed. Together this gives (ε, δ + β)
+for the (ε, δ) of the mechanism without a cut. It would be δ + (1 + e^ε) β if whether c is good depended on the coins of
+x. β is `OVERFLOW` per step, which `privacy.accounting` subtracts from every δ. If every picture joins each batch,
+nothing is ever cut.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from protocol.messages import TrainingPlan
 from training.fixed import pictures_of_a_step
 from training.jobs import Train, assumed
 
-_RATES = np.geomspace(1e-4, 30, 400)  # of the exponential moments: each gives a bound, the best of them is taken
+_RATES = np.geomspace(1e-4, 30, 400)  # of the exponential moments: each gives a bound, and the best is used
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Turns that the pictures of a step take.
+    """Conversion from the pictures of a step to turns.
 
     Raises:
-        ValueError: a size under 1.
+        ValueError: a size is under 1.
     """
 
     at_once: int = 1  # passes of a turn
     units: int = 1  # pictures of a pass
-    pieces: int = 1  # passes of a picture that takes more than one
+    pieces: int = 1  # passes per picture, if it takes more than one
 
     def __post_init__(self) -> None:
         if min(self.at_once, self.units, self.pieces) < 1 or min(self.units, self.pieces) > 1:
@@ -47,14 +48,14 @@ class Turns:
 
     @staticmethod
     def of(job: Train, size: int, at_once: int) -> Turns:
-        """Those of a job in passes of `size` entries."""
+        """Make the turns of a job with passes of `size` entries."""
         return Turns(at_once, max(1, size // job.unit), math.ceil(job.unit / size))
 
     def __call__(self, pictures: int) -> int:
         return math.ceil(math.ceil(pictures / self.units) * self.pieces / self.at_once)
 
     def holding(self, turns: int) -> int:
-        """The most pictures that so many turns are enough for."""
+        """Return the largest number of pictures that fit in `turns`."""
         return turns * self.at_once // self.pieces * self.units
 
 
@@ -64,23 +65,23 @@ EACH = Turns()
 
 @lru_cache(maxsize=1024)
 def scheduled(pictures: int, rate: float, steps: int, turns: Turns = EACH) -> int:
-    """Turns of a job, which are enough for N pictures with a probability of at least 1 - steps · OVERFLOW.
+    """Return a job's number of turns, sufficient for N pictures with a probability of at least 1 - steps · OVERFLOW.
 
-    Whatever the coins of any one of them are: it is counted as drawn at every step. By the exponential moments of the
-    others' exact binomial counts: P(Σ X > k) ≤ exp(-λ (k + 1)) E[exp(λ X)]^steps for any λ > 0 (Chernoff, 1952,
-    doi:10.1214/aoms/1177729330).
+    This holds for any outcome of the coins of any single picture: that picture is counted as drawn at every step. The
+    bound follows from the exponential moments of the exact binomial counts of the other pictures:
+    P(Σ X > k) ≤ exp(-λ (k + 1)) E[exp(λ X)]^steps for any λ > 0 (Chernoff, 1952, doi:10.1214/aoms/1177729330).
 
     Args:
-        pictures: N, those that the plan assumes.
+        pictures: N, the number of pictures that the plan assumes.
         rate: q of the Poisson batches.
-        turns: of the pictures of a step.
+        turns: conversion from the pictures of a step to turns.
     """
     most = steps * turns(pictures)
     if not steps or rate >= 1:
         return most
     counts, chances = pictures_of_a_step(pictures - 1, rate)
     taken = np.array([turns(int(count) + 1) for count in counts])
-    budget = -math.log(steps * OVERFLOW) + 1e-6 * steps  # the rest for rounding
+    budget = -math.log(steps * OVERFLOW) + 1e-6 * steps  # the second term covers rounding
     with np.errstate(divide="ignore"):
         logs = np.log(chances)
     found = min(_enough(taken, logs, slope, steps, budget) for slope in _RATES)
@@ -88,14 +89,14 @@ def scheduled(pictures: int, rate: float, steps: int, turns: Turns = EACH) -> in
 
 
 def _enough(taken: np.ndarray, logs: np.ndarray, slope: float, steps: int, budget: float) -> float:
-    """What the sum of `steps` such counts stays under, by one exponential moment."""
+    """Bound the sum of `steps` such counts by one exponential moment."""
     exponents = slope * taken + logs
     top = float(exponents.max())
     return (steps * (top + math.log(float(np.exp(exponents - top).sum()))) + budget) / float(slope)
 
 
 def scheduled_examples(plan: TrainingPlan) -> int:
-    """Examples whose time a round of this plan takes: under DP those that its turns are enough for, one by one."""
+    """Return the examples whose time a round of this plan takes: under DP, those that fit in its turns, one by one."""
     if plan.privacy is None:
         return plan.steps * plan.batch_size
     rate = plan.privacy.sampling_rate

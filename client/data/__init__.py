@@ -5,8 +5,8 @@
 named in the one above; without them each picture's name decides, so that about a fifth each is held out. Every mistake
 is one line that names the file and how to mend it.
 
-A split is a data set of its own, to train on or to measure by, each with its own noise, and ε says what one picture
-more or less changes. So one picture must not move others between them: where it goes depends on it alone.
+Each split is a data set of its own, for training or for evaluation, with its own noise, and ε bounds the effect of
+adding or removing one picture. So a picture must not move others between splits: its split depends only on itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Pictures(NamedTuple):
-    """Pictures to train on, to stop by, and to measure by, which nobody trains on."""
+    """Pictures for training, for early stopping, and for evaluation; the last are never trained on."""
 
     train: tuple[Picture, ...]
     validation: tuple[Picture, ...]
@@ -40,16 +40,16 @@ class Pictures(NamedTuple):
 def load_folder(path: str | Path, *, background: str = WHITE, tell: Tell = stop) -> Pictures:
     """Find every picture of a folder with its caption, each split in the order of names.
 
-    Each file is hashed, and decoded once to see that it can be; no pixels are kept.
+    Each file is hashed, and decoded once to verify that decoding succeeds; no pixels are kept.
 
     Args:
         path: the folder.
-        background: what shows through where a picture is transparent.
-        tell: hears of each mistake, and raises it. If it returns, a picture that is listed and can't be used is an
-            `Absent` in its place, and a folder without any has none.
+        background: color shown through transparent parts of a picture.
+        tell: called with each mistake; raises it by default. If it returns, a listed picture that can't be used is
+            replaced by an `Absent`, and a folder without pictures gives none.
 
     Raises:
-        AntherError: what is missing, damaged or not captioned, by file name.
+        AntherError: a file is missing, damaged or not captioned; the message names it.
     """
     root = Path(path).expanduser()
     try:
@@ -96,7 +96,7 @@ def _load(root: Path, background: str, tell: Tell) -> Pictures:
 
 
 def _folders(root: Path) -> list[str]:
-    """The folders in the root; in one that may be entered but not listed, those with a split's own name."""
+    """List the folders in the root; if the root can't be listed, those with a split's own name."""
     try:
         return [place.name for place in root.iterdir() if place.is_dir()]
     except PermissionError:
@@ -106,7 +106,7 @@ def _folders(root: Path) -> list[str]:
 
 
 def fingerprint(pictures: Iterable[Picture]) -> str:
-    """SHA-256 of the pictures and captions in their order: another for any change of them."""
+    """Return the SHA-256 of the pictures and captions in their order; any change of them changes it."""
     digest = hashlib.sha256()
     for picture in pictures:
         for part in picture.content():

@@ -27,9 +27,9 @@ def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | N
     """Decode a picture upright, transparent parts on the background: uint8 [H, W] gray or [H, W, 3] color.
 
     Args:
-        path: for messages.
-        file: open at its beginning.
-        background: what shows through where a picture is transparent: a name or `#rrggbb`.
+        path: the file's path, for error messages.
+        file: the file, open at its beginning.
+        background: color shown through transparent parts of a picture: a name or `#rrggbb`.
         side: return a smaller copy if there is one whose sides all have at least twice this many pixels; None: all
             pixels. JPEGs are decoded at an eighth, a quarter or half their size; the others are averaged in blocks.
 
@@ -40,7 +40,7 @@ def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | N
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large or odd files: they are refused, or read all the same
+            warnings.simplefilter("ignore")  # about large or odd files: they are refused or read anyway
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(path, *image.size)
                 if side is not None and image.format in ("JPEG", "MPO"):
@@ -56,12 +56,12 @@ def decode(path: Path, file: BinaryIO, *, background: str = WHITE, side: int | N
         raise AntherError(f"{path}: can't be read as a picture ({NAMED}); save it again as PNG or JPEG") from error
     except MemoryError as error:
         raise AntherError(f"{path}: takes more memory than there is; save a smaller copy") from error
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders raise exceptions of any kind
         raise AntherError(f"{path}: can't be read as a picture; save it again as PNG or JPEG") from error
 
 
 def open_picture(path: Path) -> BinaryIO:
-    """The file for reading; AntherError if it can't be opened."""
+    """Open the file for reading; AntherError if it can't be opened."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -85,9 +85,9 @@ def _check_depth(path: Path, mode: str) -> None:
 
 
 def _upright(image: Image) -> Image:
-    """The picture turned as its EXIF or XMP says.
+    """Rotate or flip the picture as its EXIF or XMP orientation says.
 
-    Not by `ImageOps.exif_transpose`, which also writes the EXIF block anew and fails on many that cameras write.
+    `ImageOps.exif_transpose` isn't used: it also rewrites the EXIF block, and fails on many that cameras write.
     """
     from PIL.Image import Transpose
 
@@ -97,13 +97,13 @@ def _upright(image: Image) -> Image:
     }  # fmt: skip
     try:
         turn = turns.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing
+    except Exception:  # damaged EXIF: no orientation
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _opaque(image: Image, background: str) -> Image:
-    """Gray or RGB, with what is transparent on the background: a picture's hidden colors are noise, or black."""
+    """Convert to gray or RGB, with transparent parts over the background: hidden colors are often noise, or black."""
     from PIL import Image as Pillow
     from PIL import ImageColor
 

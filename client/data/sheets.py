@@ -18,7 +18,7 @@ EXAMPLE = '{"file_name": "cat.jpg", "text": "my cat"}'
 READ = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of pictures that are read."""
 OTHERS = (".avif", ".heic", ".heif", ".jxl")
-"""Suffixes of pictures that aren't: one without a caption is told all the same, so that none is left out unnoticed."""
+"""Suffixes of unsupported pictures: a missing caption is reported for these too, so that none is skipped silently."""
 JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system volume information"}
 """What machines leave in folders of pictures; names that begin with a dot aside."""
 LARGEST = 64 * 2**20  # bytes of a sheet
@@ -34,14 +34,14 @@ def stop(error: AntherError) -> None:
 
 
 class Files:
-    """The files below a folder, hidden ones and what machines leave there aside."""
+    """Files below a folder, without hidden files and files that operating systems create."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Every file's path below the root, with '/' between its parts, sorted."""
+        """Sorted paths of all files relative to the root, with '/' between their parts."""
         return tuple(sorted(self._walk()))
 
     @cached_property
@@ -52,19 +52,19 @@ class Files:
         return found
 
     def alike(self, name: str) -> str | None:
-        """The one file whose name is the same but for how accents are put together (macOS does it otherwise)."""
+        """Return the one file whose name differs only in Unicode normalization (macOS decomposes accents)."""
         same = self._by_form.get(unicodedata.normalize("NFC", name), [])
         return same[0] if len(same) == 1 else None
 
     def hint(self, name: str) -> str | None:
-        """A file whose name is the same but for the case of letters or the sign between folders."""
+        """Return a file whose name differs only in letter case or in the path separator."""
         wanted = _folded(name)
         return next((file for file in self.names if _folded(file) == wanted), None)
 
     def _walk(self) -> Iterator[str]:
         def failed(error: OSError) -> None:
             if not (isinstance(error, PermissionError) and Path(error.filename) == self.root):
-                raise error  # the root may be one that can be entered and not listed: its sheet says what there is
+                raise error  # a root may be accessible but not listable: its sheet then names its files
 
         for folder, folders, files in os.walk(self.root, onerror=failed):
             folders[:] = sorted(name for name in folders if not _junk(name))
@@ -73,12 +73,12 @@ class Files:
 
 
 def captions(files: Files, folders: Iterable[str], tell: Tell = stop) -> dict[str, str | None]:
-    """The caption of each picture by its path below the root; None: it is listed, and can't be used.
+    """Read the caption of each picture, by its path relative to the root; None if a listed picture can't be used.
 
     Args:
-        files: of the folder.
-        folders: those in the root that may have a sheet of their own.
-        tell: hears of each mistake.
+        files: the folder's files.
+        folders: subfolders of the root that may have a sheet of their own.
+        tell: called with each mistake.
     """
     root = files.root
     places = [root / METADATA, *(root / folder / METADATA for folder in folders)]
@@ -86,7 +86,7 @@ def captions(files: Files, folders: Iterable[str], tell: Tell = stop) -> dict[st
     if not sheets:
         raise AntherError(f"{root / METADATA}: missing; write it with a line for each picture: {EXAMPLE}")
     found: dict[str, str | None] = {}
-    real: dict[str, str] = {}  # a file by what links to it
+    real: dict[str, str] = {}  # real file -> the listed path that leads to it
     for sheet in sheets:
         try:
             for number, line in _lines(sheet):
@@ -113,7 +113,7 @@ def captions(files: Files, folders: Iterable[str], tell: Tell = stop) -> dict[st
 
 
 def _named(root: Path, sheet: Path, line: str) -> str | None:
-    """The path below the root that a line means, whether or not there is a picture."""
+    """Return the path relative to the root that a line names, whether or not the picture exists."""
     try:
         return Path(os.path.relpath(sheet.parent / json.loads(line)["file_name"], root)).as_posix()
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -133,7 +133,7 @@ def _check_all_captioned(files: Files, found: Mapping[str, str | None], real: Ma
 
 
 def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that isn't blank."""
+    """Yield number and text of each line that isn't blank."""
     if sheet.stat().st_size > LARGEST:
         raise AntherError(f"{sheet}: over {LARGEST // 2**20} MiB: not a sheet of captions; split the folder")
     data = sheet.read_bytes()
@@ -150,7 +150,7 @@ def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
 
 
 def _captioned(files: Files, sheet: Path, number: int, line: str) -> tuple[str, str]:
-    """The picture's path below the root and the caption of one line."""
+    """Parse one line into the picture's path relative to the root and its caption."""
     where = f"{sheet}:{number}"
     try:
         entry: Any = json.loads(line)
@@ -171,7 +171,7 @@ def _captioned(files: Files, sheet: Path, number: int, line: str) -> tuple[str, 
 
 
 def _clean(caption: str, what: str) -> str:
-    """A caption without space around it, its accents put together in one way."""
+    """Strip a caption and normalize its Unicode."""
     if len(caption) > LONGEST:
         raise AntherError(f"{what} has {len(caption):,} characters; shorten it to {LONGEST:,}")
     try:
@@ -182,7 +182,7 @@ def _clean(caption: str, what: str) -> str:
 
 
 def _located(files: Files, beside: Path, file_name: str, where: str) -> str:
-    """The path below the root of a picture that is named in a sheet beside it."""
+    """Resolve a file name in a sheet to the picture's path relative to the root."""
     name, root = shown(file_name), files.root
     try:
         os.fsencode(file_name.encode().decode())

@@ -1,4 +1,4 @@
-"""Which split a picture belongs to: by the folder that it is in, or else by its name."""
+"""Assign pictures to splits: by their folder, or else by their name."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _BEGINNINGS = {"train": "train", "trn": "train", "val": "validation", "test": "t
 
 
 def split_of(file: str) -> str:
-    """Where a picture of this name belongs: one in five to validation and to test each, by the hash of its name.
+    """Return the split of a picture by the hash of its name: one in five goes to validation, and one in five to test.
 
-    Names that differ in their last number alone take turns, so that of five pictures in a row each split has some. To
-    guarantee that for any names, others would have to move when one is added; then neighbouring folders wouldn't be
-    neighbouring data sets, and noise that hides one picture would hide too little. So a small folder may leave
-    validation or test empty. One that leaves nothing to train on is an error: ε compares sets that both reach the
+    Names that differ only in their last number alternate, so that five consecutive pictures reach every split. To
+    guarantee this for arbitrary names, adding one picture would have to move others. Then neighboring folders would
+    not be neighboring data sets, and noise calibrated to one picture would hide too little. So a small folder may leave
+    validation or test empty. A folder without training pictures is an error: ε compares data sets that both reach the
     owner's minimum of training pictures (`privacy.policy`).
     """
     name = Path(file).with_suffix("").as_posix()
@@ -40,7 +40,7 @@ def split_of(file: str) -> str:
 
 
 def kind_of(folder: str) -> str | None:
-    """The split that a folder of this name means, in any case: `Train`, `val`, `test_images`, `train2017`; or None."""
+    """Return the split that a folder name means in any case (`Train`, `val`, `test_images`, `train2017`), or None."""
     words = [word for word in re.split(r"[^a-z]+", _plain(folder)) if word]
     bare = [word for word in words if word not in _NEUTRAL]
     if len(bare) != 1:
@@ -52,10 +52,10 @@ def kind_of(folder: str) -> str | None:
 
 
 def split_folders(root: Path, folders: Iterable[str]) -> dict[str, str]:
-    """The folders of `root` that are splits: {split: folder}, in the order of `SPLITS`; empty if there are none.
+    """Find the split folders of `root`: {split: folder}, in the order of `SPLITS`; empty if there are none.
 
     Raises:
-        AntherError: two folders mean one split; or names look like splits and can't be told for sure.
+        AntherError: two folders mean the same split, or a name looks like a split but is ambiguous.
     """
     names = sorted(folders)
     found: dict[str, list[str]] = {}
@@ -73,10 +73,10 @@ def split_folders(root: Path, folders: Iterable[str]) -> dict[str, str]:
 
 
 def check_depth(root: Path, files: Collection[str]) -> None:
-    """Refuse split folders that weren't recognized, as `cats/train/1.jpg`: their pictures would be mixed by name.
+    """Refuse nested split folders (`cats/train/1.jpg`): their pictures would be split by name instead.
 
     Raises:
-        AntherError: names the first such picture.
+        AntherError: there is such a picture; the message names the first.
     """
     for file in sorted(files):
         folders = PurePosixPath(file).parts[:-1]

@@ -1,4 +1,4 @@
-"""A picture that stays on the disk: known by its content, decoded whenever its pixels are asked for."""
+"""A picture that stays on disk: identified by its content, and decoded whenever its pixels are needed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _known: set[tuple[str, str]] = set()
 
 
 class Stored(Picture):
-    """A picture by its file. It takes no memory until its pixels are asked for, and then as long as those are used."""
+    """A picture backed by its file. Its pixels take memory only while they are used."""
 
     __slots__ = ("background", "path", "sha256")
 
     def __init__(self, path: Path, caption: str, *, background: str = WHITE) -> None:
-        """Hash the file, and decode it once if this process never has.
+        """Hash the file, and decode it once unless this process already has.
 
         Raises:
-            AntherError: it can't be read as a picture.
+            AntherError: the file can't be read as a picture.
         """
         self.path, self.caption, self.background = path, caption, background
         self.sha256 = _hashed(path)
@@ -41,7 +41,7 @@ class Stored(Picture):
         return self._read(side=side)
 
     def content(self) -> Iterator[bytes]:
-        """The file's bytes stand for its pixels, so that to tell pictures apart takes no decoding."""
+        """Yield the file's bytes in place of its pixels, so that comparing pictures needs no decoding."""
         yield repr(("file", self.sha256, self.background, self.caption)).encode()
 
     def _read(self, side: int | None) -> np.ndarray:
@@ -53,7 +53,7 @@ class Stored(Picture):
 
 
 class Absent(Picture):
-    """A picture that is listed and can't be used: it keeps its place among the others."""
+    """Placeholder for a listed picture that can't be used: it keeps the picture's position among the others."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
-"""A pipeline's configurations, looked through before anything is made of them.
+"""Validate a pipeline's configurations before anything is built from them.
 
-A base may come from anywhere: converted, edited by hand, or from a server that means harm. What a run would stumble
-over later, or what would take for ever, is refused here in one line.
+A base may come from anywhere: converted, edited by hand, or sent by a malicious server. A configuration that would
+make a run fail later, or take forever, is refused here with a one-line error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from conf.errors import AntherError, shown
 from models.families.family import Family
 from models.packed import class_of
 
-_LARGEST = 2**14  # of any number in a network's configuration: no published one comes near
-_LAYERS = 2**9  # of any number of layers
+_LARGEST = 2**14  # largest number in a network's configuration: no published one comes near
+_LAYERS = 2**9  # most layers
 _SIDE = 2**13  # latents
 _CHANNELS = 2**12
-_TYPES: dict[type, tuple[type, ...]] = {  # of some there is one for each level
+_TYPES: dict[type, tuple[type, ...]] = {  # some keys have one value per level
     float: (int, float), int: (int, float, list, tuple), str: (str, list, tuple), bool: (bool, list, tuple),
     tuple: (list, tuple),
 }  # fmt: skip
@@ -30,10 +30,10 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
     """Refuse configurations that don't fit each other or this family.
 
     Args:
-        folder: of the pipeline.
+        folder: the pipeline's folder.
 
     Raises:
-        AntherError: with the part, the key and the mend.
+        AntherError: a configuration doesn't fit; the message names the part, the key and the fix.
     """
     part = f"base {folder}: its {family.network}"
     if "quantization_config" in network:
@@ -67,7 +67,7 @@ def check(folder: Path, family: Family, network: Mapping[str, Any], vae: Mapping
 
 
 def _typed(part: str, config: Mapping[str, Any], kind: str) -> None:
-    """Refuse values of other types than a class of diffusers has by default: many are looked at first in a pass."""
+    """Refuse values whose type differs from the diffusers class's default: many are first used in a forward pass."""
     for key, parameter in inspect.signature(class_of(kind)).parameters.items():
         default, value = parameter.default, config.get(key, parameter.default)
         if value is default or (value is None and not isinstance(default, float)):
@@ -78,7 +78,7 @@ def _typed(part: str, config: Mapping[str, Any], kind: str) -> None:
 
 
 def _bounded(part: str, config: Mapping[str, Any]) -> None:
-    """Refuse numbers out of all bounds: the libraries make what a configuration says before they look at the files."""
+    """Refuse implausible numbers: the libraries allocate the configured network before they read its files."""
     for key, value in config.items():
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, list):
@@ -106,7 +106,7 @@ def _check_vae(part: str, vae: Mapping[str, Any]) -> None:
 
 
 def _check_statistics(part: str, vae: Mapping[str, Any], channels: int, family: Family) -> None:
-    """A mean and a deviation for every channel of latents, both or none."""
+    """Require a mean and a standard deviation for every latent channel, or neither."""
     stated = [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]
     if stated and not family.latent_statistics:
         raise AntherError(f"{part} has {stated[0]}, which {family.pipeline} of diffusers ignores: remove it")

@@ -1,7 +1,7 @@
-"""Text encoders and tokenizers of a pipeline's folder, each whole: neither library minds what is missing.
+"""Load text encoders and tokenizers of a pipeline's folder, and verify that each is complete.
 
-transformers draws weights at random that a file lacks, and makes a tokenizer without words of a folder without a
-vocabulary: then all captions are one, and nothing says so.
+transformers initializes weights that a file lacks at random, and makes an empty tokenizer from a folder without a
+vocabulary. Then all captions are encoded alike, and no error is raised.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _T5_LONGEST = 512
 
 
 def load(folder: Path, names: tuple[str, ...], classes: Mapping[str, str], *, empty: bool = False) -> dict[str, Any]:
-    """The text encoders and tokenizers of these folders' names.
+    """Load the text encoders and tokenizers in these subfolders.
 
     Args:
-        folder: of the pipeline.
-        classes: of each, in transformers.
-        empty: leave the encoders' numbers in their files, and only see that all are there.
+        folder: the pipeline's folder.
+        classes: class in transformers by subfolder.
+        empty: leave the encoders' weights in their files, and only verify that all are present.
 
     Raises:
-        AntherError: one is of another kind, damaged or not whole, or doesn't belong to the other.
+        AntherError: a part is of another class, damaged or incomplete, or encoder and tokenizer don't match.
     """
     import transformers  # slow import, so only here
 
@@ -61,7 +61,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
         found = loading.from_pretrained(kind, folder, dtype=None, use_safetensors=None)
     special = set(found.all_special_tokens)
     words = {_MARKS.sub("", token) for token in found.get_vocab() if not _SENTINEL.fullmatch(token)} - special - {""}
-    if len(words) < 2:  # one word alone tells no two captions apart
+    if len(words) < 2:  # a single word can't distinguish two captions
         raise AntherError(
             f"{folder}: has no vocabulary (tokenizer.json, or vocab.json and merges.txt, or {spiece.FILE}): "
             "copy it again"
@@ -70,7 +70,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
 
 
 def _match(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """Let a tokenizer write no more tokens than its text encoder reads, and none that it doesn't know."""
+    """Limit a tokenizer to the length of its text encoder, and refuse tokens that the encoder doesn't know."""
     known, largest = encoder.config.vocab_size, max(tokenizer.get_vocab().values())
     if largest >= known:
         raise AntherError(

@@ -1,7 +1,7 @@
 """UNets that were distilled to take the strength of guidance as an input (Luo et al., 2023, arXiv:2310.04378, §4.2).
 
-They are trained at strength 1, as Flux [dev] is, and drawn with whatever one asks for, in one pass. The strength has a
-row of its own in a packed caption, the last.
+They are trained at guidance strength 1, as Flux [dev] is, and sampled at any strength in one pass. The strength is the
+last row of a packed caption.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from models.families.family import Family, pack
 
 
 def told_guidance(family: Family) -> Family:
-    """The family of a UNet, for one with `time_cond_proj_dim`."""
+    """Return a UNet's family, adapted to a UNet with `time_cond_proj_dim`."""
     return replace(
         family,
         encode=partial(_encode, family),
@@ -30,14 +30,14 @@ def told_guidance(family: Family) -> Family:
 
 
 def guide(context: Tensor, strength: float) -> Tensor:
-    """Packed captions [N, rows, d] under guidance of this strength."""
+    """Set the guidance strength in packed captions [N, rows, d]."""
     context = context.clone()
     context[:, -1, 0] = strength
     return context
 
 
 def embedding(strengths: Tensor, width: int) -> Tensor:
-    """Sines and cosines [N, width] of 1000 (w - 1), as the pipelines have it (`get_guidance_scale_embedding`)."""
+    """Return sines and cosines [N, width] of 1000 (w - 1), as in the pipelines' `get_guidance_scale_embedding`."""
     half = width // 2
     rates = torch.exp(torch.arange(half, device=strengths.device) * -(math.log(10_000.0) / (half - 1)))
     phases = 1000.0 * (strengths.float() - 1)[:, None] * rates

@@ -1,1 +1,1 @@
-"""The one port of a federation's server: everything that devices can reach."""
+"""The gateway: the only port of a federation's server that devices can reach."""

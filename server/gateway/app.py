@@ -7,9 +7,9 @@
     /v1/anther/base/…        the base in pieces, for enrolled devices (`server.shelf`)
     POST /v1/fleet/…         Flower's fleet protocol, for enrolled devices (`server.gateway.fleet`)
 
-Who asks is known by a signature before a body is read. A request is never forwarded: the gateway answers it, and makes
-requests of its own to the SuperLink. A revoked device is refused from the next request on. While the SuperLink is away
-devices are told to wait.
+The sender is authenticated by a signature before a body is read. A request is never forwarded: the gateway answers it,
+and makes requests of its own to the SuperLink. A revoked device is refused from its next request on. While the
+SuperLink is unavailable, devices are asked to retry.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ from server.register import Member, Register
 log = logging.getLogger(__name__)
 
 _ENROLMENT = 16 << 10  # bytes
-_PIECE = 64 << 10  # bytes of an answer that are written at once: a slow line then holds no more
-_ADAPTER = 64 << 20  # bytes of the largest adapter, before a ServerApp has told
+_PIECE = 64 << 10  # bytes of an answer written at once: the most that a slow connection buffers
+_ADAPTER = 64 << 20  # bytes of the largest adapter, until a ServerApp sets it
 _QUIET = 60.0  # seconds between two lines of the log about one device
 _NOT_ENROLLED = "not enrolled here, or revoked"
 
 
 @dataclass
 class Gateway:
-    """All that is reached of a server from outside.
+    """HTTP application with every endpoint that devices can reach.
 
     Args:
         inside: base URL of the SuperLink.
-        authority: of the federation, in PEM; empty without TLS: then any key may take part.
+        authority: the federation's certificate authority, in PEM; empty without TLS: then any key may take part.
         welcome: called with the public key and the name of a newly enrolled device; returns once the SuperLink knows
             it.
         node_of: id of the node with this public key; None if the SuperLink doesn't know it yet.
         largest: bytes of the largest adapter of the run.
         shelf: routes of the base, for enrolled devices.
-        verify: whom the SuperLink is trusted by.
-        folder: for replies that are coming in.
-        proved: called with the address of a connection and the key that has shown on it to be enrolled.
+        verify: TLS verification of the SuperLink.
+        folder: spool folder for incoming replies.
+        proved: called with the address of a connection and the enrolled key that has authenticated on it.
     """
 
     inside: str
@@ -140,14 +140,14 @@ class Gateway:
         return _json(self.hello())
 
     def allows(self, request: Request) -> str | None:
-        """The enrolled key that signed a request's path; None if none did."""
+        """Return the enrolled key that signed a request's path, or None."""
         if not self.authority:
             return ""
         key = identity.proven(request.headers, request.scope["path"])
         return key if key is not None and self.member(key) is not None else None
 
     def member(self, key: str) -> Member | None:
-        """The enrolled device with this key."""
+        """Return the enrolled device with this key."""
         try:
             return self.register.look().known(key)
         except AntherError as error:
@@ -157,8 +157,8 @@ class Gateway:
     async def answer(self, call: Call, request: Request, *, sending: Callable[[Response], Awaitable[None]]) -> None:
         """Carry out one call of the fleet protocol, and send its answer.
 
-        A device holds one of the requests that it may make at once until it has read the answer: one that reads
-        slowly would else have us keep as many answers as it opens connections. Heartbeats are counted apart, since
+        A request counts against the device's concurrency limit until the device has read the answer. Otherwise a slow
+        reader could make the gateway hold one answer per open connection. Heartbeats are counted separately, since
         they can't wait for a large object.
         """
         key = ""
@@ -183,7 +183,7 @@ class Gateway:
         return _pieces(answer.SerializeToString())
 
     def _claim(self, request: Request) -> Claim:
-        """The enrolled identity behind a request. Refusal if there is none."""
+        """Authenticate the sender of a request. Refusal if it isn't enrolled."""
         claim = identity.claimed(request.headers)
         if claim is None or (self.authority and self.member(claim.name) is None):
             raise Refusal(UNKNOWN, _NOT_ENROLLED)
@@ -197,7 +197,7 @@ class Gateway:
         return Caller(claim.name, identity.pem(claim.key), headers, node)
 
     async def _message(self, request: Request, call: Call, key: str) -> Message:
-        """A request's body, read and parsed."""
+        """Read and parse a request's body."""
         kinds = request.headers.getlist("content-type")
         if [kind.partition(";")[0].strip() for kind in kinds] != [PROTOBUF] or "content-encoding" in request.headers:
             raise hostile("a request of another content type", MALFORMED)
@@ -215,7 +215,7 @@ class Gateway:
         return message
 
     def _complain(self, key: str, reason: str) -> None:
-        """Count a hostile request against its sender, and name it in the log now and then."""
+        """Count a hostile request against its sender, and log the sender at most once per interval."""
         self.budget.punish(key)
         now = time.monotonic()
         if now - self._complained.get(key, -_QUIET) < _QUIET:
@@ -267,7 +267,7 @@ class _Enrolled:
 
 
 def check_version(theirs: int) -> None:
-    """AntherError, saying which side has to update, if a device and this server have no protocol in common."""
+    """Raise AntherError, naming the side that must update, if device and server share no protocol version."""
     if theirs < messages.OLDEST:
         raise AntherError(
             f"this server speaks protocol {messages.OLDEST} and later, and the device {theirs}: update Anther on the "
@@ -276,7 +276,7 @@ def check_version(theirs: int) -> None:
 
 
 def now() -> str:
-    """For `Hello.time`: a device whose clock is off would be refused without knowing why."""
+    """Return the time for `Hello.time`, by which a device can see that its clock is off and why it is refused."""
     return datetime.now(UTC).isoformat()
 
 
@@ -301,7 +301,7 @@ def _pieces(content: bytes) -> Response:
 
 
 def _refused(refusal: Refusal, request: Request) -> Response:
-    """The answer to a request whose body may be unread: a long one is cut off."""
+    """Answer a request whose body may be unread: a long body is cut off."""
     length = request.headers.get("content-length", "0")
     short = "transfer-encoding" not in request.headers and length.isdecimal() and int(length[:12]) <= calls.HEAD
     return PlainTextResponse(refusal.reason, refusal.status, headers={} if short else {"connection": "close"})

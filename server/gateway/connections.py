@@ -15,9 +15,9 @@ from typing import Any
 
 from conf.serving import Limits
 
-_GRACE = 60.0  # seconds in which a request may come as slowly as it likes
+_GRACE = 60.0  # seconds in which a request's speed isn't checked
 _PER_KEY = 32  # connections of one device
-_JUST_COME = 0.5  # seconds in which a connection isn't closed for another
+_JUST_COME = 0.5  # seconds in which a new connection isn't evicted for another
 
 
 class Phase(Enum):
@@ -75,7 +75,7 @@ def network(address: Any) -> str:
 
 
 def _key(address: Any) -> Any:
-    """Host and port: of IPv6 the system tells more, and uvicorn doesn't."""
+    """Return host and port: for IPv6, the system reports more fields than uvicorn does."""
     return tuple(address[:2]) if isinstance(address, tuple | list) else address
 
 
@@ -93,7 +93,7 @@ class Connections:
     total: int = 0
     """Most connections; 0: by the settings and by how many files may be open."""
     _open: dict[Any, Connection] = field(default_factory=dict)
-    _strangers: Counter[str] = field(default_factory=Counter)  # connections by network on which no key has shown
+    _strangers: Counter[str] = field(default_factory=Counter)  # unauthenticated connections by network
 
     def __post_init__(self) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -104,10 +104,10 @@ class Connections:
         return len(self._open)
 
     def admit(self, address: Any, end: Callable[[], None]) -> bool:
-        """Take a connection in, in place of the oldest stranger's if there are too many; False: it is to be closed.
+        """Admit a connection, evicting the oldest unauthenticated one if there are too many; False: close it.
 
-        A device shows who it is within a fraction of a second, so a connection on
-        which none has makes room, also for devices behind the same address.
+        A device authenticates within a fraction of a second, so an unauthenticated
+        connection makes room, also for devices behind the same address.
         """
         where, now, key = network(address), self.clock(), _key(address)
         if key in self._open:
@@ -124,7 +124,7 @@ class Connections:
         return self._open.get(_key(address))
 
     def prove(self, address: Any, key: str) -> None:
-        """Note that an enrolled key has shown on a connection; of too many with one key the oldest is closed."""
+        """Note that an enrolled key has authenticated on a connection; if the key has too many, close its oldest."""
         connection = self._open.get(_key(address))
         if connection is None or connection.key == key:
             return
@@ -155,7 +155,7 @@ class Connections:
         quiet = now - connection.moved > self.settings.idle_seconds
         if unsent:
             if connection.phase is Phase.HEAD:
-                connection.since = now  # the next head is waited for once this answer has gone
+                connection.since = now  # the wait for the next head starts when this answer has been sent
             return quiet
         waited = now - connection.since
         if connection.phase is Phase.HEAD:
@@ -166,11 +166,11 @@ class Connections:
         return False
 
     def _most(self) -> str:
-        """The network with most strangers."""
+        """Return the network with the most unauthenticated connections."""
         return next((where for where, _ in self._strangers.most_common(1)), "")
 
     def _evict(self, where: str, now: float) -> bool:
-        """Close the oldest stranger of a network; False if there is none but those that have only just come."""
+        """Close a network's oldest unauthenticated connection; False if all of them are too new to be closed."""
         for connection in self._open.values():  # in the order in which they came
             if connection.key is None and connection.network == where:
                 if now - connection.came < _JUST_COME:
@@ -187,7 +187,7 @@ class Connections:
 
 
 class Accepted(socket.socket):
-    """A connection that tells when it is closed."""
+    """A connection that reports when it is closed."""
 
     released: Callable[[], None] = staticmethod(lambda: None)
 
@@ -205,7 +205,8 @@ class Listener(socket.socket):
         """Accept one connection.
 
         Raises:
-            ConnectionAbortedError: it wasn't admitted, and is closed. asyncio takes this for a client that left.
+            ConnectionAbortedError: the connection wasn't admitted, and is closed. asyncio treats this as a client that
+                disconnected.
         """
         connection, address = super().accept()
         accepted = Accepted(fileno=connection.detach())

@@ -1,7 +1,7 @@
 """State of the exchange with each node: the messages that it was given, and its reply to one of them.
 
-Lost with the gateway, on purpose: a gateway ends together with its SuperLink's ServerApp, and replies to a ServerApp
-that is gone are of no use. A node in the middle of one then gets a 403, for which Flower's SuperNode drops it.
+The state is deliberately not persisted: a gateway ends together with its SuperLink's ServerApp, and replies to a
+ServerApp that has ended are useless. A node that is sending a reply then gets a 403, and Flower's SuperNode drops it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from server.gateway.refusal import NOT_YOURS, Refusal, hostile
 from server.gateway.replies import Bound, Reply, promised
 
 _REMEMBERED = 8  # messages; a SuperNode is given one at a time
-_OUTSTANDING = 4  # replies of one node that the SuperLink keeps at most, such as those that came too late
-_PULLS = 32  # of one object, since lines break
-_PROMISES = 16  # replies to one message that are begun: after a fault of the server's one is begun anew
-_FETCHES = 16  # of one run: a SuperNode remembers it
+_OUTSTANDING = 4  # most replies of one node that the SuperLink keeps, such as late replies
+_PULLS = 32  # pulls of one object, since connections break
+_PROMISES = 16  # replies begun to one message: after a server error the node begins again
+_FETCHES = 16  # fetches of one run's description: a SuperNode caches it
 _AHEAD = 600.0  # seconds that a device's clock may be ahead
 _LONGEST_TTL = 1e9  # seconds
 
@@ -47,7 +47,7 @@ class Given:
 
 @dataclass
 class Conversation:
-    """One node's."""
+    """The exchange with one node."""
 
     node: int
     given: OrderedDict[str, Given] = field(default_factory=OrderedDict)
@@ -72,14 +72,14 @@ class Conversation:
             self.given.popitem(last=False)
 
     def message(self, identifier: str, run: int) -> Given:
-        """A message that this node was given in this run. Refusal if there is none."""
+        """Return a message that this node was given in this run. Refusal if there is none."""
         found = self.given.get(identifier)
         if found is None or found.head.run_id != run:
             raise Refusal(NOT_YOURS, "a message that this node wasn't given")
         return found
 
     def check_run(self, run: int, what: str) -> None:
-        """Refuse to describe a run that this node takes no part in, or to describe one again and again."""
+        """Refuse to describe a run that this node doesn't take part in, or to describe a run too often."""
         if not any(given.head.run_id == run for given in self.given.values()):
             raise Refusal(NOT_YOURS, "a run that this node takes no part in")
         self.fetched[what, run] += 1
@@ -87,7 +87,7 @@ class Conversation:
             raise hostile("the same run again and again")
 
     def gives(self, identifier: str, run: int) -> Given:
-        """The message that an object belongs to, for a node that asks for the object. Refusal if there is none."""
+        """Find the message of an object that the node asks for. Refusal if there is none."""
         for given in reversed(self.given.values()):
             if given.head.run_id == run and identifier in given.objects:
                 if given.pulls[identifier] >= _PULLS:
@@ -96,10 +96,10 @@ class Conversation:
         raise Refusal(NOT_YOURS, "an object of no message of this node's")
 
     def begin(self, request: PushMessagesRequest, bound: Bound, folder: Path) -> Reply | None:
-        """The reply that a node starts to send; None if this very one was handed on already.
+        """Begin a reply that a node starts to send; None if this reply was handed on already.
 
         Raises:
-            Refusal: it doesn't reply to a message of this node's, or is no reply of ours.
+            Refusal: it doesn't answer a message of this node, or is malformed.
         """
         if (len(request.messages_list), len(request.message_object_trees)) != (1, 1):
             raise hostile("other than one reply at a time")
@@ -114,7 +114,7 @@ class Conversation:
                 raise hostile("a second reply to one message")
             return None
         if self.reply is not None and self.reply.identifier == tree.object_id and self.reply.tree == tree:
-            return self.reply  # the answer was lost, or it goes on after one
+            return self.reply  # the answer was lost, or the node resumes
         given.promises += 1
         if given.promises > _PROMISES:
             raise hostile("one reply begun after another")
@@ -129,7 +129,7 @@ class Conversation:
         """Note that the SuperLink has a reply.
 
         Returns:
-            Run and id of an older one that is to be removed there, if the node has too many.
+            Run and id of an older reply to remove from the SuperLink, if the node has too many.
         """
         metadata = reply.head.metadata
         self.drop(reply)
@@ -140,7 +140,7 @@ class Conversation:
         return self.outstanding.popleft() if len(self.outstanding) > _OUTSTANDING else None
 
     def drop(self, reply: Reply) -> None:
-        """Forget a reply that nothing will become of."""
+        """Forget a reply that will not be completed."""
         reply.close()
         if self.reply is reply:
             self.reply = None

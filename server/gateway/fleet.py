@@ -1,4 +1,4 @@
-"""Flower's fleet protocol, spoken with SuperNodes: each call is checked, and made anew to the SuperLink."""
+"""Server side of Flower's fleet protocol: each call is checked, and issued as a new call to the SuperLink."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 _CONVERSATIONS = 4096
 _STALLED = 600.0  # seconds without an object
-_TRIES = 10  # to hand a reply on that the SuperLink doesn't store
+_TRIES = 10  # attempts to hand on a reply that the SuperLink doesn't store
 
 
 class Caller(NamedTuple):
-    """The node that a request is from, as its signature shows."""
+    """The authenticated node that sent a request."""
 
     key: str
     """In OpenSSH's form."""
@@ -43,7 +43,7 @@ class Caller(NamedTuple):
 
 
 class Passed(Exception):  # noqa: N818
-    """The SuperLink's own refusal, for the device."""
+    """A refusal by the SuperLink, passed on to the device."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer.status)
@@ -55,11 +55,11 @@ class Fleet:
     """All conversations with nodes.
 
     Args:
-        superlink: that calls are made to.
-        bound: how much a reply of the run may hold.
-        folder: for replies that are coming in.
+        superlink: client of the SuperLink.
+        bound: limits on a reply of the run.
+        folder: spool folder for incoming replies.
         registering: whether nodes register themselves (without TLS and keys).
-        spool_bytes: of all replies that are coming in.
+        spool_bytes: most bytes of all incoming replies together.
     """
 
     superlink: SuperLinkClient
@@ -73,8 +73,8 @@ class Fleet:
         """Answer one call.
 
         Raises:
-            Refusal: it isn't carried out.
-            Passed: the SuperLink refuses it.
+            Refusal: the gateway refuses the call.
+            Passed: the SuperLink refuses the call.
         """
         if call in (calls.REGISTER, calls.ACTIVATE):
             return await self._come(call, message, caller)
@@ -126,7 +126,7 @@ class Fleet:
             earlier = [name for name, given in conversation.given.items() if not given.confirmed]
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 conversation.gave(head, tree)
-            if found.messages_list:  # it is done with the one before, whose objects would stay for good
+            if found.messages_list:  # the node is done with the previous one: its objects would stay forever
                 for name in earlier:
                     with contextlib.suppress(Passed, Refusal):
                         await self._confirm_for(name, conversation.given.get(name), caller, conversation)
@@ -159,9 +159,9 @@ class Fleet:
         return calls.CONFIRM.response()
 
     async def _confirm_for(self, name: str, given: Given | None, caller: Caller, conversation: Conversation) -> bool:
-        """Confirm a message's receipt, whereupon the SuperLink removes it; False if the server isn't done sending it.
+        """Confirm a message's receipt, so that the SuperLink removes it; False if the server is still sending it.
 
-        A SuperNode needn't pull an object that it happens to hold, so the gateway looks for the rest.
+        A SuperNode doesn't pull objects that it already holds, so the gateway checks for the others.
         """
         if given is None or given.confirmed:
             return True
@@ -186,7 +186,7 @@ class Fleet:
             if reply is None:
                 return response
             response.session_id = reply.session
-            # All of them, whatever the SuperLink holds: which it does is not for devices to know.
+            # All objects, even those that the SuperLink holds: devices must not learn which it holds.
             response.objects_to_push.extend(reply.objects)
             return response
 
@@ -207,7 +207,7 @@ class Fleet:
         return calls.PUSH_OBJECT.response(stored=True)
 
     async def _hand_on(self, reply: Reply, caller: Caller, conversation: Conversation) -> None:
-        """Give a reply that is whole to the SuperLink."""
+        """Hand a complete reply on to the SuperLink."""
         reply.tries += 1
         run = reply.head.metadata.run_id
         asked = _request(
@@ -230,7 +230,7 @@ class Fleet:
                 if not stored.stored:
                     status = LATER if reply.tries < _TRIES else NOT_YOURS
                     raise Refusal(status, "the server doesn't take this reply")
-        except Passed:  # as where the run is over
+        except Passed:  # e.g. the run is over
             conversation.drop(reply)
             raise
         except Refusal:
@@ -253,7 +253,7 @@ class Fleet:
 
     async def _ask(self, call: Call, message: Message, caller: Caller) -> Any:
         answer = await self.superlink.ask(call, message, caller.headers)
-        if answer.status >= 500:  # such as a database that is locked
+        if answer.status >= 500:  # e.g. a locked database
             raise Refusal(LATER, "the server is busy")
         if answer.status != 200:
             raise Passed(answer)
@@ -272,7 +272,7 @@ class Fleet:
         return found
 
     def _begin(self, key: str, node: int) -> Conversation:
-        """The conversation with a node; another if it got another id."""
+        """Return the conversation with a node, or begin a new one if the node has a new id."""
         found = self.conversations.get(key)
         if found is None or found.node != node:
             if found is not None:
@@ -284,7 +284,7 @@ class Fleet:
         return found
 
     def _make_room(self) -> None:
-        """Drop replies that don't come on, where those of all fill the spool. Refusal if that isn't enough."""
+        """If the spool is full, drop stalled replies. Refusal if that isn't enough."""
         replies = [(found, found.reply) for found in self.conversations.values() if found.reply is not None]
         total = sum(reply.size for _, reply in replies)
         if total <= self.spool_bytes:
@@ -298,7 +298,7 @@ class Fleet:
 
 
 def _request(call: Call, conversation: Conversation, **fields: Any) -> Message:
-    """A request in the name of the conversation's node."""
+    """Make a request on behalf of the conversation's node."""
     found: Any = call.request(**fields)
     found.node.node_id = conversation.node
     return found

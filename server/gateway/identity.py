@@ -1,7 +1,7 @@
 """Device identity: a signature with the key that the device was enrolled with.
 
 Flower's SuperNode signs the time; our own calls sign the time and the path, with the same key and headers. Each header
-must be there exactly once: of two, the gateway and the SuperLink could believe different ones.
+must occur exactly once: if it occurred twice, the gateway and the SuperLink could use different values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LONGEST = 512  # characters of a header; an honest key takes 288
 
 @dataclass(frozen=True)
 class Claim:
-    """A public key that a request names; only its signature shows that the sender holds the private one."""
+    """A public key that a request names; only its signature proves that the sender holds the private key."""
 
     key: ec.EllipticCurvePublicKey
     name: str
@@ -43,7 +43,7 @@ class Claim:
     signature: str
 
     def proves(self, signed: str, *, now: datetime | None = None) -> bool:
-        """Whether the key signed this text, at a time near enough to ours."""
+        """Whether the key signed this text, at a time within `TOLERANCE` of the server's clock."""
         try:
             apart = abs(((now or datetime.now(UTC)) - datetime.fromisoformat(self.time)).total_seconds())
             if not apart <= TOLERANCE:
@@ -55,12 +55,12 @@ class Claim:
         return True
 
     def headers(self) -> dict[str, str]:
-        """The three headers as Flower writes them, whatever form of them the request had."""
+        """Return the three headers in Flower's form, regardless of their form in the request."""
         return {KEY: base64.b64encode(pem(self.key)).decode(), TIME: self.time, SIGNATURE: self.signature}
 
 
 def claimed(headers: Headers) -> Claim | None:
-    """The identity that a request claims; None if a header is missing, doubled, or no key of ours."""
+    """Return the identity that a request claims; None if a header is missing, duplicate or not a valid key."""
     values = [headers.getlist(name) for name in (KEY, TIME, SIGNATURE)]
     if any(len(found) != 1 or len(found[0]) > _LONGEST for found in values):
         return None
@@ -70,16 +70,16 @@ def claimed(headers: Headers) -> Claim | None:
 
 
 def proven(headers: Headers, path: str, *, now: datetime | None = None) -> str | None:
-    """The key that signed this path and a near time, in OpenSSH's form; None if none did."""
+    """Return the key that signed this path at a time within `TOLERANCE`, in OpenSSH's form, or None."""
     claim = claimed(headers)
     return claim.name if claim is not None and claim.proves(f"{claim.time} {path}", now=now) else None
 
 
 def canonical(key: str) -> str:
-    """A public key in OpenSSH's form without its comment.
+    """Normalize a public key to OpenSSH's form without its comment.
 
     Raises:
-        AntherError: it isn't an EC key of 384 bits.
+        AntherError: the key isn't an EC key of 384 bits.
     """
     try:
         found = load_ssh_public_key(key.encode())

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from conf.serving import Limits
 from server.gateway.refusal import LATER, Refusal
 
-HOSTILE = 30.0  # requests that one counts as which no SuperNode of ours sends
-PIECE = 0.1  # requests that one for a piece of the base counts as: of a large one there are thousands
-COMING = 30.0  # requests that coming or leaving counts as: the server has to ask a node anew each time
+HOSTILE = 30.0  # requests that a hostile one (never sent by our SuperNodes) counts as
+PIECE = 0.1  # requests that one for a piece of the base counts as: a large base has thousands
+COMING = 30.0  # requests that coming or leaving counts as: the server must query the node each time
 
-SHARE = 0.25  # of the memory for bodies, for those of one key
+SHARE = 0.25  # largest share of the memory for bodies for one key
 
 _FORGOTTEN = 4096  # keys
 
@@ -27,7 +27,7 @@ class _Bucket:
 
 
 class Budget:
-    """Requests a minute and at once by key, and bytes of bodies that are being read, by key and by all.
+    """Limits on requests per minute and concurrent requests by key, and on bytes of bodies by key and in total.
 
     Args:
         settings: the limits.
@@ -41,10 +41,10 @@ class Budget:
         self._reading: Counter[str] = Counter()
 
     def take(self, key: str, amount: float = 1.0) -> None:
-        """Count a request of a key's.
+        """Count a request of a key.
 
         Raises:
-            Refusal: the key has no more for now.
+            Refusal: the key's rate limit is exhausted for now.
         """
         bucket = self._refilled(key)
         if bucket.left <= 0:
@@ -52,7 +52,7 @@ class Budget:
         bucket.left -= amount
 
     def punish(self, key: str) -> None:
-        """Count a hostile request as many."""
+        """Count a hostile request as many requests."""
         bucket = self._refilled(key)
         bucket.left = max(bucket.left - HOSTILE, -float(self._settings.requests_per_minute))
 
@@ -74,7 +74,7 @@ class Budget:
         """Reserve memory for a body of this many bytes.
 
         Raises:
-            Refusal: other bodies take all of it, or the key's own take more than its share and this one isn't alone.
+            Refusal: other bodies use all memory, or this body would exceed the key's share and isn't its only one.
         """
         most, own = self._settings.body_mib * 2**20, self._reading[key]
         if self._reading.total() + size > most or (own and own + size > most * SHARE):

@@ -1,4 +1,4 @@
-"""The gateway at its port: uvicorn's HTTP, with limits on connections that uvicorn doesn't have."""
+"""Serve the gateway at its port: uvicorn's HTTP, with additional limits on connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEEP_ALIVE = 15  # seconds that a connection stays open for the next request
 
 
 class WatchedProtocol(H11Protocol):
-    """HTTP/1.1 that tells what its connection waits for."""
+    """HTTP/1.1 protocol that records the event that its connection waits for."""
 
     admitted: Connections
     watched: Connection | None = None
@@ -31,7 +31,7 @@ class WatchedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.watched = self.admitted.found(transport.get_extra_info("peername"))
-        if self.watched is None:  # it has been given up meanwhile
+        if self.watched is None:  # it has been closed meanwhile
             transport.abort()
         else:
             self.watched.unsent = transport.get_write_buffer_size
@@ -49,7 +49,7 @@ class WatchedProtocol(H11Protocol):
         self._note(again=True)
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # the answer is still going, over a slow line
+        if self.transport.get_write_buffer_size():  # the answer is still being sent over a slow connection
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -77,7 +77,7 @@ class _Server(uvicorn.Server):
     connections: Connections
 
     def install_signal_handlers(self) -> None:
-        """None: the process has its own."""
+        """Install no signal handlers: the process has its own."""
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:  # once a second
@@ -109,7 +109,7 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
 
 
 def show(server: uvicorn.Server, certificates: Certificates) -> None:
-    """Show this certificate from the next connection on."""
+    """Use this certificate from the next connection on."""
     assert isinstance(server.config.ssl, ssl.SSLContext)
     server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-# How Flower's SuperNode takes a status decides which one is right: after 401 it ends, and is started and activated
-# anew; after 403 it forgets the message at hand and goes on; after 503 it tries the same again, and so it does when a
-# connection breaks.
+# The right status follows from the reaction of Flower's SuperNode: after 401 it exits, and is started and activated
+# again; after 403 it drops the current message and continues; after 503, or if a connection breaks, it retries.
 UNKNOWN, NOT_YOURS, MALFORMED, TOO_LARGE, LATER = 401, 403, 400, 413, 503
 
 
 class Refusal(Exception):  # noqa: N818 - nothing is wrong with the server
-    """A request that isn't carried out.
+    """Refusal of a request.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         reason: one line, for the device's log and ours.
         hostile: whether no SuperNode of ours ever sends such a request.
     """
@@ -23,5 +22,5 @@ class Refusal(Exception):  # noqa: N818 - nothing is wrong with the server
 
 
 def hostile(reason: str, status: int = NOT_YOURS) -> Refusal:
-    """The refusal of a request that no SuperNode of ours sends."""
+    """Make the refusal of a request that our SuperNodes never send."""
     return Refusal(status, reason, hostile=True)

@@ -1,9 +1,9 @@
-"""One reply as it comes in: its head and the tree of its objects first, then the objects one by one.
+"""An incoming reply: its head and its object tree arrive first, then the objects one by one.
 
-Flower stores what a tree promises before an object has come, and believes that the children it names are those that the
-objects name. Here a reply is put together outside of the SuperLink and handed on only when it is whole and true: every
-object has come, is what its hash says, is of a kind that a reply of ours has at that place, and names the children that
-the tree named.
+Flower stores an object tree before any object has arrived, and trusts that the children in the tree are those that the
+objects name. Here a reply is assembled outside of the SuperLink, and handed on only if it is complete and consistent:
+every object has arrived, matches its hash, is of a kind that our replies have at that position, and names the same
+children as the tree.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _ID = re.compile(r"[0-9a-f]{64}")
 _DIVIDER = b"\0"
 _WITHOUT_DATA = 8  # objects of a reply beside the data of its array; ours have five
 _BESIDE = 1 << 20  # bytes beside it: the JSON of a message with everything around it
-_PUSHES = 32  # of one object, since lines break: each is read and hashed
-_IN_MEMORY = 256 << 10  # bytes of a reply that aren't put on the disk
+_PUSHES = 32  # pushes of one object, since connections break: each is read and hashed
+_IN_MEMORY = 256 << 10  # bytes of a reply that are kept in memory, not on disk
 
 
 class Bound(NamedTuple):
-    """How much one reply may hold."""
+    """Limits on the content of one reply."""
 
     objects: int
     bytes: int
 
     @classmethod
     def of(cls, adapter: int) -> Bound:
-        """For a largest adapter of this many bytes."""
+        """Make the limits for adapters of at most this many bytes."""
         size = adapter + _BESIDE
         return cls(objects=_WITHOUT_DATA + -(-size // CHUNK), bytes=size)
 
@@ -56,13 +56,13 @@ class Promised(NamedTuple):
 
 
 def promised(tree: ObjectTree, most: int) -> dict[str, Promised]:
-    """The objects that a tree names, children before their parents.
+    """List the objects that a tree names, children before their parents.
 
     Args:
-        most: names in the tree at most, repetitions counted.
+        most: maximum number of names in the tree, repetitions counted.
 
     Raises:
-        Refusal: no reply of ours has such a tree.
+        Refusal: none of our replies has such a tree.
     """
     found: dict[str, Promised] = {}
     order: list[tuple[ObjectTree, int]] = []
@@ -86,7 +86,7 @@ def promised(tree: ObjectTree, most: int) -> dict[str, Promised]:
 
 
 def check_object(identifier: str, content: bytes, expected: Promised) -> None:
-    """Refuse an object that isn't what its id and its place in the tree say."""
+    """Refuse an object that doesn't match its id or its position in the tree."""
     if len(content) > (CHUNK + HEAD if expected.depth == _DATA else HEAD):
         raise hostile("an object that is too large")
     if hashlib.sha256(content).hexdigest() != identifier:
@@ -117,14 +117,14 @@ def check_root(content: bytes, head: Message) -> None:
 
 @dataclass
 class Reply:
-    """A reply that is coming in.
+    """An incoming reply.
 
     Args:
         head: the message without its content, as it will be handed on.
-        tree: of its objects, as it will be handed on.
-        objects: that the tree names, children before parents.
-        bound: how much it may hold.
-        folder: for its objects as they come.
+        tree: the object tree, as it will be handed on.
+        objects: the objects that the tree names, children before parents.
+        bound: limits on the content.
+        folder: spool folder for incoming objects.
     """
 
     head: Message
@@ -153,10 +153,10 @@ class Reply:
         return len(self._places) == len(self.objects)
 
     def add(self, identifier: str, content: bytes) -> None:
-        """Take one object; one that has come before is only checked again.
+        """Add one object; if it has arrived before, it is only checked again.
 
         Raises:
-            Refusal: it isn't one of this reply's, or is another object than its id says.
+            Refusal: the object doesn't belong to this reply, or doesn't match its id.
         """
         if (expected := self.objects.get(identifier)) is None:
             raise hostile("an object that is none of this reply's")
@@ -179,14 +179,14 @@ class Reply:
         self.size += len(content)
 
     def content(self, identifier: str) -> bytes:
-        """An object that has come."""
+        """Return an object that has arrived."""
         offset, length = self._places[identifier]
         assert self._spool is not None
         self._spool.seek(offset)
         return self._spool.read(length)
 
     def close(self) -> None:
-        """Give its room back."""
+        """Release memory and disk space."""
         if self._spool is not None:
             self._spool.close()
         self._spool = None

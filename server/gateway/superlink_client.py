@@ -1,4 +1,4 @@
-"""How the gateway asks the SuperLink: by a table's path, with a message that it wrote itself."""
+"""The gateway's client of the SuperLink: each call uses a path of the table and a message made by the gateway."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Answer(NamedTuple):
 
 @dataclass
 class SuperLinkClient:
-    """Asks the SuperLink in the name of a node.
+    """Client of the SuperLink on behalf of nodes.
 
     Args:
         address: base URL.
-        verify: whom it is trusted by.
+        verify: TLS verification of the SuperLink.
     """
 
     address: str
@@ -47,10 +47,10 @@ class SuperLinkClient:
         """Make one call.
 
         Args:
-            headers: that prove whose it is.
+            headers: signature headers of the node.
 
         Raises:
-            Refusal: the SuperLink is away.
+            Refusal: the SuperLink is unavailable.
         """
         if self._client is None or self._slots is None:  # in the gateway's own event loop
             self._client = httpx.AsyncClient(

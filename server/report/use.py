@@ -1,4 +1,4 @@
-"""How an adapter of a run is loaded into diffusers: lines that run as they are printed, wherever they are run."""
+"""Code for loading an adapter of a run into diffusers: the printed lines run unchanged, from any folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.packed import is_packed
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """What decides how adapters of a base are used."""
+    """Properties of a base that determine how its adapters are loaded."""
 
     base: str
     """Folder of the base, absolute."""
@@ -34,10 +34,10 @@ class Use:
     """Sites that sd-scripts drops."""
 
     def lines(self, name: str, caption: str) -> str:
-        """Python that draws a caption under an adapter.
+        """Return Python code that generates a picture of a caption with an adapter.
 
         Args:
-            name: of the adapter's file in the folder of adapters.
+            name: the adapter's file in the folder of adapters.
         """
         file = str(Path(self.adapters) / name)
         base = "FOLDER OF THE BASE THAT WAS PACKED" if self.packed else self.base
@@ -56,7 +56,7 @@ class Use:
 
 
 def use_of(base: Base, adapters: Path) -> Use:
-    """How the adapters in a folder are used with the base that they were made for."""
+    """Describe the use of a folder's adapters with the base that they were made for."""
     import diffusers  # slow import, so only here
 
     pipeline: Any = getattr(diffusers, base.family.pipeline)
