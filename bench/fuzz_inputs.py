@@ -49,9 +49,9 @@ class Row:
     refused: int = 0
     faults: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    """CPU seconds."""
+    """CPU seconds of the slowest case."""
     peak_mib: float = 0.0
-    """Of the process."""
+    """Peak memory of the process."""
 
     def add(self, other: Row) -> None:
         self.read += other.read

@@ -74,11 +74,11 @@ class Found:
     """Rounds under attack in which an honest device's reply is missing."""
     restarted: list[str] = field(default_factory=list)
     memory_mib: float = 0.0
-    """More than calm, of the process with the gateway, at most."""
+    """Largest growth of the gateway process's memory over the calm rounds."""
     disk_mib: float = 0.0
-    """Of the SuperLink's database, at most."""
+    """Largest size of the SuperLink's database."""
     outcomes: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
-    """By client: kind of call, what became of it, how often."""
+    """By client: kind of call, outcome, count."""
 
     @property
     def slower(self) -> float:

@@ -27,7 +27,7 @@ from bench.machine import machine, memory, versions
 
 WIDTH, HEIGHT = 4032, 3024  # a phone's camera
 MOST_MIB = 300
-"""Over the base, at the peak."""
+"""Limit of the peak memory above that of the base."""
 CASES = {"JPEG": ("jpg", "RGB"), "PNG": ("png", "RGB"), "transparent PNG": ("png", "RGBA")}
 
 

@@ -21,21 +21,21 @@ from conf.errors import AntherError
 from privacy.storage import Storage
 
 MARK = b"ANTHER 1"
-"""Begins each file: other tools would read its tensors as an adapter, know none of the names, and say nothing."""
+"""Mark at the start of each file. Without it, other tools would load the file as an adapter and ignore all names."""
 
 UNDATED = "undated"
-"""Stands for the date of one that was kept before they had any; it is older than all that have."""
+"""Date of adapters stored before dates were recorded; it sorts before all dates."""
 
 
 class Generation(NamedTuple):
     """One stored personal adapter."""
 
     at: str
-    """When it was made, ISO 8601 in UTC: by that it is named."""
+    """Creation date, ISO 8601 in UTC; it identifies the adapter."""
     base: str
-    """Content hash of its base."""
+    """Content hash of the adapter's base."""
     present: bool
-    """Whether it is the one in use."""
+    """Whether this is the current adapter."""
 
 
 class Generations:

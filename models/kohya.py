@@ -26,9 +26,9 @@ class Place(NamedTuple):
 
     module: str
     part: int = 0
-    """Which part of the module's rows it is."""
+    """Index of the layer's part of the module's rows."""
     parts: tuple[int, ...] = (1,)
-    """Heights of all parts, relative to each other."""
+    """Relative numbers of rows of all parts."""
 
 
 class Piece(NamedTuple):
@@ -45,11 +45,11 @@ class Kohya:
     """How sd-scripts names and reads the layers of a family."""
 
     network_module: str
-    """The module of sd-scripts that reads such a file."""
+    """The module of sd-scripts that reads the file."""
     names: tuple[tuple[str, Place], ...] = ()
-    """(regular expression on diffusers' names, place with groups of it); the first that matches. Empty: as they are."""
+    """(regular expression on diffusers' names, place with its groups); the first match wins. Empty: keep the names."""
     read: str = ".*"
-    """Regular expression on diffusers' names: the layers that sd-scripts reads; it drops the others without a word."""
+    """Regular expression on diffusers' names of the layers that sd-scripts reads; it silently drops the others."""
 
     def place(self, name: str) -> Place:
         """Return the position of a layer in the original network.

@@ -28,9 +28,9 @@ class Check(NamedTuple):
 
     name: str
     p_value: float
-    """Probability, at most, that an honest mechanism shows this much."""
+    """Upper bound on the probability that an honest mechanism gives a statistic at least this extreme."""
     shown: str
-    """The statistic, in words."""
+    """Description of the statistic."""
 
 
 def battery(releases: Sequence[np.ndarray]) -> list[Check]:

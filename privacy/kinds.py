@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from itertools import combinations
 
 Kind = tuple[float, float, int]
-"""σ, q and how many steps."""
+"""σ, q and the number of steps."""
 
 MOST = 12
-"""Kinds that are composed: each takes about 7 ms of a desktop's core on each grid."""
+"""Most kinds to compose: each takes about 7 ms of a desktop's core on each grid."""
 _PAIRED = 48
-"""Kinds among which those that cost least are sought pair by pair; more of them are rounded to a grid before."""
+"""Most kinds for which the cheapest merge is sought over all pairs; more kinds are rounded to a grid first."""
 _FINEST = 2.0**-9
-"""Of that grid, in factors of two: 0.14 %."""
+"""Finest width of that grid, as an exponent of two: steps of 0.14 %."""
 
 
 def merged(kinds: Sequence[Kind]) -> tuple[Kind, ...]:

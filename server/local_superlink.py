@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 UNGUARDED = "ANTHER_UNGUARDED"
-"""Set to 1: let every local user in, where the system can't tell one from another."""
+"""Set to 1 to admit every local user, on systems that can't tell users apart."""
 
 _TABLE = Path("/proc/net/tcp")  # of our own network namespace
 _ESTABLISHED, _NO_INODE = "01", "0"

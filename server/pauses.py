@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 
 FIRST, LONGEST = 30.0, 1800.0
-"""Seconds that a node is left out after its first failure, and at most; twice as long after each further one."""
+"""Seconds that a node is excluded after its first failure, and at most; the time doubles with each further failure."""
 TIMES = 4.0
-"""How many times as long as it was waited for in vain: so it costs others a fifth of their time at most."""
+"""Exclusion as a multiple of the time waited in vain, so that a node costs at most a fifth of the others' time."""
 
 
 class Pauses:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from conf.service import say
 
 MARK = "anther: "
-"""What our lines begin with in Flower's log."""
+"""Prefix of our lines in Flower's log."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NOISE = ("Using SuperLink: ", "Successfully installed ")

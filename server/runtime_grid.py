@@ -21,7 +21,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.superlink.grid import HttpGrid
 
 CALL = 30.0
-"""Seconds that one call may take."""
+"""Time limit of one call, in seconds."""
 
 
 class Gone(Exception):  # noqa: N818  # of one reply, and no error of ours
@@ -32,11 +32,11 @@ class Head(NamedTuple):
     """Information about a reply that is available before its objects are pulled."""
 
     request: str
-    """Id of the message that it answers."""
+    """Id of the message that the reply answers."""
     reply: str
-    """Its own id, which is that of its outermost object."""
+    """The reply's own id, equal to the id of its outermost object."""
     objects: tuple[str, ...]
-    """Ids of all its objects, one more than the most that were asked for if there are more."""
+    """Ids of all objects; if there are more than the requested maximum, one more than the maximum."""
 
 
 class RuntimeGrid(HttpGrid):

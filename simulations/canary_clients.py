@@ -55,7 +55,7 @@ class Released(NamedTuple):
     """Releases of all rounds together, in units of the clip."""
 
     sums: np.ndarray
-    """[rounds, D]: the noised sums; NaN where nothing is seen of one."""
+    """[rounds, D]: the noised sums; NaN where a sum is not observable."""
     known: np.ndarray
     """[D]: the exact sum, the same in every round; B's part comes last."""
     deviation: float

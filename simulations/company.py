@@ -25,7 +25,7 @@ CLIP = 2.0**-7
 _RATE = 2.0**10  # large enough that adding the adapter's start costs no digits of the sum
 _SEED, _RANK, _NORM = 601139390, 4, 99.0  # result of the search
 TOLERANCE = 1e-4
-"""In units of the clip: what float32 adapters round."""
+"""Rounding error of float32 adapters, in units of the clip."""
 
 
 def chaotic(base: Denoiser, rank: int = 8) -> Adapter:

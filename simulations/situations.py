@@ -78,15 +78,15 @@ class Observed(NamedTuple):
     """Observations of one situation, as numbers that are standard normal if the mechanism is the claimed one."""
 
     noise: list[np.ndarray]
-    """Of each job: residuals of its release."""
+    """Residuals of the release, by job."""
     batches: list[np.ndarray]
-    """Of each job: who joined."""
+    """Members of the batches, by job."""
     sizes: np.ndarray
-    """Of every batch."""
+    """Sizes of all batches."""
     joined: list[np.ndarray]
-    """Of each job: what its batches came to, where `noise` has it."""
+    """Contributions of the pictures that joined, by job, at the positions of `noise`."""
     missed: list[np.ndarray]
-    """The same of pictures that did not join."""
+    """Contributions of the pictures that did not join, in the same form."""
     steps: list[np.ndarray]
     """Release of each job in grid steps, if the optimizer keeps them whole."""
 

@@ -17,7 +17,7 @@ from server.report.words import short
 from simulations.membership import Arm
 
 POWER = 0.999
-"""Probability with which a shortfall of noise is found that an audit says it can see."""
+"""Probability of detecting the shortfall of noise that an audit reports as detectable."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Verdict:
     name: str
     finding: Finding
     honest: bool
-    """Whether the claim ought to hold: without noise it must not."""
+    """Whether the claim should hold; without noise it must not."""
     estimate: float | None = None
-    """ε as canary clients estimate it."""
+    """ε as estimated by canary clients."""
 
     @property
     def sound(self) -> bool:
@@ -43,14 +43,14 @@ class Fit:
 
     name: str
     level: str
-    """Whose noise it is: `image` or `device`."""
+    """Privacy level of the noise: `image` or `device`."""
     numbers: int
-    """Numbers of noise."""
+    """Number of noise values."""
     ratio: float
-    """Its standard deviation as found, over the claimed one."""
+    """Measured standard deviation of the noise over the claimed one."""
     checks: list[Check]
     false_alarms: float
-    """Probability, at most, that an honest mechanism fails any of them."""
+    """Upper bound on the probability that an honest mechanism fails any check."""
 
     @classmethod
     def of(cls, name: str, level: str, noise: Sequence[np.ndarray], checks: list[Check], false_alarms: float) -> Self:

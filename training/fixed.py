@@ -22,7 +22,7 @@ from training.jobs import Train
 from training.passes import workers
 
 BESIDE = {"cpu": 16e6, "cuda": 100e6}
-"""Bytes of a pass that take as long as all that it does beside them: launches, and Python. `bench.private_cost`."""
+"""Fixed cost of a pass (launches, Python) as the bytes that take as long; from `bench.private_cost`."""
 
 
 def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:

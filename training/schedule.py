@@ -60,7 +60,7 @@ class Turns:
 
 
 EACH = Turns()
-"""A turn for each picture."""
+"""One turn per picture."""
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""All that Pillow may try, whatever a file is called: it has some forty decoders, and one runs Ghostscript."""
+"""The only decoders that Pillow may try, for any file name: it has about forty, and one of them runs Ghostscript."""
 NAMED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 SMALLEST = 8  # pixels on each side
 MOST = 64_000_000  # pixels in all: they take 4 bytes each, or 9 where some are transparent

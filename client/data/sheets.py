@@ -16,16 +16,16 @@ from conf.errors import AntherError, refused, shown
 METADATA = "metadata.jsonl"
 EXAMPLE = '{"file_name": "cat.jpg", "text": "my cat"}'
 READ = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Suffixes of pictures that are read."""
+"""Suffixes of supported pictures."""
 OTHERS = (".avif", ".heic", ".heif", ".jxl")
 """Suffixes of unsupported pictures: a missing caption is reported for these too, so that none is skipped silently."""
 JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system volume information"}
-"""What machines leave in folders of pictures; names that begin with a dot aside."""
+"""Files that operating systems create in folders of pictures, beside those whose names begin with a dot."""
 LARGEST = 64 * 2**20  # bytes of a sheet
 LONGEST = 20_000  # characters of a caption
 
 Tell = Callable[[AntherError], None]
-"""What hears of a mistake. If it returns, the picture counts as absent."""
+"""Callback for a mistake. If it returns, the picture counts as absent."""
 
 
 def stop(error: AntherError) -> None:

@@ -13,7 +13,7 @@ from conf.errors import AntherError, refused
 from training.jobs import Picture
 
 _known: set[tuple[str, str]] = set()
-"""Contents, with their background, that this process has decoded whole."""
+"""Contents and backgrounds that this process has decoded completely."""
 
 
 class Stored(Picture):

@@ -20,7 +20,7 @@ class Call(NamedTuple):
     request: type[Message]
     response: type[Message]
     most: int = _SMALL
-    """Bytes of a request's body at most."""
+    """Largest request body, in bytes."""
 
 
 REGISTER = Call("/v1/fleet/register-node", fleet_pb2.RegisterNodeFleetRequest, fleet_pb2.RegisterNodeFleetResponse)

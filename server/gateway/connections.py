@@ -39,18 +39,18 @@ class Connection:
     address: Any
     came: float
     since: float
-    """When the phase began."""
+    """Start of the phase."""
     end: Callable[[], None]
     phase: Phase = Phase.HEAD
     moved: float = 0.0
-    """When a byte came or went last."""
+    """Time of the last byte received or sent."""
     bytes: int = 0
-    """Of the request that is coming."""
+    """Bytes received of the current request."""
     unsent: Callable[[], int] = lambda: 0
     left: int = 0
-    """Bytes that were unsent at the last look."""
+    """Unsent bytes at the last check."""
     key: str | None = None
-    """That has shown on it to be enrolled."""
+    """Enrolled key that has authenticated on the connection."""
 
     @property
     def network(self) -> str:
@@ -91,7 +91,7 @@ class Connections:
     settings: Limits
     clock: Callable[[], float] = time.monotonic
     total: int = 0
-    """Most connections; 0: by the settings and by how many files may be open."""
+    """Most connections; 0: derived from the settings and the limit on open files."""
     _open: dict[Any, Connection] = field(default_factory=dict)
     _strangers: Counter[str] = field(default_factory=Counter)  # unauthenticated connections by network
 

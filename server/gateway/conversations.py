@@ -35,11 +35,11 @@ class Given:
     head: Metadata
     objects: frozenset[str]
     pulls: Counter[str] = field(default_factory=Counter)
-    """How often the node was given each object."""
+    """Number of times that the node was given each object."""
     sent: set[str] = field(default_factory=set)
-    """Objects that the server is done sending: until then its confirmation would make the server's own push fail."""
+    """Objects that the server has finished sending; an earlier confirmation would make the server's own push fail."""
     promises: int = 0
-    """How many replies were begun."""
+    """Number of replies begun."""
     confirmed: bool = False
     answered: str | None = None
     """Id of the reply that was handed on."""
@@ -55,9 +55,9 @@ class Conversation:
     outstanding: deque[tuple[int, str]] = field(default_factory=deque)
     """Run and id of each reply that was handed on, the oldest first."""
     handed_on_session: str = ""
-    """Of the last reply that was handed on."""
+    """Session of the last reply that was handed on."""
     fetched: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """How often it asked for each run, and for its app."""
+    """Number of requests for each run and its app."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def gave(self, head: Message, tree: ObjectTree) -> None:

@@ -34,12 +34,12 @@ class Caller(NamedTuple):
     """The authenticated node that sent a request."""
 
     key: str
-    """In OpenSSH's form."""
+    """Public key in OpenSSH's form."""
     pem: bytes
     headers: Mapping[str, str]
-    """That prove it to the SuperLink; they sign the time, so they do for more than one call."""
+    """Headers that authenticate the node to the SuperLink. They sign the time, so they are valid for several calls."""
     node: int | None
-    """Its id; None where the gateway doesn't know nodes by their keys (without TLS) and it hasn't come yet."""
+    """Node id; None if nodes have no keys (without TLS) and the node hasn't registered yet."""
 
 
 class Passed(Exception):  # noqa: N818

@@ -38,7 +38,7 @@ class Claim:
 
     key: ec.EllipticCurvePublicKey
     name: str
-    """The key in OpenSSH's form: how the register knows it."""
+    """The key in OpenSSH's form, as in the register."""
     time: str
     signature: str
 

@@ -135,10 +135,10 @@ class Reply:
     folder: Path
     session: str = field(default_factory=lambda: secrets.token_hex(16))
     tries: int = 0
-    """How often it was handed on in vain."""
+    """Failed attempts to hand the reply on."""
     size: int = 0
     touched: float = field(default_factory=time.monotonic)
-    """When an object came last."""
+    """Time of the last arrival of an object."""
     _pushes: Counter[str] = field(default_factory=Counter)
     _places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and length, by id
     _spool: IO[bytes] | None = None

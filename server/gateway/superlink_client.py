@@ -25,7 +25,7 @@ class Answer(NamedTuple):
     status: int
     content: bytes
     kind: str
-    """Its content type."""
+    """Content type of the answer."""
 
 
 @dataclass

@@ -27,11 +27,11 @@ class Use:
     binned: bool = False
     """Whether the pipeline draws other sizes than asked for unless told not to."""
     packed: bool = False
-    """Whether the base is in few bits, which diffusers can't read."""
+    """Whether the base is quantized in a format that diffusers can't read."""
     kohya: bool = True
     """Whether there are files in kohya's layout."""
     ignored: int = 0
-    """Sites that sd-scripts drops."""
+    """Sites that sd-scripts ignores."""
 
     def lines(self, name: str, caption: str) -> str:
         """Return Python code that generates a picture of a caption with an adapter.
