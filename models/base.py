@@ -16,8 +16,9 @@ from torch import Tensor
 
 from conf.errors import AntherError
 from models import assets, decoding, packed
-from models.denoiser import Denoiser
+from models.denoiser import Denoise, Denoiser
 from models.families.checkpoint import recognise
+from models.slots import Stacks
 
 
 class Guidance(NamedTuple):
@@ -119,6 +120,21 @@ class Base(Denoiser):
         with self._running("text encoder"):  # captions of several lengths, if its tokenizer doesn't fill them up
             together = torch.stack([distinct[caption] for caption in captions])
         return self._sound(together, "text encoder")
+
+    @contextmanager
+    def lending(self, adapters: Sequence[Stacks], *, compiled: bool = False) -> Iterator[Denoise]:
+        """As of a Denoiser.
+
+        Raises:
+            AntherError: the network can't be run as its configuration says.
+        """
+        with super().lending(adapters, compiled=compiled) as denoise:
+
+            def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+                with self._running(self.family.network):
+                    return denoise(x, t, context)
+
+            yield run
 
     def _sound(self, encoded: Tensor, part: str) -> Tensor:
         """What a part made, if it is finite: a copy whose half precision overflowed gives none that is."""

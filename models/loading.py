@@ -89,7 +89,7 @@ def encoder(kind: Any, folder: Path, *, empty: bool = False) -> Any:
     Raises:
         AntherError: as from_folder. transformers draws weights at random too, anew each time, and warns of it.
     """
-    _check_encoder(folder)
+    _check_encoder(kind, folder)
     network, found = from_pretrained(
         kind, folder, variant=weights(folder, ENCODER).variant, output_loading_info=True,
         **({"device_map": "meta"} if empty else {}),
@@ -118,7 +118,7 @@ def finite(tensor: Any) -> bool:
     return bool(tensor.detach().sum().isfinite()) or bool(tensor.detach().isfinite().all())
 
 
-def _check_encoder(folder: Path) -> None:
+def _check_encoder(kind: Any, folder: Path) -> None:
     """What transformers would do besides loading weights: take code or other weights from elsewhere."""
     if (folder / "adapter_config.json").exists():
         raise AntherError(
@@ -128,7 +128,10 @@ def _check_encoder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise AntherError(f"{folder / 'config.json'}: can't be read ({_line(error)}): copy it again") from error
-    if isinstance(config, dict) and "quantization_config" in config:
+    wanted, given = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
+    if given != wanted:  # of another model's configuration the libraries make one of their default size, of gigabytes
+        raise AntherError(f"{folder / 'config.json'}: model_type={shown(given)}: must be {wanted}: copy it again")
+    if "quantization_config" in config:
         raise AntherError(f"{folder}: is quantized: give the text encoder in full precision")
     for key, value in _entries(config):
         most = _LAYERS if "layers" in key else _LARGEST
