@@ -1,7 +1,10 @@
 """What a device's SuperNode does with what a server sends, before a ClientApp has it."""
 
 import io
+import stat
+import sys
 import zipfile
+from pathlib import Path
 
 import flwr.supernode.runtime.run_clientapp as clientapp
 import flwr.supernode.start_client_internal as supernode
@@ -53,3 +56,24 @@ def test_the_clientapp_is_the_devices_own(monkeypatch):
     node.answer_task("127.0.0.1:1", node._Task("token", ("what was pulled",)))
     assert called["app"] is app
     assert (called["pulled"], called["installed"], called["token"]) == (("what was pulled",), None, "token")
+
+
+def test_tasks_are_behind_a_secret_of_this_start(tmp_path, monkeypatch):
+    """Flower's SuperNode is started with it, in a file that nobody else can read, and another at each start."""
+    started = []
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(node.os, "fork", lambda: 0)  # as in the SuperNode's process
+    monkeypatch.setattr(node.os, "_exit", lambda _: sys.exit())
+    for name in ("with_parent", "_pace", "_leave_bundles_packed", "_remember"):
+        monkeypatch.setattr(node, name, lambda *_: None)
+    monkeypatch.setattr(node, "flower_supernode", lambda: started.append(list(sys.argv)))
+    secrets = set()
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["client.node", "127.0.0.1:9094", "--", "--insecure"])
+        with pytest.raises(SystemExit):
+            node.main()
+        words = started[-1]
+        file = Path(words[words.index("--superexec-auth-secret-file") + 1])
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        secrets.add(file.read_bytes())
+    assert [len(secret) for secret in secrets] == [32, 32]

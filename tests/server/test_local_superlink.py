@@ -112,6 +112,22 @@ def test_flowers_own_superlink_answers_nobody_else(tmp_path):
         running.wait()
 
 
+def test_a_port_that_another_program_holds_ends_it_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "server.local_superlink", *words], env=environment(tmp_path), cwd=tmp_path,
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}: can't listen there" in done.stderr
+    assert "choose another server.inner_port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_owner_is_that_of_the_other_end_while_it_is_open():
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as line:
         connection, peer = listener.accept()
