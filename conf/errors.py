@@ -39,6 +39,11 @@ def shown(name: object, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 20]} … {text[-15:]}"
 
 
+def summary(error: BaseException, longest: int = 200) -> str:
+    """The message of a library's error in one line, cut to `longest` characters."""
+    return " ".join(str(error).split())[:longest]
+
+
 def refused(error: OSError, path: object = None) -> AntherError:
     """What the operating system refused, in one line.
 

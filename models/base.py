@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conf.errors import AntherError
+from conf.errors import AntherError, summary
 from models import assets, decoding, packed
 from models.denoiser import Denoise, Denoiser
 from models.families.checkpoint import recognise
@@ -150,8 +150,9 @@ class Base(Denoiser):
         except (AntherError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of any kind, from deep within the libraries
-            reason = " ".join(str(error).split())[:200]
-            raise AntherError(f"base {self.folder}: its {part} can't be run ({reason}): copy it again") from error
+            raise AntherError(
+                f"base {self.folder}: its {part} can't be run ({summary(error)}): copy it again"
+            ) from error
 
     def guided(self, captions: Sequence[str], strength: float) -> Guidance:
         """What to draw captions under, so that guidance has this strength; 1 is none."""

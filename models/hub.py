@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from conf.errors import AntherError
+from conf.errors import AntherError, summary
 from models.loading import quiet
 
 
@@ -33,7 +33,7 @@ def fetch(name: str) -> Path:
         try:
             return Path(snapshot_download(name, local_files_only=True))  # which diffusers doesn't ask, offline
         except Exception:
-            reason = " ".join(str(error).split())[:200]
             raise AntherError(
-                f"{name}: no such folder, and not to be had from the hub either ({reason}): give a pipeline's folder"
+                f"{name}: no such folder, and not to be had from the hub either ({summary(error)}): "
+                "give a pipeline's folder"
             ) from error

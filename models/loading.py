@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.errors import AntherError, shown
+from conf.errors import AntherError, shown, summary
 
 NETWORK, ENCODER = "diffusion_pytorch_model", "model"  # how diffusers and transformers call their weights
 
@@ -63,7 +63,7 @@ def _shards(index: Path) -> list[Path]:
         names = {*json.loads(index.read_text())["weight_map"].values()}
         files = [index.parent / name for name in sorted(names)]
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise AntherError(f"{index}: can't be read ({_line(error)}): copy the pipeline again") from error
+        raise AntherError(f"{index}: can't be read ({summary(error)}): copy the pipeline again") from error
     for file in files:
         if file.parent != index.parent or not file.is_file():
             raise AntherError(f"{index}: names {file.name}, which isn't in its folder: copy the pipeline again")
@@ -127,7 +127,7 @@ def _check_encoder(kind: Any, folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise AntherError(f"{folder / 'config.json'}: can't be read ({_line(error)}): copy it again") from error
+        raise AntherError(f"{folder / 'config.json'}: can't be read ({summary(error)}): copy it again") from error
     wanted, given = kind.config_class.model_type, config.get("model_type") if isinstance(config, dict) else None
     if given != wanted:  # of another model's configuration the libraries make one of their default size, of gigabytes
         raise AntherError(f"{folder / 'config.json'}: model_type={shown(given)}: must be {wanted}: copy it again")
@@ -160,11 +160,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
         with quiet():
             return kind.from_pretrained(folder, **options)
     except Exception as error:  # the libraries raise a dozen kinds for a damaged or foreign file
-        raise AntherError(f"{folder}: can't load {kind.__name__} ({_line(error)}): copy it again") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise AntherError(f"{folder}: can't load {kind.__name__} ({summary(error)}): copy it again") from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from conf.errors import AntherError
+from conf.errors import AntherError, summary
 from models import assets, paging
 from models.weights import MODES, quantise_shapes
 
@@ -50,7 +50,7 @@ class Manifest:
             found = Manifest(**json.loads((folder / MANIFEST).read_text()))
             sound = found.format == FORMAT and found.weights in MODES and isinstance(found.layers, dict)
         except (OSError, ValueError, TypeError) as error:
-            raise AntherError(f"{folder / MANIFEST}: can't be read ({_line(error)}): {_AGAIN}") from error
+            raise AntherError(f"{folder / MANIFEST}: can't be read ({summary(error)}): {_AGAIN}") from error
         if not sound:
             raise AntherError(f"{folder / MANIFEST}: not of format {FORMAT}: {_AGAIN}")
         return found
@@ -69,7 +69,7 @@ def skeleton(folder: Path) -> nn.Module:
         with _empty_parameters():
             network: nn.Module = kind.from_config(config)
     except Exception as error:  # a class that isn't there, or whatever it says of a foreign configuration
-        raise AntherError(f"{folder / CONFIG}: describes no network of diffusers ({_line(error)})") from error
+        raise AntherError(f"{folder / CONFIG}: describes no network of diffusers ({summary(error)})") from error
     return network
 
 
@@ -123,9 +123,5 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
             paging.release(tensor, 0, tensor.numel())
         made.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, AttributeError) as error:
-        raise AntherError(f"{folder}: the file and its manifest don't agree ({_line(error)}): {_AGAIN}") from error
+        raise AntherError(f"{folder}: the file and its manifest don't agree ({summary(error)}): {_AGAIN}") from error
     return made.eval()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

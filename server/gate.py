@@ -35,6 +35,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 from google.protobuf.message import DecodeError
 
+from conf.errors import summary
 from protocol.records import UNREADABLE
 from server.arrivals import Arrivals
 from server.collect import collect
@@ -315,7 +316,7 @@ class Gated(Forwarding):
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {summary(error)}"
 
 
 def _without_content(message: Message) -> Message:

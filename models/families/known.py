@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.errors import AntherError
+from conf.errors import AntherError, summary
 from models import assets
 from models.families.checkpoint import recognise
 from models.families.family import Family
@@ -50,9 +50,8 @@ class Known:
             with torch.device("meta"):
                 found: nn.Module = getattr(diffusers, self.family.kind)(**self.config)
         except Exception as error:  # the libraries raise a dozen kinds for a foreign configuration
-            reason = " ".join(str(error).split())[:200]
             raise AntherError(
-                f"{self.name}: no {self.family.kind} can be made of its configuration ({reason})"
+                f"{self.name}: no {self.family.kind} can be made of its configuration ({summary(error)})"
             ) from error
         return found.requires_grad_(False).eval()
 

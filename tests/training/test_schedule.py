@@ -119,8 +119,9 @@ def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.Mo
     assert 0 in kept
 
 
-def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that passes alone move, a second for each turn, whoever times them."""
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The turns that were run, one picture each. The clock is moved by them and by nothing else, a second for each."""
     turns = list[int]()
     really = passes.run_passes
 
@@ -132,6 +133,10 @@ def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, monkeypatch:
     monkeypatch.setattr(trainer, "run_passes", turn)
     monkeypatch.setattr(trainer, "fixed_size", lambda *_: 1)
     monkeypatch.setattr(passes, "_cores", lambda: 1)
+    return turns
+
+
+def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, turns: list[int]) -> None:
     planned = scheduled(10, 0.1, 16)
     for batches in (0, 1, 2, 16):
         turns.clear()
@@ -151,20 +156,9 @@ def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("batches", [1, 16])
 def test_numbers_that_overflow_take_the_same_time_and_end_where_they_started(
-    base: Base, batches: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Base, batches: int, turns: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error would come as soon as what was drawn is through, and be tried again with other noise."""
-    turns = list[int]()
-    really = passes.run_passes
-
-    def turn(*given: Any) -> Any:
-        turns.append(1)
-        return really(*given)
-
-    monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
-    monkeypatch.setattr(trainer, "run_passes", turn)
-    monkeypatch.setattr(trainer, "fixed_size", lambda *_: 1)
-    monkeypatch.setattr(passes, "_cores", lambda: 1)
     job = crowded(base, batches, optimiser="sgd", learning_rate=1.0, proximal=1e300)
     (found,) = train(base, [job], memory=PLENTY, timesteps=2)
     assert len(turns) + idle(found) == scheduled(10, 0.1, 16)
