@@ -198,7 +198,8 @@ def test_what_is_damaged_is_found_again_or_named(key: Path, tmp_path: Path) -> N
         fill(found.store)
     for path in files.folder.rglob("*"):
         if (path.is_file() and path.parent.name == "cache") or path.suffix == ".safetensors":
-            path.write_bytes(path.read_bytes()[:-1] + b"\0")
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with opened(files, encrypt="auto") as found:
         store = found.store
         assert store.examples("train", SECRET.decode()) is None
