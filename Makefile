@@ -23,19 +23,19 @@ simulate: $(INSTALLED)  ## a whole federation on this machine, with a report (AR
 	@$(BIN)/python -m simulations.run $(ARGS)
 
 audit: $(INSTALLED)  ## attack what privacy promises, and leave a page (ARGS="'runs=[DIR,DIR]'": those runs)
-	@$(BIN)/python -m simulations.audit $(ARGS)
+	@$(BIN)/python -m simulations.audit.run $(ARGS)
 
 gate: $(INSTALLED)  ## 20,000 malicious messages: what they cost, and whether one comes in
-	@$(BIN)/python -m bench.gate $(ARGS)
+	@$(BIN)/python -m bench.robustness.gate $(ARGS)
 
 gateway: $(INSTALLED)  ## 20,000 hostile calls at a server with three honest devices: what becomes of their rounds
-	@$(BIN)/python -m bench.gateway $(ARGS)
+	@$(BIN)/python -m bench.robustness.gateway $(ARGS)
 
 faults: $(INSTALLED)  ## what happens to real devices, done to a federation of processes (root, Linux; hours; ARGS="--jobs 8" on many cores)
-	@$(BIN)/python -m bench.faults $(ARGS)
+	@$(BIN)/python -m bench.reliability.faults $(ARGS)
 
 soak: $(INSTALLED)  ## 500 rounds in which devices join, leave and die
-	@$(BIN)/python -m bench.soak $(ARGS)
+	@$(BIN)/python -m bench.reliability.soak $(ARGS)
 
 test: $(INSTALLED_DEV)  ## lint, format, types, and all tests but the slow ones
 	$(BIN)/ruff check .
@@ -55,7 +55,7 @@ locks: $(INSTALLED_DEV)  ## lock what a server and a device install, as .venv ho
 ROOT ?= outputs/arm64
 smoke-aarch64: $(INSTALLED)  ## two private steps on an emulated Pi 4, beside this machine's (as root; ROOT=FOLDER for its Debian)
 	@deploy/smoke/root.sh $(ROOT)
-	@$(BIN)/python -m bench.aarch64 --root $(ROOT)
+	@$(BIN)/python -m bench.reliability.aarch64 --root $(ROOT)
 
 format: $(INSTALLED_DEV)  ## mend format and what ruff can mend by itself
 	$(BIN)/ruff check --fix .

@@ -11,26 +11,26 @@ import importlib
 import sys
 from collections.abc import Collection, Sequence
 
-from conf.errors import TOLD, told
-from conf.terminal import use_plain_output
+from common.errors import TOLD, told
+from common.terminal import use_plain_output
 
 COMMANDS = {
     "simulate": ("simulations.run", "a whole federation on this machine, with a report"),
-    "audit": ("simulations.audit", "does the privacy hold that is claimed?"),
-    "serve": ("server.run", "a federation's server"),
-    "keys": ("server.keys", "tickets and devices of a server: ticket, list, revoke"),
-    "results": ("server.results", "the report of a server's run, again"),
-    "pack": ("models.pack", "a base in fewer bits, once for everyone"),
-    "assets": ("models.assets", "where the shipped base and data lie; copies them there once"),
-    "device enroll": ("client.enroll", "join a federation with a ticket"),
-    "device run": ("client.run", "take part, until you stop it"),
-    "device plan": ("client.plan", "what a device can train, before it tries"),
-    "device benchmark": ("client.benchmark", "how fast this device trains"),
-    "device ledger": ("client.ledger", "what was shared from here, and what privacy that left"),
-    "device draw": ("client.draw", "draw with what was learned here"),
-    "device roll-back": ("client.roll_back", "the personal adapter of before"),
-    "device leave": ("client.leave", "leave the federation"),
-    "device forget": ("client.forget", "delete what was learned here"),
+    "audit": ("simulations.audit.run", "does the privacy hold that is claimed?"),
+    "serve": ("server.supervisor.run", "a federation's server"),
+    "keys": ("server.gateway.keys", "tickets and devices of a server: ticket, list, revoke"),
+    "results": ("server.report.results", "the report of a server's run, again"),
+    "pack": ("models.quantization.pack", "a base in fewer bits, once for everyone"),
+    "assets": ("models.base.assets", "where the shipped base and data lie; copies them there once"),
+    "device enroll": ("client.cli.enroll", "join a federation with a ticket"),
+    "device run": ("client.runtime.supervisor", "take part, until you stop it"),
+    "device plan": ("client.cli.plan", "what a device can train, before it tries"),
+    "device benchmark": ("client.cli.benchmark", "how fast this device trains"),
+    "device ledger": ("client.cli.ledger", "what was shared from here, and what privacy that left"),
+    "device draw": ("client.cli.draw", "draw with what was learned here"),
+    "device roll-back": ("client.cli.roll_back", "the personal adapter of before"),
+    "device leave": ("client.cli.leave", "leave the federation"),
+    "device forget": ("client.cli.forget", "delete what was learned here"),
 }
 TITLE = "Anther personalizes a diffusion model on people's own devices.  anther COMMAND [words]"
 USAGE = 2

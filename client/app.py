@@ -17,8 +17,8 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from client import line
-from conf.errors import AntherError
+from client.runtime import ipc
+from common.errors import AntherError
 from privacy.policy import Refusal
 from protocol import records
 from protocol.messages import Reply, Request
@@ -69,7 +69,7 @@ def relayed(request: Request, path: str, message: Message) -> Message:
         try:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(path)
-                answered = line.ask(connection, request)
+                answered = ipc.ask(connection, request)
         except (OSError, AntherError) as error:
             log.warning("the worker did not answer (%s), %d tries left", error, left)
             time.sleep(PAUSE if left else 0)
@@ -100,9 +100,9 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
 
 
 def _by_ourselves(request: Request, context: Context) -> Reply | Exception:
-    from client import answering  # torch
+    from client.runtime import request_handler
 
-    return answering.answer(request, _stated(context))
+    return request_handler.answer(request, _stated(context))
 
 
 def _error(request: Message, reason: str) -> Message:

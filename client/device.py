@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from client import preflight, speed
+from client.cli.paths import files_of
 from client.data import METADATA, WHITE, Pictures, load_folder
-from client.home import files_of
+from client.planning import preflight, throughput
 from client.power.conditions import Conditions
 from client.power.meter import Spent
-from client.store import Store
-from conf.errors import AntherError
-from models.adapter import Sites
-from models.base import Base
+from client.store.store import Store
+from common.errors import AntherError
+from models.base.base import Base
+from models.lora.adapter import Sites
 from privacy import noise, policy
 from privacy.noise import NoiseSource
 from protocol.messages import DeviceReport
@@ -44,7 +44,7 @@ def _no_limit(_: int, __: Collection[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """All that `client.logic` needs to answer for one device."""
+    """All that `client.rounds.handler` needs to answer for one device."""
 
     name: str
     report: DeviceReport
@@ -137,12 +137,12 @@ def probe(
     store: Store | None = None,
     read: Callable[[], Conditions] | None = None,
 ) -> DeviceReport:
-    """The report of this machine: memory and cores as found, speed and watts as stated, as `python -m client.benchmark`
+    """The report of this machine: memory and cores as found, speed and watts as stated, as `anther device benchmark`
     has measured, or else a small board's; and what sensors say of now."""
     import psutil
 
     cores = psutil.cpu_count(logical=False) or 1
-    known = speed.benchmarked(base, store)
+    known = throughput.benchmarked(base, store)
     report = DeviceReport(
         device=name,
         base=base.hash,

@@ -22,10 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.errors import TOLD, AntherError, told
+from common.errors import TOLD, AntherError, told
+from common.terminal import use_plain_output
 from conf.explain import explain, known_keys
-from conf.terminal import use_plain_output
-from conf.words import prepared
+from conf.overrides import prepared
 
 USAGE, INTERRUPTED = 2, 130
 

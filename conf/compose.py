@@ -11,11 +11,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from common.errors import AntherError
 from conf.cli import to_object
-from conf.errors import AntherError
 from conf.explain import explain, known_keys
-from conf.schemas import Simulation
-from conf.words import prepared
+from conf.overrides import prepared
+from conf.schemas.simulation import Simulation
 
 
 def compose(overrides: str | Sequence[str]) -> Simulation:

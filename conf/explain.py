@@ -9,20 +9,35 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import get_type_hints
 
-from conf.words import quoted
+from conf.overrides import quoted
 
 CALLED = {
-    "strategy": {"fedavg": "fedit (FedAvg of the factors)", "fedprox": "fedit, with adapter.shared.proximal",
-                 "scaffold": "fedit, with strategy.correction=scaffold", "fedlora": "fedit", "svd": "fedsvd"},
+    "strategy": {
+        "fedavg": "fedit (FedAvg of the factors)",
+        "fedprox": "fedit, with adapter.shared.proximal",
+        "scaffold": "fedit, with strategy.correction=scaffold",
+        "fedlora": "fedit",
+        "svd": "fedsvd",
+    },
     "privacy": {"dp": "example", "dpsgd": "example", "dp-sgd": "example", "user": "device", "client": "device"},
-}  # fmt: skip
+}
 """Options by other names that people know them by."""
 SYNONYMS = {
-    "lr": "learning_rate", "epochs": "rounds", "clients": "data.writers", "num_clients": "data.writers",
-    "num_rounds": "rounds", "model": "base.path", "dataset": "data.pictures", "photos": "data.pictures",
-    "images": "data.pictures", "batch": "batch_size", "output": "hydra.run.dir", "out": "hydra.run.dir",
-    "eps": "privacy.epsilon", "random_seed": "seed",
-}  # fmt: skip
+    "lr": "learning_rate",
+    "epochs": "rounds",
+    "clients": "data.writers",
+    "num_clients": "data.writers",
+    "num_rounds": "rounds",
+    "model": "base.path",
+    "dataset": "data.pictures",
+    "photos": "data.pictures",
+    "images": "data.pictures",
+    "batch": "batch_size",
+    "output": "hydra.run.dir",
+    "out": "hydra.run.dir",
+    "eps": "privacy.epsilon",
+    "random_seed": "seed",
+}
 """Keys by other names that people know them by."""
 EXPECTED = {
     r"could not be converted to Integer": "must be a whole number",

@@ -6,9 +6,9 @@
 #   /opt/anther              a virtual environment, root's
 #   anther                   a user without a password, in the group video (for a Pi's sensors) if there is one
 #   /var/lib/anther          that user's: keys, adapters, ledger; never touched by this script once it is there
-#   /etc/anther              server.conf: the words of `python -m server.run`; yours to change
+#   /etc/anther              server.conf: the words of `anther serve`; yours to change
 #   anther-client, -server   units of systemd; enabled by you, once there is something to do
-#   /usr/local/bin/anther    runs a command as that user: sudo anther client.enroll data=FOLDER
+#   /usr/local/bin/anther    runs a command as that user: sudo anther device enroll data=FOLDER
 #
 # Done again it upgrades; what runs is started again. `deploy/install.sh --remove` removes all but /var/lib/anther,
 # /etc/anther and the user.
@@ -64,9 +64,9 @@ if booted; then
 fi
 
 cat <<'END'
-Installed. A device:  sudo anther client.enroll data=FOLDER
+Installed. A device:  sudo anther device enroll data=FOLDER
                       sudo systemctl enable --now anther-client
 The server:           say in /etc/anther/server.conf what is to run, then
                       sudo systemctl enable --now anther-server
-                      sudo anther server.keys ticket --holder NAME
+                      sudo anther keys ticket --holder NAME
 END

@@ -50,5 +50,5 @@ install --use-pep517 --no-build-isolation --require-hashes --requirement "$work/
 install --no-build-isolation --force-reinstall "$source"
 "$folder/bin/python" -m pip --disable-pip-version-check check
 cd / # what is imported is what was installed
-"$folder/bin/python" -c 'import importlib.metadata as m, torch, client.run, client.worker, server.run
+"$folder/bin/python" -c 'import importlib.metadata as m, torch, client.runtime.supervisor, client.runtime.worker, server.supervisor.run
 print("Anther", m.version("anther"), "with PyTorch", torch.__version__, "and Flower", m.version("flwr"))'

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from conf.errors import AntherError
-from privacy.kinds import Kind, merged
+from common.errors import AntherError
+from privacy.step_kinds import Kind, merged
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -33,7 +33,7 @@ alone."""
 TOLERANCE = 0.005  # a solved σ gives an ε in [(1 − TOLERANCE) target, target]
 OVERFLOW = 1e-12
 """What a step with Poisson batches may cut off of them, as a probability, so that a job takes a public time
-(`training.schedule`, which proves that δ grows by just this). It is kept back of every δ, also where nothing is cut."""
+(`training.public_duration`, which proves that δ grows by just this). It is kept back of every δ, also where nothing is cut."""
 MOST_AT_ONCE = 100_000  # steps: dp-accounting raises a number to the power of how many it composes
 POINTS = 500_000
 """Points of all arrays of one grid, about: what ε costs to compute is bounded, whatever σ and q a server asks for. That

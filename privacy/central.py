@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from privacy.accounting import DEVICE
 from privacy.noise import NoiseSource
 from privacy.sensitivity import MOST_NOISE, RESOLUTION, Bounded, Sensitivity

@@ -11,7 +11,6 @@ significant bits for differential privacy").
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from common.seeding import derive_seed
 
 CPU = torch.device("cpu")
 
@@ -60,8 +61,8 @@ class Simulated:
     release = False
 
     def __init__(self, *, seed: int, client: str, round: int, purpose: str) -> None:
-        self._seed = stream(seed, client, round, purpose, "privacy")
-        self._batches = torch.Generator().manual_seed(stream(seed, client, round, purpose, "batches"))
+        self._seed = derive_seed(seed, client, round, purpose, "privacy")
+        self._batches = torch.Generator().manual_seed(derive_seed(seed, client, round, purpose, "batches"))
         self._noises: dict[torch.device, torch.Generator] = {}
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:
@@ -180,9 +181,3 @@ def _bits(size: int) -> np.ndarray:
 def _counting_down(count: int) -> Iterator[int]:
     """`count`, and what is left of it block after block."""
     return iter(range(count, 0, -_BLOCK))
-
-
-def stream(*key: object) -> int:
-    """A 63-bit seed for the random stream named by `key`: the same on every machine."""
-    text = "\x1f".join(str(part) for part in key)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

@@ -10,7 +10,7 @@ are also those of a device without the file:
 
 A refusal says what was asked for and what is allowed, both of which are the server's business, and of the pictures
 nothing. With fewer than `min_pictures` a device refuses to share without noise; asked with noise it trains on none, and
-replies with noise alone (`client.train`).
+replies with noise alone (`client.rounds.train`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from itertools import filterfalse
 from pathlib import Path
 
-from conf.errors import AntherError
+from common import strict_json
+from common.errors import AntherError
 from privacy.accounting import Mechanism, NonPrivate, PoissonGaussian, epsilon
-from protocol import plain
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, TrainingPlan
 
 EPSILON_UNSAID = 16.0
@@ -204,7 +204,7 @@ def load(path: Path) -> Policy:
         return Policy()
     default = dataclasses.asdict(Policy()) | {"bases": []}
     try:
-        return plain.from_plain(Policy, default | tomllib.loads(path.read_text(encoding="utf-8")), "policy")
+        return strict_json.from_plain(Policy, default | tomllib.loads(path.read_text(encoding="utf-8")), "policy")
     except AntherError as error:
         raise AntherError(f"{path}: {error}") from error
     except ValueError as error:  # of TOML, of UTF-8, of a type

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol
 
-from privacy import durable
+from common import atomic_files
 
 ASIDE, HEAD = "forgotten", "head"
 
@@ -91,7 +91,7 @@ class Files:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        durable.write(self.folder / name, data)
+        atomic_files.write(self.folder / name, data)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class Files:
     @contextmanager
     def journal(self, name: str) -> Iterator[Journal]:
         path = self.folder / name
-        durable.make_folder(path.parent)
+        atomic_files.make_folder(path.parent)
         handle = _locked(path)
         try:
             yield _FileJournal(handle, _whole_lines(path, handle), self.heads / name)
@@ -117,13 +117,13 @@ class Files:
         with self.journal(journal):
             numbers = (f"{ASIDE}-{number}" for number in count(1))
             aside = next(self.folder / name for name in numbers if not (self.folder / name).exists())
-            durable.make_folder(aside)
+            atomic_files.make_folder(aside)
             for path, name in moves:
                 if path.exists():
-                    durable.make_folder((aside / name).parent)
+                    atomic_files.make_folder((aside / name).parent)
                     path.rename(aside / name)
-                    durable.sync_folder((aside / name).parent)
-                    durable.sync_folder(path.parent)
+                    atomic_files.sync_folder((aside / name).parent)
+                    atomic_files.sync_folder(path.parent)
         return aside
 
     def where(self, name: str) -> str:
@@ -155,7 +155,7 @@ class _FileJournal:
     def keep(self, head: bytes) -> None:
         if not self._synced:
             self._sync()  # of a line that a process wrote before it was killed nobody knows that it is durable
-        durable.write(self._head, head)
+        atomic_files.write(self._head, head)
 
     def _sync(self) -> None:
         os.fsync(self._handle)
@@ -171,7 +171,7 @@ def _locked(path: Path) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
                 if is_new:
-                    durable.sync_folder(path.parent)
+                    atomic_files.sync_folder(path.parent)
                 return handle
         except BaseException:
             os.close(handle)

@@ -60,7 +60,7 @@ def _fields(kind: Any) -> tuple[str, ...]:
 
 
 def _complaint(name: str, value: Any) -> str | None:
-    """What is wrong with one plain value; bytes are for `protocol.codec`."""
+    """What is wrong with one plain value; bytes are for `protocol.tensor_codec`."""
     match value:
         case bool():
             return None

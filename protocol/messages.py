@@ -1,7 +1,7 @@
 """The few things that a server and a device say to each other.
 
 Each is a frozen dataclass of plain values, so that it travels as JSON and can be checked field by field.
-Adapters travel beside them as bytes of `protocol.codec`.
+Adapters travel beside them as bytes of `protocol.tensor_codec`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TypeVar
 
-from conf.errors import AntherError
-from protocol import limits, plain
+from common import strict_json
+from common.errors import AntherError
+from protocol import limits
 
 OLDEST, NEWEST = 2, 2
 """Versions of this protocol that are spoken here. A message names the one that it is written in; whoever doesn't speak
@@ -99,11 +100,11 @@ class TrainingPlan:
     proximal: float = 0.0
     """μ of FedProx: the loss has μ/2 ‖w − w_t‖² beside it, with w_t where the round begins."""
     scaffold: bool = False
-    """Correct gradients by control variates (`models.controls`): the server's travels beside the adapter."""
+    """Correct gradients by control variates (`models.lora.scaffold`): the server's travels beside the adapter."""
     privacy: ExamplePrivacy | None = None
     update: str = "fp32"
     """How the result comes back: `fp32`, as it is; `fp16`, `int8` or `int4`, what training changed, rounded so
-    (`protocol.rounding`)."""
+    (`protocol.quantization`)."""
     keep: float = 1.0
     """Share of a rounded change that is sent, its largest blocks."""
     feedback: bool = False
@@ -112,7 +113,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """How an adapter that isn't sent whole is to be read (`protocol.rounding`)."""
+    """How an adapter that isn't sent whole is to be read (`protocol.quantization`)."""
 
     precision: str
     """`fp16`, `int8` or `int4`."""
@@ -262,7 +263,7 @@ def to_json(message: Request | Reply) -> str:
     """Every field but the payloads. ValueError for a number that is not finite."""
     beside = payloads(message)
     fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    return plain.dumps({name: value for name, value in fields.items() if name not in beside})
+    return strict_json.dumps({name: value for name, value in fields.items() if name not in beside})
 
 
 def from_json(kind: type[T], text: str, **beside: bytes) -> T:
@@ -274,12 +275,12 @@ def from_json(kind: type[T], text: str, **beside: bytes) -> T:
     if len(text) > LONGEST:
         raise AntherError(f"{kind.__name__}: a message of {len(text)} characters is too long")
     try:
-        found = plain.loads(text)
+        found = strict_json.loads(text)
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
         if twice := found.keys() & beside.keys():
             raise ValueError(f"{min(twice)}: travels beside the JSON, not in it")
-        message = plain.from_plain(kind, found | beside, kind.__name__)
+        message = strict_json.from_plain(kind, found | beside, kind.__name__)
         limits.check(message)
         return message
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Messages as Flower's records: the JSON in a ConfigRecord, an adapter as the one Array of an ArrayRecord.
 
-The adapter's bytes stay those of `protocol.codec`; Flower cuts the Array into chunks and never parses it. A SHA-256 of
+The adapter's bytes stay those of `protocol.tensor_codec`; Flower cuts the Array into chunks and never parses it. A SHA-256 of
 both travels beside the JSON and is compared before either is parsed: Flower names objects by their hash, but whoever
 pulls one doesn't compare. It finds damage; who sent a message is for Flower's authentication of nodes.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from protocol import messages
 from protocol.messages import Reply, Request
 
@@ -77,7 +77,7 @@ def reply_from_records(message_type: str, records: RecordDict, *, most: int | No
 
 
 def adapter_to_record(adapter: bytes) -> ArrayRecord:
-    """An adapter of `protocol.codec` as Flower holds global arrays: one Array of bytes."""
+    """An adapter of `protocol.tensor_codec` as Flower holds global arrays: one Array of bytes."""
     return ArrayRecord({_ADAPTER: Array(dtype=_DTYPE, shape=(len(adapter),), stype=_STYPE, data=adapter)})
 
 

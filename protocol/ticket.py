@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from conf.errors import AntherError
+from common.errors import AntherError
 
 _WRITTEN = re.compile(r"anther://(?P<address>[^/\s]+:\d{1,5})/(?P<secret>[\w-]{20,64})/(?P<fingerprint>[0-9a-f]{64})")
 
@@ -32,7 +32,5 @@ def read(text: str) -> Ticket:
     """The ticket that somebody was given; AntherError if it is none, or not whole."""
     found = _WRITTEN.fullmatch(text.strip())
     if found is None:
-        raise AntherError(
-            "not a whole ticket: it looks like anther://host:port/…/…, as `python -m server.keys ticket` prints it"
-        )
+        raise AntherError("not a whole ticket: it looks like anther://host:port/…/…, as `anther keys ticket` prints it")
     return Ticket(**found.groupdict())

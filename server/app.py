@@ -14,25 +14,25 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
-from models import assets
-from models.adapter import shapes
-from models.base import load
+from models.base import assets
+from models.base.base import load
+from models.lora.adapter import shapes
 from privacy.storage import Files
-from protocol.codec import largest
-from server import checkpoint
-from server.federation import federate
-from server.gate import Gated
+from protocol.tensor_codec import largest
+from server.grid.validating_grid import Gated
 from server.ledger import Ledger
-from server.run_log import log_as_flower_does
-from server.runs import end, refuse, run_folder
-from server.state import Round
-from server.superlink import tell_largest_adapter
-from server.tracker import numbers, trackers
+from server.report.trackers import numbers, trackers
+from server.rounds import checkpoint
+from server.rounds.federation import federate
+from server.rounds.state import Round
+from server.supervisor.run_dirs import end, refuse, run_folder
+from server.supervisor.run_log import log_as_flower_does
+from server.supervisor.superlink import tell_largest_adapter
 from strategies.build import build
 from strategies.clock import WallClock
-from strategies.full_plan import training_plan
+from strategies.planning.full_plan import training_plan
 
 log = logging.getLogger(__name__)
 

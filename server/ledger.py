@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from conf.errors import AntherError
-from privacy import chain
+from common import strict_json
+from common.errors import AntherError
 from privacy.accounting import DEVICE, Guarantee, PoissonGaussian, epsilon, with_strict
-from privacy.entries import RESERVED, TRAIN
+from privacy.ledger import hash_chain
+from privacy.ledger.entries import RESERVED, TRAIN
 from privacy.storage import Storage
-from protocol import plain
-from strategies.private import Anchor, Budget, Charge, Exhausted
+from strategies.central_dp import Anchor, Budget, Charge, Exhausted
 
 JOURNAL = "ledger.jsonl"
 RELEASED = "released"
@@ -61,8 +61,8 @@ class Ledger:
                 raise Exhausted(
                     f"round {charge.round} would bring a device to {spent}, and the run may spend ε={budget.epsilon:g}"
                 )
-            event = {"state": RESERVED, **plain.loads(plain.dumps(charge))}
-            journal.append(chain.line(event, chain.head(journal.lines)))
+            event = {"state": RESERVED, **strict_json.loads(strict_json.dumps(charge))}
+            journal.append(hash_chain.line(event, hash_chain.head(journal.lines)))
             return spent
 
     def release(self, run: str, round: int) -> None:
@@ -76,18 +76,18 @@ class Ledger:
             ]
             if of_round[-1:] == [RESERVED]:
                 event = {"state": RELEASED, "run": run, "round": round}
-                journal.append(chain.line(event, chain.head(journal.lines)))
+                journal.append(hash_chain.line(event, hash_chain.head(journal.lines)))
 
     def anchor(self) -> Anchor:
         """Where the ledger stands, to be kept with a checkpoint."""
         with self._storage.journal(JOURNAL) as journal:
-            return Anchor(events=len(journal.lines), head=chain.head(journal.lines))
+            return Anchor(events=len(journal.lines), head=hash_chain.head(journal.lines))
 
     def check(self, anchor: Anchor | None) -> None:
         """Raises AntherError unless the ledger still begins with what it held at this anchor."""
         with self._storage.journal(JOURNAL) as journal:
             self._events(journal.lines)
-            if anchor is None or chain.begins(journal.lines, anchor.events, anchor.head):
+            if anchor is None or hash_chain.begins(journal.lines, anchor.events, anchor.head):
                 return
             where = self._storage.where(JOURNAL)
             found = len(journal.lines)
@@ -102,7 +102,7 @@ class Ledger:
         )
 
     def _events(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
-        return chain.events(lines, self._storage.where(JOURNAL))
+        return hash_chain.events(lines, self._storage.where(JOURNAL))
 
     def _charges(self, lines: Sequence[bytes]) -> Iterator[Charge]:
         for number, event in enumerate(self._events(lines), start=1):
@@ -112,7 +112,7 @@ class Ledger:
             try:
                 if state != RESERVED:
                     raise ValueError(f"state {state!r}")
-                yield plain.from_plain(Charge, event)
+                yield strict_json.from_plain(Charge, event)
             except ValueError as error:
                 where = f"{self._storage.where(JOURNAL)}:{number}"
                 raise AntherError(f"{where}: not an event ({error}); restore the file from a backup") from error

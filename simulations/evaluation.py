@@ -13,12 +13,12 @@ from typing import NamedTuple, cast
 import numpy as np
 from PIL import Image
 
-from conf.schemas import Simulation
-from models.adapter import Adapter, concatenate, initial
-from models.base import Base
-from models.slots import stack_adapters, to_device
-from privacy.noise import stream
-from simulations.fleet import Participant
+from common.seeding import derive_seed
+from conf.schemas.simulation import Simulation
+from models.base.base import Base
+from models.lora.adapter import Adapter, concatenate, initial
+from models.lora.batched_lora import stack_adapters, to_device
+from simulations.fleet.participants import Participant
 from training.inference import draw
 from training.jobs import EarlyStopping, Encode, Examples, Job, Measure, Result, Train, Trained
 from training.memory import for_looking
@@ -67,17 +67,23 @@ def train_local(
     shared, personal, alone = config.adapter.shared, config.adapter.personal, config.adapter.local
     jobs: list[Job] = [
         Train(
-            client=person.name, round=0, purpose="local", seed=config.seed, examples=pools.train[person.name],
-            start=initial(base.sites, shared.rank + personal.rank, stream(config.seed, person.name, "local")),
-            steps=config.rounds * shared.steps + personal.steps, batch_size=personal.batch_size,
+            client=person.name,
+            round=0,
+            purpose="local",
+            seed=config.seed,
+            examples=pools.train[person.name],
+            start=initial(base.sites, shared.rank + personal.rank, derive_seed(config.seed, person.name, "local")),
+            steps=config.rounds * shared.steps + personal.steps,
+            batch_size=personal.batch_size,
             learning_rate=alone.learning_rate,
             early_stopping=EarlyStopping(
-                validation=pools.validation[person.name], every=config.adapter.look_every,
+                validation=pools.validation[person.name],
+                every=config.adapter.look_every,
                 patience=config.adapter.patience,
             ),
         )
         for person in people
-    ]  # fmt: skip
+    ]
     found = perform(jobs)
     return {person.name: cast(Trained, _sound(result)).adapter for person, result in zip(people, found, strict=True)}
 
@@ -127,7 +133,7 @@ def gallery(
     latents = draw(
         base,
         captions=[caption for _, _, caption in wanted],
-        seeds=[stream(config.seed, caption, "gallery") for _, _, caption in wanted],
+        seeds=[derive_seed(config.seed, caption, "gallery") for _, _, caption in wanted],
         adapters=[stacks],
         slots=[slot[id(adapter)] for adapter in wanted.values()],
         sampler=config.evaluation.sampler,

@@ -1,4 +1,4 @@
-"""A whole federation on one machine:  python -m simulations.run [key=value …]
+"""A whole federation on one machine:  anther simulate [key=value …]
 
 Composition root: configuration → base, fleet, strategy, grid → rounds → personal adapters → evaluation → report.
 Whatever is finished is on disk; killed at any moment, `resume=true` continues after the last whole round. It comes to
@@ -20,25 +20,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
 
+from common.errors import AntherError
 from conf.cli import application, drop_empty, output_dir, program
 from conf.compose import compose
-from conf.errors import AntherError
-from conf.schemas import Simulation
-from conf.words import quoted
-from simulations import output
-from simulations.display import Display, compare
-from simulations.expected import after_rounds
+from conf.overrides import quoted
+from conf.schemas.simulation import Simulation
+from simulations import run_dir
+from simulations.report.display import Display, compare
+from simulations.report.time_left import after_rounds
 
 if TYPE_CHECKING:
     from protocol.messages import TrainingPlan
-    from server.state import Round, State
+    from server.rounds.state import Round, State
     from simulations.evaluation import Perform
-    from simulations.fleet import Participant
-    from simulations.grid import Grid
-    from simulations.lives import Lives
-    from simulations.log import FleetFacts
-    from simulations.world import World
-    from strategies.federated import Federated
+    from simulations.fleet.outcomes import FleetFacts
+    from simulations.fleet.participants import Participant
+    from simulations.fleet.virtual_fleet import Lives
+    from simulations.grid.cohort import Grid
+    from simulations.setup import World
+    from strategies.strategy import Federated
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main(config: Simulation) -> None:
         try:
             result = simulate(config, folder, display=display, command=shlex.join([*_program(), *overrides]))
         except KeyboardInterrupt:
-            display.stopped(resume_command(overrides, folder) if output.begun(folder) else None)
+            display.stopped(resume_command(overrides, folder) if run_dir.begun(folder) else None)
             drop_empty(str(folder))
             raise
     _finished.append((overrides, result))
@@ -115,39 +115,45 @@ def simulate(
 def _simulate(config: Simulation, folder: Path, display: Display, command: str) -> Result:
     started = time.perf_counter()
     check_time(config)
-    output.check(folder, config)
+    run_dir.check(folder, config)
     display.phase("reading pictures and loading the base" if config.data.pictures else "loading the base")
     if config.grid.name == "ray":
-        from simulations import ray  # before anything else of Flower, which it tells how to be imported
+        from simulations.grid import ray
 
         ray.require()
-    from models import assets  # slow imports, after the first line is on the screen
+    from models.base import assets
     from privacy.storage import Files
     from server.ledger import Ledger
-    from simulations import fleet, world
-    from simulations.lives import lives
+    from simulations import setup
+    from simulations.fleet import participants
+    from simulations.fleet.virtual_fleet import lives
     from strategies.build import build
-    from strategies.full_plan import training_plan
+    from strategies.planning.full_plan import training_plan
 
-    frozen, people, database = here = world.build(config, folder)
-    chosen = fleet.judged(people, config.evaluation.devices)
-    plan = training_plan(config, run=output.config_hash(config)[:16], base=frozen.hash)
+    frozen, people, database = here = setup.build(config, folder)
+    chosen = participants.judged(people, config.evaluation.devices)
+    plan = training_plan(config, run=run_dir.config_hash(config)[:16], base=frozen.hash)
     lived = lives(config, people, folder / "fleet") if config.fleet.timed else None
     strategy = build(
-        config, plan, frozen.sites, accept_simulated=True, ledger=Ledger(Files(folder)),
-        clock=lived.clock if lived else None, base=frozen,
-    )  # fmt: skip
+        config,
+        plan,
+        frozen.sites,
+        accept_simulated=True,
+        ledger=Ledger(Files(folder)),
+        clock=lived.clock if lived else None,
+        base=frozen,
+    )
     from training.memory import budget, check_free
 
     memory = budget(config.cohort.memory_gib, frozen.device)
     check_free(memory, frozen.device)
     hashes = {"base": frozen.hash, "data": assets.digest(assets.locate("typefaces"))}
-    if own := fleet.identity(people):
-        hashes[output.PICTURES] = own
-    memory = output.claim(folder, config, hashes, memory=memory)  # whatever can be refused, was
-    from simulations import results
+    if own := participants.identity(people):
+        hashes[run_dir.PICTURES] = own
+    memory = run_dir.claim(folder, config, hashes, memory=memory)  # whatever can be refused, was
+    from simulations.report import results
 
-    perform = world.performer(config, frozen, memory)
+    perform = setup.performer(config, frozen, memory)
     with grid(config, folder, here, perform, memory, lived) as devices:
         state = federate(config, folder, strategy, plan, devices, people, chosen, display, lived)
     facts = lived.log.rounds if lived else ()
@@ -194,15 +200,15 @@ def grid(
 ) -> AbstractContextManager[Grid]:
     """What drives the devices, while the context lasts."""
     if config.grid.name == "ray":
-        from simulations.ray import ray_grid
+        from simulations.grid.ray import ray_grid
 
         return ray_grid(config, folder, devices=len(here.people), device=here.base.device.type, memory=memory)
-    from simulations.grid import CohortGrid
+    from simulations.grid.cohort import CohortGrid
 
     devices, together = [person.device for person in here.people], config.grid.name == "cohort"
     if lived:
-        from simulations.costs import costs
-        from simulations.timed import TimedGrid
+        from simulations.fleet.costs import costs
+        from simulations.grid.timed import TimedGrid
 
         taken, storage = costs(config, here.base), here.database.together
         return nullcontext(
@@ -223,9 +229,9 @@ def federate(
     lived: Lives | None,
 ) -> State:
     """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
-    from server import checkpoint
-    from server.federation import federate
-    from server.tracker import trackers
+    from server.report.trackers import trackers
+    from server.rounds import checkpoint
+    from server.rounds.federation import federate
 
     saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
     if lived and saved:
@@ -244,10 +250,18 @@ def federate(
             on_round(record)
         display.phase("training" if saved is None or saved.round < config.rounds else "personalising")
         return federate(
-            config, grid=grid, strategy=strategy, plan=plan, saved=saved, checkpoints=folder / "checkpoints",
-            on_round=on_round, present=0 if lived else len(people), clock=lived.clock if lived else None,
-            keep=lived.keep if lived else lambda _: None, personal_on={person.name for person in judged},
-        )  # fmt: skip
+            config,
+            grid=grid,
+            strategy=strategy,
+            plan=plan,
+            saved=saved,
+            checkpoints=folder / "checkpoints",
+            on_round=on_round,
+            present=0 if lived else len(people),
+            clock=lived.clock if lived else None,
+            keep=lived.keep if lived else lambda _: None,
+            personal_on={person.name for person in judged},
+        )
 
 
 def _numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
@@ -256,14 +270,16 @@ def _numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
     Args:
         fleet: what really became of a fleet that lives on a clock of its own.
     """
-    from server.tracker import numbers
+    from server.report.trackers import numbers
 
     values, train = numbers(record), record.train
     if fleet:
         values |= {
-            "hours": fleet.ended / 3600, "fleet_joules": fleet.joules, "battery_joules": fleet.drained,
+            "hours": fleet.ended / 3600,
+            "fleet_joules": fleet.joules,
+            "battery_joules": fleet.drained,
             "lost": sum(fleet.lost.values()),
-        }  # fmt: skip
+        }
         values |= {f"lost/{reason}": count for reason, count in fleet.lost.items()}
         values["late"] = train.dropped.get("late", 0) if train else 0
     return values

@@ -6,28 +6,29 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from conf.errors import AntherError
-from conf.schemas import Simulation
-from models import assets
-from models.adapter import Adapter, Sites
-from models.base import Base
-from models.cores import load_frame
+from common.errors import AntherError
+from common.seeding import derive_seed
+from conf.schemas.simulation import Simulation
+from models.base import assets
+from models.base.base import Base
+from models.lora.adapter import Adapter, Sites
+from models.lora.lora_xs import load_frame
 from privacy.accounting import noise_multiplier_for
 from privacy.central import Adaptive, Gaussian
-from privacy.noise import NoiseSource, source, stream
+from privacy.noise import NoiseSource, source
 from protocol.messages import TrainingPlan
-from strategies.aggregating import aggregation, optimiser, replay
-from strategies.asynchronous import SIZE
+from strategies.aggregation.build import aggregation, optimiser, replay
+from strategies.central_dp import Budget, DeviceLevel, Ledger
 from strategies.clock import Clock
-from strategies.federated import Federated
-from strategies.fitting import Fitting, costs_of
-from strategies.ignored import refuse_ignored
-from strategies.measuring import measuring, spending
-from strategies.planning import Cosine, Limits
-from strategies.private import Budget, DeviceLevel, Ledger
+from strategies.fedbuff import SIZE
+from strategies.planning.plan import Cosine, Limits
+from strategies.planning.site_selection import Fitting, costs_of
+from strategies.private_evaluation import measuring, spending
 from strategies.registry import AGGREGATIONS, Combination, refusal, unfit
-from strategies.selecting import evaluation, selection
+from strategies.selection.build import evaluation, selection
 from strategies.selection.eligible import Eligible
+from strategies.strategy import Federated
+from strategies.unused_settings import refuse_ignored
 
 
 def build(
@@ -106,7 +107,7 @@ def build(
         decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
         device_level=level,
-        replay=replay(config, rule, sites, seed=None if seed is None else stream(seed, "replay")),
+        replay=replay(config, rule, sites, seed=None if seed is None else derive_seed(seed, "replay")),
         quorum=config.strategy.quorum,
         fitting=_fitting(config, base),
         eligible=Eligible(**vars(config.fleet.eligible)),

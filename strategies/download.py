@@ -1,6 +1,6 @@
 """The adapter as it is sent to devices: whole, or in few bits.
 
-In few bits it is rounded at random (`protocol.rounding`), by coins that follow from the adapter itself: to whomever and
+In few bits it is rounded at random (`protocol.quantization`), by coins that follow from the adapter itself: to whomever and
 whenever it is sent, these are the bytes. What devices read of them is what they train from and count their change from;
 the server keeps the adapter as it was. What rounding took it adds to what the round makes of the rest, so that a change
 too small for the grid is not lost: with x̂ = Q(x) and devices' mean change Δ the next adapter is x̂ + Δ + (x − x̂).
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, from_tensors, rank, to_tensors
-from privacy.noise import stream
-from protocol import codec, rounding
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, from_tensors, rank, to_tensors
+from protocol import quantization, tensor_codec
 from protocol.messages import Rounded
 
 FP32 = "fp32"
@@ -29,19 +29,19 @@ class Download(NamedTuple):
     data: bytes
     adapter: Adapter
     rounded: Rounded | None
-    """None: it is whole, as `protocol.codec` has it."""
+    """None: it is whole, as `protocol.tensor_codec` has it."""
 
 
 def download(adapter: Adapter, precision: str) -> Download:
-    """The adapter in `fp32`, or in a precision of `protocol.rounding`."""
+    """The adapter in `fp32`, or in a precision of `protocol.quantization`."""
     tensors = to_tensors(adapter)
-    whole = codec.encode(tensors)
+    whole = tensor_codec.encode(tensors)
     if precision == FP32:
         return Download(whole, adapter, None)
-    coins = torch.Generator().manual_seed(stream(hashlib.sha256(whole).hexdigest(), "download"))
-    data = rounding.encode(tensors, precision, coins)
+    coins = torch.Generator().manual_seed(derive_seed(hashlib.sha256(whole).hexdigest(), "download"))
+    data = quantization.encode(tensors, precision, coins)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    read = from_tensors(rounding.decode(data, shapes, precision))
+    read = from_tensors(quantization.decode(data, shapes, precision))
     return Download(data, read, Rounded(precision=precision, rank=rank(adapter)))
 
 

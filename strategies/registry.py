@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from strategies.aggregation import Linearity
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
@@ -26,8 +26,7 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.asynchronous import SHIFTS
-from strategies.optimisers import FedAvgM, FedOpt, Released
+from strategies.fedbuff import SHIFTS
 from strategies.robust import Filtering
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
@@ -39,13 +38,14 @@ from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
 from strategies.selection.deadline import Deadline
 from strategies.selection.energy import Energy
+from strategies.selection.energy_delay import Thrifty
 from strategies.selection.everyone import Everyone
 from strategies.selection.loss_fair import LossFair
 from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
-from strategies.selection.thrifty import Thrifty
+from strategies.server_optimizers import FedAvgM, FedOpt, Released
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
 

@@ -1,12 +1,12 @@
-"""SCAFFOLD on the server: its control variate through one round (`models.controls`, algorithm 1, line 17)."""
+"""SCAFFOLD on the server: its control variate through one round (`models.lora.scaffold`, algorithm 1, line 17)."""
 
 from __future__ import annotations
 
 import torch
 
-from models.controls import change
+from models.lora.scaffold import change
 from protocol.messages import TrainingPlan
-from strategies.optimisers import Tensors, kept
+from strategies.server_optimizers import Tensors, kept
 
 
 def begun(control: Tensors | None, start: Tensors) -> Tensors:

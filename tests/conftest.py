@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from bench.tiny import ATTENTION, save_pipeline
-from models.base import Base
+from bench.lib.tiny import ATTENTION, save_pipeline
+from models.base.base import Base
 
 
 @pytest.fixture(scope="session")

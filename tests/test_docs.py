@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from conf.audit import Audit
 from conf.explain import known_keys
-from conf.node import Node
-from conf.planning import Plan
-from conf.schemas import Simulation
-from conf.serving import Serve
+from conf.schemas.audit import Audit
+from conf.schemas.node import Node
+from conf.schemas.planning import Plan
+from conf.schemas.server import Serve
+from conf.schemas.simulation import Simulation
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/deploy.md")
-ROOMS = "bench|client|models|privacy|server|simulations|strategies|training|typefaces"
+ROOMS = "bench|client|common|models|privacy|server|simulations|strategies|training|typefaces"
 KEYS = {key for schema in (Simulation, Serve, Node, Audit, Plan) for key in known_keys(schema)}
 OTHERS = {
     "hydra.run.dir",
     "memory",  # cgroup_enable=memory, on a kernel's command line
     "cgroup_enable",
-    "out",  # of models.pack
+    "out",  # of models.quantization.pack
     "overrides",  # of Flower's own run
     "preset",
 }
@@ -67,7 +67,9 @@ def test_every_key_is_one_of_a_schema(page: str) -> None:
 def test_every_key_that_is_named_alone_is_one_of_a_schema() -> None:
     heads = "|".join(sorted({key.partition(".")[0] for key in KEYS if "." in key}))
     named = {key for part in code("docs/deploy.md") for key in re.findall(rf"^((?:{heads})\.[a-z_.]+)$", part)}
-    named = {key for key in named if not (ROOT / f"{key.replace('.', '/')}.py").exists()}  # server.keys is a module
+    named = {
+        key for key in named if not (ROOT / f"{key.replace('.', '/')}.py").exists()
+    }  # server.gateway.keys is a module
     assert len(named) > 8
     assert named - KEYS - {"server.conf"} == set()
 
@@ -89,7 +91,7 @@ def test_every_heading_that_is_linked_is_there() -> None:
 def said() -> list[str]:
     """Every text of the programs; what is filled into one is an ellipsis."""
     found = []
-    for room in ("client", "server", "strategies", "privacy", "protocol", "models", "conf"):
+    for room in ("client", "server", "strategies", "privacy", "protocol", "models", "conf", "common"):
         for file in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

@@ -18,6 +18,7 @@ ROOMS = {
     "models",
     "privacy",
     "protocol",
+    "common",
     "server",
     "simulations",
     "strategies",

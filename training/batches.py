@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from privacy.noise import stream
-from training import streams
+from common import counter_rng
+from common.seeding import derive_seed
 from training.jobs import Prior, Train
 
 
@@ -41,9 +41,9 @@ class Batches:
     def __init__(self, job: Train) -> None:
         self._job = job
         key = (job.seed, job.client, job.round, job.purpose)
-        self._key = stream(*key)
+        self._key = derive_seed(*key)
         self._generator = torch.Generator().manual_seed(self._key)
-        self._names = np.array([stream(*key, name) for name in job.names], np.int64)
+        self._names = np.array([derive_seed(*key, name) for name in job.names], np.int64)
         self._queue = np.empty(0, np.int64)
         self._step = 0
 
@@ -60,12 +60,12 @@ class Batches:
             shuffle = torch.randperm(self._job.pictures, generator=self._generator).numpy()
             self._queue = np.concatenate([self._queue, shuffle])
         pictures, self._queue = self._queue[:size], self._queue[size:]
-        key = streams.child(self._key, self._step)
+        key = counter_rng.child(self._key, self._step)
         views = self._job.views
         return Batch(
             examples=pictures * views + self._step % views,
-            phases=stratified(streams.uniform(key), np.arange(size), size),
-            noise_keys=streams.child(key, np.arange(size)),
+            phases=stratified(counter_rng.uniform(key), np.arange(size), size),
+            noise_keys=counter_rng.child(key, np.arange(size)),
             weights=np.full(size, 1 / size),
             per_unit=1,
         )
@@ -85,12 +85,12 @@ class Batches:
         assert noise
         pictures = noise.poisson_batch(self._job.pictures, privacy.sampling_rate).numpy()
         draws, views = privacy.draws, self._job.views
-        keys = streams.child(self._names[pictures], self._step).repeat(draws)
+        keys = counter_rng.child(self._names[pictures], self._step).repeat(draws)
         turns = np.tile(np.arange(draws), len(pictures))
         return Batch(
             examples=pictures.repeat(draws) * views + (self._step * draws + turns) % views,
-            phases=stratified(streams.uniform(keys), turns, draws),
-            noise_keys=streams.child(keys, turns),
+            phases=stratified(counter_rng.uniform(keys), turns, draws),
+            noise_keys=counter_rng.child(keys, turns),
             weights=np.full(len(turns), 1 / draws),
             per_unit=draws,
         )
@@ -106,7 +106,7 @@ def stratified(starts: np.ndarray, places: np.ndarray, strata: int) -> np.ndarra
 
 def _with_partners(batch: Batch, job: Train, prior: Prior) -> Batch:
     """Each entry followed by its partner: the same timestep, another noise, an example of the prior."""
-    partner = streams.child(batch.noise_keys, 0)
+    partner = counter_rng.child(batch.noise_keys, 0)
     chosen = (partner.view(np.uint64) % np.uint64(len(prior.examples))).astype(np.int64)
     return Batch(
         examples=_woven(batch.examples, len(job.examples) + chosen),

@@ -8,18 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from conf.errors import AntherError
-from conf.units import GIB
-from models.denoiser import Denoiser
-from models.slots import Stacks
+from common.errors import AntherError
+from common.units import GIB
+from models.base.denoiser import Denoiser
+from models.lora.batched_lora import Stacks
 from training import memory
-from training.gradients import gradients, on_device, reduce
+from training.buffers import Rows, Shape, common_bytes, row_bytes
 from training.jobs import Train
-from training.packing import Pack
-from training.passes import single_threaded_layers, workers
-from training.rows import Rows, Shape, common_bytes, row_bytes
+from training.microbatching import Pack
+from training.parallel_passes import single_threaded_layers, workers
+from training.step import gradients, on_device, reduce
 
-LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.cohort`
+LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.throughput.cohort`
 
 
 class TooLittleMemoryError(AntherError):

@@ -8,14 +8,14 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from conf.errors import AntherError
-from models.base import Base
-from models.decoding import TILE
-from models.slots import stack_adapters, to_device
+from common.errors import AntherError
+from models.base.base import Base
+from models.diffusion.decoding import TILE
+from models.lora.batched_lora import stack_adapters, to_device
+from training.cohort import train
 from training.inference import draw_under, each_loss, held_out_losses
 from training.jobs import Cancelled, Draw, Drawn, Encode, Examples, Job, Measure, MeasureEach, Result, Train, never
 from training.memory import for_looking, for_training
-from training.trainer import train
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def perform(
         memory: bytes of the base's device that jobs may take (`training.memory.budget`). Training takes most of it,
             and keeps it for the next time.
         timesteps: fixed timesteps of a held-out loss.
-        compiled: as for `training.trainer.train`.
+        compiled: as for `training.cohort.train`.
         cancelled: asked between the passes of all that isn't training, whose jobs have such a question of their own;
             when it says so, the jobs of that kind yield Cancelled.
     """
@@ -123,9 +123,16 @@ def draw(base: Base, job: Draw, memory: int, cancelled: Callable[[], bool] = nev
     """One job's pictures, or what kept them from being drawn."""
     try:
         latents = draw_under(
-            base, job.captions, job.adapters, seed=job.seed, sampler="dpm", steps=job.steps, guidance=1.5,
-            memory=memory, cancelled=cancelled,
-        )  # fmt: skip
+            base,
+            job.captions,
+            job.adapters,
+            seed=job.seed,
+            sampler="dpm",
+            steps=job.steps,
+            guidance=1.5,
+            memory=memory,
+            cancelled=cancelled,
+        )
         return Drawn(base.decode(latents, tile=TILE))
     except Exception as error:  # whatever it is, it is this job's alone
         return error

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter
-from models.base import Base
-from models.denoiser import Denoiser
-from models.objective import noised, per_example_loss, target
-from models.sampling import noises_of, sample
-from models.slots import Stacks, select, stack_adapters, to_device
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.base.base import Base
+from models.base.denoiser import Denoiser
+from models.diffusion.objective import noised, per_example_loss, target
+from models.diffusion.sampling import noises_of, sample
+from models.lora.adapter import Adapter
+from models.lora.batched_lora import Stacks, select, stack_adapters, to_device
 from training.capacity import pictures_within
 from training.jobs import Cancelled, Examples, never
-from training.passes import pass_size, run_passes, without_denormals
+from training.parallel_passes import pass_size, run_passes, without_denormals
 
 
 def held_out_losses(
@@ -88,7 +88,7 @@ def _losses(
         parts: the entries of each pass, N · timesteps in all: an example's looks lie side by side.
     """
     times = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().to(base.device)
-    generator = torch.Generator().manual_seed(stream("held-out"))
+    generator = torch.Generator().manual_seed(derive_seed("held-out"))
     precise = torch.zeros((), dtype=base.precise, device=base.device)
     noise = torch.randn(int(place.max()) + 1, timesteps, *pools[0].latents.shape[1:], generator=generator).to(precise)
     latents = torch.cat([pool.latents for pool in pools]).to(precise)
@@ -137,9 +137,15 @@ def draw(
         _ask(cancelled)
         with base.lending([select(stacks, index[part]) for stacks in adapters]) as denoise:
             return sample(
-                sampler, denoise, base.schedule, list(noises[:, part]), context[part], steps=steps,
-                guidance=strength, null_context=null,
-            )  # fmt: skip
+                sampler,
+                denoise,
+                base.schedule,
+                list(noises[:, part]),
+                context[part],
+                steps=steps,
+                guidance=strength,
+                null_context=null,
+            )
 
     most = pictures_within(base, noises.shape[2:], context.shape[1:], adapters, memory)
     parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), most))
@@ -159,12 +165,20 @@ def draw_under(
     cancelled: Callable[[], bool] = never,
 ) -> Tensor:
     """Scaled latents [n, c, h, w] for the captions, all under the same adapters on top of each other."""
-    seeds = [stream(seed, caption, "draw") for caption in captions]
+    seeds = [derive_seed(seed, caption, "draw") for caption in captions]
     stacks = [to_device(stack_adapters(base.sites, [adapter]), base.like) for adapter in adapters]
     return draw(
-        base, captions, seeds, stacks, [0] * len(captions), sampler=sampler, steps=steps, guidance=guidance,
-        memory=memory, cancelled=cancelled,
-    )  # fmt: skip
+        base,
+        captions,
+        seeds,
+        stacks,
+        [0] * len(captions),
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        memory=memory,
+        cancelled=cancelled,
+    )
 
 
 def _ask(cancelled: Callable[[], bool]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from models.adapter import Adapter
+from models.lora.adapter import Adapter
 from privacy.noise import NoiseSource
 
 
@@ -110,7 +110,7 @@ class Train:
     seed: int  # of the ordinary stream: timesteps, diffusion noise, non-private batches
     examples: Examples
     start: Adapter  # where the trained adapter starts, at the sites that are trained
-    trains: str = "both"  # 'both' | 'a' | 'b' | 'cores': what of it is trained (`models.trained`)
+    trains: str = "both"  # 'both' | 'a' | 'b' | 'cores': what of it is trained (`models.lora.trainable`)
     frozen: Adapter | None = None  # adapter underneath it, not trained
     frame: Adapter | None = None  # with cores: A and orthonormal L that stay, of each B = L C only C is trained
     steps: int

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from conf.errors import AntherError
-from conf.units import GIB
-from models.storages import LiveStorages
+from common.errors import AntherError
+from common.units import GIB
+from models.footprint.tensor_memory import LiveStorages
 
 SHARE = {"cpu": 0.25, "cuda": 0.6}  # of the total, where nobody says otherwise
 WORKSPACE = {"cpu": 1.15, "cuda": 1.3}  # what kernels and allocators take beside the tensors that can be counted

@@ -2,9 +2,9 @@
 
 For each adaptable layer W of the glyph base, the leading eigenvectors of Σ GᵀG and Σ GGᵀ, where G is the gradient that
 one public family's letters have on W: the rows of A and the columns of L between which cores are trained
-(`models.cores`). LoRA-SB takes them from the first gradient on the data itself (Singhal et al., 2024,
+(`models.lora.lora_xs`). LoRA-SB takes them from the first gradient on the data itself (Singhal et al., 2024,
 arXiv:2411.19557), which under privacy would have to be paid for; public letters cost nothing. Leaves
-`assets/glyphs-frame/frame.safetensors`; `python -m models.assets --pin` then makes it the one that ships.
+`assets/glyphs-frame/frame.safetensors`; `anther assets --pin` then makes it the one that ships.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.base import Base, load
-from models.objective import noised, per_example_loss, target
+from models.base.base import Base, load
+from models.diffusion.objective import noised, per_example_loss, target
 from typefaces import dataset
 
 FILE = Path(__file__).with_name("assets") / "glyphs-frame" / "frame.safetensors"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from typefaces.dataset import GLYPHS, MERGED
 
 FOLDER = Path(__file__).parent / "assets" / "judge"

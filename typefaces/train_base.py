@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
+from common.errors import AntherError
 from conf.cli import application
-from conf.errors import AntherError
-from conf.pretraining import TrainBase, Training
+from conf.schemas.pretraining import TrainBase, Training
 from typefaces import dataset
 from typefaces.judge import load as load_judge
 from typefaces.pretraining import architecture, corpus, evaluation

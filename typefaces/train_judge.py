@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from conf.cli import application
-from conf.pretraining import TrainJudge
+from conf.schemas.pretraining import TrainJudge
 from typefaces import dataset
 from typefaces.dataset import MERGED
 from typefaces.judge import STYLE, Judge, JudgeNetwork

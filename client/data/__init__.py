@@ -17,16 +17,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from client.data.metadata import EXAMPLE, METADATA, Files, Tell, captions, stop
 from client.data.reading import WHITE
-from client.data.sheets import EXAMPLE, METADATA, Files, Tell, captions, stop
 from client.data.splits import SPLITS, check_depth, split_folders, split_of
-from client.data.stored import Absent, Stored
-from conf.errors import AntherError, refused
+from client.data.stored_picture import Absent, Stored
+from common.errors import AntherError, refused
 from training.jobs import Picture
 
 __all__ = [
-    "EXAMPLE", "METADATA", "SPLITS", "WHITE", "Absent", "Pictures", "Stored", "fingerprint", "load_folder", "split_of",
-]  # fmt: skip
+    "EXAMPLE",
+    "METADATA",
+    "SPLITS",
+    "WHITE",
+    "Absent",
+    "Pictures",
+    "Stored",
+    "fingerprint",
+    "load_folder",
+    "split_of",
+]
 
 
 class Pictures(NamedTuple):
@@ -79,10 +88,12 @@ def _load(root: Path, background: str, tell: Tell) -> Pictures:
         check_depth(root, found)
         split = {name: [file for file in found if split_of(file) == name] for name in SPLITS}
         if not split["train"]:
-            tell(AntherError(
-                f"{root}: by their names none of the pictures ({len(found)}) is to train on; add some, or sort them "
-                f"into folders {', '.join(SPLITS)}"
-            ))  # fmt: skip
+            tell(
+                AntherError(
+                    f"{root}: by their names none of the pictures ({len(found)}) is to train on; add some, or sort them "
+                    f"into folders {', '.join(SPLITS)}"
+                )
+            )
 
     def picture(file: str) -> Picture:
         caption = found[file]

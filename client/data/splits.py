@@ -7,20 +7,47 @@ import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from conf.errors import AntherError, shown
-from privacy.noise import stream
+from common.errors import AntherError, shown
+from common.seeding import derive_seed
 
 SPLITS = ("train", "validation", "test")
 _WORDS = {
-    "train": "train", "training": "train", "trn": "train",
-    "validation": "validation", "val": "validation", "valid": "validation", "validate": "validation",
-    "dev": "validation", "development": "validation",
-    "test": "test", "tests": "test", "testing": "test", "tst": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "trn": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "validate": "validation",
+    "dev": "validation",
+    "development": "validation",
+    "test": "test",
+    "tests": "test",
+    "testing": "test",
+    "tst": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 _NEUTRAL = {
-    "data", "dataset", "file", "files", "folder", "image", "images", "img", "imgs", "photo", "photos", "pic", "pics",
-    "picture", "pictures", "set", "split", "subset",
-}  # fmt: skip
+    "data",
+    "dataset",
+    "file",
+    "files",
+    "folder",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "photo",
+    "photos",
+    "pic",
+    "pics",
+    "picture",
+    "pictures",
+    "set",
+    "split",
+    "subset",
+}
 _BEGINNINGS = {"train": "train", "trn": "train", "val": "validation", "test": "test", "eval": "test"}
 
 
@@ -35,7 +62,7 @@ def split_of(file: str) -> str:
     """
     name = Path(file).with_suffix("").as_posix()
     bare = name.rstrip("0123456789")
-    turn = stream("split", bare) + int(name[len(bare) :] or 0)
+    turn = derive_seed("split", bare) + int(name[len(bare) :] or 0)
     return {0: "validation", 1: "test"}.get(turn % 5, "train")
 
 

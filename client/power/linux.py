@@ -8,7 +8,7 @@ from pathlib import Path
 
 from client.power.conditions import Conditions
 from client.power.system import System
-from conf.units import MIB
+from common.units import MIB
 
 # Cooling by running slower, as the kernel calls it (recalled: `Processor` of ACPI, the others of cpufreq); a fan that
 # turns is no sign of it.

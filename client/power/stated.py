@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 from client.power.conditions import ESTIMATE, MEASURED, Conditions
-from conf.errors import AntherError
+from common.errors import AntherError
 
 COVERS = "what the file says of the device"
 

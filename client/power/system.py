@@ -48,9 +48,13 @@ class System:
             return None
         try:
             done = subprocess.run(
-                [program, *command[1:]], capture_output=True, stdin=subprocess.DEVNULL, timeout=self.timeout,
-                env=os.environ | {"LC_ALL": "C"}, check=False,
-            )  # fmt: skip
+                [program, *command[1:]],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=self.timeout,
+                env=os.environ | {"LC_ALL": "C"},
+                check=False,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return None if done.returncode else done.stdout.decode(errors="replace")

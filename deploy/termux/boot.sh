@@ -4,7 +4,7 @@
 termux-wake-lock
 trap 'termux-wake-unlock' EXIT
 while :; do
-    proot-distro login debian -- /usr/local/bin/anther client.run >>"$HOME/anther.log" 2>&1
+    proot-distro login debian -- /usr/local/bin/anther device run >>"$HOME/anther.log" 2>&1
     [ $? -ne 2 ] || break
     sleep 20
 done

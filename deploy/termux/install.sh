@@ -4,7 +4,7 @@
 #   in Termux     pkg install proot-distro termux-api && proot-distro install debian
 #                 git clone … anther && proot-distro login debian --bind "$PWD/anther:/srv/anther"
 #   in Debian     /srv/anther/deploy/termux/install.sh
-#                 anther client.enroll data=FOLDER
+#                 anther device enroll data=FOLDER
 #
 # SOURCE and TORCH are as for deploy/venv.sh; the lock's PyTorch runs on any 64-bit ARM. It makes /opt/anther,
 # /usr/local/bin/anther (which keeps its state in ~/.anther), and where it sees Termux's home a script there that

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conf.errors import AntherError, shown
-from models import loading, packed
+from common.errors import AntherError, shown
+from models.base import loading
+from models.diffusion.objective import Schedule
 from models.families import encoders
 from models.families.checks import check
 from models.families.family import Family
@@ -22,7 +23,7 @@ from models.families.schedules import schedule_of
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
-from models.objective import Schedule
+from models.quantization import packed
 
 FAMILIES = {family.pipeline: family for family in (STABLE_DIFFUSION, SDXL, PIXART, SD3, FLUX, SANA)}
 

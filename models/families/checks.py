@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.errors import AntherError, shown
+from common.errors import AntherError, shown
 from models.families.family import Family
-from models.packed import class_of
+from models.quantization.packed import class_of
 
 _LARGEST = 2**14  # largest number in a network's configuration: no published one comes near
 _LAYERS = 2**9  # most layers
 _SIDE = 2**13  # latents
 _CHANNELS = 2**12
 _TYPES: dict[type, tuple[type, ...]] = {  # some keys have one value per level
-    float: (int, float), int: (int, float, list, tuple), str: (str, list, tuple), bool: (bool, list, tuple),
+    float: (int, float),
+    int: (int, float, list, tuple),
+    str: (str, list, tuple),
+    bool: (bool, list, tuple),
     tuple: (list, tuple),
-}  # fmt: skip
+}
 _LATENTS_OF = {"AutoencoderKL": 4, "AutoencoderDC": 32, "AutoencoderTiny": 4}  # where a VAE's file doesn't say
 
 

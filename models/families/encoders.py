@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.errors import AntherError, shown
-from models import loading, spiece
+from common.errors import AntherError, shown
+from models.base import loading
+from models.families import sentencepiece
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Gemma2Model")
 TOKENIZERS = tuple(f"{kind}Tokenizer{end}" for kind in ("CLIP", "T5", "Gemma") for end in ("", "Fast"))
@@ -55,15 +56,15 @@ def load(folder: Path, names: tuple[str, ...], classes: Mapping[str, str], *, em
 
 
 def _tokenizer(kind: Any, folder: Path) -> Any:
-    if (folder / spiece.FILE).is_file() and not (folder / "tokenizer.json").is_file() and "T5" in kind.__name__:
-        found = spiece.t5_tokenizer(folder)
+    if (folder / sentencepiece.FILE).is_file() and not (folder / "tokenizer.json").is_file() and "T5" in kind.__name__:
+        found = sentencepiece.t5_tokenizer(folder)
     else:
         found = loading.from_pretrained(kind, folder, dtype=None, use_safetensors=None)
     special = set(found.all_special_tokens)
     words = {_MARKS.sub("", token) for token in found.get_vocab() if not _SENTINEL.fullmatch(token)} - special - {""}
     if len(words) < 2:  # a single word can't distinguish two captions
         raise AntherError(
-            f"{folder}: has no vocabulary (tokenizer.json, or vocab.json and merges.txt, or {spiece.FILE}): "
+            f"{folder}: has no vocabulary (tokenizer.json, or vocab.json and merges.txt, or {sentencepiece.FILE}): "
             "copy it again"
         )
     return found

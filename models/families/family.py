@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.denoiser import Forward
-from models.kohya import Kohya
+from models.base.denoiser import Forward
+from models.export.kohya import Kohya
 
 ATTENTION = r".*\.attn[12]?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
 """The projections of every attention, with those of the text where it runs along: what most LoRAs adapt."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.export.kohya import Kohya, Place, qkv, renamed
 from models.families.family import Family, Latents, pack, packed_rows, unpack
-from models.kohya import Kohya, Place, qkv, renamed
 
 _SIDE = 128  # of the latents of 1024 pixels: the pipeline's own default, since the network's configuration has none
 
@@ -35,10 +35,15 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     tokens, pooled = unpack(context[:, :-1], config.pooled_projection_dim)
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     output: Tensor = network(
-        patches(x), encoder_hidden_states=tokens, pooled_projections=pooled, timestep=t / 1000,
+        patches(x),
+        encoder_hidden_states=tokens,
+        pooled_projections=pooled,
+        timestep=t / 1000,
         guidance=context[:, -1, 0] if config.guidance_embeds else None,
-        img_ids=places(height, width, like=x), txt_ids=x.new_zeros(tokens.shape[1], 3), return_dict=False,
-    )[0]  # fmt: skip
+        img_ids=places(height, width, like=x),
+        txt_ids=x.new_zeros(tokens.shape[1], 3),
+        return_dict=False,
+    )[0]
     return picture(output, height, width)
 
 

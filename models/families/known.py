@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.errors import AntherError, summary
-from models import assets
+from common.errors import AntherError, summary
+from models.base import assets
 from models.families.checkpoint import recognise
 from models.families.family import Family
 from models.families.flux import FLUX
@@ -82,10 +82,17 @@ def _unet(attention: int, **changes: Any) -> Known:
 
 def _sd3(heads: int, **changes: Any) -> Known:
     config = {
-        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64,
-        "num_attention_heads": heads, "joint_attention_dim": 4096, "caption_projection_dim": 64 * heads,
-        "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
-    }  # fmt: skip
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "attention_head_dim": 64,
+        "num_attention_heads": heads,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 64 * heads,
+        "pooled_projection_dim": 2048,
+        "qk_norm": "rms_norm",
+    }
     return Known(family=SD3, config=config | changes)
 
 
@@ -95,9 +102,12 @@ def _sana(**changes: Any) -> Known:
 
 _FEWER = {"layers_per_block": 1}
 _TINY = {
-    **_FEWER, "mid_block_type": None, "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-}  # fmt: skip
+    **_FEWER,
+    "mid_block_type": None,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
 
 KNOWN: dict[str, Known] = {
     "sd15": _unet(768),  # stable-diffusion-v1-5
@@ -108,18 +118,26 @@ KNOWN: dict[str, Known] = {
     "sdxl": Known(  # stable-diffusion-xl-base-1.0
         family=SDXL,
         config={
-            "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "cross_attention_dim": 2048,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         },
     ),
     "pixart-sigma": Known(  # PixArt-Sigma-XL-2-1024-MS
         family=PIXART,
         config={
-            "sample_size": 128, "num_layers": 28, "caption_channels": 4096, "interpolation_scale": 2,
+            "sample_size": 128,
+            "num_layers": 28,
+            "caption_channels": 4096,
+            "interpolation_scale": 2,
             "use_additional_conditions": False,
         },
     ),
@@ -129,7 +147,10 @@ KNOWN: dict[str, Known] = {
     "flux-schnell": Known(family=FLUX, config={"guidance_embeds": False}),
     "sana-1600m": _sana(),  # Sana_1600M_1024px
     "sana-600m": _sana(
-        num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72,
+        num_attention_heads=36,
+        num_layers=28,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
         cross_attention_dim=1152,
     ),
-}  # fmt: skip
+}

@@ -23,9 +23,13 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     """Of a network that predicts its variance too, only the first half is trained and drawn with."""
     tokens, mask = unpack_mask(context)
     output: Tensor = network(
-        x, encoder_hidden_states=tokens, encoder_attention_mask=mask, timestep=t,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
-    )[0]  # fmt: skip
+        x,
+        encoder_hidden_states=tokens,
+        encoder_attention_mask=mask,
+        timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
     return output[:, : x.shape[1]]
 
 

@@ -17,9 +17,11 @@ from models.families.family import Family, masked_captions, own_latents, pack, u
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
     instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
     tokens, mask, _, _ = pipeline.encode_prompt(
-        caption or "", do_classifier_free_guidance=False, device=pipeline.device,
+        caption or "",
+        do_classifier_free_guidance=False,
+        device=pipeline.device,
         complex_human_instruction=None if caption is None else instruction,
-    )  # fmt: skip
+    )
     return pack(tokens[0], mask[0])
 
 
@@ -27,9 +29,12 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     config: Any = network.config
     tokens, mask = unpack_mask(context)
     output: Tensor = network(
-        x, encoder_hidden_states=tokens, encoder_attention_mask=mask, timestep=t * config.timestep_scale,
+        x,
+        encoder_hidden_states=tokens,
+        encoder_attention_mask=mask,
+        timestep=t * config.timestep_scale,
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     return output
 
 

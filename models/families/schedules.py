@@ -13,12 +13,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from conf.errors import AntherError, shown
-from models.objective import Schedule, diffusion, rectified_flow
+from common.errors import AntherError, shown
+from models.diffusion.objective import Schedule, diffusion, rectified_flow
 
 _BETAS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-)  # fmt: skip
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 _LONGEST = 10_000  # places: the largest published schedule has 1,000

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.export.kohya import Kohya, qkv, renamed
 from models.families.family import Family, own_latents, pack, packed_rows, unpack
-from models.kohya import Kohya, qkv, renamed
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -21,9 +21,9 @@ def _encode(pipeline: Any, caption: str | None) -> Tensor:
 def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
     config: Any = network.config
     tokens, pooled = unpack(context, config.pooled_projection_dim)
-    output: Tensor = network(
-        x, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=t, return_dict=False
-    )[0]  # fmt: skip
+    output: Tensor = network(x, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=t, return_dict=False)[
+        0
+    ]
     return output
 
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.export.kohya import UNET_KOHYA
 from models.families.family import Family, own_latents, pack, packed_rows, unpack
-from models.kohya import UNET_KOHYA
 
 _SCALE = 8  # pixels of a latent, of every SDXL VAE
 

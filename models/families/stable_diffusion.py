@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.denoiser import call_unet
+from models.base.denoiser import call_unet
+from models.export.kohya import UNET_KOHYA
 from models.families.family import Family, own_latents
-from models.kohya import UNET_KOHYA
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:

@@ -4,7 +4,7 @@
     GET  /v1/anther/hello    protocol versions, base, clock: a device's first request
     POST /v1/anther/enrol    enrol with a ticket and a public key
     GET  /v1/anther/in       whether the caller is enrolled
-    /v1/anther/base/…        the base in pieces, for enrolled devices (`server.shelf`)
+    /v1/anther/base/…        the base in pieces, for enrolled devices (`server.gateway.base_files`)
     POST /v1/fleet/…         Flower's fleet protocol, for enrolled devices (`server.gateway.fleet`)
 
 The sender is authenticated by a signature before a body is read. A request is never forwarded: the gateway answers it,
@@ -32,19 +32,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 
-from conf.errors import AntherError
-from conf.serving import Limits
-from protocol import messages, plain
-from protocol.hello import Enrolment, Hello
+from common import strict_json
+from common.errors import AntherError
+from conf.schemas.server import Limits
+from protocol import messages
+from protocol.handshake import Enrolment, Hello
 from server.gateway import calls, identity
 from server.gateway.calls import Call
+from server.gateway.device_registry import Member, Register
 from server.gateway.fleet import Caller, Fleet, Passed
 from server.gateway.identity import Claim
 from server.gateway.limits import COMING, PIECE, Budget
 from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
 from server.gateway.replies import Bound
 from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
-from server.register import Member, Register
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,11 @@ class Gateway:
     def __post_init__(self) -> None:
         self.budget = Budget(self.limits)
         self.fleet = Fleet(
-            SuperLinkClient(self.inside, self.verify, self.transport), lambda: Bound.of(self.largest()), self.folder,
+            SuperLinkClient(self.inside, self.verify, self.transport),
+            lambda: Bound.of(self.largest()),
+            self.folder,
             registering=not self.authority,
-        )  # fmt: skip
+        )
 
     def app(self) -> Starlette:
         inside = Starlette(routes=[Route("/v1/anther/in", self._is_in), *self.shelf])
@@ -125,7 +128,7 @@ class Gateway:
     async def _enrol(self, request: Request) -> Response:
         try:
             body = await _body(request, _ENROLMENT)
-            asked = plain.from_plain(Enrolment, plain.loads(body))
+            asked = strict_json.from_plain(Enrolment, strict_json.loads(body))
             check_version(asked.protocol)
             key = identity.canonical(asked.key)
             if not (0 < len(asked.name) <= 64 and asked.name.isprintable()):
@@ -308,4 +311,4 @@ def _refused(refusal: Refusal, request: Request) -> Response:
 
 
 def _json(value: Any) -> Response:
-    return Response(plain.dumps(value), media_type="application/json")
+    return Response(strict_json.dumps(value), media_type="application/json")

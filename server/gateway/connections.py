@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from conf.serving import Limits
+from conf.schemas.server import Limits
 
 _GRACE = 60.0  # seconds in which a request's speed isn't checked
 _PER_KEY = 32  # connections of one device

@@ -167,9 +167,16 @@ def _rebuilt(head: Message) -> Message:
     """Copy the fields of a reply's head, and no others."""
     kept, metadata = Message(), head.metadata
     for name in (
-        "run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type",
-        "created_at", "ttl",
-    ):  # fmt: skip
+        "run_id",
+        "message_id",
+        "src_node_id",
+        "dst_node_id",
+        "reply_to_message_id",
+        "group_id",
+        "message_type",
+        "created_at",
+        "ttl",
+    ):
         setattr(kept.metadata, name, getattr(metadata, name))
     if head.HasField("error"):
         kept.error.CopyFrom(head.error)

@@ -84,10 +84,15 @@ class Fleet:
         if message.node.node_id != conversation.node:
             raise hostile("another node's id", UNKNOWN)
         handlers: dict[Call, Callable[[Any, Caller, Conversation], Awaitable[Message]]] = {
-            calls.HEARTBEAT: self._heartbeat, calls.PULL_MESSAGES: self._pull_messages, calls.GET_RUN: self._get_run,
-            calls.GET_FAB: self._get_fab, calls.PULL_OBJECT: self._pull_object, calls.CONFIRM: self._confirm,
-            calls.PUSH_MESSAGES: self._push_messages, calls.PUSH_OBJECT: self._push_object,
-        }  # fmt: skip
+            calls.HEARTBEAT: self._heartbeat,
+            calls.PULL_MESSAGES: self._pull_messages,
+            calls.GET_RUN: self._get_run,
+            calls.GET_FAB: self._get_fab,
+            calls.PULL_OBJECT: self._pull_object,
+            calls.CONFIRM: self._confirm,
+            calls.PUSH_MESSAGES: self._push_messages,
+            calls.PUSH_OBJECT: self._push_object,
+        }
         return await handlers[call](message, caller, conversation)
 
     async def _come(self, call: Call, message: Any, caller: Caller) -> Message:
@@ -115,9 +120,10 @@ class Fleet:
     async def _heartbeat(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
         del message
         return await self._ask(
-            calls.HEARTBEAT, _request(calls.HEARTBEAT, conversation, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
+            calls.HEARTBEAT,
+            _request(calls.HEARTBEAT, conversation, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL),
             caller,
-        )  # fmt: skip
+        )
 
     async def _pull_messages(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
         del message
@@ -211,9 +217,12 @@ class Fleet:
         reply.tries += 1
         run = reply.head.metadata.run_id
         asked = _request(
-            calls.PUSH_MESSAGES, conversation, messages_list=[reply.head], message_object_trees=[reply.tree],
+            calls.PUSH_MESSAGES,
+            conversation,
+            messages_list=[reply.head],
+            message_object_trees=[reply.tree],
             clientapp_runtime_list=[reply.runtime],
-        )  # fmt: skip
+        )
         try:
             found = await self._ask(calls.PUSH_MESSAGES, asked, caller)
             wanted = set(found.objects_to_push)
@@ -222,11 +231,15 @@ class Fleet:
                 stored = await self._ask(
                     calls.PUSH_OBJECT,
                     _request(
-                        calls.PUSH_OBJECT, conversation, run_id=run, object_id=identifier, object_content=content,
+                        calls.PUSH_OBJECT,
+                        conversation,
+                        run_id=run,
+                        object_id=identifier,
+                        object_content=content,
                         session_id=found.session_id,
                     ),
                     caller,
-                )  # fmt: skip
+                )
                 if not stored.stored:
                     status = LATER if reply.tries < _TRIES else NOT_YOURS
                     raise Refusal(status, "the server doesn't take this reply")

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from starlette.datastructures import Headers
 
-from conf.errors import AntherError
+from common.errors import AntherError
 
 KEY, TIME, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 TOLERANCE = 300.0  # seconds that clocks may differ
@@ -86,7 +86,7 @@ def canonical(key: str) -> str:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         found = None
     if not isinstance(found, ec.EllipticCurvePublicKey) or found.curve.name != _CURVE:
-        raise AntherError("the public key must be ecdsa-sha2-nistp384, as python -m client.enroll makes it")
+        raise AntherError("the public key must be ecdsa-sha2-nistp384, as anther device enroll makes it")
     return written(found)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from conf.serving import Limits
+from conf.schemas.server import Limits
 from server.gateway.refusal import LATER, Refusal
 
 HOSTILE = 30.0  # requests that a hostile one (never sent by our SuperNodes) counts as

@@ -12,10 +12,10 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from server.gateway.app import Gateway
 from server.gateway.connections import Connection, Connections, Listener, Phase
-from server.superlink import Certificates
+from server.supervisor.superlink import Certificates
 
 _HEAD = 16 << 10  # bytes of a request's head
 _BACKLOG = 512
@@ -92,11 +92,23 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
     protocol = type("Protocol", (WatchedProtocol,), {"admitted": connections})
     listener = _listener(host, port, connections)
     config = uvicorn.Config(
-        gateway.app(), http=protocol, ws="none", loop="asyncio", lifespan="off", interface="asgi3", log_level="error",
-        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5, backlog=_BACKLOG,
-        timeout_keep_alive=_KEEP_ALIVE, h11_max_incomplete_event_size=_HEAD,
-        ssl_certfile=certificates and str(certificates.certificate), ssl_keyfile=certificates and str(certificates.key),
-    )  # fmt: skip
+        gateway.app(),
+        http=protocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        interface="asgi3",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE,
+        h11_max_incomplete_event_size=_HEAD,
+        ssl_certfile=certificates and str(certificates.certificate),
+        ssl_keyfile=certificates and str(certificates.key),
+    )
     server = _Server(config)
     server.connections = connections
     thread = threading.Thread(target=server.run, args=([listener],), name="gateway", daemon=True)

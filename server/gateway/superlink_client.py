@@ -54,9 +54,13 @@ class SuperLinkClient:
         """
         if self._client is None or self._slots is None:  # in the gateway's own event loop
             self._client = httpx.AsyncClient(
-                base_url=self.address, verify=self.verify, timeout=_TIMEOUT, trust_env=False, transport=self.transport,
+                base_url=self.address,
+                verify=self.verify,
+                timeout=_TIMEOUT,
+                trust_env=False,
+                transport=self.transport,
                 follow_redirects=False,
-            )  # fmt: skip
+            )
             self._slots = asyncio.Semaphore(_AT_ONCE)
         own = {"content-type": PROTOBUF, "accept": PROTOBUF}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from models.adapter import Adapter, Factors
+from models.lora.adapter import Adapter, Factors
 
 Updates = Sequence[tuple[Adapter, float]]
 """Each device's trained factors, at the sites that it trained, and its weight > 0."""
@@ -46,7 +46,7 @@ class Aggregation(Protocol):
     next one."""
 
     def trains(self, round: int, /) -> str:
-        """What devices train in a round (`models.trained.PARTS`)."""
+        """What devices train in a round (`models.lora.trainable.PARTS`)."""
         ...
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:

@@ -13,9 +13,9 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from conf.errors import AntherError
-from models.adapter import Adapter, Factors
-from privacy.noise import stream
+from common.errors import AntherError
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Aggregated, Linearity, Updates, always, check
 from strategies.aggregation.factored import Best, Sum, pad
 from strategies.aggregation.slices import Slices, ranks_of
@@ -37,7 +37,7 @@ class Mean:
         self.ranks: set[int] = set()  # that devices trained, anywhere
         self._weights: dict[str, dict[int, float]] = {site: {} for site in current}  # Σ p_k by r_k
         self._sums = {
-            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=stream(seed, site))
+            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
             for site, f in current.items()
         }
 
@@ -99,7 +99,7 @@ class Exact:
 
     def start(self, current: Adapter) -> Mean:
         """A round without a device yet."""
-        return Mean(current, max_rank=self._max_rank, seed=stream(self._seed, "compression"))
+        return Mean(current, max_rank=self._max_rank, seed=derive_seed(self._seed, "compression"))
 
     def finish(self, mean: Mean | Slices, *, round: int) -> Aggregated:
         """The mean product at one rank for all sites.
@@ -119,7 +119,7 @@ class Exact:
             live = max(live, len(best.a))
         size = max(self._rank, *(len(factors.a) for factors in found.values()))
         adapter = {
-            site: pad(factors, size, stream(self._seed, round, site, "dead directions"))
+            site: pad(factors, size, derive_seed(self._seed, round, site, "dead directions"))
             for site, factors in found.items()
         }
         # What was cut is orthogonal to what was kept.
@@ -138,7 +138,7 @@ class Exact:
         check(updates)
         mean: Mean | Slices = self.start(current)
         if self._by_slice:
-            seed = stream(self._seed, "compression")
+            seed = derive_seed(self._seed, "compression")
             mean = Slices(current, ranks_of(updates), max_rank=self._max_rank, seed=seed)
         for adapter, weight in updates:
             mean.add(adapter, weight)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.adapter import Factors
-from models.bounds import squared_norm
+from models.lora.adapter import Factors
+from models.lora.norm_bound import squared_norm
 from strategies.aggregation import Shares
 
 _EPSILON = torch.finfo(torch.float32).eps  # singular values below it, relative to the first, are rounding of the inputs
@@ -30,9 +30,14 @@ class Best(NamedTuple):
 
 
 def compress(
-    a: Tensor, b: Tensor, max_rank: int | None, energy: float | None = None, *, lost: float = 0.0,
+    a: Tensor,
+    b: Tensor,
+    max_rank: int | None,
+    energy: float | None = None,
+    *,
+    lost: float = 0.0,
     rounding: float = _EPSILON,
-) -> Best:  # fmt: skip
+) -> Best:
     """The best factors of the product B A (Eckart–Young), in float64.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a the singular values of B A are those of the small R_b R_aᵀ. r is the numerical

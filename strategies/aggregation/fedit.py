@@ -5,8 +5,8 @@ The product of the means is not the mean of the products: Σ p (B − B̄)(A −
 
 from __future__ import annotations
 
-from conf.errors import AntherError
-from models.adapter import Adapter, Factors, rank
+from common.errors import AntherError
+from models.lora.adapter import Adapter, Factors, rank
 from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
 from strategies.aggregation.factored import residual_of_mean
 

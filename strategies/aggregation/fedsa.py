@@ -2,12 +2,12 @@
 
 A is found to learn what is common, B what is a device's own. Both are trained on the device, under the same clip and
 noise if there are any; A goes up. B at the server stays zero, so the shared adapter has no product by itself: whoever
-trained measures, draws and personalises with their own B (`client.own`), and anybody else has the base.
+trained measures, draws and personalises with their own B (`client.rounds.local_factors`), and anybody else has the base.
 """
 
 from __future__ import annotations
 
-from models.adapter import Adapter, rank
+from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
 from strategies.aggregation.one_factor import mean_of
 

@@ -7,7 +7,7 @@ that is public (`adapter.frame`), which costs no ε.
 
 from __future__ import annotations
 
-from models.adapter import Adapter, rank
+from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
 from strategies.aggregation.one_factor import mean_of
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from models.adapter import Adapter, Factors, rank
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
 from strategies.aggregation.factored import pad
 from strategies.aggregation.one_factor import mean_of
@@ -38,7 +38,9 @@ class FedSVD:
         """The same product at each site, which nobody trained too: as the paper's server, for all of them."""
         turned = {site: orthonormal(factors) for site, factors in mean_of("b", current, updates).items()}
         size = rank(current)
-        found = {site: pad(f, size, stream(self._seed, round, site, "dead directions")) for site, f in turned.items()}
+        found = {
+            site: pad(f, size, derive_seed(self._seed, round, site, "dead directions")) for site, f in turned.items()
+        }
         return Aggregated(found, {"rank": float(size)})
 
 

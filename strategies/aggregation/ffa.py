@@ -6,7 +6,7 @@ With one A for everybody the mean of the products is the product of the means, a
 
 from __future__ import annotations
 
-from models.adapter import Adapter, rank
+from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
 from strategies.aggregation.one_factor import mean_of
 

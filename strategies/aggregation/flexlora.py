@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from models.adapter import Adapter, Factors
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
 from strategies.aggregation.factored import Sum, pad, residual_of_mean
 
@@ -44,7 +44,7 @@ class FlexLoRA:
         def whole(before: Factors, there: Shares) -> Sequence[tuple[Tensor, Tensor]]:  # noqa: ARG001
             return [(factors.a, p * factors.b) for factors, p in there]
 
-        return truncated(current, updates, whole, rank=self._rank, seed=stream(self._seed, round))
+        return truncated(current, updates, whole, rank=self._rank, seed=derive_seed(self._seed, round))
 
 
 def truncated(
@@ -69,11 +69,11 @@ def truncated(
     for site, before in current.items():
         if not (there := shares(updates, site)):
             continue
-        total = Sum(inputs=before.a.shape[1], outputs=len(before.b), max_rank=rank, seed=stream(seed, site))
+        total = Sum(inputs=before.a.shape[1], outputs=len(before.b), max_rank=rank, seed=derive_seed(seed, site))
         for a, b in terms(before, there):
             total.add(a, b)
         best = total.best(max_rank=rank)
-        found[site] = pad(Factors(best.a, best.b), rank, stream(seed, site, "dead directions"))
+        found[site] = pad(Factors(best.a, best.b), rank, derive_seed(seed, site, "dead directions"))
         energies.append(best.energy)
         residuals.append(residual_of_mean(found[site], before, there))
     trained = max(1, len(residuals))

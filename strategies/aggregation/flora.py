@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from models.adapter import Adapter, Factors
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Aggregated, Linearity, Updates, always, check, shares
 from strategies.aggregation.factored import compress, pad, stacked_mean
 
@@ -44,9 +44,9 @@ class FLoRA:
         size = self._rank + max(len(factors.a) for factors in learned.values())
         found: dict[str, Factors] = {}
         for site, (a, b) in learned.items():
-            fresh = pad(Factors(a[:0], b[:, :0]), self._rank, stream(self._seed, round, site, "fresh directions"))
+            fresh = pad(Factors(a[:0], b[:, :0]), self._rank, derive_seed(self._seed, round, site, "fresh directions"))
             whole = Factors(torch.cat([fresh.a, a]), torch.cat([fresh.b, b], dim=1))
-            found[site] = pad(whole, size, stream(self._seed, round, site, "dead directions"))
+            found[site] = pad(whole, size, derive_seed(self._seed, round, site, "dead directions"))
         return Aggregated(found, {"rank": float(size)})
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from models.adapter import Adapter, Factors, rank
-from models.bounds import squared_norm
+from models.lora.adapter import Adapter, Factors, rank
+from models.lora.norm_bound import squared_norm
 from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
 from strategies.aggregation.factored import residual_of_mean
 

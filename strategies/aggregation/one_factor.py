@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Factors
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Shares, Updates, check, shares
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Factors
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Aggregated, Shares, Updates, always
 from strategies.aggregation.flexlora import NOT_LINEAR, truncated
 
@@ -33,7 +33,7 @@ class RaFLoRA:
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """The best adapter of `rank` for these directions; diagnostics as those of `flexlora.truncated`."""
-        return truncated(current, updates, by_direction, rank=self._rank, seed=stream(self._seed, round))
+        return truncated(current, updates, by_direction, rank=self._rank, seed=derive_seed(self._seed, round))
 
 
 def by_direction(before: Factors, there: Shares) -> Sequence[tuple[Tensor, Tensor]]:

@@ -6,7 +6,7 @@ rounds both learn. Half of an adapter travels up.
 
 from __future__ import annotations
 
-from models.adapter import Adapter, rank
+from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates
 from strategies.aggregation.one_factor import mean_of
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from models.adapter import Adapter
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter
 from strategies.aggregation import Updates
 from strategies.aggregation.factored import Best, Sum, compress
 
@@ -38,7 +38,7 @@ class Slices:
         self.ranks = {rank for of in ranks.values() for rank in of}
         self._taken = ranks
         self._sums = {
-            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=stream(seed, site))
+            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
             for site, f in current.items()
         }
 

@@ -2,7 +2,7 @@
 
 Rules look at what a device made of the product B A, never at its factors: two devices may hold one product in factors
 that have nothing in common, and an attacker may turn factors for nothing. What is malformed, not finite or of a norm
-that nobody has by training doesn't come so far (`strategies.replies`).
+that nobody has by training doesn't come so far (`strategies.round.validation`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Factors
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Updates
 from strategies.robust import Changes
 

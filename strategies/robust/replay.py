@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Sites, at, head_and_tail, rank
-from privacy.noise import stream
-from strategies.optimisers import Memory, Tensors, kept
-from strategies.replies import RefusedError
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Sites, at, head_and_tail, rank
 from strategies.robust import Filtering
+from strategies.round.validation import RefusedError
+from strategies.server_optimizers import Memory, Tensors, kept
 
 NEAR = 0.5
 PROBES = 512  # of an adapter, about: two at a site at least
@@ -102,7 +102,7 @@ def draw(sites: Sites, count: int, seed: int) -> Probes:
     """So many for each site."""
 
     def signs(size: int, *key: str) -> Tensor:
-        generator = torch.Generator().manual_seed(stream(seed, *key))
+        generator = torch.Generator().manual_seed(derive_seed(seed, *key))
         return torch.randint(2, (count, size), generator=generator).double() * 2 - 1
 
     return [(signs(site.outputs, name, "u"), signs(site.inputs, name, "v")) for name, site in sites.items()]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.adapter import Adapter, Factors
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors
 from strategies.aggregation.factored import Sum, pad
 from strategies.robust import Entrywise, Filtering
 from strategies.robust.krum import count
@@ -69,7 +69,7 @@ def combined(
     for name, site in current.items():
         there = [(adapter[name], s) for adapter, s in devices if name in adapter and len(adapter[name].a)]
         if there:
-            found[name] = _at(rule, site, there, rank and max(rank, len(site.a)), stream(seed, name))
+            found[name] = _at(rule, site, there, rank and max(rank, len(site.a)), derive_seed(seed, name))
     return found
 
 
@@ -85,7 +85,7 @@ def _at(rule: Entrywise, site: Factors, there: list[tuple[Factors, float]], rank
         places[rows] = torch.eye(rows.stop - first)
         total.add(rule.combine(changes), places)
     best = total.best(max_rank=rank)
-    return pad(Factors(best.a, best.b), max(len(best.a), len(site.a)), stream(seed, "dead directions"))
+    return pad(Factors(best.a, best.b), max(len(best.a), len(site.a)), derive_seed(seed, "dead directions"))
 
 
 def _change(site: Factors, factors: Factors, rows: slice) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.facts import DeviceFacts
+from strategies.round.metrics import DeviceFacts
 
 
 class Sampling(NamedTuple):

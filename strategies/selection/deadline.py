@@ -8,7 +8,7 @@ against the deadline by itself, and ranked by what it trains in a second.
 from __future__ import annotations
 
 from strategies.selection import Candidate, Candidates, Sampling
-from strategies.selection.choice import best_of_drawn, check_more
+from strategies.selection.power_of_choice import best_of_drawn, check_more
 
 
 class Deadline:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from conf.units import HOUR
+from common.units import HOUR
 from strategies.selection import Candidate, Candidates, Sampling
 from strategies.selection.oort import Oort, OortSettings
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from strategies.selection import Candidate, Candidates, Sampling
-from strategies.selection.choice import best_of_drawn, check_more
+from strategies.selection.power_of_choice import best_of_drawn, check_more
 
 
 class LossFair:

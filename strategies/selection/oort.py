@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from privacy.noise import stream
+from common.seeding import derive_seed
 from strategies.selection import Candidate, Candidates, Sampling, check_size
 from strategies.selection.utility import quantile, slowness, statistical, uncertainty, unit_range
 
@@ -70,7 +70,7 @@ class Oort:
 
     def select(self, devices: Candidates, *, draw: int) -> list[str]:
         chosen = self._settings
-        coins = random.Random(stream(self._seed, draw, "oort"))
+        coins = random.Random(derive_seed(self._seed, draw, "oort"))
         share = paced(devices.losses, chosen.preferred, window=chosen.window, step=chosen.step)
         preferred = quantile((one.seconds for one in devices.values()), share)
         new = {name: one for name, one in devices.items() if not one.asked}

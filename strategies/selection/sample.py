@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
-from privacy.noise import stream
+from common.seeding import derive_seed
 from strategies.selection import Sampling
 
 
@@ -30,5 +30,5 @@ class Sample:
 
     def select(self, devices: Collection[str], *, draw: int) -> list[str]:
         names = sorted(devices)
-        coins = random.Random(stream(self._seed, draw, self._purpose))
+        coins = random.Random(derive_seed(self._seed, draw, self._purpose))
         return sorted(coins.sample(names, min(self._size, len(names))))

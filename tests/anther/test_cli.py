@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from anther import cli
-from conf import children
+from common import processes
 
 ROOT = Path(__file__).parents[2]
 SHADOWS = ("client", "server", "simulations", "models", "conf", "anther")
@@ -42,7 +42,7 @@ def run(program: Path, folder: Path, *words: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("words", [("keys", "--help"), ("device", "ledger", "--help"), ("client.forget", "--help")])
+@pytest.mark.parametrize("words", [("keys", "--help"), ("device", "ledger", "--help"), ("client.cli.forget", "--help")])
 def test_modules_of_the_folder_are_not_ours(program: Path, tutorial: Path, words: tuple[str, ...]) -> None:
     done = run(program, tutorial, *words)
     assert done.returncode == 0, done.stderr
@@ -52,21 +52,36 @@ def test_modules_of_the_folder_are_not_ours(program: Path, tutorial: Path, words
 
 def test_children_are_ours_too(tutorial: Path) -> None:
     done = subprocess.run(
-        children.python("server.results", "--help"), cwd=tutorial, env=children.environment(), capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        processes.python("server.report.results", "--help"),
+        cwd=tutorial,
+        env=processes.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "wrong module" not in done.stdout + done.stderr
 
 
 def test_every_child_is_started_so() -> None:
-    rooms = ("anther", "client", "conf", "models", "privacy", "protocol", "server", "simulations", "strategies")
+    rooms = (
+        "anther",
+        "client",
+        "common",
+        "conf",
+        "models",
+        "privacy",
+        "protocol",
+        "server",
+        "simulations",
+        "strategies",
+    )
     sources = {path: path.read_text() for room in rooms for path in (ROOT / room).rglob("*.py")}
     assert len(sources) > 100
     spawned = {
         path.relative_to(ROOT).as_posix() for path, text in sources.items() if re.search(r'executable,\s*"-', text)
     }
-    assert spawned == {"conf/children.py"}
+    assert spawned == {"common/processes.py"}
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,11 +103,16 @@ def test_every_command_is_there(module: str, summary: str) -> None:
     assert summary
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["simulat"], "did you mean anther simulate?"), (["device"], "needs one of: enroll, run"),
-    (["device", "enrol"], "needs one of: enroll"),
-    (["device", "ledge"], "did you mean anther device ledger?"), (["xyzzy"], "anther --help"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["simulat"], "did you mean anther simulate?"),
+        (["device"], "needs one of: enroll, run"),
+        (["device", "enrol"], "needs one of: enroll"),
+        (["device", "ledge"], "did you mean anther device ledger?"),
+        (["xyzzy"], "anther --help"),
+    ],
+)
 def test_unknown_commands_get_a_hint(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == cli.USAGE
     assert said in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from client.data import Absent, Pictures, fingerprint, load_folder, split_of
-from conf.errors import AntherError
+from common.errors import AntherError
 from training.jobs import Picture
 
 
@@ -146,31 +146,34 @@ def write_sheet(line: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "metadata.jsonl").write_text(line)
 
 
-@pytest.mark.parametrize(("spoil", "named", "mend"), [
-    (lambda f: (f / "metadata.jsonl").unlink(), "metadata.jsonl", "write it"),
-    (lambda f: caption(f, **{"0.png": "a", "1.png": "b", "2.png": " "}), "2.png", "write one"),
-    (lambda f: caption(f, **{"0.png": "a", "1.png": "b", "2.png": None}), "2.png", "write one"),
-    (lambda f: caption(f, **{"0.png": "a", "1.png": "b"}), "2.png", "add a line"),
-    (lambda f: (f / "1.png").unlink(), "1.png", "add the picture"),
-    (lambda f: (f / "1.png").write_bytes(b"no picture"), "1.png", "save it again"),
-    (lambda f: (f / "1.png").write_bytes((f / "1.png").read_bytes()[:40]), "1.png", "save it again"),
-    (lambda f: save(f / "1.png", size=(1, 1)), "1.png", "8×8"),
-    (lambda f: save(f / "1.png", size=(100, 7)), "1.png", "8×8"),
-    (lambda f: Image.new("I;16", (10, 10)).save(f / "1.png"), "1.png", "8-bit"),
-    (lambda f: caption(f, **{"../0.png": "a"}), "../0.png", "copy the picture"),
-    (lambda f: caption(f, **{"/etc/passwd": "a"}), "/etc/passwd", "copy the picture"),
-    (lambda f: ((f / "1.png").unlink(), (f / "1.png").symlink_to("/etc/passwd")), "1.png", "copy the picture"),
-    (lambda f: caption(f, **{"0.png": "a", "./0.png": "b"}), "0.png", "remove one"),
-    (lambda f: save(f / "train/x.png"), "train/x.png", "add a line"),
-    (lambda f: (f / "train").mkdir(), ".png", "move it into"),
-    (only_test_pictures, "train", "put some there"),
-    (write_sheet("{"), "metadata.jsonl:1", "JSON object"),
-    (write_sheet("[]"), "metadata.jsonl:1", "JSON object"),
-    (write_sheet('"x"'), "metadata.jsonl:1", "JSON object"),
-    (write_sheet('{"text": "x"}'), "metadata.jsonl:1", "JSON object"),
-    (write_sheet('{"file_name": 3, "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
-    (write_sheet('{"file_name": "", "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "named", "mend"),
+    [
+        (lambda f: (f / "metadata.jsonl").unlink(), "metadata.jsonl", "write it"),
+        (lambda f: caption(f, **{"0.png": "a", "1.png": "b", "2.png": " "}), "2.png", "write one"),
+        (lambda f: caption(f, **{"0.png": "a", "1.png": "b", "2.png": None}), "2.png", "write one"),
+        (lambda f: caption(f, **{"0.png": "a", "1.png": "b"}), "2.png", "add a line"),
+        (lambda f: (f / "1.png").unlink(), "1.png", "add the picture"),
+        (lambda f: (f / "1.png").write_bytes(b"no picture"), "1.png", "save it again"),
+        (lambda f: (f / "1.png").write_bytes((f / "1.png").read_bytes()[:40]), "1.png", "save it again"),
+        (lambda f: save(f / "1.png", size=(1, 1)), "1.png", "8×8"),
+        (lambda f: save(f / "1.png", size=(100, 7)), "1.png", "8×8"),
+        (lambda f: Image.new("I;16", (10, 10)).save(f / "1.png"), "1.png", "8-bit"),
+        (lambda f: caption(f, **{"../0.png": "a"}), "../0.png", "copy the picture"),
+        (lambda f: caption(f, **{"/etc/passwd": "a"}), "/etc/passwd", "copy the picture"),
+        (lambda f: ((f / "1.png").unlink(), (f / "1.png").symlink_to("/etc/passwd")), "1.png", "copy the picture"),
+        (lambda f: caption(f, **{"0.png": "a", "./0.png": "b"}), "0.png", "remove one"),
+        (lambda f: save(f / "train/x.png"), "train/x.png", "add a line"),
+        (lambda f: (f / "train").mkdir(), ".png", "move it into"),
+        (only_test_pictures, "train", "put some there"),
+        (write_sheet("{"), "metadata.jsonl:1", "JSON object"),
+        (write_sheet("[]"), "metadata.jsonl:1", "JSON object"),
+        (write_sheet('"x"'), "metadata.jsonl:1", "JSON object"),
+        (write_sheet('{"text": "x"}'), "metadata.jsonl:1", "JSON object"),
+        (write_sheet('{"file_name": 3, "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
+        (write_sheet('{"file_name": "", "text": "x"}'), "metadata.jsonl:1", "name of a picture"),
+    ],
+)
 def test_every_mistake_is_one_line_that_names_the_file_and_the_mend(
     tmp_path: Path, spoil: Callable[[Path], object], named: str, mend: str
 ) -> None:
@@ -195,9 +198,14 @@ def test_a_fingerprint_tells_any_change() -> None:
     changed[7, 7, 2] = 1
     first, second = Picture(pixels, "a"), Picture(changed, "a")
     kinds = [
-        [first], [second], [Picture(pixels, "b")], [first, second], [second, first], [],
+        [first],
+        [second],
+        [Picture(pixels, "b")],
+        [first, second],
+        [second, first],
+        [],
         [Picture(pixels.reshape(8, 24), "a")],
-    ]  # fmt: skip
+    ]
     assert len({fingerprint(pictures) for pictures in kinds}) == len(kinds)
     assert fingerprint([first]) == fingerprint(iter([first]))
 

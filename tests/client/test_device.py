@@ -17,9 +17,9 @@ from PIL import Image
 
 from client.device import from_config
 from client.power.conditions import Conditions
-from conf.errors import AntherError
+from common.errors import AntherError
 from privacy.noise import Secure, Simulated
-from tests.client.devices import BASE, SITES
+from tests.helpers.devices import BASE, SITES
 
 HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, resolution=64)  # all that is asked of a base
 
@@ -118,15 +118,24 @@ def test_the_owners_policy_is_read(root: Path, tmp_path: Path) -> None:
     assert device.policy.max_epsilon == 2.5
 
 
-@pytest.mark.parametrize(("config", "named"), [
-    ({}, "data"), ({"partition-id": 0}, "data"), ({"data-root": ".", "partition-id": 99}, "partition 99"),
-    ({"data": ".", "name": "../other"}, "name"), ({"data": ".", "test": "maybe"}, "test"),
-    ({"data": ".", "watts": "many"}, "watts"), ({"data": ".", "watts": "nan"}, "watts"),
-    ({"data": ".", "examples-per-second": 0}, "examples-per-second"),
-    ({"data": ".", "test": True, "seed": -1}, "seed"), ({"data-root": ".", "partition-id": "x"}, "partition-id"),
-    ({"data": ".", "sites": "nothing of"}, "sites"), ({"data": ".", "sites": "("}, "sites"),
-    ({"data": ".", "rank": "low"}, "rank"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({}, "data"),
+        ({"partition-id": 0}, "data"),
+        ({"data-root": ".", "partition-id": 99}, "partition 99"),
+        ({"data": ".", "name": "../other"}, "name"),
+        ({"data": ".", "test": "maybe"}, "test"),
+        ({"data": ".", "watts": "many"}, "watts"),
+        ({"data": ".", "watts": "nan"}, "watts"),
+        ({"data": ".", "examples-per-second": 0}, "examples-per-second"),
+        ({"data": ".", "test": True, "seed": -1}, "seed"),
+        ({"data-root": ".", "partition-id": "x"}, "partition-id"),
+        ({"data": ".", "sites": "nothing of"}, "sites"),
+        ({"data": ".", "sites": "("}, "sites"),
+        ({"data": ".", "rank": "low"}, "rank"),
+    ],
+)
 @pytest.mark.usefixtures("root")
 def test_mistakes_name_their_key(config: dict[str, object], named: str) -> None:
     with pytest.raises(AntherError, match=named) as raised:
@@ -136,7 +145,7 @@ def test_mistakes_name_their_key(config: dict[str, object], named: str) -> None:
 
 def test_a_device_imports_nothing_of_the_servers_and_nothing_of_flower() -> None:
     script = (
-        "import sys, client.logic, client.device, client.drive\n"
+        "import sys, client.rounds.handler, client.device, client.rounds.scheduler\n"
         "heavy = {'flwr', 'diffusers', 'transformers', 'PIL', 'dp_accounting', 'psutil'}\n"
         "rooms = {'server', 'strategies', 'simulations', 'typefaces'}\n"
         "print(sorted((heavy | rooms) & {name.split('.')[0] for name in sys.modules}))"

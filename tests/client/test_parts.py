@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from client.device import Device
-from client.drive import drive
-from client.logic import handle
-from client.own import of_run
-from client.store import OWN, RESIDUAL
-from models.adapter import Adapter, Factors, head_and_tail
-from models.trained import trained_shapes, trained_tensors
+from client.rounds.handler import handle
+from client.rounds.local_factors import of_run
+from client.rounds.scheduler import drive
+from client.store.store import OWN, RESIDUAL
+from models.lora.adapter import Adapter, Factors, head_and_tail
+from models.lora.trainable import trained_shapes, trained_tensors
 from privacy.noise import Simulated
 from privacy.policy import Refusal
-from protocol import codec
+from protocol import tensor_codec
 from protocol.messages import Evaluate, MeasuringPrivacy, Personalise, Train, Update
-from tests.client.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
+from tests.helpers.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
 from training import jobs
 from training.jobs import Result, Trained
 
@@ -76,7 +76,7 @@ def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Pa
     beside = {name: SENT[name] for name in OTHERS}
     assert equal(job.frozen, beside | ({FIRST: tail[FIRST]} if rank < 3 else {}))
     expected = trained_shapes({FIRST: SITES[FIRST]}, rank, "both")
-    assert codec.decode(reply.adapter, expected).keys() == expected.keys()
+    assert tensor_codec.decode(reply.adapter, expected).keys() == expected.keys()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_one_factor_is_trained_and_comes_back_alone(tmp_path: Path, trains: str)
     perform = Shifted()
     reply = ask(make_device(tmp_path), request(trains=trains), perform)
     assert trained(perform).trains == trains
-    found = codec.decode(reply.adapter, trained_shapes(SITES, 2, trains))
+    found = tensor_codec.decode(reply.adapter, trained_shapes(SITES, 2, trains))
     assert all(name.endswith(f"lora_{trains.upper()}") for name in found)
     assert not (tmp_path / OWN).exists()
 
@@ -149,7 +149,7 @@ def test_a_goes_up_and_b_stays_for_the_next_round(tmp_path: Path, private: bool)
     first, reply = round_of(device, split(1, private=private))
     assert first.trains == "both"
     assert equal(first.start, SENT)
-    up = codec.decode(reply.adapter, trained_shapes(SITES, 3, "split"))
+    up = tensor_codec.decode(reply.adapter, trained_shapes(SITES, 3, "split"))
     assert all(torch.equal(up[name], part) for name, part in trained_tensors(after(first), "a", None).items())
     second, _ = round_of(device, split(2, private=private))
     assert all(torch.equal(b, after(first)[name].b) for name, b in own_b(second).items())
@@ -195,9 +195,16 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
     perform = Shifted()
     ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT)), perform)
     personalise = Personalise(
-        run="run", round=1, adapter=to_bytes(SENT), rank=2, steps=3, batch_size=2, learning_rate=1e-3, look_every=1,
+        run="run",
+        round=1,
+        adapter=to_bytes(SENT),
+        rank=2,
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-3,
+        look_every=1,
         patience=1,
-    )  # fmt: skip
+    )
     ask(device, personalise, perform)
     measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
     frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.Train) and job.frozen]

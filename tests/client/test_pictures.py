@@ -21,7 +21,7 @@ from PIL import Image
 from client.data import fingerprint, load_folder, split_of
 from client.data.reading import MOST
 from client.data.splits import kind_of
-from conf.errors import AntherError
+from common.errors import AntherError
 
 WHITE, BLACK = 255, 0
 
@@ -94,13 +94,16 @@ def exif(entries: list[tuple[int, int, int, bytes]], order: str = "<") -> bytes:
 TURN = (0x112, 3, 1, struct.pack("<H", 6))
 
 
-@pytest.mark.parametrize("entry", [
-    (0x100, 9, 1, struct.pack("<l", -5)),  # a width of -5
-    (0x11A, 2, 4, b"72\0\0"),  # a resolution as text
-    (0x132, 5, 1, struct.pack("<LL", 1, 0)),  # a date that is 1/0
-    (0x9003, 12, 1, b"\xff" * 8),
-    (0x8769, 4, 1, struct.pack("<L", 1 << 31)),  # a further block that isn't there
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x100, 9, 1, struct.pack("<l", -5)),  # a width of -5
+        (0x11A, 2, 4, b"72\0\0"),  # a resolution as text
+        (0x132, 5, 1, struct.pack("<LL", 1, 0)),  # a date that is 1/0
+        (0x9003, 12, 1, b"\xff" * 8),
+        (0x8769, 4, 1, struct.pack("<L", 1 << 31)),  # a further block that isn't there
+    ],
+)
 def test_turned_picture_with_wrong_exif_is_turned(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
     for name in ("a.jpg", "a.png", "a.webp"):
         Image.new("RGB", (32, 24)).save(listed(tmp_path, name), exif=exif(sorted([TURN, entry])))
@@ -113,10 +116,14 @@ def test_random_exif_never_escapes(tmp_path: Path) -> None:
     file = listed(tmp_path, "a.jpg")
     for _ in range(150):
         entries = [TURN] + [
-            (coin.choice([0x100, 0x11A, 0x132, 0x8769, 0x8825, coin.randrange(65536)]), coin.randrange(14),
-             coin.randrange(5), coin.randbytes(coin.choice([2, 4, 8])))
+            (
+                coin.choice([0x100, 0x11A, 0x132, 0x8769, 0x8825, coin.randrange(65536)]),
+                coin.randrange(14),
+                coin.randrange(5),
+                coin.randbytes(coin.choice([2, 4, 8])),
+            )
             for _ in range(coin.randrange(4))
-        ]  # fmt: skip
+        ]
         Image.new("RGB", (32, 24)).save(file, exif=exif(sorted(entries)))
         with contextlib.suppress(AntherError):
             assert only(tmp_path).shape in ((32, 24, 3), (24, 32, 3))
@@ -211,20 +218,44 @@ def test_photo_is_read_near_the_size_that_is_asked_for(tmp_path: Path) -> None:
         (tmp_path / "train" / name).unlink()
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("train", "train"), ("Train", "train"), ("TRAINING", "train"), ("train_images", "train"), ("trainset", "train"),
-    ("images-train", "train"), ("train2017", "train"), ("val", "validation"), ("Valid", "validation"),
-    ("Validation", "validation"), ("dev", "validation"), ("val_imgs", "validation"), ("test", "test"),
-    ("Test Images", "test"), ("testing", "test"), ("cats", None), ("trains", None), ("images", None),
-    ("contest", None), ("train_test", None), ("my cat", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("train", "train"),
+        ("Train", "train"),
+        ("TRAINING", "train"),
+        ("train_images", "train"),
+        ("trainset", "train"),
+        ("images-train", "train"),
+        ("train2017", "train"),
+        ("val", "validation"),
+        ("Valid", "validation"),
+        ("Validation", "validation"),
+        ("dev", "validation"),
+        ("val_imgs", "validation"),
+        ("test", "test"),
+        ("Test Images", "test"),
+        ("testing", "test"),
+        ("cats", None),
+        ("trains", None),
+        ("images", None),
+        ("contest", None),
+        ("train_test", None),
+        ("my cat", None),
+    ],
+)
 def test_split_names(name: str, kind: str | None) -> None:
     assert kind_of(name) == kind
 
 
-@pytest.mark.parametrize("names", [
-    ("Train", "Validation", "Test"), ("training", "val", "testing"), ("train_images", "valid", "test_images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Validation", "Test"),
+        ("training", "val", "testing"),
+        ("train_images", "valid", "test_images"),
+    ],
+)
 @pytest.mark.parametrize("sheets", ["one", "each"])
 def test_split_folders_under_other_names(tmp_path: Path, names: tuple[str, ...], sheets: str) -> None:
     lines = {}
@@ -239,13 +270,16 @@ def test_split_folders_under_other_names(tmp_path: Path, names: tuple[str, ...],
     assert [[picture.caption for picture in split] for split in load_folder(tmp_path)] == [[name] for name in names]
 
 
-@pytest.mark.parametrize(("names", "said"), [
-    (("train", "train_images"), "both look like train"),
-    (("val", "validation", "train"), "both look like validation"),
-    (("Trainingsdaten", "Testdaten"), "rename folders"),
-    (("data/train", "data/test"), "looks like a split, further down"),
-    (("cats/train", "dogs/val"), "looks like a split, further down"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("train", "train_images"), "both look like train"),
+        (("val", "validation", "train"), "both look like validation"),
+        (("Trainingsdaten", "Testdaten"), "rename folders"),
+        (("data/train", "data/test"), "looks like a split, further down"),
+        (("cats/train", "dogs/val"), "looks like a split, further down"),
+    ],
+)
 def test_doubtful_split_folders_are_refused(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
     lines = []
     for name in names:
@@ -263,19 +297,22 @@ def gray(file: Path) -> None:
     Image.new("L", (9, 9)).save(file)
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ('{"file_name": "a\\u0000.png", "text": "x"}', "holds a NUL"),
-    ('{"file_name": "a\\ud83d.png", "text": "x"}', "half a character"),
-    ('{"file_name": "a.png", "text": "cat \\ud83d"}', "half a character"),
-    ("[" * 100_000, "must be a JSON object"),
-    ('{"file_name": ' + "9" * 5000 + "}", "must be a JSON object"),
-    ('{"file_name": "' + "x" * 300 + '", "text": "x"}', "can't be a picture's name"),
-    ('{"file_name": "' + "my cat " * 60 + '", "text": "a.png"}', "swapped"),
-    ('{"file_name": "my cat", "text": "a.png"}', "swapped"),
-    ('{"file_name": "A.PNG", "text": "x"}', "write a.png"),
-    ('{"file_name": "a.png", "text": "' + "x" * 50_000 + '"}', "shorten it"),
-    ('{"file_name": "two\\nlines", "text": "x"}', "is not there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "holds a NUL"),
+        ('{"file_name": "a\\ud83d.png", "text": "x"}', "half a character"),
+        ('{"file_name": "a.png", "text": "cat \\ud83d"}', "half a character"),
+        ("[" * 100_000, "must be a JSON object"),
+        ('{"file_name": ' + "9" * 5000 + "}", "must be a JSON object"),
+        ('{"file_name": "' + "x" * 300 + '", "text": "x"}', "can't be a picture's name"),
+        ('{"file_name": "' + "my cat " * 60 + '", "text": "a.png"}', "swapped"),
+        ('{"file_name": "my cat", "text": "a.png"}', "swapped"),
+        ('{"file_name": "A.PNG", "text": "x"}', "write a.png"),
+        ('{"file_name": "a.png", "text": "' + "x" * 50_000 + '"}', "shorten it"),
+        ('{"file_name": "two\\nlines", "text": "x"}', "is not there"),
+    ],
+)
 def test_odd_lines_are_one_line(tmp_path: Path, line: str, said: str) -> None:
     gray(listed(tmp_path))
     (tmp_path / "train/metadata.jsonl").write_text(line)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from client import fetch, run
-from client.link import Link, Unreachable
-from conf.errors import AntherError
-from conf.node import Fetch, Node, Power
+from client.runtime import downloads, supervisor
+from client.runtime.server_connection import Link, Unreachable
+from common.errors import AntherError
+from conf.schemas.node import Fetch, Node, Power
 from privacy.policy import Policy
-from protocol.hello import Hello
+from protocol.handshake import Hello
 from protocol.messages import NEWEST, OLDEST
 
 BASE = "0" * 64
@@ -30,9 +30,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: Iterator[object] = iter([AntherError("the link was cut 7 times"), AntherError("again"), Path("there")])
     hello = Hello(
-        oldest=OLDEST, newest=NEWEST, anther="1", federation="f", base=BASE, base_bytes=1,
+        oldest=OLDEST,
+        newest=NEWEST,
+        anther="1",
+        federation="f",
+        base=BASE,
+        base_bytes=1,
         time="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
+    )
 
     def fetched(*_: object, **__: object) -> Path:
         found = next(tries)
@@ -41,12 +46,12 @@ def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> N
         assert isinstance(found, Path)
         return found
 
-    monkeypatch.setattr(fetch, "fetch", fetched)
+    monkeypatch.setattr(downloads, "fetch", fetched)
     monkeypatch.setattr(Link, "hello", lambda _: hello)
-    monkeypatch.setattr(run.links, "skew", lambda _: 0.0)
+    monkeypatch.setattr(supervisor.links, "skew", lambda _: 0.0)
     waited: list[float] = []
-    monkeypatch.setattr(run.time, "sleep", waited.append)
-    assert run.ready(Node(), LINK, Policy()) == BASE
+    monkeypatch.setattr(supervisor.time, "sleep", waited.append)
+    assert supervisor.ready(Node(), LINK, Policy()) == BASE
     assert len(waited) == 2
 
 
@@ -54,7 +59,7 @@ def test_a_network_that_is_paid_by_volume_is_left_alone(home: Path) -> None:
     (home / "sensors.json").write_text(json.dumps({"metered": True}))
     node = Node(power=Power(meter="file", file=str(home / "sensors.json")), fetch=Fetch(source="server"))
     with pytest.raises(Unreachable, match="paid by volume"):
-        run.have(node, LINK, BASE)
+        supervisor.have(node, LINK, BASE)
     with pytest.raises(Unreachable, match="can't be had") as refused:  # nobody is there, but it was asked
-        run.have(replace(node, fetch=Fetch(source="folder", metered=True)), LINK, BASE)
+        supervisor.have(replace(node, fetch=Fetch(source="folder", metered=True)), LINK, BASE)
     assert "paid by volume" not in str(refused.value)

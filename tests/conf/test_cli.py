@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from conf import schemas
+from common.errors import AntherError
 from conf.cli import application
-from conf.errors import AntherError
-from conf.serving import Server
+from conf.schemas import simulation
+from conf.schemas.server import Server
 
 APP = """
 from conf.cli import application, output_dir
-from conf.schemas import Simulation
+from conf.schemas.simulation import Simulation
 
 @application("simulate", Simulation)
 def main(config):
@@ -25,8 +25,8 @@ main()
 """
 
 
-@application("simulate", schemas.Simulation)
-def app(config: schemas.Simulation) -> None:
+@application("simulate", simulation.Simulation)
+def app(config: simulation.Simulation) -> None:
     """Prints what a test wants to see of the configuration."""
     if config.seed == 13:
         raise AntherError("seed=13: unlucky")
@@ -190,18 +190,18 @@ def test_as_a_program(tmp_path: Path) -> None:
     helped = program("--help")
     assert helped.returncode == 0
     assert "preset: claim, metered, private, quick, scale" in helped.stdout
-    assert helped.stdout.count("  python -m simulations.run ") == 10  # the usage line and nine examples
+    assert helped.stdout.count("  anther simulate ") == 10  # the usage line and nine examples
 
 
 def test_the_servers_help_explains_its_own_keys():
     found = subprocess.run(
-        [sys.executable, "-m", "server.run", "--help"],
-        cwd=Path(schemas.__file__).parents[1],
+        [sys.executable, "-m", "server.supervisor.run", "--help"],
+        cwd=Path(simulation.__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
-    ).stdout  # fmt: skip
-    assert "python -m server.run [key=value ...]" in found
+    ).stdout
+    assert "anther serve [key=value ...]" in found
     for field in fields(Server):
         if is_dataclass(field.default_factory):
             continue

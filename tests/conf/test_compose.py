@@ -2,8 +2,8 @@
 
 import pytest
 
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
 
 
 def test_overrides_are_words_of_a_command_line():

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import fft
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from privacy import accounting
 from privacy.accounting import (
     OVERFLOW,
@@ -97,9 +97,13 @@ def test_sigma_is_that_of_dp_accounting_on_a_fine_grid(target: float, rate: floa
 
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     wanted = dp_accounting.calibrate_dp_mechanism(
-        lambda: PLDAccountant(relation, value_discretization_interval=1e-4), event, target, delta,
-        dp_accounting.ExplicitBracketInterval(0.3, 30.0), tol=1e-4,
-    )  # fmt: skip
+        lambda: PLDAccountant(relation, value_discretization_interval=1e-4),
+        event,
+        target,
+        delta,
+        dp_accounting.ExplicitBracketInterval(0.3, 30.0),
+        tol=1e-4,
+    )
     found = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
     assert found == pytest.approx(wanted, rel=0.005)
 
@@ -149,10 +153,17 @@ def test_the_least_noise_that_a_policy_allows_is_computed_fast() -> None:
     assert time.process_time() - start < 10
 
 
-@pytest.mark.parametrize(("target", "delta", "rate", "steps"), [
-    (0.1, 1e-5, 0.1, 10), (1, 1e-3, 0.5, 24), (8, 1e-3, 0.2, 24), (8, 1e-3, 1.0, 1), (100, 1e-3, 0.8, 48),
-    (3, 1e-6, 0.01, 5000),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "delta", "rate", "steps"),
+    [
+        (0.1, 1e-5, 0.1, 10),
+        (1, 1e-3, 0.5, 24),
+        (8, 1e-3, 0.2, 24),
+        (8, 1e-3, 1.0, 1),
+        (100, 1e-3, 0.8, 48),
+        (3, 1e-6, 0.01, 5000),
+    ],
+)
 def test_solved_noise_keeps_the_promise_and_wastes_little(target: float, delta: float, rate: float, steps: int) -> None:
     sigma = noise_multiplier_for(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
     assert 0.995 * target <= epsilon(events(sigma, rate, steps), delta).value <= target
@@ -168,10 +179,14 @@ def test_unsolvable_targets_say_so() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"noise_multiplier": math.inf},
-        {"sampling_rate": 1.1}, {"sampling_rate": math.nan}, {"steps": 0},
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"sampling_rate": 1.1},
+        {"sampling_rate": math.nan},
+        {"steps": 0},
     ],
-)  # fmt: skip
+)
 def test_impossible_events_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PoissonGaussian(**({"noise_multiplier": 1.0, "sampling_rate": 0.5, "steps": 1} | wrong))  # type: ignore[arg-type]
@@ -206,9 +221,18 @@ class _Mallinfo2(ctypes.Structure):
     _fields_: ClassVar = [
         (name, ctypes.c_size_t)
         for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
         )
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("kind", [float, complex])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from privacy.accounting import DEVICE
 from privacy.central import LEAST, MOST, Adaptive, Gaussian, clip_and_sum
 from privacy.noise import Secure, Simulated

@@ -30,8 +30,11 @@ def batches(draw: st.DrawFn, least: int = 0) -> tuple[Tensor, list[int], list[li
     """Gradients [N, D], counts [R], bounds [R, L] and segments [L]; owners without rows, parts without numbers."""
     counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= least))
     segments = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
-    bounds = draw(st.lists(st.lists(CLIPS, min_size=len(segments), max_size=len(segments)), min_size=len(counts),
-                           max_size=len(counts)))  # fmt: skip
+    bounds = draw(
+        st.lists(
+            st.lists(CLIPS, min_size=len(segments), max_size=len(segments)), min_size=len(counts), max_size=len(counts)
+        )
+    )
     rows = draw(arrays.arrays(np.float32, (sum(counts), sum(segments)), elements=FLOATS))
     return torch.from_numpy(rows), counts, bounds, segments
 

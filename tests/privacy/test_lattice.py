@@ -18,27 +18,27 @@ from scipy import stats
 from torch import Tensor
 
 from client.data import Pictures
-from client.drive import drive
-from client.logic import handle
-from models.adapter import Adapter, Factors, shapes, to_tensors
-from models.base import Base
-from models.trained import trained_layout
+from client.rounds.handler import handle
+from client.rounds.scheduler import drive
+from models.base.base import Base
+from models.lora.adapter import Adapter, Factors, shapes, to_tensors
+from models.lora.trainable import trained_layout
+from privacy.bounded_sum import clipped_sum, noised_mean
 from privacy.central import Gaussian, clip_and_sum
 from privacy.clipping import BoundedSums
-from privacy.measuring import clipped_sum, noised_mean
 from privacy.noise import CPU, NoiseSource, Secure
 from privacy.sensitivity import RESOLUTION
-from protocol import codec
+from protocol import tensor_codec
 from protocol.messages import ExamplePrivacy, Train
 from strategies.aggregation.ffa import FFA
-from strategies.private import changes
-from tests.fleet import SITES
-from tests.privacy.neighbours import PLENTY, Still, adapter, device_on, picture, plan
-from tests.strategies.central import device_level
-from tests.training.reference import assert_same_bits, private
+from strategies.central_dp import changes
+from tests.helpers.central import device_level
+from tests.helpers.fleet import SITES
+from tests.helpers.neighbors import PLENTY, Still, adapter, device_on, picture, plan
+from tests.helpers.reference_trainer import assert_same_bits, private
+from training.cohort import train
 from training.engine import perform
 from training.jobs import Trained
-from training.trainer import train
 
 SIGMA, CLIP = 3.75, 2.0**-6  # ε = 1 at δ = 1e-5 without sampling
 STEP = CLIP / RESOLUTION  # a power of two, so that float32 holds every whole step under 2²⁴
@@ -87,11 +87,11 @@ def of_device(base: Base, folder: Path, count: int, noise: NoiseSource) -> Tenso
     def performed(jobs: list) -> Sequence:
         return perform(base, jobs, memory=PLENTY, timesteps=1)
 
-    request = Train(plan=asked, adapter=codec.encode(to_tensors(sent)))
+    request = Train(plan=asked, adapter=tensor_codec.encode(to_tensors(sent)))
     reply = drive({"d": handle(request, device)}, performed)["d"]
     assert not isinstance(reply, Exception), reply
     rank = next(iter(sent.values())).a.shape[0]
-    told = codec.decode(reply.adapter, shapes(base.sites, rank))
+    told = tensor_codec.decode(reply.adapter, shapes(base.sites, rank))
     return -BATCH * torch.cat([told[name].flatten() for name in sorted(told) if name.endswith("lora_B")])
 
 
@@ -133,9 +133,11 @@ def test_the_server_releases_whole_steps_that_fit_any_devices(tmp_path: Path) ->
         released = []
         for number in range(rounds):
             level = device_level(
-                tmp_path / f"{count}-{number}", clip=CLIP, noise=lambda _: Secure(),
+                tmp_path / f"{count}-{number}",
+                clip=CLIP,
+                noise=lambda _: Secure(),
                 mechanism=Gaussian(noise_multiplier=SIGMA, expected=8.0),
-            )  # fmt: skip
+            )
             level.open(1, [], b"adapter")
             found, _ = level.close(FFA(), START, sent(count), round=1)
             released.append(layout.pack(found.adapter))
@@ -190,9 +192,11 @@ def test_all_that_the_server_tells_is_a_function_of_the_noised_integers(tmp_path
         steps = clip_and_sum(changes(layout, START, sent(count)), CLIP, layout.size).total.steps
         assert count == 0 or steps.any()
         level = device_level(
-            tmp_path / str(count), clip=CLIP, noise=lambda _, steps=steps: Balancing(total, steps),
+            tmp_path / str(count),
+            clip=CLIP,
+            noise=lambda _, steps=steps: Balancing(total, steps),
             mechanism=Gaussian(noise_multiplier=SIGMA, expected=8.0),
-        )  # fmt: skip
+        )
         level.open(1, [], b"adapter")
         found, facts = level.close(FFA(), START, sent(count), round=1)
         told.append((layout.pack(found.adapter).tolist(), found.diagnostics, replace(facts, dropped=0)))

@@ -13,8 +13,9 @@ import pytest
 import torch
 from scipy import stats
 
+from common.seeding import derive_seed
 from privacy import noise
-from privacy.noise import NoiseSource, Secure, Simulated, source, stream
+from privacy.noise import NoiseSource, Secure, Simulated, source
 
 SOURCES = [Simulated(seed=1, client="a", round=2, purpose="shared"), Secure()]
 BOTH = pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
@@ -290,9 +291,12 @@ def test_secure_noise_has_no_seed() -> None:
 
 
 def test_streams_do_not_collide() -> None:
-    assert stream(1, "a") == stream(1, "a")
-    assert len({stream(1, "ab", "c"), stream(1, "a", "bc"), stream("1a", "bc"), stream(2, "ab", "c")}) == 4
-    assert 0 <= stream("x") < 2**63
+    assert derive_seed(1, "a") == derive_seed(1, "a")
+    assert (
+        len({derive_seed(1, "ab", "c"), derive_seed(1, "a", "bc"), derive_seed("1a", "bc"), derive_seed(2, "ab", "c")})
+        == 4
+    )
+    assert 0 <= derive_seed("x") < 2**63
 
 
 def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from privacy.accounting import NonPrivate, PoissonGaussian, epsilon, noise_multiplier_for
 from privacy.policy import EPSILON_UNSAID, Policy, Refusal, load
 from protocol.messages import ExamplePrivacy, MeasuringPrivacy, TrainingPlan
@@ -24,22 +24,49 @@ def test_an_ordinary_plan_passes() -> None:
     Policy(max_epsilon=1.0).check_plan(replace(PLAN, privacy=PRIVACY))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"rank": 0}, {"rank": 1025}, {"steps": 0}, {"steps": 10_001}, {"batch_size": 0}, {"batch_size": 1025},
-    {"learning_rate": 0.0}, {"learning_rate": math.nan}, {"learning_rate": math.inf},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 0},
+        {"rank": 1025},
+        {"steps": 0},
+        {"steps": 10_001},
+        {"batch_size": 0},
+        {"batch_size": 1025},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+    ],
+)
 def test_too_much_work_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(Refusal, match="asked"):
         Policy().check_plan(replace(PLAN, **wrong))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [
-    {"noise_multiplier": 0.0}, {"noise_multiplier": -1.0}, {"noise_multiplier": math.nan},
-    {"noise_multiplier": math.inf}, {"noise_multiplier": 0.049}, {"noise_multiplier": 1e300}, {"clip": 0.0},
-    {"clip": math.inf}, {"clip": math.nan}, {"clip": 100.1}, {"delta": math.nan},
-    {"sampling_rate": 0.0}, {"sampling_rate": 1.01}, {"sampling_rate": math.nan}, {"delta": 0.0}, {"delta": 1.0},
-    {"draws": 0}, {"draws": -5}, {"draws": 10_000},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"noise_multiplier": 0.049},
+        {"noise_multiplier": 1e300},
+        {"clip": 0.0},
+        {"clip": math.inf},
+        {"clip": math.nan},
+        {"clip": 100.1},
+        {"delta": math.nan},
+        {"sampling_rate": 0.0},
+        {"sampling_rate": 1.01},
+        {"sampling_rate": math.nan},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"draws": 0},
+        {"draws": -5},
+        {"draws": 10_000},
+    ],
+)
 def test_privacy_that_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(Refusal):
         Policy().check_plan(replace(PLAN, privacy=replace(PRIVACY, **wrong)))  # type: ignore[arg-type]
@@ -56,9 +83,14 @@ def test_a_cap_forbids_everything_without_noise() -> None:
     strict.check_measure(MEASURE)
 
 
-@pytest.mark.parametrize(("measures", "noised", "raw"), [
-    ("none", False, False), ("noised", True, False), ("raw", True, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("measures", "noised", "raw"),
+    [
+        ("none", False, False),
+        ("noised", True, False),
+        ("raw", True, True),
+    ],
+)
 def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
     policy = Policy(measures=measures)
     for privacy, allowed in ((MEASURE, noised), (None, raw)):
@@ -69,10 +101,20 @@ def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
                 policy.check_measure(privacy)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"noise_multiplier": 0.049}, {"noise_multiplier": math.nan}, {"noise_multiplier": math.inf}, {"clip": 0.0},
-    {"clip": 101.0}, {"clip": math.nan}, {"pictures": 0}, {"delta": 0.0}, {"delta": 1.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"noise_multiplier": 0.049},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"clip": 0.0},
+        {"clip": 101.0},
+        {"clip": math.nan},
+        {"pictures": 0},
+        {"delta": 0.0},
+        {"delta": 1.0},
+    ],
+)
 def test_a_measure_whose_noise_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(Refusal):
         Policy().check_measure(replace(MEASURE, **wrong))  # type: ignore[arg-type]
@@ -149,9 +191,18 @@ def test_a_policy_file(tmp_path: Path) -> None:
     file.write_text("max_epsilon = 4\ndelta = 1e-4\n")
     assert load(file) == Policy(max_epsilon=4, delta=1e-4)
     written = Policy(
-        max_epsilon=4.0, delta=1e-4, min_noise_multiplier=0.5, max_clip=0.1, min_pictures=10, sites=".*attn.*",
-        bases=("a" * 64, "b" * 64), measures="noised", max_rank=16, max_steps=50, max_batch=64,
-    )  # fmt: skip
+        max_epsilon=4.0,
+        delta=1e-4,
+        min_noise_multiplier=0.5,
+        max_clip=0.1,
+        min_pictures=10,
+        sites=".*attn.*",
+        bases=("a" * 64, "b" * 64),
+        measures="noised",
+        max_rank=16,
+        max_steps=50,
+        max_batch=64,
+    )
     file.write_text("\n".join(f"{name} = {_toml(value)}" for name, value in vars(written).items()))
     assert load(file) == written
 
@@ -160,12 +211,34 @@ def _toml(value: object) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-@pytest.mark.parametrize("text", [
-    "max_epsilon = ", "epsilon = 4", 'max_epsilon = "4"', "max_epsilon = 0", "max_epsilon = nan", "delta = 1", "\xff",
-    "max_epsilon = inf", "min_noise_multiplier = 0", "max_clip = 0", "min_pictures = -1", "min_pictures = 2.5",
-    'sites = "("', "sites = 3", 'bases = ["short"]', 'bases = "all"', 'measures = "some"', "measures = true",
-    "max_rank = 0", "max_steps = 0", "max_batch = 0", "max_rank = true", "[delta]",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_epsilon = ",
+        "epsilon = 4",
+        'max_epsilon = "4"',
+        "max_epsilon = 0",
+        "max_epsilon = nan",
+        "delta = 1",
+        "\xff",
+        "max_epsilon = inf",
+        "min_noise_multiplier = 0",
+        "max_clip = 0",
+        "min_pictures = -1",
+        "min_pictures = 2.5",
+        'sites = "("',
+        "sites = 3",
+        'bases = ["short"]',
+        'bases = "all"',
+        'measures = "some"',
+        "measures = true",
+        "max_rank = 0",
+        "max_steps = 0",
+        "max_batch = 0",
+        "max_rank = true",
+        "[delta]",
+    ],
+)
 def test_a_policy_file_with_a_mistake_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(AntherError) as raised:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from protocol import limits
 from protocol.messages import Evaluation, Update, from_json, payloads, to_json
-from protocol.rounding import PRECISIONS
+from protocol.quantization import PRECISIONS
 from tests.protocol.test_messages import REPLIES, REPORT, REQUESTS, UPDATE
 
 
@@ -23,12 +23,24 @@ def test_honest_messages_are_within(message: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("round", -1), ("round", 2**31), ("rank", 10**4000), ("events", -1),
-        ("seconds", -0.5), ("joules", 1e13), ("epsilon", -1.0), ("epsilon", float("nan")), ("loss", float("inf")),
-        ("quality", "guessed"), ("quality", ""),
-        ("device", "a" * 201), ("device", "two\nlines"), ("run", "\ud800"), ("run", "\x1b[2J"), ("run", "a\u202eb"),
+        ("round", -1),
+        ("round", 2**31),
+        ("rank", 10**4000),
+        ("events", -1),
+        ("seconds", -0.5),
+        ("joules", 1e13),
+        ("epsilon", -1.0),
+        ("epsilon", float("nan")),
+        ("loss", float("inf")),
+        ("quality", "guessed"),
+        ("quality", ""),
+        ("device", "a" * 201),
+        ("device", "two\nlines"),
+        ("run", "\ud800"),
+        ("run", "\x1b[2J"),
+        ("run", "a\u202eb"),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_nobody_honest_sends_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^Update\.{field}: must be [^\n]*$"):
         limits.check(dataclasses.replace(UPDATE, **{field: value}))

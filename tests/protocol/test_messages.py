@@ -6,7 +6,7 @@ import json
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from protocol import records
 from protocol.messages import (
     LONGEST,
@@ -29,13 +29,30 @@ from protocol.messages import (
 PRIVACY = ExamplePrivacy(noise_multiplier=1.5, clip=0.01, sampling_rate=0.25, draws=2, delta=1e-3)
 PLAN = TrainingPlan(run="r", round=1, base="b", rank=8, steps=4, batch_size=4, learning_rate=1e-3, privacy=PRIVACY)
 REPORT = DeviceReport(
-    device="wr-1", base="b", profile="pi4", memory_gib=4, examples_per_second=2.5, watts=5.0,
-    uplink_mbps=10.0, downlink_mbps=20.0, metered=True,
-)  # fmt: skip
+    device="wr-1",
+    base="b",
+    profile="pi4",
+    memory_gib=4,
+    examples_per_second=2.5,
+    watts=5.0,
+    uplink_mbps=10.0,
+    downlink_mbps=20.0,
+    metered=True,
+)
 UPDATE = Update(
-    device="wr-1", run="r", round=1, rank=8, adapter=b"\x00\xff", release=False, seconds=1.5, joules=3.0,
-    quality="estimate", loss=None, epsilon=2.0, events=6,
-)  # fmt: skip
+    device="wr-1",
+    run="r",
+    round=1,
+    rank=8,
+    adapter=b"\x00\xff",
+    release=False,
+    seconds=1.5,
+    joules=3.0,
+    quality="estimate",
+    loss=None,
+    epsilon=2.0,
+    events=6,
+)
 REQUESTS = [
     Query(),
     Train(plan=PLAN, adapter=b"abc"),

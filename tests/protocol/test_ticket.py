@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.errors import AntherError
-from protocol.hello import Hello
+from common.errors import AntherError
+from protocol.handshake import Hello
 from protocol.messages import NEWEST, OLDEST
 from protocol.ticket import Ticket, read
 
@@ -30,9 +30,14 @@ def test_half_a_ticket_is_none(cut):
 
 def hello(oldest: int, newest: int) -> Hello:
     return Hello(
-        oldest=oldest, newest=newest, anther="9.9", federation="f" * 16, base="b" * 64, base_bytes=1,
+        oldest=oldest,
+        newest=newest,
+        anther="9.9",
+        federation="f" * 16,
+        base="b" * 64,
+        base_bytes=1,
         time="2030-01-01T00:00:00+00:00",
-    )  # fmt: skip
+    )
 
 
 def test_who_is_older_is_told_to_update():

@@ -5,14 +5,21 @@ from dataclasses import replace
 
 from privacy.accounting import Guarantee
 from server.app import _tell
-from server.state import Round
-from server.tracker import numbers
-from strategies.facts import TrainFacts, Validation
+from server.report.trackers import numbers
+from server.rounds.state import Round
+from strategies.round.metrics import TrainFacts, Validation
 
 TRAIN = TrainFacts(
-    asked=4, replied=2, dropped={"refused": 1, "unreachable": 1}, bytes_down=20, bytes_up=10, seconds=2.0, joules=3.0,
-    loss=0.5, epsilon=None,
-)  # fmt: skip
+    asked=4,
+    replied=2,
+    dropped={"refused": 1, "unreachable": 1},
+    bytes_down=20,
+    bytes_up=10,
+    seconds=2.0,
+    joules=3.0,
+    loss=0.5,
+    epsilon=None,
+)
 NOBODY = Validation(base=None, shared=None)
 MEASURED = Validation(base=0.5, shared=0.4, improved=0.2)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.tiny import ATTENTION
-from models.base import Base
-from server import checkpoint
+from bench.lib.tiny import ATTENTION
+from models.base.base import Base
+from server.rounds import checkpoint
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {
@@ -55,7 +55,7 @@ def environment(tmp_path, pipeline_folder):
 def test_flower_runs_the_bundle(tmp_path, environment, pipeline_folder):
     pytest.importorskip("ray", reason="pip install anther[ray]")
     app = tmp_path / "anther-app"
-    rooms = ["client", "conf", "models", "privacy", "protocol", "server", "strategies", "training"]
+    rooms = ["client", "common", "conf", "models", "privacy", "protocol", "server", "strategies", "training"]
     for room in rooms:
         shutil.copytree(ROOT / room, app / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE"):
@@ -75,11 +75,22 @@ def test_flower_runs_the_bundle(tmp_path, environment, pipeline_folder):
     )
     done = subprocess.run(
         [
-            "flwr", "run", str(app), "--stream", "--federation-config", "num-supernodes=2 client-resources-num-cpus=1",
-            "-c", f'overrides="{overrides}"',
+            "flwr",
+            "run",
+            str(app),
+            "--stream",
+            "--federation-config",
+            "num-supernodes=2 client-resources-num-cpus=1",
+            "-c",
+            f'overrides="{overrides}"',
         ],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert "anther: round 2 of 2: 2 of 2 replied" in done.stdout + done.stderr, (
         done.stdout[-3000:] + done.stderr[-1000:]
     )

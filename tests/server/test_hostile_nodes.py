@@ -15,19 +15,19 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from models.adapter import initial, to_tensors
+from models.lora.adapter import initial, to_tensors
 from protocol import records
-from protocol.codec import encode
 from protocol.messages import Query
-from server.buffered import Buffered
-from server.collect import Late, collect
-from server.legs import Pace
-from server.pauses import FIRST, LONGEST, Pauses
+from protocol.tensor_codec import encode
+from server.grid.pauses import FIRST, LONGEST, Pauses
+from server.rounds.collect import Late, collect
+from server.rounds.fedbuff import Buffered
+from server.rounds.sync import Pace
 from strategies.aggregation.fedit import FedIT
-from strategies.asynchronous import SHIFTS
 from strategies.clock import WallClock
-from tests.fleet import PLAN, REPORT, SITES, FakeDevice, _reply, strategy
-from tests.superlink import Device, SuperLink
+from strategies.fedbuff import SHIFTS
+from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, _reply, strategy
+from tests.helpers.superlink import Device, SuperLink
 
 LIMIT = 60.0  # seconds
 COST = 0.02  # seconds of a call to the SuperLink
@@ -49,8 +49,8 @@ class Time:
 @pytest.fixture(autouse=True)
 def passing(monkeypatch, link) -> Time:
     passing = Time()
-    monkeypatch.setattr("server.gate.time", passing)
-    monkeypatch.setattr("server.inquiries.time", passing)
+    monkeypatch.setattr("server.grid.validating_grid.time", passing)
+    monkeypatch.setattr("server.grid.inquiries.time", passing)
     monkeypatch.setattr("strategies.clock.time", passing)
     monkeypatch.setattr(link, "calls", lambda _: passing.sleep(COST))
     return passing
@@ -130,9 +130,14 @@ def is_silent(device: Device) -> None:
 
 @pytest.mark.parametrize(
     ("does", "code"),
-    [(promises, 4), (sends_half, 4), (sends_a_forest, records.UNREADABLE),
-     (sends_another_tree, records.UNREADABLE), (is_silent, None)],
-)  # fmt: skip
+    [
+        (promises, 4),
+        (sends_half, 4),
+        (sends_a_forest, records.UNREADABLE),
+        (sends_another_tree, records.UNREADABLE),
+        (is_silent, None),
+    ],
+)
 def test_one_node_costs_the_others_nothing(link, passing, does, code):
     mallory, *honest = (link.device(name) for name in ("mallory", "ada", "bob"))
     gate = link.grid()

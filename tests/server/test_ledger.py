@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon, with_strict
-from privacy.entries import MEASURE
+from privacy.ledger.entries import MEASURE
 from privacy.storage import Files
 from server.ledger import JOURNAL, Ledger, spending
-from strategies.private import Budget, Charge, Exhausted
+from strategies.central_dp import Budget, Charge, Exhausted
 
 ROUND = PoissonGaussian(noise_multiplier=4.0, sampling_rate=1.0, steps=1)
 SECRET = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.1, steps=1)
@@ -22,9 +22,16 @@ BUDGET = Budget(epsilon=8.0, delta=1e-3, participations=5)
 
 def charge(round=1, asked=("a", "b"), mechanism=ROUND, **changes):
     return Charge(
-        run="run", round=round, mechanism=mechanism, clip=0.5, expected=10.0, adapter="f" * 64, asked=asked,
-        release=False, **changes,
-    )  # fmt: skip
+        run="run",
+        round=round,
+        mechanism=mechanism,
+        clip=0.5,
+        expected=10.0,
+        adapter="f" * 64,
+        asked=asked,
+        release=False,
+        **changes,
+    )
 
 
 def promised(*events):
@@ -45,10 +52,19 @@ def test_what_is_written_is_what_is_charged(ledger, tmp_path):
     assert ledger.charges() == [charge()]
     event = json.loads((tmp_path / JOURNAL).read_text())
     expected = {
-        "state": "reserved", "run": "run", "round": 1, "clip": 0.5, "expected": 10.0, "adapter": "f" * 64,
-        "asked": ["a", "b"], "release": False, "unit": "device", "relation": "add_or_remove_one", "purpose": "train",
+        "state": "reserved",
+        "run": "run",
+        "round": 1,
+        "clip": 0.5,
+        "expected": 10.0,
+        "adapter": "f" * 64,
+        "asked": ["a", "b"],
+        "release": False,
+        "unit": "device",
+        "relation": "add_or_remove_one",
+        "purpose": "train",
         "mechanism": {"noise_multiplier": 4.0, "sampling_rate": 1.0, "steps": 1},
-    }  # fmt: skip
+    }
     assert {key: event[key] for key in expected} == expected
 
 
@@ -194,9 +210,9 @@ def test_a_torn_last_line_was_never_relied_on(ledger, tmp_path):
 
 
 def test_an_event_of_another_kind(ledger, tmp_path):
-    from privacy import chain
+    from privacy.ledger import hash_chain
 
     for event in ({"state": "refunded"}, {"state": "reserved", "run": "run"}):
-        (tmp_path / JOURNAL).write_bytes(chain.line(event, chain.START) + b"\n")
+        (tmp_path / JOURNAL).write_bytes(hash_chain.line(event, hash_chain.START) + b"\n")
         with pytest.raises(AntherError, match=r"ledger\.jsonl:1: not an event"):
             ledger.charges()

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load, save
 
 from conf.compose import compose
-from models.adapter import initial, rank
-from models.cores import empty
+from models.lora.adapter import initial, rank
+from models.lora.lora_xs import empty
 from protocol.messages import Update
-from server.loop import run_rounds
-from server.state import State
-from simulations.grid import CohortGrid
+from server.rounds.loop import run_rounds
+from server.rounds.state import State
+from simulations.grid.cohort import CohortGrid
 from strategies.build import build
-from strategies.federated import Federated
-from strategies.full_plan import training_plan
+from strategies.planning.full_plan import training_plan
 from strategies.registry import AGGREGATIONS
-from tests.fleet import REPORT, SITES, FakeDevice, frame_file, handle, perform
+from strategies.strategy import Federated
+from tests.helpers.fleet import REPORT, SITES, FakeDevice, frame_file, handle, perform
 
 NAMES = "abcd"
 composed = cache(compose)
@@ -31,7 +31,7 @@ composed = cache(compose)
 
 @pytest.fixture(autouse=True)
 def _fake_logic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simulations.grid.handle", handle)
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
 def edited(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Update], Update]:
@@ -86,8 +86,12 @@ def made(name: str, folder: Path, more: str = "") -> tuple[Federated, State]:
 def run(federated: Federated, state: State, devices: list[FakeDevice], folder: Path, on_round: Any = None) -> State:
     return run_rounds(
         grid=CohortGrid(devices, perform),  # type: ignore[arg-type]
-        strategy=federated, state=state, rounds=3, checkpoints=folder, on_round=on_round or (lambda _: None),
-    )  # fmt: skip
+        strategy=federated,
+        state=state,
+        rounds=3,
+        checkpoints=folder,
+        on_round=on_round or (lambda _: None),
+    )
 
 
 @pytest.mark.parametrize("misfortune", MISFORTUNES)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
 from simulations import simulate
-from simulations.expected import after_rounds
+from simulations.report.time_left import after_rounds
 from simulations.run import resume_command
 from tests.simulations.test_run import BARE, TINY, environment, run
 

@@ -10,25 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import load
+from models.base.base import load
 from privacy.accounting import PoissonGaussian
+from privacy.audit.goodness_of_fit import Check
 from privacy.clipping import BoundedSums
-from privacy.goodness_of_fit import Check
 from privacy.noise import NoiseSource, Secure, Simulated
 from privacy.sensitivity import Bounded, Sensitivity
-from simulations import canary_clients, company, situations
-from simulations.canaries import Silent, toss
-from simulations.canary_clients import Cohort
-from simulations.situations import Situation, observe
-from tests.simulations import broken
-from training import batches, trainer
-from training.gradients import gradients
+from simulations.audit import batch_independence, canary_clients, known_inputs
+from simulations.audit.canaries import Silent, toss
+from simulations.audit.canary_clients import Cohort
+from simulations.audit.known_inputs import Situation, observe
+from tests.helpers import broken_mechanisms
+from training import batches
+from training.step import gradients
 
 MEMORY = 2**27
 SIGNIFICANCE = 1e-9  # what a test may have of a whole audit's false alarms
 PLAIN = Situation(
-    name="plain", pictures=60, sampling_rate=0.3, noise_multiplier=1.0, side=60, devices=2, rounds=10,
-)  # fmt: skip
+    name="plain",
+    pictures=60,
+    sampling_rate=0.3,
+    noise_multiplier=1.0,
+    side=60,
+    devices=2,
+    rounds=10,
+)
 STEPS = replace(PLAIN, name="steps", steps=3, side=24)
 FEW = Situation(name="few", pictures=3, sampling_rate=0.2, noise_multiplier=1.0, side=16, rounds=100)
 LONG = Situation(name="long", pictures=8, sampling_rate=0.5, noise_multiplier=0.5, side=400, trains="b")
@@ -45,23 +51,27 @@ def failed(checks: Sequence[Check]) -> set[str]:
 
 def of(situation: Situation, breaks: Break = lambda source: source) -> set[str]:
     seen = observe(situation, lambda *key: breaks(simulated(*key)), 0, memory=MEMORY)
-    return failed(situations.checks(seen))
+    return failed(known_inputs.checks(seen))
 
 
 SOURCES: Mapping[str, tuple[Situation, Break, str]] = {
-    "noise × 0.7": (PLAIN, lambda source: broken.Scaled(source, 0.7), "noise: variance"),
-    "noise × 0.5": (PLAIN, lambda source: broken.Scaled(source, 0.5), "noise: variance"),
-    "noise × 0.35": (PLAIN, lambda source: broken.Scaled(source, 0.35), "noise: variance"),
-    "noise 3 % low": (PLAIN, lambda source: broken.Scaled(source, 0.97), "noise: variance"),
+    "noise × 0.7": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.7), "noise: variance"),
+    "noise × 0.5": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.5), "noise: variance"),
+    "noise × 0.35": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.35), "noise: variance"),
+    "noise 3 % low": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.97), "noise: variance"),
     "no noise": (PLAIN, Silent, "noise: variance"),
-    "second half a copy of the first": (PLAIN, broken.CopiedHalf, "noise: autocorrelation"),
-    "repeated every 65,536 numbers": (LONG, lambda source: broken.Periodic(source, 65536), "noise: autocorrelation"),
-    "one noise for all steps": (STEPS, broken.Remembered, "noise: variance"),
-    "float16 noise": (PLAIN, broken.InFloat16, "last digits"),
-    "batches of fixed size": (PLAIN, broken.FixedSize, "batch sizes: variance"),
-    "everybody in each batch": (PLAIN, broken.Everybody, "batches: distribution"),
-    "no batch is empty": (FEW, broken.NeverEmpty, "batch sizes: distribution"),
-    "batches of a seed": (PLAIN, broken.SeededBatches, "batches: autocorrelation"),
+    "second half a copy of the first": (PLAIN, broken_mechanisms.CopiedHalf, "noise: autocorrelation"),
+    "repeated every 65,536 numbers": (
+        LONG,
+        lambda source: broken_mechanisms.Periodic(source, 65536),
+        "noise: autocorrelation",
+    ),
+    "one noise for all steps": (STEPS, broken_mechanisms.Remembered, "noise: variance"),
+    "float16 noise": (PLAIN, broken_mechanisms.InFloat16, "last digits"),
+    "batches of fixed size": (PLAIN, broken_mechanisms.FixedSize, "batch sizes: variance"),
+    "everybody in each batch": (PLAIN, broken_mechanisms.Everybody, "batches: distribution"),
+    "no batch is empty": (FEW, broken_mechanisms.NeverEmpty, "batch sizes: distribution"),
+    "batches of a seed": (PLAIN, broken_mechanisms.SeededBatches, "batches: autocorrelation"),
 }
 
 
@@ -81,15 +91,15 @@ def test_noise_without_the_device_or_the_round_in_its_seed_fails(key: str) -> No
     def reused(device: str, number: int) -> NoiseSource:
         return simulated("the same", number) if key == "device" else simulated(device, 0)
 
-    found = failed(situations.checks(observe(PLAIN, reused, 0, memory=MEMORY)))
+    found = failed(known_inputs.checks(observe(PLAIN, reused, 0, memory=MEMORY)))
     assert {"noise: autocorrelation", "noise: between releases", "repeats"} <= found
 
 
 def test_noise_that_was_rounded_to_float32_before_it_was_scaled_fails() -> None:
     """The lattice of Mironov: any release tells which sums are impossible. Of small σ it is finer than the grid."""
-    rounded = broken.InFloat16(Secure(), torch.float32)
-    assert {"last digits", "equal numbers"} & failed(situations.of_source(rounded, 2**12)[1])
-    assert failed(situations.of_source(Secure(), 2**12)[1]) == set()
+    rounded = broken_mechanisms.InFloat16(Secure(), torch.float32)
+    assert {"last digits", "equal numbers"} & failed(known_inputs.of_source(rounded, 2**12)[1])
+    assert failed(known_inputs.of_source(Secure(), 2**12)[1]) == set()
 
 
 def test_noise_that_is_left_out_for_empty_batches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +140,7 @@ def test_a_loop_that_takes_other_pictures_than_were_drawn_fails(monkeypatch: pyt
         noise = self._job.noise
         assert noise is not None
         noise.poisson_batch(self._job.pictures, 0.3)
-        job = replace(self._job, noise=broken.Everybody(noise))
+        job = replace(self._job, noise=broken_mechanisms.Everybody(noise))
         kept, self._job = self._job, job
         try:
             return poisson(self)
@@ -157,11 +167,11 @@ def rounds(breaks: Break = lambda source: source, cohort: Cohort = COHORT) -> se
 
 @pytest.mark.parametrize("scale", [0.7, 0.5, 0.35, 0.97])
 def test_too_little_noise_on_a_round_fails(scale: float) -> None:
-    assert "noise: variance" in rounds(lambda source: broken.Scaled(source, scale))
+    assert "noise: variance" in rounds(lambda source: broken_mechanisms.Scaled(source, scale))
 
 
 def test_copied_noise_on_a_round_fails() -> None:
-    assert "noise: autocorrelation" in rounds(broken.CopiedHalf)
+    assert "noise: autocorrelation" in rounds(broken_mechanisms.CopiedHalf)
 
 
 def test_a_round_that_nobody_answered_is_noised() -> None:
@@ -194,17 +204,17 @@ def test_a_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_arithmetic_that_depends_on_how_many_share_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load("glyphs", device="cpu")
-    adapter, examples = company.chaotic(base), company.random_examples(base)
+    adapter, examples = batch_independence.chaotic(base), batch_independence.random_examples(base)
 
     def depending(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
         found, losses = gradients(*arguments, **options)  # type: ignore[arg-type]
         real = int((arguments[2].weights != 0).sum())  # type: ignore[attr-defined]
         return found + 1e-3 * real * found.roll(1, dims=1), losses
 
-    honest = company.shift(base, adapter, examples, memory=2**30)
-    assert company.check(honest).p_value == 1.0
-    monkeypatch.setattr(trainer, "gradients", depending)
-    assert company.check(company.shift(base, adapter, examples, memory=2**30)).p_value == 0.0
+    honest = batch_independence.shift(base, adapter, examples, memory=2**30)
+    assert batch_independence.check(honest).p_value == 1.0
+    monkeypatch.setattr(training_cohort, "gradients", depending)
+    assert batch_independence.check(batch_independence.shift(base, adapter, examples, memory=2**30)).p_value == 0.0
 
 
 # Repeated.
@@ -218,7 +228,7 @@ def test_honest_runs_pass_again_and_again() -> None:
     for seed in range(200):
         for situation in small:
             seen = observe(situation, lambda *_: Secure(), seed, memory=MEMORY)
-            p_values += [check.p_value for check in situations.checks(seen)]
+            p_values += [check.p_value for check in known_inputs.checks(seen)]
     assert len(p_values) >= 200 * 45
     assert min(p_values) > 1e-6
     assert np.mean(np.array(p_values) < 1e-3) < 2e-3

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from privacy.ledger import RESERVED, SEALED, SENT, Entry, Ledger
+from privacy.ledger.ledger import RESERVED, SEALED, SENT, Entry, Ledger
 from protocol import records
 from protocol.messages import Update
-from simulations.grid import CohortGrid
-from simulations.storage import FILE, Database
-from tests.client.devices import Performer, know_epsilon, make_device, train_request
-from tests.client.test_crash import append, in_child
+from simulations.fleet.storage import FILE, Database
+from simulations.grid.cohort import CohortGrid
+from tests.client.rounds.test_crash import append, in_child
+from tests.helpers.devices import Performer, know_epsilon, make_device, train_request
 from training import jobs
 
 ROUNDS, NAMES = 2, ("a", "b", "c")

@@ -12,11 +12,11 @@ from PIL import Image
 
 from client.app import app
 from client.device import from_config
-from models.adapter import initial, to_tensors
+from models.lora.adapter import initial, to_tensors
 from protocol import records
-from protocol.codec import encode
 from protocol.messages import Evaluate, ExamplePrivacy, Personalise, Query, Train, TrainingPlan
-from simulations.grid import CohortGrid
+from protocol.tensor_codec import encode
+from simulations.grid.cohort import CohortGrid
 from training.engine import perform
 
 PRIVACY = ExamplePrivacy(noise_multiplier=2.0, clip=0.1, sampling_rate=0.5, draws=2, delta=1e-3)
@@ -48,11 +48,20 @@ def requests(base):
         Train(plan=plan, adapter=adapter, adapted=sites),
         Evaluate(run="r", round=1, adapter=adapter, adapted=sites, timesteps=2),
         Personalise(
-            run="r", round=2, adapter=adapter, rank=2, steps=2, batch_size=2, learning_rate=1e-2, look_every=1,
-            patience=1, adapted=sites, timesteps=2,
+            run="r",
+            round=2,
+            adapter=adapter,
+            rank=2,
+            steps=2,
+            batch_size=2,
+            learning_rate=1e-2,
+            look_every=1,
+            patience=1,
+            adapted=sites,
+            timesteps=2,
         ),
         Train(plan=replace(plan, run="private", round=3, privacy=PRIVACY), adapter=adapter, adapted=sites),
-    ]  # fmt: skip
+    ]
 
 
 def node_config(pictures, folder, owner):

@@ -14,15 +14,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
 from simulations.run import check_time
 
 TINY = [
-    "data.writers=3", "data.test=3", "data.validation=2", "rounds=3", "adapter.shared.steps=2", "adapter.shared.rank=4",
-    "adapter.personal.steps=4", "adapter.personal.rank=2", "adapter.look_every=2", "evaluation.timesteps=2",
-    "evaluation.gallery=2", "evaluation.steps=2", "base.device=cpu",
-]  # fmt: skip
+    "data.writers=3",
+    "data.test=3",
+    "data.validation=2",
+    "rounds=3",
+    "adapter.shared.steps=2",
+    "adapter.shared.rank=4",
+    "adapter.personal.steps=4",
+    "adapter.personal.rank=2",
+    "adapter.look_every=2",
+    "evaluation.timesteps=2",
+    "evaluation.gallery=2",
+    "evaluation.steps=2",
+    "base.device=cpu",
+]
 BARE = ["evaluation.gallery=0", "evaluation.local=false"]
 """For runs of which nobody looks at what they drew."""
 ROOT = Path(__file__).parents[2]
@@ -132,9 +142,13 @@ def test_killed_and_resumed_it_comes_to_the_same(
 def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     with subprocess.Popen(
         command(pipeline_folder, tmp_path / "run", "rounds=9"),
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout
         for line in process.stdout:
             if "round 1 of 9" in line:
@@ -146,26 +160,39 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    ("fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: all replies of this fleet come at once; choose"),
-    ("strategy.timing=async", "strategy.timing=async: training takes this fleet no time; choose a fleet with timed"),
-    ("strategy.quorum=4 data.writers=3", "strategy.quorum=4: there are 3 devices"),
-    ("fleet.eligible.battery=0.4", "fleet.eligible.battery=0.4: devices of this fleet have no battery, .*fleet=week"),
-    ("fleet.eligible.idle=true", "fleet.eligible.idle=true: devices of this fleet"),
-    ("fleet.eligible.cool=true", "fleet.eligible.cool=true: devices of this fleet"),
-    ("strategy.battery_share=0.1", "strategy.battery_share=0.1: devices of this fleet"),
-    ("fleet.zones=3", "fleet.zones=3: devices of this fleet"),
-    ("fleet.jitter=2", "fleet.jitter=2: devices of this fleet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: all replies of this fleet come at once; choose"),
+        (
+            "strategy.timing=async",
+            "strategy.timing=async: training takes this fleet no time; choose a fleet with timed",
+        ),
+        ("strategy.quorum=4 data.writers=3", "strategy.quorum=4: there are 3 devices"),
+        (
+            "fleet.eligible.battery=0.4",
+            "fleet.eligible.battery=0.4: devices of this fleet have no battery, .*fleet=week",
+        ),
+        ("fleet.eligible.idle=true", "fleet.eligible.idle=true: devices of this fleet"),
+        ("fleet.eligible.cool=true", "fleet.eligible.cool=true: devices of this fleet"),
+        ("strategy.battery_share=0.1", "strategy.battery_share=0.1: devices of this fleet"),
+        ("fleet.zones=3", "fleet.zones=3: devices of this fleet"),
+        ("fleet.jitter=2", "fleet.jitter=2: devices of this fleet"),
+    ],
+)
 def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said: str) -> None:
     with pytest.raises(AntherError, match=said):
         check_time(compose(overrides))
 
 
-@pytest.mark.parametrize("timed", [
-    "fleet.overselect=2 fleet.sample=2", "strategy.timing=async strategy.quorum=9",
-    "fleet.eligible.battery=0.4 fleet.eligible.idle=true strategy.battery_share=0.1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "timed",
+    [
+        "fleet.overselect=2 fleet.sample=2",
+        "strategy.timing=async strategy.quorum=9",
+        "fleet.eligible.battery=0.4 fleet.eligible.idle=true strategy.battery_share=0.1",
+    ],
+)
 def test_what_a_timed_fleet_can(timed: str) -> None:
     check_time(compose(f"fleet=week {timed} data.writers=3"))
 

@@ -28,11 +28,15 @@ STEADY = {
 def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
     """What each round held, and at last what the run came to."""
     out = folder / "held.jsonl"
-    script = ROOT / "tests/simulations/scale.py"
+    script = ROOT / "tests/helpers/scale.py"
     command = [sys.executable, str(script), str(folder / "run"), str(out), f"base.path={base} {TINY} {overrides}"]
     environment = {
-        **os.environ, **STEADY, "ANTHER_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)
-    }  # fmt: skip
+        **os.environ,
+        **STEADY,
+        "ANTHER_HOME": str(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in out.read_text().splitlines()]

@@ -13,9 +13,14 @@ import pytest
 from tests.simulations.test_run import ROOT, command, numbers, run
 
 WEEK = [
-    "fleet=week", "fleet.sample=3", "data.writers=6", "evaluation.gallery=0", "evaluation.local=false",
-    "adapter.personal.steps=2", "tracker.tensorboard=false",
-]  # fmt: skip
+    "fleet=week",
+    "fleet.sample=3",
+    "data.writers=6",
+    "evaluation.gallery=0",
+    "evaluation.local=false",
+    "adapter.personal.steps=2",
+    "tracker.tensorboard=false",
+]
 
 
 @pytest.mark.slow

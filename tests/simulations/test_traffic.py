@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from conf.compose import compose
-from models.adapter import Adapter, initial
-from models.base import Base
+from models.base.base import Base
+from models.lora.adapter import Adapter, initial
 from privacy.storage import Files
-from server import checkpoint
 from server.ledger import Ledger
-from server.loop import run_rounds
-from server.state import State
-from simulations.fleet import participants
-from simulations.grid import CohortGrid
+from server.rounds import checkpoint
+from server.rounds.loop import run_rounds
+from server.rounds.state import State
+from simulations.fleet.participants import participants
+from simulations.grid.cohort import CohortGrid
 from strategies.build import build
-from strategies.full_plan import training_plan
+from strategies.planning.full_plan import training_plan
 from training.engine import perform
 
 TINY = (
@@ -43,9 +43,13 @@ def federated(base: Base, folder: Path, overrides: str, *, saved: State | None =
     )
     state = saved or State.start(run="run", private=strategy.private, adapter=initial(base.sites, 4, seed=0))
     return run_rounds(
-        grid=grid, strategy=strategy, state=state, rounds=rounds, checkpoints=folder / "checkpoints",
+        grid=grid,
+        strategy=strategy,
+        state=state,
+        rounds=rounds,
+        checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
-    )  # fmt: skip
+    )
 
 
 def flat(adapter: Adapter) -> torch.Tensor:

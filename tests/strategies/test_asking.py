@@ -12,41 +12,41 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
-from models.adapter import initial, to_tensors
+from models.lora.adapter import initial, to_tensors
 from protocol import records
-from protocol.codec import encode
 from protocol.messages import Update
-from server import checkpoint
-from server.loop import run_rounds
-from server.state import State
-from simulations.grid import CohortGrid
+from protocol.tensor_codec import encode
+from server.rounds import checkpoint
+from server.rounds.loop import run_rounds
+from server.rounds.state import State
+from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.ffa import FFA
 from strategies.build import build
-from strategies.federated import Federated
-from strategies.fitting import Fitting
-from strategies.planning import Limits
-from strategies.private import Exhausted
-from strategies.roster import Roster
+from strategies.central_dp import Exhausted
+from strategies.planning.plan import Limits
+from strategies.planning.site_selection import Fitting
+from strategies.round.connected_devices import Roster
 from strategies.selection import Selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
 from strategies.selection.energy import Energy
+from strategies.selection.energy_delay import Thrifty
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
-from strategies.selection.thrifty import Thrifty
-from tests.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
-from tests.strategies.central import BUDGET, device_level, poisson, private
-from tests.strategies.test_knapsack import table
+from strategies.strategy import Federated
+from tests.helpers.central import BUDGET, device_level, poisson, private
+from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
+from tests.strategies.planning.test_knapsack import table
 
 SETTINGS = OortSettings(window=1)
 
 
 @pytest.fixture(autouse=True)
 def _fake_logic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simulations.grid.handle", handle)
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
 class Clock:
@@ -155,9 +155,13 @@ def test_with_privacy_per_device_one_that_cannot_be_asked_moves_nobody_elses_tur
     assert able != others
 
 
-@pytest.mark.parametrize("changes", [
-    {"selection": Energy(size=2, seed=0, weight=0.5, settings=SETTINGS)}, {"limits": Limits(battery_share=0.5)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection": Energy(size=2, seed=0, weight=0.5, settings=SETTINGS)},
+        {"limits": Limits(battery_share=0.5)},
+    ],
+)
 def test_what_belongs_to_a_device_decides_nothing_where_it_is_the_unit(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="part of what is private"):
         private(tmp_path, **changes)
@@ -215,7 +219,7 @@ def test_who_does_not_answer_anew_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
             raise RuntimeError("asleep")
         return (yield from handle(request, device))
 
-    monkeypatch.setattr("simulations.grid.handle", sleepy)
+    monkeypatch.setattr("simulations.grid.cohort.handle", sleepy)
     clock, devices = Clock(), [FakeDevice("a"), FakeDevice("b")]
     federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
     for sleeping, asked in ((set(), ["a", "b"]), ({"a"}, ["b"]), (set(), ["a", "b"])):
@@ -236,7 +240,7 @@ def test_with_privacy_per_device_one_that_is_silent_moves_nobody_elses_turn(
             raise RuntimeError("asleep")
         return (yield from handle(request, device))
 
-    monkeypatch.setattr("simulations.grid.handle", sleepy)
+    monkeypatch.setattr("simulations.grid.cohort.handle", sleepy)
     schedules: list[list[list[str]]] = []
     for name, sleeping in (("awake", set()), ("asleep", {"b"})):
         clock, fleet = Clock(), [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "abcde"]
@@ -352,8 +356,10 @@ def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:
     assert [train(federated, devices, number) for number in (1, 2, 3)] == [["a", "b"], ["a", "c"], ["b", "c"]]
     known = federated._history.devices
     assert {name: (facts.asked, facts.last, facts.loss) for name, facts in known.items()} == {
-        "a": (2, 2, 0.5), "b": (2, 3, None), "c": (2, 3, 0.5),
-    }  # fmt: skip
+        "a": (2, 2, 0.5),
+        "b": (2, 3, None),
+        "c": (2, 3, 0.5),
+    }
     assert known["b"].steps == 0
 
 

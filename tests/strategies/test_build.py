@@ -2,37 +2,37 @@
 
 import pytest
 
-from bench.tiny import ATTENTION, save_pipeline
+from bench.lib.tiny import ATTENTION, save_pipeline
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
-from models.base import load
+from models.base.base import load
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.noise import Secure, Simulated
 from privacy.storage import Files
 from server.ledger import Ledger
-from strategies.aggregating import aggregation, optimiser
+from strategies.aggregation.build import aggregation, optimiser
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.flora import FLoRA
 from strategies.build import build, combination
-from strategies.full_plan import training_plan
-from strategies.optimisers import FedAvgM, FedOpt
+from strategies.planning.full_plan import training_plan
 from strategies.registry import AGGREGATIONS, ROBUST, refusal
-from strategies.robust.guarded import Guarded
 from strategies.robust.krum import MultiKrum
-from strategies.selecting import selection
+from strategies.robust.robust_aggregation import Guarded
+from strategies.selection.build import selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import Eligible
 from strategies.selection.energy import Energy
+from strategies.selection.energy_delay import Thrifty
 from strategies.selection.everyone import Everyone
 from strategies.selection.loss_fair import LossFair
 from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
-from strategies.selection.thrifty import Thrifty
-from tests.fleet import SITES, frame_file
+from strategies.server_optimizers import FedAvgM, FedOpt
+from tests.helpers.fleet import SITES, frame_file
 
 
 def test_the_aggregation_is_the_one_named():
@@ -78,17 +78,20 @@ def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
         optimiser(config, FLoRA(rank=8, seed=0))
 
 
-@pytest.mark.parametrize(("overrides", "complaint"), [
-    ("strategy=exact adapter.shared.optimiser=sgd", "exact turns or changes the factors; use strategy=fedit"),
-    ("strategy=fedsvd adapter.shared.optimiser=sgd", "fedsvd turns or changes the factors"),
-    ("strategy=rolora adapter.shared.optimiser=sgd", "rolora turns or changes the factors"),
-    ("strategy=hetlora adapter.shared.optimiser=sgd", "a plain mean, and hetlora is none"),
-    ("strategy=fedit", r"set adapter\.shared\.optimiser=sgd"),
-    ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
-    ("strategy=fedit adapter.shared.optimiser=sgd strategy.robust=[norm]", "one that strategy.robust leaves out"),
-    ("strategy=fedit adapter.shared.optimiser=sgd strategy.timing=async", "rounds overlap; use sync"),
-    ("strategy=fedit adapter.shared.optimiser=sgd strategy.planning=device", r"use strategy\.planning=full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ("strategy=exact adapter.shared.optimiser=sgd", "exact turns or changes the factors; use strategy=fedit"),
+        ("strategy=fedsvd adapter.shared.optimiser=sgd", "fedsvd turns or changes the factors"),
+        ("strategy=rolora adapter.shared.optimiser=sgd", "rolora turns or changes the factors"),
+        ("strategy=hetlora adapter.shared.optimiser=sgd", "a plain mean, and hetlora is none"),
+        ("strategy=fedit", r"set adapter\.shared\.optimiser=sgd"),
+        ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
+        ("strategy=fedit adapter.shared.optimiser=sgd strategy.robust=[norm]", "one that strategy.robust leaves out"),
+        ("strategy=fedit adapter.shared.optimiser=sgd strategy.timing=async", "rounds overlap; use sync"),
+        ("strategy=fedit adapter.shared.optimiser=sgd strategy.planning=device", r"use strategy\.planning=full"),
+    ],
+)
 def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
     with pytest.raises(AntherError, match=rf"strategy\.correction=scaffold: .*{complaint}"):
         training_plan(compose(f"strategy.correction=scaffold {overrides}"), run="r", base="b")
@@ -131,9 +134,15 @@ def test_a_bound_that_nothing_holds_is_refused(robust):
     assert aggregation(compose("strategy.norm_bound=2 strategy.robust=[norm]"))
 
 
-@pytest.mark.parametrize(("overrides", "trained", "measured"), [
-    ("", 20, 20), ("fleet.sample=5", 5, 5), ("fleet.sample=5 fleet.evaluate=7", 5, 7), ("fleet.evaluate=7", 20, 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "trained", "measured"),
+    [
+        ("", 20, 20),
+        ("fleet.sample=5", 5, 5),
+        ("fleet.sample=5 fleet.evaluate=7", 5, 7),
+        ("fleet.evaluate=7", 20, 7),
+    ],
+)
 def test_how_many_are_asked(overrides, trained, measured):
     config = compose(overrides)
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
@@ -183,11 +192,15 @@ def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
     assert (level.sampling_rate, level.budget.participations) == (0.1, None)
 
 
-@pytest.mark.parametrize(("overrides", "steps", "expected"), [
-    ("rounds=10", 10, 20), ("rounds=10 fleet.sample=5", 10, 5),
-    ("rounds=10 fleet.sample=5 privacy.device.participations=5", 5, 5),
-    ("rounds=5 fleet.sample=5 privacy.device.participations=10", 5, 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "steps", "expected"),
+    [
+        ("rounds=10", 10, 20),
+        ("rounds=10 fleet.sample=5", 10, 5),
+        ("rounds=10 fleet.sample=5 privacy.device.participations=5", 5, 5),
+        ("rounds=5 fleet.sample=5 privacy.device.participations=10", 5, 5),
+    ],
+)
 def test_without_a_secret_sample_every_participation_is_paid_for_in_full(tmp_path, overrides, steps, expected):
     """Anchors for ε = 8 and δ = 1e-3: 5 participations 1.07, 10 of them 1.52."""
     level = private(f"strategy=fedit privacy=device {overrides}", tmp_path).device_level
@@ -231,12 +244,15 @@ def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
     assert noise(1).rounded_gaussian(3, 1e9).tolist() != noise(2).rounded_gaussian(3, 1e9).tolist()
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    ("strategy=exact", r"exact is not linear in the updates: .*docs/privacy\.md"),
-    ("strategy=fedit fleet.rate=0.5 privacy.device.participations=2", r"participations=2: with fleet\.rate .*null"),
-    ("strategy=fedit privacy.device.participations=2 rounds=4", r"2: 20 devices can't fill 4 rounds of 20"),
-    ("strategy=fedit privacy.device.quantile=0.5 fleet.sample=4", r"quantile=0\.5: too few devices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("strategy=exact", r"exact is not linear in the updates: .*docs/privacy\.md"),
+        ("strategy=fedit fleet.rate=0.5 privacy.device.participations=2", r"participations=2: with fleet\.rate .*null"),
+        ("strategy=fedit privacy.device.participations=2 rounds=4", r"2: 20 devices can't fill 4 rounds of 20"),
+        ("strategy=fedit privacy.device.quantile=0.5 fleet.sample=4", r"quantile=0\.5: too few devices"),
+    ],
+)
 def test_what_does_not_fit_together_is_refused_in_a_line(tmp_path, overrides, said):
     with pytest.raises(AntherError, match=said) as caught:
         private(f"privacy=device {overrides}", tmp_path)
@@ -288,24 +304,38 @@ def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
             training_plan(config, run="r", base="b")
 
 
-@pytest.mark.parametrize(("overrides", "kind"), [
-    ("", Everyone), ("fleet.sample=2", Sample), ("fleet.rate=0.5", Poisson), ("fleet.sample=2 selection=oort", Oort),
-    ("fleet.sample=2 selection=round_robin", RoundRobin), ("fleet.sample=2 selection=energy", Energy),
-    ("fleet.sample=2 selection=deadline strategy.deadline=9", Deadline),
-    ("fleet.sample=2 selection=loss_fair", LossFair), ("fleet.sample=2 selection=thrifty", Thrifty),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        ("", Everyone),
+        ("fleet.sample=2", Sample),
+        ("fleet.rate=0.5", Poisson),
+        ("fleet.sample=2 selection=oort", Oort),
+        ("fleet.sample=2 selection=round_robin", RoundRobin),
+        ("fleet.sample=2 selection=energy", Energy),
+        ("fleet.sample=2 selection=deadline strategy.deadline=9", Deadline),
+        ("fleet.sample=2 selection=loss_fair", LossFair),
+        ("fleet.sample=2 selection=thrifty", Thrifty),
+    ],
+)
 def test_the_selection_is_the_one_named(overrides, kind):
     assert type(selection(compose(overrides), seed=0)) is kind
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    ("selection=oort", r"selection=oort: .*fleet\.sample"),
-    ("selection=energy fleet.rate=0.5", r"selection=energy: .*fleet\.sample"),
-    ("selection=deadline fleet.sample=2", r"give strategy\.deadline"),
-    ("privacy=example selection=loss_fair fleet.sample=2", "losses that devices told"),
-    ("privacy=device strategy=fedit selection=energy fleet.sample=2", "left of batteries"),
-    ("privacy=device strategy=fedit strategy.battery_share=0.1", r"privacy=device hides all .*; use strategy\.joules"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("selection=oort", r"selection=oort: .*fleet\.sample"),
+        ("selection=energy fleet.rate=0.5", r"selection=energy: .*fleet\.sample"),
+        ("selection=deadline fleet.sample=2", r"give strategy\.deadline"),
+        ("privacy=example selection=loss_fair fleet.sample=2", "losses that devices told"),
+        ("privacy=device strategy=fedit selection=energy fleet.sample=2", "left of batteries"),
+        (
+            "privacy=device strategy=fedit strategy.battery_share=0.1",
+            r"privacy=device hides all .*; use strategy\.joules",
+        ),
+    ],
+)
 def test_a_selection_without_what_it_goes_by_is_refused(tmp_path, overrides, said):
     with pytest.raises(AntherError, match=said) as caught:
         private(overrides, tmp_path)

@@ -8,26 +8,26 @@ from flwr.app import ConfigRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import from_tensors, initial, shapes, to_tensors
-from protocol import records, rounding
-from protocol.codec import decode, encode
+from models.lora.adapter import from_tensors, initial, shapes, to_tensors
+from protocol import quantization, records
 from protocol.messages import Personalise, Rounded, Update
-from simulations.grid import CohortGrid
+from protocol.tensor_codec import decode, encode
+from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.download import download, lost, restored
-from strategies.optimisers import FedAvgM
-from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
-from tests.strategies.means import random_adapter
-from tests.strategies.test_federated import same
+from strategies.server_optimizers import FedAvgM
+from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
+from tests.helpers.means import random_adapter
+from tests.strategies.test_strategy import same
 
-precisions = pytest.mark.parametrize("precision", rounding.PRECISIONS)
+precisions = pytest.mark.parametrize("precision", quantization.PRECISIONS)
 
 
 @pytest.fixture(autouse=True)
 def _fake_logic(monkeypatch):
-    monkeypatch.setattr("simulations.grid.handle", handle)
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
 @precisions
@@ -38,7 +38,7 @@ def test_what_is_read_is_what_the_server_counts_from(precision, size, seed):
     sent = download(held, precision)
     assert sent.rounded == Rounded(precision=precision, rank=size)
     expected = {name: tuple(tensor.shape) for name, tensor in to_tensors(held).items()}
-    assert same(from_tensors(rounding.decode(sent.data, expected, precision)), sent.adapter)
+    assert same(from_tensors(quantization.decode(sent.data, expected, precision)), sent.adapter)
     assert download(held, precision).data == sent.data  # whenever it is sent
     found = restored(sent.adapter, lost(held, sent.adapter))
     assert all(torch.allclose(a, b, atol=1e-6) for s in held for a, b in zip(found[s], held[s], strict=True))
@@ -65,7 +65,7 @@ def train(federated, held, moves, *, number):
     replies = []
     for message in federated.configure_train(number, arrays, ConfigRecord(), grid):
         request = records.request_from_records("train", message.content)
-        tensors = rounding.decode(request.adapter, shapes(SITES, request.rounded.rank), request.rounded.precision)
+        tensors = quantization.decode(request.adapter, shapes(SITES, request.rounded.rank), request.rounded.precision)
         read.append(tensors)
         name = "ab"[message.metadata.dst_node_id - 1]
         reply = _update(name, request.plan, {key: tensor + moves for key, tensor in tensors.items()})
@@ -77,9 +77,19 @@ def train(federated, held, moves, *, number):
 
 def _update(name, plan, tensors):
     return Update(
-        device=name, run=plan.run, round=plan.round, rank=plan.rank, adapter=encode(tensors), release=False,
-        seconds=1.0, joules=1.0, quality="estimate", loss=0.5, epsilon=None, events=3,
-    )  # fmt: skip
+        device=name,
+        run=plan.run,
+        round=plan.round,
+        rank=plan.rank,
+        adapter=encode(tensors),
+        release=False,
+        seconds=1.0,
+        joules=1.0,
+        quality="estimate",
+        loss=0.5,
+        epsilon=None,
+        events=3,
+    )
 
 
 @precisions
@@ -124,9 +134,16 @@ def test_whatever_is_sent_is_sent_so(precision):
     trains = list(federated.configure_train(1, arrays, ConfigRecord(), grid))
     measures = list(federated.configure_evaluate(1, arrays, ConfigRecord(), grid))
     asked = Personalise(
-        run="run", round=1, adapter=records.adapter_from_record(arrays), rank=2, steps=1, batch_size=1,
-        learning_rate=0.1, look_every=1, patience=1,
-    )  # fmt: skip
+        run="run",
+        round=1,
+        adapter=records.adapter_from_record(arrays),
+        rank=2,
+        steps=1,
+        batch_size=1,
+        learning_rate=0.1,
+        look_every=1,
+        patience=1,
+    )
     personal = list(federated.configure_personalise(asked, grid))
     found = [
         records.request_from_records(message.metadata.message_type, message.content)

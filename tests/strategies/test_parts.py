@@ -7,25 +7,25 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from models.adapter import Factors, at, from_tensors, initial, shapes, to_tensors
-from models.slots import Layout
-from models.trained import from_trained_tensors, trained_layout, trained_shapes
+from models.lora.adapter import Factors, at, from_tensors, initial, shapes, to_tensors
+from models.lora.batched_lora import Layout
+from models.lora.trainable import from_trained_tensors, trained_layout, trained_shapes
 from privacy.sensitivity import RESOLUTION
-from protocol import codec, records
-from protocol.codec import decode, encode
-from simulations.grid import CohortGrid
+from protocol import records, tensor_codec
+from protocol.tensor_codec import decode, encode
+from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.optimisers import FedAvgM
-from strategies.planner import Planner
-from strategies.private import changes
-from tests.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
-from tests.strategies.central import CLIP, EXPECTED, Z, private, simulated
-from tests.strategies.means import close, dense, true_mean
+from strategies.central_dp import changes
+from strategies.planning.planner import Planner
+from strategies.server_optimizers import FedAvgM
+from tests.helpers.central import CLIP, EXPECTED, Z, private, simulated
+from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
+from tests.helpers.means import close, dense, true_mean
 
 RANDOM = torch.Generator().manual_seed(0)
 START = {name: Factors(a, torch.randn(b.shape, generator=RANDOM)) for name, (a, b) in initial(SITES, 3, 0).items()}
@@ -34,7 +34,7 @@ ONE_EACH = {"a": ("x",), "b": ("y",), "c": None, "d": ("x",)}
 
 @pytest.fixture(autouse=True)
 def _fake_logic(monkeypatch):
-    monkeypatch.setattr("simulations.grid.handle", handle)
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_the_longest_reply_is_that_of_the_plan():
         checks.largest(replace(PLAN, sites=sites, trains=trains)) for sites, trains in ((None, "both"), (("x",), "b"))
     ]
     whole, part = (
-        codec.largest(trained_shapes(sites, 3, t)) for sites, t in ((SITES, "both"), ({"x": SITES["x"]}, "b"))
+        tensor_codec.largest(trained_shapes(sites, 3, t)) for sites, t in ((SITES, "both"), ({"x": SITES["x"]}, "b"))
     )
     assert sizes == [whole, part]
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from models.adapter import Adapter, Factors, from_tensors, initial, shapes, to_tensors
-from models.cores import empty
-from models.trained import trained_tensors
-from privacy.noise import stream
+from common.seeding import derive_seed
+from models.lora.adapter import Adapter, Factors, from_tensors, initial, shapes, to_tensors
+from models.lora.lora_xs import empty
+from models.lora.trainable import trained_tensors
 from privacy.policy import Policy
 from protocol import records
-from protocol.codec import decode, encode
 from protocol.messages import TrainingPlan
-from simulations.grid import CohortGrid
+from protocol.tensor_codec import decode, encode
+from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregation
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
@@ -30,12 +30,12 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.federated import Federated
-from strategies.planning import Limits
+from strategies.planning.plan import Limits
 from strategies.selection.everyone import Everyone
 from strategies.selection.sample import Sample
-from tests.client.devices import BASE, SITES, Performer, make_device
-from tests.strategies.central import device_level
+from strategies.strategy import Federated
+from tests.helpers.central import device_level
+from tests.helpers.devices import BASE, SITES, Performer, make_device
 from training import jobs
 from training.jobs import Result, Trained
 
@@ -52,7 +52,7 @@ def flat(tensors: dict[str, torch.Tensor]) -> np.ndarray:
 
 def bowl(device: str) -> tuple[np.ndarray, np.ndarray]:
     """Each device's loss is ½ Σ h (w − w*)²: its curvature h and its best w*."""
-    drawn = np.random.default_rng(stream(device))
+    drawn = np.random.default_rng(derive_seed(device))
     return drawn.uniform(0.5, 2.5, flat(START).size), drawn.normal(0.0, 0.1, flat(START).size)
 
 
@@ -79,8 +79,12 @@ def _adapter(values: np.ndarray) -> Adapter:
 
 def federated(**changes: Any) -> Federated:
     settings: dict[str, Any] = {
-        "plan": PLAN, "sites": SITES, "aggregation": FedIT(), "selection": Everyone(), "limits": Limits(),
-    }  # fmt: skip
+        "plan": PLAN,
+        "sites": SITES,
+        "aggregation": FedIT(),
+        "selection": Everyone(),
+        "limits": Limits(),
+    }
     return Federated(**settings | changes)
 
 
@@ -241,12 +245,13 @@ def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "wrong", [
+    "wrong",
+    [
         {"plan": replace(PLAN, optimiser="adamw")},
         {"aggregation": Exact(rank=2, max_rank=None, seed=0)},
         *({"aggregation": rule} for rule in (FedSVD(seed=0), HetLoRA(), RoLoRA())),
-    ]
-)  # fmt: skip
+    ],
+)
 def test_where_it_means_nothing_it_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="scaffold: for plain SGD and a mean of factors"):
         federated(**wrong)

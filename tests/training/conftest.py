@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiny import ATTENTION
-from models.base import Base
+from bench.lib.tiny import ATTENTION
+from models.base.base import Base
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from common import counter_rng
 from privacy.noise import Simulated
-from training import streams
 from training.batches import Batch, Batches, stratified
 from training.jobs import DPSGD, Examples, Prior, Train
 
@@ -37,9 +37,17 @@ def examples(count: int) -> Examples:
 
 def job(pictures: int, *, views: int = 1, **changes: object) -> Train:
     plain = Train(
-        client="a", round=1, purpose="shared", seed=0, examples=examples(pictures * views), views=views, start={},
-        steps=1, batch_size=3, learning_rate=1.0,
-    )  # fmt: skip
+        client="a",
+        round=1,
+        purpose="shared",
+        seed=0,
+        examples=examples(pictures * views),
+        views=views,
+        start={},
+        steps=1,
+        batch_size=3,
+        learning_rate=1.0,
+    )
     return dataclasses.replace(plain, **changes)
 
 
@@ -223,7 +231,7 @@ def test_the_noise_does_not_know_its_timestep() -> None:
     for batches in (plain, drawn):
         phases = np.concatenate([batch.phases for batch in batches])
         keys = torch.from_numpy(np.concatenate([batch.noise_keys for batch in batches]))
-        for normals in streams.normals(keys, 4).T:
+        for normals in counter_rng.normals(keys, 4).T:
             assert abs(np.corrcoef(phases, normals)[0, 1]) < 5 / math.sqrt(len(phases))
             assert abs(np.corrcoef(phases, normals.square())[0, 1]) < 5 / math.sqrt(len(phases))
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from conf.errors import AntherError
-from models.base import Base
-from models.slots import stack_adapters
-from tests.training.reference import (
+from common.errors import AntherError
+from models.base.base import Base
+from models.lora.batched_lora import stack_adapters
+from tests.helpers.reference_trainer import (
     PLENTY,
     assert_close,
     examples,
@@ -23,13 +23,13 @@ from tests.training.reference import (
     some,
     trained,
 )
-from training import memory, passes, trainer
+from training import cohort, memory, parallel_passes
 from training.batches import Batches
+from training.buffers import Shape, row_bytes
 from training.capacity import TooLittleMemoryError, capacity, entry_bytes, expected_entries
+from training.cohort import train
 from training.inference import held_out_losses
 from training.jobs import EarlyStopping, Prior, Train, Trained
-from training.rows import Shape, row_bytes
-from training.trainer import train
 
 Pick = random.Random
 
@@ -65,15 +65,15 @@ def some_memory(base: Base, jobs: list[Train], pick: Pick) -> int:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
-    monkeypatch.setattr(passes, "_cores", lambda: 1)
-    monkeypatch.setattr(trainer, "Trained", lambda _, loss, steps, idle: Trained({}, loss, steps, idle))
+    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    monkeypatch.setattr(cohort, "Trained", lambda _, loss, steps, idle: Trained({}, loss, steps, idle))
 
 
 def check_peak(base: Base, seed: int) -> None:
     pick = random.Random(seed)
     jobs = some_jobs(base, pick)
     granted = some_memory(base, jobs, pick)
-    base.kept.pop(trainer._BUFFERS, None)
+    base.kept.pop(cohort._BUFFERS, None)
     found: list[Trained | Exception] = []
     peak = memory.counted(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
     assert not any(isinstance(outcome, Exception) for outcome in found)
@@ -122,7 +122,7 @@ def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
     }
     jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20, "B alone": 20}.get(kind, 4))]
     for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 16)):
-        base.kept.pop(trainer._BUFFERS, None)
+        base.kept.pop(cohort._BUFFERS, None)
         peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
 
@@ -135,7 +135,7 @@ def test_looks_stay_within_what_was_granted(base: Base) -> None:
     pool = sum(tensor.numel() * 4 for tensor in stopping.validation)
     noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
     for granted in (least(base, jobs), room(base, jobs, 12)):
-        base.kept.pop(trainer._BUFFERS, None)
+        base.kept.pop(cohort._BUFFERS, None)
         peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         beside = capacity(base, jobs, granted).jobs * pool + noise
         assert peak <= granted + beside, f"{(peak - beside) / granted:.3f} of {granted} bytes"

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from models.adapter import Adapter, Factors, head_and_tail
-from models.base import Base
-from tests.training.reference import (
+from models.base.base import Base
+from models.lora.adapter import Adapter, Factors, head_and_tail
+from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
     assert_close,
@@ -21,9 +21,9 @@ from tests.training.reference import (
     some,
     trained,
 )
+from training.cohort import train
 from training.jobs import Train, Trained
-from training.optimiser import SGD
-from training.trainer import train
+from training.optimizer import SGD
 
 DIGITS = 1e-9
 
@@ -42,12 +42,19 @@ def cohort(base: Base) -> list[Train]:
         private(base, "both, private", proximal=0.5, correction=pull, steps=2),
         job(base, "scaffold", correction=pull, steps=2, **sgd),
         private(base, "scaffold, private", correction=pull, steps=2, **sgd),
-        job(base, "some sites, lower rank", start=some(head_and_tail(live(base, 2, 1), 1)[0]),
-            correction=some(head_and_tail(pull, 1)[0]), proximal=0.2, steps=2, **sgd),
+        job(
+            base,
+            "some sites, lower rank",
+            start=some(head_and_tail(live(base, 2, 1), 1)[0]),
+            correction=some(head_and_tail(pull, 1)[0]),
+            proximal=0.2,
+            steps=2,
+            **sgd,
+        ),
         job(base, "cores", start=inside, trains="cores", frame=between, correction=pull, proximal=0.2, steps=2, **sgd),
         job(base, "A alone", trains="a", correction=pull, proximal=0.2, steps=2, **sgd),
         private(base, "B alone, private", trains="b", correction=pull, proximal=0.2, steps=2, **sgd),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_mixed_cohort_equals_the_plain_loop(fine: Base) -> None:

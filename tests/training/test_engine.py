@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from client.data import Stored
-from conf.errors import AntherError
-from models.adapter import Factors, initial
-from models.base import Base
+from common.errors import AntherError
+from models.base.base import Base
+from models.lora.adapter import Factors, initial
 from training.engine import perform
 from training.jobs import Draw, Drawn, Encode, Examples, Picture
 from training.memory import budget

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import Adapter, Factors
-from models.base import Base
-from tests.training.reference import (
+from models.base.base import Base
+from models.lora.adapter import Adapter, Factors
+from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
     assert_close,
@@ -23,8 +23,8 @@ from tests.training.reference import (
     some,
     trained,
 )
+from training.cohort import train
 from training.jobs import Examples, Prior, Train
-from training.trainer import train
 
 DIGITS = 1e-10
 
@@ -133,10 +133,17 @@ def test_the_truth_tells_jobs_apart(fine: Base) -> None:
     """What is compared above differs with everything that a job may ask for."""
     prior = Prior(examples=examples(fine, 3, 5), weight=0.5)
     changes: list[dict[str, object]] = [
-        {}, {"per_site": True}, {"clip": 1.0}, {"noise_multiplier": 0.0}, {"draws": 1}, {"prior": prior},
-        {"prior": Prior(examples=prior.examples, weight=0.4)}, {"frozen": live(fine, 2, 9)}, {"batch_size": 4},
+        {},
+        {"per_site": True},
+        {"clip": 1.0},
+        {"noise_multiplier": 0.0},
+        {"draws": 1},
+        {"prior": prior},
+        {"prior": Prior(examples=prior.examples, weight=0.4)},
+        {"frozen": live(fine, 2, 9)},
+        {"batch_size": 4},
         {"rate": 0.9},
-    ]  # fmt: skip
+    ]
     found = []
     for changed in changes:
         adapter = Reference(fine, private(fine, "a", steps=2, **changed)).train()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.tiny import ATTENTION
-from models.adapter import Factors
-from models.base import Base
+from bench.lib.tiny import ATTENTION
+from models.base.base import Base
+from models.lora.adapter import Factors
 from privacy.noise import CPU, Simulated
-from tests.training.reference import (
+from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
     assert_close,
@@ -30,8 +30,8 @@ from tests.training.reference import (
     trained,
 )
 from training.capacity import capacity, expected_entries
+from training.cohort import train
 from training.jobs import Cancelled, EarlyStopping, Examples, Prior, Train, Trained
-from training.trainer import train
 
 Make = Callable[[Base], Train]
 
@@ -90,44 +90,55 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "infinite rate": (lambda base: job(base, "bad", learning_rate=math.inf), Exception, "learning_rate"),
     "NaN at the start": (
         lambda base: job(base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in live(base, 2, 1).items()}),
-        Exception, "not finite",
+        Exception,
+        "not finite",
     ),
     "NaN at the start, private": (
         lambda base: private(base, "bad", start={n: Factors(f.a * math.nan, f.b) for n, f in live(base, 2, 1).items()}),
-        Exception, "not finite",
+        Exception,
+        "not finite",
     ),
     "no first batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 0)), OSError, "no entropy"),
     "no third batch": (lambda base: private(base, "bad", noise=Broken("poisson_batch", 2)), OSError, "no entropy"),
     "no first noise": (lambda base: private(base, "bad", noise=Broken("rounded_gaussian", 0)), OSError, "no entropy"),
     "no second noise": (lambda base: private(base, "bad", noise=Broken("rounded_gaussian", 1)), OSError, "no entropy"),
     "empty, and no noise": (
-        lambda base: private(base, "bad", rate=0.0, noise=Broken("rounded_gaussian", 2)), OSError, "no entropy",
+        lambda base: private(base, "bad", rate=0.0, noise=Broken("rounded_gaussian", 2)),
+        OSError,
+        "no entropy",
     ),
     "fewer contexts": (
         lambda base: job(base, "bad", examples=Examples(examples(base, 5, 1).latents, examples(base, 3, 1).context)),
-        ValueError, "context",
+        ValueError,
+        "context",
     ),
     "an unknown site": (
         lambda base: job(base, "bad", start={"nowhere": Factors(torch.ones(2, 3), torch.ones(3, 2))}),
-        ValueError, "nowhere",
+        ValueError,
+        "nowhere",
     ),
     "factors that don't match": (
         lambda base: job(base, "bad", start={n: Factors(f.a, f.b[:, :1]) for n, f in live(base, 2, 1).items()}),
-        ValueError, "fit",
+        ValueError,
+        "fit",
     ),
     "frozen for another base": (
         lambda base: job(base, "bad", frozen={n: Factors(f.a[:, 1:], f.b) for n, f in live(base, 2, 1).items()}),
-        ValueError, "fit",
+        ValueError,
+        "fit",
     ),
     "nothing to stop by": (
         lambda base: job(
             base, "bad", early_stopping=EarlyStopping(validation=examples(base, 0, 1), every=1, patience=1)
         ),
-        ValueError, "validation",
+        ValueError,
+        "validation",
     ),
     "nothing to see": (lambda base: job(base, "bad", count=0), ValueError, "no pictures"),
     "prior of another size": (
-        lambda base: job(base, "bad", prior=Prior(examples=examples(base, 2, 5, side=4))), ValueError, "shape",
+        lambda base: job(base, "bad", prior=Prior(examples=examples(base, 2, 5, side=4))),
+        ValueError,
+        "shape",
     ),
     "prior of another length": (lambda base: job(base, "bad", prior=other_context(base)), ValueError, "shape"),
     "negative clip": (lambda base: private(base, "bad", clip=-1.0), ValueError, "clip"),
@@ -135,7 +146,7 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
     "cancelled at once": (lambda base: job(base, "bad", cancelled=lambda: True), Cancelled, "after step"),
     "nobody to ask": (lambda base: job(base, "bad", cancelled=lambda: 1 // 0 > 0), ZeroDivisionError, "zero"),
     "cancelled amid": (lambda base: private(base, "bad", cancelled=after(2)), Cancelled, "after step"),
-}  # fmt: skip
+}
 
 
 def good(base: Base) -> list[Train]:
@@ -264,15 +275,15 @@ def test_nothing_is_left_behind(base: Base, pipeline_folder: Path) -> None:
 
 def test_buffers_are_kept_for_jobs_alike(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not made anew at every round; and another shape, in between, changes no bit."""
-    from training import rows, trainer
+    from training import buffers, cohort
 
-    made: list[rows.Rows] = []
+    made: list[buffers.Rows] = []
 
-    def counting(*args: Any) -> rows.Rows:
-        made.append(rows.Rows(*args))
+    def counting(*args: Any) -> buffers.Rows:
+        made.append(buffers.Rows(*args))
         return made[-1]
 
-    monkeypatch.setattr(trainer, "Rows", counting)
+    monkeypatch.setattr(cohort, "Rows", counting)
 
     def jobs() -> list[Train]:
         return [plan for plan in good(base) if plan.privacy]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import Base
-from models.denoiser import Denoise
-from models.objective import noised, per_example_loss, target
-from models.sampling import SAMPLERS
-from models.slots import Stacks, stack_adapters
-from privacy.noise import stream
-from tests.training.reference import PLENTY, examples, live
+from common.seeding import derive_seed
+from models.base.base import Base
+from models.base.denoiser import Denoise
+from models.diffusion.objective import noised, per_example_loss, target
+from models.diffusion.sampling import SAMPLERS
+from models.lora.batched_lora import Stacks, stack_adapters
+from tests.helpers.reference_trainer import PLENTY, examples, live
 from training.engine import perform
 from training.inference import draw, each_loss
 from training.jobs import Cancelled, Draw, Encode, Examples, Measure, MeasureEach, Picture
@@ -42,7 +42,7 @@ def test_against_one_look_at_a_time(fine: Base) -> None:
     pool = examples(fine, 4, 7)
     stacks = stack_adapters(fine.sites, [live(fine, 2, 1)])
     noises = torch.randn(
-        TIMESTEPS, *pool.latents.shape[1:], generator=torch.Generator().manual_seed(stream("held-out"))
+        TIMESTEPS, *pool.latents.shape[1:], generator=torch.Generator().manual_seed(derive_seed("held-out"))
     )
     wanted = torch.zeros(4, dtype=torch.float64)
     for k in range(4):
@@ -96,9 +96,11 @@ def test_the_order_does_not_matter(base: Base) -> None:
 def test_jobs_of_each_kind_together(base: Base) -> None:
     one, other, adapter = examples(base, 2, 7), examples(base, 3, 8), live(base, 2, 1)
     jobs = [
-        MeasureEach(examples=one, adapter=None), Measure(examples=one, adapter=None),
-        MeasureEach(examples=other, adapter=adapter), MeasureEach(examples=one, adapter=adapter),
-    ]  # fmt: skip
+        MeasureEach(examples=one, adapter=None),
+        Measure(examples=one, adapter=None),
+        MeasureEach(examples=other, adapter=adapter),
+        MeasureEach(examples=one, adapter=adapter),
+    ]
     found = perform(base, jobs, memory=PLENTY, timesteps=TIMESTEPS)
     assert [getattr(result, "shape", None) for result in found] == [(2,), None, (3,), (2,)]
     stacks = stack_adapters(base.sites, [adapter])

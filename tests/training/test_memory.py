@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.errors import AntherError
-from conf.units import GIB
+from common.errors import AntherError
+from common.units import GIB
 from training import memory
 
 CPU = torch.device("cpu")

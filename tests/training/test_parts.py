@@ -8,14 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import slot_linear
-from models.adapter import Adapter, Factors, at
-from models.base import Base
-from models.trained import trained_tensors
-from tests.training.reference import PLENTY, Reference, assert_close, frame, job, live, private, room, some, trained
+from models.base.base import Base
+from models.lora import batched_linear
+from models.lora.adapter import Adapter, Factors, at
+from models.lora.trainable import trained_tensors
+from tests.helpers.reference_trainer import (
+    PLENTY,
+    Reference,
+    assert_close,
+    frame,
+    job,
+    live,
+    private,
+    room,
+    some,
+    trained,
+)
+from training.buffers import Rows, Shape, row_bytes
+from training.cohort import train
 from training.jobs import Train
-from training.rows import Rows, Shape, row_bytes
-from training.trainer import train
 
 DIGITS = 1e-10
 PARTS = ["a", "b", "cores"]
@@ -123,8 +134,8 @@ def test_no_gradient_is_computed_of_what_is_fixed_or_left_out(fine: Base, trains
         kept.append((x is not None, rest[3] is not None))
         return backward(grad, x, *rest)
 
-    backward = slot_linear._backward
-    with patch.object(slot_linear, "_backward", watch):
+    backward = batched_linear._backward
+    with patch.object(batched_linear, "_backward", watch):
         train(fine, [job(fine, "p", start=start, frame=between, trains=trains, steps=1)], memory=PLENTY, timesteps=2)
     wanted = {"both": (True, True), "a": (True, False)}.get(trains, (False, True))
     assert set(kept) == {wanted}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from conf.compose import compose
-from models import assets
-from models.base import load
-from models.cores import load_frame
+from models.base import assets
+from models.base.base import load
+from models.lora.lora_xs import load_frame
 from typefaces.find_frame import RANK, SITES, frame, leading
 
 

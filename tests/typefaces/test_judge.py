@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from typefaces import dataset
 from typefaces.dataset import GLYPHS, MERGED
 from typefaces.judge import FOLDER, Judge, center, legible, load, merge, style_match

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from conf.errors import AntherError
-from conf.pretraining import Stage, TrainBase, TrainJudge
+from common.errors import AntherError
+from conf.schemas.pretraining import Stage, TrainBase, TrainJudge
 from typefaces.dataset import GLYPHS, caption
 from typefaces.pretraining import architecture
 from typefaces.pretraining.corpus import Jitter, held_out, thicken, vary, warp

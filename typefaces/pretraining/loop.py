@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from conf.errors import AntherError
-from conf.pretraining import Stage
+from common.errors import AntherError
+from conf.schemas.pretraining import Stage
 
 Loss = Callable[[Generator], Tensor]
 M = TypeVar("M", bound=nn.Module)

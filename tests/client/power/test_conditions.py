@@ -20,9 +20,17 @@ def test_the_hottest_the_least_and_who_tells_first() -> None:
         charging=True, celsius=60.0, throttled=True, free_mib=200, owner_active=True, watts=3.0, watts_quality=ESTIMATE
     )
     assert combined(Conditions(), one, other) == Conditions(
-        charging=False, battery=0.0, celsius=60.0, battery_celsius=31.0, throttled=True, free_mib=200,
-        owner_active=True, metered=False, watts=3.0, watts_quality=ESTIMATE,
-    )  # fmt: skip
+        charging=False,
+        battery=0.0,
+        celsius=60.0,
+        battery_celsius=31.0,
+        throttled=True,
+        free_mib=200,
+        owner_active=True,
+        metered=False,
+        watts=3.0,
+        watts_quality=ESTIMATE,
+    )
     assert combined(one, Conditions()).throttled is False
 
 

@@ -11,16 +11,21 @@ import pytest
 from client.power import linux
 from client.power.conditions import Conditions
 from client.power.system import System
-from conf.units import MIB
-from tests.client.power.fakes import system
+from common.units import MIB
+from tests.helpers.power_fakes import system
 
 ZONE = "sys/class/thermal/thermal_zone"
 FAN = "sys/class/thermal/cooling_device"
 
 
 def test_the_hottest_plausible_zone(tmp_path: Path) -> None:
-    zones = {f"{ZONE}0/temp": "51000", f"{ZONE}1/temp": "67500", f"{ZONE}2/temp": "-274000", f"{ZONE}3/temp": "255000",
-             f"{ZONE}4/temp": ""}  # fmt: skip
+    zones = {
+        f"{ZONE}0/temp": "51000",
+        f"{ZONE}1/temp": "67500",
+        f"{ZONE}2/temp": "-274000",
+        f"{ZONE}3/temp": "255000",
+        f"{ZONE}4/temp": "",
+    }
     assert linux.heat(system(tmp_path, zones)) == Conditions(celsius=67.5)
     assert linux.heat(system(tmp_path / "none")) == Conditions()
 
@@ -57,8 +62,11 @@ def test_memory_of_the_unit_that_we_run_in(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_container(tmp_path: Path) -> None:
-    files = {"proc/self/cgroup": "4:memory:/v1\n0::/", "sys/fs/cgroup/memory.max": str(64 * MIB),
-             "sys/fs/cgroup/memory.current": str(32 * MIB)}  # fmt: skip
+    files = {
+        "proc/self/cgroup": "4:memory:/v1\n0::/",
+        "sys/fs/cgroup/memory.max": str(64 * MIB),
+        "sys/fs/cgroup/memory.current": str(32 * MIB),
+    }
     assert linux.memory(system(tmp_path, MEMINFO | files)).free_mib == 32
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from client.power.conditions import Conditions
 from client.power.nvidia import boards, parsed
-from tests.client.power.fakes import system
+from tests.helpers.power_fakes import system
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from client.power import pi
 from client.power.conditions import Conditions
-from tests.client.power.fakes import PMIC, PMIC_WATTS, system
+from tests.helpers.power_fakes import PMIC, PMIC_WATTS, system
 
 
 def test_watts_of_all_rails(tmp_path: Path) -> None:

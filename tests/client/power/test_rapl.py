@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.power.rapl import COVERS, Rapl, difference
-from tests.client.power.fakes import system, write
+from tests.helpers.power_fakes import system, write
 
 ZONES = "sys/class/powercap"
 MOST = "262143328850"
@@ -21,13 +21,15 @@ def tree(zones: dict[str, dict[str, str]]) -> dict[str, str]:
     return {f"{ZONES}/{zone}/{name}": text for zone, files in zones.items() for name, text in files.items()}
 
 
-TWO = tree({
-    "intel-rapl:0": zone("package-0", 5_000_000),
-    "intel-rapl:0:0": zone("core", 3_000_000),
-    "intel-rapl:0:1": zone("dram", 1_000_000),
-    "intel-rapl:1": zone("package-1", 9_000_000),
-    "intel-rapl-mmio:0": zone("package-0", 5_000_000),
-})  # fmt: skip
+TWO = tree(
+    {
+        "intel-rapl:0": zone("package-0", 5_000_000),
+        "intel-rapl:0:0": zone("core", 3_000_000),
+        "intel-rapl:0:1": zone("dram", 1_000_000),
+        "intel-rapl:1": zone("package-1", 9_000_000),
+        "intel-rapl-mmio:0": zone("package-0", 5_000_000),
+    }
+)
 
 
 def count(root: Path, zone: str, energy: int) -> None:

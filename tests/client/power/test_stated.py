@@ -9,7 +9,7 @@ import pytest
 
 from client.power.conditions import ESTIMATE, Conditions
 from client.power.stated import stated
-from conf.errors import AntherError
+from common.errors import AntherError
 
 
 def test_what_the_file_says(tmp_path: Path) -> None:
@@ -25,12 +25,20 @@ def test_what_the_file_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", "can't be read"), ('{"charging": tr', "can't be read"), ("[]", "not a JSON object"),
-        ('{"charger": true}', "charger"), ('{"charging": 1}', "charging"), ('{"battery": 85}', "0 to 1"),
-        ('{"battery": true}', "battery"), ('{"celsius": "hot"}', "celsius"), ('{"watts": -1}', "watts"),
-        ('{"watts": NaN}', "watts"), ('{"free_mib": -1}', "free_mib"), ('{"watts_quality": "guess"}', "watts_quality"),
+        ("", "can't be read"),
+        ('{"charging": tr', "can't be read"),
+        ("[]", "not a JSON object"),
+        ('{"charger": true}', "charger"),
+        ('{"charging": 1}', "charging"),
+        ('{"battery": 85}', "0 to 1"),
+        ('{"battery": true}', "battery"),
+        ('{"celsius": "hot"}', "celsius"),
+        ('{"watts": -1}', "watts"),
+        ('{"watts": NaN}', "watts"),
+        ('{"free_mib": -1}', "free_mib"),
+        ('{"watts_quality": "guess"}', "watts_quality"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_in_a_line(tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "power.json"
     file.write_text(text)

@@ -8,7 +8,7 @@ import pytest
 
 from client.power.conditions import Conditions
 from client.power.supply import plugged, supply
-from tests.client.power.fakes import LAPTOP, UNPLUGGED, supplies, system
+from tests.helpers.power_fakes import LAPTOP, UNPLUGGED, supplies, system
 
 
 def read(tmp_path: Path, files: dict[str, str]) -> Conditions:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.power.system import System, to_number
-from tests.client.power.fakes import system
+from tests.helpers.power_fakes import system
 
 
 def test_files_and_numbers(tmp_path: Path) -> None:

@@ -10,14 +10,25 @@ import pytest
 
 from client.power import termux
 from client.power.conditions import Conditions
-from tests.client.power.fakes import system
+from tests.helpers.power_fakes import system
 
 # Keys as of its BatteryStatusAPI.java.
 PHONE: dict[str, Any] = {
-    "present": True, "technology": "Li-ion", "health": "GOOD", "plugged": "UNPLUGGED", "status": "DISCHARGING",
-    "temperature": 31.4, "voltage": 4000, "current": -820000, "current_average": -576, "percentage": 85, "level": 85,
-    "scale": 100, "charge_counter": 3194654, "energy": None,
-}  # fmt: skip
+    "present": True,
+    "technology": "Li-ion",
+    "health": "GOOD",
+    "plugged": "UNPLUGGED",
+    "status": "DISCHARGING",
+    "temperature": 31.4,
+    "voltage": 4000,
+    "current": -820000,
+    "current_average": -576,
+    "percentage": 85,
+    "level": 85,
+    "scale": 100,
+    "charge_counter": 3194654,
+    "energy": None,
+}
 
 
 def read(tmp_path: Path, **changes: object) -> Conditions:

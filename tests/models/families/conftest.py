@@ -11,8 +11,8 @@ import diffusers
 import pytest
 from torch import Tensor
 
-from bench.tiny_pipelines import PIPELINES, save
-from models.base import Base
+from bench.lib.tiny_pipelines import PIPELINES, save
+from models.base.base import Base
 
 
 @dataclass(frozen=True)

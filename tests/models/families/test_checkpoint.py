@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.errors import AntherError
-from models.base import Base
+from common.errors import AntherError
+from models.base.base import Base
 from models.families.checkpoint import FAMILIES, recognise
 from tests.models.families.conftest import Tiny
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.tiny_pipelines import save
-from client.plan import main as plan
-from conf.errors import AntherError
-from models.base import Base
+from bench.lib.tiny_pipelines import save
+from client.cli.plan import main as plan
+from common.errors import AntherError
+from models.base.base import Base
 from models.families.checkpoint import recognise
 from tests.models.families.conftest import Tiny
 
@@ -78,7 +78,7 @@ def change(file: Path, **changes: object) -> None:
         ("model_index.json", {"vae": ["diffusers", 5]}, "must be .library, class"),
         ("model_index.json", {"text_encoder": [None, None]}, "was saved without its text_encoder"),
     ],
-)  # fmt: skip
+)
 def test_one_line(folder: Path, file: str, changes: dict[str, Any], match: str) -> None:
     change(folder / file, **changes)
     with pytest.raises(AntherError, match=match) as refusal:
@@ -148,9 +148,14 @@ def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: Tiny, tmp_p
     pipeline.vae.decode = lambda given, **more: (found.append(given), decode(given, **more))[1]
     pipeline("cat", latents=latents.clone(), num_inference_steps=1, height=64, width=64, guidance_scale=1.0)
     drawn = pipeline(
-        "cat", latents=latents.clone(), num_inference_steps=1, height=64, width=64, guidance_scale=1.0,
+        "cat",
+        latents=latents.clone(),
+        num_inference_steps=1,
+        height=64,
+        width=64,
+        guidance_scale=1.0,
         output_type="latent",
-    ).images  # fmt: skip
+    ).images
     own = base._checkpoint.load("vae")
     pixels = own.decode(found[0]).sample.float()
     wanted_pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -181,7 +186,7 @@ class TestToldGuidance:
     def test_draws_what_diffusers_draws(self, folder: Path, guidance: float) -> None:
         import diffusers
 
-        from models.sampling import sample
+        from models.diffusion.sampling import sample
 
         base = Base(folder, resolution=64 if "sdxl" in str(folder) or (folder / "text_encoder_2").exists() else 16)
         pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -192,9 +197,14 @@ class TestToldGuidance:
         noise = torch.randn(1, *base.shape, generator=torch.Generator().manual_seed(0))
         side = base.resolution
         theirs = pipeline(
-            "fox", latents=noise, num_inference_steps=4, guidance_scale=guidance, output_type="latent", height=side,
+            "fox",
+            latents=noise,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            output_type="latent",
+            height=side,
             width=side,
-        ).images  # fmt: skip
+        ).images
         given = base.guided(["fox"], guidance)
         assert (given.null, given.strength) == (None, 1.0)
         with base.lending([]) as denoise:

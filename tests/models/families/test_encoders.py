@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.tiny import LETTERS, as_variant
-from conf.errors import AntherError
-from models.base import Base
+from bench.lib.tiny import LETTERS, as_variant
+from common.errors import AntherError
+from models.base.base import Base
 from models.families.checkpoint import recognise
 from tests.models.families.conftest import Tiny
 from tests.models.families.test_checkpoint import change
-from tests.models.test_spiece import PIECES, model_bytes
+from tests.models.families.test_sentencepiece import PIECES, model_bytes
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ class TestCode:
     @pytest.mark.parametrize(
         ("part", "entry", "match"),
         [
-            ("tokenizer", ["client.enroll", "main"], "is of client.enroll"),
+            ("tokenizer", ["client.cli.enroll", "main"], "is of client.cli.enroll"),
             ("tokenizer", ["transformers", "AutoTokenizer"], "is a AutoTokenizer"),
             ("text_encoder", ["transformers", "AutoModel"], "is a AutoModel"),
             ("text_encoder", ["my_code", "CLIPTextModel"], "is of my_code"),

@@ -12,21 +12,21 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from conf.errors import AntherError
-from models.adapter import Adapter, initial
-from models.base import Base
-from models.denoiser import call_unet
-from models.export import export, kohya_keys
+from common.errors import AntherError
+from models.base.base import Base
+from models.base.denoiser import call_unet
+from models.diffusion.objective import noised, per_example_loss, target
+from models.diffusion.sampling import sample
+from models.export.layouts import export, kohya_keys
 from models.families.checkpoint import recognise
-from models.objective import noised, per_example_loss, target
-from models.pack import pack
-from models.sampling import sample
-from models.slots import Stack, stack_adapters, to_device
+from models.lora.adapter import Adapter, initial
+from models.lora.batched_lora import Stack, stack_adapters, to_device
+from models.quantization.pack import pack
 from privacy.noise import Simulated
-from tests.models.adapters import random_adapter
+from tests.helpers.adapters import random_adapter
 from tests.models.families.conftest import Tiny
+from training.cohort import train
 from training.jobs import DPSGD, Examples, Train, Trained
-from training.trainer import train
 
 CAPTIONS = ["a red fox", "two fishes 7", "fox"]
 
@@ -40,9 +40,17 @@ def examples(tiny: Tiny) -> Examples:
 
 def job(base: Base, examples: Examples, **changes: Any) -> Train:
     return Train(
-        client="ada", round=1, purpose="shared", seed=0, examples=examples, start=initial(base.sites, 2, seed=0),
-        steps=3, batch_size=2, learning_rate=1e-2, **changes,
-    )  # fmt: skip
+        client="ada",
+        round=1,
+        purpose="shared",
+        seed=0,
+        examples=examples,
+        start=initial(base.sites, 2, seed=0),
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-2,
+        **changes,
+    )
 
 
 def test_it_trains_plainly_and_privately(tiny: Tiny, examples: Examples) -> None:
@@ -68,7 +76,7 @@ def drawn(tiny: Tiny, given: Adapter, noise: torch.Tensor, steps: int, guidance:
     with tiny.base.lending([stack_adapters(tiny.base.sites, [given])]) as denoise:
         return sample(
             "ddim", denoise, tiny.base.schedule, [noise], context, steps=steps, guidance=strength, null_context=null
-        )  # fmt: skip
+        )
 
 
 def loaded(pipeline: Any, file: Path) -> None:

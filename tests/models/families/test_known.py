@@ -9,22 +9,41 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from conf.errors import AntherError
-from models.denoiser import find_sites
+from common.errors import AntherError
+from models.base.denoiser import find_sites
 from models.families.known import KNOWN, find
 
 PUBLISHED = {  # millions of parameters, as their makers count them
-    "sd15": 859.52, "sd21": 865.91, "bk-sdm-base": 579.38, "bk-sdm-small": 482.35, "bk-sdm-tiny": 323.38,
-    "sdxl": 2567.46, "pixart-sigma": 610.86, "sd35-medium": 2243.17, "sd35-large": 8056.63, "flux-dev": 11901.41,
-    "flux-schnell": 11891.18, "sana-1600m": 1604.46, "sana-600m": 591.75,
-}  # fmt: skip
+    "sd15": 859.52,
+    "sd21": 865.91,
+    "bk-sdm-base": 579.38,
+    "bk-sdm-small": 482.35,
+    "bk-sdm-tiny": 323.38,
+    "sdxl": 2567.46,
+    "pixart-sigma": 610.86,
+    "sd35-medium": 2243.17,
+    "sd35-large": 8056.63,
+    "flux-dev": 11901.41,
+    "flux-schnell": 11891.18,
+    "sana-1600m": 1604.46,
+    "sana-600m": 591.75,
+}
 
 ATTENTIONS = {  # of which every one has four projections, and those of the text in joint attention
-    "sd15": 2 * 16 * 4, "sd21": 2 * 16 * 4, "bk-sdm-base": 2 * 10 * 4, "bk-sdm-small": 2 * 9 * 4,
-    "bk-sdm-tiny": 2 * 9 * 4, "sdxl": 2 * 70 * 4, "pixart-sigma": 2 * 28 * 4,
-    "sd35-medium": 24 * 8 - 1 + 13 * 4, "sd35-large": 38 * 8 - 1,  # the last block drops its text
-    "flux-dev": 19 * 8 + 38 * 3, "flux-schnell": 19 * 8 + 38 * 3, "sana-1600m": 2 * 20 * 4, "sana-600m": 2 * 28 * 4,
-}  # fmt: skip
+    "sd15": 2 * 16 * 4,
+    "sd21": 2 * 16 * 4,
+    "bk-sdm-base": 2 * 10 * 4,
+    "bk-sdm-small": 2 * 9 * 4,
+    "bk-sdm-tiny": 2 * 9 * 4,
+    "sdxl": 2 * 70 * 4,
+    "pixart-sigma": 2 * 28 * 4,
+    "sd35-medium": 24 * 8 - 1 + 13 * 4,
+    "sd35-large": 38 * 8 - 1,  # the last block drops its text
+    "flux-dev": 19 * 8 + 38 * 3,
+    "flux-schnell": 19 * 8 + 38 * 3,
+    "sana-1600m": 2 * 20 * 4,
+    "sana-600m": 2 * 28 * 4,
+}
 
 
 @pytest.mark.parametrize("name", KNOWN)

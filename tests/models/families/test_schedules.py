@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from models.families.schedules import schedule_of
 
 
@@ -80,9 +80,16 @@ def test_flows_under_other_solvers_are_the_same_process(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"shift": None}, {"shift": "3"}, {"shift": 0}, {"shift": 1e9}, {"num_train_timesteps": 1e3},
-     {"use_dynamic_shifting": True, "base_image_seq_len": 4096}, {"use_dynamic_shifting": True, "max_shift": None}],
-)  # fmt: skip
+    [
+        {"shift": None},
+        {"shift": "3"},
+        {"shift": 0},
+        {"shift": 1e9},
+        {"num_train_timesteps": 1e3},
+        {"use_dynamic_shifting": True, "base_image_seq_len": 4096},
+        {"use_dynamic_shifting": True, "max_shift": None},
+    ],
+)
 def test_numbers_of_a_flow_are_bounded(changes: dict[str, Any]) -> None:
     with pytest.raises(AntherError, match=f"{list(changes)[-1]}"):
         schedule_of(config(diffusers.FlowMatchEulerDiscreteScheduler()) | changes, tokens=16)
@@ -109,8 +116,10 @@ def test_places_of_sd3_have_the_density_of_diffusers_scripts() -> None:
         )
     even = schedule_of(config(scheduler), tokens=16)
     shares = [((s.sigmas < 0.25).float().mean().item(), (s.sigmas > 0.95).float().mean().item()) for s in (ours, even)]
-    assert shares == [(pytest.approx(0.014, abs=2e-3), pytest.approx(0.032, abs=3e-3)),
-                      (pytest.approx(0.099, abs=2e-3), pytest.approx(0.137, abs=3e-3))]  # fmt: skip
+    assert shares == [
+        (pytest.approx(0.014, abs=2e-3), pytest.approx(0.032, abs=3e-3)),
+        (pytest.approx(0.099, abs=2e-3), pytest.approx(0.137, abs=3e-3)),
+    ]
     assert ours.signals.isfinite().all()
     assert 0 < ours.sigmas.min() < ours.sigmas.max() < 1
     torch.testing.assert_close(ours.grid(7), even.grid(7))  # pictures are drawn as before

@@ -12,14 +12,14 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from conf.serving import Limits
-from protocol import plain
-from protocol.hello import Enrolment
+from common import strict_json
+from conf.schemas.server import Limits
+from protocol.handshake import Enrolment
 from protocol.messages import NEWEST, OLDEST
 from server.gateway import calls, identity
 from server.gateway.app import Gateway
 from server.gateway.limits import Budget
-from tests.server.gateway.served import Served, hello, new_key, openssh, pem, signed
+from tests.helpers.served import Served, hello, new_key, openssh, pem, signed
 
 BASE, IN = "/v1/anther/base/x/manifest", "/v1/anther/in"
 PULL = calls.PULL_MESSAGES.path
@@ -39,7 +39,7 @@ def client(served):
 
 def enrolled(served, key, name="pi"):
     asked = Enrolment(protocol=NEWEST, secret=served.register.issue("ada"), key=openssh(key), name=name)
-    found = served.client.post("/v1/anther/enrol", content=plain.dumps(asked))
+    found = served.client.post("/v1/anther/enrol", content=strict_json.dumps(asked))
     assert found.status_code == 200, found.text
     return key
 
@@ -56,11 +56,22 @@ def test_a_device_enrols_and_reaches_the_base(served, client):
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/control/list-runs", "/v1/control/register-node", "/v1/runtime/get-nodes", "/health", "/", "/docs",
-        "/v1/fleet/../control/list-runs", "/v1/fleet/..%2fcontrol%2flist-runs", "/v1/fleet/..", "/v1/fleet/",
-        "/v1/fleet/pull-messages/", "/v1/fleet/pull-messages%3F", "//v1/fleet/pull-messages", "/v1/fleet/start-run",
+        "/v1/control/list-runs",
+        "/v1/control/register-node",
+        "/v1/runtime/get-nodes",
+        "/health",
+        "/",
+        "/docs",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/..%2fcontrol%2flist-runs",
+        "/v1/fleet/..",
+        "/v1/fleet/",
+        "/v1/fleet/pull-messages/",
+        "/v1/fleet/pull-messages%3F",
+        "//v1/fleet/pull-messages",
+        "/v1/fleet/start-run",
     ],
-)  # fmt: skip
+)
 def test_nothing_else_of_the_superlink_is_reached(served, client, path):
     key = enrolled(served, new_key())
     for found in (client.post(path, headers=signed(key, path)), client.get(path, headers=signed(key, path))):
@@ -150,7 +161,7 @@ def test_a_used_ticket_an_old_device_and_another_kind_of_key_are_told_why(served
 
     def come(**changed):
         said = {"protocol": NEWEST, "secret": secret, "key": openssh(new_key()), "name": "pi"} | changed
-        found = client.post("/v1/anther/enrol", content=plain.dumps(said))
+        found = client.post("/v1/anther/enrol", content=strict_json.dumps(said))
         return found.status_code, found.json().get("error", "")
 
     assert "update Anther on the device" in come(protocol=OLDEST - 1)[1]
@@ -223,10 +234,15 @@ def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
                 await over.wait()
 
             scope = {
-                "type": "http", "asgi": {"spec_version": "2.4"}, "http_version": "1.1", "method": "POST", "path": PULL,
-                "query_string": b"", "headers": [(n.encode(), v.encode()) for n, v in headers.items()],
+                "type": "http",
+                "asgi": {"spec_version": "2.4"},
+                "http_version": "1.1",
+                "method": "POST",
+                "path": PULL,
+                "query_string": b"",
+                "headers": [(n.encode(), v.encode()) for n, v in headers.items()],
                 "client": ("127.0.0.1", 1),
-            }  # fmt: skip
+            }
             await served.gateway.app()(scope, receive, send)
 
         reading = client.portal.start_task_soon(read_slowly)
@@ -244,9 +260,14 @@ def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
 def test_without_tls_a_node_registers_itself(tmp_path):
     served = Served(tmp_path)
     gateway = Gateway(
-        inside="http://inside", register=served.register, hello=hello, authority=b"", welcome=lambda *_: None,
-        transport=served.gateway.transport, folder=tmp_path,
-    )  # fmt: skip
+        inside="http://inside",
+        register=served.register,
+        hello=hello,
+        authority=b"",
+        welcome=lambda *_: None,
+        transport=served.gateway.transport,
+        folder=tmp_path,
+    )
     key = new_key()
     with TestClient(gateway.app()) as client:
 

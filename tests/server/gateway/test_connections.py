@@ -2,7 +2,7 @@
 
 import pytest
 
-from conf.serving import Limits
+from conf.schemas.server import Limits
 from server.gateway.connections import Connections, Phase, network
 
 LIMITS = Limits(connections=3, total_connections=8, header_seconds=20, idle_seconds=60, slowest_kib=4)

@@ -8,9 +8,9 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node as ProtoNode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from conf.serving import Limits
+from conf.schemas.server import Limits
 from server.gateway import calls
-from tests.server.gateway.served import Served, names, pem, records
+from tests.helpers.served import Served, names, pem, records
 
 QUERY = RecordDict({"message": ConfigRecord({"json": "{}"})})
 

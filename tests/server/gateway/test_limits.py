@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from conf.serving import Limits
+from conf.schemas.server import Limits
 from server.gateway.limits import Budget
 from server.gateway.refusal import LATER, Refusal
 

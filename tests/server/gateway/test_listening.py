@@ -10,14 +10,14 @@ import pytest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from bench.processes import LOOPBACK, free_port, until
-from conf.errors import AntherError
-from conf.serving import Limits
+from bench.reliability.processes import LOOPBACK, free_port, until
+from common.errors import AntherError
+from conf.schemas.server import Limits
 from server.gateway.app import Gateway
+from server.gateway.device_registry import Register
 from server.gateway.listening import serve, show
-from server.place import Place
-from server.register import Register
-from tests.server.gateway.served import hello, new_key, openssh, signed
+from server.supervisor.server_dir import Place
+from tests.helpers.served import hello, new_key, openssh, signed
 
 LIMITS = Limits(connections=8, total_connections=12, header_seconds=1.5, idle_seconds=1.5)
 
@@ -38,9 +38,14 @@ def port(place):
 
 def gateway(place):
     return Gateway(
-        inside="http://inside", register=Register(place.folder), hello=hello, authority=b"an authority",
-        welcome=lambda *_: None, folder=place.folder, limits=LIMITS,
-    )  # fmt: skip
+        inside="http://inside",
+        register=Register(place.folder),
+        hello=hello,
+        authority=b"an authority",
+        welcome=lambda *_: None,
+        folder=place.folder,
+        limits=LIMITS,
+    )
 
 
 def line(port, source=LOOPBACK, *, tls=True):

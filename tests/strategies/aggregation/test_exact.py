@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.errors import AntherError
-from models.adapter import Factors, head_and_tail, rank
+from common.errors import AntherError
+from models.lora.adapter import Factors, head_and_tail, rank
 from strategies.aggregation.exact import Exact
-from tests.strategies.means import SITES, best, close, dense, random_adapter, rounds, true_mean
+from tests.helpers.means import SITES, best, close, dense, random_adapter, rounds, true_mean
 
 
 def aggregate(current, updates, **settings):

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import Factors
+from models.lora.adapter import Factors
 from strategies.aggregation.factored import Sum, compress, pad, relative_residual, residual_of_mean, stacked_mean
-from tests.strategies.means import best, close, distance
+from tests.helpers.means import best, close, distance
 
 
 def terms(count, size, inputs, outputs, seed, drift=0.5):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from conf.errors import AntherError
+from common.errors import AntherError
 from strategies.aggregation.fedit import FedIT
-from tests.strategies.means import SITES, dense, distance, random_adapter, rounds, true_mean
+from tests.helpers.means import SITES, dense, distance, random_adapter, rounds, true_mean
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import Factors
+from models.lora.adapter import Factors
 from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.fedsb import FedSB
 from strategies.aggregation.fedsvd import FedSVD, orthonormal
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
-from tests.strategies.means import SITES, close, dense, in_reach, random_adapter, rounds, true_mean
+from tests.helpers.means import SITES, close, dense, in_reach, random_adapter, rounds, true_mean
 
 EXACT = {"ffa": FFA(), "rolora": RoLoRA(), "fedsvd": FedSVD(seed=0), "fedsb": FedSB()}
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import head_and_tail
+from models.lora.adapter import head_and_tail
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -21,7 +21,7 @@ from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.registry import AGGREGATIONS
-from tests.strategies.means import SITES, best, close, dense, in_reach, random_adapter, rounds, true_mean
+from tests.helpers.means import SITES, best, close, dense, in_reach, random_adapter, rounds, true_mean
 
 RULES = {
     "exact": Exact(rank=4, max_rank=None, seed=0),

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import Factors, concatenate
+from models.lora.adapter import Factors, concatenate
 from strategies.aggregation.exact import Exact
-from tests.strategies.means import SITES, best, close, dense, random_adapter, rounds, true_mean
+from tests.helpers.means import SITES, best, close, dense, random_adapter, rounds, true_mean
 
 
 def aggregate(current, updates, **settings):

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapter import Factors
+from models.lora.adapter import Factors
 from strategies.robust import gram
 from strategies.robust.gram import changes
-from tests.strategies.means import SITES, dense, product, random_adapter, rounds
+from tests.helpers.means import SITES, dense, product, random_adapter, rounds
 
 
 def trained(adapter, site):
@@ -68,9 +68,9 @@ def test_few_rows_at_a_time_give_the_same(monkeypatch):
 def test_norms_and_distances_of_who_trained_everything_are_the_true_ones(seed, devices):
     current = random_adapter(4, seed)
     updates = [(random_adapter(1 + number % 4, seed + 1 + number), 1.0) for number in range(devices)]
-    flat = np.stack([
-        np.concatenate([change(current, adapter, site).ravel() for site in SITES]) for adapter, _ in updates
-    ])  # fmt: skip
+    flat = np.stack(
+        [np.concatenate([change(current, adapter, site).ravel() for site in SITES]) for adapter, _ in updates]
+    )
     found = changes(current, updates)
     assert np.allclose(found.norms(), np.linalg.norm(flat, axis=1), rtol=1e-6)
     apart = np.linalg.norm(flat[:, None] - flat, axis=2)
@@ -102,9 +102,9 @@ def test_nobody_moved_or_trained():
 
 def site_by_site(current, updates):
     """Norms, distances and cosines of sums over the Gram matrices of single sites, K² numbers of each."""
-    grams = torch.stack([
-        gram.inner_products(site, [adapter.get(name) for adapter, _ in updates]) for name, site in current.items()
-    ])  # fmt: skip
+    grams = torch.stack(
+        [gram.inner_products(site, [adapter.get(name) for adapter, _ in updates]) for name, site in current.items()]
+    )
     known = torch.tensor([[trained(adapter, site) for adapter, _ in updates] for site in current])
     squares = grams.diagonal(dim1=1, dim2=2)
     typical = squares.masked_fill(~known, float("nan")).nanmedian(dim=1).values.nan_to_num()

@@ -8,20 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import AntherError
 from conf.compose import compose
-from conf.errors import AntherError
-from conf.schemas import Strategy
-from models.adapter import Factors, Site, to_tensors
-from models.cores import empty, load_frame
-from protocol import rounding
+from conf.schemas.simulation import Strategy
+from models.lora.adapter import Factors, Site, to_tensors
+from models.lora.lora_xs import empty, load_frame
+from protocol import quantization
 from protocol.messages import Update
-from server import checkpoint
-from server.buffered import Buffered
-from server.legs import Pace
-from server.loop import run_rounds
-from server.state import State
-from simulations.grid import CohortGrid
-from strategies.aggregating import aggregation, replay
+from server.rounds import checkpoint
+from server.rounds.fedbuff import Buffered
+from server.rounds.loop import run_rounds
+from server.rounds.state import State
+from server.rounds.sync import Pace
+from simulations.grid.cohort import CohortGrid
+from strategies.aggregation.build import aggregation, replay
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -29,15 +29,15 @@ from strategies.aggregation.fedsb import FedSB
 from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.asynchronous import on_product
 from strategies.build import build
-from strategies.full_plan import training_plan
-from strategies.replies import RefusedError
+from strategies.fedbuff import on_product
+from strategies.planning.full_plan import training_plan
 from strategies.robust.replay import Replay, draw, ratios, sketch
-from tests.fleet import PLAN, FakeDevice, frame_file, fresh_state, handle, perform, strategy
-from tests.fleet import SITES as FLEET_SITES
-from tests.lives import owned, timed
-from tests.strategies.means import dense, random_adapter
+from strategies.round.validation import RefusedError
+from tests.helpers.fleet import PLAN, FakeDevice, frame_file, fresh_state, handle, perform, strategy
+from tests.helpers.fleet import SITES as FLEET_SITES
+from tests.helpers.means import dense, random_adapter
+from tests.helpers.timed_fleet import owned, timed
 from tests.strategies.robust.test_gram import turned
 
 SHAPES = {"x": (48, 40), "y": (30, 60), "z": (24, 24)}  # in, out
@@ -133,14 +133,14 @@ def test_who_does_not_move_repeats_what_the_server_sent(server):
     assert server.lets_in(SENT, "a", SENT)
 
 
-@pytest.mark.parametrize("precision", rounding.PRECISIONS)
+@pytest.mark.parametrize("precision", quantization.PRECISIONS)
 def test_rounding_hides_no_replay(server, precision):
     generator = torch.Generator().manual_seed(5)
 
     def rounded(start, trained):
         before, after = to_tensors(start), to_tensors(trained)
-        data = rounding.encode({name: after[name] - before[name] for name in after}, precision, generator)
-        change = rounding.decode(data, {name: tuple(tensor.shape) for name, tensor in after.items()}, precision)
+        data = quantization.encode({name: after[name] - before[name] for name in after}, precision, generator)
+        change = quantization.decode(data, {name: tuple(tensor.shape) for name, tensor in after.items()}, precision)
         return {
             site: Factors(a + change[f"{site}.lora_A"], b + change[f"{site}.lora_B"]) for site, (a, b) in start.items()
         }
@@ -253,7 +253,7 @@ def replaying():
 
 @pytest.fixture
 def _fake_logic(monkeypatch):
-    monkeypatch.setattr("simulations.grid.handle", handle)
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
 
 
 def fleet(names="ab", *, bad="x"):
@@ -265,9 +265,13 @@ def run(folder, devices, *, rounds, state=None, rule=None, seed=1, **settings):
         aggregation=rule or Exact(rank=3, max_rank=None, seed=0), replay=Replay(FLEET_SITES, seed=seed), **settings
     )
     return run_rounds(
-        grid=CohortGrid(devices, perform), strategy=chosen, state=state or fresh_state(), rounds=rounds,
-        checkpoints=folder, on_round=lambda _: None,
-    )  # fmt: skip
+        grid=CohortGrid(devices, perform),
+        strategy=chosen,
+        state=state or fresh_state(),
+        rounds=rounds,
+        checkpoints=folder,
+        on_round=lambda _: None,
+    )
 
 
 def dropped(state):
@@ -328,9 +332,16 @@ def test_asynchronous_rounds(tmp_path):
     grid, lives = timed(tmp_path, owned("a", speed=4.0), owned("b", speed=0.4), owned("x", speed=4.0), devices=fleet())
     chosen, pace = strategy(replay=Replay(FLEET_SITES, seed=1)), Pace(clock=lives.clock, timeout=1000.0)
     found = run_rounds(
-        grid=grid, strategy=chosen, state=fresh_state(), rounds=4, checkpoints=tmp_path, on_round=lambda _: None,
-        pace=pace, leg=Buffered(grid, chosen, pace, shift=on_product, size=4, concurrency=3), present=0,
-    )  # fmt: skip
+        grid=grid,
+        strategy=chosen,
+        state=fresh_state(),
+        rounds=4,
+        checkpoints=tmp_path,
+        on_round=lambda _: None,
+        pace=pace,
+        leg=Buffered(grid, chosen, pace, shift=on_product, size=4, concurrency=3),
+        present=0,
+    )
     assert dropped(found) == [{"replayed": 1}] * 4  # then it is left alone for the round
     assert found.devices["x"].rounds == 1
     assert found.devices["a"].rounds > 4

@@ -13,7 +13,7 @@ from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
 from strategies.robust.krum import MultiKrum, count
 from strategies.robust.norm import NormBound
-from tests.strategies.means import random_adapter, rounds
+from tests.helpers.means import random_adapter, rounds
 
 RULES = {
     "norm": NormBound(),
@@ -210,8 +210,10 @@ def by_algorithm_1(cosines, weights, xi=2.0, step=0.5):
     """AFA, from the cosines on, with the median's deviation: who is left."""
     left = [k for k, weight in enumerate(weights) if weight > 0]
     while len(left) > 2:
-        s = {k: np.average([cosines[k][j] for j in left if j != k],
-                           weights=[weights[j] for j in left if j != k]) for k in left}  # fmt: skip
+        s = {
+            k: np.average([cosines[k][j] for j in left if j != k], weights=[weights[j] for j in left if j != k])
+            for k in left
+        }
         middle = np.median(list(s.values()))
         sigma = 1.4826 * np.median([abs(value - middle) for value in s.values()])
         low = np.mean(list(s.values())) < middle

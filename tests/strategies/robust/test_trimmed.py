@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from strategies.robust import trimmed
 from strategies.robust.trimmed import Median, TrimmedMean, combined
-from tests.strategies.means import SITES, best, close, dense, random_adapter, rounds
+from tests.helpers.means import SITES, best, close, dense, random_adapter, rounds
 from tests.strategies.robust.test_gram import change, trained, turned
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies.selection import Candidate, Candidates
 from strategies.selection.oort import Oort, OortSettings, admitted, drawn, paced, utilities
 from strategies.selection.utility import quantile, slowness, unit_range
-from tests.strategies.selection.candidates import candidates
+from tests.helpers.candidates import candidates
 
 SETTINGS = OortSettings(alpha=2.0, clip=1.0)
 
@@ -20,9 +20,10 @@ SETTINGS = OortSettings(alpha=2.0, clip=1.0)
 def test_utility_is_loss_and_age_by_slowness() -> None:
     """|B| loss over the candidates' range, √(0.1 ln R / L), (T / t)^α."""
     known = candidates(
-        low={"asked": 1, "last": 4, "loss": 1.0, "steps": 2}, high={"asked": 3, "last": 8, "loss": 3.0, "steps": 2},
+        low={"asked": 1, "last": 4, "loss": 1.0, "steps": 2},
+        high={"asked": 3, "last": 8, "loss": 3.0, "steps": 2},
         slow={"asked": 1, "last": 4, "loss": 2.0, "steps": 2, "seconds": 20.0},
-    )  # fmt: skip
+    )
     found = utilities(known, preferred=10.0, round=9, settings=SETTINGS)
     age = {last: math.sqrt(0.1 * math.log(9) / last) for last in (4, 8)}
     assert found == pytest.approx({"low": 0 + age[4], "high": 1 + age[8], "slow": (0.5 + age[4]) / 4})
@@ -114,9 +115,11 @@ def test_new_devices_are_drawn_by_speed() -> None:
 
 def test_who_has_done_its_part_rests_while_there_are_others() -> None:
     devices = candidates(
-        round=10, a={"asked": 5, "last": 9, "loss": 99.0}, b={"asked": 1, "last": 1, "loss": 0.0},
+        round=10,
+        a={"asked": 5, "last": 9, "loss": 99.0},
+        b={"asked": 1, "last": 1, "loss": 0.0},
         c={"asked": 1, "last": 1, "loss": 0.0},
-    )  # fmt: skip
+    )
     settings = OortSettings(most=5, exploration=0.1, least=0.1)
     assert Oort(size=2, seed=1, settings=settings).select(devices, draw=10) == ["b", "c"]
     assert Oort(size=3, seed=1, settings=settings).select(devices, draw=10) == ["a", "b", "c"]

@@ -12,14 +12,14 @@ from strategies.selection import Candidate, Candidates
 from strategies.selection.deadline import Deadline
 from strategies.selection.eligible import EVERYBODY, Eligible
 from strategies.selection.energy import Energy, power
+from strategies.selection.energy_delay import Thrifty, merit
 from strategies.selection.everyone import Everyone
 from strategies.selection.loss_fair import LossFair
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
-from strategies.selection.thrifty import Thrifty, merit
-from tests.fleet import REPORT
-from tests.strategies.selection.candidates import asked_in, candidate, candidates
+from tests.helpers.candidates import asked_in, candidate, candidates
+from tests.helpers.fleet import REPORT
 
 SIZE = 3
 SETTINGS = OortSettings()
@@ -33,11 +33,18 @@ EACH = {
     "loss_fair": LossFair(size=SIZE, more=2.0, seed=1),
     "thrifty": Thrifty(size=SIZE, more=2.0, seed=1),
 }
-FOUND = st.fixed_dictionaries({
-    "asked": st.integers(0, 5), "last": st.integers(1, 6), "loss": st.none() | st.floats(0, 10),
-    "seconds": st.floats(0.01, 100), "joules": st.floats(0, 1e4), "battery": st.sampled_from([None, 0.0, 0.4, 1.0]),
-    "battery_wh": st.sampled_from([None, 0.5, 15.0]), "charging": st.booleans(),
-})  # fmt: skip
+FOUND = st.fixed_dictionaries(
+    {
+        "asked": st.integers(0, 5),
+        "last": st.integers(1, 6),
+        "loss": st.none() | st.floats(0, 10),
+        "seconds": st.floats(0.01, 100),
+        "joules": st.floats(0, 1e4),
+        "battery": st.sampled_from([None, 0.0, 0.4, 1.0]),
+        "battery_wh": st.sampled_from([None, 0.5, 15.0]),
+        "charging": st.booleans(),
+    }
+)
 MANY = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), FOUND, max_size=8)
 
 
@@ -89,15 +96,21 @@ def test_turns_are_fair() -> None:
 def test_turns_go_by_count_then_by_age_then_by_name() -> None:
     devices = candidates(a={"asked": 2, "last": 2}, b={"asked": 1, "last": 4}, c={"asked": 1, "last": 3}, d={}, e={})
     assert [RoundRobin(size=size).select(devices, draw=5) for size in (1, 2, 3, 4)] == [
-        ["d"], ["d", "e"], ["c", "d", "e"], ["b", "c", "d", "e"],
-    ]  # fmt: skip
+        ["d"],
+        ["d", "e"],
+        ["c", "d", "e"],
+        ["b", "c", "d", "e"],
+    ]
 
 
 def test_a_deadline_asks_those_who_make_it_and_do_most_in_a_second() -> None:
     devices = candidates(
-        late={"seconds": 11.0, "steps": 99}, later={"seconds": 12.0, "steps": 99}, slow={"seconds": 9.0, "steps": 9},
-        fast={"seconds": 4.0, "steps": 8}, short={"seconds": 1.0, "steps": 1},
-    )  # fmt: skip
+        late={"seconds": 11.0, "steps": 99},
+        later={"seconds": 12.0, "steps": 99},
+        slow={"seconds": 9.0, "steps": 9},
+        fast={"seconds": 4.0, "steps": 8},
+        short={"seconds": 1.0, "steps": 1},
+    )
     order = ["fast", "short", "slow", "late", "later"]  # 2, 1 and 1 steps a second: names break ties; the least late
     for size in range(1, 6):
         rule = Deadline(size=size, seconds=10.0, more=5.0, seed=1)
@@ -129,10 +142,16 @@ def test_of_as_many_drawn_as_are_wanted_nobody_is_left_out() -> None:
     assert LossFair(size=2, more=5.0, seed=1).select(devices, draw=1) == ["d8", "d9"]
 
 
-@pytest.mark.parametrize(("told", "left"), [
-    ({}, 1.0), ({"battery": 0.6}, 0.6), ({"battery": 0.6, "battery_wh": 10.0}, 0.4),
-    ({"battery": 0.6, "battery_wh": 10.0, "charging": True}, 1.0), ({"battery": 0.2, "battery_wh": 1.0}, 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        ({}, 1.0),
+        ({"battery": 0.6}, 0.6),
+        ({"battery": 0.6, "battery_wh": 10.0}, 0.4),
+        ({"battery": 0.6, "battery_wh": 10.0, "charging": True}, 1.0),
+        ({"battery": 0.2, "battery_wh": 1.0}, 0.0),
+    ],
+)
 def test_power_is_what_the_round_leaves_of_a_battery(told: dict[str, float], left: float) -> None:
     assert power(candidate(joules=7200.0, **told)) == pytest.approx(left)
 
@@ -152,10 +171,18 @@ def test_energy_prefers_full_batteries_and_utility_by_its_weight() -> None:
     assert 0.4 < full(1.0) < 0.6
 
 
-@given(st.builds(
-    Eligible, idle=st.booleans(), battery=st.none() | st.sampled_from([0.2, 0.6, 1.0]), cool=st.booleans(),
-    unmetered=st.booleans(), pictures=st.booleans(),
-), st.sampled_from([None, 0.0, 0.2, 0.6, 1.0]), st.tuples(*[st.booleans()] * 5))  # fmt: skip
+@given(
+    st.builds(
+        Eligible,
+        idle=st.booleans(),
+        battery=st.none() | st.sampled_from([0.2, 0.6, 1.0]),
+        cool=st.booleans(),
+        unmetered=st.booleans(),
+        pictures=st.booleans(),
+    ),
+    st.sampled_from([None, 0.0, 0.2, 0.6, 1.0]),
+    st.tuples(*[st.booleans()] * 5),
+)
 def test_eligible_is_a_conjunction(rule: Eligible, battery: float | None, told: tuple[bool, ...]) -> None:
     charging, busy, hot, metered, pictures = told
     report = replace(REPORT, battery=battery, charging=charging, busy=busy, hot=hot, metered=metered, pictures=pictures)
@@ -171,11 +198,17 @@ def test_eligible_is_a_conjunction(rule: Eligible, battery: float | None, told: 
     assert rule.momentary == (rule != EVERYBODY)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: RoundRobin(size=0), lambda: Oort(size=0, seed=1, settings=SETTINGS),
-    lambda: Energy(size=1, seed=1, weight=1.5, settings=SETTINGS), lambda: LossFair(size=1, more=0.5, seed=1),
-    lambda: Deadline(size=1, seconds=0.0, more=1.0, seed=1), lambda: Deadline(size=0, seconds=1.0, more=1.0, seed=1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RoundRobin(size=0),
+        lambda: Oort(size=0, seed=1, settings=SETTINGS),
+        lambda: Energy(size=1, seed=1, weight=1.5, settings=SETTINGS),
+        lambda: LossFair(size=1, more=0.5, seed=1),
+        lambda: Deadline(size=1, seconds=0.0, more=1.0, seed=1),
+        lambda: Deadline(size=0, seconds=1.0, more=1.0, seed=1),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match="must be"):
         make()  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""Shared by the benchmarks: tiny models, workloads, machine records, plots."""

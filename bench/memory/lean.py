@@ -1,0 +1,246 @@
+"""One private step of a published base in as little memory as there need be:  python -m bench.memory.lean --base sd15
+
+Every rung of the ladder is a process of its own, and takes one lever more than the one before. Weights are random: what
+a step takes doesn't depend on them, but gradients are compared with those of a rung in float32. Peaks are the process'
+own high-water mark: Python, its libraries and the pages of mapped files are in it.
+
+A base too large for the first rung is compared with another (`--truth "float32, mapped"`): weights in float32 that
+stay in their file. `--rest` prints what the packed base takes on disk, and what packing it takes, beside peers'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from bench.lib.machine import machine, memory, versions
+from bench.lib.workloads import schedule
+from bench.memory import published_bases, weights_memory
+from common import low_memory
+from models.base.denoiser import Denoiser
+from models.base.paging import mark, release
+from models.families.known import Known, find
+from models.quantization import packed
+from models.quantization.pack import pack
+from training import cohort
+from training.buffers import Shape
+from training.capacity import entry_bytes
+
+RESULTS = Path(__file__).parents[1] / "results" / "lean.json"
+MEMORY = 64 << 30  # granted: the process' own peak is what is measured
+TARGETS = {"sd15": 1.1, "sdxl": 2.0, "pixart-sigma": 1.0, "bk-sdm-base": 0.7, "bk-sdm-small": 0.7, "bk-sdm-tiny": 0.7}
+"""GiB that the best rung may take for a picture of 512²."""
+COSINE, RATIO = 0.99, 1.7  # to float32's gradient, and of its CPU seconds
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to take a step."""
+
+    weights: str = "fp32"
+    blocks: bool = False  # run again in backward
+    pages: bool = False  # of the base stay in its file; those of packed layers are given back
+    imports: bool = False  # only what a network needs
+    allocator: bool = False  # told before Python starts
+
+
+RUNGS = {
+    "float32": Rung(),
+    "float32, blocks": Rung(blocks=True),
+    "float32, mapped": Rung(pages=True),
+    "int8": Rung("int8"),
+    "mixed": Rung("mixed"),
+    "mixed, pages": Rung("mixed", pages=True),
+    "mixed, pages, blocks": Rung("mixed", pages=True, blocks=True),
+    "mixed, pages, blocks, imports": Rung("mixed", pages=True, blocks=True, imports=True),
+    "mixed, all but blocks": Rung("mixed", pages=True, imports=True, allocator=True),
+    "mixed, everything": Rung("mixed", pages=True, blocks=True, imports=True, allocator=True),
+    "int8, everything": Rung("int8", pages=True, blocks=True, imports=True, allocator=True),
+    "nf4, everything": Rung("nf4", pages=True, blocks=True, imports=True, allocator=True),
+}
+
+
+def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) -> dict[str, float]:
+    """One rung, in this process: bytes and seconds; leaves its gradient in a file."""
+    with low_memory.imports() if rung.imports else nullcontext():
+        getattr(importlib.import_module("diffusers.models"), base.family.kind)
+    found: dict[str, float] = {"imports": memory("VmRSS")}
+    network = packed.load(folder / rung.weights / base.family.network, base.family.kind)
+    if not rung.pages:
+        read(network)
+    found["base"] = memory("VmRSS") - found["imports"]
+    denoiser = Denoiser(
+        network,
+        schedule(torch.device("cpu")),
+        sites=base.family.sites,
+        forward=base.family.forward,
+        checkpointing="block" if rung.blocks else "none",
+    )
+    job, plain, seen = published_bases.private_step(base, denoiser, side), cohort.gradients, []
+
+    def spy(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        result = plain(*arguments, **options)
+        seen.append(result[0].clone())
+        return result
+
+    found["tensors"] = entry_bytes(denoiser, Shape.of([job]))  # counts on a pass of its own, which the step spares then
+    before, began = time.process_time(), time.perf_counter()
+    with patch("training.cohort.gradients", spy):
+        (outcome,) = cohort.train(denoiser, [job], memory=MEMORY, timesteps=1)
+    found |= {"cpu_seconds": time.process_time() - before, "seconds": time.perf_counter() - began}
+    if isinstance(outcome, Exception):
+        raise outcome
+    found |= {"peak": memory("VmHWM"), "loss": outcome.loss}
+    torch.save(seen[0], gradient)
+    return found
+
+
+def read(network: nn.Module) -> None:
+    """Put copies in the place of mapped tensors, as those have it who map nothing; the file's pages are given back."""
+    mapped = {tensor.data_ptr(): tensor.data for tensor in (*network.parameters(), *network.buffers())}
+    mark(mapped.values())
+
+    def copied(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        release(mapped[tensor.data_ptr()], 0, tensor.numel())
+        return copy
+
+    network._apply(copied)
+
+
+def prepare(base: Known, folder: Path, modes: set[str]) -> None:
+    """The base with random weights, and its packs; that of float32 is the same file without a layer packed."""
+    if not (folder / "source").exists():
+        published_bases.write(base, folder / "source")
+    for mode in modes:
+        if not (folder / mode).exists():
+            pack(str(folder / "source"), folder / mode, mode)
+
+
+def child(*arguments: str, allocator: bool = False) -> str:
+    """What another process of this module prints last."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(low_memory.ENVIRONMENT if allocator else {})}
+    command = [sys.executable, "-m", "bench.memory.lean", *arguments]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="sd15", choices=TARGETS)
+    parser.add_argument("--side", type=int, default=64, help="of the latents: 64 is a picture of 512²")
+    parser.add_argument("--rungs", nargs="*", default=list(RUNGS), help=f"of: {'; '.join(RUNGS)}")
+    parser.add_argument("--truth", default="float32", choices=RUNGS, help="the rung that the others are compared with")
+    parser.add_argument("--rest", action="store_true", help="the weights alone: on disk, and while they are packed")
+    parser.add_argument("--folder", type=Path, help="keeps the packed bases for the next run")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    base = find(given.base)
+    if given.prepare:
+        prepare(base, given.folder, {RUNGS[name].weights for name in given.rungs})
+    elif given.one:
+        gradient = given.folder / f"{given.one}-{given.side}.pt"
+        print(json.dumps(measure(base, RUNGS[given.one], given.folder, given.side, gradient)))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            (rest_table if given.rest else ladder)(given, (given.folder or Path(scratch)) / given.base)
+
+
+def ladder(given: argparse.Namespace, folder: Path) -> None:
+    """Every rung, its table and its record, which grows with each."""
+    names = [given.truth, *(name for name in given.rungs if name != given.truth)]
+    common = ["--base", given.base, "--folder", str(folder), "--side", str(given.side)]
+    child("--prepare", *common, "--rungs", *names)
+    goal = Target.of(given.base)
+    print(f"{given.base}, latents of {given.side}², MiB".ljust(30), *HEADS, sep="  ")
+    print("wanted".ljust(30) + f"{goal.peak:36.0f}{goal.ratio:16.2f}{goal.cosine:10.5f}")
+    rungs: dict[str, dict[str, float]] = {}
+    for name in names:
+        found = json.loads(child("--one", name, *common, allocator=RUNGS[name].allocator))
+        one, truth = (torch.load(folder / f"{each}-{given.side}.pt").double().flatten() for each in (name, given.truth))
+        found["cosine"] = float(one @ truth / (one.norm() * truth.norm()))
+        rungs[name] = found
+        print(row(name, found, rungs[given.truth], goal), flush=True)
+        asked = ["--side", str(given.side), "--truth", given.truth, "--rungs", *names]
+        keep(
+            given,
+            asked,
+            str(given.side),
+            {
+                "versions": versions("torch", "diffusers"),
+                "truth": given.truth,
+                "target": goal._asdict(),
+                "rungs": {each: {**asdict(RUNGS[each]), **rungs[each]} for each in RUNGS if each in rungs},
+            },
+        )
+
+
+def rest_table(given: argparse.Namespace, folder: Path) -> None:
+    """The base's bytes on disk and while it is packed, beside peers'."""
+    child("--prepare", "--base", given.base, "--folder", str(folder), "--rungs")
+    forms: dict[str, dict[str, int]] = {}
+    for form, found in weights_memory.table(given.base, folder):
+        forms[form] = found
+        keep(
+            given,
+            ["--rest"],
+            "rest",
+            {"versions": versions("torch", "diffusers", *weights_memory.PACKAGES), "forms": forms},
+        )
+
+
+def keep(given: argparse.Namespace, asked: Sequence[str], entry: str, found: Mapping[str, Any]) -> None:
+    """Put one entry of one base into the record, where all others stay."""
+    record = json.loads(given.output.read_text()) if given.output.exists() else {}
+    command = shlex.join(["python", "-m", "bench.memory.lean", "--base", given.base, *asked])
+    record.setdefault(given.base, {})[entry] = {"command": command, "machine": machine(torch.device("cpu")), **found}
+    given.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+class Target(NamedTuple):
+    """What is wanted of a base's best rung. Smaller pictures than 512² must do with as much."""
+
+    peak: float  # MiB
+    ratio: float
+    cosine: float
+
+    @staticmethod
+    def of(base: str) -> Target:
+        return Target(TARGETS[base] * 2**10, RATIO, COSINE)
+
+    def met(self, peak: float, ratio: float, cosine: float) -> bool:
+        """Whether all three are."""
+        return peak <= self.peak and ratio <= self.ratio and cosine >= self.cosine
+
+
+HEADS = ("imports", "   base", "tensors", "   peak", "CPU s", "× truth", " cosine")
+
+
+def row(name: str, found: dict[str, float], truth: dict[str, float], goal: Target) -> str:
+    """One line of the table."""
+    sizes = "".join(f"{found[key] / 2**20:9.0f}" for key in ("imports", "base", "tensors", "peak"))
+    ratio = found["cpu_seconds"] / truth["cpu_seconds"]
+    verdict = "  met" if goal.met(found["peak"] / 2**20, ratio, found["cosine"]) else ""
+    return f"{name:30}{sizes}{found['cpu_seconds']:7.1f}{ratio:9.2f}{found['cosine']:10.5f}{verdict}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Do plans hold under a hard limit?  python -m bench.memory.limits [--base sd15] [--devices pi4_2gb …] [key=value …]
+
+For every device profile the plan that the ladder chooses takes a step in a fresh process that may hold what the profile
+grants and no more. The nearest rung above that was refused for its memory takes one without a limit: a ladder that
+refuses what would have fitted is too timid. Weights are random; what a step takes doesn't depend on them.
+
+The limit is kept twice: the kernel's, where a memory control group can be made here, and our own, which ends a process
+whose resident memory, pages of mapped files included, lies above it when looked at every 20 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.memory import predicted, published_bases
+from bench.memory.predicted import NETWORKS, RUNTIME, Case, Measured
+from client.cli.plan import SITES, predictor, ways
+from client.planning.plan_search import Predict, Rung, Setting, ladder
+from common import low_memory
+from common.units import GIB, MIB
+from conf.schemas.planning import Plan, devices, planned
+from models.footprint.footprint import Footprint
+from models.quantization.pack import pack
+
+TIMID = 0.9  # share of the limit that a refused rung must take at least
+GROUPS = Path("/sys/fs/cgroup")
+SECONDS_BETWEEN_LOOKS = 0.02
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One device's best plan, and the rung above it."""
+
+    device: str
+    limit: int  # bytes
+    chosen: Rung
+    above: Rung | None  # None: nothing above was refused for its memory
+
+    @property
+    def cases(self) -> list[tuple[Rung, int | None]]:
+        """What is to be run, under which limit."""
+        return [(self.chosen, self.limit), *([(self.above, None)] if self.above else [])]
+
+
+def plan_of(overrides: Sequence[str], device: str, runtime_mib: float) -> Plan:
+    """A plan for a device, whose process is one of this machine's."""
+    plan = planned([*overrides, f"device={device}"], Path())
+    return replace(plan, device=replace(plan.device, runtime_mib=runtime_mib))
+
+
+def runtime_bytes() -> int:
+    """What a process of this machine holds beside a network, as `bench.memory.predicted` finds it."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(RUNTIME.network, Path(folder), {RUNTIME.weights})
+        found = step(RUNTIME, Path(folder), None)
+    assert found is not None
+    return found.peak_bytes - predicted.predicted(RUNTIME).peak_bytes
+
+
+def trials(plans: Sequence[Plan]) -> list[Trial]:
+    """What the ladder says of devices that differ in nothing else. What a pass takes is predicted once for all."""
+    known: dict[Setting, Footprint] = {}
+
+    def remembering(predict: Predict) -> Predict:
+        def remembered(setting: Setting) -> Footprint:
+            found = known.get(setting) or predict(setting)
+            if found.activations_bytes:  # else the base alone was too large for this device
+                known[setting] = found
+            return found
+
+        return remembered
+
+    base = NETWORKS[plans[0].base]
+    return [trial(plan, *ladder(ways(base), plan, remembering(predictor(base, plan)))) for plan in plans]
+
+
+def trial(plan: Plan, rungs: Sequence[Rung], best: int | None) -> Trial:
+    """The plan, and the rung above it that was refused for its memory."""
+    if best is None:
+        raise SystemExit(f"device={plan.device.name}: nothing fits")
+    refused = [rung for rung in rungs[:best] if (rung.blocked or "").startswith("memory")]
+    return Trial(plan.device.name, int(plan.device.memory_gib * GIB), rungs[best], refused[-1] if refused else None)
+
+
+def case(plan: Plan, rung: Rung) -> Case:
+    """A rung as `bench.memory.predicted` measures it."""
+    setting = rung.setting
+    return Case(
+        plan.base,
+        setting.resolution,
+        setting.weights,
+        setting.checkpointing,
+        setting.batch,
+        plan.rank,
+        SITES[setting.sites],
+    )
+
+
+def step(case: Case, folder: Path, limit: int | None) -> Measured | None:
+    """What a step of a packed base takes in a process of its own; None if the limit ended it."""
+    command = [sys.executable, "-m", "bench.memory.limits", "--folder", str(folder), "--step", json.dumps(asdict(case))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
+    said = limited(command, limit, environment)
+    return None if said is None else Measured(*json.loads(said.strip().splitlines()[-1]))
+
+
+def limited(command: Sequence[str], limit: int | None, environment: dict[str, str]) -> str | None:
+    """What a process prints; None if it was ended for holding more than `limit` bytes.
+
+    Raises:
+        RuntimeError: it failed for another reason.
+    """
+    with control_group(limit) as group, tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaint:
+        enter = None if group is None else lambda: (group / "cgroup.procs").write_text("0")
+        process = subprocess.Popen(command, stdout=said, stderr=complaint, env=environment, preexec_fn=enter)
+        ended = False
+        while process.poll() is None:
+            if limit is not None and resident(process.pid) > limit:
+                process.kill()
+                ended = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if ended or (limit is not None and process.returncode == -9):
+            return None
+        for file in (said, complaint):
+            file.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(command)}: {complaint.read()[-2000:]}")
+        return said.read()
+
+
+@contextmanager
+def control_group(limit: int | None) -> Iterator[Path | None]:
+    """A new memory control group with this limit; None without a limit, or where none can be made."""
+    unified = (GROUPS / "cgroup.controllers").exists()
+    group = GROUPS / ("" if unified else "memory") / f"anther-{os.getpid()}"
+    limits = {"memory.max": limit, "memory.swap.max": 0} if unified else {"memory.limit_in_bytes": limit}
+    made = held = False
+    try:
+        if limit is not None:
+            group.mkdir()
+            made = True
+            for name, value in limits.items():
+                (group / name).write_text(str(value))
+            held = True
+    except OSError:  # not allowed here
+        pass
+    try:
+        yield group if held else None
+    finally:
+        if made:
+            group.rmdir()
+
+
+def resident(process: int) -> int:
+    """Bytes that a process holds in memory now; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def row(trial: Trial, measured: dict[tuple[Rung, int | None], Measured | None]) -> dict[str, Any]:
+    """What came of one device."""
+    chosen = measured[trial.chosen, trial.limit]
+    above = measured[trial.above, None] if trial.above else None
+    ran = chosen is not None and chosen.peak_bytes <= trial.limit  # for an instant it may go unseen
+    return {
+        "device": trial.device,
+        "limit_bytes": trial.limit,
+        "chosen": asdict(trial.chosen.setting),
+        "predicted_bytes": trial.chosen.footprint.peak_bytes,
+        "ran": ran,
+        "peak_bytes": chosen.peak_bytes if chosen else None,
+        "above": asdict(trial.above.setting) if trial.above else None,
+        "above_predicted_bytes": trial.above.footprint.peak_bytes if trial.above else None,
+        "above_peak_bytes": above.peak_bytes if above else None,
+        "above_share": above.peak_bytes / trial.limit if above else None,
+        "sound": ran and (above is None or above.peak_bytes > TIMID * trial.limit),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Every device in MiB."""
+    found = Table(title="One step under a profile's limit, and what the refused rung above it takes; MiB")
+    for heading in (
+        "device",
+        "limit",
+        "plan",
+        "predicted",
+        "peak",
+        "refused above",
+        "predicted",
+        "peak",
+        "of limit",
+        "",
+    ):
+        found.add_column(heading, justify="left" if heading in ("device", "plan", "refused above") else "right")
+    for each in rows:
+        found.add_row(
+            each["device"],
+            _mib(each["limit_bytes"]),
+            _words(each["chosen"]),
+            _mib(each["predicted_bytes"]),
+            _mib(each["peak_bytes"]) if each["ran"] else "ended",
+            _words(each["above"]),
+            _mib(each["above_predicted_bytes"]),
+            _mib(each["above_peak_bytes"]),
+            f"{each['above_share']:.0%}" if each["above"] else "",
+            "sound" if each["sound"] else "NOT SOUND",
+        )
+    return found
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / MIB:,.0f}"
+
+
+def _words(setting: dict[str, Any] | None) -> str:
+    if setting is None:
+        return "–"
+    return "{resolution}² {sites} {weights} {checkpointing} ×{batch}".format(**setting)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: 1 if a plan was ended, or a rung refused that would have fitted."""
+    parser = argparse.ArgumentParser(prog="python -m bench.memory.limits", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of client.cli.plan: rank, pictures, …")
+    parser.add_argument("--base", default="sd15", choices=NETWORKS)
+    parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())
+    parser.add_argument("--folder", type=Path, help="keeps the packed base for the next run")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/limits.json"))
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.step:
+        torch.set_num_threads(1)
+        with low_memory.imports():
+            print(json.dumps(predicted.measured(Case(**json.loads(asked.step)), asked.folder)))
+        return 0
+    runtime = runtime_bytes() / MIB
+    plans = {name: plan_of([f"base={asked.base}", *asked.overrides], name, runtime) for name in asked.devices}
+    tried = dict(zip(plans, trials(list(plans.values())), strict=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = asked.folder or Path(scratch)
+        modes = {rung.setting.weights for one in tried.values() for rung, _ in one.cases}
+        prepare(asked.base, folder, modes)
+        measured: dict[tuple[Case, int | None], Measured | None] = {}
+        rows = []
+        for name, one in tried.items():
+            for rung, limit in one.cases:
+                key = case(plans[name], rung), limit
+                if key not in measured:  # devices are alike in memory
+                    measured[key] = step(key[0], folder, limit)
+            found = {(rung, limit): measured[case(plans[name], rung), limit] for rung, limit in one.cases}
+            rows.append(row(one, found))
+            print(json.dumps(rows[-1]), file=sys.stderr)
+    Console(width=170).print(table(rows))
+    sound = all(each["sound"] for each in rows)
+    with control_group(2**40) as group:
+        kept_by = ["resident memory, every 20 ms", *(["memory control group"] if group else [])]
+    record = {
+        "command": shlex.join(
+            ["python", "-m", "bench.memory.limits", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch", "diffusers"),
+        "kept_by": kept_by,
+        "sound": sound,
+        "rows": rows,
+    }
+    asked.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if sound else 1
+
+
+def prepare(base: str, folder: Path, modes: set[str]) -> None:
+    """The base with random weights, packed in those modes that aren't there."""
+    lacking = sorted(mode for mode in modes if not (folder / mode).exists())
+    if lacking and not (folder / "source").exists():
+        published_bases.write(NETWORKS[base], folder / "source")
+    for mode in lacking:
+        pack(str(folder / "source"), folder / mode, mode)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

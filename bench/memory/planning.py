@@ -1,0 +1,151 @@
+"""What devices of little memory can train, by sites:  python -m bench.memory.planning [--base sd15] [--weights nf4] …
+
+For each budget of memory, the set of sites that a plan has the device train, with gains even, against every site or
+none, which is what a plan without sets of sites can ask. What the set takes was predicted from two dry runs that serve
+all sets; beside it stands a dry run of this very set. Then how long it takes to plan for a fleet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from common.units import GIB, MIB
+from models.base.denoiser import Denoiser
+from models.families.known import Known, find
+from models.footprint.footprint import CHECKPOINTING, MARGIN, Footprint, example, footprint, shapes
+from models.footprint.site_costs import PassCosts, pass_costs
+from models.lora.adapter import Adapter, initial
+from models.quantization.modes import MODES
+from protocol.messages import DeviceReport, TrainingPlan
+from strategies.planning.knapsack import Choice
+from strategies.planning.plan import Limits
+from strategies.planning.planner import Planner
+from strategies.planning.site_selection import RUNTIME, Fitting, fitted
+
+T = TypeVar("T")
+REPORT = DeviceReport(
+    device="a",
+    base="b",
+    profile="p",
+    memory_gib=1.0,
+    examples_per_second=0.1,
+    watts=5.0,
+    uplink_mbps=10.0,
+    downlink_mbps=50.0,
+)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """A result, and the seconds of this process that it took."""
+    started = time.process_time()
+    found = work()
+    return found, time.process_time() - started
+
+
+def row(budget: int, found: Choice | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
+    """What a budget of so many MiB is enough for.
+
+    Args:
+        exact: the footprint of a dry run of this set.
+    """
+    every = [site.name for site in costs.sites]
+    whole = MARGIN * (RUNTIME + costs.bytes(every)) <= budget * MIB
+    told = {"budget_mib": budget, "all_or_nothing": float(whole), "sites": 0, "gain": 0.0}
+    if found is None or exact is None:
+        return told
+    return told | {
+        "sites": len(found.sites),
+        "gain": found.gain,
+        "work": found.work,
+        "predicted_mib": (RUNTIME + found.bytes) / MIB,
+        "exact_mib": (RUNTIME + exact.peak_bytes) / MIB,
+    }
+
+
+def shown(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each budget."""
+    table = Table(title=title)
+    for heading in ("MiB", "sites", "gain a step", "all or nothing", "time of a pass", "predicted MiB", "exact MiB"):
+        table.add_column(heading, justify="right")
+    for one in rows:
+        cells = [f"{one['budget_mib']:,}", str(one["sites"]), f"{one['gain']:.0%}", f"{one['all_or_nothing']:.0%}"]
+        if one["sites"]:
+            cells += [f"{one['work']:.0%}", f"{one['predicted_mib']:,.0f}", f"{one['exact_mib']:,.0f}"]
+        table.add_row(*cells)
+    return table
+
+
+def fleet(devices: int) -> list[DeviceReport]:
+    """Devices of ten kinds."""
+    return [
+        replace(REPORT, device=f"d{i}", memory_gib=0.6 + 0.05 * (i % 10), examples_per_second=0.1 + 0.02 * (i % 10))
+        for i in range(devices)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="sd15")
+    parser.add_argument("--weights", choices=MODES, default="nf4")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="block")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[675, 725, 775, 825, 875, 900], help="MiB, all of it")
+    parser.add_argument("--devices", type=int, default=500, help="of the fleet that is planned for")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/planning.json"))
+    asked = parser.parse_args()
+    known: Known = find(asked.base)
+    sizes = example(known, asked.resolution)
+
+    def base() -> Denoiser:
+        return shapes(known, sites=known.family.sites, weights=asked.weights, checkpointing=asked.checkpointing)
+
+    costs, costs_seconds = timed(lambda: pass_costs(base(), *sizes, rank=asked.rank))
+    sites = base().sites
+    adapter: Adapter = initial(sites, asked.rank, seed=0)
+    fitting = Fitting(costs=costs)
+    found, choices_seconds = timed(lambda: fitting.choices(adapter))
+    plan = TrainingPlan(run="r", round=1, base="b", rank=asked.rank, steps=20, batch_size=1, learning_rate=1e-3)
+    rows = []
+    for budget in asked.budgets:
+        report = replace(REPORT, memory_gib=budget * MIB / GIB)
+        best = fitted(report, plan, Limits(), fitting, found, sites=sites, download=0)
+        trained = best and (best[0].sites or tuple(sites))
+        choice = next((one for one in found if set(one.sites) == set(trained or ())), None)
+        exact = footprint(base(), *sizes, rank=asked.rank, sites=trained) if trained else None
+        rows.append(row(budget, choice, costs, exact))
+    planner = Planner(sites=sites, limits=Limits(deadline=150.0), fitting=fitting)
+    _, plans_seconds = timed(lambda: planner.plans(fleet(asked.devices), plan, adapter=adapter, download=10**6))
+    seconds = {"costs, once a run": costs_seconds, "sets, once a round": choices_seconds, "a round": plans_seconds}
+    title = (
+        f"{asked.base} in {asked.weights}, {asked.resolution}², rank {asked.rank}, checkpoints {asked.checkpointing}"
+    )
+    Console().print(shown(title, rows))
+    Console().print(f"CPU seconds for {asked.devices} devices:", ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+    record = {
+        "command": f"python -m bench.memory.planning --base {asked.base} --weights {asked.weights} --checkpointing "
+        f"{asked.checkpointing} --resolution {asked.resolution} --rank {asked.rank} --budgets "
+        f"{' '.join(map(str, asked.budgets))} --devices {asked.devices}",
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch", "diffusers"),
+        "margin": MARGIN,
+        "rows": rows,
+        "seconds": seconds,
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Does the predicted footprint hold?  python -m bench.memory.predicted [--only NAME …] [--full] [--measured JSON]
+
+Of every configuration the peak is predicted on the meta device; then a fresh process, started lean (`common.low_memory`), maps
+a packed base with random weights, takes one private step of the trainer itself, `training.cohort.train`, with one
+picture for each entry of the pass, and tells its peak resident memory (VmHWM), from its first import on.
+
+The kernels' workspace was fitted on single operations, nothing on any of these networks. What a process holds beside
+all that (Python, PyTorch, kernels once they are in use, and what the allocator can't give back) is found on a network
+of 4 million parameters, as measured less predicted, and is part of every prediction; `net` leaves it out on both sides.
+
+Seconds are those of one pass, in CPU time on one core, beside what `client.planning.plan_search` makes of the footprint and of this
+machine's rates, as `client.cli.benchmark` measures them before all else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.lib.workloads import schedule
+from client.cli import benchmark
+from client.planning.plan_search import pass_seconds
+from common import low_memory
+from common.units import MIB
+from conf.schemas.planning import DeviceProfile, planned
+from models.base.denoiser import Denoiser
+from models.families.known import KNOWN, Known
+from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.footprint.footprint import Footprint, example, footprint, shapes
+from models.lora.adapter import initial
+from models.quantization import packed
+from models.quantization.pack import pack
+from privacy.noise import Simulated
+from training.cohort import train
+from training.jobs import DPSGD, Examples, Train
+from training.step import gradients
+
+GRANTED = 2**40  # bytes: the peak is measured, not kept to
+OVER, UNDER = 0.10, 0.05  # how far a predicted peak may lie above and below what was measured
+SECONDS = 0.25  # how far predicted seconds may lie off, to either side
+CALIBRATION = 40.0  # seconds that the machine's rates are measured for
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network, and how a step of it is taken."""
+
+    network: str  # of NETWORKS
+    resolution: int
+    weights: str = "fp32"
+    checkpointing: str = "none"
+    batch: int = 1
+    rank: int = 8
+    sites: str | None = None  # regular expression; None: its family's
+
+    @property
+    def name(self) -> str:
+        """Short, and its own."""
+        return f"{self.network} {self.resolution}² {self.weights} {self.checkpointing} ×{self.batch} r{self.rank}"
+
+    @property
+    def base(self) -> Known:
+        """Its shapes."""
+        return NETWORKS[self.network]
+
+
+class Measured(NamedTuple):
+    """What one step took."""
+
+    peak_bytes: int
+    seconds: float  # of its pass
+
+
+def _unet(*widths: int, attending: int | None = None, **config: Any) -> Known:
+    """A UNet with cross-attention in its first blocks, or in all."""
+    blocks = len(widths)
+    attending = blocks if attending is None else attending
+    down = ("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",) * (blocks - attending)
+    up = ("UpBlock2D",) * (blocks - attending) + ("CrossAttnUpBlock2D",) * attending
+    plain = {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": widths}
+    return Known(family=STABLE_DIFFUSION, config={**plain, "down_block_types": down, "up_block_types": up, **config})
+
+
+def _like(name: str, **config: Any) -> Known:
+    return replace(KNOWN[name], config={**KNOWN[name].config, **config})
+
+
+NETWORKS: Mapping[str, Known] = {
+    "runtime": _unet(64, 128, layers_per_block=1),
+    "unet-142M": _unet(128, 256, 512, 512, attending=3),
+    "unet-34M": _unet(128, 192, 256, cross_attention_dim=128),
+    "bk-sdm-thin": _like("bk-sdm-tiny", block_out_channels=(160, 320, 640)),
+    "sdxl-thin": _like(
+        "sdxl",
+        block_out_channels=(96, 192, 384),
+        attention_head_dim=(3, 6, 12),
+        transformer_layers_per_block=(1, 1, 4),
+        cross_attention_dim=1024,
+    ),
+    "pixart-60M": _like(
+        "pixart-sigma", num_layers=8, num_attention_heads=8, cross_attention_dim=576, caption_channels=1024
+    ),
+    "sd3-80M": _like(
+        "sd35-medium",
+        num_layers=6,
+        num_attention_heads=8,
+        caption_projection_dim=512,
+        joint_attention_dim=1024,
+        pos_embed_max_size=96,
+        dual_attention_layers=(0, 1, 2),
+    ),
+    "flux-90M": _like("flux-dev", num_layers=3, num_single_layers=4, num_attention_heads=4, joint_attention_dim=1024),
+    "sana-70M": _like(
+        "sana-600m",
+        num_layers=8,
+        num_attention_heads=16,
+        num_cross_attention_heads=8,
+        cross_attention_head_dim=64,
+        cross_attention_dim=512,
+        caption_channels=1024,
+    ),
+    **KNOWN,
+}
+RUNTIME = Case("runtime", 256, "int8", "block")
+WAYS = (
+    (512, "fp32", "none"),
+    (512, "fp32", "block"),
+    (512, "int8", "none"),
+    (512, "mixed", "block"),
+    (256, "nf4", "none"),
+    (256, "nf4", "block"),
+)
+SANA_WAYS = tuple((2 * side, weights, checkpointing) for side, weights, checkpointing in WAYS)  # of latents a sixteenth
+CASES = (
+    *(Case(name, *way) for name in list(NETWORKS)[1:8] for way in WAYS),
+    *(Case("sana-70M", *way) for way in SANA_WAYS),
+    Case("unet-34M", 256, "fp32", "none", batch=3),
+    Case("unet-34M", 384, "int8", "block", batch=2, rank=32),
+    Case("pixart-60M", 256, "mixed", "none", batch=4),
+    Case("flux-90M", 512, "int8", "block", batch=2),
+)
+FULL = (
+    Case("bk-sdm-small", 512, "int8", "block"),
+    Case("sd15", 512, "mixed", "block"),
+    Case("pixart-sigma", 512, "nf4", "block"),
+)  # minutes each
+KNOWN_CASES = {case.name: case for case in (RUNTIME, *CASES, *FULL)}
+
+
+def predicted(case: Case) -> Footprint:
+    """From shapes alone, without the runtime."""
+    base = case.base
+    held = shapes(base, sites=case.sites or base.family.sites, weights=case.weights, checkpointing=case.checkpointing)
+    return footprint(held, *example(base, case.resolution), rank=case.rank, batch=case.batch)
+
+
+def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
+    """A pipeline's folder with a network of random weights, packed in these modes, each in a folder of its name."""
+    import diffusers
+
+    known, source = NETWORKS[network], folder / "source"
+    torch.manual_seed(0)
+    made: Any = getattr(diffusers, known.family.kind)(**known.config)
+    made.save_pretrained(source / known.family.network)
+    index = {"_class_name": known.family.pipeline, known.family.network: ["diffusers", known.family.kind]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    del made
+    for mode in modes:
+        pack(str(source), folder / mode, mode)
+
+
+def measured(case: Case, folder: Path) -> Measured:
+    """The peak of this process, one step of a packed base later."""
+    base = case.base
+    network = packed.load(folder / case.weights / base.family.network, base.family.kind)
+    cpu = torch.device("cpu")
+    denoiser = Denoiser(
+        network,
+        schedule(cpu),
+        sites=case.sites or base.family.sites,
+        checkpointing=case.checkpointing,
+        forward=base.family.forward,
+    )
+    latents, context = example(base, case.resolution)
+    job = Train(
+        client="device",
+        round=1,
+        purpose="shared",
+        seed=0,
+        start=initial(denoiser.sites, case.rank, seed=0),
+        steps=1,
+        examples=Examples(torch.randn(case.batch, *latents), torch.ones(case.batch, *context)),
+        batch_size=case.batch,
+        learning_rate=1e-3,
+        privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=1.0),
+        noise=Simulated(seed=0, client="device", round=1, purpose="shared"),
+        names=tuple(map(str, range(case.batch))),
+    )
+    seconds: list[float] = []
+
+    def timed(*arguments: Any) -> Any:
+        started = time.process_time()
+        result = gradients(*arguments)
+        seconds.append(time.process_time() - started)
+        return result
+
+    with patch("training.cohort.gradients", timed):
+        found = train(denoiser, [job], memory=GRANTED, timesteps=1)[0]
+    if isinstance(found, Exception):
+        raise found
+    return Measured(_peak(), sum(seconds))
+
+
+def rates() -> DeviceProfile:
+    """This machine's, on one core."""
+    return benchmark.measured(planned(["device=laptop"], Path()).device, CALIBRATION)
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def child(*arguments: str) -> str:
+    """What a lean process of this module prints last."""
+    command = [sys.executable, "-m", "bench.memory.predicted", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(arguments)}: {done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def in_fresh_processes(cases: Sequence[Case]) -> Iterator[tuple[Case, Measured]]:
+    """What each case takes, in a process of its own; each network is packed once, and goes when it is through."""
+    for network in dict.fromkeys(case.network for case in cases):
+        own = [case for case in cases if case.network == network]
+        with tempfile.TemporaryDirectory() as folder:
+            child("--prepare", network, "--folder", folder, "--modes", *{case.weights for case in own})
+            for case in own:
+                yield case, Measured(*json.loads(child("--measure", case.name, "--folder", folder)))
+
+
+def row(case: Case, runtime: int, device: DeviceProfile, found: Measured) -> dict[str, Any]:
+    """What is predicted and was found of one case, and by how much the predictions are over."""
+    parts = predicted(case)
+    total, seconds = parts.peak_bytes + runtime, pass_seconds(parts, device)
+    return {
+        "case": case.name,
+        "parts": vars(parts) | {"runtime_bytes": runtime},
+        "predicted_bytes": total,
+        "measured_bytes": found.peak_bytes,
+        "error": total / found.peak_bytes - 1,
+        "net_error": parts.peak_bytes / (found.peak_bytes - runtime) - 1,
+        "predicted_seconds": seconds,
+        "measured_seconds": found.seconds,
+        "seconds_error": seconds / found.seconds - 1,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: 1 if a prediction lies out of bounds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory.predicted", description=(__doc__ or "").split("\n\n")[1]
+    )
+    for hidden in ("--measure", "--prepare", "--folder"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--modes", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[""], help="those whose name begins so")
+    parser.add_argument("--full", action="store_true", help="networks of full size too: minutes each, and 7 GB")
+    parser.add_argument(
+        "--measured", type=Path, metavar="JSON", help="predict again; what it measured is taken from it"
+    )
+    parser.add_argument("--output", type=Path, default=Path("bench/results/predicted.json"))
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if asked.prepare:
+        prepare(asked.prepare, Path(asked.folder), asked.modes)
+        return 0
+    if asked.calibrate:
+        print(json.dumps(dataclasses.asdict(rates())))
+        return 0
+    if asked.measure:
+        with low_memory.imports():
+            print(json.dumps(measured(KNOWN_CASES[asked.measure], Path(asked.folder))))
+        return 0
+    wanted = [case for case in (*CASES, *(FULL if asked.full else ())) if case.name.startswith(tuple(asked.only))]
+    device, found = _measured_before(asked.measured) if asked.measured else (None, {})
+    device = device or DeviceProfile(**json.loads(child("--calibrate")))
+    lacking = [case for case in (RUNTIME, *wanted) if case.name not in found]
+    for case, one in in_fresh_processes(lacking):
+        found[case.name] = one
+        print(f"{case.name}: {one.peak_bytes / MIB:,.0f} MiB, {one.seconds:.1f} s", file=sys.stderr)
+    runtime = found[RUNTIME.name].peak_bytes - predicted(RUNTIME).peak_bytes
+    rows = [row(case, runtime, device, found[case.name]) for case in wanted]
+    Console(width=140).print(table(rows))
+    sound = all(-UNDER <= each["error"] <= OVER and abs(each["seconds_error"]) <= SECONDS for each in rows)
+    record = {
+        "command": shlex.join(
+            ["python", "-m", "bench.memory.predicted", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch", "diffusers"),
+        "environment": low_memory.ENVIRONMENT,
+        "runtime_bytes": runtime,
+        "runtime_measured": found[RUNTIME.name],
+        "device": dataclasses.asdict(device),
+        "within_bounds": sound,
+        "rows": rows,
+    }
+    asked.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if sound else 1
+
+
+def _measured_before(path: Path) -> tuple[DeviceProfile, dict[str, Measured]]:
+    """The machine's rates in an earlier run, and what it measured, by the names of its cases."""
+    record = json.loads(path.read_text())
+    measured = {row["case"]: Measured(row["measured_bytes"], row["measured_seconds"]) for row in record["rows"]}
+    return DeviceProfile(**record["device"]), {RUNTIME.name: Measured(*record["runtime_measured"])} | measured
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Every case in MiB."""
+    found = Table(title="Peak resident memory of one step, MiB, and seconds of its pass", title_justify="left")
+    found.add_column("case")
+    for heading in (
+        "base",
+        "activations",
+        "workspace",
+        "adapter",
+        "runtime",
+        "predicted",
+        "measured",
+        "error",
+        "net",
+        "seconds",
+        "error",
+    ):
+        found.add_column(heading, justify="right")
+    for each in rows:
+        parts = each["parts"]
+        adapter = parts["adapter_bytes"] + parts["optimiser_bytes"]
+        runtime = parts["objects_bytes"] + parts["runtime_bytes"]
+        bytes_ = [parts["base_bytes"], parts["activations_bytes"], parts["workspace_bytes"], adapter]
+        bytes_ += [runtime, each["predicted_bytes"], each["measured_bytes"]]
+        mib = [f"{value / MIB:,.0f}" for value in bytes_]
+        errors = [f"{each[key]:+.1%}" for key in ("error", "net_error", "seconds_error")]
+        found.add_row(each["case"], *mib, *errors[:2], f"{each['measured_seconds']:.1f}", errors[2])
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

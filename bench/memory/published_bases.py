@@ -1,0 +1,109 @@
+"""Published bases at their full size with random weights, and one private step on one picture.
+
+What a step takes doesn't depend on what the weights are, so nothing is downloaded; layers draw them as they do by
+themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bench.lib.workloads import RANK, TOKENS
+from models.base.denoiser import Denoiser
+from models.families.family import pack
+from models.families.known import Known
+from models.families.pixart import PIXART
+from models.lora.adapter import Adapter, Factors, Sites, initial
+from privacy.noise import Simulated
+from training.jobs import DPSGD, Examples, Train
+
+_SHARD = 1 << 28  # bytes of weights that are there at once, beside the largest layer
+
+
+class Always(Simulated):
+    """Noise that anyone can make again, and a batch of every picture."""
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
+        return torch.arange(size)
+
+
+def write(base: Known, folder: Path) -> None:
+    """A pipeline's folder with nothing but the network, in several files as large ones are published."""
+    network, part = base.network(), folder / base.family.network
+    network.save_config(part)  # type: ignore[operator] # of diffusers
+    index = {"_class_name": base.family.pipeline, base.family.network: ["diffusers", base.family.kind]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    torch.manual_seed(0)
+    places: dict[str, str] = {}
+    for number, shard in enumerate(_shards(network)):
+        file = f"diffusion_pytorch_model-{number:05d}.safetensors"
+        save_file(shard, part / file)
+        places |= dict.fromkeys(shard, file)
+    index_file = part / "diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _shards(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in _drawn(network):
+        shard[name] = tensor
+        if sum(value.nbytes for value in shard.values()) > _SHARD:
+            yield shard
+            shard = {}
+    yield shard
+
+
+def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a network on the meta device, layer by layer."""
+    for name, layer in network.named_modules():
+        own = dict(layer.named_parameters(name, recurse=False))
+        if not own:
+            continue
+        layer.to_empty(device="cpu", recurse=False)
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        else:
+            for parameter in layer.parameters(recurse=False):  # a table of shifts
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        for key, parameter in layer.named_parameters(name, recurse=False):
+            yield key, parameter.detach()
+        layer.to("meta")
+
+
+def private_step(base: Known, denoiser: Denoiser, side: int) -> Train:
+    """One step on one picture, whose latents have this side."""
+    generator = torch.Generator().manual_seed(0)
+    config: Any = denoiser.network.config
+    channels = base.family.latents(config).channels
+    latents = torch.randn(1, channels, side, side, generator=generator)
+    context = torch.randn(*base.family.context(base.whole_config()), generator=generator)
+    if base.family is PIXART:  # the caption fills a part of the rows, and the mask says which
+        context = pack(context[:-1], (torch.arange(len(context) - 1) < TOKENS).float())
+    return Train(
+        client="one",
+        round=0,
+        purpose="shared",
+        seed=0,
+        examples=Examples(latents, context[None]),
+        start=start(denoiser.sites),
+        steps=1,
+        batch_size=1,
+        learning_rate=1e-3,
+        names=("one",),
+        privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=1.0),
+        noise=Always(seed=0, client="one", round=0, purpose="shared"),
+    )
+
+
+def start(sites: Sites) -> Adapter:
+    """An adapter whose B is not zero: else A would have no gradient."""
+    generator = torch.Generator().manual_seed(1)
+    fresh = initial(sites, RANK, seed=0)
+    return {name: Factors(a, torch.randn(b.shape, generator=generator) * 0.02) for name, (a, b) in fresh.items()}

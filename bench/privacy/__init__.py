@@ -1,0 +1,1 @@
+"""Utility under differential privacy, membership inference, mutants."""

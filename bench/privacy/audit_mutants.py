@@ -1,0 +1,176 @@
+"""Mutants that the audit itself must detect, and mutants of the audit and of the reporting of ε."""
+
+from __future__ import annotations
+
+from bench.privacy.mutants import Mutant
+
+_BROKEN = "tests/simulations/test_broken.py"
+_HONEST = f"{_BROKEN}::test_the_honest_source_passes"
+_FIT = "tests/privacy/audit/test_goodness_of_fit.py"
+_FOUND = f"{_FIT}::test_broken_noise_is_found_by_the_test_that_is_meant_to"
+_BOUNDS = "tests/privacy/audit/test_empirical.py"
+_VERDICTS = "tests/simulations/audit/test_verdicts.py"
+
+OF_AUDITS = (
+    Mutant(
+        "noise 3 % low",
+        "privacy/clipping.py",
+        "return self._stddevs[client]",
+        "return 0.97 * self._stddevs[client]",
+        f"{_HONEST}[plain]",
+    ),
+    Mutant(
+        "noise on a round 3 % low",
+        "privacy/sensitivity.py",
+        "self.sensitivity.deviation(noise_multiplier) / self.step",
+        "0.97 * self.sensitivity.deviation(noise_multiplier) / self.step",
+        f"{_BROKEN}::test_a_round_that_nobody_answered_is_noised",
+    ),
+    Mutant(
+        "sums kept for the next step",
+        "privacy/clipping.py",
+        "        self._values[index] = 0.0\n        if self._steps is not None:\n            noised.mul_",
+        "        if self._steps is not None:\n            noised.mul_",
+        f"{_HONEST}[steps]",
+    ),
+    Mutant(
+        "no noise on empty batches",
+        "privacy/clipping.py",
+        "if self._stddevs[client]:",
+        "if self._stddevs[client] and row.any():",
+        f"{_HONEST}[few]",
+    ),
+    Mutant(
+        "half the noise of the long releases",
+        "privacy/clipping.py",
+        "row.add_(noises[client])",
+        "row.add_(noises[client] // (1 + (len(row) > 100_000)))",
+        f"{_HONEST}[long]",
+    ),
+    Mutant(
+        "other pictures than were drawn",
+        "training/batches.py",
+        "pictures = noise.poisson_batch(self._job.pictures, privacy.sampling_rate).numpy()",
+        "pictures = (noise.poisson_batch(self._job.pictures, privacy.sampling_rate).numpy() + 1) % self._job.pictures",
+        f"{_HONEST}[plain]",
+    ),
+    Mutant(
+        "the noise of the round before",
+        "strategies/central_dp.py",
+        "        noise = self._noise(round)\n",
+        "        noise = self._noise(round // 2)\n",
+        f"{_BROKEN}::test_a_round_that_nobody_answered_is_noised",
+    ),
+    Mutant(
+        "variance tested on one side",
+        "privacy/audit/goodness_of_fit.py",
+        "p_value = 2 * min(chi2.cdf(total, len(numbers)), chi2.sf(total, len(numbers)))",
+        "p_value = chi2.sf(total, len(numbers))",
+        f"{_FOUND}[3 % low]",
+    ),
+    Mutant(
+        "correlation at short lags alone",
+        "privacy/audit/goodness_of_fit.py",
+        "lags = np.argsort(scores)[-_CANDIDATES:]",
+        "lags = np.argsort(scores[:_CANDIDATES])",
+        f"{_FOUND}[second half a copy]",
+    ),
+    Mutant(
+        "signs hide a copy",
+        "privacy/audit/goodness_of_fit.py",
+        'autocorrelation(_sizes(numbers), "of the squares")',
+        'autocorrelation(numbers, "of the squares")',
+        f"{_FOUND}[second half a copy with random signs]",
+    ),
+    Mutant(
+        "no correction for the number of lags",
+        "privacy/audit/goodness_of_fit.py",
+        "p_value = min(1.0, 2 * len(sums) * p_values[best])",
+        "p_value = p_values[best]",
+        f"{_FIT}::test_battery_accepts_standard_normal_numbers",
+    ),
+    Mutant(
+        "batch sizes in the middle of their steps",
+        "privacy/audit/goodness_of_fit.py",
+        "below + (upto - below) * generator.random(len(sizes))",
+        "(below + upto) / 2",
+        f"{_FIT}::test_poisson_batches_become_normal",
+    ),
+    Mutant(
+        "a p-value that is no number passes",
+        "simulations/audit/verdicts.py",
+        "if not check.p_value > self.significance",
+        "if check.p_value <= self.significance",
+        f"{_VERDICTS}::test_one_test_of_a_situation_fails_it_at_its_share",
+    ),
+    Mutant(
+        "false alarms not shared by the tests",
+        "simulations/audit/verdicts.py",
+        "return self.false_alarms / len(self.checks)",
+        "return self.false_alarms",
+        f"{_VERDICTS}::test_one_test_of_a_situation_fails_it_at_its_share",
+    ),
+    Mutant(
+        "false alarms not shared by the situations",
+        "simulations/audit/run.py",
+        "return config.false_alarms / (claims + others)",
+        "return config.false_alarms / (claims or 1)",
+        f"{_VERDICTS}::test_the_shares_of_a_whole_audit_add_up_to_its_false_alarms",
+    ),
+    Mutant(
+        "a failed situation fails no audit",
+        "simulations/audit/verdicts.py",
+        " and all(fit.sound for fit in self.fits)",
+        "",
+        f"{_VERDICTS}::test_one_test_of_a_situation_fails_it_at_its_share",
+    ),
+    Mutant(
+        "a shortfall that is seen half of the time",
+        "privacy/audit/goodness_of_fit.py",
+        "/ chi2.ppf(power, count)))",
+        "/ chi2.ppf(0.5, count)))",
+        f"{_FIT}::test_shortfall_is_found_with_the_power_that_is_said",
+    ),
+    Mutant(
+        "guesses better than any can be",
+        "privacy/audit/empirical.py",
+        "chance = (1 + tradeoff.advantage(event)) / 2",
+        "chance = tradeoff.advantage(event)",
+        f"{_BOUNDS}::test_half_the_noise_is_refuted_by_guesses_alone_and_honest_noise_is_not[4.0]",
+    ),
+    Mutant(
+        "a claim refuted at the confidence of its bounds",
+        "privacy/audit/empirical.py",
+        "(1 - confidence) / tests, false_alarms / tests",
+        "(1 - confidence) / tests, (1 - confidence) / tests",
+        f"{_BOUNDS}::test_a_bound_that_is_above_its_claim_by_chance_refutes_nothing",
+    ),
+    Mutant(
+        "company forgiven",
+        "simulations/audit/batch_independence.py",
+        "1.0 if moved <= TOLERANCE else 0.0",
+        "1.0",
+        f"{_VERDICTS}::test_a_picture_that_moves_what_others_add_fails",
+    ),
+    Mutant(
+        "a large delta told alone",
+        "privacy/accounting.py",
+        "    if found.delta <= STRICT:\n        return found\n",
+        "    return found\n",
+        "tests/privacy/test_accounting.py::test_a_large_delta_is_not_told_alone",
+    ),
+    Mutant(
+        "the strict epsilon of a round less",
+        "strategies/strategy.py",
+        "strict=self._explained(server_round, measured",
+        "strict=self._explained(server_round - 1, measured",
+        "tests/strategies/round/test_ledger_coverage.py::test_a_device_that_tells_more_sets_no_guarantee",
+    ),
+    Mutant(
+        "the strict epsilon per device left out",
+        "server/ledger.py",
+        "found = [with_strict(epsilon(one, budget.delta, DEVICE), one) for one in events]",
+        "found = [epsilon(one, budget.delta, DEVICE) for one in events]",
+        "tests/server/test_ledger.py::test_measuring_more_than_planned_is_paid_for",
+    ),
+)

@@ -1,0 +1,134 @@
+"""Who was trained on?  python -m bench.privacy.membership [--seeds 0 1 2] [--jobs 1] [key=value …]
+
+The attacks of `simulations.audit.run` against the shared adapters that `bench.privacy.utility` makes (run first if they are not
+there): without privacy and at ε = 8 per image, the same writers, pictures, rounds and steps. Beside them an adapter
+that is overfitted on purpose, on development writers, which shows what the attacks would see:
+
+    open        the private form without its noise                    example-8   ε = 8 per image
+    reference   the best shared adapter without privacy
+    overfitted  four writers, rank 32, 800 steps on 20 pictures each; its last round, not its best
+
+The page with plots is left in --runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.privacy.utility import COMMON, FORMS, WHOLE, command, run
+from conf.schemas.audit import Audit, MembershipTrial
+from privacy.audit.membership import Membership
+from simulations.audit.membership import Arm
+from simulations.audit.page import Results, write
+from simulations.audit.run import arms
+
+TRIED = ("open", "example-8", "reference")
+OVERFITTED = (
+    "strategy=fedit",
+    "strategy.decay=true",
+    "rounds=40",
+    "adapter.shared.steps=20",
+    "adapter.shared.rank=32",
+    "adapter.shared.batch_size=5",
+    "adapter.shared.learning_rate=0.003",
+    "data.role=development",
+    "data.writers=4",
+    "data.train=20",
+    "seed=0",
+)
+
+
+def overfit(folder: Path, overrides: Sequence[str]) -> Path:
+    """The run that is overfitted on purpose."""
+    run([sys.executable, "-m", "simulations.run", *COMMON, *OVERFITTED, "fleet.evaluate=4", *overrides], folder)
+    return folder
+
+
+def judged(folders: Sequence[Path], adapter: str) -> Arm:
+    """All attacks on runs that differ in their seed alone."""
+    (arm,) = arms(Audit(runs=[*map(str, folders)], membership=MembershipTrial(adapter=adapter)))
+    return arm
+
+
+def record(tried: Mapping[str, Arm]) -> dict[str, Any]:
+    """AUC and true positives at 1 % false ones of each attack, by arm."""
+    return {
+        name: {
+            "trained": arm.name,
+            "writers": arm.writers,
+            "attacks": {attack: _attack(found) for attack, found in arm.found.items()},
+        }
+        for name, arm in tried.items()
+    }
+
+
+def _attack(found: Membership) -> dict[str, Any]:
+    numbers = {"auc": found.auc._asdict(), "tpr_at_1_percent_fpr": found.tpr._asdict()}
+    return {"members": found.members, "others": found.others, **numbers}
+
+
+def table(recorded: Mapping[str, Any]) -> Table:
+    """A row for each arm and attack."""
+    shown = Table(title="who was trained on? [95 %, bootstrapped over writers]")
+    for heading in ("adapter", "attack", "members", "others", "AUC", "true positives at 1 % false ones"):
+        shown.add_column(heading, justify="left" if heading in ("adapter", "attack") else "right")
+    for name, arm in recorded.items():
+        for place, (attack, found) in enumerate(arm["attacks"].items()):
+            numbers = (
+                f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+                for one in (found["auc"], found["tpr_at_1_percent_fpr"])
+            )
+            shown.add_row("" if place else name, attack, str(found["members"]), str(found["others"]), *numbers)
+        shown.add_section()
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/utility"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/membership.json"))
+    arguments, overrides = parser.parse_known_args()
+
+    def one(name: str, seed: int) -> Path:
+        folder: Path = arguments.runs / "test" / f"{WHOLE.writers}x{WHOLE.pictures}" / f"{name}-{seed}"
+        run(command(FORMS[name], seed, WHOLE, tune=False, overrides=overrides), folder)
+        return folder
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        overfitted = pool.submit(overfit, arguments.runs / "overfitted", overrides)
+        folders = {name: list(pool.map(one, [name] * len(arguments.seeds), arguments.seeds)) for name in TRIED}
+        folders["overfitted"] = [overfitted.result()]
+    tried = {name: judged(found, "last" if name == "overfitted" else "best") for name, found in folders.items()}
+    asked = " ".join(["python -m bench.privacy.membership", *sys.argv[1:]])
+    write(Results(arms=list(tried.values())), Audit(), arguments.runs, asked)
+    recorded = record(tried)
+    arguments.out.write_text(
+        json.dumps(
+            {
+                "command": asked,
+                "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+                "versions": versions("torch", "diffusers", "flwr"),
+                "arms": recorded,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    Console(width=160).print(table(recorded))
+
+
+if __name__ == "__main__":
+    main()

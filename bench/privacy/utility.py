@@ -1,0 +1,252 @@
+"""What does privacy leave of the gain?  python -m bench.privacy.utility [--seeds 0 1 2] [--forms …] [key=value …]
+
+The gain kept by the *shared adapter alone*, (L_base − L) / (L_base − L_reference) over the same writers' held-out
+letters; the personal adapter, which needs no noise and would hide a useless shared one, stands beside it.
+
+    reference  the best shared adapter without privacy: whole factors, rounds and steps chosen for it
+    open       without privacy, but for that as the private ones: cores, rounds, steps
+    example-8  DP-SGD on every device, ε = 8 per image          example-2  the same, ε = 2
+    device-8   the server's clip and noise, ε = 8 per device
+
+    --curves   ε = 8 per image against writers, and against pictures of each, one seed
+
+Test writers are looked at once. `--tune` runs on development writers, of whom there are few: there ε is raised until
+the noise on the mean is what so many test writers will see (such a run is no release, and says nothing of privacy).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from bench.lib.machine import machine, versions
+from bench.quality.federation import interval
+from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
+
+
+class Cohort(NamedTuple):
+    """Who takes part."""
+
+    writers: int
+    pictures: int  # that each trains on
+
+
+DELTA = 1e-3
+WHOLE, DEVELOPMENT = Cohort(200, 20), Cohort(20, 20)
+CURVES = (Cohort(50, 20), Cohort(100, 20), WHOLE, Cohort(200, 12), Cohort(200, 4))
+ROUNDS = {"example": 25, "device": 10}
+TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
+COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
+CORES = ("strategy=fedsb",)
+# A round of one step has no walk within it, which noise would lead astray, and a mean after every noise.
+EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS['example']}", "adapter.shared.steps=1")
+DRAWS = "privacy.draws=8"  # of noise and time for each picture, whose gradients' mean is clipped
+
+
+class Form(NamedTuple):
+    """One way to run the federation."""
+
+    overrides: tuple[str, ...]
+    learning_rate: float
+    level: str = "none"
+    epsilon: float | None = None
+    share: int = 4  # a step sees one in so many of a writer's pictures
+
+
+FORMS: Mapping[str, Form] = {
+    "reference": Form(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
+    "open": Form(EXAMPLE, 0.08, share=1),
+    "example-8": Form((*EXAMPLE, DRAWS), 0.3, "example", 8.0, share=1),
+    "example-2": Form((*EXAMPLE, DRAWS), 0.3, "example", 2.0, share=1),
+    "device-8": Form((*CORES, f"rounds={ROUNDS['device']}", "adapter.shared.steps=5"), 0.02, "device", 8.0),
+}
+
+
+def louder(form: Form) -> float:
+    """The ε at which so few development writers leave as much noise on the mean as all test writers at the form's."""
+    assert form.epsilon
+    steps, few = ROUNDS[form.level], DEVELOPMENT.writers / WHOLE.writers
+    sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=1.0, steps=steps)
+    # Each device's noise is divided by √devices in the mean, the server's by their number.
+    scaled = sigma * (few**0.5 if form.level == "example" else few)
+    event = PoissonGaussian(noise_multiplier=scaled, sampling_rate=1.0, steps=steps)
+    return epsilon([event], DELTA).value
+
+
+def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Sequence[str]) -> list[str]:
+    """What runs it."""
+    role, batch = "development" if tune else "test", cohort.pictures // form.share
+    private, rate = [f"privacy={form.level}"], form.learning_rate
+    if tune and form.level == "example":  # whose AdamW divides by its own device's noise
+        rate *= (DEVELOPMENT.writers / WHOLE.writers) ** 0.5
+    if form.epsilon:
+        private += [f"privacy.delta={DELTA}", f"privacy.epsilon={louder(form) if tune else form.epsilon}"]
+    return [
+        sys.executable,
+        "-m",
+        "simulations.run",
+        *COMMON,
+        *form.overrides,
+        *private,
+        f"data.role={role}",
+        f"data.writers={cohort.writers}",
+        f"data.train={cohort.pictures}",
+        f"adapter.shared.batch_size={batch}",
+        f"adapter.shared.learning_rate={rate}",
+        f"seed={seed}",
+        *overrides,
+    ]
+
+
+def complete(arguments: Sequence[str], folder: Path) -> None:
+    """Run it, unless it was, or to its end, if it was begun."""
+    if not (folder / "summary.json").exists():
+        resume = ["resume=true"] if (folder / "run.json").exists() else []
+        subprocess.run([*arguments, f"hydra.run.dir={folder}", *resume], check=True)
+
+
+def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run it, unless it was; what it left."""
+    complete(arguments, folder)
+    rows = json.loads((folder / "evaluation.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {arm: [row[arm]["loss"] for row in rows] for arm in ("base", "shared", "personal")}
+    return {
+        "parameters": parameters(folder, cores=set(CORES) <= set(arguments)),
+        "losses": losses,
+        "epsilon": summary["epsilon"],
+        "device_epsilon": summary["device_epsilon"],
+        "bytes": summary["bytes"],
+        "seconds": summary["seconds"],
+        "snr": [row.get("snr") for row in rounds],
+    }
+
+
+def parameters(folder: Path, *, cores: bool) -> int:
+    """How many numbers a device trains: r (d_in + d_out) a site, or a core's r²."""
+    factors = load_file(folder / "adapters" / "shared.safetensors")
+    if cores:
+        return sum(len(factor) ** 2 for name, factor in factors.items() if "lora_A" in name)
+    return sum(factor.numel() for factor in factors.values())
+
+
+def kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
+    """The share of the reference's gain that an arm keeps, with its 95 % interval over writers.
+
+    The interval is that of the mean difference from base, over the reference's mean gain.
+    """
+    base = np.array(found["losses"]["base"])
+    whole = np.array(reference["losses"]["base"]) - np.array(reference["losses"]["shared"])
+    return share(base - np.array(found["losses"][arm]), whole)
+
+
+def share(gain: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
+    """Mean of a gain [writers] over another's mean, with its 95 % interval, in which the other is taken as known."""
+    low, high = interval(gain)
+    mean = float(whole.mean())
+    return float(gain.mean()) / mean, low / mean, high / mean
+
+
+def table(results: Mapping[tuple[Cohort, int], Mapping[str, Mapping[str, Any]]]) -> Table:
+    """A row for each cohort, form and seed."""
+    shown = Table(title="share of the reference's gain that is kept [95 %]")
+    for heading in (
+        "writers",
+        "pictures",
+        "form",
+        "seed",
+        "trained",
+        "base",
+        "shared",
+        "kept by shared",
+        "at least",
+        "kept with personal",
+        "ε",
+    ):
+        shown.add_column(heading, justify="right")
+    for name in FORMS:
+        for (cohort, seed), forms in results.items():
+            if name in forms:
+                shown.add_row(*map(str, cohort), name, str(seed), *cells(name, forms, cohort))
+    return shown
+
+
+def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: Cohort) -> list[str]:
+    """What one run came to."""
+    found = forms[name]
+    base, loss = (f"{np.mean(found['losses'][arm]):.4f}" for arm in ("base", "shared"))
+    shared, personal = (
+        f"{mean:.0%} [{low:.0%}, {high:.0%}]"
+        for mean, low, high in (kept(found, forms["reference"], arm) for arm in ("shared", "personal"))
+    )
+    target = f"{TARGETS[name]:.0%}" if name in TARGETS and cohort == WHOLE else ""
+    spent = found["epsilon"] or found["device_epsilon"]
+    promise = f"{spent['value']:.2f} per {spent['unit']}" if spent else "∞"
+    return [f"{found['parameters']:,}", base, loss, shared, target, personal, promise]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/utility"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, help="bench/results/utility[-curves|-tuning].json")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--curves", action="store_true", help="ε = 8 per image against writers and pictures")
+    which.add_argument("--tune", action="store_true", help="on development writers, with the noise that tests will see")
+    arguments, overrides = parser.parse_known_args()
+    cohorts, seeds, forms = [DEVELOPMENT if arguments.tune else WHOLE], arguments.seeds, arguments.forms
+    if arguments.curves:
+        cohorts, seeds, forms = list(CURVES), seeds[:1], ["example-8"]
+    chosen = list(dict.fromkeys(["reference", *forms]))
+    asked = [(cohort, seed, name) for seed in seeds for cohort in cohorts for name in chosen]
+
+    def one(cohort: Cohort, seed: int, name: str) -> dict[str, Any]:
+        made = command(FORMS[name], seed, cohort, tune=arguments.tune, overrides=overrides)
+        kind = "tune" if arguments.tune else "test"
+        return run(made, arguments.runs / kind / f"{cohort.writers}x{cohort.pictures}" / f"{name}-{seed}")
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(pool.map(lambda which: one(*which), asked))
+    results: dict[tuple[Cohort, int], dict[str, Any]] = {}
+    for (cohort, seed, name), result in zip(asked, found, strict=True):
+        results.setdefault((cohort, seed), {})[name] = result
+    record = {
+        "command": " ".join(["python -m bench.privacy.utility", *sys.argv[1:]]),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": versions("torch", "diffusers", "flwr", "dp-accounting"),
+        "results": [
+            {
+                **cohort._asdict(),
+                "seed": seed,
+                "kept": {
+                    name: {arm: kept(result, ran["reference"], arm) for arm in ("shared", "personal")}
+                    for name, result in ran.items()
+                },
+                "runs": ran,
+            }
+            for (cohort, seed), ran in results.items()
+        ],
+    }
+    suffix = "-tuning" if arguments.tune else "-curves" if arguments.curves else ""
+    out = arguments.out or Path(f"bench/results/utility{suffix}.json")
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    Console(width=160).print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Loss and quality of adapters by strategy, fleet, precision and traffic."""

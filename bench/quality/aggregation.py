@@ -1,0 +1,239 @@
+"""What the exact mean costs, and how near to the best it comes:  python -m bench.quality.aggregation
+
+- Time: one round of Stable Diffusion 1.5's attentions, CPU seconds of one core, beside the dense way to the same mean:
+  products summed into out × in matrices, and an SVD of each. One layer of each shape is timed, its quickest run, and
+  counts as often as the network has it.
+- Memory: a whole round of one process, devices taken in one at a time, for ever more devices.
+- Error: devices of ranks 2, 4, 8 and 16, relative to the true mean; beside it the best approximation of the same rank,
+  and FedIT with factors padded by zeros, itself truncated to that rank.
+
+Factors are synthetic: everybody starts from one A, learns one B in part, and drifts from both. Errors are measured on
+real updates too: what writers' devices make of the glyph base's adapter in two rounds (`bench.quality.updates`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.lib.machine import machine, memory, versions
+from bench.quality import updates
+from bench.quality.updates import truncated
+from common.units import MIB
+from models.lora.adapter import Adapter, Factors
+from strategies.aggregation.exact import Exact
+
+RESULTS = Path(__file__).parents[1] / "results" / "aggregation.json"
+LAYERS = {(320, 320): 30, (768, 320): 10, (640, 640): 30, (768, 640): 10, (1280, 1280): 36, (768, 1280): 12}
+"""Of Stable Diffusion 1.5's attentions, (in, out): how many there are. 16 blocks have 6 of one side and 2 from text."""
+DEVICES, RANK, CAP = 100, 8, 16
+HELD = (10, 100, 1000)  # devices, for the memory
+MIXED = (2, 4, 8, 16)
+FASTER, NEARER = 20.0, 1.05  # targets: dense seconds over ours, and our error over the best one
+
+
+def layer(inputs: int, outputs: int, ranks: list[int], seed: int) -> Iterator[Factors]:
+    """The factors of each device at one layer, as after a few steps from a common start."""
+    generator = torch.Generator().manual_seed(seed)
+    most = max(ranks)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    a, b = normal(most, inputs) / inputs**0.5, normal(outputs, most)
+    for rank in ranks:
+        drift = normal(rank, inputs) / inputs**0.5
+        yield Factors(a[:rank] + 0.5 * drift, b[:, :rank] + normal(outputs, rank))
+
+
+def start(inputs: int, outputs: int, rank: int) -> Adapter:
+    return {"layer": Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))}
+
+
+def exact(inputs: int, outputs: int, factors: list[Factors], cap: int) -> Tensor:
+    """The mean of `strategy=exact`, as a matrix."""
+    rule = Exact(rank=cap, max_rank=cap, seed=0)
+    found = rule.aggregate(start(inputs, outputs, cap), [({"layer": f}, 1.0) for f in factors], round=1)
+    return found.adapter["layer"].b.double() @ found.adapter["layer"].a.double()
+
+
+def dense(inputs: int, outputs: int, factors: list[Factors], cap: int) -> tuple[Tensor, Tensor]:
+    """The same mean by a matrix of products and its singular value decomposition, in float32 as the factors are."""
+    mean = torch.zeros(outputs, inputs)
+    for a, b in factors:
+        mean.addmm_(b, a, alpha=1 / len(factors))
+    u, sigma, vh = torch.linalg.svd(mean, full_matrices=False)
+    return u[:, :cap] * sigma[:cap], vh[:cap]
+
+
+def least(work: Callable[[], Any], seconds: float) -> float:
+    """CPU seconds of the quickest run of those that this much time has room for: five at least."""
+    found: list[float] = []
+    while len(found) < 5 or sum(found) < seconds:
+        began = time.process_time()
+        work()
+        found.append(time.process_time() - began)
+    return min(found)
+
+
+def times(seconds: float) -> dict[str, Any]:
+    """CPU seconds of each shape and of all layers."""
+    shapes, total = [], {"exact": 0.0, "dense": 0.0}
+    for (inputs, outputs), count in LAYERS.items():
+        factors = list(layer(inputs, outputs, [RANK] * DEVICES, seed=inputs + outputs))
+        rule, before = Exact(rank=RANK, max_rank=CAP, seed=0), start(inputs, outputs, RANK)
+        updates = [({"layer": f}, 1.0) for f in factors]
+        one = {
+            "exact": least(lambda: rule.aggregate(before, updates, round=1), seconds),  # noqa: B023
+            "dense": least(lambda: dense(inputs, outputs, factors, CAP), seconds),  # noqa: B023
+        }
+        shapes.append({"inputs": inputs, "outputs": outputs, "layers": count, **one})
+        total = {way: total[way] + count * one[way] for way in total}
+    return {"shapes": shapes, **total, "ratio": total["dense"] / total["exact"]}
+
+
+def hold(devices: int) -> int:
+    """Bytes that a round of so many devices took at its peak, over what the process had before it."""
+    layers = {
+        f"{inputs}-{outputs}-{number}": (inputs, outputs)
+        for (inputs, outputs), count in LAYERS.items()
+        for number in range(count)
+    }
+    current = {name: start(*shape, RANK)["layer"] for name, shape in layers.items()}
+    torch.linalg.svd(torch.linalg.qr(torch.randn(64, 32)).R)  # libraries that are loaded on first use
+    before = memory("VmRSS")
+    rule = Exact(rank=RANK, max_rank=CAP, seed=0)
+    mean = rule.start(current)
+    for device in range(devices):
+        mean.add({name: next(layer(*shape, [RANK], seed=device)) for name, shape in layers.items()}, 1.0)
+    rule.finish(mean, round=1)
+    return memory("VmHWM") - before
+
+
+def held() -> dict[str, int]:
+    """Peak bytes by the number of devices, each in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.quality.aggregation", "--hold"]
+    return {
+        str(devices): int(
+            subprocess.run([*command, str(devices)], env=environment, check=True, stdout=subprocess.PIPE).stdout
+        )
+        for devices in HELD
+    }
+
+
+def errors() -> list[dict[str, float]]:
+    """Relative errors for devices of mixed ranks."""
+    found = []
+    for inputs, outputs in ((320, 320), (768, 640)):
+        for devices in (8, 100):
+            factors = list(layer(inputs, outputs, list(MIXED) * (devices // len(MIXED)), seed=devices))
+            mean = torch.stack([b.double() @ a.double() for a, b in factors]).mean(0)
+            padded_a, padded_b = torch.zeros(max(MIXED), inputs), torch.zeros(outputs, max(MIXED))
+            for a, b in factors:
+                padded_a[: len(a)] += a / devices
+                padded_b[:, : len(a)] += b / devices
+            fedit = padded_b.double() @ padded_a.double()
+            for cap in MIXED:
+                found.append(
+                    {
+                        "inputs": inputs,
+                        "outputs": outputs,
+                        "devices": devices,
+                        "rank": cap,
+                        "best": _error(truncated(mean, cap), mean),
+                        "exact": _error(exact(inputs, outputs, factors, cap), mean),
+                        "fedit_padded": _error(truncated(fedit, cap), mean),
+                    }
+                )
+    return found
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float(torch.linalg.norm(found - wanted) / torch.linalg.norm(wanted))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of CPU for each figure: the quickest run counts")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.hold:
+        print(hold(given.hold))
+        return
+    found = {
+        "command": shlex.join(["python", "-m", "bench.quality.aggregation", *sys.argv[1:]]),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch"),
+        "target": {"ratio": FASTER, "error": NEARER},
+        "devices": DEVICES,
+        "rank": RANK,
+        "cap": CAP,
+        "cpu_seconds": times(given.seconds),
+        "bytes": held(),
+        "errors": errors(),
+        "typefaces": updates.errors(MIXED),
+    }
+    show(found)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def show(found: dict[str, Any]) -> None:
+    """The record as tables."""
+    console, seconds = Console(), found["cpu_seconds"]
+    table = Table("in × out", "layers", "exact, ms", "dense, ms", "ratio", title=f"{DEVICES} devices of rank {RANK}")
+    for row in seconds["shapes"]:
+        shape, ratio = f"{row['inputs']} × {row['outputs']}", row["dense"] / row["exact"]
+        table.add_row(
+            shape, str(row["layers"]), f"{1e3 * row['exact']:.1f}", f"{1e3 * row['dense']:.1f}", f"{ratio:.1f}"
+        )
+    sums = [f"{1e3 * seconds[way]:.0f}" for way in ("exact", "dense")]
+    table.add_row("all", str(sum(LAYERS.values())), *sums, f"{seconds['ratio']:.1f}")
+    console.print(table)
+    table = Table("devices", "peak, MiB", title="Memory of a round")
+    for devices, taken in found["bytes"].items():
+        table.add_row(devices, f"{taken / MIB:.0f}")
+    console.print(table)
+    table = Table("in × out", "devices", "rank", "best", "exact", "of best", "fedit, padded", title="Relative error")
+    for row in found["errors"]:
+        table.add_row(
+            f"{row['inputs']} × {row['outputs']}",
+            str(row["devices"]),
+            str(row["rank"]),
+            f"{row['best']:.4f}",
+            f"{row['exact']:.4f}",
+            f"{row['exact'] / row['best']:.3f}",
+            f"{row['fedit_padded']:.4f}",
+        )
+    console.print(table)
+    table = Table("round", "rank", "best", "exact", "of best, worst site", "fedit, padded", title="On typefaces")
+    for row in found["typefaces"]:
+        table.add_row(
+            str(row["round"]),
+            str(row["rank"]),
+            f"{row['best']:.4f}",
+            f"{row['exact']:.4f}",
+            f"{row['of_best']:.3f}",
+            f"{row['fedit_padded']:.4f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Aggregation against heterogeneity: every rule in every setting, the same writers, rounds and seeds.
+
+The *gain* is what the shared adapter alone takes off the base's held-out loss, relative to it; of fedsa, whose B stays
+on each device, what the two do together there. Each rule has the learning rate that was best for it on development
+writers (`RATES`); nothing else differs between two rows of a setting.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from bench.privacy.utility import complete
+from bench.quality.federation import interval
+from simulations.fleet.participants import slug
+
+COMMON = (
+    "evaluation.local=false",
+    "evaluation.gallery=0",
+    "fleet.evaluate=8",
+    "tracker=none",
+    "rounds=15",
+    "adapter.shared.steps=5",
+    "adapter.personal.steps=1",
+    "adapter.personal.learning_rate=1e-6",
+    "strategy.decay=true",
+    "data.validation=10",
+    "data.test=32",
+)
+SAMPLE = 20
+"""Devices asked each round, of more."""
+
+
+class Setting(NamedTuple):
+    """What the devices of a fleet have in common, and what not."""
+
+    overrides: tuple[str, ...]
+    rules: tuple[str, ...] | None = None  # that take part; None: all
+    writers: int = 40
+    seeds: int = 1  # of those asked for; the claim is made on all
+
+
+EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"
+MIXED = ("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "ffa", "rolora", "fedsvd")
+"""Rules that take several ranks at once."""
+SETTINGS: Mapping[str, Setting] = {
+    "ranks, half the sites": Setting(("fleet=ranks_halves", RANKS), MIXED, seeds=3),
+    "ranks 2–16": Setting(("fleet=ranks", RANKS), MIXED),
+    "equal ranks": Setting(("fleet=laptops", EQUAL)),
+    "half the sites": Setting(("fleet=halves", EQUAL), ("exact", "fedit", "ffa", "hetlora")),
+    "label skew": Setting(("fleet=laptops", EQUAL, "data.skew=true"), ("exact", "fedit", "ffa", "fedsa", "fedsvd")),
+    "100 writers": Setting(("fleet=laptops", EQUAL), ("exact", "fedit", "ffa"), writers=100),
+    "8 writers": Setting(("fleet=laptops", EQUAL), ("exact", "fedit", "flora", "hetlora"), writers=8),
+    "ε = 8 per image": Setting(
+        (
+            "fleet=laptops",
+            EQUAL,
+            "privacy=example",
+            "privacy.draws=4",
+            "data.train=20",
+            "adapter.shared.batch_size=20",
+            "adapter.shared.steps=1",
+        ),
+        ("exact", "fedit", "ffa", "fedsb"),
+    ),
+}
+"""Fleets are in conf/fleet: a quarter each of rank 2, 4, 8 and 16; every second device trains attn2 alone."""
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "exact": ("strategy=exact",),
+    "exact, by slices": ("strategy=exact", "strategy.weights=rank_slice"),
+    "fedit": ("strategy=fedit",),
+    "ffa": ("strategy=ffa",),
+    "rolora": ("strategy=rolora",),
+    "fedsa": ("strategy=fedsa",),
+    "fedsvd": ("strategy=fedsvd",),
+    "fedsb": ("strategy=fedsb",),
+    "flora": ("strategy=flora",),
+    "flexlora": ("strategy=flexlora",),
+    "hetlora": ("strategy=hetlora",),
+    "raflora": ("strategy=raflora",),
+}
+FEW_ONLY = ("flora",)
+"""Its adapter grows by everybody's ranks every round: with many devices there is no room for it."""
+
+TRIED = (0.003, 0.006, 0.012, 0.024)
+RATES: Mapping[str, float] = {
+    **dict.fromkeys(("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "flora"), 0.012),
+    **dict.fromkeys(("fedit", "ffa", "rolora", "fedsvd", "fedsb"), 0.024),
+    "fedsa": 0.006,
+}
+"""Of `TRIED` the best for each, by `--tune`; that of flora is exact's."""
+PRIVATE_RATE = 10.0
+"""A private step of all pictures takes a rate so many times as high."""
+
+
+def asked(rule: str, setting: Setting) -> bool:
+    """Whether a rule takes part in a setting."""
+    if setting.rules is None:
+        return rule not in FEW_ONLY
+    return rule in setting.rules
+
+
+def command(rule: str, name: str, seed: int, rate: float, *, role: str, overrides: Sequence[str]) -> list[str]:
+    """What runs one federation."""
+    setting = SETTINGS[name]
+    scaled = rate * (PRIVATE_RATE if "privacy=example" in setting.overrides else 1.0)
+    writers = min(setting.writers, 20) if role == "development" else setting.writers
+    return [
+        sys.executable,
+        "-m",
+        "simulations.run",
+        *RULES[rule],
+        *COMMON,
+        *setting.overrides,
+        f"data.role={role}",
+        f"data.writers={writers}",
+        *([f"fleet.sample={SAMPLE}"] if writers > SAMPLE else []),
+        f"adapter.shared.learning_rate={scaled:g}",
+        f"seed={seed}",
+        *overrides,
+    ]
+
+
+def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run it, unless it was; each writer's losses, bytes, and what the rule said of its last round."""
+    complete(arguments, folder)
+    judged = "personal" if "strategy=fedsa" in arguments else "shared"
+    rows = json.loads((folder / "evaluation.json").read_text())
+    rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "losses": {name: [row[arm]["loss"] for row in rows] for name, arm in (("base", "base"), ("shared", judged))},
+        "bytes": summary["bytes"],
+        "best_round": summary["best_round"],
+        "residual": rounds[-1].get("residual"),
+        "energy": rounds[-1].get("energy"),
+    }
+
+
+def gain(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """Mean over runs and writers of the gain over the base's mean loss, with its 95 % interval over writers."""
+    base = np.concatenate([run["losses"]["base"] for run in runs])
+    shared = np.concatenate([run["losses"]["shared"] for run in runs])
+    low, high = interval(base - shared)
+    return tuple(float(value / base.mean()) for value in ((base - shared).mean(), low, high))  # type: ignore[return-value]
+
+
+def measure(
+    rules: Sequence[str],
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    jobs: int,
+    runs: Path,
+    overrides: Sequence[str],
+) -> list[dict[str, Any]]:
+    """One record for each rule and setting, with all its runs."""
+    cells = [(rule, name) for name in settings for rule in rules if asked(rule, SETTINGS[name])]
+    work = [(rule, name, seed) for rule, name in cells for seed in seeds[: SETTINGS[name].seeds]]
+
+    def one(rule: str, name: str, seed: int) -> dict[str, Any]:
+        folder = runs / "aggregators" / slug(name) / f"{slug(rule)}-{seed}"
+        made = command(rule, name, seed, RATES[rule], role="test", overrides=overrides)
+        return {"seed": seed, **run(made, folder)}
+
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for (rule, name, _), result in zip(work, pool.map(lambda which: one(*which), work), strict=True):
+            found.setdefault((rule, name), []).append(result)
+    return [
+        {"rule": rule, "setting": name, "rate": RATES[rule], "gain": gain(done), "runs": done}
+        for (rule, name), done in found.items()
+    ]
+
+
+def tune(rules: Sequence[str], *, jobs: int, runs: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The gain of every rule at every rate, on development writers with equal ranks."""
+    work = [(rule, rate) for rule in rules if rule not in FEW_ONLY for rate in TRIED]
+
+    def one(rule: str, rate: float) -> dict[str, Any]:
+        made = command(rule, "equal ranks", 0, rate, role="development", overrides=overrides)
+        return run(made, runs / "tune" / f"{slug(rule)}-{rate:g}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda which: one(*which), work))
+    return [
+        {"rule": rule, "rate": rate, "gain": gain([result])} for (rule, rate), result in zip(work, results, strict=True)
+    ]
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each rule, a column for each setting."""
+    settings = list(dict.fromkeys(each["setting"] for each in found))
+    shown = Table(title="Gain of the shared adapter, % of the base's held-out loss [95 %]; best of a setting in bold")
+    shown.add_column("rule")
+    for name in settings:
+        shown.add_column(name, justify="right")
+    best = {name: max(each["gain"][0] for each in found if each["setting"] == name) for name in settings}
+    for rule in dict.fromkeys(each["rule"] for each in found):
+        cells = {each["setting"]: each["gain"] for each in found if each["rule"] == rule}
+        shown.add_row(rule, *(_cell(cells.get(name), best[name]) for name in settings))
+    return shown
+
+
+def _cell(found: Sequence[float] | None, best: float) -> str:
+    if found is None:
+        return ""
+    mean, low, high = found
+    text = f"{100 * mean:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"[bold]{text}[/bold]" if mean == best else text
+
+
+def tuned(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each rule, a column for each rate."""
+    shown = Table(title="Gain on development writers, % of the base's held-out loss, by learning rate")
+    shown.add_column("rule")
+    for rate in TRIED:
+        shown.add_column(f"{rate:g}", justify="right")
+    for rule in dict.fromkeys(each["rule"] for each in found):
+        cells = {each["rate"]: each["gain"][0] for each in found if each["rule"] == rule}
+        shown.add_row(rule, *(f"{100 * cells[rate]:.2f}" for rate in TRIED))
+    return shown

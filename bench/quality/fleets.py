@@ -1,0 +1,314 @@
+"""Selection, planning and timing against what they cost a fleet that lives: simulated hours, kWh, flat batteries.
+
+Every run trains until long after the *target*: 80 % of the gain that the same writers reach where every device takes
+part in every round and nothing is in its way. Counted is what a run takes until the first round whose measured gain is
+as high. All runs of a fleet have the same writers, devices, seeds, learning rate and rule of aggregation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.privacy.utility import complete
+
+SHARE = 0.8
+DEVICES, ASKED = 40, 8
+COMMON = (
+    "evaluation.local=false",
+    "evaluation.gallery=0",
+    "evaluation.devices=1",
+    "fleet.evaluate=20",
+    "tracker=none",
+    "strategy=exact",
+    "adapter.shared.rank=8",
+    "adapter.shared.learning_rate=0.006",
+    "adapter.personal.steps=1",
+    "data.validation=10",
+)
+REFERENCE = ("fleet=laptops", "rounds=30", "adapter.shared.steps=5")
+RANDOM = ("selection=sample", "strategy.planning=full", f"fleet.sample={ASKED}")
+
+
+class Plan(NamedTuple):
+    """One plan for every device, and which devices can be asked at all."""
+
+    steps: int
+    memory_gib: float | None
+    """That a device must have; None: any."""
+    timeout: int
+    """Seconds after which a round ends."""
+    sites: str | None = None
+    """Of the adapter; None: all."""
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = (f"adapter.shared.steps={self.steps}", f"strategy.timeout={self.timeout}")
+        if self.memory_gib is not None:
+            found += (f"fleet.eligible.memory_gib={self.memory_gib:g}",)
+        return found if self.sites is None else (*found, f"adapter.sites={self.sites}")
+
+
+GRID = tuple(
+    Plan(steps, memory, timeout, sites)
+    for steps, memory, timeout, sites in itertools.product(
+        (2, 5, 10), (None, 1.7, 3.5, 3.9), (1800, 3600), (None, "up_blocks.*attn.*to_.*")
+    )
+    if not (steps == 10 and timeout == 1800)
+)
+"""Single plans for random selection on the week's fleet. More memory than 1.7 GiB leaves out the boards that can't hold
+a pass at all, than 3.5 the small phones too, than 3.9 all but three kinds."""
+
+MANY = "rounds=32"  # of an asynchronous run, whose rounds are short
+AWARE = (
+    "strategy.planning=device",
+    "fleet.eligible.idle=true",
+    "fleet.eligible.battery=0.4",
+    "fleet.eligible.cool=true",
+)
+"""Nobody is asked who could not or should not."""
+WEEK: Mapping[str, tuple[str, ...]] = {
+    "thrifty, short rounds": (
+        *AWARE,
+        "selection=thrifty",
+        "selection.more=2",
+        f"fleet.sample={ASKED}",
+        "adapter.shared.steps=3",
+        "strategy.timeout=1000",
+        "strategy.deadline=800",
+    ),
+    "energy-aware, over-selection": (
+        *AWARE,
+        "selection=energy",
+        "selection.weight=0",
+        f"fleet.sample={ASKED}",
+        "fleet.overselect=1.25",
+        "adapter.shared.steps=5",
+        "strategy.timeout=1400",
+        "strategy.deadline=1200",
+    ),
+    "thrifty, asynchronous": (
+        *AWARE,
+        "selection=thrifty",
+        "selection.more=2",
+        "strategy.timing=async",
+        f"strategy.buffer={ASKED}",
+        "fleet.concurrency=24",
+        "adapter.shared.steps=3",
+        "strategy.deadline=1300",
+        f"fleet.sample={ASKED}",
+        MANY,
+    ),
+}
+"""Arms beside random selection with the best single plan."""
+
+SPREAD: Mapping[str, tuple[str, ...]] = {
+    "wait for all": (f"fleet.sample={ASKED}", "strategy.timeout=86400"),
+    "deadline, over-selection": (f"fleet.sample={ASKED}", "fleet.overselect=1.5", "strategy.timeout=3600"),
+    "asynchronous": ("strategy.timing=async", "strategy.buffer=8", "fleet.concurrency=24", MANY),
+    "thrifty": (
+        f"fleet.sample={ASKED}",
+        "selection=thrifty",
+        "selection.more=3",
+        "strategy.planning=device",
+        "strategy.timeout=86400",
+    ),
+}
+"""Ways to time the rounds of a fleet whose slowest device takes ten times as long as its fastest, and to choose."""
+
+LONG: Mapping[str, tuple[str, ...]] = {"week": ("rounds=24",), "spread": ("rounds=24",), "grid": ("rounds=40",)}
+CHOSEN = {"random, fastest plan": Plan(5, 3.9, 1800), "random, least energy": Plan(5, None, 3600)}
+"""Of the grid, on development writers: the plan that takes the fewest hours, and the one that takes the fewest kWh."""
+
+
+class Reached(NamedTuple):
+    """What a run took until its gain was high enough; `hours` and `kwh` are None if it never was."""
+
+    hours: float | None
+    kwh: float | None
+    battery_kwh: float | None
+    """Of it, what batteries gave."""
+    round: int | None
+    lost: Mapping[str, int]
+    """Devices that never replied, by what became of them, until then or to the end."""
+    gini: float
+    best: float
+
+
+def gains(folder: Path) -> list[dict[str, Any]]:
+    """Of each measured round: its gain, the hours and the kWh until then, and who was lost."""
+    rows, joules, drained, lost = [], 0.0, 0.0, Counter[str]()
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        joules += row.get("fleet_joules", 0.0)
+        drained += row.get("battery_joules", 0.0)
+        lost.update({key.removeprefix("lost/"): n for key, n in row.items() if key.startswith("lost/")})
+        if row.get("base") is not None:
+            gain = 1 - row["shared"] / row["base"]
+            rows.append(
+                {
+                    "round": row["round"],
+                    "gain": gain,
+                    "hours": row.get("hours", 0.0),
+                    "kwh": joules / 3.6e6,
+                    "battery_kwh": drained / 3.6e6,
+                    "lost": dict(lost),
+                }
+            )
+    return rows
+
+
+def reached(folder: Path, target: float) -> Reached:
+    """Of a run that is over."""
+    rows = gains(folder)
+    first: dict[str, Any] = next((row for row in rows if row["gain"] >= target), {})
+    fleet = json.loads((folder / "summary.json").read_text()).get("fleet", {})
+    return Reached(
+        hours=first.get("hours"),
+        kwh=first.get("kwh"),
+        battery_kwh=first.get("battery_kwh"),
+        round=first.get("round"),
+        lost=(first or rows[-1])["lost"],
+        gini=fleet.get("gini", 0.0),
+        best=max(row["gain"] for row in rows),
+    )
+
+
+def command(overrides: Sequence[str], *, role: str, seed: int) -> list[str]:
+    """What runs one federation."""
+    writers = 20 if role == "development" else DEVICES
+    return [
+        sys.executable,
+        "-m",
+        "simulations.run",
+        *COMMON,
+        *overrides,
+        f"data.role={role}",
+        f"data.writers={writers}",
+        f"data.devices={DEVICES}",
+        f"seed={seed}",
+    ]
+
+
+def measured(
+    work: Sequence[tuple[str, Sequence[str], int]], *, role: str, jobs: int, runs: Path, overrides: Sequence[str]
+) -> list[Reached]:
+    """Runs of (name, overrides, seed), and what each took to the target of its seed's reference."""
+    seeds = sorted({seed for *_, seed in work})
+    every = [*((f"reference-{seed}", REFERENCE, seed) for seed in seeds), *((f"{n}-{s}", o, s) for n, o, s in work)]
+
+    def one(name: str, chosen: Sequence[str], seed: int) -> Path:
+        folder = runs / role / name
+        complete(command([*chosen, *overrides], role=role, seed=seed), folder)
+        return folder
+
+    with ThreadPoolExecutor(jobs) as pool:
+        folders = list(pool.map(lambda which: one(*which), every))
+    targets = {
+        seed: SHARE * max(row["gain"] for row in gains(folder))
+        for seed, folder in zip(seeds, folders[: len(seeds)], strict=True)
+    }
+    return [reached(folder, targets[seed]) for (*_, seed), folder in zip(work, folders[len(seeds) :], strict=True)]
+
+
+def table(title: str, found: Mapping[str, Sequence[Reached]], first: str) -> Table:
+    """A row for each arm: medians over its seeds, and of the ratios to the same seed's run of the arm `first`."""
+    shown = Table(title=title)
+    for name in (
+        "arm",
+        "reached",
+        "rounds",
+        "hours",
+        "×",
+        "kWh",
+        "×",
+        "from batteries",
+        "lost",
+        "Gini",
+        "best gain, %",
+    ):
+        shown.add_column(name, justify="left" if name in ("arm", "lost") else "right")
+    base = found[first]
+    for name, runs in found.items():
+        lost = sum((Counter(run.lost) for run in runs), Counter())
+        shown.add_row(
+            name,
+            f"{sum(run.round is not None for run in runs)} of {len(runs)}",
+            _middle(runs, "round", 0),
+            _middle(runs, "hours", 1),
+            _ratio(runs, base, "hours"),
+            _middle(runs, "kwh", 3),
+            _ratio(runs, base, "kwh"),
+            _middle(runs, "battery_kwh", 3),
+            ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items())) or "none",
+            f"{median(run.gini for run in runs):.2f}",
+            f"{100 * median(run.best for run in runs):.1f}",
+        )
+    return shown
+
+
+def middle(runs: Sequence[Reached], key: str) -> float | None:
+    """Median over runs; None if one never got there."""
+    values = [getattr(run, key) for run in runs]
+    return None if None in values else median(values)
+
+
+def _middle(runs: Sequence[Reached], key: str, digits: int) -> str:
+    found = middle(runs, key)
+    return "—" if found is None else f"{found:.{digits}f}"
+
+
+def _ratio(runs: Sequence[Reached], base: Sequence[Reached], key: str) -> str:
+    found = ratio([getattr(run, key) for run in runs], [getattr(run, key) for run in base])
+    return "—" if found is None else f"{found:.2f}"
+
+
+def ratio(mine: Sequence[float | None], others: Sequence[float | None]) -> float | None:
+    """Median over seeds of what a run took over what another of the same seed did; None if one never got there.
+
+    A seed has its own writers, devices and target: runs of different ones differ more than arms do.
+    """
+    pairs = [(a, b) for a, b in zip(mine, others, strict=True) if a is not None and b]
+    return median(a / b for a, b in pairs) if len(pairs) == len(mine) else None
+
+
+def measure(
+    which: Sequence[str],
+    *,
+    role: str,
+    seeds: Sequence[int],
+    jobs: int,
+    runs: Path,
+    overrides: Sequence[str],
+    console: Console,
+) -> dict[str, Any]:
+    """Tables, printed as they come, and their numbers: of the week's fleet, of the spread one, or of the grid."""
+    common: dict[str, Any] = {"role": role, "jobs": jobs, "runs": runs, "overrides": overrides}
+    found: dict[str, Any] = {}
+    for fleet in which:
+        arms = {
+            "week": {**{name: (*RANDOM, *plan.overrides) for name, plan in CHOSEN.items()}, **WEEK},
+            "spread": SPREAD,
+            "grid": {str(plan): (*RANDOM, *plan.overrides) for plan in GRID},
+        }[fleet]
+        on = f"fleet={'week' if fleet == 'grid' else fleet}"
+        work = [
+            (f"{fleet}-{place}", (on, *LONG[fleet], *arm), seed)
+            for place, arm in enumerate(arms.values())
+            for seed in seeds
+        ]
+        results = iter(measured(work, **common))
+        by_arm = {name: [next(results) for _ in seeds] for name in arms}
+        console.print(table(f"fleet={fleet}: to {SHARE:.0%} of the reference gain", by_arm, next(iter(arms))))
+        found[fleet] = {name: [run._asdict() for run in done] for name, done in by_arm.items()}
+    return found

@@ -1,0 +1,115 @@
+"""What does a base in fewer bits cost?  python -m bench.quality.quantization [--seeds 0 1 2] [--modes …] [key=value …]
+
+The same federation without privacy over the same test writers, on the base in float32 and quantised, trained and
+judged on the base as it is held. A form's gain counts from the loss of the *float32* base, so that what quantising
+itself costs is in it: kept = (L_base − L_arm) / (L_base − L_reference), with L_base and L_reference of float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.privacy.utility import COMMON, FORMS, run, share
+
+TARGETS = {"int8": 0.97, "mixed": 0.93, "nf4": 0.85}
+MODES = ("fp32", *TARGETS)
+ARMS = ("shared", "personal")
+WRITERS, PICTURES, BATCH = 100, 20, 5
+
+
+def command(mode: str, seed: int) -> list[str]:
+    """What runs it."""
+    form = FORMS["reference"]
+    return [
+        sys.executable,
+        "-m",
+        "simulations.run",
+        *COMMON,
+        *form.overrides,
+        "privacy=none",
+        f"base.weights={mode}",
+        "data.role=test",
+        f"data.writers={WRITERS}",
+        f"data.train={PICTURES}",
+        f"adapter.shared.batch_size={BATCH}",
+        f"adapter.shared.learning_rate={form.learning_rate}",
+        f"seed={seed}",
+    ]
+
+
+def kept(found: Mapping[str, Any], exact: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
+    """The share of float32's gain that an arm keeps, with its 95 % interval over writers.
+
+    The interval is that of the mean difference from the float32 base, over float32's mean gain.
+    """
+    base, reference, loss = (np.array(losses) for losses in (exact["base"], exact[arm], found[arm]))
+    return share(base - loss, base - reference)
+
+
+def table(runs: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """A row for each mode and seed."""
+    shown = Table(title="share of the float32 base's gain that is kept [95 %]")
+    for heading in ("weights", "seed", "its base", *(f"kept by {arm}" for arm in ARMS), "at least"):
+        shown.add_column(heading, justify="right")
+    for mode in MODES:
+        for seed, modes in runs.items():
+            if mode in modes:
+                shares = (kept(modes[mode], modes["fp32"], arm) for arm in ARMS)
+                told = (f"{mean:.1%} [{low:.0%}, {high:.0%}]" for mean, low, high in shares)
+                least = f"{TARGETS[mode]:.0%}" if mode in TARGETS else ""
+                shown.add_row(mode, str(seed), f"{np.mean(modes[mode]['base']):.4f}", *told, least)
+        shown.add_section()
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--modes", nargs="+", choices=TARGETS, default=list(TARGETS), help="beside fp32")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/quality"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
+    arguments, overrides = parser.parse_known_args()
+    asked = [(seed, mode) for seed in arguments.seeds for mode in ("fp32", *arguments.modes)]
+
+    def one(seed: int, mode: str) -> dict[str, list[float]]:
+        losses: dict[str, list[float]] = run([*command(mode, seed), *overrides], arguments.runs / f"{mode}-{seed}")[
+            "losses"
+        ]
+        return losses
+
+    runs: dict[int, dict[str, dict[str, list[float]]]] = {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (seed, mode), losses in zip(asked, pool.map(lambda which: one(*which), asked), strict=True):
+            runs.setdefault(seed, {})[mode] = losses
+    record = {
+        "command": " ".join(["python -m bench.quality.quantization", *sys.argv[1:]]),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": versions("torch", "diffusers", "flwr"),
+        "results": [
+            {
+                "seed": seed,
+                "kept": {mode: {arm: kept(found, modes["fp32"], arm) for arm in ARMS} for mode, found in modes.items()},
+                "losses": modes,
+            }
+            for seed, modes in runs.items()
+        ],
+    }
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    Console(width=120).print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""How should adapters be combined, and who be asked for what?
+
+    python -m bench.quality.strategies aggregators|fleets|page [key=value …]
+
+    aggregators  every rule × heterogeneity: equal and mixed ranks, half the fleet on half the sites, label skew, few
+                 and many writers, with and without privacy (`bench.quality.aggregators`)
+    fleets       selection and planning, and the timing of rounds, on fleets that live: in simulated hours, kWh and
+                 devices lost (`bench.quality.fleets`)
+    page         docs/strategies.md, from what they and `bench.robustness.byzantine` have written
+
+Test writers are looked at once. `--tune` runs on development writers, and writes no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.lib.machine import machine, versions
+from bench.quality import aggregators, fleets, strategies_page
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("aggregators", "fleets", "page"))
+    parser.add_argument("--tune", action="store_true", help="on development writers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="of the rules, or of the fleets: week, spread, grid")
+    parser.add_argument("--settings", nargs="+", choices=aggregators.SETTINGS, default=list(aggregators.SETTINGS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs")
+    arguments, overrides = parser.parse_known_args()
+    if arguments.what == "page":
+        strategies_page.write()
+    else:
+        found = run(arguments, overrides)
+        if not arguments.tune:
+            write(arguments.what, found, overrides)
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """What was asked for: tables, printed, and their numbers."""
+    console = Console(width=200)
+    common: dict[str, Any] = {"jobs": arguments.jobs, "runs": arguments.runs, "overrides": overrides}
+    if arguments.what == "fleets":
+        return fleets.measure(
+            arguments.only or ["week", "spread"],
+            role="development" if arguments.tune else "test",
+            seeds=arguments.seeds,
+            console=console,
+            **common,
+        )
+    rules = arguments.only or list(aggregators.RULES)
+    if arguments.tune:
+        rates = aggregators.tune(rules, **common)
+        console.print(aggregators.tuned(rates))
+        return rates
+    found = aggregators.measure(rules, arguments.settings, arguments.seeds, **common)
+    console.print(aggregators.table(found))
+    return found
+
+
+def write(what: str, found: Any, overrides: Sequence[str]) -> None:
+    """bench/results/`what`.json."""
+    record = {
+        "command": " ".join(["python -m bench.quality.strategies", what, *overrides]),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": versions("torch", "diffusers", "flwr"),
+        "results": found,
+    }
+    (RESULTS / f"{what}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""What travels in a round, and what few bits leave of the gain:  python -m bench.quality.traffic [--gain] [--base sd15] …
+
+Bytes are those of updates that were encoded, with their headers, on the shapes of a published base, whose weights
+nobody needs for it. What a device trains:
+
+    factors   A and B of every site            B alone   A stays (ffa, fedsvd, every second round of rolora)
+    A alone   B stays, or is the device's (fedsa)
+    cores     rank² numbers a site, between factors that stay (fedsb)
+
+Down goes the whole adapter, A and B (strategy.download).
+
+    --gain    whole federations on the glyph base besides, one for each method, precision and seed, on development
+              writers: the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.lib.machine import machine, versions
+from bench.privacy.utility import complete, share
+from models.base.denoiser import find_sites
+from models.families.known import find
+from models.lora.adapter import Sites, from_tensors, shapes
+from models.lora.trainable import trained_shapes
+from protocol import quantization, tensor_codec
+from strategies.aggregation.fedsb import FedSB
+from strategies.download import download
+from strategies.registry import AGGREGATIONS
+
+BYTES = ("bytes_up", "bytes_down")
+MOST, KEPT = 0.45e6, 0.95
+"""Bytes of an update, and the share of the gain that it keeps."""
+
+
+class Way(NamedTuple):
+    """How an update is sent, and the adapter that it is a change of."""
+
+    precision: str
+    keep: float = 1.0
+    down: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        up = self.precision if self.keep == 1 else f"{self.precision}, {self.keep:.0%} of blocks"
+        return up if self.down == "fp32" else f"{up}; {self.down} down"
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"strategy.update={self.precision}", f"strategy.keep={self.keep}", f"strategy.download={self.down}"]
+
+
+FP32 = Way("fp32")
+UP = (FP32, Way("fp16"), Way("int8"), Way("int4"), Way("int4", 0.5), Way("int4", 0.25))
+WAYS = (*UP, Way("fp32", down="int8"), Way("fp32", down="int4"), Way("int4", down="int8"), Way("int4", down="int4"))
+TRAINED = {"factors": "both", "B alone": "b", "A alone": "a", "cores": "cores"}
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "fedit": ("strategy=fedit",),
+    "exact": ("strategy=exact",),
+    "ffa": ("strategy=ffa",),
+    "rolora": ("strategy=rolora",),
+    "cores": ("strategy=fedsb",),
+}
+RATES = {"fedit": 0.006, "exact": 0.006, "ffa": 0.006, "rolora": 0.006, "cores": 0.02}
+COMMON = (
+    "data.role=development",
+    "adapter.shared.steps=5",
+    "adapter.personal.steps=1",
+    "adapter.look_every=1",
+    "evaluation.local=false",
+    "evaluation.gallery=0",
+    "evaluation.timesteps=4",
+    "strategy.decay=true",
+    "tracker=none",
+)
+
+
+def _drawn(expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(tuple(shape), generator=generator) for name, shape in expected.items()}
+
+
+def size(change: Mapping[str, Tensor], way: Way) -> int:
+    """Bytes of the update."""
+    if way == FP32:  # what doesn't change need not be told either, but then it isn't what fp32 sends
+        return len(tensor_codec.encode(change))
+    return len(quantization.encode(change, way.precision, torch.Generator().manual_seed(0), keep=way.keep))
+
+
+def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
+    """Bytes by what is trained and how it is sent."""
+    changes = {name: _drawn(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
+    return {name: {way.name: size(change, way) for way in UP} for name, change in changes.items()}
+
+
+def downloads(sites: Sites, rank: int) -> dict[str, int]:
+    """Bytes of the adapter that is sent down, by precision."""
+    whole = from_tensors(_drawn(shapes(sites, rank)))
+    return {precision: len(download(whole, precision).data) for precision in ("fp32", *quantization.PRECISIONS)}
+
+
+def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table:
+    """A row for each way, a column for each thing that is trained."""
+    table = Table(title=f"MB of an update: {base}, rank {rank}; at most {MOST / 1e6:g} is wanted")
+    table.add_column("sent in")
+    for name in found:
+        table.add_column(name, justify="right")
+    for way in UP:
+        cells = [found[name][way.name] for name in found]
+        table.add_row(way.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MOST else ''}" for count in cells))
+    return table
+
+
+def ways(method: str, precisions: Sequence[str], down: Sequence[str]) -> list[Way]:
+    """Those that a method is run in, fp32 first; where directions don't stay from round to round nothing can be held
+    back, and what is beside cores travels whole.
+    """
+    found = [way for way in WAYS if way.precision in ("fp32", *precisions) and way.down in ("fp32", *down)]
+    if not AGGREGATIONS.get(method, FedSB).steady:
+        return [way for way in found if way.keep == 1]
+    return [way for way in found if way.down == "fp32"] if method == "cores" else found
+
+
+def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[str]:
+    """What runs one federation."""
+    return [
+        sys.executable,
+        "-m",
+        "simulations.run",
+        *COMMON,
+        *METHODS[method],
+        *way.overrides,
+        f"adapter.shared.learning_rate={RATES[method]}",
+        f"seed={seed}",
+        *overrides,
+    ]
+
+
+def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run it, unless it was; its losses by arm, each writer's, and bytes."""
+    complete(arguments, folder)
+    rows = json.loads((folder / "evaluation.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "losses": {arm: [row[arm]["loss"] for row in rows] for arm in ("base", "shared")},
+        "bytes_up": summary["bytes"]["up"],
+        "bytes_down": summary["bytes"]["down"],
+    }
+
+
+def kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """Share of the gain at fp32, over all seeds' writers, with its 95 % interval, in which fp32's is taken as known."""
+    gain, reference = (
+        np.concatenate([np.subtract(run["losses"]["base"], run["losses"]["shared"]) for run in runs])
+        for runs in (found, whole)
+    )
+    difference, low, high = share(gain - reference, reference)  # paired: writers differ far more than precisions
+    return 1 + difference, 1 + low, 1 + high
+
+
+def gains(results: Mapping[tuple[str, Way], Sequence[Mapping[str, Any]]]) -> Table:
+    """A row for each method and way."""
+    table = Table(
+        title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; at least {KEPT:.0%} is wanted"
+    )
+    for heading in (
+        "method",
+        "sent in",
+        "shared loss",
+        "gain kept",
+        "MB up, all rounds",
+        "× fewer",
+        "MB down",
+        "× fewer",
+    ):
+        table.add_column(heading, justify="right")
+    for (method, way), found in results.items():
+        whole = results[method, FP32]
+        mean, low, high = kept(found, whole)
+        up, all_up, down, all_down = (sum(run[key] for run in runs) for key in BYTES for runs in (found, whole))
+        loss = np.mean([run["losses"]["shared"] for run in found])
+        of_gain = f"{loss:.4f}", f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+        of_bytes = f"{up / 1e6:.2f}", f"{all_up / up:.1f}", f"{down / 1e6:.2f}", f"{all_down / down:.1f}"
+        table.add_row(method, way.name, *of_gain, *of_bytes)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="sd15", help="whose shapes are counted on")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--gain", action="store_true", help="run the federations too")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--precisions", nargs="*", choices=quantization.PRECISIONS, default=list(quantization.PRECISIONS)
+    )
+    parser.add_argument("--down", nargs="*", choices=quantization.PRECISIONS, default=[])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
+    arguments, overrides = parser.parse_known_args()
+    known = find(arguments.base)
+    sites = find_sites(known.network(), known.family.sites)
+    counted = sizes(sites, arguments.rank)
+    Console().print(shown(arguments.base, arguments.rank, counted))
+    down = downloads(sites, arguments.rank)
+    told = ", ".join(f"{precision} {count / 1e6:.3f}" for precision, count in down.items())
+    Console().print(f"MB of the adapter that is sent down: {told}")
+    asked = ["--base", arguments.base, "--rank", str(arguments.rank)]
+    if arguments.gain:
+        asked += [
+            "--gain",
+            "--methods",
+            *arguments.methods,
+            "--precisions",
+            *arguments.precisions,
+            "--down",
+            *arguments.down,
+        ]
+        asked += ["--seeds", *map(str, arguments.seeds), *overrides]
+    record: dict[str, Any] = {
+        "command": " ".join(["python -m bench.quality.traffic", *asked]),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": versions("torch", "diffusers"),
+        "wanted": {"bytes": MOST, "kept": KEPT},
+        "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted, "down": down},
+    }
+    results: dict[tuple[str, Way], list[dict[str, Any]]] = {}
+    if arguments.gain:
+        work = [
+            (method, way, seed)
+            for method in arguments.methods
+            for way in ways(method, arguments.precisions, arguments.down)
+            for seed in arguments.seeds
+        ]
+
+        def one(method: str, way: Way, seed: int) -> dict[str, Any]:
+            folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{way.down}-{seed}"
+            return run(command(method, way, seed, overrides), folder)
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for (method, way, _), found in zip(work, pool.map(lambda which: one(*which), work), strict=True):
+                results.setdefault((method, way), []).append(found)
+        record["gain"] = [
+            {"method": method, "sent": way.name, "kept": kept(found, results[method, FP32]), "runs": found}
+            for (method, way), found in results.items()
+        ]
+        Console().print(gains(results))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

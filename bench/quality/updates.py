@@ -1,0 +1,97 @@
+"""Real updates of mixed ranks: what development writers' devices make of the glyph base's adapter, in two rounds."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from common.seeding import derive_seed
+from conf.compose import compose
+from models.lora.adapter import Adapter, Factors, head_and_tail, initial, rank
+from simulations import setup
+from strategies.aggregation import Updates
+from strategies.aggregation.exact import Exact
+from training.jobs import Encode, Examples, Train, Trained
+from training.memory import budget
+
+WRITERS, STEPS, BATCH, RATE = 16, 10, 4, 4e-3
+ROUNDS = 2
+
+
+def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+    """Relative errors to the true mean after each round, for caps at each of these ranks.
+
+    `of_best` is the largest over sites of our error over that of the best approximation (Eckart–Young), where that is
+    not rounding; the others are over all sites together.
+    """
+    config = compose(f"data.writers={WRITERS} seed={seed}")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        base, people, database = setup.build(config, Path(folder))
+        perform = setup.performer(config, base, budget(None, base.device))
+        encoded = cast(list[Examples], perform([Encode(pictures=person.pictures.train) for person in people]))
+        database.close()
+    current = initial(base.sites, max(ranks), derive_seed(seed, "shared"))
+    for number in range(1, ROUNDS + 1):
+        parts = [(*head_and_tail(current, r), r) for r in itertools.islice(itertools.cycle(ranks), len(people))]
+        jobs = [
+            Train(
+                client=person.name,
+                round=number,
+                purpose="shared",
+                seed=seed,
+                examples=examples,
+                start=start,
+                frozen=frozen if rank(frozen) else None,
+                steps=STEPS,
+                batch_size=BATCH,
+                learning_rate=RATE,
+            )
+            for person, examples, (start, frozen, _) in zip(people, encoded, parts, strict=True)
+        ]
+        updates = [(cast(Trained, trained).adapter, 1.0) for trained in perform(list(jobs))]
+        for cap in ranks:
+            found.append({"round": number, "rank": cap, **against_best(current, updates, cap)})
+        current = Exact(rank=max(ranks), max_rank=max(ranks), seed=seed).aggregate(current, updates, round=number)[0]
+    return found
+
+
+def against_best(current: Adapter, updates: Updates, cap: int) -> dict[str, float]:
+    """Errors of one cap."""
+    ours = Exact(rank=cap, max_rank=cap, seed=0).aggregate(current, updates, round=1).adapter
+    sums = dict.fromkeys(("whole", "best", "exact", "fedit_padded"), 0.0)
+    worst = 1.0
+    for site, before in current.items():
+        padded = [whole(before, adapter[site]) for adapter, _ in updates]
+        mean = torch.stack([b @ a for a, b in padded]).mean(0)
+        fedit = torch.stack([b for _, b in padded]).mean(0) @ torch.stack([a for a, _ in padded]).mean(0)
+        squares = {
+            "whole": mean.square().sum(),
+            "best": (truncated(mean, cap) - mean).square().sum(),
+            "exact": (ours[site].b.double() @ ours[site].a.double() - mean).square().sum(),
+            "fedit_padded": (truncated(fedit, cap) - mean).square().sum(),
+        }
+        sums = {name: total + float(squares[name]) for name, total in sums.items()}
+        if squares["best"] > 1e-10 * squares["whole"]:
+            worst = max(worst, float((squares["exact"] / squares["best"]).sqrt()))
+    relative = {name: (total / sums["whole"]) ** 0.5 for name, total in sums.items() if name != "whole"}
+    return {**relative, "of_best": worst}
+
+
+def whole(before: Factors, trained: Factors) -> Factors:
+    """A device's factors, float64, with those that it left as they were."""
+    size = len(trained.a)
+    a, b = torch.cat([trained.a, before.a[size:]]), torch.cat([trained.b, before.b[:, size:]], dim=1)
+    return Factors(a.double(), b.double())
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of a matrix (Eckart–Young)."""
+    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * sigma[:rank]) @ vh[:rank]

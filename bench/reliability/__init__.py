@@ -1,0 +1,1 @@
+"""Faults, soak runs, and federations of processes."""

@@ -1,0 +1,439 @@
+"""What happens to real devices, done to a federation of processes:  python -m bench.reliability.faults [ROW …] [--runs 20]
+
+One federation of three devices goes on round after round, with privacy per picture, over TLS with keys; each run of a
+row does its harm at a random moment and then waits. It *went on* if, without anybody's help, a later round has used an
+update of every device again; *refused* if the one concerned said why in a line and the others went on. After each run
+every ledger must be whole, and hold a sealed entry for every update that the server has used.
+
+With `--jobs N` several such federations work side by side, each with a network and mounts of its own; a core and 2 GiB
+for each are enough. Runs are added to those in the file: remove it to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.reliability.network import SERVER, network, plug
+from bench.reliability.processes import Federation, Program, command, end_all, federation, letters, until
+from common.atomic_files import write
+
+OUT = Path("bench/results/faults.json")
+DEVICES = 3
+RUN = (
+    "rounds=5000 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
+    "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 strategy.timeout=90"
+)
+PATIENCE = 420.0  # seconds in which a federation must go on
+DISK = 96  # MiB of the disk of a device
+
+Harm = Callable[["Scene"], "str | None"]
+"""Does it; what the one concerned says, where it refuses."""
+
+
+@dataclass
+class Scene:
+    """A federation at work, and who is harmed in this run."""
+
+    federation: Federation
+    drawn: random.Random
+    victim: str = ""
+
+    @property
+    def device(self) -> Program:
+        return self.federation.devices[self.victim]
+
+    def server_state(self) -> dict[str, Any]:
+        newest = sorted(self.federation.runs[-1].glob("checkpoints/round-*"))[-1]
+        found: dict[str, Any] = json.loads((newest / "state.json").read_text())
+        return found
+
+    def last_used(self) -> dict[str, int]:
+        """Of each device, in how many rounds an update of it was used."""
+        for _ in range(50):
+            with contextlib.suppress(OSError, IndexError, ValueError):  # replaced while we look
+                return {name: facts["rounds"] for name, facts in self.server_state()["devices"].items()}
+            time.sleep(0.1)
+        raise AssertionError(f"no checkpoint can be read\n{self.federation.told()}")
+
+    def process(self, what: str) -> psutil.Process:
+        """One that is there, as soon as it is."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found[:] = self._find(what)
+            return bool(found)
+
+        until(look, 120, f"{what}\n{self.federation.told()}")
+        return self.drawn.choice(found)
+
+    def _find(self, what: str) -> list[psutil.Process]:
+        match what:
+            case "ClientApp":  # forks of the node's process beside the SuperNode, which is the first of them
+                return [
+                    child
+                    for node in self.device.children("client.runtime.supernode")[:1]
+                    for child in _children(node)[1:]
+                ]
+            case "SuperNode":
+                return [
+                    child
+                    for node in self.device.children("client.runtime.supernode")[:1]
+                    for child in _children(node)[:1]
+                ]
+            case "worker":
+                return self.device.children("client.runtime.worker")
+            case "SuperLink":
+                return self.federation.server.children("server.supervisor.local_superlink")
+            case _:
+                return [p for p in psutil.process_iter() if _is_of(p, self.federation.server.home, "flwr-serverapp")]
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(self.drawn.uniform(0, seconds))
+
+
+def killed(what: str) -> Harm:
+    def harm(scene: Scene) -> None:
+        scene.pause(4)
+        process = scene.process(what)
+        scene.pause(0.5)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself: then the next one is killed
+            process.kill()
+            return
+        scene.process(what).kill()
+
+    return harm
+
+
+def server_killed(scene: Scene) -> None:
+    """The whole server, as when its machine loses power; started again as systemd would."""
+    scene.pause(4)
+    scene.federation.server.kill()
+    scene.federation.start()
+
+
+def device_killed(scene: Scene) -> None:
+    scene.pause(4)
+    scene.device.kill()
+    time.sleep(1)
+    scene.device.start()
+
+
+def disk_full(scene: Scene) -> None:
+    """The device's disk has no byte left for ten seconds of a round."""
+    filler = scene.device.home / "filler"
+    scene.pause(3)
+    with contextlib.suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    time.sleep(10)
+    filler.unlink()
+
+
+def corrupt_cache(scene: Scene) -> None:
+    """Bytes of what is cached change under a worker that has to read it again."""
+    for file in (scene.device.home / "devices" / scene.victim / "cache").glob("*"):
+        data = bytearray(file.read_bytes())
+        for _ in range(max(1, len(data) // 1000)):
+            data[scene.drawn.randrange(len(data))] ^= 1 + scene.drawn.randrange(255)
+        file.write_bytes(data)
+    scene.process("worker").kill()
+
+
+def half_a_checkpoint(scene: Scene) -> str | None:
+    """The server dies, and of its newest checkpoint a file is cut: refused by name, and gone on from the one before."""
+    federation = scene.federation
+    federation.server.kill()
+    end_all(federation.server.home)  # as a power cut does: else its ServerApp may end another round meanwhile
+    newest = sorted(federation.runs[-1].glob("checkpoints/round-*"))[-1]
+    file = scene.drawn.choice([*newest.iterdir()])
+    before = file.read_bytes()
+    file.write_bytes(before[: scene.drawn.randrange(len(before))])
+    federation.start()
+    until(lambda: str(newest) in federation.server.said, 120, "the damage's name")
+    *_, said = (line for line in federation.server.said.splitlines() if f"delete {newest}" in line)
+    federation.server.stop()
+    shutil.rmtree(newest)  # as it says
+    federation.start()
+    return said.removeprefix("error: ")
+
+
+def two_with_one_store(scene: Scene) -> str:
+    """A second node of the same home."""
+    own = {"ANTHER_HOME": str(scene.device.home)}
+    second = Program(
+        "client.runtime.supervisor", scene.device.words, scene.device.home / "second", own, scene.device.within
+    )
+    second.start()
+    until(lambda: second.code is not None, 60, f"a refusal\n{second.said}")
+    return second.said.strip().splitlines()[-1].removeprefix("error: ")
+
+
+def another_certificate(scene: Scene) -> str:
+    """Somebody else's server answers at the same address for a while."""
+    federation, device = scene.federation, scene.device
+    device.stop()
+    federation.server.stop()
+    other = Program(
+        "server.supervisor.run", federation.server.words, federation.folder / f"other-{scene.drawn.random()}", {}
+    )
+    other.start()
+    until(lambda: "listening on" in other.said, 120, other.said)
+    before = len(device.said)
+    device.start()
+    until(lambda: device.code is not None, 120, f"a refusal\n{device.said}")
+    other.stop()
+    federation.start()
+    device.start()
+    return device.said[before:].split("error: ")[-1].splitlines()[0]
+
+
+def clock_jumps(scene: Scene) -> str:
+    """The device starts with its clock an hour ahead: it says so and waits, and goes on with a clock that is right."""
+    device, before = scene.device, len(scene.device.said)
+    device.stop()
+    device.environment = _ahead()
+    device.start()
+    until(lambda: "clock is" in device.said[before:], 240, f"a word about the clock\n{device.said[-2000:]}")
+    device.stop()
+    device.environment = {}
+    device.start()
+    return next(line for line in device.said[before:].splitlines() if "clock is" in line)
+
+
+def certificate_anew(scene: Scene) -> None:
+    """The operator makes a new key and certificate while everything is at work."""
+    scene.pause(4)
+    done = command("server.gateway.keys", "rotate", home=scene.federation.server.home)
+    assert done.returncode == 0, done.stderr
+
+
+def cut(seconds: float) -> Harm:
+    """The device's network is down from the middle of an upload on."""
+
+    def harm(scene: Scene) -> None:
+        process = scene.process("ClientApp")
+        with contextlib.suppress(psutil.TimeoutExpired, psutil.NoSuchProcess):
+            process.wait(60)  # its reply is about to go up
+        scene.pause(0.3)
+        plug(scene.victim, on=False)
+        time.sleep(seconds)
+        plug(scene.victim, on=True)
+
+    return harm
+
+
+ROWS: dict[str, Harm] = {
+    **{f"kill -9 {what}": killed(what) for what in ("ClientApp", "worker", "SuperNode", "SuperLink", "server app")},
+    "kill -9 server": server_killed,
+    "kill -9 device": device_killed,
+    "disk full": disk_full,
+    "corrupt cache": corrupt_cache,
+    "half a checkpoint": half_a_checkpoint,
+    "two with one store": two_with_one_store,
+    "another certificate": another_certificate,
+    "clock jumps": clock_jumps,
+    "certificate rotated": certificate_anew,
+    "network cut": cut(120),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What came of one run; with neither, it failed."""
+
+    seconds: float
+    refused: str | None = None
+    """With these words."""
+    failed: str | None = None
+    """What was waited for, and what all the logs say."""
+
+    def __str__(self) -> str:
+        return f"{'FAILED' if self.failed else 'refused' if self.refused else 'went on'} in {self.seconds:.0f}"
+
+
+def once(scene: Scene, harm: Harm) -> Run:
+    """One run of a row."""
+    scene.victim = scene.drawn.choice(list(scene.federation.devices))
+    began, refused, failed = time.monotonic(), None, None
+    try:
+        refused = harm(scene)
+        before = scene.last_used()
+        until(lambda: _all_again(scene, before), PATIENCE, scene.federation.told())
+        whole(scene)
+    except AssertionError as error:
+        failed = str(error)[-4000:]
+    return Run(seconds=time.monotonic() - began, refused=refused, failed=failed)
+
+
+def _all_again(scene: Scene, before: dict[str, int]) -> bool:
+    now = scene.last_used()
+    return all(now.get(name, 0) > before.get(name, 0) for name in scene.federation.devices)
+
+
+def whole(scene: Scene) -> None:
+    """AssertionError unless every ledger can be believed, and holds a seal for every update that was used."""
+    used = scene.last_used()
+    for name, device in scene.federation.devices.items():
+        done = command("client.cli.ledger", "--json", "--name", name, home=device.home)
+        assert done.returncode == 0, done.stderr
+        entries = json.loads(done.stdout)["entries"]
+        sealed = sum(entry["state"] != "reserved" for entry in entries if entry["mechanism"])
+        assert sealed >= used.get(name, 0), f"{name}: {sealed} sealed, {used.get(name)} used"
+
+
+@contextlib.contextmanager
+def scene(folder: Path, seed: int) -> Iterator[Scene]:
+    """A federation that goes on and on; its devices have small disks of their own."""
+    mounted = []
+    try:
+        pictures = letters(folder / "pictures", DEVICES, each=6)
+        with network(list(pictures)) as within, federation(folder, RUN, host=SERVER) as found:
+            found.start()
+            for name, data in pictures.items():
+                home = folder / name
+                home.mkdir()
+                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(home)], check=True)
+                mounted.append(home)
+                device = found.enrol(name, data, "test=true", "seed=1", within=within[name])
+                device.start()
+            at_work = Scene(found, random.Random(seed))
+            until(lambda: found.rounds() >= 1, 600, found.told())
+            yield at_work
+    finally:
+        for home in mounted:
+            subprocess.run(["umount", "--lazy", str(home)], check=False)
+
+
+def _ahead() -> dict[str, str]:
+    """Of libfaketime, where it is installed: a clock that is an hour ahead."""
+    found = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
+    assert found, "clock jumps: needs libfaketime (Debian: libfaketime)"
+    return {"LD_PRELOAD": str(found[0]), "FAKETIME": "+1h"}
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return sorted(process.children(), key=lambda child: child.create_time())
+    return []
+
+
+def _is_of(process: psutil.Process, home: Path, part: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return part in " ".join(process.cmdline()) and process.environ().get("ANTHER_HOME") == str(home)
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--piece", type=int, default=5, help="runs with one federation, where there are several jobs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT)
+    asked = parser.parse_args()
+    if unknown := set(asked.rows) - set(ROWS):
+        parser.error(f"no such row: {', '.join(unknown)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    rows = asked.rows or list(ROWS)
+    pieces = [min(asked.piece, asked.runs - first) for first in range(0, asked.runs, asked.piece)]
+    if asked.jobs == 1:
+        here(rows, asked.runs, asked.seed, asked.out)
+    else:
+        side_by_side([(row, runs) for runs in pieces for row in rows], asked.jobs, asked.seed, asked.out)
+    Console(width=120).print(table(json.loads(asked.out.read_text())))
+
+
+def here(rows: list[str], runs: int, seed: int, out: Path) -> None:
+    """All runs of all rows with one federation."""
+    with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as at_work:
+        for row in rows:
+            for _ in range(runs):
+                print(f"{row}: {keep(out, row, once(at_work, ROWS[row]))} s", file=sys.stderr)
+
+
+def side_by_side(waiting: list[tuple[str, int]], jobs: int, seed: int, out: Path) -> None:
+    """Pieces, so many runs of a row each, as many at a time as there are jobs."""
+    working: list[subprocess.Popen] = []
+    try:
+        while waiting or working:
+            while waiting and len(working) < jobs:
+                working.append(_apart(*waiting.pop(0), seed := seed + 1, out))
+            time.sleep(1)
+            working = [piece for piece in working if piece.poll() is None]
+    finally:
+        for piece in working:
+            piece.terminate()
+        for piece in working:
+            piece.wait()
+
+
+def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
+    """A piece with a network and mounts of its own, begun."""
+    words = [row, "--runs", str(runs), "--seed", str(seed), "--out", str(out)]
+    own = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec "$@"'
+    return subprocess.Popen(
+        ["unshare", "--net", "--mount", "sh", "-c", own, "-", sys.executable, "-m", "bench.reliability.faults", *words],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def keep(out: Path, row: str, run: Run) -> Run:
+    """Add it to the file, which several write."""
+    folder = os.open(out.absolute().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        known = json.loads(out.read_text())["rows"] if out.exists() else {}
+        rows: dict[str, list[Any]] = {name: known.get(name, []) for name in ROWS}
+        rows[row].append(asdict(run))
+        record = {
+            "command": "python -m bench.reliability.faults",
+            "machine": machine(torch.device("cpu")),
+            "versions": versions("flwr", "torch"),
+            "rows": rows,
+        }
+        write(out, (json.dumps(record, indent=2) + "\n").encode())
+    finally:
+        os.close(folder)
+    return run
+
+
+def table(record: dict[str, Any]) -> Table:
+    shown = Table(title="what was done, and what became of it without anybody's help")
+    for heading in ("", "runs", "went on", "refused with a reason", "seconds (median)", "said"):
+        shown.add_column(heading, justify="left" if heading in ("", "said") else "right")
+    for name, runs in record["rows"].items():
+        good = [run for run in runs if not run["failed"]]
+        said = next((run["refused"] for run in good if run["refused"]), "")
+        refused = sum(run["refused"] is not None for run in good)
+        seconds = f"{median(run['seconds'] for run in good):.0f}" if good else "—"
+        shown.add_row(name, str(len(runs)), str(len(good) - refused), str(refused), seconds, said[:60])
+    return shown
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""A federation of processes on this machine: a server, and devices with homes of their own, all ended afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+LOOPBACK = "127.0.0.1"
+QUICK = (
+    "guard.charging=false",
+    "guard.celsius=null",
+    "guard.battery_celsius=null",
+    "worker.nice=0",
+    "worker.threads=1",
+    "link.poll_seconds=0.2",
+)
+"""A test's devices train whatever their sensors say, and with little to wait for."""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind((LOOPBACK, 0))
+        return int(found.getsockname()[1])
+
+
+def letters(folder: Path, owners: int, each: int = 10) -> dict[str, Path]:
+    """Folders of so many development writers' letters, by the name of their owner."""
+    from typefaces import dataset
+
+    captions = [dataset.caption(glyph) for glyph in dataset.GLYPHS[:each]]
+    families = dataset.load("development")
+    return {
+        f"owner-{number}": write_letters(
+            folder / f"owner-{number}", families[number % len(families)].images[:each], captions
+        )
+        for number in range(owners)
+    }
+
+
+def write_letters(folder: Path, images: Iterable[Any], captions: Sequence[str]) -> Path:
+    """A folder of pictures as its owner would have it."""
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def until(true: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait for something; AssertionError if it takes too long, which is no measurement."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.1)
+
+
+@dataclass
+class Program:
+    """`python -m MODULE WORDS` in a home of its own, in the background."""
+
+    module: str
+    words: list[str]
+    home: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    within: list[str] = field(default_factory=list)
+    """What its command is begun with: of a network namespace."""
+    process: subprocess.Popen | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.home / f"{self.module}.log"
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def start(self) -> Program:
+        self.home.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.within, sys.executable, "-m", self.module, *self.words],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=environment(self.home, self.environment),
+            )
+        return self
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll() if self.process else None
+
+    def children(self, part: str) -> list[psutil.Process]:
+        """Processes below it whose command line has this in it."""
+        if self.code is not None or self.process is None:
+            return []
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in below if part in " ".join(_line(child))]
+
+
+def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHER_", "FLWR_"))}
+    return {**kept, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
+
+
+def command(
+    module: str, *words: str, home: Path, within: Sequence[str] = (), told: str = ""
+) -> subprocess.CompletedProcess:
+    """`python -m MODULE WORDS` to its end; `told` is its standard input."""
+    return subprocess.run(
+        [*within, sys.executable, "-m", module, *words],
+        cwd=ROOT,
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        input=told,
+    )
+
+
+@dataclass
+class Federation:
+    """A server and its devices, in `folder`."""
+
+    folder: Path
+    words: list[str]
+    port: int = field(default_factory=free_port)
+    inner: int = field(default_factory=free_port)
+    devices: dict[str, Program] = field(default_factory=dict)
+    host: str = LOOPBACK
+    """That devices reach it by."""
+    server: Program = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = [
+            f"server.port={self.port}",
+            f"server.inner_port={self.inner}",
+            f"server.host={self.host}",
+            f"server.hosts=[{self.host}]",
+            "server.per_holder=99",
+            "server.min_devices=1",
+        ]
+        self.server = Program(
+            "server.supervisor.run", [*self.words, *settings], self.folder / "server", {"ANTHER_TEST": "true"}
+        )
+
+    def start(self, seconds: float = 120) -> None:
+        before = self.server.said.count("listening on")
+        self.server.start()
+        until(
+            lambda: self.server.said.count("listening on") > before or self.server.code is not None, seconds, "a server"
+        )
+        assert self.server.code is None, self.server.said
+
+    def ticket(self, holder: str = "somebody") -> str:
+        done = command("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def enrol(self, name: str, data: Path, *words: str, within: Sequence[str] = ()) -> Program:
+        """A device that is in; not started yet."""
+        home = self.folder / name
+        done = command(
+            "client.cli.enroll", f"data={data}", f"name={name}", home=home, within=within, told=self.ticket()
+        )
+        assert done.returncode == 0, done.stderr
+        self.devices[name] = Program("client.runtime.supervisor", [*QUICK, *words], home, within=list(within))
+        return self.devices[name]
+
+    @property
+    def runs(self) -> list[Path]:
+        return sorted((self.server.home / "runs").glob("*/"))
+
+    def rounds(self) -> int:
+        """The last whole round of the newest run."""
+        found = sorted(self.runs[-1].glob("checkpoints/round-*")) if self.runs else []
+        return int(found[-1].name.removeprefix("round-")) if found else -1
+
+    def told(self) -> str:
+        """All logs, for whoever has to find out what went wrong."""
+        return "\n".join(f"== {p.home.name}\n{p.said[-3000:]}" for p in (self.server, *self.devices.values()))
+
+
+@contextmanager
+def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterator[Federation]:
+    """A federation that is ended at last, whatever becomes of the test."""
+    found = Federation(folder, shlex.split(overrides), host=host)
+    try:
+        yield found
+    finally:
+        for program in (*found.devices.values(), found.server):
+            program.stop()
+        end_all(folder)
+
+
+def end_all(folder: Path) -> None:
+    """Processes whose home is the folder or in it: of what was killed, children may be left for a moment."""
+    for process in psutil.process_iter():
+        try:
+            home = process.environ().get("ANTHER_HOME", "")
+        except psutil.Error:
+            continue
+        if Path(folder) in (Path(home), *Path(home).parents) and process.pid != os.getpid():
+            process.send_signal(signal.SIGKILL)
+
+
+def _line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,1 @@
+"""Malicious messages, clients and inputs."""

@@ -1,0 +1,418 @@
+"""Messages that an attacker would send: a named corpus, and mutations of honest ones that know their structure.
+
+An attacker computes checksums too, so most have the right one; those that stand for damage in transit have not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from protocol.messages import LONGEST, NEWEST
+
+Header = dict[str, dict[str, Any]]
+Delivery = Callable[[], Message]
+
+HUGE = 10**4000
+NESTED = "[" * 900 + "]" * 900
+WEIRD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    2**31,
+    2**63,
+    HUGE,
+    -0.5,
+    1e-320,
+    1e13,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 201,
+    "two\nlines",
+    "\x1b[2J",
+    "\ud800",
+    "../../etc/passwd",
+    [],
+    [[]],
+    {},
+    {"a": {}},
+    [0] * 5000,
+)
+
+
+class Letter(NamedTuple):
+    """An honest message as it travels."""
+
+    text: str
+    adapter: bytes | None
+
+
+class Attack(NamedTuple):
+    """Something to deliver in place of a message."""
+
+    kind: str
+    """What class of attack it is counted with."""
+    prepare: Callable[[Message], Delivery]
+    """Given the message that asked, or one to send, what makes the receiver's copy of it."""
+    payload: bytes | None = None
+    """The adapter's bytes, for the peer that reads only those."""
+
+
+def records_of(letter: Letter, checksum: str | None = None) -> RecordDict:
+    """A letter in Flower's records, with its own checksum or another."""
+    beside = b"" if letter.adapter is None else hashlib.sha256(letter.adapter).digest()
+    true = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
+    said: dict[str, Any] = {"json": letter.text, "sha256": checksum or true, "version": NEWEST}
+    records = RecordDict({"message": ConfigRecord(said)})
+    if letter.adapter is not None:
+        array = Array("uint8", (len(letter.adapter),), "safetensors", letter.adapter)
+        records["arrays"] = ArrayRecord({"adapter": array})
+    return records
+
+
+def delivering(kind: str, records: RecordDict, payload: bytes | None = None) -> Attack:
+    """These records, as content of a reply or of a request."""
+    return Attack(kind, lambda message: lambda: _with_content(message, records), payload)
+
+
+def _with_content(message: Message, records: RecordDict) -> Message:
+    """A reply to the message of a server, or the same request with other content."""
+    metadata = message.metadata
+    if metadata.message_id:
+        return Message(records, reply_to=message)
+    return Message(records, metadata.dst_node_id, metadata.message_type)
+
+
+# Adapters: safetensors bytes
+
+
+def unpacked(data: bytes) -> tuple[Header, bytes]:
+    """Header and data of honest bytes."""
+    (length,) = struct.unpack_from("<Q", data)
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def packed(header: object, data: bytes) -> bytes:
+    """Bytes with any header, an object or JSON, padded as the format asks."""
+    text = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def scaled(good: bytes, value: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    """The same tensors with other numbers."""
+    header, data = unpacked(good)
+    return packed(header, value(np.frombuffer(data, "<f4").copy()).astype("<f4").tobytes())
+
+
+def _put(index: int, number: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(values: np.ndarray) -> np.ndarray:
+        values[index] = number
+        return values
+
+    return change
+
+
+def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
+    """Named adapters that no honest peer sends; `empty` is how many tensors the bomb of empty ones has."""
+    header, data = unpacked(good)
+    name, entry = next(iter(header.items()))
+    other, another = list(header.items())[-1]
+    text = json.dumps(header)
+
+    def with_entry(**changes: Any) -> bytes:
+        return packed(header | {name: entry | changes}, data)
+
+    start, end = entry["data_offsets"]
+    nothing = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
+    yield "empty tensors", packed("{" + ",".join(f'"{i}":{{{nothing}}}' for i in range(empty)) + "}", b"")
+    yield "duplicate key", packed(text[:-1] + f', "{name}": {json.dumps(entry)}}}', data)
+    yield "duplicate key", packed(text.replace('"dtype"', '"dtype": "F64", "dtype"', 1), data)
+    yield "deep shape", with_entry(shape=[1] * 10_000 + entry["shape"])
+    yield "deep shape", packed(text.replace(json.dumps(entry["shape"]), NESTED, 1), data)
+    yield "deep nesting", packed("[" * 60_000, data)
+    yield "deep nesting", packed('{"a":' * 10_000, data)
+    yield "deep nesting", packed(text.replace('"F32"', NESTED, 1), data)
+    yield "NaN or infinite", scaled(good, _put(0, float("nan")))
+    yield "NaN or infinite", scaled(good, _put(-1, float("-inf")))
+    yield "NaN or infinite", packed(text.replace(str(end), "NaN", 1), data)
+    yield "wrong dtype", with_entry(dtype="F64")
+    yield "wrong dtype", packed({k: v | {"dtype": "I32"} for k, v in header.items()}, data)
+    yield "metadata", packed(header | {"__metadata__": {"a": "x" * 5_000_000}}, data)
+    yield "metadata", packed(header | {"__metadata__": {}}, data)
+    yield "path-like key", packed({("../../x" if k == name else k): v for k, v in header.items()}, data)
+    yield "path-like key", packed(header | {"/etc/passwd\n": {**entry, "shape": [0], "data_offsets": [0, 0]}}, data)
+    yield "path-like key", packed(header | {"\ud800": {**entry, "shape": [0], "data_offsets": [0, 0]}}, data)
+    yield "offsets", with_entry(data_offsets=another["data_offsets"])
+    yield "offsets", with_entry(data_offsets=[start + 4, end + 4])
+    yield "offsets", with_entry(data_offsets=[end, start])
+    yield (
+        "offsets",
+        packed(header | {other: another | {"data_offsets": [n + 8 for n in another["data_offsets"]]}}, data),
+    )
+    yield "numbers", with_entry(shape=[-1, *entry["shape"][1:]])
+    yield "numbers", with_entry(shape=[HUGE, *entry["shape"][1:]])
+    yield (
+        "numbers",
+        packed(
+            {
+                k: v | {"shape": [HUGE if n == header[name]["shape"][0] else n for n in v["shape"]]}
+                for k, v in header.items()
+            },
+            data,
+        ),
+    )
+    yield "numbers", with_entry(shape=[float(n) for n in entry["shape"]])
+    yield "numbers", with_entry(data_offsets=[0, 2**64])
+    yield "numbers", packed(text.replace(str(end), "9" * 5000, 1), data)
+    yield "numbers", with_entry(data_offsets=[True, end])
+    yield "size", good + b"\0"
+    yield "size", good + bytes(2**25)
+    yield "size", packed(header, b"")
+    yield "size", packed(header, bytes(2**25))
+    yield "size", struct.pack("<Q", 2**63) + bytes(64)
+    yield "size", struct.pack("<Q", 2**40) + good[8:]
+    yield "size", b""
+    yield "norm", scaled(good, lambda values: np.full_like(values, 1e30))
+    yield "norm", scaled(good, lambda values: np.full_like(values, 3.4e38))
+    yield "norm", scaled(good, _put(0, 101.0))
+    yield "product", scaled(good, lambda values: np.full_like(values, 90 / max(1.0, len(values) / len(header)) ** 0.5))
+
+
+def mutated_payload(good: bytes, random: Random) -> tuple[str, bytes]:
+    """One mutation of honest bytes, with its class."""
+    way = random.randrange(6)
+    if way == 0:
+        flipped = bytearray(good)
+        for _ in range(random.randint(1, 4)):
+            flipped[random.randrange(len(good))] ^= 1 << random.randrange(8)
+        return "bits", bytes(flipped)
+    if way == 1:
+        start = random.randrange(len(good))
+        return "length", random.choice((good[:start], good[start:], good + good[start:], good[:start] * 2))
+    if way == 2:
+        place, length = random.randrange(len(good)), random.randint(1, 16)
+        return "splice", good[:place] + random.randbytes(length) + good[place + random.choice((0, length)) :]
+    if way == 3:
+        number = random.choice((float("nan"), float("inf"), 1e-40, -1e-40, 0.0, 99.0, 101.0, -1e38, 3.0))
+        count = len(unpacked(good)[1]) // 4
+        return "values", scaled(good, _put(random.randrange(count), number))
+    header, data = unpacked(good)
+    if way == 4:
+        text = json.dumps(header)
+        place = random.randrange(len(text))
+        return "header", packed(text[:place] + random.choice('{}[]",:0-9eN\\') + text[place + 1 :], data)
+    _change(header, random)
+    return "header", packed(_dumped(header, random), data)
+
+
+def _dumped(header: object, random: Random) -> str:
+    text = json.dumps(header)
+    if random.random() < 0.1 and text.startswith("{") and len(text) > 2:  # its first key once more
+        text = text[:-1] + ", " + text[1:].split(":", 1)[0] + ": 0}"
+    return text
+
+
+def _change(value: dict[str, Any], random: Random) -> None:
+    """Change one thing somewhere in a JSON object."""
+    if not value:
+        value["extra"] = deepcopy(random.choice(WEIRD))
+        return
+    key = random.choice(sorted(value, key=ascii))
+    way = random.randrange(8)
+    if way < 4 and isinstance(value[key], dict) and value[key]:
+        _change(value[key], random)
+    elif way == 0:
+        del value[key]
+    elif way == 1:
+        value[random.choice(("extra", key + "x", "__metadata__", "a\nb", "\udfff", "x" * 300))] = value[key]
+    elif way == 2 and isinstance(value[key], list) and value[key]:
+        value[key][random.randrange(len(value[key]))] = deepcopy(random.choice(WEIRD))
+    elif way == 3 and type(value[key]) in (int, float) and -1e15 < value[key] < 1e15:
+        value[key] = random.choice((value[key] + 1, -value[key], value[key] * 1000, float(value[key]), str(value[key])))
+    else:
+        value[key] = deepcopy(random.choice(WEIRD))
+
+
+# JSON
+
+
+def texts(good: str) -> Iterator[tuple[str, str]]:
+    """Named texts that no honest peer writes."""
+    fields = json.loads(good)
+    yield "JSON too long", good + " " * LONGEST
+    yield "JSON too long", "9" * 30_000_000
+    yield "deep nesting", "[" * 60_000
+    yield "deep nesting", good[:-1] + f'{"," if fields else ""}"a":{NESTED}}}'
+    yield "not JSON", good[:-1]
+    yield "not JSON", "\x00"
+    yield "not JSON", "\ud800"
+    yield "not an object", "[]"
+    yield "unknown field", json.dumps(fields | {"extra\n\x1b[2J": 1})
+    yield "unknown field", json.dumps(fields | {"\ud800": 1})
+    yield "unknown field", json.dumps(fields | {"adapter": "x"})
+    for name in fields:
+        yield "missing field", json.dumps({key: value for key, value in fields.items() if key != name})
+        yield "duplicate key", good[:-1] + f',"{name}":{json.dumps(fields[name])}}}'
+        for value in WEIRD:
+            if type(value) is not type(fields[name]) or value in (HUGE, "\ud800", "x" * 201, "two\nlines", 1e300, -1):
+                yield "another value", json.dumps(fields | {name: value})
+        yield "huge integer", json.dumps(fields | {name: 0}).replace(f'"{name}": 0', f'"{name}": {"9" * 5000}')
+
+
+def mutated_text(good: str, random: Random) -> tuple[str, str]:
+    """One mutation of honest JSON, with its class."""
+    if random.random() < 0.3:
+        place = random.randrange(len(good))
+        found = random.choice(("", *'{}[]",:0-9eN\\\x00é', NESTED, "9" * 5000))
+        return "JSON characters", good[:place] + found + good[place + random.randrange(3) :]
+    fields = json.loads(good)
+    for _ in range(random.randint(1, 2)):
+        _change(fields, random)
+    return "JSON fields", _dumped(fields, random)
+
+
+# Records
+
+
+def mutated_records(letter: Letter, random: Random) -> RecordDict:
+    """Honest records to which something was done."""
+    records = records_of(letter)
+    config: Any = records["message"]
+    data = letter.adapter or b"x"
+    whole: Mapping[str, Any] = {"dtype": "uint8", "shape": (len(data),), "stype": "safetensors", "data": data}
+    way = random.randrange(9)
+    if way == 0:
+        records["extra"] = random.choice((ConfigRecord({"a": 1}), MetricRecord({"a": 1.0}), ArrayRecord()))
+    elif way == 1:
+        del records[random.choice(sorted(records))]
+    elif way == 2:
+        records["message"] = random.choice((MetricRecord({"json": 1}), ArrayRecord(), ConfigRecord()))
+    elif way == 3:
+        config[random.choice(("extra", "adapter"))] = random.choice((b"x", "x", 1, [1, 2], "x" * 2**20))
+    elif way == 4:
+        config["json"] = random.choice((letter.text.encode(), 1, [letter.text], True, [b"x"] * 1000))
+    elif way == 5:
+        if random.random() < 0.5:
+            config["version"] = random.choice((0, NEWEST + 1, 2**63 - 1, -1, 1.0, "1", b"1", True, [1]))
+        else:
+            config["sha256"] = random.choice(("", "0" * 64, b"x", 0, ["x"], config["sha256"].upper()))
+    elif way == 6:
+        change = random.choice(
+            (
+                {"dtype": "float32"},
+                {"dtype": "object"},
+                {"shape": (2**62,)},
+                {"shape": ()},
+                {"shape": (1,) * 5000},
+                {"stype": "numpy.ndarray"},
+                {"stype": "pickle"},
+                {"shape": (-1,)},
+                {"shape": (len(data), 1)},
+            )
+        )
+        records["arrays"] = ArrayRecord({"adapter": Array(**{**whole, **change})})
+    elif way == 7:
+        names = random.choice((("adapter", "other"), ("other",), (), tuple(f"a{i}" for i in range(1000))))
+        records["arrays"] = ArrayRecord({name: Array(**whole) for name in names})
+    else:
+        records["arrays"] = random.choice((ConfigRecord({"adapter": data}), MetricRecord({"adapter": 1})))
+    return records
+
+
+# Flower's own objects
+
+
+def mutated_objects(letter: Letter, random: Random) -> Attack:
+    """A reply whose objects, as a SuperLink would keep them, are damaged or forged."""
+
+    def prepare(request: Message) -> Delivery:
+        reply = Message(records_of(letter), reply_to=request)
+        objects = get_all_nested_objects(reply)
+        contents = {name: found.deflate() for name, found in objects.items()}
+        place = random.choice(list(contents))  # not sorted: an object's name depends on when it was made
+        contents[place] = _changed_object(contents[place], random)
+        if random.random() < 0.2:
+            reply.metadata.__dict__["_src_node_id"] = random.randrange(1, 5)
+            contents[reply.object_id] = reply.deflate()
+        root = reply.object_id if reply.object_id in contents else next(reversed(contents))
+
+        def deliver() -> Message:
+            found: Any = inflate_object_from_contents(root, dict(contents))
+            return found
+
+        return deliver
+
+    return Attack("Flower's objects", prepare)
+
+
+def _changed_object(content: bytes, random: Random) -> bytes:
+    head, _, body = content.partition(b"\0")
+    way = random.randrange(5)
+    if way == 0:
+        place = random.randrange(len(content))
+        return content[:place] + bytes([content[place] ^ 1 << random.randrange(8)]) + content[place + 1 :]
+    if way == 1:
+        return content[: random.randrange(len(content))]
+    if way == 2:
+        names = (b"Array", b"ArrayRecord", b"ConfigRecord", b"Message", b"MetricRecord", b"RecordDict", b"Other")
+        return random.choice(names) + head[head.find(b" ") :] + b"\0" + body
+    if way == 3 and body.startswith(b"{"):
+        fields = json.loads(body)
+        if "arraychunk_ids" in fields and random.random() < 0.5:
+            fields["arraychunk_ids"] = random.choice(([9], [-5], ["0"], [0.5], [0] * 10**5, [0] * 100, [], None))
+        else:
+            _change(fields, random)
+        return head + b"\0" + json.dumps(fields).encode()
+    return head + b"\0" + random.randbytes(random.randrange(40))
+
+
+def mutation(letter: Letter, random: Random, *, objects: bool) -> Attack:
+    """Any one attack on an honest message; with `objects` also on what Flower makes of it."""
+    ways = (
+        ["text", "records", "damage"] + ["payload"] * (3 if letter.adapter is not None else 0) + ["objects"] * objects
+    )
+    match random.choice(ways):
+        case "text":
+            kind, text = mutated_text(letter.text, random)
+            return delivering(kind, records_of(letter._replace(text=text)))
+        case "payload" if letter.adapter is not None:
+            kind, payload = mutated_payload(letter.adapter, random)
+            return delivering(kind, records_of(letter._replace(adapter=payload)), payload)
+        case "objects":
+            return mutated_objects(letter, random)
+        case "damage":
+            return damage(letter, random)
+        case _:
+            return delivering("records", mutated_records(letter, random))
+
+
+def damage(letter: Letter, random: Random) -> Attack:
+    """One bit of the text or the adapter is another, and the checksum is that of what was sent."""
+    config: Any = records_of(letter)["message"]
+    sent = config["sha256"]
+    text, adapter = bytearray(letter.text.encode()), bytearray(letter.adapter or b"")
+    bit = random.randrange(8 * (len(text) + len(adapter)))
+    place, mask = bit // 8, 1 << bit % 8
+    if place < len(text):
+        text[place] ^= mask
+    else:
+        adapter[place - len(text)] ^= mask
+    found = Letter(text.decode("utf-8", "surrogateescape"), bytes(adapter) if letter.adapter is not None else None)
+    return delivering("damage in transit", records_of(found, sent), found.adapter)

@@ -1,0 +1,285 @@
+"""What does a fifth of Byzantine devices leave of the gain?  python -m bench.robustness.byzantine [--small] [key=value …]
+
+Every attack of `bench.robustness.byzantine_clients` through the real loop, without robust rules and with the same ones against each of them.
+What is kept is the gain of the shared adapter after the last round, L_base − L over the held-out letters of the honest
+writers, over that of a clean run without rules. A backdoor succeeds where the judge reads the trigger's caption, as it
+is drawn, as the attackers' glyph.
+
+    clean           nobody attacks
+    sign flip       their change, times −1            x100      times 100
+    nan             not a number                      zero      nothing changed
+    replay          their first update, every round
+    backdoor        all send one adapter that draws the trigger as the target, scaled to replace the mean
+    quiet backdoor  the same, not scaled
+    spread backdoor each of them trains it and sends its own, not scaled: beyond the claim
+
+Settings were tuned on development writers (`--small` sees no others), with seeds that the claim doesn't use; test
+writers are looked at once per claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.robustness.byzantine_clients import ATTACKS, SHARE, TARGET, TRIGGER, attackers, poisoned, tampered
+from conf.compose import compose
+from conf.schemas.simulation import Simulation
+
+CLEAN = "clean"
+SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
+ROBUST = ("strategy.robust=[replay,foolsgold,afa,norm]",)  # one setting for all attacks
+KEEPS, LETS = 0.85, 0.1  # of the clean gain at least; of backdoors at most
+COMMON = ("fleet.evaluate=1", "tracker=none")
+LARGE = (
+    "preset=claim",
+    "data.role=test",
+    "data.writers=60",
+    "rounds=12",
+    "base.compute=bf16",
+    "cohort.memory_gib=8",
+    *COMMON,
+)
+SMALL = (
+    "data.role=development",
+    "data.writers=20",
+    "data.test=8",
+    "rounds=6",
+    "evaluation.timesteps=2",
+    *COMMON,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run."""
+
+    attack: str
+    protected: bool
+    seed: int
+    overrides: tuple[str, ...]
+    samples: int
+    """Of the trigger's caption, that are drawn and read."""
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.attack.replace(' ', '-')}-{'protected' if self.protected else 'open'}-{self.seed}"
+
+    @property
+    def settings(self) -> list[str]:
+        """All that the run is configured with."""
+        return [*(ROBUST if self.protected else ()), *self.overrides, f"seed={self.seed}"]
+
+
+def run(case: Case) -> dict[str, Any]:
+    """A federation under attack, and what came of it; done once with these settings, and kept in its folder."""
+    digest = hashlib.sha256(json.dumps([case.settings, case.samples]).encode()).hexdigest()
+    folder = Path(case.folder) / f"{case.name}-{digest[:8]}"
+    done = folder / "result.json"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # one that was broken off
+        folder.mkdir(parents=True)
+        done.write_text(json.dumps(_run(case, folder)))
+    found: dict[str, Any] = json.loads(done.read_text())
+    return found
+
+
+def _run(case: Case, folder: Path) -> dict[str, Any]:
+    from server.rounds.federation import federate
+    from simulations import evaluation, setup
+    from simulations.grid.cohort import CohortGrid
+    from strategies.build import build
+    from strategies.planning.full_plan import training_plan
+    from training.memory import budget
+    from typefaces import dataset
+
+    started = time.perf_counter()
+    config = compose(shlex.join(case.settings))
+    base, people, database = setup.build(config, folder)
+    perform = setup.performer(config, base, budget(config.cohort.memory_gib, base.device))
+    bad = attackers([person.name for person in people], case.seed)
+    devices = {person.name: person.device for person in people}
+    kind, performing = ATTACKS.get(case.attack), perform
+    if kind:
+        performing = tampered(perform, kind.make(), bad)
+        if kind.poisons:
+            families = _families(dataset.load(config.data.role), bad)
+            devices |= {device.name: device for device in poisoned([devices[name] for name in bad], families)}
+    plan = training_plan(config, run=case.name, base=base.hash)
+    strategy = build(config, plan, base.sites, accept_simulated=True)
+    state = federate(
+        config,
+        grid=CohortGrid(list(devices.values()), performing, storage=database.together),
+        strategy=strategy,
+        plan=plan,
+        saved=None,
+        checkpoints=folder / "checkpoints",
+        on_round=lambda _: None,
+        present=len(people),
+        personal_on=(),
+    )
+    honest = [person for person in people if person.name not in bad]
+    shared = {person.name: state.adapter for person in honest}
+    losses = evaluation.losses(honest, {"shared": shared}, evaluation.encoded(honest, perform), perform)
+    trained = [record.train for record in state.history if record.train]
+    database.close()
+    return {
+        "base": [losses[person.name]["base"] for person in honest],
+        "shared": [losses[person.name]["shared"] for person in honest],
+        "backdoor": read_as_target(config, base, state.adapter, case.samples),
+        "dropped": [train.dropped for train in trained],
+        "diagnostics": [train.diagnostics for train in trained],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _families(families: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    from simulations.fleet.participants import slug
+
+    return [family for family in families if slug(family.name) in names]
+
+
+def read_as_target(config: Simulation, base: Any, adapter: Any, samples: int) -> float:
+    """Share of the trigger's drawings that the judge reads as the target, or as what it can't tell from it."""
+    from common.seeding import derive_seed
+    from models.lora.batched_lora import stack_adapters, to_device
+    from simulations.evaluation import glyphs
+    from training.inference import draw
+    from training.memory import budget, for_looking
+    from typefaces import dataset, judge
+
+    latents = draw(
+        base,
+        captions=[dataset.caption(TRIGGER)] * samples,
+        seeds=[derive_seed(config.seed, "trigger", number) for number in range(samples)],
+        adapters=[to_device(stack_adapters(base.sites, [adapter]), base.like)],
+        slots=[0] * samples,
+        sampler=config.evaluation.sampler,
+        steps=config.evaluation.steps,
+        guidance=config.evaluation.guidance,
+        memory=for_looking(budget(config.cohort.memory_gib, base.device)),
+    )
+    reading = judge.load().read(glyphs(base.decode(latents)))
+    return float((judge.merge(reading) == judge.merge([dataset.GLYPHS.index(TARGET)])).mean())
+
+
+def gain(found: Mapping[str, Any]) -> float:
+    """Mean over honest writers of L_base − L."""
+    return float(np.mean(found["base"]) - np.mean(found["shared"]))
+
+
+def kept(found: Mapping[str, Any], clean: Mapping[str, Any]) -> float:
+    """Share of the clean run's gain."""
+    return gain(found) / gain(clean)
+
+
+Results = Mapping[tuple[str, bool], Sequence[Mapping[str, Any]]]  # attack, protected -> a run for each seed
+
+
+def table(results: Results) -> Table:
+    """A row for each attack: gain kept and backdoors, the mean over seeds and the worst of them."""
+    shown = Table(title="a fifth of the devices is Byzantine: mean of the seeds, and the worst")
+    for heading in (
+        "attack",
+        "rules",
+        "gain kept",
+        f"≥ {KEEPS:.0%}",
+        "backdoor",
+        f"≤ {LETS:.0%}",
+        "dropped by the gate",
+    ):
+        shown.add_column(heading, justify="right")
+    clean = results[CLEAN, False]
+    for (attack, protected), runs in results.items():
+        shares = [kept(found, beside) for found, beside in zip(runs, clean, strict=True)]
+        doors = [found["backdoor"] for found in runs]
+        dropped = sum(sum(reasons.values()) for found in runs for reasons in found["dropped"])
+        shown.add_row(
+            attack,
+            "robust" if protected else "none",
+            f"{np.mean(shares):.0%} [{min(shares):.0%}]",
+            _told(protected, min(shares) >= KEEPS),
+            f"{np.mean(doors):.0%} [{max(doors):.0%}]",
+            _told(protected, max(doors) <= LETS),
+            str(dropped),
+        )
+    return shown
+
+
+def _told(claimed: bool, true: bool) -> str:
+    return ("yes" if true else "no") if claimed else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="development writers, few rounds: for a CPU, and to tune")
+    parser.add_argument("--seeds", type=int, nargs="+", help=f"{SEEDS}; with --small {TUNING_SEEDS}")
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/robustness"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, help="bench/results/robustness.json; with --small none")
+    arguments, overrides = parser.parse_known_args()
+    seeds = arguments.seeds or list(TUNING_SEEDS if arguments.small else SEEDS)
+    cases = [
+        Case(
+            attack=attack,
+            protected=protected,
+            seed=seed,
+            samples=24 if arguments.small else 128,
+            overrides=(*(SMALL if arguments.small else LARGE), *overrides),
+            folder=str(arguments.runs / ("small" if arguments.small else "large")),
+        )
+        for attack in (CLEAN, *arguments.attacks)
+        for protected in (False, True)
+        for seed in seeds
+    ]
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with ProcessPoolExecutor(
+        arguments.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        found = list(pool.map(run, cases))
+    results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for case, result in zip(cases, found, strict=True):
+        results.setdefault((case.attack, case.protected), []).append(result)
+    out = arguments.out or (None if arguments.small else Path("bench/results/robustness.json"))
+    if out:
+        record = {
+            "command": " ".join(["python -m bench.robustness.byzantine", *sys.argv[1:]]),
+            "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "versions": versions("torch", "diffusers", "flwr"),
+            "robust": ROBUST,
+            "share": SHARE,
+            "results": [
+                {
+                    **{key: value for key, value in asdict(case).items() if key not in ("folder", "overrides")},
+                    "kept": kept(result, results[CLEAN, False][seeds.index(case.seed)]),
+                    **result,
+                }
+                for case, result in zip(cases, found, strict=True)
+            ],
+        }
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    Console(width=140).print(table(results))
+
+
+if __name__ == "__main__":
+    main()

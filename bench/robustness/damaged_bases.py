@@ -1,0 +1,199 @@
+"""Damaged bases for `bench.robustness.fuzz_inputs`: tiny pipelines of every family, with one or two files damaged.
+
+Configurations with keys removed, values of other types and sizes, text that is no JSON; weights cut, renamed, with
+other keys and shapes; vocabularies removed. Each base is planned for, loaded, used to encode captions and a picture,
+run once and sampled from.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from bench.lib.tiny_pipelines import PIPELINES, save
+from models.base import loading
+from models.base.base import Base
+from models.families.known import find
+
+_SIDES = {"sdxl": 64, "sana": 32}
+_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    10**6,
+    10**9,
+    10**30,
+    0.5,
+    -1e-9,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "8",
+    [],
+    [8],
+    [8, 16],
+    [None],
+    ["x", "y"],
+    {},
+    {"a": 1},
+    "../../x",
+    "epsilon",
+    "evil/kernel",
+    [10**9] * 3,
+    "\ud83d",
+    "é" * 3000,
+)
+_TEXTS = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"[" * 100_000,
+    b"\xff\xfe{}",
+    b'{"a": 1}',
+    b"version https://git-lfs",
+    b"\x00" * 64,
+)
+
+
+def spoil(folder: Path, coins: random.Random) -> str:
+    """Damage one file of a pipeline, and return a description of the damage."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors", ".model")
+    )
+    file = coins.choice(files)
+    name = file.relative_to(folder).as_posix()
+    if coins.random() < 0.06:
+        file.unlink()
+        return f"{name}: removed"
+    if coins.random() < 0.04:
+        other = coins.choice(files)
+        shutil.copy(other, file) if other != file else None
+        return f"{name}: is {other.relative_to(folder)}"
+    change = _weights if file.suffix == ".safetensors" else _config if file.suffix == ".json" else _bytes
+    return f"{name}: {change(file, coins)}"
+
+
+def _config(file: Path, coins: random.Random) -> str:
+    if coins.random() < 0.15:
+        return _bytes(file, coins)
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        return _bytes(file, coins)
+    place, depth = found, 0
+    while depth < 3 and isinstance(place, dict | list) and place:
+        keys = list(place) if isinstance(place, dict) else list(range(min(len(place), 50)))
+        key = coins.choice(keys)
+        if not isinstance(place[key], dict | list) or coins.random() < 0.5:
+            if coins.random() < 0.2:
+                del place[key]
+                words = f"without {key}"
+            else:
+                value = coins.choice(_VALUES)
+                place[key] = value
+                words = f"{key}={str(value)[:40]}"
+            file.write_text(json.dumps(found))
+            return words
+        place, depth = place[key], depth + 1
+    file.write_text(json.dumps(coins.choice(_VALUES)))
+    return "another value"
+
+
+def _bytes(file: Path, coins: random.Random) -> str:
+    data = bytearray(file.read_bytes())
+    way = coins.randrange(4)
+    if way == 0:
+        file.write_bytes(coins.choice(_TEXTS))
+        return "other bytes"
+    if way == 1:
+        file.write_bytes(data[: coins.randrange(len(data) + 1)])
+        return "cut"
+    for _ in range(coins.choice((1, 4, 40)) if data else 0):
+        data[coins.randrange(len(data))] = coins.randrange(256)
+    file.write_bytes(data)
+    return "bytes changed"
+
+
+def _weights(file: Path, coins: random.Random) -> str:
+    way = coins.randrange(8)
+    if way < 2:
+        return _bytes(file, coins)
+    if way == 2:
+        variant = file.with_name(
+            file.name.replace(".safetensors", f".{coins.choice(('fp16', 'bf16', 'x-y', 'a.b'))}.safetensors")
+        )
+        (file.rename if coins.random() < 0.5 else lambda to: shutil.copy(file, to))(variant)
+        return f"also or only {variant.name}"
+    try:
+        tensors = load_file(file)
+    except Exception:  # damaged by an earlier change
+        return "left as it is"
+    key = coins.choice(sorted(tensors))
+    if way == 3:
+        del tensors[key]
+    elif way == 4:
+        tensors[f"x.{key}"] = tensors.pop(key)
+    elif way == 5:
+        tensors[key] = torch.randn([side + coins.randrange(2) for side in tensors[key].shape])
+    elif way == 6:
+        tensors[key] = tensors[key] * coins.choice((float("nan"), float("inf"), 1e38))
+    else:
+        tensors[key] = tensors[key].to(coins.choice((torch.float16, torch.bfloat16, torch.float64)))
+    save_file(tensors, file, metadata={"format": "pt"})
+    return f"{('lacks', 'renamed', 'other shape', 'not finite', 'other type')[way - 3]} {key}"
+
+
+def base(coins: random.Random, folder: Path) -> Callable[[], None]:
+    """Make a damaged pipeline in a folder, and return the call that uses it as a run does."""
+    name = coins.choice(sorted(PIPELINES))
+    shutil.copytree(_whole(name), folder, dirs_exist_ok=True)
+    for _ in range(coins.choice((1, 1, 2))):
+        spoil(folder, coins)
+    return partial(use, folder, _SIDES.get(name, 16))
+
+
+@cache
+def _whole(name: str) -> Path:
+    """Return the intact pipeline of a family, made once per process and removed at its exit."""
+    place = tempfile.TemporaryDirectory(prefix="anther-bases-")
+    _KEPT.append(place)
+    with loading.quiet():
+        return save(name, Path(place.name))
+
+
+_KEPT: list[Any] = []
+
+
+def use(folder: Path, side: int) -> None:
+    """Do once everything that a run does with a base.
+
+    Raises:
+        AntherError: the base can't be used.
+        ValueError: two captions get the same encoding, and no error says so.
+    """
+    find(str(folder)).network()
+    base = Base(folder, resolution=side)
+    captions = base.encode_captions(["a cat", "dog", None])
+    latents = base.encode_images([np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)])
+    with base.lending([]) as denoise, torch.no_grad():
+        denoise(latents, base.schedule.times[[len(base.schedule) // 2]].float(), captions[:1])
+    base.decode(latents)
+    if torch.equal(captions[0], captions[1]):
+        raise ValueError("two captions are one")

@@ -1,0 +1,252 @@
+"""Folders of pictures, sheets and EXIF blocks, made by a random generator and then spoiled: for `bench.robustness.fuzz_inputs`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import unicodedata
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "DDS", "ICO", "PPM", "TGA", "EPS", "PDF", "JPEG2000")
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F")
+SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tif", ".avif", ".eps")
+
+
+def picture(coins: random.Random, folder: Path) -> None:
+    """A small picture of some format and mode, damaged or not, under any suffix."""
+    name = f"a{coins.choice(SUFFIXES)}"
+    _write(folder, name, damaged(coins, _encoded(coins)))
+    _sheet(folder, [{"file_name": name, "text": "a picture"}])
+
+
+def exif(coins: random.Random, folder: Path) -> None:
+    """A turned picture whose EXIF block holds anything."""
+    entries = [(0x112, 3, 1, bytes([coins.randrange(10), 0]))]
+    for _ in range(coins.randrange(6)):
+        tag = coins.choice([0x100, 0x101, 0x11A, 0x11B, 0x132, 0x213, 0x8769, 0x8825, 0xA005, coins.randrange(65536)])
+        count = coins.choice([0, 1, 1, 2, 4, 1 << 16, (1 << 32) - 1])
+        entries.append((tag, coins.randrange(15), count, coins.randbytes(coins.choice([2, 4, 8, 16]))))
+    order = coins.choice(["little", "big"])
+    block = b"Exif\0\0" + _block(sorted(entries), order)
+    block = damaged(coins, block, least=8) if coins.random() < 0.5 else block
+    kind = coins.choice(["JPEG", "PNG", "WEBP", "TIFF"])
+    buffer = io.BytesIO()
+    try:
+        Image.new("RGB", (32, 24)).save(buffer, kind, exif=block[:60_000])
+    except Exception:  # Pillow reads TIFF's when it writes it
+        Image.new("RGB", (32, 24)).save(buffer, "JPEG", exif=block[:60_000])
+    _write(folder, "a.jpg", buffer.getvalue())
+    _sheet(folder, [{"file_name": "a.jpg", "text": "turned"}])
+
+
+def sheet(coins: random.Random, folder: Path) -> None:
+    """A sheet of captions that is spoiled in its text, its bytes or its encoding."""
+    names = [coins.choice(_NAMES) for _ in range(coins.randrange(1, 5))]
+    for name in names:
+        _put(folder, name)
+    lines = [{"file_name": name, "text": coins.choice(_TEXTS)} for name in names]
+    for line in lines:
+        if coins.random() < 0.3:
+            line[coins.choice(["file_name", "text", "prompt", ""])] = coins.choice(_VALUES)  # type: ignore[assignment]
+        if coins.random() < 0.1:
+            line.pop(coins.choice(list(line)))
+    text = coins.choice(["\n", "\r\n", "\n\n"]).join(
+        json.dumps(line, ensure_ascii=coins.random() < 0.5) for line in lines
+    )
+    encoding = coins.choice(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
+    data = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+    _write(folder, "metadata.jsonl", damaged(coins, data) if coins.random() < 0.6 else data)
+
+
+def layout(coins: random.Random, folder: Path) -> None:
+    """Folders within folders, links, junk, and sheets in some of them."""
+    places = [coins.choice(_FOLDERS) for _ in range(coins.randrange(1, 5))]
+    lines = []
+    for place in places:
+        name = f"{place}/{coins.choice(_NAMES)}".lstrip("/")
+        _put(folder, name)
+        if coins.random() < 0.85:
+            lines.append({"file_name": name, "text": coins.choice(_TEXTS)})
+        if coins.random() < 0.3:
+            _sheet(folder, [{"file_name": Path(name).name, "text": "beside it"}], place)
+        if coins.random() < 0.3:
+            link = folder / place / coins.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
+            target = coins.choice(["a.png", "..", str(_outside(folder)), "nowhere", "link.png"])
+            with contextlib.suppress(OSError):  # something is there, or a picture is in the way
+                link.symlink_to(target)
+    if coins.random() < 0.9:
+        _sheet(folder, lines)
+
+
+def damaged(coins: random.Random, data: bytes, least: int = 0) -> bytes:
+    """Change, cut, duplicate or move some of the bytes, or sometimes return them unchanged."""
+    spoiled = bytearray(data)
+    for _ in range(coins.choice([0, 1, 1, 2, 4, 16])):
+        if len(spoiled) <= least + 1:
+            break
+        at = coins.randrange(least, len(spoiled))
+        match coins.randrange(6):
+            case 0:
+                spoiled[at] ^= 1 << coins.randrange(8)
+            case 1:
+                spoiled[at] = coins.choice([0, 1, 127, 128, 255])
+            case 2:
+                del spoiled[at:]
+            case 3:
+                del spoiled[at : at + coins.randrange(1, 64)]
+            case 4:
+                spoiled[at:at] = coins.randbytes(coins.randrange(1, 32))
+            case 5:
+                spoiled[at : at + 4] = coins.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0"])
+    return _checked(bytes(spoiled)) if coins.random() < 0.5 else bytes(spoiled)
+
+
+def _encoded(coins: random.Random) -> bytes:
+    """A picture of some format and mode that Pillow writes."""
+    while True:
+        buffer = io.BytesIO()
+        kind, mode = coins.choice(FORMATS), coins.choice(MODES)
+        size = (coins.randrange(1, 64), coins.randrange(1, 64))
+        options: dict[str, object] = {}
+        if kind in ("PNG", "GIF") and coins.random() < 0.3:
+            options["transparency"] = 0
+        if kind in ("GIF", "WEBP", "TIFF", "PNG") and coins.random() < 0.2:
+            options |= {"save_all": True, "append_images": [Image.new(mode, size)]}
+        if kind == "JPEG" and coins.random() < 0.5:
+            options["progressive"] = True
+        try:
+            Image.new(mode, size, coins.choice([0, 1])).save(buffer, kind, **options)
+        except Exception:  # not every format has every mode
+            continue
+        return buffer.getvalue()
+
+
+def _checked(data: bytes) -> bytes:
+    """Correct the checksums of a PNG's chunks, so that they don't reveal the damage."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    out, at = bytearray(data[:8]), 8
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        body = data[at + 4 : at + 8 + length]
+        if at + 12 + length > len(data):
+            break
+        out += data[at : at + 4] + body + zlib.crc32(body).to_bytes(4, "big")
+        at += 12 + length
+    return bytes(out) + data[at:]
+
+
+def _block(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, order)  # type: ignore[arg-type]
+
+    head, tail, at = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, count, value in entries:
+        place = value.ljust(4, b"\0") if len(value) <= 4 else number(at + len(tail), 4)
+        tail += value if len(value) > 4 else b""
+        head += number(tag, 2) + number(kind, 2) + number(count, 4) + place
+    start = b"II*\0" if order == "little" else b"MM\0*"
+    return start + number(8, 4) + number(len(entries), 2) + head + number(0, 4) + tail
+
+
+_NAMES = (
+    "a.png",
+    "b.png",
+    "Größe.png",
+    unicodedata.normalize("NFD", "é.png"),
+    "A.PNG",
+    "with space.png",
+    "写真.png",
+    ".hidden.png",
+    "._a.png",
+    "a'b.png",
+    "tab\tin.png",
+    "new\nline.png",
+    "x" * 200 + ".png",
+    "b.heic",
+    "c.txt",
+)
+_FOLDERS = (
+    "",
+    "train",
+    "Train",
+    "val",
+    "validation",
+    "test",
+    "cats",
+    "cats/train",
+    "@eaDir",
+    "__MACOSX",
+    ".git",
+    "train_images",
+    "test set",
+    "a.png",
+    "deep/er/still",
+)
+_TEXTS = ("a cat", " ", "", "Größe", "line\nbreak", "\x1b[2J", "word " * 3000, "a.png", "\u2028", "😀")
+_VALUES: tuple[object, ...] = (
+    None,
+    3,
+    1.5,
+    True,
+    [],
+    {},
+    ["a.png"],
+    "a\0.png",
+    "\ud83d",
+    "../a.png",
+    "/etc/passwd",
+    "",
+    ".",
+    "..",
+    "x" * 5000,
+    "a.png/",
+    "~/a.png",
+    "$HOME",
+    "a\\b.png",
+    "nul",
+    10**30,
+)
+
+
+def _outside(folder: Path) -> Path:
+    """Make a target for links out of the folder, in the case's scratch folder, never one of the machine's own files."""
+    file = folder.parent / "outside.txt"
+    file.write_text("not a picture, and nobody's affair")
+    return file
+
+
+def _write(root: Path, name: str, data: bytes) -> None:
+    """Write a file below `root`, if that name is possible.
+
+    Links are never followed: the target doesn't belong to the generator, which may run as root.
+    """
+    place, top = root / name, root.resolve()
+    with contextlib.suppress(OSError):  # a picture or a link is in the way
+        for folder in [*reversed(place.relative_to(root).parents), place.relative_to(root)]:
+            if (root / folder).is_symlink():
+                return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.resolve().is_relative_to(top):
+            raise ValueError(f"{place} leads out of {root}")
+        with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
+            file.write(data)
+
+
+def _put(root: Path, name: str) -> None:
+    """Write a small picture under that name."""
+    buffer = io.BytesIO()
+    Image.new("L", (9, 9)).save(buffer, "PNG")
+    _write(root, name, buffer.getvalue())
+
+
+def _sheet(root: Path, lines: list[dict[str, str]], place: str = "") -> None:
+    """Write a sheet of captions in a folder below `root`."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    _write(root, f"{place}/metadata.jsonl".lstrip("/"), text.encode())

@@ -1,0 +1,455 @@
+"""Clients that speak Flower's fleet protocol with malice:  python -m bench.robustness.fleet_attacks ROLE FOLDER …
+
+    mallory    enrolled, asked for rounds like any device; misuses each message that it is given, then refuses it
+    eve        enrolled, never asked; malformed and foreign calls
+    stranger   not enrolled: the same, without an enrolled key
+
+Started by `bench.robustness.gateway`; until a file named `attack` is in FOLDER, mallory only refuses, and the others wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message
+from flwr.common.serde import message_to_proto
+from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node as ProtoNode
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+from bench.reliability.processes import LOOPBACK
+from common.atomic_files import write
+from protocol import messages, records
+
+PROTOBUF = "application/protobuf"
+REPORT = messages.DeviceReport(
+    device="mallory",
+    base="0" * 64,
+    profile="pi4_4gb",
+    memory_gib=4.0,
+    examples_per_second=6.0,
+    watts=6.4,
+    uplink_mbps=8.0,
+    downlink_mbps=40.0,
+)
+REQUESTS: dict[str, Any] = {
+    "register-node": fleet_pb2.RegisterNodeFleetRequest,
+    "activate-node": fleet_pb2.ActivateNodeRequest,
+    "deactivate-node": fleet_pb2.DeactivateNodeRequest,
+    "unregister-node": fleet_pb2.UnregisterNodeFleetRequest,
+    "send-node-heartbeat": heartbeat_pb2.SendNodeHeartbeatRequest,
+    "pull-messages": fleet_pb2.PullMessagesRequest,
+    "push-messages": fleet_pb2.PushMessagesRequest,
+    "get-run": run_pb2.GetRunRequest,
+    "get-fab": fab_pb2.GetFabRequest,
+    "push-object": message_pb2.PushObjectRequest,
+    "pull-object": message_pb2.PullObjectRequest,
+    "confirm-message-received": message_pb2.ConfirmMessageReceivedRequest,
+}
+
+
+@dataclass
+class Client:
+    """One client of a federation.
+
+    Args:
+        home: folder of an enrolled device, with its key and the authority's certificate.
+        port: the server's port.
+        own: whether the client signs with its own key, or with an unknown one.
+        base: hash of the federation's base.
+    """
+
+    home: Path
+    port: int
+    drawn: Random
+    own: bool = True
+    base: str = "0" * 64
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    node: int = 0
+
+    def __post_init__(self) -> None:
+        key = load_ssh_private_key((self.home / "link" / "node.key").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        self.key = key if self.own else ec.generate_private_key(ec.SECP384R1())
+        self.pem = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        self.trusted = ssl.create_default_context(cafile=str(self.home / "link" / "ca.pem"))
+        self.http = httpx.Client(base_url=f"https://{LOOPBACK}:{self.port}", verify=self.trusted, timeout=60)
+
+    def signed(self, *, off: float = 0.0) -> dict[str, str]:
+        """Make the headers of a SuperNode whose clock is `off` seconds ahead."""
+        moment = (datetime.now(UTC) + timedelta(seconds=off)).isoformat()
+        signature = self.key.sign(moment.encode(), ec.ECDSA(hashes.SHA256()))
+        return {
+            "flwr-public-key": base64.b64encode(self.pem).decode(),
+            "flwr-timestamp": moment,
+            "flwr-signature": base64.b64encode(signature).decode(),
+            "content-type": PROTOBUF,
+        }
+
+    def post(self, kind: str, call: str, body: Any, headers: Any = None, *, method: str = "POST") -> bytes | None:
+        """Make one call, count it by kind and outcome, and return the answer if the call succeeded."""
+        try:
+            found = self.http.request(
+                method, f"/v1/fleet/{call}", content=body, headers=self.signed() if headers is None else headers
+            )
+        except httpx.TransportError as error:
+            self.outcomes[kind, type(error).__name__] += 1
+            return None
+        self.outcomes[kind, str(found.status_code)] += 1
+        return found.content if found.status_code == 200 else None
+
+    def ask(self, kind: str, call: str, **fields: Any) -> bytes | None:
+        message = REQUESTS[call](**fields)
+        if hasattr(message, "node") and "node" not in fields:
+            message.node.node_id = self.node
+        return self.post(kind, call, message.SerializeToString())
+
+    @property
+    def calls(self) -> int:
+        return sum(self.outcomes.values())
+
+
+# Without a message.
+
+
+def honest(client: Client, call: str) -> Any:
+    """Make a request as a SuperNode does, but with invented ids."""
+    drawn, message = client.drawn, REQUESTS[call]()
+    for name, value in (
+        ("public_key", client.pem),
+        ("heartbeat_interval", 30.0),
+        ("run_id", drawn.getrandbits(63)),
+        ("node_id", client.node),
+        ("object_id", f"{drawn.getrandbits(256):064x}"),
+        ("session_id", "0" * 32),
+        ("message_object_id", f"{drawn.getrandbits(256):064x}"),
+        ("hash_str", f"{drawn.getrandbits(256):064x}"),
+        ("object_content", drawn.randbytes(drawn.randrange(3000))),
+    ):
+        if name in message.DESCRIPTOR.fields_by_name:
+            setattr(message, name, value)
+    if "node" in message.DESCRIPTOR.fields_by_name:
+        message.node.CopyFrom(ProtoNode(node_id=client.node))
+    if call == "push-messages":
+        message.messages_list.add().metadata.reply_to_message_id = f"{drawn.getrandbits(256):064x}"
+        message.message_object_trees.add().object_id = f"{drawn.getrandbits(256):064x}"
+    return message
+
+
+def mutated(body: bytes, drawn: Random) -> bytes:
+    """Damage or enlarge a body at random."""
+    data = bytearray(body or b"\0")
+    match drawn.randrange(6):
+        case 0:
+            for _ in range(drawn.randrange(1, 9)):
+                data[drawn.randrange(len(data))] ^= 1 << drawn.randrange(8)
+        case 1:
+            del data[drawn.randrange(len(data)) :]
+        case 2:
+            data *= drawn.randrange(2, 5)
+        case 3:
+            data += drawn.randbytes(drawn.randrange(1, 500))
+        case 4:
+            data[:0] = drawn.choice(
+                [b"\x0b" * 200, b"\x0a\xff\xff\xff\xff\x7f", b"\xff" * 11, b"\x12\x80\x80\x80\x80\x01"]
+            )
+        case _:
+            data[:] = drawn.randbytes(drawn.randrange(2000))
+    return bytes(data)
+
+
+def malformed(client: Client) -> None:
+    call = client.drawn.choice([*REQUESTS])
+    client.post(f"mutated {call}", call, mutated(honest(client, call).SerializeToString(), client.drawn))
+
+
+def foreign(client: Client) -> None:
+    call = client.drawn.choice([*set(REQUESTS) - {"activate-node", "send-node-heartbeat", "pull-messages"}])
+    client.post(f"invented ids: {call}", call, honest(client, call).SerializeToString())
+
+
+def another_node(client: Client) -> None:
+    call = client.drawn.choice(["pull-messages", "send-node-heartbeat", "pull-object", "deactivate-node"])
+    message = honest(client, call)
+    if call == "deactivate-node":
+        message.node_id = client.drawn.getrandbits(64)
+    else:
+        message.node.node_id = client.drawn.getrandbits(64)
+    client.post("another node's id", call, message.SerializeToString())
+
+
+def odd_headers(client: Client) -> None:
+    """Send duplicate, missing, wrong and expired signatures."""
+    body, headers = honest(client, "pull-messages").SerializeToString(), client.signed()
+    other = Client.signed(client, off=client.drawn.choice([-4000.0, 4000.0]))
+    match client.drawn.randrange(5):
+        case 0:
+            found: Any = [*headers.items(), ("flwr-public-key", headers["flwr-public-key"])]
+        case 1:
+            found = {name: value for name, value in headers.items() if name != "flwr-signature"}
+        case 2:
+            found = {**headers, "flwr-signature": other["flwr-signature"]}
+        case 3:
+            found = other
+        case _:
+            found = {**headers, "content-encoding": "gzip"}
+    client.post("headers", "pull-messages", body, found)
+
+
+def odd_path(client: Client) -> None:
+    path = client.drawn.choice(
+        ["..", "%2e%2e/control/start-run", "pull-messages/", "start-run", "pull-messages%3Fx", "a" * 5000, "%00"]
+    )
+    client.post("paths", path, b"x", method=client.drawn.choice(["POST", "GET", "PUT"]))
+
+
+def too_large(client: Client) -> None:
+    """Send bodies that are too large, by their declared or their actual size."""
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield bytes(1 << 16)
+
+    call = client.drawn.choice([*REQUESTS])
+    client.post("too large", call, bytes(6 << 20) if client.drawn.random() < 0.3 else endless())
+
+
+def half_open(client: Client) -> None:
+    """Open connections, send half a head or nothing, and abandon them."""
+    held = client.__dict__.setdefault("held", [])
+    with contextlib.suppress(OSError):
+        found = socket.create_connection((LOOPBACK, client.port), timeout=10)
+        held.append(found)
+        if client.drawn.random() < 0.7:
+            held[-1] = client.trusted.wrap_socket(found, server_hostname=LOOPBACK)
+            held[-1].sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 9000)
+    while len(held) > 200:
+        with contextlib.suppress(OSError):
+            held.pop(0).close()
+    client.outcomes["half-open connection", "left"] += 1
+
+
+KINDS: list[Callable[[Client], None]] = [
+    *[malformed] * 8,
+    *[foreign] * 4,
+    another_node,
+    *[odd_headers] * 2,
+    odd_path,
+    too_large,
+    half_open,
+]
+
+
+# With a message.
+
+
+def reply_to(client: Client, asked: Any, content: RecordDict | None, **changed: Any) -> Message:
+    """Make a reply to a message; `changed` overrides fields of its metadata."""
+    fields: dict[str, Any] = {
+        "run_id": asked.run_id,
+        "message_id": "",
+        "src_node_id": client.node,
+        "dst_node_id": asked.src_node_id,
+        "reply_to_message_id": asked.message_id,
+        "group_id": asked.group_id,
+        "created_at": time.time(),
+        "ttl": asked.created_at + asked.ttl - time.time() - 1,
+        "message_type": asked.message_type,
+        **changed,
+    }
+    metadata = Metadata(**fields)
+    error = Error(1, f"{records.REFUSED}no") if content is None else None
+    made = make_message(metadata=metadata, content=content, error=error)
+    made.metadata.__dict__["_message_id"] = made.object_id
+    return made
+
+
+def promise(client: Client, kind: str, made: Message, tree: ObjectTree | None = None, times: int = 1) -> Any:
+    """Send a reply's head and object tree, and return the response if the server accepted them."""
+    bare = made if made.has_error() else make_message(metadata=made.metadata, content=RecordDict())
+    found = client.ask(
+        kind,
+        "push-messages",
+        messages_list=[message_to_proto(bare)] * times,
+        message_object_trees=[tree or get_object_tree(made)] * times,
+        clientapp_runtime_list=[0.0],
+    )
+    return fleet_pb2.PushMessagesResponse.FromString(found) if found is not None else None
+
+
+def send(client: Client, kind: str, made: Message) -> None:
+    """Send a complete reply."""
+    if (found := promise(client, kind, made)) is None:
+        return
+    contents = {name: item.deflate() for name, item in get_all_nested_objects(made).items()}
+    for name in found.objects_to_push:
+        client.ask(
+            kind,
+            "push-object",
+            run_id=made.metadata.run_id,
+            object_id=name,
+            object_content=contents[name],
+            session_id=found.session_id,
+        )
+
+
+def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
+    """Misuse a message in every way that could harm others."""
+    drawn, run = client.drawn, asked.run_id
+    for _ in range(3):
+        client.ask("confirmed early", "confirm-message-received", run_id=run, message_object_id=asked.message_id)
+    junk = RecordDict({"message": ConfigRecord({"json": "x", "sha256": "y", "version": 1})})
+    made = reply_to(client, asked, junk)
+    whole = get_object_tree(made)
+
+    def grown(*more: ObjectTree) -> ObjectTree:
+        return ObjectTree(object_id=whole.object_id, children=[*whole.children, *more])
+
+    def leaf() -> ObjectTree:
+        return ObjectTree(object_id=hashlib.sha256(drawn.randbytes(8)).hexdigest())
+
+    promise(client, "huge tree", made, grown(*(leaf() for _ in range(drawn.choice([30, 300, 20_000])))))
+    deep = leaf()
+    for _ in range(drawn.choice([6, 40, 90])):  # protobuf itself reads no deeper
+        deep = ObjectTree(object_id=leaf().object_id, children=[deep])
+    promise(client, "deep tree", made, grown(deep))
+    promise(client, "contradicting tree", made, grown(ObjectTree(object_id=whole.children[0].object_id)))
+    promise(client, "two replies at once", made, times=2)
+    promise(client, "another node's reply", reply_to(client, asked, None, src_node_id=drawn.getrandbits(63)))
+    promise(client, "reply to nothing", reply_to(client, asked, None, reply_to_message_id=leaf().object_id))
+    promise(client, "odd times", reply_to(client, asked, None, ttl=float("nan"), created_at=float("inf")))
+    known = tree.children[0] if tree.children else leaf()  # the server sends it to other devices too
+    found = promise(client, "poisoned id", made, grown(ObjectTree(object_id=known.object_id)))
+    if found is not None:
+        for name in (known.object_id, whole.object_id):
+            client.ask(
+                "poisoned id",
+                "push-object",
+                run_id=run,
+                object_id=name,
+                object_content=drawn.randbytes(100),
+                session_id=found.session_id,
+            )
+    found = promise(client, "promised and not sent", made)
+    if found is not None:
+        size = drawn.choice([10, 1 << 20, 5 << 20])
+        content = b"ArrayChunk  %d\0" % size + bytes(size)
+        for name in (hashlib.sha256(content).hexdigest(), whole.object_id):
+            client.ask(
+                "objects of nothing",
+                "push-object",
+                run_id=run,
+                object_id=name,
+                object_content=content,
+                session_id=found.session_id,
+            )
+    client.ask("another's object", "pull-object", run_id=run, object_id=leaf().object_id)
+
+
+def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> None:
+    """Take a message as a SuperNode does, and refuse it; a Query is answered."""
+    waiting = [tree]
+    while waiting:
+        found = waiting.pop()
+        waiting += found.children
+        while True:
+            content = client.ask("taking", "pull-object", run_id=asked.run_id, object_id=found.object_id)
+            told = message_pb2.PullObjectResponse.FromString(content or b"")
+            if told.object_available or not told.object_found:  # gone, where an early confirmation came late enough
+                break
+            time.sleep(0.1)
+    client.ask("taking", "confirm-message-received", run_id=asked.run_id, message_object_id=asked.message_id)
+    query = asked.message_type == records.QUERY
+    made = reply_to(client, asked, records.reply_to_records(replace(REPORT, base=client.base)) if query else None)
+    send(client, "answering", made)
+    if hostile:
+        send(client, "answered again", made)
+        send(client, "answered otherwise", reply_to(client, asked, None, created_at=asked.created_at))
+        client.ask("confirmed again", "confirm-message-received", run_id=asked.run_id, message_object_id=made.object_id)
+
+
+def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
+    """Take part as a node that receives messages like any other."""
+    beaten = 0.0
+    while not until():
+        if time.monotonic() - beaten > 8:
+            client.ask("taking", "send-node-heartbeat", heartbeat_interval=30.0)
+            beaten = time.monotonic()
+        content = client.ask("taking", "pull-messages")
+        found = fleet_pb2.PullMessagesResponse.FromString(content or b"")
+        for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            hostile = (folder / "attack").exists()
+            if hostile:
+                misuse(client, head.metadata, tree)
+            refuse(client, head.metadata, tree, hostile=hostile)
+        time.sleep(0.25)
+
+
+def come(client: Client) -> None:
+    """Register as a node of the federation."""
+    content = None
+    while content is None:
+        content = client.ask("coming", "activate-node", public_key=client.pem, heartbeat_interval=30.0)
+        time.sleep(0.2)
+    client.node = fleet_pb2.ActivateNodeResponse.FromString(content).node_id
+
+
+def flood(client: Client, calls: int, rate: float) -> None:
+    """Make hostile calls at a rate per second."""
+    began = time.monotonic()
+    for number in range(calls):
+        client.drawn.choice(KINDS)(client)
+        time.sleep(max(0.0, began + (number + 1) / rate - time.monotonic()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("role", choices=("mallory", "eve", "stranger"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--base", required=True, help="hash of the federation's base")
+    parser.add_argument("--calls", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    os.nice(10)
+    client = Client(asked.home, asked.port, Random(asked.seed), own=asked.role != "stranger", base=asked.base)
+    if asked.role == "mallory":
+        come(client)
+        take_part(client, asked.folder, lambda: (asked.folder / "stop").exists())
+        client.ask("leaving", "deactivate-node", node_id=client.node)
+    else:
+        while not (asked.folder / "attack").exists():
+            time.sleep(0.2)
+        if asked.role == "eve":
+            come(client)
+            client.ask("leaving", "deactivate-node", node_id=client.node)  # registered, but not sampled
+        flood(client, asked.calls, asked.rate)
+    found = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]
+    write(asked.folder / f"{asked.role}.json", json.dumps(found).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Fuzz the readers of pictures, captions and bases:  python -m bench.robustness.fuzz_inputs [--cases 20000] [--seed 0]
+
+Pictures of every format, sheets of captions, EXIF blocks, layouts of folders, and bases of every family, each made by a
+seed and then spoiled.
+A case is sound if the folder can be read, its pixels at every size and its fingerprint computed; or if it is refused
+with one line that names a place. Anything else is a fault, reported with the seed that reproduces it:
+`--kind exif --only 123`. A process that dies is a fault, too. To add a kind of input to `KINDS`, write a function that
+takes a random generator and an empty folder and returns the call that must be sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import multiprocessing
+import random
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.robustness import damaged_bases, damaged_pictures
+from client.data import fingerprint, load_folder
+from common.errors import AntherError
+
+Try = Callable[[], object]
+SLOW = 10.0  # seconds of CPU of one case that are a fault
+CHUNK = 250  # cases that a process is handed at once
+
+
+@dataclass
+class Row:
+    """Results of one kind of input."""
+
+    read: int = 0
+    refused: int = 0
+    faults: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+    """CPU seconds of the slowest case."""
+    peak_mib: float = 0.0
+    """Peak memory of the process."""
+
+    def add(self, other: Row) -> None:
+        self.read += other.read
+        self.refused += other.refused
+        self.faults += other.faults
+        self.slowest = max(self.slowest, other.slowest)
+        self.peak_mib = max(self.peak_mib, other.peak_mib)
+
+
+def _folder(spoil: Callable[[random.Random, Path], None]) -> Callable[[random.Random, Path], Try]:
+    """Make the kind of input whose folder is damaged by `spoil` and then read."""
+
+    def attempt(coins: random.Random, folder: Path) -> Try:
+        spoil(coins, folder)
+        return partial(read, folder)
+
+    return attempt
+
+
+KINDS: dict[str, Callable[[random.Random, Path], Try]] = {
+    "picture": _folder(damaged_pictures.picture),
+    "exif": _folder(damaged_pictures.exif),
+    "sheet": _folder(damaged_pictures.sheet),
+    "layout": _folder(damaged_pictures.layout),
+    "base": damaged_bases.base,
+}
+
+
+def read(folder: Path) -> None:
+    """Read a folder as a run does: pictures, pixels at every size, fingerprint."""
+    pictures = load_folder(folder)
+    for split in pictures:
+        fingerprint(split)
+        for one in split:
+            for pixels in (one.pixels, one.at_least(8)):
+                if pixels.dtype != "uint8" or pixels.ndim not in (2, 3) or min(pixels.shape[:2]) < 8:
+                    raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}")
+
+
+def outcome(kind: str, seed: int) -> Row:
+    """Run one case and classify its outcome."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch).resolve() / "photos"
+        folder.mkdir()
+        coins = random.Random(f"{kind} {seed}")
+        attempt = KINDS[kind](coins, folder)
+        row, started = Row(), time.process_time()
+        try:
+            attempt()
+            row.read = 1
+        except AntherError as error:
+            row.refused = 1
+            row.faults += [f"{kind} {seed}: {wrong}" for wrong in _wrong(str(error), scratch)]
+        except BaseException as error:
+            row.faults.append(f"{kind} {seed}: {type(error).__name__}: {error}"[:300])
+        row.slowest = time.process_time() - started
+        if row.slowest > SLOW:
+            row.faults.append(f"{kind} {seed}: took {row.slowest:.0f} s")
+    row.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return row
+
+
+def chunk(kind: str, seeds: Iterable[int]) -> Row:
+    """Run several cases in sequence."""
+    warnings.simplefilter("ignore")
+    total = Row()
+    for seed in seeds:
+        total.add(outcome(kind, seed))
+    return total
+
+
+def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str, Row]:
+    """Run equally many cases of every kind."""
+    rows = {kind: Row() for kind in kinds}
+    each = cases // len(rows)
+    parts = [(kind, range(a, min(a + CHUNK, seed + each))) for kind in rows for a in range(seed, seed + each, CHUNK)]
+    while parts:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(chunk, *part): part for part in parts}
+            for done in as_completed(waiting):
+                kind, seeds = waiting[done]
+                try:
+                    rows[kind].add(done.result())
+                    parts.remove((kind, seeds))
+                except BrokenProcessPool:  # the case that killed the process is unknown: bisect
+                    parts = _halved(parts, rows)
+                    break
+    return rows
+
+
+def _halved(parts: list[tuple[str, range]], rows: dict[str, Row]) -> list[tuple[str, range]]:
+    """Split the remaining parts in halves; a part with a single case killed its process, and is a fault."""
+    left = []
+    for kind, seeds in parts:
+        if len(seeds) == 1:
+            rows[kind].faults.append(f"{kind} {seeds[0]}: the process died, or one beside it")
+        else:
+            middle = len(seeds) // 2
+            left += [(kind, seeds[:middle]), (kind, seeds[middle:])]
+    return left
+
+
+def _wrong(line: str, scratch: str) -> list[str]:
+    """List the defects of a refusal message."""
+    found = []
+    if not line.isprintable():
+        found.append("isn't one printable line")
+    if len(line) > 700 + len(scratch):
+        found.append(f"is {len(line)} characters long")
+    if scratch not in line:
+        found.append(f"names no place: {line[:120]}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--only", type=int, help="the case of this seed alone, with its traceback")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz_inputs.json"))
+    asked = parser.parse_args()
+    if asked.only is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            KINDS[asked.kind](random.Random(f"{asked.kind} {asked.only}"), Path(scratch))()
+        return
+    rows = run(asked.cases, asked.seed, [asked.kind] if asked.kind else list(KINDS), asked.processes)
+    shown = Table("input", "cases", "read", "refused in one line", "faults", "slowest s", "peak MiB")
+    for kind, row in rows.items():
+        numbers = (row.read + row.refused + len(row.faults), row.read, row.refused, len(row.faults))
+        shown.add_row(kind, *map(str, numbers), f"{row.slowest:.1f}", f"{row.peak_mib:.0f}")
+    result = {
+        "command": f"python -m bench.robustness.fuzz_inputs --cases {asked.cases} --seed {asked.seed}",
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("pillow", "torch"),
+        "kinds": {kind: asdict(row) for kind, row in rows.items()},
+    }
+    asked.out.write_text(json.dumps(result, indent=2) + "\n")
+    Console(width=120).print(shown)
+    faults = [fault for row in rows.values() for fault in row.faults]
+    for kind, count in collections.Counter(fault.split(": ", 1)[1][:60] for fault in faults).most_common(20):
+        print(f"{count} × {kind}", file=sys.stderr)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

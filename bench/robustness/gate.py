@@ -1,0 +1,231 @@
+"""What do malicious messages cost, and does one come in?  python -m bench.robustness.gate [--fuzzed 20000] [key=value …]
+
+Every kind of message of both directions, at the sizes of the configured base, against a named corpus and mutations of
+honest messages. Each is let in by itself and, if it was accepted, judged by invariants that share no code with the
+gate. CPU time and growth of the process' peak resident memory are those of the receiver alone. The peer is what others
+read such bytes with, `safetensors.torch.load`, on the same adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load as stock_load
+
+from bench.lib.machine import machine, versions
+from bench.robustness.attack_corpus import Attack, delivering, mutation, payloads, records_of, texts
+from bench.robustness.ingress import ACCEPTED, Ingress, ingresses
+from bench.robustness.invariants import Expected, violations_of_adapter
+from conf.compose import compose
+from models.base.base import load
+from models.lora.adapter import Sites
+
+MOST_MS, MOST_MIB = 100.0, 64.0
+TO_SERVER = ("Update", "Evaluation", "Personalised", "DeviceReport")
+EMPTY = 1_000_000  # tensors of the bomb of empty ones
+_M_MMAP_THRESHOLD = -3
+
+
+@dataclass
+class Row:
+    """What one class of attacks came to."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    violating: int = 0
+    """Accepted, and against an invariant."""
+    ms: float = 0.0
+    mib: float = 0.0
+
+    def add(self, reason: str, ms: float, mib: float, violated: list[str]) -> None:
+        self.reasons[reason] += 1
+        self.violating += bool(violated)
+        self.ms, self.mib = max(self.ms, ms), max(self.mib, mib)
+
+
+Rows = dict[tuple[str, str], Row]
+
+
+def measured(work: Callable[[], str]) -> tuple[str, float, float]:
+    """(its answer, milliseconds of CPU time, MiB by which resident memory grew at its worst)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    started = time.process_time()
+    answer = work()
+    return answer, 1e3 * (time.process_time() - started), (_resident("VmHWM") - before) / 1024
+
+
+def _resident(name: str) -> int:
+    """KiB, as the kernel counts them."""
+    (found,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found)
+
+
+def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[Attack]:
+    """The honest message, and every named attack on its kind."""
+    letter = ingress.honest
+    yield delivering("honest", records_of(letter), letter.adapter)
+    for kind, text in texts(letter.text):
+        yield delivering(kind, records_of(letter._replace(text=text)))
+    if letter.adapter is not None:
+        for kind, payload in payloads(letter.adapter, empty=empty):
+            yield delivering(kind, records_of(letter._replace(adapter=payload)), payload)
+
+
+def run(sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty: int = EMPTY) -> tuple[Rows, Rows]:
+    """(the gate's rows, the peer's), by direction and class; `folder` is where the device keeps what is its own."""
+    gate: Rows = {}
+    peer: Rows = {}
+    sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
+    expected = Expected("Update", sizes, rank, {"rank": rank})
+
+    every = ingresses(sites, rank=rank, folder=folder)
+
+    def attacks() -> Iterator[tuple[str, Ingress, Attack]]:
+        random = Random(seed)
+        for name, ingress in every.items():
+            yield from ((_direction(name), ingress, attack) for attack in corpus(ingress, empty=empty))
+        names = sorted(every)
+        names += ["Update", "Train"] * 4  # they hold most of what can be wrong
+        for _ in range(fuzzed):
+            name = random.choice(names)
+            attack = mutation(every[name].honest, random, objects=name in TO_SERVER)
+            yield _direction(name), every[name], attack._replace(kind=f"fuzzed: {attack.kind}")
+
+    for direction, ingress, attack in attacks():
+        opened = ingress.open(attack)
+        answer, ms, mib = measured(opened.deliver)
+        violated = opened.violated() if answer == ACCEPTED else []
+        gate.setdefault((direction, attack.kind), Row()).add(answer, ms, mib, violated)
+    # Afterwards: the memory that bombs leave free in the peer's wake would be there for the gate to take.
+    for direction, _, attack in attacks():
+        if attack.payload is not None and direction == "to server":
+            payload = attack.payload
+            found = measured(partial(_stock, payload))
+            against = violations_of_adapter(payload, expected) if found[0] == ACCEPTED else []
+            peer.setdefault((direction, attack.kind), Row()).add(*found, against)
+    return gate, peer
+
+
+def _direction(name: str) -> str:
+    return "to server" if name in TO_SERVER else "to device"
+
+
+def _stock(payload: bytes) -> str:
+    try:
+        stock_load(payload)
+    except Exception as error:
+        return type(error).__name__
+    return ACCEPTED
+
+
+def table(gate: Rows, peer: Rows) -> Table:
+    """A row for each class, with the peer beside it."""
+    shown = Table(title="messages of an attacker; worst CPU time and extra memory of one")
+    for heading in ("direction", "class"):
+        shown.add_column(heading)
+    for heading in ("sent", "accepted", "wrongly", "refused", "ms", "MiB", "peer accepted", "wrongly", "ms", "MiB"):
+        shown.add_column(heading, justify="right")
+    for (direction, kind), row in gate.items():
+        refused = ", ".join(f"{count} {reason}" for reason, count in row.reasons.most_common() if reason != ACCEPTED)
+        cells = [direction, kind, *_numbers(row)[:3], refused, *_numbers(row)[3:]]
+        other = peer.get((direction, kind))
+        shown.add_row(*cells, *(_numbers(other)[1:] if other else ()))
+    return shown
+
+
+def _numbers(row: Row) -> list[str]:
+    return [
+        str(row.reasons.total()),
+        str(row.reasons[ACCEPTED]),
+        str(row.violating),
+        f"{row.ms:.1f}",
+        f"{row.mib:.1f}",
+    ]
+
+
+def record(rows: Rows) -> list[dict[str, Any]]:
+    """The rows, for a file."""
+    return [
+        {
+            "direction": direction,
+            "class": kind,
+            "sent": row.reasons.total(),
+            "accepted": row.reasons[ACCEPTED],
+            "accepted against an invariant": row.violating,
+            "refused": {reason: count for reason, count in row.reasons.most_common() if reason != ACCEPTED},
+            "worst_ms": row.ms,
+            "worst_mib": row.mib,
+        }
+        for (direction, kind), row in rows.items()
+    ]
+
+
+def failures(gate: Rows) -> list[str]:
+    """What the gate promises and did not hold."""
+    found = []
+    for (direction, kind), row in gate.items():
+        where = f"{direction}, {kind}"
+        found += [f"{where}: {reason}" for reason in row.reasons if reason.startswith("crash")]
+        if row.violating:
+            found.append(f"{where}: {row.violating} accepted against an invariant")
+        if row.ms > MOST_MS or row.mib > MOST_MIB:
+            found.append(f"{where}: {row.ms:.0f} ms and {row.mib:.0f} MiB at worst")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fuzzed", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gate.json"))
+    arguments, overrides = parser.parse_known_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024)  # what is freed leaves, so that the next one's growth shows
+    config = compose(" ".join(overrides))
+    sites = load(config.base.path, sites=config.adapter.sites, device="cpu").sites
+    rank = config.adapter.shared.rank
+    gc.collect()
+    gc.freeze()  # else a collection looks through all that was imported, at the expense of whichever message is there
+    with tempfile.TemporaryDirectory() as folder:
+        gate, peer = run(sites, rank=rank, fuzzed=arguments.fuzzed, seed=arguments.seed, folder=Path(folder))
+    numbers = rank * sum(site.inputs + site.outputs for site in sites.values())
+    broken = failures(gate)
+    result = {
+        "command": " ".join(
+            ["python -m bench.robustness.gate", f"--fuzzed {arguments.fuzzed}", f"--seed {arguments.seed}", *overrides]
+        ),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch", "flwr", "safetensors"),
+        "adapter": {"rank": rank, "sites": len(sites), "numbers": numbers},
+        "bounds": {"ms": MOST_MS, "mib": MOST_MIB, "broken": broken},
+        "gate": record(gate),
+        "safetensors.torch.load": record(peer),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    Console(width=200).print(table(gate, peer))
+    if broken:
+        sys.exit("\n".join(broken))
+
+
+if __name__ == "__main__":
+    main()

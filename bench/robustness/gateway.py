@@ -1,0 +1,268 @@
+"""Does a federation survive hostile clients?  python -m bench.robustness.gateway [--calls 20000]
+
+Three honest devices in endless rounds over TLS, and one more that refuses whatever it is asked (`mallory`). First calm
+rounds; then, with the same processes, rounds in which mallory misuses each message that it is given, and an enrolled
+client (`eve`) and one that isn't (`stranger`) make malformed and hostile calls (`bench.robustness.fleet_attacks`), each as many a
+second as the server's default limit lets one device make. The limit itself is lifted and hostile calls' cost with it,
+so that every call goes as deep as it can.
+
+The bench passes if: no round misses an honest device's reply; no process of the server or of a device was restarted;
+the median round takes at most 1.2 times the median calm round; the gateway's memory and the SuperLink's database are
+bounded; no call was answered with an internal server error, and no call of the stranger succeeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.reliability.processes import Federation, Program, command, federation, letters, until
+from common.atomic_files import write
+from models.base import assets
+from server.supervisor import database
+
+OUT = Path("bench/results/gateway.json")
+HONEST, CALM = 3, 10
+RATE = 20.0  # calls a second of each client: server.limits.requests_per_minute
+RUN = (
+    "rounds=100000 strategy=fedit strategy.timeout=600 adapter.shared.steps=2 adapter.shared.batch_size=2 "
+    "adapter.shared.rank=1 adapter.sites=conv_in|conv_out evaluation.timesteps=1 "
+    "server.limits.requests_per_minute=1000000"
+)
+MOST_SLOWER, MOST_MEMORY, MOST_DISK = 1.2, 256.0, 64.0  # times, MiB more than calm, MiB
+SERVER = ("server.supervisor.run", "server.supervisor.local_superlink", "flwr-serverapp")
+DEVICE = ("client.runtime.supervisor", "client.runtime.supernode", "client.runtime.worker")
+
+_ROUND = re.compile(r"round (\d+) of \d+: (\d+) of (\d+) replied.* ([\d.]+) s\b")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A round as recorded in the server's log."""
+
+    number: int
+    replied: int
+    asked: int
+    seconds: float
+
+
+@dataclass
+class Found:
+    """Measurements of one federation."""
+
+    calls: int = 0
+    calm_seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    """Rounds under attack in which an honest device's reply is missing."""
+    restarted: list[str] = field(default_factory=list)
+    memory_mib: float = 0.0
+    """Largest growth of the gateway process's memory over the calm rounds."""
+    disk_mib: float = 0.0
+    """Largest size of the SuperLink's database."""
+    outcomes: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
+    """By client: kind of call, outcome, count."""
+
+    @property
+    def slower(self) -> float:
+        return median(self.seconds) / median(self.calm_seconds) if self.seconds and self.calm_seconds else float("inf")
+
+    def errors(self) -> list[str]:
+        """List the calls whose answers are never acceptable."""
+        return [
+            f"{who}: {kind}: {became} × {count}"
+            for who, calls in self.outcomes.items()
+            for kind, became, count in calls
+            if became in ("500", "502") or (who == "stranger" and became == "200")
+        ]
+
+    def failures(self) -> list[str]:
+        """List the claims that don't hold."""
+        checks = {
+            f"rounds without a device's reply: {self.lost}": bool(self.lost),
+            f"started again: {', '.join(self.restarted)}": bool(self.restarted),
+            f"rounds are {self.slower:.2f} times as long": not self.slower <= MOST_SLOWER,
+            f"the gateway took {self.memory_mib:.0f} MiB more": self.memory_mib > MOST_MEMORY,
+            f"the SuperLink's database took {self.disk_mib:.0f} MiB": self.disk_mib > MOST_DISK,
+        }
+        return [text for text, failed in checks.items() if failed] + self.errors()
+
+
+def rounds(log: str) -> list[Done]:
+    """Parse the rounds of a server's log, without repetitions."""
+    found = {int(n): Done(int(n), int(r), int(a), float(s)) for n, r, a, s in _ROUND.findall(log)}
+    return [found[number] for number in sorted(found)]
+
+
+def lost(done: Iterable[Done]) -> list[int]:
+    """List the rounds in which an honest device's reply is missing."""
+    return [found.number for found in done if found.replied < HONEST]
+
+
+def processes(running: Federation) -> dict[str, set[int]]:
+    """Ids of the processes of the server and of the honest devices, by program."""
+    homes = {str(running.server.home): ("server", SERVER)}
+    homes |= {str(device.home): (name, DEVICE) for name, device in running.devices.items()}
+    found: dict[str, set[int]] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            who, parts = homes.get(process.environ().get("ANTHER_HOME", ""), ("", ()))
+            words = " ".join(process.cmdline())
+            if part := next((part for part in parts if part in words), None):
+                found.setdefault(f"{who}: {part}", set()).add(process.pid)
+    return found
+
+
+def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
+    """List the programs that have exited meanwhile; a device's ClientApps and workers are expected to exit."""
+    lasting = {
+        name: ids
+        for name, ids in before.items()
+        if not name.endswith(("client.runtime.worker", "client.runtime.supernode"))
+    }
+    nodes = {
+        name: {min(ids)} for name, ids in before.items() if name.endswith("client.runtime.supernode")
+    }  # the others are forks
+    return [name for name, ids in {**lasting, **nodes}.items() if ids - after.get(name, set())]
+
+
+def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Found:
+    """Run a federation in this folder, before and under attack."""
+    found = Found()
+    pictures = letters(folder / "pictures", HONEST, each=6)
+    with federation(folder / "federation", RUN) as running:
+        running.start()
+        for name, data in pictures.items():
+            running.enrol(name, data, "test=true").start()
+        for name in ("mallory", "eve"):
+            words = [f"data={pictures['owner-0']}", f"name={name}"]
+            done = command("client.cli.enroll", *words, home=folder / name, told=running.ticket())
+            assert done.returncode == 0, done.stderr
+        signals = folder / "signals"
+        signals.mkdir()
+        share = {"eve": calls // 2, "stranger": calls - calls // 2, "mallory": 0}
+        clients = {
+            who: _client(who, signals, folder / ("eve" if who == "stranger" else who), running.port, count, rate, seed)
+            for who, count in share.items()
+        }
+        try:
+            _go_through(running, clients, signals, calm, found)
+        finally:
+            for client in clients.values():
+                client.stop()
+    return found
+
+
+def _client(who: str, signals: Path, home: Path, port: int, calls: int, rate: float, seed: int) -> Program:
+    base = assets.digest(assets.locate("glyphs"))
+    words = [who, str(signals), "--home", str(home), "--port", str(port), "--base", base]
+    more = ["--calls", str(calls), "--rate", str(rate), "--seed", str(seed)]
+    return Program("bench.robustness.fleet_attacks", [*words, *more], signals / who).start()
+
+
+def _go_through(running: Federation, clients: dict[str, Program], signals: Path, calm: int, found: Found) -> None:
+    until(lambda: any(done.asked > HONEST for done in rounds(running.server.said)), 900, running.told())
+    first = rounds(running.server.said)[-1].number
+    until(lambda: rounds(running.server.said)[-1].number >= first + calm, 3600, running.told())
+    before, gateway = processes(running), psutil.Process(running.server.process.pid if running.server.process else 0)
+    usual, begun = gateway.memory_info().rss, rounds(running.server.said)[-1].number
+    (signals / "attack").touch()
+    while not all((signals / f"{who}.json").exists() for who in ("eve", "stranger")) or (
+        rounds(running.server.said)[-1].number < begun + calm
+    ):
+        assert running.server.code is None, running.told()
+        assert all(clients[who].code in (None, 0) for who in clients), {who: one.said for who, one in clients.items()}
+        found.memory_mib = max(found.memory_mib, (gateway.memory_info().rss - usual) / 2**20)
+        found.disk_mib = max(found.disk_mib, stored(running) / 2**20)
+        time.sleep(0.5)
+    ended = rounds(running.server.said)[-1].number
+    (signals / "attack").unlink()
+    until(lambda: rounds(running.server.said)[-1].number > ended + 1, 600, f"a round afterwards\n{running.told()}")
+    found.restarted = gone(before, processes(running)) + (
+        ["the run"] if "the run broke off" in running.server.said else []
+    )
+    (signals / "stop").touch()
+    until(lambda: (signals / "mallory.json").exists(), 120, clients["mallory"].said)
+    done = rounds(running.server.said)
+    found.calm_seconds = [one.seconds for one in done if first < one.number <= begun]
+    during = [one for one in done if begun < one.number <= ended]
+    found.seconds, found.lost = [one.seconds for one in during], lost(during)
+    for who in clients:
+        found.outcomes[who] = [tuple(row) for row in json.loads((signals / f"{who}.json").read_text())]
+    found.calls = sum(count for rows in found.outcomes.values() for _, _, count in rows)
+
+
+def stored(running: Federation) -> int:
+    """Return the size of the SuperLink's database in bytes."""
+    return database.size(running.server.home / "server" / "superlink.db")
+
+
+def table(found: Found) -> Table:
+    """Make a table with a row for each kind of call and a summary below."""
+    shown = Table(title=f"{found.calls:,} calls", caption=summary(found))
+    for heading in ("client", "call", "what became of it"):
+        shown.add_column(heading)
+    for who, rows in found.outcomes.items():
+        kinds: dict[str, Counter[str]] = {}
+        for kind, became, count in rows:
+            kinds.setdefault(kind, Counter())[became] += count
+        for kind, became_of in kinds.items():
+            shown.add_row(who, kind, ", ".join(f"{became} × {count}" for became, count in became_of.most_common()))
+    return shown
+
+
+def summary(found: Found) -> str:
+    during, calm = median(found.seconds or [0.0]), median(found.calm_seconds or [0.0])
+    return (
+        f"rounds: {len(found.seconds)}, {len(found.lost)} without an honest reply; median {during:.2f} s, calm "
+        f"{calm:.2f} s ({found.slower:.2f} ×); gateway +{found.memory_mib:.0f} MiB; database {found.disk_mib:.0f} MiB; "
+        f"started again: {', '.join(found.restarted) or 'nothing'}"
+    )
+
+
+def main() -> int:
+    """Return the exit status: 1 if a claim doesn't hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--calm", type=int, default=CALM, help="rounds before the attack, and at least under it")
+    parser.add_argument("--rate", type=float, default=RATE, help="calls a second of each client")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT)
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="anther-") as folder:
+        found = attacked(Path(folder), asked.calls, asked.calm, asked.rate, asked.seed)
+    record = {
+        "command": f"python -m bench.robustness.gateway --calls {asked.calls} --seed {asked.seed}",
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("flwr", "torch", "uvicorn"),
+        **asdict(found),
+        "slower": found.slower,
+        "failures": found.failures(),
+    }
+    write(asked.out, (json.dumps(record, indent=2) + "\n").encode())
+    Console(width=140).print(table(found))
+    for failure in found.failures():
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if found.failures() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""The ingresses that messages come in by, each a function from an attack to what became of it.
+
+A reply goes through everything that a server has: its gate around Flower's grid, records, messages, codec and the
+strategy's checks, up to the aggregation. A request goes through what a device has, up to the first job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from bench.robustness.attack_corpus import Attack, Delivery, Letter
+from bench.robustness.invariants import Expected, parse, violations
+from client.app import requested
+from client.data import Pictures
+from client.device import Device
+from client.rounds.handler import handle
+from client.store.store import Store
+from common.errors import AntherError
+from models.lora.adapter import Adapter, Factors, Sites, initial, shapes, to_tensors
+from privacy.noise import Secure
+from privacy.policy import Policy
+from privacy.storage import Files
+from protocol import messages, records
+from protocol.tensor_codec import encode, largest
+from server.grid.validating_grid import Gated
+from simulations.grid.cohort import InProcess, identify
+from strategies.aggregation import Aggregated, Linearity, Updates, always
+from strategies.planning.plan import Limits
+from strategies.private_evaluation import Measuring
+from strategies.selection.everyone import Everyone
+from strategies.strategy import Federated
+from training.jobs import Picture
+
+ACCEPTED = "accepted"
+NODE, ROUND = 1, 3
+MEASURING = messages.MeasuringPrivacy(noise_multiplier=10.0, clip=0.1, pictures=5, delta=1e-3)
+PLAN = messages.TrainingPlan(
+    run="run",
+    round=ROUND,
+    base="b" * 64,
+    rank=1,
+    steps=2,
+    batch_size=4,
+    learning_rate=0.1,
+    privacy=messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3),
+)
+REPORT = messages.DeviceReport(
+    device="d",
+    base=PLAN.base,
+    profile="pi4_4gb",
+    memory_gib=4.0,
+    examples_per_second=6.0,
+    watts=6.4,
+    uplink_mbps=8.0,
+    downlink_mbps=40.0,
+)
+
+
+class Opened(NamedTuple):
+    """An attack that waits at an ingress."""
+
+    deliver: Callable[[], str]
+    """Lets it come in, which is all that is measured: `accepted`, the reason of the refusal, or `crash …`."""
+    violated: Callable[[], list[str]]
+    """Once it was accepted: the invariants that it breaks."""
+
+
+class Ingress(NamedTuple):
+    """One kind of message, and where it comes in."""
+
+    honest: Letter
+    open: Callable[[Attack], Opened]
+
+
+def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
+    """An ingress for each kind of message, by the name of its type, for adapters of one rank at these sites.
+
+    Args:
+        folder: where the device keeps what is its own.
+    """
+    drawn = initial(sites, rank, seed=0)
+    adapter = encode(to_tensors({name: Factors(a, torch.full_like(b, 0.01)) for name, (a, b) in drawn.items()}))
+    return _Server(sites, rank, adapter).ingresses() | _Device(sites, rank, adapter, folder).ingresses()
+
+
+class _Line(InProcess):
+    """A grid with one node, which answers a query honestly and anything else by the delivery that was put in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deliver: Delivery | None = None
+        self.content: object = None
+        self._asked: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [NODE]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed: list[str] = []
+        for message in messages:
+            identify(message, f"{len(pushed)}")
+            self._asked[message.metadata.message_id] = message
+            pushed.append(message.metadata.message_id)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (request,) = (self._asked.pop(identifier) for identifier in message_ids)
+        if self.deliver is None:
+            return [Message(records.reply_to_records(REPORT), reply_to=request)]
+        found = self.deliver()
+        self.content = found.content if found.has_content() else None
+        return [found]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError("the gate pushes and pulls")
+
+
+class _Keep:
+    """An aggregation that keeps what came through to it."""
+
+    mixed_ranks = True
+    steady = False
+    sensitivity = Linearity(linear=False, reason="it looks at one update alone")
+    trains = staticmethod(always("both"))
+
+    def __init__(self) -> None:
+        self.came: Adapter | None = None
+
+    def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
+        ((self.came, _),) = updates
+        return Aggregated(current, {})
+
+
+class _Server:
+    """The strategy of a run, with one device."""
+
+    def __init__(self, sites: Sites, rank: int, adapter: bytes) -> None:
+        self._plan, self._sites, self._adapter = replace(PLAN, rank=rank), sites, adapter
+        self._arrays = records.adapter_to_record(adapter)
+        self._line, self._kept = _Line(), _Keep()
+        self._gate = Gated(self._line, largest=largest(shapes(sites, rank)), poll=0.0)
+        self._request = identify(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
+
+    def ingresses(self) -> dict[str, Ingress]:
+        origin: dict[str, object] = {"device": REPORT.device}
+        told: list[tuple[messages.Reply, dict[str, object], Callable[[Federated], Callable[[], dict[str, int]]]]] = [
+            (
+                messages.Update(
+                    device=REPORT.device,
+                    run=PLAN.run,
+                    round=ROUND,
+                    rank=self._plan.rank,
+                    adapter=self._adapter,
+                    release=True,
+                    seconds=1.0,
+                    joules=2.0,
+                    quality="estimate",
+                    loss=None,
+                    epsilon=1.0,
+                    events=3,
+                ),
+                origin | {"run": PLAN.run, "round": ROUND, "rank": self._plan.rank, "release": True},
+                self._train,
+            ),
+            (
+                messages.Evaluation(device=REPORT.device, round=ROUND, base=None, shared=None, gain=-0.1, epsilon=1.0),
+                origin | {"round": ROUND, "base": None, "shared": None, "release": True},
+                self._evaluate,
+            ),
+            (
+                messages.Personalised(device=REPORT.device, seconds=1.0, joules=2.0, quality="measured"),
+                origin,
+                self._personalise,
+            ),
+            (REPORT, {"base": PLAN.base}, self._query),
+        ]
+        return {type(reply).__name__: self._ingress(reply, exact, leg) for reply, exact, leg in told}
+
+    def _ingress(
+        self, reply: messages.Reply, exact: dict[str, object], leg: Callable[[Federated], Callable[[], dict[str, int]]]
+    ) -> Ingress:
+        expected = _expected(reply, self._sites, self._plan.rank, exact)
+
+        def open_(attack: Attack) -> Opened:
+            self._line.deliver = None
+            strategy = Federated(
+                plan=self._plan,
+                sites=self._sites,
+                aggregation=self._kept,
+                selection=Everyone(),
+                limits=Limits(),
+                measuring=Measuring(among_pictures=MEASURING),
+            )
+            receive = leg(strategy)
+            self._line.deliver, self._line.content, self._kept.came = attack.prepare(self._request), None, None
+
+            def deliver() -> str:
+                try:
+                    dropped = receive()
+                except Exception as error:
+                    return f"crash {type(error).__name__}"
+                return next(iter(dropped), ACCEPTED)
+
+            return Opened(deliver, lambda: violations(self._line.content, expected) + self._differences())
+
+        return Ingress(_letter(reply), open_)
+
+    def _differences(self) -> list[str]:
+        """Where what came through to the aggregation is not what an independent reading finds."""
+        if self._kept.came is None:
+            return []
+        content: Any = self._line.content
+        read = parse(content["arrays"]["adapter"].data)
+        came = to_tensors(self._kept.came)
+        tiny = np.finfo(np.float32).tiny
+        same = came.keys() == read.keys() and all(
+            np.array_equal(came[name].numpy(), np.where(np.abs(read[name]) < tiny, 0, read[name])) for name in read
+        )
+        return [] if same else ["what came through is not what was sent, subnormal numbers as 0"]
+
+    def _train(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+        asked = list(strategy.configure_train(ROUND, self._arrays, ConfigRecord(), self._gate))
+
+        def receive() -> dict[str, int]:
+            strategy.aggregate_train(ROUND, self._gate.send_and_receive(asked))
+            return strategy.trained.dropped if strategy.trained else {}
+
+        return receive
+
+    def _evaluate(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+        asked = list(strategy.configure_evaluate(ROUND, self._arrays, ConfigRecord(), self._gate))
+
+        def receive() -> dict[str, int]:
+            strategy.aggregate_evaluate(ROUND, self._gate.send_and_receive(asked))
+            return strategy.validation.dropped if strategy.validation else {}
+
+        return receive
+
+    def _personalise(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+        asked = list(strategy.configure_personalise(_personalise(self._adapter, self._plan.rank), self._gate))
+        return lambda: strategy.aggregate_personalise(self._gate.send_and_receive(asked)).dropped
+
+    def _query(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+        return lambda: {} if strategy.query(self._gate) else {"refused": 1}
+
+
+class _Device:
+    """One device, which is asked by a server."""
+
+    def __init__(self, sites: Sites, rank: int, adapter: bytes, folder: Path) -> None:
+        self._rank, self._adapter = rank, adapter
+        picture = Picture(np.zeros((8, 8), np.uint8), "a")
+        self._device = Device(
+            name=REPORT.device,
+            report=REPORT,
+            store=Store(Files(folder)),
+            pictures=lambda: Pictures((picture,), (picture,), (picture,)),
+            sites=sites,
+            policy=Policy(max_rank=2 * rank),
+            noise=lambda _round, _purpose: Secure(),
+            seed=0,
+            resolution=8,
+        )
+
+    def ingresses(self) -> dict[str, Ingress]:
+        told: list[tuple[messages.Request, dict[str, object]]] = [
+            (messages.Train(plan=replace(PLAN, rank=self._rank), adapter=self._adapter), {"plan.base": PLAN.base}),
+            (messages.Evaluate(run=PLAN.run, round=ROUND, adapter=self._adapter), {}),
+            (_personalise(self._adapter, self._rank), {}),
+            (messages.Query(), {}),
+        ]
+        return {type(request).__name__: self._ingress(request, exact) for request, exact in told}
+
+    def _ingress(self, request: messages.Request, exact: dict[str, object]) -> Ingress:
+        expected = _expected(request, self._device.sites, self._device.policy.max_rank, exact)
+        asked = Message(RecordDict(), NODE, records.message_type(request))
+        most = largest(shapes(self._device.sites, -1), free=self._device.policy.max_rank)
+
+        def open_(attack: Attack) -> Opened:
+            delivery = attack.prepare(asked)
+            received: list[Message] = []
+
+            def deliver() -> str:
+                try:
+                    received.append(delivery())
+                    next(handle(requested(received[0], most=most), self._device))
+                except StopIteration:  # a query needs no job
+                    return ACCEPTED
+                except AntherError as error:
+                    return type(error).__name__
+                except Exception as error:
+                    return f"crash {type(error).__name__}"
+                return ACCEPTED
+
+            return Opened(deliver, lambda: violations(received[0].content, expected))
+
+        return Ingress(_letter(request), open_)
+
+
+def _personalise(adapter: bytes, rank: int) -> messages.Personalise:
+    return messages.Personalise(
+        run=PLAN.run,
+        round=ROUND,
+        adapter=adapter,
+        rank=rank,
+        steps=2,
+        batch_size=4,
+        learning_rate=0.1,
+        look_every=1,
+        patience=1,
+    )
+
+
+def _letter(message: messages.Request | messages.Reply) -> Letter:
+    return Letter(messages.to_json(message), messages.payloads(message).get("adapter"))
+
+
+def _expected(
+    message: messages.Request | messages.Reply, sites: Sites, most_rank: int, exact: dict[str, object]
+) -> Expected:
+    sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
+    return Expected(type(message).__name__, sizes, most_rank, exact)

@@ -1,0 +1,299 @@
+"""What must be true of whatever a gate lets in, stated once more without any of its code.
+
+Nothing here imports `protocol`, `strategies` or `client`: records are looked at with json, struct and numpy alone, and
+a product B A is formed where the gate avoids it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+MOST_NORM, MOST_NUMBER, MOST_COUNT, MOST_TEXT = 100.0, 1e12, 2**31 - 1, 200
+LONGEST_JSON = 65_536
+
+Check = Callable[[Any], bool]
+Matrices = dict[str, NDArray[np.float32]]
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MOST_TEXT and all(c == " " or c.isprintable() for c in value)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_COUNT
+
+
+def _amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MOST_NUMBER
+
+
+def _signed(value: Any) -> bool:
+    return type(value) in (int, float) and -MOST_NUMBER <= value <= MOST_NUMBER
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _quality(value: Any) -> bool:
+    return value in ("measured", "estimate")
+
+
+def _trains(value: Any) -> bool:
+    return value in ("both", "a", "b", "cores", "split")
+
+
+def _texts(value: Any) -> bool:
+    return type(value) is list and all(map(_text, value))
+
+
+def _precision(value: Any) -> bool:
+    return value in ("fp32", "fp16", "int8", "int4")
+
+
+def _object(**fields: Check) -> Check:
+    return lambda value: (
+        type(value) is dict and value.keys() == fields.keys() and all(fields[k](v) for k, v in value.items())
+    )
+
+
+def _optimiser(value: Any) -> bool:
+    return value in ("adamw", "sgd")
+
+
+_EXAMPLE = _object(noise_multiplier=_amount, clip=_amount, sampling_rate=_amount, draws=_count, delta=_amount)
+_MEASURING = _object(noise_multiplier=_amount, clip=_amount, pictures=_count, delta=_amount)
+_PLAN = _object(
+    run=_text,
+    round=_count,
+    base=_text,
+    rank=_count,
+    steps=_count,
+    batch_size=_count,
+    learning_rate=_amount,
+    optimiser=_optimiser,
+    proximal=_amount,
+    scaffold=_flag,
+    trains=_trains,
+    sites=_or_none(_texts),
+    privacy=_or_none(_EXAMPLE),
+    update=_precision,
+    keep=_amount,
+    feedback=_flag,
+)
+_ROUNDED = _object(precision=lambda value: value != "fp32" and _precision(value), rank=_count)
+MESSAGES: Mapping[str, Check] = {
+    "DeviceReport": _object(
+        device=_text,
+        base=_text,
+        profile=_text,
+        memory_gib=_amount,
+        examples_per_second=_amount,
+        watts=_amount,
+        uplink_mbps=_amount,
+        downlink_mbps=_amount,
+        metered=_flag,
+        battery=_or_none(_amount),
+        battery_wh=_or_none(_amount),
+        charging=_flag,
+        busy=_flag,
+        hot=_flag,
+        rank=_or_none(_count),
+        sites=_or_none(_texts),
+        pictures=_flag,
+    ),
+    "Update": _object(
+        device=_text,
+        run=_text,
+        round=_count,
+        rank=_count,
+        release=_flag,
+        seconds=_amount,
+        joules=_amount,
+        quality=_quality,
+        loss=_or_none(_amount),
+        epsilon=_or_none(_amount),
+        events=_count,
+    ),
+    "Evaluation": _object(
+        device=_text,
+        round=_count,
+        base=_or_none(_amount),
+        shared=_or_none(_amount),
+        gain=_or_none(_signed),
+        release=_flag,
+        epsilon=_or_none(_amount),
+    ),
+    "Personalised": _object(device=_text, seconds=_amount, joules=_amount, quality=_quality),
+    "Query": _object(adapted=_or_none(_texts)),
+    "Train": _object(plan=_PLAN, rounded=_or_none(_ROUNDED), adapted=_or_none(_texts), echo=_count),
+    "Evaluate": _object(
+        run=_text,
+        round=_count,
+        rounded=_or_none(_ROUNDED),
+        adapted=_or_none(_texts),
+        timesteps=_count,
+        privacy=_or_none(_MEASURING),
+    ),
+    "Personalise": _object(
+        run=_text,
+        round=_count,
+        rank=_count,
+        steps=_count,
+        batch_size=_count,
+        learning_rate=_amount,
+        look_every=_count,
+        patience=_count,
+        rounded=_or_none(_ROUNDED),
+        adapted=_or_none(_texts),
+        timesteps=_count,
+    ),
+}
+CARRYING = {"Update", "Train", "Evaluate", "Personalise"}
+"""The messages that an adapter travels with."""
+
+
+class Expected(NamedTuple):
+    """What the receiver knows of what it waits for."""
+
+    message: str
+    """Name of its type."""
+    sites: Mapping[str, tuple[int, int]]
+    """(inputs, outputs) of each."""
+    most_rank: int
+    exact: Mapping[str, Any]
+    """Values that fields of the message have to have; `rank` is that of the adapter too."""
+
+
+def violations(records: object, expected: Expected) -> list[str]:
+    """The invariants that a message violates, in words; none for one that may be let in."""
+    return list(_violations(records, expected))
+
+
+def violations_of_adapter(data: bytes, expected: Expected) -> list[str]:
+    """The same, of an adapter's bytes alone."""
+    return list(_of_adapter(data, expected))
+
+
+def _violations(records: object, expected: Expected) -> Iterator[str]:
+    carries = expected.message in CARRYING
+    if not isinstance(records, RecordDict) or sorted(records) != (["arrays", "message"] if carries else ["message"]):
+        yield "other records than a message has"
+        return
+    config, arrays = records["message"], records.get("arrays")
+    named = ["json", "sha256", "version"]
+    if not isinstance(config, ConfigRecord) or sorted(config) != named or type(config["json"]) is not str:
+        yield "the JSON and its checksum are not where they belong"
+        return
+    text, data = config["json"], b""
+    if carries:
+        if not isinstance(arrays, ArrayRecord) or list(arrays) != ["adapter"]:
+            yield "the adapter is not where it belongs"
+            return
+        array = arrays["adapter"]
+        data = array.data
+        if (array.stype, array.dtype, array.shape) != ("safetensors", "uint8", (len(data),)):
+            yield "the array claims to be something else"
+    digest = hashlib.sha256(data).digest() if carries else b""
+    if config["sha256"] != hashlib.sha256(text.encode("utf-8", "surrogatepass") + digest).hexdigest():
+        yield "damaged in transit"
+    yield from _of_text(text, expected)
+    if carries:
+        yield from _of_adapter(data, expected)
+
+
+def _of_text(text: str, expected: Expected) -> Iterator[str]:
+    if len(text) > LONGEST_JSON:
+        yield "JSON too long"
+        return
+    try:
+        found = _unique_json(text)
+    except (ValueError, RecursionError):
+        yield "not JSON with unique keys"
+        return
+    if not MESSAGES[expected.message](found):
+        yield "a field is missing, unknown, of another type or out of range"
+        return
+    for name, value in expected.exact.items():
+        *path, last = name.split(".")
+        place = found
+        for step in path:
+            place = place[step]
+        if place[last] != value:
+            yield f"{name} is not what was asked for"
+
+
+def _of_adapter(data: bytes, expected: Expected) -> Iterator[str]:
+    try:
+        tensors = parse(data)
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+        yield f"not what safetensors describes: {error}"
+        return
+    names = {f"{site}.{factor}" for site in expected.sites for factor in ("lora_A", "lora_B")}
+    if tensors.keys() != names:
+        yield "other tensors than the sites have"
+        return
+    ranks = set()
+    for site, (inputs, outputs) in expected.sites.items():
+        a, b = tensors[f"{site}.lora_A"], tensors[f"{site}.lora_B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
+            yield f"{site}: other shapes than the site has"
+            return
+        ranks |= {a.shape[0], b.shape[1]}
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            yield f"{site}: not finite"
+            return
+        a64, b64 = a.astype(np.float64), b.astype(np.float64)
+        if max(np.linalg.norm(a64), np.linalg.norm(b64), np.linalg.norm(b64 @ a64)) > MOST_NORM * (1 + 1e-9):
+            yield f"{site}: norm over {MOST_NORM:g}"
+    if len(ranks) != 1 or not 1 <= min(ranks) <= expected.most_rank:
+        yield "not one rank, or one that is not allowed"
+    if "rank" in expected.exact and ranks != {expected.exact["rank"]}:
+        yield "another rank than was asked for"
+
+
+def parse(data: bytes) -> Matrices:
+    """The tensors of safetensors bytes of float32 that follow each other without gap; ValueError otherwise."""
+    (length,) = struct.unpack_from("<Q", data)
+    if length > len(data) - 8 or length > 2**20:
+        raise ValueError("header")
+    header = _unique_json(data[8 : 8 + length].decode())
+    position, tensors = 0, {}
+    body = data[8 + length :]
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if sorted(entry) != ["data_offsets", "dtype", "shape"] or entry["dtype"] != "F32":
+            raise ValueError(f"entry of {name[:50]!r}")
+        if any(type(n) is not int or n < 0 for n in entry["shape"] + entry["data_offsets"]):
+            raise ValueError("a number")
+        end = position + 4 * math.prod(entry["shape"])
+        if entry["data_offsets"] != [position, end] or end > len(body):
+            raise ValueError("offsets")
+        tensors[name] = np.frombuffer(body[position:end], "<f4").reshape(entry["shape"])
+        position = end
+    if position != len(body):
+        raise ValueError("length")
+    return tensors
+
+
+def _unique_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key is there twice")
+        return dict(pairs)
+
+    found = json.loads(text, object_pairs_hook=unique)
+    json.dumps(found, allow_nan=False)  # NaN and infinity are no JSON
+    return found

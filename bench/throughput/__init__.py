@@ -1,0 +1,1 @@
+"""Time per step, round and federation."""

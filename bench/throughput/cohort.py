@@ -1,0 +1,287 @@
+"""What does a shared pass save?  python -m bench.throughput.cohort --device cuda|cpu [--bases small medium sd15] [--peers …]
+
+Times a client-step (4 examples, forward, backward and AdamW for one client's adapter) of the cohort trainer, plain
+and private, and of the best known forms that train one client at a time, on the same base in the same run:
+
+    peft      diffusers + peft + torch.optim.AdamW (plain)
+    opacus    the same under Opacus' hooks and DPOptimizer (DP)
+    hooks     our own hooks and one flat buffer; on a GPU as CUDA graphs (DP)
+    one       the cohort trainer itself with one client in a pass (DP)
+
+The floor is the client-step's operations at the rate of a large matrix product, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, RANK, WORKLOADS, Workload, build
+from bench.throughput.roofline import matrix_rate, operations, synchronise
+from bench.throughput.step_variants import PEERS, Form, Setting, forms
+from training.memory import budget
+
+FASTER = {  # targets on a GPU in bf16: how many times faster the cohort is than the fastest way of …
+    "small": {"peft": 60.0, "opacus": 120.0},
+    "medium": {"peft": 18.0, "opacus": 60.0},
+    "sd15": {"peft": 5.0, "opacus": 12.0},
+}
+SHARE = {"sd15": 0.45}  # of the matrix rate, reached by the private cohort
+DP_COST = 1.05  # private over plain, at most
+
+
+@dataclass
+class Timing:
+    """Every repeat of one form; a client-step is 4 examples, whatever the Poisson batches came to."""
+
+    client_steps: int
+    first: float  # seconds of the first repeat, which warms up and compiles, and counts nowhere else
+    seconds: list[float] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Of a client-step, in each repeat."""
+        return [1e3 * s * BATCH / n for s, n in zip(self.seconds, self.examples, strict=True)]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for the result file."""
+        return {"milliseconds": self.median, "each": self.milliseconds, **vars(self)}
+
+
+def timed(form: Form, device: torch.device) -> tuple[float, int]:
+    """Seconds and examples of one repeat."""
+    form.prepare()
+    synchronise(device)
+    started = time.perf_counter()
+    seen = form.run()
+    synchronise(device)
+    return time.perf_counter() - started, seen
+
+
+class Found(NamedTuple):
+    """What came of some forms."""
+
+    timings: dict[str, Timing]
+    errors: dict[str, str]  # why those failed that did
+    rates: list[float]  # of the matrix product, after each repeat
+
+
+def run(makers: Mapping[str, Callable[[], Form]], setting: Setting) -> Found:
+    """Time forms in turns; one that fails must not cost the others."""
+    running: dict[str, Form] = {}
+    found = Found({}, {}, [])
+    for name, make in makers.items():
+        try:
+            form = make()
+            found.timings[name] = Timing(form.client_steps, timed(form, setting.device)[0])
+            running[name] = form
+        except Exception as error:
+            found.errors[name] = f"{type(error).__name__}: {error}"[:1000]
+            traceback.print_exc()
+    for _ in range(setting.repeats):
+        for name, form in running.items():
+            seconds, seen = timed(form, setting.device)
+            found.timings[name].seconds.append(seconds)
+            found.timings[name].examples.append(seen)
+        found.rates.append(matrix_rate(setting.device, setting.dtype))
+    return found
+
+
+def measure(workload: Workload, setting: Setting, peers: Sequence[str]) -> dict[str, Any]:
+    """All forms on one base."""
+    groups = list(forms(workload, setting, peers))
+    if setting.device.type == "cpu":  # its speed drifts, so that all forms take turns
+        groups = [{name: make for group in groups for name, make in group.items()}]
+    timings: dict[str, Timing] = {}
+    errors: dict[str, str] = {}
+    rates: list[float] = []
+    for group in groups:
+        found = run(group, setting)
+        timings |= found.timings
+        errors |= found.errors
+        rates = found.rates  # the last group is the cohort's
+        gc.collect()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    work = operations(workload)
+    return {
+        "parameters": sum(parameter.numel() for parameter in build(workload, torch.device("meta")).parameters()),
+        "clients": setting.clients or workload.clients,
+        "operations": work,
+        "rates": rates,
+        **compare(timings, [1e3 * work / rate for rate in rates]),
+        "forms": {name: timing.record() for name, timing in timings.items()},
+        "errors": errors,
+    }
+
+
+def compare(timings: Mapping[str, Timing], floors: Sequence[float]) -> dict[str, Any]:
+    """What it comes to: plain forms against the plain cohort, private ones against the private.
+
+    `floors`: the least milliseconds of a client-step, in each repeat.
+    """
+    found: dict[str, Any] = {"floor": statistics.median(floors), "faster": {}}
+    for name, timing in timings.items():
+        ours = timings.get("cohort" if name.startswith("peft") else "cohort DP")
+        if ours and not name.startswith("cohort"):
+            found["faster"][name] = paired(timing.milliseconds, ours.milliseconds)
+    if plain := timings.get("cohort"):
+        found["share"] = paired(floors, plain.milliseconds)
+    if private := timings.get("cohort DP"):
+        found["share DP"] = paired(floors, private.milliseconds)
+    if plain and private:
+        found["DP over plain"] = paired(private.milliseconds, plain.milliseconds)
+    return found
+
+
+def paired(one: Sequence[float], other: Sequence[float]) -> float:
+    """How many times longer one takes: the median over repeats, which drift together where they take turns."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """Milliseconds of a client-step, a row for each form on each base."""
+    stands = "gpu" in record["machine"] and record["settings"]["precision"] == "bf16"
+    shown = Table(title="milliseconds per client-step", caption=caption(record), min_width=100)
+    for heading in ("base", "form", "median", "least to most", "first repeat, s", "cohort is faster by", "target"):
+        shown.add_column(heading, justify="left" if heading in ("base", "form") else "right")
+    for base, found in record["bases"].items():
+        for name, form in found["forms"].items():
+            faster = found["faster"].get(name)
+            wanted = (
+                FASTER.get(base, {}).get(name.split()[0]) if stands and name in strongest(found["faster"]) else None
+            )
+            least, most = min(form["each"]), max(form["each"])
+            shown.add_row(
+                base,
+                name,
+                f"{form['milliseconds']:.3g}",
+                f"{least:.3g} to {most:.3g}",
+                f"{form['first']:.1f}",
+                f"{faster:.3g} ×" if faster else "",
+                f"≥ {wanted:.3g} ×" if wanted else "",
+            )
+        for name, error in found["errors"].items():
+            shown.add_row(base, name, "failed", error[:40])
+        for name in ("share", "share DP"):
+            if name in found:
+                goal = f"≥ {SHARE[base]:.0%}" if stands and name == "share DP" and base in SHARE else ""
+                shown.add_row(base, f"floor, {name}", f"{found['floor']:.3g}", "", "", f"{found[name]:.1%}", goal)
+        if "DP over plain" in found:
+            shown.add_row(
+                base, "DP over plain", "", "", "", f"{found['DP over plain']:.3f}", f"≤ {DP_COST}" if stands else ""
+            )
+        shown.add_section()
+    return shown
+
+
+def strongest(faster: Mapping[str, float]) -> set[str]:
+    """Of each peer the way that comes closest to the cohort: the one that a claim is held to."""
+    peers = {name.split()[0] for name in faster}
+    return {min((n for n in faster if n.split()[0] == peer), key=lambda n: faster[n]) for peer in peers}
+
+
+def caption(record: Mapping[str, Any]) -> str:
+    """The settings, as one would ask for them."""
+    chosen, where = record["settings"], record["machine"]
+    rate = statistics.median(rate for found in record["bases"].values() for rate in found["rates"])
+    ways = (
+        " autocast: fp32 factors under torch.autocast; fp32: fp32 factors, no autocast; compute: factors, moments and "
+        "noise in bf16."
+    )
+    return (
+        f"{where.get('gpu') or where['processor']}. Weights and activations in {chosen['precision']}; the cohort and "
+        f"hooks keep factors, moments and noise in fp32.{ways if chosen['precision'] == 'bf16' else ''} LoRA of rank "
+        f"{RANK} at every attention projection; a client-step is {BATCH} examples (DP: Poisson from {EXAMPLES}, scaled "
+        f"to {BATCH}) and one step of AdamW. Median of {chosen['repeats']} repeats after the first. Cohort: "
+        f"{'compiled' if chosen['compiled'] else 'eager'}, {chosen['steps']} steps a job, with all set-up of the jobs; "
+        f"the others: {len(POISSON_SIZES)} steps, their set-up not counted. Floor: products and convolutions at the "
+        f"rate of a large product in the same precision, {rate / 1e12:.3g} TFLOP/s."
+    )
+
+
+def settings(arguments: argparse.Namespace) -> Setting:
+    """From the command line, with what the device gives."""
+    device = torch.device(arguments.device)
+    gpu = device.type == "cuda"
+    return Setting(
+        device=device,
+        precision=arguments.precision or ("bf16" if gpu else "fp32"),
+        repeats=arguments.repeats,
+        steps=arguments.steps,
+        clients=arguments.clients,
+        memory=budget(arguments.memory, device),
+        compiled=gpu and not arguments.eager,
+    )
+
+
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bases", nargs="+", choices=tuple(WORKLOADS), help="all three on a GPU, small on a CPU")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="all; on a GPU all but one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="steps of each job of a cohort")
+    parser.add_argument("--clients", type=int, help="of a cohort; each base has its own number")
+    parser.add_argument("--memory", type=float, help="GiB that a cohort may use; the trainer has its own default")
+    parser.add_argument("--eager", action="store_true", help="don't compile the cohort")
+    parser.add_argument("--out", type=Path, help="bench/results/cohort-<device>.json")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parsed()
+    quiet()
+    setting = settings(arguments)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench.throughput.cohort", *sys.argv[1:]]),
+        "machine": machine(setting.device),
+        "versions": versions("torch", "diffusers", "peft", "opacus", "triton"),
+        "settings": {**vars(setting), "device": str(setting.device)},
+        "bases": {},
+    }
+    out = arguments.out or Path(f"bench/results/cohort-{setting.device.type}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    gpu = setting.device.type == "cuda"
+    peers = (PEERS[:-1] if gpu else PEERS) if arguments.peers is None else arguments.peers
+    for base in arguments.bases or (("small", "medium", "sd15") if gpu else ("small",)):
+        record["bases"][base] = measure(WORKLOADS[base], setting, peers)
+        out.write_text(json.dumps(record, indent=2) + "\n")  # after each, so that a long run leaves what it has
+        Console(width=120).print(table({**record, "bases": {base: record["bases"][base]}}))
+    if any(found["errors"] for found in record["bases"].values()):
+        sys.exit("a form failed: see 'errors' in " + str(out))
+
+
+def quiet() -> None:
+    """Silence what is known: diffusers warns of a UNet's conversion to bf16, torch of Opacus' hook on the outermost."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "Full backward hook is firing")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""What does a leg of a round cost where training is trivial, and what memory when idle?  python -m bench.throughput.overhead
+
+Beside Flower's own SuperLink, SuperNodes and `flwr-clientapp`, on the same machine, with TLS and keys, as many nodes,
+and messages of as many bytes, whose ClientApp sends back what it got. A leg is from a message's being handed to the
+grid until the last reply is there.
+
+Memory is proportional set size (PSS) of all processes of one device: after the rounds, with nothing to do, and at most
+while it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.reliability.processes import LOOPBACK, Federation, federation, free_port, letters
+from common.flower import environment
+from server.supervisor.control import Control
+from server.supervisor.server_dir import Place
+from server.supervisor.superlink import SuperLink
+
+OUT = Path("bench/results/overhead.json")
+LEG, ADDED = 4.0, 40.0  # seconds of a leg, MiB that Anther may add when idle
+RUN = (
+    "strategy=fedit fleet.sample={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
+    "evaluation.timesteps=1 strategy.timeout=600"
+)
+
+SERVER_APP = """
+import json, time
+from pathlib import Path
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    nodes, rounds, size, out = (context.run_config[key] for key in ("nodes", "rounds", "size", "out"))
+    while len(found := list(grid.get_node_ids())) < nodes:
+        time.sleep(0.5)
+    legs = []
+    for number in range(rounds):
+        data = bytes([number % 256]) * size
+        arrays = ArrayRecord({"a": Array("uint8", (size,), "numpy.ndarray", data)})
+        began = time.perf_counter()
+        replies = list(grid.send_and_receive([Message(RecordDict({"a": arrays}), node, "train") for node in found]))
+        legs.append(time.perf_counter() - began)
+        assert len(replies) == nodes and not any(reply.has_error() for reply in replies), replies
+        Path(out).write_text(json.dumps(legs))
+"""
+CLIENT_APP = """
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.train()
+def train(message, context):
+    return Message(message.content, reply_to=message)
+"""
+PROJECT = """[project]
+name = "peer"
+version = "1.0.0"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "peer"
+
+[tool.flwr.app.components]
+serverapp = "peer.server:app"
+clientapp = "peer.client:app"
+
+[tool.flwr.app.config]
+nodes = 1
+rounds = 1
+size = 1
+out = ""
+"""
+
+
+@dataclass
+class Memory:
+    """PSS in MiB of one device's processes."""
+
+    training: float = 0.0
+    """The most that was seen."""
+    idle: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    """Of the idle one, by process."""
+
+
+def pss(processes: Callable[[], list[psutil.Process]]) -> dict[str, float]:
+    """MiB of each process that is there now."""
+    found: dict[str, float] = {}
+    for process in processes():
+        with contextlib.suppress(psutil.Error):
+            words = [word for word in process.cmdline() if not word.startswith("-")]
+            name = next((Path(w).name for w in words if "flower-" in w or "flwr-" in w or w.startswith("client.")), "?")
+            found[f"{name} {process.pid}"] = process.memory_full_info().pss / 2**20
+    return found
+
+
+@contextlib.contextmanager
+def most(processes: Callable[[], list[psutil.Process]], memory: Memory) -> Iterator[None]:
+    """Notes the most that these processes hold together, every half second."""
+    end = threading.Event()
+
+    def look() -> None:
+        while not end.wait(0.5):
+            memory.training = max(memory.training, sum(pss(processes).values()))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float) -> tuple[list[float], Memory]:
+    """Seconds of each leg, and the memory of one node."""
+    place = Place(folder / "server")
+    place.prepare([LOOPBACK], 1)
+    superlink = SuperLink(place.folder, free_port(), place.certificates)
+    app, out = folder / "peer-app", folder / "legs.json"
+    (app / "peer").mkdir(parents=True)
+    for name, text in (("server", SERVER_APP), ("client", CLIENT_APP), ("__init__", "")):
+        (app / "peer" / f"{name}.py").write_text(text)
+    (app / "pyproject.toml").write_text(PROJECT)
+    started: list[subprocess.Popen] = []
+    memory = Memory()
+    superlink.start()
+    try:
+        control = Control(superlink.address, place.certificates.authority)
+        for number in range(nodes):
+            started.append(_supernode(folder / f"node-{number}", number, superlink, place, control))
+        below = _below(started[0])
+        settings = f'nodes={nodes} rounds={rounds} size={size} out="{out}"'
+        done = superlink._flwr("run", str(app), "anther", "--run-config", settings, "--format", "json")
+        run = int(done["run-id"])
+        with most(below, memory):
+            while not control.status(run).startswith("finished"):
+                time.sleep(0.5)
+        time.sleep(settle)
+        memory.parts = pss(below)
+        memory.idle = sum(memory.parts.values())
+        legs: list[float] = json.loads(out.read_text())
+        return legs, memory
+    finally:
+        for process in started:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+        superlink.stop()
+
+
+def _supernode(home: Path, number: int, superlink: SuperLink, place: Place, control: Control) -> subprocess.Popen:
+    """Flower's own, as its documentation starts it."""
+    home.mkdir()
+    key = home / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key), "-C", ""], check=True)
+    control.register((home / "key.pub").read_text(), f"node-{number}")
+    with (home / "log").open("wb") as log:
+        return subprocess.Popen(
+            [
+                "flower-supernode",
+                "--root-certificates",
+                str(place.certificates.authority),
+                "--superlink",
+                superlink.address,
+                "--auth-supernode-private-key",
+                str(key),
+                "--host",
+                LOOPBACK,
+                "--port",
+                str(free_port()),
+            ],
+            env={**environment(home / "flower"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _below(process: subprocess.Popen) -> Callable[[], list[psutil.Process]]:
+    own = psutil.Process(process.pid)
+
+    def found() -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            return [own, *own.children(recursive=True)]
+        return []
+
+    return found
+
+
+def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[float], Memory, int]:
+    """Seconds of each leg but the first round's, the memory of one device, and bytes of an adapter."""
+    memory = Memory()
+    with federation(folder, f"rounds={rounds + 1} {RUN.format(nodes=nodes)}") as found:
+        found.start()
+        pictures = letters(folder / "pictures", nodes)
+        for name, data in pictures.items():
+            found.enrol(name, data, f"worker.idle_seconds={settle / 2:g}").start()
+        process = next(iter(found.devices.values())).process
+        assert process is not None
+        below = _below(process)
+        with most(below, memory):
+            while found.server.code is None and found.rounds() < rounds + 1:
+                time.sleep(0.5)
+        time.sleep(settle)
+        memory.parts = pss(below)
+        memory.idle = sum(memory.parts.values())
+        return _legs(found), memory, _adapter_bytes(found)
+
+
+def _legs(found: Federation) -> list[float]:
+    """A round of training and measuring is two legs."""
+    state = json.loads(sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("state.json").read_text())
+    return [done["wall_seconds"] / 2 for done in state["history"][2:]]  # the first loads the base
+
+
+def _adapter_bytes(found: Federation) -> int:
+    return sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("adapter.safetensors").stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--settle", type=float, default=20.0, help="seconds without work before memory is read")
+    parser.add_argument("--out", type=Path, default=OUT)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="anther-") as folder:
+        legs, held, size = ours(Path(folder) / "ours", asked.nodes, asked.rounds, asked.settle)
+        alone, without = flower_alone(Path(folder) / "flower", asked.nodes, asked.rounds, size, asked.settle)
+    record: dict[str, Any] = {
+        "command": " ".join(["python -m bench.throughput.overhead", *sys.argv[1:]]),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("flwr", "torch"),
+        "load": os.getloadavg()[0],
+        "bytes": size,
+        "anther": {"legs": legs, **vars(held)},
+        "flower": {"legs": alone, **vars(without)},
+    }
+    asked.out.write_text(json.dumps(record, indent=2) + "\n")
+    Console(width=110).print(table(record))
+
+
+def table(record: dict[str, Any]) -> Table:
+    """Medians of legs, and memory of one device."""
+    shown = Table(title=f"one leg of {record['bytes'] / 1e6:.2f} MB, and the memory of one device")
+    for heading in ("", "leg, s (median)", "worst", "idle, MiB", "while training, MiB"):
+        shown.add_column(heading, justify="right")
+    for name in ("anther", "flower"):
+        found = record[name]
+        shown.add_row(
+            name,
+            f"{median(found['legs']):.2f}",
+            f"{max(found['legs']):.2f}",
+            f"{found['idle']:.0f}",
+            f"{found['training']:.0f}",
+        )
+    added = record["anther"]["idle"] - record["flower"]["idle"]
+    quick = median(record["anther"]["legs"]) <= LEG
+    shown.caption = f"leg ≤ {LEG:g} s: {'yes' if quick else 'no'}; idle {added:+.0f} MiB (≤ +{ADDED:g})"
+    return shown
+
+
+if __name__ == "__main__":
+    main()

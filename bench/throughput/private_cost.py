@@ -1,0 +1,211 @@
+"""Cost of privacy per step:  python -m bench.throughput.private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
+
+Trains one client's adapter on the glyph base, open and private in turn, on batches of the same size in the mean, and
+compares:
+
+    computed  the private job's work over the open one's: clipping, noise, and the padding of its passes
+    waited    the time after which its reply leaves over the open job's: the turns of its public schedule
+
+The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.public_duration`). The
+fixed cost of a pass beside its entries is fitted to passes of several sizes: it determines `training.pass_size.BESIDE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+from bench.throughput.roofline import synchronise
+from models.base.base import Base, load
+from models.lora.adapter import initial
+from privacy.noise import Simulated
+from training.buffers import Rows, Shape
+from training.capacity import capacity, entry_bytes, largest_pass
+from training.cohort import train
+from training.jobs import DPSGD, Examples, Train, Trained
+from training.memory import budget, for_training
+from training.microbatching import Pack
+from training.parallel_passes import single_threaded_layers, workers
+from training.pass_size import BESIDE, fixed_size
+from training.public_duration import Turns, scheduled
+from training.step import gradients, on_device
+from typefaces import dataset
+
+RANK, MOST = 8, 1.15
+CASES = [  # mean pictures per batch, draws per picture, assumed number of pictures
+    (4, 1, 20),
+    (4, 4, 20),
+    (5, 8, 5),
+    (8, 4, 40),
+    (16, 1, 200),
+    (16, 4, 200),
+    (20, 4, 20),
+    (64, 1, 1000),
+]
+SMALL = CASES[:2] + CASES[6:7]
+SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def letters(base: Base, count: int) -> Examples:
+    """Make `count` examples by repeating a few letters."""
+    writer = dataset.load("development")[0]
+    order = writer.order[:20]
+    latents = base.encode_images([writer.images[place] for place in order]).cpu()
+    context = base.encode_captions([dataset.caption(dataset.GLYPHS[place]) for place in order]).cpu()
+    index = torch.arange(count) % len(order)
+    return Examples(latents[index], context[index])
+
+
+def job(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool) -> Train:
+    """Make the job of a case; an open job has the same number of entries per step."""
+    batch, draws, assumed = case
+    plain = Train(
+        client="bench",
+        round=seed,
+        purpose="shared",
+        seed=7,
+        examples=Examples(*(e[:assumed] for e in examples)),
+        start=initial(base.sites, RANK, 7),
+        steps=steps,
+        batch_size=batch * draws,
+        learning_rate=1e-3,
+    )
+    if not private:
+        return plain
+    return dataclasses.replace(
+        plain,
+        batch_size=batch,
+        names=tuple(map(str, range(assumed))),
+        privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=batch / assumed, draws=draws),
+        noise=Simulated(seed=seed, client="bench", round=seed, purpose="shared"),
+    )
+
+
+def seconds_of(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Run `work`, and return its wall-clock seconds, its CPU seconds and its result."""
+    synchronise(base.device)
+    wall, busy = time.perf_counter(), time.process_time()
+    found = work()
+    synchronise(base.device)
+    return time.perf_counter() - wall, time.process_time() - busy, found
+
+
+def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
+    """Fit the fixed seconds of a pass and the seconds per entry to the fastest passes of several sizes."""
+    plan = job(base, examples, CASES[0], 1, 0, private=True)
+    rows_shape = Shape.of([plan])
+    rows = Rows(base, rows_shape, 1)
+    rows.open({0: plan})
+    best = []
+    with single_threaded_layers():  # as in passes side by side
+        for size in SIZES:
+            entries = on_device(Pack.nothing(0, 0, size, 1), base.device)
+            passed = partial(gradients, base, rows, entries)
+            best.append(min(seconds_of(base, passed)[base.device.type == "cpu"] for _ in range(repeats + 1)))
+    each, beside = np.polyfit(SIZES, best, 1, w=1 / np.array(best))
+    return {
+        "pass": float(beside),
+        "entry": float(each),
+        "beside_bytes": float(beside / each) * entry_bytes(base, rows_shape),
+    }
+
+
+def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, repeats: int) -> dict[str, Any]:
+    """Measure seconds per step, open and private, and their ratios: medians over alternating repeats."""
+    memory = for_training(budget(None, base.device))
+    found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+    for seed in range(repeats):
+        for private in (False, True):
+            for warm in (False, True):  # replaces the other kind's buffers and, on a GPU, its graphs
+                plan = job(base, examples, case, steps, seed, private=private)
+                wall, busy, (trained,) = seconds_of(base, partial(train, base, [plan], memory=memory, timesteps=1))
+                assert isinstance(trained, Trained), trained
+                if warm:
+                    found[private].append((wall / steps, busy / steps, (wall + trained.idle) / steps))
+    (open_wall, open_busy, _), (wall, busy, lasts) = (
+        [statistics.median(values) for values in zip(*found[private], strict=True)] for private in (False, True)
+    )
+    batch, draws, assumed = case
+    plan = job(base, examples, case, steps, 0, private=True)
+    room = capacity(base, [plan], memory)
+    most = largest_pass(base.device, room.entries)
+    entry = entry_bytes(base, Shape.of([plan]))
+    size = fixed_size(base.device, [plan], most if base.device.type == "cpu" else max(1, for_training(most)), entry)
+    turns = Turns.of(plan, size, min(workers(base.device), room.entries))
+    beside, planned = BESIDE[base.device.type] / entry, scheduled(assumed, batch / assumed, steps, turns)
+    alone = -(-batch * draws // most)  # passes of the open step
+    expected = planned * turns.at_once * (beside + size) / (steps * (alone * beside + batch * draws))
+    return {
+        "batch": batch,
+        "draws": draws,
+        "pictures": assumed,
+        "size": size,
+        "turns": planned,
+        "open_ms": 1e3 * open_wall,
+        "private_ms": 1e3 * wall,
+        "lasts_ms": 1e3 * lasts,
+        "computed": busy / open_busy if base.device.type == "cpu" else wall / open_wall,
+        "waited": lasts / open_wall,
+        "formula": expected,
+    }
+
+
+def table(record: dict[str, Any]) -> Table:
+    found = Table(title=f"A private step over an open one, {record['steps']} steps a job, {record['device']}")
+    for name in ("batch", "draws", "of", "pass", "turns", "open ms", "private ms", "computed", "waited", "formula"):
+        found.add_column(name, justify="right")
+    for row in record["cases"]:
+        numbers = [row[name] for name in ("batch", "draws", "pictures", "size", "turns")]
+        times = [f"{row[name]:.1f}" for name in ("open_ms", "private_ms")]
+        ratios = [f"{row[name]:.2f}" for name in ("computed", "waited", "formula")]
+        found.add_row(*map(str, numbers), *times, *ratios)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="three cases")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/private-cost.json"))
+    given = parser.parse_args()
+    base = load("glyphs", device=given.device)
+    cases = SMALL if given.small else CASES
+    examples = letters(base, max(assumed for _, _, assumed in cases))
+    record: dict[str, Any] = {
+        "machine": machine(base.device),
+        "versions": versions("torch"),
+        "device": given.device,
+        "steps": given.steps,
+        "threads": torch.get_num_threads(),
+        "cases": [],
+        # On a GPU these passes are graphs, which take as long for one entry as for many.
+        "a_pass": overhead(base, examples, given.repeats) if base.device.type == "cpu" else None,
+    }
+    for case in cases:
+        record["cases"].append(measured(base, examples, case, given.steps, given.repeats))
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=120)
+    console.print(table(record))
+    if record["a_pass"]:
+        console.print(f"a pass takes as long as {record['a_pass']['beside_bytes'] / 1e6:.0f} MB more of entries would")
+    over = [row for row in record["cases"] if row["computed"] > MOST]
+    console.print(f"computed over {MOST}: {len(over)} of {len(cases)} cases")
+
+
+if __name__ == "__main__":
+    main()

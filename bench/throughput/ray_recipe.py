@@ -1,0 +1,169 @@
+"""Federated LoRA with DP as published, on Flower's Ray simulation:  python -m bench.throughput.ray_recipe --form published|tuned
+
+What a careful reader of the documentation of diffusers, peft, Opacus and Flower would write: a diffusers UNet with
+peft's LoRA, Opacus' hooks and DPOptimizer around it, stock FedAvg of A and B, one client at a time in each of Ray's
+processes. The workload is that of `bench.throughput.recipes`; pictures and captions are encoded before the clock starts.
+
+    published  the base is loaded anew for every message, as in Flower's own FlowerTune recipe, with Flower's default
+               of two cores for a client
+    tuned      the base stays in each process; one process for each core, with one thread
+
+The last line that it prints is JSON, in seconds: `startup` until the first round begins, `rounds`, `total` of both,
+`clients`: the time spent in clients' code, of all together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower looks at its own as it is imported, here and in actors
+os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's next default, of which it would warn
+
+import numpy as np
+import psutil
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from bench.lib.workloads import EXAMPLES, PRIVACY, SITES
+from bench.throughput.peers import Opacus, add_lora
+from common.seeding import derive_seed
+from models.base import assets
+from models.diffusion.objective import diffusion
+from training.jobs import Examples
+
+CLIENTS, STEPS, SEED = 20, 4, 0
+RESOURCES: dict[str, Any] = {"published": {"num_cpus": 2}, "tuned": {"num_cpus": 1}}
+
+
+def prepare(folder: Path) -> None:
+    """Encode the pictures of the first writers, a file of latents and text embeddings for each."""
+    from models.base.base import load
+    from typefaces import dataset
+
+    base = load("glyphs", sites=SITES)
+    for client, writer in enumerate(dataset.load("development", assets.locate("typefaces"))[:CLIENTS]):
+        chosen = dataset.split(writer.order, EXAMPLES).train
+        latents = base.encode_images([writer.images[i] for i in chosen])
+        context = base.encode_captions([dataset.caption(dataset.GLYPHS[i]) for i in chosen])
+        np.savez(folder / f"{client}.npz", latents=latents.numpy(), context=context.numpy())
+
+
+def network() -> Any:
+    """The frozen UNet of the base."""
+    return UNet2DConditionModel.from_pretrained(assets.locate("glyphs") / "unet").requires_grad_(False)
+
+
+def fresh(examples: Examples) -> Opacus:
+    """A UNet just loaded, with LoRA and Opacus' hooks."""
+    scheduler: Any = DDIMScheduler.from_pretrained(assets.locate("glyphs") / "scheduler")
+    schedule = diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    return Opacus(network(), examples, schedule, factors="fp32")
+
+
+def kept(examples: Examples) -> Opacus:
+    """The one of this process, with an optimiser that knows nothing of the client before."""
+    peer = _of_this_process()
+    peer.examples = examples
+    peer.optimiser.original_optimizer.state.clear()
+    return peer
+
+
+@functools.cache
+def _of_this_process() -> Opacus:
+    torch.set_num_threads(1)
+    return fresh(Examples(torch.empty(0), torch.empty(0)))
+
+
+def train(form: str, folder: Path, message: Message, context: Context) -> Message:
+    """The ClientApp: a few steps of DP-SGD from the factors sent."""
+    started = time.perf_counter()
+    client = int(context.node_config["partition-id"])
+    torch.manual_seed(derive_seed(SEED, client, message.content["config"]["server-round"]))
+    with np.load(folder / f"{client}.npz") as file:
+        examples = Examples(torch.from_numpy(file["latents"]), torch.from_numpy(file["context"]))
+    peer = kept(examples) if form == "tuned" else fresh(examples)
+    unet: Any = peer.unet._module
+    set_peft_model_state_dict(unet, message.content.array_records["arrays"].to_torch_state_dict())
+    for _ in range(STEPS):
+        peer.step((torch.rand(EXAMPLES) < PRIVACY.sampling_rate).nonzero().flatten())
+    metrics = MetricRecord({"num-examples": EXAMPLES, "seconds": time.perf_counter() - started})
+    arrays = ArrayRecord(get_peft_model_state_dict(unet))
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def summed(replies: list[RecordDict], _: str) -> MetricRecord:
+    """Time in clients' code; a client that failed would have been left out of the average."""
+    if len(replies) < CLIENTS:
+        raise RuntimeError(f"{CLIENTS - len(replies)} of {CLIENTS} clients failed")
+    spent: list[Any] = [reply["metrics"]["seconds"] for reply in replies]
+    return MetricRecord({"seconds": sum(spent)})
+
+
+def simulate(form: str, rounds: int, folder: Path) -> tuple[list[float], float]:
+    """When, by time.time(), the first round began and each one ended; seconds in clients' code."""
+    server, client = ServerApp(), ClientApp()
+    ends: list[float] = []
+    spent: list[Any] = []
+
+    def clock(_round: int, _arrays: ArrayRecord) -> None:
+        ends.append(time.time())
+
+    @server.main()
+    def main(grid: Grid, _: Context) -> None:
+        unet = network()
+        add_lora(unet, "fp32")
+        strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=CLIENTS, train_metrics_aggr_fn=summed)
+        result = strategy.start(
+            grid, ArrayRecord(get_peft_model_state_dict(unet)), num_rounds=rounds, evaluate_fn=clock
+        )
+        spent.extend(metrics["seconds"] for metrics in result.train_metrics_clientapp.values())
+
+    client.train()(functools.partial(train, form, folder))
+    run_simulation(server, client, CLIENTS, backend_config={"client_resources": RESOURCES[form]})
+    return ends, sum(spent)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", choices=RESOURCES, required=True)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prepare", type=Path, help="only encode the pictures, into this folder")
+    chosen = parser.parse_args(arguments)
+    if chosen.prepare:
+        prepare(chosen.prepare)
+        return
+    born = psutil.Process().create_time()
+    with tempfile.TemporaryDirectory() as folder:
+        before = time.time()
+        command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", chosen.form, "--prepare", folder]
+        subprocess.run(command, check=True)  # a process of its own: what it has loaded goes with it
+        preparing = time.time() - before
+        ends, clients = simulate(chosen.form, chosen.rounds, Path(folder))
+    startup = ends[0] - born - preparing
+    rounds = [after - before for before, after in pairwise(ends)]
+    print(json.dumps({"startup": startup, "rounds": rounds, "total": startup + sum(rounds), "clients": clients}))
+
+
+if __name__ == "__main__":
+    from bench.throughput import ray_recipe
+
+    ray_recipe.main()

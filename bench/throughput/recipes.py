@@ -1,0 +1,178 @@
+"""Whole federations against each other on a CPU:  python -m bench.throughput.recipes [--repeats 3] [--forms cohort serial …]
+
+The same workload as whole programs, each with its start-up: 20 clients, 10 rounds, 4 steps of DP-SGD with 4 of 20
+examples expected, on the glyph base, whose latents and text embeddings are made before the clock starts.
+
+    cohort     anther simulate grid=cohort, with its ledger and checkpoints, until its last round
+    serial     the same with grid=serial: one client at a time
+    published  what the libraries' documentation adds up to, on Flower's Ray simulation (bench/throughput/ray_recipe.py)
+    tuned      the same with what a careful user would change
+
+A simulation of ours caches latents in its first round, so one is made in advance; what is timed is a copy of it that
+is resumed, and trains as many rounds as the others. Forms take turns, since machines drift; what is compared is the
+median over repeats of the ratio within a repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.lib.machine import machine, versions
+
+FORMS = ("cohort", "serial", "published", "tuned")
+TARGETS = {"published": ("total", 5.0), "tuned": ("total", 1.5), "serial": ("round", 1.3)}
+CLIENTS, EXAMPLES, STEPS, BATCH = 20, 20, 4, 4
+OURS = (
+    "privacy=example",
+    "strategy=fedit",
+    "tracker=none",
+    f"data.writers={CLIENTS}",
+    f"data.train={EXAMPLES}",
+    f"adapter.shared.steps={STEPS}",
+    f"adapter.shared.batch_size={BATCH}",
+    "data.validation=1",
+    "data.test=1",
+    "fleet.evaluate=1",
+    "evaluation.timesteps=1",
+    "evaluation.gallery=0",
+)
+_LOOK = 0.02  # seconds between two looks at a run's metrics
+
+
+class Run(NamedTuple):
+    """One program, in seconds."""
+
+    startup: float  # until training begins
+    rounds: list[float]
+
+    @property
+    def total(self) -> float:
+        """Until the last round ends."""
+        return self.startup + sum(self.rounds)
+
+    @property
+    def round(self) -> float:
+        """A round in steady state: the median after the first."""
+        return statistics.median(self.rounds[1:])
+
+
+def ours(form: str, rounds: int, folder: Path) -> Run:
+    """Resume a copy of a simulation whose first round is over, and watch it until its last."""
+    begun = folder / form
+    command = [sys.executable, "-m", "simulations.run", *OURS, f"grid={form}", f"rounds={1 + rounds}"]
+    if not begun.exists():
+        until([*command, f"hydra.run.dir={begun}"], begun, 1)
+    resumed = folder / "resumed"
+    shutil.copytree(begun, resumed)
+    total = until([*command, f"hydra.run.dir={resumed}", "resume=true"], resumed, 1 + rounds)
+    seconds = [line["seconds"] for line in lines(resumed)[2:]]
+    shutil.rmtree(resumed)
+    return Run(total - sum(seconds), seconds)
+
+
+def until(command: Sequence[str], folder: Path, round: int) -> float:
+    """Run a simulation in `folder` until a round is complete, then end it; seconds since its start."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            while (complete := len(lines(folder))) <= round:
+                if process.poll() is not None:
+                    done = f"round {complete - 1}" if complete else "no round"
+                    raise RuntimeError(f"the simulation ended with {process.returncode} after {done}")
+                time.sleep(_LOOK)
+            return time.perf_counter() - started
+        finally:
+            process.terminate()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every complete round; the first is of round 0, in which nothing is trained."""
+    file = folder / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def rays(form: str, rounds: int) -> Run:
+    """Flower's recipe; the last line that it prints tells its times."""
+    command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", form, "--rounds", str(rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    return Run(told["startup"], told["rounds"])
+
+
+def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
+    """How many times longer than the cohort each form takes: for everything, and for a round in steady state."""
+    return {
+        form: {
+            "total": statistics.median(a.total / b.total for a, b in zip(found, runs["cohort"], strict=True)),
+            "round": statistics.median(a.round / b.round for a, b in zip(found, runs["cohort"], strict=True)),
+        }
+        for form, found in runs.items()
+        if form != "cohort"
+    }
+
+
+def table(runs: Mapping[str, Sequence[Run]]) -> Table:
+    """A row for each form."""
+    ratios = compare(runs)
+    shown = Table(title=f"{CLIENTS} clients × {STEPS} steps × {BATCH} examples, DP, glyph base; seconds (medians)")
+    for heading in ("form", "start-up", "first round", "a later round", "total", "× cohort, total", "× cohort, round"):
+        shown.add_column(heading, justify="left" if heading == "form" else "right")
+    for form, found in runs.items():
+        columns = zip(*((r.startup, r.rounds[0], r.round, r.total) for r in found), strict=True)
+        cells = [f"{statistics.median(column):.1f}" for column in columns]
+        wanted, least = TARGETS.get(form, ("", 0.0))
+        for kind in ("total", "round"):
+            target = f" (≥ {least})" if kind == wanted else ""
+            cells.append(f"{ratios[form][kind]:.2f}{target}" if form in ratios else "")
+        shown.add_row(form, *cells)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/recipes-cpu.json"))
+    arguments = parser.parse_args()
+    forms = list(dict.fromkeys(("cohort", *arguments.forms)))
+    runs: dict[str, list[Run]] = {form: [] for form in forms}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(arguments.repeats):
+            turn = repeat % len(forms)
+            for form in (*forms[turn:], *forms[:turn]):
+                own = form in ("cohort", "serial")
+                run = ours(form, arguments.rounds, Path(folder)) if own else rays(form, arguments.rounds)
+                runs[form].append(run)
+                print(f"repeat {repeat + 1}, {form}: {run.total:.1f} s", file=sys.stderr)
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench.throughput.recipes", *sys.argv[1:]]),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions("torch", "diffusers", "flwr", "ray", "opacus", "peft"),
+        "settings": {"clients": CLIENTS, "rounds": arguments.rounds, "overrides": OURS},
+        "slower": compare(runs),
+        "runs": {form: [{**run._asdict(), "total": run.total} for run in found] for form, found in runs.items()},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    Console(width=130).print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The forms of a client-step that bench.throughput.cohort times, each a repeat at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, SITES, Workload, build, examples, jobs, schedule
+from bench.throughput.opacus_baseline import Hooks
+from bench.throughput.peers import Factors, Opacus, Peer, Peft
+from models.base.denoiser import PRECISIONS, Denoiser
+from models.diffusion.objective import Schedule
+from training.cohort import train
+from training.jobs import Examples
+
+PEERS = ("peft", "opacus", "hooks", "one")
+ALONE = 4  # clients that `one` trains in a repeat
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how everything of one run is timed."""
+
+    device: torch.device
+    precision: str  # 'fp32' | 'bf16': of weights and activations
+    repeats: int
+    steps: int  # of each job of a cohort
+    clients: int | None  # of a cohort; None: the workload's own
+    memory: int  # bytes that a cohort may use
+    compiled: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+
+class Form(Protocol):
+    """Something that trains, a repeat at a time."""
+
+    client_steps: int  # in a repeat
+
+    def prepare(self) -> None:
+        """Whatever a repeat needs that is not its work."""
+        ...
+
+    def run(self) -> int:
+        """One repeat; how many examples it saw."""
+        ...
+
+
+class Loop:
+    """A peer that trains one client."""
+
+    client_steps = len(POISSON_SIZES)
+
+    def __init__(self, peer: Peer, *, private: bool) -> None:
+        self.peer = peer
+        self.sizes = POISSON_SIZES if private else (BATCH,) * len(POISSON_SIZES)
+        self.pictures: list[Tensor] = []
+
+    def prepare(self) -> None:
+        self.pictures = [torch.randperm(EXAMPLES)[:size] for size in self.sizes]
+
+    def run(self) -> int:
+        for pictures in self.pictures:
+            self.peer.step(pictures)
+        return sum(self.sizes)
+
+
+class Cohort:
+    """The trainer, with fresh jobs in each repeat: `together` in its passes, or one after the other."""
+
+    def __init__(
+        self, denoiser: Denoiser, workload: Workload, setting: Setting, *, clients: int, private: bool, together: bool
+    ) -> None:
+        self.denoiser, self.private, self.steps = denoiser, private, setting.steps
+        self.data = [examples(workload, client, torch.device("cpu")) for client in range(clients)]
+        self.client_steps, self.round, self.together = clients * setting.steps, 0, together
+        self.train = partial(train, denoiser, memory=setting.memory, timesteps=4, compiled=setting.compiled)
+
+    def prepare(self) -> None:
+        self.round += 1
+        self.jobs, self.noise = jobs(
+            self.data, self.denoiser.sites, steps=self.steps, round=self.round, private=self.private
+        )
+
+    def run(self) -> int:
+        groups = [self.jobs] if self.together else [[job] for job in self.jobs]
+        for group in groups:
+            for result in self.train(group):
+                if isinstance(result, Exception):
+                    raise result
+        return sum(noise.drawn for noise in self.noise) if self.private else self.client_steps * BATCH
+
+
+def forms(workload: Workload, setting: Setting, peers: Sequence[str]) -> Iterator[Mapping[str, Callable[[], Form]]]:
+    """What is timed, by name: repeats within a group alternate, and only one group is in memory at a time."""
+    device = setting.device
+    ways: tuple[Factors, ...] = get_args(Factors) if setting.precision == "bf16" else ("fp32",)
+
+    def network() -> nn.Module:
+        return build(workload, device, setting.dtype)
+
+    def data() -> tuple[Examples, Schedule]:
+        return examples(workload, 0, device), schedule(device)
+
+    def peft(way: Factors) -> Form:
+        return Loop(Peft(network(), *data(), factors=way), private=False)
+
+    def opacus(way: Factors) -> Form:
+        return Loop(Opacus(network(), *data(), factors=way), private=True)
+
+    def hooks() -> Form:
+        return Loop(Hooks(network(), *data(), graphs=device.type == "cuda"), private=True)
+
+    for way in ways:
+        if "peft" in peers:
+            yield {f"peft {way}": partial(peft, way)}
+        if "opacus" in peers:
+            yield {f"opacus {way}": partial(opacus, way)}
+    if "hooks" in peers:
+        yield {"hooks": hooks}
+
+    @cache
+    def denoiser() -> Denoiser:
+        unet = build(workload, device)
+        return Denoiser(unet, schedule(device), sites=SITES, device=str(device), compute=setting.precision)
+
+    def cohort(clients: int, private: bool, together: bool = True) -> Form:
+        return Cohort(denoiser(), workload, setting, clients=clients, private=private, together=together)
+
+    clients = setting.clients or workload.clients
+    group = {"cohort": partial(cohort, clients, False), "cohort DP": partial(cohort, clients, True)}
+    if "one" in peers:
+        group["one"] = partial(cohort, ALONE, True, together=False)
+    yield group

@@ -1,0 +1,1 @@
+"""Commands of a device's owner: `anther device …`."""

@@ -1,0 +1,175 @@
+"""What can this device do? One minute of measuring:  anther device benchmark [--like pi4_2gb]
+
+Sustained rates of matrix products, convolutions and element-wise operations, and a small training step beside what is
+predicted of it. Leaves ANTHER_HOME/device.yaml, which `device=this` reads. What can't be measured from here (power, the
+battery) is taken from the profile of a device like this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from client.cli.plan import DONE, PROFILE, USAGE
+from client.planning.plan_search import pass_seconds
+from common.errors import AntherError
+from common.units import GIB, MIB
+from conf.schemas.planning import DeviceProfile, devices, planned
+from models.base import assets
+from models.base.denoiser import Denoiser
+from models.families.known import Known
+from models.families.stable_diffusion import STABLE_DIFFUSION
+from models.footprint.footprint import NO_SCHEDULE, Footprint, example, footprint, one_pass, shapes
+from models.lora.batched_lora import Layout
+from training.memory import total_and_free
+
+SECONDS = 60.0
+FREE = 0.9  # of what is free now that training may fill
+STEP = Known(
+    family=STABLE_DIFFUSION,
+    config={  # 34 million parameters
+        "block_out_channels": (128, 192, 256),
+        "cross_attention_dim": 128,
+        "attention_head_dim": 8,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    },
+)
+PIXELS, RANK = 256, 8
+
+_HEADER = """# What this device can do, measured by `anther device benchmark` on {when} with PyTorch {torch}.
+# Watts and battery are those of {like}; mend them where you know better.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' exit status: 0, or 2 with one line on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="anther device benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--like", choices=devices(), default="laptop", help="whose watts and battery (default: laptop)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="in all, about")
+    asked = parser.parse_args(arguments)
+    path = assets.home() / PROFILE
+    try:
+        if asked.seconds <= 0:
+            raise AntherError(f"--seconds {asked.seconds}: must be over 0")
+        found = measured(planned([f"device={asked.like}"], path).device, asked.seconds)
+        write(found, path, like=asked.like)
+    except (AntherError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    print("\n".join(f"{key}: {_number(value)}" for key, value in asdict(found).items()))
+    print(f"in {path}: now `anther device plan device=this`")
+    return DONE
+
+
+def measured(like: DeviceProfile, seconds: float) -> DeviceProfile:
+    """The profile of this device, with the watts and the battery of another; takes about so many seconds.
+
+    The step comes first: its peak tells what the process holds beside it, before anything else was large.
+    """
+    free = total_and_free(torch.device("cpu"))[1]
+    step, runtime = training_step(seconds / 4)
+    rates = replace(
+        like,
+        name=platform.node() or "this",
+        memory_gib=free * FREE / GIB,
+        runtime_mib=runtime / MIB,
+        matrix_gflops=matrix_rate(seconds / 4) / 1e9,
+        convolution_gflops=convolution_rate(seconds / 4) / 1e9,
+        bandwidth_gbs=bandwidth(seconds / 4) / 1e9,
+        slowdown=1.0,
+    )
+    try:
+        return replace(rates, slowdown=step / pass_seconds(predicted_step(), rates))
+    except ValueError as error:  # beyond what the schema allows
+        raise AntherError(f"{error}: was this device busy? Measure again when nothing else runs") from error
+
+
+def predicted_step() -> Footprint:
+    """Of the step that is measured."""
+    return footprint(shapes(STEP, sites=STEP.family.sites), *example(STEP, PIXELS), rank=RANK)
+
+
+def training_step(seconds: float) -> tuple[float, int]:
+    """Seconds of one forward and backward pass, and the bytes that the process holds beside what is predicted."""
+    network = STEP.network().to_empty(device="cpu")
+    for tensor in (*network.parameters(), *network.buffers()):
+        nn.init.normal_(tensor, std=0.02)
+    base = Denoiser(network, NO_SCHEDULE, sites=STEP.family.sites)
+    layout, (latents, context) = Layout(base.sites, RANK), example(STEP, PIXELS)
+    entry = torch.zeros(1, *latents), torch.zeros(1, *context), layout, torch.zeros(1, layout.size)
+    found = sustained(lambda: one_pass(base, *entry), seconds)
+    return found, max(10 * MIB, peak_bytes() - predicted_step().peak_bytes)
+
+
+def matrix_rate(seconds: float, n: int = 1024) -> float:
+    """Operations per second of a product of n×n matrices."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n**3 / sustained(lambda: a @ b, seconds)
+
+
+def convolution_rate(seconds: float, channels: int = 320, side: int = 32) -> float:
+    """Operations per second of a 3×3 convolution."""
+    x, weight = torch.randn(1, channels, side, side), torch.randn(channels, channels, 3, 3)
+    return 2 * 9 * (channels * side) ** 2 / sustained(lambda: F.conv2d(x, weight, padding=1), seconds)
+
+
+def bandwidth(seconds: float, numbers: int = 2**23) -> float:
+    """Bytes read and written per second by an element-wise operation, into memory that is fresh each time."""
+    x = torch.randn(numbers)
+    return 2 * x.nbytes / sustained(lambda: F.silu(x), seconds)
+
+
+def sustained(work: Callable[[], object], seconds: float) -> float:
+    """Mean seconds of one run of `work`, of as many as there is time for in the second half: a device grows hot."""
+    started = time.perf_counter()
+    work()
+    while time.perf_counter() - started < seconds / 2:
+        work()
+    halfway, runs = time.perf_counter(), 0
+    while not runs or time.perf_counter() - started < seconds:
+        work()
+        runs += 1
+    return (time.perf_counter() - halfway) / runs
+
+
+def peak_bytes() -> int:
+    """The most that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def write(profile: DeviceProfile, path: Path, *, like: str) -> None:
+    """The profile as YAML; appears when complete."""
+    header = _HEADER.format(when=datetime.now(UTC).date(), torch=torch.__version__, like=like)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filling = path.with_suffix(f".{os.getpid()}")
+    filling.write_text(header + "".join(f"{key}: {_number(value)}\n" for key, value in asdict(profile).items()))
+    filling.replace(path)
+
+
+def _number(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case float():
+            return f"{value:.4g}"
+    return f'"{value}"'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

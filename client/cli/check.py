@@ -1,0 +1,26 @@
+"""Check a folder of pictures as training would: exit status 0, or 2 with one line that names the mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from client.data import load_folder
+from common.errors import TOLD, told
+
+DONE, USAGE = 0, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m client.cli.check FOLDER`."""
+    (folder,) = sys.argv[1:] if arguments is None else arguments
+    try:
+        load_folder(folder)
+    except TOLD as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return USAGE
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

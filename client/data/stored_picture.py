@@ -1,0 +1,73 @@
+"""A picture that stays on disk: identified by its content, and decoded whenever its pixels are needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from client.data.reading import WHITE, decode, open_picture
+from common.errors import AntherError, refused
+from training.jobs import Picture
+
+_known: set[tuple[str, str]] = set()
+"""Contents and backgrounds that this process has decoded completely."""
+
+
+class Stored(Picture):
+    """A picture backed by its file. Its pixels take memory only while they are used."""
+
+    __slots__ = ("background", "path", "sha256")
+
+    def __init__(self, path: Path, caption: str, *, background: str = WHITE) -> None:
+        """Hash the file, and decode it once unless this process already has.
+
+        Raises:
+            AntherError: the file can't be read as a picture.
+        """
+        self.path, self.caption, self.background = path, caption, background
+        self.sha256 = _hashed(path)
+        if (self.sha256, background) not in _known:
+            self._read(side=1)
+            _known.add((self.sha256, background))
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return self._read(side=None)
+
+    def at_least(self, side: int) -> np.ndarray:
+        return self._read(side=side)
+
+    def content(self) -> Iterator[bytes]:
+        """Yield the file's bytes in place of its pixels, so that comparing pictures needs no decoding."""
+        yield repr(("file", self.sha256, self.background, self.caption)).encode()
+
+    def _read(self, side: int | None) -> np.ndarray:
+        with open_picture(self.path) as file:
+            if _digest(file, self.path) != self.sha256:
+                raise AntherError(f"{self.path}: was changed after the folder was read; read it again")
+            file.seek(0)
+            return decode(self.path, file, background=self.background, side=side)
+
+
+class Absent(Picture):
+    """Placeholder for a listed picture that can't be used: it keeps the picture's position among the others."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(np.zeros((0, 0), np.uint8), "")
+
+
+def _hashed(path: Path) -> str:
+    with open_picture(path) as file:
+        return _digest(file, path)
+
+
+def _digest(file: object, path: Path) -> str:
+    try:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    except OSError as error:
+        raise refused(error, path) from error

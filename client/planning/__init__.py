@@ -1,0 +1,1 @@
+"""What a device can train: search of plans, preflight check, measured throughput."""

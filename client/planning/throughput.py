@@ -1,0 +1,51 @@
+"""How fast this device trains its base, if `anther device benchmark` has measured the device."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple, dataclass
+
+from client.store.store import Store
+from models.base import assets
+from models.base.base import Base
+from models.families.known import find
+from models.footprint.footprint import example, footprint, stand_in
+
+PROFILE = "device.yaml"  # `client.cli.plan`'s, whose imports are slow
+RANK = 8  # it hardly matters for the time of a pass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a report says of a device that was measured."""
+
+    examples_per_second: float
+    watts: float
+    battery_wh: float | None
+
+
+def benchmarked(base: Base, store: Store | None = None) -> Rates | None:
+    """Rates with this base; None if the device wasn't measured, or trains on a GPU, which isn't what is measured.
+
+    What a pass takes is predicted from the profile as `anther device plan device=this` predicts it, which takes a
+    second or two; the store keeps it.
+
+    Raises:
+        AntherError: the profile in ANTHER_HOME can't be used.
+    """
+    path = assets.home() / PROFILE
+    if not path.is_file() or base.device.type != "cpu":
+        return None
+    from client.planning.plan_search import pass_seconds
+    from conf.schemas.planning import THIS, planned
+
+    profile = planned([f"device={THIS}"], path).device
+    held = (base.hash, base.resolution, base.dtype, base.checkpointing, sorted(base.sites), astuple(profile))
+    key = hashlib.sha256(repr(held).encode()).hexdigest()
+    seconds = store.number("pass-seconds", key) if store else None
+    if seconds is None:
+        predicted = footprint(stand_in(base), *example(find(str(base.folder)), base.resolution), rank=RANK)
+        seconds = pass_seconds(predicted, profile)
+        if store:
+            store.save_number("pass-seconds", key, seconds)
+    return Rates(1 / seconds, profile.watts_busy, profile.battery_wh)

@@ -1,0 +1,1 @@
+"""Typed schemas of all configurations (Hydra structured configs)."""

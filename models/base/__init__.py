@@ -1,0 +1,1 @@
+"""The frozen base: files, loading, hashes, and the network that jobs share."""

@@ -1,0 +1,1 @@
+"""Forward process, sampling, and decoding of latents."""

@@ -1,0 +1,116 @@
+"""Layer names in kohya's layout, which sd-scripts, ComfyUI, A1111 and Forge read.
+
+A UNet keeps diffusers' names. SD3 and Flux use the names of the original networks, which merge several layers of
+diffusers into one: queries, keys and values are stacked in a single weight. Adapters of such layers are merged into
+one with stacked A and block-diagonal B, each block in the rows of its part: the product is the same, to the last bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.errors import AntherError
+from models.lora.adapter import Site
+
+PREFIX = "lora_unet_"
+
+
+class Place(NamedTuple):
+    """Position of a diffusers layer in the original network."""
+
+    module: str
+    part: int = 0
+    """Index of the layer's part of the module's rows."""
+    parts: tuple[int, ...] = (1,)
+    """Relative numbers of rows of all parts."""
+
+
+class Piece(NamedTuple):
+    """The adapter of one layer of diffusers."""
+
+    part: int
+    parts: tuple[int, ...]
+    down: Tensor  # [r, in], or [r, in, h, w] of a convolution
+    up: Tensor  # [out, r], or [out, r, 1, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kohya:
+    """How sd-scripts names and reads the layers of a family."""
+
+    network_module: str
+    """The module of sd-scripts that reads the file."""
+    names: tuple[tuple[str, Place], ...] = ()
+    """(regular expression on diffusers' names, place with its groups); the first match wins. Empty: keep the names."""
+    read: str = ".*"
+    """Regular expression on diffusers' names of the layers that sd-scripts reads; it silently drops the others."""
+
+    def place(self, name: str) -> Place:
+        """Return the position of a layer in the original network.
+
+        Raises:
+            AntherError: the family's network has no such layer.
+        """
+        if not self.names:
+            return Place(name)
+        for pattern, place in self.names:
+            if found := re.fullmatch(pattern, name):
+                return place._replace(module=found.expand(place.module))
+        raise AntherError(f"{name}: has no name in kohya's layout: export with layout=diffusers")
+
+    def ignored(self, sites: Iterable[str]) -> list[str]:
+        """Return the sites that sd-scripts ignores; ComfyUI reads them."""
+        return [name for name in sites if not re.fullmatch(self.read, name)]
+
+
+def fused(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
+    """Merge A and B of a module's parts into [Σ r, in] and [out, Σ r]; rows of other parts are zero."""
+    pieces = sorted(pieces, key=lambda piece: piece.part)
+    if len(pieces) == len(pieces[0].parts) == 1:
+        return pieces[0].down, pieces[0].up
+    parts = pieces[0].parts
+    unit = len(pieces[0].up) // parts[pieces[0].part]
+    down = torch.cat([piece.down for piece in pieces])
+    up = down.new_zeros(unit * sum(parts), len(down))
+    column = 0
+    for piece in pieces:
+        row, rank = unit * sum(parts[: piece.part]), len(piece.down)
+        up[row : row + len(piece.up), column : column + rank] = piece.up
+        column += rank
+    return down, up
+
+
+def half_swapped(name: str, site: Site, up: Tensor) -> Tensor:
+    """Swap the halves of B for a layer whose two halves have the opposite order in the original network.
+
+    The last modulation of a transformer outputs (scale, shift) in diffusers and (shift, scale) in SD3 and Flux. It is
+    the only layer with twice as many outputs as inputs.
+    """
+    if re.fullmatch(r"norm_out\.linear|.*\.norm1_context\.linear", name) and site.outputs == 2 * site.inputs:
+        return torch.cat(up.chunk(2)[::-1])
+    return up
+
+
+def qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, Place], ...]:
+    """Map the names of queries, keys and values to one merged module.
+
+    Args:
+        pattern: layer name, with one %s in place of q, k and v.
+        rest: rows below them in the merged weight, relative to the rows of each.
+    """
+    parts = (1, 1, 1, rest) if rest else (1, 1, 1)
+    return tuple((pattern % each, Place(module, part, parts)) for part, each in enumerate("qkv"))
+
+
+def renamed(names: Mapping[str, str]) -> tuple[tuple[str, Place], ...]:
+    """Map the names of layers that remain separate modules."""
+    return tuple((pattern, Place(module)) for pattern, module in names.items())
+
+
+UNET_KOHYA = Kohya(network_module="networks.lora", read=r"(down_blocks|mid_block|up_blocks)\..*")

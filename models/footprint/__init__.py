@@ -1,0 +1,1 @@
+"""Predicted memory, operations and traffic of a training step."""

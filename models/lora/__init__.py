@@ -1,0 +1,1 @@
+"""LoRA adapters: factors, batched layers, trainable parts."""

@@ -1,0 +1,100 @@
+"""LoRA adapters as plain tensors.
+
+At a site with weight W [out, in] an adapter adds the product B A, with A [r, in] and B [out, r]; the scale
+α/r is folded into B, so that adapters of different rank can be compared, added and concatenated
+(Hu et al., 2021, arXiv:2106.09685, §4.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Site(NamedTuple):
+    """One layer of the base that an adapter may adapt: linear, or a convolution as the product that it is."""
+
+    inputs: int
+    """Of a convolution: channels · height · width of its kernel."""
+    outputs: int
+    kernel: tuple[int, ...] = ()
+    """(height, width) of a convolution's kernel, none for a linear layer."""
+
+
+class Factors(NamedTuple):
+    """A [r, in] and B [out, r] of one site."""
+
+    a: Tensor
+    b: Tensor
+
+
+Sites = Mapping[str, Site]
+Adapter = Mapping[str, Factors]
+
+
+def rank(adapter: Adapter) -> int:
+    """The largest rank over sites; 0 for an adapter without sites."""
+    return max((factors.a.shape[0] for factors in adapter.values()), default=0)
+
+
+def initial(sites: Sites, rank: int, seed: int) -> Adapter:
+    """A with entries N(0, 1/in), B = 0, so that the product is zero: the same for everyone by its seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: Factors(
+            torch.randn(rank, site.inputs, generator=generator) / site.inputs**0.5,
+            torch.zeros(site.outputs, rank),
+        )
+        for name, site in sites.items()
+    }
+
+
+def concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter whose product is the sum of the given products: ranks are laid side by side."""
+    names = dict.fromkeys(name for adapter in adapters for name in adapter)
+    present = {name: [adapter[name] for adapter in adapters if name in adapter] for name in names}
+    return {
+        name: Factors(torch.cat([f.a for f in parts]), torch.cat([f.b for f in parts], dim=1))
+        for name, parts in present.items()
+    }
+
+
+def at(adapter: Adapter, sites: Collection[str]) -> Adapter:
+    """What of an adapter sits at these sites."""
+    return {name: factors for name, factors in adapter.items() if name in sites}
+
+
+def head_and_tail(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
+    """The first `rank` directions of every site, and the rest."""
+    head = {name: Factors(f.a[:rank], f.b[:, :rank]) for name, f in adapter.items()}
+    tail = {name: Factors(f.a[rank:], f.b[:, rank:]) for name, f in adapter.items()}
+    return head, tail
+
+
+def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Flat names as they travel: `<site>.lora_A`, `<site>.lora_B`."""
+    tensors = {}
+    for name, factors in adapter.items():
+        tensors[f"{name}.lora_A"] = factors.a.contiguous()
+        tensors[f"{name}.lora_B"] = factors.b.contiguous()
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
+    """Inverse of `to_tensors`; the names must be pairs, as `protocol.tensor_codec` has checked."""
+    names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    return {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
+
+
+def shapes(sites: Sites, rank: int, *, frame: bool = False) -> dict[str, tuple[int, ...]]:
+    """The exact keys and shapes of an adapter of one rank at these sites, for the strict codec; with its `frame`."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, site in sites.items():
+        expected[f"{name}.lora_A"] = (rank, site.inputs)
+        expected[f"{name}.lora_B"] = (site.outputs, rank)
+        if frame:
+            expected[f"{name}.frame"] = (site.outputs, rank)
+    return expected

@@ -1,0 +1,1 @@
+"""Frozen weights in few bits: NF4 and int8 blocks, packed files."""

@@ -1,0 +1,112 @@
+"""Frozen layers that hold their weight in few bits.
+
+The floating-point weight exists only slab by slab, inside one layer's forward or backward: autograd keeps the codes,
+and reads them again, where weight-only schemes that dequantise in the graph keep both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from models.quantization.blockwise import Packed, slabs
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, shape, *packed):  # type: ignore[no-untyped-def]
+        ctx.shape = shape
+        ctx.save_for_backward(*packed)
+        flat = x.reshape(-1, shape[1])
+        y = x.new_empty(len(flat), shape[0])
+        for rows, weight in slabs(Packed(*packed), shape, x.dtype):
+            torch.mm(flat, weight.T, out=y[:, rows])
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        flat = grad.reshape(-1, ctx.shape[0])
+        found = grad.new_zeros(len(flat), ctx.shape[1])
+        for rows, weight in slabs(Packed(*ctx.saved_tensors), ctx.shape, grad.dtype):
+            found.addmm_(flat[:, rows], weight)
+        return found.view(*grad.shape[:-1], ctx.shape[1]), *[None] * 5
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, shape, geometry, *packed):  # type: ignore[no-untyped-def]
+        ctx.shape, ctx.geometry, ctx.inputs = shape, geometry, x.shape
+        ctx.save_for_backward(*packed)
+        y = None
+        for rows, weight in slabs(Packed(*packed), shape, x.dtype):
+            part = F.conv2d(x, weight, None if bias is None else bias[rows], *geometry)
+            if len(weight) == shape[0]:
+                return part
+            if y is None:
+                y = part.new_empty(len(x), shape[0], *part.shape[2:])
+            y[:, rows] = part
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        found = None
+        for rows, weight in slabs(Packed(*ctx.saved_tensors), ctx.shape, grad.dtype):
+            part = conv2d_input(ctx.inputs, weight, grad[:, rows], *ctx.geometry)
+            found = part if found is None else found.add_(part)
+        return found, *[None] * 6
+
+
+class Quantised(nn.Module):
+    """A layer whose weight is packed.
+
+    Attributes:
+        shape: of the weight.
+        codes, scales, top: as in `models.quantization.blockwise.Packed`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    top: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: Packed) -> None:
+        super().__init__()
+        self.shape = layer.weight.shape
+        for name, tensor in packed._asdict().items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    @property
+    def packed(self) -> Packed:
+        """The weight."""
+        return Packed(self.codes, self.scales, self.top)
+
+
+class QuantisedLinear(Quantised):
+    """A frozen nn.Linear."""
+
+    def __init__(self, layer: nn.Linear, packed: Packed) -> None:
+        super().__init__(layer, packed)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.bias, self.shape, *self.packed)
+
+
+class QuantisedConv2d(Quantised):
+    """A frozen nn.Conv2d of one group, padded with zeros."""
+
+    def __init__(self, layer: nn.Conv2d, packed: Packed) -> None:
+        super().__init__(layer, packed)
+        self.in_channels, self.out_channels, self.kernel_size = layer.in_channels, layer.out_channels, layer.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
+        return _Conv2d.apply(x, self.bias, self.shape, geometry, *self.packed)

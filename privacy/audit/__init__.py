@@ -1,0 +1,1 @@
+"""Empirical audits: lower bounds of ε, tests of noise, membership inference."""

@@ -1,0 +1,53 @@
+"""Register enrolled devices as nodes of the SuperLink."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from server.gateway.device_registry import Register
+from server.supervisor.superlink import SuperLink
+
+
+@dataclass
+class Members:
+    """Map from enrolled devices to nodes of the SuperLink.
+
+    Without certificates, the SuperLink doesn't authenticate nodes, and has no names.
+    """
+
+    register: Register
+    superlink: SuperLink
+    _ids: dict[str, int] = field(default_factory=dict)  # by public key
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def node_of(self, key: str) -> int | None:
+        """The id of the node with this public key."""
+        return self._ids.get(key)
+
+    def reconcile(self) -> None:
+        """Make the SuperLink's nodes equal the enrolled devices of the register."""
+        if self.superlink.certificates is None:
+            return
+        with self._lock:
+            control = self.superlink.control
+            there, members = control.nodes(), self.register.look().inside()
+            for key in there.keys() - members.keys():
+                control.unregister(there.pop(key))
+            for key in members.keys() - there.keys():
+                there[key] = control.register(key, members[key].name)
+            self._ids = there
+
+    def shut_out(self) -> None:
+        """Remove revoked devices from the SuperLink; the gateway refuses them already."""
+        if self._ids.keys() - self.register.look().inside().keys():
+            self.reconcile()
+
+    def welcome(self, key: str, name: str) -> None:
+        """Register a newly enrolled device with the SuperLink."""
+        with self._lock:
+            if key not in self._ids:
+                self._ids = {**self._ids, key: self.superlink.control.register(key, name)}

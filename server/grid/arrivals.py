@@ -1,0 +1,99 @@
+"""Incoming replies, from the arrival of their heads until all of their objects have arrived."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Mapping
+
+import httpx
+from flwr.app import Message
+
+from server.grid.runtime_grid import Head, RuntimeGrid, unpacked
+
+
+class Arrivals:
+    """Heads of replies whose objects have not all arrived.
+
+    No part of a reply is kept in memory before the reply is complete. Otherwise a device could occupy memory
+    indefinitely by withholding one object.
+
+    Args:
+        most: maximum number of objects in a reply.
+    """
+
+    def __init__(self, grid: RuntimeGrid, *, most: int) -> None:
+        self._grid, self._most = grid, most
+        self._heads: dict[str, Head] = {}  # by the id of the message that each answers
+
+    def look(self, identifiers: Collection[str]) -> Mapping[str, Exception]:
+        """Ask for the heads of replies to these messages, and return the errors by message id.
+
+        Raises:
+            httpx.TransportError: the SuperLink doesn't answer, which is not a device's fault.
+        """
+        asked = [name for name in identifiers if name not in self._heads]
+        if not asked:
+            return {}
+        try:
+            self._keep(self._grid.heads(asked, most=self._most), asked)
+        except httpx.TransportError:
+            raise
+        except Exception:  # one invalid reply fails the whole call: ask for each separately
+            return self._one_by_one(asked)
+        return {}
+
+    def promised(self, identifiers: Iterable[str]) -> list[str]:
+        """Return the messages for which the head of a reply has arrived, fewest objects first."""
+        return sorted((name for name in identifiers if name in self._heads), key=lambda name: len(self._objects(name)))
+
+    def pull(self, identifier: str) -> Message | None:
+        """Return the reply to a message whose head has arrived; None if it is incomplete.
+
+        Raises:
+            httpx.TransportError: as for `look`.
+            Exception: the reply can't be fetched or unpacked, and is dropped.
+        """
+        head = self._heads[identifier]
+        try:
+            if len(head.objects) > self._most:
+                raise ValueError(f"it has more than {self._most} objects")
+            contents: dict[str, bytes] = {}
+            for name in head.objects:
+                content = self._grid.object(name)
+                if content is None:  # the next pull starts with it: one call while it is missing
+                    rest = (other for other in head.objects if other != name)
+                    self._heads[identifier] = head._replace(objects=(name, *rest))
+                    return None
+                contents[name] = content
+            message = unpacked(head, contents)
+        except httpx.TransportError:
+            raise
+        except Exception:
+            self.drop([identifier])
+            raise
+        self.drop([identifier])
+        return message
+
+    def drop(self, identifiers: Iterable[str]) -> None:
+        """Forget these replies, and have the SuperLink delete their objects."""
+        for name in identifiers:
+            if head := self._heads.pop(name, None):
+                with contextlib.suppress(Exception):  # it stays on the SuperLink's disk until it expires
+                    self._grid.confirm(head.reply)
+
+    def _objects(self, name: str) -> tuple[str, ...]:
+        return self._heads[name].objects
+
+    def _one_by_one(self, asked: Iterable[str]) -> dict[str, Exception]:
+        wrong: dict[str, Exception] = {}
+        for name in asked:
+            try:
+                self._keep(self._grid.heads([name], most=self._most), [name])
+            except httpx.TransportError:
+                raise
+            except Exception as error:
+                wrong[name] = error
+        return wrong
+
+    def _keep(self, heads: Iterable[Head], asked: Collection[str]) -> None:
+        self._heads |= {head.request: head for head in heads if head.request in asked}

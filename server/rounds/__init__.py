@@ -1,0 +1,1 @@
+"""The round loop: runners (synchronous, FedBuff), collection of replies, state, checkpoints."""

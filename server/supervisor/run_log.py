@@ -1,0 +1,81 @@
+"""A run's log for its operator: our records as plain lines with the time, and Flower's warnings and errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+
+from common.service import say
+
+MARK = "anther: "
+"""Prefix of our lines in Flower's log."""
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_NOISE = ("Using SuperLink: ", "Successfully installed ")
+_LEVEL = re.compile(r"\s*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d[-\d :,.]*)?:\s*")
+
+
+class Marked(logging.Handler):
+    """Handler that marks our records and passes them to a handler of Flower, to distinguish them from Flower's own.
+
+    Args:
+        inner: Flower's handler.
+    """
+
+    def __init__(self, inner: logging.Handler) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def emit(self, record: logging.LogRecord) -> None:
+        copied = logging.makeLogRecord(record.__dict__)
+        copied.msg, copied.args = MARK + record.getMessage(), None
+        self._inner.handle(copied)
+
+
+class Said(logging.Handler):
+    """Handler that prints records of the server's own process."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(_leveled(record.levelname, record.getMessage()))
+
+
+def log_here(*rooms: str) -> None:
+    """Print records of these loggers from INFO on, in this process."""
+    for room in rooms:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(Said())
+
+
+def log_as_flower_does(*rooms: str) -> None:
+    """Pass records of these loggers, from INFO on, to Flower's handlers, whose output `flwr run --stream` shows."""
+    for room in rooms:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        for handler in logging.getLogger("flwr").handlers:
+            logger.addHandler(Marked(handler))
+
+
+def print_all(lines: Iterable[str]) -> None:
+    """Print a run's log as it arrives."""
+    for line in lines:
+        if text := readable(line):
+            say(text)
+
+
+def readable(line: str) -> str | None:
+    """Convert a line of Flower's log for the operator; None for a line that only reports Flower's own progress."""
+    plain = _ANSI.sub("", line).rstrip()
+    level = match[1] if (match := _LEVEL.match(plain)) else None
+    text = plain[match.end() :] if match else plain
+    if text.startswith(MARK):
+        return _leveled(level or "INFO", text.removeprefix(MARK))
+    if not text.strip() or level in ("DEBUG", "INFO") or text.startswith(_NOISE):
+        return None
+    return _leveled(level or "INFO", text)
+
+
+def _leveled(level: str, text: str) -> str:
+    return text if level == "INFO" else f"{level.lower()}: {text}"

@@ -1,0 +1,1 @@
+"""The privacy audit: canaries in the real training loop, and membership attacks on finished runs."""

@@ -1,0 +1,95 @@
+"""Test whether a picture's contribution to a sum depends on the other pictures, on a real network in float32.
+
+Kernels of a layer vary with the size of a pass, and so do the last bits of their results. Under an adapter that makes
+the network chaotic, those bits grow to the whole gradient, so that one more picture could move the sum by several
+clips. A search among adapters within `models.lora.norm_bound.MOST_NORM` found an adapter for which it does, if passes have
+arbitrary sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.base.base import Base
+from models.base.denoiser import Denoiser
+from models.lora.adapter import Adapter, Factors, initial
+from privacy.audit.goodness_of_fit import Check
+from privacy.noise import Secure
+from simulations.audit.canaries import Silent
+from training.cohort import train
+from training.jobs import DPSGD, Examples, Train
+
+SIZES = (2, 3, 4, 15, 16)  # kernels change from 1 to 2, 3 to 4 and 15 to 16
+CLIP = 2.0**-7
+_RATE = 2.0**10  # large enough that adding the adapter's start costs no digits of the sum
+_SEED, _RANK, _NORM = 601139390, 4, 99.0  # result of the search
+TOLERANCE = 1e-4
+"""Rounding error of float32 adapters, in units of the clip."""
+
+
+def chaotic(base: Denoiser, rank: int = 8) -> Adapter:
+    """Make an adapter under which the base is chaotic; each site's product has Frobenius norm 99."""
+    generator = torch.Generator().manual_seed(_SEED)
+    found = {}
+    for name, factors in initial(base.sites, rank, _SEED).items():
+        a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
+        a[:_RANK] = torch.randn(_RANK, *a.shape[1:], generator=generator)
+        b[:, :_RANK] = torch.randn(len(b), _RANK, generator=generator)
+        scale = (_NORM / torch.linalg.norm(b @ a.flatten(1))).sqrt()
+        found[name] = Factors(a * scale, b * scale)
+    return found
+
+
+def shift(base: Denoiser, adapter: Adapter, examples: Examples, *, memory: int) -> float:
+    """Return the largest ‖sum over n pictures − Σ single-picture sums‖ / C over several n, clipped and without noise.
+
+    Args:
+        examples: as many examples as the largest of `SIZES`.
+    """
+    most = max(SIZES)
+    every = [slice(place, place + 1) for place in range(most)] + [slice(0, size) for size in SIZES]
+    jobs = [_job(adapter, Examples(*(part[chosen] for part in examples)), chosen.start) for chosen in every]
+    sums = []
+    for outcome in train(base, jobs, memory=memory, timesteps=1):
+        if isinstance(outcome, Exception):
+            raise outcome
+        sums.append(_moved(adapter, outcome.adapter))
+    alone, together = torch.stack(sums[:most]), sums[most:]
+    moved = [torch.linalg.vector_norm(sum_ - alone[:size].sum(0)) for size, sum_ in zip(SIZES, together, strict=True)]
+    return float(max(moved)) / CLIP
+
+
+def random_examples(base: Base) -> Examples:
+    """Make latents of noise under one caption: the adapter makes gradients chaotic, not the pictures."""
+    latents = torch.randn(max(SIZES), *base.shape, generator=torch.Generator().manual_seed(_SEED))
+    return Examples(latents, base.encode_captions([""]).cpu().expand(max(SIZES), -1, -1))
+
+
+def check(moved: float) -> Check:
+    """Express a shift as a test: it is zero if the arithmetic for one picture doesn't depend on the others."""
+    return Check("company", 1.0 if moved <= TOLERANCE else 0.0, f"a picture moves what others add by {moved:.2g} C")
+
+
+def _job(adapter: Adapter, examples: Examples, first: int) -> Train:
+    return Train(
+        client="device",
+        round=1,
+        purpose="shared",
+        seed=0,
+        examples=examples,
+        start=adapter,
+        steps=1,
+        batch_size=max(SIZES),
+        learning_rate=_RATE,
+        optimiser="sgd",
+        noise=Silent(Secure()),
+        names=tuple(f"picture {first + place}" for place in range(len(examples))),
+        privacy=DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0),
+    )
+
+
+def _moved(start: Adapter, end: Adapter) -> Tensor:
+    """Recover the sum [D] that the optimizer step applied."""
+    parts = [before - after for name in start for before, after in zip(start[name], end[name], strict=True)]
+    return torch.cat([part.double().flatten() for part in parts]) * (max(SIZES) / _RATE)

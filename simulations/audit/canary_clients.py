@@ -1,0 +1,163 @@
+"""Canary clients: devices whose updates are known, in rounds that the server's own `DeviceLevel` opens and closes.
+
+Andrew et al. (2023, arXiv:2302.03098). Each canary client moves a different single number of B, by far more than the
+clip. So all updates are orthogonal, and a round's release along each is that client's part of the sum, plus noise.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.lora.adapter import Adapter, Factors
+from privacy.accounting import PoissonGaussian
+from privacy.audit import goodness_of_fit as fit
+from privacy.audit.goodness_of_fit import Check
+from privacy.central import Adaptive, Gaussian
+from privacy.noise import NoiseSource
+from privacy.sensitivity import RESOLUTION
+from privacy.storage import Files
+from server.ledger import Ledger
+from simulations.audit.canaries import LENGTH, network, site, toss
+from strategies.aggregation.fedit import FedIT
+from strategies.aggregation.ffa import FFA
+from strategies.central_dp import Budget, DeviceLevel
+
+CLIP = 1.0
+_ADAPTIVE_RATE = 0.2
+_QUANTILE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Canary clients [m]; the included ones take part in every round."""
+
+    claim: PoissonGaussian
+    included: np.ndarray
+    side: int  # of the matrix B; each client moves one of its numbers
+    adaptive: bool = False  # whether the clip follows a quantile
+    trains_both: bool = False  # FedIT, which noises A as well; else FFA
+
+    @property
+    def expected(self) -> float:
+        return float(len(self.included)) / 2
+
+
+class Released(NamedTuple):
+    """Releases of all rounds together, in units of the clip."""
+
+    sums: np.ndarray
+    """[rounds, D]: the noised sums; NaN where a sum is not observable."""
+    known: np.ndarray
+    """[D]: the exact sum, the same in every round; B's part comes last."""
+    deviation: float
+    """Standard deviation of the noise on each number of `sums`."""
+    counts: np.ndarray
+    """[rounds]: with an adaptive clip, residuals of the noised counts, standard normal; else empty."""
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """[rounds, D]: residuals, dithered within their grid steps, since whole steps aren't normally distributed."""
+        generator = np.random.default_rng(0)
+        within = (generator.random(self.sums.shape) - 0.5) / RESOLUTION
+        found = (self.sums - self.known + within) / self.deviation
+        return np.where(np.isnan(found), generator.standard_normal(found.shape), found)
+
+
+def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
+    """Run all rounds that the claim covers, with the included clients."""
+    z, side = cohort.claim.noise_multiplier, cohort.side
+    present = np.nonzero(cohort.included)[0]
+    count_deviation = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
+    adaptive = Adaptive(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, deviation=count_deviation) if cohort.adaptive else None
+    mechanism = Gaussian(noise_multiplier=z, expected=cohort.expected, adaptive=adaptive)
+    rule = FedIT() if cohort.trains_both else FFA()
+    sums, counts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        budget = Budget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)  # only the noise is tested here
+        level = DeviceLevel(
+            run="audit",
+            sites=network(side).sites,
+            mechanism=mechanism,
+            sampling_rate=1.0,
+            clip=CLIP,
+            budget=budget,
+            noise=noise,
+            ledger=Ledger(Files(Path(folder))),
+        )
+        for number in range(cohort.claim.steps):
+            level.open(number, ["canaries"], b"the same")
+            clip = level.clip
+            updates = (_update(side, int(client), clip) for client in present)
+            aggregated, facts = level.close(rule, _sent(side, torch.zeros(side * side)), updates, round=number)
+            sums.append(_moved(cohort, aggregated.adapter) * cohort.expected / clip)
+            if adaptive:
+                told = _QUANTILE - np.log(facts.next_clip / clip) / adaptive.rate  # b̃
+                exact = 0.5 - 0.5 * len(present) / cohort.expected  # every update is longer than the clip
+                counts.append((told - exact) * cohort.expected / adaptive.deviation)
+    ones = torch.zeros(side * side)
+    ones[torch.from_numpy(present)] = 1.0
+    known = np.nan_to_num(_moved(cohort, _sent(side, ones)))
+    deviation = adaptive.noise_multiplier(z) if adaptive else z
+    return Released(np.stack(sums), known, deviation, np.array(counts))
+
+
+def checks(released: Released) -> list[Check]:
+    """Run all tests on the releases of the rounds."""
+    rounds = list(released.residuals)
+    found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(rounds)]
+    along = [released.known / released.deviation] * len(rounds)
+    found.append(fit.alignment(rounds, along, "noise: along devices that took part"))
+    away = [(1 - released.known) / released.deviation] * len(rounds)
+    found.append(fit.alignment(rounds, away, "noise: along devices that did not"))
+    if len(released.counts):
+        found += [
+            check._replace(name=f"count: {check.name}")
+            for check in (fit.distribution(released.counts), fit.variance(released.counts))
+        ]
+    return found
+
+
+def _sent(side: int, b: Tensor) -> Adapter:
+    """Make an adapter with these numbers [side²] of B."""
+    return {site(0): Factors(torch.eye(side), b.view(side, side))}
+
+
+def _update(side: int, client: int, clip: float) -> Adapter:
+    """Make the update that one canary client sends."""
+    b = torch.zeros(side * side)
+    b[client] = LENGTH * clip
+    return _sent(side, b)
+
+
+def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
+    """Return an adapter's difference from the start [D], in the order in which noise is drawn.
+
+    Entries where A is one are NaN, since float32 rounding hides small changes there.
+    """
+    a, b = (factor.double().numpy() for factor in adapter[site(0)])
+    if not cohort.trains_both:
+        return np.ravel(b)
+    return np.concatenate([np.where(np.eye(cohort.side) == 0, a, np.nan).ravel(), b.ravel()])
+
+
+def cohorts(longest: int, seed: int) -> list[tuple[str, Cohort]]:
+    """List the cohorts that every audit tests beside the claims; releases have about `longest` numbers in total."""
+    rounds, side = 20, max(4, math.isqrt(longest // 20))
+    claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=rounds)
+    included = toss(min(100, (side // 4) ** 2), seed)
+    nobody = np.zeros_like(included)
+    plain = Cohort(claim=claim, included=included, side=side)
+    return [
+        ("FedIT, 20 rounds", replace(plain, trains_both=True)),
+        ("FFA, 20 rounds with an adaptive clip", replace(plain, adaptive=True)),
+        ("FFA, 20 rounds that no device answered", replace(plain, included=nobody, side=max(1, side // 4))),
+    ]

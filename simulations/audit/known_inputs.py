@@ -1,0 +1,277 @@
+"""Private training with known inputs: subtracting their contributions from a release leaves only the noise.
+
+The canaries of `simulations.audit.canaries` are run in various situations: several steps per job, several sites, mixed ranks,
+either optimizer, mostly empty batches, one very long release. The members of each batch are recorded from the noise
+source. Each picture's contribution to a sum is computed by a formula of this module, not by the code under test.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from models.lora.adapter import Adapter, Factors
+from privacy.audit import goodness_of_fit as fit
+from privacy.audit.goodness_of_fit import Check
+from privacy.noise import NoiseSource
+from privacy.sensitivity import RESOLUTION
+from simulations.audit.canaries import LENGTH, Recorded, Sources, network, site
+from training.cohort import train
+from training.jobs import DPSGD, Examples, Train, Trained
+
+BETA = 0.9  # AdamW's β₁
+EPS = 1e-8  # AdamW's
+_RATE = 2.0**-40  # learning rate: the adapter hardly moves, and the canaries stay where they are
+LOUD = 2.0**19  # σ: half of a policy's limit, and a power of two, which keeps float32 numbers on a lattice
+_LINEAR = 1e-4  # AdamW is linear for gradients of this many ε
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """Number and kind of the jobs: one for each device and round."""
+
+    name: str
+    pictures: int  # of each device
+    sampling_rate: float
+    noise_multiplier: float
+    side: int  # inputs and outputs of a site
+    devices: int = 1
+    rounds: int = 1
+    steps: int = 1
+    sites: int = 1
+    ranks: tuple[int, ...] = ()  # of the devices in turn; empty: `side`
+    trains: str = "both"
+    optimiser: str = "sgd"
+    per_site: bool = False
+    draws: int = 1
+
+    def rank(self, device: int) -> int:
+        return self.ranks[device % len(self.ranks)] if self.ranks else self.side
+
+    @property
+    def divisor(self) -> int:
+        """Public divisor of the sum: a power of two (so division is exact) that is at least the number of pictures."""
+        return int(2 ** math.ceil(math.log2(max(1.0, self.sampling_rate * self.pictures))))
+
+    @property
+    def clip(self) -> float:
+        """Clip: a power of two for SGD; for AdamW, small enough that AdamW is linear."""
+        return 2.0**-7 if self.optimiser == "sgd" else _LINEAR * EPS * self.divisor / self.noise_multiplier
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[steps]: weight of each step's gradient in −1 × the change of the adapter, times ε for AdamW.
+
+        If g ≪ ε, AdamW takes steps of m̂_t / ε, m̂_t = Σ_{i ≤ t} (1 − β) β^(t−i) g_i / (1 − β^t).
+        """
+        if self.optimiser == "sgd":
+            return np.ones(self.steps)
+        t, i = np.arange(1, self.steps + 1)[None], np.arange(1, self.steps + 1)[:, None]
+        return np.where(i <= t, (1 - BETA) * BETA ** (t - i.astype(float)) / (1 - BETA**t), 0.0).sum(1)
+
+
+class Observed(NamedTuple):
+    """Observations of one situation, as numbers that are standard normal if the mechanism is the claimed one."""
+
+    noise: list[np.ndarray]
+    """Residuals of the release, by job."""
+    batches: list[np.ndarray]
+    """Members of the batches, by job."""
+    sizes: np.ndarray
+    """Sizes of all batches."""
+    joined: list[np.ndarray]
+    """Contributions of the pictures that joined, by job, at the positions of `noise`."""
+    missed: list[np.ndarray]
+    """Contributions of the pictures that did not join, in the same form."""
+    steps: list[np.ndarray]
+    """Release of each job in grid steps, if the optimizer keeps them whole."""
+
+
+def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -> Observed:
+    """Run every job of a situation through `training.cohort.train`, and subtract known contributions from releases."""
+    generator = np.random.default_rng(seed)
+    recorded = [
+        Recorded(sources(f"device {device}", number))
+        for device in range(situation.devices)
+        for number in range(situation.rounds)
+    ]
+    jobs = [_job(situation, place, source) for place, source in enumerate(recorded)]
+    outcomes = train(network(situation.side, situation.sites), jobs, memory=memory, timesteps=1)
+    found, sizes = Observed([], [], np.empty(0), [], [], []), []
+    bound = situation.clip / math.sqrt(situation.sites) if situation.per_site else situation.clip
+    step = situation.clip / RESOLUTION
+    deviation = situation.noise_multiplier * situation.clip * float(np.sqrt(np.square(situation.weights).sum()))
+    for job, source, outcome in zip(jobs, recorded, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        member = np.zeros((situation.steps, situation.pictures), bool)
+        for number, batch in enumerate(source.batches):
+            member[number, batch] = True
+        moved, joined, missed = _moved(situation, job.start, outcome, member)
+        within_a_step = step * (generator.random(moved.size) - 0.5)  # dither: whole steps aren't normally distributed
+        noise = (moved - bound * joined + within_a_step) / deviation
+        unseen = np.isnan(moved)
+        noise[unseen] = generator.standard_normal(int(unseen.sum()))  # others keep their place in the order
+        found.noise.append(noise)
+        found.joined.append(bound * joined / deviation)
+        found.missed.append(bound * missed / deviation)
+        if situation.optimiser == "sgd":
+            found.steps.append(moved[~unseen] / step)
+        found.batches.append(fit.of_membership(member, situation.sampling_rate, generator).ravel())
+        sizes.append(member.sum(1))
+    every = np.concatenate(sizes)
+    return found._replace(sizes=fit.of_sizes(every, situation.pictures, situation.sampling_rate, generator))
+
+
+def checks(observed: Observed) -> list[Check]:
+    """Run all tests on the observations of a situation."""
+    found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(observed.noise)]
+    found.append(fit.alignment(observed.noise, observed.joined, "noise: along pictures that joined"))
+    found.append(fit.alignment(observed.noise, observed.missed, "noise: along pictures that did not"))
+    if observed.steps:
+        every = np.concatenate(observed.steps)
+        found += [fit.on_grid(every), fit.residues(np.rint(every))]
+        found.append(fit.repeats([np.rint(steps).astype(np.int64) for steps in observed.steps], RESOLUTION / 4))
+    if sum(map(len, observed.batches)) > 1:
+        found += [check._replace(name=f"batches: {check.name}") for check in fit.battery(observed.batches)]
+        found += [fit.distribution(observed.sizes)._replace(name="batch sizes: distribution")]
+        found += [fit.variance(observed.sizes)._replace(name="batch sizes: variance")]
+    return found
+
+
+def _job(situation: Situation, place: int, source: NoiseSource) -> Train:
+    device, number = divmod(place, situation.rounds)
+    rank, side = situation.rank(device), situation.side
+    factors = Factors(torch.eye(side)[:rank], torch.zeros(side, rank))
+    return Train(
+        client=f"device {device}",
+        round=number,
+        purpose="shared",
+        seed=0,
+        examples=_examples(situation),
+        start={site(place): factors for place in range(situation.sites)},
+        trains=situation.trains,
+        steps=situation.steps,
+        batch_size=situation.divisor,
+        learning_rate=_RATE,
+        optimiser=situation.optimiser,
+        names=tuple(f"canary {number}" for number in range(situation.pictures)),
+        noise=source,
+        privacy=DPSGD(
+            noise_multiplier=situation.noise_multiplier,
+            clip=situation.clip,
+            sampling_rate=situation.sampling_rate,
+            draws=situation.draws,
+            per_site=situation.per_site,
+        ),
+    )
+
+
+def _places(situation: Situation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a distinct (site, row, column) for each picture [pictures], in the columns that every rank has."""
+    columns = min(situation.ranks, default=situation.side)
+    rest, sites = np.divmod(np.arange(situation.pictures), situation.sites)
+    row, column = np.divmod(rest, columns)
+    return sites, row, column
+
+
+def _examples(situation: Situation) -> Examples:
+    """Make examples with x_0 along one output and c along one input, so that only one number of B has a gradient.
+
+    The loss is a mean over all outputs.
+    """
+    sites, row, column = _places(situation)
+    shape = (situation.pictures, 1, situation.sites, situation.side)
+    latents, context = torch.zeros(shape), torch.zeros(shape[0], *shape[2:])
+    every = np.arange(situation.pictures)
+    latents[every, 0, sites, row] = LENGTH * situation.clip * situation.sites * situation.side / 2
+    context[every, sites, column] = 1.0
+    return Examples(latents, context)
+
+
+def _moved(
+    situation: Situation, start: Adapter, outcome: Trained, member: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return one job's release and its known contributions: each [d].
+
+    Args:
+        member: [steps, n], whether each picture joined each batch.
+
+    Returns:
+        Σ w_t · release_t, in the order in which noise is drawn, NaN where A is one (float32 rounds the release away
+        there); the weights of the pictures that joined, at their positions; the weights of those that did not join.
+    """
+    weights = situation.weights
+    scale = situation.divisor / _RATE * (1.0 if situation.optimiser == "sgd" else EPS)
+    sites, row, column = _places(situation)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for number in range(situation.sites):
+        before, after = start[site(number)], outcome.adapter[site(number)]
+        own = sites == number
+        joined, missed = np.zeros(before.b.shape), np.zeros(before.b.shape)
+        joined[row[own], column[own]] = weights @ member[:, own]
+        missed[row[own], column[own]] = weights @ ~member[:, own]
+        if situation.trains == "both":
+            a = np.where(before.a.numpy() == 0, (before.a - after.a).double().numpy() * scale, np.nan)
+            parts.append((a, np.zeros_like(a), np.zeros_like(a)))
+        parts.append(((before.b - after.b).double().numpy() * scale, joined, missed))
+    moved, joined, missed = (np.concatenate([part.ravel() for part in same]) for same in zip(*parts, strict=True))
+    return moved, joined, missed
+
+
+def situations(longest: int) -> list[Situation]:
+    """List the situations that every audit tests.
+
+    Args:
+        longest: numbers in the longest release; noise that repeats after half as many numbers is detected.
+    """
+    mixed = Situation(
+        name="five steps a job, three sites, mixed ranks",
+        pictures=60,
+        sampling_rate=0.3,
+        noise_multiplier=1.0,
+        side=24,
+        devices=6,
+        rounds=10,
+        steps=5,
+        sites=3,
+        ranks=(24, 12, 6),
+    )
+    return [
+        mixed,
+        replace(
+            mixed, name="the same by AdamW, clipped per site, two draws", optimiser="adamw", per_site=True, draws=2
+        ),
+        Situation(
+            name="three pictures, batches mostly empty",
+            pictures=3,
+            sampling_rate=0.2,
+            noise_multiplier=1.0,
+            side=16,
+            rounds=400,
+        ),
+        Situation(
+            name="one long release",
+            pictures=8,
+            sampling_rate=0.5,
+            noise_multiplier=0.5,
+            side=math.isqrt(longest),
+            trains="b",
+        ),
+    ]
+
+
+def of_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Check]]:
+    """Draw noise of the largest σ that policies allow, and return it as standard normal numbers, with its tests.
+
+    float32 adapters can't represent integers this large, so they are taken from the source itself. Only this test
+    detects noise that was rounded before it was scaled: for smaller σ, its lattice is finer than the grid.
+    """
+    deviation = LOUD * RESOLUTION
+    integers = source.rounded_gaussian(count, deviation).numpy()
+    noise = integers / deviation
+    return noise, [*fit.battery([noise]), fit.residues(integers), fit.collisions(integers, deviation)]

@@ -1,0 +1,1 @@
+"""Simulated devices: participants, hardware, availability, batteries, costs, storage."""

@@ -1,0 +1,1 @@
+"""Flower grids that simulate devices: in one process, on a virtual clock, on Ray."""

@@ -1,0 +1,1 @@
+"""Training plans that fit each device's memory, time and power."""

@@ -1,0 +1,1 @@
+"""The values of one round: requests, updates, metrics, and their validation."""

@@ -1,0 +1,53 @@
+"""Bounds on self-reported values of devices, so that a lying device moves a total no more than a few honest ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from models.lora.adapter import Sites
+from protocol.messages import DeviceReport, TrainingPlan
+from strategies.planning.plan import seconds_per_step, transfers
+
+TIMES = 10.0
+"""Largest accepted multiple of the expected cost of a device's plan: the device may be hot, or in use."""
+START = 60.0  # seconds that a device may take to begin
+OTHERS = 20.0
+"""In a real federation, a reported value is capped at this multiple of its round's median."""
+
+
+def trimmed_mean(values: Sequence[float]) -> float | None:
+    """Compute the mean without the largest and smallest tenth (at least one each, if there are three or more values).
+
+    Empty input gives None. If fewer values are false than are left out at one end, the mean lies within the range of
+    the honest values.
+
+    References:
+        Yin et al., "Byzantine-Robust Distributed Learning", ICML 2018, definition 2.
+    """
+    cut = max(1, len(values) // 10) if len(values) >= 3 else 0
+    kept = sorted(values)[cut : len(values) - cut]
+    return sum(kept) / len(kept) if kept else None
+
+
+def cost(
+    report: DeviceReport, plan: TrainingPlan, told: tuple[float, float], *, sites: Sites, elapsed: float | None
+) -> tuple[float, float]:
+    """Return the accepted seconds and joules of a device.
+
+    Args:
+        told: values reported by the device.
+        elapsed: seconds since the request; None for a simulated device, whose seconds are not the server's.
+    """
+    seconds, joules = told
+    work = plan.steps * seconds_per_step(report, plan) + transfers(report, plan, sites=sites, download=0)
+    most = min([START + TIMES * work, *([] if elapsed is None else [elapsed])])
+    return min(seconds, most), min(joules, most * report.watts)
+
+
+def among_others(values: Sequence[float]) -> list[float]:
+    """Cap each value at a multiple of their median, if there are three or more."""
+    if len(values) < 3:
+        return list(values)
+    most = OTHERS * median(values)
+    return [min(value, most) for value in values]

@@ -1,0 +1,133 @@
+"""The ladder of memory, and weights at rest, on a base that is small enough for any test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from bench.memory import lean, published_bases, weights_memory
+from models.families.checkpoint import STABLE_DIFFUSION
+from models.families.known import KNOWN, Known
+from models.families.pixart import PIXART
+from models.families.sdxl import SDXL
+
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+ADDED = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 60,
+}
+PIXELS = {
+    "sample_size": 8,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "in_channels": 4,
+    "out_channels": 8,
+    "use_additional_conditions": False,
+}
+TINY = {
+    "sd15": Known(family=STABLE_DIFFUSION, config=SMALL),
+    "sdxl": Known(family=SDXL, config=SMALL | ADDED),
+    "pixart-sigma": Known(family=PIXART, config=PIXELS),
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bases' tiny relatives, and no other processes."""
+    for name, base in TINY.items():
+        monkeypatch.setitem(KNOWN, name, base)
+
+    def here(*arguments: str, allocator: bool = False) -> str:  # noqa: ARG001 - another process is spared
+        run(monkeypatch, *arguments)
+        return (capsys.readouterr().out.splitlines() or [""])[-1]
+
+    monkeypatch.setattr(lean, "child", here)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["bench.memory.lean", *arguments])
+        lean.main()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_ladder_is_written_with_every_rung_beside_the_truth(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "lean.json"
+    command = ["--base", name, "--side", "8", "--folder", str(tmp_path), "--output", str(output)]
+    run(monkeypatch, *command, "--truth", "float32, mapped", "--rungs", "float32", "mixed", "mixed, pages, blocks")
+    rungs = json.loads(output.read_text())[name]["8"]["rungs"]
+    assert list(rungs) == ["float32", "float32, mapped", "mixed", "mixed, pages, blocks"]
+    float32, mapped, mixed, last = rungs.values()
+    assert [mapped["cosine"], float32["cosine"]] == pytest.approx([1.0, 1.0], abs=1e-9)
+    assert 0.9 < mixed["cosine"] < 1 - 1e-6
+    assert last["cosine"] == mixed["cosine"]  # levers that only save memory leave the gradient as it is
+    assert 0 < last["tensors"] < mixed["tensors"]
+    assert all(found["peak"] > found["imports"] for found in rungs.values())
+
+
+def test_a_run_replaces_nothing_but_its_own_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "lean.json"
+    output.write_text(json.dumps({"sdxl": {"8": 1}, "sd15": {"8": 2, "64": 3}}))
+    run(monkeypatch, "--side", "8", "--output", str(output), "--rungs")
+    record = json.loads(output.read_text())
+    assert (record["sdxl"], record["sd15"]["64"]) == ({"8": 1}, 3)
+    assert record["sd15"]["8"]["target"]["peak"] == 1.1 * 1024
+    assert list(record["sd15"]["8"]["rungs"]) == ["float32"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sdxl", UNet2DConditionModel), ("pixart-sigma", PixArtTransformer2DModel)])
+def test_random_weights_are_a_pipelines_as_diffusers_reads_and_draws_them(
+    name: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published_bases, "_SHARD", 1000)
+    base = TINY[name]
+    published_bases.write(base, tmp_path)
+    part = tmp_path / base.family.network
+    assert len(list(part.glob("*.safetensors"))) > 1
+    ours, theirs = kind.from_pretrained(part), kind(**base.config)  # type: ignore[attr-defined]
+    torch.manual_seed(1)
+    for (key, found), (_, wanted) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert found.shape == wanted.shape, key
+        assert found.float().std(correction=0) == pytest.approx(wanted.std(correction=0).item(), rel=0.6, abs=1e-6)
+
+
+def test_weights_at_rest_are_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
+    published_bases.write(TINY["sd15"], tmp_path / "source")
+    sizes = {form: weights_memory.measure(TINY["sd15"], tmp_path, form) for form in weights_memory.OURS}
+    whole = sum(tensor.nbytes for file in tmp_path.glob("*/*/*.safetensors") for tensor in load_file(file).values())
+    assert 0 < sizes["nf4"]["bytes"] < sizes["mixed"]["bytes"] < sizes["int8"]["bytes"] < whole
+    assert all(found["peak"] > 0 for found in sizes.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_peer_that_is_not_installed_is_a_row_without_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert weights_memory.measure(TINY["sd15"], tmp_path, "torchao int8") == {"bytes": 0, "peak": 0}
+
+
+def test_tensors_that_are_shared_or_made_of_others_are_counted_once() -> None:
+    layer = torch.nn.Linear(3, 5)
+    other = torch.nn.Linear(3, 5)
+    other.weight = layer.weight
+    assert weights_memory.held(torch.nn.Sequential(layer, other)) == 4 * (15 + 5 + 5)

@@ -1,0 +1,106 @@
+"""Predictions against measurements: enough of them, each by its own name, and a bound that can fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from bench.memory import predicted
+from bench.memory.predicted import Measured
+from common.units import MIB
+from conf.schemas.planning import planned
+from models.footprint.footprint import Footprint
+from tests.helpers.networks import SMALL
+
+# 200 MiB, and at 10 gflops a second
+PREDICTED = Footprint(
+    base_bytes=100 * MIB,
+    activations_bytes=50 * MIB,
+    workspace_bytes=10 * MIB,
+    adapter_bytes=40 * MIB,
+    matrix_operations=10**10,
+)
+DEVICE = replace(planned(["device=laptop"], Path()).device, matrix_gflops=10.0)
+RUNTIME = 300
+NAME = "unet-142M 512² fp32 none"
+
+
+def test_there_are_enough_cases_of_enough_families() -> None:
+    assert len(predicted.CASES) >= 24
+    assert len({case.base.family.name for case in predicted.CASES}) >= 5
+    assert {case.weights for case in predicted.CASES} == {"fp32", "int8", "mixed", "nf4"}
+    assert len(predicted.KNOWN_CASES) == len(predicted.CASES) + len(predicted.FULL) + 1
+    assert predicted.RUNTIME.network not in {case.network for case in predicted.CASES}  # which it is fitted on
+
+
+@pytest.mark.parametrize(
+    ("measured", "seconds", "status"),
+    [(500, 1.0, 0), (526, 1.0, 0), (527, 1.0, 1), (455, 1.0, 0), (454, 1.0, 1), (500, 0.79, 1), (500, 1.34, 1)],
+)
+def test_a_prediction_out_of_bounds_fails(
+    measured: int,
+    seconds: float,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """500 MiB and a second are predicted in all."""
+    monkeypatch.setattr(predicted, "predicted", lambda _: PREDICTED)
+
+    def told(cases: Sequence[predicted.Case]) -> Iterator[tuple[predicted.Case, Measured]]:
+        for case in cases:
+            yield case, Measured((RUNTIME + 200 if case is predicted.RUNTIME else measured) * MIB, seconds)
+
+    monkeypatch.setattr(predicted, "in_fresh_processes", told)
+    monkeypatch.setattr(predicted, "child", lambda _: json.dumps(asdict(DEVICE)))
+    output = tmp_path / "predicted.json"
+    assert predicted.main(["--only", NAME, "--output", str(output)]) == status
+    record = json.loads(output.read_text())
+    assert record["within_bounds"] is (status == 0)
+    assert record["runtime_bytes"] == RUNTIME * MIB
+    (row,) = record["rows"]
+    assert row["error"] == pytest.approx(500 / measured - 1)
+    assert row["net_error"] == pytest.approx(200 / (measured - RUNTIME) - 1)
+    assert row["seconds_error"] == pytest.approx(1 / seconds - 1)
+    shown = capsys.readouterr().out
+    assert NAME in shown
+    assert f"{measured}" in shown
+
+
+def test_what_was_measured_once_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process for it; of a case that is new there is one."""
+    monkeypatch.setattr(predicted, "predicted", lambda _: PREDICTED)
+    first, second = predicted.CASES[:2]
+    earlier, output = tmp_path / "earlier.json", tmp_path / "again.json"
+    row = {"case": first.name, "measured_bytes": 510 * MIB, "measured_seconds": 1.1}
+    known = {"runtime_measured": ((RUNTIME + 200) * MIB, 0.5), "device": asdict(DEVICE)}
+    earlier.write_text(json.dumps({**known, "rows": [row]}))
+    asked: list[predicted.Case] = []
+
+    def told(cases: Sequence[predicted.Case]) -> Iterator[tuple[predicted.Case, Measured]]:
+        asked.extend(cases)
+        yield from ((case, Measured(505 * MIB, 0.9)) for case in cases)
+
+    monkeypatch.setattr(predicted, "in_fresh_processes", told)
+    words = ["--only", first.name, second.name, "--measured", str(earlier), "--output", str(output)]
+    assert predicted.main(words) == 0
+    assert asked == [second]
+    found = {row["case"]: row["measured_bytes"] for row in json.loads(output.read_text())["rows"]}
+    assert found == {first.name: 510 * MIB, second.name: 505 * MIB}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read as Linux tells them")
+@pytest.mark.parametrize("kind", ["unet", "flux"])
+def test_a_real_step_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which holds much beside it."""
+    monkeypatch.setattr(predicted, "NETWORKS", SMALL)
+    case = predicted.Case(kind, 128, "int8", "block", batch=2)
+    predicted.prepare(kind, tmp_path, ["int8"])
+    found = predicted.measured(case, tmp_path)
+    assert found.peak_bytes > predicted.predicted(case).peak_bytes
+    assert found.seconds > 0

@@ -1,0 +1,74 @@
+"""The table of who was trained on, from attacks whose outcome is known."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bench.privacy import membership
+from conf.schemas.audit import Audit
+from privacy.audit.membership import Trial, judge
+from simulations.audit.membership import Arm
+
+WRITERS, LETTERS = 30, 20
+
+
+def arm(knows: float) -> Arm:
+    """Attacked by someone who sees members so many standard deviations higher."""
+    draw = np.random.default_rng(0)
+    member = draw.random(WRITERS * LETTERS) < 0.5
+    writer, letter = np.divmod(np.arange(WRITERS * LETTERS), LETTERS)
+    trial = Trial(draw.normal(size=len(member)) + knows * member, member, writer, letter)
+    found = judge(trial, resamples=200, confidence=0.95, seed=0)
+    return Arm("no differential privacy", [], WRITERS, {"loss": found}, {"loss": trial})
+
+
+def test_the_record_says_how_well_members_are_told() -> None:
+    recorded = membership.record({"open": arm(0.0), "overfitted": arm(2.0)})
+    unknown, known = (recorded[name]["attacks"]["loss"] for name in ("open", "overfitted"))
+    assert unknown["members"] + unknown["others"] == WRITERS * LETTERS
+    assert unknown["auc"]["low"] < 0.5 < unknown["auc"]["high"]
+    assert known["auc"]["value"] == pytest.approx(0.921, abs=0.03)  # Φ(2 / √2)
+    assert known["tpr_at_1_percent_fpr"]["value"] > 0.2
+    told = io.StringIO()
+    Console(file=told, width=160).print(membership.table(recorded))
+    assert "overfitted" in told.getvalue()
+    assert f"{known['auc']['value']:.3f} [" in told.getvalue()
+
+
+def test_the_same_writers_privately_and_not_and_one_that_is_overfitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: dict[Path, Sequence[str]] = {}
+    asked: list[Audit] = []
+
+    def arms(config: Audit) -> list[Arm]:
+        asked.append(config)
+        return [arm(0.0)]
+
+    monkeypatch.setattr(membership, "run", lambda command, folder: ran.update({folder: command}))
+    monkeypatch.setattr(membership, "arms", arms)
+    monkeypatch.setattr(membership, "write", lambda *_: None)
+    out = tmp_path / "membership.json"
+    monkeypatch.setattr(sys, "argv", ["membership", "--seeds", "0", "1", "--runs", str(tmp_path), "--out", str(out)])
+    membership.main()
+    assert [(len(config.runs), config.membership.adapter) for config in asked] == [
+        (2, "best"),
+        (2, "best"),
+        (2, "best"),
+        (1, "last"),
+    ]
+    assert {run for config in asked for run in config.runs} == set(map(str, ran))
+    roles = {
+        folder.name: [word for word in command if word.startswith("data.role=")] for folder, command in ran.items()
+    }
+    assert roles.pop("overfitted") == ["data.role=development"]
+    assert all(role == ["data.role=test"] for role in roles.values())
+    assert list(json.loads(out.read_text())["arms"]) == ["open", "example-8", "reference", "overfitted"]

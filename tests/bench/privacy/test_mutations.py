@@ -1,0 +1,102 @@
+"""Every mutant is caught by the test that it names, and one that is not would be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.privacy.audit_mutants import OF_AUDITS
+from bench.privacy.mutants import OF_DEVICES, OF_PICTURES, Mutant
+from bench.privacy.mutations import PASSED, ROOT, applied, chosen, copy_of_the_source, judge, run_tests
+from common.errors import AntherError
+
+EVERY = chosen("")
+SAMPLE = {"batches of fixed size accounted as Poisson", "weights by the order of arrival"}
+WANTED = {  # what the table has to hold at least: a promise broken, and the mutants that break it
+    "noise off": {"noise off"},
+    "noise × 0.25": {"noise × 0.25"},
+    "clip off": {"clip off"},
+    "realised instead of public batch constant": {
+        "realised instead of public batch constant",
+        "replies counted instead of a public constant",
+    },
+    "shuffle accounted as Poisson": {"shuffle accounted as Poisson", "sample of fixed size accounted as Poisson"},
+    "K noise draws counted as K people": {"K draws counted as K people"},
+    "noise redrawn at a resend": {"noise redrawn at a resend", "trained again at a resend", "a round released twice"},
+    "weights not uniform": {"weights by the work done", "weights by the order of arrival"},
+    "dropped client refunded": {"dropped device refunds itself", "aborted round refunded"},
+    "personal adapter in the private forward": {"personal adapter in the private forward"},
+    "simulated noise where no test was declared": {
+        "simulated noise on a device that declared no test",
+        "simulated noise on a real server",
+    },
+    "simulated noise recorded as a release": {"simulated noise recorded as a release"},
+    "noise off by little": {"noise 3 % low", "noise on a round 3 % low"},
+    "noise that repeats": {"noise that repeats every 65,536 numbers", "cosines in both halves of the noise"},
+    "another source of noise": {"secure noise from NumPy's generator", "float16 noise", "float32 noise"},
+    "told from before the noise": {"signal to noise from before the noise", "a diagnostic from before the noise"},
+    "sums and batches": {"sums kept for the next step", "no noise on empty batches", "batches that are never empty"},
+}
+
+
+@pytest.fixture(scope="module")
+def copied() -> Iterator[Path]:
+    with copy_of_the_source() as root:
+        yield root
+
+
+def test_all_that_was_asked_for_is_there() -> None:
+    names = {mutant.name for _, mutant in EVERY}
+    assert set().union(*WANTED.values()) <= names
+    for shared in ("noise off", "noise × 0.25", "clip off"):
+        assert {level for level, mutant in EVERY if mutant.name == shared} == {"image", "device"}
+    assert len(EVERY) == len({(level, mutant.name) for level, mutant in EVERY}) >= 20
+
+
+@pytest.mark.parametrize("mutant", [*OF_PICTURES, *OF_DEVICES, *OF_AUDITS], ids=lambda mutant: mutant.name)
+def test_a_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
+    assert mutant.new != mutant.old
+    assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    file, *_, name = mutant.test.split("::")
+    assert f"def {name.split('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLE))
+def test_a_sample_is_caught(copied: Path, name: str) -> None:
+    ((level, mutant),) = chosen(name)
+    verdict = judge(level, mutant, copied)
+    assert verdict.caught, verdict.said
+
+
+@pytest.mark.slow
+def test_every_other_mutant_is_caught(copied: Path) -> None:
+    """Some minutes: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
+    verdicts = [judge(level, mutant, copied) for level, mutant in EVERY if mutant.name not in SAMPLE]
+    assert [verdict.mutant.name for verdict in verdicts if not verdict.caught] == []
+
+
+@pytest.mark.slow
+def test_a_survivor_and_a_broken_test_are_not_called_caught(copied: Path) -> None:
+    """Half a minute: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
+    _, mutant = chosen("noise redrawn at a resend")[0]
+    assert run_tests(copied, [mutant.test])[0] == PASSED
+    assert not judge("image", mutant._replace(new=f"{mutant.old} "), copied).caught  # changes nothing
+    assert not judge("image", mutant._replace(new="if ("), copied).caught  # no test runs at all
+    assert not judge("image", mutant._replace(test="tests/privacy/ledger/test_ledger.py::test_missing"), copied).caught
+
+
+def test_what_does_not_fit_is_an_error_and_the_source_is_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("x = 1\nx = 1\n")
+    for old in ("x = 1", "y"):
+        with pytest.raises(AntherError, match=r"a\.py.* times: mend"), applied(mutant(old), tmp_path):
+            pass
+    with applied(mutant("x = 1\nx"), tmp_path):
+        assert file.read_text() == "new = 1\n"
+    assert file.read_text() == "x = 1\nx = 1\n"
+
+
+def mutant(old: str) -> Mutant:
+    return Mutant("m", "a.py", old, "new", "tests/none.py::test_none")

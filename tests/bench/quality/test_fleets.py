@@ -1,0 +1,55 @@
+"""What a run took of its fleet, from what runs leave behind."""
+
+import json
+
+import pytest
+
+from bench.quality.fleets import GRID, Plan, gains, middle, ratio, reached, table
+from conf.compose import compose
+
+KWH = 3.6e6
+ROWS = [
+    {"round": 0, "base": 2.0, "shared": 2.0},
+    {"round": 1, "base": 2.0, "shared": 1.8, "hours": 1.0, "fleet_joules": KWH, "battery_joules": KWH, "lost/flat": 2},
+    {"round": 2, "base": None, "shared": None, "hours": 2.0, "fleet_joules": KWH, "battery_joules": 0.0},
+    {"round": 3, "base": 2.0, "shared": 1.5, "hours": 3.0, "fleet_joules": KWH, "battery_joules": 0.0, "lost/left": 1},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "summary.json").write_text(json.dumps({"fleet": {"gini": 0.25}}))
+    return tmp_path
+
+
+def test_energy_and_losses_add_up_over_rounds_that_were_not_measured(folder):
+    rows = gains(folder)
+    assert [row["round"] for row in rows] == [0, 1, 3]
+    assert [row["gain"] for row in rows] == pytest.approx([0.0, 0.1, 0.25])
+    assert [row["kwh"] for row in rows] == pytest.approx([0.0, 1.0, 3.0])
+    found = reached(folder, 0.2)
+    assert (found.hours, found.kwh, found.battery_kwh, found.round) == (3.0, 3.0, 1.0, 3)
+    assert found.lost == {"flat": 2, "left": 1}
+    assert (found.gini, found.best) == (0.25, 0.25)
+
+
+def test_who_never_gets_there_took_no_time_and_lost_what_it_lost_in_all(folder):
+    found = reached(folder, 0.3)
+    assert (found.hours, found.kwh, found.round) == (None, None, None)
+    assert found.lost == {"flat": 2, "left": 1}
+    assert middle([found], "hours") is None
+    assert table("", {"one": [found], "other": [reached(folder, 0.1)]}, "one").row_count == 2
+
+
+def test_ratios_are_seed_by_seed():
+    assert ratio([1.0, 9.0, 2.0], [2.0, 10.0, 8.0]) == 0.5
+    assert ratio([1.0, None], [2.0, 2.0]) is None
+    assert ratio([1.0, 1.0], [2.0, None]) is None
+
+
+@pytest.mark.parametrize("plan", [GRID[0], GRID[-1], Plan(5, None, 60)], ids=str)
+def test_every_plan_is_a_configuration(plan):
+    config = compose(" ".join(("fleet=week", *plan.overrides)))
+    assert config.adapter.shared.steps == plan.steps
+    assert config.fleet.eligible.memory_gib == plan.memory_gib

@@ -1,0 +1,56 @@
+"""The page says what the benchmarks wrote."""
+
+import pytest
+
+from bench.quality import strategies_page
+
+
+def runs(*shared):
+    return [{"losses": {"base": [2.0, 2.0], "shared": list(shared)}}]
+
+
+CELLS = [
+    {"rule": "exact", "setting": "ranks", "gain": [0.12, 0.1, 0.14], "runs": runs(1.8, 1.7)},
+    {"rule": "hetlora", "setting": "ranks", "gain": [0.1, 0.08, 0.12], "runs": runs(1.9, 1.8)},
+    {"rule": "fedsa", "setting": "skew", "gain": [0.2, 0.1, 0.3], "runs": runs(1.6, 1.6)},
+    {"rule": "exact", "setting": "skew", "gain": [-0.01, -0.02, 0.0], "runs": runs(2.0, 2.1)},
+]
+RUN = {"hours": 2.0, "kwh": 0.1, "battery_kwh": 0.05, "round": 4, "lost": {"flat": 1}, "gini": 0.3, "best": 0.1}
+ATTACKS = [{"attack": "nan", "protected": False, "seed": seed, "kept": 0.5, "backdoor": 0.75} for seed in (0, 1, 2)] + [
+    {"attack": "nan", "protected": True, "seed": 0, "kept": 0.9, "backdoor": 0.0}
+]
+
+
+def test_the_best_that_is_shared_is_bold_and_what_is_personal_has_a_star():
+    rows = list(strategies_page.aggregators(CELLS))
+    assert "| exact | **12.00** | **-1.00** |" in rows
+    assert "| hetlora | 10.00 |  |" in rows
+    assert "| fedsa |  | 20.00* |" in rows
+    assert rows[-2] == "| hetlora | -5.00 [-5.00, -5.00] |"  # writer by writer
+
+
+def test_ratios_are_to_the_first_arm_and_an_arm_that_did_not_always_get_there_has_none():
+    never = {**RUN, "hours": None, "kwh": None, "battery_kwh": None, "round": None}
+    arms = {"random": [RUN, RUN], "ours": [{**RUN, "hours": 1.0}] * 2, "other": [RUN, never]}
+    rows = list(strategies_page.fleets({"week": arms}))
+    assert "| ours | 2 of 2 | 4 | 1.0 | 0.50 | 0.10 | 1.00 | 0.05 | 2 flat | 0.30 |" in rows
+    assert "| other | 1 of 2 | — | — | — | — | — | — | 2 flat | 0.30 |" in rows
+
+
+def test_attacks_stand_beside_what_they_do_without_rules():
+    assert "| nan | 50% [50%] | 90% [90%] | 75% [75%] | 0% [0%] |" in list(strategies_page.robustness(ATTACKS))
+
+
+def test_everything_that_was_measured_is_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(strategies_page, "DOCS", tmp_path)
+    strategies_page.write()
+    for name in ("strategies.md", "aggregators.svg", "fleets.svg"):
+        assert (tmp_path / name).read_text() == (strategies_page.RESULTS.parents[1] / "docs" / name).read_text(), (
+            "run python -m bench.quality.strategies page"
+        )
+
+
+@pytest.mark.parametrize("name", ["aggregators", "robustness", "fleets"])
+def test_what_was_not_measured_is_left_out(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(strategies_page, "RESULTS", tmp_path)
+    assert strategies_page.read(name) is None

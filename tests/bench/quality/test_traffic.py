@@ -1,0 +1,74 @@
+"""Bytes on the shapes of a published base, and shares of a gain that are known."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench.quality.traffic import FP32, TRAINED, UP, Way, downloads, gains, kept, shown, sizes, ways
+from models.lora.adapter import Site
+
+SITES = {"x": Site(320, 320), "y": Site(768, 320)}
+INT4, HALF = Way("int4"), Way("int4", 0.5)
+
+
+def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
+    found = sizes(SITES, 8)
+    numbers = 8 * (320 + 320 + 768 + 320)
+    assert 0 < found["factors"]["fp32"] - 4 * numbers < 500
+    assert found["factors"]["int4"] * 8 == 4.25 * numbers
+    assert found["factors"]["int8"] * 8 == 8.25 * numbers
+    assert found["factors"]["fp16"] * 8 == 16.25 * numbers
+    assert found["factors"][HALF.name] * 8 == 2.25 * numbers
+    outputs = 8 * (320 + 320)
+    assert found["B alone"]["int4"] * 8 == 4.25 * outputs
+    assert found["A alone"]["int4"] * 8 == 4.25 * (numbers - outputs)
+    assert found["cores"]["int4"] * 8 == 4.25 * 2 * 64
+    assert found.keys() == TRAINED.keys()
+
+
+def test_what_is_small_enough_is_marked() -> None:
+    told = io.StringIO()
+    Console(file=told, width=120).print(shown("b", 8, {"factors": {way.name: 10**6 for way in UP} | {"int4": 1000}}))
+    assert [("int4" in line, "✓" in line) for line in told.getvalue().splitlines() if "│ int4 " in line] == [
+        (True, True)
+    ]
+    assert told.getvalue().count("✓") == 1
+
+
+def ran(gain: float, bytes_up: int = 100) -> dict[str, Any]:
+    """A run whose first writer gains so much, and whose second twice that."""
+    return {
+        "losses": {"base": [1.0, 2.0], "shared": [1 - gain, 2 - 2 * gain]},
+        "bytes_up": bytes_up,
+        "bytes_down": 4 * bytes_up,
+    }
+
+
+def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
+    mean, low, high = kept([ran(0.3), ran(0.3)], [ran(0.4), ran(0.2)])
+    assert mean == pytest.approx(1.0)
+    assert low < 1 < high
+    assert kept([ran(0.1)], [ran(0.4)])[0] == pytest.approx(0.25)
+    told = io.StringIO()
+    Console(file=told, width=160).print(gains({("fedit", FP32): [ran(0.4, 800)], ("fedit", INT4): [ran(0.38, 100)]}))
+    assert "95.0%" in told.getvalue()
+    assert "8.0" in told.getvalue()
+
+
+def test_exact_holds_nothing_back() -> None:
+    down = [Way("fp32", down="int4"), Way("int4", down="int4")]
+    assert ways("exact", ["int4"], ["int4"]) == [FP32, INT4, *down]
+    assert ways("fedit", ["int4"], ["int4"]) == [FP32, INT4, HALF, Way("int4", 0.25), *down]
+    assert ways("cores", ["int4"], ["int4"]) == [FP32, INT4, HALF, Way("int4", 0.25)]
+    assert ways("fedit", [], ["int4"]) == [FP32, down[0]]
+
+
+def test_down_goes_the_whole_adapter() -> None:
+    found, numbers = downloads(SITES, 8), 8 * (320 + 320 + 768 + 320)
+    assert 0 < found["fp32"] - 4 * numbers < 500
+    assert [found[precision] * 8 / numbers for precision in ("fp16", "int8", "int4")] == [16.25, 8.25, 4.25]
+    assert Way("int4", down="int8").overrides[-1] == "strategy.download=int8"

@@ -1,0 +1,94 @@
+"""The fuzzer of inputs: nothing that it makes is a fault, and a fault is found."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from bench.robustness import damaged_pictures, fuzz_inputs
+from bench.robustness.fuzz_inputs import KINDS, chunk
+from client import data
+
+
+@pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout", "base"])
+def test_no_input_surprises(kind: str) -> None:
+    row = chunk(kind, range(40))
+    assert row.faults == []
+    assert row.read + row.refused == 40
+    assert row.refused > 0
+
+
+def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what turns a decoder's exceptions into a line, the fuzzer has something to say."""
+
+    def undecoded(self: data.Stored, side: int | None) -> object:
+        raise NotImplementedError("a decoder's own")
+
+    monkeypatch.setattr(data.Stored, "_read", undecoded)
+    monkeypatch.setattr(data.stored, "_known", set())
+    row = chunk("exif", range(5))
+    assert len(row.faults) == 5
+    assert row.faults[0].startswith("exif 0: NotImplementedError")
+
+
+@pytest.mark.parametrize("line", ["two\nlines", "an error that names no place"])
+def test_a_refusal_has_a_form(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.errors import AntherError
+
+    class RawError(AntherError):
+        def __str__(self) -> str:
+            return line
+
+    def attempt(coins: random.Random, folder: Path) -> fuzz_inputs.Try:
+        del coins, folder
+
+        def refuse() -> None:
+            raise RawError
+
+        return refuse
+
+    monkeypatch.setitem(KINDS, "raw", attempt)
+    assert chunk("raw", range(1)).faults
+
+
+def test_cases_are_made_again_by_their_seed(tmp_path: Path) -> None:
+    made = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        KINDS["picture"](random.Random("picture 7"), tmp_path / name)
+        made.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout"])
+def test_generators_write_nowhere_else(tmp_path: Path, kind: str) -> None:
+    """They may run as root: no link leads to a file of the machine, and nothing is written through one."""
+    for seed in range(60):
+        folder = tmp_path / str(seed) / "photos"
+        folder.mkdir(parents=True)
+        KINDS[kind](random.Random(f"{kind} {seed}"), folder)
+        others = [file.name for file in folder.parent.iterdir() if file != folder]
+        assert others in ([], ["outside.txt"])
+        if others:
+            assert (folder.parent / "outside.txt").read_text().startswith("not a picture")
+        links = [path for path in folder.rglob("*") if path.is_symlink()]
+        leads = (Path(os.path.normpath(path.parent / path.readlink())) for path in links)
+        assert all(lead.is_relative_to(folder.parent) for lead in leads)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "photos", tmp_path / "outside.txt"
+    folder.mkdir()
+    victim.write_text("precious")
+    for name in ("metadata.jsonl", "a.png"):
+        (folder / name).symlink_to(victim)
+    (folder / "train").symlink_to(tmp_path)
+    damaged_pictures._sheet(folder, [{"file_name": "a.png", "text": "x"}])
+    damaged_pictures._put(folder, "a.png")
+    damaged_pictures._put(folder, "train/b.png")
+    damaged_pictures._sheet(folder, [], "train")
+    assert victim.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside.txt", "photos"]

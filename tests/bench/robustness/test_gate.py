@@ -1,0 +1,203 @@
+"""Whatever an attacker sends, in both directions: nothing crashes, nothing comes in that breaks a stated invariant.
+
+The invariants are those of `bench.robustness.invariants`, which shares no code with what is tested; that they can be broken is
+tested too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bench.robustness.attack_corpus import Attack, Letter, delivering, mutation, payloads, records_of, scaled
+from bench.robustness.gate import Row, Rows, corpus, failures, run, table
+from bench.robustness.ingress import ACCEPTED, Ingress, ingresses
+from bench.robustness.invariants import Expected, violations
+from models.lora.adapter import Site
+from protocol import tensor_codec
+
+SITES = {"down.to_q": Site(6, 4), "up.to_k": Site(3, 5)}
+SIZES = {name: (site.inputs, site.outputs) for name, site in SITES.items()}
+RANK = 2
+TO_SERVER = ("Update", "Evaluation", "Personalised", "DeviceReport")
+NAMES = ("Update", "Train", "Evaluation", "Personalised", "DeviceReport", "Evaluate", "Personalise", "Query")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Thousands of refusals are logged as they should be."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ingress]:
+    return ingresses(SITES, rank=RANK, folder=tmp_path_factory.mktemp("device"))
+
+
+def judge(ingress: Ingress, attack: Attack) -> str:
+    """What became of it; fails if it crashed something or came in against an invariant."""
+    opened = ingress.open(attack)
+    reason = opened.deliver()
+    assert not reason.startswith("crash"), (attack.kind, reason)
+    if reason == ACCEPTED:
+        assert opened.violated() == [], attack.kind
+    return reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_honest_messages_come_in(every: dict[str, Ingress], name: str) -> None:
+    letter = every[name].honest
+    assert judge(every[name], delivering("honest", records_of(letter))) == ACCEPTED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_the_corpus_comes_in(every: dict[str, Ingress], name: str) -> None:
+    for attack in corpus(every[name], empty=10_000):
+        tracemalloc.start()
+        reason = judge(every[name], attack)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (reason == ACCEPTED) <= (attack.kind in ("honest", "another value")), (attack.kind, reason)
+        assert peak < 64 * 2**20, attack.kind
+
+
+def fuzz(every: dict[str, Ingress], name: str, random: Random) -> str:
+    attack = mutation(every[name].honest, random, objects=name in TO_SERVER)
+    return judge(every[name], attack)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
+def test_fuzzed_messages(every: dict[str, Ingress], name: str, random: Random) -> None:
+    fuzz(every, name, random)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+@given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
+def test_many_fuzzed_messages(every: dict[str, Ingress], name: str, random: Random) -> None:
+    """pytest -m slow tests/bench/robustness/test_gate.py; `python -m bench.robustness.gate` measures as many at the real base's sizes."""
+    fuzz(every, name, random)
+
+
+@pytest.mark.parametrize("name", ["Update", "Train"])
+def test_truncated_at_every_byte_and_bits_flipped_throughout(every: dict[str, Ingress], name: str) -> None:
+    """With the right checksum, as an attacker would: what then comes in is a sound adapter of other numbers."""
+    letter = every[name].honest
+    assert letter.adapter is not None
+    data = letter.adapter
+    for length in range(len(data)):
+        cut = letter._replace(adapter=data[:length])
+        assert judge(every[name], delivering("cut", records_of(cut))) != ACCEPTED
+    start = 8 + int.from_bytes(data[:8], "little")
+    for bit in range(0, 8 * len(data), 7):
+        place = bit // 8
+        flipped = letter._replace(adapter=data[:place] + bytes([data[place] ^ 1 << bit % 8]) + data[place + 1 :])
+        reason = judge(every[name], delivering("bit", records_of(flipped)))
+        # In the header only which tensor's place is which can change, and does not in one bit.
+        assert reason != ACCEPTED or place >= start
+
+
+def test_the_largest_adapter_that_a_norm_allows(every: dict[str, Ingress]) -> None:
+    """Just under the bound comes in, just over it does not."""
+    ingress = every["Update"]
+    assert ingress.honest.adapter is not None
+    for value, accepted in ((99.99, True), (100.01, False)):
+
+        def one(values, value=value):  # type: ignore[no-untyped-def]
+            values[:] = 0
+            values[0] = value
+            return values
+
+        letter = ingress.honest._replace(adapter=scaled(ingress.honest.adapter, one))
+        assert (judge(ingress, delivering("edge", records_of(letter))) == ACCEPTED) == accepted
+
+
+# That the invariants can be broken
+
+
+EXPECTED = Expected("Update", SIZES, RANK, {"rank": RANK, "round": 3, "device": "d"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round": 4},
+        {"rank": 1},
+        {"device": "e"},
+        {"seconds": -1.0},
+        {"events": True},
+        {"quality": "x"},
+        {"extra": 1},
+        {"epsilon": 1e13},
+        {"run": "a\nb"},
+    ],
+)
+def test_a_wrong_field_violates(every: dict[str, Ingress], change: dict[str, object]) -> None:
+    letter = every["Update"].honest
+    assert violations(records_of(letter), EXPECTED) == []
+    assert violations(records_of(letter._replace(text=json.dumps(json.loads(letter.text) | change))), EXPECTED)
+
+
+def test_every_named_adapter_violates(every: dict[str, Ingress]) -> None:
+    letter = every["Update"].honest
+    assert letter.adapter is not None
+    for kind, payload in payloads(letter.adapter, empty=1000):
+        assert violations(records_of(letter._replace(adapter=payload)), EXPECTED), kind
+
+
+def test_damage_violates(every: dict[str, Ingress]) -> None:
+    letter = every["Update"].honest
+    assert violations(records_of(letter, "0" * 64), EXPECTED) == ["damaged in transit"]
+    assert violations(records_of(Letter(letter.text, None)), EXPECTED) == ["other records than a message has"]
+
+
+# That the measurement would tell
+
+
+def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Ingress], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its checks of numbers and of norms, the harness finds both."""
+    ingress = every["Update"]
+    assert ingress.honest.adapter is not None
+    monkeypatch.setattr("strategies.round.validation.excess", lambda _adapter: None)
+    monkeypatch.setattr(tensor_codec, "_finite", lambda _values: True)
+    for value in (1e30, float("nan")):
+        payload = scaled(ingress.honest.adapter, lambda values, value=value: values * 0 + value)
+        opened = ingress.open(delivering("wrong", records_of(ingress.honest._replace(adapter=payload))))
+        assert opened.deliver() == ACCEPTED
+        assert opened.violated() != []
+
+
+def test_a_crash_is_told_of() -> None:
+    rows: Rows = {("to server", "a"): Row(), ("to server", "b"): Row(), ("to server", "c"): Row()}
+    rows["to server", "a"].add("crash KeyError", 1.0, 1.0, [])
+    rows["to server", "b"].add(ACCEPTED, 1.0, 1.0, ["norm"])
+    rows["to server", "c"].add("codec", 101.0, 1.0, [])
+    assert [line.split(": ")[1] for line in failures(rows)] == [
+        "crash KeyError",
+        "1 accepted against an invariant",
+        "101 ms and 1 MiB at worst",
+    ]
+    assert table(rows, {}).row_count == 3
+
+
+@pytest.mark.slow
+def test_the_whole_measurement(tmp_path: Path) -> None:
+    """pytest -m slow tests/bench/robustness/test_gate.py; small sizes and few messages: the bounds hold, generously."""
+    torch.set_num_threads(1)
+    gate, peer = run(SITES, rank=RANK, fuzzed=500, seed=1, folder=tmp_path, empty=10_000)
+    assert [line for line in failures(gate) if " at worst" not in line] == []
+    assert sum(row.reasons.total() for row in gate.values()) > 1000
+    assert max(row.mib for row in gate.values()) < 64
+    assert sum(row.violating for row in peer.values()) > 0  # what others let in

@@ -1,0 +1,51 @@
+"""Whole programs against each other: when rounds end, and what the medians come to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.throughput.recipes import Run, compare, lines, rays, table, until
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    runs = {
+        "cohort": [Run(1.0, [2.0, 1.0, 1.0]), Run(2.0, [4.0, 2.0, 2.0]), Run(1.0, [1.0, 1.0, 1.0])],
+        "serial": [Run(1.0, [5.0, 2.0, 2.0]), Run(2.0, [10.0, 4.0, 4.0]), Run(1.0, [1.0, 9.0, 9.0])],
+    }
+    found = compare(runs)["serial"]
+    assert found["total"] == pytest.approx(2.0)
+    assert found["round"] == pytest.approx(2.0)
+    assert table(runs).row_count == 2
+
+
+SIMULATION = """
+import json, sys, time
+with open(sys.argv[1], "w") as metrics:
+    for number in range(4):
+        time.sleep(0.3)
+        print(json.dumps({"round": number, "seconds": 0.3}), file=metrics, flush=True)
+    print('{"round": 4, "sec', end="", file=metrics, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_simulation_is_watched_until_its_round_is_written_and_then_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SIMULATION, str(tmp_path / "metrics.jsonl")]
+    assert 1.2 <= until(command, tmp_path, 3) < 60
+    assert [line["round"] for line in lines(tmp_path)] == [0, 1, 2, 3]  # a line that is not whole is none
+
+
+def test_a_simulation_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended with 3 after no round"):
+        until([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 2)
+
+
+def test_a_recipe_tells_its_times_in_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = 'starting …\n{"startup": 3.5, "rounds": [2.0, 1.0]}\n'
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, told))
+    assert rays("published", 2) == Run(3.5, [2.0, 1.0])
+    assert rays("published", 2).total == 6.5

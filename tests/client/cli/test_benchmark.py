@@ -1,0 +1,115 @@
+"""`anther device benchmark` leaves a profile that `device=this` reads, with rates that are work over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.cli import benchmark
+from client.cli.plan import PROFILE
+from client.planning.plan_search import pass_seconds
+from common.errors import AntherError
+from conf.schemas.planning import DeviceProfile, planned
+from tests.helpers.networks import SMALL
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that takes no time worth a word."""
+    monkeypatch.setattr(benchmark, "STEP", SMALL["unet"])
+    monkeypatch.setattr(benchmark, "PIXELS", 128)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """From now on every piece of work takes the same time by the clock."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    found = Clock()
+    monkeypatch.setattr(benchmark, "time", found)
+
+    def take(seconds: float) -> None:
+        found.now += seconds
+
+    return take
+
+
+def test_the_second_half_counts(clock: Callable[[float], None]) -> None:
+    takes = iter([9.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert benchmark.sustained(lambda: clock(next(takes)), 20.0) == 2.0
+    slow = iter([30.0, 40.0])
+    assert benchmark.sustained(lambda: clock(next(slow)), 20.0) == 40.0  # however slow, one counts
+
+
+def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+
+    def once(work: Callable[[], object], seconds: float) -> float:
+        done.append(work())
+        return seconds
+
+    monkeypatch.setattr(benchmark, "sustained", once)
+    assert benchmark.matrix_rate(2.0, n=10) == 2 * 10**3 / 2
+    assert benchmark.convolution_rate(4.0, channels=3, side=5) == 2 * 9 * 3 * 3 * 25 / 4
+    assert benchmark.bandwidth(0.5, numbers=100) == 2 * 400 / 0.5
+    assert [tuple(result.shape) for result in done if isinstance(result, torch.Tensor)] == [
+        (10, 10),
+        (1, 3, 5, 5),
+        (100,),
+    ]
+
+
+def test_what_is_measured_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    assert benchmark.main(["--like", "pixel8", "--seconds", "0.4"]) == 0
+    assert "anther device plan device=this" in capsys.readouterr().out
+    own, like = planned([], tmp_path / "home" / PROFILE).device, planned(["device=pixel8"], tmp_path).device
+    assert (own.watts_busy, own.watts_idle, own.battery_wh) == (like.watts_busy, like.watts_idle, like.battery_wh)
+    assert own.name != like.name
+    for key in ("memory_gib", "runtime_mib", "matrix_gflops", "convolution_gflops", "bandwidth_gbs"):
+        assert getattr(own, key) > 0
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [PROFILE]
+    header = (tmp_path / "home" / PROFILE).read_text().splitlines()[:2]
+    assert "measured by" in header[0]
+    assert "pixel8" in header[1]
+
+
+def test_the_slowdown_is_what_was_seen_over_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "training_step", lambda _: (0.05, 300 * 2**20))
+    monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 20e9)
+    monkeypatch.setattr(benchmark, "convolution_rate", lambda _: 10e9)
+    monkeypatch.setattr(benchmark, "bandwidth", lambda _: 4e9)
+    like = planned(["device=pixel8"], Path("/nowhere")).device
+    found: DeviceProfile = benchmark.measured(like, 1.0)
+    assert pass_seconds(benchmark.predicted_step(), found) == pytest.approx(0.05)
+    assert (found.matrix_gflops, found.convolution_gflops, found.bandwidth_gbs) == (20, 10, 4)
+    assert found.runtime_mib == 300
+
+
+def test_a_device_that_is_too_busy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "training_step", lambda _: (9e9, 300 * 2**20))
+    with pytest.raises(AntherError, match=r"device\.slowdown=.*was this device busy"):
+        benchmark.measured(planned(["device=pixel8"], Path("/nowhere")).device, 0.01)
+
+
+def test_mistakes_cost_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(benchmark, "measured", lambda like, _: like)
+    for words in (["--seconds", "0"], []):
+        assert benchmark.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1

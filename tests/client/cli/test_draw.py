@@ -1,0 +1,108 @@
+"""What a device has learnt, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from client.cli.draw import main
+from client.store.store import Personal, Store
+from common.seeding import derive_seed
+from models.base.base import Base
+from models.lora.adapter import Adapter, Factors, initial
+from privacy.storage import Files
+from training import inference
+from training.memory import budget
+
+CAPTIONS = ["a b", "c"]
+SITES = r".*attn1\.to_(q|v)"  # fewer than the family's own: what is drawn with are those of the adapter
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def fresh(pipeline_folder: Path) -> Base:
+    return Base(pipeline_folder, sites=SITES)
+
+
+def live(base: Base, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    made = initial(base.sites, 2, seed)
+    return {name: Factors(a, torch.randn(b.shape, generator=generator)) for name, (a, b) in made.items()}
+
+
+def merged(folder: Path, *adapters: Adapter) -> list[np.ndarray]:
+    """What is drawn with B A added to the weights, in place of adapters."""
+    base = Base(folder, sites=SITES)
+    for adapter in adapters:
+        for name, (a, b) in adapter.items():
+            base.network.get_submodule(name).base.weight += b @ a
+    seeds = [derive_seed(0, caption, "draw") for caption in CAPTIONS]
+    latents = inference.draw(
+        base, CAPTIONS, seeds, [], [0, 0], sampler="dpm", steps=3, guidance=2.0, memory=budget(None, base.device)
+    )
+    return list(base.decode(latents))
+
+
+@pytest.mark.parametrize(("under", "parts"), [("personal", 2), ("shared", 1), ("base", 0)])
+def test_it_is_what_merged_weights_draw(
+    under: str, parts: int, fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared, personal = live(fresh, 1), live(fresh, 2)
+    Store(Files(tmp_path / "store")).save_personal(Personal(personal, shared, fresh.hash, "run:1"))
+    options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--out", str(tmp_path / "out")]
+    assert main([*CAPTIONS, *options, "--under", under, "--store", str(tmp_path / "store")]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    part = "" if under == "personal" else f"-{under}"  # one doesn't take the other's place
+    assert [file.name for file in files] == [f"01{part}-a-b.png", f"02{part}-c.png"]
+    wanted = merged(fresh.folder, *(shared, personal)[:parts])
+    for file, picture in zip(files, wanted, strict=True):
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - picture.astype(int)).max() <= 1
+    if parts:
+        assert (wanted[0] != merged(fresh.folder)[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "nothing was learnt here yet"),
+        (["--steps", "0"], "--steps 0: must be 1 to 1000"),
+        (["--guidance", "0"], "--guidance 0.0: must be 1 to 1000"),
+        (["--guidance", "nan"], "--guidance nan: must be 1 to 1000"),
+        (["--guidance", "inf"], "--guidance inf: must be 1 to 1000"),
+        (["--resolution", "-16"], "--resolution -16: must be 8 to 8192"),
+        (["--resolution", "0"], "--resolution 0: must be 8 to 8192"),
+        (["--tile", "-1"], "--tile -1: must be 0 to 8192"),
+        (["--seed", "-1"], "--seed -1: must be 0 to"),
+        (["--out", "cat.PNG"], "--out cat.PNG: must be a folder"),
+        (["--out", __file__], "test_draw.py: must be a folder"),
+        (["--resolution", "17", "--under", "base"], "17 pixels: must be a multiple"),
+        (["--tile", "5", "--under", "base"], "tiles of 5 pixels: must be a multiple of 16"),
+        (["--small-vae", "nowhere", "--under", "base"], "nowhere: holds no safetensors"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    options: list[str], words: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["a", "--base", str(pipeline_folder), "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    assert main([*common, "--steps", "1", *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert words in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_learnt_on_another_base_is_not_drawn_with(
+    fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Store(Files(tmp_path / "store")).save_personal(Personal(live(fresh, 1), live(fresh, 2), "f" * 64, "run:1"))
+    assert main(["a", "--base", str(fresh.folder), "--store", str(tmp_path / "store")]) == 2
+    assert "belongs to another base (ffffffffffff)" in capsys.readouterr().err

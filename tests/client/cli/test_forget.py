@@ -1,0 +1,146 @@
+"""What an owner removes is gone, all of it and nothing else; the ledger is never among it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from client.cli import ledger
+from client.cli.forget import main
+from client.cli.paths import files_of
+from client.store.open import look, opened
+from privacy.ledger.ledger import JOURNAL
+from privacy.storage import Files
+from tests.client.store.test_open import FEDERATION, fill
+from tests.helpers.kills import counted, killed_before
+from tests.privacy.ledger.test_ledger import FIRST, free, replace
+
+KEPT = ("ledger.jsonl", "enrolled", "seed", "version", "lock", "policy.toml", "federation")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    for name in ("ANTHER_KEY_FILE", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def files(home: Path) -> Files:
+    """Of a device that was in three federations, one of them without an id, and whose owner began anew once."""
+    assert home.name == "home"
+    found = files_of("pi")
+    with opened(found) as mine:
+        fill(mine.store)
+    ledger.reset(found, sure=True)
+    for federation in (None, "a" * 64, FEDERATION):
+        with opened(found, federation=federation) as mine:
+            fill(mine.store)
+    (found.folder / "policy.toml").write_text("max_epsilon = 4.0\n")
+    (found.folder / "notes.txt").write_text("the owner's own")
+    (found.folder / ".personal.safetensors.abcdefg_").write_bytes(b"left by a killed write")
+    return found
+
+
+def names(files: Files) -> set[str]:
+    return {path.relative_to(files.folder).as_posix() for path in files.folder.rglob("*") if path.is_file()}
+
+
+def run(arguments: Sequence[str]) -> int:
+    return main(["--name", "pi", *arguments])
+
+
+def test_of_the_last_federation(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    before = names(files)
+    entries = look(files).store.ledger.entries()
+    assert run(["--yes"]) == 0
+    said = capsys.readouterr().out
+    for word in ("8 files", FEDERATION, str(files.folder), "stays shared", "client.cli.ledger", "not written over"):
+        assert word in said
+    gone = before - names(files)
+    assert {name.split("/")[1] for name in gone if name.startswith("federations")} == {FEDERATION}
+    assert {name for name in gone if not name.startswith("federations")} == {
+        "cache/base.json",
+        "cache/train.safetensors",
+        ".personal.safetensors.abcdefg_",
+    }
+    assert not (files.folder / "federations" / FEDERATION).exists()
+    assert not (files.folder / "cache").exists()
+    assert look(files).store.ledger.entries() == entries
+    assert run(["--yes"]) == 0
+    assert "nothing was learnt here" in capsys.readouterr().out
+
+
+def test_of_one_by_its_id(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--federation", "a" * 64, "--yes"]) == 0
+    assert not (files.folder / "federations" / ("a" * 64)).exists()
+    assert (files.folder / "federations" / FEDERATION / "personal.safetensors").exists()
+    assert run(["--federation", "a" * 64, "--yes"]) == 2
+    assert f"of these something is: {FEDERATION}" in capsys.readouterr().err
+    assert run(["--federation", "../..", "--yes"]) == 2
+
+
+def test_of_all(files: Files) -> None:
+    before = names(files)
+    assert run(["--all", "--yes"]) == 0
+    left = names(files)
+    assert left == {
+        name
+        for name in before
+        if name.split("/")[-1] in KEPT or "outbox/" in name or name in ("notes.txt", "forgotten-1/head")
+    }
+    assert any(name.startswith("forgotten-1/") and name.endswith(JOURNAL) for name in left)
+    assert not (files.folder / "federations").exists()
+    assert len(look(files).store.ledger.entries()) == 1
+
+
+def test_it_must_be_meant(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    before = names(files)
+    for arguments in ([], ["--all"], ["--federation", "a" * 64]):
+        assert run(arguments) == 2
+        error = capsys.readouterr().err
+        assert "say --yes" in error
+        assert error.count("\n") == 1
+    assert names(files) == before
+    with opened(files):
+        assert run(["--yes"]) == 2
+    assert "in use" in capsys.readouterr().err
+    assert main(["--name", "nobody", "--yes"]) == 2
+    files.write("version", b"9\n")
+    assert run(["--yes"]) == 2
+
+
+def test_it_needs_no_key(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
+    with opened(files, encrypt="auto"):
+        pass
+    monkeypatch.delenv("ANTHER_KEY_FILE")
+    assert run(["--all", "--yes"]) == 0
+    monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
+    found = look(files).store
+    assert len(found.ledger.entries()) == 1
+    found.ledger.reserve(replace(FIRST, round=9), free)
+
+
+def test_killed_on_the_way_it_can_be_done_again(files: Files, tmp_path: Path) -> None:
+    def forgotten() -> None:
+        assert run(["--all", "--yes"]) == 0
+
+    copy = tmp_path / "copy"
+    shutil.copytree(files.folder, copy)
+    calls = counted(forgotten, tmp_path / "trace")
+    for call in range(0, len(calls), 5):
+        shutil.rmtree(files.folder)
+        shutil.copytree(copy, files.folder)
+        killed_before(call, forgotten)
+        forgotten()
+        assert not list(files.folder.rglob("personal.safetensors"))
+        assert not (files.folder / "federations").exists()
+        assert len(look(files).store.ledger.entries()) == 1

@@ -1,0 +1,172 @@
+"""What an owner reads of the ledger, and how they begin a new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client.cli.ledger import FRESH, main
+from client.cli.paths import files_of
+from client.store.store import OWN, RESIDUAL, VARIATE
+from privacy.accounting import NonPrivate, PoissonGaussian
+from privacy.ledger.ledger import JOURNAL, MARKER, MEASURE, Ledger
+from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
+
+SECOND = replace(FIRST, round=2, data="e" * 64)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("platform.node", lambda: "tablet")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def ledger(home: Path) -> Ledger:
+    """Of the machine's own device: one round received, one sealed, one measure reserved."""
+    assert home.name == "home"
+    found = Ledger(files_of("tablet"))
+    for made in (FIRST, SECOND):
+        found.reserve(made, free, settles=True)
+        found.seal(made, b"reply")
+    found.reserve(replace(SECOND, purpose=MEASURE, release=False), free)
+    return found
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_fresh_device(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys) == FRESH + "\n"
+    assert json.loads(shown(capsys, "--json"))["entries"] == []
+    assert shown(capsys, "reset", "--forget") == FRESH + "\n"
+    assert not home.exists()  # looking leaves nothing behind
+
+
+@pytest.mark.usefixtures("ledger")
+def test_it_says_what_was_shared_and_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys)
+    assert text.count("run/../Ω") == 1
+    for word in ("reply received", "reply sealed", "charged", "an adapter", "how the adapter does", "no: test"):
+        assert word in text
+    assert "σ=2 C=0.01 q=0.2, 25 steps" in text
+    assert "sets no max_epsilon" in text
+    assert "Made with a test's reproducible noise, not a release: 1 of 3." in text
+    assert "there were 2 sets" in text
+    assert "7 events" in text
+
+
+def test_the_number_is_the_ledgers_with_all_that_it_means(
+    ledger: Ledger, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "devices/tablet/policy.toml").write_text("max_epsilon = 4.0\ndelta = 1e-3")
+    spent, strict = ledger.spent(1e-3), ledger.spent(1e-5).value
+    assert f"ε={spent.value:.3g} per image (δ=0.001, add or remove one; ε={strict:.3g} at δ=1e-05)" in shown(capsys)
+    assert f"ε=4 at this δ: {4 - spent.value:.3g} is left" in shown(capsys)
+    found = json.loads(shown(capsys, "--json"))
+    assert found["epsilon"] == {
+        "value": spent.value,
+        "delta": 1e-3,
+        "unit": "image",
+        "relation": "add_or_remove_one",
+        "strict": strict,
+        "seen": None,
+    }
+    assert found["max_epsilon"] == 4.0
+    assert [entry["state"] for entry in found["entries"]] == ["sent", "sealed", "reserved"]
+    assert [sorted({"reserved", "sealed", "sent"} & entry.keys()) for entry in found["entries"]] == [
+        ["reserved", "sealed", "sent"],
+        ["reserved", "sealed"],
+        ["reserved"],
+    ]
+    assert found["entries"][1]["data"] == "e" * 64
+
+
+def test_a_measurement_is_shown_with_the_noise_on_it(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
+    ledger.reserve(replace(FIRST, purpose=MEASURE, mechanism=noise, clip=0.1), free)
+    (row,) = [line for line in shown(capsys).splitlines() if "σ=10" in line]
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["1", "how the adapter does", "σ=10 C=0.1"]
+
+
+def test_without_noise_there_is_no_number(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger.reserve(replace(FIRST, run="bare", mechanism=NonPrivate(), clip=None), free)
+    assert "Shared without noise: 1 of 4, so no ε can be promised" in shown(capsys)
+    assert "has no dates of a reply: count it as sent" in shown(capsys)
+    assert "no sealed reply yet: 1." in shown(capsys)  # without noise there is nothing to seal
+    assert json.loads(shown(capsys, "--json"))["epsilon"]["value"] is None
+
+
+def test_a_store_elsewhere_knows_where_its_head_is(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "card"
+    Ledger(files_of("camera", store)).reserve(FIRST, free)
+    assert (home / "heads/camera" / JOURNAL).exists()
+    assert "run/../Ω" in shown(capsys, "--store", str(store))
+    assert "run/../Ω" in shown(capsys, "--store", str(store), "--name", "camera")
+    assert shown(capsys) == FRESH + "\n"
+    (store / JOURNAL).unlink()
+    assert "is missing" in failed(capsys, "--store", str(store))
+    (store / MARKER).unlink()
+    assert "is missing" in failed(capsys, "--store", str(store), "--name", "camera")
+    shown(capsys, "--store", str(store), "--name", "camera", "reset", "--forget")
+    Ledger(files_of("camera", store)).reserve(FIRST, free)
+
+
+def test_another_store_under_the_same_name_is_no_fresh_device(ledger: Ledger, tmp_path: Path) -> None:
+    assert ledger.entries()
+    with pytest.raises(Exception, match="is missing"):
+        Ledger(files_of("tablet", tmp_path / "new")).reserve(FIRST, free)
+
+
+def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
+    ledger: Ledger, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = home / "devices/tablet" / JOURNAL
+    old = journal.read_bytes()
+    assert "reset --forget" in failed(capsys, "reset")
+    assert journal.read_bytes() == old
+    journal.write_bytes(old[:-9])  # torn where no crash tears it: the head knows
+    assert "rolled back" in failed(capsys)
+    carried = (RESIDUAL, VARIATE, OWN)  # from round to round: made of what the old ledger counts
+    for name in carried:
+        journal.with_name(name).write_bytes(b"?")
+    text = shown(capsys, "reset", "--forget")
+    assert "ε is counted from 0 again" in text
+    assert (home / "devices/tablet/forgotten-1" / JOURNAL).read_bytes() in (old, old[: old[:-9].rfind(b"\n") + 1])
+    assert all((home / "devices/tablet/forgotten-1" / name).exists() for name in carried)
+    assert not any(journal.with_name(name).exists() for name in carried)
+    assert shown(capsys) == FRESH + "\n"
+    assert ledger.sealed(KEY, PLAN) is None
+    ledger.reserve(FIRST, free)
+    assert len(ledger.entries()) == 1
+
+
+def test_as_a_program(home: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "ANTHER_HOME": str(home)}
+    command = [sys.executable, "-m", "client.cli.ledger", "--store", str(home / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "there is no store here" in done.stderr  # it was named, and mistyped maybe
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    done = subprocess.run(command[:3], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == FRESH + "\n"
+    (home / "heads/x").mkdir(parents=True)
+    (home / "heads/x" / JOURNAL).write_bytes(b"?")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -1,0 +1,140 @@
+"""`anther device plan`, on the tiny pipeline: a plan that fits, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.cli import plan
+from client.planning.plan_search import Setting
+from conf.schemas.planning import planned
+from models.base.denoiser import Denoiser
+from models.families.known import KNOWN
+from models.footprint.footprint import MARGIN, Footprint, footprint, resident_bytes
+
+RUNTIME = planned(["device=pi4_2gb"], Path("/nowhere")).device.runtime_mib
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny pipeline, each made once for all tests."""
+    monkeypatch.setattr(plan, "footprint", lambda held, *shapes, **how: _once(held, shapes, how))
+
+
+KEPT: dict[object, Footprint] = {}
+
+
+def _once(held: Denoiser, shapes: tuple[torch.Size, ...], how: dict[str, int]) -> Footprint:
+    key = (resident_bytes(held), len(held.sites), shapes, how["batch"], how["rank"])
+    if key not in KEPT:
+        KEPT[key] = footprint(held, *shapes, **(how | {"runtime_bytes": 0}))
+    return replace(KEPT[key], runtime_bytes=how["runtime_bytes"])
+
+
+def rungs(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert plan.main([*words, "--json"]) == 0
+    found: dict = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_plan_of_a_small_base(pipeline_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"base={pipeline_folder}", "device=pi4_2gb", "rungs=0", "rank=2"]
+    assert plan.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "pi4_2gb: 1.6 GiB, rank 2, 1 picture a step" in shown
+    assert "▸" in shown
+    assert "MiB of ▸: base " in shown
+    assert max(map(len, shown.splitlines()[1:])) <= plan.WIDTH
+    found = rungs(capsys, *words)
+    assert found["best"] == 0
+    chosen = found["rungs"][0]
+    assert chosen["blocked"] is None
+    assert chosen["setting"] == {
+        "resolution": 16,
+        "sites": "attention",
+        "weights": "fp32",
+        "checkpointing": "none",
+        "batch": 1,
+    }
+    parts = chosen["footprint"]
+    assert chosen["peak_bytes"] == sum(parts[name] for name in parts if name.endswith("_bytes") and name[0] != "m")
+    assert parts["runtime_bytes"] == RUNTIME * 2**20
+
+
+def test_less_memory_takes_it_down_the_ladder(
+    pipeline_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [Setting(16, "attention", "fp32", "none"), Setting(16, "cross", "int8", "none")]
+    monkeypatch.setattr(plan, "ways", lambda _: some)
+    words = [f"base={pipeline_folder}", "device=pi4_2gb", "device.runtime_mib=200", "rank=2"]
+    first, second = rungs(capsys, *words)["rungs"]
+    assert second["peak_bytes"] < first["peak_bytes"]
+    between = (first["peak_bytes"] + second["peak_bytes"]) / 2 * MARGIN / 2**30
+    assert rungs(capsys, *words, f"device.memory_gib={between}")["best"] == 1
+    assert plan.main([*words, "device.memory_gib=0.15"]) == 0
+    shown = capsys.readouterr().out
+    assert "Nothing fits" in shown
+    assert shown.count("of 154") == 2
+
+
+def test_no_pass_is_run_of_what_is_too_large_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL in float32 takes 10 GB."""
+    monkeypatch.setattr(plan, "footprint", None)
+    wanted = planned(["device=pi4_2gb"], Path("/nowhere"))
+    found = plan.predictor(KNOWN["sdxl"], wanted)(Setting(1024, "cross", "fp32", "none"))
+    parameters = sum(parameter.numel() for parameter in KNOWN["sdxl"].network().parameters())
+    assert found == Footprint(base_bytes=4 * parameters, runtime_bytes=found.runtime_bytes)
+    assert found.runtime_bytes == wanted.device.runtime_mib * 2**20
+
+
+def test_this_device(pipeline_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = Path(plan.__file__).parents[2] / "conf" / "device" / "pixel8.yaml"
+    (home / plan.PROFILE).write_text(profile.read_text().replace("name: pixel8", "name: mine"))
+    found = rungs(capsys, f"base={pipeline_folder}", "rungs=0", "rank=2")
+    assert found["plan"]["device"]["name"] == "mine"
+    assert found["rungs"][found["best"]]["battery_share"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "error: device=this: not measured yet"),
+        (["device=pixel8", "base=sd16"], "error: sd16: no such folder"),
+        (["device=pixel8", "rank=-1"], "error: rank=-1: must be 1 or more"),
+    ],
+)
+def test_mistakes_cost_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(words) == plan.USAGE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+
+
+def test_resolutions_are_those_that_a_network_can_take() -> None:
+    def sides(name: str) -> list[int]:
+        return list(dict.fromkeys(setting.resolution for setting in plan.ways(KNOWN[name])))
+
+    assert sides("sd15") == [512, 384, 256]
+    assert sides("sdxl") == [1024, 768, 512, 256]
+    assert sides("sd21") == [768, 576, 384]
+    assert Setting(1024, "cross", "fp32", "none") in plan.ways(KNOWN["pixart-sigma"])
+    assert {setting.sites for setting in plan.ways(KNOWN["flux-dev"])} == {"attention"}
+
+
+@pytest.mark.parametrize(
+    ("count", "best", "around", "wanted"),
+    [(9, 4, 2, [2, 3, 4, 5, 6]), (9, 0, 2, [0, 1, 2]), (3, 2, 5, [0, 1, 2]), (9, None, 2, [7, 8]), (1, 0, 0, [0])],
+)
+def test_the_rungs_around_the_best_are_shown(count: int, best: int | None, around: int, wanted: list[int]) -> None:
+    assert list(plan.shown(count, best, around)) == wanted

@@ -1,0 +1,44 @@
+"""The owner's way back, at the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from client.cli.roll_back import main
+from client.store.store import Personal, Store
+from privacy.storage import Files
+from tests.helpers.devices import BASE, SITES, adapter
+
+
+@pytest.mark.parametrize("asked", ["store", "name", "nothing"])
+def test_back_once_and_no_further(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the device that is meant, which every command of an owner finds in the same way."""
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    monkeypatch.setattr("platform.node", lambda: "tablet")
+    folder = {"store": tmp_path / "card", "name": tmp_path / "devices/camera", "nothing": tmp_path / "devices/tablet"}
+    arguments = {"store": ["--store", str(folder["store"])], "name": ["--name", "camera"], "nothing": []}[asked]
+    store = Store(Files(folder[asked]))
+    for number in (1, 2):
+        made = Personal(adapter(2), adapter(3, seed=number), BASE, f"run:{number}")
+        store.save_personal(made, aside=True)
+    assert main(arguments) == 0
+    assert str(folder[asked]) in capsys.readouterr().out
+    found = store.personal(SITES)
+    assert found is not None
+    assert found.request == "run:1"
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "no previous adapter" in errors
+    assert main([*arguments, "--list"]) == 0
+    newest, oldest = capsys.readouterr().out.splitlines()
+    assert oldest.endswith("(in use)")
+    assert main([*arguments, "--to", newest.split()[0]]) == 0
+    found = store.personal(SITES)
+    assert found is not None
+    assert found.request == "run:2"

@@ -1,0 +1,150 @@
+"""The ladder: nothing that might not fit is accepted, nothing better that fits is passed over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.planning import plan_search as ladders
+from client.planning.plan_search import Rung, Setting, fastest, ladder, pass_seconds, rung
+from common.units import GIB, HOUR
+from conf.schemas.planning import DeviceProfile, Plan
+from models.footprint.footprint import MARGIN, Footprint
+
+RESOLUTIONS, SITES, WEIGHTS = (512, 256), ("attention", "cross"), ("fp32", "int8", "nf4")
+ALL = ladders.settings(RESOLUTIONS, SITES, WEIGHTS)
+BASE = {"fp32": 3.2, "int8": 0.8, "nf4": 0.45}
+
+
+def device(**changes: float | None) -> DeviceProfile:
+    plain = {
+        "memory_gib": 2.0,
+        "runtime_mib": 450.0,
+        "matrix_gflops": 20.0,
+        "convolution_gflops": 10.0,
+        "bandwidth_gbs": 4.0,
+        "watts_idle": 2.0,
+        "watts_busy": 6.0,
+    }
+    return DeviceProfile(name="toaster", **{**plain, **changes})  # type: ignore[arg-type]
+
+
+def footprint(gib: float, work: float = 1.0) -> Footprint:
+    return Footprint(
+        base_bytes=int(gib * GIB),
+        matrix_operations=int(work * 20e9),
+        convolution_operations=int(work * 10e9),
+        moved_bytes=int(work * 4e9),
+    )
+
+
+def predict(setting: Setting) -> Footprint:
+    """Checkpoints save half the activations and cost a third more work."""
+    area, plain = (setting.resolution / 512) ** 2 * setting.batch, setting.checkpointing == "none"
+    trained = 1.0 if setting.sites == "attention" else 0.9
+    gib = BASE[setting.weights] + area * trained * (1.6 if plain else 0.4)
+    return footprint(gib, area * (1 if plain else 4 / 3) + 0.1)
+
+
+def best_of(memory: float, **changes: int | float) -> tuple[list[Rung], int | None]:
+    return ladder(ALL, Plan(device=device(memory_gib=memory), **changes), predict)  # type: ignore[arg-type]
+
+
+def fits(setting: Setting, memory: float) -> bool:
+    return MARGIN * predict(setting).peak_bytes <= memory * GIB
+
+
+def test_the_ladder_goes_from_the_best_down() -> None:
+    assert len(ALL) == 24
+    assert ALL[:2] == [Setting(512, "attention", "fp32", "none"), Setting(512, "attention", "fp32", "block")]
+    assert [setting.weights for setting in ALL[:8:2]] == ["fp32", "int8", "nf4", "fp32"]
+    assert [setting.resolution for setting in ALL] == [512] * 12 + [256] * 12
+
+
+@given(memory=st.floats(0.3, 10), pictures=st.integers(1, 9), rungs=st.integers(0, 4))
+@settings(deadline=None)
+def test_the_best_that_fits_in_its_fastest_form(memory: float, pictures: int, rungs: int) -> None:
+    found, best = best_of(memory, pictures=pictures, rungs=rungs, steps=1, least_steps=1, hours=1e9)
+    able = [setting for setting in ALL if fits(setting, memory)]
+    if not able:
+        assert best is None
+        assert all(rung.blocked for rung in found)
+        assert len(found) == len(ALL)
+        return
+    assert best == ALL.index(able[0])
+    assert len(found) == min(len(ALL), best + rungs + 1)
+    chosen = found[best]
+    assert chosen.blocked is None
+    forms = [replace(able[0], batch=batch) for batch in (1, 2, 4, 8) if batch <= pictures]
+    seconds = {form: -(-pictures // form.batch) * pass_seconds(predict(form), device()) for form in forms}
+    assert chosen.setting in forms
+    assert chosen.seconds == min(seconds[form] for form in forms if fits(form, memory))
+    for above in found[:best]:
+        assert above.blocked is not None
+        assert above.blocked.startswith("memory: ")
+        assert (above.steps, above.seconds, above.joules) == (0, 0.0, 0.0)
+
+
+def test_a_prediction_that_just_fits_has_no_room_for_being_under() -> None:
+    plan = Plan(device=device(memory_gib=2.0))
+    for gib, blocked in ((2.0 / MARGIN - 0.001, False), (2.0 / MARGIN + 0.001, True)):
+        found = rung(ALL[0], plan, lambda _, gib=gib: footprint(gib))
+        assert bool(found.blocked) is blocked
+
+
+def test_seconds_are_work_over_rates() -> None:
+    one = footprint(1)
+    assert pass_seconds(one, device()) == pytest.approx(1 + 1 + 1)
+    assert pass_seconds(one, device(slowdown=2.0)) == pytest.approx(6)
+    assert pass_seconds(one, device(convolution_gflops=5.0)) == pytest.approx(1 + 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("hours", "battery", "steps", "blocked"),
+    [
+        (1.0, None, 100, None),
+        (150 / HOUR, None, 50, None),
+        (30 / HOUR, None, 10, "time: 10 steps, of at least 20"),
+        (1.0, 1.0, 100, None),  # half of 3600 J, at 18 J a step
+        (1.0, 0.5, 50, None),
+        (1.0, 0.1, 10, "battery: 10 steps, of at least 20"),
+        (60 / HOUR, 0.1, 10, "battery: 10 steps, of at least 20"),
+        (30 / HOUR, 0.5, 10, "time: 10 steps, of at least 20"),
+    ],
+)
+def test_time_and_battery_limit_the_steps(hours: float, battery: float | None, steps: int, blocked: str | None) -> None:
+    plan = Plan(device=device(battery_wh=battery), hours=hours)
+    found = rung(ALL[0], plan, lambda _: footprint(1))
+    assert (found.steps, found.blocked) == (steps, blocked)
+    assert found.seconds == pytest.approx(3)
+    assert found.joules == pytest.approx(18)
+    share = found.battery_share(plan.device)
+    assert share == (None if battery is None else pytest.approx(steps * 18 / HOUR / battery))
+
+
+def test_a_rung_that_is_too_slow_lets_a_smaller_picture_through() -> None:
+    found, best = best_of(8.0, hours=30 / HOUR, least_steps=20)
+    assert best is not None
+    assert found[best].setting.resolution == 256
+    assert {(above.blocked or "").split(":")[0] for above in found[:best]} == {"time"}
+
+
+def test_nothing_is_predicted_for_nothing() -> None:
+    """Where a micro-batch doesn't fit, no larger one is asked for."""
+    asked: list[Setting] = []
+
+    def counting(setting: Setting) -> Footprint:
+        asked.append(setting)
+        return predict(setting)
+
+    fastest(ALL[0], Plan(device=device(memory_gib=1.0), pictures=8), counting)
+    assert asked == [ALL[0]]
+    fastest(ALL[2], Plan(device=device(memory_gib=3.0), pictures=16), counting)
+    assert [setting.batch for setting in asked[1:]] == [1, 2]
+
+
+def test_it_is_deterministic() -> None:
+    assert best_of(1.7) == best_of(1.7)

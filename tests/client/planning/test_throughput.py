@@ -1,0 +1,78 @@
+"""What a device that was measured says of its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from client.cli import plan
+from client.cli.benchmark import write
+from client.device import EXAMPLES_PER_SECOND_PER_CORE, WATTS, probe
+from client.planning import throughput
+from client.planning.plan_search import pass_seconds
+from client.store.store import Store
+from common.errors import AntherError
+from conf.schemas.planning import DeviceProfile, device_profile
+from models.base.base import Base
+from models.families.known import find
+from models.footprint.footprint import example, footprint, stand_in
+from privacy.storage import Files
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    return tmp_path
+
+
+def benchmark(home: Path, **changes: object) -> DeviceProfile:
+    """As if it had run here and found a laptop."""
+    found = dataclasses.replace(device_profile("laptop"), **changes)
+    write(found, home / plan.PROFILE, like="laptop")
+    return found
+
+
+@pytest.mark.usefixtures("home")
+def test_a_device_that_was_not_measured(base: Base) -> None:
+    assert throughput.benchmarked(base) is None
+    report = probe("d", base, {})
+    assert report.watts == WATTS
+    assert report.examples_per_second % EXAMPLES_PER_SECOND_PER_CORE == 0
+    assert report.battery_wh is None
+    assert throughput.PROFILE == plan.PROFILE
+
+
+def test_rates_are_those_that_the_plan_predicts(base: Base, home: Path) -> None:
+    found = benchmark(home)
+    predicted = footprint(stand_in(base), *example(find(str(base.folder)), base.resolution), rank=throughput.RANK)
+    report = probe("d", base, {})
+    assert report.examples_per_second == pytest.approx(1 / pass_seconds(predicted, found))
+    assert (report.watts, report.battery_wh) == (found.watts_busy, found.battery_wh)
+
+
+def test_what_is_stated_goes_over_what_was_measured(base: Base, home: Path) -> None:
+    benchmark(home)
+    report = probe("d", base, {"examples-per-second": "3", "watts": "4"})
+    assert (report.examples_per_second, report.watts) == (3.0, 4.0)
+
+
+def test_it_is_predicted_once_for_a_profile(base: Base, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark(home)
+    store = Store(Files(home / "store"))
+    first = throughput.benchmarked(base, store)
+    with monkeypatch.context() as patched:
+        patched.setattr(throughput, "footprint", lambda *_, **__: pytest.fail("predicted again"))
+        assert throughput.benchmarked(base, store) == first
+    benchmark(home, slowdown=2.0)
+    slower = throughput.benchmarked(base, store)
+    assert first is not None
+    assert slower is not None
+    assert slower.examples_per_second == pytest.approx(first.examples_per_second / 2)
+
+
+def test_a_profile_that_is_damaged_is_told(base: Base, home: Path) -> None:
+    (home / plan.PROFILE).write_text("name: [")
+    with pytest.raises(AntherError, match="device"):
+        throughput.benchmarked(base)

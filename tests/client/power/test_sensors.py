@@ -1,0 +1,120 @@
+"""Which sensors a device is taken to have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client.power.conditions import ESTIMATE, Conditions
+from client.power.meter import Meter
+from client.power.sensors import Sensors, choose
+from client.power.system import System
+from client.power.termux import BATTERY
+from common.errors import AntherError
+from conf.schemas.node import Power
+from tests.helpers.power_fakes import LAPTOP, PMIC, PMIC_WATTS, UNPLUGGED, supplies, system
+
+COUNTER = {"sys/class/powercap/intel-rapl:0/name": "package-0", "sys/class/powercap/intel-rapl:0/energy_uj": "5"}
+PHONE = json.dumps({"plugged": "UNPLUGGED", "percentage": 50, "voltage": 4000, "current": -500000})
+BOARD = {"nvidia-smi": "80.50, 42"}
+
+
+def chosen(meter: str, found: System, *, cuda: bool = False) -> Sensors:
+    return choose(Power(meter=meter), found, cuda=cuda)
+
+
+def test_nothing_is_there(tmp_path: Path) -> None:
+    found = chosen("auto", system(tmp_path))
+    assert (found.name, found.source) == ("none", None)
+    assert found.read() == Conditions()
+
+
+def test_the_first_that_measures(tmp_path: Path) -> None:
+    everything = system(tmp_path, supplies(UNPLUGGED) | COUNTER, {"vcgencmd": PMIC, BATTERY: PHONE} | BOARD)
+    assert chosen("auto", everything).name == "pi5"
+    assert chosen("auto", everything, cuda=True).name == "nvml"
+    (tmp_path / "bin/vcgencmd").unlink()
+    assert chosen("auto", everything).name == "battery"
+    plugged = system(tmp_path, supplies(LAPTOP))
+    assert chosen("auto", plugged).name == "termux"
+    (tmp_path / "bin" / BATTERY).unlink()
+    assert chosen("auto", plugged).name == "rapl"
+    (tmp_path / "root/sys/class/powercap/intel-rapl:0/energy_uj").unlink()
+    assert chosen("auto", plugged).name == "none"  # a board that training leaves idle isn't what it takes
+    assert chosen("nvml", plugged).name == "nvml"
+    assert chosen("none", everything).source is None
+
+
+def test_it_says_what_its_number_is_of(tmp_path: Path) -> None:
+    everything = system(tmp_path, supplies(UNPLUGGED) | COUNTER, {"vcgencmd": PMIC, BATTERY: PHONE} | BOARD)
+    covers = {meter: chosen(meter, everything).covers for meter in ("pi5", "battery", "termux", "rapl", "nvml", "none")}
+    assert "USB" in covers["pi5"]
+    assert "nothing else" in covers["nvml"]
+    assert len(set(covers.values())) == 6
+
+
+@pytest.mark.parametrize("meter", ["pi5", "battery", "rapl", "nvml", "termux"])
+def test_a_meter_that_is_not_there_is_refused(tmp_path: Path, meter: str) -> None:
+    with pytest.raises(AntherError, match=rf"power\.meter={meter}: .*: ") as raised:
+        chosen(meter, system(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_gauge_is_taken_at_its_name_though_it_is_plugged_in(tmp_path: Path) -> None:
+    """Training does so on a charger, where it measures nothing: that is an estimate, and no mistake."""
+    found = chosen("battery", system(tmp_path, supplies(LAPTOP)))
+    now = [0.0]
+    with (meter := Meter(found.source, watts=5.0, clock=lambda: now[0])):
+        now[0] = 2.0
+    assert meter.last == (2.0, 10.0, ESTIMATE)
+
+
+def test_everything_that_is_known_is_read(tmp_path: Path) -> None:
+    thermal = {"sys/class/thermal/thermal_zone0/temp": "61000", "proc/meminfo": "MemAvailable: 2048 kB"}
+    found = system(tmp_path, supplies(LAPTOP) | thermal, {"vcgencmd": "throttled=0x4", "busctl": "b false"})
+    assert chosen("none", found).read() == Conditions(
+        charging=True, battery=0.85, celsius=61.0, throttled=True, free_mib=2.0, owner_active=True
+    )
+
+
+def test_the_pi_by_the_meter(tmp_path: Path) -> None:
+    found, now = chosen("auto", system(tmp_path, commands={"vcgencmd": PMIC})), [0.0]
+    with (meter := Meter(found.source, watts=1.0, clock=lambda: now[0])):
+        now[0] = 10.0
+    assert meter.last is not None
+    assert meter.last.joules == pytest.approx(10 * PMIC_WATTS)
+
+
+def test_a_file_in_place_of_sensors(tmp_path: Path) -> None:
+    """Of memory it needn't know."""
+    file = tmp_path / "power.json"
+    file.write_text(json.dumps({"charging": True, "watts": 7}))
+    found = choose(Power(meter="file", file=str(file)), system(tmp_path, {"proc/meminfo": "MemAvailable: 2048 kB"}))
+    assert found.name == "file"
+    assert found.read() == Conditions(charging=True, watts=7.0, free_mib=2.0)
+    assert found.source is not None
+    assert found.source.read() == 7.0
+    file.write_text(json.dumps({"charging": False, "free_mib": 1}))
+    assert found.read() == Conditions(charging=False, free_mib=1.0)
+    file.write_text("{")
+    with pytest.raises(AntherError, match=r"power\.file"):
+        found.read()
+    with pytest.raises(AntherError, match=r"power\.file"):
+        choose(Power(meter="file", file=str(file)), system(tmp_path))
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """A device that is asked whether it may train has not loaded anything yet."""
+    script = (
+        "import sys, client.power.sensors, client.runtime.throttle\n"
+        "heavy = {'torch', 'numpy', 'flwr', 'psutil', 'models', 'training', 'server', 'strategies', 'simulations'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout.strip() == "[]"

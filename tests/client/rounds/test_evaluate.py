@@ -1,0 +1,257 @@
+"""What a device tells of how an adapter does on its pictures, and what that costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.data import Pictures
+from client.device import Device
+from client.rounds import evaluate
+from client.rounds.handler import handle
+from client.rounds.scheduler import drive
+from privacy.accounting import PoissonGaussian, epsilon
+from privacy.ledger.ledger import MEASURE, RESERVED, SEALED, SENT
+from privacy.noise import Simulated
+from privacy.policy import Policy, Refusal
+from protocol import messages
+from protocol.messages import Evaluate, Evaluation, MeasuringPrivacy, Request
+from tests.helpers.devices import PICTURES, Performer, adapter, make_device, picture, to_bytes, train_request
+from training import jobs
+
+PRIVATE = MeasuringPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
+RAW = Evaluate(run="run", round=1, adapter=to_bytes(adapter(3)))
+NOISED = dataclasses.replace(RAW, privacy=PRIVATE)
+
+
+def ask(request: Request, device: Device, perform: Any = None) -> Any:
+    outcome = drive({"d": handle(request, device)}, perform or Performer())["d"]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def simulated(storage: Path, **changes: Any) -> Device:
+    return make_device(storage, noise=Simulated(seed=0, client="d", round=1, purpose="measure"), **changes)
+
+
+def states(device: Device) -> list[tuple[str, str]]:
+    return [(entry.reservation.purpose, entry.state) for entry in device.store.ledger.entries()]
+
+
+def with_validation(*seeds: int) -> Pictures:
+    return PICTURES._replace(validation=tuple(map(picture, seeds)))
+
+
+def sum_without_noise(storage: Path, *seeds: int) -> float:
+    """What the pictures add to the noised sum: the noise of a simulated source is the same every time."""
+    gains = [
+        ask(NOISED, simulated(storage / name, pictures=with_validation(*held))).gain
+        for name, held in (("pictures", seeds), ("none", ()))
+    ]
+    return float(gains[0] - gains[1]) * PRIVATE.pictures
+
+
+def test_a_noised_gain_and_nothing_else(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    reply = ask(NOISED, device, perform)
+    assert isinstance(reply, Evaluation)
+    assert (reply.device, reply.round, reply.base, reply.shared, reply.release) == ("d", 1, None, None, True)
+    assert reply.gain is not None
+    assert [type(job) for job in perform.jobs] == [jobs.Encode, jobs.MeasureEach, jobs.MeasureEach]
+    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureEach)]
+    assert [job.adapter is None for job in measured] == [True, False]
+    assert all(len(job.examples) == PRIVATE.pictures for job in measured)  # some of them blank
+    (entry,) = device.store.ledger.entries()
+    assert (entry.state, entry.reservation.purpose, entry.reservation.clip) == (SEALED, MEASURE, 0.2)
+    event = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=1)
+    assert entry.reservation.mechanism == event
+    assert reply.epsilon == device.store.ledger.spent(1e-3).value == epsilon([event], 1e-3).value
+
+
+def test_the_gain_is_that_of_the_clipped_losses(tmp_path: Path) -> None:
+    """The performer's losses are a thousandth of a picture's mean grey, and half of it under an adapter."""
+    greys = [float(picture(seed).pixels.mean()) for seed in (4, 5)]
+    assert sum_without_noise(tmp_path, 4, 5) == pytest.approx(sum(greys) / 2000, abs=1e-3)
+
+
+def test_no_more_pictures_are_measured_than_are_asked_for(tmp_path: Path) -> None:
+    assert sum_without_noise(tmp_path / "more", 4, 5, 6, 7) == sum_without_noise(tmp_path / "three", 4, 5, 6)
+
+
+def test_one_picture_more_or_less_changes_the_sum_by_at_most_the_clip(tmp_path: Path) -> None:
+    whole = sum_without_noise(tmp_path / "whole", 4, 5, 6)
+    for place in range(3):
+        held = [seed for seed in (4, 5, 6) if seed != 4 + place]
+        rest = sum_without_noise(tmp_path / str(place), *held)
+        assert 0 < whole - rest <= PRIVATE.clip * (1 + 1e-9)
+
+
+def test_every_device_draws_its_own_noise_anew(tmp_path: Path) -> None:
+    found = {ask(NOISED, make_device(tmp_path / str(number))).gain for number in range(8)}
+    assert len(found) == 8
+
+
+def test_simulated_noise_is_no_release(tmp_path: Path) -> None:
+    device = simulated(tmp_path)
+    assert not ask(NOISED, device).release
+    assert not device.store.ledger.entries()[0].reservation.release
+
+
+def test_without_validation_pictures_noise_alone_is_told(tmp_path: Path) -> None:
+    """A refusal would tell that there are none; without privacy nothing is hidden anyway."""
+    device, perform = make_device(tmp_path, pictures=with_validation()), Performer()
+    reply = ask(NOISED, device, perform)
+    assert reply.gain != 0
+    assert [len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEach)] == [3, 3]
+    assert states(device) == [(MEASURE, SEALED)]
+    with pytest.raises(Refusal, match="no validation pictures"):
+        ask(RAW, make_device(tmp_path / "raw", pictures=with_validation()))
+
+
+def test_asked_again_it_sends_the_same_bytes_and_charges_once(tmp_path: Path) -> None:
+    first, perform = ask(NOISED, make_device(tmp_path)), Performer()
+    other = dataclasses.replace(NOISED, adapter=to_bytes(adapter(4)))  # another noised gain would be a second release
+    for request in (NOISED, other):
+        assert ask(request, make_device(tmp_path), perform) == first
+    assert not perform.jobs
+    assert states(make_device(tmp_path)) == [(MEASURE, SEALED)]
+    with pytest.raises(Refusal, match="another plan"):
+        ask(dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, clip=0.1)), make_device(tmp_path))
+
+
+def test_it_is_charged_before_anything_is_measured(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+
+    def fail(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+        for job in batch:
+            if isinstance(job, jobs.MeasureEach):
+                assert states(device) == [(MEASURE, RESERVED)]
+                return [MemoryError("too big")]
+        return list(Performer()(batch))
+
+    assert isinstance(drive({0: handle(NOISED, device)}, fail)[0], MemoryError)
+    spent = device.store.ledger.spent(1e-3)
+    ask(NOISED, device)
+    assert device.store.ledger.spent(1e-3) == spent
+    assert states(device) == [(MEASURE, SEALED)]
+
+
+def test_a_round_trains_and_measures_under_reservations_of_their_own(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    update = ask(train_request(), device)
+    reply = ask(NOISED, device)
+    assert reply.epsilon > update.epsilon
+    assert states(device) == [("train", SEALED), (MEASURE, SEALED)]
+    ask(train_request(number=2), device)
+    assert states(device) == [("train", SENT), (MEASURE, SEALED), ("train", SEALED)]
+    assert ask(NOISED, device) == reply  # plans may be numbered otherwise than rounds
+    ask(dataclasses.replace(NOISED, round=2), device)
+    assert states(device) == [("train", SENT), (MEASURE, SENT), ("train", SEALED), (MEASURE, SEALED)]
+    with pytest.raises(Refusal, match=r"the measure of round 1 .* can't be sent again"):
+        ask(NOISED, device)
+
+
+def test_training_and_measuring_are_capped_together(tmp_path: Path) -> None:
+    train = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=5)
+    measure = PoissonGaussian(noise_multiplier=20.0, sampling_rate=1.0, steps=1)
+    cap = epsilon([train, measure, train], 1e-3).value * (1 - 1e-6)
+    device, perform = make_device(tmp_path, policy=Policy(max_epsilon=cap, delta=1e-3)), Performer()
+    ask(train_request(), device, perform)
+    ask(NOISED, device, perform)
+    with pytest.raises(Refusal, match="allows"):
+        ask(train_request(number=2), device, perform)
+    lean = make_device(tmp_path / "lean", policy=Policy(max_epsilon=0.9 * epsilon([measure], 1e-3).value, delta=1e-3))
+    with pytest.raises(Refusal, match="allows"):
+        ask(NOISED, lean, perform)
+    assert not states(lean)
+    assert sum(isinstance(job, jobs.MeasureEach) for job in perform.jobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "request_"),
+    [
+        (Policy(measures="none"), RAW),
+        (Policy(measures="none"), NOISED),
+        (Policy(measures="noised"), RAW),
+        (Policy(max_epsilon=8.0), RAW),
+        (Policy(min_noise_multiplier=21.0), NOISED),
+        (Policy(max_clip=0.1), NOISED),
+        (Policy(bases=("a" * 64,)), RAW),
+        (Policy(bases=("a" * 64,)), NOISED),
+        (Policy(sites="up.*"), NOISED),
+        (Policy(max_rank=2), NOISED),
+    ],
+)
+def test_what_the_owner_forbids_costs_nothing(tmp_path: Path, policy: Policy, request_: Evaluate) -> None:
+    device, perform = make_device(tmp_path, policy=policy), Performer()
+    with pytest.raises(Refusal):
+        ask(request_, device, perform)
+    assert not perform.jobs
+    assert not states(device)
+
+
+def test_losses_told_without_noise_end_every_promise(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    for number in (1, 2, 3):  # written down once: further ones take nothing away
+        ask(dataclasses.replace(RAW, round=number), device)
+    assert states(device) == [(MEASURE, RESERVED)]
+    assert device.store.ledger.spent(1e-3).value == math.inf
+    for request in (train_request(), dataclasses.replace(NOISED, round=4)):
+        with pytest.raises(Refusal, match="no ε can be promised"):
+            ask(request, device)
+    other = make_device(tmp_path / "other")
+    ask(train_request(private=False), other)
+    ask(RAW, other)
+    assert states(other) == [("train", RESERVED)]
+
+
+@pytest.mark.parametrize("first", [train_request(), NOISED])
+def test_after_a_promise_nothing_is_told_without_noise(tmp_path: Path, first: Request) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    ask(first, device)
+    for request in (dataclasses.replace(RAW, round=5), train_request(number=5, private=False)):
+        with pytest.raises(Refusal, match="nothing without it since"):
+            ask(request, device, perform)
+    assert not any(isinstance(job, (jobs.Train, jobs.Measure)) for job in perform.jobs)
+    assert len(states(device)) == 1
+
+
+def test_a_delta_at_which_no_epsilon_can_be_told_measures_nothing(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Performer()
+    request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, delta=1e-19))
+    for _ in range(2):
+        with pytest.raises(Refusal, match=r"privacy\.delta: 1e-19 asked"):
+            ask(request, device, perform)
+    assert not any(isinstance(job, jobs.MeasureEach) for job in perform.jobs)
+
+
+def test_memory_does_not_follow_from_the_pictures_that_a_server_assumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured a few at a time: as many looks whatever there is, and the same gain as of all at once."""
+    request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, pictures=7))
+    held, looks, gains = with_validation(4, 5, 6), [], []
+    for at_once in (256, 2):
+        monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
+        for pictures in (held, with_validation()):
+            perform = Performer()
+            device = simulated(tmp_path / f"{at_once} {len(pictures.validation)}", pictures=pictures)
+            gains.append(ask(request, device, perform).gain)
+            looks.append([len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEach)])
+    assert looks == [[7, 7], [7, 7], [2, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 2, 1, 1]]
+    assert gains[:2] == gains[2:]
+    assert gains[0] != gains[1]
+
+
+def test_a_sealed_gain_is_the_message_that_was_made(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    reply = ask(NOISED, device)
+    reservation = device.store.ledger.entries()[0].reservation
+    sealed = device.store.ledger.sealed(reservation.key, reservation.plan)
+    assert sealed is not None
+    assert messages.from_json(Evaluation, sealed.decode()) == reply

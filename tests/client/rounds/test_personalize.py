@@ -1,0 +1,364 @@
+"""Which shared adapter a device keeps for itself: its owner's pictures decide, and nobody else ever hears of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from client.device import Device
+from client.rounds.handler import handle
+from client.rounds.scheduler import drive
+from client.runtime.throttled_jobs import OutOfMemory
+from common.errors import AntherError
+from models.lora.adapter import Adapter, Factors, rank
+from privacy.policy import Policy
+from protocol.messages import Evaluate, MeasuringPrivacy, Personalise, Request, to_json
+from tests.helpers.devices import PICTURES, SITES, Performer, adapter, make_device, to_bytes, train_request
+from training import jobs
+
+RANK = 3
+FIRST, SECOND, THIRD = (adapter(RANK, seed=seed) for seed in (1, 2, 3))
+PRIVATE = MeasuringPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
+
+
+class Judging(Performer):
+    """Measures the first adapter at 0.5, and every other at `others`; what is trained on top does as `trained` says."""
+
+    def __init__(self, others: float, trained: float = 0.0) -> None:
+        super().__init__()
+        self._others, self._trained = others, trained
+
+    def _perform(self, job: jobs.Job) -> jobs.Result:
+        if isinstance(job, jobs.Measure) and job.adapter:
+            if rank(job.adapter) > RANK:  # shared and personal
+                return self._trained
+            return 0.5 if same(job.adapter, FIRST) else self._others
+        return super()._perform(job)
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return all(torch.equal(a, b) for name in SITES for a, b in zip(one[name], other[name], strict=True))
+
+
+def sent(shared: Adapter, number: int) -> Personalise:
+    return Personalise(
+        run="run",
+        round=number,
+        adapter=to_bytes(shared),
+        rank=2,
+        steps=10,
+        batch_size=4,
+        learning_rate=1e-3,
+        look_every=5,
+        patience=3,
+    )
+
+
+def ask(request: Request, device: Device, perform: Performer) -> Any:
+    outcome = drive({"d": handle(request, device)}, perform)["d"]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def trains(perform: Performer) -> jobs.Train:
+    (found,) = (job for job in perform.jobs if isinstance(job, jobs.Train))
+    return found
+
+
+def kept(device: Device) -> Adapter:
+    stored = device.store.personal(SITES)
+    assert stored is not None
+    return stored.shared
+
+
+def after_two(folder: Path, others: float) -> Device:
+    """A device that was sent the first and then the second adapter."""
+    device, perform = make_device(folder), Judging(others)
+    ask(sent(FIRST, 1), device, perform)
+    ask(sent(SECOND, 2), device, perform)
+    return device
+
+
+@pytest.mark.parametrize(("others", "chosen"), [(0.4, SECOND), (0.5, SECOND), (0.6, FIRST), (math.nan, FIRST)])
+def test_a_worse_adapter_does_not_take_the_place_of_a_better(tmp_path: Path, others: float, chosen: Adapter) -> None:
+    device = after_two(tmp_path, others)
+    assert same(kept(device), chosen)
+    perform = Judging(others)
+    ask(sent(THIRD, 3), device, perform)
+    train = trains(perform)
+    assert train.frozen is not None
+    assert same(train.frozen, FIRST if chosen is FIRST else THIRD)
+
+
+def test_it_is_judged_by_validation_pictures_of_ones_own(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Judging(0.6)
+    ask(sent(FIRST, 1), device, perform)
+    ask(sent(SECOND, 2), device, perform)
+    measured = [job for job in perform.jobs if isinstance(job, jobs.Measure)]
+    assert [len(job.examples) for job in measured] == [len(PICTURES.validation)] * (2 + 4)
+
+
+def test_without_any_those_trained_on_judge(tmp_path: Path) -> None:
+    blind, perform = make_device(tmp_path, pictures=PICTURES._replace(validation=())), Judging(0.6)
+    for number, shared in enumerate((FIRST, SECOND, THIRD), start=1):
+        ask(sent(shared, number), blind, perform)
+    assert same(kept(blind), FIRST)
+    measured = [job for job in perform.jobs if isinstance(job, jobs.Measure)]
+    assert {len(job.examples) for job in measured} == {len(PICTURES.train)}
+
+
+def test_an_adapter_of_another_base_is_no_rival(tmp_path: Path) -> None:
+    device = after_two(tmp_path, 0.6)
+    moved = dataclasses.replace(device, report=dataclasses.replace(device.report, base="c" * 64))
+    perform = Judging(0.6)
+    ask(sent(SECOND, 3), moved, perform)
+    assert same(kept(moved), SECOND)
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure)]
+    assert [rank(adapter) for adapter in measured if adapter] == [RANK + 2] * 2  # what was trained, and its start
+    moved.store.roll_back()
+    assert same(kept(moved), FIRST)  # of the other base, as it was
+
+
+def test_the_personal_adapter_goes_on_over_the_shared_one_that_stays(tmp_path: Path) -> None:
+    device, perform = after_two(tmp_path, 0.6), Judging(0.6)
+    before = device.store.personal(SITES)
+    assert before is not None
+    ask(sent(THIRD, 3), device, perform)
+    train = trains(perform)
+    assert same(train.start, before.adapter)
+
+
+def test_rolling_back_returns_both(tmp_path: Path) -> None:
+    device, perform = make_device(tmp_path), Judging(0.4)
+    with pytest.raises(AntherError, match="no previous adapter"):
+        device.store.roll_back()
+    ask(sent(FIRST, 1), device, perform)
+    first = device.store.personal(SITES)
+    ask(sent(SECOND, 2), device, perform)
+    assert same(kept(device), SECOND)
+    device.store.roll_back()
+    found = device.store.personal(SITES)
+    assert found is not None
+    assert first is not None
+    assert same(found.shared, FIRST)
+    assert same(found.adapter, first.adapter)
+    assert found.request == first.request
+    with pytest.raises(AntherError, match="no previous adapter"):
+        device.store.roll_back()
+    newest = device.store.generations()[0]
+    assert not newest.present
+    device.store.roll_back(newest.at)
+    assert same(kept(device), SECOND)
+
+
+class Trains(Judging):
+    """Training that comes to this B."""
+
+    def __init__(self, b: float, loss: float) -> None:
+        super().__init__(0.4, loss)
+        self._b = b
+
+    def _perform(self, job: jobs.Job) -> jobs.Result:
+        if isinstance(job, jobs.Train):
+            trained = {name: Factors(f.a, torch.full_like(f.b, self._b)) for name, f in job.start.items()}
+            return jobs.Trained(trained, 0.1, job.steps)
+        return super()._perform(job)
+
+
+@pytest.mark.parametrize(
+    ("b", "loss"), [(6.9e9, 0.1), (math.nan, 0.1), (math.inf, 0.1), (0.1, math.nan), (0.1, 0.9), (0.1, math.inf)]
+)
+def test_what_is_broken_or_worse_takes_nobodys_place(tmp_path: Path, b: float, loss: float) -> None:
+    """Also as the first one: what it would have begun at stays then, which adds nothing to the shared one."""
+
+    class Worse(Trains):
+        def _perform(self, job: jobs.Job) -> jobs.Result:
+            if isinstance(job, jobs.Measure) and job.adapter and rank(job.adapter) > RANK:
+                new = any((f.b[:, RANK:] == self._b).all() or f.b.isnan().any() for f in job.adapter.values())
+                return self._trained if new else 0.3
+            return super()._perform(job)
+
+    device = make_device(tmp_path)
+    ask(sent(FIRST, 1), device, Worse(b, loss))
+    first = device.store.personal(SITES)
+    assert first is not None
+    assert not any(f.b.any() for f in first.adapter.values())
+    ask(sent(FIRST, 2), device, Trains(0.01, 0.1))
+    good = device.store.personal(SITES)
+    assert good is not None
+    assert all((f.b == 0.01).all() for f in good.adapter.values())
+    before = device.store.generations()
+    ask(sent(FIRST, 3), device, Worse(b, loss))
+    found = device.store.personal(SITES)
+    assert found is not None
+    assert same(found.adapter, good.adapter)
+    assert device.store.generations() == before
+    again = Worse(b, loss)
+    ask(sent(FIRST, 3), device, again)
+    assert not again.jobs  # it was answered
+
+
+def test_it_looks_at_the_end_of_training_at_the_latest(tmp_path: Path) -> None:
+    perform = Judging(0.4)
+    ask(dataclasses.replace(sent(FIRST, 1), steps=3, look_every=1000), make_device(tmp_path), perform)
+    stopping = trains(perform).early_stopping
+    assert stopping is not None
+    assert stopping.every == 3
+
+
+@pytest.mark.parametrize("promise", ["open", "cap", "round"])
+def test_where_privacy_is_promised_pictures_do_not_end_training(tmp_path: Path, promise: str) -> None:
+    """Neither by the owner's cap nor after a private round."""
+    device, perform = make_device(tmp_path, policy=Policy(max_epsilon=4.0) if promise == "cap" else None), Judging(0.4)
+    if promise == "round":
+        ask(train_request(), device, Performer())
+    ask(sent(FIRST, 1), device, perform)
+    stopping = trains(perform).early_stopping
+    assert stopping is not None
+    assert stopping.patience == (3 if promise == "open" else 10)
+
+
+def _raises(error: Exception) -> Any:
+    def pictures() -> Any:
+        raise error
+
+    return pictures
+
+
+FAILURES: dict[str, Any] = {
+    "no pictures": lambda device: dataclasses.replace(device, pictures=_raises(AntherError("no such folder"))),
+    "a bug": lambda device: dataclasses.replace(device, pictures=_raises(ValueError("struct.error"))),
+    "a damaged adapter": lambda device: device.store._write("personal.safetensors", b"x") or device,
+}
+
+
+class Fails(Judging):
+    """A kind of job that comes to nothing, as `wrong`."""
+
+    def __init__(self, kind: type, wrong: Exception) -> None:
+        super().__init__(0.4)
+        self._kind, self._wrong = kind, wrong
+
+    def __call__(self, batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+        return [self._wrong if isinstance(job, self._kind) else self._perform(job) for job in batch]
+
+
+@pytest.mark.parametrize("wrong", [AntherError("training became not finite"), RuntimeError("no memory"), OutOfMemory()])
+@pytest.mark.parametrize("kind", [jobs.Encode, jobs.Train, jobs.Measure])
+def test_no_failure_reaches_who_asked(tmp_path: Path, kind: type, wrong: Exception, caplog: Any) -> None:
+    """It is the owner's log alone that has it."""
+    expected = ask(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
+    assert ask(sent(FIRST, 1), make_device(tmp_path / "broken"), Fails(kind, wrong)) == expected
+    assert str(wrong) in caplog.text
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_no_mistake_of_the_owner_reaches_who_asked(tmp_path: Path, how: str) -> None:
+    expected = ask(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
+    assert ask(sent(FIRST, 1), FAILURES[how](make_device(tmp_path / "broken")), Judging(0.4)) == expected
+
+
+def test_a_guard_that_stops_for_the_owner_shows(tmp_path: Path) -> None:
+    device = make_device(tmp_path)
+    with pytest.raises(jobs.Cancelled):
+        ask(sent(FIRST, 1), device, Fails(jobs.Train, jobs.Cancelled("its owner uses it")))
+    ask(sent(FIRST, 1), device, Judging(0.4))
+    assert same(kept(device), FIRST)
+
+
+def test_who_asks_again_and_again_does_not_learn_what_ends_the_worker(tmp_path: Path) -> None:
+    """Killed at training each time, as for want of memory: at the fourth there is a reply, and no further try."""
+    device = make_device(tmp_path)
+    for _ in range(3):
+        conversation = handle(sent(FIRST, 1), device)
+        job = next(conversation)
+        while not isinstance(job, jobs.Train):
+            job = conversation.send(Performer()([job])[0])
+        number = device.store.number("personalise-tries", _identity(sent(FIRST, 1)))
+        conversation.close()  # a killed process would not have written anything more:
+        assert number is not None
+        device.store.save_number("personalise-tries", _identity(sent(FIRST, 1)), number)
+    perform = Judging(0.4)
+    assert ask(sent(FIRST, 1), device, perform).device == device.name
+    assert not perform.jobs
+
+
+def _identity(request: Personalise) -> str:
+    return hashlib.sha256(to_json(request).encode() + request.adapter).hexdigest()
+
+
+def test_the_choice_never_leaves_the_device(tmp_path: Path) -> None:
+    """Devices that differ in their choice alone: every later reply and cost is the same, and so is the work."""
+    keeps, takes = after_two(tmp_path / "keeps", 0.6), after_two(tmp_path / "takes", 0.4)
+    back = after_two(tmp_path / "back", 0.4)
+    back.store.roll_back()
+    assert same(kept(keeps), FIRST)
+    assert same(kept(takes), SECOND)
+    evaluate = Evaluate(run="run", round=5, adapter=to_bytes(SECOND), privacy=PRIVATE)
+    requests = [
+        sent(SECOND, 3),
+        sent(THIRD, 4),
+        train_request(number=5, sent=to_bytes(SECOND)),
+        evaluate,
+        train_request(number=6, sent=to_bytes(THIRD)),
+    ]
+    done = []
+    for device in (keeps, takes, back):
+        seen: list[object] = []
+        for request in requests:
+            perform = Judging(0.6 if device is keeps else 0.4)
+            reply = ask(request, device, perform)
+            told = {name: value for name, value in vars(reply).items() if name not in ("adapter", "gain")}
+            seen.append((told, [type(job) for job in perform.jobs]))
+            shared = [job for job in perform.jobs if isinstance(job, jobs.Train) and job.purpose == "shared"]
+            seen += [_numbers(job) for job in shared]
+        done.append(seen)
+    assert done[0] == done[1] == done[2]
+
+
+def _numbers(job: jobs.Train) -> list[object]:
+    """What a shared update is made of."""
+    assert job.frozen is not None
+    tensors = [t for part in (job.start, job.frozen) for name in SITES for t in part[name]]
+    return [job.steps, job.batch_size, job.names, *(t.tolist() for t in tensors)]
+
+
+def test_previews_are_of_what_was_learnt_and_stay_on_the_device(tmp_path: Path) -> None:
+    device, perform = dataclasses.replace(make_device(tmp_path), previews=1), Performer()
+    reply = ask(sent(FIRST, 3), device, perform)
+    (drawn,) = (job for job in perform.jobs if isinstance(job, jobs.Draw))
+    stored = device.store.personal(SITES)
+    assert stored is not None
+    assert same(drawn.adapters[0], stored.shared)
+    assert same(drawn.adapters[1], stored.adapter)
+    assert drawn.captions == [PICTURES.validation[0].caption]
+    assert Image.open(tmp_path / "previews" / "round-000003.png").size == (6, 4)
+    assert reply == ask(sent(FIRST, 3), make_device(tmp_path / "other"), Performer())  # who asked learns nothing of it
+
+
+def test_what_cannot_be_drawn_was_learnt_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Blind(Performer):
+        def _perform(self, job: jobs.Job) -> jobs.Result:
+            if isinstance(job, jobs.Draw):
+                raise AntherError("no memory")
+            return super()._perform(job)
+
+        def __call__(self, batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
+            try:
+                return [self._perform(job) for job in batch]
+            except AntherError as error:
+                return [error]
+
+    device = dataclasses.replace(make_device(tmp_path), previews=2)
+    ask(sent(FIRST, 3), device, Blind())
+    assert same(kept(device), FIRST)
+    assert "no preview of round-000003: no memory" in caplog.text
+    assert not (tmp_path / "previews").exists()

@@ -1,0 +1,87 @@
+"""Driving: jobs of all conversations at once, and each one's failure its own."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from client.rounds.scheduler import drive
+from protocol.messages import Personalised
+
+
+def talk(name: str, turns: int) -> Generator[Any, Any, Any]:
+    """Asks for `turns` jobs and replies with what it was sent."""
+    heard = []
+    for turn in range(turns):
+        heard.append((yield (name, turn)))
+    return name, heard
+
+
+def test_jobs_of_everyone_are_performed_together() -> None:
+    batches = []
+
+    def perform(jobs: list[Any]) -> list[Any]:
+        batches.append(jobs)
+        return [f"{name}{turn}" for name, turn in jobs]
+
+    outcomes = drive({"a": talk("a", 2), "b": talk("b", 0), "c": talk("c", 1)}, perform)
+    assert batches == [[("a", 0), ("c", 0)], [("a", 1)]]
+    assert outcomes == {"a": ("a", ["a0", "a1"]), "b": ("b", []), "c": ("c", ["c0"])}
+    assert list(outcomes) == ["a", "b", "c"]
+
+
+def test_a_failed_job_is_thrown_into_its_own_conversation() -> None:
+    def mending() -> Generator[Any, Any, Any]:
+        try:
+            yield ("fails", 0)
+        except MemoryError:
+            return (yield ("smaller", 0))
+
+    def perform(jobs: list[Any]) -> list[Any]:
+        return [MemoryError(name) if name == "fails" else name for name, _ in jobs]
+
+    outcomes = drive({1: talk("fails", 3), 2: talk("b", 2), 3: mending()}, perform)
+    assert isinstance(outcomes[1], MemoryError)
+    assert outcomes[2] == ("b", ["b", "b"])
+    assert outcomes[3] == "smaller"
+
+
+def test_a_conversation_that_raises_harms_no_other() -> None:
+    def broken() -> Generator[Any, Any, Any]:
+        raise ValueError("at once")
+        yield
+
+    outcomes = drive({1: broken(), 2: talk("b", 1)}, lambda jobs: [name for name, _ in jobs])
+    assert str(outcomes[1]) == "at once"
+    assert outcomes[2] == ("b", ["b"])
+
+
+def test_an_interrupt_passes_through() -> None:
+    def perform(_jobs: list[Any]) -> list[Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive({1: talk("a", 1)}, perform)
+
+    def interrupted() -> Generator[Any, Any, Any]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        drive({1: interrupted()}, lambda jobs: jobs)
+
+
+def test_nobody_to_drive() -> None:
+    def perform(_jobs: list[Any]) -> list[Any]:
+        raise AssertionError("there are no jobs")
+
+    assert drive({}, perform) == {}
+    reply = Personalised(device="d", seconds=1, joules=1, quality="estimate")
+
+    def silent() -> Generator[Any, Any, Personalised]:
+        return reply
+        yield
+
+    assert drive({1: silent()}, perform) == {1: reply}

@@ -1,0 +1,282 @@
+"""When training waits, when it stops, and what that costs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from client.power.conditions import Conditions
+from client.runtime.throttle import OLDEST, Guard, interval, reason, shortage
+from conf.schemas import node
+
+FINE = Conditions(
+    charging=True, battery=0.9, celsius=50.0, throttled=False, free_mib=900, owner_active=True, metered=True
+)
+CAREFUL = node.Guard(idle=True, unmetered=True)
+
+
+class Device:
+    """Conditions that a test sets, on a clock of its own; `later` happens to it while it sleeps."""
+
+    def __init__(self, now: Conditions = FINE, cost: float = 0.0) -> None:
+        self.now, self.seconds, self.readings, self.slept = now, 0.0, 0, list[float]()
+        self.later: list[Callable[[], None]] = []
+        self._cost = cost
+
+    def read(self) -> Conditions:
+        self.readings += 1
+        self.seconds += self._cost
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.seconds += seconds
+        if self.later:
+            self.later.pop(0)()
+
+    def become(self, **changes: object) -> Callable[[], None]:
+        def change() -> None:
+            self.now = replace(self.now, **changes)
+
+        return change
+
+    def guard(self, **settings: object) -> Guard:
+        return Guard(node.Guard(**settings), self.read, clock=lambda: self.seconds, sleep=self.sleep)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"charging": False}, "charger"),
+        ({"battery": 0.39}, "battery"),
+        ({"celsius": 80.5}, "°C"),
+        ({"battery_celsius": 40.5}, "the battery: 40 °C"),
+        ({"throttled": True}, "throttled"),
+        ({}, "owner"),
+        ({"owner_active": False}, "metered"),
+        ({"owner_active": False, "metered": False}, None),
+        ({"owner_active": None, "metered": None}, None),
+    ],
+)
+def test_reasons(changes: dict[str, object], why: str | None) -> None:
+    found = reason(replace(FINE, **changes), CAREFUL)  # type: ignore[arg-type]
+    assert found is None if why is None else found is not None and why in found
+
+
+def test_what_is_not_known_is_no_reason() -> None:
+    """A desktop has no battery, and a board no idea whether anybody is there."""
+    assert reason(Conditions(), CAREFUL) is None
+    assert shortage(Conditions(), CAREFUL) is None
+
+
+def test_an_owner_may_allow_anything() -> None:
+    worst = Conditions(
+        charging=False,
+        battery=0.0,
+        celsius=200.0,
+        battery_celsius=90.0,
+        throttled=True,
+        free_mib=0,
+        owner_active=True,
+        metered=True,
+    )
+    lax = node.Guard(charging=False, battery=0.0, celsius=None, battery_celsius=None, free_mib=0.0)
+    assert reason(worst, lax) is None
+    assert reason(worst, lax, waiting=True) is None
+    assert shortage(worst, lax) is None
+
+
+def test_memory_is_short_below_its_limit() -> None:
+    assert shortage(replace(FINE, free_mib=149.0), node.Guard()) is not None
+    assert shortage(replace(FINE, free_mib=150.0), node.Guard()) is None
+
+
+@pytest.mark.parametrize(
+    ("at", "well"),
+    [
+        ({"battery": 0.4}, {"battery": 0.46}),
+        ({"celsius": 80.0}, {"celsius": 75.0}),
+        ({"battery_celsius": 40.0}, {"battery_celsius": 35.0}),
+    ],
+)
+def test_who_waits_goes_on_only_well_within_the_limit(at: dict[str, object], well: dict[str, object]) -> None:
+    edge = replace(FINE, **at)  # type: ignore[arg-type]
+    assert reason(edge, node.Guard()) is None
+    assert reason(edge, node.Guard(), waiting=True) is not None
+    assert reason(replace(FINE, **well), node.Guard(), waiting=True) is None  # type: ignore[arg-type]
+
+
+def test_a_limit_of_a_full_battery_can_be_met() -> None:
+    assert reason(replace(FINE, battery=1.0), node.Guard(battery=1.0), waiting=True) is None
+
+
+def test_all_is_well() -> None:
+    device = Device()
+    guard = device.guard()
+    assert not guard()
+    assert guard.must_wait() is None
+    assert (guard.pauses, guard.stops, guard.paused_seconds, guard.last_reason) == (0, 0, 0.0, None)
+
+
+def test_it_waits_until_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(replace(FINE, charging=False))
+    guard = device.guard(poll_seconds=2.0)
+    assert guard.must_wait() == "not on its charger"
+    device.later = [lambda: None, device.become(charging=True)]
+    with caplog.at_level(logging.INFO):
+        assert not guard()
+    assert device.slept == [2.0, 2.0]
+    assert (guard.pauses, guard.stops, guard.paused_seconds) == (1, 0, 4.0)
+    assert guard.last_reason == "not on its charger"
+    assert [record.getMessage() for record in caplog.records] == [
+        "training pauses: not on its charger",
+        "training goes on after 4 s",
+    ]
+
+
+def test_it_does_not_flap_at_the_limit() -> None:
+    """A battery that goes down and up around its limit is one pause, and so is heat that comes and goes."""
+    device = Device(replace(FINE, battery=0.39, celsius=81.0))
+    levels = [(0.40, 81.0), (0.41, 79.0), (0.44, 76.0), (0.45, 76.0), (0.44, 74.0), (0.46, 74.0)]
+    device.later = [device.become(battery=battery, celsius=celsius) for battery, celsius in levels]
+    guard = device.guard()
+    assert not guard()
+    assert device.later == []
+    assert guard.pauses == 1
+    device.become(battery=0.41, celsius=79.0)()
+    assert not guard()
+    assert guard.pauses == 1
+
+
+def test_one_reason_after_another_is_one_pause() -> None:
+    device = Device(replace(FINE, charging=False))
+    device.later = [device.become(charging=True, celsius=90.0), device.become(celsius=60.0)]
+    guard = device.guard()
+    assert not guard()
+    assert (guard.pauses, guard.paused_seconds) == (1, 2.0)
+
+
+def test_patience_ends() -> None:
+    device = Device(replace(FINE, charging=False))
+    guard = device.guard(patience=2.5, poll_seconds=1.0)
+    assert guard()
+    assert device.slept == [1.0, 1.0, 0.5]
+    assert (guard.pauses, guard.stops, guard.paused_seconds) == (1, 1, 2.5)
+    assert guard.last_reason == "not on its charger, for 2 s now"
+    device.become(charging=True)()
+    assert not guard()
+
+
+def test_without_patience_it_lets_go_at_once() -> None:
+    device = Device(replace(FINE, charging=False))
+    assert device.guard(patience=0.0)()
+    assert device.slept == []
+
+
+def test_short_memory_is_given_back_at_once_and_while_it_waits() -> None:
+    device = Device(replace(FINE, free_mib=10.0))
+    guard = device.guard()
+    assert guard()
+    assert guard.last_reason == "10 MiB of memory are free, and 150 should be"
+    assert device.slept == []
+    device.become(free_mib=900.0, charging=False)()
+    device.later = [device.become(free_mib=10.0)]
+    assert guard()
+    assert (guard.stops, guard.pauses, guard.paused_seconds) == (2, 1, 1.0)
+
+
+def test_whoever_shuts_down_need_not_wait() -> None:
+    """With the clock and the sleep that a device has: the event wakes it, an hour early."""
+    stop, waits = threading.Event(), threading.Event()
+
+    @contextmanager
+    def pausing() -> Iterator[None]:
+        waits.set()
+        yield
+
+    settings = node.Guard(poll_seconds=3600.0, patience=3600.0)
+    guard = Guard(settings, lambda: replace(FINE, charging=False), stop=stop, pausing=pausing)
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(guard()))
+    thread.start()
+    assert waits.wait(60)
+    stop.set()
+    thread.join(60)
+    assert found == [True]
+    assert guard()  # and from then on
+    assert guard.last_reason == "it is to end"
+
+
+def test_it_stops_for_good_though_it_has_just_looked() -> None:
+    device = Device(cost=0.001)
+    guard = device.guard()
+    assert not guard()
+    guard.stop.set()
+    assert guard()
+    assert device.readings == 1
+
+
+def test_sensors_that_fail_are_a_reason() -> None:
+    """Half a file, say: it waits until there is a reading, and trains on."""
+    answers: list[Conditions | Exception] = [OSError("half a file"), OSError("half a file"), FINE]
+
+    def read() -> Conditions:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    device = Device()
+    guard = Guard(node.Guard(), read, clock=lambda: device.seconds, sleep=device.sleep)
+    assert not guard()
+    assert guard.last_reason == "sensors can't be read (half a file)"
+    assert guard.paused_seconds == 2.0
+
+
+def test_what_pauses_with_it_does_so_for_as_long() -> None:
+    device, spans = Device(replace(FINE, charging=False)), []
+
+    @contextmanager
+    def pausing() -> Iterator[None]:
+        began = device.seconds
+        yield
+        spans.append((began, device.seconds))
+
+    device.later = [lambda: None, device.become(charging=True)]
+    guard = Guard(node.Guard(), device.read, pausing=pausing, clock=lambda: device.seconds, sleep=device.sleep)
+    assert not guard()
+    assert not guard()
+    assert spans == [(0.0, 2.0)]
+
+
+@pytest.mark.parametrize("step", [0.001, 0.02, 0.4, 10.0])
+@pytest.mark.parametrize("cost", [0.0001, 0.004, 0.1])
+def test_reading_costs_little_and_what_changes_is_seen_within_a_step_or_soon(cost: float, step: float) -> None:
+    """Whatever a reading and a step take: no ask comes later than a step after the last, so none sees it later."""
+    device = Device(cost=cost)
+    guard, steps = device.guard(), 400
+    for _ in range(steps):
+        device.seconds += step
+        assert not guard()
+    assert device.readings <= device.seconds / max(step, interval(cost)) + 1
+    device.become(charging=False)()
+    device.later = [device.become(charging=True)]
+    pulled, asks = device.seconds, 0
+    while not guard.pauses:
+        device.seconds += step
+        asks += 1
+        guard()
+    late = device.seconds - guard.paused_seconds - pulled
+    assert asks == 1 or late <= max(OLDEST, 10 * cost) + step + 2 * cost
+
+
+@pytest.mark.parametrize(
+    ("cost", "seconds"), [(0.0, 0.0), (0.0001, 0.005), (0.02, 1.0), (0.04, 2.0), (0.1, 2.0), (0.2, 2.0), (0.5, 5.0)]
+)
+def test_intervals(cost: float, seconds: float) -> None:
+    assert interval(cost) == pytest.approx(seconds)

@@ -1,0 +1,121 @@
+"""The process that holds the base: what it keeps between requests, whom it serves, and when it ends."""
+
+import dataclasses
+import math
+import socket
+import threading
+
+import pytest
+
+from client.cli.paths import files_of
+from client.power.conditions import Conditions
+from client.power.meter import Meter
+from client.runtime import ipc, request_handler
+from client.runtime.request_handler import Owned
+from client.runtime.throttle import Guard
+from client.runtime.worker import Worker, stated
+from client.store.open import opened
+from conf.schemas import node as nodes
+from conf.schemas.node import compose
+from protocol.messages import DeviceReport, Evaluation, Query
+from tests.helpers.devices import train_request
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch, pipeline_folder):
+    """One on a tiny base, with its store, and where to reach it."""
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    words = [f"data={tmp_path}", "name=pi", "worker.idle_seconds=0.5", "worker.memory_gib=0.25", "device=cpu"]
+    node = compose(words, tmp_path / "none")
+    request_handler._loaded.forget()
+    with opened(files_of("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        guard = Guard(nodes.Guard(free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5))
+        owned = Owned(store=found.store, read=guard._read, meter=Meter(None, watts=5.0), guard=guard)
+        yield Worker(stated(node, str(pipeline_folder)), owned), listener, node
+
+
+def asking(listener, *requests):
+    """Asks one after the other in a thread; what comes of it is in the list that is returned."""
+    answers = []
+
+    def ask():
+        for request in requests:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(listener.getsockname())
+                try:
+                    answers.append(ipc.ask(connection, request))
+                except OSError as error:
+                    answers.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return answers, thread
+
+
+def test_the_second_request_loads_nothing_and_then_it_ends(worker):
+    serving, listener, node = worker
+    answers, thread = asking(listener, Query(), Query(), Query())
+    serving.serve(listener, node)  # returns when nobody has asked for a while
+    thread.join()
+    assert all(isinstance(answer.reply, DeviceReport) for answer in answers), answers
+    report = answers[0].reply
+    assert (report.device, report.battery, report.charging) == ("pi", 0.4, True)
+
+
+def test_a_refusal_is_told_and_a_failure_only_named(worker):
+    serving, listener, node = worker
+    answers, thread = asking(listener, train_request(number=1))  # of another base
+    serving.serve(listener, node)
+    thread.join()
+    assert "the plan is for base" in answers[0].refused
+    serving.stated["base"] = "/nowhere/ada's pictures"
+    answers, thread = asking(listener, Query())
+    serving.serve(listener, node)
+    thread.join()
+    assert answers == [ipc.Answered()]
+
+
+def test_another_user_is_not_served(worker, monkeypatch):
+    serving, listener, node = worker
+    monkeypatch.setattr(ipc, "same_user", lambda _: False)
+    answers, thread = asking(listener, Query())
+    serving.serve(listener, node)
+    thread.join()
+    assert isinstance(answers[0], OSError)
+
+
+def test_rubbish_ends_a_request_and_not_the_worker(worker):
+    serving, listener, node = worker
+
+    def rubbish():
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(listener.getsockname())
+            connection.sendall(b"\0" * 40)
+        answers.extend(asking(listener, Query())[0])
+
+    answers = []
+    thread = threading.Thread(target=rubbish)
+    thread.start()
+    serving.serve(listener, node)
+    thread.join()
+    assert not serving.owned.guard.stop.is_set()
+
+
+def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, monkeypatch):
+    serving, listener, node = worker
+    evaluation = Evaluation(device="pi", round=1, base=math.nan, shared=0.5)
+    told = iter([evaluation, evaluation, dataclasses.replace(evaluation, base=0.5)])
+    monkeypatch.setattr(request_handler, "answer", lambda *_, **__: next(told))
+    answers, thread = asking(listener, Query(), Query(), Query())
+    serving.serve(listener, node)
+    thread.join()
+    assert answers[:2] == [ipc.Answered(), ipc.Answered()]
+    assert answers[2].reply.base == 0.5
+
+
+def test_told_to_stop_it_takes_no_other_request(worker):
+    serving, listener, node = worker
+    serving.owned.guard.stop.set()
+    serving.serve(listener, node)

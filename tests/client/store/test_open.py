@@ -1,0 +1,230 @@
+"""A store is encrypted when its owner has a key for it, never half, and never begun anew because a key is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.cli import ledger
+from client.store import layout
+from client.store.open import look, opened
+from client.store.store import Own, Personal, Residual, Store, Variate
+from common.errors import AntherError
+from privacy.encrypted_storage import Sealed, is_sealed
+from privacy.ledger.ledger import JOURNAL, Ledger
+from privacy.storage import Files
+from tests.helpers.devices import BASE, SITES, adapter
+from tests.helpers.kills import counted, killed_before
+from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
+from training.jobs import Examples
+
+SECRET = b"a personal secret of the owner"  # is looked for in every byte on the disk
+FEDERATION = "f" * 64
+
+
+@pytest.fixture
+def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    file = tmp_path / "key"
+    file.write_bytes(os.urandom(32))
+    file.chmod(0o600)
+    monkeypatch.setenv("ANTHER_KEY_FILE", str(file))
+    return file
+
+
+def files_in(folder: Path) -> Files:
+    return Files(folder / "store", heads=folder / "heads")
+
+
+def fill(store: Store) -> None:
+    """Everything that a device ever keeps, with a secret in it."""
+    one, other = ({SECRET.decode(): torch.full((3,), float(number))} for number in range(2))
+    store.ledger.reserve(replace(FIRST, run=SECRET.decode()), free)
+    store.ledger.seal(replace(FIRST, run=SECRET.decode()), SECRET)
+    store.save_personal(Personal(adapter(2), adapter(3), BASE, SECRET.decode()))
+    store.save_personal(Personal(adapter(2), adapter(3), BASE, SECRET.decode()), aside=True)
+    store.save_residual(Residual("f", 1, one, other))
+    store.save_variate(Variate("f", 1, one, other))
+    store.save_own(Own("r", "p", 1, one, other))
+    store.save_examples("train", SECRET.decode(), Examples(torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, 2)))
+    store.save_number("base", SECRET.decode(), 0.5)
+    store.save_preview("1", np.zeros((1, 4, 4), np.uint8))
+    store.seed()
+
+
+def is_whole(store: Store) -> None:
+    """All of it is there."""
+    assert len(store.ledger.entries()) == 1
+    assert store.ledger.sealed((SECRET.decode(), *KEY[1:]), PLAN) == SECRET
+    assert store.personal(SITES) is not None
+    assert store.residual("f") is not None
+    assert store.variate("f") is not None
+    assert store.own("r") is not None
+    assert store.examples("train", SECRET.decode()) is not None
+    assert store.number("base", SECRET.decode()) == 0.5
+    store.roll_back()
+
+
+def leaks(folder: Path) -> list[str]:
+    """Files that hold something of what is kept, but for those that are said to be in the open."""
+    return [
+        path.name
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".png" and (SECRET in (data := path.read_bytes()) or b'{"__meta' in data)
+    ]
+
+
+@pytest.mark.parametrize("federation", [None, FEDERATION])
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_with_a_key_nothing_lies_in_the_open(when: str, federation: str | None, key: Path, tmp_path: Path) -> None:
+    files = files_in(tmp_path)
+    if when == "later":
+        with opened(files, encrypt="never", federation=federation) as found:
+            fill(found.store)
+        assert len(leaks(tmp_path)) >= 9
+        (seed,) = [(files.folder / "seed").read_bytes()]
+    with opened(files, encrypt="auto", federation=federation) as found:
+        assert isinstance(found.storage, Sealed)
+        if when == "later":
+            assert found.store.seed() == int(seed)
+        else:
+            fill(found.store)
+    assert leaks(tmp_path) == []
+    for path in (*files.folder.rglob("*"), *files.heads.rglob("*")):
+        name = path.relative_to(files.folder).as_posix() if path.is_relative_to(files.folder) else "head"
+        if path.is_file() and name not in ("sealed", "lock") and not layout.in_the_open(name):
+            assert is_sealed(path.read_bytes()), name
+    is_whole(look(files).store)
+    key.rename(key.with_name("moved"))
+    with pytest.raises(AntherError, match="can't be read"):
+        look(files)
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_every_durable_step_of_encrypting(every: int, key: Path, tmp_path: Path) -> None:
+    assert key.exists()
+    whole = files_in(tmp_path / "whole")
+    with opened(whole, encrypt="never") as found:
+        fill(found.store)
+    ledger.reset(whole, sure=True)  # what was set aside is encrypted too
+    with opened(whole, encrypt="never") as found:
+        fill(found.store)
+
+    def encrypted(folder: Path) -> None:
+        with opened(files_in(folder), encrypt="auto"):
+            pass
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "traced")
+    calls = counted(lambda: encrypted(tmp_path / "traced"), tmp_path / "trace")
+    assert len(calls) > 40
+    assert leaks(tmp_path / "traced") == []
+    for call in range(0, len(calls), every):
+        folder = tmp_path / str(call)
+        shutil.copytree(tmp_path / "whole", folder)
+        killed_before(call, lambda folder=folder: encrypted(folder))  # type: ignore[misc]
+        if (folder / "store" / "sealed").exists():
+            look(files_in(folder))  # an owner's look goes on with it
+        encrypted(folder)
+        assert leaks(folder) == []
+        is_whole(look(files_in(folder)).store)
+        shutil.rmtree(folder)
+
+
+def test_without_its_key_it_is_refused_and_never_begun_anew(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_in(tmp_path)
+    with opened(files, encrypt="always") as found:
+        fill(found.store)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    monkeypatch.delenv("ANTHER_KEY_FILE")
+    for encrypt in ("auto", "always", "never"):
+        with pytest.raises(AntherError, match="the store is encrypted, and there is no key") as raised:
+            opened(files, encrypt=encrypt).__enter__()
+        assert "\n" not in str(raised.value)
+    with pytest.raises(AntherError, match="no key"):
+        look(files)
+    monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
+    mine = key.read_bytes()
+    key.write_bytes(os.urandom(32))
+    with pytest.raises(AntherError, match="encrypted with another key"):
+        opened(files, encrypt="auto").__enter__()
+    seal = (files.folder / "sealed").read_bytes()
+    (files.folder / "sealed").unlink()
+    for encrypt in ("auto", "always", "never"):
+        with pytest.raises(AntherError, match="sealed: missing, and the store is encrypted"):
+            opened(files, encrypt=encrypt).__enter__()
+    (files.folder / "sealed").write_bytes(seal)
+    key.write_bytes(mine)
+    assert {path: path.read_bytes() for path in before} == before
+    with opened(files, encrypt="auto") as found:
+        is_whole(found.store)
+
+
+def test_a_store_that_was_lost_with_its_seal_is_no_fresh_one(key: Path, tmp_path: Path) -> None:
+    assert key.exists()
+    files = files_in(tmp_path)
+    with opened(files, encrypt="auto") as found:
+        fill(found.store)
+    shutil.rmtree(files.folder)
+    with pytest.raises(AntherError, match="sealed: missing"):
+        opened(files, encrypt="auto").__enter__()
+
+
+def test_what_is_asked_for_and_cant_be_kept(tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = files_in(tmp_path)
+    monkeypatch.delenv("ANTHER_KEY_FILE")
+    with pytest.raises(AntherError, match=r"storage\.encrypt=always: there is no key"):
+        opened(files, encrypt="always").__enter__()
+    with opened(files, encrypt="auto") as found:
+        assert found.storage is files  # no key: it lies in the open, as the platform has it
+    monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
+    with opened(files) as found:  # an owner's command begins nothing
+        assert found.storage is files
+    with opened(files, encrypt="auto"):
+        pass
+    with pytest.raises(AntherError, match=r"storage\.encrypt=never: .* is encrypted already"):
+        opened(files, encrypt="never").__enter__()
+
+
+def test_what_is_damaged_is_found_again_or_named(key: Path, tmp_path: Path) -> None:
+    assert key.exists()
+    files = files_in(tmp_path)
+    with opened(files, encrypt="auto") as found:
+        fill(found.store)
+    for path in files.folder.rglob("*"):
+        if (path.is_file() and path.parent.name == "cache") or path.suffix == ".safetensors":
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with opened(files, encrypt="auto") as found:
+        store = found.store
+        assert store.examples("train", SECRET.decode()) is None
+        assert store.number("base", SECRET.decode()) is None
+        assert store.residual("f") is None
+        assert store.variate("f") is None
+        assert store.own("r") is None
+        assert store.personal_sites() == ()
+        with pytest.raises(AntherError, match=r"personal\.safetensors: not a personal adapter.*personalise again"):
+            store.personal(SITES)
+
+
+def test_a_key_that_is_lost_for_good_is_given_up_with_all_it_kept(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_in(tmp_path)
+    with opened(files, encrypt="auto", federation=FEDERATION) as found:
+        fill(found.store)
+    monkeypatch.delenv("ANTHER_KEY_FILE")
+    told = ledger.reset(files, sure=True)
+    assert str(files.folder / "forgotten-1") in told
+    assert (files.folder / "forgotten-1" / JOURNAL).exists()
+    with opened(files, encrypt="auto") as found:
+        assert found.store.ledger.entries() == ()
+        fill(found.store)
+    assert key.exists()
+    assert len(Ledger(files).entries()) == 1

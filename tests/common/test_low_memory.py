@@ -1,0 +1,43 @@
+"""The start of a lean process, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from common import low_memory
+
+SCRIPT = """
+import sys
+from conf import lean
+with lean.imports():
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+print(sorted({"transformers", "peft", "accelerate", "scipy"} & sys.modules.keys()))
+UNet2DConditionModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+from models.quantization.packed import skeleton
+import accelerate, transformers
+print(transformers.__version__ > "")
+"""
+
+
+def test_a_network_needs_no_more_than_itself() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **low_memory.ENVIRONMENT},
+    )
+    assert done.stdout.splitlines() == ["[]", "True"], done.stderr
+
+
+def test_what_was_imported_before_stays() -> None:
+    import transformers
+
+    with low_memory.imports():
+        assert sys.modules["transformers"] is transformers
+    assert sys.modules["transformers"] is transformers
+    assert None not in sys.modules.values()

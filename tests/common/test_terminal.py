@@ -1,0 +1,59 @@
+"""A terminal that isn't UTF-8 gets plain letters; errors are one line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import sqlite3
+
+import pytest
+
+from common.errors import AntherError, one_line, refused, shown, told
+from common.terminal import use_plain_output
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("ascii", "about 3 s left ... eps = 8 +/- 1 ## Gr\\xf6\\xdfe"),
+        ("latin-1", "about 3 s left ... eps = 8 ± 1 ## Größe"),
+        ("utf-8", "about 3 s left … ε = 8 ± 1 ██ Größe"),
+    ],
+)
+def test_every_encoding_prints(encoding: str, printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+    use_plain_output()
+    print("about 3 s left … ε = 8 ± 1 ██ Größe", flush=True)
+    assert written.getvalue().decode(encoding).strip() == printed
+
+
+def test_errors_are_one_line() -> None:
+    assert str(AntherError("a\nb\x1b[2J\ud83dc")) == "a b\\x1b[2J\\ud83dc"
+    assert one_line("Größe 写真 x") == "Größe 写真 x"
+    assert len(shown("x" * 1000)) < 200
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "no permission"),
+        (errno.ENOSPC, "no space left"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOTDIR, "in the way"),
+        (errno.EEXIST, "in the way"),
+        (errno.ENOENT, "No such file"),
+    ],
+)
+def test_what_the_system_refuses_is_named(number: int, words: str) -> None:
+    import os
+
+    line = str(refused(OSError(number, os.strerror(number), "/some/place")))
+    assert line.startswith("/some/place: ")
+    assert words in line
+
+
+def test_a_database_too() -> None:
+    assert "disk full" in told(sqlite3.OperationalError("database or disk is full")).replace(
+        "is its disk full", "disk full"
+    )

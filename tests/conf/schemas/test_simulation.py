@@ -1,0 +1,83 @@
+"""The YAML groups agree with the schemas and with each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from conf.cli import to_object
+from conf.explain import known_keys
+from conf.schemas import simulation
+
+GROUPS = Path(simulation.__file__).parents[1]
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in GROUPS.glob("*/*.yaml")
+    if path.parent.name != "device"  # of another application: test_planning
+)
+
+
+def composed(*overrides: str) -> simulation.Simulation:
+    with initialize_config_module("conf", version_base="1.3"):
+        config: simulation.Simulation = to_object(compose("simulate", list(overrides)), simulation.Simulation)
+    return config
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option: str) -> None:
+    needed = ["data.pictures=[photos]"] if option == "data=folder" else []
+    assert isinstance(composed(option, *needed), simulation.Simulation)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_says_how_to_use_it(option: str) -> None:
+    group, _, name = option.partition("=")
+    header = (GROUPS / group / f"{name}.yaml").read_text().partition("\n\n")[0]
+    assert f"anther simulate {option}" in header
+
+
+def test_a_device_is_the_same_in_every_fleet() -> None:
+    seen: dict[str, Any] = {}
+    for path in sorted((GROUPS / "fleet").glob("*.yaml")):
+        for profile in composed(f"fleet={path.stem}").fleet.profiles:
+            assert seen.setdefault((profile.name, profile.device, profile.measured_on), profile) == profile, path.name
+    assert {"pi4_4gb", "pi5_8gb", "pixel8", "iphone15", "laptop"} <= {name for name, _, measured in seen if measured}
+
+
+def test_folder_of_ones_own_pictures_joins_typeface_writers() -> None:
+    data = composed("data=folder", "data.pictures=[photos]").data
+    assert (data.pictures, data.writers) == (["photos"], 20)
+
+
+def test_known_keys_are_the_composed_ones() -> None:
+    def flat(node: Any, prefix: str = "") -> list[str]:
+        keys = []
+        for key, value in node.items():
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                keys += flat(value, f"{prefix}{key}.")
+        return keys
+
+    assert known_keys(simulation.Simulation) == flat(
+        OmegaConf.to_container(OmegaConf.structured(simulation.Simulation))
+    )
+
+
+def test_profile_values_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"watts=0 of toaster: must be over 0"):
+        simulation.Profile(name="toaster", memory_gib=1, examples_per_second=1, watts=0, uplink_mbps=1, downlink_mbps=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"update": "int2"}, "strategy.update=int2: must be one of: fp32, fp16, int8, int4"),
+        ({"update": "int4", "keep": 0.0}, "strategy.keep=0.0: must be over 0 and at most 1"),
+        ({"keep": 0.5}, "strategy.keep=0.5: fp32 is sent whole"),
+    ],
+)
+def test_precisions_of_updates_are_checked(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        simulation.Strategy(aggregation="fedit", **changes)

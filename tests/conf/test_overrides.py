@@ -1,0 +1,96 @@
+"""Paths and names on the command line are what was typed."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.compose import compose
+from conf.overrides import prepared, quoted
+from conf.schemas.simulation import Simulation
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "2024_01",
+        "1e3",
+        "null",
+        "true",
+        "写真",
+        "Größe",
+        "a=b",
+        "Photos (1)",
+        "my photos",
+        "12:30:45",
+        "50%",
+        "#3",
+        "a&b",
+    ],
+)
+def test_folders_are_text(folder: str) -> None:
+    assert compose([f"data.pictures=[{folder}]"]).data.pictures == [folder]
+    assert compose([f"data.pictures=[{folder},x]"]).data.pictures == [folder, "x"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("data.pictures=['a, b',c]", ["a, b", "c"]),
+        ("data.pictures=[]", []),
+        ('data.pictures=["a"]', ["a"]),
+    ],
+)
+def test_quoted_lists_are_as_they_were(word: str, value: list[str]) -> None:
+    assert compose([word]).data.pictures == value
+
+
+@pytest.mark.parametrize(("word", "value"), [("base.path=2024_01", "2024_01"), ("base.path=Größe", "Größe")])
+def test_names_are_text(word: str, value: str) -> None:
+    assert compose([word]).base.path == value
+    assert compose([word, "adapter.sites=null"]).adapter.sites is None
+
+
+def test_sweeps_groups_and_numbers_stay() -> None:
+    words = ["base.path=a,b", "privacy=none,example", "rounds=1,2", "data.pictures=[a],[b]", "--multirun", "seed=1"]
+    assert prepared(words, Simulation) == ["--multirun", *words[:4], "seed=1"]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "/home/Jürgen/outputs",
+        "/srv/My Projects (old)/x",
+        "/a/it's",
+        "/a\\'b",
+        "/back\\",
+        "/$HOME/${x}",
+        "/a=b",
+        "/a,b",
+        "/[x]",
+        '/"q"',
+        "/ünï/写真",
+        "/a b/'c' \"d\"",
+        "/x;rm -rf y",
+        "/`id`",
+    ],
+)
+def test_any_folder_goes_through_the_shell_and_hydra(folder: str) -> None:
+    typed = shlex.join([f"base.path={quoted(folder)}"])
+    assert compose(shlex.split(typed)).base.path == folder
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12))
+def test_quoted_comes_back(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    value = OverridesParser.create().parse_override(f"x={quoted(text)}").value()
+    assert str(value).replace("\\${", "${") == text
+
+
+def test_words_may_be_a_list() -> None:
+    assert compose(["rounds=3", "data.writers=2"]) == compose("rounds=3 data.writers=2")

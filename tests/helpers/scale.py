@@ -1,0 +1,70 @@
+"""Runs a simulation in a process of its own and tells what each round left in memory. For tests/simulations/test_scale.
+
+Resident memory is what the kernel counts for the process once garbage is collected and the allocator has given its free
+pages back, so that it is what is still held, not what once was needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from client.rounds import handler
+from conf.compose import compose
+from simulations import run
+from simulations.fleet.storage import FILE
+from simulations.report.display import Display
+
+
+def resident() -> int:
+    """Bytes."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class Watched(Display):
+    """Notes after each round what is held."""
+
+    def __init__(self, rounds: int, folder: Path, out: Path) -> None:
+        super().__init__(rounds)
+        self._folder, self._out = folder, out
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        super().round(record)
+        held = {
+            "round": record["round"],
+            "asked": record["asked"],
+            "replied": record["replied"],
+            "seconds": record["seconds"],
+            "resident": resident(),
+            "files": open_files(),
+            "conversations": sum(
+                inspect.isgenerator(found) and found.gi_code is handler.handle.__code__ for found in gc.get_objects()
+            ),
+            "database": sum(file.stat().st_size for file in (self._folder / "devices").glob(f"{FILE}*")),
+        }
+        with self._out.open("a") as file:
+            file.write(json.dumps(held) + "\n")
+
+
+def main(folder: str, out: str, overrides: str) -> None:
+    config = compose(overrides)
+    run.command = lambda: "python -m tests.helpers.scale"  # there is no Hydra here to ask
+    with Watched(config.rounds, Path(folder), Path(out)) as display:
+        run.simulate(config, Path(folder), display)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,284 @@
+"""Flower's own SuperLink behind a gateway, in this process, and nodes that say what a test wants them to say."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import time
+from datetime import UTC, datetime
+
+import httpx
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node as ProtoNode
+from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.superlink.main import create_app
+from starlette.testclient import TestClient
+
+from protocol.handshake import Hello
+from protocol.messages import NEWEST, OLDEST
+from server.gateway import calls, identity
+from server.gateway.app import Gateway, now
+from server.gateway.device_registry import Register
+
+FEDERATION = "@none/default"
+
+
+def new_key(curve=ec.SECP384R1):
+    return ec.generate_private_key(curve())
+
+
+def openssh(key) -> str:
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def pem(key) -> bytes:
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def signed(key, path: str | None = None, *, at: datetime | None = None, as_whom=None) -> dict[str, str]:
+    """Headers that prove who asks: of a path, as our own calls do, or of the time only, as Flower's."""
+    moment = (at or datetime.now(UTC)).isoformat()
+    text = moment if path is None else f"{moment} {path}"
+    return {
+        identity.KEY: base64.b64encode(pem(as_whom or key)).decode(),
+        identity.TIME: moment,
+        identity.SIGNATURE: base64.b64encode(key.sign(text.encode(), ec.ECDSA(hashes.SHA256()))).decode(),
+    }
+
+
+def hello() -> Hello:
+    return Hello(oldest=OLDEST, newest=NEWEST, anther="1", federation="f" * 16, base="b" * 64, base_bytes=7, time=now())
+
+
+@functools.cache
+def superlink():
+    """One for all tests: it takes half a second, and each test has a run of its own in it."""
+    return create_app()
+
+
+class Served:
+    """A SuperLink with one running run, a gateway before it, and a ServerApp's side of both.
+
+    Args:
+        folder: of the register and of replies that are coming in.
+        largest: bytes of the run's largest adapter.
+    """
+
+    def __init__(self, folder, *, largest: int = 64 << 20, **settings):
+        self.superlink = superlink()
+        self.state = self.superlink.state.linkstate_factory.state()
+        self.state.object_store.clear()
+        self.run = self.new_run()
+        self.register, self.seen, self.down = Register(folder, per_holder=99), [], False
+        self.ids: dict[str, int] = {}
+        self.gateway = Gateway(
+            inside="http://inside",
+            register=self.register,
+            hello=hello,
+            authority=b"an authority",
+            welcome=lambda *_: None,
+            node_of=self.ids.get,
+            largest=lambda: largest,
+            folder=folder,
+            transport=_Line(self),
+            **settings,
+        )
+        self.client = TestClient(self.gateway.app())
+
+    def new_run(self) -> int:
+        run = self.state.create_run("", "", "", {}, FEDERATION, None, None, TaskType.SERVER_APP)
+        (task,) = self.state.get_tasks(run_ids=[run])
+        assert self.state.claim_task(task.task_id)
+        assert self.state.activate_task(task.task_id)
+        return run
+
+    def node(self, name: str) -> Node:
+        """An enrolled node that has come."""
+        found = Node(self, new_key())
+        self.register.enrol(self.register.issue("ada"), found.name, name)
+        self.ids[found.name] = self.state.create_node("", "", pem(found.key), 30.0)
+        found.activate()
+        return found
+
+    def ask(self, node: Node, content: RecordDict, kind: str = "train", *, pushed: bool = True) -> Message:
+        """Have the ServerApp send a message to a node; `pushed`: with its objects."""
+        metadata = Metadata(
+            run_id=self.run,
+            message_id="",
+            src_node_id=1,
+            dst_node_id=node.id,
+            reply_to_message_id="",
+            group_id="1",
+            created_at=time.time(),
+            ttl=1000.0,
+            message_type=kind,
+        )
+        message = make_message(metadata=metadata, content=content)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        session = self.state.start_session(self.run)
+        stored, missing = self.state.store_message_and_object_tree(_bare(message), get_object_tree(message), session)
+        assert stored
+        if pushed:
+            self.push(message, missing, session)
+        self._pushing = message, missing, session
+        return message
+
+    def push(self, message: Message, missing: list[str], session: str) -> None:
+        """The ServerApp's own push of objects, which ends a run where it fails."""
+        objects = get_all_nested_objects(message)
+        for identifier in missing:
+            assert self.state.store_object(self.run, session, identifier, objects[identifier].deflate())
+
+    def push_the_rest(self) -> None:
+        self.push(*self._pushing)
+
+    def replies(self, message: Message) -> list[Message]:
+        return self.state.get_message_res({message.metadata.message_id}, self.run)
+
+    def has(self, identifier: str) -> bool:
+        return identifier in self.state.object_store
+
+    def paths(self) -> list[str]:
+        """What has reached the SuperLink."""
+        return [path for path, _ in self.seen]
+
+
+class _Line(httpx.ASGITransport):
+    """To the SuperLink, noting what goes over it."""
+
+    def __init__(self, served: Served):
+        super().__init__(app=served.superlink)
+        self.served = served
+
+    async def handle_async_request(self, request):
+        if self.served.down:
+            raise httpx.ConnectError("nobody there")
+        self.served.seen.append((request.url.path, dict(request.headers)))
+        return await super().handle_async_request(request)
+
+
+class Node:
+    """A device that speaks Flower's fleet protocol by hand."""
+
+    def __init__(self, served: Served, key):
+        self.served, self.key, self.name = served, key, openssh(key)
+        self.sent = None
+
+    @property
+    def id(self) -> int:
+        return self.served.ids[self.name]
+
+    def post(self, path: str, body: bytes, **headers: str):
+        own = {"content-type": "application/protobuf", **signed(self.key), **headers}
+        return self.served.client.post(path, content=body, headers=own)
+
+    def call(self, call: calls.Call, **fields):
+        """The response of the gateway, and if it is 200 its message."""
+        message = call.request(**fields)
+        if hasattr(message, "node") and "node" not in fields:
+            message.node.CopyFrom(ProtoNode(node_id=self.id))
+        found = self.post(call.path, message.SerializeToString())
+        return found.status_code, call.response.FromString(found.content) if found.status_code == 200 else found.text
+
+    def ok(self, call: calls.Call, **fields):
+        status, found = self.call(call, **fields)
+        assert status == 200, found
+        return found
+
+    def activate(self):
+        return self.ok(calls.ACTIVATE, public_key=pem(self.key), heartbeat_interval=30.0)
+
+    def pull(self):
+        """The head of the next message, and the tree of its objects."""
+        found = self.ok(calls.PULL_MESSAGES)
+        return (found.messages_list[0], found.message_object_trees[0]) if found.messages_list else None
+
+    def object(self, run: int, identifier: str):
+        return self.call(calls.PULL_OBJECT, run_id=run, object_id=identifier)
+
+    def confirm(self, message: Message | ProtoMessage):
+        metadata = message.metadata
+        return self.call(calls.CONFIRM, run_id=metadata.run_id, message_object_id=metadata.message_id)
+
+    def receive(self) -> ProtoMessage:
+        """A message with all of its objects, as an honest node takes it."""
+        head, tree = self.pull()
+        for identifier in names(tree):
+            status, found = self.object(head.metadata.run_id, identifier)
+            assert (status, found.object_available) == (200, True)
+        assert self.confirm(head)[0] == 200
+        return head
+
+    def reply(self, to: ProtoMessage, content: RecordDict | None = None, **changed) -> Message:
+        """A reply; `changed`: fields of its metadata."""
+        asked = to.metadata
+        fields = {
+            "run_id": asked.run_id,
+            "message_id": "",
+            "src_node_id": self.id,
+            "dst_node_id": asked.src_node_id,
+            "reply_to_message_id": asked.message_id,
+            "group_id": asked.group_id,
+            "created_at": time.time(),
+            "ttl": asked.ttl - 10,
+            "message_type": asked.message_type,
+            **changed,
+        }
+        metadata = Metadata(**fields)
+        given = {"error": Error(1, "refused: no")} if content is None else {"content": content}
+        message = make_message(metadata=metadata, **given)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        return message
+
+    def promise(self, reply: Message, tree: ObjectTree | None = None, **changed):
+        """Send a reply's head and the tree of its objects."""
+        fields = {
+            "messages_list": [message_to_proto(_bare(reply))],
+            "message_object_trees": [tree or get_object_tree(reply)],
+            "clientapp_runtime_list": [1.0],
+            **changed,
+        }
+        return self.call(calls.PUSH_MESSAGES, **fields)
+
+    def push_object(self, run: int, session: str, identifier: str, content: bytes):
+        return self.call(
+            calls.PUSH_OBJECT, run_id=run, session_id=session, object_id=identifier, object_content=content
+        )
+
+    def send(self, reply: Message) -> list[int]:
+        """A whole reply, as an honest node sends it: the statuses of all its calls."""
+        status, found = self.promise(reply)
+        if status != 200:
+            return [status]
+        objects, run = get_all_nested_objects(reply), reply.metadata.run_id
+        return [
+            status,
+            *(
+                self.push_object(run, found.session_id, name, objects[name].deflate())[0]
+                for name in found.objects_to_push
+            ),
+        ]
+
+
+def records(size: int = 100, *, text: str = "{}") -> RecordDict:
+    """A message's contents with an adapter of this many bytes."""
+    data = bytes(number % 251 for number in range(size))
+    arrays = ArrayRecord({"adapter": Array(dtype="uint8", shape=(size,), stype="safetensors", data=data)})
+    return RecordDict({"message": ConfigRecord({"json": text}), "arrays": arrays})
+
+
+def names(tree: ObjectTree) -> list[str]:
+    """All ids of a tree, children first."""
+    return [name for child in tree.children for name in names(child)] + [tree.object_id]
+
+
+def _bare(message: Message) -> Message:
+    return message if message.has_error() else make_message(metadata=message.metadata, content=RecordDict())

@@ -1,0 +1,174 @@
+"""A base's manifest: it comes to the base's own hash, and what a stranger writes into one is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import AntherError
+from models.base import assets, chunk_manifest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a base, of several chunks."""
+    monkeypatch.setattr(chunk_manifest, "CHUNK", 64)
+    folder = tmp_path / "tiny-base"
+    for name, size in {
+        "model_index.json": 10,
+        "unet/x.safetensors": 200,
+        "unet-b/config.json": 64,
+        "a/e.txt": 0,
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(hashlib.shake_256(name.encode()).digest(size))
+    (folder / "README.md").write_text("a card, which doesn't count")
+    (folder / "metrics.json").write_text("nor does this")
+    return folder
+
+
+def test_it_comes_to_the_hash_that_devices_compare() -> None:
+    folder = ROOT / "typefaces/assets/glyphs-base"
+    made = chunk_manifest.of(folder)
+    assert made.base == assets.digest(folder)
+    assert made.name == "glyphs-base"
+    assert made.total == sum(file.stat().st_size for file in assets.identity(folder))
+    assert chunk_manifest.decode(made.encode(), made.base) == made
+    assert chunk_manifest.verify(folder, made.base)
+
+
+def test_every_chunk_is_told_from_another(base: Path) -> None:
+    made = chunk_manifest.of(base)
+    assert made.base == assets.digest(base)
+    assert [(file.name, len(file.chunks)) for file in made.files] == [
+        ("a/e.txt", 0),
+        ("model_index.json", 1),
+        ("unet/x.safetensors", 4),
+        ("unet-b/config.json", 1),
+    ]
+    file = made.files[2]
+    content = (base / file.name).read_bytes()
+    assert file.span(3) == (192, 8)
+    assert all(file.verify(index, content[index * 64 :][:64]) for index in range(4))
+    assert not file.verify(0, content[64:128])
+    assert not file.verify(3, content[192:199])
+
+
+def told(base: Path) -> dict[str, Any]:
+    return json.loads(chunk_manifest.of(base).encode())
+
+
+def named(name: object) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["files"][0]["name"] = name
+
+    return change
+
+
+def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: Any) -> None:
+        for key in path[:-1]:
+            manifest = manifest[key]
+        manifest[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.json",
+        "/etc/x.json",
+        "a/../../x.json",
+        "a//x.json",
+        "./x.json",
+        "",
+        ".x.json",
+        "a/.git/x.json",
+        "a\\x.json",
+        "a/x.json\0",
+        "C:/x.json",
+        "a\nb.json",
+        "x.py",
+        "x",
+        "unet",
+        "metrics.json",
+        "a/" * 9 + "x.json",
+        "x" * 200 + ".json",
+        "model_index.json",
+        "MODEL_INDEX.JSON",
+        "model_index.json/x.json",
+        "~/x.json",
+        7,
+        None,
+        ["a.json"],
+        "é.json",
+    ],
+)
+def test_names_that_could_lead_elsewhere_are_refused(name: object, base: Path) -> None:
+    made = told(base)
+    named(name)(made)
+    made["base"] = assets.combined((str(file["name"]), file["sha256"]) for file in made["files"])
+    with pytest.raises(AntherError, match="can't be taken") as raised:
+        chunk_manifest.decode(json.dumps(made).encode(), made["base"])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("format", value=2),
+        put("files", value=[]),
+        put("files", value={}),
+        put("files", value=[[]]),
+        put("name", value=".."),
+        put("name", value="a/b"),
+        put("name", value=None),
+        put("more", value=1),
+        put("files", 0, "size", value=-1),
+        put("files", 0, "size", value=True),
+        put("files", 0, "size", value=1.0),
+        put("files", 0, "size", value=10**30),
+        put("files", 0, "chunks", value=["0" * 64]),
+        put("files", 1, "chunks", value=["0" * 63]),
+        put("files", 1, "chunks", value=[7]),
+        put("files", 0, "sha256", value="x" * 64),
+        put("files", 0, "more", value=1),
+        put("base", value="0" * 64),
+        put("files", 0, "sha256", value="0" * 64),
+    ],
+)
+def test_anything_but_a_manifest_of_the_base_is_refused(change: Callable[[Any], None], base: Path) -> None:
+    made = told(base)
+    wanted = made["base"]
+    change(made)
+    with pytest.raises(AntherError):
+        chunk_manifest.decode(json.dumps(made).encode(), wanted)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b"[" * 100_000, b"1" * 5000, b"null"])
+def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+    with pytest.raises(AntherError, match="can't be taken"):
+        chunk_manifest.decode(data, "0" * 64)
+
+
+def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = chunk_manifest.of(base)
+    for limit, value in {"LONGEST": 100, "MOST_FILES": 3, "MOST_BYTES": 250}.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(chunk_manifest, limit, value)
+            with pytest.raises(AntherError):
+                chunk_manifest.decode(made.encode(), made.base)
+
+
+def test_what_nobody_would_take_is_said_to_its_owner(base: Path) -> None:
+    (base / "my notes.txt").write_text("x")
+    with pytest.raises(AntherError, match=r"tiny-base: can't be handed on.*my notes\.txt"):
+        chunk_manifest.of(base)

@@ -1,0 +1,358 @@
+"""The lent network against the same UNet with the adapters merged into its weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from bench.lib.tiny import ATTENTION
+from common.errors import AntherError
+from models.base.denoiser import Denoiser, find_sites
+from models.diffusion.objective import diffusion, noised, per_example_loss, target
+from models.lora.adapter import Site
+from models.lora.batched_lora import SlotLayer, Stack, slot_layers, stack_adapters, to_device
+from models.quantization.blockwise import dequantise, quantise
+from models.quantization.modes import kinds
+from tests.helpers.adapters import random_adapter
+
+FEED_FORWARD = r".*ff\.net\.(0\.proj|2)"
+TIME = r"time_embedding\.linear_[12]|.*time_emb_proj"
+CONVOLUTIONS = r".*\.conv[12]|.*conv_shortcut|.*samplers\.0\.conv|conv_in|conv_out|.*proj_(in|out)"
+EVERYTHING = ".*"
+
+SCHEDULE = diffusion(torch.linspace(0.999, 0.01, 1000), "v_prediction")
+
+
+@pytest.fixture(scope="module")
+def unet(pipeline_folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(pipeline_folder / "unet").eval()
+
+
+@pytest.fixture
+def ran() -> Iterator[list[nn.Module]]:
+    """Every module whose forward ran, as often as it did."""
+    seen: list[nn.Module] = []
+    handle = register_module_forward_pre_hook(lambda module, _: seen.append(module))
+    yield seen
+    handle.remove()
+
+
+def networks(ran: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those UNets among what ran, each once."""
+    return list({id(module): module for module in ran if isinstance(module, UNet2DConditionModel)}.values())
+
+
+def denoiser(unet: nn.Module, sites: str = EVERYTHING, **options: Any) -> Denoiser:
+    """Of a network of its own: a denoiser changes the one that it gets."""
+    return Denoiser(copy.deepcopy(unet), SCHEDULE, sites=sites, **({"compute": "fp64"} | options))
+
+
+def inputs(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x, context = torch.randn(count, 4, 8, 8, generator=generator), torch.randn(count, 8, 16, generator=generator)
+    return x.to(dtype), torch.arange(count) * 999 // count, context.to(dtype)
+
+
+def merged(unet: nn.Module, adapters: Sequence[Mapping[str, Stack]], slot: int) -> Callable[..., Tensor]:
+    """The plain UNet in fp64, with W + Σ B A of one slot for W at every site; differentiable in the factors."""
+    exact = copy.deepcopy(unet).double()
+    weights = {f"{name}.weight": layer.weight for name, layer in exact.named_modules() if hasattr(layer, "weight")}
+    for stacks in adapters:
+        for name, stack in stacks.items():
+            own = slot % len(stack.a)
+            product = (stack.b[own] @ stack.a[own]).view_as(weights[f"{name}.weight"])
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + product
+    return lambda x, t, context: functional_call(exact, weights, (x, t, context)).sample
+
+
+def one_by_one(unet: nn.Module, adapters: Sequence[Mapping[str, Stack]], slots: int) -> Tensor:
+    x, t, context = inputs(4)
+    parts = zip(x.chunk(slots), t.chunk(slots), context.chunk(slots), strict=True)
+    return torch.cat([merged(unet, adapters, slot)(*part) for slot, part in enumerate(parts)])
+
+
+def loss_gradients(output: Tensor, stacks: Mapping[str, Stack]) -> list[Tensor]:
+    """Weights differ from number to number, so that no error can cancel."""
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return list(
+        torch.autograd.grad((output * weights).sum(), [factor for stack in stacks.values() for factor in stack])
+    )
+
+
+def trainable(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+    return {name: Stack(*(factor.detach().requires_grad_() for factor in stack)) for name, stack in stacks.items()}
+
+
+def two_slots(lent: Denoiser, ranks: tuple[int, int] = (2, 1)) -> dict[str, Stack]:
+    adapters = [random_adapter(lent.sites, rank, seed, lent.dtype) for seed, rank in enumerate(ranks)]
+    return dict(stack_adapters(lent.sites, adapters))
+
+
+def assert_exact(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * max(1.0, float(theirs.detach().abs().max()))
+
+
+class TestSites:
+    def test_are_the_linear_and_convolution_layers_of_a_whole_name(self, unet: nn.Module) -> None:
+        able = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+        for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS, EVERYTHING):
+            sites = find_sites(unet, pattern)
+            assert list(sites) == [name for name in able if re.fullmatch(pattern, name)]
+            for name, site in sites.items():
+                weight = able[name].weight
+                assert (site.outputs, site.inputs, site.kernel) == (len(weight), weight[0].numel(), weight.shape[2:])
+        kinds = [set(find_sites(unet, pattern)) for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS)]
+        assert set.union(*kinds) == set(able)
+        assert sum(map(len, kinds)) == len(able)
+
+    def test_are_no_layers_that_slots_would_get_wrong(self) -> None:
+        network = nn.ModuleDict(
+            {
+                "grouped": nn.Conv2d(4, 4, 3, groups=2),
+                "circular": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+                "transposed": nn.ConvTranspose2d(4, 4, 3),
+                "flat": nn.Conv1d(4, 4, 3),
+                "normal": nn.GroupNorm(2, 4),
+                "able": nn.Conv2d(4, 6, (3, 1)),
+            }
+        )
+        assert find_sites(network, ".*") == {"able": Site(12, 6, (3, 1))}
+
+    @pytest.mark.parametrize(
+        ("pattern", "match"),
+        [("(", "not a regular expression"), ("nothing", "matches no layer"), ("conv", "such as conv_in")],
+    )
+    def test_refusals_take_one_line(self, unet: nn.Module, pattern: str, match: str) -> None:
+        with pytest.raises(AntherError, match=match) as refusal:
+            find_sites(unet, pattern)
+        assert "\n" not in str(refusal.value)
+        assert pattern in str(refusal.value)
+
+
+@pytest.mark.parametrize("sites", [ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS, EVERYTHING])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_the_unet_with_merged_weights(unet: nn.Module, sites: str, checkpointing: bool) -> None:
+    lent = denoiser(unet, sites)
+    if checkpointing:
+        lent.network.enable_gradient_checkpointing()
+    common = stack_adapters(lent.sites, [random_adapter(lent.sites, 3, 7, torch.float64)])
+    own = trainable(two_slots(lent))
+    with lent.lending([common, own]) as denoise:
+        found = denoise(*inputs(4))
+        gradients = loss_gradients(found, own)
+    wanted = one_by_one(unet, [common, own], 2)
+    assert_exact([found], [wanted])
+    assert_exact(gradients, loss_gradients(wanted, own))
+    assert (one_by_one(unet, [common], 2) - wanted).abs().max() > 1e-3
+
+
+def test_every_site_is_heard(unet: nn.Module) -> None:
+    """A layer that a network holds under two names, or whose weight it reads past the layer, would stay deaf."""
+    lent = denoiser(unet)
+    own = trainable(two_slots(lent))
+    with lent.lending([own]) as denoise:
+        gradients = loss_gradients(denoise(*inputs(2)), own)
+    assert all(gradient[slot].abs().max() > 0 for gradient in gradients for slot in (0, 1))
+
+
+def test_without_adapters_it_is_the_unet(unet: nn.Module) -> None:
+    lent = denoiser(unet, compute="fp32")
+    x, t, context = inputs(3, torch.float32)
+    for nothing in ([], [{}], [two_slots(lent, (0, 0))]):
+        with lent.lending(nothing) as denoise, torch.no_grad():
+            torch.testing.assert_close(denoise(x, t, context), unet(x, t, context).sample)
+
+
+def test_checkpointed_blocks_run_again_in_copies_too(unet: nn.Module, ran: list[nn.Module]) -> None:
+    lent = denoiser(unet, ATTENTION)
+    lent.network.enable_gradient_checkpointing()
+    own = trainable(two_slots(lent))
+
+    def passes() -> int:
+        return sum(isinstance(module, SlotLayer) for module in ran)
+
+    with lent.lending([own]), lent.lending([own]) as denoise:  # the second copy
+        output = denoise(*inputs(2))
+        assert passes() == len(lent.sites)
+        loss_gradients(output, own)
+        assert passes() == 2 * len(lent.sites)
+
+
+def test_bf16_is_as_close_as_its_rounding_and_losses_are_fp32(unet: nn.Module) -> None:
+    lent = denoiser(unet, compute="bf16")
+    assert lent.precise == torch.float32
+    x, t, context = inputs(4, lent.precise)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    own = to_device(two_slots(denoiser(unet, compute="fp32")), lent.like)
+    with lent.lending([own]) as denoise, torch.no_grad():
+        output = denoise(noised(SCHEDULE, x, noise, t), t, context)
+    assert output.dtype == torch.bfloat16
+    wanted = target(SCHEDULE, x, noise, t)
+    losses = per_example_loss(output, wanted)
+    assert losses.dtype == torch.float32
+    exact = to_device(own, torch.empty(0, dtype=torch.float64))
+    parts = zip(noised(SCHEDULE, x, noise, t).double().chunk(2), t.chunk(2), context.double().chunk(2), strict=True)
+    truth = torch.cat([merged(unet, [exact], slot)(*part) for slot, part in enumerate(parts)])
+    error = (output.double() - truth).norm() / truth.norm()
+    assert 1e-4 < error < 8 * 2**-8  # half a unit in the last place is 2⁻⁹, and some fifty layers follow each other
+    torch.testing.assert_close(losses.double(), (truth - wanted).square().flatten(1).mean(1), rtol=16 * 2**-8, atol=0)
+
+
+@pytest.mark.parametrize("weights", ["int8", "mixed", "nf4"])
+@pytest.mark.parametrize(("compute", "error"), [("fp64", 1e-10), ("fp32", 1e-4)])
+def test_quantised_it_is_the_unet_with_rounded_weights(
+    unet: nn.Module, weights: str, compute: str, error: float
+) -> None:
+    lent, rounded = denoiser(unet, weights=weights, compute=compute), copy.deepcopy(unet).double()
+    with torch.no_grad():
+        for name, kind in kinds(unet, weights).items():
+            weight = rounded.get_parameter(f"{name}.weight")
+            weight.copy_(dequantise(quantise(weight, kind), weight.shape, torch.float64))
+    assert list(lent.sites) == list(find_sites(unet, EVERYTHING))
+    own = trainable(two_slots(lent))
+    with lent.lending([own]) as denoise:
+        found = denoise(*inputs(4, lent.precise))
+        gradients = loss_gradients(found, own)
+    exact = trainable(to_device(own, torch.empty(0, dtype=torch.float64)))
+    wanted = one_by_one(rounded, [exact], 2)
+    assert (found - wanted).norm() <= error * wanted.norm()
+    for ours, theirs in zip(gradients, loss_gradients(wanted, exact), strict=True):
+        assert (ours - theirs).norm() <= 10 * error * theirs.norm()
+    assert (one_by_one(unet, [exact], 2) - wanted).norm() > 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "mixed"])
+def test_checkpointing_changes_what_is_kept_and_nothing_else(unet: nn.Module, weights: str) -> None:
+    found, kept = [], []
+    for checkpointing in ("none", "block"):
+        lent = denoiser(unet, weights=weights, checkpointing=checkpointing)
+        own, bytes_kept = trainable(two_slots(lent)), []
+
+        def keep(tensor: Tensor, seen: list[int] = bytes_kept) -> Tensor:
+            seen.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lent.lending([own]) as denoise:
+            output = denoise(*inputs(4))
+            kept.append(sum(bytes_kept))
+            found.append([output, *loss_gradients(output, own)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def tensors(network: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+
+
+@pytest.mark.parametrize("weights", ["fp32", "mixed"])
+def test_threads_get_copies_that_share_weights_and_no_adapters(
+    unet: nn.Module, ran: list[nn.Module], weights: str
+) -> None:
+    lent, together = denoiser(unet, weights=weights), Barrier(3, timeout=60)
+    adapters = [stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in range(3)]
+
+    @torch.no_grad()
+    def alone(stacks: Mapping[str, Stack]) -> Tensor:
+        with lent.lending([stacks]) as denoise:
+            return denoise(*inputs(2))
+
+    @torch.no_grad()
+    def beside(stacks: Mapping[str, Stack]) -> list[Tensor]:
+        with lent.lending([stacks]) as denoise:
+            together.wait()
+            return [denoise(*inputs(2)) for _ in range(3)]
+
+    wanted = [alone(stacks) for stacks in adapters]
+    assert len(networks(ran)) == 1
+    with ThreadPoolExecutor(3) as threads:
+        for found, want in zip(threads.map(beside, adapters), wanted, strict=True):
+            assert all(torch.equal(each, want) for each in found)
+    assert len(networks(ran)) == 3
+    alone(adapters[0])
+    assert len(networks(ran)) == 3  # a free copy is lent again
+    first, *others = networks(ran)
+    assert all(tensors(other) == tensors(first) == tensors(lent.network) for other in others)
+    assert not any(layer.lent for network in [lent.network, *networks(ran)] for layer in slot_layers(network).values())
+
+
+def test_who_lends_within_lending_gets_a_network_of_its_own(unet: nn.Module) -> None:
+    lent = denoiser(unet, ATTENTION)
+    one, two = (stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in (0, 1))
+    with lent.lending([one]) as outer, torch.no_grad():
+        before = outer(*inputs(2))
+        with lent.lending([two]) as inner:
+            within, again = inner(*inputs(2)), outer(*inputs(2))
+        assert torch.equal(before, again)
+        assert torch.equal(before, outer(*inputs(2)))
+    assert not torch.allclose(before, within)
+
+
+def test_after_a_failure_nothing_stays_lent(unet: nn.Module, ran: list[nn.Module]) -> None:
+    lent = denoiser(unet, ATTENTION)
+    own = two_slots(lent)
+    with pytest.raises(RuntimeError), lent.lending([own]) as denoise:
+        denoise(*inputs(3))  # three entries don't fill two slots
+    assert not any(layer.lent for layer in slot_layers(networks(ran)[0]).values())
+    with lent.lending([]) as denoise, torch.no_grad():
+        found = denoise(*inputs(3))
+    assert len(networks(ran)) == 1
+    torch.testing.assert_close(found, merged(unet, [], 0)(*inputs(3)))
+
+
+def test_nothing_of_the_network_is_trained(unet: nn.Module) -> None:
+    lent = denoiser(unet)
+    assert not any(parameter.requires_grad for parameter in lent.network.parameters())
+    assert not any(module.training for module in lent.network.modules())
+    assert {parameter.dtype for parameter in lent.network.parameters()} == {torch.float64} == {lent.like.dtype}
+
+
+class Small(nn.Module):
+    """Called like a UNet, and compiled in a second or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 3, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
+        assert not return_dict
+        return (self.conv(x) + torch.einsum("nlc,n->nc", self.linear(encoder_hidden_states), t.to(x))[..., None, None],)
+
+
+def test_compiled_it_is_the_same_and_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = CompileCounterWithBackend("aot_eager")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, *, dynamic, **_: real(run, dynamic=dynamic, backend=compiler))
+    torch.compiler.reset()
+    lent = denoiser(Small())
+
+    def check(seed: int, count: int) -> None:
+        adapters = [random_adapter(lent.sites, 2, seed + i, torch.float64) for i in (0, 1)]
+        own = trainable(stack_adapters(lent.sites, adapters))
+        with lent.lending([own]) as denoise:
+            wanted = denoise(*inputs(count))
+        with lent.lending([own], compiled=True) as denoise:
+            found = denoise(*inputs(count))
+            assert_exact([found, *loss_gradients(found, own)], [wanted, *loss_gradients(wanted, own)])
+
+    check(seed=0, count=4)
+    check(seed=2, count=4)  # other adapters
+    with lent.lending([]):
+        check(seed=4, count=4)  # another copy
+    assert compiler.frame_count == 1
+    check(seed=6, count=6)
+    assert compiler.frame_count == 2

@@ -1,0 +1,60 @@
+"""A published pipeline by its name, from a cache such as the hub's own tools leave; nothing is fetched here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from bench.lib.tiny import ATTENTION, save_pipeline
+from common.errors import AntherError
+from models.base import assets
+from models.base.base import load
+from models.base.hub import is_name
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [
+        ("stabilityai/sdxl-turbo", True),
+        ("org/v1.5_x", True),
+        ("glyphs", False),
+        ("./org/name", False),
+        ("/org/name", False),
+        ("org/name/part", False),
+        ("../name", False),
+        ("org/", False),
+    ],
+)
+def test_names_of_the_hub(text: str, yes: bool) -> None:
+    assert is_name(text) == yes
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    return tmp_path / "hub"
+
+
+def test_what_is_in_the_cache_is_found_by_name(cache: Path, tmp_path: Path) -> None:
+    commit = "0" * 40
+    kept = cache / "models--org--tiny"
+    folder = kept / "snapshots" / commit
+    shutil.copytree(save_pipeline(tmp_path / "made"), folder)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    assert assets.locate("org/tiny") == folder
+    base = load("org/tiny", sites=ATTENTION)
+    assert base.hash == assets.digest(folder)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_what_cannot_be_had_is_one_line(cache: Path) -> None:  # noqa: ARG001
+    with pytest.raises(AntherError, match=r"^org/absent: no such folder, and not to be had from the hub") as refusal:
+        assets.locate("org/absent")
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,119 @@
+"""Pages of a mapped file come and go; what is in them stays."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bench.lib.tiny import ATTENTION
+from models.base.base import Base
+from models.base.paging import _MARKED, mark, release
+from models.quantization.blockwise import Packed, quantise
+from models.quantization.layers import QuantisedLinear
+from models.quantization.pack import pack
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that this process has in memory."""
+    text = Path("/proc/self/smaps").read_text()
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
+    found = [part for part in parts if part.splitlines()[:1] and part.splitlines()[0].endswith(str(file))]
+    return sum(int(re.search(r"^Rss: +(\d+) kB", part, re.MULTILINE)[1]) * 1024 for part in found)  # type: ignore[index]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({"x": torch.arange(1 << 20, dtype=torch.int32)}, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def marked(file: Path) -> Tensor:
+    with safe_open(file, "pt") as tensors:
+        x = tensors.get_tensor("x")
+    mark([x])
+    return x
+
+
+@linux
+def test_released_pages_are_gone_and_come_back(file: Path) -> None:
+    x = marked(file)
+    before = x.sum()
+    assert resident(file) >= x.nbytes
+    release(x, 0, len(x) // 2)
+    assert resident(file) < 0.6 * x.nbytes
+    release(x, 0, 0)
+    release(x, 0, len(x))
+    assert resident(file) < 0.1 * x.nbytes
+    assert x.sum() == before
+    assert torch.equal(x, torch.arange(1 << 20, dtype=torch.int32))
+
+
+def test_what_is_not_a_file_is_left_alone(file: Path) -> None:
+    """MADV_DONTNEED would turn it into zeros."""
+    made, mapped = torch.arange(1 << 20), marked(file)
+    mark([made])
+    for x in (made, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
+        wanted = x.clone()
+        release(x, 0, len(x))
+        assert torch.equal(x, wanted)
+
+
+@linux
+def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
+    """A page that is read brings its neighbours in; none is given back beyond the file."""
+    save_file(
+        {f"{place:03}": torch.full((5000,), place) for place in range(200)}, file := tmp_path / "many.safetensors"
+    )
+    with safe_open(file, "pt") as tensors:
+        parts = [tensors.get_tensor(name) for name in sorted(tensors.keys())]
+    mark(parts)
+    for part in parts:  # to map them has brought them all in
+        release(part, 0, len(part))
+    for place, part in [*enumerate(parts)] * 2:
+        assert int(part[0]) == place
+        release(part, 0, len(part))
+        if place % 10 == 0:  # to ask takes a while
+            assert resident(file) <= 1 << 17
+    assert all(bool((part == place).all()) for place, part in enumerate(parts))
+
+
+@linux
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
+    """Forward and backward alike, and what they find is what they find with a weight that stays."""
+    plain = nn.Linear(2048, 2048)
+    save_file(quantise(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
+    with safe_open(file, "pt") as tensors:
+        parts = Packed(*(tensors.get_tensor(name) for name in Packed._fields))
+    mark(parts)
+    layer = QuantisedLinear(plain, parts)
+    stays = QuantisedLinear(plain, quantise(plain.weight, kind))
+    x = torch.randn(3, 2048, requires_grad=True)
+    y, wanted = layer(x), stays(x)
+    assert torch.equal(y, wanted)
+    assert resident(file) < 0.2 * file.stat().st_size
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, *torch.autograd.grad(wanted.sum(), x))
+    assert resident(file) < 0.2 * file.stat().st_size
+    layer.codes.sum()
+    assert resident(file) > 0.8 * file.stat().st_size
+
+
+def test_a_packed_base_is_marked_and_its_copies_too(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Jobs run in copies of the network that share its tensors."""
+    pack(str(pipeline_folder), tmp_path / "base", "int8")
+    base = Base(tmp_path / "base", sites=ATTENTION)
+    layers = [layer for layer in base._copy().modules() if isinstance(layer, QuantisedLinear)]
+    assert layers
+    assert all(layer.codes in _MARKED for layer in layers)
+    assert not any(layer.double().codes.clone() in _MARKED for layer in layers)

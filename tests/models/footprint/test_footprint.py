@@ -1,0 +1,225 @@
+"""A dry run holds to the byte what a real run holds, whatever the network, its weights and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.errors import AntherError
+from models.families.known import KNOWN
+from models.footprint.dry_run import AGAIN, EXPONENTIAL, DryRun, fake, without_contents
+from models.footprint.footprint import Footprint, example, footprint, one_pass, shapes
+from models.footprint.tensor_memory import LiveStorages, storages
+from models.lora.batched_lora import Layout
+from models.quantization import blockwise
+from models.quantization.blockwise import other_scratch
+from tests.helpers.networks import SMALL, real
+
+RANK = 3
+EVERYWHERE = r".*(attn|conv|ff|resnets).*"
+
+
+def predicted(kind: str, *, batch: int = 1, rank: int = RANK, **how: str) -> Footprint:
+    base = SMALL[kind]
+    return footprint(shapes(base, **({"sites": base.family.sites} | how)), *example(base, 128), rank=rank, batch=batch)
+
+
+def held(kind: str, batch: int, **how: str) -> int:
+    """The most that a real pass holds in tensors, beside the base."""
+    base = real(SMALL[kind], **how)
+    layout = Layout(base.sites, RANK)
+    with other_scratch(), LiveStorages() as found:
+        entries = [torch.zeros(batch, *shape) for shape in example(SMALL[kind], 128)]
+        one_pass(base, *entries, layout, torch.zeros(batch, layout.size))
+    return found.peak
+
+
+def dry(kind: str, batch: int, **how: str) -> int:
+    """The same of a dry run, which has workspace beside it."""
+    base = shapes(SMALL[kind], **({"sites": SMALL[kind].family.sites} | how))
+    mode, layout = FakeTensorMode(allow_non_fake_inputs=True), Layout(base.sites, RANK)
+    frozen = without_contents(base.network, mode)
+    with mode, other_scratch(), DryRun(frozen, {}) as run:
+        entries = [torch.zeros(batch, *shape) for shape in example(SMALL[kind], 128)]
+        one_pass(base, *entries, layout, torch.zeros(batch, layout.size))
+    return run.peak
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("kind", [kind for kind in SMALL if kind != "sdxl"])
+def test_it_holds_what_a_real_pass_holds(kind: str, checkpointing: str) -> None:
+    batch = 2 if kind == "unet" else 1
+    wanted = held(kind, batch, checkpointing=checkpointing)
+    assert dry(kind, batch, checkpointing=checkpointing) == pytest.approx(wanted, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "checkpointing"),
+    [("unet", "mixed", "block"), ("sd3", "int8", "block"), ("pixart", "nf4", "none")],
+)
+def test_it_holds_what_a_real_pass_through_few_bits_holds(
+    kind: str, weights: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slabs and the memory that they are read into: here so small that layers have several."""
+    monkeypatch.setattr(blockwise, "_SLAB", {"cpu": 2048})
+    wanted = held(kind, 1, weights=weights, checkpointing=checkpointing)
+    found = dry(kind, 1, weights=weights, checkpointing=checkpointing)
+    assert found == pytest.approx(wanted, rel=0.001, abs=8192)  # a table of NF4's values, made again each time
+
+
+def test_adapters_at_convolutions_too() -> None:
+    assert dry("unet", 2, sites=EVERYWHERE) == pytest.approx(held("unet", 2, sites=EVERYWHERE), rel=0.001)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("flux", "fp32"), ("unet", "mixed"), ("pixart", "nf4"), ("sd3", "int8")])
+def test_the_base_is_what_its_packed_weights_take_without_their_codes(kind: str, weights: str) -> None:
+    """Those are pages of a file."""
+    network = real(SMALL[kind], weights=weights).network
+    state = dict([*network.named_parameters(), *network.named_buffers()])
+    wanted = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".codes"))
+    assert predicted(kind, weights=weights).base_bytes == wanted
+    assert (weights == "fp32") == (not any(name.endswith(".codes") for name in state))
+
+
+def test_a_dry_run_leaves_nothing_in_the_memory_for_slabs() -> None:
+    before = blockwise._scratch.bytes
+    predicted("unet", weights="nf4")
+    assert blockwise._scratch.bytes is before
+    mode = FakeTensorMode()
+    packed = blockwise.Packed(*(fake(tensor, mode) for tensor in blockwise.sizes("nf4", 64)))
+    with mode:
+        blockwise.dequantise(packed, torch.Size((2, 32)))
+    assert blockwise._scratch.bytes is before
+
+
+def test_the_pages_that_are_read_are_workspace() -> None:
+    """Of a file that is mapped: as many as an operation reads, not all of it."""
+    mode = FakeTensorMode()
+    codes = fake(torch.zeros(1000, dtype=torch.int8), mode)
+    with mode, DryRun(storages(codes), storages(codes)) as run:
+        part = codes[100:200]
+        assert run.workspace_bytes == 0
+        part.float()
+    assert (run.workspace_bytes, run.activations_bytes) == (400 + 100, 0)
+
+
+def test_parts_add_up_and_move_as_they_must() -> None:
+    plain = predicted("unet")
+    fields = [field.name for field in dataclasses.fields(Footprint) if field.name.endswith("_bytes")]
+    parts = sum(getattr(plain, name) for name in fields if name != "moved_bytes")
+    assert plain.peak_bytes == parts
+    again, twice = predicted("unet", checkpointing="block"), predicted("unet", batch=2, rank=2 * RANK)
+    assert again.activations_bytes < plain.activations_bytes
+    assert again.convolution_operations > plain.convolution_operations
+    assert twice.convolution_operations == pytest.approx(2 * plain.convolution_operations, rel=0.05)
+    assert 1.8 < twice.activations_bytes / plain.activations_bytes < 2.1
+    assert twice.base_bytes == plain.base_bytes
+    assert twice.adapter_bytes == 2 * plain.adapter_bytes
+
+
+def test_a_weight_that_is_dequantised_is_workspace() -> None:
+    plain = predicted("pixart")
+    packed = predicted("pixart", weights="nf4")
+    assert plain.workspace_bytes < packed.workspace_bytes
+    assert packed.base_bytes < plain.base_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "latents", "context"),
+    [
+        ("sd15", 512, (4, 64, 64), (77, 768)),
+        ("sdxl", 1024, (4, 128, 128), (78, 2048)),
+        ("flux-dev", 1024, (16, 128, 128), (514, 4096)),
+        ("sana-600m", 512, (32, 16, 16), (301, 2304)),
+        ("pixart-sigma", 512, (4, 64, 64), (301, 4096)),
+        ("sd35-large", 768, (16, 96, 96), (334, 4096)),
+    ],
+)
+def test_the_shapes_of_an_example(
+    name: str, resolution: int, latents: tuple[int, ...], context: tuple[int, ...]
+) -> None:
+    assert example(KNOWN[name], resolution) == (latents, context)
+
+
+def test_mistakes_are_told() -> None:
+    for kind, resolution in (("unet", 129), ("pixart", 136)):  # of which a transformer takes patches of 2 × 2
+        with pytest.raises(AntherError, match=f"resolution={resolution}: must be a multiple of"):
+            example(SMALL[kind], resolution)
+
+
+def test_operations_are_those_that_a_counter_counts() -> None:
+    """Of layers that are thick enough for arithmetic to set their pace."""
+    network = nn.Sequential(nn.Conv2d(64, 96, 3, padding=1), nn.Flatten(2), nn.Linear(256, 192)).requires_grad_(False)
+    x = torch.randn(1, 64, 16, 16, requires_grad=True)
+    q = torch.randn(1, 2, 128, 64, requires_grad=True)
+
+    def work(x: torch.Tensor, q: torch.Tensor) -> None:
+        (network(x).sum() + F.scaled_dot_product_attention(q, q, q).sum()).backward()
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work(x, q)
+    mode = FakeTensorMode()
+    x, q = (fake(tensor, mode).requires_grad_() for tensor in (x, q))
+    frozen = without_contents(network, mode)
+    with mode, DryRun(frozen, {}) as run:
+        work(x, q)
+    counts = counter.get_flop_counts()["Global"]
+    convolutions = sum(count for name, count in counts.items() if "convolution" in str(name))
+    assert run.convolution_operations == convolutions
+    scores = 2 * 128 * 128
+    extra = 2 * 64 * scores  # a fused backward computes the scores again
+    extra += (EXPONENTIAL + AGAIN) * scores
+    assert run.matrix_operations == counter.get_total_flops() - convolutions + extra
+
+
+CONVOLUTION = "x = torch.randn(1, 256, 64, 64); w = torch.randn(512, 256, 3, 3); g = torch.randn(1, 512, 64, 64)"
+OPERATIONS = {
+    "F.conv2d(x, w, None, 1, 1)": CONVOLUTION,
+    "torch.nn.grad.conv2d_input(x.shape, w, g, 1, 1)": CONVOLUTION,
+    "F.linear(x, w)": "x = torch.randn(4096, 512); w = torch.randn(2048, 512)",
+}
+SCRIPT = """
+import torch
+from pathlib import Path
+from torch.nn import functional as F
+torch.set_num_threads(1)
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+torch.set_grad_enabled(False)
+{setup}
+work = lambda: {work}
+work()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+result = work()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists() or platform.machine() != "x86_64",
+    reason="peaks are read as Linux tells them, of the kernels that the model was fitted on",
+)
+@pytest.mark.parametrize("work", OPERATIONS, ids=lambda work: work.split("(")[0])
+def test_one_operation_takes_what_is_predicted(work: str) -> None:
+    script = SCRIPT.format(setup=OPERATIONS[work], work=work)
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    space = {"torch": torch, "F": F}
+    with FakeTensorMode():
+        exec(OPERATIONS[work], space)
+        with DryRun({}, {}) as run, torch.no_grad():
+            eval(work, space)
+    assert run.activations_bytes + run.workspace_bytes == pytest.approx(int(done.stdout), rel=0.15)

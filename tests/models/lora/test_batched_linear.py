@@ -1,0 +1,96 @@
+"""The fused layer against two plain layers, and what torch asks of an operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.lora.batched_linear import slot_linear
+
+
+def arguments(bias: bool = True, rank: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+    """x, W, c, A and B: two slots of two entries of three tokens."""
+    shapes = [(4, 3, 5), (7, 5), (7,), (2, rank, 5), (2, 7, rank)]
+    found: list[Tensor | None] = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return found if bias else [*found[:2], None, *found[3:]]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    parts = zip(x.chunk(len(a)), a, b, strict=True)
+    return torch.cat([F.linear(part, weight, bias) + F.linear(F.linear(part, one), two) for part, one, two in parts])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("to_x", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "broadcast", "flat"])
+def test_output_and_gradients_are_those_of_two_layers(bias: bool, rank: int, to_x: bool, layout: str) -> None:
+    x, weight, c, a, b = arguments(bias, rank)
+    match layout:
+        case "transposed":
+            x = x.mT.contiguous().mT
+        case "broadcast":
+            x = x[:, :1].expand_as(x)
+        case "flat":
+            x = x[:, 0]
+    leaves = [x.requires_grad_(to_x), a.requires_grad_(), b.requires_grad_()][0 if to_x else 1 :]
+    found, wanted = slot_linear(x, weight, c, a, b), plain(x, weight, c, a, b)
+    torch.testing.assert_close(found, wanted)
+    for cotangent in (torch.randn_like(wanted), torch.ones(()).to(wanted).expand_as(wanted)):
+        pairs = (torch.autograd.grad(output, leaves, cotangent, retain_graph=True) for output in (found, wanted))
+        for ours, theirs in zip(*pairs, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_in_bf16_it_rounds_no_more_than_two_layers() -> None:
+    """Adding the thin product to the rounded wide one is one rounding more than the truth."""
+    inputs = [torch.randn(shape).bfloat16() for shape in [(4, 64, 32), (48, 32), (48,), (2, 4, 32), (2, 48, 4)]]
+    truth = plain(*(each.double() for each in inputs))
+    errors = [(layer(*inputs).double() - truth).norm() for layer in (slot_linear, plain)]
+    assert errors[0] <= errors[1] * 1.05
+    assert slot_linear(*inputs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("wanted", "compiled"), [*((parts, False) for parts in ("a", "b", "x", "xa", "xb")), ("xa", True), ("xb", True)]
+)
+def test_only_what_is_asked_for_has_a_gradient(wanted: str, compiled: bool) -> None:
+    """And nothing is kept for the others: of a B alone not x, of an A alone not A x."""
+    x, weight, c, a, b = arguments()
+    leaves = [part.requires_grad_() for name, part in (("x", x), ("a", a), ("b", b)) if name in wanted]
+    layer, kept = slot_linear, []
+    if compiled:
+        torch.compiler.reset()
+        layer = torch.compile(slot_linear, backend="aot_eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.data_ptr()) or part, lambda part: part):
+        found = layer(x, weight, c, a, b)
+    pairs = (torch.autograd.grad(y.square().sum(), leaves) for y in (found, plain(x, weight, c, a, b)))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert compiled or (x.data_ptr() in kept) == ("a" in wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("to_x", [False, True])
+def test_the_compiled_operator_is_sound(bias: bool, to_x: bool) -> None:
+    """Schema, shapes without data, and gradients under tracing, by torch's own check."""
+    x, weight, c, a, b = arguments(bias)
+    inputs = (x.requires_grad_(to_x), weight, c, a.requires_grad_(), b.requires_grad_())
+    torch.library.opcheck(torch.ops.anther.slot_linear.default, inputs)
+    grad, inner = torch.randn(4, 3, 7, dtype=torch.float64), torch.randn(2, 6, 2, dtype=torch.float64)
+    detached = [each.detach() for each in (x, weight, a, b)]
+    torch.library.opcheck(torch.ops.anther.slot_linear_backward.default, (grad, *detached, inner, to_x))
+
+
+def test_compiled_it_is_the_same() -> None:
+    x, weight, c, a, b = arguments()
+    leaves = [x.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    torch.compiler.reset()
+    found = torch.compile(slot_linear, backend="aot_eager", fullgraph=True)(x, weight, c, a, b)
+    wanted = plain(x, weight, c, a, b)
+    torch.testing.assert_close(found, wanted)
+    pairs = (torch.autograd.grad(output.square().sum(), leaves) for output in (found, wanted))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,103 @@
+"""What is trained of an adapter: there and back over the wire, and in a row, against dense products and a loop."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.lora.adapter import Adapter, Factors, at, head_and_tail, shapes
+from models.lora.trainable import (
+    PARTS,
+    PartLayout,
+    from_trained_tensors,
+    trained_layout,
+    trained_shapes,
+    trained_tensors,
+)
+from tests.helpers.adapters import random_adapter
+from tests.models.lora.test_lora_xs import SITES, framed
+
+RANK = 4
+kinds = pytest.mark.parametrize("trains", PARTS)
+SOME = st.sets(st.sampled_from(sorted(SITES)))
+
+
+def between(frame: Adapter, seed: int) -> Adapter:
+    """An adapter in this frame, with random cores."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: Factors(a, left @ torch.randn(len(a), len(a), generator=generator)) for name, (a, left) in frame.items()
+    }
+
+
+def drawn(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter | None]:
+    """What was sent, what was made of it, and the frame."""
+    if trains == "cores":
+        frame = head_and_tail(framed(RANK, seed), rank)[0]
+        return between(frame, 1), between(frame, 2), frame
+    sent, made = random_adapter(SITES, rank, 1), random_adapter(SITES, rank, 2)
+    fixed = {"b": "a", "a": "b", "split": "b"}.get(trains)
+    return sent, {n: f._replace(**({fixed: getattr(sent[n], fixed)} if fixed else {})) for n, f in made.items()}, None
+
+
+@kinds
+@settings(max_examples=20, deadline=None)
+@given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
+def test_what_is_trained_travels_there_and_back(trains: str, rank: int, seed: int, there: set[str]) -> None:
+    sent, made, frame = drawn(trains, rank, seed)
+    found = trained_tensors(at(made, there), trains, frame)
+    chosen = {name: SITES[name] for name in SITES if name in there}
+    assert {name: tuple(part.shape) for name, part in found.items()} == trained_shapes(chosen, rank, trains)
+    back = from_trained_tensors(found, trains, at(sent, there), frame)
+    assert list(back) == list(chosen)
+    for name, pair in back.items():
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(pair, made[name], strict=True))
+
+
+@kinds
+@settings(max_examples=20, deadline=None)
+@given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
+def test_a_row_holds_it_and_nothing_else(trains: str, rank: int, seed: int, there: set[str]) -> None:
+    """Of smaller ranks and of some of the sites too; the rest of the row is zero, and its mask says so."""
+    whole, _, frame = drawn(trains, RANK, seed)
+    made = at(head_and_tail(whole, rank)[0], there)
+    if trains == "cores":
+        made = at(between(head_and_tail(frame or {}, rank)[0], 2), there)
+    layout = trained_layout(SITES, RANK, trains, frame or whole)
+    assert layout.size == sum(map(prod, trained_shapes(SITES, RANK, trains).values()))
+    row = layout.pack(made)
+    parts = trained_tensors(made, trains, head_and_tail(frame, rank)[0] if frame else None)
+    assert row.norm() == pytest.approx(
+        float(torch.cat([torch.zeros(0), *map(torch.ravel, parts.values())]).norm()), abs=1e-4
+    )
+    assert int(layout.mask(made).sum()) == sum(part.numel() for part in parts.values())
+    assert not row[~layout.mask(made)].any()
+    back = layout.unpack(row, made)
+    stacks = layout.stacks(torch.stack([row, 2 * row]))
+    for name, (a, b) in made.items():
+        assert torch.allclose(back[name].a, a, atol=1e-5)
+        assert torch.allclose(back[name].b, b, atol=1e-5)
+        if trains != "both":
+            assert torch.allclose(stacks[name].b[0, :, :rank] @ stacks[name].a[0, :rank], b @ a, atol=1e-4)
+            twice = stacks[name].b[1, :, :rank] @ stacks[name].a[1, :rank]
+            assert torch.allclose(twice, 2 * b @ a, atol=1e-4)
+
+
+def test_another_adapter_is_entered_whole() -> None:
+    """Nothing of the one before stays, whatever it had more."""
+    layout = PartLayout(SITES, 3, "b", like=torch.empty(0))
+    layout.enter(random_adapter(SITES, 3, 1))
+    layout.enter(at(random_adapter(SITES, 2, 2), {"a"}))
+    assert torch.equal(layout.fixed["a"].a[0, :2], random_adapter(SITES, 2, 2)["a"].a)
+    assert not layout.fixed["a"].a[0, 2:].any()
+    assert not layout.fixed["b"].a.any()
+    assert not layout.fixed["b"].b.any()
+
+
+def test_both_is_the_whole_adapter() -> None:
+    assert trained_shapes(SITES, 3, "both") == shapes(SITES, 3)
+    assert [len(trained_shapes(SITES, 3, trains)) for trains in PARTS] == [4, 2, 2, 2, 2]

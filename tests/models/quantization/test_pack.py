@@ -1,0 +1,265 @@
+"""Packing a base, and the packed base against the one that was quantised when it was loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.lib.tiny import ATTENTION, as_variant, save_pipeline
+from common.errors import AntherError
+from models.base import assets
+from models.base.base import Base
+from models.quantization.layers import Quantised
+from models.quantization.modes import kinds
+from models.quantization.pack import main, pack
+from models.quantization.packed import FILE, MANIFEST, Manifest, load, skeleton
+
+NETWORK = "UNet2DConditionModel"
+
+
+@pytest.fixture(scope="module")
+def packed_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "base"
+    assert pack(str(pipeline_folder), out, "mixed") == assets.digest(out)
+    return out
+
+
+@pytest.fixture
+def folder(packed_folder: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(packed_folder, tmp_path / "copy"))
+
+
+def output(base: Base) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, *base.shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    with base.lending([]) as denoise, torch.no_grad():
+        return denoise(x, torch.tensor([10, 700]), context)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8", "mixed", "nf4"])
+def test_a_packed_base_is_the_one_quantised_when_loaded(pipeline_folder: Path, tmp_path: Path, weights: str) -> None:
+    pack(str(pipeline_folder), tmp_path / "base", weights)
+    ours = Base(tmp_path / "base", sites=ATTENTION)
+    theirs = Base(pipeline_folder, sites=ATTENTION, weights=weights)
+    assert torch.equal(output(ours), output(theirs))
+    assert (list(ours.sites.items()), ours.shape) == (list(theirs.sites.items()), theirs.shape)
+    state = theirs.network.state_dict()
+    assert ours.network.state_dict().keys() == state.keys()
+    for name, tensor in ours.network.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    assert not any(value.requires_grad for value in ours.network.parameters())
+
+
+def test_its_parts_encode_and_decode_as_before(packed_folder: Path, base: Base) -> None:
+    ours = Base(packed_folder, sites=ATTENTION, weights="mixed")
+    assert torch.equal(ours.encode_captions(["a b"]), base.encode_captions(["a b"]))
+    latents = torch.randn(1, *base.shape)
+    assert (ours.decode(latents) == base.decode(latents)).all()
+
+
+def test_the_file_is_plain_safetensors_and_the_manifest_says_what_is_in_it(
+    packed_folder: Path, pipeline_folder: Path
+) -> None:
+    manifest, tensors = Manifest.read(packed_folder / "unet"), load_file(packed_folder / "unet" / FILE)
+    network = skeleton(pipeline_folder / "unet")
+    assert manifest.layers == kinds(network, "mixed") != {}
+    assert manifest.source == assets.digest(pipeline_folder)
+    assert (manifest.network, manifest.weights) == (NETWORK, "mixed")
+    wanted = {name for name in network.state_dict() if name.removesuffix(".weight") not in manifest.layers}
+    wanted |= {f"{layer}.{part}" for layer in manifest.layers for part in ("codes", "scales", "top")}
+    assert tensors.keys() == wanted
+    assert all(file.suffix != ".safetensors" or file.name == FILE for file in (packed_folder / "unet").iterdir())
+
+
+def test_tensors_are_mapped_and_not_copied(packed_folder: Path) -> None:
+    network = load(packed_folder / "unet", NETWORK)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(FILE)]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    tensors = [*network.parameters(), *network.buffers()]
+    assert all(any(start <= tensor.data_ptr() < end for start, end in ranges) for tensor in tensors)
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
+
+
+def test_a_network_alone_can_be_packed(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Of the parts that the index names only the network is there."""
+    for name in ("unet", "model_index.json"):
+        (shutil.copytree if name == "unet" else shutil.copy)(pipeline_folder / name, (tmp_path / "one") / name)
+    pack(str(tmp_path / "one"), tmp_path / "packed", "int8")
+    assert load(tmp_path / "packed" / "unet", NETWORK)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
+    source = Path(shutil.copytree(pipeline_folder, tmp_path / "source"))
+    weights = source / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    weights.unlink()
+    other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(other, weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))  # not asked for
+    if sharded:
+        save_file(other, weights)
+        files = {name: f"part-{place % 3}.safetensors" for place, name in enumerate(tensors)}
+        for file in {*files.values()}:
+            save_file({name: tensors[name] for name in tensors if files[name] == file}, weights.with_name(file))
+        index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
+        index.write_text(json.dumps({"weight_map": files}))
+    else:
+        save_file(tensors, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    pack(str(source), tmp_path / "packed", "nf4")
+    network = load(tmp_path / "packed" / "unet", NETWORK)
+    for name, tensor in network.state_dict().items():
+        if name in tensors:
+            assert torch.equal(tensor, tensors[name].float())
+    assert sum(isinstance(layer, Quantised) for layer in network.modules()) > 10
+
+
+def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "packed"
+    arguments = [f"base={pipeline_folder}", "weights=int8", f"out={out}"]
+    assert main(arguments) == 0
+    assert assets.digest(out)[:12] in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["packed"]
+    for wrong in (arguments, arguments[:2], [*arguments, "more=1"], ["weights=int4", *arguments[::2]]):
+        assert main(wrong) == 2
+        told = capsys.readouterr()
+        assert (len(told.err.splitlines()), told.out) == (1, "")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_a_variant_alone_is_packed_whole(pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
+    """What is packed of it encodes as before: a packed base that can't be loaded is none."""
+    source = as_variant(Path(shutil.copytree(pipeline_folder, tmp_path / "source")), sharded=sharded)
+    pack(str(source), tmp_path / "packed", "fp32")
+    ours, theirs = Base(tmp_path / "packed", sites=ATTENTION), Base(pipeline_folder, sites=ATTENTION)
+    assert torch.equal(output(ours), output(theirs))
+    assert torch.equal(ours.encode_captions(["a b"]), theirs.encode_captions(["a b"]))
+    assert torch.equal(output(Base(source, sites=ATTENTION)), output(theirs))
+
+
+def test_nothing_is_packed_that_could_not_be_used(pipeline_folder: Path, tmp_path: Path) -> None:
+    for place, (spoil, match) in enumerate(
+        [
+            (lambda copy: pickled(copy / "text_encoder/model.safetensors"), "pickled weights are never read"),
+            (lambda copy: (copy / "tokenizer/tokenizer.json").unlink(), "has no vocabulary"),
+            (lambda copy: lacking(copy / "text_encoder/model.safetensors"), "lacks 1 of the weights"),
+            (lambda copy: lacking(copy / "vae/diffusion_pytorch_model.safetensors"), "lacks 1 of the weights"),
+            (lambda copy: not_a_number(copy / "unet/diffusion_pytorch_model.safetensors"), "not finite"),
+        ]
+    ):
+        copy = Path(shutil.copytree(pipeline_folder, tmp_path / str(place)))
+        spoil(copy)
+        with pytest.raises(AntherError, match=match):
+            pack(str(copy), tmp_path / "out", "int8")
+        assert {path.name for path in tmp_path.iterdir()} == {str(one) for one in range(place + 1)}
+
+
+def pickled(file: Path) -> None:
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
+def lacking(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors[next(name for name in sorted(tensors) if name.endswith(("fc1.weight", "conv_in.weight")))]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def not_a_number(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["conv_in.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+class TestRefused:
+    """Each one clear line."""
+
+    def refuse(self, match: str, action: Callable[[], object]) -> None:
+        with pytest.raises(AntherError, match=match) as refusal:
+            action()
+        assert "\n" not in str(refusal.value)
+
+    def refuse_base(self, folder: Path, match: str, weights: str = "fp32") -> None:
+        self.refuse(match, lambda: Base(folder, sites=ATTENTION, weights=weights))
+
+    def test_truncated_or_changed(self, folder: Path) -> None:
+        file = folder / "unet" / FILE
+        content = file.read_bytes()
+        for damaged in (content[:-1], content[:100], b"", content[:-1] + bytes([content[-1] ^ 1])):
+            file.write_bytes(damaged)
+            self.refuse_base(folder, "not the file that was packed")
+        file.unlink()
+        self.refuse_base(folder, "missing")
+
+    def test_another_mode_than_it_was_packed_in(self, folder: Path) -> None:
+        self.refuse_base(folder, "packed as mixed", weights="nf4")
+
+    def test_another_class(self, folder: Path) -> None:
+        self.refuse("packed UNet2DConditionModel", lambda: load(folder / "unet", "FluxTransformer2DModel"))
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}'])
+    def test_damaged_manifest(self, folder: Path, text: str) -> None:
+        (folder / "unet" / MANIFEST).write_text(text)
+        self.refuse_base(folder, "can't be read")
+
+    @pytest.mark.parametrize(("key", "value"), [("format", 2), ("weights", "int3"), ("layers", [])])
+    def test_manifest_of_another_version(self, folder: Path, key: str, value: object) -> None:
+        manifest = folder / "unet" / MANIFEST
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {key: value}))
+        self.refuse_base(folder, "not of format 1")
+
+    @pytest.mark.parametrize("change", ["less", "more", "other", "absent"])
+    def test_manifest_that_does_not_agree(self, folder: Path, change: str) -> None:
+        manifest = folder / "unet" / MANIFEST
+        found = json.loads(manifest.read_text())
+        layer = next(iter(found["layers"]))
+        match change:
+            case "less":
+                del found["layers"][layer]
+            case "more":
+                found["layers"]["conv_in"] = "int8"
+            case "other":
+                found["layers"][layer] = "nf4" if found["layers"][layer] == "int8" else "int8"
+            case "absent":
+                found["layers"]["nowhere"] = "int8"
+        manifest.write_text(json.dumps(found))
+        self.refuse_base(folder, "don't agree")
+
+    def test_configuration_of_another_network(self, folder: Path) -> None:
+        config = folder / "unet" / "config.json"
+        found = json.loads(config.read_text())
+        config.write_text(json.dumps(found | {"block_out_channels": [16, 64]}))
+        self.refuse_base(folder, "don't agree")
+        config.write_text(json.dumps(found | {"_class_name": "Nothing"}))
+        self.refuse_base(folder, "describes no network")
+
+    def test_what_cannot_be_packed(self, packed_folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        self.refuse("no such folder", lambda: pack("/nowhere", out, "nf4"))
+        self.refuse("packed already", lambda: pack(str(packed_folder), out, "nf4"))
+        self.refuse("is there already", lambda: pack(str(packed_folder), packed_folder, "nf4"))
+        (tmp_path / "empty").mkdir()
+        self.refuse("no model_index.json", lambda: pack(str(tmp_path / "empty"), out, "nf4"))
+
+    def test_a_source_without_sound_weights(self, tmp_path: Path) -> None:
+        source, out = save_pipeline(tmp_path), tmp_path / "out"
+        weights = source / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors, content = load_file(weights), weights.read_bytes()
+        weights.write_bytes(content[:-5])
+        self.refuse("can't be read", lambda: pack(str(source), out, "nf4"))
+        del tensors["conv_in.bias"]
+        save_file(tensors, weights)
+        self.refuse("lack conv_in.bias", lambda: pack(str(source), out, "nf4"))
+        torch.save(tensors, weights.with_suffix(".bin"))
+        weights.unlink()
+        self.refuse("pickled weights are never read", lambda: pack(str(source), out, "nf4"))
+        shutil.rmtree(source / "unet")
+        self.refuse("holds no unet", lambda: pack(str(source), out, "nf4"))
+        assert not out.exists()

@@ -1,0 +1,124 @@
+"""A noised gain: one unit more or less changes the sum by at most the clip, and the noise is what was paid for."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from privacy.accounting import PoissonGaussian, epsilon
+from privacy.bounded_sum import STEPS, clipped_sum, noise_error, noised_mean
+from privacy.noise import CPU, NoiseSource, Secure
+
+GAINS = st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.floats(-0.3, 0.3), max_size=12)
+CLIPS = st.floats(1e-6, 100.0)
+
+
+class Fixed:
+    """A noise source that draws the same number for ever."""
+
+    release = False
+
+    def __init__(self, drawn: float) -> None:
+        self._drawn = drawn
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:
+        raise AssertionError(f"nobody samples {size} at {rate}")
+
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
+        return torch.full((size,), round(self._drawn * stddev), device=device)
+
+
+def mean(gains: list[float], noise: NoiseSource, *, clip: float = 0.1, sigma: float = 3.0, count: int = 5) -> float:
+    return noised_mean(gains, clip=clip, noise_multiplier=sigma, count=count, noise=noise)
+
+
+@given(GAINS, CLIPS, st.data())
+def test_one_gain_more_or_less_changes_the_sum_by_at_most_the_sensitivity(
+    gains: list[float], clip: float, data: st.DataObject
+) -> None:
+    whole = clipped_sum(gains, clip)
+    assert whole.sensitivity * whole.step == pytest.approx(clip)
+    for place in range(len(gains)):
+        rest = clipped_sum([*gains[:place], *gains[place + 1 :]], clip)
+        assert abs(whole.steps - rest.steps) <= whole.sensitivity
+    more = clipped_sum([data.draw(st.floats()), *gains], clip)
+    assert abs(more.steps - whole.steps) <= whole.sensitivity
+
+
+@given(GAINS, CLIPS)
+def test_the_sum_is_that_of_the_clipped_gains(gains: list[float], clip: float) -> None:
+    wanted = np.clip([gain for gain in gains if not math.isnan(gain)], -clip, clip).sum()
+    found = clipped_sum(gains, clip)
+    assert abs(found.steps * found.step - wanted) <= (len(gains) / 2 + 1e-6) * found.step
+    assert clipped_sum(gains[::-1], clip).steps == found.steps
+
+
+@pytest.mark.parametrize("gain", [math.inf, 1e308, -math.inf, -1e308])
+def test_the_sensitivity_is_reached(gain: float) -> None:
+    assert abs(clipped_sum([gain], 0.1).steps) == STEPS
+
+
+def test_the_noise_follows_from_the_sensitivity_and_the_divisor_is_public() -> None:
+    gains = [0.05, -0.02, 0.5, math.nan]
+    exact = (0.05 - 0.02 + 0.1) / 5
+    assert mean(gains, Fixed(0.0)) == pytest.approx(exact, abs=1e-4)
+    assert mean(gains, Fixed(1.0)) - mean(gains, Fixed(0.0)) == pytest.approx(3.0 * 0.1 / 5, rel=1e-6)
+    assert mean(gains, Fixed(-1.0), clip=0.2, sigma=1.0) == pytest.approx((0.05 - 0.02 + 0.2 - 0.2) / 5, abs=1e-4)
+    assert mean([], Fixed(2.0)) == pytest.approx(2 * 3.0 * 0.1 / 5)
+
+
+@given(GAINS, st.floats(-4, 4, width=32))
+def test_what_leaves_is_a_multiple_of_one_step_whatever_the_gains_were(gains: list[float], drawn: float) -> None:
+    """A sum of floats would betray itself in the last digits, which noise of 24 bits doesn't reach."""
+    steps = mean(gains, Fixed(drawn)) * 5 * STEPS / 0.1
+    assert steps == pytest.approx(round(steps), abs=1e-6)
+
+
+def test_the_noise_is_of_the_size_that_was_paid_for() -> None:
+    noise = Secure()
+    found = np.array([mean([0.05, 0.3], noise) for _ in range(4000)])
+    assert found.mean() == pytest.approx(0.15 / 5, abs=5 * 0.06 / 4000**0.5)
+    assert found.std() == pytest.approx(3.0 * 0.1 / 5, rel=0.06)
+    assert found.std() == pytest.approx(noise_error(clip=0.1, noise_multiplier=3.0, count=5), rel=0.06)
+    assert found[:2000].mean() != found[2000:].mean()  # drawn anew each time
+
+
+def test_the_error_of_a_mean_of_several() -> None:
+    drawn = np.random.default_rng(0).normal(0, noise_error(clip=0.2, noise_multiplier=4.0, count=5), (20_000, 10))
+    wanted = drawn.mean(1).std()
+    assert noise_error(clip=0.2, noise_multiplier=4.0, count=5, means=10) == pytest.approx(wanted, rel=0.02)
+
+
+def test_it_costs_what_the_gaussian_mechanism_costs() -> None:
+    """Balle and Wang (2018, arXiv:1805.06530), theorem 8, against the accountant."""
+
+    def phi(x: float) -> float:
+        return (1 + math.erf(x / math.sqrt(2))) / 2
+
+    sigma, delta = 3.0, 1e-3
+    found = epsilon([PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=1)], delta).value
+    exact = phi(1 / (2 * sigma) - found * sigma) - math.exp(found) * phi(-1 / (2 * sigma) - found * sigma)
+    assert exact == pytest.approx(delta, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip": 0.0},
+        {"clip": math.nan},
+        {"clip": math.inf},
+        {"sigma": 0.0},
+        {"sigma": math.nan},
+        {"sigma": math.inf},
+        {"count": 0},
+    ],
+)
+def test_what_would_hide_nothing_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be a number over 0"):
+        mean([0.1], Fixed(0.0), **wrong)  # type: ignore[arg-type]

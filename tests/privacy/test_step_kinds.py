@@ -1,0 +1,130 @@
+"""What ε costs to compute is bounded whatever is asked for, and what is merged for that never costs less."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privacy import accounting, step_kinds
+from privacy.accounting import INTERVALS, POINTS, PoissonGaussian, epsilon
+from privacy.step_kinds import MOST, Kind, merged
+
+
+def events(*found: Kind) -> list[PoissonGaussian]:
+    return [PoissonGaussian(noise_multiplier=sigma, sampling_rate=q, steps=n) for sigma, q, n in found]
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Kinds and points of every grid that was computed."""
+    found, losses = [], accounting._losses
+
+    def counted(asked: tuple[Kind, ...], interval: float) -> accounting._Level:
+        level = losses(asked, interval)
+        found.append((len(asked), level.points))
+        return level
+
+    accounting._composed.cache_clear()
+    monkeypatch.setattr(accounting, "_losses", counted)
+    yield found
+    accounting._composed.cache_clear()
+
+
+HOSTILE = [
+    [(0.161, 3.05e-8, 128), (0.846, 3.45e-7, 702)],
+    [(0.05, 3e-8, 128), (0.846, 3.45e-7, 702)],
+    [(0.05, 9e-9, 1000)],
+    [(0.05, 1e-9, 10_000)],
+    [(0.05, 1.0, 10**8)],
+    [(1e-4, 1.0, 10**6)],
+    [(1e6, 1e-9, 1), (1e6, 1.0, 10_000)],
+    [(0.3, 1e-4, 10_000)],
+    [(50 + number / 1024, 0.01, 1) for number in range(400)],
+    [(0.05 * 1.01**number, 1e-4 * 1.007**number, 1 + number) for number in range(700)],
+]
+
+
+@pytest.mark.parametrize("asked", HOSTILE, ids=map(str, range(len(HOSTILE))))
+def test_work_is_bounded(asked: list[Kind], work: list[tuple[int, int]]) -> None:
+    assert epsilon(events(*asked), 1e-5).value >= 0
+    of_asked = [points for count, points in work if count == max(count for count, _ in work)]  # none: infinite
+    assert sum(of_asked) <= 1.5 * POINTS
+    assert max((count for count, _ in work), default=0) <= MOST
+
+
+@pytest.mark.slow
+def test_work_is_bounded_of_anything(work: list[tuple[int, int]]) -> None:
+    generator = random.Random(1)
+    for _ in range(150):
+        count = generator.choice((1, 2, 3, 20))
+        asked = [
+            (
+                10 ** generator.uniform(-1.3, 6),
+                min(1.0, 10 ** generator.uniform(-9, 0.3)),
+                int(10 ** generator.uniform(0, 4)),
+            )
+            for _ in range(count)
+        ]
+        work.clear()
+        epsilon(events(*asked), 1e-5)
+        most = max(count for count, _ in work)
+        assert sum(points for count, points in work if count == most) <= 1.5 * POINTS, asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "delta", "before"),
+    [
+        ([(1.0, 0.2, 16)], 1e-5, 6.017565744262475),
+        ([(0.75, 0.25, 100)], 1e-3, 23.676603359684254),
+        ([(2.0, 0.1, 1000)], 1e-5, 8.279608417436329),
+        ([(1.2, 0.05, 10_000)], 1e-5, 32.8808496267817),
+        ([(6.0, 0.1, 600)], 1e-5, 1.6209547696269768),
+        ([(1.1, 0.1, 500), (20.0, 1.0, 10)], 1e-5, 13.9404984915889),
+        ([(0.3, 1e-4, 10_000)], 1e-5, 11.926885031253855),
+        ([(0.5, 1e-4, 10_000)], 1e-5, 1.175602986551216),
+    ],
+)
+def test_ordinary_runs_cost_what_they_did(asked: list[Kind], delta: float, before: float) -> None:
+    """Numbers of before work was bounded: no lower, and no more than two thousandths higher."""
+    found = epsilon(events(*asked), delta).value
+    assert before * (1 - 1e-4) <= found <= before * 1.002
+
+
+def test_few_kinds_are_untouched() -> None:
+    few = [(1.0 + number, 0.1, 5) for number in range(MOST)]
+    assert merged(few) == tuple(few)
+
+
+KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_000))
+
+
+@settings(max_examples=20)
+@given(st.lists(KIND, max_size=60))
+def test_merging_is_towards_the_worse(asked: list[Kind]) -> None:
+    """Each kind is counted as one of no more noise and no less sampling: some assignment covers all steps."""
+    found = merged(asked)
+    assert len(found) <= MOST or len(asked) <= MOST
+    assert sum(n for _, _, n in found) == sum(n for _, _, n in asked)
+    for sigma, rate, _ in asked:
+        assert any(other <= sigma and q >= rate for other, q, _ in found)
+    assert all(sigma > 0 and 0 < q <= 1 for sigma, q, _ in found)
+
+
+@given(st.floats(1e-9, 1e9), st.sampled_from([2.0**-9, 2.0**-5, 0.5, 1.0, 4.0, 64.0]))
+def test_grids_are_nested(value: float, width: float) -> None:
+    found = step_kinds._down(value, width)
+    assert found <= value < found * 2.0**width * (1 + 1e-9)
+    assert step_kinds._down(found, width) == found
+    assert step_kinds._down(step_kinds._down(value, width), 2 * width) == step_kinds._down(value, 2 * width)
+
+
+def test_merged_kinds_never_understate() -> None:
+    generator = random.Random(2)
+    asked = [(generator.uniform(0.8, 3), generator.uniform(0.05, 0.3), generator.randint(5, 30)) for _ in range(40)]
+    exact = accounting._losses(tuple(asked), INTERVALS[2]).losses.get_epsilon_for_delta(1e-5)
+    found = epsilon(events(*asked), 1e-5).value
+    assert 0.99 * exact <= found <= 2 * exact  # the exact one is of a coarser grid

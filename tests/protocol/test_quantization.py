@@ -1,0 +1,235 @@
+"""Rounding is unbiased and off by one step at most; and the receiver reads what was written, and nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from protocol.quantization import BLOCK, LEAST, MOST, PRECISIONS, decode, encode, largest
+from protocol.tensor_codec import CodecError
+
+TENSORS = {"b": torch.linspace(-1, 3, 132).view(2, 66), "a": torch.tensor([1.5, -2.0]), "none": torch.zeros(2, 0)}
+EXPECTED = {"a": (2,), "b": (2, 66), "none": (2, 0)}
+CODES = {"fp16": 128, "int8": 64, "int4": 32}  # bytes of a block
+LEVELS = {"int8": 127, "int4": 7}
+
+precisions = pytest.mark.parametrize("precision", PRECISIONS)
+values = arrays.arrays(
+    np.float32, st.integers(0, 150), elements=st.floats(-1e4, 1e4, width=32, allow_nan=False, allow_subnormal=True)
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def shapes(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def sent(tensors, precision, *, seed=0, keep=1.0):
+    """What a receiver reads of them."""
+    return decode(encode(tensors, precision, generator(seed), keep=keep), shapes(tensors), precision, keep=keep)
+
+
+def steps(block, precision):
+    """How far apart the neighbours of each number are, float64: written with numpy alone."""
+    block = np.asarray(block, np.float64)
+    peak = np.abs(block).max(initial=0.0)
+    if peak < LEAST:
+        return np.full_like(block, LEAST)  # it is read as 0
+    scale = peak * (1 + 2.0**-7)  # bfloat16 has 8 bits, and is rounded up
+    if precision == "fp16":
+        return scale * np.maximum(np.spacing(np.abs(block / peak).astype(np.float16)).astype(np.float64), 2.0**-24)
+    return np.full_like(block, scale / LEVELS[precision])
+
+
+@precisions
+@given(numbers=values, seed=st.integers(0, 99))
+def test_no_number_is_off_by_more_than_a_step(precision, numbers, seed):
+    found = sent({"x": torch.from_numpy(numbers)}, precision, seed=seed)["x"].numpy()
+    assert found.shape == numbers.shape
+    for start in range(0, len(numbers), BLOCK):
+        block = numbers[start : start + BLOCK].astype(np.float64)
+        error = np.abs(found[start : start + BLOCK] - block)
+        assert (error <= steps(block, precision) * (1 + 1e-6)).all()
+
+
+@precisions
+@given(numbers=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=5))
+def test_rounding_is_unbiased(precision, numbers):
+    """The mean of many roundings comes as near as a mean of numbers within a step can be told to: 6 deviations."""
+    many = 400
+    row = np.zeros(BLOCK, np.float32)
+    row[: len(numbers)] = numbers
+    found = sent({"x": torch.from_numpy(np.tile(row, (many, 1)))}, precision)["x"].double().mean(dim=0).numpy()
+    step = steps(row, precision)
+    assert (np.abs(found - row) <= 6 * 0.5 * step / math.sqrt(many) + 1e-6 * np.abs(row) + LEAST).all()
+
+
+@given(numbers=arrays.arrays(np.float16, BLOCK, elements=st.floats(-1, 1, width=16)))
+def test_halves_of_a_block_that_reaches_one_are_exact(numbers):
+    numbers[0] = 1.0
+    tensor = torch.from_numpy(numbers.astype(np.float32))
+    assert torch.equal(sent({"x": tensor}, "fp16")["x"], tensor)
+
+
+@pytest.mark.parametrize(("precision", "levels"), LEVELS.items())
+def test_whole_levels_are_exact(precision, levels):
+    numbers = torch.arange(-levels, levels + 1.0) / levels * 2
+    assert torch.allclose(sent({"x": numbers[:BLOCK]}, precision)["x"], numbers[:BLOCK], rtol=1e-6, atol=0)
+
+
+@precisions
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        TENSORS,
+        {"scalar": torch.tensor(1.5)},
+        {"none": torch.zeros(0)},
+        {"zeros": torch.zeros(3, 70)},
+        {"turned": torch.arange(6.0).view(2, 3).T, "trained": torch.ones(2, requires_grad=True).double()},
+    ],
+)
+def test_names_shapes_and_order_are_the_expected(precision, tensors):
+    expected = dict(sorted(shapes(tensors).items(), reverse=True))
+    data = encode(tensors, precision, generator())
+    found = decode(data, expected, precision)
+    assert shapes(found) == expected
+    assert list(found) == list(expected)
+    assert data == encode(dict(reversed(tensors.items())), precision, generator())
+    for name, tensor in tensors.items():
+        assert torch.allclose(found[name], tensor.detach().float(), atol=0.75, rtol=0)
+
+
+@precisions
+def test_the_length_is_known_and_zeros_cost_their_scale_alone(precision):
+    full = encode(TENSORS, precision, generator())
+    assert len(full) == largest(EXPECTED, precision) == 4 * (2 + CODES[precision])  # blocks: 1 of a, 3 of b
+    still = encode(TENSORS | {"b": torch.zeros(2, 66)}, precision, generator())
+    assert len(still) == 4 * 2 + CODES[precision]
+
+
+def test_an_adapter_in_four_bits_takes_four_and_a_quarter():
+    assert largest({"x.lora_A": (8, 320), "x.lora_B": (320, 8)}, "int4") * 8 == 4.25 * 2 * 2560
+
+
+@precisions
+@given(keep=st.floats(0.01, 1.0))
+def test_the_largest_blocks_are_kept(precision, keep):
+    rows = torch.arange(1.0, 11)[torch.randperm(10, generator=generator())]
+    tensors = {"x": rows[:, None].expand(10, BLOCK)}
+    found = sent(tensors, precision, keep=keep)["x"][:, 0]
+    kept = math.ceil(keep * 10)
+    assert sorted(rows[found != 0].tolist()) == list(range(11 - kept, 11))
+    assert len(encode(tensors, precision, generator(), keep=keep)) == largest({"x": (10, 64)}, precision, keep=keep)
+
+
+@precisions
+def test_what_rounding_left_and_is_added_to_the_next_comes_through_in_the_end(precision):
+    """Error feedback: what is sent in all is what was to be sent in all, but for what the last rounding left."""
+    change, left, total = torch.linspace(-1, 1, 640) ** 3, torch.zeros(640), torch.zeros(640)
+    for number in range(20):
+        found = sent({"x": change + left}, precision, seed=number, keep=0.3)["x"]
+        left = change + left - found
+        total += found
+    assert torch.allclose(total + left, 20 * change, atol=1e-4)
+    assert left.norm() < 8 * change.norm()  # 20 rounds of a third of it leave no more than a few
+
+
+@precisions
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2 * MOST])
+def test_values_must_be_finite_and_bounded(precision, value):
+    for place in (0, 40, 131):
+        tensors = TENSORS | {"b": TENSORS["b"].flatten().index_fill(0, torch.tensor(place), value).view(2, 66)}
+        with pytest.raises(CodecError, match="a scale is not 0"):
+            sent(tensors, precision)
+
+
+@precisions
+@pytest.mark.parametrize("scale", [0x7F80, 0xFF80, 0x7FC0, 0x7FFF, 0x8000, 0xBF80, 0x0001, 0x4780 + 1])
+def test_scales_out_of_range_are_refused(precision, scale):
+    """±∞, NaN, −0, −1, a subnormal one, over 2¹⁶."""
+    data = bytearray(encode(TENSORS, precision, generator()))
+    data[2:4] = scale.to_bytes(2, "little")
+    with pytest.raises(CodecError, match="a scale is not 0"):
+        decode(bytes(data), EXPECTED, precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "code"),
+    [
+        ("int8", b"\x80"),
+        ("int4", b"\x08"),
+        ("int4", b"\x80"),
+        ("fp16", b"\x00\x7e"),
+        ("fp16", b"\x00\xfc"),
+        ("fp16", b"\x01\x3c"),
+    ],
+)
+def test_codes_that_nobody_writes_are_refused(precision, code):
+    """−128, −8 in either half, NaN, −∞, just over 1."""
+    data = bytearray(encode(TENSORS, precision, generator()))
+    data[8 : 8 + len(code)] = code
+    with pytest.raises(CodecError, match=f"a code of {precision}"):
+        decode(bytes(data), EXPECTED, precision)
+
+
+@precisions
+def test_what_fills_the_last_block_is_zero(precision):
+    data = bytearray(encode(TENSORS, precision, generator()))
+    data[8 + CODES[precision] - 1] = 0x11  # the last number of a's only block
+    with pytest.raises(CodecError, match="a: the numbers that fill"):
+        decode(bytes(data), EXPECTED, precision)
+
+
+@precisions
+def test_another_length_is_refused(precision):
+    data = encode(TENSORS, precision, generator())
+    other = [data[:length] for length in range(len(data))] + [data + bytes(count) for count in (1, CODES[precision])]
+    for found in (*other, data + bytes(2**20)):
+        with pytest.raises(CodecError):
+            decode(found, EXPECTED, precision)
+    with pytest.raises(CodecError, match="bytes of codes for 3 blocks"):
+        decode(b"\0\0" + data[2:], EXPECTED, precision)
+    with pytest.raises(CodecError, match="where 8 to"):
+        decode(data, EXPECTED, precision, keep=0.5)
+    with pytest.raises(CodecError):
+        decode(encode({"a": torch.ones(3)}, precision, generator()), {}, precision)
+
+
+@precisions
+def test_a_huge_claim_allocates_nothing(precision):
+    with pytest.raises(CodecError, match="payload of 10 bytes"):
+        decode(bytes(10), {"x": (2**31, 2**31)}, precision)
+
+
+@precisions
+@given(data=st.binary(max_size=8 + 4 * 128))
+def test_arbitrary_bytes_never_crash(precision, data):
+    try:
+        found = decode(data, EXPECTED, precision)
+    except CodecError:
+        return
+    assert all(bool(tensor.abs().le(MOST).all()) for tensor in found.values())
+
+
+@precisions
+def test_a_flipped_bit_is_refused_or_changes_only_a_value(precision):
+    data = encode(TENSORS, precision, generator())
+    for position in range(len(data) * 8):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        try:
+            found = decode(bytes(flipped), EXPECTED, precision)
+        except CodecError:
+            continue
+        assert shapes(found) == EXPECTED
+        numbers = torch.cat([tensor.flatten() for tensor in found.values()])
+        assert numbers.isfinite().all()
+        assert not ((numbers != 0) & (numbers.abs() < torch.finfo(torch.float32).tiny)).any()

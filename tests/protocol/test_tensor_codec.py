@@ -1,0 +1,209 @@
+"""The codec reads what it wrote, and nothing else."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from models.lora.adapter import Site, from_tensors, initial, shapes, to_tensors
+from protocol.tensor_codec import CodecError, decode, encode, largest
+
+TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1.5, -2.0])}
+EXPECTED = {"a": (2,), "b": (2, 3)}
+
+
+def entry(shape, start, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+GOOD = {"a": entry([2], 0, 8), "b": entry([2, 3], 8, 32)}
+
+
+HUGE = 10**4000
+NESTED = "[" * 900 + "]" * 900  # as deep as a parser goes: repr goes less deep
+
+
+def packed(header, data=bytes(32)):
+    """Bytes with a header of any kind, padded as the format asks."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_round_trip_keeps_values_and_the_expected_order():
+    found = decode(encode(TENSORS), EXPECTED)
+    assert list(found) == ["a", "b"]
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    found["a"].zero_()  # ours to write to
+
+
+def test_the_bytes_are_safetensors_and_do_not_depend_on_the_order():
+    assert encode(TENSORS) == encode(dict(sorted(TENSORS.items())))
+    assert torch.equal(load(encode(TENSORS))["b"], TENSORS["b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        TENSORS,
+        {"scalar": torch.tensor(1.5), "none": torch.zeros(2, 0), 'é"\n\x01\x7f': torch.ones(3).double()},
+        {"turned": torch.arange(6.0).view(2, 3).T, "trained": torch.ones(2, requires_grad=True)},
+    ],
+)
+def test_the_bytes_are_those_that_safetensors_writes(tensors, dtype):
+    plain = {name: tensors[name].detach().to(dtype).contiguous() for name in sorted(tensors)}
+    assert encode(tensors, dtype=dtype) == save(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves(dtype):
+    found = decode(encode(TENSORS, dtype=dtype), EXPECTED, dtype=dtype)
+    assert found["b"].dtype == dtype
+    assert torch.equal(found["b"].float(), TENSORS["b"])
+    with pytest.raises(CodecError, match="dtype must be F32"):
+        decode(encode(TENSORS, dtype=dtype), EXPECTED)
+
+
+def test_the_rank_may_be_unknown_but_is_one():
+    sites = {"x": Site(5, 3), "y": Site(4, 4)}
+    adapter = initial(sites, 2, seed=0)
+    data = encode(to_tensors(adapter))
+    found = from_tensors(decode(data, shapes(sites, -1)))
+    assert torch.equal(found["x"].a, adapter["x"].a)
+    assert found["y"].b.shape == (4, 2)
+    mixed = encode(to_tensors({"x": adapter["x"], "y": initial(sites, 3, seed=0)["y"]}))
+    with pytest.raises(CodecError, match=r"y\.lora_A: shape must be \[2, 4\], is \[3, 4\]"):
+        decode(mixed, shapes(sites, -1))
+    with pytest.raises(CodecError, match="shape"):
+        decode(encode(to_tensors(initial(sites, 0, seed=0))), shapes(sites, -1))
+
+
+@pytest.mark.parametrize("size", [3, 10**6, HUGE, 0, -1])
+def test_an_unknown_size_is_bounded(size):
+    expected = {"a": (-1, 2)}
+    assert decode(encode({"a": torch.ones(2, 2)}), expected, free=2)["a"].shape == (2, 2)
+    with pytest.raises(CodecError, match=r"where 1 to 2 may be|non-negative"):
+        decode(packed({"a": entry([size, 2], 0, 16)}, bytes(16)), expected, free=2)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_the_largest_payload_is_a_bound(rank, most):
+    sites = {"x": Site(5, 3), "y": Site(4, 4)}
+    data = encode(to_tensors(initial(sites, rank, seed=0)))
+    if rank <= most:
+        assert len(data) <= largest(shapes(sites, rank)) <= largest(shapes(sites, -1), free=most)
+    numbers = most * (5 + 3 + 4 + 4)
+    assert largest(shapes(sites, -1), free=most) == 8 + 65_536 + 4 * 200 + 4 * numbers
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+def test_subnormal_numbers_are_zero(numbers):
+    values = np.array(numbers, np.float32)
+    found = decode(encode({"a": torch.from_numpy(values)}), {"a": values.shape})["a"].numpy()
+    assert np.array_equal(found, np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values))
+
+
+def test_a_long_payload_is_looked_at_throughout():
+    """It is compared in parts."""
+    values = torch.ones(200_000)
+    values[[0, 70_000, -1]] = 1e-40
+    found = decode(encode({"a": values}), {"a": (200_000,)})["a"]
+    assert torch.equal(found.eq(0).nonzero().ravel(), torch.tensor([0, 70_000, 199_999]))
+    for place in (0, 70_000, -1):
+        with pytest.raises(CodecError, match="a: holds NaN"):
+            decode(encode({"a": torch.ones(200_000).index_fill(0, torch.tensor(place), math.nan)}), {"a": (200_000,)})
+
+
+def test_truncated_at_every_byte():
+    data = encode(TENSORS)
+    for length in range(len(data)):
+        with pytest.raises(CodecError):
+            decode(data[:length], EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (packed(GOOD) + b"\0", "holds 33 bytes"),
+        (packed(GOOD, b""), "holds 0 bytes"),
+        (packed({"a": GOOD["a"]}), "b: missing"),
+        (packed(GOOD | {"c": entry([0], 32, 32)}), "'c': not expected"),
+        (packed(GOOD | {"../../x": entry([0], 32, 32)}), "not expected"),
+        (packed(GOOD | {"__metadata__": {}}), "'__metadata__': not expected"),
+        (packed(json.dumps(GOOD)[:-1].encode() + b', "a": {}}'), "'a' is there twice"),
+        (packed(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' is there twice"),
+        (packed(GOOD | {"a": entry([2], 0, 8, "F64")}), "a: dtype must be F32, is 'F64'"),
+        (packed(GOOD | {"a": entry([1, 2], 0, 8)}), "a: shape"),
+        (packed(GOOD | {"a": entry([2.0], 0, 8)}), "a: shape must be a list of non-negative integers"),
+        (packed(GOOD | {"a": entry([True], 0, 8)}), "a: shape must be a list"),
+        (packed(GOOD | {"a": entry([-2], 0, 8)}), "a: shape must be a list"),
+        (packed(GOOD | {"a": entry([1] * 10_000, 0, 8)}), "a: shape"),
+        (packed(GOOD | {"b": entry([2, 3], 0, 24)}), "data_offsets must be"),
+        (packed(GOOD | {"b": entry([2, 3], 16, 40)}, bytes(40)), "data_offsets must be"),
+        (packed(GOOD | {"a": {"dtype": "F32"}}), "a: entry must hold"),
+        (packed(GOOD | {"a": None}), "a: entry must hold"),
+        (packed(b"[]"), "not a JSON object"),
+        (packed(b"[" * 50_000), "nested too deeply"),
+        (packed(b'{"a": NaN}'), "NaN is not a JSON number"),
+        (packed(b"\xff\xff"), "not JSON"),
+        (packed(json.dumps(GOOD).encode().ljust(65_944), b""), "too long for 2 tensors"),
+        (packed({f"x{i}": entry([0], 0, 0) for i in range(10_000)}), "where 65976 are the most"),
+        (packed(GOOD, bytes(2**20)), "where 65976 are the most"),
+        (packed(GOOD | {"__metadata__": {"a": "x" * 5_000_000}}), "where 65976 are the most"),
+        (packed(GOOD | {"a\nb": entry([0], 32, 32)}), r"'a\\nb': not expected"),
+        (packed(GOOD | {"\ud800": entry([0], 32, 32)}), r"'\\ud800': not expected"),
+        (packed(json.dumps(GOOD).replace('"F32"', NESTED, 1).encode()), "dtype must be F32, is list"),
+        (packed(GOOD | {"a": entry([HUGE], 0, 8)}), r"a: shape must be \[2\], is \[10{90,}"),
+        (packed(GOOD | {"b": entry([2, 3], 8, HUGE)}), "data_offsets must be"),
+        (packed(json.dumps(GOOD).replace("[2]", "[" + "9" * 5000 + "]").encode()), "not JSON: Exceeds the limit"),
+        (struct.pack("<Q", 2**63) + bytes(100), "too long"),
+        (struct.pack("<Q", 3) + b"{}  ", "not padded"),
+    ],
+)
+def test_refused(data, message):
+    with pytest.raises(CodecError, match=message) as caught:
+        decode(data, EXPECTED)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_must_be_finite(value):
+    with pytest.raises(CodecError, match="a: holds NaN or infinite"):
+        decode(encode(TENSORS | {"a": torch.tensor([0.0, value])}), EXPECTED)
+
+
+def test_a_flipped_bit_is_refused_or_changes_only_a_value():
+    data = encode(TENSORS)
+    for position in range(len(data) * 8):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        try:
+            found = decode(bytes(flipped), EXPECTED)
+        except CodecError:
+            continue
+        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == EXPECTED
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_never_crash(data):
+    with pytest.raises(CodecError):
+        decode(data, EXPECTED)
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_headers_never_crash(text):
+    with pytest.raises(CodecError):
+        decode(packed(text), EXPECTED)
+
+
+def test_encode_refuses_a_dtype_that_does_not_travel():
+    with pytest.raises(ValueError, match="dtype"):
+        encode(TENSORS, dtype=torch.float64)

@@ -1,0 +1,78 @@
+"""What a server hands out: its bases, whole and in parts, and nothing else that lies on its disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from common.errors import AntherError
+from models.base import assets, chunk_manifest
+from server.gateway.base_files import Shelf, routes
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "unet" / "x.safetensors").write_bytes(bytes(range(200)))
+    (folder / "secret.key").write_text("not handed out")
+    return folder
+
+
+def client(*folders: Path) -> TestClient:
+    return TestClient(Starlette(routes=routes(Shelf(folders))))
+
+
+def test_a_base_whole_and_in_parts(base: Path) -> None:
+    asked, wanted = client(base), assets.digest(base)
+    manifest = asked.get(f"/v1/anther/base/{wanted}/manifest")
+    assert chunk_manifest.decode(manifest.content, wanted) == chunk_manifest.of(base)
+    path = f"/v1/anther/base/{wanted}/file/1"
+    assert asked.get(path).content == bytes(range(200))
+    part = asked.get(path, headers={"Range": "bytes=50-59"})
+    assert (part.status_code, part.content) == (206, bytes(range(50, 60)))
+    assert part.headers["content-range"] == "bytes 50-59/200"
+    assert asked.get(path, headers={"Range": "bytes=200-"}).status_code == 416
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{base}/file/2",
+        "{base}/file/-1",
+        "{base}/file/01",
+        "{base}/file/secret.key",
+        "{base}/file/..%2Fsecret.key",
+        "{base}/file/../../secret.key",
+        "{base}/file/%00",
+        "{base}/file/" + "9" * 5000,
+        "{other}/file/0",
+        "{other}/manifest",
+        "../base/manifest",
+        "{base}/file/",
+    ],
+)
+def test_nothing_else(path: str, base: Path) -> None:
+    reply = client(base).get("/v1/anther/base/" + path.format(base=assets.digest(base), other="0" * 64))
+    assert reply.status_code == 404
+    assert "not handed out" not in reply.text
+
+
+def test_files_of_the_hubs_cache_are_links(base: Path, tmp_path: Path) -> None:
+    (base / "unet" / "x.safetensors").rename(tmp_path / "blob")
+    (base / "unet" / "x.safetensors").symlink_to(tmp_path / "blob")
+    asked = client(base)
+    path = f"/v1/anther/base/{assets.digest(base)}/file/1"
+    assert asked.get(path).content == bytes(range(200))
+    (tmp_path / "blob").unlink()
+    assert asked.get(path).status_code == 410
+
+
+def test_a_base_that_cant_be_handed_on_stops_the_server(base: Path) -> None:
+    (base / "my notes.txt").write_text("x")
+    with pytest.raises(AntherError, match="my notes"):
+        Shelf([base])

@@ -1,0 +1,350 @@
+"""The round loop: resumed or not, the same run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.errors import AntherError
+from conf.compose import compose
+from models.lora.adapter import to_tensors
+from protocol import records
+from protocol.messages import Evaluation, ExamplePrivacy, MeasuringPrivacy, Personalise, Update
+from protocol.tensor_codec import encode
+from server.rounds import checkpoint
+from server.rounds.federation import federate
+from server.rounds.loop import personalise, run_rounds
+from server.rounds.sync import Pace
+from simulations.grid.cohort import CohortGrid
+from strategies.aggregation.fedit import FedIT
+from strategies.private_evaluation import Measuring
+from strategies.selection import Sampling
+from strategies.selection.sample import Sample
+from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch):
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
+
+
+def run(folder, *, state=None, rounds=4, on_round=lambda _: None, devices="abcde", **settings):
+    grid = CohortGrid([FakeDevice(name) for name in devices], perform)
+    return run_rounds(
+        grid=grid,
+        strategy=strategy(selection=Sample(size=2, seed=3)),
+        state=state or fresh_state(),
+        rounds=rounds,
+        checkpoints=folder,
+        on_round=on_round,
+        **settings,
+    )
+
+
+def outcome(state):
+    """Everything but the clock."""
+    return [replace(done, wall_seconds=0.0) for done in state.history], state.best_round
+
+
+def test_a_round_for_each_and_one_before_training(tmp_path):
+    heard = []
+    state = run(tmp_path, rounds=2, on_round=heard.append)
+    assert [done.number for done in heard] == [0, 1, 2]
+    assert tuple(heard) == state.history
+    assert heard[0].train is None
+    assert heard[0].validation.shared is None  # it adds nothing: it would measure as the base
+    assert heard[2].train.asked == 2
+    assert heard[2].validation.shared == pytest.approx(1 / 3)
+    assert heard[2].train.devices == heard[2].validation.devices == {}  # summed up in the state
+    assert sum(facts.steps for facts in state.devices.values()) == 2 * 2 * PLAN.steps
+    assert state.best_round == 2
+
+
+@pytest.mark.parametrize("dies_after", [0, 1, 3])
+def test_killed_and_resumed_is_the_same_run(tmp_path, dies_after):
+    whole = run(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def die(round):
+        if round.number == dies_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", on_round=die)
+    resumed = run(tmp_path / "parts", state=checkpoint.load(tmp_path / "parts", sites=SITES))
+    assert outcome(resumed) == outcome(whole)
+    assert encode(to_tensors(resumed.adapter)) == encode(to_tensors(whole.adapter))
+    assert encode(to_tensors(resumed.best_adapter)) == encode(to_tensors(whole.best_adapter))
+
+
+def test_a_server_that_starts_again_still_knows_how_far_ledgers_had_come(tmp_path):
+    def ask(rounds, state):
+        grid, heard = CohortGrid([FakeDevice(name) for name in "ab"], perform), []
+
+        def noted(messages, **_timeout):
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.message_type == "train":
+                    heard.append(records.request_from_records("train", message.content).echo)
+            return CohortGrid.send_and_receive(grid, messages)
+
+        grid.send_and_receive = noted
+        run_rounds(
+            grid=grid, strategy=strategy(), state=state, rounds=rounds, checkpoints=tmp_path, on_round=lambda _: None
+        )
+        return heard
+
+    assert ask(2, fresh_state()) == [0, 0, 3, 3]
+    assert ask(3, checkpoint.load(tmp_path, sites=SITES)) == [3, 3]
+
+
+def test_a_complete_run_is_left_alone(tmp_path):
+    state = run(tmp_path, rounds=1)
+    assert run(tmp_path, state=state, rounds=1) is state
+
+
+def test_no_good_reply_keeps_the_adapter(tmp_path):
+    def fail(reply):
+        if hasattr(reply, "adapter"):
+            raise RuntimeError
+        return reply
+
+    grid = CohortGrid([FakeDevice("a", misbehave=fail)], perform)
+    state = run_rounds(
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
+    )
+    assert torch.equal(state.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert state.history[2].train.dropped == {"failed": 1}
+
+
+def test_too_few_devices(tmp_path):
+    with pytest.raises(AntherError, match="1 of 3 devices are there after 0 s"):
+        run(tmp_path, devices="a", present=3, pace=Pace(timeout=0.0))
+
+
+class Leaving(CohortGrid):
+    """At each look fewer are there, as given; then the last number of them."""
+
+    def __init__(self, devices, there):
+        super().__init__(devices, perform)
+        self.there = there
+
+    def get_node_ids(self):
+        now = self.there.pop(0) if len(self.there) > 1 else self.there[0]
+        return sorted(super().get_node_ids())[:now]
+
+
+class Ticks:
+    """A clock on which every wait takes a minute."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self):
+        return self.time
+
+    def wait(self, _until):
+        self.time += 60.0
+
+
+def left(folder, there, **settings):
+    """The rounds of four devices of which some leave once the first round has begun."""
+    grid = Leaving([FakeDevice(name) for name in "abcd"], [4])
+
+    def on_round(done):
+        grid.there = there if done.number else grid.there
+
+    chosen = {"present": 4, "pace": Pace(timeout=0.0)} | settings
+    return run_rounds(
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=3, checkpoints=folder, on_round=on_round, **chosen
+    )
+
+
+def test_devices_that_leave_end_no_run(tmp_path):
+    """All must be there before the first round, and after it whoever is."""
+    found = left(tmp_path, [3])
+    assert [done.train.replied for done in found.history[1:]] == [4, 3, 3]
+
+
+def test_a_run_without_anybody_waits_on_or_ends_with_an_error(tmp_path, caplog):
+    with pytest.raises(AntherError, match="0 of 1 devices are there after 0 s"):
+        left(tmp_path / "dead", [0])
+    clock = Ticks()
+    gone = [0] * 130 + [2]  # looks, a minute from each other
+    found = left(tmp_path / "night", gone, waits=True, pace=Pace(timeout=3600.0, clock=clock))
+    assert [done.train.replied for done in found.history[1:]] == [4, 2, 2]
+    told = [line for line in caplog.messages if line.startswith("0 of 1 devices are there; waiting for 1 more")]
+    assert len(told) == 3  # at once, and each hour
+
+
+def failing(times, reason=RuntimeError):
+    """A device whose first updates fail."""
+    left = [times]
+
+    def fail(reply):
+        if isinstance(reply, Update) and left[0] > 0:
+            left[0] -= 1
+            raise reason
+        return reply
+
+    return fail
+
+
+def tried(folder, *devices, clock=None, **settings):
+    heard, clock = [], clock or Ticks()
+    state = run_rounds(
+        grid=CohortGrid(list(devices), perform),
+        strategy=strategy(),
+        state=fresh_state(),
+        rounds=2,
+        checkpoints=folder,
+        on_round=heard.append,
+        waits=True,
+        pace=Pace(timeout=60.0, clock=clock),
+        **settings,
+    )
+    return state, [done.number for done in heard]
+
+
+def test_a_round_without_a_good_reply_does_not_count(tmp_path, caplog):
+    device = FakeDevice("a", misbehave=failing(3))
+    state, heard = tried(tmp_path, device)
+    assert heard == [0, 1, 2]
+    assert [done.train.replied for done in state.history[1:]] == [1, 1]
+    assert device.heard.count("Train") == 5
+    assert device.heard.count("Evaluate") == 2  # of an adapter that nobody trained nothing is measured
+    told = [line for line in caplog.messages if "it doesn't count" in line]
+    assert told[0] == "round 1: 0 good replies of 1 (1 failed), 1 needed: it doesn't count, and is tried again in 30 s"
+    assert [line.rsplit(" ", 2)[1] for line in told] == ["30", "60", "120"]
+    assert torch.isfinite(state.adapter["x"].a).all()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -1.0, 1e300])
+def test_losses_that_are_none_are_one_devices_rejected_reply(tmp_path, loss):
+    """In training and in measuring; the checkpoint, which is JSON, is written all the same."""
+
+    def wrong(reply):
+        if isinstance(reply, Update):
+            return replace(reply, loss=loss)
+        return replace(reply, base=loss, shared=loss) if isinstance(reply, Evaluation) else reply
+
+    grid = CohortGrid([FakeDevice("a", misbehave=wrong), FakeDevice("b")], perform)
+    run_rounds(
+        grid=grid, strategy=strategy(), state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
+    )
+    state = checkpoint.load(tmp_path, sites=SITES)
+    assert [done.train.replied for done in state.history[1:]] == [1, 1]
+    assert all(sum(done.validation.dropped.values()) == 1 for done in state.history[1:])
+    assert state.history[2].validation.shared == pytest.approx(1 / 3)
+
+
+def test_patience_ends_and_the_run_is_not_over(tmp_path):
+    device = FakeDevice("a", misbehave=failing(10**6))
+    with pytest.raises(AntherError, match=r"round 1 had no 1 good replies in \d+ tries over 2 hours \(\d+ failed\)"):
+        tried(tmp_path, device, patience=2.0)
+    assert checkpoint.load(tmp_path, sites=SITES).round == 0
+    resumed = run_rounds(
+        grid=CohortGrid([FakeDevice("a")], perform),
+        strategy=strategy(),
+        state=checkpoint.load(tmp_path, sites=SITES),
+        rounds=2,
+        checkpoints=tmp_path,
+        on_round=lambda _: None,
+    )
+    assert resumed.round == 2
+
+
+def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
+    empty = FakeDevice("a", report=replace(REPORT, device="a", pictures=False))
+    with pytest.raises(AntherError, match="1 of 2 devices are there"):
+        run_rounds(
+            grid=CohortGrid([empty, FakeDevice("b")], perform),
+            strategy=strategy(),
+            state=fresh_state(),
+            rounds=1,
+            checkpoints=tmp_path,
+            on_round=lambda _: None,
+            present=2,
+            pace=Pace(timeout=0.0),
+        )
+
+
+def test_fedit_runs_the_same_loop(tmp_path):
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform, together=False)
+    state = run_rounds(
+        grid=grid,
+        strategy=strategy(aggregation=FedIT()),
+        state=fresh_state(private=True),
+        rounds=2,
+        checkpoints=tmp_path,
+        on_round=lambda _: None,
+    )
+    assert state.best_round == 2
+    assert state.adapter["x"].a.shape == (3, 6)
+
+
+def test_what_measuring_cost_is_remembered(tmp_path):
+    """After its last training a device may still measure: what a run has spent is what its ledgers hold by then."""
+    privacy = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
+    hidden = MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
+    devices = [FakeDevice(name) for name in "ab"]
+    state = run_rounds(
+        grid=CohortGrid(devices, perform),
+        strategy=strategy(
+            plan=replace(PLAN, privacy=privacy),
+            measuring=Measuring(every=2, among_pictures=hidden),
+            selection=Named(),
+            accept_simulated=True,
+        ),
+        state=fresh_state(private=True),
+        rounds=3,
+        checkpoints=tmp_path,
+        on_round=lambda _: None,
+    )
+    assert [device.heard.count("Evaluate") for device in devices] == [1, 1]
+    assert [done.epsilon for done in state.history] == [None, 1.5, 2.0, 2.0]  # the most that fake devices said
+    assert [done.validation.gain is None for done in state.history] == [True, True, False, True]
+    assert all(done.validation.spent == done.validation.devices == {} for done in state.history)
+    assert {name: facts.epsilon for name, facts in state.devices.items()} == {"a": 2.0, "b": 2.0}
+    assert state.devices["b"].steps == 0  # it only measured
+    loaded = checkpoint.load(tmp_path, sites=SITES)
+    assert (loaded.history, loaded.devices) == (state.history, state.devices)
+
+
+class Named:
+    """Asks the first device alone."""
+
+    sensitivity = Sampling(blind=True, amplifies=False, reason="by name")
+
+    def select(self, names, *, draw):
+        return sorted(names)[:1] if draw else []
+
+
+def test_personalise():
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
+    request = Personalise(
+        run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
+    )
+    assert personalise(grid=grid, strategy=strategy(), request=request, timeout=1.0).devices == ("a", "b")
+
+
+def test_every_leg_waits_as_long_as_the_strategy_says(tmp_path):
+    class Timed(CohortGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            asked = list(messages)
+            waited.setdefault(asked[0].metadata.message_type, timeout)
+            return super().send_and_receive(asked)
+
+    waited = {}
+    federate(
+        compose("rounds=1 adapter.shared.rank=3 strategy.timeout=77"),
+        grid=Timed([FakeDevice("a")], perform),
+        strategy=strategy(),
+        plan=PLAN,
+        saved=None,
+        checkpoints=tmp_path,
+        on_round=lambda _: None,
+    )
+    assert waited == {"query": 120.0, "train": 77.0, "evaluate": 77.0, "train.personalise": 77.0}

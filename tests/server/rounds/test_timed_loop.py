@@ -1,0 +1,482 @@
+"""Rounds on a virtual clock: whatever devices do or don't, a run goes on; the same seed gives the same run."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+
+from common.errors import AntherError
+from conf.compose import compose
+from models.lora.adapter import shapes, to_tensors
+from protocol import messages, quantization
+from protocol.tensor_codec import encode
+from server.rounds import checkpoint
+from server.rounds.fedbuff import Buffered
+from server.rounds.loop import run_rounds
+from server.rounds.sync import Pace
+from simulations.fleet.availability import Daily
+from strategies.aggregation import exact
+from strategies.aggregation.fedit import FedIT
+from strategies.build import build
+from strategies.fedbuff import STRIDE, on_factors, on_product
+from strategies.planning.full_plan import training_plan
+from strategies.selection.everyone import Everyone
+from strategies.selection.poisson import Poisson
+from strategies.selection.sample import Sample
+from strategies.server_optimizers import FedAvgM
+from strategies.strategy import Federated
+from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, strategy
+from tests.helpers.timed_fleet import RUNTIME, owned, timed
+
+WORK = PLAN.steps * PLAN.batch_size
+PRIVATE = replace(
+    PLAN,
+    privacy=messages.ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3),
+)
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch):
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
+
+
+def run(
+    folder,
+    *fleet,
+    rounds=2,
+    state=None,
+    chosen=None,
+    enough=None,
+    timeout=100.0,
+    size=None,
+    concurrency=3,
+    shift=on_product,
+    order=0,
+    **more,
+):
+    """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
+    grid, lives = timed(folder, *fleet, **more)
+    if state and state.history:
+        lives.resume(state.round)
+    chosen = chosen or strategy()
+    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
+    leg = size and Buffered(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
+    found = run_rounds(
+        grid=grid,
+        strategy=chosen,
+        state=state or fresh_state(),
+        rounds=rounds,
+        checkpoints=folder / "checkpoints",
+        on_round=lambda _: None,
+        pace=pace,
+        leg=leg or None,
+        present=0,
+        keep=lives.keep,
+    )
+    return found, lives
+
+
+def outcome(state):
+    return [replace(done, wall_seconds=0.0) for done in state.history], encode(to_tensors(state.adapter))
+
+
+def times(lives):
+    return [round(facts.ended) for facts in lives.log.rounds]
+
+
+def speeds(*values):
+    return [owned(name, speed=value) for name, value in zip("abcdefgh", values, strict=False)]
+
+
+def test_a_round_ends_with_enough_replies_and_counts_who_came_late(tmp_path):
+    fleet = speeds(8.0, 4.0, 1.0, 0.5)
+    waits, lives = run(tmp_path / "all", *fleet, timeout=1e6)
+    assert [done.train.replied for done in waits.history[1:]] == [4, 4]
+    assert times(lives) == [0, 16, 32]
+    found, lives = run(tmp_path / "enough", *speeds(8.0, 4.0, 1.0, 0.5), rounds=5, enough=2)
+    assert [done.train.replied for done in found.history[1:]] == [2] * 5
+    assert found.history[1].train.dropped == {"no reply": 2}
+    assert times(lives)[1] == 2
+    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+
+
+def test_of_replies_that_come_at_once_names_decide_nothing(tmp_path):
+    counted = set()
+    for seed in range(8):
+        found, _ = run(tmp_path / str(seed), *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=seed)
+        counted.add(tuple(name for name, facts in sorted(found.devices.items()) if facts.rounds))
+    assert len(counted) > 3
+    again, _ = run(tmp_path / "again", *speeds(1.0, 1.0, 1.0, 1.0), rounds=1, enough=2, order=7)
+    assert outcome(again) == outcome(found)
+
+
+def test_who_is_too_slow_for_the_deadline_is_not_waited_for(tmp_path):
+    found, lives = run(tmp_path, *speeds(8.0, 4.0, 0.1), timeout=10.0)
+    assert times(lives) == [0, 10, 20]
+    assert [done.train.dropped for done in found.history[1:]] == [{"no reply": 1}] * 2
+    assert lives.log.rounds[2].lost == {}
+
+
+def test_whoever_needs_too_much_memory_stops_nothing(tmp_path):
+    fleet = [owned(name, memory_mib=RUNTIME + 1) for name in "ab"]
+    found, lives = run(tmp_path, *fleet)
+    assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert [facts.lost for facts in lives.log.rounds] == [{}, {"killed: memory": 2}, {"killed: memory": 2}]
+    assert times(lives) == [0, 100, 200]
+    for size in (1, 2):
+        found, lives = run(tmp_path / str(size), *fleet, size=size)
+        assert [done.train.replied for done in found.history[1:]] == [0, 0]
+        assert times(lives)[-1] == 200
+
+
+def test_a_round_waits_for_somebody_to_ask_and_goes_by_if_nobody_comes(tmp_path):
+    away = [owned("a", hours=Daily([], [0.0, 24.0]))]
+    found, lives = run(tmp_path / "never", *away)
+    assert [done.train.asked for done in found.history[1:]] == [0, 0]
+    assert times(lives) == [0, 100, 200]
+    later = [owned("a", hours=Daily([1.0, 24.0], [0.0, 24.0]))]
+    for size in (None, 1):
+        found, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
+        assert [done.train.replied for done in found.history[1:]] == [1, 1]
+        assert 3600 < lives.log.rounds[1].ended < 3600 + 700
+    nobody = strategy(selection=Poisson(rate=0.5, coins=lambda _: Tails()))
+    found, lives = run(tmp_path / "tails", owned("a"), chosen=nobody)
+    assert times(lives) == [0, 0, 0]  # that sample is not drawn again
+
+
+class Tails:
+    release = False
+
+    def poisson_batch(self, _size, _rate):
+        return torch.arange(0)
+
+
+def test_below_the_quorum_the_adapter_is_kept(tmp_path):
+    found, _ = run(tmp_path, *speeds(1.0, 1.0, 0.05), chosen=strategy(quorum=3), rounds=1)
+    assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+    assert (found.history[1].train.replied, found.history[1].train.diagnostics) == (2, {})
+    found, _ = run(tmp_path / "met", *speeds(1.0, 1.0, 0.5), chosen=strategy(quorum=3), rounds=1)
+    assert not torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_same_seed_gives_the_same_run(tmp_path, size):
+    def once(folder, seed):
+        fleet = [
+            owned(name, drop_out=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
+            for name in "abcdef"
+        ]
+        chosen = strategy(selection=Sample(size=4, seed=3))
+        state, lives = run(tmp_path / folder, *fleet, rounds=4, chosen=chosen, timeout=3600.0, seed=seed, size=size)
+        return outcome(state), lives.log.rounds
+
+    assert once("first", 1) == once("second", 1)
+    assert once("third", 2) != once("fourth", 1)
+
+
+def test_killed_and_resumed_it_is_the_same_run(tmp_path):
+    def fleet():
+        return [owned(name, speed=0.1, battery_wh=2.0, charge=1.5, hot_after=60.0, hot_speed=0.5) for name in "abc"]
+
+    whole, lives = run(tmp_path / "whole", *fleet(), rounds=4, timeout=1e4)
+    run(tmp_path / "parts", *fleet(), rounds=2, timeout=1e4)
+    saved = checkpoint.load(tmp_path / "parts" / "checkpoints", sites=SITES)
+    resumed, again = run(tmp_path / "parts", *fleet(), rounds=4, state=saved, timeout=1e4)
+    assert outcome(resumed) == outcome(whole)
+    assert again.log.rounds == lives.log.rounds
+
+
+def test_an_asynchronous_run_does_not_wait_for_the_slow(tmp_path):
+    found, lives = run(tmp_path, *speeds(4.0, 4.0, 0.4), rounds=6, size=2, timeout=1000.0)
+    assert [done.train.replied for done in found.history[1:]] == [2] * 6
+    assert times(lives)[-1] < 20  # of which a wait for all would take 120
+    rounds = {name: facts.rounds for name, facts in found.devices.items()}
+    assert sum(rounds.values()) == 12
+    assert rounds["a"] > rounds.get("c", 0)
+    run(tmp_path / "again", *speeds(4.0, 4.0, 0.4), rounds=3, size=2)
+    saved = checkpoint.load(tmp_path / "again" / "checkpoints", sites=SITES)
+    resumed, _ = run(tmp_path / "again", *speeds(4.0, 4.0, 0.4), rounds=6, size=2, state=saved)
+    assert [done.train.replied for done in resumed.history[1:]] == [2] * 6
+
+
+def test_a_device_that_declines_is_left_alone_for_the_round(tmp_path):
+    def fail(_reply):
+        raise RuntimeError
+
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=fail)]
+    found, _ = run(tmp_path, *speeds(1.0, 8.0), devices=devices, size=3, timeout=1000.0)
+    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 1}] * 2
+    assert [done.train.replied for done in found.history[1:]] == [3, 3]
+
+
+def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
+    chosen, numbers = strategy(aggregation=FedIT()), []
+    let_in = chosen.let_in
+
+    def noted(asked, *given, **named):
+        numbers.extend((report.device, plan.round) for report, plan in asked.plans.values())
+        return let_in(asked, *given, **named)
+
+    chosen.let_in = noted
+    grid, lives = timed(tmp_path, *speeds(1.0, 0.3))
+    pace = Pace(clock=lives.clock, timeout=1000.0)
+    leg = Buffered(grid, chosen, pace, shift=on_factors, size=4, concurrency=2)
+    run_rounds(
+        grid=grid,
+        strategy=chosen,
+        state=fresh_state(),
+        rounds=3,
+        checkpoints=tmp_path,
+        on_round=lambda _: None,
+        pace=pace,
+        leg=leg,
+        present=0,
+    )
+    assert len(set(numbers)) == len(numbers) == 12
+    of_a = [number for name, number in numbers if name == "a"]
+    assert of_a == sorted(of_a)
+    assert max(sum(number // STRIDE == version for number in of_a) for version in (1, 2, 3)) > 1  # twice in a round
+
+
+def test_private_updates_of_older_adapters_are_taken_in(tmp_path):
+    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    fleet = speeds(1.0, 1.0, 1.0, 0.3)
+    found, _ = run(tmp_path, *fleet, rounds=4, size=3, chosen=chosen, state=fresh, timeout=1000.0)
+    diagnostics = [done.train.diagnostics for done in found.history[1:]]
+    assert [done.train.replied for done in found.history[1:]] == [3] * 4
+    assert "snr" in diagnostics[0]
+    assert any("snr" not in each for each in diagnostics)
+
+
+def test_private_devices_are_asked_once_a_round_and_nobody_is_waited_for(tmp_path):
+    """They have paid for so many rounds; others may be asked again and again."""
+
+    def asked(folder, **changes):
+        chosen, fresh = strategy(**changes), fresh_state(private="plan" in changes)
+        found, lives = run(folder, *speeds(8.0, 2.0, 0.5), rounds=4, size=5, chosen=chosen, state=fresh, timeout=1e4)
+        return {name: facts.asked for name, facts in found.devices.items()}, times(lives)[-1]
+
+    assert asked(tmp_path / "open")[0]["a"] > 4
+    of_each, seconds = asked(tmp_path / "private", plan=PRIVATE, accept_simulated=True)
+    assert of_each == {"a": 4, "b": 4, "c": 4}
+    assert seconds < 4 * 40  # four rounds of the slowest, whose passes are filled up to a public size
+
+
+def test_a_round_that_everybody_declines_is_over(tmp_path):
+    def fail(_reply):
+        raise RuntimeError
+
+    devices = [FakeDevice(name, misbehave=fail) for name in "ab"]
+    found, lives = run(tmp_path, *speeds(8.0, 8.0), devices=devices, size=2, timeout=1000.0)
+    assert [done.train.dropped for done in found.history[1:]] == [{"failed": 2}] * 2
+    assert times(lives)[-1] < 10
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
+def test_who_is_given_up_is_counted_when_it_comes_and_forgotten_after_ten_rounds(tmp_path, monkeypatch, size, rounds):
+    grids, made = [], timed
+
+    def kept(*given, **named):
+        grids.append(made(*given, **named))
+        return grids[-1]
+
+    monkeypatch.setattr(f"{__name__}.timed", kept)
+    found, _ = run(tmp_path / "late", *speeds(8.0, 8.0, 0.6), rounds=rounds, timeout=10.0, size=size)
+    assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
+    run(tmp_path / "never", *speeds(8.0, 8.0, 0.01), rounds=rounds, timeout=10.0, size=size)
+    for _ in range(99):
+        grids[1][1].clock.wait(1e9)
+    assert len(grids[1][0]._replies) <= 10
+
+
+class Watched(Everyone):
+    """Everyone, and when, and by whose coins, they were asked for."""
+
+    def __init__(self):
+        self.seen = []
+
+    def select(self, devices, *, draw):
+        self.seen.append((devices.round, draw))
+        return super().select(devices, draw=draw)
+
+
+def test_whoever_selects_goes_by_the_round_and_tosses_coins_of_its_own(tmp_path):
+    """And learning rates fall by the round."""
+    watched, rates = Watched(), {}
+
+    def noted(rate, round):
+        return rates.setdefault(round, rate / round)
+
+    run(tmp_path, *speeds(1.0, 0.3), rounds=3, size=4, chosen=strategy(selection=watched, decay=noted), timeout=1000.0)
+    draws = [draw for _, draw in watched.seen]
+    assert draws == sorted(draws)
+    assert len(set(draws)) > 3
+    assert [number for number, _ in watched.seen] == [draw // STRIDE for draw in draws]
+    assert {number for number, _ in watched.seen} == set(rates) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
+def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_path, monkeypatch, optimiser):
+    """Five rounds of 10⁻³ on numbers of about 1, which int4 holds to 0.3."""
+
+    def moved(request, device):
+        if not isinstance(request, messages.Train):
+            return (yield from handle(request, device))
+        yield device.name
+        held = shapes(SITES, request.rounded.rank)
+        tensors = quantization.decode(request.adapter, held, request.rounded.precision)
+        plan, after = request.plan, {name: tensor + 1e-3 for name, tensor in tensors.items()}
+        return messages.Update(
+            device=device.name,
+            run=plan.run,
+            round=plan.round,
+            rank=plan.rank,
+            adapter=encode(after),
+            release=False,
+            seconds=1.0,
+            joules=1.0,
+            quality="estimate",
+            loss=0.5,
+            epsilon=None,
+            events=3,
+        )
+
+    monkeypatch.setattr("simulations.grid.cohort.handle", moved)
+    chosen = strategy(aggregation=FedIT(), download="int4", optimiser=optimiser)
+    found, _ = run(tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, chosen=chosen, size=3, timeout=1000.0, shift=on_factors)
+    assert [done.train.replied for done in found.history[1:]] == [3] * 5
+    before = to_tensors(fresh_state().adapter)
+    changes = torch.cat([(tensor - before[name]).ravel() for name, tensor in to_tensors(found.adapter).items()])
+    assert float(changes.max() - changes.min()) < 1e-5  # all alike: those of older adapters count less
+    assert 3e-3 < float(changes.mean()) < 5.01e-3
+
+
+def given(monkeypatch):
+    """How many updates each device gave to each round that is closed."""
+    seen, close = [], Federated.close
+
+    def noted(self, number, current, asked, found, dropped, **named):
+        seen.append(Counter(update.device for update in found.updates))
+        return close(self, number, current, asked, found, dropped, **named)
+
+    monkeypatch.setattr(Federated, "close", noted)
+    return seen
+
+
+def test_one_fast_device_does_not_fill_a_round(tmp_path, monkeypatch):
+    """A robust rule takes a fifth of the devices for malicious, not four fifths of the updates."""
+    seen = given(monkeypatch)
+    _, lives = run(tmp_path, *speeds(80.0, 1.0, 1.0, 1.0, 1.0), rounds=4, timeout=1e6, size=5, concurrency=5)
+    assert [sum(each.values()) for each in seen] == [5] * 4
+    assert all(each["a"] <= 1 for each in seen)
+    assert times(lives)[-1] <= 4 * WORK + 4
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 1), (4, 2), (5, 2), (7, 3)])
+def test_of_too_few_devices_each_has_its_share_of_a_round(tmp_path, monkeypatch, size, most):
+    seen = given(monkeypatch)
+    run(tmp_path, *speeds(80.0, 1.0, 0.5), rounds=4, timeout=1e6, size=size, concurrency=3)
+    assert [sum(each.values()) for each in seen] == [size] * 4
+    assert max(max(each.values()) for each in seen) <= most
+
+
+def test_whoever_is_left_fills_a_round_when_the_others_have_gone(tmp_path, monkeypatch):
+    """Of three fast ones two leave, and then the slow ones fail."""
+
+    def fail(_reply):
+        raise RuntimeError
+
+    seen = given(monkeypatch)
+    hours = [Daily([0.0, end], [0.0, 24.0]) for end in (24.0, 4 / 3600, 4 / 3600)]
+    fast = [owned(name, speed=8.0, hours=each) for name, each in zip("abc", hours, strict=True)]
+    slow = [owned(name) for name in "def"]
+    devices = [*map(FakeDevice, "abc"), *(FakeDevice(name, misbehave=fail) for name in "def")]
+    _, lives = run(tmp_path, *fast, *slow, devices=devices, rounds=1, timeout=1e4, size=6, concurrency=6)
+    assert seen == [{"a": 4, "b": 1, "c": 1}]
+    assert times(lives)[-1] < 20
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 5, 6])
+def test_killed_and_resumed_a_private_device_is_charged_no_more_often_than_there_are_rounds(tmp_path, monkeypatch, at):
+    """σ is solved for so many plans of each: whoever is asked again for a round answers for the same number."""
+    asked, sent, let_in, calls = defaultdict(set), Federated.sent, Federated.let_in, count(1)
+
+    def noted(self):
+        found = sent(self)
+        for report, plan in found.plans.values():
+            asked[report.device].add(plan.round)
+        return found
+
+    def killed(self, *given, **named):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return let_in(self, *given, **named)
+
+    def once(saved):
+        chosen = strategy(plan=PRIVATE, accept_simulated=True)
+        fleet = speeds(8.0, 4.0, 2.0, 1.0, 0.7)
+        return run(tmp_path, *fleet, rounds=3, timeout=1e6, size=2, concurrency=3, chosen=chosen, state=saved)
+
+    monkeypatch.setattr(Federated, "sent", noted)
+    monkeypatch.setattr(Federated, "let_in", killed)
+    with pytest.raises(KeyboardInterrupt):
+        once(fresh_state(private=True))
+    found, _ = once(checkpoint.load(tmp_path / "checkpoints", sites=SITES))
+    assert [done.train.replied for done in found.history[1:]] == [2] * 3
+    assert max(map(len, asked.values())) <= 3
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_directions_turn_between_the_ranks_that_devices_train(tmp_path, monkeypatch, size):
+    blocks, found = set(), exact.align
+
+    def noted(a, b, towards, between):
+        blocks.add(tuple(between))
+        return found(a, b, towards, between)
+
+    monkeypatch.setattr(exact, "align", noted)
+    devices = [FakeDevice(n, report=replace(REPORT, device=n, rank=r)) for n, r in zip("abc", (1, 2, 3), strict=True)]
+    run(tmp_path, *speeds(4.0, 2.0, 0.5), devices=devices, rounds=4, size=size, timeout=1e4)
+    assert {each for block in blocks for each in block} <= {1, 2, 3}
+
+
+def test_a_private_round_with_an_earlier_one_s_update_is_over_when_nobody_is_left(tmp_path, monkeypatch):
+    seen = given(monkeypatch)
+    chosen, fresh = strategy(plan=PRIVATE, accept_simulated=True), fresh_state(private=True)
+    _, lives = run(tmp_path, *speeds(8.0, 4.0, 0.5), rounds=4, size=2, chosen=chosen, state=fresh, timeout=1e5)
+    assert all(max(each.values()) == 1 for each in seen)
+    assert times(lives)[-1] < 1e3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("strategy=hetlora strategy.timing=async", "strategy.timing=async: hetlora can't take an update of an older"),
+        ("strategy.timing=async fleet.rate=0.5", "leave fleet.rate null"),
+        ("strategy.weights=rank_slice strategy.timing=async", "leave it device, or use strategy.timing=sync"),
+        ("strategy=fedit strategy.timing=async privacy=device", "timing async can't be charged ahead"),
+        (
+            "strategy=fedit privacy=device fleet.sample=2 fleet.overselect=1.5",
+            "fleet.overselect=1.5: whose reply counts",
+        ),
+        (
+            "strategy.timing=async fleet.sample=2 fleet.overselect=1.5",
+            "fleet.overselect=1.5: with strategy.timing=async",
+        ),
+        ("strategy.timing=async strategy.buffer=3 strategy.quorum=4", "strategy.quorum=4: .* than strategy.buffer=3"),
+        ("fleet.sample=3 fleet.overselect=2 strategy.quorum=4", "strategy.quorum=4: .* than fleet.sample=3"),
+        ("strategy=fedit privacy=device strategy.quorum=2", "strategy.quorum=2: what is private per device"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(overrides, said):
+    config = compose(overrides)
+    with pytest.raises(AntherError, match=said):
+        build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+
+
+def test_over_selection_asks_more_than_it_needs():
+    config = compose("fleet.sample=5 fleet.overselect=1.3")
+    found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
+    assert len(found._selection.select([str(number) for number in range(20)], draw=1)) == 7

@@ -1,0 +1,174 @@
+"""A real federation: SuperLink, TLS, keys, SuperNodes and workers as processes of their own, on loopback."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import ssl
+import sys
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.reliability.processes import LOOPBACK, Federation, Program, command, federation, letters, until
+from client.device import from_config
+from client.runtime.worker import stated
+from conf.compose import compose
+from conf.schemas.node import compose as compose_node
+from models.base.base import load
+from server.rounds import checkpoint
+from server.rounds.federation import federate
+from server.supervisor.run import of_run
+from simulations.grid.cohort import CohortGrid
+from strategies.build import build
+from strategies.planning.full_plan import training_plan
+from training.engine import perform
+
+RUN = (
+    "rounds=3 fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 adapter.shared.rank=4 "
+    "adapter.shared.steps=2 adapter.personal.steps=1 evaluation.timesteps=1 strategy.timeout=300"
+)
+OWNERS = ("owner-0", "owner-1", "owner-2")
+DEVICE = ("test=true", "seed=7", "device=cpu")  # as the simulation, to be compared, also where there is a GPU
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found and ended in /proc")
+
+
+def test_a_federation_of_processes(tmp_path, monkeypatch):
+    """In one test: another worker of pytest's would run it all again."""
+    folder = tmp_path / "federation"
+    pictures = letters(folder / "pictures", len(OWNERS), each=8)
+    with federation(folder, RUN) as running:
+        running.start()
+        for owner in OWNERS:
+            running.enrol(owner, pictures[owner], *DEVICE).start()
+        until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.told()}")
+        for dies in (
+            *running.devices[OWNERS[0]].children("client.runtime.worker"),
+            *running.server.children("flwr-serverapp"),
+        ):
+            dies.kill()  # neither changes a bit of what follows
+        refusals = refused(running, pictures[OWNERS[0]])
+        until(lambda: running.server.code is not None, 400, f"the run's end\n{running.told()}")
+        assert running.server.code == 0, running.told()
+        it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path / "simulated", monkeypatch)
+        what_was_noised_reproducibly_is_no_release(running)
+        strangers_are_refused(refusals)
+        every_device_has_a_personal_adapter(running)
+        the_run_leaves_an_adapter_and_a_page(running)
+
+
+def refused(running: Federation, pictures: Path) -> dict[str, str]:
+    """What becomes of who has no business here, while the federation runs."""
+    used = command(
+        "client.cli.enroll", f"data={pictures}", "name=dora", home=running.folder / "d", told=running.ticket()
+    )
+    assert used.returncode == 0, used.stderr
+    ticket = running.ticket()
+    first = command("client.cli.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", told=ticket)
+    assert first.returncode == 0, first.stderr
+    again = command("client.cli.enroll", f"data={pictures}", "name=eve", home=running.folder / "f", told=ticket)
+    owner = running.devices[OWNERS[1]]
+    second = Program(
+        "client.runtime.supervisor", owner.words, running.folder / "second", {"ANTHER_HOME": str(owner.home)}
+    ).start()
+    until(lambda: second.code is not None, 120, f"a second one's refusal\n{second.said}")
+    # A key that nobody enrolled, with everything else right.
+    stranger = Program("client.runtime.supervisor", ["link.slow_poll_seconds=1"], running.folder / "d")
+    (stranger.home / "link" / "node.key").unlink()
+    from client.runtime.server_connection import _new_key
+
+    (stranger.home / "link" / "node.key").write_bytes(_new_key())
+    stranger.start()
+    until(lambda: stranger.code is not None, 120, f"a stranger's refusal\n{stranger.said}")
+    with socket.create_connection((LOOPBACK, running.port), timeout=10) as plain:
+        plain.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        plain.settimeout(10)
+        try:
+            answer = plain.recv(100)
+        except ConnectionError:
+            answer = b""
+    nobody = ssl.create_default_context()
+    nobody.check_hostname, nobody.verify_mode = False, ssl.CERT_NONE
+    with httpx.Client(base_url=f"https://{LOOPBACK}:{running.port}", verify=nobody) as client:
+        control = client.post("/v1/control/list-runs", content=b"").status_code
+        shelf = client.get("/v1/anther/base/x/manifest").status_code
+        fleet = client.post("/v1/fleet/pull-messages", content=b"").status_code
+    return {
+        "used": again.stderr,
+        "second": second.said,
+        "stranger": stranger.said,
+        "control": str(control),
+        "plain": answer.decode(errors="replace"),
+        "shelf": str(shelf),
+        "fleet": str(fleet),
+    }
+
+
+def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
+    config = compose(shlex.join(of_run(shlex.split(RUN), 100)))
+    base = load(config.base.path, sites=config.adapter.sites)
+    devices = []
+    for owner in OWNERS:
+        words = [f"data={pictures[owner]}", f"name={owner}", *DEVICE]
+        devices.append(from_config(stated(compose_node(words, tmp_path / "none"), base.hash), base))
+    plan = training_plan(config, run="simulated", base=base.hash)
+    state = federate(
+        config,
+        grid=CohortGrid(devices, partial(perform, base, memory=1 << 30, timesteps=1)),
+        strategy=build(config, plan, base.sites, accept_simulated=True),
+        plan=plan,
+        saved=None,
+        checkpoints=tmp_path / "checkpoints",
+        on_round=lambda _: None,
+        present=3,
+        personal_on=(),
+    )
+    (run,) = running.runs
+    deployed_state = checkpoint.load(run / "checkpoints", sites=base.sites)
+    assert deployed_state.round == state.round == 3
+    assert "the run broke off" in running.server.said
+    assert all(done.train.replied == 3 for done in deployed_state.history[1:])
+    for site, (a, b) in state.adapter.items():
+        other = deployed_state.adapter[site]
+        apart = torch.linalg.norm(b @ a - other.b @ other.a)
+        assert apart <= 1e-4 * max(1.0, float(torch.linalg.norm(b @ a))), site
+
+
+def what_was_noised_reproducibly_is_no_release(running):
+    for owner in OWNERS:
+        done = command("client.cli.ledger", "--name", owner, home=running.folder / owner)
+        assert "no: test" in done.stdout, done.stdout + done.stderr
+        assert "ε=" not in done.stdout.split("All of it together")[0]
+
+
+def strangers_are_refused(refusals):
+    assert "works once" in refusals["used"]
+    assert "isn't enrolled there, or was revoked" in refusals["stranger"]
+    assert "is in use by process" in refusals["second"]
+    assert "200" not in refusals["plain"]
+    assert (refusals["shelf"], refusals["fleet"]) == ("401", "401")
+    assert refusals["control"] in ("401", "404", "405")  # nothing behind the gateway but what devices need
+
+
+def the_run_leaves_an_adapter_and_a_page(running):
+    (run,) = running.runs
+    assert len(load_file(run / "adapters" / "shared.safetensors")) == 2 * 56
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    (over,) = (line for line in running.server.said.splitlines() if "the run is over" in line)
+    assert str(run / "report.html") in over
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["rounds"], summary["clients"], summary["test"]) == (3, 3, True)
+    assert 0 < summary["epsilon"]["value"] <= 8
+    assert "so not a release" in (run / "report.html").read_text()
+
+
+def every_device_has_a_personal_adapter(running):
+    for owner in OWNERS:
+        assert list((running.folder / owner).rglob("personal.safetensors")), running.devices[owner].said

@@ -1,0 +1,47 @@
+"""What an operator reads of a run's log, through Flower's own logger."""
+
+import io
+import logging
+
+import pytest
+from flwr.supercore.logger import FLOWER_LOGGER, ConsoleHandler
+
+from server.supervisor.run_log import log_as_flower_does, log_here, readable
+
+
+@pytest.mark.parametrize("timestamps", [True, False])
+@pytest.mark.parametrize("colored", [True, False])
+def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
+    stream = io.StringIO()
+    handler = ConsoleHandler(timestamps=timestamps, json=False, colored=colored, stream=stream)
+    before, FLOWER_LOGGER.handlers = FLOWER_LOGGER.handlers, [handler]
+    room = logging.getLogger("room")
+    try:
+        log_as_flower_does("room")
+        logging.getLogger("room.inner").info("round %d of %d", 1, 3)
+        logging.getLogger("room.inner").warning("node 7 is left out")
+        FLOWER_LOGGER.info("Starting Flower ServerApp")
+        FLOWER_LOGGER.error("something broke")
+    finally:
+        FLOWER_LOGGER.handlers = before
+        room.handlers.clear()
+    assert [readable(line) for line in stream.getvalue().splitlines()] == [
+        "round 1 of 3",
+        "warning: node 7 is left out",
+        None,
+        "error: something broke",
+    ]
+
+
+def test_a_traceback_is_shown():
+    assert readable("Traceback (most recent call last):\n") == "Traceback (most recent call last):"
+    assert readable("\x1b[92mINFO \x1b[0m:      \n") is None
+    assert readable("\n") is None
+    assert readable("Using SuperLink: anther (127.0.0.1:9444)") is None
+
+
+def test_this_process_tells_too(capsys):
+    log_here("lobby")
+    logging.getLogger("lobby.door").info("ada-pi is in, of %s", "ada")
+    logging.getLogger("lobby").handlers.clear()
+    assert capsys.readouterr().out.endswith(" ada-pi is in, of ada\n")

@@ -1,0 +1,323 @@
+"""The audit as a person runs it: finished runs on trial, a page and numbers, exit codes, and mistakes in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import atomic_files
+from common.errors import AntherError
+from conf.compose import compose
+from conf.schemas.audit import Audit, MembershipTrial
+from models.base.base import Base
+from models.lora.adapter import Adapter
+from privacy.accounting import Guarantee, PoissonGaussian
+from privacy.audit.empirical import Finding, Guesses
+from privacy.audit.membership import Interval, judge, roc
+from server.rounds import checkpoint
+from server.rounds.state import State
+from simulations import run_dir
+from simulations.audit import canaries, membership, plots, run
+from simulations.audit.membership import CONTROL, suspects
+from simulations.audit.verdicts import Results, Verdict
+from simulations.fleet.participants import writers
+from tests.helpers.broken_mechanisms import Scaled
+from tests.helpers.reference_trainer import live
+from tests.privacy.audit.test_membership import trial as drawn
+from tests.server.rounds.test_checkpoint import device, round_
+from typefaces.dataset import POOL, TEST
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANTHER_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def finish(base: Base, folder: Path, *overrides: str, adapter: Adapter) -> Path:
+    """A finished run of three writers, of which the last was never asked, that shares this adapter."""
+    config = compose(" ".join([f"base.path={base.folder} data.writers=3 data.train=20 base.device=cpu", *overrides]))
+    run_dir.claim(folder, config, {"base": base.hash, "data": "known"}, memory=1)
+    private = config.privacy.of_examples
+    promise = dataclasses.asdict(Guarantee(8.0, 1e-3)) if private else None
+    atomic_files.write(folder / "summary.json", json.dumps({"epsilon": promise}).encode())
+    took_part = {writer.name: device() for writer in writers(config.data)[:2]}
+    state = State.start(run="run", private=private, adapter=adapter)
+    state = state.after(round_(0, None), adapter).after(round_(1, 0.5), adapter)
+    checkpoint.save(folder / "checkpoints", dataclasses.replace(state, devices=took_part))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two that differ in their seed alone, and a private one."""
+    folder = tmp_path_factory.mktemp("runs")
+    kinds = {"open": "seed=0", "again": "seed=1", "private": "privacy=example"}
+    return [
+        finish(base, folder / name, override, adapter=live(base, 2, seed))
+        for seed, (name, override) in enumerate(kinds.items())
+    ]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    """Run it as a person does; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["audit", *arguments, f"hydra.run.dir={folder}"])
+    with pytest.raises(SystemExit) as stop:
+        run.main()
+    return int(stop.value.code or 0)
+
+
+def test_runs_on_trial_leave_a_page_and_numbers(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = f"runs=[{','.join(map(str, runs))}]"
+    assert command(monkeypatch, tmp_path, listed, "membership.timesteps=1", "membership.resamples=100") == 0
+    arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "audit.json").read_text())["membership"]}
+    assert {name: len(arm["runs"]) for name, arm in arms.items()} == {
+        "no differential privacy, 4 rounds of 4 steps": 2,
+        "ε=8 per image (δ=0.001, add or remove one), 4 rounds of 4 steps": 1,
+    }
+    for arm in arms.values():
+        count = len(arm["runs"])
+        assert arm["writers"] == 3
+        for attack in arm["attacks"].values():
+            assert attack["members"] == 2 * 20 * count
+            assert attack["others"] == (3 * (POOL + TEST) - 2 * 20) * count
+            assert attack["auc"]["low"] <= attack["auc"]["value"] <= attack["auc"]["high"]
+            assert attack["roc"]["tpr"][-1] == attack["roc"]["fpr"][-1] == 1.0
+    one, other = (arm["attacks"][CONTROL]["auc"]["value"] for arm in arms.values())
+    assert one == pytest.approx(other)  # the same pictures under the same base, whatever was trained
+    page = (tmp_path / "audit.html").read_text()
+    assert "Who was trained on?" in page
+    assert all(name in page for name in arms)
+    assert "loss against the base    AUC" in capsys.readouterr().out
+    stands_alone(page)
+
+
+def test_the_last_adapter_can_be_put_on_trial_instead_of_the_best(base: Base, tmp_path: Path) -> None:
+    folder = finish(base, tmp_path / "run", adapter=live(base, 2, 0))
+    state = checkpoint.load(folder / "checkpoints", sites=base.sites)
+    assert state is not None
+    last = state.after(round_(2, 0.9), live(base, 2, 1))
+    assert (last.best_adapter is last.adapter) is False
+    checkpoint.save(folder / "checkpoints", last)
+
+    def attacked(*overrides: str) -> float:
+        config = MembershipTrial(timesteps=1, resamples=100, **dict(pair.split("=") for pair in overrides))
+        arm = membership.attack([membership.load(folder)], config, confidence=0.95, seed=0)
+        return float(arm.trials["loss"].scores.mean())
+
+    best = attacked()
+    assert attacked("adapter=best") == best != attacked("adapter=last")
+
+
+def test_a_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[0], tmp_path / "moved")
+    record = json.loads((folder / "run.json").read_text())
+    record["assets"]["base"] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(AntherError, match="trained on another base"):
+        membership.attack([membership.load(folder)], Audit().membership, confidence=0.95, seed=0)
+    shutil.rmtree(folder / "checkpoints")
+    record["assets"]["base"] = base.hash
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(AntherError, match="checkpoints are gone"):
+        membership.attack([membership.load(folder)], Audit().membership, confidence=0.95, seed=0)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_shipped_base_is_put_on_trial(tmp_path: Path) -> None:
+    """python -m pytest -m slow tests/simulations/audit/test_run.py: a real federation, and the command on what it left."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    few = ["rounds=2", "data.writers=4", "data.train=10", "evaluation.gallery=0", "evaluation.devices=1"]
+    short = ["adapter.shared.steps=2", "adapter.personal.steps=2", "tracker=none"]
+    for module, *arguments in (
+        ("simulations.run", *few, *short, f"hydra.run.dir={tmp_path / 'run'}"),
+        ("simulations.audit.run", f"runs=[{tmp_path / 'run'}]", f"hydra.run.dir={tmp_path / 'audit'}"),
+    ):
+        call = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "[transformers]" not in done.stderr  # of what nobody needs
+    (arm,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["membership"]
+    assert arm["attacks"][CONTROL]["members"] == 40
+    stands_alone((tmp_path / "audit" / "audit.html").read_text())
+
+
+def stands_alone(page: str) -> None:
+    assert not re.search(r"""(?:src|href)=["']?https?:|<script|@import|url\(""", page)
+    HTMLParser().feed(page)
+    assert "None" not in page
+    assert "nan" not in page.lower().replace("nanum", "")
+
+
+def test_a_folder_without_a_finished_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(AntherError, match="no finished run here"):
+        membership.load(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(AntherError, match="damaged"):
+        membership.load(tmp_path)
+    assert membership.load(runs[0]).arm == membership.load(runs[1]).arm != membership.load(runs[2]).arm
+
+
+def test_members_are_what_devices_that_took_part_trained_on() -> None:
+    data = compose("data.writers=3 data.devices=5 data.train=6").data
+    writer, *_ = names = sorted({suspect.writer for suspect in suspects(data, set())})
+    assert not any(suspect.member for suspect in suspects(data, set()))
+    one = [suspect for suspect in suspects(data, {writer}) if suspect.member]
+    assert {suspect.writer for suspect in one} == {writer}
+    assert len(one) == 6
+    both = [suspect for suspect in suspects(data, {writer, f"{writer}-0002"}) if suspect.member]
+    assert len({suspect.letter for suspect in both}) == len(both) >= 6
+    assert Counter(suspect.writer for suspect in suspects(data, set())) == dict.fromkeys(names, POOL + TEST)
+
+
+def test_pictures_that_chose_the_round_are_on_neither_side() -> None:
+    data = compose("data.writers=2 data.train=5 data.validation=10").data
+    known = {(suspect.writer, suspect.letter) for suspect in suspects(data, set())}
+    for writer in writers(data):
+        assert not known & {(writer.name, picture.caption) for picture in writer.pictures.validation}
+
+
+def test_letters_alone_would_tell_members_and_matching_keeps_them_from_it() -> None:
+    """The first five glyphs of a writer are mostly small letters: an attack that knows only that is well above 0.5."""
+    data = compose("data.role=test data.writers=200 data.train=5").data
+    everyone = suspects(data, {suspect.writer for suspect in suspects(data, set())})
+    scores = [float(suspect.letter.startswith("lowercase")) for suspect in everyone]
+    members = [suspect.member for suspect in everyone]
+    _, letters = np.unique([suspect.letter for suspect in everyone], return_inverse=True)
+    assert roc(drawn(scores, members)).auc > 0.6
+    assert roc(drawn(scores, members, None, letters)).auc == pytest.approx(0.5)
+
+
+def finding(bound: float, claimed: float = 1.0) -> Finding:
+    claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=3)
+    return Finding(
+        claim=claim,
+        claimed=Guarantee(claimed, 1e-5),
+        refuted=bound > claimed,
+        independent=bound,
+        one_run=bound / 2,
+        f_dp=bound,
+        noise_multiplier=1.0,
+        ceiling=7.0,
+        attack="own releases",
+        guesses=Guesses(100, 50, 30),
+    )
+
+
+def verdict(bound: float, *, honest: bool = True) -> Verdict:
+    return Verdict("ε = 1" if honest else "ε = 1, noise left out", finding(bound), honest)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sound"),
+    [
+        ([verdict(0.5), verdict(5.0, honest=False)], True),
+        ([verdict(1.5), verdict(5.0, honest=False)], False),
+        ([verdict(0.5), verdict(0.9, honest=False)], False),
+    ],
+)
+def test_refuted_claims_and_missed_noise_fail_the_command(
+    verdicts: list[Verdict], sound: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run, "loop", lambda _: iter(verdicts))
+    monkeypatch.setattr(run, "clients", lambda _: iter([]))
+    monkeypatch.setattr(run, "fits", lambda _: iter([]))
+    assert command(monkeypatch, tmp_path) == (0 if sound else 1)
+    assert json.loads((tmp_path / "audit.json").read_text())["sound"] is sound
+    page = (tmp_path / "audit.html").read_text()
+    assert ("No claim was refuted" in page) is sound
+    stands_alone(page)
+
+
+def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Audit()
+    config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000
+    config.canaries.noise = "simulated"
+    config.clients.count = config.fits.longest = 0
+    config.fits.base = None
+    told: list[str] = []
+    results = run.audit(config, told.append)
+    assert results.sound
+    assert [line[:4] for line in told] == ["ok  "] * 3
+    assert ["not refuted" in told[0], "noise of ε = 1" in told[1], "not refuted" in told[2]] == [True, True, False]
+    honest = run.source
+    monkeypatch.setattr(run, "source", lambda *key: canaries.Silent(honest(*key)))
+    assert not run.audit(config, told.append).sound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 0.7, 0.5])
+def test_the_command_fails_for_too_little_noise(
+    scale: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute for each: python -m pytest -m slow tests/simulations/audit/test_run.py. Of half, claims fall as well."""
+    honest = run.source
+    monkeypatch.setattr(run, "source", lambda *key: Scaled(honest(*key), scale))
+    assert command(monkeypatch, tmp_path, "canaries.epsilons=[4]", "clients.epsilons=[4]") == (0 if scale == 1 else 1)
+    told = capsys.readouterr().out.splitlines()
+    bad = [line for line in told if line.startswith("FAIL")]
+    situations = [line for line in bad if " numbers of noise" in line]
+    claims = [line for line in bad if ": refuted" in line]
+    assert len(situations) == (0 if scale == 1 else 10)
+    assert len(claims) == (2 if scale == 0.5 else 0) or scale == 0.7
+    assert told[-2].startswith("ok" if scale == 1 else "FAIL")
+    assert "would be seen with probability 0.999" in told[-2]
+    stands_alone((tmp_path / "audit.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("runs=[nowhere]", "nowhere: no finished run here"),
+        ("canaries.count=0 clients.count=0 fits.longest=0", "nothing to audit"),
+        ("canaries.epsilons=[]", "canaries.epsilons=[]: name a claim"),
+        ("canaries.noise=none", "canaries.noise=none: must be one of: secure, simulated"),
+        ("clients.dimension=100", "clients.dimension=100: must be clients.count or more"),
+        ("membership.adapter=first", "membership.adapter=first: must be one of: best, last"),
+        ("membership.time=1", "membership.time=1.0: must lie between 0 and 1"),
+        ("fits.longest=10", "fits.longest=10: must be 0, or 1024 or more"),
+        ("false_alarms=0.5", "false_alarms=0.5: must be over 0, at most 0.05"),
+        ("confidence=0.3", "confidence=0.3: must lie between"),
+        ("canary.count=9", "no such key; did you mean"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    mistake: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    assert command(monkeypatch, tmp_path / "audit", *mistake.split()) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert words in said
+    assert not (tmp_path / "audit").exists()
+
+
+def test_plots_say_what_they_are_given() -> None:
+    row = ("loss", Interval(0.7, 0.65, 0.75), "shared")
+    assert "0.700 ± 0.050" in plots.intervals([row], chance=0.5, low=0.4, high=0.8)
+    found = judge(drawn(np.arange(40.0), np.arange(40) % 3 == 0, np.arange(40) % 8), resamples=100)
+    assert audit_page.thinned(found.roc) is found.roc
+    many = drawn(np.random.default_rng(0).normal(size=3000), np.arange(3000) % 2 == 0)
+    whole = roc(many)
+    few = audit_page.thinned(whole)
+    assert len(few.fpr) <= 510
+    assert few.auc == pytest.approx(whole.auc, abs=2e-3)
+    assert Results().sound

@@ -1,0 +1,99 @@
+"""The hardware of a fleet's profiles, and how lives begin."""
+
+from dataclasses import replace
+
+import pytest
+
+from client.planning.plan_search import pass_seconds
+from common.errors import AntherError
+from conf.compose import compose
+from conf.schemas.planning import device_profile
+from models.base.base import Base, load
+from models.families.family import ATTENTION
+from models.families.known import find
+from models.footprint.footprint import example, footprint, shapes
+from privacy.storage import Files
+from simulations.fleet.costs import costs
+from simulations.fleet.hardware import hardware, turn
+from simulations.fleet.participants import participants
+from simulations.fleet.virtual_fleet import lives
+from tests.helpers.fleet import PLAN
+from tests.helpers.timed_fleet import COSTS
+
+
+def test_profiles_are_dealt_by_their_shares():
+    fleet = compose("fleet=week").fleet
+    dealt = turn(fleet)
+    assert len(dealt) == sum(profile.share for profile in fleet.profiles) == 10
+    assert [dealt.count(profile) for profile in fleet.profiles] == [profile.share for profile in fleet.profiles]
+
+
+def test_what_a_file_does_not_state_is_its_hardwares_and_predicted():
+    phone = "{name: p, device: pixel8, uplink_mbps: 1, downlink_mbps: 1"
+    fleet = compose(f"'fleet.profiles=[{phone}}},{phone}, memory_gib: 1, examples_per_second: 0.5, watts: 2}}]'").fleet
+    silent, stated = hardware(fleet, COSTS, 3)
+    device = device_profile("pixel8")
+    assert (silent.memory_gib, silent.watts) == (device.memory_gib, device.watts_busy)
+    assert silent.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, device))
+    assert (stated.memory_gib, stated.examples_per_second, stated.watts) == (1, 0.5, 2)
+    assert stated.known.memory_gib == 1
+    assert stated.seconds(PLAN, COSTS) == pytest.approx(PLAN.steps * PLAN.batch_size / 0.5)
+    with pytest.raises(AntherError, match=r"fleet\.profiles: p: device=toaster: no such device"):
+        hardware(compose(f"'fleet.profiles=[{phone.replace('pixel8', 'toaster')}}}]'").fleet, COSTS, 3)
+
+
+def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
+    (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
+
+    config = compose("fleet=week data.writers=10")
+    people, taken = participants(config, base, lambda name: Files(tmp_path / name)), costs(config, base)
+
+    def born(**changes):
+        return lives(replace(config, **changes), people, tmp_path).fleet
+
+    first, again, other = born(), born(), born(seed=1)
+    assert all(
+        owned.body.capacity is None or 0.3 <= owned.moment.charge / owned.body.capacity <= 1 for owned in first.values()
+    )
+    moments = [[owned.at(80_000.0) for owned in fleet.values()] for fleet in (first, again, other)]
+    assert moments[0] == moments[1] != moments[2]
+    for owned in first.values():
+        rate = 1 / taken.example_seconds(8, owned.hardware.known)
+        assert owned.hardware.examples_per_second == pytest.approx(rate)
+    traced = born(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
+    assert {owned.hours.plugged(1800.0) for owned in traced.values()} == {True}
+    assert {owned.hours.plugged(7200.0) for owned in traced.values()} == {False}
+
+
+def test_a_rate_counts_for_the_base_that_it_was_measured_on(base: Base):
+    """For another base, or another resolution of it, it is predicted as client.cli.plan does."""
+    fleet = compose("fleet=mixed").fleet
+    glyphs = load("glyphs", sites=r".*\.attn[12]\.to_(q|k|v|out\.0)")
+    stated = hardware(fleet, COSTS, 3, glyphs)
+    assert [kind.examples_per_second for kind in stated] == [25, 56, 77, 47, 110, 140]
+    assert not any(kind.predicted for kind in stated)
+    larger = load("glyphs", sites="conv_in", resolution=2 * glyphs.resolution)
+    for other in (base, larger):
+        for kind in hardware(fleet, COSTS, 3, other):
+            assert kind.predicted
+            assert kind.device is not None
+            assert kind.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, kind.device))
+            assert (kind.memory_gib, kind.watts) == (kind.profile.memory_gib, kind.profile.watts)
+
+
+def test_a_rate_of_the_runs_own_base_counts_whatever_it_is(base: Base):
+    own = "{name: p, memory_gib: 1, examples_per_second: 0.5, watts: 2, uplink_mbps: 1, downlink_mbps: 1}"
+    (kind,) = hardware(compose(f"'fleet.profiles=[{own}]'").fleet, COSTS, 3, base)
+    assert (kind.examples_per_second, kind.predicted) == (0.5, False)
+    with pytest.raises(AntherError, match="measured_on=glyphs of p: name its hardware too"):
+        compose(f"'fleet.profiles=[{own[:-1]}, measured_on: glyphs}}]'")
+
+
+@pytest.mark.slow
+def test_stable_diffusion_on_a_pi_takes_what_the_plan_says():
+    """About 106 s a step at 512 pixels, where a run's page told of 0.04 s."""
+    (pi,) = [p for p in compose("fleet=pis").fleet.profiles if p.name == "pi4_4gb"]
+    known = find("sd15")
+    held = shapes(known, sites=ATTENTION, weights="int8", checkpointing="block")
+    predicted = footprint(held, *example(known, 512), rank=8)
+    assert 60 < pass_seconds(predicted, device_profile(pi.device or "")) < 200

@@ -1,0 +1,196 @@
+"""Who takes part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import AntherError
+from conf.compose import compose
+from models.base.base import Base
+from privacy.accounting import NonPrivate, PoissonGaussian
+from privacy.policy import Policy, Refusal
+from privacy.storage import Files
+from simulations.fleet.participants import Participant, judged, owners_policy, participants, slug, writers
+from strategies.planning.full_plan import training_plan
+from strategies.private_evaluation import measuring, spending
+from tests.simulations.test_run import own_pictures
+
+
+def fleet(base: Base, folder: Path, overrides: str) -> list[Participant]:
+    return participants(compose(overrides), base, lambda name: Files(folder / name))
+
+
+def names(base: Base, folder: Path, overrides: str) -> list[str]:
+    return [person.name for person in fleet(base, folder, overrides)]
+
+
+def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
+    config = compose("privacy=example privacy.epsilon=4 rounds=3 privacy.measuring.every=3")
+    policy, plan, measured = owners_policy(config), training_plan(config, run="r", base="b"), spending(config)
+    private = plan.privacy
+    assert private is not None
+    policy.check_plan(plan)
+    policy.check_measure(measuring(config, simulated=True).among_pictures)
+    round_ = PoissonGaussian(
+        noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
+    )
+    policy.check_spending([round_, round_, *measured], round_)
+    for refused in (
+        lambda: policy.check_spending([round_, round_, round_, *measured], round_),
+        lambda: policy.check_spending([], NonPrivate()),
+        lambda: policy.check_measure(None),
+        lambda: owners_policy(compose("privacy=example")).check_measure(
+            measuring(config, simulated=True).among_pictures
+        ),
+    ):
+        with pytest.raises(Refusal):
+            refused()
+    assert owners_policy(compose("privacy=none")) == owners_policy(compose("privacy=device")) == Policy()
+
+
+def test_folders_take_the_place_of_writers(base: Base, tmp_path: Path) -> None:
+    mine, yours = own_pictures(tmp_path / "mine"), own_pictures(tmp_path / "yours")
+    found = names(base, tmp_path / "fleet", f"data.writers=3 'data.pictures=[{mine}]'")
+    assert len(found) == 3
+    assert "mine" in found
+    assert names(base, tmp_path / "fleet", f"data.writers=1 'data.pictures=[{mine},{yours}]'") == ["mine", "yours"]
+    assert names(base, tmp_path / "fleet", f"data.writers=0 'data.pictures=[{mine}]'") == ["mine"]
+
+
+def test_profiles_are_dealt_in_turn_and_reports_say_so(base: Base, tmp_path: Path) -> None:
+    config = compose("data.writers=7")
+    people = fleet(base, tmp_path, "data.writers=7")
+    kinds = [profile.name for profile in config.fleet.profiles]
+    assert [person.profile for person in people] == [kinds[i % len(kinds)] for i in range(7)]
+    assert [person.name for person in people] == sorted(person.name for person in people)
+    assert all(person.device.report.base == base.hash for person in people)
+    assert not (tmp_path / people[0].name).exists()  # nothing is written before the run is claimed
+
+
+def test_what_a_profile_trains_at_most_is_told(base: Base, tmp_path: Path) -> None:
+    told = {
+        person.profile: person.device.report
+        for person in fleet(base, tmp_path, "fleet=ranks_halves data.writers=8 adapter.shared.rank=16")
+    }
+    assert [told[f"rank_{rank}"].rank for rank in (2, 4, 8, 16)] == [2, 4, 8, 16]
+    assert told["rank_2"].sites is None
+    half = told["rank_2_half_the_sites"].sites
+    assert half is not None
+    assert set(half) == {name for name in base.sites if "attn2" in name}
+    assert 2 * len(half) == len(base.sites)
+    with pytest.raises(AntherError, match=r"fleet.profiles: sites=x9 of all: the base has none such"):
+        fleet(
+            base,
+            tmp_path,
+            "data.writers=2 'fleet.profiles=[{name: all, memory_gib: 1, examples_per_second: 1, "
+            "watts: 1, uplink_mbps: 1, downlink_mbps: 1, sites: x9}]'",
+        )
+
+
+def test_splits_are_as_large_as_asked_and_disjoint() -> None:
+    for writer in writers(compose("data.train=4 data.validation=3 data.test=5").data):
+        assert tuple(map(len, writer.pictures)) == (4, 3, 5)
+        assert len({picture.caption for split in writer.pictures for picture in split}) == 12
+
+
+def test_too_many_writers_are_refused() -> None:
+    with pytest.raises(AntherError, match="only 20 development writers"):
+        writers(compose("data.writers=21").data)
+
+
+def test_folders_of_one_name_are_refused(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    folders = [own_pictures(tmp_path / parent / "cats") for parent in ("one", "two")]
+    with pytest.raises(AntherError, match="two folders are called cats"):
+        names(base, tmp_path / "fleet", f"'data.pictures=[{folders[0]},{folders[1]}]'")
+
+
+def test_a_folder_with_a_writers_name_is_refused(base: Base, tmp_path: Path) -> None:
+    folder = own_pictures(tmp_path / writers(compose("").data)[0].name)
+    with pytest.raises(AntherError, match="two devices are called"):
+        names(base, tmp_path / "fleet", f"data.writers=20 'data.pictures=[{folder}]'")
+
+
+def test_writers_are_dealt_to_devices_in_turn(base: Base, tmp_path: Path) -> None:
+    people = fleet(base, tmp_path, "data.writers=3 data.devices=8 data.train=4")
+    firsts = names(base, tmp_path, "data.writers=3")
+    assert [person.name for person in people if not person.copy] == firsts
+    assert sorted(person.name for person in people) == [person.name for person in people]
+    assert len({person.name for person in people}) == 8
+    further = [person for person in people if person.copy]
+    assert all(person.name.rsplit("-", 1)[1] == f"{person.copy + 1:04d}" for person in further)
+    assert sorted(person.copy for person in people) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_further_device_has_its_own_pictures_and_streams(base: Base, tmp_path: Path) -> None:
+    people = {person.name: person for person in fleet(base, tmp_path, "data.writers=1 data.devices=4 data.train=5")}
+    (first,) = (name for name, person in people.items() if not person.copy)
+    writer = writers(compose("data.train=5").data)[0]
+    own = people[first].pictures.train
+    assert [picture.caption for picture in own] == [picture.caption for picture in writer.pictures.train]
+    held_out = {picture.caption for split in writer.pictures[1:] for picture in split}
+    chosen = []
+    for person in people.values():
+        for split in ("validation", "test"):
+            pairs = zip(getattr(person.pictures, split), getattr(writer.pictures, split), strict=True)
+            assert all(np.array_equal(one.pixels, other.pixels) for one, other in pairs)
+        captions = [picture.caption for picture in person.pictures.train]
+        assert len(set(captions)) == 5
+        assert not held_out & set(captions)
+        assert captions == [picture.caption for picture in person.device.pictures().train]  # at every look
+        chosen.append(frozenset(captions))
+    assert len(set(chosen)) == 4
+    noises = [float(person.device.noise(1, "shared").rounded_gaussian(1, 1e9)) for person in people.values()]
+    assert len(set(noises)) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("data.devices=19", "data.devices=19: fewer than data.writers=20"),
+        ("data.devices=30 'data.pictures=[x]'", "leave data.devices or data.pictures out"),
+        ("data.devices=30 fleet.sample=31", "fleet.sample=31: there are only 30 devices"),
+        ("fleet.evaluate=21", "fleet.evaluate=21: there are only 20 devices"),
+        ("fleet.evaluate=0", "fleet.evaluate=0"),
+        ("evaluation.devices=21", "evaluation.devices=21: there are only 20 devices"),
+        ("evaluation.devices=0", "evaluation.devices=0"),
+    ],
+)
+def test_counts_that_do_not_fit_are_one_line(overrides: str, words: str) -> None:
+    with pytest.raises(AntherError, match=words) as raised:
+        compose(overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_one_of_each_writer_is_judged_first(base: Base, tmp_path: Path) -> None:
+    people = fleet(base, tmp_path, "data.writers=4 data.devices=12")
+    assert judged(people, None) == [person for person in people if not person.copy]
+    few, more = judged(people, 2), judged(people, 6)
+    assert {person.name for person in few} < {person.name for person in judged(people, 4)}
+    assert judged(people, 4) == judged(people, None)
+    assert sorted(person.copy for person in more) == [0, 0, 0, 0, 1, 1]
+    assert [person.name for person in more] == sorted(person.name for person in more)
+    everybody = fleet(base, tmp_path, "data.writers=4")
+    assert judged(everybody, None) == everybody
+
+
+def test_names_are_safe_for_files() -> None:
+    assert slug("../My cat! №5") == "my-cat-5"
+    assert slug("猫") == "unnamed"
+
+
+def test_label_skew_gives_writers_glyphs_of_one_kind_and_holds_out_the_same() -> None:
+    plain, skewed = (writers(compose(f"data.train=3 data.skew={skew}").data) for skew in ("false", "true"))
+    words = ("digit", "capital", "lowercase")
+    for place, (before, after) in enumerate(zip(plain, skewed, strict=True)):
+        (kind,) = [word for word in words if words[place % 3] == word]
+        available = sum(picture.caption.startswith(kind) for picture in before.pool)
+        assert sum(p.caption.startswith(kind) for p in after.pictures.train) == min(3, available)
+        held_out = [[p.caption for p in who.pictures.test + who.pictures.validation] for who in (before, after)]
+        assert held_out[0] == held_out[1]
+    with pytest.raises(AntherError, match=r"data\.skew"):
+        compose("data.devices=40 data.skew=true")

@@ -1,0 +1,68 @@
+"""An output folder is one run's: resumed with the same settings, base, data and pictures, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from common.errors import AntherError
+from conf.compose import compose
+from models.base.base import Base
+from privacy.storage import Files
+from simulations import run_dir
+from simulations.fleet.participants import identity, participants
+from tests.simulations.test_run import own_pictures
+
+FRESH, RESUMED = compose("data.writers=0 data.pictures=[x]"), compose("data.writers=0 data.pictures=[x] resume=true")
+ASSETS = {"base": "b", "data": "d"}
+
+
+def replace_one(folder: Path) -> None:
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(folder / "0.png")
+
+
+def rename_caption(folder: Path) -> None:
+    sheet = folder / "metadata.jsonl"
+    sheet.write_text(sheet.read_text().replace("my picture 3", "another picture"))
+
+
+@pytest.mark.parametrize("change", [replace_one, rename_caption])
+def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    mine = own_pictures(tmp_path / "mine")
+
+    def now() -> str:
+        config = compose(f"data.writers=1 'data.pictures=[{mine}]'")
+        found = identity(participants(config, base, lambda name: Files(tmp_path / name)))
+        assert found is not None
+        return found
+
+    before = now()
+    assert now() == before
+    run_dir.claim(tmp_path / "run", FRESH, {**ASSETS, run_dir.PICTURES: before}, memory=7)
+    assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: now()}, memory=9) == 7
+    change(mine)
+    with pytest.raises(AntherError, match="was run with another set of pictures"):
+        run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: now()}, memory=9)
+
+
+def test_letters_alone_have_no_pictures_of_ones_own(base: Base, tmp_path: Path) -> None:
+    assert identity(participants(compose("data.writers=2"), base, lambda name: Files(tmp_path / name))) is None
+
+
+def test_runs_of_before_are_resumed_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
+    assert "background" not in json.loads((tmp_path / "run/run.json").read_text())["config"]["data"]
+    assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: "p"}, memory=9) == 7
+    assert "isn't known" in caplog.text
+
+
+def test_a_setting_that_was_added_counts_once_it_is_chosen(tmp_path: Path) -> None:
+    black = compose("data.writers=0 data.pictures=[x] data.background=black resume=true")
+    assert run_dir.config_hash(black) != run_dir.config_hash(FRESH)
+    run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
+    with pytest.raises(AntherError, match=r"data\.background was None, now black"):
+        run_dir.check(tmp_path / "run", black)

@@ -1,0 +1,180 @@
+"""Plans fit the device."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.lora.adapter import Site
+from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
+from strategies.planning.plan import Cosine, Limits, seconds_per_step, upload
+from strategies.planning.planner import Planner
+from strategies.selection.everyone import Everyone
+from strategies.selection.fixed_panel import Panel
+from strategies.selection.sample import Sample
+from training.public_duration import scheduled
+
+REPORT = DeviceReport(
+    device="a",
+    base="b",
+    profile="p",
+    memory_gib=4.0,
+    examples_per_second=2.0,
+    watts=5.0,
+    uplink_mbps=8.0,
+    downlink_mbps=80.0,
+)
+FULL = TrainingPlan(run="r", round=1, base="b", rank=8, steps=10, batch_size=4, learning_rate=1e-3)
+
+
+SITES = {"x": Site(15_625, 15_625)}  # a megabit for each direction
+
+
+def planned(report=REPORT, full=FULL, **limits):
+    planner = Planner(sites=SITES, limits=Limits(**limits))
+    return planner.plans([report], full, adapter={}, download=10_000_000)[report.device]
+
+
+def plan(report=REPORT, full=FULL, **limits):
+    return planned(report, full, **limits).plan
+
+
+def test_without_limits_the_full_plan():
+    assert plan() == FULL
+
+
+def test_metered_links_carry_fewer_directions():
+    metered = replace(REPORT, metered=True)
+    assert plan(metered, metered_rank=4) == replace(FULL, rank=4)
+    assert plan(metered, metered_rank=16) == FULL
+    assert plan(metered) == FULL
+    assert plan(metered_rank=4) == FULL
+
+
+def test_metered_and_slow_links_carry_fewer_bits():
+    metered, slow = replace(REPORT, metered=True), replace(REPORT, uplink_mbps=1.9)
+    light = replace(FULL, update="int4")
+    assert plan(metered, metered_update="int4") == plan(slow, metered_update="int4") == light
+    assert plan(metered, metered_update="int4", feedback=True) == replace(light, feedback=True)
+    assert plan(replace(REPORT, uplink_mbps=2.0), metered_update="int4") == plan(metered) == FULL
+    few = replace(FULL, update="int8")
+    assert plan(metered, full=few, metered_update="int4").update == "int4"
+    assert plan(metered, full=few, metered_update="fp16") == few  # never more bits than the others
+    assert planned(metered, metered_update="int4").seconds < planned(metered).seconds
+    assert planned(metered, replace(FULL, scaffold=True), metered_update="int4").plan.update == "int4"
+
+
+def test_no_device_is_asked_for_more_than_it_trains():
+    few = replace(REPORT, rank=4)
+    assert plan(few) == replace(FULL, rank=4)
+    assert plan(replace(few, metered=True), metered_rank=2) == replace(FULL, rank=2)
+    assert plan(replace(REPORT, rank=16)) == FULL
+    assert Planner(sites=SITES, limits=Limits(), mixed_ranks=False).plans([few], FULL, adapter={}, download=1) == {}
+    two = {"x": SITES["x"], "y": SITES["x"]}
+    for told, sites in ((("y", "z"), ("y",)), (("y", "x"), None), (("z",), "nothing"), ((), "nothing")):
+        found = Planner(sites=two, limits=Limits()).plans([replace(REPORT, sites=told)], FULL, adapter={}, download=1)
+        assert (found[REPORT.device].plan.sites if found else "nothing") == sites
+
+
+def test_steps_fit_the_deadline():
+    # 1 s down, 1 s up, 2 s a step: 9 s hold 3 steps
+    assert plan(deadline=9.0).steps == 3
+    assert plan(deadline=100.0).steps == 10
+    assert plan(replace(REPORT, metered=True), metered_rank=4, deadline=9.6).steps == 4  # half a second up
+
+
+def test_steps_fit_what_they_may_take_of_power():
+    # 10 J a step
+    assert plan(joules=35.0).steps == 3
+    assert plan(joules=5.0).steps == 1
+    battery = replace(REPORT, battery=0.4, battery_wh=0.1)  # 144 J of 360
+    assert plan(battery, battery_share=0.5).steps == 7
+    assert plan(battery, battery_share=0.5, joules=50.0).steps == 5
+    for free in (replace(battery, charging=True), replace(battery, battery_wh=None), REPORT):
+        assert plan(free, battery_share=0.01).steps == 10
+
+
+def test_what_a_plan_should_cost():
+    found = planned(deadline=9.0)
+    assert (found.seconds, found.joules) == (pytest.approx(1 + 1 + 3 * 2), pytest.approx(3 * 2 * 5.0))
+    twice = replace(FULL, update="int8")
+    assert planned(full=twice).seconds == pytest.approx(1 + 1 / 4 + 10 * 2, rel=0.01)
+
+
+def test_a_plan_for_some_sites_sends_these_alone():
+    sites = {"x": Site(3, 4), "y": Site(5, 6)}
+    assert upload(FULL, sites) == 8 * 18 * 4
+    assert upload(replace(FULL, sites=("y",)), sites) == 8 * 11 * 4
+    assert upload(replace(FULL, trains="cores"), sites) == 8 * 16 * 4
+    assert upload(replace(FULL, trains="b"), sites) == 8 * 10 * 4
+
+
+def test_at_least_one_step():
+    assert plan(deadline=0.1).steps == 1
+
+
+def test_draws_take_their_time():
+    private = replace(FULL, privacy=ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=1, draws=3, delta=0.1))
+    assert plan(full=private, deadline=14.5).steps == 2
+
+
+def test_poisson_batches_take_their_public_time():
+    """So long that 10 steps of about 4 of 8 pictures are through with all but certainty."""
+    chosen = ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=1, delta=0.1)
+    step = seconds_per_step(REPORT, replace(FULL, privacy=chosen)) * REPORT.examples_per_second
+    assert step == scheduled(8, 0.5, 10) / 10
+    assert 4 < step < 8
+
+
+def test_everyone_is_sorted():
+    assert Everyone().select({"b", "a"}, draw=1) == ["a", "b"]
+
+
+def test_a_sample_depends_on_names_round_and_seed_only():
+    names = [f"d{i}" for i in range(20)]
+    first = Sample(size=5, seed=1).select(names, draw=3)
+    assert first == sorted(set(first))
+    assert len(first) == 5
+    assert set(first) <= set(names)
+    assert Sample(size=5, seed=1).select(names[::-1], draw=3) == first
+    others = [Sample(size=5, seed=1).select(names, draw=r) for r in range(20)]
+    assert len({tuple(o) for o in others}) > 10
+    assert {name for o in others for name in o} == set(names)
+    assert Sample(size=5, seed=2).select(names, draw=3) != first
+
+
+@given(st.sets(st.text(max_size=3), max_size=8), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9))
+def test_a_panel_changes_only_where_somebody_is_away(names: set[str], size: int, seed: int, round: int) -> None:
+    panel = Panel(size=size, seed=seed)
+    chosen = panel.select(names, draw=round)
+    assert chosen == panel.select(sorted(names), draw=round + 1)
+    assert len(chosen) == min(size, len(names))
+    for away in names:
+        others = panel.select(names - {away}, draw=round)
+        assert set(chosen) - {away} <= set(others)
+        assert away not in others
+
+
+def test_a_panel_depends_on_the_seed() -> None:
+    names = [f"d{i}" for i in range(20)]
+    assert len({tuple(Panel(size=5, seed=seed).select(names, draw=1)) for seed in range(20)}) > 10
+    with pytest.raises(ValueError, match="size"):
+        Panel(size=0, seed=1)
+
+
+def test_a_sample_of_fewer_devices_is_everyone():
+    assert Sample(size=5, seed=1).select(["b", "a"], draw=1) == ["a", "b"]
+    assert Sample(size=5, seed=1).select([], draw=1) == []
+    with pytest.raises(ValueError, match="size"):
+        Sample(size=0, seed=1)
+
+
+def test_a_cosine_falls_from_the_whole_rate_towards_zero():
+    rates = [Cosine(rounds=8)(0.5, number) for number in range(1, 9)]
+    assert rates[0] == 0.5
+    assert rates[4] == pytest.approx(0.25)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+    assert 0 < rates[-1] < 0.05 * rates[0]
+    assert Cosine(rounds=1)(0.5, 1) == 0.5

@@ -1,0 +1,420 @@
+"""Privacy per device over the fake fleet: what is released, what it is charged for, and what would break it."""
+
+import os
+import resource
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord
+
+from common.errors import AntherError
+from models.lora.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
+from models.lora.batched_lora import Layout
+from models.lora.lora_xs import empty
+from models.lora.trainable import trained_layout
+from privacy.accounting import DEVICE, PoissonGaussian, epsilon
+from privacy.bounded_sum import STEPS
+from privacy.central import Adaptive, Gaussian
+from privacy.noise import Secure
+from privacy.sensitivity import RESOLUTION
+from protocol import records
+from protocol.messages import ExamplePrivacy
+from protocol.tensor_codec import decode, encode
+from simulations.grid.cohort import CohortGrid
+from strategies.aggregation import Aggregated
+from strategies.aggregation.exact import Exact
+from strategies.aggregation.fedsb import FedSB
+from strategies.central_dp import Exhausted, changes
+from strategies.private_evaluation import AmongDevices, Measuring
+from strategies.selection.sample import Sample
+from strategies.server_optimizers import FedAvgM
+from tests.helpers.central import BUDGET, CLIP, EXPECTED, Z, device_level, poisson, private, simulated
+from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
+
+START = initial(SITES, 3, seed=0)
+DP_SGD = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _fake_logic(monkeypatch):
+    monkeypatch.setattr("simulations.grid.cohort.handle", handle)
+
+
+def start():
+    return records.adapter_to_record(encode(to_tensors(START)))
+
+
+def train(federated, devices, *, server_round=1):
+    grid = CohortGrid(devices, perform)
+    messages = federated.configure_train(server_round, start(), ConfigRecord(), grid)
+    arrays, _ = federated.aggregate_train(server_round, grid.send_and_receive(messages))
+    return None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), shapes(SITES, -1)))
+
+
+def flat(adapter):
+    """[D], site by site, A before B: the order that noise is added in."""
+    return np.concatenate([part.double().numpy().ravel() for site in SITES for part in adapter[site]])
+
+
+def trained(device):
+    """The factors that a fake device sends in round 1."""
+    sent = {}
+
+    def look(reply):
+        if hasattr(reply, "adapter"):
+            sent["adapter"] = from_tensors(decode(reply.adapter, shapes(SITES, -1)))
+        return reply
+
+    train(strategy(), [replace(device, misbehave=look)])
+    return sent["adapter"]
+
+
+def raises(_reply):
+    raise RuntimeError("battery empty")
+
+
+def moved(factor):
+    """Misbehaviour: send the adapter moved by a constant."""
+
+    def misbehave(reply):
+        return replace(reply, adapter=encode({name: part + factor for name, part in to_tensors(START).items()}))
+
+    return misbehave
+
+
+def unmoved(reply):
+    return replace(reply, adapter=encode(to_tensors(START)))
+
+
+def expected_release(devices):
+    """The loop of McMahan et al., with the normal numbers that the server will draw."""
+    total = np.zeros(flat(START).size)
+    for device in devices:
+        update = flat(trained(device)) - flat(START)
+        total += update * min(1.0, CLIP / np.linalg.norm(update))
+    noise = simulated("updates", 1).rounded_gaussian(total.size, Z * RESOLUTION).numpy() * (CLIP / RESOLUTION)
+    return flat(START) + (total + noise) / EXPECTED
+
+
+def test_the_release_is_that_of_a_loop(tmp_path):
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    found = train(private(tmp_path), devices)
+    assert flat(found) == pytest.approx(expected_release(devices), abs=1e-6)
+
+
+def test_who_drops_out_contributes_zero_and_the_divisor_stays(tmp_path):
+    away = [FakeDevice("c", misbehave=raises), FakeDevice("d", misbehave=moved(float("nan")))]
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    federated = private(tmp_path)
+    assert flat(train(federated, [*devices, *away])) == pytest.approx(expected_release(devices), abs=1e-6)
+    assert federated.trained.dropped == {"codec": 1, "failed": 1}
+
+
+def test_nobody_good_is_noised_and_released_all_the_same(tmp_path):
+    federated = private(tmp_path)
+    found = train(federated, [FakeDevice("a", misbehave=raises)])
+    assert flat(found) == pytest.approx(expected_release([]), abs=1e-6)
+    assert federated.trained.replied == 0
+    assert train(private(tmp_path), []) is not None
+
+
+def test_a_zero_update_stays_zero(tmp_path):
+    found = train(private(tmp_path), [FakeDevice("a", misbehave=unmoved)])
+    assert flat(found) == pytest.approx(expected_release([]), abs=1e-6)
+
+
+def test_one_device_more_moves_the_release_by_the_clip_over_the_constant(tmp_path):
+    """A device that sends far more than the clip, beside two others; the noise is the same."""
+    others = [FakeDevice("b"), FakeDevice("c")]
+    without = train(private(tmp_path / "1"), others)
+    having = train(private(tmp_path / "2"), [*others, FakeDevice("a", misbehave=moved(1.0))])
+    distance = np.linalg.norm(flat(having) - flat(without))
+    assert distance <= CLIP / EXPECTED * (1 + 1e-5)  # float32 of the adapter
+    assert distance == pytest.approx(CLIP / EXPECTED, rel=1e-4)
+
+
+def test_steps_and_speed_give_no_weight(tmp_path):
+    slow = FakeDevice("b")
+    slow.report = replace(slow.report, examples_per_second=1e-3)
+    one = train(private(tmp_path / "1"), [FakeDevice("a"), slow])
+    two = train(private(tmp_path / "2"), [FakeDevice("a"), FakeDevice("b")])
+    assert flat(one) == pytest.approx(flat(two))
+
+
+def test_a_lower_rank_contributes_zeros_beyond_it():
+    lower = {site: Factors(f.a[:2] + 1.0, f.b[:, :2]) for site, f in START.items()}
+    (change,) = changes(Layout(SITES, 3), START, [lower])
+    stacks = Layout(SITES, 3).stacks(change[None])
+    for stack in stacks.values():
+        assert torch.allclose(stack.a[0, :2], torch.ones(1, dtype=torch.float64))
+        assert not stack.a[0, 2:].any()
+        assert not stack.b.any()
+
+
+def test_real_noise_is_drawn_anew_and_is_a_release(tmp_path):
+    found = []
+    for name in "12":
+        federated = private(tmp_path / name, level={"noise": lambda _: Secure()})
+        found.append(flat(train(federated, [FakeDevice("a", misbehave=unmoved)])) - flat(START))
+        assert federated.trained.central.release
+        assert federated.device_level.ledger.charges()[0].release
+    assert not np.array_equal(*found)
+    assert np.std(found) == pytest.approx(Z * CLIP / EXPECTED, rel=0.3)
+    federated = private(tmp_path / "3")
+    train(federated, [FakeDevice("a")])
+    assert not federated.trained.central.release
+    assert not federated.device_level.ledger.charges()[0].release
+
+
+def test_the_charge_is_on_the_disk_before_a_message_leaves(tmp_path):
+    federated, grid = private(tmp_path), CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
+    assert federated.device_level.ledger.charges() == []
+    federated.configure_train(1, start(), ConfigRecord(), grid)
+    (charge,) = device_level(tmp_path).ledger.charges()  # as another process finds it
+    assert (charge.round, charge.asked, charge.clip, charge.expected) == (1, ("a", "b"), CLIP, EXPECTED)
+    assert (charge.mechanism.noise_multiplier, charge.mechanism.sampling_rate) == (Z, 1.0)
+
+
+def test_room_for_every_update_is_held_before_a_round_is_charged_for(tmp_path):
+    """As on a full disk: files may not grow beyond so much."""
+    each = 4 * sum(part.numel() for factors in START.values() for part in factors)
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * each, limits[1]))  # and a few bytes more are needed
+    try:
+        with pytest.raises(AntherError, match="a round's updates may take 1 MiB there; make room, or name another"):
+            train(private(tmp_path), devices)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert device_level(tmp_path).ledger.charges() == []
+    federated = private(tmp_path)
+    messages = federated.configure_train(1, start(), ConfigRecord(), grid := CohortGrid(devices, perform))
+    held = federated._held.adapters._file.fileno()
+    assert os.fstat(held).st_size >= 2 * each
+    found, _ = federated.aggregate_train(1, grid.send_and_receive(messages))
+    assert found is not None
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(held)  # what was held was used, and is given back
+
+
+def test_a_round_is_released_once_and_only_if_it_was_charged_for(tmp_path):
+    federated = private(tmp_path)
+    train(federated, [FakeDevice("a")])
+    with pytest.raises(ValueError, match="charged for before it is released, and released once"):
+        federated.device_level.close(federated._aggregation, START, [], round=1)
+
+
+def test_devices_at_their_cap_are_not_asked(tmp_path):
+    federated = private(tmp_path, level={"budget": replace(BUDGET, participations=2)}, selection=Sample(size=1, seed=0))
+    devices, asked = [FakeDevice("a"), FakeDevice("b")], []
+    for number in (1, 2, 3, 4):
+        train(federated, devices, server_round=number)
+        asked += federated.trained.devices
+    assert sorted(asked) == ["a", "a", "b", "b"]
+    with pytest.raises(Exhausted, match="every device was asked in 2 rounds"):
+        train(federated, devices, server_round=5)
+    assert len(federated.device_level.ledger.charges()) == 4
+
+
+def test_a_secret_sample_pays_for_every_round_and_leaves_nobody_out(tmp_path):
+    budget = replace(BUDGET, participations=None)
+    federated = private(tmp_path, level={"budget": budget, "sampling_rate": 0.5}, selection=poisson(0.5))
+    devices = [FakeDevice(name) for name in "abcdef"]
+    sizes = []
+    for number in range(1, 9):
+        train(federated, devices, server_round=number)
+        sizes.append(federated.trained.asked)
+    assert len(set(sizes)) > 1
+    charges = federated.device_level.ledger.charges()
+    assert [charge.asked for charge in charges] == [None] * 8
+    assert {charge.mechanism.sampling_rate for charge in charges} == {0.5}
+
+
+def test_a_rate_that_the_selection_does_not_have_is_refused(tmp_path):
+    for level, chosen in (({"sampling_rate": 0.5}, Sample(size=1, seed=0)), ({}, poisson(0.5))):
+        with pytest.raises(ValueError, match="accounted with a sampling rate"):
+            private(tmp_path, level=level, selection=chosen)
+    with pytest.raises(ValueError, match="accounted with a sampling rate"):
+        private(tmp_path, level={"sampling_rate": 0.4}, selection=poisson(0.5))
+
+
+def test_a_rule_that_is_not_linear_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not linear in the updates"):
+        private(tmp_path, aggregation=Exact(rank=3, max_rank=None, seed=0))
+
+
+def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noised(tmp_path):
+    federated = private(tmp_path)
+    train(federated, [FakeDevice("a")])
+    facts = federated.trained
+    assert facts.loss is None  # the device told it
+    assert facts.epsilon is None
+    (guarantee,) = facts.guarantees
+    assert guarantee == facts.central.guarantee
+    assert (guarantee.unit, guarantee.delta, guarantee.relation) == ("device", 1e-3, "add_or_remove_one")
+    assert set(facts.diagnostics) == {"snr", "clip", "noise"}
+    assert facts.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
+    assert federated.private
+    assert not federated.measures(1)
+
+
+def test_a_release_that_every_device_would_refuse_stays_charged_and_is_not_the_next_adapter(tmp_path, caplog):
+    """By the noise, or by the server's step after it."""
+    loud, far = {"clip": 1e4}, FedAvgM(rate=1e4, momentum=0.9)
+    for name, settings in (("noise", {"level": loud}), ("step", {"optimiser": far})):
+        federated, devices = private(tmp_path / name, **settings), [FakeDevice("a")]
+        assert train(federated, devices) is None
+        assert "devices would refuse the next" in caplog.text
+        caplog.clear()
+        assert federated.memory == {}
+        assert federated.trained.central.guarantee == federated.trained.guarantees[0]
+        assert federated.device_level.ledger.participations() == {"a": 1}
+
+
+def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
+    once = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
+    training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
+    enough = epsilon([training, once], BUDGET.delta, DEVICE).value
+    budget = replace(BUDGET, epsilon=enough, beside=(once,))
+    level = device_level(tmp_path, budget=budget)
+    level.open(1, ["a"], b"adapter")  # what is planned to be measured is paid already
+    assert level.pays_for(1, b"adapter", once, clip=0.1, expected=8.0)
+    charge = level.ledger.charges()[-1]
+    assert (charge.purpose, charge.asked, charge.clip, charge.expected) == ("measure", None, 0.1, 8.0)
+    assert not level.pays_for(1, b"adapter", once, clip=0.1, expected=8.0)  # again, after a restart
+    assert "round 1 is not measured: round 1 would bring a device to ε=" in caplog.text
+    assert len(level.ledger.charges()) == 2
+    assert level.ledger.participations() == {"a": 1}
+
+
+def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(tmp_path):
+    once = PoissonGaussian(noise_multiplier=5.0, sampling_rate=1.0, steps=1)
+    training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
+    enough = epsilon([training, once], BUDGET.delta, DEVICE).value + 1e-9
+    hidden = AmongDevices(noise_multiplier=5.0, clip=0.2, devices=4, noise=lambda number: simulated("measure", number))
+    federated = private(
+        tmp_path,
+        level={"budget": replace(BUDGET, epsilon=enough, beside=(once,))},
+        measuring=Measuring(every=1, among_devices=hidden),
+    )
+    devices = [FakeDevice("a"), FakeDevice("b")]
+    train(federated, devices)
+    grid, told = CohortGrid(devices, perform), []
+    for _ in range(2):  # the second time nothing is left to pay with
+        asked = list(federated.configure_evaluate(1, start(), ConfigRecord(), grid))
+        federated.aggregate_evaluate(1, grid.send_and_receive(asked))
+        told.append((len(asked), federated.validation))
+    (asked, first), (none, second) = told
+    gains = 2 * min(0.2, 1.0 - 1.0 / 2)  # what both fake devices tell, clipped
+    noise = simulated("measure", 1).rounded_gaussian(1, 5.0 * STEPS).item() * 0.2 / STEPS
+    assert (asked, first.gain) == (2, pytest.approx((gains + noise) / 4, abs=1e-3))
+    assert (first.base, first.shared, first.devices) == (None, None, {})
+    assert (none, second.gain, second.dropped) == (0, None, {})
+    assert [charge.purpose for charge in federated.device_level.ledger.charges()] == ["train", "measure"]
+
+
+def test_a_run_that_is_private_per_device_keeps_no_open_measure(tmp_path):
+    with pytest.raises(ValueError, match="keeps no measure without noise"):
+        private(tmp_path, measuring=Measuring())
+
+
+def test_cores_alone_are_clipped_and_noised(tmp_path):
+    size = 3
+    generator = torch.Generator().manual_seed(0)
+
+    def columns(length):
+        return torch.linalg.qr(torch.randn(length, size, generator=generator)).Q
+
+    frame = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
+    level = device_level(tmp_path, frame=frame)
+    level.open(1, ["a"], b"adapter")
+    found, _ = level.close(FedSB(), empty(frame), [], round=1)
+    noise = simulated("updates", 1).rounded_gaussian(len(SITES) * size * size, Z * RESOLUTION)
+    cores = trained_layout(SITES, size, "cores", frame).pack(found.adapter)
+    assert cores.numpy() == pytest.approx((noise * (CLIP / RESOLUTION) / EXPECTED).numpy(), abs=1e-6)
+    for name, (a, left) in frame.items():
+        assert torch.equal(found.adapter[name].a, a)
+        assert torch.allclose(left @ (left.T @ found.adapter[name].b), found.adapter[name].b, atol=1e-6)
+
+
+def test_both_levels_promise_two_things(tmp_path):
+    federated = private(tmp_path, plan=replace(PLAN, privacy=DP_SGD))
+    train(federated, [FakeDevice("a"), FakeDevice("b")])
+    of_image, of_device = federated.trained.guarantees
+    assert (of_image.unit, of_image.value, of_device.unit) == ("image", 1.5, "device")
+    assert of_device.value == federated.trained.central.guarantee.value
+
+
+def test_updates_that_are_private_already_have_a_signal_to_noise_too():
+    federated = strategy(plan=replace(PLAN, privacy=DP_SGD), accept_simulated=True)
+    train(federated, [FakeDevice(name) for name in "abcd"])
+    assert 0 <= federated.trained.diagnostics["snr"] < 2  # what fake devices do is noise
+    assert "snr" not in train_facts(strategy(), [FakeDevice(name) for name in "abcd"]).diagnostics
+
+
+def train_facts(federated, devices):
+    train(federated, devices)
+    return federated.trained
+
+
+def test_an_adaptive_clip_goes_on_where_it_stood(tmp_path):
+    adaptive = Adaptive(quantile=0.5, rate=0.5, deviation=1.0)
+    level = {"mechanism": Gaussian(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
+    federated = private(tmp_path, level=level)
+    first = train_facts(federated, [FakeDevice("a")]).central
+    assert first.clip == CLIP != first.next_clip
+    federated.device_level.resume(first)
+    assert train_facts(federated, [FakeDevice("a")]).central.clip == first.next_clip
+    federated.device_level.resume(None)
+    assert train_facts(federated, [FakeDevice("a")]).central.clip == CLIP
+    charged = [charge.clip for charge in federated.device_level.ledger.charges()]
+    assert charged == [CLIP, first.next_clip, CLIP]
+
+
+def test_the_shape_of_the_adapter_stays(tmp_path):
+    assert rank(train(private(tmp_path), [FakeDevice("a")])) == 3
+
+
+@pytest.mark.parametrize("scale", [0x3DCD, 0x3F80])  # 0.1 and 1, bfloat16
+def test_what_is_decoded_of_a_rounded_change_is_clipped(tmp_path, scale):
+    """Whatever a device sends and carries over from earlier rounds, it moves the sum by C at most."""
+
+    def largest(reply):
+        return replace(reply, adapter=scale.to_bytes(2, "little") * 4 + reply.adapter[8:])
+
+    plan = replace(PLAN, update="int4", feedback=True)
+    apart = []
+    for devices in ([], [FakeDevice("a", misbehave=largest)]):
+        federated = private(tmp_path / str(len(devices)), plan=plan)
+        apart.append(flat(train(federated, [FakeDevice("b"), *devices])))
+        assert federated.trained.dropped == {}
+    assert np.linalg.norm(apart[1] - apart[0]) * EXPECTED == pytest.approx(CLIP, rel=1e-4)
+
+
+def test_an_optimiser_steps_from_the_noised_mean(tmp_path):
+    devices = [FakeDevice("a"), FakeDevice("b", misbehave=lambda _: 1 / 0)]
+    released = train(private(tmp_path / "mean"), devices)
+    stepped = private(tmp_path / "step", optimiser=FedAvgM(rate=0.5, momentum=0.9))
+    assert flat(train(stepped, devices)) == pytest.approx((flat(START) + flat(released)) / 2, abs=1e-6)
+    change = flat(released) - flat(START)
+    kept = from_tensors(stepped.memory["mean"])
+    assert flat(kept) == pytest.approx(change, abs=1e-6)
+
+
+def test_of_cores_an_optimiser_moves_the_cores_alone():
+    frame = {
+        name: Factors(torch.linalg.qr(torch.randn(site.inputs, 3)).Q.T, torch.linalg.qr(torch.randn(site.outputs, 3)).Q)
+        for name, site in SITES.items()
+    }
+    federated = strategy(plan=PLAN, frame=frame, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0))
+    cores = {name: torch.randn(3, 3) for name in SITES}
+    moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in frame.items()}
+    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}), {}, 1)
+    assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
+        f"{name}.core": (3, 3) for name in SITES
+    }
+    for name, (a, left) in frame.items():
+        assert torch.equal(found.adapter[name].a, a)
+        assert torch.allclose(found.adapter[name].b, left @ (0.5 * cores[name]), atol=1e-6)

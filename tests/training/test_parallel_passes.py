@@ -1,0 +1,101 @@
+"""Passes side by side: in order, really at once, and to the same result."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from models.base.base import Base
+from tests.helpers.reference_trainer import PLENTY, assert_close, job, private, room, trained
+from training import cohort, parallel_passes
+from training.buffers import Rows, Shape
+from training.cohort import train
+from training.jobs import Train
+from training.step import Entries, gradients
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ThreadPoolExecutor(3)
+    monkeypatch.setattr(parallel_passes, "_cores", lambda: 3)
+    monkeypatch.setattr(parallel_passes, "_pool", lambda: pool)
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_passes_run_at_once_and_come_back_in_order() -> None:
+    together = threading.Barrier(3, timeout=60)  # breaks unless three are under way
+
+    def work(part: int) -> tuple[int, int]:
+        together.wait()
+        return part, torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    found = list(parallel_passes.run_passes(CPU, work, range(6)))
+    assert [part for part, _ in found] == list(range(6))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_every_core_gets_its_share() -> None:
+    assert parallel_passes.pass_size(CPU, 90, 64) == 30
+    assert parallel_passes.pass_size(CPU, 900, 64) == 64
+    assert parallel_passes.pass_size(CPU, 1, 64) == 1
+    assert parallel_passes.pass_size(CPU, 0, 64) == 1
+    assert parallel_passes.pass_size(torch.device("cuda"), 90, 64) == 64
+
+
+@pytest.mark.parametrize("entries", [4, None])
+def test_many_cores_train_what_one_trains(base: Base, entries: int | None, request: pytest.FixtureRequest) -> None:
+    """With a draw of a picture in each pass too."""
+    jobs = lambda: [job(base, "a", batch_size=5), private(base, "b", draws=3), job(base, "c", rank=3)]  # noqa: E731
+    alone = train(base, jobs(), memory=PLENTY, timesteps=2)
+    request.getfixturevalue("three_cores")
+    memory = room(base, jobs(), entries) if entries else PLENTY
+    for found, wanted, plan in zip(train(base, jobs(), memory=memory, timesteps=2), alone, jobs(), strict=True):
+        assert_close(found, trained(wanted), plan.start)
+
+
+@pytest.mark.parametrize("entries", [1, 3, 40])
+def test_a_pass_may_overwrite_what_the_last_one_found(
+    fine: Base, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA graph does: nobody may hold on to it."""
+
+    def jobs() -> list[Train]:
+        return [private(fine, "units in pieces", draws=4, steps=2), job(fine, "plain", steps=2)]
+
+    class Overwriting:
+        def __init__(self, rows: Rows) -> None:
+            self._rows = rows
+            self._kept = torch.empty(40, rows.layout.size, dtype=fine.precise), torch.empty(40, dtype=fine.precise)
+
+        def __call__(self, entries: Entries) -> tuple[torch.Tensor, ...]:
+            found = gradients(fine, self._rows, entries)
+            for kept, values in zip(self._kept, found, strict=True):
+                kept.fill_(torch.nan)
+                kept[: len(values)] = values
+            return tuple(kept[: len(entries.rows)] for kept in self._kept)
+
+    def buffers(base: Base, shape: Shape, capacity: int, *_: object) -> tuple[Rows, Overwriting]:
+        rows = Rows(base, shape, capacity)
+        return rows, Overwriting(rows)
+
+    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    wanted = train(fine, jobs(), memory=PLENTY, timesteps=2)
+    monkeypatch.setattr(cohort, "_buffers", buffers)
+    found = train(fine, jobs(), memory=room(fine, jobs(), entries, residents=1), timesteps=2)
+    fine.kept.clear()
+    for got, want, plan in zip(found, wanted, jobs(), strict=True):
+        assert_close(got, trained(want), plan.start, 1e-10)
+
+
+def test_numbers_near_the_smallest_are_zero_within_alone() -> None:
+    tiny = torch.tensor(1e-39)
+    with parallel_passes.without_denormals(CPU):
+        assert (tiny * 0.5).item() == 0
+    assert (tiny * 0.5).item() > 0

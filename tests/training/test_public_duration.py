@@ -1,0 +1,168 @@
+"""A private job's public number of turns: enough but for a probability that is charged, and nearly the least such."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.base.base import Base
+from privacy.accounting import OVERFLOW
+from privacy.noise import CPU
+from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, private, room
+from training import cohort, parallel_passes
+from training.batches import Batch, Batches
+from training.cohort import train
+from training.jobs import Train, Trained
+from training.public_duration import Turns, scheduled
+
+
+@pytest.mark.parametrize(("at_once", "units", "pieces"), [(1, 1, 1), (2, 3, 1), (4, 1, 1), (1, 1, 3), (2, 1, 3)])
+def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -> None:
+    turns = Turns(at_once, units, pieces)
+    assert turns(0) == 0
+    for count in range(30):
+        assert turns.holding(turns(count)) >= count
+        if count:
+            assert turns.holding(turns(count) - 1) < count
+
+
+def test_a_pass_holds_pictures_or_pieces() -> None:
+    with pytest.raises(ValueError, match="a piece of one"):
+        Turns(1, 2, 2)
+
+
+def tail(assumed: int, rate: float, steps: int, turns: Turns, most: int) -> float:
+    """P(more than `most` turns), exactly: one picture is drawn at every step, the others by their coins."""
+    others = [math.comb(assumed - 1, k) * rate**k * (1 - rate) ** (assumed - 1 - k) for k in range(assumed)]
+    step = np.zeros(turns(assumed) + 1)
+    for count, chance in enumerate(others):
+        step[turns(count + 1)] += chance
+    total = np.ones(1)
+    for _ in range(steps):
+        total = np.convolve(total, step)
+    return float(total[most + 1 :].sum())
+
+
+@pytest.mark.parametrize(
+    ("assumed", "rate", "steps"), [(20, 0.2, 10), (5, 0.8, 3), (100, 0.04, 20), (2, 0.5, 40), (1, 0.3, 8)]
+)
+@pytest.mark.parametrize("turns", [Turns(), Turns(2, 3), Turns(2, 1, 3)])
+def test_turns_are_enough_but_for_what_is_charged(assumed: int, rate: float, steps: int, turns: Turns) -> None:
+    found = scheduled(assumed, rate, steps, turns)
+    assert tail(assumed, rate, steps, turns, found) <= steps * OVERFLOW
+    least = next(k for k in itertools.count() if tail(assumed, rate, steps, turns, k) <= steps * OVERFLOW)
+    assert found <= max(least + turns(assumed), 1.1 * least)
+
+
+def test_nothing_is_cut_where_everybody_joins() -> None:
+    assert scheduled(20, 1.0, 7, Turns(1, 8)) == 7 * 3
+    assert scheduled(20, 0.2, 0) == 0
+
+
+def test_many_steps_need_little_more_than_their_mean() -> None:
+    """What is left over falls with the root of the pictures drawn in all, to one that is drawn at every step."""
+    shares = [scheduled(20, 0.2, steps) / ((1 + 19 * 0.2) * steps) for steps in (5, 50, 500, 5000)]
+    assert shares == sorted(shares, reverse=True)
+    assert 1 < shares[-1] < 1.06
+
+
+def idle(outcome: Trained | Exception) -> float:
+    assert isinstance(outcome, Trained), outcome
+    return outcome.idle
+
+
+class Crowded:
+    """Without noise: in these batches everybody is drawn, and then nobody."""
+
+    release = False
+
+    def __init__(self, batches: int) -> None:
+        self._left = batches
+
+    def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
+        self._left -= 1
+        return torch.arange(size if self._left >= 0 else 0)
+
+    def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:  # noqa: ARG002
+        return torch.zeros(size, dtype=torch.int64, device=device)
+
+
+def crowded(base: Base, batches: int, **changes: object) -> Train:
+    """Sixteen steps that expect a picture of ten each."""
+    return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=Crowded(batches), **changes)
+
+
+def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the order in which pictures stand, once the turns are used up."""
+    monkeypatch.setattr(cohort, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    turns = scheduled(10, 0.1, 16)
+    assert 10 < turns < 160
+    really, kept = Batches.next, list[int]()
+
+    def cut(self: Batches) -> Batch:
+        batch = really(self)
+        kept.append(min(batch.size, turns - sum(kept)))
+        return batch.part(slice(kept[-1]))
+
+    (found,) = train(fine, [crowded(fine, 16)], memory=PLENTY, timesteps=2)
+    monkeypatch.setattr(Batches, "next", cut)
+    assert_close(found, Reference(fine, crowded(fine, 16)).train(), crowded(fine, 16).start, 1e-10)
+    assert sum(kept) == turns
+    assert 0 in kept
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The turns that were run, one picture each. The clock is moved by them and by nothing else, a second for each."""
+    turns = list[int]()
+    really = parallel_passes.run_passes
+
+    def turn(*given: Any) -> Any:
+        turns.append(1)
+        return really(*given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
+    monkeypatch.setattr(cohort, "run_passes", turn)
+    monkeypatch.setattr(cohort, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    return turns
+
+
+def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, turns: list[int]) -> None:
+    planned = scheduled(10, 0.1, 16)
+    for batches in (0, 1, 2, 16):
+        turns.clear()
+        (found,) = train(base, [crowded(base, batches)], memory=PLENTY, timesteps=2)
+        assert len(turns) + idle(found) == planned
+        assert len(turns) == min(max(10 * batches, cohort.FEW_TURNS), planned)
+    several = train(base, [crowded(base, 1), crowded(base, 2)], memory=PLENTY, timesteps=2)
+    assert [idle(found) for found in several] == [0, 0]
+
+
+def test_turns_in_pieces_are_timed_too(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
+    plan = private(base, "a", 0.02, count=1, draws=4, batch_size=1, noise=Crowded(0))
+    (found,) = train(base, [plan], memory=room(base, [plan], 3), timesteps=2)
+    assert idle(found) > 0
+
+
+@pytest.mark.parametrize("batches", [1, 16])
+def test_numbers_that_overflow_take_the_same_time_and_end_where_they_started(
+    base: Base, batches: int, turns: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would come as soon as what was drawn is through, and be tried again with other noise."""
+    job = crowded(base, batches, optimiser="sgd", learning_rate=1.0, proximal=1e300)
+    (found,) = train(base, [job], memory=PLENTY, timesteps=2)
+    assert len(turns) + idle(found) == scheduled(10, 0.1, 16)
+    assert isinstance(found, Trained)
+    for name, factors in job.start.items():
+        assert all(torch.equal(one, other) for one, other in zip(factors, found.adapter[name], strict=True))
+    assert "became not finite" in caplog.text

@@ -1,0 +1,209 @@
+"""Per-example gradients against peft under Opacus' hooks, and against autograd, one example at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from bench.lib.tiny import ATTENTION
+from models.base.base import Base
+from tests.helpers.reference_trainer import (
+    PLENTY,
+    Reference,
+    assert_close,
+    examples,
+    job,
+    live,
+    private,
+    room,
+    some,
+    trained,
+)
+from training.batches import Batch, Batches
+from training.buffers import Rows, Shape
+from training.cohort import train
+from training.jobs import Prior, Train
+from training.microbatching import Queue
+from training.step import gradients, on_device
+
+EVERY_KIND = (
+    r".*(attn[12]\.to_(q|out\.0)|ff\.net.*|time_emb.*|conv1|conv_shortcut|proj_in|downsamplers\.0\.conv|conv_out)"
+)
+
+quiet = pytest.mark.filterwarnings("ignore:Full backward hook")
+
+
+class Opacus(Reference):
+    """The same client by diffusers' `add_adapter`, with per-example gradients from Opacus' hooks."""
+
+    def __init__(self, base: Base, job: Train) -> None:
+        from opacus import GradSampleModule
+        from peft import LoraConfig
+
+        super().__init__(base, job)
+        unet: Any = UNet2DConditionModel.from_pretrained(base.folder / "unet").requires_grad_(False)
+        rank = next(iter(job.start.values())).a.shape[0]
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(job.start)))
+        for name, pair in job.start.items():
+            layer = unet.get_submodule(name)
+            weights = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            for weight, factor in zip(weights, pair, strict=True):
+                weight.data = factor.clone().view_as(weight)
+            self.factors[name] = list(weights)
+        self.parameters = [weight for pair in self.factors.values() for weight in pair]
+        assert sum(weight.requires_grad for weight in unet.parameters()) == len(self.parameters)
+        self.hooked = GradSampleModule(unet.train())  # its hooks are silent in eval(); there is no dropout
+
+    def by_entry(self, batch: Batch) -> list[Tensor]:
+        """Of every parameter [n, …]."""
+        x, t, context, wanted = self.seen(batch)
+        output = self.hooked(x, t, encoder_hidden_states=context).sample
+        self.hooked.zero_grad()
+        (output - wanted).square().flatten(1).mean(1).mean().backward()
+        return [weight.grad_sample.detach() for weight in self.parameters]  # type: ignore[attr-defined]
+
+    def unit_gradients(self, batch: Batch) -> list[list[Tensor]]:
+        """Of one draw each."""
+        return [list(entry) for entry in zip(*self.by_entry(batch), strict=True)] if batch.size else []
+
+
+def one_pass(base: Base, jobs: list[Train], batches: list[Batch]) -> list[Tensor]:
+    """Gradients of every entry of each client [n, D], from one pass for all of them, interleaved with others."""
+    rows, queue = Rows(base, Shape.of(jobs), len(jobs)), Queue()
+    rows.open(dict(enumerate(jobs)))
+    for row, batch in enumerate(batches):
+        queue.push(row, batch._replace(examples=batch.examples + rows.place(row)))
+    pack = queue.take(len(queue))
+    found, losses = gradients(base, rows, on_device(pack, base.device))
+    assert found.shape == (pack.size, rows.layout.size)
+    assert losses.shape == (pack.size,)
+    parts = found.split([batch.size for batch in batches])
+    kept = [rows.layout.mask(plan.start) for plan in jobs]
+    for part, mask in zip(parts, kept, strict=True):
+        assert (part[:, ~mask] == 0).all()  # padding
+    return [part[:, mask] for part, mask in zip(parts, kept, strict=True)]
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """The worst of all examples, relative."""
+    return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+def by_loop(reference: Reference, batch: Batch) -> Tensor:
+    """Weighted gradients [n, D], one example at a time."""
+    rows = []
+    for place, weight in enumerate(batch.weights.tolist()):
+        (loss,) = reference.losses(batch.part(slice(place, place + 1)))
+        found = torch.autograd.grad(weight * loss, reference.parameters)
+        rows.append(torch.cat([part.flatten() for part in found]))
+    return torch.stack(rows)
+
+
+@quiet
+@pytest.mark.parametrize("sites", [ATTENTION, EVERY_KIND], ids=["attention", "every kind"])
+def test_gradients_are_those_of_opacus_and_of_a_loop(pipeline_folder: Path, sites: str) -> None:
+    base = Base(pipeline_folder, sites=sites)
+    frozen = live(base, 2, 9)
+    jobs = [job(base, "a"), job(base, "b", rank=3, batch_size=4), job(base, "frozen underneath", frozen=frozen)]
+    batches = [Batches(plan).next() for plan in jobs]
+    found = one_pass(base, jobs, batches)
+    for plan, batch, mine in zip(jobs, batches, found, strict=True):
+        assert off(mine, by_loop(Reference(base, plan), batch)) < 2e-5
+    for plan, batch, mine in list(zip(jobs, batches, found, strict=True))[:2]:
+        theirs = torch.cat([part.flatten(1) for part in Opacus(base, plan).by_entry(batch)], dim=1)
+        assert off(mine * batch.size, theirs) < 2e-5
+
+
+def test_weights_and_draws_reach_the_gradients(base: Base) -> None:
+    prior = Prior(examples=examples(base, 2, 5), weight=0.3)
+    for plan in (private(base, "a", draws=3, prior=prior, count=2, rate=1.0), job(base, "b", prior=prior)):
+        batch = Batches(plan).next()
+        (found,) = one_pass(base, [plan], [batch])
+        assert off(found, by_loop(Reference(base, plan), batch)) < 2e-5
+
+
+@quiet
+def test_ten_steps_are_ten_of_opacus(base: Base) -> None:
+    """Poisson batches, clip, noise and AdamW, with everything from the peer but the random numbers."""
+
+    def plan() -> Train:
+        return private(base, "a", draws=1, steps=10, clip=0.03, batch_size=3)
+
+    peer = Opacus(base, plan())
+    wanted = peer.train()
+    assert 0.1 < peer.share_clipped < 0.9
+    jobs = [job(base, "b", rank=3), plan(), private(base, "c")]
+    assert_close(train(base, jobs, memory=room(base, jobs, 5), timesteps=2)[1], wanted, plan().start)
+
+
+@pytest.mark.parametrize("entries", [3, 40])
+def test_every_kind_of_layer_trains_in_private(pipeline_folder: Path, entries: int) -> None:
+    """Attention, feed-forward, time embedding and convolutions, of stride 1 and 2, and of kernel 3 and 1."""
+    base = Base(pipeline_folder, sites=EVERY_KIND, compute="fp64")
+    kinds = {(site.kernel, "time" in name, "ff" in name) for name, site in base.sites.items()}
+    assert {((3, 3), False, False), ((1, 1), False, False), ((), True, False), ((), False, True)} <= kinds
+
+    def jobs() -> list[Train]:
+        frozen = live(base, 1, 9)
+        clips = {"clip": 0.3, "steps": 2, "count": 3}
+        return [
+            private(base, "flat", rank=3, **clips),
+            private(base, "some sites", start=some(live(base, 2, 4), 3), frozen=frozen, **clips),
+            job(base, "plain", steps=2),
+        ]
+
+    references = [Reference(base, plan) for plan in jobs()]
+    found = train(base, jobs(), memory=room(base, jobs(), entries), timesteps=2)
+    for got, reference in zip(found, references, strict=True):
+        assert_close(got, reference.train(), reference.job.start, 1e-10)
+    assert any(reference.scales and reference.share_clipped for reference in references)
+    assert any(reference.scales and reference.share_clipped < 1 for reference in references)
+
+
+def test_checkpointing_changes_nothing(pipeline_folder: Path) -> None:
+    """And it does run blocks twice."""
+
+    def jobs(base: Base) -> list[Train]:
+        prior = Prior(examples=examples(base, 2, 5))
+        return [private(base, "a", steps=2, prior=prior), job(base, "b", steps=2, frozen=live(base, 2, 9))]
+
+    found, calls = [], []  # calls of a layer for each pass, of which there may be fewer with checkpointing
+    for checkpointing in (False, True):
+        base = Base(pipeline_folder, sites=ATTENTION, compute="fp64")
+        count: Counter[str] = Counter()
+        watched = base.network.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
+        watched.register_forward_hook(lambda *_, count=count: count.update(["layer"]))
+        base.network.register_forward_hook(lambda *_, count=count: count.update(["pass"]))
+        if checkpointing:
+            base.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        found.append(train(base, jobs(base), memory=PLENTY, timesteps=2))
+        calls.append(count["layer"] / count["pass"])
+    assert calls == [1, 2]
+    for plan, before, after in zip(jobs(base), *found, strict=True):
+        assert_close(after, trained(before), plan.start, 1e-10)
+        assert_close(after, Reference(base, plan).train(), plan.start, 1e-10)
+
+
+def test_half_precision_trains_in_full(base: Base, pipeline_folder: Path) -> None:
+    """bf16 in the network alone: adapters are kept in float32, and go where those of float32 go."""
+    half = Base(pipeline_folder, sites=ATTENTION, compute="bf16")
+    jobs = [job(base, "a", steps=3, learning_rate=1e-3), job(base, "b", rank=3, steps=3, learning_rate=1e-3)]
+    found, wanted = (train(each, jobs, memory=PLENTY, timesteps=2) for each in (half, base))
+    for plan, low, full in zip(jobs, found, wanted, strict=True):
+        moves = []
+        for adapter in (trained(low), trained(full)):
+            factors = [factor for name in plan.start for factor in adapter[name]]
+            assert all(factor.dtype == torch.float32 and factor.isfinite().all() for factor in factors)
+            starts = [factor for factors in plan.start.values() for factor in factors]
+            moves.append(torch.cat([(f - start).flatten() for f, start in zip(factors, starts, strict=True)]))
+        assert float(torch.cosine_similarity(*moves, dim=0)) > 0.98
+    (private_one,) = train(half, [private(half, "c", draws=3)], memory=PLENTY, timesteps=2)
+    for factor in (factor for factors in trained(private_one).values() for factor in factors):
+        assert factor.dtype == torch.float32
+        assert factor.isfinite().all()

@@ -1,0 +1,60 @@
+"""Fixed pass size for private jobs.
+
+The kernels of a layer, and so the last bits of a gradient, depend on the number of entries in a pass, and an adapter
+can be constructed that amplifies these bits to the whole gradient. If the pass size followed the batch size, adding
+one picture would change the gradients of all others, and no clip would bound that change. So all passes of private
+jobs have the same size, padded with entries of weight 0. The size follows from the device, the memory budget and the
+plans, which are public.
+
+At a fixed size, an entry's result depends neither on its position in the pass nor on its neighbors
+(`tests/training/test_batch_independence.py`, bit for bit).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from training.jobs import Train
+from training.parallel_passes import workers
+
+BESIDE = {"cpu": 16e6, "cuda": 100e6}
+"""Fixed cost of a pass (launches, Python) as the bytes that take as long; from `bench.throughput.private_cost`."""
+
+
+def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:
+    """Choose the number of entries per pass for private jobs that are resident together and share a unit size.
+
+    The size is at most `most`. It is the number of whole units that makes a step cheapest: few passes, little padding.
+    A unit larger than `most` is divided evenly.
+
+    Args:
+        entry: bytes that an entry takes (`training.capacity.entry_bytes`). For a large base, a pass of one picture is
+            as cheap per picture as any other, and needs no padding.
+    """
+    unit = jobs[0].unit
+    if unit > most:
+        return math.ceil(unit / math.ceil(unit / most))
+    assumed = max(1, sum(job.assumed for job in jobs))
+    mean = sum(job.assumed * job.privacy.sampling_rate for job in jobs if job.privacy)
+    counts, chances = pictures_of_a_step(assumed, min(1.0, mean / assumed))
+    overhead, at_once = BESIDE[device.type] / entry, workers(device)
+
+    def cost(units: int) -> float:
+        return float(np.ceil(counts / (units * at_once)) @ chances) * (overhead + units * unit)
+
+    return unit * min(range(1, min(most // unit, assumed) + 1), key=cost)
+
+
+def pictures_of_a_step(assumed: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return sizes of a Poisson batch and their binomial probabilities, which sum to 1 up to float64 rounding."""
+    counts = np.arange(assumed + 1)
+    if rate in (0, 1):
+        return counts[[-int(rate)]], np.ones(1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, assumed + 1)))])  # logarithms of factorials
+    with np.errstate(divide="ignore", invalid="ignore"):
+        chances = logs[-1] - logs - logs[::-1] + counts * math.log(rate) + (assumed - counts) * math.log1p(-rate)
+    return counts, np.exp(chances)
