@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from anther.cli import COMMANDS
 from conf.explain import known_keys
 from conf.schemas.audit import Audit
 from conf.schemas.node import Node
@@ -49,9 +50,15 @@ def modules(page: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_module_that_is_to_be_run_can_be(page: str) -> None:
-    found = modules(page)
-    assert len(found) >= 8
-    for module in found:
+    commands = {
+        name
+        for part in code(page)
+        for name in re.findall(r"(?m)^(?:sudo |\$ )?anther ((?:device |bench )?[a-z][a-z-]*)\b(?![.:/])", part)
+        if name not in ("device", "bench")
+    }
+    assert len(commands) >= 8
+    assert commands - set(COMMANDS) == set()
+    for module in modules(page):
         file = ROOT / f"{module.replace('.', '/')}.py"
         assert file.exists(), module
         assert '__name__ == "__main__"' in file.read_text(encoding="utf-8"), module

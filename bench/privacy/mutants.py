@@ -151,8 +151,8 @@ OF_PICTURES = (
     Mutant(
         "noise of a seed that another device has too",
         "privacy/noise.py",
-        'stream(seed, client, round, purpose, "privacy")',
-        'stream(seed, round, purpose, "privacy")',
+        'derive_seed(seed, client, round, purpose, "privacy")',
+        'derive_seed(seed, round, purpose, "privacy")',
         f"{_NOISE}::test_simulated_noise_is_keyed",
     ),
     Mutant(

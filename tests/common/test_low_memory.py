@@ -11,8 +11,8 @@ from common import low_memory
 
 SCRIPT = """
 import sys
-from conf import lean
-with lean.imports():
+from common import low_memory
+with low_memory.imports():
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 print(sorted({"transformers", "peft", "accelerate", "scipy"} & sys.modules.keys()))
 UNet2DConditionModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))

@@ -22,6 +22,7 @@ from simulations.audit.canary_clients import Cohort
 from simulations.audit.known_inputs import Situation, observe
 from tests.helpers import broken_mechanisms
 from training import batches
+from training import cohort as training_cohort
 from training.step import gradients
 
 MEMORY = 2**27

@@ -30,6 +30,7 @@ from server.rounds import checkpoint
 from server.rounds.state import State
 from simulations import run_dir
 from simulations.audit import canaries, membership, plots, run
+from simulations.audit import page as audit_page
 from simulations.audit.membership import CONTROL, suspects
 from simulations.audit.verdicts import Results, Verdict
 from simulations.fleet.participants import writers
