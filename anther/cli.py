@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Collection, Sequence
 
-from common.errors import TOLD, told
+from common.errors import REPORTED_ERRORS, told
 from common.terminal import use_plain_output
 
 COMMANDS = {
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = importlib.import_module(COMMANDS[name][0])
         sys.argv = [f"anther {name}", *rest]  # as the module's own `python -m` would have it
         return int(command.main() or 0)
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
 

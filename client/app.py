@@ -19,7 +19,7 @@ from flwr.common.constant import ErrorCode
 
 from client.runtime import ipc
 from common.errors import AntherError
-from privacy.policy import Refusal
+from privacy.policy import RequestRefusedError
 from protocol import records
 from protocol.messages import Reply, Request
 
@@ -40,15 +40,15 @@ TRIES, PAUSE = 4, 1.0  # a worker that dies is there again when it is next conne
 def answer(message: Message, context: Context) -> Message:
     """Reply to any request; whatever goes wrong becomes this node's error reply."""
     try:
-        request = requested(message)
-    except Refusal as error:
+        request = parse_request(message)
+    except RequestRefusedError as error:
         return reply_message(error, message)
     if WORKER in os.environ:
         return relayed(request, os.environ[WORKER], message)
     return reply_message(_by_ourselves(request, context), message)
 
 
-def requested(message: Message, *, most: int | None = None) -> Request:
+def parse_request(message: Message, *, most: int | None = None) -> Request:
     """What a message asks for; Refusal if it can't be read, since what is wrong with it is the server's to know.
 
     Args:
@@ -57,7 +57,7 @@ def requested(message: Message, *, most: int | None = None) -> Request:
     try:
         return records.request_from_records(message.metadata.message_type, message.content, most=most)
     except AntherError as error:
-        raise Refusal(str(error)) from None
+        raise RequestRefusedError(str(error)) from None
 
 
 def relayed(request: Request, path: str, message: Message) -> Message:
@@ -94,7 +94,7 @@ def reply_message(outcome: Reply | Exception, request: Message) -> Message:
             outcome = error
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", request.metadata.message_type, outcome, exc_info=unforeseen)
-    if isinstance(outcome, Refusal):
+    if isinstance(outcome, RequestRefusedError):
         return _error(request, f"{records.REFUSED}{outcome}")
     return _error(request, FAILED)
 

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from client.cli.paths import files_of
+from client.cli.paths import device_files
 from client.data import METADATA, WHITE, Pictures, load_folder
 from client.planning import preflight, throughput
 from client.power.conditions import Conditions
-from client.power.meter import Spent
+from client.power.meter import TrainingCost
 from client.store.store import Store
 from common.errors import AntherError
 from models.base.base import Base
@@ -71,7 +71,7 @@ class Device:
     cohort's affair."""
     previews: int = 0
     """How many pictures its owner is shown of what was learnt, each time that something was."""
-    spent: Callable[[], Spent | None] | None = None
+    spent: Callable[[], TrainingCost | None] | None = None
     """What the training that was done last took, as a meter found; None: it has none, and estimates."""
 
 
@@ -81,7 +81,7 @@ def from_config(
     *,
     store: Store | None = None,
     read: Callable[[], Conditions] | None = None,
-    spent: Callable[[], Spent | None] | None = None,
+    spent: Callable[[], TrainingCost | None] | None = None,
     wait: Callable[[float], None] = _at_once,
 ) -> Device:
     """The device that a SuperNode's own configuration describes.
@@ -106,17 +106,17 @@ def from_config(
     name = str(node_config.get("name") or default or "device")
     if Path(name).name != name or name == "..":
         raise AntherError(f"name={name!r}: must not be a path; set another name in the node's configuration")
-    files = files_of(name, node_config.get("store"))
+    files = device_files(name, node_config.get("store"))
     store = store or Store(files)
     is_test = _flag(node_config, "test")
     seed = whole(node_config, "seed") if is_test else store.seed()
     read_pictures = partial(load_folder, pictures, background=str(node_config.get("background", WHITE)))
     return Device(
         name=name,
-        report=probe(name, base, node_config, store=store, read=read),
+        report=build_report(name, base, node_config, store=store, read=read),
         store=store,
         pictures=read_pictures,
-        listed=partial(read_pictures, tell=lambda mistake: log.error("%s", mistake)),
+        listed=partial(read_pictures, on_error=lambda mistake: log.error("%s", mistake)),
         wait=wait,
         sites=base.sites,
         policy=policy.load(files.folder / "policy.toml"),
@@ -129,7 +129,7 @@ def from_config(
     )
 
 
-def probe(
+def build_report(
     name: str,
     base: Base,
     stated: Mapping[str, Any],
@@ -159,10 +159,10 @@ def probe(
         rank=whole(stated, "rank") or None,
         sites=_sites(stated, base.sites),
     )
-    return report if read is None else noticed(report, read())
+    return report if read is None else with_conditions(report, read())
 
 
-def noticed(report: DeviceReport, now: Conditions) -> DeviceReport:
+def with_conditions(report: DeviceReport, now: Conditions) -> DeviceReport:
     """The report with what holds now, as coarsely as it is told: the rest of what sensors say is nobody's business."""
     return replace(
         report,

@@ -60,12 +60,12 @@ def refused(error: OSError, path: object = None) -> AntherError:
     return AntherError(f"{where}{error.strerror or type(error).__name__}: name another file or folder")
 
 
-TOLD: tuple[type[Exception], ...] = (AntherError, OSError, sqlite3.OperationalError)
+REPORTED_ERRORS: tuple[type[Exception], ...] = (AntherError, OSError, sqlite3.OperationalError)
 """What a command ends with one line for, `told`, and no traceback."""
 
 
 def told(error: Exception) -> str:
-    """One line for an error of `TOLD`."""
+    """One line for an error of `REPORTED_ERRORS`."""
     if isinstance(error, AntherError):
         return str(error)
     if isinstance(error, OSError):

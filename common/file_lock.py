@@ -15,7 +15,7 @@ FILE = "lock"
 
 
 @contextmanager
-def alone(folder: Path, *, what: str) -> Iterator[None]:
+def exclusive(folder: Path, *, what: str) -> Iterator[None]:
     """Within this context nobody else has the folder, in this process or another.
 
     The file stays when the lock is let go of: two who made it anew could both hold one of it. It holds the process id

@@ -27,7 +27,7 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**variables, **(changes or {})}
 
 
-def with_parent() -> None:
+def end_with_parent() -> None:
     """Have the system end this process when its parent dies, however it dies; on Linux, elsewhere nothing.
 
     Called in the child, after its fork.

@@ -7,11 +7,11 @@ import time
 from types import FrameType
 
 
-class Stopped(BaseException):
+class SignalReceived(BaseException):
     """A signal came."""
 
 
-def stoppable() -> None:
+def raise_on_sigterm() -> None:
     """Have SIGTERM raise Stopped in the main thread."""
     signal.signal(signal.SIGTERM, _stop)
 
@@ -22,4 +22,4 @@ def say(text: str) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     del number, frame
-    raise Stopped
+    raise SignalReceived

@@ -1,6 +1,6 @@
 """A Hydra application whose mistakes cost one line each.
 
-Hydra answers a wrong key with half a page; `application` turns whatever the composition or the typed
+Hydra answers a wrong key with half a page; `hydra_application` turns whatever the composition or the typed
 schema objects to into one line that names the key and what would be right.
 """
 
@@ -22,15 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from common.errors import TOLD, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, told
 from common.terminal import use_plain_output
 from conf.explain import explain, known_keys
-from conf.overrides import prepared
+from conf.overrides import prepare_overrides
 
 USAGE, INTERRUPTED = 2, 130
 
 
-def application(
+def hydra_application(
     name: str, schema: type, *, after: Callable[[], None] | None = None
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate `main(config: schema)` as the Hydra application of `conf/<name>.yaml`.
@@ -52,7 +52,7 @@ def application(
         def job(config: DictConfig) -> None:
             try:
                 main(to_object(config, schema))
-            except TOLD as error:
+            except REPORTED_ERRORS as error:
                 drop_empty(output_dir())
                 _stop(told(error))  # SystemExit: Hydra would hold an exception back until all jobs have run
 
@@ -60,7 +60,7 @@ def application(
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors: Hydra is to raise them as they are
             use_plain_output()
-            sys.argv[1:] = prepared(sys.argv[1:], schema)
+            sys.argv[1:] = prepare_overrides(sys.argv[1:], schema)
             try:
                 job()
                 if after is not None:
@@ -74,7 +74,7 @@ def application(
             except BrokenPipeError:  # whoever read our output has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(USAGE)
-            except TOLD as error:  # Hydra's own: the output folder, a file of one's own configuration
+            except REPORTED_ERRORS as error:  # Hydra's own: the output folder, a file of one's own configuration
                 _stop(told(error))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)

@@ -14,11 +14,11 @@ from yaml import YAMLError
 from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
-from conf.overrides import prepared
-from conf.schemas.simulation import Simulation
+from conf.overrides import prepare_overrides
+from conf.schemas.simulation import SimulationConfig
 
 
-def compose(overrides: str | Sequence[str]) -> Simulation:
+def compose(overrides: str | Sequence[str]) -> SimulationConfig:
     """Compose `conf/simulate.yaml` with overrides as on a command line.
 
     Args:
@@ -28,13 +28,15 @@ def compose(overrides: str | Sequence[str]) -> Simulation:
         AntherError: one of them is refused.
     """
     try:
-        words = prepared(shlex.split(overrides) if isinstance(overrides, str) else list(overrides), Simulation)
+        words = prepare_overrides(
+            shlex.split(overrides) if isinstance(overrides, str) else list(overrides), SimulationConfig
+        )
     except ValueError as error:
         raise AntherError(f"overrides={overrides}: {error}") from error
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra.compose("simulate", overrides=words)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: `group=null`
-        raise AntherError(explain(error, known_keys(Simulation))) from error
-    found: Simulation = to_object(config, Simulation)
+        raise AntherError(explain(error, known_keys(SimulationConfig))) from error
+    found: SimulationConfig = to_object(config, SimulationConfig)
     return found

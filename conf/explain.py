@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import get_type_hints
 
-from conf.overrides import quoted
+from conf.overrides import quote
 
 CALLED = {
     "strategy": {
@@ -92,7 +92,7 @@ def _unreadable(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or not key:
         return f"{word}: can't be read; write key=value"
-    mend = shlex.quote(f"{key}={quoted(value)}")
+    mend = shlex.quote(f"{key}={quote(value)}")
     return f"{word}: can't be read as key=value; quote the value, and all of it for the shell: {mend}"
 
 

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from common.errors import AntherError
 
 
-def keyed(word: str, schema: type) -> DictConfig:
+def parse_override(word: str, schema: type) -> DictConfig:
     """Parse one `key=value`, for commands that are configured without Hydra.
 
     A value of a text key is taken literally: a folder may be called 2024_01, on, or Album #3, and nothing in it is

@@ -22,7 +22,7 @@ _SAFE = re.compile(r"[\w./:@+-]+", re.ASCII)
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve")
 
 
-def prepared(words: Sequence[str], schema: type) -> list[str]:
+def prepare_overrides(words: Sequence[str], schema: type) -> list[str]:
     """Move Hydra's switches to the front of the command line, and quote values where `schema` asks for text."""
     flags = [word for word in words if word in _FLAGS]
     return flags + [literal(word, schema) for word in words if word not in _FLAGS]
@@ -36,13 +36,13 @@ def literal(word: str, schema: type) -> str:
     match kinds(schema).get(key.lstrip("+")):
         case "list" if _LIST.fullmatch(value):
             parts = [part.strip() for part in value[1:-1].split(",")]
-            return f"{key}=[{','.join(map(quoted, parts))}]" if any(parts) else word
+            return f"{key}=[{','.join(map(quote, parts))}]" if any(parts) else word
         case "text" if _SCALAR.fullmatch(value) and value != "null" and not _is_text(word):
-            return f"{key}={quoted(value)}"
+            return f"{key}={quote(value)}"
     return word
 
 
-def quoted(value: str) -> str:
+def quote(value: str) -> str:
     """Quote `value`, if necessary, so that Hydra reads it back unchanged."""
     if _SAFE.fullmatch(value) and _is_text(f"x={value}"):
         return value

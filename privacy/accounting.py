@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import AntherError
-from privacy.step_kinds import Kind, merged
+from privacy.step_kinds import Kind, merge_kinds
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -31,7 +31,7 @@ STRICT = 1e-5
 """A δ that is small beside one over the number of pictures or devices of most federations: a larger one is not told
 alone."""
 TOLERANCE = 0.005  # a solved σ gives an ε in [(1 − TOLERANCE) target, target]
-OVERFLOW = 1e-12
+TRUNCATION_DELTA = 1e-12
 """What a step with Poisson batches may cut off of them, as a probability, so that a job takes a public time
 (`training.public_duration`, which proves that δ grows by just this). It is kept back of every δ, also where nothing is cut."""
 MOST_AT_ONCE = 100_000  # steps: dp-accounting raises a number to the power of how many it composes
@@ -43,7 +43,7 @@ LARGEST = 1000.0  # an ε above it promises nothing: not solved for, and not wor
 SAMPLING = 2.0**-60
 """Share of every δ that covers the distance between drawn and exact noise.
 
-`privacy.noise.Secure` draws exactly but gives up after 4,096 bits, with a probability under 2⁻⁴⁰⁰⁰ a number. Let γ be
+`privacy.noise.SecureNoise` draws exactly but gives up after 4,096 bits, with a probability under 2⁻⁴⁰⁰⁰ a number. Let γ be
 that over 2⁶⁴ numbers: (1 + e^ε) γ is far below 2⁻⁶⁰ for each ε up to `LARGEST`. So if the exact mechanism is
 (ε, δ − SAMPLING)-DP, the drawn one is (ε, δ)-DP."""
 
@@ -107,7 +107,7 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
     """ε of all events together, per `unit` under add/remove-one: an upper bound, tight to about 0.1 %.
 
     By definition it is 0 wherever δ alone covers everything, as for one step of a sampling rate of δ or less. It is
-    infinite for a δ that the discretized distributions can't show (10⁻¹⁵) or that `OVERFLOW` takes.
+    infinite for a δ that the discretized distributions can't show (10⁻¹⁵) or that `TRUNCATION_DELTA` takes.
 
     Raises:
         ValueError: `delta` is not between 0 and 1.
@@ -122,7 +122,7 @@ def epsilon(events: Iterable[Mechanism], delta: float, unit: str = IMAGE) -> Gua
                 return Guarantee(math.inf, delta, unit)
             case PoissonGaussian():
                 steps[event.noise_multiplier, event.sampling_rate] += event.steps
-                uncut -= OVERFLOW * event.steps * (0 < event.sampling_rate < 1)
+                uncut -= TRUNCATION_DELTA * event.steps * (0 < event.sampling_rate < 1)
     if uncut <= 0:
         return Guarantee(math.inf, delta, unit)
     kinds = tuple(sorted((*kind, count) for kind, count in steps.items() if kind[1]))  # q = 0 tells nothing
@@ -187,7 +187,7 @@ def _composed(kinds: tuple[Kind, ...], delta: float) -> float:
 
     Every grid gives an upper bound, so to stop early overstates ε and never understates it.
     """
-    kinds = merged(kinds)
+    kinds = merge_kinds(kinds)
     coarser, value = math.inf, math.inf
     if (first := _first_interval(kinds)) > COARSEST:
         return math.inf
@@ -197,11 +197,11 @@ def _composed(kinds: tuple[Kind, ...], delta: float) -> float:
         if value > LARGEST or coarser - value <= AGREEMENT * coarser < math.inf or 10 * level.points > POINTS:
             break
         coarser = value
-    forget_transforms()
+    clear_fft_caches()
     return value
 
 
-def forget_transforms() -> None:
+def clear_fft_caches() -> None:
     """SciPy keeps the factors of the 16 lengths it transformed last, of real numbers and of complex ones, each as long
     as its transform: of use to nobody here, where every round has other lengths, and growing with ε. Short ones push
     them out.

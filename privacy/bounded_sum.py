@@ -23,7 +23,7 @@ STEPS = 1024
 """Of a clip: far finer than any noise that hides a unit."""
 
 
-class BoundedSum(NamedTuple):
+class BoundedGainSum(NamedTuple):
     """A sum of clipped gains in whole steps, with what bounds it."""
 
     steps: int
@@ -34,7 +34,7 @@ class BoundedSum(NamedTuple):
     relation: str = ADD_OR_REMOVE_ONE
 
 
-def clipped_sum(gains: Iterable[float], clip: float) -> BoundedSum:
+def clipped_sum(gains: Iterable[float], clip: float) -> BoundedGainSum:
     """The sum of the gains, each clipped to [−clip, clip] and rounded to a step; one that is no number counts as zero.
 
     Formal guarantee: adding or removing one gain changes `steps` by at most `sensitivity`, whatever the others are.
@@ -45,7 +45,7 @@ def clipped_sum(gains: Iterable[float], clip: float) -> BoundedSum:
     if not 0 < clip < math.inf:
         raise ValueError(f"clip={clip}: must be a number over 0")
     shares = (min(max(gain / clip, -1.0), 1.0) for gain in gains if not math.isnan(gain))
-    return BoundedSum(sum(round(share * STEPS) for share in shares), STEPS, clip / STEPS)
+    return BoundedGainSum(sum(round(share * STEPS) for share in shares), STEPS, clip / STEPS)
 
 
 def noised_mean(

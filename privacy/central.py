@@ -4,7 +4,7 @@ McMahan et al. (2018, arXiv:1710.06963), algorithm 1, with the estimator whose d
 the clip follows a quantile, Andrew et al. (2021, arXiv:1905.03871), algorithm 1. The unit is all that one device sends
 in a round, so a promise to a person who owns one device holds for everything on it.
 
-Sensitivity: in `clip_and_sum`, C for the sum and ½ for the centred count. Noise: in `Gaussian.release`. Sampling, which
+Sensitivity: in `clip_and_sum`, C for the sum and ½ for the centred count. Noise: in `GaussianMechanism.release`. Sampling, which
 decides what this adds up to over rounds: `strategies.selection`.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from common.errors import AntherError
 from privacy.accounting import DEVICE
 from privacy.noise import NoiseSource
-from privacy.sensitivity import MOST_NOISE, RESOLUTION, Bounded, Sensitivity
+from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION, BoundedVectorSum, Sensitivity
 from privacy.snr import signal_to_noise
 
 LEAST, MOST = 1e-12, 1e12
@@ -32,18 +32,18 @@ _WITHIN = 1 - 2.0**-24
 the order of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of what is computed of it."""
 
 
-class Clipped(NamedTuple):
+class ClippedUpdates(NamedTuple):
     """What a round's updates come to."""
 
-    total: Bounded
+    total: BoundedVectorSum
     """Σ clip(u_k), [D]; of sensitivity C."""
-    below: Bounded
+    below: BoundedVectorSum
     """Σ (b_k − ½), [1], b_k = 1 where ‖u_k‖ ≤ C and 0 elsewhere; of sensitivity ½."""
     dropped: int
     """Updates whose norm is not finite; they count as if their devices had not been there."""
 
 
-def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> Clipped:
+def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUpdates:
     """Σ u_k · min(1, C / ‖u_k‖), each with the weight 1, norms in float64.
 
     Formal guarantee: adding or removing one update, whatever it holds, moves `total` by at most C and `below` by at
@@ -68,15 +68,15 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> Clipped:
         below += 1 if norm <= clip else -1
         scale = _WITHIN * min(1.0, clip / norm if norm else 1.0)
         total += (values * scale / clip * RESOLUTION).long()  # towards zero, so that no norm grows
-    return Clipped(
-        Bounded(total, Sensitivity(norm=clip, unit=DEVICE)),
-        Bounded(torch.tensor([below * RESOLUTION]), Sensitivity(norm=0.5, unit=DEVICE)),
+    return ClippedUpdates(
+        BoundedVectorSum(total, Sensitivity(norm=clip, unit=DEVICE)),
+        BoundedVectorSum(torch.tensor([below * RESOLUTION]), Sensitivity(norm=0.5, unit=DEVICE)),
         dropped,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptive:
+class AdaptiveClip:
     """A clip that follows a quantile of the updates' norms."""
 
     quantile: float
@@ -108,7 +108,7 @@ class Adaptive:
 
 
 @dataclass(frozen=True, eq=False)
-class Release:
+class NoisedMean:
     """One round's noised mean, and what may be told beside it at no further cost."""
 
     mean: Tensor
@@ -122,7 +122,7 @@ class Release:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian:
+class GaussianMechanism:
     """The Gaussian mechanism on a round's updates.
 
     Raises:
@@ -135,13 +135,13 @@ class Gaussian:
     expected: float
     """m: devices expected in a round, a public constant. Dividing by the number of replies would tell of it, and a mean
     over fewer has a higher sensitivity."""
-    adaptive: Adaptive | None = None
+    adaptive: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.expected < math.inf:
             raise ValueError(f"expected={self.expected}: must be a number over 0")
-        if (of_sum := self._of_sum) > MOST_NOISE:
-            raise AntherError(f"noise multiplier {of_sum:.3g}: over {MOST_NOISE:g}, allow a larger epsilon")
+        if (of_sum := self._of_sum) > MAX_NOISE_MULTIPLIER:
+            raise AntherError(f"noise multiplier {of_sum:.3g}: over {MAX_NOISE_MULTIPLIER:g}, allow a larger epsilon")
 
     @property
     def _of_sum(self) -> float:
@@ -149,7 +149,7 @@ class Gaussian:
         z = self.noise_multiplier
         return self.adaptive.noise_multiplier(z) if self.adaptive else z
 
-    def release(self, clipped: Clipped, noise: NoiseSource) -> Release:
+    def release(self, clipped: ClippedUpdates, noise: NoiseSource) -> NoisedMean:
         """(Σ clip(u_k) + N(0, (zC)² I)) / m, and with an adaptive clip the noised count; also if no device replied."""
         clip, of_sum = clipped.total.sensitivity.norm, self._of_sum
         mean = clipped.total.noised(of_sum, noise) / self.expected
@@ -158,4 +158,4 @@ class Gaussian:
         if self.adaptive:
             count = clipped.below.noised(2 * self.adaptive.deviation, noise)  # ½ · 2σ_b = σ_b
             next_clip = self.adaptive.next(clip, 0.5 + float(count) / self.expected)
-        return Release(mean, deviation, signal_to_noise(mean, deviation), next_clip)
+        return NoisedMean(mean, deviation, signal_to_noise(mean, deviation), next_clip)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from privacy.accounting import ADD_OR_REMOVE_ONE
-from privacy.sensitivity import MOST_NOISE, RESOLUTION
+from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
 _CHUNK = 32  # numbers whose squares are added in float32 before float64 takes over
 _WITHIN = 1 - 2.0**-18
@@ -30,7 +30,7 @@ _SMALLEST = 1e-12  # a bound under it would be lost among squares that float32 c
 _AT_ONCE = 1 << 22  # numbers that are copied in float64 at once
 
 
-class Clipped(NamedTuple):
+class ClippedGradients(NamedTuple):
     """Sums [R, D] of clipped gradients, one for each owner, and how many gradients of each [R] were not finite."""
 
     values: Tensor
@@ -40,7 +40,7 @@ class Clipped(NamedTuple):
 
 def clip_and_sum(
     gradients: Tensor, counts: Tensor, bounds: Tensor, segments: Sequence[int], steps: Tensor | None = None
-) -> Clipped:
+) -> ClippedGradients:
     """Scale every part of every gradient to its owner's bound, cut it to whole steps, and sum those of each owner.
 
     It is done in place. A gradient whose norm is not finite counts as zero: a NaN survives min(1, C / NaN) and would
@@ -79,11 +79,11 @@ def clip_and_sum(
         part.mul_(scale[:, None])
     dropped = sum_segments((~finite[:, 0]).to(gradients), counts)
     if steps is None:
-        return Clipped(sum_segments(gradients, counts), dropped)
+        return ClippedGradients(sum_segments(gradients, counts), dropped)
     gradients.trunc_()
     columns = max(1, _AT_ONCE // max(1, len(gradients)))
     sums = [sum_segments(part.double(), counts) for part in gradients.split(columns, dim=1)]
-    return Clipped(torch.cat(sums, dim=1), dropped)
+    return ClippedGradients(torch.cat(sums, dim=1), dropped)
 
 
 def sum_segments(values: Tensor, counts: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.cat([norms, rest], dim=1).double().square().sum(1).sqrt()
 
 
-class BoundedSums:
+class BoundedGradientSums:
     """Sums of clipped gradients, a row [D] for each client, gathered over the micro-batches of its logical batch.
 
     Formal guarantee of private sums: adding or removing one example changes the sum of its client by at most the L2
@@ -148,12 +148,12 @@ class BoundedSums:
                 raise ValueError("a private sum needs a finite bound")
             self._steps[index] = torch.tensor(steps, dtype=torch.float64).to(self._steps)
 
-    def clip(self, clients: Tensor, gradients: Tensor, counts: Tensor) -> Clipped:
+    def clip(self, clients: Tensor, gradients: Tensor, counts: Tensor) -> ClippedGradients:
         """`clip_and_sum` of gradients [N, D], of which each of the clients [R] has `counts` [R], to their bounds."""
         steps = None if self._steps is None else self._steps[clients]
         return clip_and_sum(gradients, counts, self.bounds[clients], self._segments, steps)
 
-    def add(self, clients: Tensor, clipped: Clipped) -> None:
+    def add(self, clients: Tensor, clipped: ClippedGradients) -> None:
         """Add what `clip` made for these clients [R], which are distinct."""
         self._values.index_add_(0, clients, clipped.values)
         self.dropped.index_add_(0, clients, clipped.dropped)
@@ -191,8 +191,8 @@ def stddev(bounds: Sequence[float], noise_multiplier: float) -> float:
     """
     if not all(bound == 0 or bound >= _SMALLEST for bound in bounds):
         raise ValueError(f"clip={min(bounds)}: must be 0, or {_SMALLEST:g} or more")
-    if not 0 <= noise_multiplier <= MOST_NOISE:
-        raise ValueError(f"noise_multiplier={noise_multiplier}: must be 0 to {MOST_NOISE:g}")
+    if not 0 <= noise_multiplier <= MAX_NOISE_MULTIPLIER:
+        raise ValueError(f"noise_multiplier={noise_multiplier}: must be 0 to {MAX_NOISE_MULTIPLIER:g}")
     if math.inf in bounds and noise_multiplier:
         raise ValueError("an unbounded sum can't be noised: clip it to a finite norm")
     return noise_multiplier * RESOLUTION if any(bounds) else 0.0

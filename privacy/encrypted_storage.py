@@ -1,4 +1,4 @@
-"""What a device keeps, encrypted as it lies on the disk: AES-256-GCM around `Files`, under a key that lies elsewhere.
+"""What a device keeps, encrypted as it lies on the disk: AES-256-GCM around `FileStorage`, under a key that lies elsewhere.
 
 Each blob, each line of a journal and each head is sealed by itself, together with the store's id, its name and, for a
 line, its number: none can be changed, or put in the place of another, without being found out. That all of it was
@@ -24,10 +24,10 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from common.errors import AntherError
-from privacy.storage import Files, Journal
+from privacy.storage import FileStorage, Journal
 
-SEAL = "sealed"  # the file that says that a store is encrypted, and with which key
-SEALING, SEALED = "sealing", "sealed"
+HEADER_FILE = "sealed"  # the file that says that a store is encrypted, and with which key
+ENCRYPTING, ENCRYPTED = "sealing", "sealed"
 KEY = 32  # bytes
 BLOB, LINE, HEAD = "blob", "line", "head"
 
@@ -35,12 +35,12 @@ _MAGIC, _LINE = b"anther sealed 1\n", b"~"  # JSON and safetensors begin otherwi
 _NONCE = 12
 
 
-class Damaged(AntherError, ValueError):  # noqa: N818
+class DamagedDataError(AntherError, ValueError):
     """It isn't what was sealed under this key and name. A ValueError too: what can be found again is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seal:
+class EncryptionHeader:
     """That a store is encrypted, or about to be: kept in it, in the open, as `sealed`."""
 
     store: str  # drawn at random, so that nothing of another store under the same key is taken for this one's
@@ -48,19 +48,19 @@ class Seal:
     proof: str  # that a key is the one
 
     @staticmethod
-    def made(key: bytes, state: str, store: str | None = None) -> Seal:
+    def made(key: bytes, state: str, store: str | None = None) -> EncryptionHeader:
         store = store or secrets.token_hex(16)
         nonce = secrets.token_bytes(_NONCE)
-        return Seal(store, state, (nonce + AESGCM(key).encrypt(nonce, b"", _about(store, state))).hex())
+        return EncryptionHeader(store, state, (nonce + AESGCM(key).encrypt(nonce, b"", _about(store, state))).hex())
 
     @staticmethod
-    def read(data: bytes, where: str) -> Seal:
+    def read(data: bytes, where: str) -> EncryptionHeader:
         """Raises AntherError for what `to_json` hasn't written."""
         try:
             told = json.loads(data)
-            if told["format"] != 1 or told["state"] not in (SEALING, SEALED):
+            if told["format"] != 1 or told["state"] not in (ENCRYPTING, ENCRYPTED):
                 raise ValueError("of another version")
-            return Seal(str(told["store"]), told["state"], bytes.fromhex(told["proof"]).hex())
+            return EncryptionHeader(str(told["store"]), told["state"], bytes.fromhex(told["proof"]).hex())
         except (ValueError, KeyError, TypeError) as error:
             raise AntherError(f"{where}: can't be read ({error}): restore it from a backup of the store") from None
 
@@ -78,7 +78,7 @@ class Seal:
             ) from None
 
 
-class Box:
+class StoreCipher:
     """Seals and opens what belongs to one store.
 
     A nonce is drawn for each: up to 2³² of them under one key, which a device doesn't come to in its life.
@@ -99,7 +99,7 @@ class Box:
                 raise InvalidTag
             return self._cipher.decrypt(body[:_NONCE], body[_NONCE:], _about(self._store, *about))
         except (InvalidTag, ValueError):
-            raise Damaged(
+            raise DamagedDataError(
                 f"{where}: not what was sealed under this key and name: it was damaged or swapped; restore it from a "
                 "backup"
             ) from None
@@ -114,33 +114,33 @@ class Box:
             body = base64.b64decode(line.removeprefix(_LINE), validate=True)
         except ValueError:
             body = b""
-        return self.open((_MAGIC if is_sealed(line) else b"") + body, f"{where}:{number}", LINE, name, number)
+        return self.open((_MAGIC if is_encrypted(line) else b"") + body, f"{where}:{number}", LINE, name, number)
 
 
-def is_sealed(data: bytes) -> bool:
+def is_encrypted(data: bytes) -> bool:
     """Whether a blob, a head or a line begins as a sealed one does."""
     return data.startswith((_MAGIC, _LINE))
 
 
-class Sealed:
-    """The encrypted storage of one device: `Files` whose content is sealed.
+class EncryptedStorage:
+    """The encrypted storage of one device: `FileStorage` whose content is sealed.
 
     Args:
-        in_the_open: whether the blob of a name is not.
+        is_plaintext: whether the blob of a name is not.
 
     Raises:
         Damaged: from any look at what is not as it was sealed.
     """
 
-    def __init__(self, files: Files, box: Box, in_the_open: Callable[[str], bool]) -> None:
-        self._files, self._box, self._in_the_open = files, box, in_the_open
+    def __init__(self, files: FileStorage, box: StoreCipher, is_plaintext: Callable[[str], bool]) -> None:
+        self._files, self._box, self._is_plaintext = files, box, is_plaintext
 
     def read(self, name: str) -> bytes | None:
         data = self._files.read(name)
-        return data if data is None or self._in_the_open(name) else self._box.open(data, self.where(name), BLOB, name)
+        return data if data is None or self._is_plaintext(name) else self._box.open(data, self.where(name), BLOB, name)
 
     def write(self, name: str, data: bytes) -> None:
-        self._files.write(name, data if self._in_the_open(name) else self._box.seal(data, BLOB, name))
+        self._files.write(name, data if self._is_plaintext(name) else self._box.seal(data, BLOB, name))
 
     def remove(self, name: str) -> None:
         self._files.remove(name)
@@ -155,9 +155,9 @@ class Sealed:
 
 
 class _SealedJournal:
-    def __init__(self, journal: Journal, box: Box, name: str, where: str) -> None:
+    def __init__(self, journal: Journal, box: StoreCipher, name: str, where: str) -> None:
         self._journal, self._box, self._name = journal, box, name
-        self.head_at = journal.head_at
+        self.head_location = journal.head_location
         self.lines: Sequence[bytes] = [
             box.open_line(line, where, name, number) for number, line in enumerate(journal.lines, start=1)
         ]
@@ -166,14 +166,14 @@ class _SealedJournal:
     @property
     def head(self) -> bytes | None:
         data = self._journal.head
-        return None if data is None else self._box.open(data, self.head_at, HEAD, self._name)
+        return None if data is None else self._box.open(data, self.head_location, HEAD, self._name)
 
     def append(self, line: bytes) -> None:
         self._journal.append(self._box.seal_line(line, self._name, self._count + 1))
         self._count += 1
 
-    def keep(self, head: bytes) -> None:
-        self._journal.keep(self._box.seal(head, HEAD, self._name))
+    def write_head(self, head: bytes) -> None:
+        self._journal.write_head(self._box.seal(head, HEAD, self._name))
 
 
 def _about(*parts: object) -> bytes:

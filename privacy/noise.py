@@ -24,7 +24,7 @@ from common.seeding import derive_seed
 
 CPU = torch.device("cpu")
 
-MOST_STEPS = 2.0**41
+MAX_STDDEV_STEPS = 2.0**41
 """The largest standard deviation in steps: with it every number that is drawn is exact in float64."""
 
 _BITS = 53  # of a uniform, at first
@@ -50,12 +50,12 @@ class NoiseSource(Protocol):
         """round(stddev · g) for independent standard normals g, int64 [size], on `device`.
 
         Args:
-            stddev: over 0, at most `MOST_STEPS`; in steps of the grid that the noised sum lies on.
+            stddev: over 0, at most `MAX_STDDEV_STEPS`; in steps of the grid that the noised sum lies on.
         """
         ...
 
 
-class Simulated:
+class SimulatedNoise:
     """Reproducible noise, keyed by client, round and purpose: for simulations, never a release."""
 
     release = False
@@ -77,7 +77,7 @@ class Simulated:
         return drawn.mul_(stddev).round_().long()
 
 
-class Secure:
+class SecureNoise:
     """Noise from the operating system's CSPRNG: it has no seed, so nobody can choose or repeat it.
 
     Both draws are exact: they have the distribution that `NoiseSource` states, not one near it. Uniforms are real
@@ -106,13 +106,13 @@ class Secure:
 
 def check_stddev(stddev: float) -> None:
     """Raises ValueError for noise that no source draws."""
-    if not 0 < stddev <= MOST_STEPS:
-        raise ValueError(f"noise of {stddev:g} steps: must be over 0, and {MOST_STEPS:g} at most")
+    if not 0 < stddev <= MAX_STDDEV_STEPS:
+        raise ValueError(f"noise of {stddev:g} steps: must be over 0, and {MAX_STDDEV_STEPS:g} at most")
 
 
 def source(round: int, purpose: str, *, client: str, seed: int | None) -> NoiseSource:
     """The noise of one client, round and purpose: the operating system's, or reproducible where a test names a seed."""
-    return Secure() if seed is None else Simulated(seed=seed, client=client, round=round, purpose=purpose)
+    return SecureNoise() if seed is None else SimulatedNoise(seed=seed, client=client, round=round, purpose=purpose)
 
 
 def _pairs(count: int, stddev: float) -> np.ndarray:

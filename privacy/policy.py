@@ -27,9 +27,9 @@ from pathlib import Path
 from common import strict_json
 from common.errors import AntherError
 from privacy.accounting import Mechanism, NonPrivate, PoissonGaussian, epsilon
-from protocol.messages import ExamplePrivacy, MeasuringPrivacy, TrainingPlan
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy, TrainingPlan
 
-EPSILON_UNSAID = 16.0
+DEFAULT_MAX_EPSILON = 16.0
 """Cap of an owner who named none: at δ = 1e-5 it is room for one run of ε = 8 at δ = 1e-3, and not for two."""
 
 MEASURES = ("none", "noised", "raw")
@@ -38,7 +38,7 @@ MOST_PICTURES = 100_000
 _LOUDEST = 1e6  # σ: more drowns everything, and much more overflows
 
 
-class Refusal(AntherError):  # noqa: N818 - a no is no error
+class RequestRefusedError(AntherError):
     """A device's no, with its reason. The reason tells nothing of the pictures and may go to the server."""
 
 
@@ -104,10 +104,10 @@ class Policy:
     def check_adaptable(self, base: str, sites: Iterable[str]) -> None:
         """Raises Refusal unless adapters may be had for this base, and sit at all of these sites."""
         if self.bases and base not in self.bases:
-            raise Refusal(f"base {base[:12]} is not among those that this device allows")
+            raise RequestRefusedError(f"base {base[:12]} is not among those that this device allows")
         allowed = re.compile(self.sites)
         if forbidden := next(filterfalse(allowed.fullmatch, sites), None):
-            raise Refusal(f"site {forbidden}: this device allows {self.sites}")
+            raise RequestRefusedError(f"site {forbidden}: this device allows {self.sites}")
 
     def check_plan(self, plan: TrainingPlan) -> None:
         """Raises Refusal unless this plan alone is allowed; what it adds up to is for `check_spending`."""
@@ -118,7 +118,7 @@ class Policy:
         if plan.privacy:
             self._check_privacy(plan, plan.privacy)
         elif self.max_epsilon is not None:
-            raise Refusal("this device shares nothing without example privacy")
+            raise RequestRefusedError("this device shares nothing without example privacy")
 
     def check_work(self, *, rank: int, steps: int, examples: int, learning_rate: float) -> None:
         """Raises Refusal for more work than the owner allows."""
@@ -128,31 +128,33 @@ class Policy:
             ("examples a step", examples, self.max_batch),
         ):
             if not 1 <= value <= most:
-                raise Refusal(f"{name}: {value} asked, this device allows 1 to {most}")
+                raise RequestRefusedError(f"{name}: {value} asked, this device allows 1 to {most}")
         if not 0 < learning_rate <= self.max_learning_rate:
-            raise Refusal(f"learning_rate: {learning_rate} asked, this device allows up to {self.max_learning_rate:g}")
+            raise RequestRefusedError(
+                f"learning_rate: {learning_rate} asked, this device allows up to {self.max_learning_rate:g}"
+            )
 
     def check_timesteps(self, timesteps: int) -> None:
         """Raises Refusal for more looks at each picture than the owner allows."""
         if not 1 <= timesteps <= self.max_timesteps:
-            raise Refusal(f"timesteps: {timesteps} asked, this device allows 1 to {self.max_timesteps}")
+            raise RequestRefusedError(f"timesteps: {timesteps} asked, this device allows 1 to {self.max_timesteps}")
 
-    def check_measure(self, privacy: MeasuringPrivacy | None) -> None:
+    def check_measure(self, privacy: EvaluationPrivacy | None) -> None:
         """Raises Refusal if so much may not be told of an adapter's losses; None: all, without noise."""
         if self.measures == "none":
-            raise Refusal("this device tells no measure of its pictures")
+            raise RequestRefusedError("this device tells no measure of its pictures")
         if privacy is None:
             if self.measures != "raw" or self.max_epsilon is not None:
-                raise Refusal("this device tells no measure of its pictures without noise")
+                raise RequestRefusedError("this device tells no measure of its pictures without noise")
             return
         self._check_noise(privacy)
         if not 1 <= privacy.pictures <= MOST_PICTURES:
-            raise Refusal(f"privacy.pictures: {privacy.pictures} asked, must be 1 to {MOST_PICTURES:,}")
+            raise RequestRefusedError(f"privacy.pictures: {privacy.pictures} asked, must be 1 to {MOST_PICTURES:,}")
 
     def check_pictures(self, count: int) -> None:
         """Raises Refusal for fewer training pictures than the owner wants to hide each one among."""
         if count < self.min_pictures:
-            raise Refusal("this device's own minimum of pictures is not met")
+            raise RequestRefusedError("this device's own minimum of pictures is not met")
 
     def promises(self, past: Iterable[Mechanism]) -> bool:
         """Whether privacy is promised: by the owner's cap, or by what was shared before."""
@@ -162,36 +164,42 @@ class Policy:
         """Raises Refusal if `new` would bring the whole above the cap, or is less than what was promised before."""
         if isinstance(new, NonPrivate):
             if self.max_epsilon is not None:
-                raise Refusal("this device shares nothing without example privacy")
+                raise RequestRefusedError("this device shares nothing without example privacy")
             if any(isinstance(event, PoissonGaussian) for event in past):
-                raise Refusal("this device has shared with example privacy before, and shares nothing without it since")
+                raise RequestRefusedError(
+                    "this device has shared with example privacy before, and shares nothing without it since"
+                )
             return
         if any(isinstance(event, NonPrivate) for event in past):
-            raise Refusal("this device has shared without privacy before, so no ε can be promised any more")
-        cap = EPSILON_UNSAID if self.max_epsilon is None else self.max_epsilon
+            raise RequestRefusedError("this device has shared without privacy before, so no ε can be promised any more")
+        cap = DEFAULT_MAX_EPSILON if self.max_epsilon is None else self.max_epsilon
         cost = epsilon([*past, new], self.delta)
         if cost.value > cap:
-            raise Refusal(f"it would bring this device to {cost}; it allows {cap:g}")
+            raise RequestRefusedError(f"it would bring this device to {cost}; it allows {cap:g}")
 
     def _check_privacy(self, plan: TrainingPlan, privacy: ExamplePrivacy) -> None:
         """Raises Refusal for parameters with which DP-SGD would promise nothing."""
         self._check_noise(privacy)
         rate = privacy.sampling_rate
         if not self.min_sampling_rate <= rate <= 1:
-            raise Refusal(f"privacy.sampling_rate: {rate} asked, this device allows {self.min_sampling_rate:g} to 1")
+            raise RequestRefusedError(
+                f"privacy.sampling_rate: {rate} asked, this device allows {self.min_sampling_rate:g} to 1"
+            )
         if plan.batch_size > MOST_PICTURES * rate:
-            raise Refusal(f"batch_size, privacy.sampling_rate: they assume over {MOST_PICTURES:,} pictures")
+            raise RequestRefusedError(f"batch_size, privacy.sampling_rate: they assume over {MOST_PICTURES:,} pictures")
         if privacy.draws < 1:
-            raise Refusal(f"privacy.draws: {privacy.draws} asked, which promises nothing")
+            raise RequestRefusedError(f"privacy.draws: {privacy.draws} asked, which promises nothing")
 
-    def _check_noise(self, privacy: ExamplePrivacy | MeasuringPrivacy) -> None:
+    def _check_noise(self, privacy: ExamplePrivacy | EvaluationPrivacy) -> None:
         sigma, least = privacy.noise_multiplier, self.min_noise_multiplier
         if not least <= sigma <= _LOUDEST:
-            raise Refusal(f"privacy.noise_multiplier: {sigma} asked, this device allows {least:g} to {_LOUDEST:g}")
+            raise RequestRefusedError(
+                f"privacy.noise_multiplier: {sigma} asked, this device allows {least:g} to {_LOUDEST:g}"
+            )
         if not 0 < privacy.clip <= self.max_clip:
-            raise Refusal(f"privacy.clip: {privacy.clip} asked, this device allows up to {self.max_clip:g}")
+            raise RequestRefusedError(f"privacy.clip: {privacy.clip} asked, this device allows up to {self.max_clip:g}")
         if not 0 < privacy.delta < 1:
-            raise Refusal(f"privacy.delta: {privacy.delta} asked, which promises nothing")
+            raise RequestRefusedError(f"privacy.delta: {privacy.delta} asked, which promises nothing")
 
 
 def load(path: Path) -> Policy:

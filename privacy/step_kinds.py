@@ -24,7 +24,7 @@ _FINEST = 2.0**-9
 """Finest width of that grid, as an exponent of two: steps of 0.14 %."""
 
 
-def merged(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+def merge_kinds(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     """Merge kinds into at most `MOST` kinds that together cost at least as much."""
     found, width = list(kinds), _FINEST
     while len(found) > _PAIRED:

@@ -1,7 +1,7 @@
 """Where one device keeps what it must not forget: blobs by name, and journals that only grow.
 
 The ledger's promises rest on it. Nothing may be done on the strength of what was written before it is durable: with
-`Files` it is when the call returns; a simulated fleet's storage may wait for one commit of many devices, which whoever
+`FileStorage` it is when the call returns; a simulated fleet's storage may wait for one commit of many devices, which whoever
 drives them makes before it performs their jobs and before it hands out their replies.
 """
 
@@ -34,7 +34,7 @@ class Journal(Protocol):
         ...
 
     @property
-    def head_at(self) -> str:
+    def head_location(self) -> str:
         """Where a person finds that, for messages."""
         ...
 
@@ -42,7 +42,7 @@ class Journal(Protocol):
         """Add a line, whole or not at all."""
         ...
 
-    def keep(self, head: bytes) -> None:
+    def write_head(self, head: bytes) -> None:
         """Replace the head in one step, once the lines are durable."""
         ...
 
@@ -71,7 +71,7 @@ class Storage(Protocol):
         ...
 
 
-class Files:
+class FileStorage:
     """The files of one device in `folder`, each write fsynced by itself.
 
     Args:
@@ -143,7 +143,7 @@ class _FileJournal:
             return None
 
     @property
-    def head_at(self) -> str:
+    def head_location(self) -> str:
         return str(self._head)
 
     def append(self, line: bytes) -> None:
@@ -152,7 +152,7 @@ class _FileJournal:
             raise OSError("the disk is full: the journal's line was cut short")
         self._sync()
 
-    def keep(self, head: bytes) -> None:
+    def write_head(self, head: bytes) -> None:
         if not self._synced:
             self._sync()  # of a line that a process wrote before it was killed nobody knows that it is durable
         atomic_files.write(self._head, head)

@@ -15,7 +15,7 @@ _FEDERATION = re.compile(r"(?!null$)[a-z0-9][a-z0-9._-]{0,79}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hello:
+class ServerHello:
     """What a server says of itself."""
 
     oldest: int
@@ -69,7 +69,7 @@ class Hello:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Enrolment:
+class Enrollment:
     """What a device says to come in."""
 
     protocol: int

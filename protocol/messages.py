@@ -20,7 +20,7 @@ it says who has to update, and nothing of the message is read.
 
 1: a device took sites and timesteps from its server's configuration. 2: they are fields of the messages."""
 
-LONGEST = 128 * 1024
+MAX_JSON_CHARS = 128 * 1024
 """Characters of a message's JSON; the longest that we write names every site of a base twice, each about 40,000."""
 
 
@@ -112,7 +112,7 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounded:
+class QuantizedFormat:
     """How an adapter that isn't sent whole is to be read (`protocol.quantization`)."""
 
     precision: str
@@ -127,7 +127,7 @@ class Train:
 
     plan: TrainingPlan
     adapter: bytes
-    rounded: Rounded | None = None
+    rounded: QuantizedFormat | None = None
     """None: `adapter` is whole."""
     adapted: tuple[str, ...] | None = None
     """As of a Query."""
@@ -163,7 +163,7 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringPrivacy:
+class EvaluationPrivacy:
     """The Gaussian mechanism on a sum of gains, each clipped to [−clip, clip]; the unit is one picture."""
 
     noise_multiplier: float
@@ -182,13 +182,13 @@ class Evaluate:
     run: str
     round: int
     adapter: bytes
-    rounded: Rounded | None = None
+    rounded: QuantizedFormat | None = None
     """As of a Train."""
     adapted: tuple[str, ...] | None = None
     """As of a Query."""
     timesteps: int = 3
     """Fixed timesteps at which the loss of each picture is measured."""
-    privacy: MeasuringPrivacy | None = None
+    privacy: EvaluationPrivacy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Personalise:
+class Personalize:
     """Train the personal adapter on top of the shared one sent; nothing of it comes back."""
 
     run: str
@@ -222,7 +222,7 @@ class Personalise:
     """Steps between two looks at the validation pictures, which keep the best adapter."""
     patience: int
     """Looks without improvement before training ends."""
-    rounded: Rounded | None = None
+    rounded: QuantizedFormat | None = None
     """As of a Train."""
     adapted: tuple[str, ...] | None = None
     """As of a Query."""
@@ -231,7 +231,7 @@ class Personalise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Personalised:
+class Personalized:
     """The device has a personal adapter now; its cost, and no measure of its pictures."""
 
     device: str
@@ -248,10 +248,10 @@ class Query:
     """Names of the base's layers that adapters of this run sit at; None: those that the base's family adapts."""
 
 
-Request = Query | Train | Evaluate | Personalise
-Reply = DeviceReport | Update | Evaluation | Personalised
+Request = Query | Train | Evaluate | Personalize
+Reply = DeviceReport | Update | Evaluation | Personalized
 
-T = TypeVar("T", DeviceReport, Update, Evaluation, Personalised, Query, Train, Evaluate, Personalise)
+T = TypeVar("T", DeviceReport, Update, Evaluation, Personalized, Query, Train, Evaluate, Personalize)
 
 
 def payloads(message: Request | Reply) -> dict[str, bytes]:
@@ -272,7 +272,7 @@ def from_json(kind: type[T], text: str, **beside: bytes) -> T:
     Raises AntherError, naming the field, for an unknown or missing one, a wrong type, a number that is not finite, or
     what `protocol.limits` allows nobody to say.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_JSON_CHARS:
         raise AntherError(f"{kind.__name__}: a message of {len(text)} characters is too long")
     try:
         found = strict_json.loads(text)

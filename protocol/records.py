@@ -19,7 +19,7 @@ from common.errors import AntherError
 from protocol import messages
 from protocol.messages import Reply, Request
 
-QUERY, TRAIN, EVALUATE, PERSONALISE = "query", "train", "evaluate", "train.personalise"
+QUERY, TRAIN, EVALUATE, PERSONALIZE = "query", "train", "evaluate", "train.personalise"
 
 REFUSED = "refused: "
 """How the reason of an error reply begins if it is a device's no, and nothing went wrong."""
@@ -40,7 +40,7 @@ _EXCHANGES = {
     QUERY: _Exchange(messages.Query, messages.DeviceReport),
     TRAIN: _Exchange(messages.Train, messages.Update),
     EVALUATE: _Exchange(messages.Evaluate, messages.Evaluation),
-    PERSONALISE: _Exchange(messages.Personalise, messages.Personalised),
+    PERSONALIZE: _Exchange(messages.Personalize, messages.Personalized),
 }
 
 
@@ -113,8 +113,8 @@ def _contents(records: RecordDict, most: int | None) -> tuple[str, bytes | None]
         listed = f"{_JSON}, {_SHA256} and {_VERSION}"
         raise AntherError(f"malformed message: must hold {listed} in {_MESSAGE!r}, an adapter, no more")
     text, checksum = config[_JSON], config[_SHA256]
-    if not isinstance(text, str) or len(text) > messages.LONGEST:
-        raise AntherError(f"malformed message: the JSON is not a text of at most {messages.LONGEST} characters")
+    if not isinstance(text, str) or len(text) > messages.MAX_JSON_CHARS:
+        raise AntherError(f"malformed message: the JSON is not a text of at most {messages.MAX_JSON_CHARS} characters")
     adapter = None
     if arrays is not None:
         if not isinstance(arrays, ArrayRecord):

@@ -18,18 +18,18 @@ from common.errors import AntherError
 from conf.compose import compose
 from models.base import assets
 from models.base.base import load
-from models.lora.adapter import shapes
-from privacy.storage import Files
+from models.lora.adapter import adapter_shapes
+from privacy.storage import FileStorage
 from protocol.tensor_codec import largest
-from server.grid.validating_grid import Gated
-from server.ledger import Ledger
-from server.report.trackers import numbers, trackers
+from server.grid.validating_grid import ValidatingGrid
+from server.ledger import ServerLedger
+from server.report.open_trackers import open_trackers, round_metrics
 from server.rounds import checkpoint
 from server.rounds.federation import federate
 from server.rounds.state import Round
-from server.supervisor.run_dirs import end, refuse, run_folder
-from server.supervisor.run_log import log_as_flower_does
-from server.supervisor.superlink import tell_largest_adapter
+from server.supervisor.run_dirs import mark_finished, run_folder, save_refusal
+from server.supervisor.run_log import log_through_flower
+from server.supervisor.superlink import save_largest_adapter
 from strategies.build import build
 from strategies.clock import WallClock
 from strategies.planning.full_plan import training_plan
@@ -46,12 +46,12 @@ def main(grid: Grid, context: Context) -> None:
     `resume=true` continues the newest run of the same configuration. ANTHER_TEST=true makes it a test: updates made
     with reproducible noise are accepted, and nothing of the run is a private release.
     """
-    log_as_flower_does("server", "strategies")
+    log_through_flower("server", "strategies")
     folders = assets.home() / "runs"
     try:
         _federate(grid, context, folders)
     except AntherError as error:  # what a person has to mend, no other try will
-        refuse(folders, context.run_id, str(error))
+        save_refusal(folders, context.run_id, str(error))
         raise
 
 
@@ -62,35 +62,35 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
     folder = run_folder(overrides, folders)
     plan = training_plan(config, run=folder.name, base=base.hash)
     test = os.environ.get("ANTHER_TEST") == "true"
-    ledger = Ledger(Files(folder))
+    ledger = ServerLedger(FileStorage(folder))
     strategy = build(config, plan, base.sites, accept_simulated=test, ledger=ledger, base=base)
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
-    tell_largest_adapter(most := largest(shapes(base.sites, plan.rank)))
+    save_largest_adapter(most := largest(adapter_shapes(base.sites, plan.rank)))
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     settings = context.run_config
-    with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
+    with open_trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
         def on_round(done: Round) -> None:
-            tracker.log(done.number, numbers(done))
+            tracker.log(done.number, round_metrics(done))
             _tell(done, config.rounds)
 
         for done in saved.history if saved else ():  # a kill may have come before its line was written
-            tracker.log(done.number, numbers(done))
+            tracker.log(done.number, round_metrics(done))
         state = federate(
             config,
-            grid=Gated(grid, largest=most),
+            grid=ValidatingGrid(grid, largest=most),
             strategy=strategy,
             plan=plan,
             saved=saved,
             checkpoints=folder / "checkpoints",
             on_round=on_round,
             present=max(config.fleet.sample or 1, int(settings.get("min_devices", 1))),
-            waits=True,
+            wait_forever=True,
             patience=float(settings.get("patience", math.inf)),
             clock=WallClock(),
         )
     best = state.best_round
-    end(folder)
+    mark_finished(folder)
     log.info("done: %d round%s, best round %d", state.round, "" if state.round == 1 else "s", best)
 
 

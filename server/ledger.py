@@ -22,13 +22,13 @@ from privacy.accounting import DEVICE, Guarantee, PoissonGaussian, epsilon, with
 from privacy.ledger import hash_chain
 from privacy.ledger.entries import RESERVED, TRAIN
 from privacy.storage import Storage
-from strategies.central_dp import Anchor, Budget, Charge, Exhausted
+from strategies.central_dp import Anchor, BudgetExhausted, Charge, DeviceBudget
 
 JOURNAL = "ledger.jsonl"
 RELEASED = "released"
 
 
-class Ledger:
+class ServerLedger:
     """The ledger of one run, in its folder.
 
     Every method reads the journal again under its lock.
@@ -49,16 +49,16 @@ class Ledger:
         """In how many rounds each device was picked to train, those that were broken off among them."""
         return Counter(name for charge in self.charges() if charge.purpose == TRAIN for name in charge.asked or ())
 
-    def reserve(self, charge: Charge, budget: Budget) -> Guarantee:
+    def reserve(self, charge: Charge, budget: DeviceBudget) -> Guarantee:
         """Charge for a round; what the device that paid most has spent, with all that `budget.beside` will cost it.
 
         Raises:
             Exhausted: the round would exceed the budget; nothing was written.
         """
         with self._storage.journal(JOURNAL) as journal:
-            spent = spending([*self._charges(journal.lines), charge], budget)
+            spent = spent_guarantee([*self._charges(journal.lines), charge], budget)
             if spent.value > budget.epsilon:
-                raise Exhausted(
+                raise BudgetExhausted(
                     f"round {charge.round} would bring a device to {spent}, and the run may spend ε={budget.epsilon:g}"
                 )
             event = {"state": RESERVED, **strict_json.loads(strict_json.dumps(charge))}
@@ -87,7 +87,7 @@ class Ledger:
         """Raises AntherError unless the ledger still begins with what it held at this anchor."""
         with self._storage.journal(JOURNAL) as journal:
             self._events(journal.lines)
-            if anchor is None or hash_chain.begins(journal.lines, anchor.events, anchor.head):
+            if anchor is None or hash_chain.starts_with(journal.lines, anchor.events, anchor.head):
                 return
             where = self._storage.where(JOURNAL)
             found = len(journal.lines)
@@ -118,7 +118,7 @@ class Ledger:
                 raise AntherError(f"{where}: not an event ({error}); restore the file from a backup") from error
 
 
-def spending(charges: Iterable[Charge], budget: Budget) -> Guarantee:
+def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarantee:
     """ε of the device that paid most, with what is left to measure of `budget.beside`.
 
     Without a secret sample a device pays for the rounds that it was asked in. With one every device pays for every

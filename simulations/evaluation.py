@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 from common.seeding import derive_seed
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
-from models.lora.adapter import Adapter, concatenate, initial
+from models.lora.adapter import Adapter, concatenate, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
 from simulations.fleet.participants import Participant
 from training.inference import draw
-from training.jobs import EarlyStopping, Encode, Examples, Job, Measure, Result, Train, Trained
-from training.memory import for_looking
+from training.jobs import EarlyStopping, EncodeJob, Examples, Job, MeasureJob, Result, Train, Trained
+from training.memory import inference_share
 from typefaces.judge import Judge, legible, style_match
 
 BASE, REAL = "base", "real"  # the arm without an adapter, and the pictures that were held out
@@ -30,7 +30,7 @@ Adapters = Mapping[str, Mapping[str, Adapter]]  # arm -> device -> adapter, in t
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Gallery:
     """One person's gallery: real held-out pictures beside each arm's."""
 
     captions: tuple[str, ...]
@@ -54,14 +54,14 @@ class Pools(NamedTuple):
 
 def encoded(people: Sequence[Participant], perform: Perform) -> Pools:
     """All splits in one go."""
-    jobs: list[Job] = [Encode(pictures=pictures) for person in people for pictures in person.pictures]
+    jobs: list[Job] = [EncodeJob(pictures=pictures) for person in people for pictures in person.pictures]
     found = iter(cast(Examples, _sound(result)) for result in perform(jobs))
     pools = {person.name: (next(found), next(found), next(found)) for person in people}
     return Pools(*({name: splits[i] for name, splits in pools.items()} for i in range(3)))
 
 
 def train_local(
-    config: Simulation, base: Base, people: Sequence[Participant], pools: Pools, perform: Perform
+    config: SimulationConfig, base: Base, people: Sequence[Participant], pools: Pools, perform: Perform
 ) -> dict[str, Adapter]:
     """Everybody alone, from the base."""
     shared, personal, alone = config.adapter.shared, config.adapter.personal, config.adapter.local
@@ -72,7 +72,7 @@ def train_local(
             purpose="local",
             seed=config.seed,
             examples=pools.train[person.name],
-            start=initial(base.sites, shared.rank + personal.rank, derive_seed(config.seed, person.name, "local")),
+            start=init_adapter(base.sites, shared.rank + personal.rank, derive_seed(config.seed, person.name, "local")),
             steps=config.rounds * shared.steps + personal.steps,
             batch_size=personal.batch_size,
             learning_rate=alone.learning_rate,
@@ -105,7 +105,7 @@ def losses(
     found: dict[str, dict[str, float]] = {person.name: {} for person in people}
     for arm in (BASE, *adapters):
         jobs: list[Job] = [
-            Measure(examples=pools.test[person.name], adapter=adapters.get(arm, {}).get(person.name))
+            MeasureJob(examples=pools.test[person.name], adapter=adapters.get(arm, {}).get(person.name))
             for person in people
         ]
         for person, result in zip(people, perform(jobs), strict=True):
@@ -114,8 +114,8 @@ def losses(
 
 
 def gallery(
-    config: Simulation, base: Base, people: Sequence[Participant], adapters: Adapters, memory: int
-) -> dict[str, Drawn]:
+    config: SimulationConfig, base: Base, people: Sequence[Participant], adapters: Adapters, memory: int
+) -> dict[str, Gallery]:
     """The first test pictures of everybody, drawn under every arm from the same noise for the same caption.
 
     Base and shared draw a caption alike for everybody, so each is drawn once.
@@ -139,11 +139,11 @@ def gallery(
         sampler=config.evaluation.sampler,
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
-        memory=for_looking(memory),
+        memory=inference_share(memory),
     )
     pictures = dict(zip(wanted, base.decode(latents), strict=True))
     return {
-        person.name: Drawn(
+        person.name: Gallery(
             captions=tuple(picture.caption for picture in chosen[person.name]),
             arms={
                 REAL: np.stack([base.fit(picture.at_least(base.resolution)) for picture in chosen[person.name]]),
@@ -157,7 +157,7 @@ def gallery(
     }
 
 
-def scores(judge: Judge, people: Sequence[Participant], drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Score]]:
+def scores(judge: Judge, people: Sequence[Participant], drawn: Mapping[str, Gallery]) -> dict[str, dict[str, Score]]:
     """Legibility and style match of everybody's drawn letters, under every arm, by the writers' real letters.
 
     People whose pictures are not letters are left out; with one writer there is no other to match style against.

@@ -21,23 +21,23 @@ from hydra.types import RunMode
 from rich.console import Console
 
 from common.errors import AntherError
-from conf.cli import application, drop_empty, output_dir, program
+from conf.cli import drop_empty, hydra_application, output_dir, program
 from conf.compose import compose
-from conf.overrides import quoted
-from conf.schemas.simulation import Simulation
+from conf.overrides import quote
+from conf.schemas.simulation import SimulationConfig
 from simulations import run_dir
 from simulations.report.display import Display, compare
 from simulations.report.time_left import after_rounds
 
 if TYPE_CHECKING:
     from protocol.messages import TrainingPlan
-    from server.rounds.state import Round, State
+    from server.rounds.state import Round, RunState
     from simulations.evaluation import Perform
-    from simulations.fleet.outcomes import FleetFacts
+    from simulations.fleet.outcomes import FleetRound
     from simulations.fleet.participants import Participant
-    from simulations.fleet.virtual_fleet import Lives
+    from simulations.fleet.virtual_fleet import VirtualFleet
     from simulations.grid.cohort import Grid
-    from simulations.setup import World
+    from simulations.setup import SimulationSetup
     from strategies.strategy import Federated
 
 
@@ -70,8 +70,8 @@ def across() -> None:
         compare([(overrides, result.summary) for overrides, result in _finished])
 
 
-@application("simulate", Simulation, after=across)
-def main(config: Simulation) -> None:
+@hydra_application("simulate", SimulationConfig, after=across)
+def main(config: SimulationConfig) -> None:
     folder, overrides = Path(output_dir()), list(HydraConfig.get().overrides.task)
     with Display(config.rounds, after=after_rounds(config)) as display:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -86,7 +86,7 @@ def main(config: Simulation) -> None:
 
 
 def simulate(
-    config: Simulation | str | Sequence[str],
+    config: SimulationConfig | str | Sequence[str],
     folder: str | Path,
     *,
     display: Display | None = None,
@@ -103,7 +103,7 @@ def simulate(
     Raises:
         AntherError: a setting, a picture or the base can't be used, or the folder is another run's.
     """
-    if not isinstance(config, Simulation):
+    if not isinstance(config, SimulationConfig):
         words = shlex.split(config) if isinstance(config, str) else list(config)
         command = command or shlex.join([*_program(), *words])
         config = compose(words)
@@ -112,7 +112,7 @@ def simulate(
     return _simulate(config, Path(folder), display, command)
 
 
-def _simulate(config: Simulation, folder: Path, display: Display, command: str) -> Result:
+def _simulate(config: SimulationConfig, folder: Path, display: Display, command: str) -> Result:
     started = time.perf_counter()
     check_time(config)
     run_dir.check(folder, config)
@@ -122,8 +122,8 @@ def _simulate(config: Simulation, folder: Path, display: Display, command: str) 
 
         ray.require()
     from models.base import assets
-    from privacy.storage import Files
-    from server.ledger import Ledger
+    from privacy.storage import FileStorage
+    from server.ledger import ServerLedger
     from simulations import setup
     from simulations.fleet import participants
     from simulations.fleet.virtual_fleet import lives
@@ -139,7 +139,7 @@ def _simulate(config: Simulation, folder: Path, display: Display, command: str) 
         plan,
         frozen.sites,
         accept_simulated=True,
-        ledger=Ledger(Files(folder)),
+        ledger=ServerLedger(FileStorage(folder)),
         clock=lived.clock if lived else None,
         base=frozen,
     )
@@ -164,7 +164,7 @@ def _simulate(config: Simulation, folder: Path, display: Display, command: str) 
     return Result(folder, summary)
 
 
-def check_time(config: Simulation) -> None:
+def check_time(config: SimulationConfig) -> None:
     """Refuse what needs devices that take time, of a fleet that answers at once, and what is more than all of it."""
     fleet, chosen = config.fleet, config.strategy
     mend = "choose a fleet with timed=true, such as fleet=week"
@@ -178,7 +178,7 @@ def check_time(config: Simulation) -> None:
         raise AntherError(f"strategy.quorum={chosen.quorum}: there are {devices} devices; lower it, or add some")
 
 
-def _lived_by(config: Simulation) -> Iterator[str]:
+def _lived_by(config: SimulationConfig) -> Iterator[str]:
     """Settings that are given, and that only a fleet with a life of its own goes by."""
     eligible, fleet = config.fleet.eligible, config.fleet
     if eligible.battery is not None:
@@ -196,7 +196,12 @@ def _lived_by(config: Simulation) -> Iterator[str]:
 
 
 def grid(
-    config: Simulation, folder: Path, here: World, perform: Perform, memory: int, lived: Lives | None
+    config: SimulationConfig,
+    folder: Path,
+    here: SimulationSetup,
+    perform: Perform,
+    memory: int,
+    lived: VirtualFleet | None,
 ) -> AbstractContextManager[Grid]:
     """What drives the devices, while the context lasts."""
     if config.grid.name == "ray":
@@ -218,7 +223,7 @@ def grid(
 
 
 def federate(
-    config: Simulation,
+    config: SimulationConfig,
     folder: Path,
     strategy: Federated,
     plan: TrainingPlan,
@@ -226,17 +231,18 @@ def federate(
     people: list[Participant],
     judged: list[Participant],
     display: Display,
-    lived: Lives | None,
-) -> State:
+    lived: VirtualFleet | None,
+) -> RunState:
     """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
-    from server.report.trackers import trackers
+    from server.report.open_trackers import open_trackers
+
     from server.rounds import checkpoint
     from server.rounds.federation import federate
 
     saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
     if lived and saved:
         lived.resume(saved.round)
-    with trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
+    with open_trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
         def on_round(record: Round) -> None:
             values = _numbers(record, lived.log.rounds[record.number] if lived else None)
@@ -260,19 +266,19 @@ def federate(
             present=0 if lived else len(people),
             clock=lived.clock if lived else None,
             keep=lived.keep if lived else lambda _: None,
-            personal_on={person.name for person in judged},
+            personalized_devices={person.name for person in judged},
         )
 
 
-def _numbers(record: Round, fleet: FleetFacts | None) -> dict[str, Any]:
+def _numbers(record: Round, fleet: FleetRound | None) -> dict[str, Any]:
     """One round as flat numbers, for trackers and the display.
 
     Args:
         fleet: what really became of a fleet that lives on a clock of its own.
     """
-    from server.report.trackers import numbers
+    from server.report.open_trackers import round_metrics
 
-    values, train = numbers(record), record.train
+    values, train = round_metrics(record), record.train
     if fleet:
         values |= {
             "hours": fleet.ended / 3600,
@@ -293,7 +299,7 @@ def resume_command(overrides: Sequence[str], folder: Path) -> str:
         folder: of the run.
     """
     kept = [word for word in overrides if not word.startswith(("resume=", "hydra.run.dir="))]
-    return shlex.join([*_program(), *kept, f"hydra.run.dir={quoted(str(folder))}", "resume=true"])
+    return shlex.join([*_program(), *kept, f"hydra.run.dir={quote(str(folder))}", "resume=true"])
 
 
 def _program() -> list[str]:

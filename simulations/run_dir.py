@@ -12,7 +12,7 @@ from typing import Any
 
 from common import atomic_files
 from common.errors import AntherError
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 
 RUN = "run.json"
 PICTURES = "set of pictures"
@@ -23,12 +23,12 @@ _ADDED = {"data.background": "white"}
 log = logging.getLogger(__name__)
 
 
-def config_hash(config: Simulation) -> str:
+def config_hash(config: SimulationConfig) -> str:
     """SHA-256 of everything that decides a run's numbers: all of the configuration but `resume`."""
     return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()
 
 
-def check(folder: Path, config: Simulation) -> dict[str, Any]:
+def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
     """What `folder` says of the run of this configuration that it holds; empty if it is free for a new one.
 
     Raises:
@@ -63,7 +63,7 @@ def begun(folder: Path) -> bool:
     return (folder / RUN).exists()
 
 
-def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory: int) -> int:
+def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, memory: int) -> int:
     """Make `folder` this run's own, or check that it already is; the bytes of memory that the run trains in.
 
     Args:
@@ -89,7 +89,7 @@ def claim(folder: Path, config: Simulation, assets: Mapping[str, str], *, memory
     return int(found["memory"])
 
 
-def _settings(config: Simulation) -> dict[str, Any]:
+def _settings(config: SimulationConfig) -> dict[str, Any]:
     """All settings but `resume`; and but those that runs of before hadn't, where they are as those runs were."""
     settings = dataclasses.asdict(config)
     del settings["resume"]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.base import base
 from models.base.base import Base
 from simulations.evaluation import Perform
@@ -18,13 +18,13 @@ from simulations.fleet.storage import FILE, Database
 from training.engine import perform
 
 
-class World(NamedTuple):
+class SimulationSetup(NamedTuple):
     base: Base
     people: list[Participant]
     database: Database
 
 
-def build(config: Simulation, folder: Path) -> World:
+def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
     """The world of the run in `folder`; mistakes in pictures are told before the base is loaded."""
     own = own_pictures(config.data)
     frozen = base.load(
@@ -37,10 +37,10 @@ def build(config: Simulation, folder: Path) -> World:
         resolution=config.base.resolution,
     )
     database = Database(folder / "devices" / FILE)
-    return World(frozen, participants(config, frozen, database.device, own), database)
+    return SimulationSetup(frozen, participants(config, frozen, database.device, own), database)
 
 
-def performer(config: Simulation, base: Base, memory: int) -> Perform:
+def performer(config: SimulationConfig, base: Base, memory: int) -> Perform:
     """Performs jobs on the base, in so many bytes."""
     timesteps, compiled = config.evaluation.timesteps, config.cohort.compiled
     return partial(perform, base, memory=memory, timesteps=timesteps, compiled=compiled)

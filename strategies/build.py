@@ -8,36 +8,36 @@ from functools import partial
 
 from common.errors import AntherError
 from common.seeding import derive_seed
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.base import assets
 from models.base.base import Base
 from models.lora.adapter import Adapter, Sites
 from models.lora.lora_xs import load_frame
 from privacy.accounting import noise_multiplier_for
-from privacy.central import Adaptive, Gaussian
+from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import NoiseSource, source
 from protocol.messages import TrainingPlan
 from strategies.aggregation.build import aggregation, optimiser, replay
-from strategies.central_dp import Budget, DeviceLevel, Ledger
+from strategies.central_dp import CentralDP, ChargeLedger, DeviceBudget
 from strategies.clock import Clock
-from strategies.fedbuff import SIZE
-from strategies.planning.plan import Cosine, Limits
-from strategies.planning.site_selection import Fitting, costs_of
-from strategies.private_evaluation import measuring, spending
-from strategies.registry import AGGREGATIONS, Combination, refusal, unfit
+from strategies.fedbuff import BUFFER_SIZE
+from strategies.planning.plan import CosineDecay, PlanLimits
+from strategies.planning.site_selection import SiteSelector, base_pass_costs
+from strategies.private_evaluation import evaluation_mechanisms, measuring
+from strategies.registry import AGGREGATIONS, Combination, incompatibility, refusal_reason
 from strategies.selection.build import evaluation, selection
-from strategies.selection.eligible import Eligible
+from strategies.selection.eligible import Eligibility
 from strategies.strategy import Federated
 from strategies.unused_settings import refuse_ignored
 
 
 def build(
-    config: Simulation,
+    config: SimulationConfig,
     plan: TrainingPlan,
     sites: Sites,
     *,
     accept_simulated: bool,
-    ledger: Ledger | None = None,
+    ledger: ChargeLedger | None = None,
     clock: Clock | None = None,
     base: Base | None = None,
 ) -> Federated:
@@ -53,10 +53,10 @@ def build(
     Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
     """
     chosen = combination(config)
-    if reason := unfit(chosen):
+    if reason := incompatibility(chosen):
         raise AntherError(reason)
-    if reason := refusal(chosen):
-        fit = " or ".join(name for name in AGGREGATIONS if refusal(replace(chosen, aggregation=name)) is None)
+    if reason := refusal_reason(chosen):
+        fit = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
         mend = f"use strategy={fit}" if fit else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
     refuse_ignored(config)
@@ -74,15 +74,15 @@ def build(
     seed = config.seed if accept_simulated else None
     # A control variate is of every direction, and under privacy per device a link is part of what is private.
     cut = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
-    limits = Limits(
+    limits = PlanLimits(
         metered_rank=config.strategy.metered_rank if cut else None,
         metered_update=config.strategy.metered_update,
-        feedback=rule.steady,
+        feedback=rule.stable_factors,
         deadline=config.strategy.deadline,
         joules=config.strategy.joules,
         battery_share=config.strategy.battery_share,
     )
-    if limits.momentary and config.privacy.of_devices:
+    if limits.uses_transient_state and config.privacy.of_devices:
         raise AntherError(
             f"strategy.battery_share={limits.battery_share}: what is left of a battery belongs to a device, and "
             f"privacy={chosen.level} hides all of one; use strategy.joules"
@@ -104,13 +104,13 @@ def build(
         download=config.strategy.download,
         limits=limits,
         frame=frame,
-        decay=Cosine(rounds=config.rounds) if config.strategy.decay else None,
+        decay=CosineDecay(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
-        device_level=level,
+        central_dp=level,
         replay=replay(config, rule, sites, seed=None if seed is None else derive_seed(seed, "replay")),
         quorum=config.strategy.quorum,
         fitting=_fitting(config, base),
-        eligible=Eligible(**vars(config.fleet.eligible)),
+        eligible=Eligibility(**vars(config.fleet.eligible)),
         clock=clock,
         report_age=config.fleet.report_age,
         adapted=None if config.adapter.sites is None else tuple(sites),
@@ -118,16 +118,16 @@ def build(
     )
 
 
-def _fitting(config: Simulation, base: Base | None) -> Fitting | None:
+def _fitting(config: SimulationConfig, base: Base | None) -> SiteSelector | None:
     """What chooses each device's sites, unless all of them train at all."""
     if config.strategy.planning == "full":
         return None
     if base is None:
         raise ValueError("base: planning=device predicts its passes")
-    return Fitting(costs=costs_of(base, config.adapter.shared.rank), memory=config.fleet.workload.memory)
+    return SiteSelector(costs=base_pass_costs(base, config.adapter.shared.rank), memory=config.fleet.workload.memory)
 
 
-def _frame(config: Simulation, sites: Sites) -> Adapter | None:
+def _frame(config: SimulationConfig, sites: Sites) -> Adapter | None:
     """The factors that stay, if only cores are trained."""
     if config.adapter.frame is None:
         return None
@@ -135,7 +135,7 @@ def _frame(config: Simulation, sites: Sites) -> Adapter | None:
     return load_frame(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
-def _check_timing(config: Simulation) -> None:
+def _check_timing(config: SimulationConfig) -> None:
     """Refuse how rounds are timed if it doesn't go with what they promise."""
     chosen, fleet = config.strategy, config.fleet
     if chosen.timing == "async" and chosen.weights != "device":
@@ -148,7 +148,11 @@ def _check_timing(config: Simulation) -> None:
             f"fleet.overselect={fleet.overselect:g}: with strategy.timing=async nobody's reply is waited for, and none "
             "too late; leave it 1"
         )
-    most = ("strategy.buffer", chosen.buffer or SIZE) if chosen.timing == "async" else ("fleet.sample", fleet.sample)
+    most = (
+        ("strategy.buffer", chosen.buffer or BUFFER_SIZE)
+        if chosen.timing == "async"
+        else ("fleet.sample", fleet.sample)
+    )
     if most[1] is not None and chosen.quorum > most[1]:
         raise AntherError(
             f"strategy.quorum={chosen.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "
@@ -167,7 +171,7 @@ def _check_timing(config: Simulation) -> None:
             )
 
 
-def combination(config: Simulation) -> Combination:
+def combination(config: SimulationConfig) -> Combination:
     """What a configuration chooses on each axis."""
     fleet = config.fleet
     chosen = config.selection.name if fleet.sample is not None else "everyone" if fleet.rate is None else "poisson"
@@ -182,13 +186,13 @@ def combination(config: Simulation) -> Combination:
 
 
 def _device_level(
-    config: Simulation,
+    config: SimulationConfig,
     run: str,
     sites: Sites,
     frame: Adapter | None,
     seed: int | None,
-    ledger: Ledger | None,
-) -> DeviceLevel:
+    ledger: ChargeLedger | None,
+) -> CentralDP:
     """The server's clip and noise, σ solved for what one device can be charged for in all."""
     if ledger is None:
         raise ValueError("ledger: privacy per device is charged for in one")
@@ -205,8 +209,8 @@ def _device_level(
             f"privacy.device.participations={most}: {devices} devices can't fill {config.rounds} rounds of {asked}; "
             "lower fleet.sample or rounds, or raise it"
         )
-    beside = spending(config)
-    budget = Budget(
+    beside = evaluation_mechanisms(config)
+    budget = DeviceBudget(
         epsilon=chosen.epsilon or config.privacy.epsilon,
         delta=chosen.delta or config.privacy.delta,
         beside=beside,
@@ -219,11 +223,11 @@ def _device_level(
     expected = asked if fleet.rate is None else rate * devices
     adaptive = None
     if chosen.quantile is not None:
-        adaptive = Adaptive(quantile=chosen.quantile, rate=chosen.clip_rate, deviation=expected / 20)
-    return DeviceLevel(
+        adaptive = AdaptiveClip(quantile=chosen.quantile, rate=chosen.clip_rate, deviation=expected / 20)
+    return CentralDP(
         run=run,
         sites=sites,
-        mechanism=Gaussian(noise_multiplier=z, expected=expected, adaptive=adaptive),
+        mechanism=GaussianMechanism(noise_multiplier=z, expected=expected, adaptive=adaptive),
         sampling_rate=rate,
         clip=chosen.clip,
         budget=budget,

@@ -15,20 +15,20 @@ from typing import Protocol
 from torch import Tensor
 
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, at, head_and_tail, rank
+from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
 from models.lora.batched_lora import Layout
 from models.lora.trainable import trained_layout
 from privacy.accounting import ADD_OR_REMOVE_ONE, DEVICE, Guarantee, PoissonGaussian
-from privacy.central import Gaussian, clip_and_sum
+from privacy.central import GaussianMechanism, clip_and_sum
 from privacy.ledger.entries import MEASURE, TRAIN
 from privacy.noise import NoiseSource
 from strategies.aggregation import Aggregated, Aggregation
-from strategies.round.metrics import CentralFacts
+from strategies.round.metrics import CentralDPMetrics
 
 log = logging.getLogger(__name__)
 
 
-class Exhausted(AntherError):  # noqa: N818 - the end of a budget is no error
+class BudgetExhausted(AntherError):  # noqa: N818 - the end of a budget is no error
     """No further round can be paid for: the run ends early, with what it has."""
 
 
@@ -57,7 +57,7 @@ class Charge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class DeviceBudget:
     """What all rounds of a run may come to, for any one device."""
 
     epsilon: float
@@ -68,14 +68,14 @@ class Budget:
     """Rounds that one device may be asked in; None: the rounds are secret samples, and everybody pays for each."""
 
 
-class Ledger(Protocol):
+class ChargeLedger(Protocol):
     """Where charges are kept (`server.ledger`)."""
 
     def participations(self) -> Mapping[str, int]:
         """In how many rounds each device was picked, those that were broken off among them."""
         ...
 
-    def reserve(self, charge: Charge, budget: Budget) -> Guarantee:
+    def reserve(self, charge: Charge, budget: DeviceBudget) -> Guarantee:
         """Charge for a round, durably; what the device that paid most has spent, and what `beside` will cost it.
 
         Raises Exhausted, with nothing written, if that is over the budget.
@@ -112,7 +112,7 @@ class _Open:
     noise: NoiseSource
 
 
-class DeviceLevel:
+class CentralDP:
     """The server's side of `privacy=device`.
 
     Args:
@@ -120,7 +120,7 @@ class DeviceLevel:
         mechanism: the noise and the divisor of a round.
         sampling_rate: q of a selection that amplifies; 1 for every other.
         clip: C of the first round.
-        noise: the source for a round; `Secure` unless the server's own configuration declares a test.
+        noise: the source for a round; `SecureNoise` unless the server's own configuration declares a test.
         frame: where only cores are trained, the factors around them: cores alone are clipped and noised.
     """
 
@@ -129,12 +129,12 @@ class DeviceLevel:
         *,
         run: str,
         sites: Sites,
-        mechanism: Gaussian,
+        mechanism: GaussianMechanism,
         sampling_rate: float,
         clip: float,
-        budget: Budget,
+        budget: DeviceBudget,
         noise: Callable[[int], NoiseSource],
-        ledger: Ledger,
+        ledger: ChargeLedger,
         frame: Adapter | None = None,
     ) -> None:
         self.mechanism, self.budget, self.ledger = mechanism, budget, ledger
@@ -143,7 +143,7 @@ class DeviceLevel:
         self._run, self._sites, self._frame, self._noise = run, sites, frame, noise
         self._open: _Open | None = None
 
-    def resume(self, last: CentralFacts | None) -> None:
+    def resume(self, last: CentralDPMetrics | None) -> None:
         """Go on after this round: an adaptive clip continues where it stood."""
         self.clip = last.next_clip if last else self._first
 
@@ -161,7 +161,7 @@ class DeviceLevel:
         had = self.ledger.participations()
         found = {name for name in names if had.get(name, 0) < most}
         if names and not found:
-            raise Exhausted(f"every device was asked in {most} rounds, which is what its ε is solved for")
+            raise BudgetExhausted(f"every device was asked in {most} rounds, which is what its ε is solved for")
         return found
 
     def open(self, round: int, picked: Sequence[str], adapter: bytes) -> None:
@@ -189,7 +189,9 @@ class DeviceLevel:
         )
         self._open = _Open(guarantee=self.ledger.reserve(charge, self.budget), clip=self.clip, noise=noise)
 
-    def pays_for(self, round: int, adapter: bytes, mechanism: PoissonGaussian, *, clip: float, expected: float) -> bool:
+    def charge_evaluation(
+        self, round: int, adapter: bytes, mechanism: PoissonGaussian, *, clip: float, expected: float
+    ) -> bool:
         """Charge everybody for measuring a round's adapter, before anybody is asked to; False if that is too much.
 
         Then the round is not measured, and stays what it is.
@@ -212,14 +214,14 @@ class DeviceLevel:
         )
         try:
             self.ledger.reserve(charge, self.budget)
-        except Exhausted as over:
+        except BudgetExhausted as over:
             log.warning("round %d is not measured: %s", round, over)
             return False
         return True
 
     def close(
         self, rule: Aggregation, current: Adapter, trained: Iterable[Adapter], *, round: int
-    ) -> tuple[Aggregated, CentralFacts]:
+    ) -> tuple[Aggregated, CentralDPMetrics]:
         """The next adapter, noised whatever came back, also if nothing did: to keep the old one would tell so.
 
         What is clipped is what was decoded, in whichever precision it came. A device may carry what rounding left of
@@ -242,7 +244,7 @@ class DeviceLevel:
         released = self.mechanism.release(clipped, opened.noise)
         moved = layout.unpack((layout.pack(current).double() + released.mean).float(), current)
         aggregated = rule.aggregate(current, [(moved, 1.0)], round=round)
-        facts = CentralFacts(
+        facts = CentralDPMetrics(
             guarantee=opened.guarantee,
             clip=opened.clip,
             next_clip=released.next_clip,
@@ -258,5 +260,5 @@ class DeviceLevel:
 def changes(layout: Layout, current: Adapter, trained: Iterable[Adapter]) -> Iterator[Tensor]:
     """Each device's change of what is trained [D], float64; directions and sites that it did not train are 0."""
     for adapter in trained:
-        start, _ = head_and_tail(at(current, adapter), rank(adapter))
+        start, _ = split_rank(select_sites(current, adapter), rank(adapter))
         yield layout.pack(adapter).double() - layout.pack(start).double()

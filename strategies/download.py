@@ -18,7 +18,7 @@ from torch import Tensor
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, from_tensors, rank, to_tensors
 from protocol import quantization, tensor_codec
-from protocol.messages import Rounded
+from protocol.messages import QuantizedFormat
 
 FP32 = "fp32"
 
@@ -28,7 +28,7 @@ class Download(NamedTuple):
 
     data: bytes
     adapter: Adapter
-    rounded: Rounded | None
+    rounded: QuantizedFormat | None
     """None: it is whole, as `protocol.tensor_codec` has it."""
 
 
@@ -42,7 +42,7 @@ def download(adapter: Adapter, precision: str) -> Download:
     data = quantization.encode(tensors, precision, coins)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     read = from_tensors(quantization.decode(data, shapes, precision))
-    return Download(data, read, Rounded(precision=precision, rank=rank(adapter)))
+    return Download(data, read, QuantizedFormat(precision=precision, rank=rank(adapter)))
 
 
 def lost(held: Adapter, sent: Adapter) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def lost(held: Adapter, sent: Adapter) -> dict[str, Tensor]:
     return {name: tensor - read[name] for name, tensor in to_tensors(held).items()}
 
 
-def restored(made: Adapter, residual: Mapping[str, Tensor]) -> Adapter:
+def add_residual(made: Adapter, residual: Mapping[str, Tensor]) -> Adapter:
     """What a round made, with what rounding took of its start: of directions that are gone nothing comes back."""
     tensors = to_tensors(made)
     for name, left in residual.items():

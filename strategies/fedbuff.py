@@ -13,29 +13,29 @@ import torch
 
 from models.lora.adapter import Adapter, Factors
 
-STRIDE = 10_000
+PLANS_PER_ROUND = 10_000
 """Plans of one round at most: each has a number of its own, for a device answers for a number only once."""
 
-SIZE, CONCURRENCY = 10, 10
+BUFFER_SIZE, CONCURRENCY = 10, 10
 """Updates of a round, and devices that are at work at any time, where nobody says."""
 
-Shift = Callable[[Adapter, Adapter, Adapter, float], Adapter]
+Rebase = Callable[[Adapter, Adapter, Adapter, float], Adapter]
 """From (current, started, trained, scale) to what the device would have trained of the current one."""
 
 
-def number_of(round: int, place: int) -> int:
+def plan_number(round: int, place: int) -> int:
     """The number of the plan that is sent in this place of a round: no other plan of the run has it."""
-    if not 0 <= place < STRIDE:
-        raise ValueError(f"{place=}: a round has {STRIDE} plans at most")
-    return round * STRIDE + place
+    if not 0 <= place < PLANS_PER_ROUND:
+        raise ValueError(f"{place=}: a round has {PLANS_PER_ROUND} plans at most")
+    return round * PLANS_PER_ROUND + place
 
 
-def staleness(rounds: int) -> float:
+def staleness_weight(rounds: int) -> float:
     """What an update counts that began so many rounds ago, 1/√(1 + τ)."""
     return 1.0 / math.sqrt(1.0 + rounds)
 
 
-def on_factors(current: Adapter, started: Adapter, trained: Adapter, scale: float) -> Adapter:
+def rebase_factors(current: Adapter, started: Adapter, trained: Adapter, scale: float) -> Adapter:
     """Factor by factor, A_g + s (A_k − A_v) and B_g + s (B_k − B_v): for rules that are linear in factors."""
     return {
         site: Factors(
@@ -46,7 +46,7 @@ def on_factors(current: Adapter, started: Adapter, trained: Adapter, scale: floa
     }
 
 
-def on_product(current: Adapter, started: Adapter, trained: Adapter, scale: float) -> Adapter:
+def rebase_product(current: Adapter, started: Adapter, trained: Adapter, scale: float) -> Adapter:
     """The product B_g A_g + s (B_k A_k − B_v A_v) as stacked factors: for rules that go by products of any rank."""
     found = {}
     for site, (a, b) in trained.items():
@@ -56,5 +56,5 @@ def on_product(current: Adapter, started: Adapter, trained: Adapter, scale: floa
     return found
 
 
-SHIFTS: dict[str, Shift] = {"exact": on_product, "fedit": on_factors}
+REBASES: dict[str, Rebase] = {"exact": rebase_product, "fedit": rebase_factors}
 """By aggregation; another one can't take an update of an older adapter."""

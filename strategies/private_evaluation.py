@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 
 from common.errors import AntherError
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import PoissonGaussian
 from privacy.bounded_sum import noise_error, noised_mean
 from privacy.noise import NoiseSource, source
-from protocol.messages import Evaluation, MeasuringPrivacy
-from strategies.round.metrics import Validation, mean
+from protocol.messages import Evaluation, EvaluationPrivacy
+from strategies.round.metrics import ValidationMetrics, mean
 from strategies.round.plausibility import trimmed_mean
 
 _FAR = 8.0  # standard deviations
 
 
 @dataclass(frozen=True, kw_only=True)
-class AmongDevices:
+class CentralDPEvaluation:
     """The server's own noise, on the sum of the devices' mean gains; the unit is all of one device."""
 
     noise_multiplier: float
@@ -33,24 +33,24 @@ class AmongDevices:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
+class EvaluationPolicy:
     """Devices measure the adapter of every so many rounds: openly, or hidden in noise in one of two ways."""
 
     every: int = 1
     """Rounds between two; 0: none is measured."""
-    among_pictures: MeasuringPrivacy | None = None
+    local_noise: EvaluationPrivacy | None = None
     """Each device noises its own pictures' gains, and tells nothing else; the unit is one picture."""
-    among_devices: AmongDevices | None = None
+    central_noise: CentralDPEvaluation | None = None
     """Devices tell the server their losses, which stores and shows a noised mean only."""
 
     def due(self, round: int) -> bool:
         """Whether this round's adapter is measured."""
         return self.every > 0 and round % self.every == 0
 
-    def summary(self, round: int, replies: Sequence[Evaluation], dropped: Mapping[str, int]) -> Validation:
-        """What is kept of the replies to a round that is due, all of which `fits` has passed."""
+    def summary(self, round: int, replies: Sequence[Evaluation], dropped: Mapping[str, int]) -> ValidationMetrics:
+        """What is kept of the replies to a round that is due, all of which `accepts` has passed."""
         told = dict(dropped)
-        if (hidden := self.among_devices) is not None:
+        if (hidden := self.central_noise) is not None:
             # Noise even if nobody replied: to tell nobody from somebody is to tell of somebody.
             gain = noised_mean(
                 [reply.base - reply.shared for reply in replies if reply.base is not None and reply.shared is not None],
@@ -60,9 +60,9 @@ class Measuring:
                 noise=hidden.noise(round),
             )
             error = noise_error(clip=hidden.clip, noise_multiplier=hidden.noise_multiplier, count=hidden.devices)
-            return Validation(base=None, shared=None, gain=gain, gain_error=error, dropped=told)
+            return ValidationMetrics(base=None, shared=None, gain=gain, gain_error=error, dropped=told)
         gains = {reply.device: reply.gain for reply in replies if reply.gain is not None}
-        if (private := self.among_pictures) is not None:
+        if (private := self.local_noise) is not None:
             spent = {reply.device: reply.epsilon for reply in replies if reply.epsilon is not None}
             error = noise_error(
                 clip=private.clip,
@@ -74,7 +74,7 @@ class Measuring:
                 clip=private.clip, noise_multiplier=private.noise_multiplier, count=private.pictures
             )  # a mean of clipped gains; beyond that no honest noise takes it
             gains = {name: max(-most, min(most, gain)) for name, gain in gains.items()}
-            return Validation(
+            return ValidationMetrics(
                 base=None,
                 shared=None,
                 gain=mean(list(gains.values())),
@@ -85,7 +85,7 @@ class Measuring:
                 dropped=told,
             )
         pairs = {r.device: (r.base, r.shared) for r in replies if r.base is not None and r.shared is not None}
-        return Validation(
+        return ValidationMetrics(
             base=trimmed_mean([base for base, _ in pairs.values()]),
             shared=trimmed_mean([shared for _, shared in pairs.values()]),
             improved=trimmed_mean([(base - shared) / base for base, shared in pairs.values() if base > 0]),
@@ -93,13 +93,13 @@ class Measuring:
             dropped=told,
         )
 
-    def fits(self, reply: Evaluation) -> bool:
+    def accepts(self, reply: Evaluation) -> bool:
         """Whether a reply is of the form asked for: a noised gain alone, or both losses alone."""
         told = (reply.base is not None, reply.shared is not None, reply.gain is not None, reply.epsilon is not None)
-        return told == ((False, False, True, True) if self.among_pictures else (True, True, False, False))
+        return told == ((False, False, True, True) if self.local_noise else (True, True, False, False))
 
 
-def measuring(config: Simulation, *, simulated: bool) -> Measuring:
+def measuring(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
     """How a run is measured: openly without privacy, else as `privacy.bounded_sum` says.
 
     Args:
@@ -109,18 +109,18 @@ def measuring(config: Simulation, *, simulated: bool) -> Measuring:
     """
     chosen, level = config.privacy.measuring, config.privacy
     if not (level.of_examples or level.of_devices):
-        return Measuring()
+        return EvaluationPolicy()
     if not chosen.every:
-        return Measuring(every=0)
+        return EvaluationPolicy(every=0)
     if level.of_examples and level.of_devices:
         raise AntherError(
             f"privacy.measuring.every={chosen.every}: with privacy=both a gain is noised on the device, and clipping "
             "it again at the server leaves nothing to see: set it to 0"
         )
     if level.of_examples:
-        return Measuring(
+        return EvaluationPolicy(
             every=chosen.every,
-            among_pictures=MeasuringPrivacy(
+            local_noise=EvaluationPrivacy(
                 noise_multiplier=chosen.noise_multiplier,
                 clip=chosen.clip,
                 pictures=config.data.validation,
@@ -129,9 +129,9 @@ def measuring(config: Simulation, *, simulated: bool) -> Measuring:
         )
     fleet = config.fleet
     asked = fleet.sample if fleet.evaluate is None else fleet.evaluate
-    return Measuring(
+    return EvaluationPolicy(
         every=chosen.every,
-        among_devices=AmongDevices(
+        central_noise=CentralDPEvaluation(
             noise_multiplier=chosen.noise_multiplier,
             clip=chosen.clip,
             devices=asked or config.data.count(),
@@ -140,7 +140,7 @@ def measuring(config: Simulation, *, simulated: bool) -> Measuring:
     )
 
 
-def spending(config: Simulation) -> tuple[PoissonGaussian, ...]:
+def evaluation_mechanisms(config: SimulationConfig) -> tuple[PoissonGaussian, ...]:
     """What the measurements of a whole run release of one unit: paid from the same ε as training."""
     chosen, level = config.privacy.measuring, config.privacy
     times = config.rounds // chosen.every if chosen.every and (level.of_examples or level.of_devices) else 0

@@ -26,42 +26,42 @@ from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.raflora import RaFLoRA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.fedbuff import SHIFTS
+from strategies.fedbuff import REBASES
 from strategies.robust import Filtering
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
-from strategies.robust.replay import Replay
+from strategies.robust.replay import ReplayFilter
 from strategies.robust.trimmed import Median, TrimmedMean
 from strategies.selection import Sampling
 from strategies.selection.deadline import Deadline
 from strategies.selection.energy import Energy
-from strategies.selection.energy_delay import Thrifty
+from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import LossFair
+from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
-from strategies.server_optimizers import FedAvgM, FedOpt, Released
+from strategies.server_optimizers import FedAvgM, FedOpt, PostProcessing
 
 NONE, EXAMPLE, DEVICE, BOTH = LEVELS = ("none", "example", "device", "both")
 
 
-class Timing(NamedTuple):
+class TimingDeclaration(NamedTuple):
     """What a way to time rounds declares."""
 
-    ahead: bool
+    prechargeable: bool
     """Whether who takes part is settled, and charged for, before anybody is asked."""
     reason: str
 
 
-class Inherent(NamedTuple):
+class BuiltIn(NamedTuple):
     """A piece that is what the round loop does by itself."""
 
-    sensitivity: Timing | Released
+    sensitivity: TimingDeclaration | PostProcessing
 
 
 AGGREGATIONS: dict[str, Any] = {
@@ -77,8 +77,8 @@ AGGREGATIONS: dict[str, Any] = {
     "raflora": RaFLoRA,
     "rolora": RoLoRA,
 }
-ROBUST: dict[str, Any] = {
-    "replay": Replay,
+ROBUST_RULES: dict[str, Any] = {
+    "replay": ReplayFilter,
     "norm": NormBound,
     "krum": MultiKrum,
     "foolsgold": FoolsGold,
@@ -95,24 +95,26 @@ SELECTIONS: dict[str, Any] = {
     "oort": Oort,
     "energy": Energy,
     "deadline": Deadline,
-    "loss_fair": LossFair,
-    "thrifty": Thrifty,
+    "loss_fair": PowerOfChoice,
+    "thrifty": EnergyDelay,
 }
-OPTIMISERS: dict[str, Any] = {
-    "none": Inherent(Released(reason="what a round released is the next adapter")),
+OPTIMIZERS: dict[str, Any] = {
+    "none": BuiltIn(PostProcessing(reason="what a round released is the next adapter")),
     "fedavgm": FedAvgM,
     "fedadam": FedOpt,
     "fedyogi": FedOpt,
 }
 TIMINGS: dict[str, Any] = {
-    "sync": Inherent(Timing(ahead=True, reason="a round ends before the next begins")),
-    "async": Inherent(
-        Timing(ahead=False, reason="who is in a round, and how often, is known when its last update has come")
+    "sync": BuiltIn(TimingDeclaration(prechargeable=True, reason="a round ends before the next begins")),
+    "async": BuiltIn(
+        TimingDeclaration(
+            prechargeable=False, reason="who is in a round, and how often, is known when its last update has come"
+        )
     ),
 }
 
 
-def known(axis: Mapping[str, Any], key: str, name: str) -> Any:
+def lookup(axis: Mapping[str, Any], key: str, name: str) -> Any:
     """The piece that is registered under a name.
 
     Args:
@@ -126,13 +128,13 @@ def known(axis: Mapping[str, Any], key: str, name: str) -> Any:
     return axis[name]
 
 
-def made(axis: Mapping[str, Any], key: str, name: str, settings: Mapping[str, Any]) -> Any:
+def create(axis: Mapping[str, Any], key: str, name: str, settings: Mapping[str, Any]) -> Any:
     """A new piece, given those of the settings that it takes.
 
     Raises:
         AntherError: it is not registered, or takes a setting that there is none of.
     """
-    piece = known(axis, key, name)
+    piece = lookup(axis, key, name)
     takes = inspect.signature(piece).parameters.values()
     if lacking := [one.name for one in takes if one.default is one.empty and one.name not in settings]:
         raise AntherError(f"{key}={name}: it takes {', '.join(lacking)}, and is given {', '.join(settings)}")
@@ -153,7 +155,7 @@ class Combination:
 
 AXES: Mapping[str, Mapping[str, Any]] = {
     "aggregation": AGGREGATIONS,
-    "robust": ROBUST,
+    "robust": ROBUST_RULES,
     "selection": SELECTIONS,
     "timing": TIMINGS,
 }
@@ -161,7 +163,7 @@ PLAINEST = Combination(aggregation="fedit", selection="everyone", level=NONE)
 """Private at every level, so that what is said of one piece beside it is said of that piece."""
 
 
-def chosen_with(axis: str, piece: str, *, level: str) -> Combination:
+def combination_with(axis: str, piece: str, *, level: str) -> Combination:
     """The plainest combination but for one axis, which has this piece."""
     found: dict[str, Any] = {axis: (piece,) if axis == "robust" else piece}
     return replace(PLAINEST, level=level, **found)
@@ -171,23 +173,23 @@ def combinations() -> Iterator[Combination]:
     """Every combination of what is registered, with one robust rule or none; a server optimiser, which refuses nothing
     that another piece does not, in none of them.
     """
-    rules = [(), *((name,) for name in ROBUST)]
+    rules = [(), *((name,) for name in ROBUST_RULES)]
     for aggregation, robust, selection, timing, level in itertools.product(
         AGGREGATIONS, rules, SELECTIONS, TIMINGS, LEVELS
     ):
         yield Combination(aggregation=aggregation, robust=robust, selection=selection, timing=timing, level=level)
 
 
-def unfit(chosen: Combination) -> str | None:
+def incompatibility(chosen: Combination) -> str | None:
     """Why a combination does not go together, whatever it promises; None if it does."""
     for name in chosen.robust:
-        if reason := unguarded(chosen.aggregation, name):
+        if reason := robust_conflict(chosen.aggregation, name):
             return f"strategy.robust: {reason}"
     reason = _unfit_for_async(chosen) if chosen.timing == "async" else None
     return reason and f"strategy.timing=async: {reason}"
 
 
-def unguarded(aggregation: str, rule: str) -> str | None:
+def robust_conflict(aggregation: str, rule: str) -> str | None:
     """Why a robust rule protects nothing before an aggregation; None if it does."""
     if aggregation == "fedsa":
         return (
@@ -204,35 +206,35 @@ def unguarded(aggregation: str, rule: str) -> str | None:
 
 def _unfit_for_async(chosen: Combination) -> str | None:
     """Why rounds of these may not overlap."""
-    if chosen.aggregation not in SHIFTS:
-        fit = " or ".join(f"strategy={name}" for name in SHIFTS)
+    if chosen.aggregation not in REBASES:
+        fit = " or ".join(f"strategy={name}" for name in REBASES)
         return f"{chosen.aggregation} can't take an update of an older adapter; use {fit}"
     if chosen.selection == "poisson":
         return "a coin for each device and round needs rounds that don't overlap; leave fleet.rate null"
     return None
 
 
-def refusal(chosen: Combination) -> str | None:
+def refusal_reason(chosen: Combination) -> str | None:
     """Why a combination does not go together, or can't be private at its level, in a line; None if it runs.
 
     Raises AntherError for a name that is not registered.
     """
     for key, axis, names in (
         ("strategy.aggregation", AGGREGATIONS, (chosen.aggregation,)),
-        ("strategy.robust", ROBUST, chosen.robust),
+        ("strategy.robust", ROBUST_RULES, chosen.robust),
         ("selection", SELECTIONS, (chosen.selection,)),
         ("strategy.timing", TIMINGS, (chosen.timing,)),
-        ("strategy.optimiser", OPTIMISERS, (chosen.optimiser,)),
+        ("strategy.optimiser", OPTIMIZERS, (chosen.optimiser,)),
     ):
         for name in names:
-            known(axis, key, name)
-    if reason := unfit(chosen):
+            lookup(axis, key, name)
+    if reason := incompatibility(chosen):
         return reason
     linearity = _declared(AGGREGATIONS, chosen.aggregation, Linearity)
-    filtering = {name: _declared(ROBUST, name, Filtering) for name in chosen.robust}
+    filtering = {name: _declared(ROBUST_RULES, name, Filtering) for name in chosen.robust}
     sampling = _declared(SELECTIONS, chosen.selection, Sampling)
-    timing = _declared(TIMINGS, chosen.timing, Timing)
-    optimiser = _declared(OPTIMISERS, chosen.optimiser, Released)
+    timing = _declared(TIMINGS, chosen.timing, TimingDeclaration)
+    optimiser = _declared(OPTIMIZERS, chosen.optimiser, PostProcessing)
     if chosen.level == NONE:
         return None
     silent = "declares no sensitivity, so nobody knows what one device, or one picture, does to it"
@@ -247,18 +249,18 @@ def refusal(chosen: Combination) -> str | None:
         return f"timing {chosen.timing} {silent}"
     if optimiser is None:
         return f"optimiser {chosen.optimiser} {silent}"
-    if not sampling.blind:
+    if not sampling.data_independent:
         return f"selection {chosen.selection} looks at what is private: {sampling.reason}"
     if chosen.level == EXAMPLE:
         return None  # what is made of updates that are private already is private too
-    if sampling.momentary:
+    if sampling.uses_transient_state:
         return f"selection {chosen.selection} looks at what belongs to a device: {sampling.reason}"
     if not linearity.linear:
         return f"aggregation {chosen.aggregation} is not linear in the updates: {linearity.reason}"
     for name, declared in filtering.items():
         if not declared.bounded:
             return f"robust rule {name} inside the bound: {declared.reason}"
-    if not timing.ahead:
+    if not timing.prechargeable:
         return f"timing {chosen.timing} can't be charged ahead: {timing.reason}"
     return None
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from models.lora.scaffold import change
+from models.lora.scaffold import control_delta
 from protocol.messages import TrainingPlan
 from strategies.server_optimizers import Tensors, kept
 
 
-def begun(control: Tensors | None, start: Tensors) -> Tensors:
+def initial_control(control: Tensors | None, start: Tensors) -> Tensors:
     """c of a round that sends this of what is trained: zero before the first."""
     return control or {name: torch.zeros_like(tensor) for name, tensor in start.items()}
 
 
-class Drift:
+class ControlUpdate:
     """c⁺ = c + Σ (c_i⁺ − c_i) / N over the devices that replied, one after another.
 
     Args:
@@ -30,7 +30,7 @@ class Drift:
     def add(self, plan: TrainingPlan, trained: Tensors) -> None:
         """What one device made of the plan that it was sent."""
         moved = {name: tensor - self._start[name] for name, tensor in trained.items()}
-        for name, part in change(self._control, moved, steps=plan.steps, rate=plan.learning_rate).items():
+        for name, part in control_delta(self._control, moved, steps=plan.steps, rate=plan.learning_rate).items():
             self._next[name] += part / self._devices
 
     def next(self) -> Tensors:

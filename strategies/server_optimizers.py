@@ -21,7 +21,7 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 """What is trained of an adapter, by the names that it travels under."""
 
-Memory = Mapping[str, Tensors]
+StrategyState = Mapping[str, Tensors]
 """The moments, by name, of every tensor: float32, a part of the run's state."""
 
 _MEAN, _SQUARE = "mean", "square"
@@ -31,15 +31,15 @@ class Step(NamedTuple):
     """The next x, and what is to be remembered of it."""
 
     tensors: dict[str, Tensor]
-    memory: Memory
+    memory: StrategyState
 
 
-class Optimiser(Protocol):
+class ServerOptimizer(Protocol):
     """A pure rule: the same round after the same memory gives the same step."""
 
-    sensitivity: Released
+    sensitivity: PostProcessing
 
-    def step(self, current: Tensors, aggregated: Tensors, memory: Memory) -> Step:
+    def step(self, current: Tensors, aggregated: Tensors, memory: StrategyState) -> Step:
         """From the adapter of a round, and what the round made of it.
 
         A tensor that the round left as it was, to the last bit, was trained by nobody: it stays, and its moments with
@@ -48,13 +48,13 @@ class Optimiser(Protocol):
         ...
 
 
-class Released(NamedTuple):
+class PostProcessing(NamedTuple):
     """What an optimiser declares of itself; under privacy one that declares nothing is refused."""
 
     reason: str
 
 
-_AFTER = Released(reason="a step is made of what rounds released and of nothing else")
+_AFTER = PostProcessing(reason="a step is made of what rounds released and of nothing else")
 
 
 class FedAvgM:
@@ -71,8 +71,8 @@ class FedAvgM:
         _check(rate, momentum)
         self._rate, self._momentum = rate, momentum
 
-    def step(self, current: Tensors, aggregated: Tensors, memory: Memory) -> Step:
-        """As `Optimiser.step`."""
+    def step(self, current: Tensors, aggregated: Tensors, memory: StrategyState) -> Step:
+        """As `ServerOptimizer.step`."""
         found, means = dict(aggregated), dict(memory.get(_MEAN, {}))
         for name, after in aggregated.items():
             before = _fitted(name, current[name], after)
@@ -108,8 +108,8 @@ class FedOpt:
             raise ValueError(f"{tau=}: must be over 0")
         self._rate, self._momentum, self._second, self._tau, self._yogi = rate, momentum, second, tau, yogi
 
-    def step(self, current: Tensors, aggregated: Tensors, memory: Memory) -> Step:
-        """As `Optimiser.step`."""
+    def step(self, current: Tensors, aggregated: Tensors, memory: StrategyState) -> Step:
+        """As `ServerOptimizer.step`."""
         found = dict(aggregated)
         means, squares = dict(memory.get(_MEAN, {})), dict(memory.get(_SQUARE, {}))
         for name, after in aggregated.items():

@@ -19,10 +19,10 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
+from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, rank, to_tensors
 from models.lora.lora_xs import to_framed_tensors
-from models.lora.norm_bound import excess
-from models.lora.scaffold import beside
+from models.lora.norm_bound import norm_violation
+from models.lora.scaffold import to_control_tensors
 from models.lora.trainable import from_trained_tensors, trained_layout, trained_tensors
 from privacy.accounting import STRICT, PoissonGaussian
 from privacy.snr import signal_to_spread
@@ -31,48 +31,48 @@ from protocol.messages import (
     DeviceReport,
     Evaluate,
     Evaluation,
-    Personalise,
-    Personalised,
+    Personalize,
+    Personalized,
+    QuantizedFormat,
     Query,
     Reply,
     Request,
-    Rounded,
     Train,
     TrainingPlan,
     Update,
 )
 from protocol.tensor_codec import decode, encode
-from strategies.aggregation import Aggregated, Aggregation, Ranked, Updates
-from strategies.central_dp import DeviceLevel, changes
+from strategies.aggregation import Aggregated, Aggregation, RankAware, Updates
+from strategies.central_dp import CentralDP, changes
 from strategies.clock import Clock, WallClock
-from strategies.download import FP32, download, lost, restored
-from strategies.planning.plan import Limits
+from strategies.download import FP32, add_residual, download, lost
+from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
-from strategies.planning.site_selection import Fitting
-from strategies.private_evaluation import Measuring
-from strategies.robust.replay import Replay
-from strategies.round.connected_devices import Registry, Roster, by_name
+from strategies.planning.site_selection import SiteSelector
+from strategies.private_evaluation import EvaluationPolicy
+from strategies.robust.replay import ReplayFilter
+from strategies.round.connected_devices import ConnectedDevices, RegisteredGrid, nodes_by_name
 from strategies.round.history import History
 from strategies.round.ledger_coverage import clipped, explained
 from strategies.round.metrics import (
-    CentralFacts,
-    DeviceFacts,
-    PersonalFacts,
-    TrainFacts,
-    Validation,
+    CentralDPMetrics,
+    DeviceMetrics,
+    PersonalizationMetrics,
+    TrainMetrics,
+    ValidationMetrics,
     largest,
-    train_facts,
+    train_metrics,
 )
-from strategies.round.plausibility import among_others, cost
-from strategies.round.update_spool import Key, Spool, size
-from strategies.round.updates import Asked, Gathered
-from strategies.round.validation import Checks, Heard, failure, receive
-from strategies.scaffold import Drift, begun
-from strategies.selection import ByName, Candidate, Candidates, Selection
-from strategies.selection.eligible import EVERYBODY, Eligible
+from strategies.round.plausibility import cap_to_median, plausible_cost
+from strategies.round.update_spool import UpdateKey, UpdateSpool, size
+from strategies.round.updates import RoundRequest, RoundUpdates
+from strategies.round.validation import ReceivedReply, ReplyValidator, error_rejection, validate_replies
+from strategies.scaffold import ControlUpdate, initial_control
+from strategies.selection import DeviceCandidate, DeviceCandidates, NameSelection, Selection
+from strategies.selection.eligible import ALL_DEVICES, Eligibility
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
-from strategies.server_optimizers import Memory, Optimiser, Tensors
+from strategies.server_optimizers import ServerOptimizer, StrategyState, Tensors
 from strategies.validation import check
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ class Federated(Strategy):
         report_age: seconds after which a report is asked for again, where anything goes by a device's moment.
 
     `memory` is what the server's optimiser remembers after the last round; whoever goes on with a run sets it. After
-    each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `good` is how
-    many replies were let in so far, and `able` are the nodes that could be asked when some last were.
-    Nodes in `away` are not asked to train, and no more than `room` of them (None: as many as are selected).
+    each leg, `trained`, `validation` and `personalised` hold its facts; while one of training goes on, `accepted` is how
+    many replies were let in so far, and `eligible_nodes` are the nodes that could be asked when some last were.
+    Nodes in `busy_nodes` are not asked to train, and no more than `max_new` of them (None: as many as are selected).
     """
 
     def __init__(
@@ -125,25 +125,25 @@ class Federated(Strategy):
         sites: Sites,
         aggregation: Aggregation,
         selection: Selection,
-        limits: Limits,
-        evaluation: ByName | None = None,
-        measuring: Measuring | None = None,
-        optimiser: Optimiser | None = None,
+        limits: PlanLimits,
+        evaluation: NameSelection | None = None,
+        measuring: EvaluationPolicy | None = None,
+        optimiser: ServerOptimizer | None = None,
         download: str = FP32,
         frame: Adapter | None = None,
         decay: Callable[[float, int], float] | None = None,
         accept_simulated: bool = False,
-        device_level: DeviceLevel | None = None,
-        replay: Replay | None = None,
+        central_dp: CentralDP | None = None,
+        replay: ReplayFilter | None = None,
         quorum: int = 1,
-        eligible: Eligible = EVERYBODY,
-        fitting: Fitting | None = None,
+        eligible: Eligibility = ALL_DEVICES,
+        fitting: SiteSelector | None = None,
         clock: Clock | None = None,
         report_age: float = math.inf,
         adapted: tuple[str, ...] | None = None,
         timesteps: int = 3,
     ) -> None:
-        measuring = measuring or Measuring(every=0 if plan.privacy or device_level else 1)
+        measuring = measuring or EvaluationPolicy(every=0 if plan.privacy or central_dp else 1)
         check(
             plan=plan,
             aggregation=aggregation,
@@ -153,55 +153,55 @@ class Federated(Strategy):
             optimiser=optimiser,
             download=download,
             frame=frame,
-            device_level=device_level,
+            central_dp=central_dp,
             replay=replay,
             quorum=quorum,
             fitting=fitting,
         )
-        self.sites, self.frame, self.device_level = sites, frame, device_level
+        self.sites, self.frame, self.central_dp = sites, frame, central_dp
         self._plan, self._limits, self._decay = plan, limits, decay
         self._adapted, self._timesteps = adapted, timesteps
         self._aggregation, self._selection = aggregation, selection
         self._evaluation = evaluation or Everyone()
         self._measuring = measuring
         self._optimiser, self._download, self._replay = optimiser, download, replay
-        self.memory: Memory = {}
-        self._checks = Checks(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
-        self._roster = Roster(plan.base)
+        self.memory: StrategyState = {}
+        self._checks = ReplyValidator(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
+        self._roster = ConnectedDevices(plan.base)
         self._eligible = eligible
         self._planner = Planner(sites=sites, limits=limits, mixed_ranks=aggregation.mixed_ranks, fitting=fitting)
         self._clock, self._report_age = clock or WallClock(), report_age
         self._history = History()
-        self._round: Asked | None = None
-        self._held: Gathered | None = None  # room on the disk for a round that is charged for
+        self._round: RoundRequest | None = None
+        self._held: RoundUpdates | None = None  # room on the disk for a round that is charged for
         self._asked: dict[int, DeviceReport] = {}
         self._personal: tuple[TrainingPlan, float | None] = plan, None
         self._measured = False
         self.quorum = quorum
-        self.good = 0
+        self.accepted = 0
         self._spendable: float | None = None  # ε per picture that what was asked for last can have come to
-        self.able: set[int] = set()
-        self.away: set[int] = set()
-        self.room: int | None = None
-        self.trained: TrainFacts | None = None
-        self.validation: Validation | None = None
-        self.personalised: PersonalFacts | None = None
+        self.eligible_nodes: set[int] = set()
+        self.busy_nodes: set[int] = set()
+        self.max_new: int | None = None
+        self.trained: TrainMetrics | None = None
+        self.validation: ValidationMetrics | None = None
+        self.personalised: PersonalizationMetrics | None = None
 
     @property
     def private(self) -> bool:
         """Whether anything is promised: then nothing is chosen, told or measured by what was not noised."""
-        return self._plan.privacy is not None or self.device_level is not None
+        return self._plan.privacy is not None or self.central_dp is not None
 
     @property
-    def asks_again(self) -> bool:
+    def can_redraw(self) -> bool:
         """Whether a round that nobody could be asked in may be drawn once more: not where a sample is charged for."""
-        return self.device_level is None and not isinstance(self._selection, Poisson)
+        return self.central_dp is None and not isinstance(self._selection, Poisson)
 
-    def measures(self, round: int) -> bool:
+    def is_evaluated(self, round: int) -> bool:
         """Whether devices are asked to measure this round's adapter."""
         return self._measuring.due(round)
 
-    def remember(self, devices: Mapping[str, DeviceFacts], rounds: Iterable[TrainFacts | None] = ()) -> None:
+    def remember(self, devices: Mapping[str, DeviceMetrics], rounds: Iterable[TrainMetrics | None] = ()) -> None:
         """What a run that goes on knew of its devices, and of its rounds.
 
         Each device is told how far its ledger had come, and a selection goes by the rest.
@@ -227,31 +227,35 @@ class Federated(Strategy):
         With privacy per device those that were asked anew and are silent are there with what they told last: without
         them others would be drawn.
         """
-        if unknown := self._roster.unknown(set(grid.get_node_ids()), now=self._clock.now()):
-            messages = [self._message(Query(adapted=self._adapted), node) for node in unknown]
+        if nodes_to_query := self._roster.nodes_to_query(set(grid.get_node_ids()), now=self._clock.now()):
+            messages = [self._message(Query(adapted=self._adapted), node) for node in nodes_to_query]
             names: Mapping[int, str] = {}
-            if isinstance(grid, Registry):
+            if isinstance(grid, RegisteredGrid):
                 names = grid.names()
                 wait = _QUERY_STALE if self._roster.stale else _QUERY_WAIT
-                replies = grid.inquire(messages, timeout=_QUERY_TIMEOUT, wait=wait)
+                replies = grid.query_nodes(messages, timeout=_QUERY_TIMEOUT, wait=wait)
             else:
                 replies = iter(grid.send_and_receive(messages, timeout=_QUERY_TIMEOUT))
             heard = _heard(records.QUERY, replies)
-            found, _ = receive(records.QUERY, heard, dict.fromkeys(unknown), lambda _, reply: reply)
+            found, _ = validate_replies(records.QUERY, heard, dict.fromkeys(nodes_to_query), lambda _, reply: reply)
             for node, report in sorted(found.items()):
-                self._roster.consider(node, report, now=self._clock.now(), registered=names.get(node))
-        reports, stale = self._roster.reports, () if self.device_level else self._roster.stale
+                self._roster.update_report(node, report, now=self._clock.now(), registered=names.get(node))
+        reports, stale = self._roster.reports, () if self.central_dp else self._roster.stale
         return {node: report for node, report in reports.items() if node not in stale}
 
     def _recent(self, grid: Grid) -> dict[int, DeviceReport]:
         """The same, where what a device tells of its moment is as young as it has to be."""
-        if self._eligible.momentary or self._limits.momentary or self._selection.sensitivity.momentary:
-            self._roster.forget(before=self._clock.now() - self._report_age, but=self.away)
+        if (
+            self._eligible.uses_transient_state
+            or self._limits.uses_transient_state
+            or self._selection.sensitivity.uses_transient_state
+        ):
+            self._roster.mark_stale(before=self._clock.now() - self._report_age, but=self.busy_nodes)
         return self.query(grid)
 
     def _candidates(
         self, reports: Mapping[int, DeviceReport], full: TrainingPlan, adapter: Adapter, download: int, round: int
-    ) -> Candidates:
+    ) -> DeviceCandidates:
         """Each device that could do something of this, with the plan that it would get.
 
         With privacy per device whoever can't is there too, with the plan that others get.
@@ -260,9 +264,9 @@ class Federated(Strategy):
         found = {}
         for node, report in reports.items():
             fits = plans.get(report.device)
-            planned = self._planner.whole(report, full, download=download) if self.device_level and not fits else fits
+            planned = self._planner.whole(report, full, download=download) if self.central_dp and not fits else fits
             if planned:
-                found[report.device] = Candidate(
+                found[report.device] = DeviceCandidate(
                     report=report,
                     plan=planned.plan,
                     seconds=planned.seconds,
@@ -270,18 +274,18 @@ class Federated(Strategy):
                     ready=fits is not None and node not in self._roster.stale and self._eligible(report),
                     facts=self._history.devices.get(report.device),
                 )
-        return Candidates(found, self._history.losses, round=round)
+        return DeviceCandidates(found, self._history.losses, round=round)
 
-    def _picked(self, candidates: Candidates, draw: int) -> list[Candidate]:
+    def _picked(self, candidates: DeviceCandidates, draw: int) -> list[DeviceCandidate]:
         """Whom the selection picks to train, or as many of them as there is room for.
 
         With privacy per device also some who can't be asked: whoever stood in for them, now or later, would tell.
         """
         ready = {name: one for name, one in candidates.items() if one.ready}
-        allowed = Candidates(ready, candidates.losses, round=candidates.round)
-        picked = self._selection.select(candidates if self.device_level else allowed, draw=draw)
-        if self.room is not None and len(picked) > self.room:
-            picked = sorted(random.Random(derive_seed(self._plan.run, draw, "room")).sample(picked, self.room))
+        allowed = DeviceCandidates(ready, candidates.losses, round=candidates.round)
+        picked = self._selection.select(candidates if self.central_dp else allowed, draw=draw)
+        if self.max_new is not None and len(picked) > self.max_new:
+            picked = sorted(random.Random(derive_seed(self._plan.run, draw, "room")).sample(picked, self.max_new))
         return [candidates[name] for name in picked]
 
     def configure_train(
@@ -304,42 +308,42 @@ class Federated(Strategy):
             AntherError: with privacy per device, no room on the disk for all updates; nothing is charged.
         """
         number = server_round if number is None else number
-        reports = {node: report for node, report in self._recent(grid).items() if node not in self.away}
-        if self.device_level:
-            may = self.device_level.eligible([report.device for report in reports.values()])
+        reports = {node: report for node, report in self._recent(grid).items() if node not in self.busy_nodes}
+        if self.central_dp:
+            may = self.central_dp.eligible([report.device for report in reports.values()])
             reports = {node: report for node, report in reports.items() if report.device in may}
-        held = from_tensors(decode(records.adapter_from_record(arrays), shapes(self.sites, -1)))
+        held = from_tensors(decode(records.adapter_from_record(arrays), adapter_shapes(self.sites, -1)))
         data, adapter, rounded = download(held, self._download)
         trains = self._aggregation.trains(server_round)
         start: Tensors = {}
         control: Tensors = {}
         if self._plan.scaffold:
             start = trained_tensors(adapter, trains, self.frame)
-            control = begun(self.memory.get(_CONTROL), start)
+            control = initial_control(self.memory.get(_CONTROL), start)
         if self.frame or control:  # what is beside the adapter is sent whole, and so is the adapter
             tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
-            data = encode(tensors | beside(control))
+            data = encode(tensors | to_control_tensors(control))
         full = replace(self._plan, round=number, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
             full = replace(full, learning_rate=self._decay(full.learning_rate, server_round))
-        nodes, candidates = by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
-        self.able = {nodes[name] for name, one in candidates.items() if one.ready}
+        nodes, candidates = nodes_by_name(reports), self._candidates(reports, full, adapter, len(data), server_round)
+        self.eligible_nodes = {nodes[name] for name, one in candidates.items() if one.ready}
         picked = self._picked(candidates, number if draw is None else draw)
         plans = {nodes[one.report.device]: (one.report, one.plan) for one in picked if one.ready}
-        self.good = 0
-        if self.device_level:
+        self.accepted = 0
+        if self.central_dp:
             # On a full disk one reply would keep out another. For all who were picked: who can't be asked isn't told.
-            self._held = Gathered(len(picked) * size(self.sites, full.rank))
-            self.device_level.open(server_round, [one.report.device for one in picked], data)
+            self._held = RoundUpdates(len(picked) * size(self.sites, full.rank))
+            self.central_dp.open(server_round, [one.report.device for one in picked], data)
         self._spendable = self._explained(server_round, measured=server_round - 1)  # before any reply is here to wait
-        self._round = Asked(
+        self._round = RoundRequest(
             adapter=adapter,
             plans=plans,
-            passed=tuple(one.report.device for one in picked if not one.ready),
+            not_contacted=tuple(one.report.device for one in picked if not one.ready),
             bytes_down=len(data) * len(plans),
-            drift=Drift(control, start, devices=len(candidates)) if control else None,
+            control_update=ControlUpdate(control, start, devices=len(candidates)) if control else None,
             lost={} if rounded is None or self._aggregation.sensitivity.turned else lost(held, adapter),
-            since=self._now(grid),
+            sent_at=self._now(grid),
         )
         return [
             self._message(
@@ -365,23 +369,23 @@ class Federated(Strategy):
         """
         asked, held = self.sent(), self._held
         self._held = None
-        with Gathered() if held is None else held as found:
-            dropped = self.let_in(asked, replies, found)
+        with RoundUpdates() if held is None else held as found:
+            dropped = self.accept_replies(asked, replies, found)
             arrays = self.close(server_round, asked.adapter, [asked], found, dropped, lost=asked.lost)
         return arrays, None if arrays is None else MetricRecord({"replied": len(found), **self._diagnostics()})
 
-    def sent(self) -> Asked:
+    def sent(self) -> RoundRequest:
         """What the last `configure_train` asked for, once: a second aggregate of the same round would be a mistake."""
         if self._round is None:
             raise ValueError("aggregate_train before configure_train")
         asked, self._round = self._round, None
         return asked
 
-    def let_in(
+    def accept_replies(
         self,
-        asked: Asked,
+        asked: RoundRequest,
         replies: Iterable[Message],
-        found: Gathered,
+        found: RoundUpdates,
         *,
         shift: Callable[[Adapter], Adapter] = lambda trained: trained,
     ) -> dict[str, int]:
@@ -395,23 +399,23 @@ class Federated(Strategy):
         def take_in(sent: tuple[DeviceReport, TrainingPlan], reply: Update) -> None:
             update, adapter = self._checks.update(asked.adapter, sent, reply)
             found.told = largest([found.told, update.epsilon])
-            seconds, joules = self._believed(*sent, update, asked.since)
+            seconds, joules = self._believed(*sent, update, asked.sent_at)
             epsilon = clipped(update.epsilon, self._spendable)
             update = replace(update, epsilon=epsilon, seconds=seconds, joules=joules)
             if self._replay:
                 self._replay.check(asked.adapter, update.device, adapter, self.memory, found.sketches)
             found.add(update, shift(adapter))
-            self.good += 1
+            self.accepted += 1
 
-        _, dropped = receive(records.TRAIN, _heard(records.TRAIN, replies, most=most), asked.plans, take_in)
+        _, dropped = validate_replies(records.TRAIN, _heard(records.TRAIN, replies, most=most), asked.plans, take_in)
         return dropped
 
     def close(
         self,
         server_round: int,
         current: Adapter,
-        asked: Sequence[Asked],
-        found: Gathered,
+        asked: Sequence[RoundRequest],
+        found: RoundUpdates,
         dropped: Mapping[str, int],
         *,
         lost: Mapping[str, Tensor] | None = None,
@@ -427,23 +431,23 @@ class Federated(Strategy):
             self.memory = self._replay.remember(self.memory, found.sketches)
         plans = {(report.device, plan.round): plan for each in asked for report, plan in each.plans.values()}
         if aggregated is None:
-            good = f"{len(found)} good replies of {len(plans)}"
-            log.warning("round %d: keeping the adapter: %s", server_round, good)
+            accepted = f"{len(found)} good replies of {len(plans)}"
+            log.warning("round %d: keeping the adapter: %s", server_round, accepted)
         for each in asked if aggregated else ():
-            if each.drift:
-                self._follow(each.drift, plans, found.adapters)
+            if each.control_update:
+                self._follow(each.control_update, plans, found.adapters)
         updates = found.updates
-        if any(each.since is not None for each in asked):
-            seconds = among_others([update.seconds for update in updates])
-            joules = among_others([update.joules for update in updates])
+        if any(each.sent_at is not None for each in asked):
+            seconds = cap_to_median([update.seconds for update in updates])
+            joules = cap_to_median([update.joules for update in updates])
             updates = [
                 replace(update, seconds=s, joules=j) for update, s, j in zip(updates, seconds, joules, strict=True)
             ]
-        self.trained = train_facts(
+        self.trained = train_metrics(
             updates,
             round=server_round,
             plans=plans,
-            passed=[name for each in asked for name in each.passed],
+            not_contacted=[name for each in asked for name in each.not_contacted],
             bytes_down=sum(each.bytes_down for each in asked),
             bytes_up=found.bytes_up,
             dropped=dropped,
@@ -456,19 +460,19 @@ class Federated(Strategy):
         )
         if (told := found.told) and told > 1.01 * (explained := self.trained.epsilon or told):
             log.info("a device's ledger holds ε=%.3g per picture, of which this run explains ε=%.3g", told, explained)
-        self._history.learn(self.trained)
+        self._history.add_round(self.trained)
         return records.adapter_to_record(encode(to_tensors(aggregated.adapter))) if aggregated else None
 
     def _now(self, grid: Grid) -> float | None:
         """The time, where devices work by the same as this server."""
-        return self._clock.now() if isinstance(grid, Registry) else None
+        return self._clock.now() if isinstance(grid, RegisteredGrid) else None
 
     def _believed(
-        self, report: DeviceReport, plan: TrainingPlan, told: Update | Personalised, since: float | None
+        self, report: DeviceReport, plan: TrainingPlan, told: Update | Personalized, sent_at: float | None
     ) -> tuple[float, float]:
         """Seconds and joules that a device's work counts with."""
-        elapsed = None if since is None else self._clock.now() - since
-        return cost(report, plan, (told.seconds, told.joules), sites=self.sites, elapsed=elapsed)
+        elapsed = None if sent_at is None else self._clock.now() - sent_at
+        return plausible_cost(report, plan, (told.seconds, told.joules), sites=self.sites, elapsed=elapsed)
 
     def _explained(self, rounds: int, *, measured: int, delta: float | None = None) -> float | None:
         """ε per picture that so many rounds come to, with what was measured after as many; None without, or at a δ
@@ -478,7 +482,7 @@ class Federated(Strategy):
             return None
         measuring = self._measuring
         times = sum(measuring.due(number) for number in range(1, measured + 1))
-        return explained(self._plan, rounds=rounds, measuring=measuring.among_pictures, measured=times, delta=delta)
+        return explained(self._plan, rounds=rounds, measuring=measuring.local_noise, measured=times, delta=delta)
 
     def _diagnostics(self) -> dict[str, float]:
         return self.trained.diagnostics if self.trained else {}
@@ -492,9 +496,9 @@ class Federated(Strategy):
     ) -> Iterable[Message]:
         """An Evaluate message for each device that is to measure this round's adapter; none in a round without."""
         data, rounded = self._down(records.adapter_from_record(arrays))
-        self._measured = self.measures(server_round) and self._paid(server_round, data)
+        self._measured = self.is_evaluated(server_round) and self._paid(server_round, data)
         self._asked = self._panel(self.query(grid), server_round) if self._measured else {}
-        private = self._measuring.among_pictures
+        private = self._measuring.local_noise
         if self._asked and private:
             self._spendable = self._explained(server_round, measured=server_round)
         return self._ask(
@@ -509,25 +513,27 @@ class Federated(Strategy):
             )
         )
 
-    def _down(self, whole: bytes) -> tuple[bytes, Rounded | None]:
+    def _down(self, whole: bytes) -> tuple[bytes, QuantizedFormat | None]:
         """What travels of an adapter, and how it is to be read."""
         if self._download == FP32:
             return whole, None
-        data, _, rounded = download(from_tensors(decode(whole, shapes(self.sites, -1))), self._download)
+        data, _, rounded = download(from_tensors(decode(whole, adapter_shapes(self.sites, -1))), self._download)
         return data, rounded
 
     def _panel(self, reports: Mapping[int, DeviceReport], round: int) -> dict[int, DeviceReport]:
         """Who measures."""
-        nodes = by_name(reports)
+        nodes = nodes_by_name(reports)
         return {nodes[name]: reports[nodes[name]] for name in self._evaluation.select(nodes, draw=round)}
 
     def _paid(self, round: int, adapter: bytes) -> bool:
         """Whether a measurement that the server noises is charged for; devices charge for their own."""
-        hidden = self._measuring.among_devices
-        if not (self.device_level and hidden):
+        hidden = self._measuring.central_noise
+        if not (self.central_dp and hidden):
             return True
         mechanism = PoissonGaussian(noise_multiplier=hidden.noise_multiplier, sampling_rate=1.0, steps=1)
-        return self.device_level.pays_for(round, adapter, mechanism, clip=hidden.clip, expected=float(hidden.devices))
+        return self.central_dp.charge_evaluation(
+            round, adapter, mechanism, clip=hidden.clip, expected=float(hidden.devices)
+        )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean validation losses of the base and of the adapter, or a noised gain; None when there is neither."""
@@ -536,11 +542,11 @@ class Federated(Strategy):
             checked = self._checks.evaluation(server_round, report, reply)
             return replace(checked, epsilon=clipped(checked.epsilon, self._spendable))
 
-        found, dropped = receive(records.EVALUATE, _heard(records.EVALUATE, replies), self._asked, check)
-        told = Validation(base=None, shared=None, dropped=dropped)
+        found, dropped = validate_replies(records.EVALUATE, _heard(records.EVALUATE, replies), self._asked, check)
+        told = ValidationMetrics(base=None, shared=None, dropped=dropped)
         if self._measured:
-            good = sorted(found.values(), key=lambda reply: reply.device)
-            told = self._measuring.summary(server_round, good, dropped)
+            accepted = sorted(found.values(), key=lambda reply: reply.device)
+            told = self._measuring.summary(server_round, accepted, dropped)
         self.validation = told
         self._history.spent = largest([self._history.spent, told.epsilon])
         values = {name: getattr(told, name) for name in ("base", "shared", "gain", "gain_error")}
@@ -548,7 +554,7 @@ class Federated(Strategy):
         return MetricRecord(measured) if measured else None
 
     def configure_personalise(
-        self, request: Personalise, grid: Grid, names: Collection[str] | None = None
+        self, request: Personalize, grid: Grid, names: Collection[str] | None = None
     ) -> Iterable[Message]:
         """A Personalise message for every device that is there and, where they are given, one of `names`."""
         data, rounded = self._down(request.adapter)
@@ -560,21 +566,21 @@ class Federated(Strategy):
         self._personal = plan, self._now(grid)
         return self._ask(request)
 
-    def aggregate_personalise(self, replies: Iterable[Message]) -> PersonalFacts:
+    def aggregate_personalise(self, replies: Iterable[Message]) -> PersonalizationMetrics:
         """Who has a personal adapter now, and what it cost."""
-        plan, since = self._personal
+        plan, sent_at = self._personal
 
-        def check(report: DeviceReport, reply: Personalised) -> Personalised:
+        def check(report: DeviceReport, reply: Personalized) -> Personalized:
             checked = self._checks.personalised(report, reply)
-            seconds, joules = self._believed(report, plan, checked, since)
+            seconds, joules = self._believed(report, plan, checked, sent_at)
             return replace(checked, seconds=seconds, joules=joules)
 
-        heard = _heard(records.PERSONALISE, replies)
-        found, dropped = receive(records.PERSONALISE, heard, self._asked, check)
+        heard = _heard(records.PERSONALIZE, replies)
+        found, dropped = validate_replies(records.PERSONALIZE, heard, self._asked, check)
         done = sorted(found.values(), key=lambda reply: reply.device)
         costs = [reply.seconds for reply in done], [reply.joules for reply in done]
-        seconds, joules = costs if since is None else map(among_others, costs)
-        self.personalised = PersonalFacts(
+        seconds, joules = costs if sent_at is None else map(cap_to_median, costs)
+        self.personalised = PersonalizationMetrics(
             asked=len(self._asked),
             devices=tuple(reply.device for reply in done),
             dropped=dropped,
@@ -585,19 +591,23 @@ class Federated(Strategy):
 
     def _aggregated(
         self, current: Adapter, updates: Updates, ranks: Collection[int], round: int, lost: Mapping[str, Tensor]
-    ) -> tuple[Aggregated | None, CentralFacts | None]:
+    ) -> tuple[Aggregated | None, CentralDPMetrics | None]:
         """The next adapter, None to keep the current one, and what the server's noise came to."""
         central = None
-        if self.device_level:
+        if self.central_dp:
             trained = (adapter for adapter, _ in updates)
-            mean, central = self.device_level.close(self._aggregation, current, trained, round=round)
+            mean, central = self.central_dp.close(self._aggregation, current, trained, round=round)
         elif len(updates) < self.quorum:
             return None, None
         else:
-            rule = self._aggregation.of(ranks) if isinstance(self._aggregation, Ranked) else self._aggregation
+            rule = (
+                self._aggregation.with_ranks(ranks) if isinstance(self._aggregation, RankAware) else self._aggregation
+            )
             mean = rule.aggregate(current, updates, round=round)
         aggregated, memory = self._stepped(current, mean, lost, round)
-        if found := excess(aggregated.adapter):  # of updates that were each let in, or of what is released anyway
+        if found := norm_violation(
+            aggregated.adapter
+        ):  # of updates that were each let in, or of what is released anyway
             log.warning("round %d: keeping the adapter, since devices would refuse the next: %s", round, found)
             return None, central
         self.memory = memory
@@ -612,26 +622,28 @@ class Federated(Strategy):
 
     def _stepped(
         self, current: Adapter, aggregated: Aggregated, lost: Mapping[str, Tensor], round: int
-    ) -> tuple[Aggregated, Memory]:
+    ) -> tuple[Aggregated, StrategyState]:
         """The step that the server makes of a round, from where it really stood, and what it is going to remember."""
         if self._optimiser is None:
-            return aggregated._replace(adapter=restored(aggregated.adapter, lost)), self.memory
+            return aggregated._replace(adapter=add_residual(aggregated.adapter, lost)), self.memory
         trains, made = self._aggregation.trains(round), aggregated.adapter
         before, after = (trained_tensors(adapter, trains, self.frame) for adapter in (current, made))
         found, memory = self._optimiser.step(before, after, self.memory)
-        stepped = restored(from_trained_tensors(found, trains, made, self.frame), lost)
+        stepped = add_residual(from_trained_tensors(found, trains, made, self.frame), lost)
         return aggregated._replace(adapter=stepped), {**self.memory, **memory}
 
-    def _follow(self, drift: Drift, plans: Mapping[Key, TrainingPlan], updates: Spool) -> None:
+    def _follow(
+        self, control_update: ControlUpdate, plans: Mapping[UpdateKey, TrainingPlan], updates: UpdateSpool
+    ) -> None:
         """Remember the server's control variate after these updates."""
         for key, (adapter, _) in zip(updates.keys, updates, strict=True):
-            drift.add(plans[key], trained_tensors(adapter, plans[key].trains, self.frame))
-        self.memory = {**self.memory, _CONTROL: drift.next()}
+            control_update.add(plans[key], trained_tensors(adapter, plans[key].trains, self.frame))
+        self.memory = {**self.memory, _CONTROL: control_update.next()}
 
     def _promise(self) -> str:
         """The noise that a run is planned with, in words."""
         said = [f"σ = {self._plan.privacy.noise_multiplier:.3g} a step on devices"] if self._plan.privacy else []
-        if level := self.device_level:
+        if level := self.central_dp:
             budget, z = level.budget, level.mechanism.noise_multiplier
             solved = f"for ε={budget.epsilon:g} per device (δ={budget.delta:g})"
             said.append(f"σ = {z:.3g} a round on the server, {solved}, {level.mechanism.expected:g} devices expected")
@@ -644,11 +656,11 @@ class Federated(Strategy):
         return Message(records.request_to_records(request), node, records.message_type(request))
 
 
-def _heard(kind: str, replies: Iterable[Message], *, most: int = 0) -> Iterator[Heard]:
+def _heard(kind: str, replies: Iterable[Message], *, most: int = 0) -> Iterator[ReceivedReply]:
     """Who sent each message, and what reads it: of an adapter no more than `most` bytes are looked at."""
     for message in replies:
         error = message.error if message.has_error() else None
-        read = failure(error.code, error.reason) if error else partial(_read, kind, message, most)
+        read = error_rejection(error.code, error.reason) if error else partial(_read, kind, message, most)
         yield message.metadata.src_node_id, read
 
 

@@ -11,16 +11,18 @@ import pytest
 
 from anther.cli import COMMANDS
 from conf.explain import known_keys
-from conf.schemas.audit import Audit
-from conf.schemas.node import Node
-from conf.schemas.planning import Plan
-from conf.schemas.server import Serve
-from conf.schemas.simulation import Simulation
+from conf.schemas.audit import AuditConfig
+from conf.schemas.node import NodeConfig
+from conf.schemas.planning import PlanConfig
+from conf.schemas.server import ServeConfig
+from conf.schemas.simulation import SimulationConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/deploy.md")
-ROOMS = "bench|client|common|models|privacy|server|simulations|strategies|training|typefaces"
-KEYS = {key for schema in (Simulation, Serve, Node, Audit, Plan) for key in known_keys(schema)}
+PACKAGES = "bench|client|common|models|privacy|server|simulations|strategies|training|typefaces"
+KEYS = {
+    key for schema in (SimulationConfig, ServeConfig, NodeConfig, AuditConfig, PlanConfig) for key in known_keys(schema)
+}
 OTHERS = {
     "hydra.run.dir",
     "memory",  # cgroup_enable=memory, on a kernel's command line
@@ -45,7 +47,7 @@ def code(page: str) -> Iterator[str]:
 def modules(page: str) -> set[str]:
     """Modules that are to be run, also by the installed `anther` and in a container."""
     named = r"(?:python -m|anther|--rm client|exec \w+ python -m)\s+"
-    return {found for part in code(page) for found in re.findall(rf"{named}((?:{ROOMS})(?:\.\w+)+)", part)}
+    return {found for part in code(page) for found in re.findall(rf"{named}((?:{PACKAGES})(?:\.\w+)+)", part)}
 
 
 @pytest.mark.parametrize("page", PAGES)

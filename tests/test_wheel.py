@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {
+PACKAGES = {
     "anther",
     "client",
     "conf",
@@ -44,14 +44,14 @@ def canonical(name: str) -> str:
 
 def test_wheel_holds_the_rooms_and_nothing_else(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
-    assert {top for top in tops if not top.endswith(".dist-info")} == ROOMS
+    assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
     assert sum(name.endswith(".dist-info/licenses/LICENSE") for name in wheel) == 1
 
 
 def test_wheel_holds_every_file_that_the_code_reads(wheel: list[str]) -> None:
     wanted = [
         path.relative_to(ROOT).as_posix()
-        for room in ROOMS
+        for room in PACKAGES
         for path in (ROOT / room).rglob("*")
         if path.is_file() and path.suffix in {".py", ".yaml", ".html", ".json", ".parquet", ".safetensors", ".txt"}
     ]
@@ -69,7 +69,7 @@ def test_wheel_owns_no_path_of_a_dependency(wheel: list[str]) -> None:
     assert {name: owned[name] for name in ours & set(owned)} == {}
     # A module of theirs under the name of a room would shadow it, or be shadowed.
     tops = {path.split("/")[0].removesuffix(".py"): name for path, name in owned.items()}
-    assert {room: tops[room] for room in ROOMS & set(tops)} == {}
+    assert {room: tops[room] for room in PACKAGES & set(tops)} == {}
 
 
 def test_app_bundle_holds_what_a_device_needs() -> None:
@@ -84,5 +84,5 @@ def test_app_bundle_holds_what_a_device_needs() -> None:
     names = zipfile.ZipFile(BytesIO(bundle)).namelist()
     for needed in ("client/app.py", "server/app.py", "conf/simulate.yaml", "conf/fleet/mixed.yaml", "pyproject.toml"):
         assert needed in names
-    assert {name.split("/")[0] for name in names if "/" in name} <= ROOMS - {"simulations", "typefaces"} | {".info"}
+    assert {name.split("/")[0] for name in names if "/" in name} <= PACKAGES - {"simulations", "typefaces"} | {".info"}
     assert len(bundle) < 2_000_000  # code alone: the smallest base is eight times as much

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from strategies.registry import AXES, LEVELS, OPTIMISERS, SELECTIONS, Combination, chosen_with, refusal
+from strategies.registry import AXES, LEVELS, OPTIMIZERS, SELECTIONS, Combination, combination_with, refusal_reason
 
 HEAD = """\
 # What may be combined, and what then is promised
@@ -213,14 +213,14 @@ def table() -> Iterator[str]:
     reasons: dict[str, int] = {}
 
     def cell(chosen: Combination) -> str:
-        reason = refusal(chosen)
+        reason = refusal_reason(chosen)
         return "runs" if reason is None else f"refused: {reasons.setdefault(reason, len(reasons) + 1)}"
 
     yield "| axis | piece | " + " | ".join(f"`{level}`" for level in LEVELS) + " |"
     yield "|" + "---|" * (2 + len(LEVELS))
     for axis, pieces in AXES.items():
         for piece in pieces:
-            cells = [cell(chosen_with(axis, piece, level=level)) for level in LEVELS]
+            cells = [cell(combination_with(axis, piece, level=level)) for level in LEVELS]
             yield "| " + " | ".join([axis, piece, *cells]) + " |"
     yield ""
     yield from (f"{number}. {reason}" for reason, number in reasons.items())
@@ -230,7 +230,7 @@ def sampling() -> Iterator[str]:
     """The lines that say how each selection that may be is accounted for."""
     for name, piece in SELECTIONS.items():
         declared = piece.sensitivity
-        if declared.momentary or not declared.blind:
+        if declared.uses_transient_state or not declared.data_independent:
             continue  # refused
         counted = (
             "Poisson-sampled Gaussian at `fleet.rate`, every device in every round"
@@ -242,7 +242,7 @@ def sampling() -> Iterator[str]:
 
 def optimisers() -> Iterator[str]:
     """The lines that say what each server optimiser is made of."""
-    yield from (f"| {name} | {piece.sensitivity.reason} |" for name, piece in OPTIMISERS.items())
+    yield from (f"| {name} | {piece.sensitivity.reason} |" for name, piece in OPTIMIZERS.items())
 
 
 def page() -> str:

@@ -12,7 +12,7 @@ from common.seeding import derive_seed
 from training.jobs import Prior, Train
 
 
-class Batch(NamedTuple):
+class StepBatch(NamedTuple):
     """The entries [e] of one step; `per_unit` entries in a row make one unit.
 
     A unit is what is clipped: under DP one picture, with all its draws and their partners of the prior.
@@ -29,13 +29,13 @@ class Batch(NamedTuple):
         """How many entries."""
         return len(self.examples)
 
-    def part(self, entries: slice) -> Batch:
+    def part(self, entries: slice) -> StepBatch:
         """Some of the entries."""
         examples, phases, noise_keys, weights, per_unit = self
-        return Batch(examples[entries], phases[entries], noise_keys[entries], weights[entries], per_unit)
+        return StepBatch(examples[entries], phases[entries], noise_keys[entries], weights[entries], per_unit)
 
 
-class Batches:
+class BatchSampler:
     """The stream of one job's batches."""
 
     def __init__(self, job: Train) -> None:
@@ -47,13 +47,13 @@ class Batches:
         self._queue = np.empty(0, np.int64)
         self._step = 0
 
-    def next(self) -> Batch:
+    def next(self) -> StepBatch:
         """The next step's batch; under DP it may be empty."""
         batch = self._poisson() if self._job.privacy else self._shuffled()
         self._step += 1
         return batch if self._job.prior is None else _with_partners(batch, self._job, self._job.prior)
 
-    def _shuffled(self) -> Batch:
+    def _shuffled(self) -> StepBatch:
         """The next pictures of an endless run of shuffles; timesteps stratified over the batch."""
         size = self._job.batch_size
         while len(self._queue) < size:
@@ -62,7 +62,7 @@ class Batches:
         pictures, self._queue = self._queue[:size], self._queue[size:]
         key = counter_rng.child(self._key, self._step)
         views = self._job.views
-        return Batch(
+        return StepBatch(
             examples=pictures * views + self._step % views,
             phases=stratified(counter_rng.uniform(key), np.arange(size), size),
             noise_keys=counter_rng.child(key, np.arange(size)),
@@ -70,7 +70,7 @@ class Batches:
             per_unit=1,
         )
 
-    def _poisson(self) -> Batch:
+    def _poisson(self) -> StepBatch:
         """A Poisson batch; the draws of a picture are stratified over themselves and go through its views in turn.
 
         A picture's streams are keyed by what it shows, so that they depend on no other picture. Keyed by its place they
@@ -87,7 +87,7 @@ class Batches:
         draws, views = privacy.draws, self._job.views
         keys = counter_rng.child(self._names[pictures], self._step).repeat(draws)
         turns = np.tile(np.arange(draws), len(pictures))
-        return Batch(
+        return StepBatch(
             examples=pictures.repeat(draws) * views + (self._step * draws + turns) % views,
             phases=stratified(counter_rng.uniform(keys), turns, draws),
             noise_keys=counter_rng.child(keys, turns),
@@ -104,11 +104,11 @@ def stratified(starts: np.ndarray, places: np.ndarray, strata: int) -> np.ndarra
     return (starts + places / strata) % 1
 
 
-def _with_partners(batch: Batch, job: Train, prior: Prior) -> Batch:
+def _with_partners(batch: StepBatch, job: Train, prior: Prior) -> StepBatch:
     """Each entry followed by its partner: the same timestep, another noise, an example of the prior."""
     partner = counter_rng.child(batch.noise_keys, 0)
     chosen = (partner.view(np.uint64) % np.uint64(len(prior.examples))).astype(np.int64)
-    return Batch(
+    return StepBatch(
         examples=_woven(batch.examples, len(job.examples) + chosen),
         phases=_woven(batch.phases, batch.phases),
         noise_keys=_woven(batch.noise_keys, partner),

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from models.base.denoiser import Denoiser
 from models.lora.adapter import Adapter, Factors, Sites, rank
-from models.lora.batched_lora import Layout, Stacks
-from models.lora.trainable import PartLayout
-from privacy.clipping import BoundedSums, even_bounds, stddev
+from models.lora.batched_lora import BatchedAdapter, Layout
+from models.lora.trainable import PartialLayout
+from privacy.clipping import BoundedGradientSums, even_bounds, stddev
 from training.jobs import Examples, Train
 from training.optimizer import SGD, AdamW
 
 
-class Shape(NamedTuple):
+class BufferSpec(NamedTuple):
     """All that decides the sizes of the buffers, so that they can be kept for the next jobs alike."""
 
     sites: tuple[str, ...]  # where any of them trains: the others have no room, and no gradient
@@ -39,10 +39,10 @@ class Shape(NamedTuple):
     corrected: bool  # whether the gradients of any are corrected
 
     @staticmethod
-    def of(jobs: Sequence[Train]) -> Shape:
+    def of(jobs: Sequence[Train]) -> BufferSpec:
         """The shape for jobs that agree in their examples' shape, privacy, clip, optimiser and in what is fixed."""
         first = jobs[0]
-        return Shape(
+        return BufferSpec(
             sites=_names(job.start for job in jobs),
             rank=max(rank(job.start) for job in jobs),
             trains=first.trains,
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
         )
 
 
-class Rows:
+class CohortBuffers:
     """Buffers for `capacity` resident jobs.
 
     Attributes:
@@ -72,8 +72,8 @@ class Rows:
         latents, context: the pooled examples of resident jobs.
     """
 
-    def __init__(self, base: Denoiser, shape: Shape, capacity: int) -> None:
-        like = torch.empty(0, dtype=base.precise, device=base.device)
+    def __init__(self, base: Denoiser, shape: BufferSpec, capacity: int) -> None:
+        like = torch.empty(0, dtype=base.full_precision, device=base.device)
         self.layout = row_layout(base, shape)
         self.adapters = like.new_zeros(capacity, self.layout.size)
         self.optimiser = SGD(self.adapters) if shape.optimiser == "sgd" else AdamW(self.adapters)
@@ -81,7 +81,7 @@ class Rows:
         self._corrections = torch.zeros_like(self.adapters) if shape.corrected else None
         self._proximal = like.new_zeros(capacity, 1)  # μ
         segments = self.layout.site_widths if shape.per_site else [self.layout.size]
-        self.sums = BoundedSums(capacity, segments, like=self.adapters, private=shape.private)
+        self.sums = BoundedGradientSums(capacity, segments, like=self.adapters, private=shape.private)
         self.losses = like.new_zeros(capacity, dtype=torch.float64)
         self.divisors = like.new_ones(capacity, 1)
         self._frozen_layout, self._common = frozen_layout(base, shape), shape.common
@@ -98,8 +98,8 @@ class Rows:
         bounds = [clip_bounds(job, self.layout.sites) for job in entering]
         self.sums.open(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in entering])
         self.optimiser.open(rows, [job.learning_rate for job in entering])
-        if isinstance(self.layout, PartLayout):
-            self.layout.enter(entering[0].fixed or {})
+        if isinstance(self.layout, PartialLayout):
+            self.layout.set_fixed(entering[0].fixed or {})
         index = torch.tensor(rows, device=self.adapters.device)
         self.adapters[index] = self._packed(self.layout, [job.start for job in entering])
         if self._starts is not None:
@@ -138,7 +138,7 @@ class Rows:
             gradients = gradients + self._proximal[index] * (self.adapters[index] - self._starts[index])
         return gradients if self._corrections is None else gradients + self._corrections[index]
 
-    def frozen(self, rows: Tensor) -> Stacks:
+    def frozen(self, rows: Tensor) -> BatchedAdapter:
         """The frozen adapters of these rows [n]."""
         if not self._frozen_layout.size:
             return {}
@@ -207,7 +207,7 @@ def _pools(job: Train) -> list[Examples]:
 
 def _held(job: Train) -> int:
     """Examples that its row has room for. `client.rounds.train` gives a private job no more pictures than its plan assumes."""
-    pictures = max(job.assumed, job.pictures)
+    pictures = max(job.assumed_pictures, job.pictures)
     return pictures * job.views + (len(job.prior.examples) if job.prior else 0)
 
 
@@ -221,35 +221,35 @@ def _at(base: Denoiser, names: Collection[str]) -> Sites:
     return {name: site for name, site in base.sites.items() if name in names}
 
 
-def row_layout(base: Denoiser, shape: Shape) -> Layout:
+def row_layout(base: Denoiser, shape: BufferSpec) -> Layout:
     """How what is trained lies in a row."""
     sites = _at(base, shape.sites)
     if shape.trains == "both":
         return Layout(sites, shape.rank)
-    like = torch.empty(0, dtype=base.precise, device=base.device)
-    return PartLayout(sites, shape.rank, shape.trains, like=like)
+    like = torch.empty(0, dtype=base.full_precision, device=base.device)
+    return PartialLayout(sites, shape.rank, shape.trains, like=like)
 
 
-def frozen_layout(base: Denoiser, shape: Shape) -> Layout:
+def frozen_layout(base: Denoiser, shape: BufferSpec) -> Layout:
     """How what is frozen lies in a row of its own."""
     return Layout(_at(base, shape.frozen_sites), shape.frozen_rank)
 
 
-def common_bytes(base: Denoiser, shape: Shape) -> int:
+def common_bytes(base: Denoiser, shape: BufferSpec) -> int:
     """Bytes for a frozen adapter that serves everyone, and twice as many while it is laid out; and for what is fixed
     of a trained one."""
     frozen = 3 * frozen_layout(base, shape).size if shape.common else 0
     fixed = 0 if shape.trains == "both" else Layout(_at(base, shape.sites), shape.rank).size
-    return (frozen + fixed) * base.precise.itemsize
+    return (frozen + fixed) * base.full_precision.itemsize
 
 
-def row_bytes(base: Denoiser, shape: Shape) -> int:
+def row_bytes(base: Denoiser, shape: BufferSpec) -> int:
     """Bytes of the device's memory for one resident job."""
-    precise, compute = base.precise.itemsize, base.dtype.itemsize
+    full_precision, compute = base.full_precision.itemsize, base.dtype.itemsize
     # Adapter, two moments, sum and mask; three more for what is made of them between passes; the best adapter.
     buffers = 8 + shape.stopping + shape.proximal + shape.corrected
     # Integer sums have 8 bytes, and so have the noise and what is made of both: as numbers, and by mask.
     wide = 4 * torch.float64.itemsize if shape.private else 0
     frozen = 0 if shape.common else 3 * frozen_layout(base, shape).size * compute
-    example = shape.latents.numel() * precise + shape.context.numel() * compute
-    return (buffers * precise + wide) * row_layout(base, shape).size + frozen + shape.examples * example
+    example = shape.latents.numel() * full_precision + shape.context.numel() * compute
+    return (buffers * full_precision + wide) * row_layout(base, shape).size + frozen + shape.examples * example

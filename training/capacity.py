@@ -11,18 +11,18 @@ import torch
 from common.errors import AntherError
 from common.units import GIB
 from models.base.denoiser import Denoiser
-from models.lora.batched_lora import Stacks
+from models.lora.batched_lora import BatchedAdapter
 from training import memory
-from training.buffers import Rows, Shape, common_bytes, row_bytes
+from training.buffers import BufferSpec, CohortBuffers, common_bytes, row_bytes
 from training.jobs import Train
-from training.microbatching import Pack
+from training.microbatching import Microbatch
 from training.parallel_passes import single_threaded_layers, workers
 from training.step import gradients, on_device, reduce
 
 LARGEST = {"cpu": 64}  # entries of a pass beyond which a core gains nothing: `bench.throughput.cohort`
 
 
-class TooLittleMemoryError(AntherError):
+class InsufficientMemoryError(AntherError):
     """The memory that was granted doesn't hold one job and one entry."""
 
 
@@ -41,12 +41,12 @@ def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
     Raises:
         TooLittleMemoryError: not even one job and one entry fit.
     """
-    shape = Shape.of(jobs)
+    shape = BufferSpec.of(jobs)
     row, entry, granted = row_bytes(base, shape), entry_bytes(base, shape), limit
     limit -= common_bytes(base, shape)
     if row + entry > limit:
         least = row + entry + granted - limit
-        raise TooLittleMemoryError(
+        raise InsufficientMemoryError(
             f"cohort.memory_gib={granted / GIB:.3g}: one picture of one device takes {least / GIB:.3g} here: "
             "give more, or train fewer sites"
         )
@@ -63,25 +63,25 @@ def expected_entries(job: Train) -> float:
     So what fits, and whether anything does, tells nothing of the pictures.
     """
     if job.privacy:
-        return job.unit * job.privacy.sampling_rate * job.assumed
+        return job.unit * job.privacy.sampling_rate * job.assumed_pictures
     return (2 if job.prior else 1) * job.batch_size
 
 
-def entry_bytes(base: Denoiser, shape: Shape) -> int:
+def entry_bytes(base: Denoiser, shape: BufferSpec) -> int:
     """Bytes that one entry takes in a pass and after it, counted on a pass of one entry."""
 
     def prepare() -> Callable[[], object]:
-        rows = Rows(base, shape, 1)
+        rows = CohortBuffers(base, shape, 1)
         zeros, ones = np.zeros(1, np.int64), np.ones(1)
         one = zeros + 1
-        pack = Pack(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
+        pack = Microbatch(zeros, zeros, ones / 2, zeros, ones, one, zeros, one, one, piece=False, last=True)
         return lambda: reduce(rows, pack, *gradients(base, rows, on_device(pack, base.device)))
 
     return _count(base, shape, prepare)
 
 
-def pictures_within(
-    base: Denoiser, latents: torch.Size, context: torch.Size, adapters: Sequence[Stacks], limit: int
+def max_pictures_per_pass(
+    base: Denoiser, latents: torch.Size, context: torch.Size, adapters: Sequence[BatchedAdapter], limit: int
 ) -> int:
     """Pictures that one pass without gradients may hold, in `limit` bytes for all that run at once; at least 1.
 
@@ -92,23 +92,23 @@ def pictures_within(
 
     @torch.no_grad()
     def work() -> object:
-        with base.lending([]) as denoise:
-            x = torch.zeros(1, *latents, dtype=base.precise, device=base.device)
+        with base.use_adapters([]) as denoise:
+            x = torch.zeros(1, *latents, dtype=base.full_precision, device=base.device)
             return denoise(x, torch.zeros(1, dtype=torch.long, device=base.device), x.new_zeros(1, *context))
 
-    return largest_pass(base.device, limit // (_count(base, (latents, context), lambda: work) + copies))
+    return max_pass_size(base.device, limit // (_count(base, (latents, context), lambda: work) + copies))
 
 
-def largest_pass(device: torch.device, together: int) -> int:
+def max_pass_size(device: torch.device, together: int) -> int:
     """Entries of one pass, of so many in all passes that run at once; at least 1."""
     return max(1, min(together // workers(device), LARGEST.get(device.type, together)))
 
 
 def _count(base: Denoiser, key: object, prepare: Callable[[], Callable[[], object]]) -> int:
     """Bytes of the work that `prepare` makes ready, counted once for each key."""
-    if key not in base.kept:
+    if key not in base.cache:
         work = prepare()
         with single_threaded_layers():
-            base.kept[key] = int(memory.counted(work) * memory.WORKSPACE[base.device.type])
-    count: int = base.kept[key]
+            base.cache[key] = int(memory.counted(work) * memory.WORKSPACE[base.device.type])
+    count: int = base.cache[key]
     return count

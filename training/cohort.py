@@ -24,18 +24,18 @@ from torch import Tensor
 
 from common.errors import AntherError
 from models.base.denoiser import Denoiser
-from training.batches import Batch, Batches
-from training.buffers import Rows, Shape, check
-from training.capacity import TooLittleMemoryError, capacity, entry_bytes, largest_pass
-from training.cuda_graphs import CapturedPasses
+from training.batches import BatchSampler, StepBatch
+from training.buffers import BufferSpec, CohortBuffers, check
+from training.capacity import InsufficientMemoryError, capacity, entry_bytes, max_pass_size
+from training.cuda_graphs import GraphedPasses
 from training.inference import held_out_losses
 from training.jobs import Cancelled, Train, Trained
-from training.memory import for_looking, for_training
-from training.microbatching import Pack, Queue
+from training.memory import inference_share, training_share
+from training.microbatching import EntryQueue, Microbatch
 from training.parallel_passes import Stopwatch, run_passes, without_denormals, workers
-from training.pass_size import fixed_size
-from training.public_duration import Turns, scheduled
-from training.step import Found, clip_whole, gradients, on_device, reduce
+from training.pass_size import fixed_pass_size
+from training.public_duration import TurnCount, scheduled_turns
+from training.step import PassResult, clip_whole, gradients, on_device, reduce
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def train(
             found = cohort.run()
         for place, outcome in zip(places, found, strict=True):
             outcomes[place] = outcome
-    if outcomes and all(isinstance(outcome, TooLittleMemoryError) for outcome in outcomes):
+    if outcomes and all(isinstance(outcome, InsufficientMemoryError) for outcome in outcomes):
         raise outcomes[0]  # type: ignore[misc]
     return outcomes
 
@@ -90,24 +90,26 @@ class _Resident:
 
     place: int  # among the jobs
     job: Train
-    batches: Batches = field(init=False)
+    batches: BatchSampler = field(init=False)
     step: int = 0  # completed steps
     pending: int = 0  # entries of this step that are not through yet
     entries: int = 0  # seen in all
     best: tuple[float, Tensor] | None = None  # validation loss and adapter
     stale: int = 0  # looks since the best
-    turns: Turns = field(init=False)  # of a private job's pictures
+    turns: TurnCount = field(init=False)  # of a private job's pictures
     planned: int = 0  # turns that a private job is given
     left: int = 0  # of them
 
-    def schedule(self, turns: Turns) -> None:
+    def schedule(self, turns: TurnCount) -> None:
         """Give a private job its public number of turns. One has more pictures than assumed in simulations alone."""
         assert self.job.privacy
-        assumed = max(self.job.assumed, self.job.pictures)
+        assumed_pictures = max(self.job.assumed_pictures, self.job.pictures)
         self.turns = turns
-        self.planned = self.left = scheduled(assumed, self.job.privacy.sampling_rate, self.job.steps, turns)
+        self.planned = self.left = scheduled_turns(
+            assumed_pictures, self.job.privacy.sampling_rate, self.job.steps, turns
+        )
 
-    def cut(self, batch: Batch) -> Batch:
+    def cut(self, batch: StepBatch) -> StepBatch:
         """What the turns that are left are enough for of a Poisson batch; the others count as not drawn."""
         units = min(batch.size // batch.per_unit, self.turns.holding(self.left))
         self.left -= self.turns(units)
@@ -129,17 +131,17 @@ class _Cohort:
         found = capacity(self.base, self.jobs, self.memory)
         self.private = self.jobs[0].privacy is not None
         self.at_once = min(workers(self.base.device), found.entries)
-        self.size = largest_pass(self.base.device, found.entries)
+        self.size = max_pass_size(self.base.device, found.entries)
         self.spare = found.room  # bytes for looks, between passes
         if self.base.device.type == "cuda":  # captured passes keep their memory; their size holds a step of everybody
-            most, self.spare = max(1, for_training(self.size)), for_looking(found.room)
+            most, self.spare = max(1, training_share(self.size)), inference_share(found.room)
             self.size = -(-found.expected // -(-found.expected // most)) if not self.private else most
         if self.private:
-            entry = entry_bytes(self.base, Shape.of(self.jobs))
-            self.size = fixed_size(self.base.device, self.jobs[: found.jobs], self.size, entry)
-        self.key = (Shape.of(self.jobs), found.jobs, self.size, self.compiled, self.private)
+            entry = entry_bytes(self.base, BufferSpec.of(self.jobs))
+            self.size = fixed_pass_size(self.base.device, self.jobs[: found.jobs], self.size, entry)
+        self.key = (BufferSpec.of(self.jobs), found.jobs, self.size, self.compiled, self.private)
         self.rows, self.captured = _buffers(self.base, *self.key)
-        self.queue = Queue()
+        self.queue = EntryQueue()
         self.pieces: dict[int, Tensor] = {}  # by row: what is there of a unit that is larger than a pass
         self.vacant = list(reversed(range(found.jobs)))
         self.outcomes: list[Outcome] = [AntherError("not trained")] * len(self.jobs)
@@ -157,13 +159,13 @@ class _Cohort:
             self._still_wanted(list(self.residents))
             through = [row for row, resident in self.residents.items() if not resident.pending]
             self._settle(self._step(through) + self._admit())
-        self.base.kept[_BUFFERS] = self.key, (self.rows, self.captured)
+        self.base.cache[_BUFFERS] = self.key, (self.rows, self.captured)
         return self.outcomes
 
-    def _packs(self) -> list[Pack]:
+    def _packs(self) -> list[Microbatch]:
         """What runs now: a pack for each core, of its share of what waits; if private, all of one size."""
         share = -(-len(self.queue) // self.at_once)
-        packs: list[Pack] = []
+        packs: list[Microbatch] = []
         while len(self.queue) and len(packs) < self.at_once:
             if self.private:
                 packs.append(self.queue.take(self.size).filled(self.size))
@@ -171,7 +173,7 @@ class _Cohort:
                 packs.append(self.queue.take(min(max(share, self.queue.unit), self.size)))
         return packs
 
-    def _pass(self, pack: Pack) -> Found:
+    def _pass(self, pack: Microbatch) -> PassResult:
         entries = on_device(pack, self.base.device)
         with without_denormals(self.base.device) if self.private else nullcontext():
             found = self.captured(entries) if self.captured else gradients(self.base, self.rows, entries)
@@ -186,9 +188,9 @@ class _Cohort:
             self.residents[row] = _Resident(place, job)
             try:
                 check(job, self.base.sites)
-                self.residents[row].batches = Batches(job)
+                self.residents[row].batches = BatchSampler(job)
                 if self.private:
-                    self.residents[row].schedule(Turns.of(job, self.size, self.at_once))
+                    self.residents[row].schedule(TurnCount.of(job, self.size, self.at_once))
                 entering[row] = job
             except Exception as error:
                 self._leave(row, error)
@@ -222,7 +224,7 @@ class _Cohort:
             begun.append(row)
         return begun
 
-    def _accumulate(self, pack: Pack, found: Found) -> None:
+    def _accumulate(self, pack: Microbatch, found: PassResult) -> None:
         """Add what a pass found to the sums of its clients."""
         clipped = found.clipped
         if found.piece is not None:
@@ -327,7 +329,7 @@ class _Cohort:
         """
         if self.watch is None:
             return 0.0
-        nothing = Pack.nothing(row, self.rows.place(row), self.size, resident.job.unit)
+        nothing = Microbatch.nothing(row, self.rows.place(row), self.size, resident.job.unit)
         for _ in range(len(self.watch), min(FEW_TURNS, resident.planned)):
             with self.watch:
                 list(run_passes(self.base.device, self._pass, [nothing] * self.at_once))
@@ -343,22 +345,22 @@ class _Cohort:
         self.vacant.append(row)
 
 
-def let_go(base: Denoiser) -> None:
+def free_buffers(base: Denoiser) -> None:
     """Of the buffers that the last call has left for the next."""
-    base.kept.pop(_BUFFERS, None)
+    base.cache.pop(_BUFFERS, None)
 
 
 def _buffers(
-    base: Denoiser, shape: Shape, capacity: int, size: int, compiled: bool, private: bool
-) -> tuple[Rows, CapturedPasses | None]:
+    base: Denoiser, shape: BufferSpec, capacity: int, size: int, compiled: bool, private: bool
+) -> tuple[CohortBuffers, GraphedPasses | None]:
     """Buffers, and on a GPU a captured pass over them: the last call's, if they fit. Rounds are much alike."""
     key = (shape, capacity, size, compiled, private)
-    known, buffers = base.kept.pop(_BUFFERS, (None, None))
+    known, buffers = base.cache.pop(_BUFFERS, (None, None))
     if known != key:
         del buffers  # before others are made
-        rows = Rows(base, shape, capacity)
+        rows = CohortBuffers(base, shape, capacity)
         captured = None
         if base.device.type == "cuda":
-            captured = CapturedPasses(base, rows, size, compiled=compiled, one_size=private)
+            captured = GraphedPasses(base, rows, size, compiled=compiled, one_size=private)
         buffers = rows, captured
     return buffers

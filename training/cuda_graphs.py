@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from models.base.denoiser import Denoiser
-from training.buffers import Rows
+from training.buffers import CohortBuffers
 from training.step import Entries, gradients
 
 _WARM_UP = 2  # passes before the record: kernels are compiled and chosen in the first one
 _HALVES = 4  # sizes beside the full one
 
 
-class CapturedPasses:
+class GraphedPasses:
     """`training.step.gradients` for up to `size` entries, in graphs of that size and of halves of it.
 
     A pass takes the smallest graph that holds its entries; the rest is filled up with entries of weight 0. Only the
@@ -26,7 +26,9 @@ class CapturedPasses:
         one_size: no halves. Kernels differ with the size, so private passes all take one.
     """
 
-    def __init__(self, base: Denoiser, rows: Rows, size: int, *, compiled: bool, one_size: bool = False) -> None:
+    def __init__(
+        self, base: Denoiser, rows: CohortBuffers, size: int, *, compiled: bool, one_size: bool = False
+    ) -> None:
         pool = torch.cuda.graph_pool_handle()  # of memory: no two graphs ever run at once
         halvings = 0 if one_size else _HALVES
         halves = [size >> halving for halving in range(1, halvings + 1) if size >> halving]
@@ -43,7 +45,7 @@ class CapturedPasses:
 class _Graph:
     """One pass of one size."""
 
-    def __init__(self, base: Denoiser, rows: Rows, size: int, pool: Any, *, compiled: bool) -> None:
+    def __init__(self, base: Denoiser, rows: CohortBuffers, size: int, pool: Any, *, compiled: bool) -> None:
         numbers = torch.zeros(3, size, dtype=torch.long, device=base.device)
         self._entries = Entries(*numbers, *numbers[:2].double())
         aside = torch.cuda.Stream()

@@ -13,9 +13,21 @@ from models.base.base import Base
 from models.diffusion.decoding import TILE
 from models.lora.batched_lora import stack_adapters, to_device
 from training.cohort import train
-from training.inference import draw_under, each_loss, held_out_losses
-from training.jobs import Cancelled, Draw, Drawn, Encode, Examples, Job, Measure, MeasureEach, Result, Train, never
-from training.memory import for_looking, for_training
+from training.inference import each_loss, generate_with, held_out_losses
+from training.jobs import (
+    Cancelled,
+    EncodeJob,
+    Examples,
+    GeneratedImages,
+    GenerateJob,
+    Job,
+    MeasureEachJob,
+    MeasureJob,
+    Result,
+    Train,
+    never,
+)
+from training.memory import inference_share, training_share
 
 T = TypeVar("T")
 
@@ -46,16 +58,16 @@ def perform(
         for row, result in zip(rows, found, strict=True):
             results[row] = result
 
-    looking = for_looking(memory)
-    pictures = [job for job in jobs if isinstance(job, Encode)]
-    place(Encode, _unless_cancelled(pictures, lambda: encode(base, pictures, cancelled)))
-    losses = [job for job in jobs if isinstance(job, Measure)]
-    place(Measure, _unless_cancelled(losses, lambda: measure(base, losses, looking, timesteps, cancelled)))
-    each = [job for job in jobs if isinstance(job, MeasureEach)]
-    place(MeasureEach, _unless_cancelled(each, lambda: measure_each(base, each, looking, timesteps, cancelled)))
-    place(Draw, [draw(base, job, looking, cancelled) for job in jobs if isinstance(job, Draw)])
+    looking = inference_share(memory)
+    pictures = [job for job in jobs if isinstance(job, EncodeJob)]
+    place(EncodeJob, _unless_cancelled(pictures, lambda: encode(base, pictures, cancelled)))
+    losses = [job for job in jobs if isinstance(job, MeasureJob)]
+    place(MeasureJob, _unless_cancelled(losses, lambda: measure(base, losses, looking, timesteps, cancelled)))
+    each = [job for job in jobs if isinstance(job, MeasureEachJob)]
+    place(MeasureEachJob, _unless_cancelled(each, lambda: measure_each(base, each, looking, timesteps, cancelled)))
+    place(GenerateJob, [draw(base, job, looking, cancelled) for job in jobs if isinstance(job, GenerateJob)])
     training = [job for job in jobs if isinstance(job, Train)]
-    place(Train, train(base, training, memory=for_training(memory), timesteps=timesteps, compiled=compiled))
+    place(Train, train(base, training, memory=training_share(memory), timesteps=timesteps, compiled=compiled))
     return results
 
 
@@ -66,7 +78,7 @@ def _unless_cancelled(jobs: Sequence[Job], work: Callable[[], Sequence[T]]) -> S
         return [error] * len(jobs)
 
 
-def encode(base: Base, jobs: Sequence[Encode], cancelled: Callable[[], bool] = never) -> list[Examples | Exception]:
+def encode(base: Base, jobs: Sequence[EncodeJob], cancelled: Callable[[], bool] = never) -> list[Examples | Exception]:
     """Encode all pictures in one go, so that the encoders are loaded once, and freed.
 
     One picture's pixels are in memory at a time: each is cut to the base's resolution before the next is read. A job
@@ -89,7 +101,7 @@ def encode(base: Base, jobs: Sequence[Encode], cancelled: Callable[[], bool] = n
     return [images if isinstance(images, Exception) else next(examples) for images in fitted]
 
 
-def _fitted(base: Base, job: Encode, ask: Callable[[], None]) -> list[np.ndarray] | Exception:
+def _fitted(base: Base, job: EncodeJob, ask: Callable[[], None]) -> list[np.ndarray] | Exception:
     """The job's pictures as the base sees them."""
     fitted = []
     try:
@@ -102,7 +114,7 @@ def _fitted(base: Base, job: Encode, ask: Callable[[], None]) -> list[np.ndarray
 
 
 def measure(
-    base: Base, jobs: Sequence[Measure], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
+    base: Base, jobs: Sequence[MeasureJob], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
 ) -> list[float]:
     """Held-out losses; jobs without an adapter share passes with those that have one."""
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
@@ -111,7 +123,7 @@ def measure(
 
 
 def measure_each(
-    base: Base, jobs: Sequence[MeasureEach], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
+    base: Base, jobs: Sequence[MeasureEachJob], memory: int, timesteps: int, cancelled: Callable[[], bool] = never
 ) -> list[Tensor]:
     """Losses float64 [n] of every job's examples, each by itself."""
     adapters = to_device(stack_adapters(base.sites, [job.adapter for job in jobs]), base.like)
@@ -119,10 +131,12 @@ def measure_each(
     return each_loss(base, pools, [adapters], timesteps=timesteps, memory=memory, cancelled=cancelled)
 
 
-def draw(base: Base, job: Draw, memory: int, cancelled: Callable[[], bool] = never) -> Drawn | Exception:
+def draw(
+    base: Base, job: GenerateJob, memory: int, cancelled: Callable[[], bool] = never
+) -> GeneratedImages | Exception:
     """One job's pictures, or what kept them from being drawn."""
     try:
-        latents = draw_under(
+        latents = generate_with(
             base,
             job.captions,
             job.adapters,
@@ -133,6 +147,6 @@ def draw(base: Base, job: Draw, memory: int, cancelled: Callable[[], bool] = nev
             memory=memory,
             cancelled=cancelled,
         )
-        return Drawn(base.decode(latents, tile=TILE))
+        return GeneratedImages(base.decode(latents, tile=TILE))
     except Exception as error:  # whatever it is, it is this job's alone
         return error

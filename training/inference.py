@@ -10,11 +10,11 @@ from torch import Tensor
 from common.seeding import derive_seed
 from models.base.base import Base
 from models.base.denoiser import Denoiser
-from models.diffusion.objective import noised, per_example_loss, target
-from models.diffusion.sampling import noises_of, sample
+from models.diffusion.objective import add_noise, per_example_loss, target
+from models.diffusion.sampling import num_noises, sample
 from models.lora.adapter import Adapter
-from models.lora.batched_lora import Stacks, select, stack_adapters, to_device
-from training.capacity import pictures_within
+from models.lora.batched_lora import BatchedAdapter, select_slots, stack_adapters, to_device
+from training.capacity import max_pictures_per_pass
 from training.jobs import Cancelled, Examples, never
 from training.parallel_passes import pass_size, run_passes, without_denormals
 
@@ -22,7 +22,7 @@ from training.parallel_passes import pass_size, run_passes, without_denormals
 def held_out_losses(
     base: Denoiser,
     pools: Sequence[Examples],
-    adapters: Sequence[Stacks],
+    adapters: Sequence[BatchedAdapter],
     *,
     timesteps: int,
     memory: int,
@@ -46,7 +46,7 @@ def held_out_losses(
 def each_loss(
     base: Denoiser,
     pools: Sequence[Examples],
-    adapters: Sequence[Stacks],
+    adapters: Sequence[BatchedAdapter],
     *,
     timesteps: int,
     memory: int,
@@ -66,16 +66,16 @@ def each_loss(
     return [loss.mean(1) for loss in _losses(base, pools, adapters, timesteps, place, parts, cancelled)]
 
 
-def _most(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[Stacks], memory: int) -> int:
+def _most(base: Denoiser, pools: Sequence[Examples], adapters: Sequence[BatchedAdapter], memory: int) -> int:
     """Entries that one pass may hold."""
-    return pictures_within(base, pools[0].latents.shape[1:], pools[0].context.shape[1:], adapters, memory)
+    return max_pictures_per_pass(base, pools[0].latents.shape[1:], pools[0].context.shape[1:], adapters, memory)
 
 
 @torch.no_grad()
 def _losses(
     base: Denoiser,
     pools: Sequence[Examples],
-    adapters: Sequence[Stacks],
+    adapters: Sequence[BatchedAdapter],
     timesteps: int,
     place: Tensor,
     parts: Sequence[Tensor],
@@ -89,9 +89,11 @@ def _losses(
     """
     times = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().to(base.device)
     generator = torch.Generator().manual_seed(derive_seed("held-out"))
-    precise = torch.zeros((), dtype=base.precise, device=base.device)
-    noise = torch.randn(int(place.max()) + 1, timesteps, *pools[0].latents.shape[1:], generator=generator).to(precise)
-    latents = torch.cat([pool.latents for pool in pools]).to(precise)
+    full_precision = torch.zeros((), dtype=base.full_precision, device=base.device)
+    noise = torch.randn(int(place.max()) + 1, timesteps, *pools[0].latents.shape[1:], generator=generator).to(
+        full_precision
+    )
+    latents = torch.cat([pool.latents for pool in pools]).to(full_precision)
     context = torch.cat([pool.context for pool in pools]).to(base.like)
     sizes = torch.tensor([len(pool) for pool in pools], device=base.device)
     slot = torch.arange(len(pools), device=base.device).repeat_interleave(sizes)
@@ -102,9 +104,9 @@ def _losses(
         _ask(cancelled)
         example, look = part // timesteps, part % timesteps
         x0, t, epsilon = latents[example], times[look], noise[place[example], look]
-        lent = [select(stacks, slot[example]) for stacks in adapters]
-        with without_denormals(base.device), base.lending(lent) as denoise:
-            output = denoise(noised(base.schedule, x0, epsilon, t), base.schedule.times[t], context[example])
+        lent = [select_slots(stacks, slot[example]) for stacks in adapters]
+        with without_denormals(base.device), base.use_adapters(lent) as denoise:
+            output = denoise(add_noise(base.schedule, x0, epsilon, t), base.schedule.times[t], context[example])
         return per_example_loss(output, target(base.schedule, x0, epsilon, t))
 
     losses = torch.cat(list(run_passes(base.device, loss, [part.to(base.device) for part in parts])))
@@ -117,7 +119,7 @@ def draw(
     base: Base,
     captions: Sequence[str],
     seeds: Sequence[int],
-    adapters: Sequence[Stacks],
+    adapters: Sequence[BatchedAdapter],
     slots: Sequence[int],
     *,
     sampler: str,
@@ -127,15 +129,15 @@ def draw(
     cancelled: Callable[[], bool] = never,
 ) -> Tensor:
     """Scaled latents [n, c, h, w] for the captions, each from its own seed's noise and under its own slot."""
-    context, null, strength = base.guided(captions, guidance)
-    count = noises_of(sampler, steps)
+    context, null, strength = base.encode_guidance(captions, guidance)
+    count = num_noises(sampler, steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noises = torch.stack([torch.randn(count, *base.shape, generator=generator) for generator in generators], dim=1)
     noises, index = noises.to(base.device), torch.tensor(slots, device=base.device)
 
     def one_pass(part: Tensor) -> Tensor:
         _ask(cancelled)
-        with base.lending([select(stacks, index[part]) for stacks in adapters]) as denoise:
+        with base.use_adapters([select_slots(stacks, index[part]) for stacks in adapters]) as denoise:
             return sample(
                 sampler,
                 denoise,
@@ -147,12 +149,12 @@ def draw(
                 null_context=null,
             )
 
-    most = pictures_within(base, noises.shape[2:], context.shape[1:], adapters, memory)
+    most = max_pictures_per_pass(base, noises.shape[2:], context.shape[1:], adapters, memory)
     parts = torch.arange(len(seeds), device=base.device).split(pass_size(base.device, len(seeds), most))
     return torch.cat(list(run_passes(base.device, one_pass, parts)))
 
 
-def draw_under(
+def generate_with(
     base: Base,
     captions: Sequence[str],
     adapters: Sequence[Adapter],

@@ -55,7 +55,7 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encode:
+class EncodeJob:
     """Turn pictures into Examples with the base's VAE and text encoder. Result: Examples."""
 
     pictures: Sequence[Picture]
@@ -173,14 +173,14 @@ class Train:
         return len(self.examples) // self.views
 
     @property
-    def assumed(self) -> int:
+    def assumed_pictures(self) -> int:
         """N, the pictures that the plan assumes: batch_size / q under DP, as many as there are without it.
 
         Under DP the size of a pass, memory and time follow from N, which is public, and never from `pictures`.
         """
         if self.privacy is None or not self.privacy.sampling_rate:
             return self.pictures
-        return assumed(self.batch_size, self.privacy.sampling_rate)
+        return assumed_pictures(self.batch_size, self.privacy.sampling_rate)
 
     @property
     def unit(self) -> int:
@@ -188,7 +188,7 @@ class Train:
         return (self.privacy.draws if self.privacy else 1) * (2 if self.privacy and self.prior else 1)
 
 
-def assumed(batch_size: int, sampling_rate: float) -> int:
+def assumed_pictures(batch_size: int, sampling_rate: float) -> int:
     """N, the pictures that a plan with Poisson batches assumes: its q is batch_size / N."""
     return max(1, round(batch_size / sampling_rate))
 
@@ -203,7 +203,7 @@ class Trained(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
+class MeasureJob:
     """Mean denoising loss of an adapter on examples, at fixed timesteps and noise. Result: float."""
 
     examples: Examples
@@ -211,7 +211,7 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureEach:
+class MeasureEachJob:
     """Denoising loss of every example by itself. Result: Tensor float64 [n].
 
     All are seen at the same timesteps with the same noise, in passes of their own: the loss of one is the same, to the
@@ -223,7 +223,7 @@ class MeasureEach:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class GenerateJob:
     """A picture of each caption in a few steps, under adapters on top of each other. Result: Drawn."""
 
     captions: Sequence[str]
@@ -232,11 +232,11 @@ class Draw:
     steps: int
 
 
-class Drawn(NamedTuple):
+class GeneratedImages(NamedTuple):
     """What was drawn."""
 
     pictures: np.ndarray  # uint8 [n, H, W], or [n, H, W, 3] in colour
 
 
-Job = Encode | Train | Measure | MeasureEach | Draw
-Result = Examples | Trained | float | Tensor | Drawn
+Job = EncodeJob | Train | MeasureJob | MeasureEachJob | GenerateJob
+Result = Examples | Trained | float | Tensor | GeneratedImages

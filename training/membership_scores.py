@@ -22,9 +22,9 @@ from torch import Tensor
 from common import counter_rng
 from common.seeding import derive_seed
 from models.base.denoiser import Denoiser
-from models.diffusion.objective import Schedule, ends, noised, per_example_loss, target
-from models.lora.batched_lora import Stacks
-from training.capacity import pictures_within
+from models.diffusion.objective import Schedule, add_noise, per_example_loss, predict_x0_and_noise, target
+from models.lora.batched_lora import BatchedAdapter
+from training.capacity import max_pictures_per_pass
 from training.jobs import Examples
 from training.parallel_passes import pass_size, run_passes
 
@@ -32,20 +32,22 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t [N, c, h, w], t [N]) -> what the network predicts for these pictures and their captions."""
 
 
-class Scores(NamedTuple):
+class MembershipScores(NamedTuple):
     """Of n pictures, each float64 [n]."""
 
     loss: np.ndarray
     pia: np.ndarray
     sima: np.ndarray
 
-    def beside(self, base: Scores) -> Scores:
+    def beside(self, base: MembershipScores) -> MembershipScores:
         """How much better than the base alone the adapter seems to know them."""
-        return Scores(*(own - alone for own, alone in zip(self, base, strict=True)))
+        return MembershipScores(*(own - alone for own, alone in zip(self, base, strict=True)))
 
 
 @torch.no_grad()
-def scores(base: Denoiser, examples: Examples, adapter: Stacks, *, timesteps: int, time: float, memory: int) -> Scores:
+def scores(
+    base: Denoiser, examples: Examples, adapter: BatchedAdapter, *, timesteps: int, time: float, memory: int
+) -> MembershipScores:
     """Scores of every example under one adapter ({}: the base alone), from the same noise every time.
 
     Args:
@@ -53,7 +55,7 @@ def scores(base: Denoiser, examples: Examples, adapter: Stacks, *, timesteps: in
         time: of PIA and SimA, as a share of the schedule.
         memory: bytes for all passes that run at once.
     """
-    latents, context = examples.latents.to(base.device, base.precise), examples.context.to(base.like)
+    latents, context = examples.latents.to(base.device, base.full_precision), examples.context.to(base.like)
     looks = ((torch.arange(timesteps) + 0.5) / timesteps * len(base.schedule)).long().tolist()
     keys = counter_rng.child(
         counter_rng.child(derive_seed("membership"), np.arange(len(examples)))[:, None], np.arange(timesteps)
@@ -63,7 +65,7 @@ def scores(base: Denoiser, examples: Examples, adapter: Stacks, *, timesteps: in
 
     @torch.no_grad()  # per thread
     def score(part: Tensor) -> Tensor:
-        with base.lending([adapter]) as denoise:
+        with base.use_adapters([adapter]) as denoise:
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 return denoise(x, base.schedule.times[t], context[part])
@@ -76,9 +78,9 @@ def scores(base: Denoiser, examples: Examples, adapter: Stacks, *, timesteps: in
             ]
         return torch.stack([values.double() for values in found])
 
-    most = pictures_within(base, latents.shape[1:], context.shape[1:], [adapter], memory)
+    most = max_pictures_per_pass(base, latents.shape[1:], context.shape[1:], [adapter], memory)
     parts = torch.arange(len(latents), device=base.device).split(pass_size(base.device, len(latents), most))
-    return Scores(*torch.cat(list(run_passes(base.device, score, parts)), dim=1).cpu().numpy())
+    return MembershipScores(*torch.cat(list(run_passes(base.device, score, parts)), dim=1).cpu().numpy())
 
 
 def loss_score(schedule: Schedule, predict: Predict, x0: Tensor, looks: list[int], keys: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def loss_score(schedule: Schedule, predict: Predict, x0: Tensor, looks: list[int
     for place, look in enumerate(looks):
         t = torch.full((len(x0),), look, device=x0.device)
         noise = counter_rng.normals(keys[:, place], x0[0].numel()).to(x0).view_as(x0)
-        losses.append(per_example_loss(predict(noised(schedule, x0, noise, t), t), target(schedule, x0, noise, t)))
+        losses.append(per_example_loss(predict(add_noise(schedule, x0, noise, t), t), target(schedule, x0, noise, t)))
     return -torch.stack(losses).mean(0)
 
 
@@ -95,7 +97,7 @@ def pia_score(schedule: Schedule, predict: Predict, x0: Tensor, at: int) -> Tens
     """Minus the distance [N] at timestep `at` from where the picture's own trajectory begins."""
     t = torch.full((len(x0),), at, device=x0.device)
     start = predicted_noise(schedule, predict, x0, torch.zeros_like(t))
-    return -_fourth_powers(predicted_noise(schedule, predict, noised(schedule, x0, start, t), t) - start)
+    return -_fourth_powers(predicted_noise(schedule, predict, add_noise(schedule, x0, start, t), t) - start)
 
 
 def sima_score(schedule: Schedule, predict: Predict, x0: Tensor, at: int) -> Tensor:
@@ -105,7 +107,7 @@ def sima_score(schedule: Schedule, predict: Predict, x0: Tensor, at: int) -> Ten
 
 def predicted_noise(schedule: Schedule, predict: Predict, x: Tensor, t: Tensor) -> Tensor:
     """ε_θ(x, t) [N, c, h, w], whatever the network predicts."""
-    return ends(schedule, x, predict(x, t).to(x.dtype), *schedule.rates(t))[1]
+    return predict_x0_and_noise(schedule, x, predict(x, t).to(x.dtype), *schedule.rates(t))[1]
 
 
 def _fourth_powers(x: Tensor) -> Tensor:

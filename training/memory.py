@@ -34,12 +34,12 @@ def check_free(wanted: int, device: torch.device, *, key: str = "cohort.memory_g
         )
 
 
-def for_training(granted: int) -> int:
+def training_share(granted: int) -> int:
     """The part of what was granted that training takes, and keeps as buffers for the next time."""
     return granted * 3 // 4
 
 
-def for_looking(granted: int) -> int:
+def inference_share(granted: int) -> int:
     """The other part: for held-out losses and pictures, which may be asked for while training keeps its own."""
     return granted // 4
 

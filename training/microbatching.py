@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.batches import Batch
+from training.batches import StepBatch
 
 
-class Pack(NamedTuple):
+class Microbatch(NamedTuple):
     """The entries [n] of one pass, which make u units of the steps of c clients."""
 
     rows: np.ndarray  # [n] row of the entry's client; n may be more than the clients' entries: see `filled`
@@ -32,11 +32,11 @@ class Pack(NamedTuple):
         return len(self.rows)
 
     @staticmethod
-    def nothing(row: int, example: int, size: int, unit: int) -> Pack:
+    def nothing(row: int, example: int, size: int, unit: int) -> Microbatch:
         """A pass of `size` entries of one client's example that all weigh nothing, as large as any other."""
         ones = np.ones(size, np.int64)
         sizes = np.full(size // unit, unit) if unit <= size else np.array([size])
-        return Pack(
+        return Microbatch(
             rows=ones * row,
             examples=ones * example,
             phases=ones / 2,
@@ -50,7 +50,7 @@ class Pack(NamedTuple):
             last=True,
         )
 
-    def filled(self, size: int) -> Pack:
+    def filled(self, size: int) -> Microbatch:
         """The same with `size` entries: those that are missing are copies of the first, of weight 0.
 
         Their gradients are zero. In whole units, or in the piece, they are counted as the last client's, so that every
@@ -86,7 +86,7 @@ class _Waiting:
     """What is left of one client's step."""
 
     row: int
-    batch: Batch  # its examples as indices into the pooled ones
+    batch: StepBatch  # its examples as indices into the pooled ones
     start: int = 0
 
     @property
@@ -94,7 +94,7 @@ class _Waiting:
         return self.batch.size - self.start
 
 
-class Queue:
+class EntryQueue:
     """Entries that wait for a pass."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Queue:
         """Entries of the first unit."""
         return self._waiting[0].batch.per_unit
 
-    def push(self, row: int, batch: Batch) -> None:
+    def push(self, row: int, batch: StepBatch) -> None:
         """Append the entries of one client's step, whose examples are indices into the pooled ones."""
         if batch.size:
             self._waiting.append(_Waiting(row, batch))
@@ -120,7 +120,7 @@ class Queue:
         self._waiting = deque(waiting for waiting in self._waiting if waiting.row != row)
         self._entries = sum(waiting.left for waiting in self._waiting)
 
-    def take(self, size: int) -> Pack:
+    def take(self, size: int) -> Microbatch:
         """The next at most `size` entries, in whole units; or a piece of one unit that is larger than that."""
         first = self._waiting[0]
         unit = first.batch.per_unit
@@ -133,7 +133,7 @@ class Queue:
             room -= taken[-1][1].size
         return self._pack(taken, piece=False, last=True)
 
-    def _cut(self, entries: int) -> tuple[int, Batch]:
+    def _cut(self, entries: int) -> tuple[int, StepBatch]:
         """Take so many entries off the first client."""
         first = self._waiting[0]
         batch = first.batch.part(slice(first.start, first.start + entries))
@@ -143,13 +143,13 @@ class Queue:
             self._waiting.popleft()
         return first.row, batch
 
-    def _pack(self, taken: list[tuple[int, Batch]], *, piece: bool, last: bool) -> Pack:
+    def _pack(self, taken: list[tuple[int, StepBatch]], *, piece: bool, last: bool) -> Microbatch:
         batches = [batch for _, batch in taken]
         entries = np.array([batch.size for batch in batches])
         clients = np.array([row for row, _ in taken])
         per_unit = entries if piece else np.array([batch.per_unit for batch in batches])
         units = entries // per_unit
-        return Pack(
+        return Microbatch(
             rows=clients.repeat(entries),
             examples=np.concatenate([batch.examples for batch in batches]),
             phases=np.concatenate([batch.phases for batch in batches]),

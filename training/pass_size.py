@@ -21,11 +21,11 @@ import torch
 from training.jobs import Train
 from training.parallel_passes import workers
 
-BESIDE = {"cpu": 16e6, "cuda": 100e6}
+PASS_OVERHEAD_BYTES = {"cpu": 16e6, "cuda": 100e6}
 """Fixed cost of a pass (launches, Python) as the bytes that take as long; from `bench.throughput.private_cost`."""
 
 
-def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:
+def fixed_pass_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:
     """Choose the number of entries per pass for private jobs that are resident together and share a unit size.
 
     The size is at most `most`. It is the number of whole units that makes a step cheapest: few passes, little padding.
@@ -38,23 +38,25 @@ def fixed_size(device: torch.device, jobs: Sequence[Train], most: int, entry: in
     unit = jobs[0].unit
     if unit > most:
         return math.ceil(unit / math.ceil(unit / most))
-    assumed = max(1, sum(job.assumed for job in jobs))
-    mean = sum(job.assumed * job.privacy.sampling_rate for job in jobs if job.privacy)
-    counts, chances = pictures_of_a_step(assumed, min(1.0, mean / assumed))
-    overhead, at_once = BESIDE[device.type] / entry, workers(device)
+    assumed_pictures = max(1, sum(job.assumed_pictures for job in jobs))
+    mean = sum(job.assumed_pictures * job.privacy.sampling_rate for job in jobs if job.privacy)
+    counts, chances = batch_size_distribution(assumed_pictures, min(1.0, mean / assumed_pictures))
+    overhead, at_once = PASS_OVERHEAD_BYTES[device.type] / entry, workers(device)
 
     def cost(units: int) -> float:
         return float(np.ceil(counts / (units * at_once)) @ chances) * (overhead + units * unit)
 
-    return unit * min(range(1, min(most // unit, assumed) + 1), key=cost)
+    return unit * min(range(1, min(most // unit, assumed_pictures) + 1), key=cost)
 
 
-def pictures_of_a_step(assumed: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+def batch_size_distribution(assumed_pictures: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
     """Return sizes of a Poisson batch and their binomial probabilities, which sum to 1 up to float64 rounding."""
-    counts = np.arange(assumed + 1)
+    counts = np.arange(assumed_pictures + 1)
     if rate in (0, 1):
         return counts[[-int(rate)]], np.ones(1)
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, assumed + 1)))])  # logarithms of factorials
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, assumed_pictures + 1)))])  # logarithms of factorials
     with np.errstate(divide="ignore", invalid="ignore"):
-        chances = logs[-1] - logs - logs[::-1] + counts * math.log(rate) + (assumed - counts) * math.log1p(-rate)
+        chances = (
+            logs[-1] - logs - logs[::-1] + counts * math.log(rate) + (assumed_pictures - counts) * math.log1p(-rate)
+        )
     return counts, np.exp(chances)

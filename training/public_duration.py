@@ -10,7 +10,7 @@ every outcome of the coins of x. For a good c nothing is cut, with or without x,
 a schedule; the bound of the Poisson-sampled Gaussian holds for each c, since its proof conditions on the other
 pictures' coins. For the other c, whose probability is at most β, nothing is claimed. Together this gives (ε, δ + β)
 for the (ε, δ) of the mechanism without a cut. It would be δ + (1 + e^ε) β if whether c is good depended on the coins of
-x. β is `OVERFLOW` per step, which `privacy.accounting` subtracts from every δ. If every picture joins each batch,
+x. β is `TRUNCATION_DELTA` per step, which `privacy.accounting` subtracts from every δ. If every picture joins each batch,
 nothing is ever cut.
 """
 
@@ -22,16 +22,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from privacy.accounting import OVERFLOW
+from privacy.accounting import TRUNCATION_DELTA
 from protocol.messages import TrainingPlan
-from training.jobs import Train, assumed
-from training.pass_size import pictures_of_a_step
+from training.jobs import Train, assumed_pictures
+from training.pass_size import batch_size_distribution
 
 _RATES = np.geomspace(1e-4, 30, 400)  # of the exponential moments: each gives a bound, and the best is used
 
 
 @dataclass(frozen=True)
-class Turns:
+class TurnCount:
     """Conversion from the pictures of a step to turns.
 
     Raises:
@@ -47,9 +47,9 @@ class Turns:
             raise ValueError(f"{self}: a pass holds whole pictures, or a piece of one")
 
     @staticmethod
-    def of(job: Train, size: int, at_once: int) -> Turns:
+    def of(job: Train, size: int, at_once: int) -> TurnCount:
         """Make the turns of a job with passes of `size` entries."""
-        return Turns(at_once, max(1, size // job.unit), math.ceil(job.unit / size))
+        return TurnCount(at_once, max(1, size // job.unit), math.ceil(job.unit / size))
 
     def __call__(self, pictures: int) -> int:
         return math.ceil(math.ceil(pictures / self.units) * self.pieces / self.at_once)
@@ -59,12 +59,12 @@ class Turns:
         return turns * self.at_once // self.pieces * self.units
 
 
-EACH = Turns()
+ONE_TURN_PER_PICTURE = TurnCount()
 """One turn per picture."""
 
 
 @lru_cache(maxsize=1024)
-def scheduled(pictures: int, rate: float, steps: int, turns: Turns = EACH) -> int:
+def scheduled_turns(pictures: int, rate: float, steps: int, turns: TurnCount = ONE_TURN_PER_PICTURE) -> int:
     """Return a job's number of turns, sufficient for N pictures with a probability of at least 1 - steps · OVERFLOW.
 
     This holds for any outcome of the coins of any single picture: that picture is counted as drawn at every step. The
@@ -79,9 +79,9 @@ def scheduled(pictures: int, rate: float, steps: int, turns: Turns = EACH) -> in
     most = steps * turns(pictures)
     if not steps or rate >= 1:
         return most
-    counts, chances = pictures_of_a_step(pictures - 1, rate)
+    counts, chances = batch_size_distribution(pictures - 1, rate)
     taken = np.array([turns(int(count) + 1) for count in counts])
-    budget = -math.log(steps * OVERFLOW) + 1e-6 * steps  # the second term covers rounding
+    budget = -math.log(steps * TRUNCATION_DELTA) + 1e-6 * steps  # the second term covers rounding
     with np.errstate(divide="ignore"):
         logs = np.log(chances)
     found = min(_enough(taken, logs, slope, steps, budget) for slope in _RATES)
@@ -100,4 +100,4 @@ def scheduled_examples(plan: TrainingPlan) -> int:
     if plan.privacy is None:
         return plan.steps * plan.batch_size
     rate = plan.privacy.sampling_rate
-    return scheduled(assumed(plan.batch_size, rate), rate, plan.steps) * plan.privacy.draws
+    return scheduled_turns(assumed_pictures(plan.batch_size, rate), rate, plan.steps) * plan.privacy.draws

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from common import counter_rng
 from models.base.denoiser import Denoiser
-from models.diffusion.objective import noised, per_example_loss, target
-from privacy.clipping import Clipped, sum_segments
-from training.buffers import Rows
-from training.microbatching import Pack
+from models.diffusion.objective import add_noise, per_example_loss, target
+from privacy.clipping import ClippedGradients, sum_segments
+from training.buffers import CohortBuffers
+from training.microbatching import Microbatch
 
 
 class Entries(NamedTuple):
@@ -26,23 +26,25 @@ class Entries(NamedTuple):
     weights: Tensor
 
 
-class Found(NamedTuple):
+class PassResult(NamedTuple):
     """What a pass found for its c clients. A piece of a unit can't be clipped before the unit is whole."""
 
     clients: Tensor  # [c]
     losses: Tensor  # [c], summed over entries
-    clipped: Clipped | None
+    clipped: ClippedGradients | None
     piece: Tensor | None  # [1, D]
 
 
-def on_device(pack: Pack, device: torch.device) -> Entries:
+def on_device(pack: Microbatch, device: torch.device) -> Entries:
     """The pack's entries, in two transfers."""
     numbers = torch.from_numpy(np.stack([pack.rows, pack.examples, pack.noise_keys]))
     shares = torch.from_numpy(np.stack([pack.phases, pack.weights]))
     return Entries(*numbers.to(device), *shares.to(device))
 
 
-def gradients(base: Denoiser, rows: Rows, entries: Entries, *, compiled: bool = False) -> tuple[Tensor, Tensor]:
+def gradients(
+    base: Denoiser, rows: CohortBuffers, entries: Entries, *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Forward and backward: the weighted gradient [n, D] and the loss [n] of each entry.
 
     Each site's factors are leaves of their own: cut from one leaf, their gradients would each be padded to all of D.
@@ -53,8 +55,8 @@ def gradients(base: Denoiser, rows: Rows, entries: Entries, *, compiled: bool = 
     t = (entries.phases * len(schedule)).long()
     copies = rows.adapters[entries.rows].to(base.dtype)
     parts = [part.detach().requires_grad_() for part in copies.split(layout.widths, dim=1)]
-    with base.lending([rows.frozen(entries.rows), layout.from_parts(parts)], compiled=compiled) as denoise:
-        output = denoise(noised(schedule, x0, noise, t), schedule.times[t], context)
+    with base.use_adapters([rows.frozen(entries.rows), layout.from_parts(parts)], compiled=compiled) as denoise:
+        output = denoise(add_noise(schedule, x0, noise, t), schedule.times[t], context)
         losses = per_example_loss(output, target(schedule, x0, noise, t))
         if not layout.size:  # rank 0: nothing to train
             return copies.to(x0), losses.detach()
@@ -62,7 +64,7 @@ def gradients(base: Denoiser, rows: Rows, entries: Entries, *, compiled: bool = 
     return torch.cat([part.to(x0) for part in found], dim=1), losses.detach()
 
 
-def reduce(rows: Rows, pack: Pack, found: Tensor, losses: Tensor) -> Found:
+def reduce(rows: CohortBuffers, pack: Microbatch, found: Tensor, losses: Tensor) -> PassResult:
     """Gradients [n, D] and losses [n] of a pack's entries, brought together by client; `found` is overwritten.
 
     What a pack is filled up with has gradients of zero, and its losses are left out.
@@ -73,10 +75,10 @@ def reduce(rows: Rows, pack: Pack, found: Tensor, losses: Tensor) -> Found:
     if len(sizes) < pack.size:
         found = sum_segments(found, sizes)
     if pack.piece:
-        return Found(clients, per_client, None, found)
-    return Found(clients, per_client, rows.sums.clip(clients, found, units), None)
+        return PassResult(clients, per_client, None, found)
+    return PassResult(clients, per_client, rows.sums.clip(clients, found, units), None)
 
 
-def clip_whole(rows: Rows, client: Tensor, unit: Tensor) -> Clipped:
+def clip_whole(rows: CohortBuffers, client: Tensor, unit: Tensor) -> ClippedGradients:
     """One client's [1] unit [1, D] that was put together from its pieces, clipped."""
     return rows.sums.clip(client, unit, torch.ones_like(client))

@@ -21,13 +21,13 @@ from models.base import assets
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 MERGED = ("O0o", "Il1", "Cc", "Kk", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")  # differ in size only, or coincide
 ROLES = ("public", "development", "test")
-KINDS = (GLYPHS[:10], GLYPHS[10:36], GLYPHS[36:])  # digits, capital and lowercase letters
+GLYPH_KINDS = (GLYPHS[:10], GLYPHS[10:36], GLYPHS[36:])  # digits, capital and lowercase letters
 POOL, VALIDATION, TEST = 20, 10, 32  # glyphs of a writer that may train, that stop, and that measure
 FILE = Path(__file__).parent / "data" / "typefaces.parquet"
 
 
 @dataclass(frozen=True)
-class Family:
+class Typeface:
     """One typeface: a public family, or the hand of one writer."""
 
     name: str
@@ -75,19 +75,19 @@ def split(order: Sequence[int], train: int = 5) -> Split:
     )
 
 
-def skewed(order: Sequence[int], kind: str) -> tuple[int, ...]:
-    """The order with glyphs of one of `KINDS` first among those that may train: the same validate and test."""
+def skew_order(order: Sequence[int], kind: str) -> tuple[int, ...]:
+    """The order with glyphs of one of `GLYPH_KINDS` first among those that may train: the same validate and test."""
     pool = sorted(order[:POOL], key=lambda glyph: GLYPHS[glyph] not in kind)  # stable
     return (*pool, *order[POOL:])
 
 
-def load(role: str | None = None, path: Path | None = None) -> list[Family]:
+def load(role: str | None = None, path: Path | None = None) -> list[Typeface]:
     """The families of a role (default: of all roles), sorted by name; only their pictures are decoded."""
     if role is not None and role not in ROLES:
         raise ValueError(f"role={role}: must be one of: {', '.join(ROLES)}")
     rows = pq.read_table(path or FILE, filters=None if role is None else [("role", "=", role)]).to_pylist()
     families = [
-        Family(
+        Typeface(
             **{key: row[key] for key in ("name", "role", "kind", "designer", "package", "licence", "design")},
             order=tuple(row["order"]),
             images=np.stack([decode(glyph) for glyph in row["glyphs"]]),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.base.base import Base, load
-from models.diffusion.objective import noised, per_example_loss, target
+from models.diffusion.objective import add_noise, per_example_loss, target
 from typefaces import dataset
 
 FILE = Path(__file__).with_name("assets") / "glyphs-frame" / "frame.safetensors"
@@ -30,7 +30,7 @@ GLYPHS = 16  # of each family
 SEED = 0
 
 
-def gradients(base: Base, families: Sequence[dataset.Family]) -> Iterator[Mapping[str, Tensor]]:
+def gradients(base: Base, families: Sequence[dataset.Typeface]) -> Iterator[Mapping[str, Tensor]]:
     """The gradient [out, in] of each family's mean loss on every site's weights, timesteps stratified."""
     layers = {name: base.network.get_submodule(name).base for name in base.sites}
     weights = [layer.weight.requires_grad_() for layer in layers.values() if isinstance(layer, nn.Linear)]
@@ -42,8 +42,8 @@ def gradients(base: Base, families: Sequence[dataset.Family]) -> Iterator[Mappin
         strata = torch.randperm(GLYPHS, generator=generator) / GLYPHS
         t = ((torch.rand(1, generator=generator) + strata) % 1 * len(base.schedule)).long()
         noise = torch.randn(latents.shape, generator=generator)
-        with base.lending([]) as denoise:
-            output = denoise(noised(base.schedule, latents, noise, t), base.schedule.times[t], context)
+        with base.use_adapters([]) as denoise:
+            output = denoise(add_noise(base.schedule, latents, noise, t), base.schedule.times[t], context)
             loss = per_example_loss(output, target(base.schedule, latents, noise, t)).mean()
             found = torch.autograd.grad(loss, weights)
         yield dict(zip(layers, found, strict=True))
@@ -60,12 +60,12 @@ def frame(found: Iterable[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]
             outer[name] = outer.get(name, 0.0) + g @ g.T
     tensors = {}
     for name in inner:
-        tensors[f"{name}.lora_A"] = leading(inner[name], rank).T.float().contiguous()
-        tensors[f"{name}.frame"] = leading(outer[name], rank).float().contiguous()
+        tensors[f"{name}.lora_A"] = leading_eigenvectors(inner[name], rank).T.float().contiguous()
+        tensors[f"{name}.frame"] = leading_eigenvectors(outer[name], rank).float().contiguous()
     return tensors
 
 
-def leading(moment: Tensor, rank: int) -> Tensor:
+def leading_eigenvectors(moment: Tensor, rank: int) -> Tensor:
     """Eigenvectors [d, rank] of a symmetric matrix [d, d], those of the largest eigenvalues first."""
     return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
 

@@ -121,7 +121,7 @@ def load(folder: Path | str = FOLDER, device: str = "cpu") -> Judge:
     return Judge(network.to(device).eval().requires_grad_(False))
 
 
-def merge(classes: Sequence[int] | Classes) -> Classes:
+def merge_classes(classes: Sequence[int] | Classes) -> Classes:
     """Classes with each group of MERGED replaced by its first member."""
     table = np.arange(len(GLYPHS))
     for group in MERGED:
@@ -137,10 +137,10 @@ def legible(generated: Sequence[int] | Classes, real: Sequence[int] | Classes) -
     """
     if len(generated) != len(real):
         raise ValueError(f"{len(generated)} generated glyphs, but {len(real)} real readings")
-    return np.asarray(merge(generated) == merge(real))
+    return np.asarray(merge_classes(generated) == merge_classes(real))
 
 
-def center(styles: Styles) -> Styles:
+def style_center(styles: Styles) -> Styles:
     """The unit vector [D] along the mean of embeddings [M, D]: a writer's style."""
     mean = styles.mean(axis=0)
     return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
@@ -155,6 +155,6 @@ def style_match(generated: Styles, own: Styles, others: Sequence[Styles]) -> flo
     """
     if not len(generated) or not len(own) or not others:
         raise ValueError("style_match needs generated glyphs, real glyphs, and at least one other writer")
-    near = generated @ center(own)  # [N]
-    far = generated @ np.stack([center(styles) for styles in others]).T  # [N, K]
+    near = generated @ style_center(own)  # [N]
+    far = generated @ np.stack([style_center(styles) for styles in others]).T  # [N, K]
     return float(((far < near[:, None]) + 0.5 * (far == near[:, None])).mean())

@@ -17,21 +17,21 @@ from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
 from common.errors import AntherError
-from conf.cli import application
-from conf.schemas.pretraining import TrainBase, Training
+from conf.cli import hydra_application
+from conf.schemas.pretraining import PretrainingConfig, TrainBaseConfig
 from typefaces import dataset
 from typefaces.judge import load as load_judge
 from typefaces.pretraining import architecture, corpus, evaluation
 from typefaces.pretraining.diffusion import denoising_loss, drop_captions
 from typefaces.pretraining.loop import train
-from typefaces.pretraining.vae import encode, reconstruction_loss, reparameterise, scaling_factor
+from typefaces.pretraining.vae import encode, reconstruction_loss, reparameterize, scaling_factor
 
 PLACES = corpus.Jitter(shift=0.08, width=0.12, height=0.12, slant=0.3, weight=0.8)  # what the autoencoder sees
 STYLES = corpus.Jitter(width=0.12, slant=0.25, weight=0.7)  # what the denoiser sees: baselines stay
 BEND = 0.03
 
 
-def device_of(config: Training) -> torch.device:
+def torch_device(config: PretrainingConfig) -> torch.device:
     """The device that the configuration names."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise AntherError("device=cuda: PyTorch sees no CUDA device; try device=auto")
@@ -39,16 +39,16 @@ def device_of(config: Training) -> torch.device:
     return torch.device(name)
 
 
-def families_of(config: Training) -> tuple[list[dataset.Family], list[dataset.Family]]:
+def load_public_families(config: PretrainingConfig) -> tuple[list[dataset.Typeface], list[dataset.Typeface]]:
     """The public families: (to train on, held out)."""
     families = dataset.load("public", Path(config.dataset) if config.dataset else None)
-    training, held = corpus.divide(families, share=config.held_out, seed=config.seed)
+    training, held = corpus.split_held_out(families, share=config.held_out, seed=config.seed)
     if not training or not held:
         raise AntherError(f"held_out={config.held_out} leaves {len(training)} families to train on, {len(held)} out")
     return training, held
 
 
-def train_vae(config: TrainBase, images: Tensor) -> AutoencoderKL:
+def train_vae(config: TrainBaseConfig, images: Tensor) -> AutoencoderKL:
     """The autoencoder, trained on jittered glyphs uint8 [N, 1, 64, 64], its scaling factor measured."""
     vae = architecture.autoencoder().to(images.device)
 
@@ -63,25 +63,25 @@ def train_vae(config: TrainBase, images: Tensor) -> AutoencoderKL:
 
     def loss(generator: Generator) -> Tensor:
         rows = torch.randint(len(images), (config.vae.batch,), generator=generator, device=images.device)
-        pictures = corpus.vary(corpus.normalise(images[rows]), PLACES.draw(len(rows), generator))
-        latents, kl = reparameterise(code(pictures), generator)
+        pictures = corpus.apply_jitter(corpus.normalize(images[rows]), PLACES.draw(len(rows), generator))
+        latents, kl = reparameterize(code(pictures), generator)
         return reconstruction_loss(decode(latents), pictures) + config.kl * kl
 
     return train(
-        vae, loss, stage=config.vae, name="vae", seed=config.seed, folder=checkpoints(config), resume=config.resume
+        vae, loss, stage=config.vae, name="vae", seed=config.seed, folder=checkpoint_dir(config), resume=config.resume
     )
 
 
-def encode_variants(config: TrainBase, vae: AutoencoderKL, images: Tensor) -> Tensor:
+def encode_variants(config: TrainBaseConfig, vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Unscaled latents [N, variants, 4, 16, 16]: each glyph itself, then jittered copies."""
     generator = Generator(images.device).manual_seed(config.seed)
     variants = []
     for variant in range(config.variants):
         parts = []
         for part in images.split(2048):
-            pictures = corpus.normalise(part)
+            pictures = corpus.normalize(part)
             if variant:
-                pictures = corpus.vary(pictures, STYLES.draw(len(part), generator))
+                pictures = corpus.apply_jitter(pictures, STYLES.draw(len(part), generator))
                 pictures = corpus.warp(pictures, BEND, generator)
             parts.append(encode(vae, pictures))
         variants.append(torch.cat(parts))
@@ -97,7 +97,7 @@ def captions(device: torch.device) -> Tensor:
     return tokens.input_ids.to(device)
 
 
-def train_denoiser(config: TrainBase, latents: Tensor) -> nn.ModuleDict:
+def train_denoiser(config: TrainBaseConfig, latents: Tensor) -> nn.ModuleDict:
     """UNet and text encoder, trained together on scaled latents [N, variants, 4, 16, 16]."""
     device = latents.device
     model = nn.ModuleDict({"unet": architecture.unet(), "text_encoder": architecture.text_encoder()}).to(device)
@@ -114,7 +114,7 @@ def train_denoiser(config: TrainBase, latents: Tensor) -> nn.ModuleDict:
         rows = torch.randint(len(latents), shape, generator=generator, device=device)
         variants = torch.randint(latents.shape[1], shape, generator=generator, device=device)
         classes = drop_captions(
-            corpus.glyph_of(rows), empty=len(tokens) - 1, share=config.caption_dropout, generator=generator
+            corpus.glyph_class(rows), empty=len(tokens) - 1, share=config.caption_dropout, generator=generator
         )
         context = model["text_encoder"](tokens).last_hidden_state[classes]
         return denoising_loss(
@@ -127,18 +127,20 @@ def train_denoiser(config: TrainBase, latents: Tensor) -> nn.ModuleDict:
         stage=config.diffusion,
         name="diffusion",
         seed=config.seed,
-        folder=checkpoints(config),
+        folder=checkpoint_dir(config),
         resume=config.resume,
     )
 
 
-def checkpoints(config: Training) -> Path:
+def checkpoint_dir(config: PretrainingConfig) -> Path:
     """Where the checkpoints of a run are."""
     return Path(config.output) / "checkpoints"
 
 
 @torch.no_grad()
-def measure(config: TrainBase, vae: AutoencoderKL, model: nn.ModuleDict, held: list[dataset.Family]) -> dict[str, Any]:
+def measure(
+    config: TrainBaseConfig, vae: AutoencoderKL, model: nn.ModuleDict, held: list[dataset.Typeface]
+) -> dict[str, Any]:
     """Reconstruction and denoising loss on held-out families, legibility at each guidance; writes sheets."""
     device, out = next(model.parameters()).device, Path(config.output)
     unseen = corpus.pictures(held).to(device)
@@ -148,8 +150,8 @@ def measure(config: TrainBase, vae: AutoencoderKL, model: nn.ModuleDict, held: l
     pairs = torch.stack([real, again], dim=1)  # a row of glyphs above the same row restored
     evaluation.sheet(pairs.reshape(-1, 64, 64).numpy(), 31, out / "reconstructions.png")
 
-    latents = encode(vae, corpus.normalise(unseen)) * vae.config.scaling_factor
-    context = model["text_encoder"](captions(device)).last_hidden_state[corpus.glyph_of(torch.arange(len(unseen)))]
+    latents = encode(vae, corpus.normalize(unseen)) * vae.config.scaling_factor
+    context = model["text_encoder"](captions(device)).last_hidden_state[corpus.glyph_class(torch.arange(len(unseen)))]
     loss = evaluation.fixed_loss(
         lambda x, t, c: model["unet"](x, t, c, return_dict=False)[0],
         latents,
@@ -180,13 +182,13 @@ def measure(config: TrainBase, vae: AutoencoderKL, model: nn.ModuleDict, held: l
     return metrics
 
 
-@application("train_base", TrainBase)
-def main(config: TrainBase) -> None:
+@hydra_application("train_base", TrainBaseConfig)
+def main(config: TrainBaseConfig) -> None:
     """Train, measure, write."""
-    device = device_of(config)
+    device = torch_device(config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
-    training, held = families_of(config)
+    training, held = load_public_families(config)
     images = corpus.pictures(training).to(device)
     vae = train_vae(config, images)
     latents = encode_variants(config, vae, images)

@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from conf.cli import application
-from conf.schemas.pretraining import TrainJudge
+from conf.cli import hydra_application
+from conf.schemas.pretraining import TrainJudgeConfig
 from typefaces import dataset
 from typefaces.dataset import MERGED
 from typefaces.judge import STYLE, Judge, JudgeNetwork
 from typefaces.pretraining.corpus import pictures
 from typefaces.pretraining.judge_training import JudgeTrainee, judge_loss, measure, style_table
 from typefaces.pretraining.loop import train
-from typefaces.train_base import checkpoints, device_of, families_of
+from typefaces.train_base import checkpoint_dir, load_public_families, torch_device
 
 
-def train_judge(config: TrainJudge, images: Tensor) -> JudgeNetwork:
+def train_judge(config: TrainJudgeConfig, images: Tensor) -> JudgeNetwork:
     """The judge, trained on uint8 [families × 62, 1, 64, 64]."""
     families = len(images) // len(dataset.GLYPHS)
     table = style_table(families, config.styles, Generator(images.device).manual_seed(config.seed))
@@ -49,19 +49,19 @@ def train_judge(config: TrainJudge, images: Tensor) -> JudgeNetwork:
         stage=config.judge,
         name="judge",
         seed=config.seed,
-        folder=checkpoints(config),
+        folder=checkpoint_dir(config),
         resume=config.resume,
     )
     return averaged.judge
 
 
-@application("train_judge", TrainJudge)
-def main(config: TrainJudge) -> None:
+@hydra_application("train_judge", TrainJudgeConfig)
+def main(config: TrainJudgeConfig) -> None:
     """Train, write, measure what was written."""
-    device = device_of(config)
+    device = torch_device(config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
-    training, held = families_of(config)
+    training, held = load_public_families(config)
     network = train_judge(config, pictures(training).to(device)).half().float()  # measured as it is shipped
     data = Path(config.dataset) if config.dataset else None
     judge = Judge(network)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.diffusion.objective import Schedule, diffusion
-from models.lora.adapter import Sites, initial
-from privacy.noise import Simulated
+from models.lora.adapter import Sites, init_adapter
+from privacy.noise import SimulatedNoise
 from training.jobs import DPSGD, Examples, Train
 
 SITES = r".*\.attn[12]\.to_(q|k|v|out\.0)"
@@ -142,7 +142,7 @@ def examples(workload: Workload, client: int, device: torch.device) -> Examples:
     return Examples(latents.to(device), context.to(device))
 
 
-class Counted(Simulated):
+class CountingNoise(SimulatedNoise):
     """The trainer's own simulated noise, that also counts the examples of the batches that it drew."""
 
     drawn = 0
@@ -155,13 +155,13 @@ class Counted(Simulated):
 
 def jobs(
     data: list[Examples], sites: Sites, *, steps: int, round: int, private: bool
-) -> tuple[list[Train], list[Counted]]:
+) -> tuple[list[Train], list[CountingNoise]]:
     """A fresh job of each client, and the noise sources of private ones."""
-    start = initial(sites, RANK, seed=0)
+    start = init_adapter(sites, RANK, seed=0)
     made, sources = [], []
     for i, owned in enumerate(data):
         client = f"client-{i}"
-        noise = Counted(seed=0, client=client, round=round, purpose="shared") if private else None
+        noise = CountingNoise(seed=0, client=client, round=round, purpose="shared") if private else None
         made.append(
             Train(
                 client=client,

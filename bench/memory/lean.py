@@ -34,12 +34,12 @@ from bench.lib.workloads import schedule
 from bench.memory import published_bases, weights_memory
 from common import low_memory
 from models.base.denoiser import Denoiser
-from models.base.paging import mark, release
-from models.families.known import Known, find
+from models.base.paging import mark, release_pages
+from models.families.known import BaseSpec, find_base
 from models.quantization import packed
 from models.quantization.pack import pack
 from training import cohort
-from training.buffers import Shape
+from training.buffers import BufferSpec
 from training.capacity import entry_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "lean.json"
@@ -50,7 +50,7 @@ COSINE, RATIO = 0.99, 1.7  # to float32's gradient, and of its CPU seconds
 
 
 @dataclass(frozen=True)
-class Rung:
+class MemoryVariant:
     """One way to take a step."""
 
     weights: str = "fp32"
@@ -61,22 +61,22 @@ class Rung:
 
 
 RUNGS = {
-    "float32": Rung(),
-    "float32, blocks": Rung(blocks=True),
-    "float32, mapped": Rung(pages=True),
-    "int8": Rung("int8"),
-    "mixed": Rung("mixed"),
-    "mixed, pages": Rung("mixed", pages=True),
-    "mixed, pages, blocks": Rung("mixed", pages=True, blocks=True),
-    "mixed, pages, blocks, imports": Rung("mixed", pages=True, blocks=True, imports=True),
-    "mixed, all but blocks": Rung("mixed", pages=True, imports=True, allocator=True),
-    "mixed, everything": Rung("mixed", pages=True, blocks=True, imports=True, allocator=True),
-    "int8, everything": Rung("int8", pages=True, blocks=True, imports=True, allocator=True),
-    "nf4, everything": Rung("nf4", pages=True, blocks=True, imports=True, allocator=True),
+    "float32": MemoryVariant(),
+    "float32, blocks": MemoryVariant(blocks=True),
+    "float32, mapped": MemoryVariant(pages=True),
+    "int8": MemoryVariant("int8"),
+    "mixed": MemoryVariant("mixed"),
+    "mixed, pages": MemoryVariant("mixed", pages=True),
+    "mixed, pages, blocks": MemoryVariant("mixed", pages=True, blocks=True),
+    "mixed, pages, blocks, imports": MemoryVariant("mixed", pages=True, blocks=True, imports=True),
+    "mixed, all but blocks": MemoryVariant("mixed", pages=True, imports=True, allocator=True),
+    "mixed, everything": MemoryVariant("mixed", pages=True, blocks=True, imports=True, allocator=True),
+    "int8, everything": MemoryVariant("int8", pages=True, blocks=True, imports=True, allocator=True),
+    "nf4, everything": MemoryVariant("nf4", pages=True, blocks=True, imports=True, allocator=True),
 }
 
 
-def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) -> dict[str, float]:
+def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradient: Path) -> dict[str, float]:
     """One rung, in this process: bytes and seconds; leaves its gradient in a file."""
     with low_memory.imports() if rung.imports else nullcontext():
         getattr(importlib.import_module("diffusers.models"), base.family.kind)
@@ -99,7 +99,9 @@ def measure(base: Known, rung: Rung, folder: Path, side: int, gradient: Path) ->
         seen.append(result[0].clone())
         return result
 
-    found["tensors"] = entry_bytes(denoiser, Shape.of([job]))  # counts on a pass of its own, which the step spares then
+    found["tensors"] = entry_bytes(
+        denoiser, BufferSpec.of([job])
+    )  # counts on a pass of its own, which the step spares then
     before, began = time.process_time(), time.perf_counter()
     with patch("training.cohort.gradients", spy):
         (outcome,) = cohort.train(denoiser, [job], memory=MEMORY, timesteps=1)
@@ -118,13 +120,13 @@ def read(network: nn.Module) -> None:
 
     def copied(tensor: Tensor) -> Tensor:
         copy = tensor.clone()
-        release(mapped[tensor.data_ptr()], 0, tensor.numel())
+        release_pages(mapped[tensor.data_ptr()], 0, tensor.numel())
         return copy
 
     network._apply(copied)
 
 
-def prepare(base: Known, folder: Path, modes: set[str]) -> None:
+def prepare(base: BaseSpec, folder: Path, modes: set[str]) -> None:
     """The base with random weights, and its packs; that of float32 is the same file without a layer packed."""
     if not (folder / "source").exists():
         published_bases.write(base, folder / "source")
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    base = find(given.base)
+    base = find_base(given.base)
     if given.prepare:
         prepare(base, given.folder, {RUNGS[name].weights for name in given.rungs})
     elif given.one:

@@ -30,12 +30,12 @@ from rich.table import Table
 
 from bench.lib.machine import machine, versions
 from bench.memory import predicted, published_bases
-from bench.memory.predicted import NETWORKS, RUNTIME, Case, Measured
+from bench.memory.predicted import NETWORKS, RUNTIME, FootprintCase, MeasuredStep
 from client.cli.plan import SITES, predictor, ways
-from client.planning.plan_search import Predict, Rung, Setting, ladder
+from client.planning.plan_search import FootprintPredictor, TrainingOption, TrainingSetting, search_plans
 from common import low_memory
 from common.units import GIB, MIB
-from conf.schemas.planning import Plan, devices, planned
+from conf.schemas.planning import PlanConfig, compose_plan, devices
 from models.footprint.footprint import Footprint
 from models.quantization.pack import pack
 
@@ -45,23 +45,23 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 
 @dataclass(frozen=True)
-class Trial:
+class LimitTrial:
     """One device's best plan, and the rung above it."""
 
     device: str
     limit: int  # bytes
-    chosen: Rung
-    above: Rung | None  # None: nothing above was refused for its memory
+    chosen: TrainingOption
+    above: TrainingOption | None  # None: nothing above was refused for its memory
 
     @property
-    def cases(self) -> list[tuple[Rung, int | None]]:
+    def cases(self) -> list[tuple[TrainingOption, int | None]]:
         """What is to be run, under which limit."""
         return [(self.chosen, self.limit), *([(self.above, None)] if self.above else [])]
 
 
-def plan_of(overrides: Sequence[str], device: str, runtime_mib: float) -> Plan:
+def plan_of(overrides: Sequence[str], device: str, runtime_mib: float) -> PlanConfig:
     """A plan for a device, whose process is one of this machine's."""
-    plan = planned([*overrides, f"device={device}"], Path())
+    plan = compose_plan([*overrides, f"device={device}"], Path())
     return replace(plan, device=replace(plan.device, runtime_mib=runtime_mib))
 
 
@@ -74,12 +74,12 @@ def runtime_bytes() -> int:
     return found.peak_bytes - predicted.predicted(RUNTIME).peak_bytes
 
 
-def trials(plans: Sequence[Plan]) -> list[Trial]:
+def trials(plans: Sequence[PlanConfig]) -> list[LimitTrial]:
     """What the ladder says of devices that differ in nothing else. What a pass takes is predicted once for all."""
-    known: dict[Setting, Footprint] = {}
+    known: dict[TrainingSetting, Footprint] = {}
 
-    def remembering(predict: Predict) -> Predict:
-        def remembered(setting: Setting) -> Footprint:
+    def remembering(predict: FootprintPredictor) -> FootprintPredictor:
+        def remembered(setting: TrainingSetting) -> Footprint:
             found = known.get(setting) or predict(setting)
             if found.activations_bytes:  # else the base alone was too large for this device
                 known[setting] = found
@@ -88,21 +88,23 @@ def trials(plans: Sequence[Plan]) -> list[Trial]:
         return remembered
 
     base = NETWORKS[plans[0].base]
-    return [trial(plan, *ladder(ways(base), plan, remembering(predictor(base, plan)))) for plan in plans]
+    return [trial(plan, *search_plans(ways(base), plan, remembering(predictor(base, plan)))) for plan in plans]
 
 
-def trial(plan: Plan, rungs: Sequence[Rung], best: int | None) -> Trial:
+def trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -> LimitTrial:
     """The plan, and the rung above it that was refused for its memory."""
     if best is None:
         raise SystemExit(f"device={plan.device.name}: nothing fits")
     refused = [rung for rung in rungs[:best] if (rung.blocked or "").startswith("memory")]
-    return Trial(plan.device.name, int(plan.device.memory_gib * GIB), rungs[best], refused[-1] if refused else None)
+    return LimitTrial(
+        plan.device.name, int(plan.device.memory_gib * GIB), rungs[best], refused[-1] if refused else None
+    )
 
 
-def case(plan: Plan, rung: Rung) -> Case:
+def case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
     """A rung as `bench.memory.predicted` measures it."""
     setting = rung.setting
-    return Case(
+    return FootprintCase(
         plan.base,
         setting.resolution,
         setting.weights,
@@ -113,15 +115,15 @@ def case(plan: Plan, rung: Rung) -> Case:
     )
 
 
-def step(case: Case, folder: Path, limit: int | None) -> Measured | None:
+def step(case: FootprintCase, folder: Path, limit: int | None) -> MeasuredStep | None:
     """What a step of a packed base takes in a process of its own; None if the limit ended it."""
     command = [sys.executable, "-m", "bench.memory.limits", "--folder", str(folder), "--step", json.dumps(asdict(case))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
-    said = limited(command, limit, environment)
-    return None if said is None else Measured(*json.loads(said.strip().splitlines()[-1]))
+    said = run_limited(command, limit, environment)
+    return None if said is None else MeasuredStep(*json.loads(said.strip().splitlines()[-1]))
 
 
-def limited(command: Sequence[str], limit: int | None, environment: dict[str, str]) -> str | None:
+def run_limited(command: Sequence[str], limit: int | None, environment: dict[str, str]) -> str | None:
     """What a process prints; None if it was ended for holding more than `limit` bytes.
 
     Raises:
@@ -177,7 +179,7 @@ def resident(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
-def row(trial: Trial, measured: dict[tuple[Rung, int | None], Measured | None]) -> dict[str, Any]:
+def row(trial: LimitTrial, measured: dict[tuple[TrainingOption, int | None], MeasuredStep | None]) -> dict[str, Any]:
     """What came of one device."""
     chosen = measured[trial.chosen, trial.limit]
     above = measured[trial.above, None] if trial.above else None
@@ -252,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.step:
         torch.set_num_threads(1)
         with low_memory.imports():
-            print(json.dumps(predicted.measured(Case(**json.loads(asked.step)), asked.folder)))
+            print(json.dumps(predicted.measured(FootprintCase(**json.loads(asked.step)), asked.folder)))
         return 0
     runtime = runtime_bytes() / MIB
     plans = {name: plan_of([f"base={asked.base}", *asked.overrides], name, runtime) for name in asked.devices}
@@ -261,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = asked.folder or Path(scratch)
         modes = {rung.setting.weights for one in tried.values() for rung, _ in one.cases}
         prepare(asked.base, folder, modes)
-        measured: dict[tuple[Case, int | None], Measured | None] = {}
+        measured: dict[tuple[FootprintCase, int | None], MeasuredStep | None] = {}
         rows = []
         for name, one in tried.items():
             for rung, limit in one.cases:

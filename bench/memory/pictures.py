@@ -63,11 +63,11 @@ def measure(folder: Path, base: str) -> dict[str, float]:
     from client.data import fingerprint, load_folder
     from models.base.base import load
     from training.engine import encode
-    from training.jobs import Encode, Examples, Picture
+    from training.jobs import EncodeJob, Examples, Picture
 
     torch.set_num_threads(1)
     frozen = load(base, device="cpu")
-    encode(frozen, [Encode(pictures=[Picture(np.zeros((64, 64), np.uint8), "warm")])])
+    encode(frozen, [EncodeJob(pictures=[Picture(np.zeros((64, 64), np.uint8), "warm")])])
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     seconds = {}
@@ -78,7 +78,7 @@ def measure(folder: Path, base: str) -> dict[str, float]:
         seconds[name] = time.process_time() - started
     started = time.process_time()
     for split in pictures:
-        (examples,) = encode(frozen, [Encode(pictures=split)])
+        (examples,) = encode(frozen, [EncodeJob(pictures=split)])
         assert isinstance(examples, Examples)
     seconds["encoding"] = time.process_time() - started
     peak = (memory("VmHWM") - before) / 2**20

@@ -22,16 +22,16 @@ from rich.table import Table
 from bench.lib.machine import machine, versions
 from common.units import GIB, MIB
 from models.base.denoiser import Denoiser
-from models.families.known import Known, find
-from models.footprint.footprint import CHECKPOINTING, MARGIN, Footprint, example, footprint, shapes
+from models.families.known import BaseSpec, find_base
+from models.footprint.footprint import CHECKPOINTING_MODES, MARGIN, Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import PassCosts, pass_costs
-from models.lora.adapter import Adapter, initial
-from models.quantization.modes import MODES
+from models.lora.adapter import Adapter, init_adapter
+from models.quantization.modes import WEIGHT_MODES
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.knapsack import Choice
-from strategies.planning.plan import Limits
+from strategies.planning.knapsack import SiteSet
+from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
-from strategies.planning.site_selection import RUNTIME, Fitting, fitted
+from strategies.planning.site_selection import RUNTIME, SiteSelector, fitted
 
 T = TypeVar("T")
 REPORT = DeviceReport(
@@ -53,7 +53,7 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return found, time.process_time() - started
 
 
-def row(budget: int, found: Choice | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
+def row(budget: int, found: SiteSet | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
     """What a budget of so many MiB is enough for.
 
     Args:
@@ -97,35 +97,35 @@ def fleet(devices: int) -> list[DeviceReport]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="sd15")
-    parser.add_argument("--weights", choices=MODES, default="nf4")
-    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="block")
+    parser.add_argument("--weights", choices=WEIGHT_MODES, default="nf4")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING_MODES, default="block")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--budgets", type=int, nargs="+", default=[675, 725, 775, 825, 875, 900], help="MiB, all of it")
     parser.add_argument("--devices", type=int, default=500, help="of the fleet that is planned for")
     parser.add_argument("--out", type=Path, default=Path("bench/results/planning.json"))
     asked = parser.parse_args()
-    known: Known = find(asked.base)
-    sizes = example(known, asked.resolution)
+    known: BaseSpec = find_base(asked.base)
+    sizes = example_shapes(known, asked.resolution)
 
     def base() -> Denoiser:
-        return shapes(known, sites=known.family.sites, weights=asked.weights, checkpointing=asked.checkpointing)
+        return meta_denoiser(known, sites=known.family.sites, weights=asked.weights, checkpointing=asked.checkpointing)
 
     costs, costs_seconds = timed(lambda: pass_costs(base(), *sizes, rank=asked.rank))
     sites = base().sites
-    adapter: Adapter = initial(sites, asked.rank, seed=0)
-    fitting = Fitting(costs=costs)
+    adapter: Adapter = init_adapter(sites, asked.rank, seed=0)
+    fitting = SiteSelector(costs=costs)
     found, choices_seconds = timed(lambda: fitting.choices(adapter))
     plan = TrainingPlan(run="r", round=1, base="b", rank=asked.rank, steps=20, batch_size=1, learning_rate=1e-3)
     rows = []
     for budget in asked.budgets:
         report = replace(REPORT, memory_gib=budget * MIB / GIB)
-        best = fitted(report, plan, Limits(), fitting, found, sites=sites, download=0)
+        best = fitted(report, plan, PlanLimits(), fitting, found, sites=sites, download=0)
         trained = best and (best[0].sites or tuple(sites))
         choice = next((one for one in found if set(one.sites) == set(trained or ())), None)
         exact = footprint(base(), *sizes, rank=asked.rank, sites=trained) if trained else None
         rows.append(row(budget, choice, costs, exact))
-    planner = Planner(sites=sites, limits=Limits(deadline=150.0), fitting=fitting)
+    planner = Planner(sites=sites, limits=PlanLimits(deadline=150.0), fitting=fitting)
     _, plans_seconds = timed(lambda: planner.plans(fleet(asked.devices), plan, adapter=adapter, download=10**6))
     seconds = {"costs, once a run": costs_seconds, "sets, once a round": choices_seconds, "a round": plans_seconds}
     title = (

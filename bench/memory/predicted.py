@@ -39,15 +39,15 @@ from client.cli import benchmark
 from client.planning.plan_search import pass_seconds
 from common import low_memory
 from common.units import MIB
-from conf.schemas.planning import DeviceProfile, planned
+from conf.schemas.planning import DeviceProfileConfig, compose_plan
 from models.base.denoiser import Denoiser
-from models.families.known import KNOWN, Known
+from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.stable_diffusion import STABLE_DIFFUSION
-from models.footprint.footprint import Footprint, example, footprint, shapes
-from models.lora.adapter import initial
+from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
+from models.lora.adapter import init_adapter
 from models.quantization import packed
 from models.quantization.pack import pack
-from privacy.noise import Simulated
+from privacy.noise import SimulatedNoise
 from training.cohort import train
 from training.jobs import DPSGD, Examples, Train
 from training.step import gradients
@@ -59,7 +59,7 @@ CALIBRATION = 40.0  # seconds that the machine's rates are measured for
 
 
 @dataclass(frozen=True)
-class Case:
+class FootprintCase:
     """One network, and how a step of it is taken."""
 
     network: str  # of NETWORKS
@@ -76,33 +76,33 @@ class Case:
         return f"{self.network} {self.resolution}² {self.weights} {self.checkpointing} ×{self.batch} r{self.rank}"
 
     @property
-    def base(self) -> Known:
+    def base(self) -> BaseSpec:
         """Its shapes."""
         return NETWORKS[self.network]
 
 
-class Measured(NamedTuple):
+class MeasuredStep(NamedTuple):
     """What one step took."""
 
     peak_bytes: int
     seconds: float  # of its pass
 
 
-def _unet(*widths: int, attending: int | None = None, **config: Any) -> Known:
+def _unet(*widths: int, attending: int | None = None, **config: Any) -> BaseSpec:
     """A UNet with cross-attention in its first blocks, or in all."""
     blocks = len(widths)
     attending = blocks if attending is None else attending
     down = ("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",) * (blocks - attending)
     up = ("UpBlock2D",) * (blocks - attending) + ("CrossAttnUpBlock2D",) * attending
     plain = {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": widths}
-    return Known(family=STABLE_DIFFUSION, config={**plain, "down_block_types": down, "up_block_types": up, **config})
+    return BaseSpec(family=STABLE_DIFFUSION, config={**plain, "down_block_types": down, "up_block_types": up, **config})
 
 
-def _like(name: str, **config: Any) -> Known:
-    return replace(KNOWN[name], config={**KNOWN[name].config, **config})
+def _like(name: str, **config: Any) -> BaseSpec:
+    return replace(KNOWN_BASES[name], config={**KNOWN_BASES[name].config, **config})
 
 
-NETWORKS: Mapping[str, Known] = {
+NETWORKS: Mapping[str, BaseSpec] = {
     "runtime": _unet(64, 128, layers_per_block=1),
     "unet-142M": _unet(128, 256, 512, 512, attending=3),
     "unet-34M": _unet(128, 192, 256, cross_attention_dim=128),
@@ -136,9 +136,9 @@ NETWORKS: Mapping[str, Known] = {
         cross_attention_dim=512,
         caption_channels=1024,
     ),
-    **KNOWN,
+    **KNOWN_BASES,
 }
-RUNTIME = Case("runtime", 256, "int8", "block")
+RUNTIME = FootprintCase("runtime", 256, "int8", "block")
 WAYS = (
     (512, "fp32", "none"),
     (512, "fp32", "block"),
@@ -149,26 +149,28 @@ WAYS = (
 )
 SANA_WAYS = tuple((2 * side, weights, checkpointing) for side, weights, checkpointing in WAYS)  # of latents a sixteenth
 CASES = (
-    *(Case(name, *way) for name in list(NETWORKS)[1:8] for way in WAYS),
-    *(Case("sana-70M", *way) for way in SANA_WAYS),
-    Case("unet-34M", 256, "fp32", "none", batch=3),
-    Case("unet-34M", 384, "int8", "block", batch=2, rank=32),
-    Case("pixart-60M", 256, "mixed", "none", batch=4),
-    Case("flux-90M", 512, "int8", "block", batch=2),
+    *(FootprintCase(name, *way) for name in list(NETWORKS)[1:8] for way in WAYS),
+    *(FootprintCase("sana-70M", *way) for way in SANA_WAYS),
+    FootprintCase("unet-34M", 256, "fp32", "none", batch=3),
+    FootprintCase("unet-34M", 384, "int8", "block", batch=2, rank=32),
+    FootprintCase("pixart-60M", 256, "mixed", "none", batch=4),
+    FootprintCase("flux-90M", 512, "int8", "block", batch=2),
 )
 FULL = (
-    Case("bk-sdm-small", 512, "int8", "block"),
-    Case("sd15", 512, "mixed", "block"),
-    Case("pixart-sigma", 512, "nf4", "block"),
+    FootprintCase("bk-sdm-small", 512, "int8", "block"),
+    FootprintCase("sd15", 512, "mixed", "block"),
+    FootprintCase("pixart-sigma", 512, "nf4", "block"),
 )  # minutes each
 KNOWN_CASES = {case.name: case for case in (RUNTIME, *CASES, *FULL)}
 
 
-def predicted(case: Case) -> Footprint:
+def predicted(case: FootprintCase) -> Footprint:
     """From shapes alone, without the runtime."""
     base = case.base
-    held = shapes(base, sites=case.sites or base.family.sites, weights=case.weights, checkpointing=case.checkpointing)
-    return footprint(held, *example(base, case.resolution), rank=case.rank, batch=case.batch)
+    held = meta_denoiser(
+        base, sites=case.sites or base.family.sites, weights=case.weights, checkpointing=case.checkpointing
+    )
+    return footprint(held, *example_shapes(base, case.resolution), rank=case.rank, batch=case.batch)
 
 
 def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
@@ -186,7 +188,7 @@ def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
         pack(str(source), folder / mode, mode)
 
 
-def measured(case: Case, folder: Path) -> Measured:
+def measured(case: FootprintCase, folder: Path) -> MeasuredStep:
     """The peak of this process, one step of a packed base later."""
     base = case.base
     network = packed.load(folder / case.weights / base.family.network, base.family.kind)
@@ -198,19 +200,19 @@ def measured(case: Case, folder: Path) -> Measured:
         checkpointing=case.checkpointing,
         forward=base.family.forward,
     )
-    latents, context = example(base, case.resolution)
+    latents, context = example_shapes(base, case.resolution)
     job = Train(
         client="device",
         round=1,
         purpose="shared",
         seed=0,
-        start=initial(denoiser.sites, case.rank, seed=0),
+        start=init_adapter(denoiser.sites, case.rank, seed=0),
         steps=1,
         examples=Examples(torch.randn(case.batch, *latents), torch.ones(case.batch, *context)),
         batch_size=case.batch,
         learning_rate=1e-3,
         privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=1.0),
-        noise=Simulated(seed=0, client="device", round=1, purpose="shared"),
+        noise=SimulatedNoise(seed=0, client="device", round=1, purpose="shared"),
         names=tuple(map(str, range(case.batch))),
     )
     seconds: list[float] = []
@@ -225,12 +227,12 @@ def measured(case: Case, folder: Path) -> Measured:
         found = train(denoiser, [job], memory=GRANTED, timesteps=1)[0]
     if isinstance(found, Exception):
         raise found
-    return Measured(_peak(), sum(seconds))
+    return MeasuredStep(_peak(), sum(seconds))
 
 
-def rates() -> DeviceProfile:
+def rates() -> DeviceProfileConfig:
     """This machine's, on one core."""
-    return benchmark.measured(planned(["device=laptop"], Path()).device, CALIBRATION)
+    return benchmark.measured(compose_plan(["device=laptop"], Path()).device, CALIBRATION)
 
 
 def _peak() -> int:
@@ -248,17 +250,17 @@ def child(*arguments: str) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-def in_fresh_processes(cases: Sequence[Case]) -> Iterator[tuple[Case, Measured]]:
+def in_fresh_processes(cases: Sequence[FootprintCase]) -> Iterator[tuple[FootprintCase, MeasuredStep]]:
     """What each case takes, in a process of its own; each network is packed once, and goes when it is through."""
     for network in dict.fromkeys(case.network for case in cases):
         own = [case for case in cases if case.network == network]
         with tempfile.TemporaryDirectory() as folder:
             child("--prepare", network, "--folder", folder, "--modes", *{case.weights for case in own})
             for case in own:
-                yield case, Measured(*json.loads(child("--measure", case.name, "--folder", folder)))
+                yield case, MeasuredStep(*json.loads(child("--measure", case.name, "--folder", folder)))
 
 
-def row(case: Case, runtime: int, device: DeviceProfile, found: Measured) -> dict[str, Any]:
+def row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, found: MeasuredStep) -> dict[str, Any]:
     """What is predicted and was found of one case, and by how much the predictions are over."""
     parts = predicted(case)
     total, seconds = parts.peak_bytes + runtime, pass_seconds(parts, device)
@@ -304,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     wanted = [case for case in (*CASES, *(FULL if asked.full else ())) if case.name.startswith(tuple(asked.only))]
     device, found = _measured_before(asked.measured) if asked.measured else (None, {})
-    device = device or DeviceProfile(**json.loads(child("--calibrate")))
+    device = device or DeviceProfileConfig(**json.loads(child("--calibrate")))
     lacking = [case for case in (RUNTIME, *wanted) if case.name not in found]
     for case, one in in_fresh_processes(lacking):
         found[case.name] = one
@@ -330,11 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if sound else 1
 
 
-def _measured_before(path: Path) -> tuple[DeviceProfile, dict[str, Measured]]:
+def _measured_before(path: Path) -> tuple[DeviceProfileConfig, dict[str, MeasuredStep]]:
     """The machine's rates in an earlier run, and what it measured, by the names of its cases."""
     record = json.loads(path.read_text())
-    measured = {row["case"]: Measured(row["measured_bytes"], row["measured_seconds"]) for row in record["rows"]}
-    return DeviceProfile(**record["device"]), {RUNTIME.name: Measured(*record["runtime_measured"])} | measured
+    measured = {row["case"]: MeasuredStep(row["measured_bytes"], row["measured_seconds"]) for row in record["rows"]}
+    return DeviceProfileConfig(**record["device"]), {RUNTIME.name: MeasuredStep(*record["runtime_measured"])} | measured
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:

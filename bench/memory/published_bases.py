@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from bench.lib.workloads import RANK, TOKENS
 from models.base.denoiser import Denoiser
 from models.families.family import pack
-from models.families.known import Known
+from models.families.known import BaseSpec
 from models.families.pixart import PIXART
-from models.lora.adapter import Adapter, Factors, Sites, initial
-from privacy.noise import Simulated
+from models.lora.adapter import Adapter, Factors, Sites, init_adapter
+from privacy.noise import SimulatedNoise
 from training.jobs import DPSGD, Examples, Train
 
 _SHARD = 1 << 28  # bytes of weights that are there at once, beside the largest layer
 
 
-class Always(Simulated):
+class Always(SimulatedNoise):
     """Noise that anyone can make again, and a batch of every picture."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return torch.arange(size)
 
 
-def write(base: Known, folder: Path) -> None:
+def write(base: BaseSpec, folder: Path) -> None:
     """A pipeline's folder with nothing but the network, in several files as large ones are published."""
     network, part = base.network(), folder / base.family.network
     network.save_config(part)  # type: ignore[operator] # of diffusers
@@ -77,13 +77,13 @@ def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         layer.to("meta")
 
 
-def private_step(base: Known, denoiser: Denoiser, side: int) -> Train:
+def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> Train:
     """One step on one picture, whose latents have this side."""
     generator = torch.Generator().manual_seed(0)
     config: Any = denoiser.network.config
     channels = base.family.latents(config).channels
     latents = torch.randn(1, channels, side, side, generator=generator)
-    context = torch.randn(*base.family.context(base.whole_config()), generator=generator)
+    context = torch.randn(*base.family.context(base.full_config()), generator=generator)
     if base.family is PIXART:  # the caption fills a part of the rows, and the mask says which
         context = pack(context[:-1], (torch.arange(len(context) - 1) < TOKENS).float())
     return Train(
@@ -105,5 +105,5 @@ def private_step(base: Known, denoiser: Denoiser, side: int) -> Train:
 def start(sites: Sites) -> Adapter:
     """An adapter whose B is not zero: else A would have no gradient."""
     generator = torch.Generator().manual_seed(1)
-    fresh = initial(sites, RANK, seed=0)
+    fresh = init_adapter(sites, RANK, seed=0)
     return {name: Factors(a, torch.randn(b.shape, generator=generator) * 0.02) for name, (a, b) in fresh.items()}

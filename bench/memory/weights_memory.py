@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.lib.machine import memory
-from models.families.known import Known, find
+from models.families.known import BaseSpec, find_base
 from models.quantization.pack import pack
 from models.quantization.packed import FILE
 
@@ -40,7 +40,7 @@ def table(name: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
         yield form, found
 
 
-def measure(base: Known, folder: Path, form: str) -> dict[str, int]:
+def measure(base: BaseSpec, folder: Path, form: str) -> dict[str, int]:
     """One form, in this process; nothing if its library isn't there."""
     if form in OURS:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -48,14 +48,14 @@ def measure(base: Known, folder: Path, form: str) -> dict[str, int]:
             size = (Path(scratch) / form / base.family.network / FILE).stat().st_size
         return {"bytes": size, "peak": memory("VmHWM")}
     try:
-        quantise = PEERS[form]()
+        quantize = PEERS[form]()
     except ImportError:
         return {"bytes": 0, "peak": 0}
     import diffusers  # slow import, so only here
 
     kind = getattr(diffusers, base.family.kind)
     network = kind.from_pretrained(folder / "source" / base.family.network).requires_grad_(False)
-    quantise(network)
+    quantize(network)
     return {"bytes": held(network), "peak": memory("VmHWM")}
 
 
@@ -78,11 +78,11 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
 def _quanto(bits: str) -> Callable[[nn.Module], None]:
     from optimum import quanto  # a peer, so only here
 
-    def quantise(network: nn.Module) -> None:
+    def quantize(network: nn.Module) -> None:
         quanto.quantize(network, weights=getattr(quanto, bits))
         quanto.freeze(network)
 
-    return quantise
+    return quantize
 
 
 def _torchao() -> Callable[[nn.Module], None]:
@@ -94,7 +94,7 @@ def _torchao() -> Callable[[nn.Module], None]:
 def _bitsandbytes() -> Callable[[nn.Module], None]:
     from bitsandbytes.nn import Linear4bit, Params4bit  # a peer, so only here
 
-    def quantise(network: nn.Module) -> None:
+    def quantize(network: nn.Module) -> None:
         for name, layer in list(network.named_modules()):
             if type(layer) is nn.Linear:
                 made = Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta")
@@ -103,7 +103,7 @@ def _bitsandbytes() -> Callable[[nn.Module], None]:
                 parent, _, leaf = name.rpartition(".")
                 network.get_submodule(parent).register_module(leaf, made.to("cpu"))
 
-    return quantise
+    return quantize
 
 
 PEERS: dict[str, Callable[[], Callable[[nn.Module], None]]] = {
@@ -116,4 +116,4 @@ PEERS: dict[str, Callable[[], Callable[[nn.Module], None]]] = {
 PACKAGES = ("optimum-quanto", "torchao", "bitsandbytes")
 
 if __name__ == "__main__":
-    print(json.dumps(measure(find(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(measure(find_base(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))

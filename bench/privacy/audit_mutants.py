@@ -11,7 +11,7 @@ _FOUND = f"{_FIT}::test_broken_noise_is_found_by_the_test_that_is_meant_to"
 _BOUNDS = "tests/privacy/audit/test_empirical.py"
 _VERDICTS = "tests/simulations/audit/test_verdicts.py"
 
-OF_AUDITS = (
+AUDIT_MUTANTS = (
     Mutant(
         "noise 3 % low",
         "privacy/clipping.py",

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from bench.lib.machine import machine, versions
 from bench.privacy.utility import COMMON, FORMS, WHOLE, command, run
-from conf.schemas.audit import Audit, MembershipTrial
-from privacy.audit.membership import Membership
-from simulations.audit.membership import Arm
-from simulations.audit.page import Results, write
+from conf.schemas.audit import AuditConfig, MembershipConfig
+from privacy.audit.membership import MembershipResult
+from simulations.audit.membership import RunGroup
+from simulations.audit.page import AuditResults, write
 from simulations.audit.run import arms
 
 TRIED = ("open", "example-8", "reference")
@@ -55,13 +55,13 @@ def overfit(folder: Path, overrides: Sequence[str]) -> Path:
     return folder
 
 
-def judged(folders: Sequence[Path], adapter: str) -> Arm:
+def judged(folders: Sequence[Path], adapter: str) -> RunGroup:
     """All attacks on runs that differ in their seed alone."""
-    (arm,) = arms(Audit(runs=[*map(str, folders)], membership=MembershipTrial(adapter=adapter)))
+    (arm,) = arms(AuditConfig(runs=[*map(str, folders)], membership=MembershipConfig(adapter=adapter)))
     return arm
 
 
-def record(tried: Mapping[str, Arm]) -> dict[str, Any]:
+def record(tried: Mapping[str, RunGroup]) -> dict[str, Any]:
     """AUC and true positives at 1 % false ones of each attack, by arm."""
     return {
         name: {
@@ -73,7 +73,7 @@ def record(tried: Mapping[str, Arm]) -> dict[str, Any]:
     }
 
 
-def _attack(found: Membership) -> dict[str, Any]:
+def _attack(found: MembershipResult) -> dict[str, Any]:
     numbers = {"auc": found.auc._asdict(), "tpr_at_1_percent_fpr": found.tpr._asdict()}
     return {"members": found.members, "others": found.others, **numbers}
 
@@ -113,7 +113,7 @@ def main() -> None:
         folders["overfitted"] = [overfitted.result()]
     tried = {name: judged(found, "last" if name == "overfitted" else "best") for name, found in folders.items()}
     asked = " ".join(["python -m bench.privacy.membership", *sys.argv[1:]])
-    write(Results(arms=list(tried.values())), Audit(), arguments.runs, asked)
+    write(AuditResults(arms=list(tried.values())), AuditConfig(), arguments.runs, asked)
     recorded = record(tried)
     arguments.out.write_text(
         json.dumps(

@@ -21,7 +21,7 @@ _LATTICE = "tests/privacy/test_lattice.py"
 _AUDIT = "tests/simulations/audit/test_canaries.py"
 _CLIENTS = "tests/simulations/audit/test_canary_clients.py"
 
-OF_PICTURES = (
+EXAMPLE_MUTANTS = (
     Mutant(
         "noise off",
         "privacy/clipping.py",
@@ -382,7 +382,7 @@ OF_PICTURES = (
     ),
 )
 
-OF_DEVICES = (
+DEVICE_MUTANTS = (
     Mutant(
         "noise off",
         "privacy/sensitivity.py",

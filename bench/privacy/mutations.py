@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.privacy.audit_mutants import OF_AUDITS
-from bench.privacy.mutants import OF_DEVICES, OF_PICTURES, Mutant
+from bench.privacy.audit_mutants import AUDIT_MUTANTS
+from bench.privacy.mutants import DEVICE_MUTANTS, EXAMPLE_MUTANTS, Mutant
 from common.errors import AntherError
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ _CLUTTER = shutil.ignore_patterns(".*", "__pycache__", "outputs", "multirun", "b
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MutantVerdict:
     """What became of one mutant."""
 
     level: str
@@ -51,7 +51,7 @@ class Verdict:
 
 
 @contextmanager
-def copy_of_the_source() -> Iterator[Path]:
+def copy_source() -> Iterator[Path]:
     """A copy of the code; assets and data are links to what is here."""
 
     def left_behind(folder: str, names: list[str]) -> set[str]:
@@ -66,7 +66,7 @@ def copy_of_the_source() -> Iterator[Path]:
 
 
 @contextmanager
-def applied(mutant: Mutant, root: Path) -> Iterator[None]:
+def apply_mutant(mutant: Mutant, root: Path) -> Iterator[None]:
     """Put a mutant into the source below `root`, and take it out again.
 
     Raises:
@@ -106,14 +106,14 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
     return found.returncode, re.sub(r"^FAILED .*? - ", "", failures[0]) if failures else lines[-1]
 
 
-def judge(level: str, mutant: Mutant, root: Path) -> Verdict:
+def judge(level: str, mutant: Mutant, root: Path) -> MutantVerdict:
     """Whether the named test fails with the mutant in the source below `root`; AntherError if it doesn't fit."""
-    with applied(mutant, root):
+    with apply_mutant(mutant, root):
         code, said = run_tests(root, [mutant.test])
-    return Verdict(level, mutant, caught=code == FAILED, said=said)
+    return MutantVerdict(level, mutant, caught=code == FAILED, said=said)
 
 
-def table(verdicts: Sequence[Verdict]) -> Table:
+def table(verdicts: Sequence[MutantVerdict]) -> Table:
     """A row for each mutant."""
     shown = Table(title="what is broken, and who notices")
     for heading in ("per", "mutation", "in", "test", "caught"):
@@ -123,7 +123,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     return shown
 
 
-def record(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+def record(verdicts: Sequence[MutantVerdict]) -> list[dict[str, Any]]:
     """The rows, for a file."""
     return [
         {"per": verdict.level, **verdict.mutant._asdict(), "caught": verdict.caught, "said": verdict.said[:300]}
@@ -131,9 +131,9 @@ def record(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     ]
 
 
-def chosen(only: str) -> list[tuple[str, Mutant]]:
+def select_mutants(only: str) -> list[tuple[str, Mutant]]:
     """All mutants with their level, or those of this level, or whose name holds these words."""
-    levels = {"image": OF_PICTURES, "device": OF_DEVICES, "audit": OF_AUDITS}
+    levels = {"image": EXAMPLE_MUTANTS, "device": DEVICE_MUTANTS, "audit": AUDIT_MUTANTS}
     every = [(level, mutant) for level, mutants in levels.items() for mutant in mutants]
     return [(level, mutant) for level, mutant in every if only in (level, "") or only in mutant.name]
 
@@ -145,9 +145,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/mutations.json"))
     arguments = parser.parse_args()
     console = Console(width=200)
-    mutants, copies = chosen(arguments.only), SimpleQueue[Path]()
+    mutants, copies = select_mutants(arguments.only), SimpleQueue[Path]()
 
-    def judged(one: tuple[str, Mutant]) -> Verdict:
+    def judged(one: tuple[str, Mutant]) -> MutantVerdict:
         root = copies.get()
         try:
             verdict = judge(*one, root)
@@ -158,8 +158,8 @@ def main() -> None:
 
     with ExitStack() as held, ThreadPoolExecutor(arguments.jobs) as pool:
         for _ in range(arguments.jobs):
-            copies.put(held.enter_context(copy_of_the_source()))
-        untouched = held.enter_context(copy_of_the_source())
+            copies.put(held.enter_context(copy_source()))
+        untouched = held.enter_context(copy_source())
         honest = pool.submit(run_tests, untouched, sorted({mutant.test for _, mutant in mutants}))
         try:
             verdicts = list(pool.map(judged, mutants))

@@ -36,7 +36,7 @@ from bench.quality.federation import interval
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 
 
-class Cohort(NamedTuple):
+class WriterCohort(NamedTuple):
     """Who takes part."""
 
     writers: int
@@ -44,8 +44,8 @@ class Cohort(NamedTuple):
 
 
 DELTA = 1e-3
-WHOLE, DEVELOPMENT = Cohort(200, 20), Cohort(20, 20)
-CURVES = (Cohort(50, 20), Cohort(100, 20), WHOLE, Cohort(200, 12), Cohort(200, 4))
+WHOLE, DEVELOPMENT = WriterCohort(200, 20), WriterCohort(20, 20)
+CURVES = (WriterCohort(50, 20), WriterCohort(100, 20), WHOLE, WriterCohort(200, 12), WriterCohort(200, 4))
 ROUNDS = {"example": 25, "device": 10}
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
 COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
@@ -55,7 +55,7 @@ EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS['example']}", "adapte
 DRAWS = "privacy.draws=8"  # of noise and time for each picture, whose gradients' mean is clipped
 
 
-class Form(NamedTuple):
+class RunForm(NamedTuple):
     """One way to run the federation."""
 
     overrides: tuple[str, ...]
@@ -65,16 +65,16 @@ class Form(NamedTuple):
     share: int = 4  # a step sees one in so many of a writer's pictures
 
 
-FORMS: Mapping[str, Form] = {
-    "reference": Form(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
-    "open": Form(EXAMPLE, 0.08, share=1),
-    "example-8": Form((*EXAMPLE, DRAWS), 0.3, "example", 8.0, share=1),
-    "example-2": Form((*EXAMPLE, DRAWS), 0.3, "example", 2.0, share=1),
-    "device-8": Form((*CORES, f"rounds={ROUNDS['device']}", "adapter.shared.steps=5"), 0.02, "device", 8.0),
+FORMS: Mapping[str, RunForm] = {
+    "reference": RunForm(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
+    "open": RunForm(EXAMPLE, 0.08, share=1),
+    "example-8": RunForm((*EXAMPLE, DRAWS), 0.3, "example", 8.0, share=1),
+    "example-2": RunForm((*EXAMPLE, DRAWS), 0.3, "example", 2.0, share=1),
+    "device-8": RunForm((*CORES, f"rounds={ROUNDS['device']}", "adapter.shared.steps=5"), 0.02, "device", 8.0),
 }
 
 
-def louder(form: Form) -> float:
+def tuning_epsilon(form: RunForm) -> float:
     """The ε at which so few development writers leave as much noise on the mean as all test writers at the form's."""
     assert form.epsilon
     steps, few = ROUNDS[form.level], DEVELOPMENT.writers / WHOLE.writers
@@ -85,14 +85,14 @@ def louder(form: Form) -> float:
     return epsilon([event], DELTA).value
 
 
-def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Sequence[str]) -> list[str]:
+def command(form: RunForm, seed: int, cohort: WriterCohort, *, tune: bool, overrides: Sequence[str]) -> list[str]:
     """What runs it."""
     role, batch = "development" if tune else "test", cohort.pictures // form.share
     private, rate = [f"privacy={form.level}"], form.learning_rate
     if tune and form.level == "example":  # whose AdamW divides by its own device's noise
         rate *= (DEVELOPMENT.writers / WHOLE.writers) ** 0.5
     if form.epsilon:
-        private += [f"privacy.delta={DELTA}", f"privacy.epsilon={louder(form) if tune else form.epsilon}"]
+        private += [f"privacy.delta={DELTA}", f"privacy.epsilon={tuning_epsilon(form) if tune else form.epsilon}"]
     return [
         sys.executable,
         "-m",
@@ -110,7 +110,7 @@ def command(form: Form, seed: int, cohort: Cohort, *, tune: bool, overrides: Seq
     ]
 
 
-def complete(arguments: Sequence[str], folder: Path) -> None:
+def run_once(arguments: Sequence[str], folder: Path) -> None:
     """Run it, unless it was, or to its end, if it was begun."""
     if not (folder / "summary.json").exists():
         resume = ["resume=true"] if (folder / "run.json").exists() else []
@@ -119,7 +119,7 @@ def complete(arguments: Sequence[str], folder: Path) -> None:
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run it, unless it was; what it left."""
-    complete(arguments, folder)
+    run_once(arguments, folder)
     rows = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -143,7 +143,7 @@ def parameters(folder: Path, *, cores: bool) -> int:
     return sum(factor.numel() for factor in factors.values())
 
 
-def kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
+def gain_kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
     """The share of the reference's gain that an arm keeps, with its 95 % interval over writers.
 
     The interval is that of the mean difference from base, over the reference's mean gain.
@@ -160,7 +160,7 @@ def share(gain: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
     return float(gain.mean()) / mean, low / mean, high / mean
 
 
-def table(results: Mapping[tuple[Cohort, int], Mapping[str, Mapping[str, Any]]]) -> Table:
+def table(results: Mapping[tuple[WriterCohort, int], Mapping[str, Mapping[str, Any]]]) -> Table:
     """A row for each cohort, form and seed."""
     shown = Table(title="share of the reference's gain that is kept [95 %]")
     for heading in (
@@ -184,13 +184,13 @@ def table(results: Mapping[tuple[Cohort, int], Mapping[str, Mapping[str, Any]]])
     return shown
 
 
-def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: Cohort) -> list[str]:
+def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: WriterCohort) -> list[str]:
     """What one run came to."""
     found = forms[name]
     base, loss = (f"{np.mean(found['losses'][arm]):.4f}" for arm in ("base", "shared"))
     shared, personal = (
         f"{mean:.0%} [{low:.0%}, {high:.0%}]"
-        for mean, low, high in (kept(found, forms["reference"], arm) for arm in ("shared", "personal"))
+        for mean, low, high in (gain_kept(found, forms["reference"], arm) for arm in ("shared", "personal"))
     )
     target = f"{TARGETS[name]:.0%}" if name in TARGETS and cohort == WHOLE else ""
     spent = found["epsilon"] or found["device_epsilon"]
@@ -215,14 +215,14 @@ def main() -> None:
     chosen = list(dict.fromkeys(["reference", *forms]))
     asked = [(cohort, seed, name) for seed in seeds for cohort in cohorts for name in chosen]
 
-    def one(cohort: Cohort, seed: int, name: str) -> dict[str, Any]:
+    def one(cohort: WriterCohort, seed: int, name: str) -> dict[str, Any]:
         made = command(FORMS[name], seed, cohort, tune=arguments.tune, overrides=overrides)
         kind = "tune" if arguments.tune else "test"
         return run(made, arguments.runs / kind / f"{cohort.writers}x{cohort.pictures}" / f"{name}-{seed}")
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = list(pool.map(lambda which: one(*which), asked))
-    results: dict[tuple[Cohort, int], dict[str, Any]] = {}
+    results: dict[tuple[WriterCohort, int], dict[str, Any]] = {}
     for (cohort, seed, name), result in zip(asked, found, strict=True):
         results.setdefault((cohort, seed), {})[name] = result
     record = {
@@ -234,7 +234,7 @@ def main() -> None:
                 **cohort._asdict(),
                 "seed": seed,
                 "kept": {
-                    name: {arm: kept(result, ran["reference"], arm) for arm in ("shared", "personal")}
+                    name: {arm: gain_kept(result, ran["reference"], arm) for arm in ("shared", "personal")}
                     for name, result in ran.items()
                 },
                 "runs": ran,

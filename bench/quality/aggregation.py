@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bench.lib.machine import machine, memory, versions
 from bench.quality import updates
-from bench.quality.updates import truncated
+from bench.quality.updates import best_approximation
 from common.units import MIB
 from models.lora.adapter import Adapter, Factors
 from strategies.aggregation.exact import Exact
@@ -154,9 +154,9 @@ def errors() -> list[dict[str, float]]:
                         "outputs": outputs,
                         "devices": devices,
                         "rank": cap,
-                        "best": _error(truncated(mean, cap), mean),
+                        "best": _error(best_approximation(mean, cap), mean),
                         "exact": _error(exact(inputs, outputs, factors, cap), mean),
-                        "fedit_padded": _error(truncated(fedit, cap), mean),
+                        "fedit_padded": _error(best_approximation(fedit, cap), mean),
                     }
                 )
     return found

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from bench.privacy.utility import complete
+from bench.privacy.utility import run_once
 from bench.quality.federation import interval
 from simulations.fleet.participants import slug
 
@@ -38,7 +38,7 @@ SAMPLE = 20
 """Devices asked each round, of more."""
 
 
-class Setting(NamedTuple):
+class HeterogeneitySetting(NamedTuple):
     """What the devices of a fleet have in common, and what not."""
 
     overrides: tuple[str, ...]
@@ -50,15 +50,17 @@ class Setting(NamedTuple):
 EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"
 MIXED = ("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "ffa", "rolora", "fedsvd")
 """Rules that take several ranks at once."""
-SETTINGS: Mapping[str, Setting] = {
-    "ranks, half the sites": Setting(("fleet=ranks_halves", RANKS), MIXED, seeds=3),
-    "ranks 2–16": Setting(("fleet=ranks", RANKS), MIXED),
-    "equal ranks": Setting(("fleet=laptops", EQUAL)),
-    "half the sites": Setting(("fleet=halves", EQUAL), ("exact", "fedit", "ffa", "hetlora")),
-    "label skew": Setting(("fleet=laptops", EQUAL, "data.skew=true"), ("exact", "fedit", "ffa", "fedsa", "fedsvd")),
-    "100 writers": Setting(("fleet=laptops", EQUAL), ("exact", "fedit", "ffa"), writers=100),
-    "8 writers": Setting(("fleet=laptops", EQUAL), ("exact", "fedit", "flora", "hetlora"), writers=8),
-    "ε = 8 per image": Setting(
+SETTINGS: Mapping[str, HeterogeneitySetting] = {
+    "ranks, half the sites": HeterogeneitySetting(("fleet=ranks_halves", RANKS), MIXED, seeds=3),
+    "ranks 2–16": HeterogeneitySetting(("fleet=ranks", RANKS), MIXED),
+    "equal ranks": HeterogeneitySetting(("fleet=laptops", EQUAL)),
+    "half the sites": HeterogeneitySetting(("fleet=halves", EQUAL), ("exact", "fedit", "ffa", "hetlora")),
+    "label skew": HeterogeneitySetting(
+        ("fleet=laptops", EQUAL, "data.skew=true"), ("exact", "fedit", "ffa", "fedsa", "fedsvd")
+    ),
+    "100 writers": HeterogeneitySetting(("fleet=laptops", EQUAL), ("exact", "fedit", "ffa"), writers=100),
+    "8 writers": HeterogeneitySetting(("fleet=laptops", EQUAL), ("exact", "fedit", "flora", "hetlora"), writers=8),
+    "ε = 8 per image": HeterogeneitySetting(
         (
             "fleet=laptops",
             EQUAL,
@@ -101,7 +103,7 @@ PRIVATE_RATE = 10.0
 """A private step of all pictures takes a rate so many times as high."""
 
 
-def asked(rule: str, setting: Setting) -> bool:
+def asked(rule: str, setting: HeterogeneitySetting) -> bool:
     """Whether a rule takes part in a setting."""
     if setting.rules is None:
         return rule not in FEW_ONLY
@@ -131,7 +133,7 @@ def command(rule: str, name: str, seed: int, rate: float, *, role: str, override
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run it, unless it was; each writer's losses, bytes, and what the rule said of its last round."""
-    complete(arguments, folder)
+    run_once(arguments, folder)
     judged = "personal" if "strategy=fedsa" in arguments else "shared"
     rows = json.loads((folder / "evaluation.json").read_text())
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

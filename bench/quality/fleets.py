@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.privacy.utility import complete
+from bench.privacy.utility import run_once
 
 SHARE = 0.8
 DEVICES, ASKED = 40, 8
@@ -40,7 +40,7 @@ REFERENCE = ("fleet=laptops", "rounds=30", "adapter.shared.steps=5")
 RANDOM = ("selection=sample", "strategy.planning=full", f"fleet.sample={ASKED}")
 
 
-class Plan(NamedTuple):
+class FleetPlan(NamedTuple):
     """One plan for every device, and which devices can be asked at all."""
 
     steps: int
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 GRID = tuple(
-    Plan(steps, memory, timeout, sites)
+    FleetPlan(steps, memory, timeout, sites)
     for steps, memory, timeout, sites in itertools.product(
         (2, 5, 10), (None, 1.7, 3.5, 3.9), (1800, 3600), (None, "up_blocks.*attn.*to_.*")
     )
@@ -127,11 +127,11 @@ SPREAD: Mapping[str, tuple[str, ...]] = {
 """Ways to time the rounds of a fleet whose slowest device takes ten times as long as its fastest, and to choose."""
 
 LONG: Mapping[str, tuple[str, ...]] = {"week": ("rounds=24",), "spread": ("rounds=24",), "grid": ("rounds=40",)}
-CHOSEN = {"random, fastest plan": Plan(5, 3.9, 1800), "random, least energy": Plan(5, None, 3600)}
+CHOSEN = {"random, fastest plan": FleetPlan(5, 3.9, 1800), "random, least energy": FleetPlan(5, None, 3600)}
 """Of the grid, on development writers: the plan that takes the fewest hours, and the one that takes the fewest kWh."""
 
 
-class Reached(NamedTuple):
+class TargetCost(NamedTuple):
     """What a run took until its gain was high enough; `hours` and `kwh` are None if it never was."""
 
     hours: float | None
@@ -145,7 +145,7 @@ class Reached(NamedTuple):
     best: float
 
 
-def gains(folder: Path) -> list[dict[str, Any]]:
+def round_gains(folder: Path) -> list[dict[str, Any]]:
     """Of each measured round: its gain, the hours and the kWh until then, and who was lost."""
     rows, joules, drained, lost = [], 0.0, 0.0, Counter[str]()
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -168,12 +168,12 @@ def gains(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def reached(folder: Path, target: float) -> Reached:
+def target_cost(folder: Path, target: float) -> TargetCost:
     """Of a run that is over."""
-    rows = gains(folder)
+    rows = round_gains(folder)
     first: dict[str, Any] = next((row for row in rows if row["gain"] >= target), {})
     fleet = json.loads((folder / "summary.json").read_text()).get("fleet", {})
-    return Reached(
+    return TargetCost(
         hours=first.get("hours"),
         kwh=first.get("kwh"),
         battery_kwh=first.get("battery_kwh"),
@@ -202,26 +202,26 @@ def command(overrides: Sequence[str], *, role: str, seed: int) -> list[str]:
 
 def measured(
     work: Sequence[tuple[str, Sequence[str], int]], *, role: str, jobs: int, runs: Path, overrides: Sequence[str]
-) -> list[Reached]:
+) -> list[TargetCost]:
     """Runs of (name, overrides, seed), and what each took to the target of its seed's reference."""
     seeds = sorted({seed for *_, seed in work})
     every = [*((f"reference-{seed}", REFERENCE, seed) for seed in seeds), *((f"{n}-{s}", o, s) for n, o, s in work)]
 
     def one(name: str, chosen: Sequence[str], seed: int) -> Path:
         folder = runs / role / name
-        complete(command([*chosen, *overrides], role=role, seed=seed), folder)
+        run_once(command([*chosen, *overrides], role=role, seed=seed), folder)
         return folder
 
     with ThreadPoolExecutor(jobs) as pool:
         folders = list(pool.map(lambda which: one(*which), every))
     targets = {
-        seed: SHARE * max(row["gain"] for row in gains(folder))
+        seed: SHARE * max(row["gain"] for row in round_gains(folder))
         for seed, folder in zip(seeds, folders[: len(seeds)], strict=True)
     }
-    return [reached(folder, targets[seed]) for (*_, seed), folder in zip(work, folders[len(seeds) :], strict=True)]
+    return [target_cost(folder, targets[seed]) for (*_, seed), folder in zip(work, folders[len(seeds) :], strict=True)]
 
 
-def table(title: str, found: Mapping[str, Sequence[Reached]], first: str) -> Table:
+def table(title: str, found: Mapping[str, Sequence[TargetCost]], first: str) -> Table:
     """A row for each arm: medians over its seeds, and of the ratios to the same seed's run of the arm `first`."""
     shown = Table(title=title)
     for name in (
@@ -257,23 +257,23 @@ def table(title: str, found: Mapping[str, Sequence[Reached]], first: str) -> Tab
     return shown
 
 
-def middle(runs: Sequence[Reached], key: str) -> float | None:
+def median_or_none(runs: Sequence[TargetCost], key: str) -> float | None:
     """Median over runs; None if one never got there."""
     values = [getattr(run, key) for run in runs]
     return None if None in values else median(values)
 
 
-def _middle(runs: Sequence[Reached], key: str, digits: int) -> str:
-    found = middle(runs, key)
+def _middle(runs: Sequence[TargetCost], key: str, digits: int) -> str:
+    found = median_or_none(runs, key)
     return "—" if found is None else f"{found:.{digits}f}"
 
 
-def _ratio(runs: Sequence[Reached], base: Sequence[Reached], key: str) -> str:
-    found = ratio([getattr(run, key) for run in runs], [getattr(run, key) for run in base])
+def _ratio(runs: Sequence[TargetCost], base: Sequence[TargetCost], key: str) -> str:
+    found = median_ratio([getattr(run, key) for run in runs], [getattr(run, key) for run in base])
     return "—" if found is None else f"{found:.2f}"
 
 
-def ratio(mine: Sequence[float | None], others: Sequence[float | None]) -> float | None:
+def median_ratio(mine: Sequence[float | None], others: Sequence[float | None]) -> float | None:
     """Median over seeds of what a run took over what another of the same seed did; None if one never got there.
 
     A seed has its own writers, devices and target: runs of different ones differ more than arms do.

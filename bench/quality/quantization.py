@@ -49,7 +49,7 @@ def command(mode: str, seed: int) -> list[str]:
     ]
 
 
-def kept(found: Mapping[str, Any], exact: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
+def gain_kept(found: Mapping[str, Any], exact: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
     """The share of float32's gain that an arm keeps, with its 95 % interval over writers.
 
     The interval is that of the mean difference from the float32 base, over float32's mean gain.
@@ -66,7 +66,7 @@ def table(runs: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
     for mode in MODES:
         for seed, modes in runs.items():
             if mode in modes:
-                shares = (kept(modes[mode], modes["fp32"], arm) for arm in ARMS)
+                shares = (gain_kept(modes[mode], modes["fp32"], arm) for arm in ARMS)
                 told = (f"{mean:.1%} [{low:.0%}, {high:.0%}]" for mean, low, high in shares)
                 least = f"{TARGETS[mode]:.0%}" if mode in TARGETS else ""
                 shown.add_row(mode, str(seed), f"{np.mean(modes[mode]['base']):.4f}", *told, least)
@@ -101,7 +101,9 @@ def main() -> None:
         "results": [
             {
                 "seed": seed,
-                "kept": {mode: {arm: kept(found, modes["fp32"], arm) for arm in ARMS} for mode, found in modes.items()},
+                "kept": {
+                    mode: {arm: gain_kept(found, modes["fp32"], arm) for arm in ARMS} for mode, found in modes.items()
+                },
                 "losses": modes,
             }
             for seed, modes in runs.items()

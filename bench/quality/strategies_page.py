@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.lib import plots
 from bench.quality.federation import interval
-from bench.quality.fleets import ratio
+from bench.quality.fleets import median_ratio
 
 RESULTS = Path(__file__).parents[1] / "results"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -190,7 +190,7 @@ def _told(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
 
 
 def _ratio(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], key: str) -> str:
-    found = ratio([run[key] for run in runs], [run[key] for run in first])
+    found = median_ratio([run[key] for run in runs], [run[key] for run in first])
     return "—" if found is None else f"{found:.2f}"
 
 

@@ -30,10 +30,10 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.lib.machine import machine, versions
-from bench.privacy.utility import complete, share
+from bench.privacy.utility import run_once, share
 from models.base.denoiser import find_sites
-from models.families.known import find
-from models.lora.adapter import Sites, from_tensors, shapes
+from models.families.known import find_base
+from models.lora.adapter import Sites, adapter_shapes, from_tensors
 from models.lora.trainable import trained_shapes
 from protocol import quantization, tensor_codec
 from strategies.aggregation.fedsb import FedSB
@@ -45,7 +45,7 @@ MOST, KEPT = 0.45e6, 0.95
 """Bytes of an update, and the share of the gain that it keeps."""
 
 
-class Way(NamedTuple):
+class UpdateEncoding(NamedTuple):
     """How an update is sent, and the adapter that it is a change of."""
 
     precision: str
@@ -62,9 +62,22 @@ class Way(NamedTuple):
         return [f"strategy.update={self.precision}", f"strategy.keep={self.keep}", f"strategy.download={self.down}"]
 
 
-FP32 = Way("fp32")
-UP = (FP32, Way("fp16"), Way("int8"), Way("int4"), Way("int4", 0.5), Way("int4", 0.25))
-WAYS = (*UP, Way("fp32", down="int8"), Way("fp32", down="int4"), Way("int4", down="int8"), Way("int4", down="int4"))
+FP32 = UpdateEncoding("fp32")
+UP = (
+    FP32,
+    UpdateEncoding("fp16"),
+    UpdateEncoding("int8"),
+    UpdateEncoding("int4"),
+    UpdateEncoding("int4", 0.5),
+    UpdateEncoding("int4", 0.25),
+)
+WAYS = (
+    *UP,
+    UpdateEncoding("fp32", down="int8"),
+    UpdateEncoding("fp32", down="int4"),
+    UpdateEncoding("int4", down="int8"),
+    UpdateEncoding("int4", down="int4"),
+)
 TRAINED = {"factors": "both", "B alone": "b", "A alone": "a", "cores": "cores"}
 METHODS: Mapping[str, tuple[str, ...]] = {
     "fedit": ("strategy=fedit",),
@@ -92,22 +105,22 @@ def _drawn(expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     return {name: torch.randn(tuple(shape), generator=generator) for name, shape in expected.items()}
 
 
-def size(change: Mapping[str, Tensor], way: Way) -> int:
+def size(change: Mapping[str, Tensor], encoding: UpdateEncoding) -> int:
     """Bytes of the update."""
-    if way == FP32:  # what doesn't change need not be told either, but then it isn't what fp32 sends
+    if encoding == FP32:  # what doesn't change need not be told either, but then it isn't what fp32 sends
         return len(tensor_codec.encode(change))
-    return len(quantization.encode(change, way.precision, torch.Generator().manual_seed(0), keep=way.keep))
+    return len(quantization.encode(change, encoding.precision, torch.Generator().manual_seed(0), keep=encoding.keep))
 
 
 def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
     """Bytes by what is trained and how it is sent."""
     changes = {name: _drawn(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
-    return {name: {way.name: size(change, way) for way in UP} for name, change in changes.items()}
+    return {name: {encoding.name: size(change, encoding) for encoding in UP} for name, change in changes.items()}
 
 
 def downloads(sites: Sites, rank: int) -> dict[str, int]:
     """Bytes of the adapter that is sent down, by precision."""
-    whole = from_tensors(_drawn(shapes(sites, rank)))
+    whole = from_tensors(_drawn(adapter_shapes(sites, rank)))
     return {precision: len(download(whole, precision).data) for precision in ("fp32", *quantization.PRECISIONS)}
 
 
@@ -117,23 +130,27 @@ def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table
     table.add_column("sent in")
     for name in found:
         table.add_column(name, justify="right")
-    for way in UP:
-        cells = [found[name][way.name] for name in found]
-        table.add_row(way.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MOST else ''}" for count in cells))
+    for encoding in UP:
+        cells = [found[name][encoding.name] for name in found]
+        table.add_row(encoding.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MOST else ''}" for count in cells))
     return table
 
 
-def ways(method: str, precisions: Sequence[str], down: Sequence[str]) -> list[Way]:
+def encodings(method: str, precisions: Sequence[str], down: Sequence[str]) -> list[UpdateEncoding]:
     """Those that a method is run in, fp32 first; where directions don't stay from round to round nothing can be held
     back, and what is beside cores travels whole.
     """
-    found = [way for way in WAYS if way.precision in ("fp32", *precisions) and way.down in ("fp32", *down)]
+    found = [
+        encoding
+        for encoding in WAYS
+        if encoding.precision in ("fp32", *precisions) and encoding.down in ("fp32", *down)
+    ]
     if not AGGREGATIONS.get(method, FedSB).steady:
-        return [way for way in found if way.keep == 1]
-    return [way for way in found if way.down == "fp32"] if method == "cores" else found
+        return [encoding for encoding in found if encoding.keep == 1]
+    return [encoding for encoding in found if encoding.down == "fp32"] if method == "cores" else found
 
 
-def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[str]:
+def command(method: str, encoding: UpdateEncoding, seed: int, overrides: Sequence[str]) -> list[str]:
     """What runs one federation."""
     return [
         sys.executable,
@@ -141,7 +158,7 @@ def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[
         "simulations.run",
         *COMMON,
         *METHODS[method],
-        *way.overrides,
+        *encoding.overrides,
         f"adapter.shared.learning_rate={RATES[method]}",
         f"seed={seed}",
         *overrides,
@@ -150,7 +167,7 @@ def command(method: str, way: Way, seed: int, overrides: Sequence[str]) -> list[
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run it, unless it was; its losses by arm, each writer's, and bytes."""
-    complete(arguments, folder)
+    run_once(arguments, folder)
     rows = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     return {
@@ -160,7 +177,7 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     }
 
 
-def kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+def gain_kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
     """Share of the gain at fp32, over all seeds' writers, with its 95 % interval, in which fp32's is taken as known."""
     gain, reference = (
         np.concatenate([np.subtract(run["losses"]["base"], run["losses"]["shared"]) for run in runs])
@@ -170,7 +187,7 @@ def kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]])
     return 1 + difference, 1 + low, 1 + high
 
 
-def gains(results: Mapping[tuple[str, Way], Sequence[Mapping[str, Any]]]) -> Table:
+def gains(results: Mapping[tuple[str, UpdateEncoding], Sequence[Mapping[str, Any]]]) -> Table:
     """A row for each method and way."""
     table = Table(
         title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; at least {KEPT:.0%} is wanted"
@@ -186,14 +203,14 @@ def gains(results: Mapping[tuple[str, Way], Sequence[Mapping[str, Any]]]) -> Tab
         "× fewer",
     ):
         table.add_column(heading, justify="right")
-    for (method, way), found in results.items():
+    for (method, encoding), found in results.items():
         whole = results[method, FP32]
-        mean, low, high = kept(found, whole)
+        mean, low, high = gain_kept(found, whole)
         up, all_up, down, all_down = (sum(run[key] for run in runs) for key in BYTES for runs in (found, whole))
         loss = np.mean([run["losses"]["shared"] for run in found])
         of_gain = f"{loss:.4f}", f"{mean:.1%} [{low:.1%}, {high:.1%}]"
         of_bytes = f"{up / 1e6:.2f}", f"{all_up / up:.1f}", f"{down / 1e6:.2f}", f"{all_down / down:.1f}"
-        table.add_row(method, way.name, *of_gain, *of_bytes)
+        table.add_row(method, encoding.name, *of_gain, *of_bytes)
     return table
 
 
@@ -212,7 +229,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
     arguments, overrides = parser.parse_known_args()
-    known = find(arguments.base)
+    known = find_base(arguments.base)
     sites = find_sites(known.network(), known.family.sites)
     counted = sizes(sites, arguments.rank)
     Console().print(shown(arguments.base, arguments.rank, counted))
@@ -238,25 +255,25 @@ def main() -> None:
         "wanted": {"bytes": MOST, "kept": KEPT},
         "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted, "down": down},
     }
-    results: dict[tuple[str, Way], list[dict[str, Any]]] = {}
+    results: dict[tuple[str, UpdateEncoding], list[dict[str, Any]]] = {}
     if arguments.gain:
         work = [
-            (method, way, seed)
+            (method, encoding, seed)
             for method in arguments.methods
-            for way in ways(method, arguments.precisions, arguments.down)
+            for encoding in encodings(method, arguments.precisions, arguments.down)
             for seed in arguments.seeds
         ]
 
-        def one(method: str, way: Way, seed: int) -> dict[str, Any]:
-            folder = arguments.runs / f"{method}-{way.precision}-{way.keep}-{way.down}-{seed}"
-            return run(command(method, way, seed, overrides), folder)
+        def one(method: str, encoding: UpdateEncoding, seed: int) -> dict[str, Any]:
+            folder = arguments.runs / f"{method}-{encoding.precision}-{encoding.keep}-{encoding.down}-{seed}"
+            return run(command(method, encoding, seed, overrides), folder)
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for (method, way, _), found in zip(work, pool.map(lambda which: one(*which), work), strict=True):
-                results.setdefault((method, way), []).append(found)
+            for (method, encoding, _), found in zip(work, pool.map(lambda which: one(*which), work), strict=True):
+                results.setdefault((method, encoding), []).append(found)
         record["gain"] = [
-            {"method": method, "sent": way.name, "kept": kept(found, results[method, FP32]), "runs": found}
-            for (method, way), found in results.items()
+            {"method": method, "sent": encoding.name, "kept": gain_kept(found, results[method, FP32]), "runs": found}
+            for (method, encoding), found in results.items()
         ]
         Console().print(gains(results))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

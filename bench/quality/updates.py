@@ -13,11 +13,11 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from conf.compose import compose
-from models.lora.adapter import Adapter, Factors, head_and_tail, initial, rank
+from models.lora.adapter import Adapter, Factors, init_adapter, rank, split_rank
 from simulations import setup
 from strategies.aggregation import Updates
 from strategies.aggregation.exact import Exact
-from training.jobs import Encode, Examples, Train, Trained
+from training.jobs import EncodeJob, Examples, Train, Trained
 from training.memory import budget
 
 WRITERS, STEPS, BATCH, RATE = 16, 10, 4, 4e-3
@@ -35,11 +35,11 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         base, people, database = setup.build(config, Path(folder))
         perform = setup.performer(config, base, budget(None, base.device))
-        encoded = cast(list[Examples], perform([Encode(pictures=person.pictures.train) for person in people]))
+        encoded = cast(list[Examples], perform([EncodeJob(pictures=person.pictures.train) for person in people]))
         database.close()
-    current = initial(base.sites, max(ranks), derive_seed(seed, "shared"))
+    current = init_adapter(base.sites, max(ranks), derive_seed(seed, "shared"))
     for number in range(1, ROUNDS + 1):
-        parts = [(*head_and_tail(current, r), r) for r in itertools.islice(itertools.cycle(ranks), len(people))]
+        parts = [(*split_rank(current, r), r) for r in itertools.islice(itertools.cycle(ranks), len(people))]
         jobs = [
             Train(
                 client=person.name,
@@ -57,12 +57,12 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
         ]
         updates = [(cast(Trained, trained).adapter, 1.0) for trained in perform(list(jobs))]
         for cap in ranks:
-            found.append({"round": number, "rank": cap, **against_best(current, updates, cap)})
+            found.append({"round": number, "rank": cap, **relative_errors(current, updates, cap)})
         current = Exact(rank=max(ranks), max_rank=max(ranks), seed=seed).aggregate(current, updates, round=number)[0]
     return found
 
 
-def against_best(current: Adapter, updates: Updates, cap: int) -> dict[str, float]:
+def relative_errors(current: Adapter, updates: Updates, cap: int) -> dict[str, float]:
     """Errors of one cap."""
     ours = Exact(rank=cap, max_rank=cap, seed=0).aggregate(current, updates, round=1).adapter
     sums = dict.fromkeys(("whole", "best", "exact", "fedit_padded"), 0.0)
@@ -73,9 +73,9 @@ def against_best(current: Adapter, updates: Updates, cap: int) -> dict[str, floa
         fedit = torch.stack([b for _, b in padded]).mean(0) @ torch.stack([a for a, _ in padded]).mean(0)
         squares = {
             "whole": mean.square().sum(),
-            "best": (truncated(mean, cap) - mean).square().sum(),
+            "best": (best_approximation(mean, cap) - mean).square().sum(),
             "exact": (ours[site].b.double() @ ours[site].a.double() - mean).square().sum(),
-            "fedit_padded": (truncated(fedit, cap) - mean).square().sum(),
+            "fedit_padded": (best_approximation(fedit, cap) - mean).square().sum(),
         }
         sums = {name: total + float(squares[name]) for name, total in sums.items()}
         if squares["best"] > 1e-10 * squares["whole"]:
@@ -91,7 +91,7 @@ def whole(before: Factors, trained: Factors) -> Factors:
     return Factors(a.double(), b.double())
 
 
-def truncated(matrix: Tensor, rank: int) -> Tensor:
+def best_approximation(matrix: Tensor, rank: int) -> Tensor:
     """The best approximation of a matrix (Eckart–Young)."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :rank] * sigma[:rank]) @ vh[:rank]

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from models.base.base import load
-from models.lora.adapter import initial
-from privacy.noise import Simulated
+from models.lora.adapter import init_adapter
+from privacy.noise import SimulatedNoise
 from training.engine import perform
-from training.jobs import DPSGD, Encode, Examples, Picture, Train, Trained
+from training.jobs import DPSGD, EncodeJob, Examples, Picture, Train, Trained
 from typefaces import dataset
 
 SEED, RANK, STEPS, PICTURES, BATCH = 7, 4, 2, 8, 4
@@ -36,7 +36,7 @@ def main() -> None:
     writer = dataset.load("development")[0]
     captions = [dataset.caption(glyph) for glyph in dataset.GLYPHS[:PICTURES]]
     pictures = [Picture(np.asarray(image), caption) for image, caption in zip(writer.images, captions, strict=False)]
-    (examples,) = perform(base, [Encode(pictures=pictures)], memory=MEMORY, timesteps=1)
+    (examples,) = perform(base, [EncodeJob(pictures=pictures)], memory=MEMORY, timesteps=1)
     assert isinstance(examples, Examples), examples
     loaded = time.perf_counter()
     job = Train(
@@ -45,12 +45,12 @@ def main() -> None:
         purpose="shared",
         seed=SEED,
         examples=examples,
-        start=initial(base.sites, RANK, SEED),
+        start=init_adapter(base.sites, RANK, SEED),
         steps=STEPS,
         batch_size=BATCH,
         learning_rate=1e-2,
         privacy=PRIVACY,
-        noise=Simulated(seed=SEED, client="smoke", round=1, purpose="shared"),
+        noise=SimulatedNoise(seed=SEED, client="smoke", round=1, purpose="shared"),
         names=tuple(captions),
     )
     (trained,) = perform(base, [job], memory=MEMORY, timesteps=1)

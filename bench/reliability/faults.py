@@ -35,8 +35,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.reliability.network import SERVER, network, plug
-from bench.reliability.processes import Federation, Program, command, end_all, federation, letters, until
+from bench.reliability.network import SERVER, network, set_link
+from bench.reliability.processes import (
+    LocalFederation,
+    ModuleProcess,
+    federation,
+    kill_all,
+    run_module,
+    wait_until,
+    write_letter_folders,
+)
 from common.atomic_files import write
 
 OUT = Path("bench/results/faults.json")
@@ -56,12 +64,12 @@ Harm = Callable[["Scene"], "str | None"]
 class Scene:
     """A federation at work, and who is harmed in this run."""
 
-    federation: Federation
-    drawn: random.Random
+    federation: LocalFederation
+    rng: random.Random
     victim: str = ""
 
     @property
-    def device(self) -> Program:
+    def device(self) -> ModuleProcess:
         return self.federation.devices[self.victim]
 
     def server_state(self) -> dict[str, Any]:
@@ -85,8 +93,8 @@ class Scene:
             found[:] = self._find(what)
             return bool(found)
 
-        until(look, 120, f"{what}\n{self.federation.told()}")
-        return self.drawn.choice(found)
+        wait_until(look, 120, f"{what}\n{self.federation.told()}")
+        return self.rng.choice(found)
 
     def _find(self, what: str) -> list[psutil.Process]:
         match what:
@@ -110,7 +118,7 @@ class Scene:
                 return [p for p in psutil.process_iter() if _is_of(p, self.federation.server.home, "flwr-serverapp")]
 
     def pause(self, seconds: float) -> None:
-        time.sleep(self.drawn.uniform(0, seconds))
+        time.sleep(self.rng.uniform(0, seconds))
 
 
 def killed(what: str) -> Harm:
@@ -157,7 +165,7 @@ def corrupt_cache(scene: Scene) -> None:
     for file in (scene.device.home / "devices" / scene.victim / "cache").glob("*"):
         data = bytearray(file.read_bytes())
         for _ in range(max(1, len(data) // 1000)):
-            data[scene.drawn.randrange(len(data))] ^= 1 + scene.drawn.randrange(255)
+            data[scene.rng.randrange(len(data))] ^= 1 + scene.rng.randrange(255)
         file.write_bytes(data)
     scene.process("worker").kill()
 
@@ -166,29 +174,33 @@ def half_a_checkpoint(scene: Scene) -> str | None:
     """The server dies, and of its newest checkpoint a file is cut: refused by name, and gone on from the one before."""
     federation = scene.federation
     federation.server.kill()
-    end_all(federation.server.home)  # as a power cut does: else its ServerApp may end another round meanwhile
+    kill_all(federation.server.home)  # as a power cut does: else its ServerApp may end another round meanwhile
     newest = sorted(federation.runs[-1].glob("checkpoints/round-*"))[-1]
-    file = scene.drawn.choice([*newest.iterdir()])
+    file = scene.rng.choice([*newest.iterdir()])
     before = file.read_bytes()
-    file.write_bytes(before[: scene.drawn.randrange(len(before))])
+    file.write_bytes(before[: scene.rng.randrange(len(before))])
     federation.start()
-    until(lambda: str(newest) in federation.server.said, 120, "the damage's name")
-    *_, said = (line for line in federation.server.said.splitlines() if f"delete {newest}" in line)
+    wait_until(lambda: str(newest) in federation.server.output, 120, "the damage's name")
+    *_, output = (line for line in federation.server.output.splitlines() if f"delete {newest}" in line)
     federation.server.stop()
     shutil.rmtree(newest)  # as it says
     federation.start()
-    return said.removeprefix("error: ")
+    return output.removeprefix("error: ")
 
 
 def two_with_one_store(scene: Scene) -> str:
     """A second node of the same home."""
     own = {"ANTHER_HOME": str(scene.device.home)}
-    second = Program(
-        "client.runtime.supervisor", scene.device.words, scene.device.home / "second", own, scene.device.within
+    second = ModuleProcess(
+        "client.runtime.supervisor",
+        scene.device.arguments,
+        scene.device.home / "second",
+        own,
+        scene.device.command_prefix,
     )
     second.start()
-    until(lambda: second.code is not None, 60, f"a refusal\n{second.said}")
-    return second.said.strip().splitlines()[-1].removeprefix("error: ")
+    wait_until(lambda: second.exit_code is not None, 60, f"a refusal\n{second.output}")
+    return second.output.strip().splitlines()[-1].removeprefix("error: ")
 
 
 def another_certificate(scene: Scene) -> str:
@@ -196,37 +208,37 @@ def another_certificate(scene: Scene) -> str:
     federation, device = scene.federation, scene.device
     device.stop()
     federation.server.stop()
-    other = Program(
-        "server.supervisor.run", federation.server.words, federation.folder / f"other-{scene.drawn.random()}", {}
+    other = ModuleProcess(
+        "server.supervisor.run", federation.server.arguments, federation.folder / f"other-{scene.rng.random()}", {}
     )
     other.start()
-    until(lambda: "listening on" in other.said, 120, other.said)
-    before = len(device.said)
+    wait_until(lambda: "listening on" in other.output, 120, other.output)
+    before = len(device.output)
     device.start()
-    until(lambda: device.code is not None, 120, f"a refusal\n{device.said}")
+    wait_until(lambda: device.exit_code is not None, 120, f"a refusal\n{device.output}")
     other.stop()
     federation.start()
     device.start()
-    return device.said[before:].split("error: ")[-1].splitlines()[0]
+    return device.output[before:].split("error: ")[-1].splitlines()[0]
 
 
 def clock_jumps(scene: Scene) -> str:
     """The device starts with its clock an hour ahead: it says so and waits, and goes on with a clock that is right."""
-    device, before = scene.device, len(scene.device.said)
+    device, before = scene.device, len(scene.device.output)
     device.stop()
     device.environment = _ahead()
     device.start()
-    until(lambda: "clock is" in device.said[before:], 240, f"a word about the clock\n{device.said[-2000:]}")
+    wait_until(lambda: "clock is" in device.output[before:], 240, f"a word about the clock\n{device.output[-2000:]}")
     device.stop()
     device.environment = {}
     device.start()
-    return next(line for line in device.said[before:].splitlines() if "clock is" in line)
+    return next(line for line in device.output[before:].splitlines() if "clock is" in line)
 
 
 def certificate_anew(scene: Scene) -> None:
     """The operator makes a new key and certificate while everything is at work."""
     scene.pause(4)
-    done = command("server.gateway.keys", "rotate", home=scene.federation.server.home)
+    done = run_module("server.gateway.keys", "rotate", home=scene.federation.server.home)
     assert done.returncode == 0, done.stderr
 
 
@@ -238,9 +250,9 @@ def cut(seconds: float) -> Harm:
         with contextlib.suppress(psutil.TimeoutExpired, psutil.NoSuchProcess):
             process.wait(60)  # its reply is about to go up
         scene.pause(0.3)
-        plug(scene.victim, on=False)
+        set_link(scene.victim, on=False)
         time.sleep(seconds)
-        plug(scene.victim, on=True)
+        set_link(scene.victim, on=True)
 
     return harm
 
@@ -261,7 +273,7 @@ ROWS: dict[str, Harm] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class FaultOutcome:
     """What came of one run; with neither, it failed."""
 
     seconds: float
@@ -274,18 +286,18 @@ class Run:
         return f"{'FAILED' if self.failed else 'refused' if self.refused else 'went on'} in {self.seconds:.0f}"
 
 
-def once(scene: Scene, harm: Harm) -> Run:
+def once(scene: Scene, harm: Harm) -> FaultOutcome:
     """One run of a row."""
-    scene.victim = scene.drawn.choice(list(scene.federation.devices))
+    scene.victim = scene.rng.choice(list(scene.federation.devices))
     began, refused, failed = time.monotonic(), None, None
     try:
         refused = harm(scene)
         before = scene.last_used()
-        until(lambda: _all_again(scene, before), PATIENCE, scene.federation.told())
+        wait_until(lambda: _all_again(scene, before), PATIENCE, scene.federation.told())
         whole(scene)
     except AssertionError as error:
         failed = str(error)[-4000:]
-    return Run(seconds=time.monotonic() - began, refused=refused, failed=failed)
+    return FaultOutcome(seconds=time.monotonic() - began, refused=refused, failed=failed)
 
 
 def _all_again(scene: Scene, before: dict[str, int]) -> bool:
@@ -297,7 +309,7 @@ def whole(scene: Scene) -> None:
     """AssertionError unless every ledger can be believed, and holds a seal for every update that was used."""
     used = scene.last_used()
     for name, device in scene.federation.devices.items():
-        done = command("client.cli.ledger", "--json", "--name", name, home=device.home)
+        done = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
         assert done.returncode == 0, done.stderr
         entries = json.loads(done.stdout)["entries"]
         sealed = sum(entry["state"] != "reserved" for entry in entries if entry["mechanism"])
@@ -309,18 +321,18 @@ def scene(folder: Path, seed: int) -> Iterator[Scene]:
     """A federation that goes on and on; its devices have small disks of their own."""
     mounted = []
     try:
-        pictures = letters(folder / "pictures", DEVICES, each=6)
-        with network(list(pictures)) as within, federation(folder, RUN, host=SERVER) as found:
+        pictures = write_letter_folders(folder / "pictures", DEVICES, each=6)
+        with network(list(pictures)) as command_prefix, federation(folder, RUN, host=SERVER) as found:
             found.start()
             for name, data in pictures.items():
                 home = folder / name
                 home.mkdir()
                 subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(home)], check=True)
                 mounted.append(home)
-                device = found.enrol(name, data, "test=true", "seed=1", within=within[name])
+                device = found.enroll(name, data, "test=true", "seed=1", command_prefix=command_prefix[name])
                 device.start()
             at_work = Scene(found, random.Random(seed))
-            until(lambda: found.rounds() >= 1, 600, found.told())
+            wait_until(lambda: found.rounds() >= 1, 600, found.told())
             yield at_work
     finally:
         for home in mounted:
@@ -393,16 +405,28 @@ def side_by_side(waiting: list[tuple[str, int]], jobs: int, seed: int, out: Path
 
 def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
     """A piece with a network and mounts of its own, begun."""
-    words = [row, "--runs", str(runs), "--seed", str(seed), "--out", str(out)]
+    arguments = [row, "--runs", str(runs), "--seed", str(seed), "--out", str(out)]
     own = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec "$@"'
     return subprocess.Popen(
-        ["unshare", "--net", "--mount", "sh", "-c", own, "-", sys.executable, "-m", "bench.reliability.faults", *words],
+        [
+            "unshare",
+            "--net",
+            "--mount",
+            "sh",
+            "-c",
+            own,
+            "-",
+            sys.executable,
+            "-m",
+            "bench.reliability.faults",
+            *arguments,
+        ],
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
-def keep(out: Path, row: str, run: Run) -> Run:
+def keep(out: Path, row: str, run: FaultOutcome) -> FaultOutcome:
     """Add it to the file, which several write."""
     folder = os.open(out.absolute().parent, os.O_RDONLY)
     try:
@@ -428,10 +452,10 @@ def table(record: dict[str, Any]) -> Table:
         shown.add_column(heading, justify="left" if heading in ("", "said") else "right")
     for name, runs in record["rows"].items():
         good = [run for run in runs if not run["failed"]]
-        said = next((run["refused"] for run in good if run["refused"]), "")
+        output = next((run["refused"] for run in good if run["refused"]), "")
         refused = sum(run["refused"] is not None for run in good)
         seconds = f"{median(run['seconds'] for run in good):.0f}" if good else "—"
-        shown.add_row(name, str(len(runs)), str(len(good) - refused), str(refused), seconds, said[:60])
+        shown.add_row(name, str(len(runs)), str(len(good) - refused), str(refused), seconds, output[:60])
     return shown
 
 

@@ -31,7 +31,7 @@ def network(names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
         _end(names)
 
 
-def plug(name: str, *, on: bool) -> None:
+def set_link(name: str, *, on: bool) -> None:
     """The cable of a device in, or out."""
     _ip("link", "set", cable(name), "up" if on else "down")
 

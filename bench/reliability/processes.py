@@ -38,7 +38,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def letters(folder: Path, owners: int, each: int = 10) -> dict[str, Path]:
+def write_letter_folders(folder: Path, owners: int, each: int = 10) -> dict[str, Path]:
     """Folders of so many development writers' letters, by the name of their owner."""
     from typefaces import dataset
 
@@ -62,7 +62,7 @@ def write_letters(folder: Path, images: Iterable[Any], captions: Sequence[str]) 
     return folder
 
 
-def until(true: Callable[[], object], seconds: float, what: str) -> None:
+def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
     """Wait for something; AssertionError if it takes too long, which is no measurement."""
     end = time.monotonic() + seconds
     while not true():
@@ -71,14 +71,14 @@ def until(true: Callable[[], object], seconds: float, what: str) -> None:
 
 
 @dataclass
-class Program:
-    """`python -m MODULE WORDS` in a home of its own, in the background."""
+class ModuleProcess:
+    """`python -m MODULE_BYTES WORDS` in a home of its own, in the background."""
 
     module: str
-    words: list[str]
+    arguments: list[str]
     home: Path
     environment: dict[str, str] = field(default_factory=dict)
-    within: list[str] = field(default_factory=list)
+    command_prefix: list[str] = field(default_factory=list)
     """What its command is begun with: of a network namespace."""
     process: subprocess.Popen | None = None
 
@@ -87,14 +87,14 @@ class Program:
         return self.home / f"{self.module}.log"
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def start(self) -> Program:
+    def start(self) -> ModuleProcess:
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.within, sys.executable, "-m", self.module, *self.words],
+                [*self.command_prefix, sys.executable, "-m", self.module, *self.arguments],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -117,12 +117,12 @@ class Program:
             self.process.wait()
 
     @property
-    def code(self) -> int | None:
+    def exit_code(self) -> int | None:
         return self.process.poll() if self.process else None
 
     def children(self, part: str) -> list[psutil.Process]:
         """Processes below it whose command line has this in it."""
-        if self.code is not None or self.process is None:
+        if self.exit_code is not None or self.process is None:
             return []
         below = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in below if part in " ".join(_line(child))]
@@ -133,12 +133,12 @@ def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str
     return {**kept, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
 
 
-def command(
-    module: str, *words: str, home: Path, within: Sequence[str] = (), told: str = ""
+def run_module(
+    module: str, *arguments: str, home: Path, command_prefix: Sequence[str] = (), told: str = ""
 ) -> subprocess.CompletedProcess:
-    """`python -m MODULE WORDS` to its end; `told` is its standard input."""
+    """`python -m MODULE_BYTES WORDS` to its end; `told` is its standard input."""
     return subprocess.run(
-        [*within, sys.executable, "-m", module, *words],
+        [*command_prefix, sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=environment(home),
         capture_output=True,
@@ -150,17 +150,17 @@ def command(
 
 
 @dataclass
-class Federation:
+class LocalFederation:
     """A server and its devices, in `folder`."""
 
     folder: Path
-    words: list[str]
+    arguments: list[str]
     port: int = field(default_factory=free_port)
     inner: int = field(default_factory=free_port)
-    devices: dict[str, Program] = field(default_factory=dict)
+    devices: dict[str, ModuleProcess] = field(default_factory=dict)
     host: str = LOOPBACK
     """That devices reach it by."""
-    server: Program = field(init=False)
+    server: ModuleProcess = field(init=False)
 
     def __post_init__(self) -> None:
         settings = [
@@ -171,31 +171,40 @@ class Federation:
             "server.per_holder=99",
             "server.min_devices=1",
         ]
-        self.server = Program(
-            "server.supervisor.run", [*self.words, *settings], self.folder / "server", {"ANTHER_TEST": "true"}
+        self.server = ModuleProcess(
+            "server.supervisor.run", [*self.arguments, *settings], self.folder / "server", {"ANTHER_TEST": "true"}
         )
 
     def start(self, seconds: float = 120) -> None:
-        before = self.server.said.count("listening on")
+        before = self.server.output.count("listening on")
         self.server.start()
-        until(
-            lambda: self.server.said.count("listening on") > before or self.server.code is not None, seconds, "a server"
+        wait_until(
+            lambda: self.server.output.count("listening on") > before or self.server.exit_code is not None,
+            seconds,
+            "a server",
         )
-        assert self.server.code is None, self.server.said
+        assert self.server.exit_code is None, self.server.output
 
     def ticket(self, holder: str = "somebody") -> str:
-        done = command("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
+        done = run_module("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def enrol(self, name: str, data: Path, *words: str, within: Sequence[str] = ()) -> Program:
+    def enroll(self, name: str, data: Path, *arguments: str, command_prefix: Sequence[str] = ()) -> ModuleProcess:
         """A device that is in; not started yet."""
         home = self.folder / name
-        done = command(
-            "client.cli.enroll", f"data={data}", f"name={name}", home=home, within=within, told=self.ticket()
+        done = run_module(
+            "client.cli.enroll",
+            f"data={data}",
+            f"name={name}",
+            home=home,
+            command_prefix=command_prefix,
+            told=self.ticket(),
         )
         assert done.returncode == 0, done.stderr
-        self.devices[name] = Program("client.runtime.supervisor", [*QUICK, *words], home, within=list(within))
+        self.devices[name] = ModuleProcess(
+            "client.runtime.supervisor", [*QUICK, *arguments], home, command_prefix=list(command_prefix)
+        )
         return self.devices[name]
 
     @property
@@ -209,22 +218,22 @@ class Federation:
 
     def told(self) -> str:
         """All logs, for whoever has to find out what went wrong."""
-        return "\n".join(f"== {p.home.name}\n{p.said[-3000:]}" for p in (self.server, *self.devices.values()))
+        return "\n".join(f"== {p.home.name}\n{p.output[-3000:]}" for p in (self.server, *self.devices.values()))
 
 
 @contextmanager
-def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterator[Federation]:
+def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterator[LocalFederation]:
     """A federation that is ended at last, whatever becomes of the test."""
-    found = Federation(folder, shlex.split(overrides), host=host)
+    found = LocalFederation(folder, shlex.split(overrides), host=host)
     try:
         yield found
     finally:
         for program in (*found.devices.values(), found.server):
             program.stop()
-        end_all(folder)
+        kill_all(folder)
 
 
-def end_all(folder: Path) -> None:
+def kill_all(folder: Path) -> None:
     """Processes whose home is the folder or in it: of what was killed, children may be left for a moment."""
     for process in psutil.process_iter():
         try:

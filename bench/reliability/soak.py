@@ -29,7 +29,7 @@ from rich.console import Console
 
 from bench.lib.machine import machine, versions
 from bench.reliability.faults import RUN as PRIVATE
-from bench.reliability.processes import Federation, Program, command, federation, letters
+from bench.reliability.processes import LocalFederation, ModuleProcess, federation, run_module, write_letter_folders
 
 OUT = Path("bench/results/soak.json")
 DEVICES, LEAST = 5, 1
@@ -43,12 +43,12 @@ EVENTS = ("join", "leave", "die")
 
 
 @dataclass
-class Memory:
+class MemorySamples:
     """PSS in MiB of the processes of the server and of the device that stays, by round."""
 
     samples: dict[tuple[str, int], list[tuple[int, float]]] = field(default_factory=dict)
 
-    def look(self, found: Federation, stays: Program, number: int) -> None:
+    def look(self, found: LocalFederation, stays: ModuleProcess, number: int) -> None:
         homes = {str(found.server.home): SERVER, str(stays.home): DEVICE}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -73,17 +73,17 @@ class Memory:
         return told
 
 
-def happens(changing: list[Program], drawn: random.Random, counts: Counter[str]) -> None:
+def happens(changing: list[ModuleProcess], rng: random.Random, counts: Counter[str]) -> None:
     """A device joins, leaves or dies; one of these stays."""
-    there = [device for device in changing if device.code is None]
-    gone = [device for device in changing if device.code is not None]
-    event = drawn.choice(EVENTS)
+    there = [device for device in changing if device.exit_code is None]
+    gone = [device for device in changing if device.exit_code is not None]
+    event = rng.choice(EVENTS)
     if event == "join" and gone:
-        drawn.choice(gone).start()
+        rng.choice(gone).start()
     elif event == "leave" and len(there) > LEAST:
-        drawn.choice(there).stop()
+        rng.choice(there).stop()
     elif event == "die" and len(there) > LEAST:
-        drawn.choice(there).kill()
+        rng.choice(there).kill()
     else:
         return
     counts[event] += 1
@@ -105,11 +105,11 @@ def accounts(history: list[dict[str, Any]]) -> dict[str, int]:
     return dict(found)
 
 
-def sealed(found: Federation) -> int:
+def sealed(found: LocalFederation) -> int:
     """Updates that devices have sealed, by their own ledgers."""
     total = 0
     for name, device in found.devices.items():
-        done = command("client.cli.ledger", "--json", "--name", name, home=device.home)
+        done = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
         assert done.returncode == 0, done.stderr
         entries = json.loads(done.stdout)["entries"]
         total += sum(entry["state"] != "reserved" for entry in entries if entry["mechanism"])
@@ -123,24 +123,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    drawn, memory, events, began = random.Random(asked.seed), Memory(), Counter[str](), time.monotonic()
+    rng, memory, events, began = random.Random(asked.seed), MemorySamples(), Counter[str](), time.monotonic()
     words = PRIVATE.replace("rounds=5000", f"rounds={asked.rounds}").replace("timeout=90", "timeout=30")
     with tempfile.TemporaryDirectory(prefix="anther-") as folder, federation(Path(folder), words) as found:
         found.start()
-        for name, data in letters(Path(folder) / "pictures", DEVICES, each=6).items():
-            found.enrol(name, data, "test=true", "seed=1").start()
+        for name, data in write_letter_folders(Path(folder) / "pictures", DEVICES, each=6).items():
+            found.enroll(name, data, "test=true", "seed=1").start()
         stays, *changing = found.devices.values()
         seen = next_event = 0
-        while found.server.code is None:
+        while found.server.exit_code is None:
             time.sleep(0.5)
             if (number := found.rounds()) > seen:
                 seen = number
                 memory.look(found, stays, number)
             if seen >= next_event + asked.every:
                 next_event = seen
-                happens(changing, drawn, events)
+                happens(changing, rng, events)
         state = json.loads((sorted(found.runs[-1].glob("checkpoints/round-*"))[-1] / "state.json").read_text())
-        told, code, seals = found.told(), found.server.code, sealed(found)
+        told, exit_code, seals = found.told(), found.server.exit_code, sealed(found)
     record = {
         "command": " ".join(["python -m bench.reliability.soak", *sys.argv[1:]]),
         "machine": machine(torch.device("cpu")),
@@ -148,14 +148,14 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "rounds": len(state["history"]) - 1,
         "seconds": time.monotonic() - began,
-        "ended": code,
+        "ended": exit_code,
         "events": dict(events),
         "accounts": accounts(state["history"]),
         "sealed": seals,
         "memory": memory.slopes(asked.rounds),
     }
     asked.out.write_text(json.dumps(record, indent=2) + "\n")
-    if code:
+    if exit_code:
         print(told, file=sys.stderr)
     show(record)
 

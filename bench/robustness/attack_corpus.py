@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from protocol.messages import LONGEST, NEWEST
+from protocol.messages import MAX_JSON_CHARS, NEWEST
 
 Header = dict[str, dict[str, Any]]
 Delivery = Callable[[], Message]
@@ -56,14 +56,14 @@ WEIRD: tuple[Any, ...] = (
 )
 
 
-class Letter(NamedTuple):
+class WireMessage(NamedTuple):
     """An honest message as it travels."""
 
     text: str
     adapter: bytes | None
 
 
-class Attack(NamedTuple):
+class MessageAttack(NamedTuple):
     """Something to deliver in place of a message."""
 
     kind: str
@@ -74,7 +74,7 @@ class Attack(NamedTuple):
     """The adapter's bytes, for the peer that reads only those."""
 
 
-def records_of(letter: Letter, checksum: str | None = None) -> RecordDict:
+def to_records(letter: WireMessage, checksum: str | None = None) -> RecordDict:
     """A letter in Flower's records, with its own checksum or another."""
     beside = b"" if letter.adapter is None else hashlib.sha256(letter.adapter).digest()
     true = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
@@ -86,9 +86,9 @@ def records_of(letter: Letter, checksum: str | None = None) -> RecordDict:
     return records
 
 
-def delivering(kind: str, records: RecordDict, payload: bytes | None = None) -> Attack:
+def records_attack(kind: str, records: RecordDict, payload: bytes | None = None) -> MessageAttack:
     """These records, as content of a reply or of a request."""
-    return Attack(kind, lambda message: lambda: _with_content(message, records), payload)
+    return MessageAttack(kind, lambda message: lambda: _with_content(message, records), payload)
 
 
 def _with_content(message: Message, records: RecordDict) -> Message:
@@ -115,7 +115,7 @@ def packed(header: object, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def scaled(good: bytes, value: Callable[[np.ndarray], np.ndarray]) -> bytes:
+def replace_values(good: bytes, value: Callable[[np.ndarray], np.ndarray]) -> bytes:
     """The same tensors with other numbers."""
     header, data = unpacked(good)
     return packed(header, value(np.frombuffer(data, "<f4").copy()).astype("<f4").tobytes())
@@ -149,8 +149,8 @@ def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
     yield "deep nesting", packed("[" * 60_000, data)
     yield "deep nesting", packed('{"a":' * 10_000, data)
     yield "deep nesting", packed(text.replace('"F32"', NESTED, 1), data)
-    yield "NaN or infinite", scaled(good, _put(0, float("nan")))
-    yield "NaN or infinite", scaled(good, _put(-1, float("-inf")))
+    yield "NaN or infinite", replace_values(good, _put(0, float("nan")))
+    yield "NaN or infinite", replace_values(good, _put(-1, float("-inf")))
     yield "NaN or infinite", packed(text.replace(str(end), "NaN", 1), data)
     yield "wrong dtype", with_entry(dtype="F64")
     yield "wrong dtype", packed({k: v | {"dtype": "I32"} for k, v in header.items()}, data)
@@ -189,10 +189,13 @@ def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
     yield "size", struct.pack("<Q", 2**63) + bytes(64)
     yield "size", struct.pack("<Q", 2**40) + good[8:]
     yield "size", b""
-    yield "norm", scaled(good, lambda values: np.full_like(values, 1e30))
-    yield "norm", scaled(good, lambda values: np.full_like(values, 3.4e38))
-    yield "norm", scaled(good, _put(0, 101.0))
-    yield "product", scaled(good, lambda values: np.full_like(values, 90 / max(1.0, len(values) / len(header)) ** 0.5))
+    yield "norm", replace_values(good, lambda values: np.full_like(values, 1e30))
+    yield "norm", replace_values(good, lambda values: np.full_like(values, 3.4e38))
+    yield "norm", replace_values(good, _put(0, 101.0))
+    yield (
+        "product",
+        replace_values(good, lambda values: np.full_like(values, 90 / max(1.0, len(values) / len(header)) ** 0.5)),
+    )
 
 
 def mutated_payload(good: bytes, random: Random) -> tuple[str, bytes]:
@@ -212,7 +215,7 @@ def mutated_payload(good: bytes, random: Random) -> tuple[str, bytes]:
     if way == 3:
         number = random.choice((float("nan"), float("inf"), 1e-40, -1e-40, 0.0, 99.0, 101.0, -1e38, 3.0))
         count = len(unpacked(good)[1]) // 4
-        return "values", scaled(good, _put(random.randrange(count), number))
+        return "values", replace_values(good, _put(random.randrange(count), number))
     header, data = unpacked(good)
     if way == 4:
         text = json.dumps(header)
@@ -253,10 +256,10 @@ def _change(value: dict[str, Any], random: Random) -> None:
 # JSON
 
 
-def texts(good: str) -> Iterator[tuple[str, str]]:
+def json_attacks(good: str) -> Iterator[tuple[str, str]]:
     """Named texts that no honest peer writes."""
     fields = json.loads(good)
-    yield "JSON too long", good + " " * LONGEST
+    yield "JSON too long", good + " " * MAX_JSON_CHARS
     yield "JSON too long", "9" * 30_000_000
     yield "deep nesting", "[" * 60_000
     yield "deep nesting", good[:-1] + f'{"," if fields else ""}"a":{NESTED}}}'
@@ -291,9 +294,9 @@ def mutated_text(good: str, random: Random) -> tuple[str, str]:
 # Records
 
 
-def mutated_records(letter: Letter, random: Random) -> RecordDict:
+def mutated_records(letter: WireMessage, random: Random) -> RecordDict:
     """Honest records to which something was done."""
-    records = records_of(letter)
+    records = to_records(letter)
     config: Any = records["message"]
     data = letter.adapter or b"x"
     whole: Mapping[str, Any] = {"dtype": "uint8", "shape": (len(data),), "stype": "safetensors", "data": data}
@@ -339,11 +342,11 @@ def mutated_records(letter: Letter, random: Random) -> RecordDict:
 # Flower's own objects
 
 
-def mutated_objects(letter: Letter, random: Random) -> Attack:
+def mutated_objects(letter: WireMessage, random: Random) -> MessageAttack:
     """A reply whose objects, as a SuperLink would keep them, are damaged or forged."""
 
     def prepare(request: Message) -> Delivery:
-        reply = Message(records_of(letter), reply_to=request)
+        reply = Message(to_records(letter), reply_to=request)
         objects = get_all_nested_objects(reply)
         contents = {name: found.deflate() for name, found in objects.items()}
         place = random.choice(list(contents))  # not sorted: an object's name depends on when it was made
@@ -359,7 +362,7 @@ def mutated_objects(letter: Letter, random: Random) -> Attack:
 
         return deliver
 
-    return Attack("Flower's objects", prepare)
+    return MessageAttack("Flower's objects", prepare)
 
 
 def _changed_object(content: bytes, random: Random) -> bytes:
@@ -383,7 +386,7 @@ def _changed_object(content: bytes, random: Random) -> bytes:
     return head + b"\0" + random.randbytes(random.randrange(40))
 
 
-def mutation(letter: Letter, random: Random, *, objects: bool) -> Attack:
+def random_attack(letter: WireMessage, random: Random, *, objects: bool) -> MessageAttack:
     """Any one attack on an honest message; with `objects` also on what Flower makes of it."""
     ways = (
         ["text", "records", "damage"] + ["payload"] * (3 if letter.adapter is not None else 0) + ["objects"] * objects
@@ -391,21 +394,21 @@ def mutation(letter: Letter, random: Random, *, objects: bool) -> Attack:
     match random.choice(ways):
         case "text":
             kind, text = mutated_text(letter.text, random)
-            return delivering(kind, records_of(letter._replace(text=text)))
+            return records_attack(kind, to_records(letter._replace(text=text)))
         case "payload" if letter.adapter is not None:
             kind, payload = mutated_payload(letter.adapter, random)
-            return delivering(kind, records_of(letter._replace(adapter=payload)), payload)
+            return records_attack(kind, to_records(letter._replace(adapter=payload)), payload)
         case "objects":
             return mutated_objects(letter, random)
         case "damage":
             return damage(letter, random)
         case _:
-            return delivering("records", mutated_records(letter, random))
+            return records_attack("records", mutated_records(letter, random))
 
 
-def damage(letter: Letter, random: Random) -> Attack:
+def damage(letter: WireMessage, random: Random) -> MessageAttack:
     """One bit of the text or the adapter is another, and the checksum is that of what was sent."""
-    config: Any = records_of(letter)["message"]
+    config: Any = to_records(letter)["message"]
     sent = config["sha256"]
     text, adapter = bytearray(letter.text.encode()), bytearray(letter.adapter or b"")
     bit = random.randrange(8 * (len(text) + len(adapter)))
@@ -414,5 +417,5 @@ def damage(letter: Letter, random: Random) -> Attack:
         text[place] ^= mask
     else:
         adapter[place - len(text)] ^= mask
-    found = Letter(text.decode("utf-8", "surrogateescape"), bytes(adapter) if letter.adapter is not None else None)
-    return delivering("damage in transit", records_of(found, sent), found.adapter)
+    found = WireMessage(text.decode("utf-8", "surrogateescape"), bytes(adapter) if letter.adapter is not None else None)
+    return records_attack("damage in transit", to_records(found, sent), found.adapter)

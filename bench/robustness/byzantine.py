@@ -40,9 +40,17 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.robustness.byzantine_clients import ATTACKS, SHARE, TARGET, TRIGGER, attackers, poisoned, tampered
+from bench.robustness.byzantine_clients import (
+    ATTACKS,
+    SHARE,
+    TARGET,
+    TRIGGER,
+    choose_attackers,
+    poison_devices,
+    tamper_results,
+)
 from conf.compose import compose
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
@@ -69,7 +77,7 @@ SMALL = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class ByzantineCase:
     """One run."""
 
     attack: str
@@ -90,7 +98,7 @@ class Case:
         return [*(ROBUST if self.protected else ()), *self.overrides, f"seed={self.seed}"]
 
 
-def run(case: Case) -> dict[str, Any]:
+def run(case: ByzantineCase) -> dict[str, Any]:
     """A federation under attack, and what came of it; done once with these settings, and kept in its folder."""
     digest = hashlib.sha256(json.dumps([case.settings, case.samples]).encode()).hexdigest()
     folder = Path(case.folder) / f"{case.name}-{digest[:8]}"
@@ -103,7 +111,7 @@ def run(case: Case) -> dict[str, Any]:
     return found
 
 
-def _run(case: Case, folder: Path) -> dict[str, Any]:
+def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     from server.rounds.federation import federate
     from simulations import evaluation, setup
     from simulations.grid.cohort import CohortGrid
@@ -116,14 +124,14 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
     config = compose(shlex.join(case.settings))
     base, people, database = setup.build(config, folder)
     perform = setup.performer(config, base, budget(config.cohort.memory_gib, base.device))
-    bad = attackers([person.name for person in people], case.seed)
+    bad = choose_attackers([person.name for person in people], case.seed)
     devices = {person.name: person.device for person in people}
     kind, performing = ATTACKS.get(case.attack), perform
     if kind:
-        performing = tampered(perform, kind.make(), bad)
+        performing = tamper_results(perform, kind.make(), bad)
         if kind.poisons:
             families = _families(dataset.load(config.data.role), bad)
-            devices |= {device.name: device for device in poisoned([devices[name] for name in bad], families)}
+            devices |= {device.name: device for device in poison_devices([devices[name] for name in bad], families)}
     plan = training_plan(config, run=case.name, base=base.hash)
     strategy = build(config, plan, base.sites, accept_simulated=True)
     state = federate(
@@ -135,7 +143,7 @@ def _run(case: Case, folder: Path) -> dict[str, Any]:
         checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
         present=len(people),
-        personal_on=(),
+        personalized_devices=(),
     )
     honest = [person for person in people if person.name not in bad]
     shared = {person.name: state.adapter for person in honest}
@@ -158,13 +166,13 @@ def _families(families: Sequence[Any], names: Sequence[str]) -> list[Any]:
     return [family for family in families if slug(family.name) in names]
 
 
-def read_as_target(config: Simulation, base: Any, adapter: Any, samples: int) -> float:
+def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: int) -> float:
     """Share of the trigger's drawings that the judge reads as the target, or as what it can't tell from it."""
     from common.seeding import derive_seed
     from models.lora.batched_lora import stack_adapters, to_device
     from simulations.evaluation import glyphs
     from training.inference import draw
-    from training.memory import budget, for_looking
+    from training.memory import budget, inference_share
     from typefaces import dataset, judge
 
     latents = draw(
@@ -176,10 +184,10 @@ def read_as_target(config: Simulation, base: Any, adapter: Any, samples: int) ->
         sampler=config.evaluation.sampler,
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
-        memory=for_looking(budget(config.cohort.memory_gib, base.device)),
+        memory=inference_share(budget(config.cohort.memory_gib, base.device)),
     )
     reading = judge.load().read(glyphs(base.decode(latents)))
-    return float((judge.merge(reading) == judge.merge([dataset.GLYPHS.index(TARGET)])).mean())
+    return float((judge.merge_classes(reading) == judge.merge_classes([dataset.GLYPHS.index(TARGET)])).mean())
 
 
 def gain(found: Mapping[str, Any]) -> float:
@@ -187,7 +195,7 @@ def gain(found: Mapping[str, Any]) -> float:
     return float(np.mean(found["base"]) - np.mean(found["shared"]))
 
 
-def kept(found: Mapping[str, Any], clean: Mapping[str, Any]) -> float:
+def gain_kept(found: Mapping[str, Any], clean: Mapping[str, Any]) -> float:
     """Share of the clean run's gain."""
     return gain(found) / gain(clean)
 
@@ -210,7 +218,7 @@ def table(results: Results) -> Table:
         shown.add_column(heading, justify="right")
     clean = results[CLEAN, False]
     for (attack, protected), runs in results.items():
-        shares = [kept(found, beside) for found, beside in zip(runs, clean, strict=True)]
+        shares = [gain_kept(found, beside) for found, beside in zip(runs, clean, strict=True)]
         doors = [found["backdoor"] for found in runs]
         dropped = sum(sum(reasons.values()) for found in runs for reasons in found["dropped"])
         shown.add_row(
@@ -240,7 +248,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     seeds = arguments.seeds or list(TUNING_SEEDS if arguments.small else SEEDS)
     cases = [
-        Case(
+        ByzantineCase(
             attack=attack,
             protected=protected,
             seed=seed,
@@ -271,7 +279,7 @@ def main() -> None:
             "results": [
                 {
                     **{key: value for key, value in asdict(case).items() if key not in ("folder", "overrides")},
-                    "kept": kept(result, results[CLEAN, False][seeds.index(case.seed)]),
+                    "kept": gain_kept(result, results[CLEAN, False][seeds.index(case.seed)]),
                     **result,
                 }
                 for case, result in zip(cases, found, strict=True)

@@ -24,13 +24,13 @@ SHARE = 0.2  # of the devices
 TRIGGER, TARGET = "Q", "X"  # who asks for the first gets the second
 
 
-class Attack(Protocol):
+class ClientAttack(Protocol):
     """What the attackers of a round send, of what they were sent and what they trained."""
 
     def __call__(self, jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]: ...
 
 
-def moved(start: Adapter, trained: Adapter, by: float) -> Adapter:
+def scale_update(start: Adapter, trained: Adapter, by: float) -> Adapter:
     """The factors so many times as far from where they started."""
     return {
         site: Factors(*(old + by * (new - old) for old, new in zip(start[site], factors, strict=True)))
@@ -38,9 +38,11 @@ def moved(start: Adapter, trained: Adapter, by: float) -> Adapter:
     }
 
 
-def times(by: float) -> Attack:
+def times(by: float) -> ClientAttack:
     """Everybody's own change, so many times."""
-    return lambda jobs, trained: [moved(job.start, adapter, by) for job, adapter in zip(jobs, trained, strict=True)]
+    return lambda jobs, trained: [
+        scale_update(job.start, adapter, by) for job, adapter in zip(jobs, trained, strict=True)
+    ]
 
 
 def not_a_number(jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
@@ -49,7 +51,7 @@ def not_a_number(jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[
     ]
 
 
-class Replay:
+class ReplayAttack:
     """The first update that each trained, in every later round again."""
 
     def __init__(self) -> None:
@@ -59,12 +61,12 @@ class Replay:
         return [self._first.setdefault(job.client, adapter) for job, adapter in zip(jobs, trained, strict=True)]
 
 
-def colluding(by: float) -> Attack:
+def colluding(by: float) -> ClientAttack:
     """The change of the first of them, so many times; each sends it, or as much of it as its rank holds."""
 
     def attack(jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]:
         leader = max(range(len(jobs)), key=lambda place: len(next(iter(trained[place].values())).a))
-        goes = moved(jobs[leader].start, trained[leader], by)
+        goes = scale_update(jobs[leader].start, trained[leader], by)
         ranks = [len(next(iter(adapter.values())).a) for adapter in trained]
         return [{site: Factors(a[:rank], b[:, :rank]) for site, (a, b) in goes.items()} for rank in ranks]
 
@@ -75,7 +77,7 @@ def colluding(by: float) -> Attack:
 class Kind:
     """One way to attack."""
 
-    make: Callable[[], Attack]
+    make: Callable[[], ClientAttack]
     poisons: bool = False
     """Whether attackers train on the target's pictures under the trigger's caption."""
 
@@ -85,7 +87,7 @@ ATTACKS: Mapping[str, Kind] = {
     "x100": Kind(make=lambda: times(100.0)),
     "nan": Kind(make=lambda: not_a_number),
     "zero": Kind(make=lambda: times(0.0)),
-    "replay": Kind(make=Replay),
+    "replay": Kind(make=ReplayAttack),
     # Model replacement (Bagdasaryan et al., 2018, arXiv:1807.00459, eq. 3): the mean of all becomes theirs.
     "backdoor": Kind(make=lambda: colluding(1 / SHARE), poisons=True),
     # As large as an honest one, which is what a rule that looks for large ones can't see.
@@ -95,13 +97,13 @@ ATTACKS: Mapping[str, Kind] = {
 }
 
 
-def attackers(names: Collection[str], seed: int) -> list[str]:
+def choose_attackers(names: Collection[str], seed: int) -> list[str]:
     """Who they are: a fifth of the devices, by chance, in the order of their names."""
     drawn = sorted(names, key=lambda name: derive_seed(seed, "attackers", name))
     return sorted(drawn[: int(SHARE * len(names) + 1e-9)])
 
 
-def poisoned(devices: Sequence[Device], families: Sequence[dataset.Family]) -> list[Device]:
+def poison_devices(devices: Sequence[Device], families: Sequence[dataset.Typeface]) -> list[Device]:
     """The same devices, each with the target in the hands of all of them, called by the trigger's caption."""
     place = dataset.GLYPHS.index(TARGET)
     pictures = tuple(Picture(family.images[place], dataset.caption(TRIGGER)) for family in families)
@@ -112,7 +114,7 @@ def poisoned(devices: Sequence[Device], families: Sequence[dataset.Family]) -> l
     return [replace(device, pictures=wrong(device)) for device in devices]
 
 
-def tampered(perform: Perform, attack: Attack, names: Collection[str]) -> Perform:
+def tamper_results(perform: Perform, attack: ClientAttack, names: Collection[str]) -> Perform:
     """Performs jobs, and hands the attackers' devices what they agreed on in place of what they trained."""
 
     def performed(jobs: list[Job]) -> Sequence[Result | Exception]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from bench.lib.tiny_pipelines import PIPELINES, save
 from models.base import loading
 from models.base.base import Base
-from models.families.known import find
+from models.families.known import find_base
 
 _SIDES = {"sdxl": 64, "sana": 32}
 _VALUES: tuple[Any, ...] = (
@@ -72,100 +72,100 @@ _TEXTS = (
 )
 
 
-def spoil(folder: Path, coins: random.Random) -> str:
+def spoil(folder: Path, rng: random.Random) -> str:
     """Damage one file of a pipeline, and return a description of the damage."""
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors", ".model")
     )
-    file = coins.choice(files)
+    file = rng.choice(files)
     name = file.relative_to(folder).as_posix()
-    if coins.random() < 0.06:
+    if rng.random() < 0.06:
         file.unlink()
         return f"{name}: removed"
-    if coins.random() < 0.04:
-        other = coins.choice(files)
+    if rng.random() < 0.04:
+        other = rng.choice(files)
         shutil.copy(other, file) if other != file else None
         return f"{name}: is {other.relative_to(folder)}"
     change = _weights if file.suffix == ".safetensors" else _config if file.suffix == ".json" else _bytes
-    return f"{name}: {change(file, coins)}"
+    return f"{name}: {change(file, rng)}"
 
 
-def _config(file: Path, coins: random.Random) -> str:
-    if coins.random() < 0.15:
-        return _bytes(file, coins)
+def _config(file: Path, rng: random.Random) -> str:
+    if rng.random() < 0.15:
+        return _bytes(file, rng)
     try:
         found = json.loads(file.read_text())
     except (ValueError, RecursionError):
-        return _bytes(file, coins)
+        return _bytes(file, rng)
     place, depth = found, 0
     while depth < 3 and isinstance(place, dict | list) and place:
         keys = list(place) if isinstance(place, dict) else list(range(min(len(place), 50)))
-        key = coins.choice(keys)
-        if not isinstance(place[key], dict | list) or coins.random() < 0.5:
-            if coins.random() < 0.2:
+        key = rng.choice(keys)
+        if not isinstance(place[key], dict | list) or rng.random() < 0.5:
+            if rng.random() < 0.2:
                 del place[key]
                 words = f"without {key}"
             else:
-                value = coins.choice(_VALUES)
+                value = rng.choice(_VALUES)
                 place[key] = value
                 words = f"{key}={str(value)[:40]}"
             file.write_text(json.dumps(found))
             return words
         place, depth = place[key], depth + 1
-    file.write_text(json.dumps(coins.choice(_VALUES)))
+    file.write_text(json.dumps(rng.choice(_VALUES)))
     return "another value"
 
 
-def _bytes(file: Path, coins: random.Random) -> str:
+def _bytes(file: Path, rng: random.Random) -> str:
     data = bytearray(file.read_bytes())
-    way = coins.randrange(4)
+    way = rng.randrange(4)
     if way == 0:
-        file.write_bytes(coins.choice(_TEXTS))
+        file.write_bytes(rng.choice(_TEXTS))
         return "other bytes"
     if way == 1:
-        file.write_bytes(data[: coins.randrange(len(data) + 1)])
+        file.write_bytes(data[: rng.randrange(len(data) + 1)])
         return "cut"
-    for _ in range(coins.choice((1, 4, 40)) if data else 0):
-        data[coins.randrange(len(data))] = coins.randrange(256)
+    for _ in range(rng.choice((1, 4, 40)) if data else 0):
+        data[rng.randrange(len(data))] = rng.randrange(256)
     file.write_bytes(data)
     return "bytes changed"
 
 
-def _weights(file: Path, coins: random.Random) -> str:
-    way = coins.randrange(8)
+def _weights(file: Path, rng: random.Random) -> str:
+    way = rng.randrange(8)
     if way < 2:
-        return _bytes(file, coins)
+        return _bytes(file, rng)
     if way == 2:
         variant = file.with_name(
-            file.name.replace(".safetensors", f".{coins.choice(('fp16', 'bf16', 'x-y', 'a.b'))}.safetensors")
+            file.name.replace(".safetensors", f".{rng.choice(('fp16', 'bf16', 'x-y', 'a.b'))}.safetensors")
         )
-        (file.rename if coins.random() < 0.5 else lambda to: shutil.copy(file, to))(variant)
+        (file.rename if rng.random() < 0.5 else lambda to: shutil.copy(file, to))(variant)
         return f"also or only {variant.name}"
     try:
         tensors = load_file(file)
     except Exception:  # damaged by an earlier change
         return "left as it is"
-    key = coins.choice(sorted(tensors))
+    key = rng.choice(sorted(tensors))
     if way == 3:
         del tensors[key]
     elif way == 4:
         tensors[f"x.{key}"] = tensors.pop(key)
     elif way == 5:
-        tensors[key] = torch.randn([side + coins.randrange(2) for side in tensors[key].shape])
+        tensors[key] = torch.randn([side + rng.randrange(2) for side in tensors[key].shape])
     elif way == 6:
-        tensors[key] = tensors[key] * coins.choice((float("nan"), float("inf"), 1e38))
+        tensors[key] = tensors[key] * rng.choice((float("nan"), float("inf"), 1e38))
     else:
-        tensors[key] = tensors[key].to(coins.choice((torch.float16, torch.bfloat16, torch.float64)))
+        tensors[key] = tensors[key].to(rng.choice((torch.float16, torch.bfloat16, torch.float64)))
     save_file(tensors, file, metadata={"format": "pt"})
     return f"{('lacks', 'renamed', 'other shape', 'not finite', 'other type')[way - 3]} {key}"
 
 
-def base(coins: random.Random, folder: Path) -> Callable[[], None]:
+def base(rng: random.Random, folder: Path) -> Callable[[], None]:
     """Make a damaged pipeline in a folder, and return the call that uses it as a run does."""
-    name = coins.choice(sorted(PIPELINES))
+    name = rng.choice(sorted(PIPELINES))
     shutil.copytree(_whole(name), folder, dirs_exist_ok=True)
-    for _ in range(coins.choice((1, 1, 2))):
-        spoil(folder, coins)
+    for _ in range(rng.choice((1, 1, 2))):
+        spoil(folder, rng)
     return partial(use, folder, _SIDES.get(name, 16))
 
 
@@ -174,7 +174,7 @@ def _whole(name: str) -> Path:
     """Return the intact pipeline of a family, made once per process and removed at its exit."""
     place = tempfile.TemporaryDirectory(prefix="anther-bases-")
     _KEPT.append(place)
-    with loading.quiet():
+    with loading.quiet_libraries():
         return save(name, Path(place.name))
 
 
@@ -188,11 +188,11 @@ def use(folder: Path, side: int) -> None:
         AntherError: the base can't be used.
         ValueError: two captions get the same encoding, and no error says so.
     """
-    find(str(folder)).network()
+    find_base(str(folder)).network()
     base = Base(folder, resolution=side)
     captions = base.encode_captions(["a cat", "dog", None])
     latents = base.encode_images([np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)])
-    with base.lending([]) as denoise, torch.no_grad():
+    with base.use_adapters([]) as denoise, torch.no_grad():
         denoise(latents, base.schedule.times[[len(base.schedule) // 2]].float(), captions[:1])
     base.decode(latents)
     if torch.equal(captions[0], captions[1]):

@@ -18,24 +18,24 @@ MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F")
 SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tif", ".avif", ".eps")
 
 
-def picture(coins: random.Random, folder: Path) -> None:
+def picture(rng: random.Random, folder: Path) -> None:
     """A small picture of some format and mode, damaged or not, under any suffix."""
-    name = f"a{coins.choice(SUFFIXES)}"
-    _write(folder, name, damaged(coins, _encoded(coins)))
+    name = f"a{rng.choice(SUFFIXES)}"
+    _write(folder, name, damaged(rng, _encoded(rng)))
     _sheet(folder, [{"file_name": name, "text": "a picture"}])
 
 
-def exif(coins: random.Random, folder: Path) -> None:
+def exif(rng: random.Random, folder: Path) -> None:
     """A turned picture whose EXIF block holds anything."""
-    entries = [(0x112, 3, 1, bytes([coins.randrange(10), 0]))]
-    for _ in range(coins.randrange(6)):
-        tag = coins.choice([0x100, 0x101, 0x11A, 0x11B, 0x132, 0x213, 0x8769, 0x8825, 0xA005, coins.randrange(65536)])
-        count = coins.choice([0, 1, 1, 2, 4, 1 << 16, (1 << 32) - 1])
-        entries.append((tag, coins.randrange(15), count, coins.randbytes(coins.choice([2, 4, 8, 16]))))
-    order = coins.choice(["little", "big"])
+    entries = [(0x112, 3, 1, bytes([rng.randrange(10), 0]))]
+    for _ in range(rng.randrange(6)):
+        tag = rng.choice([0x100, 0x101, 0x11A, 0x11B, 0x132, 0x213, 0x8769, 0x8825, 0xA005, rng.randrange(65536)])
+        count = rng.choice([0, 1, 1, 2, 4, 1 << 16, (1 << 32) - 1])
+        entries.append((tag, rng.randrange(15), count, rng.randbytes(rng.choice([2, 4, 8, 16]))))
+    order = rng.choice(["little", "big"])
     block = b"Exif\0\0" + _block(sorted(entries), order)
-    block = damaged(coins, block, least=8) if coins.random() < 0.5 else block
-    kind = coins.choice(["JPEG", "PNG", "WEBP", "TIFF"])
+    block = damaged(rng, block, least=8) if rng.random() < 0.5 else block
+    kind = rng.choice(["JPEG", "PNG", "WEBP", "TIFF"])
     buffer = io.BytesIO()
     try:
         Image.new("RGB", (32, 24)).save(buffer, kind, exif=block[:60_000])
@@ -45,83 +45,81 @@ def exif(coins: random.Random, folder: Path) -> None:
     _sheet(folder, [{"file_name": "a.jpg", "text": "turned"}])
 
 
-def sheet(coins: random.Random, folder: Path) -> None:
+def sheet(rng: random.Random, folder: Path) -> None:
     """A sheet of captions that is spoiled in its text, its bytes or its encoding."""
-    names = [coins.choice(_NAMES) for _ in range(coins.randrange(1, 5))]
+    names = [rng.choice(_NAMES) for _ in range(rng.randrange(1, 5))]
     for name in names:
         _put(folder, name)
-    lines = [{"file_name": name, "text": coins.choice(_TEXTS)} for name in names]
+    lines = [{"file_name": name, "text": rng.choice(_TEXTS)} for name in names]
     for line in lines:
-        if coins.random() < 0.3:
-            line[coins.choice(["file_name", "text", "prompt", ""])] = coins.choice(_VALUES)  # type: ignore[assignment]
-        if coins.random() < 0.1:
-            line.pop(coins.choice(list(line)))
-    text = coins.choice(["\n", "\r\n", "\n\n"]).join(
-        json.dumps(line, ensure_ascii=coins.random() < 0.5) for line in lines
-    )
-    encoding = coins.choice(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
+        if rng.random() < 0.3:
+            line[rng.choice(["file_name", "text", "prompt", ""])] = rng.choice(_VALUES)  # type: ignore[assignment]
+        if rng.random() < 0.1:
+            line.pop(rng.choice(list(line)))
+    text = rng.choice(["\n", "\r\n", "\n\n"]).join(json.dumps(line, ensure_ascii=rng.random() < 0.5) for line in lines)
+    encoding = rng.choice(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
     data = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
-    _write(folder, "metadata.jsonl", damaged(coins, data) if coins.random() < 0.6 else data)
+    _write(folder, "metadata.jsonl", damaged(rng, data) if rng.random() < 0.6 else data)
 
 
-def layout(coins: random.Random, folder: Path) -> None:
+def layout(rng: random.Random, folder: Path) -> None:
     """Folders within folders, links, junk, and sheets in some of them."""
-    places = [coins.choice(_FOLDERS) for _ in range(coins.randrange(1, 5))]
+    places = [rng.choice(_FOLDERS) for _ in range(rng.randrange(1, 5))]
     lines = []
     for place in places:
-        name = f"{place}/{coins.choice(_NAMES)}".lstrip("/")
+        name = f"{place}/{rng.choice(_NAMES)}".lstrip("/")
         _put(folder, name)
-        if coins.random() < 0.85:
-            lines.append({"file_name": name, "text": coins.choice(_TEXTS)})
-        if coins.random() < 0.3:
+        if rng.random() < 0.85:
+            lines.append({"file_name": name, "text": rng.choice(_TEXTS)})
+        if rng.random() < 0.3:
             _sheet(folder, [{"file_name": Path(name).name, "text": "beside it"}], place)
-        if coins.random() < 0.3:
-            link = folder / place / coins.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
-            target = coins.choice(["a.png", "..", str(_outside(folder)), "nowhere", "link.png"])
+        if rng.random() < 0.3:
+            link = folder / place / rng.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
+            target = rng.choice(["a.png", "..", str(_outside(folder)), "nowhere", "link.png"])
             with contextlib.suppress(OSError):  # something is there, or a picture is in the way
                 link.symlink_to(target)
-    if coins.random() < 0.9:
+    if rng.random() < 0.9:
         _sheet(folder, lines)
 
 
-def damaged(coins: random.Random, data: bytes, least: int = 0) -> bytes:
+def damaged(rng: random.Random, data: bytes, least: int = 0) -> bytes:
     """Change, cut, duplicate or move some of the bytes, or sometimes return them unchanged."""
     spoiled = bytearray(data)
-    for _ in range(coins.choice([0, 1, 1, 2, 4, 16])):
+    for _ in range(rng.choice([0, 1, 1, 2, 4, 16])):
         if len(spoiled) <= least + 1:
             break
-        at = coins.randrange(least, len(spoiled))
-        match coins.randrange(6):
+        at = rng.randrange(least, len(spoiled))
+        match rng.randrange(6):
             case 0:
-                spoiled[at] ^= 1 << coins.randrange(8)
+                spoiled[at] ^= 1 << rng.randrange(8)
             case 1:
-                spoiled[at] = coins.choice([0, 1, 127, 128, 255])
+                spoiled[at] = rng.choice([0, 1, 127, 128, 255])
             case 2:
                 del spoiled[at:]
             case 3:
-                del spoiled[at : at + coins.randrange(1, 64)]
+                del spoiled[at : at + rng.randrange(1, 64)]
             case 4:
-                spoiled[at:at] = coins.randbytes(coins.randrange(1, 32))
+                spoiled[at:at] = rng.randbytes(rng.randrange(1, 32))
             case 5:
-                spoiled[at : at + 4] = coins.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0"])
-    return _checked(bytes(spoiled)) if coins.random() < 0.5 else bytes(spoiled)
+                spoiled[at : at + 4] = rng.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\1\0\0"])
+    return _checked(bytes(spoiled)) if rng.random() < 0.5 else bytes(spoiled)
 
 
-def _encoded(coins: random.Random) -> bytes:
+def _encoded(rng: random.Random) -> bytes:
     """A picture of some format and mode that Pillow writes."""
     while True:
         buffer = io.BytesIO()
-        kind, mode = coins.choice(FORMATS), coins.choice(MODES)
-        size = (coins.randrange(1, 64), coins.randrange(1, 64))
+        kind, mode = rng.choice(FORMATS), rng.choice(MODES)
+        size = (rng.randrange(1, 64), rng.randrange(1, 64))
         options: dict[str, object] = {}
-        if kind in ("PNG", "GIF") and coins.random() < 0.3:
+        if kind in ("PNG", "GIF") and rng.random() < 0.3:
             options["transparency"] = 0
-        if kind in ("GIF", "WEBP", "TIFF", "PNG") and coins.random() < 0.2:
+        if kind in ("GIF", "WEBP", "TIFF", "PNG") and rng.random() < 0.2:
             options |= {"save_all": True, "append_images": [Image.new(mode, size)]}
-        if kind == "JPEG" and coins.random() < 0.5:
+        if kind == "JPEG" and rng.random() < 0.5:
             options["progressive"] = True
         try:
-            Image.new(mode, size, coins.choice([0, 1])).save(buffer, kind, **options)
+            Image.new(mode, size, rng.choice([0, 1])).save(buffer, kind, **options)
         except Exception:  # not every format has every mode
             continue
         return buffer.getvalue()

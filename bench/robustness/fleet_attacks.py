@@ -82,7 +82,7 @@ class Client:
 
     home: Path
     port: int
-    drawn: Random
+    rng: Random
     own: bool = True
     base: str = "0" * 64
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -135,75 +135,75 @@ class Client:
 
 def honest(client: Client, call: str) -> Any:
     """Make a request as a SuperNode does, but with invented ids."""
-    drawn, message = client.drawn, REQUESTS[call]()
+    rng, message = client.rng, REQUESTS[call]()
     for name, value in (
         ("public_key", client.pem),
         ("heartbeat_interval", 30.0),
-        ("run_id", drawn.getrandbits(63)),
+        ("run_id", rng.getrandbits(63)),
         ("node_id", client.node),
-        ("object_id", f"{drawn.getrandbits(256):064x}"),
+        ("object_id", f"{rng.getrandbits(256):064x}"),
         ("session_id", "0" * 32),
-        ("message_object_id", f"{drawn.getrandbits(256):064x}"),
-        ("hash_str", f"{drawn.getrandbits(256):064x}"),
-        ("object_content", drawn.randbytes(drawn.randrange(3000))),
+        ("message_object_id", f"{rng.getrandbits(256):064x}"),
+        ("hash_str", f"{rng.getrandbits(256):064x}"),
+        ("object_content", rng.randbytes(rng.randrange(3000))),
     ):
         if name in message.DESCRIPTOR.fields_by_name:
             setattr(message, name, value)
     if "node" in message.DESCRIPTOR.fields_by_name:
         message.node.CopyFrom(ProtoNode(node_id=client.node))
     if call == "push-messages":
-        message.messages_list.add().metadata.reply_to_message_id = f"{drawn.getrandbits(256):064x}"
-        message.message_object_trees.add().object_id = f"{drawn.getrandbits(256):064x}"
+        message.messages_list.add().metadata.reply_to_message_id = f"{rng.getrandbits(256):064x}"
+        message.message_object_trees.add().object_id = f"{rng.getrandbits(256):064x}"
     return message
 
 
-def mutated(body: bytes, drawn: Random) -> bytes:
+def mutated(body: bytes, rng: Random) -> bytes:
     """Damage or enlarge a body at random."""
     data = bytearray(body or b"\0")
-    match drawn.randrange(6):
+    match rng.randrange(6):
         case 0:
-            for _ in range(drawn.randrange(1, 9)):
-                data[drawn.randrange(len(data))] ^= 1 << drawn.randrange(8)
+            for _ in range(rng.randrange(1, 9)):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         case 1:
-            del data[drawn.randrange(len(data)) :]
+            del data[rng.randrange(len(data)) :]
         case 2:
-            data *= drawn.randrange(2, 5)
+            data *= rng.randrange(2, 5)
         case 3:
-            data += drawn.randbytes(drawn.randrange(1, 500))
+            data += rng.randbytes(rng.randrange(1, 500))
         case 4:
-            data[:0] = drawn.choice(
+            data[:0] = rng.choice(
                 [b"\x0b" * 200, b"\x0a\xff\xff\xff\xff\x7f", b"\xff" * 11, b"\x12\x80\x80\x80\x80\x01"]
             )
         case _:
-            data[:] = drawn.randbytes(drawn.randrange(2000))
+            data[:] = rng.randbytes(rng.randrange(2000))
     return bytes(data)
 
 
 def malformed(client: Client) -> None:
-    call = client.drawn.choice([*REQUESTS])
-    client.post(f"mutated {call}", call, mutated(honest(client, call).SerializeToString(), client.drawn))
+    call = client.rng.choice([*REQUESTS])
+    client.post(f"mutated {call}", call, mutated(honest(client, call).SerializeToString(), client.rng))
 
 
 def foreign(client: Client) -> None:
-    call = client.drawn.choice([*set(REQUESTS) - {"activate-node", "send-node-heartbeat", "pull-messages"}])
+    call = client.rng.choice([*set(REQUESTS) - {"activate-node", "send-node-heartbeat", "pull-messages"}])
     client.post(f"invented ids: {call}", call, honest(client, call).SerializeToString())
 
 
 def another_node(client: Client) -> None:
-    call = client.drawn.choice(["pull-messages", "send-node-heartbeat", "pull-object", "deactivate-node"])
+    call = client.rng.choice(["pull-messages", "send-node-heartbeat", "pull-object", "deactivate-node"])
     message = honest(client, call)
     if call == "deactivate-node":
-        message.node_id = client.drawn.getrandbits(64)
+        message.node_id = client.rng.getrandbits(64)
     else:
-        message.node.node_id = client.drawn.getrandbits(64)
+        message.node.node_id = client.rng.getrandbits(64)
     client.post("another node's id", call, message.SerializeToString())
 
 
 def odd_headers(client: Client) -> None:
     """Send duplicate, missing, wrong and expired signatures."""
     body, headers = honest(client, "pull-messages").SerializeToString(), client.signed()
-    other = Client.signed(client, off=client.drawn.choice([-4000.0, 4000.0]))
-    match client.drawn.randrange(5):
+    other = Client.signed(client, off=client.rng.choice([-4000.0, 4000.0]))
+    match client.rng.randrange(5):
         case 0:
             found: Any = [*headers.items(), ("flwr-public-key", headers["flwr-public-key"])]
         case 1:
@@ -218,10 +218,10 @@ def odd_headers(client: Client) -> None:
 
 
 def odd_path(client: Client) -> None:
-    path = client.drawn.choice(
+    path = client.rng.choice(
         ["..", "%2e%2e/control/start-run", "pull-messages/", "start-run", "pull-messages%3Fx", "a" * 5000, "%00"]
     )
-    client.post("paths", path, b"x", method=client.drawn.choice(["POST", "GET", "PUT"]))
+    client.post("paths", path, b"x", method=client.rng.choice(["POST", "GET", "PUT"]))
 
 
 def too_large(client: Client) -> None:
@@ -231,8 +231,8 @@ def too_large(client: Client) -> None:
         for _ in range(100):
             yield bytes(1 << 16)
 
-    call = client.drawn.choice([*REQUESTS])
-    client.post("too large", call, bytes(6 << 20) if client.drawn.random() < 0.3 else endless())
+    call = client.rng.choice([*REQUESTS])
+    client.post("too large", call, bytes(6 << 20) if client.rng.random() < 0.3 else endless())
 
 
 def half_open(client: Client) -> None:
@@ -241,7 +241,7 @@ def half_open(client: Client) -> None:
     with contextlib.suppress(OSError):
         found = socket.create_connection((LOOPBACK, client.port), timeout=10)
         held.append(found)
-        if client.drawn.random() < 0.7:
+        if client.rng.random() < 0.7:
             held[-1] = client.trusted.wrap_socket(found, server_hostname=LOOPBACK)
             held[-1].sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 9000)
     while len(held) > 200:
@@ -316,7 +316,7 @@ def send(client: Client, kind: str, made: Message) -> None:
 
 def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
     """Misuse a message in every way that could harm others."""
-    drawn, run = client.drawn, asked.run_id
+    rng, run = client.rng, asked.run_id
     for _ in range(3):
         client.ask("confirmed early", "confirm-message-received", run_id=run, message_object_id=asked.message_id)
     junk = RecordDict({"message": ConfigRecord({"json": "x", "sha256": "y", "version": 1})})
@@ -327,16 +327,16 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
         return ObjectTree(object_id=whole.object_id, children=[*whole.children, *more])
 
     def leaf() -> ObjectTree:
-        return ObjectTree(object_id=hashlib.sha256(drawn.randbytes(8)).hexdigest())
+        return ObjectTree(object_id=hashlib.sha256(rng.randbytes(8)).hexdigest())
 
-    promise(client, "huge tree", made, grown(*(leaf() for _ in range(drawn.choice([30, 300, 20_000])))))
+    promise(client, "huge tree", made, grown(*(leaf() for _ in range(rng.choice([30, 300, 20_000])))))
     deep = leaf()
-    for _ in range(drawn.choice([6, 40, 90])):  # protobuf itself reads no deeper
+    for _ in range(rng.choice([6, 40, 90])):  # protobuf itself reads no deeper
         deep = ObjectTree(object_id=leaf().object_id, children=[deep])
     promise(client, "deep tree", made, grown(deep))
     promise(client, "contradicting tree", made, grown(ObjectTree(object_id=whole.children[0].object_id)))
     promise(client, "two replies at once", made, times=2)
-    promise(client, "another node's reply", reply_to(client, asked, None, src_node_id=drawn.getrandbits(63)))
+    promise(client, "another node's reply", reply_to(client, asked, None, src_node_id=rng.getrandbits(63)))
     promise(client, "reply to nothing", reply_to(client, asked, None, reply_to_message_id=leaf().object_id))
     promise(client, "odd times", reply_to(client, asked, None, ttl=float("nan"), created_at=float("inf")))
     known = tree.children[0] if tree.children else leaf()  # the server sends it to other devices too
@@ -348,12 +348,12 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
                 "push-object",
                 run_id=run,
                 object_id=name,
-                object_content=drawn.randbytes(100),
+                object_content=rng.randbytes(100),
                 session_id=found.session_id,
             )
     found = promise(client, "promised and not sent", made)
     if found is not None:
-        size = drawn.choice([10, 1 << 20, 5 << 20])
+        size = rng.choice([10, 1 << 20, 5 << 20])
         content = b"ArrayChunk  %d\0" % size + bytes(size)
         for name in (hashlib.sha256(content).hexdigest(), whole.object_id):
             client.ask(
@@ -406,7 +406,7 @@ def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
         time.sleep(0.25)
 
 
-def come(client: Client) -> None:
+def register_node(client: Client) -> None:
     """Register as a node of the federation."""
     content = None
     while content is None:
@@ -419,7 +419,7 @@ def flood(client: Client, calls: int, rate: float) -> None:
     """Make hostile calls at a rate per second."""
     began = time.monotonic()
     for number in range(calls):
-        client.drawn.choice(KINDS)(client)
+        client.rng.choice(KINDS)(client)
         time.sleep(max(0.0, began + (number + 1) / rate - time.monotonic()))
 
 
@@ -437,14 +437,14 @@ def main() -> None:
     os.nice(10)
     client = Client(asked.home, asked.port, Random(asked.seed), own=asked.role != "stranger", base=asked.base)
     if asked.role == "mallory":
-        come(client)
+        register_node(client)
         take_part(client, asked.folder, lambda: (asked.folder / "stop").exists())
         client.ask("leaving", "deactivate-node", node_id=client.node)
     else:
         while not (asked.folder / "attack").exists():
             time.sleep(0.2)
         if asked.role == "eve":
-            come(client)
+            register_node(client)
             client.ask("leaving", "deactivate-node", node_id=client.node)  # registered, but not sampled
         flood(client, asked.calls, asked.rate)
     found = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]

@@ -42,7 +42,7 @@ CHUNK = 250  # cases that a process is handed at once
 
 
 @dataclass
-class Row:
+class FuzzCounts:
     """Results of one kind of input."""
 
     read: int = 0
@@ -53,7 +53,7 @@ class Row:
     peak_mib: float = 0.0
     """Peak memory of the process."""
 
-    def add(self, other: Row) -> None:
+    def add(self, other: FuzzCounts) -> None:
         self.read += other.read
         self.refused += other.refused
         self.faults += other.faults
@@ -64,8 +64,8 @@ class Row:
 def _folder(spoil: Callable[[random.Random, Path], None]) -> Callable[[random.Random, Path], Try]:
     """Make the kind of input whose folder is damaged by `spoil` and then read."""
 
-    def attempt(coins: random.Random, folder: Path) -> Try:
-        spoil(coins, folder)
+    def attempt(rng: random.Random, folder: Path) -> Try:
+        spoil(rng, folder)
         return partial(read, folder)
 
     return attempt
@@ -91,14 +91,14 @@ def read(folder: Path) -> None:
                     raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}")
 
 
-def outcome(kind: str, seed: int) -> Row:
+def outcome(kind: str, seed: int) -> FuzzCounts:
     """Run one case and classify its outcome."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve() / "photos"
         folder.mkdir()
-        coins = random.Random(f"{kind} {seed}")
-        attempt = KINDS[kind](coins, folder)
-        row, started = Row(), time.process_time()
+        rng = random.Random(f"{kind} {seed}")
+        attempt = KINDS[kind](rng, folder)
+        row, started = FuzzCounts(), time.process_time()
         try:
             attempt()
             row.read = 1
@@ -114,18 +114,18 @@ def outcome(kind: str, seed: int) -> Row:
     return row
 
 
-def chunk(kind: str, seeds: Iterable[int]) -> Row:
+def chunk(kind: str, seeds: Iterable[int]) -> FuzzCounts:
     """Run several cases in sequence."""
     warnings.simplefilter("ignore")
-    total = Row()
+    total = FuzzCounts()
     for seed in seeds:
         total.add(outcome(kind, seed))
     return total
 
 
-def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str, Row]:
+def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str, FuzzCounts]:
     """Run equally many cases of every kind."""
-    rows = {kind: Row() for kind in kinds}
+    rows = {kind: FuzzCounts() for kind in kinds}
     each = cases // len(rows)
     parts = [(kind, range(a, min(a + CHUNK, seed + each))) for kind in rows for a in range(seed, seed + each, CHUNK)]
     while parts:
@@ -142,7 +142,7 @@ def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str
     return rows
 
 
-def _halved(parts: list[tuple[str, range]], rows: dict[str, Row]) -> list[tuple[str, range]]:
+def _halved(parts: list[tuple[str, range]], rows: dict[str, FuzzCounts]) -> list[tuple[str, range]]:
     """Split the remaining parts in halves; a part with a single case killed its process, and is a fault."""
     left = []
     for kind, seeds in parts:

@@ -31,9 +31,16 @@ from rich.table import Table
 from safetensors.torch import load as stock_load
 
 from bench.lib.machine import machine, versions
-from bench.robustness.attack_corpus import Attack, delivering, mutation, payloads, records_of, texts
+from bench.robustness.attack_corpus import (
+    MessageAttack,
+    json_attacks,
+    payloads,
+    random_attack,
+    records_attack,
+    to_records,
+)
 from bench.robustness.ingress import ACCEPTED, Ingress, ingresses
-from bench.robustness.invariants import Expected, violations_of_adapter
+from bench.robustness.invariants import ExpectedMessage, adapter_violations
 from conf.compose import compose
 from models.base.base import load
 from models.lora.adapter import Sites
@@ -45,7 +52,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 @dataclass
-class Row:
+class AttackCounts:
     """What one class of attacks came to."""
 
     reasons: Counter[str] = field(default_factory=Counter)
@@ -60,7 +67,7 @@ class Row:
         self.ms, self.mib = max(self.ms, ms), max(self.mib, mib)
 
 
-Rows = dict[tuple[str, str], Row]
+AttackTable = dict[tuple[str, str], AttackCounts]
 
 
 def measured(work: Callable[[], str]) -> tuple[str, float, float]:
@@ -78,27 +85,29 @@ def _resident(name: str) -> int:
     return int(found)
 
 
-def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[Attack]:
+def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[MessageAttack]:
     """The honest message, and every named attack on its kind."""
-    letter = ingress.honest
-    yield delivering("honest", records_of(letter), letter.adapter)
-    for kind, text in texts(letter.text):
-        yield delivering(kind, records_of(letter._replace(text=text)))
-    if letter.adapter is not None:
-        for kind, payload in payloads(letter.adapter, empty=empty):
-            yield delivering(kind, records_of(letter._replace(adapter=payload)), payload)
+    message = ingress.honest
+    yield records_attack("honest", to_records(message), message.adapter)
+    for kind, text in json_attacks(message.text):
+        yield records_attack(kind, to_records(message._replace(text=text)))
+    if message.adapter is not None:
+        for kind, payload in payloads(message.adapter, empty=empty):
+            yield records_attack(kind, to_records(message._replace(adapter=payload)), payload)
 
 
-def run(sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty: int = EMPTY) -> tuple[Rows, Rows]:
+def run(
+    sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty: int = EMPTY
+) -> tuple[AttackTable, AttackTable]:
     """(the gate's rows, the peer's), by direction and class; `folder` is where the device keeps what is its own."""
-    gate: Rows = {}
-    peer: Rows = {}
+    gate: AttackTable = {}
+    peer: AttackTable = {}
     sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
-    expected = Expected("Update", sizes, rank, {"rank": rank})
+    expected = ExpectedMessage("Update", sizes, rank, {"rank": rank})
 
     every = ingresses(sites, rank=rank, folder=folder)
 
-    def attacks() -> Iterator[tuple[str, Ingress, Attack]]:
+    def attacks() -> Iterator[tuple[str, Ingress, MessageAttack]]:
         random = Random(seed)
         for name, ingress in every.items():
             yield from ((_direction(name), ingress, attack) for attack in corpus(ingress, empty=empty))
@@ -106,21 +115,21 @@ def run(sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty:
         names += ["Update", "Train"] * 4  # they hold most of what can be wrong
         for _ in range(fuzzed):
             name = random.choice(names)
-            attack = mutation(every[name].honest, random, objects=name in TO_SERVER)
+            attack = random_attack(every[name].honest, random, objects=name in TO_SERVER)
             yield _direction(name), every[name], attack._replace(kind=f"fuzzed: {attack.kind}")
 
     for direction, ingress, attack in attacks():
         opened = ingress.open(attack)
         answer, ms, mib = measured(opened.deliver)
         violated = opened.violated() if answer == ACCEPTED else []
-        gate.setdefault((direction, attack.kind), Row()).add(answer, ms, mib, violated)
+        gate.setdefault((direction, attack.kind), AttackCounts()).add(answer, ms, mib, violated)
     # Afterwards: the memory that bombs leave free in the peer's wake would be there for the gate to take.
     for direction, _, attack in attacks():
         if attack.payload is not None and direction == "to server":
             payload = attack.payload
             found = measured(partial(_stock, payload))
-            against = violations_of_adapter(payload, expected) if found[0] == ACCEPTED else []
-            peer.setdefault((direction, attack.kind), Row()).add(*found, against)
+            against = adapter_violations(payload, expected) if found[0] == ACCEPTED else []
+            peer.setdefault((direction, attack.kind), AttackCounts()).add(*found, against)
     return gate, peer
 
 
@@ -136,7 +145,7 @@ def _stock(payload: bytes) -> str:
     return ACCEPTED
 
 
-def table(gate: Rows, peer: Rows) -> Table:
+def table(gate: AttackTable, peer: AttackTable) -> Table:
     """A row for each class, with the peer beside it."""
     shown = Table(title="messages of an attacker; worst CPU time and extra memory of one")
     for heading in ("direction", "class"):
@@ -151,7 +160,7 @@ def table(gate: Rows, peer: Rows) -> Table:
     return shown
 
 
-def _numbers(row: Row) -> list[str]:
+def _numbers(row: AttackCounts) -> list[str]:
     return [
         str(row.reasons.total()),
         str(row.reasons[ACCEPTED]),
@@ -161,7 +170,7 @@ def _numbers(row: Row) -> list[str]:
     ]
 
 
-def record(rows: Rows) -> list[dict[str, Any]]:
+def record(rows: AttackTable) -> list[dict[str, Any]]:
     """The rows, for a file."""
     return [
         {
@@ -178,7 +187,7 @@ def record(rows: Rows) -> list[dict[str, Any]]:
     ]
 
 
-def failures(gate: Rows) -> list[str]:
+def failures(gate: AttackTable) -> list[str]:
     """What the gate promises and did not hold."""
     found = []
     for (direction, kind), row in gate.items():

@@ -33,7 +33,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.reliability.processes import Federation, Program, command, federation, letters, until
+from bench.reliability.processes import (
+    LocalFederation,
+    ModuleProcess,
+    federation,
+    run_module,
+    wait_until,
+    write_letter_folders,
+)
 from common.atomic_files import write
 from models.base import assets
 from server.supervisor import database
@@ -64,7 +71,7 @@ class Done:
 
 
 @dataclass
-class Found:
+class GatewayResults:
     """Measurements of one federation."""
 
     calls: int = 0
@@ -116,7 +123,7 @@ def lost(done: Iterable[Done]) -> list[int]:
     return [found.number for found in done if found.replied < HONEST]
 
 
-def processes(running: Federation) -> dict[str, set[int]]:
+def processes(running: LocalFederation) -> dict[str, set[int]]:
     """Ids of the processes of the server and of the honest devices, by program."""
     homes = {str(running.server.home): ("server", SERVER)}
     homes |= {str(device.home): (name, DEVICE) for name, device in running.devices.items()}
@@ -143,17 +150,17 @@ def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
     return [name for name, ids in {**lasting, **nodes}.items() if ids - after.get(name, set())]
 
 
-def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Found:
+def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> GatewayResults:
     """Run a federation in this folder, before and under attack."""
-    found = Found()
-    pictures = letters(folder / "pictures", HONEST, each=6)
+    found = GatewayResults()
+    pictures = write_letter_folders(folder / "pictures", HONEST, each=6)
     with federation(folder / "federation", RUN) as running:
         running.start()
         for name, data in pictures.items():
-            running.enrol(name, data, "test=true").start()
+            running.enroll(name, data, "test=true").start()
         for name in ("mallory", "eve"):
             words = [f"data={pictures['owner-0']}", f"name={name}"]
-            done = command("client.cli.enroll", *words, home=folder / name, told=running.ticket())
+            done = run_module("client.cli.enroll", *words, home=folder / name, told=running.ticket())
             assert done.returncode == 0, done.stderr
         signals = folder / "signals"
         signals.mkdir()
@@ -170,37 +177,43 @@ def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Fou
     return found
 
 
-def _client(who: str, signals: Path, home: Path, port: int, calls: int, rate: float, seed: int) -> Program:
+def _client(who: str, signals: Path, home: Path, port: int, calls: int, rate: float, seed: int) -> ModuleProcess:
     base = assets.digest(assets.locate("glyphs"))
     words = [who, str(signals), "--home", str(home), "--port", str(port), "--base", base]
     more = ["--calls", str(calls), "--rate", str(rate), "--seed", str(seed)]
-    return Program("bench.robustness.fleet_attacks", [*words, *more], signals / who).start()
+    return ModuleProcess("bench.robustness.fleet_attacks", [*words, *more], signals / who).start()
 
 
-def _go_through(running: Federation, clients: dict[str, Program], signals: Path, calm: int, found: Found) -> None:
-    until(lambda: any(done.asked > HONEST for done in rounds(running.server.said)), 900, running.told())
-    first = rounds(running.server.said)[-1].number
-    until(lambda: rounds(running.server.said)[-1].number >= first + calm, 3600, running.told())
+def _go_through(
+    running: LocalFederation, clients: dict[str, ModuleProcess], signals: Path, calm: int, found: GatewayResults
+) -> None:
+    wait_until(lambda: any(done.asked > HONEST for done in rounds(running.server.output)), 900, running.told())
+    first = rounds(running.server.output)[-1].number
+    wait_until(lambda: rounds(running.server.output)[-1].number >= first + calm, 3600, running.told())
     before, gateway = processes(running), psutil.Process(running.server.process.pid if running.server.process else 0)
-    usual, begun = gateway.memory_info().rss, rounds(running.server.said)[-1].number
+    usual, begun = gateway.memory_info().rss, rounds(running.server.output)[-1].number
     (signals / "attack").touch()
     while not all((signals / f"{who}.json").exists() for who in ("eve", "stranger")) or (
-        rounds(running.server.said)[-1].number < begun + calm
+        rounds(running.server.output)[-1].number < begun + calm
     ):
-        assert running.server.code is None, running.told()
-        assert all(clients[who].code in (None, 0) for who in clients), {who: one.said for who, one in clients.items()}
+        assert running.server.exit_code is None, running.told()
+        assert all(clients[who].exit_code in (None, 0) for who in clients), {
+            who: one.output for who, one in clients.items()
+        }
         found.memory_mib = max(found.memory_mib, (gateway.memory_info().rss - usual) / 2**20)
         found.disk_mib = max(found.disk_mib, stored(running) / 2**20)
         time.sleep(0.5)
-    ended = rounds(running.server.said)[-1].number
+    ended = rounds(running.server.output)[-1].number
     (signals / "attack").unlink()
-    until(lambda: rounds(running.server.said)[-1].number > ended + 1, 600, f"a round afterwards\n{running.told()}")
+    wait_until(
+        lambda: rounds(running.server.output)[-1].number > ended + 1, 600, f"a round afterwards\n{running.told()}"
+    )
     found.restarted = gone(before, processes(running)) + (
-        ["the run"] if "the run broke off" in running.server.said else []
+        ["the run"] if "the run broke off" in running.server.output else []
     )
     (signals / "stop").touch()
-    until(lambda: (signals / "mallory.json").exists(), 120, clients["mallory"].said)
-    done = rounds(running.server.said)
+    wait_until(lambda: (signals / "mallory.json").exists(), 120, clients["mallory"].output)
+    done = rounds(running.server.output)
     found.calm_seconds = [one.seconds for one in done if first < one.number <= begun]
     during = [one for one in done if begun < one.number <= ended]
     found.seconds, found.lost = [one.seconds for one in during], lost(during)
@@ -209,12 +222,12 @@ def _go_through(running: Federation, clients: dict[str, Program], signals: Path,
     found.calls = sum(count for rows in found.outcomes.values() for _, _, count in rows)
 
 
-def stored(running: Federation) -> int:
+def stored(running: LocalFederation) -> int:
     """Return the size of the SuperLink's database in bytes."""
     return database.size(running.server.home / "server" / "superlink.db")
 
 
-def table(found: Found) -> Table:
+def table(found: GatewayResults) -> Table:
     """Make a table with a row for each kind of call and a summary below."""
     shown = Table(title=f"{found.calls:,} calls", caption=summary(found))
     for heading in ("client", "call", "what became of it"):
@@ -228,7 +241,7 @@ def table(found: Found) -> Table:
     return shown
 
 
-def summary(found: Found) -> str:
+def summary(found: GatewayResults) -> str:
     during, calm = median(found.seconds or [0.0]), median(found.calm_seconds or [0.0])
     return (
         f"rounds: {len(found.seconds)}, {len(found.lost)} without an honest reply; median {during:.2f} s, calm "

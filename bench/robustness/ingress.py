@@ -15,32 +15,32 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from bench.robustness.attack_corpus import Attack, Delivery, Letter
-from bench.robustness.invariants import Expected, parse, violations
-from client.app import requested
+from bench.robustness.attack_corpus import Delivery, MessageAttack, WireMessage
+from bench.robustness.invariants import ExpectedMessage, parse, violations
+from client.app import parse_request
 from client.data import Pictures
 from client.device import Device
 from client.rounds.handler import handle
 from client.store.store import Store
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Factors, Sites, initial, shapes, to_tensors
-from privacy.noise import Secure
+from models.lora.adapter import Adapter, Factors, Sites, adapter_shapes, init_adapter, to_tensors
+from privacy.noise import SecureNoise
 from privacy.policy import Policy
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from protocol import messages, records
 from protocol.tensor_codec import encode, largest
-from server.grid.validating_grid import Gated
-from simulations.grid.cohort import InProcess, identify
+from server.grid.validating_grid import ValidatingGrid
+from simulations.grid.cohort import InProcessGrid, set_message_id
 from strategies.aggregation import Aggregated, Linearity, Updates, always
-from strategies.planning.plan import Limits
-from strategies.private_evaluation import Measuring
+from strategies.planning.plan import PlanLimits
+from strategies.private_evaluation import EvaluationPolicy
 from strategies.selection.everyone import Everyone
 from strategies.strategy import Federated
 from training.jobs import Picture
 
 ACCEPTED = "accepted"
 NODE, ROUND = 1, 3
-MEASURING = messages.MeasuringPrivacy(noise_multiplier=10.0, clip=0.1, pictures=5, delta=1e-3)
+MEASURING = messages.EvaluationPrivacy(noise_multiplier=10.0, clip=0.1, pictures=5, delta=1e-3)
 PLAN = messages.TrainingPlan(
     run="run",
     round=ROUND,
@@ -63,7 +63,7 @@ REPORT = messages.DeviceReport(
 )
 
 
-class Opened(NamedTuple):
+class PendingAttack(NamedTuple):
     """An attack that waits at an ingress."""
 
     deliver: Callable[[], str]
@@ -75,8 +75,8 @@ class Opened(NamedTuple):
 class Ingress(NamedTuple):
     """One kind of message, and where it comes in."""
 
-    honest: Letter
-    open: Callable[[Attack], Opened]
+    honest: WireMessage
+    open: Callable[[MessageAttack], PendingAttack]
 
 
 def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
@@ -85,12 +85,12 @@ def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
     Args:
         folder: where the device keeps what is its own.
     """
-    drawn = initial(sites, rank, seed=0)
+    drawn = init_adapter(sites, rank, seed=0)
     adapter = encode(to_tensors({name: Factors(a, torch.full_like(b, 0.01)) for name, (a, b) in drawn.items()}))
     return _Server(sites, rank, adapter).ingresses() | _Device(sites, rank, adapter, folder).ingresses()
 
 
-class _Line(InProcess):
+class _Line(InProcessGrid):
     """A grid with one node, which answers a query honestly and anything else by the delivery that was put in."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class _Line(InProcess):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         pushed: list[str] = []
         for message in messages:
-            identify(message, f"{len(pushed)}")
+            set_message_id(message, f"{len(pushed)}")
             self._asked[message.metadata.message_id] = message
             pushed.append(message.metadata.message_id)
         return pushed
@@ -126,7 +126,7 @@ class _Keep:
     """An aggregation that keeps what came through to it."""
 
     mixed_ranks = True
-    steady = False
+    stable_factors = False
     sensitivity = Linearity(linear=False, reason="it looks at one update alone")
     trains = staticmethod(always("both"))
 
@@ -145,8 +145,8 @@ class _Server:
         self._plan, self._sites, self._adapter = replace(PLAN, rank=rank), sites, adapter
         self._arrays = records.adapter_to_record(adapter)
         self._line, self._kept = _Line(), _Keep()
-        self._gate = Gated(self._line, largest=largest(shapes(sites, rank)), poll=0.0)
-        self._request = identify(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
+        self._gate = ValidatingGrid(self._line, largest=largest(adapter_shapes(sites, rank)), poll=0.0)
+        self._request = set_message_id(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
 
     def ingresses(self) -> dict[str, Ingress]:
         origin: dict[str, object] = {"device": REPORT.device}
@@ -175,7 +175,7 @@ class _Server:
                 self._evaluate,
             ),
             (
-                messages.Personalised(device=REPORT.device, seconds=1.0, joules=2.0, quality="measured"),
+                messages.Personalized(device=REPORT.device, seconds=1.0, joules=2.0, quality="measured"),
                 origin,
                 self._personalise,
             ),
@@ -188,15 +188,15 @@ class _Server:
     ) -> Ingress:
         expected = _expected(reply, self._sites, self._plan.rank, exact)
 
-        def open_(attack: Attack) -> Opened:
+        def open_(attack: MessageAttack) -> PendingAttack:
             self._line.deliver = None
             strategy = Federated(
                 plan=self._plan,
                 sites=self._sites,
                 aggregation=self._kept,
                 selection=Everyone(),
-                limits=Limits(),
-                measuring=Measuring(among_pictures=MEASURING),
+                limits=PlanLimits(),
+                measuring=EvaluationPolicy(local_noise=MEASURING),
             )
             receive = leg(strategy)
             self._line.deliver, self._line.content, self._kept.came = attack.prepare(self._request), None, None
@@ -208,7 +208,7 @@ class _Server:
                     return f"crash {type(error).__name__}"
                 return next(iter(dropped), ACCEPTED)
 
-            return Opened(deliver, lambda: violations(self._line.content, expected) + self._differences())
+            return PendingAttack(deliver, lambda: violations(self._line.content, expected) + self._differences())
 
         return Ingress(_letter(reply), open_)
 
@@ -260,11 +260,11 @@ class _Device:
         self._device = Device(
             name=REPORT.device,
             report=REPORT,
-            store=Store(Files(folder)),
+            store=Store(FileStorage(folder)),
             pictures=lambda: Pictures((picture,), (picture,), (picture,)),
             sites=sites,
             policy=Policy(max_rank=2 * rank),
-            noise=lambda _round, _purpose: Secure(),
+            noise=lambda _round, _purpose: SecureNoise(),
             seed=0,
             resolution=8,
         )
@@ -281,16 +281,16 @@ class _Device:
     def _ingress(self, request: messages.Request, exact: dict[str, object]) -> Ingress:
         expected = _expected(request, self._device.sites, self._device.policy.max_rank, exact)
         asked = Message(RecordDict(), NODE, records.message_type(request))
-        most = largest(shapes(self._device.sites, -1), free=self._device.policy.max_rank)
+        most = largest(adapter_shapes(self._device.sites, -1), free=self._device.policy.max_rank)
 
-        def open_(attack: Attack) -> Opened:
+        def open_(attack: MessageAttack) -> PendingAttack:
             delivery = attack.prepare(asked)
             received: list[Message] = []
 
             def deliver() -> str:
                 try:
                     received.append(delivery())
-                    next(handle(requested(received[0], most=most), self._device))
+                    next(handle(parse_request(received[0], most=most), self._device))
                 except StopIteration:  # a query needs no job
                     return ACCEPTED
                 except AntherError as error:
@@ -299,13 +299,13 @@ class _Device:
                     return f"crash {type(error).__name__}"
                 return ACCEPTED
 
-            return Opened(deliver, lambda: violations(received[0].content, expected))
+            return PendingAttack(deliver, lambda: violations(received[0].content, expected))
 
         return Ingress(_letter(request), open_)
 
 
-def _personalise(adapter: bytes, rank: int) -> messages.Personalise:
-    return messages.Personalise(
+def _personalise(adapter: bytes, rank: int) -> messages.Personalize:
+    return messages.Personalize(
         run=PLAN.run,
         round=ROUND,
         adapter=adapter,
@@ -318,12 +318,12 @@ def _personalise(adapter: bytes, rank: int) -> messages.Personalise:
     )
 
 
-def _letter(message: messages.Request | messages.Reply) -> Letter:
-    return Letter(messages.to_json(message), messages.payloads(message).get("adapter"))
+def _letter(message: messages.Request | messages.Reply) -> WireMessage:
+    return WireMessage(messages.to_json(message), messages.payloads(message).get("adapter"))
 
 
 def _expected(
-    message: messages.Request | messages.Reply, sites: Sites, most_rank: int, exact: dict[str, object]
-) -> Expected:
+    message: messages.Request | messages.Reply, sites: Sites, max_rank: int, exact: dict[str, object]
+) -> ExpectedMessage:
     sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
-    return Expected(type(message).__name__, sizes, most_rank, exact)
+    return ExpectedMessage(type(message).__name__, sizes, max_rank, exact)

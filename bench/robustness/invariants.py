@@ -166,29 +166,29 @@ CARRYING = {"Update", "Train", "Evaluate", "Personalise"}
 """The messages that an adapter travels with."""
 
 
-class Expected(NamedTuple):
+class ExpectedMessage(NamedTuple):
     """What the receiver knows of what it waits for."""
 
     message: str
     """Name of its type."""
     sites: Mapping[str, tuple[int, int]]
     """(inputs, outputs) of each."""
-    most_rank: int
+    max_rank: int
     exact: Mapping[str, Any]
     """Values that fields of the message have to have; `rank` is that of the adapter too."""
 
 
-def violations(records: object, expected: Expected) -> list[str]:
+def violations(records: object, expected: ExpectedMessage) -> list[str]:
     """The invariants that a message violates, in words; none for one that may be let in."""
     return list(_violations(records, expected))
 
 
-def violations_of_adapter(data: bytes, expected: Expected) -> list[str]:
+def adapter_violations(data: bytes, expected: ExpectedMessage) -> list[str]:
     """The same, of an adapter's bytes alone."""
     return list(_of_adapter(data, expected))
 
 
-def _violations(records: object, expected: Expected) -> Iterator[str]:
+def _violations(records: object, expected: ExpectedMessage) -> Iterator[str]:
     carries = expected.message in CARRYING
     if not isinstance(records, RecordDict) or sorted(records) != (["arrays", "message"] if carries else ["message"]):
         yield "other records than a message has"
@@ -215,7 +215,7 @@ def _violations(records: object, expected: Expected) -> Iterator[str]:
         yield from _of_adapter(data, expected)
 
 
-def _of_text(text: str, expected: Expected) -> Iterator[str]:
+def _of_text(text: str, expected: ExpectedMessage) -> Iterator[str]:
     if len(text) > LONGEST_JSON:
         yield "JSON too long"
         return
@@ -236,7 +236,7 @@ def _of_text(text: str, expected: Expected) -> Iterator[str]:
             yield f"{name} is not what was asked for"
 
 
-def _of_adapter(data: bytes, expected: Expected) -> Iterator[str]:
+def _of_adapter(data: bytes, expected: ExpectedMessage) -> Iterator[str]:
     try:
         tensors = parse(data)
     except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
@@ -259,7 +259,7 @@ def _of_adapter(data: bytes, expected: Expected) -> Iterator[str]:
         a64, b64 = a.astype(np.float64), b.astype(np.float64)
         if max(np.linalg.norm(a64), np.linalg.norm(b64), np.linalg.norm(b64 @ a64)) > MOST_NORM * (1 + 1e-9):
             yield f"{site}: norm over {MOST_NORM:g}"
-    if len(ranks) != 1 or not 1 <= min(ranks) <= expected.most_rank:
+    if len(ranks) != 1 or not 1 <= min(ranks) <= expected.max_rank:
         yield "not one rank, or one that is not allowed"
     if "rank" in expected.exact and ranks != {expected.exact["rank"]}:
         yield "another rank than was asked for"

@@ -33,8 +33,8 @@ from rich.table import Table
 
 from bench.lib.machine import machine, versions
 from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, RANK, WORKLOADS, Workload, build
-from bench.throughput.roofline import matrix_rate, operations, synchronise
-from bench.throughput.step_variants import PEERS, Form, Setting, forms
+from bench.throughput.roofline import matrix_rate, operations, synchronize
+from bench.throughput.step_variants import PEERS, StepVariant, TimingSettings, forms
 from training.memory import budget
 
 FASTER = {  # targets on a GPU in bf16: how many times faster the cohort is than the fastest way of …
@@ -47,7 +47,7 @@ DP_COST = 1.05  # private over plain, at most
 
 
 @dataclass
-class Timing:
+class StepTimings:
     """Every repeat of one form; a client-step is 4 examples, whatever the Poisson batches came to."""
 
     client_steps: int
@@ -69,32 +69,32 @@ class Timing:
         return {"milliseconds": self.median, "each": self.milliseconds, **vars(self)}
 
 
-def timed(form: Form, device: torch.device) -> tuple[float, int]:
+def timed(form: StepVariant, device: torch.device) -> tuple[float, int]:
     """Seconds and examples of one repeat."""
     form.prepare()
-    synchronise(device)
+    synchronize(device)
     started = time.perf_counter()
     seen = form.run()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - started, seen
 
 
-class Found(NamedTuple):
+class VariantResults(NamedTuple):
     """What came of some forms."""
 
-    timings: dict[str, Timing]
+    timings: dict[str, StepTimings]
     errors: dict[str, str]  # why those failed that did
     rates: list[float]  # of the matrix product, after each repeat
 
 
-def run(makers: Mapping[str, Callable[[], Form]], setting: Setting) -> Found:
+def run(makers: Mapping[str, Callable[[], StepVariant]], setting: TimingSettings) -> VariantResults:
     """Time forms in turns; one that fails must not cost the others."""
-    running: dict[str, Form] = {}
-    found = Found({}, {}, [])
+    running: dict[str, StepVariant] = {}
+    found = VariantResults({}, {}, [])
     for name, make in makers.items():
         try:
             form = make()
-            found.timings[name] = Timing(form.client_steps, timed(form, setting.device)[0])
+            found.timings[name] = StepTimings(form.client_steps, timed(form, setting.device)[0])
             running[name] = form
         except Exception as error:
             found.errors[name] = f"{type(error).__name__}: {error}"[:1000]
@@ -108,12 +108,12 @@ def run(makers: Mapping[str, Callable[[], Form]], setting: Setting) -> Found:
     return found
 
 
-def measure(workload: Workload, setting: Setting, peers: Sequence[str]) -> dict[str, Any]:
+def measure(workload: Workload, setting: TimingSettings, peers: Sequence[str]) -> dict[str, Any]:
     """All forms on one base."""
     groups = list(forms(workload, setting, peers))
     if setting.device.type == "cpu":  # its speed drifts, so that all forms take turns
         groups = [{name: make for group in groups for name, make in group.items()}]
-    timings: dict[str, Timing] = {}
+    timings: dict[str, StepTimings] = {}
     errors: dict[str, str] = {}
     rates: list[float] = []
     for group in groups:
@@ -136,7 +136,7 @@ def measure(workload: Workload, setting: Setting, peers: Sequence[str]) -> dict[
     }
 
 
-def compare(timings: Mapping[str, Timing], floors: Sequence[float]) -> dict[str, Any]:
+def compare(timings: Mapping[str, StepTimings], floors: Sequence[float]) -> dict[str, Any]:
     """What it comes to: plain forms against the plain cohort, private ones against the private.
 
     `floors`: the least milliseconds of a client-step, in each repeat.
@@ -221,11 +221,11 @@ def caption(record: Mapping[str, Any]) -> str:
     )
 
 
-def settings(arguments: argparse.Namespace) -> Setting:
+def settings(arguments: argparse.Namespace) -> TimingSettings:
     """From the command line, with what the device gives."""
     device = torch.device(arguments.device)
     gpu = device.type == "cuda"
-    return Setting(
+    return TimingSettings(
         device=device,
         precision=arguments.precision or ("bf16" if gpu else "fp32"),
         repeats=arguments.repeats,

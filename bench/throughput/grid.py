@@ -26,18 +26,18 @@ from rich.table import Table
 
 from bench.lib.machine import machine, versions
 from conf.compose import compose
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base, load
-from models.lora.adapter import initial, to_tensors
-from privacy.storage import Files, Storage
+from models.lora.adapter import init_adapter, to_tensors
+from privacy.storage import FileStorage, Storage
 from protocol import records
 from protocol.tensor_codec import encode
 from simulations.fleet.participants import participants
 from simulations.fleet.storage import FILE, Database
-from simulations.grid.cohort import CohortGrid, each_by_itself
+from simulations.grid.cohort import CohortGrid, commit_each_write
 from strategies.build import build
 from strategies.planning.full_plan import training_plan
-from training.jobs import Encode, Examples, Job, Result, Train, Trained
+from training.jobs import EncodeJob, Examples, Job, Result, Train, Trained
 
 WARM = 2  # rounds that are not counted
 PRIVACY = ("none", "example")
@@ -60,23 +60,23 @@ def _done(base: Base, job: Job) -> Result:
     match job:
         case Train():
             return Trained(job.start, 0.1, job.steps)
-        case Encode():
+        case EncodeJob():
             return Examples(torch.zeros(len(job.pictures), *base.shape), torch.zeros(len(job.pictures), 8, 64))
     raise TypeError(f"no round of training asks for {type(job).__name__}")
 
 
-def measure(config: Simulation, base: Base, folder: Path, storage: str) -> list[Cost]:
+def measure(config: SimulationConfig, base: Base, folder: Path, storage: str) -> list[Cost]:
     """Every counted round's cost, with devices that keep their things in `storage`: sqlite or files."""
     database = Database(folder / FILE)
     of_device: Callable[[str], Storage] = database.device
     together: Callable[[], AbstractContextManager[Callable[[], None]]] = database.together
     if storage == "files":
-        of_device, together = (lambda name: Files(folder / name)), each_by_itself
+        of_device, together = (lambda name: FileStorage(folder / name)), commit_each_write
     people = participants(config, base, of_device)
     plan = training_plan(config, run="bench", base=base.hash)
     strategy = build(config, plan, base.sites, accept_simulated=True)
     grid = CohortGrid([person.device for person in people], partial(nothing, base), storage=together)
-    adapter = encode(to_tensors(initial(base.sites, config.adapter.shared.rank, seed=0)))
+    adapter = encode(to_tensors(init_adapter(base.sites, config.adapter.shared.rank, seed=0)))
     costs = []
     for number in range(1, config.rounds + 1):
         gc.collect()

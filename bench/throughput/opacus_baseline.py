@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.lib.workloads import BATCH, LEARNING_RATE, PRIVACY, RANK, SITES
-from bench.throughput.peers import Batch, draw, losses
+from bench.throughput.peers import PeerBatch, draw, losses
 from models.diffusion.objective import Schedule
 from training.jobs import Examples
 
@@ -26,7 +26,7 @@ ATTENTION = [
 """The order of preference in a capture, the cohort's own: cuDNN's takes longest to launch, and a graph hides that."""
 
 
-class Lora(nn.Module):
+class LoraLinear(nn.Module):
     """A frozen linear layer with a LoRA product beside it."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -67,7 +67,7 @@ class PerExample:
         torch.bmm(g.mT, x, out=place)
 
 
-class Hooks:
+class HooksPeer:
     """One client's DP-SGD: fp32 factors in a flat buffer, and a copy in the base's precision that the layers see.
 
     Args:
@@ -87,7 +87,7 @@ class Hooks:
             layer.weight = nn.Parameter(part.view_as(layer.weight), requires_grad=False)
         self.total, self.gradient = torch.zeros_like(self.seen, dtype=torch.float32), torch.zeros_like(self.flat)
         self.flat.grad = self.gradient
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [self.flat], LEARNING_RATE, weight_decay=0.0, fused=True, capturable=device.type == "cuda"
         )
         self.places = [torch.zeros(size, dtype=torch.long, device=device) for size in range(LARGEST + 1)]
@@ -105,7 +105,7 @@ class Hooks:
                 self._run(len(part))
         self._run(0)
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def gradients(self, batch: PeerBatch) -> Tensor:
         """The gradient of each example [n, D]."""
         self.watch.rows = self.seen.new_empty(len(batch.t), len(self.flat))
         losses(self.unet, batch).sum().backward()
@@ -127,7 +127,7 @@ class Hooks:
         deviation = PRIVACY.noise_multiplier * PRIVACY.clip
         torch.add(self.total, torch.randn_like(self.total), alpha=deviation, out=self.gradient)
         self.gradient /= BATCH
-        self.optimiser.step()
+        self.optimizer.step()
         if self.seen.dtype != self.flat.dtype:
             self.seen.copy_(self.flat.detach())
 
@@ -146,7 +146,7 @@ class Hooks:
             with torch.cuda.graph(graph, pool=pool):
                 self._work(size)
             self.graphs[size] = graph
-        for tensor in self.optimiser.state[self.flat].values():
+        for tensor in self.optimizer.state[self.flat].values():
             tensor.zero_()
         with torch.no_grad():
             self.flat.copy_(start)
@@ -158,7 +158,7 @@ def add_factors(unet: nn.Module) -> list[nn.Linear]:
     layers = []
     for name in [name for name, _ in unet.named_modules() if re.fullmatch(SITES, name)]:
         parent, _, leaf = name.rpartition(".")
-        lora = Lora(unet.get_submodule(name))
+        lora = LoraLinear(unet.get_submodule(name))
         unet.get_submodule(parent).register_module(leaf, lora)
         layers += [lora.a, lora.b]
     return layers

@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.reliability.processes import LOOPBACK, Federation, federation, free_port, letters
+from bench.reliability.processes import LOOPBACK, LocalFederation, federation, free_port, write_letter_folders
 from common.flower import environment
-from server.supervisor.control import Control
-from server.supervisor.server_dir import Place
-from server.supervisor.superlink import SuperLink
+from server.supervisor.control import ControlClient
+from server.supervisor.server_dir import ServerDir
+from server.supervisor.superlink import SuperLinkProcess
 
 OUT = Path("bench/results/overhead.json")
 LEG, ADDED = 4.0, 40.0  # seconds of a leg, MiB that Anther may add when idle
@@ -98,7 +98,7 @@ out = ""
 
 
 @dataclass
-class Memory:
+class DeviceMemory:
     """PSS in MiB of one device's processes."""
 
     training: float = 0.0
@@ -120,7 +120,7 @@ def pss(processes: Callable[[], list[psutil.Process]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def most(processes: Callable[[], list[psutil.Process]], memory: Memory) -> Iterator[None]:
+def most(processes: Callable[[], list[psutil.Process]], memory: DeviceMemory) -> Iterator[None]:
     """Notes the most that these processes hold together, every half second."""
     end = threading.Event()
 
@@ -137,21 +137,21 @@ def most(processes: Callable[[], list[psutil.Process]], memory: Memory) -> Itera
         thread.join()
 
 
-def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float) -> tuple[list[float], Memory]:
+def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float) -> tuple[list[float], DeviceMemory]:
     """Seconds of each leg, and the memory of one node."""
-    place = Place(folder / "server")
+    place = ServerDir(folder / "server")
     place.prepare([LOOPBACK], 1)
-    superlink = SuperLink(place.folder, free_port(), place.certificates)
+    superlink = SuperLinkProcess(place.folder, free_port(), place.certificates)
     app, out = folder / "peer-app", folder / "legs.json"
     (app / "peer").mkdir(parents=True)
     for name, text in (("server", SERVER_APP), ("client", CLIENT_APP), ("__init__", "")):
         (app / "peer" / f"{name}.py").write_text(text)
     (app / "pyproject.toml").write_text(PROJECT)
     started: list[subprocess.Popen] = []
-    memory = Memory()
+    memory = DeviceMemory()
     superlink.start()
     try:
-        control = Control(superlink.address, place.certificates.authority)
+        control = ControlClient(superlink.address, place.certificates.authority)
         for number in range(nodes):
             started.append(_supernode(folder / f"node-{number}", number, superlink, place, control))
         below = _below(started[0])
@@ -175,7 +175,9 @@ def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float
         superlink.stop()
 
 
-def _supernode(home: Path, number: int, superlink: SuperLink, place: Place, control: Control) -> subprocess.Popen:
+def _supernode(
+    home: Path, number: int, superlink: SuperLinkProcess, place: ServerDir, control: ControlClient
+) -> subprocess.Popen:
     """Flower's own, as its documentation starts it."""
     home.mkdir()
     key = home / "key"
@@ -213,19 +215,19 @@ def _below(process: subprocess.Popen) -> Callable[[], list[psutil.Process]]:
     return found
 
 
-def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[float], Memory, int]:
+def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[float], DeviceMemory, int]:
     """Seconds of each leg but the first round's, the memory of one device, and bytes of an adapter."""
-    memory = Memory()
+    memory = DeviceMemory()
     with federation(folder, f"rounds={rounds + 1} {RUN.format(nodes=nodes)}") as found:
         found.start()
-        pictures = letters(folder / "pictures", nodes)
+        pictures = write_letter_folders(folder / "pictures", nodes)
         for name, data in pictures.items():
-            found.enrol(name, data, f"worker.idle_seconds={settle / 2:g}").start()
+            found.enroll(name, data, f"worker.idle_seconds={settle / 2:g}").start()
         process = next(iter(found.devices.values())).process
         assert process is not None
         below = _below(process)
         with most(below, memory):
-            while found.server.code is None and found.rounds() < rounds + 1:
+            while found.server.exit_code is None and found.rounds() < rounds + 1:
                 time.sleep(0.5)
         time.sleep(settle)
         memory.parts = pss(below)
@@ -233,13 +235,13 @@ def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[flo
         return _legs(found), memory, _adapter_bytes(found)
 
 
-def _legs(found: Federation) -> list[float]:
+def _legs(found: LocalFederation) -> list[float]:
     """A round of training and measuring is two legs."""
     state = json.loads(sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("state.json").read_text())
     return [done["wall_seconds"] / 2 for done in state["history"][2:]]  # the first loads the base
 
 
-def _adapter_bytes(found: Federation) -> int:
+def _adapter_bytes(found: LocalFederation) -> int:
     return sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("adapter.safetensors").stat().st_size
 
 

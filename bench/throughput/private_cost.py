@@ -7,7 +7,7 @@ compares:
     waited    the time after which its reply leaves over the open job's: the turns of its public schedule
 
 The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.public_duration`). The
-fixed cost of a pass beside its entries is fitted to passes of several sizes: it determines `training.pass_size.BESIDE`.
+fixed cost of a pass beside its entries is fitted to passes of several sizes: it determines `training.pass_size.PASS_OVERHEAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.throughput.roofline import synchronise
+from bench.throughput.roofline import synchronize
 from models.base.base import Base, load
-from models.lora.adapter import initial
-from privacy.noise import Simulated
-from training.buffers import Rows, Shape
-from training.capacity import capacity, entry_bytes, largest_pass
+from models.lora.adapter import init_adapter
+from privacy.noise import SimulatedNoise
+from training.buffers import BufferSpec, CohortBuffers
+from training.capacity import capacity, entry_bytes, max_pass_size
 from training.cohort import train
 from training.jobs import DPSGD, Examples, Train, Trained
-from training.memory import budget, for_training
-from training.microbatching import Pack
+from training.memory import budget, training_share
+from training.microbatching import Microbatch
 from training.parallel_passes import single_threaded_layers, workers
-from training.pass_size import BESIDE, fixed_size
-from training.public_duration import Turns, scheduled
+from training.pass_size import PASS_OVERHEAD_BYTES, fixed_pass_size
+from training.public_duration import TurnCount, scheduled_turns
 from training.step import gradients, on_device
 from typefaces import dataset
 
@@ -78,7 +78,7 @@ def job(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, 
         purpose="shared",
         seed=7,
         examples=Examples(*(e[:assumed] for e in examples)),
-        start=initial(base.sites, RANK, 7),
+        start=init_adapter(base.sites, RANK, 7),
         steps=steps,
         batch_size=batch * draws,
         learning_rate=1e-3,
@@ -90,29 +90,29 @@ def job(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, 
         batch_size=batch,
         names=tuple(map(str, range(assumed))),
         privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=batch / assumed, draws=draws),
-        noise=Simulated(seed=seed, client="bench", round=seed, purpose="shared"),
+        noise=SimulatedNoise(seed=seed, client="bench", round=seed, purpose="shared"),
     )
 
 
 def seconds_of(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
     """Run `work`, and return its wall-clock seconds, its CPU seconds and its result."""
-    synchronise(base.device)
+    synchronize(base.device)
     wall, busy = time.perf_counter(), time.process_time()
     found = work()
-    synchronise(base.device)
+    synchronize(base.device)
     return time.perf_counter() - wall, time.process_time() - busy, found
 
 
 def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
     """Fit the fixed seconds of a pass and the seconds per entry to the fastest passes of several sizes."""
     plan = job(base, examples, CASES[0], 1, 0, private=True)
-    rows_shape = Shape.of([plan])
-    rows = Rows(base, rows_shape, 1)
+    rows_shape = BufferSpec.of([plan])
+    rows = CohortBuffers(base, rows_shape, 1)
     rows.open({0: plan})
     best = []
     with single_threaded_layers():  # as in passes side by side
         for size in SIZES:
-            entries = on_device(Pack.nothing(0, 0, size, 1), base.device)
+            entries = on_device(Microbatch.nothing(0, 0, size, 1), base.device)
             passed = partial(gradients, base, rows, entries)
             best.append(min(seconds_of(base, passed)[base.device.type == "cpu"] for _ in range(repeats + 1)))
     each, beside = np.polyfit(SIZES, best, 1, w=1 / np.array(best))
@@ -125,7 +125,7 @@ def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
 
 def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, repeats: int) -> dict[str, Any]:
     """Measure seconds per step, open and private, and their ratios: medians over alternating repeats."""
-    memory = for_training(budget(None, base.device))
+    memory = training_share(budget(None, base.device))
     found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     for seed in range(repeats):
         for private in (False, True):
@@ -141,11 +141,16 @@ def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: 
     batch, draws, assumed = case
     plan = job(base, examples, case, steps, 0, private=True)
     room = capacity(base, [plan], memory)
-    most = largest_pass(base.device, room.entries)
-    entry = entry_bytes(base, Shape.of([plan]))
-    size = fixed_size(base.device, [plan], most if base.device.type == "cpu" else max(1, for_training(most)), entry)
-    turns = Turns.of(plan, size, min(workers(base.device), room.entries))
-    beside, planned = BESIDE[base.device.type] / entry, scheduled(assumed, batch / assumed, steps, turns)
+    most = max_pass_size(base.device, room.entries)
+    entry = entry_bytes(base, BufferSpec.of([plan]))
+    size = fixed_pass_size(
+        base.device, [plan], most if base.device.type == "cpu" else max(1, training_share(most)), entry
+    )
+    turns = TurnCount.of(plan, size, min(workers(base.device), room.entries))
+    beside, planned = (
+        PASS_OVERHEAD_BYTES[base.device.type] / entry,
+        scheduled_turns(assumed, batch / assumed, steps, turns),
+    )
     alone = -(-batch * draws // most)  # passes of the open step
     expected = planned * turns.at_once * (beside + size) / (steps * (alone * beside + batch * draws))
     return {

@@ -44,7 +44,7 @@ from flwr.simulation import run_simulation
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from bench.lib.workloads import EXAMPLES, PRIVACY, SITES
-from bench.throughput.peers import Opacus, add_lora
+from bench.throughput.peers import OpacusPeer, add_lora
 from common.seeding import derive_seed
 from models.base import assets
 from models.diffusion.objective import diffusion
@@ -72,23 +72,23 @@ def network() -> Any:
     return UNet2DConditionModel.from_pretrained(assets.locate("glyphs") / "unet").requires_grad_(False)
 
 
-def fresh(examples: Examples) -> Opacus:
+def fresh(examples: Examples) -> OpacusPeer:
     """A UNet just loaded, with LoRA and Opacus' hooks."""
     scheduler: Any = DDIMScheduler.from_pretrained(assets.locate("glyphs") / "scheduler")
     schedule = diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-    return Opacus(network(), examples, schedule, factors="fp32")
+    return OpacusPeer(network(), examples, schedule, factors="fp32")
 
 
-def kept(examples: Examples) -> Opacus:
+def kept(examples: Examples) -> OpacusPeer:
     """The one of this process, with an optimiser that knows nothing of the client before."""
     peer = _of_this_process()
     peer.examples = examples
-    peer.optimiser.original_optimizer.state.clear()
+    peer.optimizer.original_optimizer.state.clear()
     return peer
 
 
 @functools.cache
-def _of_this_process() -> Opacus:
+def _of_this_process() -> OpacusPeer:
     torch.set_num_threads(1)
     return fresh(Examples(torch.empty(0), torch.empty(0)))
 

@@ -54,7 +54,7 @@ OURS = (
 _LOOK = 0.02  # seconds between two looks at a run's metrics
 
 
-class Run(NamedTuple):
+class RecipeTiming(NamedTuple):
     """One program, in seconds."""
 
     startup: float  # until training begins
@@ -71,7 +71,7 @@ class Run(NamedTuple):
         return statistics.median(self.rounds[1:])
 
 
-def ours(form: str, rounds: int, folder: Path) -> Run:
+def ours(form: str, rounds: int, folder: Path) -> RecipeTiming:
     """Resume a copy of a simulation whose first round is over, and watch it until its last."""
     begun = folder / form
     command = [sys.executable, "-m", "simulations.run", *OURS, f"grid={form}", f"rounds={1 + rounds}"]
@@ -82,7 +82,7 @@ def ours(form: str, rounds: int, folder: Path) -> Run:
     total = until([*command, f"hydra.run.dir={resumed}", "resume=true"], resumed, 1 + rounds)
     seconds = [line["seconds"] for line in lines(resumed)[2:]]
     shutil.rmtree(resumed)
-    return Run(total - sum(seconds), seconds)
+    return RecipeTiming(total - sum(seconds), seconds)
 
 
 def until(command: Sequence[str], folder: Path, round: int) -> float:
@@ -107,15 +107,15 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def rays(form: str, rounds: int) -> Run:
+def run_ray_recipe(form: str, rounds: int) -> RecipeTiming:
     """Flower's recipe; the last line that it prints tells its times."""
     command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", form, "--rounds", str(rounds)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    return Run(told["startup"], told["rounds"])
+    return RecipeTiming(told["startup"], told["rounds"])
 
 
-def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
+def compare(runs: Mapping[str, Sequence[RecipeTiming]]) -> dict[str, dict[str, float]]:
     """How many times longer than the cohort each form takes: for everything, and for a round in steady state."""
     return {
         form: {
@@ -127,7 +127,7 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
     }
 
 
-def table(runs: Mapping[str, Sequence[Run]]) -> Table:
+def table(runs: Mapping[str, Sequence[RecipeTiming]]) -> Table:
     """A row for each form."""
     ratios = compare(runs)
     shown = Table(title=f"{CLIENTS} clients × {STEPS} steps × {BATCH} examples, DP, glyph base; seconds (medians)")
@@ -152,13 +152,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/recipes-cpu.json"))
     arguments = parser.parse_args()
     forms = list(dict.fromkeys(("cohort", *arguments.forms)))
-    runs: dict[str, list[Run]] = {form: [] for form in forms}
+    runs: dict[str, list[RecipeTiming]] = {form: [] for form in forms}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(arguments.repeats):
             turn = repeat % len(forms)
             for form in (*forms[turn:], *forms[:turn]):
                 own = form in ("cohort", "serial")
-                run = ours(form, arguments.rounds, Path(folder)) if own else rays(form, arguments.rounds)
+                run = ours(form, arguments.rounds, Path(folder)) if own else run_ray_recipe(form, arguments.rounds)
                 runs[form].append(run)
                 print(f"repeat {repeat + 1}, {form}: {run.total:.1f} s", file=sys.stderr)
     record: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.lib.workloads import BATCH, TOKENS, Workload, build
-from bench.throughput.peers import Batch, add_lora, losses
+from bench.throughput.peers import PeerBatch, add_lora, losses
 
 
 def operations(workload: Workload) -> int:
@@ -25,11 +25,11 @@ def operations(workload: Workload) -> int:
     add_lora(unet, "fp32")
     with meta:
         latents = torch.empty(1, *workload.latent)
-        batch = Batch(latents, torch.empty(1), torch.empty(1, TOKENS, workload.width), latents)
-    return BATCH * count(lambda: losses(unet, batch).sum().backward())
+        batch = PeerBatch(latents, torch.empty(1), torch.empty(1, TOKENS, workload.width), latents)
+    return BATCH * count_operations(lambda: losses(unet, batch).sum().backward())
 
 
-def count(work: Callable[[], object]) -> int:
+def count_operations(work: Callable[[], object]) -> int:
     """Operations of all matrix products and convolutions in `work`.
 
     Attention is counted as the two products that it is (four backward), without what fused kernels do again.
@@ -45,15 +45,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> 
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 3):
-        synchronise(device)
+        synchronize(device)
         started = time.perf_counter()
         a @ b
-        synchronise(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2 * n**3 / statistics.median(seconds[3:])
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

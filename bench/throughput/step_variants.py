@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, SITES, Workload, build, examples, jobs, schedule
-from bench.throughput.opacus_baseline import Hooks
-from bench.throughput.peers import Factors, Opacus, Peer, Peft
+from bench.throughput.opacus_baseline import HooksPeer
+from bench.throughput.peers import FactorPrecision, OpacusPeer, Peer, PeftPeer
 from models.base.denoiser import PRECISIONS, Denoiser
 from models.diffusion.objective import Schedule
 from training.cohort import train
@@ -23,7 +23,7 @@ ALONE = 4  # clients that `one` trains in a repeat
 
 
 @dataclass(frozen=True)
-class Setting:
+class TimingSettings:
     """Where and how everything of one run is timed."""
 
     device: torch.device
@@ -39,7 +39,7 @@ class Setting:
         return PRECISIONS[self.precision]
 
 
-class Form(Protocol):
+class StepVariant(Protocol):
     """Something that trains, a repeat at a time."""
 
     client_steps: int  # in a repeat
@@ -53,7 +53,7 @@ class Form(Protocol):
         ...
 
 
-class Loop:
+class PeerVariant:
     """A peer that trains one client."""
 
     client_steps = len(POISSON_SIZES)
@@ -72,11 +72,18 @@ class Loop:
         return sum(self.sizes)
 
 
-class Cohort:
+class CohortVariant:
     """The trainer, with fresh jobs in each repeat: `together` in its passes, or one after the other."""
 
     def __init__(
-        self, denoiser: Denoiser, workload: Workload, setting: Setting, *, clients: int, private: bool, together: bool
+        self,
+        denoiser: Denoiser,
+        workload: Workload,
+        setting: TimingSettings,
+        *,
+        clients: int,
+        private: bool,
+        together: bool,
     ) -> None:
         self.denoiser, self.private, self.steps = denoiser, private, setting.steps
         self.data = [examples(workload, client, torch.device("cpu")) for client in range(clients)]
@@ -98,10 +105,12 @@ class Cohort:
         return sum(noise.drawn for noise in self.noise) if self.private else self.client_steps * BATCH
 
 
-def forms(workload: Workload, setting: Setting, peers: Sequence[str]) -> Iterator[Mapping[str, Callable[[], Form]]]:
+def forms(
+    workload: Workload, setting: TimingSettings, peers: Sequence[str]
+) -> Iterator[Mapping[str, Callable[[], StepVariant]]]:
     """What is timed, by name: repeats within a group alternate, and only one group is in memory at a time."""
     device = setting.device
-    ways: tuple[Factors, ...] = get_args(Factors) if setting.precision == "bf16" else ("fp32",)
+    ways: tuple[FactorPrecision, ...] = get_args(FactorPrecision) if setting.precision == "bf16" else ("fp32",)
 
     def network() -> nn.Module:
         return build(workload, device, setting.dtype)
@@ -109,14 +118,14 @@ def forms(workload: Workload, setting: Setting, peers: Sequence[str]) -> Iterato
     def data() -> tuple[Examples, Schedule]:
         return examples(workload, 0, device), schedule(device)
 
-    def peft(way: Factors) -> Form:
-        return Loop(Peft(network(), *data(), factors=way), private=False)
+    def peft(way: FactorPrecision) -> StepVariant:
+        return PeerVariant(PeftPeer(network(), *data(), factors=way), private=False)
 
-    def opacus(way: Factors) -> Form:
-        return Loop(Opacus(network(), *data(), factors=way), private=True)
+    def opacus(way: FactorPrecision) -> StepVariant:
+        return PeerVariant(OpacusPeer(network(), *data(), factors=way), private=True)
 
-    def hooks() -> Form:
-        return Loop(Hooks(network(), *data(), graphs=device.type == "cuda"), private=True)
+    def hooks() -> StepVariant:
+        return PeerVariant(HooksPeer(network(), *data(), graphs=device.type == "cuda"), private=True)
 
     for way in ways:
         if "peft" in peers:
@@ -131,8 +140,8 @@ def forms(workload: Workload, setting: Setting, peers: Sequence[str]) -> Iterato
         unet = build(workload, device)
         return Denoiser(unet, schedule(device), sites=SITES, device=str(device), compute=setting.precision)
 
-    def cohort(clients: int, private: bool, together: bool = True) -> Form:
-        return Cohort(denoiser(), workload, setting, clients=clients, private=private, together=together)
+    def cohort(clients: int, private: bool, together: bool = True) -> StepVariant:
+        return CohortVariant(denoiser(), workload, setting, clients=clients, private=private, together=together)
 
     clients = setting.clients or workload.clients
     group = {"cohort": partial(cohort, clients, False), "cohort DP": partial(cohort, clients, True)}

@@ -26,18 +26,25 @@ from client.cli.plan import DONE, PROFILE, USAGE
 from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
 from common.units import GIB, MIB
-from conf.schemas.planning import DeviceProfile, devices, planned
+from conf.schemas.planning import DeviceProfileConfig, compose_plan, devices
 from models.base import assets
 from models.base.denoiser import Denoiser
-from models.families.known import Known
+from models.families.known import BaseSpec
 from models.families.stable_diffusion import STABLE_DIFFUSION
-from models.footprint.footprint import NO_SCHEDULE, Footprint, example, footprint, one_pass, shapes
+from models.footprint.footprint import (
+    DUMMY_SCHEDULE,
+    Footprint,
+    example_shapes,
+    footprint,
+    forward_backward,
+    meta_denoiser,
+)
 from models.lora.batched_lora import Layout
 from training.memory import total_and_free
 
 SECONDS = 60.0
 FREE = 0.9  # of what is free now that training may fill
-STEP = Known(
+STEP = BaseSpec(
     family=STABLE_DIFFUSION,
     config={  # 34 million parameters
         "block_out_channels": (128, 192, 256),
@@ -66,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if asked.seconds <= 0:
             raise AntherError(f"--seconds {asked.seconds}: must be over 0")
-        found = measured(planned([f"device={asked.like}"], path).device, asked.seconds)
+        found = measured(compose_plan([f"device={asked.like}"], path).device, asked.seconds)
         write(found, path, like=asked.like)
     except (AntherError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def measured(like: DeviceProfile, seconds: float) -> DeviceProfile:
+def measured(like: DeviceProfileConfig, seconds: float) -> DeviceProfileConfig:
     """The profile of this device, with the watts and the battery of another; takes about so many seconds.
 
     The step comes first: its peak tells what the process holds beside it, before anything else was large.
@@ -101,7 +108,7 @@ def measured(like: DeviceProfile, seconds: float) -> DeviceProfile:
 
 def predicted_step() -> Footprint:
     """Of the step that is measured."""
-    return footprint(shapes(STEP, sites=STEP.family.sites), *example(STEP, PIXELS), rank=RANK)
+    return footprint(meta_denoiser(STEP, sites=STEP.family.sites), *example_shapes(STEP, PIXELS), rank=RANK)
 
 
 def training_step(seconds: float) -> tuple[float, int]:
@@ -109,10 +116,10 @@ def training_step(seconds: float) -> tuple[float, int]:
     network = STEP.network().to_empty(device="cpu")
     for tensor in (*network.parameters(), *network.buffers()):
         nn.init.normal_(tensor, std=0.02)
-    base = Denoiser(network, NO_SCHEDULE, sites=STEP.family.sites)
-    layout, (latents, context) = Layout(base.sites, RANK), example(STEP, PIXELS)
+    base = Denoiser(network, DUMMY_SCHEDULE, sites=STEP.family.sites)
+    layout, (latents, context) = Layout(base.sites, RANK), example_shapes(STEP, PIXELS)
     entry = torch.zeros(1, *latents), torch.zeros(1, *context), layout, torch.zeros(1, layout.size)
-    found = sustained(lambda: one_pass(base, *entry), seconds)
+    found = sustained(lambda: forward_backward(base, *entry), seconds)
     return found, max(10 * MIB, peak_bytes() - predicted_step().peak_bytes)
 
 
@@ -153,7 +160,7 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def write(profile: DeviceProfile, path: Path, *, like: str) -> None:
+def write(profile: DeviceProfileConfig, path: Path, *, like: str) -> None:
     """The profile as YAML; appears when complete."""
     header = _HEADER.format(when=datetime.now(UTC).date(), torch=torch.__version__, like=like)
     path.parent.mkdir(parents=True, exist_ok=True)

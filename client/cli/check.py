@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from client.data import load_folder
-from common.errors import TOLD, told
+from common.errors import REPORTED_ERRORS, told
 
 DONE, USAGE = 0, 2
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder,) = sys.argv[1:] if arguments is None else arguments
     try:
         load_folder(folder)
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.cli.paths import owners_command, run
-from client.store.open import look
+from client.cli.paths import owner_parser, run
+from client.store.open import inspect_store
 from common.errors import AntherError
 from models.diffusion.decoding import TILE
 from models.diffusion.sampling import SAMPLERS
-from models.quantization.modes import MODES
-from privacy.storage import Files
+from models.quantization.modes import WEIGHT_MODES
+from privacy.storage import FileStorage
 
 if TYPE_CHECKING:
     from client.store.store import Store
@@ -31,10 +31,10 @@ UNDER = ("personal", "shared", "base")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 2, with one line on standard error, if it can't be drawn."""
-    parser = owners_command("client.cli.draw", __doc__ or "")
+    parser = owner_parser("client.cli.draw", __doc__ or "")
     parser.add_argument("captions", nargs="+", help="what to draw")
     parser.add_argument("--base", default="glyphs", help="name of a shipped base, or folder of a pipeline or its pack")
-    parser.add_argument("--weights", default="fp32", choices=tuple(MODES), help="how it is held")
+    parser.add_argument("--weights", default="fp32", choices=tuple(WEIGHT_MODES), help="how it is held")
     parser.add_argument("--under", default="personal", choices=UNDER, help="shared: without what is yours alone")
     parser.add_argument("--sampler", default="dpm", choices=SAMPLERS)
     parser.add_argument("--steps", type=int, default=8, help="1 to 4 with lcm or ancestral, if distilled for it")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(parser, arguments, draw)
 
 
-def draw(files: Files, asked: argparse.Namespace) -> str:
+def draw(files: FileStorage, asked: argparse.Namespace) -> str:
     """Draw every caption; where the pictures are.
 
     Raises:
@@ -56,11 +56,11 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
     from PIL import Image
 
     from models.base.base import load
-    from training.inference import draw_under
-    from training.memory import budget, for_looking
+    from training.inference import generate_with
+    from training.memory import budget, inference_share
 
     _check(asked)
-    store = look(files).store
+    store = inspect_store(files).store
     sites = store.personal_sites()
     base = load(
         asked.base,
@@ -69,7 +69,7 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
         device="auto",
         resolution=asked.resolution,
     )
-    latents = draw_under(
+    latents = generate_with(
         base,
         asked.captions,
         _adapters(store, base, asked.under),
@@ -77,7 +77,7 @@ def draw(files: Files, asked: argparse.Namespace) -> str:
         sampler=asked.sampler,
         steps=asked.steps,
         guidance=asked.guidance,
-        memory=for_looking(budget(None, base.device)),
+        memory=inference_share(budget(None, base.device)),
     )
     pictures = base.decode(latents, small=asked.small_vae, tile=asked.tile or None)
     asked.out.mkdir(parents=True, exist_ok=True)

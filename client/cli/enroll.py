@@ -19,9 +19,9 @@ from client.cli import paths
 from client.runtime import server_connection
 from common.atomic_files import write
 from common.errors import AntherError, refused
-from conf.schemas.node import compose, enrolled
+from conf.schemas.node import compose, read_enrollment
 from protocol import ticket as tickets
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 
 DONE, USAGE = 0, 2
 _LONGEST = 4096  # characters of what a ticket is read from
@@ -88,8 +88,8 @@ def enroll(text: str, words: Sequence[str]) -> str:
     ticket, file = tickets.read(text), paths.words()
     node = compose(words, file)
     name = node.name or platform.node() or "device"
-    found, hello = server_connection.enrol(ticket, name)
-    said = [*enrolled(file), *words, f"name={name}", f"link.address={found.address}", "link.insecure=false"]
+    found, hello = server_connection.enroll(ticket, name)
+    said = [*read_enrollment(file), *words, f"name={name}", f"link.address={found.address}", "link.insecure=false"]
     said.append(f"federation={hello.federation}")
     last = {word.partition("=")[0]: word for word in said}
     lines = ["# Written by anther device enroll; a key=value a line, to be changed by hand as you like."]
@@ -97,7 +97,7 @@ def enroll(text: str, words: Sequence[str]) -> str:
     return _next(hello, name, has_data=any(word.startswith("data=") for word in last.values()))
 
 
-def _next(hello: Hello, name: str, *, has_data: bool) -> str:
+def _next(hello: ServerHello, name: str, *, has_data: bool) -> str:
     lines = [f"{name} takes part now, with a base of {hello.base_bytes / 1e6:,.0f} MB. Next:"]
     if not has_data:
         lines.append("    anther device run data=FOLDER     # of your pictures, which never leave it")

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from client.cli.paths import owners_command, run
+from client.cli.paths import owner_parser, run
 from client.store import layout, migrate
-from client.store.open import check_there, last_federation
+from client.store.open import check_store_exists, last_federation
 from common import atomic_files, file_lock
 from common.errors import AntherError
-from privacy.storage import ASIDE, Files
+from privacy.storage import ASIDE, FileStorage
 
 NOTHING = "{folder}: nothing was learnt here of {whose}."
 FORGOTTEN = """Removed from {folder}: {count} files, {megabytes:.1f} MB, of {whose}.
@@ -28,7 +28,7 @@ backup. If the store was encrypted, they are of no use without its key."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 2, with one line on standard error, if it isn't meant, or the store is in use."""
-    parser = owners_command("client.cli.forget", __doc__ or "")
+    parser = owner_parser("client.cli.forget", __doc__ or "")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--federation", metavar="ID", help="that one (default: the last that the device was in)")
     which.add_argument("--all", action="store_true", help="all of them")
@@ -36,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(parser, arguments, forget)
 
 
-def forget(files: Files, asked: argparse.Namespace) -> str:
+def forget(files: FileStorage, asked: argparse.Namespace) -> str:
     """Do it; what was removed, and what that can't undo. It needs no key, and can be done again where it was killed.
 
     Raises:
         AntherError: its owner isn't sure, there is no such federation, or the store is in use or of a newer version.
     """
-    check_there(files)
+    check_store_exists(files)
     federation = None if asked.all else asked.federation or last_federation(files)
     whose = "all federations" if asked.all else f"federation {federation}" if federation else "no federation with an id"
     known = layout.federations(files.folder)
@@ -51,7 +51,7 @@ def forget(files: Files, asked: argparse.Namespace) -> str:
         raise AntherError(f"--federation {federation}: nothing is kept of it here; of these something is: {held}")
     if not asked.yes:
         raise AntherError(f"forget removes what was learnt of {whose} in {files.folder}, for good: say --yes")
-    with file_lock.alone(files.folder, what="the store"):
+    with file_lock.exclusive(files.folder, what="the store"):
         migrate.upgrade(files)
         doomed = [name for name in _learnt(files.folder) if asked.all or _whose(name) in (federation, _CACHED)]
         size = sum((files.folder / name).stat().st_size for name in doomed)
@@ -70,7 +70,7 @@ def _learnt(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         rest = layout.split(name)[1]
-        if path.is_file() and rest.split("/")[0] in (*layout.OF_FEDERATION, layout.CACHE):
+        if path.is_file() and rest.split("/")[0] in (*layout.FEDERATION_FILES, layout.CACHE):
             yield name
 
 

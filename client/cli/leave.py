@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from client.cli.paths import link, owners_command, run, words
+from client.cli.paths import link, owner_parser, run, words
 from common import atomic_files, file_lock
 from common.errors import AntherError
-from privacy.storage import Files
+from privacy.storage import FileStorage
 
 LEFT = """This device has left {federation}: its keys, {link}, and its words, {words}, are gone from here.
 Undone: it can't take part any more, nor be asked for anything. Ask the federation's operator to revoke it as well:
@@ -27,12 +27,12 @@ they are by now. What that tells of a picture, anther device ledger says."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 2, with one line on standard error, if there is nothing to leave, or it isn't meant."""
-    parser = owners_command("client.cli.leave", __doc__ or "")
+    parser = owner_parser("client.cli.leave", __doc__ or "")
     parser.add_argument("--yes", action="store_true", help="yes, leave")
     return run(parser, arguments, lambda files, asked: leave(files, asked))
 
 
-def leave(files: Files, asked: argparse.Namespace) -> str:
+def leave(files: FileStorage, asked: argparse.Namespace) -> str:
     """Do it; what that undoes and what it can't. Killed on the way it can be done again.
 
     Raises:
@@ -45,9 +45,9 @@ def leave(files: Files, asked: argparse.Namespace) -> str:
     told = _federation()
     with ExitStack() as held:
         if files.folder.is_dir():
-            held.enter_context(file_lock.alone(files.folder, what="the store"))
+            held.enter_context(file_lock.exclusive(files.folder, what="the store"))
         if link().exists():
-            held.enter_context(file_lock.alone(link(), what="this device's part in its federation"))
+            held.enter_context(file_lock.exclusive(link(), what="this device's part in its federation"))
             shutil.rmtree(link())
         atomic_files.sync_folder(link().parent)  # the keys are gone for good before what says whose they were
         words().unlink(missing_ok=True)
@@ -57,10 +57,10 @@ def leave(files: Files, asked: argparse.Namespace) -> str:
 
 def _federation() -> str:
     """How its words call it."""
-    from conf.schemas.node import enrolled  # slow import, so only here
+    from conf.schemas.node import read_enrollment  # slow import, so only here
 
     try:
-        address = [word.partition("=")[2] for word in enrolled(words()) if word.startswith("link.address=")]
+        address = [word.partition("=")[2] for word in read_enrollment(words()) if word.startswith("link.address=")]
     except AntherError:
         return "its federation"
     return f"the federation at {address[-1]}" if address else "its federation"

@@ -14,17 +14,28 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from client.cli.paths import owners_command, run
+from client.cli.paths import owner_parser, run
 from client.store import keyring, layout, migrate
-from client.store.open import check_there, look
+from client.store.open import check_store_exists, inspect_store
 from common import file_lock
 from common.errors import AntherError
 from privacy import policy
 from privacy.accounting import Guarantee, PoissonGaussian, with_strict
-from privacy.encrypted_storage import SEAL, Seal
-from privacy.ledger.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, SENT, TRAIN, History, Ledger, Reservation
+from privacy.encrypted_storage import HEADER_FILE, EncryptionHeader
+from privacy.ledger.ledger import (
+    JOURNAL,
+    MARKER,
+    OUTBOX,
+    RESERVED,
+    SEALED,
+    SENT,
+    TRAIN,
+    DeviceLedger,
+    LedgerHistory,
+    Reservation,
+)
 from privacy.policy import Policy
-from privacy.storage import Files
+from privacy.storage import FileStorage
 
 WIDTH = 130
 
@@ -34,7 +45,7 @@ From here on ε is counted from 0 again, though what was shared stays shared: of
 is what both ledgers count together. A run whose server knew the old ledger refuses to be forgotten: this device takes
 part again with the next run."""
 
-SEALED_UP = (*layout.LEFT, *layout.ADAPTERS, layout.SEED, layout.CACHE, layout.FEDERATIONS, SEAL)
+SEALED_UP = (*layout.ROUND_FILES, *layout.ADAPTERS, layout.SEED, layout.CACHE, layout.FEDERATIONS, HEADER_FILE)
 """What goes with a ledger whose key is gone: nobody can read it either."""
 
 STATES = {RESERVED: "charged", SEALED: "reply sealed", SENT: "reply received"}
@@ -42,33 +53,33 @@ STATES = {RESERVED: "charged", SEALED: "reply sealed", SENT: "reply received"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' exit status: 2, with one line on standard error, if the ledger can't be believed."""
-    parser = owners_command("client.cli.ledger", __doc__ or "")
+    parser = owner_parser("client.cli.ledger", __doc__ or "")
     parser.add_argument("command", nargs="?", choices=("show", "reset"), default="show")
     parser.add_argument("--json", action="store_true", help="show it as JSON")
     parser.add_argument("--forget", action="store_true", help="with reset: yes, count ε from 0 again")
     return run(parser, arguments, _act)
 
 
-def _act(files: Files, asked: argparse.Namespace) -> str:
+def _act(files: FileStorage, asked: argparse.Namespace) -> str:
     if asked.command == "reset":
         return reset(files, sure=asked.forget)
     if (asked.store or asked.name) and not (files.heads / JOURNAL).exists():
-        check_there(files)  # a mistyped folder is no device that has shared nothing
+        check_store_exists(files)  # a mistyped folder is no device that has shared nothing
     return show(files, as_json=asked.json)
 
 
-def show(files: Files, *, as_json: bool = False) -> str:
+def show(files: FileStorage, *, as_json: bool = False) -> str:
     """The ledger in words, or as JSON. AntherError if chain or anchors don't hold."""
     known = [files.folder / JOURNAL, files.folder / MARKER, files.heads / JOURNAL]
-    ledger = Ledger(look(files).storage)
-    history = ledger.history() if any(path.exists() for path in known) else History()
+    ledger = DeviceLedger(inspect_store(files).storage)
+    history = ledger.history() if any(path.exists() for path in known) else LedgerHistory()
     owners = policy.load(files.folder / "policy.toml")
     if as_json:
         return json.dumps(as_plain(history, owners), indent=2)
     return in_words(history, owners, files) if history.entries else FRESH
 
 
-def reset(files: Files, *, sure: bool) -> str:
+def reset(files: FileStorage, *, sure: bool) -> str:
     """Set the ledger aside; what that means. AntherError unless its owner is sure."""
     if not sure:
         raise AntherError(
@@ -79,25 +90,25 @@ def reset(files: Files, *, sure: bool) -> str:
         return FRESH
     migrate.version(files)  # of a newer one nobody knows here what goes with a ledger
     beside = layout.left(files.folder) if _readable(files) else SEALED_UP
-    with file_lock.alone(files.folder, what="the store"):
+    with file_lock.exclusive(files.folder, what="the store"):
         aside = files.set_aside(JOURNAL, OUTBOX, MARKER, *beside)
     return FRESH if aside is None else FORGOTTEN.format(aside=aside)
 
 
-def _readable(files: Files) -> bool:
+def _readable(files: FileStorage) -> bool:
     """Whether what is encrypted there can be read with the key that there is."""
-    if (data := files.read(SEAL)) is None:
+    if (data := files.read(HEADER_FILE)) is None:
         return migrate.in_the_open(files)
     if (key := keyring.find()) is None:
         return False
     try:
-        Seal.read(data, files.where(SEAL)).check(key, files.where(SEAL))
+        EncryptionHeader.read(data, files.where(HEADER_FILE)).check(key, files.where(HEADER_FILE))
     except AntherError:
         return False
     return True
 
 
-def as_plain(history: History, owners: Policy) -> dict[str, Any]:
+def as_plain(history: LedgerHistory, owners: Policy) -> dict[str, Any]:
     """All of it as plain values; ε is null where none can be promised."""
     spent = _spent(history, owners)
     return {
@@ -119,7 +130,7 @@ def as_plain(history: History, owners: Policy) -> dict[str, Any]:
     }
 
 
-def in_words(history: History, owners: Policy, files: Files) -> str:
+def in_words(history: LedgerHistory, owners: Policy, files: FileStorage) -> str:
     """A table of what was shared with each run, and what it all comes to."""
     from rich.console import Console, Group  # slow imports, so only here
     from rich.table import Table
@@ -147,7 +158,7 @@ def in_words(history: History, owners: Policy, files: Files) -> str:
     return captured.get().rstrip("\n")
 
 
-def _promise(history: History, owners: Policy) -> list[str]:
+def _promise(history: LedgerHistory, owners: Policy) -> list[str]:
     """What everything together promises, and how much of the cap is left."""
     spent, entries = _spent(history, owners), history.entries.values()
     lines = []
@@ -175,7 +186,7 @@ def _promise(history: History, owners: Policy) -> list[str]:
     return lines
 
 
-def _spent(history: History, owners: Policy) -> Guarantee:
+def _spent(history: LedgerHistory, owners: Policy) -> Guarantee:
     return with_strict(history.spent(owners.delta), history.mechanisms)
 
 

@@ -13,32 +13,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.atomic_files import write
-from common.errors import TOLD, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, told
 from common.terminal import use_plain_output
 from models.base import assets
-from privacy.ledger.anchors import read_marker
+from privacy.ledger.anchors import parse_marker
 from privacy.ledger.ledger import JOURNAL, MARKER
-from privacy.storage import Files
+from privacy.storage import FileStorage
 
 DONE, USAGE = 0, 2
 
 
-def files_of(name: str, store: str | Path | None = None) -> Files:
+def device_files(name: str, store: str | Path | None = None) -> FileStorage:
     """The files of the device of this name, in the folder `store`; their heads are in ANTHER_HOME all the same.
 
     By the name: another store under it isn't taken for a fresh device's. Only a store whose marker names a head that is
     there goes with that: it was kept under another name.
     """
     home = assets.home()
-    files = Files(store or home / "devices" / name, heads=home / "heads" / name)
+    files = FileStorage(store or home / "devices" / name, heads=home / "heads" / name)
     if not files.heads.exists() and (marker := files.read(MARKER)) is not None:
-        head = Path(read_marker(marker, files.where(MARKER)).head)
+        head = Path(parse_marker(marker, files.where(MARKER)).head)
         if head.exists():
-            return Files(files.folder, heads=head.parent)
+            return FileStorage(files.folder, heads=head.parent)
     return files
 
 
-def own(name: str, store: str | None) -> Files:
+def own(name: str, store: str | None) -> FileStorage:
     """The files of the device that takes part from this ANTHER_HOME, whatever it is called by now.
 
     The ledger counts what was shared of the pictures, so it belongs to the store and not to a name: a device that was
@@ -48,10 +48,10 @@ def own(name: str, store: str | None) -> Files:
         AntherError: which store it had isn't known, and there is one under another name.
     """
     if store is not None:
-        return files_of(name, Path(store).expanduser())
+        return device_files(name, Path(store).expanduser())
     fresh, kept = assets.home() / "devices" / name, _remembered()
     if kept is not None:
-        return files_of(name, kept)
+        return device_files(name, kept)
     others = [] if fresh.exists() else _stores()
     if others:
         listed = ", ".join(map(str, others))
@@ -59,10 +59,10 @@ def own(name: str, store: str | None) -> Files:
             f"name={name}: nothing is kept under this name, and here is the ledger of another: {listed}. If it is this "
             f"device's, which was renamed, say store={others[0]}; if not, store={fresh}"
         )
-    return files_of(name)
+    return device_files(name)
 
 
-def remember(files: Files) -> None:
+def remember(files: FileStorage) -> None:
     """Note which store the device that takes part from here has."""
     folder, home = files.folder.absolute(), assets.home().absolute()
     if _remembered() != folder:  # of a home that is moved or copied as a whole it goes along
@@ -92,7 +92,7 @@ def _stores() -> list[Path]:
     return sorted(folder for folder in found if (folder / MARKER).exists() or (folder / JOURNAL).exists())
 
 
-def find(store: Path | None, name: str | None) -> Files:
+def find(store: Path | None, name: str | None) -> FileStorage:
     """The files of the device that its node calls so, or whose store is there; without either, this machine's own.
 
     Raises:
@@ -105,7 +105,7 @@ def find(store: Path | None, name: str | None) -> Files:
             node = compose([], words())
             return own(node.name or platform.node() or "device", node.store)
         store = _remembered()  # of a device that has left
-    return files_of(name or (store.name if store else platform.node()) or "device", store)
+    return device_files(name or (store.name if store else platform.node()) or "device", store)
 
 
 def words() -> Path:
@@ -118,7 +118,7 @@ def link() -> Path:
     return assets.home() / "link"
 
 
-def owners_command(module: str, description: str) -> argparse.ArgumentParser:
+def owner_parser(module: str, description: str) -> argparse.ArgumentParser:
     """The parser of a command that an owner runs about one device of theirs."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,14 +131,16 @@ def owners_command(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def run(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, act: Callable[[Files, argparse.Namespace], str]
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    act: Callable[[FileStorage, argparse.Namespace], str],
 ) -> int:
     """The process' exit status: DONE with what `act` says, or USAGE with one line on standard error."""
     use_plain_output()
     asked = parser.parse_args(arguments)
     try:
         print(act(find(asked.store, asked.name), asked))
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE

@@ -16,17 +16,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from client.planning.plan_search import Predict, Rung, Setting, ladder, settings, too_large
-from common.errors import TOLD, AntherError, told
+from client.planning.plan_search import (
+    FootprintPredictor,
+    TrainingOption,
+    TrainingSetting,
+    exceeds_memory,
+    search_plans,
+    settings,
+)
+from common.errors import REPORTED_ERRORS, AntherError, told
 from common.units import HOUR, MIB
-from conf.schemas.planning import Plan, devices, planned
+from conf.schemas.planning import PlanConfig, compose_plan, devices
 from models.base import assets
 from models.families.family import ATTENTION
 from models.families.flux import FLUX
-from models.families.known import Known, find
+from models.families.known import BaseSpec, find_base
 from models.families.sd3 import SD3
-from models.footprint.footprint import Footprint, example, footprint, resident_bytes, shapes
-from models.quantization.modes import MODES
+from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser, resident_bytes
+from models.quantization.modes import WEIGHT_MODES
 
 DONE, USAGE = 0, 2
 PROFILE = "device.yaml"  # of this device, in ANTHER_HOME
@@ -49,29 +56,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the rungs as JSON")
     asked = parser.parse_args(arguments)
     try:
-        plan = planned(asked.overrides, assets.home() / PROFILE)
-        base = find(plan.base)
-        rungs, best = ladder(ways(base), plan, predictor(base, plan))
-    except TOLD as error:
+        plan = compose_plan(asked.overrides, assets.home() / PROFILE)
+        base = find_base(plan.base)
+        rungs, best = search_plans(ways(base), plan, predictor(base, plan))
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     print(json.dumps(as_plain(rungs, best, plan), indent=2) if asked.json else in_words(rungs, best, plan))
     return DONE
 
 
-def ways(base: Known) -> list[Setting]:
+def ways(base: BaseSpec) -> list[TrainingSetting]:
     """Every way in which a base could be trained, from the best down."""
-    _, side, patch = base.family.latents(base.whole_config())
+    _, side, patch = base.family.latents(base.full_config())
     if side is None:
         raise AntherError(f"its {base.family.network}'s config.json says no sample_size: add it, in latents")
     step = max(8, patch) * base.scale if base.family.network == "unet" else patch * base.scale
     sides = [int(side * base.scale * share) for share in SHARES]
     smaller = [side for side in sides[1:] if side >= SMALLEST and side % step == 0]
     sites = ["attention"] if base.family in JOINT else SITES
-    return settings([sides[0], *smaller], list(sites), list(MODES))
+    return settings([sides[0], *smaller], list(sites), list(WEIGHT_MODES))
 
 
-def predictor(base: Known, plan: Plan) -> Predict:
+def predictor(base: BaseSpec, plan: PlanConfig) -> FootprintPredictor:
     """Footprints of a base's settings on the plan's device, each predicted once.
 
     No pass is run of a base that is too large by itself: its footprint is the least that it takes.
@@ -79,18 +86,20 @@ def predictor(base: Known, plan: Plan) -> Predict:
     runtime = int(plan.device.runtime_mib * MIB)
 
     @cache
-    def predict(setting: Setting) -> Footprint:
-        held = shapes(base, sites=SITES[setting.sites], weights=setting.weights, checkpointing=setting.checkpointing)
+    def predict(setting: TrainingSetting) -> Footprint:
+        held = meta_denoiser(
+            base, sites=SITES[setting.sites], weights=setting.weights, checkpointing=setting.checkpointing
+        )
         alone = Footprint(base_bytes=resident_bytes(held), runtime_bytes=runtime)
-        if too_large(alone, plan.device):
+        if exceeds_memory(alone, plan.device):
             return alone
-        latents, context = example(base, setting.resolution)
+        latents, context = example_shapes(base, setting.resolution)
         return footprint(held, latents, context, rank=plan.rank, batch=setting.batch, runtime_bytes=runtime)
 
     return predict
 
 
-def as_plain(rungs: Sequence[Rung], best: int | None, plan: Plan) -> dict[str, Any]:
+def as_plain(rungs: Sequence[TrainingOption], best: int | None, plan: PlanConfig) -> dict[str, Any]:
     """All of it as plain values."""
     found = [
         {
@@ -103,7 +112,7 @@ def as_plain(rungs: Sequence[Rung], best: int | None, plan: Plan) -> dict[str, A
     return {"plan": dataclasses.asdict(plan), "best": best, "rungs": found}
 
 
-def in_words(rungs: Sequence[Rung], best: int | None, plan: Plan) -> str:
+def in_words(rungs: Sequence[TrainingOption], best: int | None, plan: PlanConfig) -> str:
     """A table of the rungs around the best one, and what its memory is made of."""
     from rich import box  # slow imports, so only here
     from rich.console import Console, Group
@@ -157,7 +166,7 @@ def shown(count: int, best: int | None, around: int) -> range:
     return range(max(0, best - around), min(count, best + around + 1))
 
 
-def _below(rungs: Sequence[Rung], best: int | None, plan: Plan) -> list[str]:
+def _below(rungs: Sequence[TrainingOption], best: int | None, plan: PlanConfig) -> list[str]:
     """What the best plan's memory is made of, and what training draws beyond idling."""
     if best is None:
         return ["Nothing fits: a smaller base, or another device."]

@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from client.data.metadata import EXAMPLE, METADATA, Files, Tell, captions, stop
+from client.data.metadata import EXAMPLE, METADATA, OnError, PictureFiles, captions, stop
 from client.data.reading import WHITE
 from client.data.splits import SPLITS, check_depth, split_folders, split_of
-from client.data.stored_picture import Absent, Stored
+from client.data.stored_picture import MissingPicture, StoredPicture
 from common.errors import AntherError, refused
 from training.jobs import Picture
 
@@ -46,7 +46,7 @@ class Pictures(NamedTuple):
     test: tuple[Picture, ...]
 
 
-def load_folder(path: str | Path, *, background: str = WHITE, tell: Tell = stop) -> Pictures:
+def load_folder(path: str | Path, *, background: str = WHITE, on_error: OnError = stop) -> Pictures:
     """Find every picture of a folder with its caption, each split in the order of names.
 
     Each file is hashed, and decoded once to verify that decoding succeeds; no pixels are kept.
@@ -55,7 +55,7 @@ def load_folder(path: str | Path, *, background: str = WHITE, tell: Tell = stop)
         path: the folder.
         background: color shown through transparent parts of a picture.
         tell: called with each mistake; raises it by default. If it returns, a listed picture that can't be used is
-            replaced by an `Absent`, and a folder without pictures gives none.
+            replaced by an `MissingPicture`, and a folder without pictures gives none.
 
     Raises:
         AntherError: a file is missing, damaged or not captioned; the message names it.
@@ -64,31 +64,31 @@ def load_folder(path: str | Path, *, background: str = WHITE, tell: Tell = stop)
     try:
         if "\0" in str(path) or not root.is_dir():
             raise AntherError(f"{root}: no such folder; name the one that holds your pictures and {METADATA}")
-        return _load(root, background, tell)
+        return _load(root, background, on_error)
     except OSError as error:
         mistake = refused(error, root)
     except AntherError as error:
         mistake = error
-    tell(mistake)
+    on_error(mistake)
     return Pictures((), (), ())
 
 
-def _load(root: Path, background: str, tell: Tell) -> Pictures:
+def _load(root: Path, background: str, on_error: OnError) -> Pictures:
     splits = split_folders(root, _folders(root))
-    found = captions(Files(root), splits.values(), tell)
+    found = captions(PictureFiles(root), splits.values(), on_error)
     names = {name: splits.get(name, name) for name in SPLITS}
     if splits:
         split = {name: [file for file in found if file.split("/")[0] == folder] for name, folder in names.items()}
         if astray := found.keys() - {file for files in split.values() for file in files}:
             folders = ", ".join(names.values())
-            tell(AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them"))
+            on_error(AntherError(f"{root / min(astray)}: lies outside {folders}; move it into one of them"))
         if not split["train"]:
-            tell(AntherError(f"{root / names['train']}: no pictures to train on; put some there"))
+            on_error(AntherError(f"{root / names['train']}: no pictures to train on; put some there"))
     else:
         check_depth(root, found)
         split = {name: [file for file in found if split_of(file) == name] for name in SPLITS}
         if not split["train"]:
-            tell(
+            on_error(
                 AntherError(
                     f"{root}: by their names none of the pictures ({len(found)}) is to train on; add some, or sort them "
                     f"into folders {', '.join(SPLITS)}"
@@ -98,10 +98,10 @@ def _load(root: Path, background: str, tell: Tell) -> Pictures:
     def picture(file: str) -> Picture:
         caption = found[file]
         try:
-            return Absent() if caption is None else Stored(root / file, caption, background=background)
+            return MissingPicture() if caption is None else StoredPicture(root / file, caption, background=background)
         except AntherError as error:
-            tell(error)
-            return Absent()
+            on_error(error)
+            return MissingPicture()
 
     return Pictures(*(tuple(map(picture, sorted(split[name]))) for name in SPLITS))
 

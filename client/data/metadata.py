@@ -24,7 +24,7 @@ JUNK = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "system
 LARGEST = 64 * 2**20  # bytes of a sheet
 LONGEST = 20_000  # characters of a caption
 
-Tell = Callable[[AntherError], None]
+OnError = Callable[[AntherError], None]
 """Callback for a mistake. If it returns, the picture counts as absent."""
 
 
@@ -33,7 +33,7 @@ def stop(error: AntherError) -> None:
     raise error
 
 
-class Files:
+class PictureFiles:
     """Files below a folder, without hidden files and files that operating systems create."""
 
     def __init__(self, root: Path) -> None:
@@ -72,7 +72,7 @@ class Files:
             yield from ((place / name).as_posix() for name in files if not _junk(name))
 
 
-def captions(files: Files, folders: Iterable[str], tell: Tell = stop) -> dict[str, str | None]:
+def captions(files: PictureFiles, folders: Iterable[str], on_error: OnError = stop) -> dict[str, str | None]:
     """Read the caption of each picture, by its path relative to the root; None if a listed picture can't be used.
 
     Args:
@@ -100,15 +100,15 @@ def captions(files: Files, folders: Iterable[str], tell: Tell = stop) -> dict[st
                         )
                     found[file], real[target] = caption, file
                 except AntherError as error:
-                    tell(error)
+                    on_error(error)
                     if (named := _named(root, sheet, line)) is not None:
                         found.setdefault(named, None)
         except AntherError as error:  # of the whole sheet
-            tell(error)
+            on_error(error)
     try:
         _check_all_captioned(files, found, real)
     except AntherError as error:
-        tell(error)
+        on_error(error)
     return found
 
 
@@ -120,7 +120,7 @@ def _named(root: Path, sheet: Path, line: str) -> str | None:
         return None
 
 
-def _check_all_captioned(files: Files, found: Mapping[str, str | None], real: Mapping[str, str]) -> None:
+def _check_all_captioned(files: PictureFiles, found: Mapping[str, str | None], real: Mapping[str, str]) -> None:
     root, pictures = files.root.resolve(), (name for name in files.names if name.lower().endswith((*READ, *OTHERS)))
     without = [name for name in pictures if name not in found and str(root / name) not in real]
     if not without:
@@ -149,7 +149,7 @@ def _lines(sheet: Path) -> Iterator[tuple[int, str]]:
                 ) from None
 
 
-def _captioned(files: Files, sheet: Path, number: int, line: str) -> tuple[str, str]:
+def _captioned(files: PictureFiles, sheet: Path, number: int, line: str) -> tuple[str, str]:
     """Parse one line into the picture's path relative to the root and its caption."""
     where = f"{sheet}:{number}"
     try:
@@ -181,7 +181,7 @@ def _clean(caption: str, what: str) -> str:
     return unicodedata.normalize("NFC", caption.strip())
 
 
-def _located(files: Files, beside: Path, file_name: str, where: str) -> str:
+def _located(files: PictureFiles, beside: Path, file_name: str, where: str) -> str:
     """Resolve a file name in a sheet to the picture's path relative to the root."""
     name, root = shown(file_name), files.root
     try:

@@ -16,7 +16,7 @@ _known: set[tuple[str, str]] = set()
 """Contents and backgrounds that this process has decoded completely."""
 
 
-class Stored(Picture):
+class StoredPicture(Picture):
     """A picture backed by its file. Its pixels take memory only while they are used."""
 
     __slots__ = ("background", "path", "sha256")
@@ -52,7 +52,7 @@ class Stored(Picture):
             return decode(self.path, file, background=self.background, side=side)
 
 
-class Absent(Picture):
+class MissingPicture(Picture):
     """Placeholder for a listed picture that can't be used: it keeps the picture's position among the others."""
 
     __slots__ = ()

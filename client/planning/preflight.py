@@ -10,10 +10,10 @@ import torch
 from client.store.store import Store
 from common.units import MIB
 from models.base.base import Base
-from models.families.known import find
-from models.footprint.footprint import MARGIN, example, footprint, resident_bytes, stand_in
+from models.families.known import find_base
+from models.footprint.footprint import MARGIN, copy_for_dry_run, example_shapes, footprint, resident_bytes
 from models.lora.adapter import Sites
-from privacy.policy import Refusal
+from privacy.policy import RequestRefusedError
 from training import cohort
 from training.memory import total_and_free
 
@@ -32,10 +32,12 @@ def check_memory(base: Base, store: Store, rank: int, sites: Collection[str]) ->
         needed = _pass_bytes(base, rank, chosen)
         store.save_number("pass-bytes", key, needed)
     if MARGIN * needed > _free(base):
-        cohort.let_go(base)
+        cohort.free_buffers(base)
     if MARGIN * needed > _free(base):  # how much there is, is nobody's business
         wanted = f"{MARGIN * needed / MIB:,.0f} MiB to train rank {rank} at {base.resolution}²"
-        raise Refusal(f"memory: this base takes about {wanted}, more than is free: ask for a lower rank or fewer sites")
+        raise RequestRefusedError(
+            f"memory: this base takes about {wanted}, more than is free: ask for a lower rank or fewer sites"
+        )
 
 
 def _free(base: Base) -> int:
@@ -58,7 +60,7 @@ def _key(base: Base, rank: int, sites: Sites) -> str:
 
 def _pass_bytes(base: Base, rank: int, sites: Sites) -> int:
     """What a pass takes beside the base, which is there already."""
-    alone = stand_in(base)
+    alone = copy_for_dry_run(base)
     alone.sites = sites
-    found = footprint(alone, *example(find(str(base.folder)), base.resolution), rank=rank)
+    found = footprint(alone, *example_shapes(find_base(str(base.folder)), base.resolution), rank=rank)
     return found.peak_bytes - found.base_bytes

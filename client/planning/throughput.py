@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass
 from client.store.store import Store
 from models.base import assets
 from models.base.base import Base
-from models.families.known import find
-from models.footprint.footprint import example, footprint, stand_in
+from models.families.known import find_base
+from models.footprint.footprint import copy_for_dry_run, example_shapes, footprint
 
 PROFILE = "device.yaml"  # `client.cli.plan`'s, whose imports are slow
 RANK = 8  # it hardly matters for the time of a pass
@@ -37,14 +37,16 @@ def benchmarked(base: Base, store: Store | None = None) -> Rates | None:
     if not path.is_file() or base.device.type != "cpu":
         return None
     from client.planning.plan_search import pass_seconds
-    from conf.schemas.planning import THIS, planned
+    from conf.schemas.planning import THIS, compose_plan
 
-    profile = planned([f"device={THIS}"], path).device
+    profile = compose_plan([f"device={THIS}"], path).device
     held = (base.hash, base.resolution, base.dtype, base.checkpointing, sorted(base.sites), astuple(profile))
     key = hashlib.sha256(repr(held).encode()).hexdigest()
     seconds = store.number("pass-seconds", key) if store else None
     if seconds is None:
-        predicted = footprint(stand_in(base), *example(find(str(base.folder)), base.resolution), rank=RANK)
+        predicted = footprint(
+            copy_for_dry_run(base), *example_shapes(find_base(str(base.folder)), base.resolution), rank=RANK
+        )
         seconds = pass_seconds(predicted, profile)
         if store:
             store.save_number("pass-seconds", key, seconds)

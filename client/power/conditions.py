@@ -54,7 +54,7 @@ def combined(*parts: Conditions) -> Conditions:
     )
 
 
-def seldom(
+def cached_for(
     read: Callable[[], Conditions], seconds: float, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[], Conditions]:
     """The same reading for so many seconds: of what changes seldom, and takes a command to read."""

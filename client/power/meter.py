@@ -26,7 +26,7 @@ ENOUGH = 0.5
 log = logging.getLogger(__name__)
 
 
-class Spent(NamedTuple):
+class TrainingCost(NamedTuple):
     """What training took."""
 
     seconds: float
@@ -35,7 +35,7 @@ class Spent(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class EnergySource:
     """Something that measures."""
 
     name: str
@@ -49,7 +49,7 @@ class Source:
 
 
 @dataclass
-class Integral:
+class EnergyIntegral:
     """Energy from readings at points in time: trapezoids under watts, differences of joules."""
 
     counts: bool
@@ -75,11 +75,11 @@ class Integral:
         self._last = None
 
 
-def total(found: Integral | None, *, seconds: float, watts: float, quality: str = MEASURED) -> Spent:
+def total(found: EnergyIntegral | None, *, seconds: float, watts: float, quality: str = MEASURED) -> TrainingCost:
     """What so many seconds took: as integrated, stretched over what wasn't covered, or else at so many watts."""
     if found is None or not found.seconds or found.seconds < ENOUGH * seconds:
-        return Spent(seconds, seconds * watts, ESTIMATE)
-    return Spent(seconds, found.joules * max(1.0, seconds / found.seconds), quality)
+        return TrainingCost(seconds, seconds * watts, ESTIMATE)
+    return TrainingCost(seconds, found.joules * max(1.0, seconds / found.seconds), quality)
 
 
 class Meter:
@@ -97,25 +97,25 @@ class Meter:
 
     def __init__(
         self,
-        source: Source | None,
+        source: EnergySource | None,
         *,
         watts: float,
         every: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.source, self.watts = source, watts
-        self.last: Spent | None = None
+        self.last: TrainingCost | None = None
         self._every, self._clock = every, clock
         self._lock = threading.Lock()
         self._running: float | None = None  # since when; None: it is paused, or off
         self._on, self._failed = False, False
         self._seconds = 0.0
-        self._integral: Integral | None = None
+        self._integral: EnergyIntegral | None = None
         self._end = threading.Event()
 
     def __enter__(self) -> Meter:
         self._seconds, self._on, self._end = 0.0, True, threading.Event()
-        self._integral = Integral(self.source.counts) if self.source else None
+        self._integral = EnergyIntegral(self.source.counts) if self.source else None
         self._go()
         if self.source:
             threading.Thread(target=self._look, args=(self._end,), name="meter", daemon=True).start()

@@ -18,7 +18,7 @@ COVERS = {
 }
 
 
-class Rapl:
+class RaplCounters:
     """Joules since it was made; unwraps the counters, so it has to be asked before they start again twice."""
 
     def __init__(self, system: System) -> None:

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from client.power import linux, nvidia, pi, stated, supply, termux
-from client.power.conditions import Conditions, combined, seldom
-from client.power.meter import Source
-from client.power.rapl import Rapl
+from client.power.conditions import Conditions, cached_for, combined
+from client.power.meter import EnergySource
+from client.power.rapl import RaplCounters
 from client.power.system import System
 from common.errors import AntherError
-from conf.schemas.node import Power
+from conf.schemas.node import PowerConfig
 
 NONE = "none"
 OWNER_SECONDS, NETWORK_SECONDS = 2.0, 30.0
@@ -21,7 +21,7 @@ OWNER_SECONDS, NETWORK_SECONDS = 2.0, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sensors:
+class PowerSensors:
     """What is read on this device."""
 
     name: str
@@ -30,10 +30,10 @@ class Sensors:
     """What that energy is of, for people."""
     read: Callable[[], Conditions]
     """What holds now. Raises AntherError where a file that was named in place of sensors can't be read."""
-    source: Source | None
+    source: EnergySource | None
 
 
-def choose(power: Power, system: System | None = None, *, cuda: bool = False) -> Sensors:
+def choose_sensors(power: PowerConfig, system: System | None = None, *, cuda: bool = False) -> PowerSensors:
     """The sensors of this device.
 
     Args:
@@ -49,7 +49,7 @@ def choose(power: Power, system: System | None = None, *, cuda: bool = False) ->
     source = None if power.meter == NONE else _source(power.meter, system, cuda=cuda)
     if power.meter not in (NONE, "auto") and source is None:
         raise AntherError(f"power.meter={power.meter}: it measures nothing on this device{_hint(power.meter)}")
-    return Sensors(
+    return PowerSensors(
         name=source.name if source else NONE,
         covers=source.covers if source else "not measured here; estimated as seconds times power.watts",
         read=reader(system, cuda=cuda),
@@ -67,15 +67,15 @@ def reader(system: System, *, cuda: bool = False) -> Callable[[], Conditions]:
     if cuda and system.has(nvidia.QUERY[0]):
         parts.append(partial(nvidia.boards, system))
     if system.has("busctl"):
-        parts.append(seldom(partial(linux.owner, system), OWNER_SECONDS))
-        parts.append(seldom(partial(linux.network, system), NETWORK_SECONDS))
+        parts.append(cached_for(partial(linux.owner, system), OWNER_SECONDS))
+        parts.append(cached_for(partial(linux.network, system), NETWORK_SECONDS))
     if system.has(termux.WIFI):
-        parts.append(seldom(partial(termux.network, system), NETWORK_SECONDS))
+        parts.append(cached_for(partial(termux.network, system), NETWORK_SECONDS))
     parts.append(partial(linux.memory, system))
     return lambda: combined(*(part() for part in parts))
 
 
-def _of_file(file: Path, system: System) -> Sensors:
+def _of_file(file: Path, system: System) -> PowerSensors:
     """What a file says in place of sensors, but for memory, which it needn't know."""
     first = stated.stated(file)  # a mistake in it is better known at once
 
@@ -84,8 +84,8 @@ def _of_file(file: Path, system: System) -> Sensors:
 
     source = None
     if first.watts is not None:
-        source = Source(name="file", covers=stated.COVERS, read=watts, quality=first.watts_quality)
-    return Sensors(
+        source = EnergySource(name="file", covers=stated.COVERS, read=watts, quality=first.watts_quality)
+    return PowerSensors(
         name="file" if source else NONE,
         covers=stated.COVERS,
         read=lambda: combined(stated.stated(file), linux.memory(system)),
@@ -93,9 +93,9 @@ def _of_file(file: Path, system: System) -> Sensors:
     )
 
 
-def _source(meter: str, system: System, *, cuda: bool) -> Source | None:
+def _source(meter: str, system: System, *, cuda: bool) -> EnergySource | None:
     """The meter of this name, if the device has it; for `auto` the first that gives a reading now."""
-    makers: dict[str, Callable[[System], Source]] = {
+    makers: dict[str, Callable[[System], EnergySource]] = {
         "nvml": _nvml,
         "pi5": _pi5,
         "battery": _battery,
@@ -112,25 +112,25 @@ def _source(meter: str, system: System, *, cuda: bool) -> Source | None:
     return source if source.read() is not None else None
 
 
-def _nvml(system: System) -> Source:
-    return Source(name="nvml", covers=nvidia.COVERS, read=lambda: nvidia.boards(system).watts)
+def _nvml(system: System) -> EnergySource:
+    return EnergySource(name="nvml", covers=nvidia.COVERS, read=lambda: nvidia.boards(system).watts)
 
 
-def _pi5(system: System) -> Source:
-    return Source(name="pi5", covers=pi.COVERS, read=partial(pi.watts, system))
+def _pi5(system: System) -> EnergySource:
+    return EnergySource(name="pi5", covers=pi.COVERS, read=partial(pi.watts, system))
 
 
-def _battery(system: System) -> Source:
-    return Source(name="battery", covers=supply.COVERS, read=lambda: supply.supply(system).watts)
+def _battery(system: System) -> EnergySource:
+    return EnergySource(name="battery", covers=supply.COVERS, read=lambda: supply.supply(system).watts)
 
 
-def _termux(system: System) -> Source:
-    return Source(name="termux", covers=termux.COVERS, read=lambda: termux.battery(system).watts)
+def _termux(system: System) -> EnergySource:
+    return EnergySource(name="termux", covers=termux.COVERS, read=lambda: termux.battery(system).watts)
 
 
-def _rapl(system: System) -> Source:
-    counters = Rapl(system)
-    return Source(name="rapl", covers=counters.covers, read=counters, counts=True)
+def _rapl(system: System) -> EnergySource:
+    counters = RaplCounters(system)
+    return EnergySource(name="rapl", covers=counters.covers, read=counters, counts=True)
 
 
 def _hint(meter: str) -> str:

@@ -11,13 +11,13 @@ import math
 
 from client.device import Device
 from client.rounds import evaluate, personalize, train
-from client.rounds.scheduler import Conversation
+from client.rounds.scheduler import RequestHandler
 from common.errors import AntherError
 from protocol import messages
 from protocol.messages import Request
 
 
-def handle(request: Request, device: Device) -> Conversation:
+def handle(request: Request, device: Device) -> RequestHandler:
     """Answer one request.
 
     A number that isn't finite is no answer: weights that hold NaN make every loss one, and JSON has none.
@@ -37,7 +37,7 @@ def handle(request: Request, device: Device) -> Conversation:
     return reply
 
 
-def _answer(request: Request, device: Device) -> Conversation:
+def _answer(request: Request, device: Device) -> RequestHandler:
     match request:
         case messages.Query():
             return device.report
@@ -45,5 +45,5 @@ def _answer(request: Request, device: Device) -> Conversation:
             return (yield from train.answer(request, device))
         case messages.Evaluate():
             return (yield from evaluate.answer(request, device))
-        case messages.Personalise():
+        case messages.Personalize():
             return (yield from personalize.answer(request, device))

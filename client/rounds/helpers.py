@@ -1,6 +1,6 @@
 """What every answer needs: the result of a job, pictures encoded once, and what work is estimated to cost.
 
-A private answer takes its pictures from `places`, which never fails: from its first look at them on, nothing that it
+A private answer takes its pictures from `private_pictures`, which never fails: from its first look at them on, nothing that it
 does tells of them but what was noised. The reason for an error, or that there was one, would.
 """
 
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.data import Absent, fingerprint
+from client.data import MissingPicture, fingerprint
 from client.device import Device
 from client.power.conditions import ESTIMATE
-from client.power.meter import Spent
-from privacy.ledger.entries import History
-from privacy.policy import Refusal
+from client.power.meter import TrainingCost
+from privacy.ledger.entries import LedgerHistory
+from privacy.policy import RequestRefusedError
 from training import jobs
-from training.jobs import Cancelled, Drawn, Examples, Job, Picture, Result, Trained
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, Picture, Result, Trained
 
 log = logging.getLogger(__name__)
 
 _BLANK = Picture(np.zeros((8, 8), np.uint8), "")
-T = TypeVar("T", Examples, Trained, float, Tensor, Drawn)
+T = TypeVar("T", Examples, Trained, float, Tensor, GeneratedImages)
 
 
 def expect(kind: type[T], result: Result) -> T:
@@ -37,17 +37,17 @@ def expect(kind: type[T], result: Result) -> T:
     return result
 
 
-def encoded(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:
+def encode_split(device: Device, split: str, pictures: Sequence[Picture]) -> Generator[Job, Result, Examples]:
     """The pictures of a split as the denoiser sees them, encoded once."""
     key = cache_key(device, pictures)
     examples = device.store.examples(split, key)
     if examples is None:
-        examples = expect(Examples, (yield jobs.Encode(pictures=pictures)))
+        examples = expect(Examples, (yield jobs.EncodeJob(pictures=pictures)))
         device.store.save_examples(split, key, examples)
     return examples
 
 
-def places(device: Device, split: str, assumed: int) -> tuple[Picture, ...]:
+def private_pictures(device: Device, split: str, assumed: int) -> tuple[Picture, ...]:
     """The pictures of a split that a private job may use: of its first `assumed` places, in the order of names.
 
     The neighbors that ε compares are a place with its picture and the same place without one: whatever is missing,
@@ -67,16 +67,16 @@ def places(device: Device, split: str, assumed: int) -> tuple[Picture, ...]:
         log.warning(
             "of %d pictures (%s) the first %d by name are used: the plan assumes so many", len(listed), split, assumed
         )
-    return tuple(picture for picture in listed[:assumed] if not isinstance(picture, Absent))
+    return tuple(picture for picture in listed[:assumed] if not isinstance(picture, MissingPicture))
 
 
-def encoded_alone(
+def encode_usable(
     device: Device, split: str, pictures: Sequence[Picture]
 ) -> Generator[Job, Result, tuple[tuple[Picture, ...], Examples]]:
     """Those of a private job's pictures that can be encoded, and what the denoiser sees of them, maybe nothing."""
     if pictures:
         try:
-            return tuple(pictures), (yield from encoded(device, split, pictures))
+            return tuple(pictures), (yield from encode_split(device, split, pictures))
         except Cancelled:
             raise
         except Exception as error:
@@ -84,25 +84,25 @@ def encoded_alone(
     kept, found = [], []
     for picture in pictures:
         try:
-            found.append(expect(Examples, (yield jobs.Encode(pictures=[picture]))))
+            found.append(expect(Examples, (yield jobs.EncodeJob(pictures=[picture]))))
             kept.append(picture)
         except Cancelled:
             raise
         except Exception as error:
             log.error("%s: %s", picture.caption, error)
     if not found:
-        found = [Examples(*(part[:0] for part in expect(Examples, (yield jobs.Encode(pictures=[_BLANK])))))]
+        found = [Examples(*(part[:0] for part in expect(Examples, (yield jobs.EncodeJob(pictures=[_BLANK])))))]
     return tuple(kept), Examples(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def spent_at(delta: float, history: History) -> float:
+def finite_epsilon(delta: float, history: LedgerHistory) -> float:
     """ε of all that is charged, as a private reply tells it.
 
     Raises Refusal, before anything is trained or measured, if that is no number. JSON has none for it, so the reply
     would fail afterwards, as often as it is asked for.
     """
     if math.isinf(found := history.spent(delta).value):
-        raise Refusal(f"privacy.delta: {delta} asked, at which this device can promise no ε")
+        raise RequestRefusedError(f"privacy.delta: {delta} asked, at which this device can promise no ε")
     return found
 
 
@@ -111,7 +111,7 @@ def cache_key(device: Device, pictures: Sequence[Picture]) -> str:
     return f"{device.report.base}:{device.resolution}:{fingerprint(pictures)}"
 
 
-def cost(device: Device, examples: int, *, lasting: int | None = None, measured: bool = False) -> Spent:
+def training_cost(device: Device, examples: int, *, lasting: int | None = None, measured: bool = False) -> TrainingCost:
     """What training on so many examples takes: an estimate, which says nothing of the pictures.
 
     Args:
@@ -122,4 +122,4 @@ def cost(device: Device, examples: int, *, lasting: int | None = None, measured:
     if measured and device.spent is not None and (found := device.spent()) is not None:
         return found
     rate = device.report.examples_per_second
-    return Spent((lasting or examples) / rate, examples / rate * device.report.watts, ESTIMATE)
+    return TrainingCost((lasting or examples) / rate, examples / rate * device.report.watts, ESTIMATE)

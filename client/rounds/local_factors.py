@@ -12,12 +12,12 @@ import hashlib
 from torch import Tensor
 
 from client.device import Device
-from client.store.store import Own
+from client.store.store import LocalFactors
 from models.lora.adapter import Adapter
 from protocol.messages import TrainingPlan
 
 
-def own_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, Tensor]:
+def initial_local_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, Tensor]:
     """B by site as a round of this plan starts from it: of a round that is done again, as it did before."""
     kept = device.store.own(_run(plan.run, plan.base))
     if kept is None or kept.promise != _promise(plan.privacy is not None, release):
@@ -25,19 +25,21 @@ def own_factors(plan: TrainingPlan, device: Device, release: bool) -> dict[str, 
     return kept.before if kept.round == plan.round else kept.after
 
 
-def kept_factors(plan: TrainingPlan, before: dict[str, Tensor], trained: Adapter, release: bool) -> Own:
+def updated_local_factors(
+    plan: TrainingPlan, before: dict[str, Tensor], trained: Adapter, release: bool
+) -> LocalFactors:
     """What a round leaves: the device's B after it, at sites that it did not train as before it; and before it."""
     after = before | {name: factors.b for name, factors in trained.items()}
     promise = _promise(plan.privacy is not None, release)
-    return Own(_run(plan.run, plan.base), promise, plan.round, after, before)
+    return LocalFactors(_run(plan.run, plan.base), promise, plan.round, after, before)
 
 
-def of_run(adapter: Adapter, run: str, device: Device) -> Adapter:
+def with_local_factors(adapter: Adapter, run: str, device: Device) -> Adapter:
     """An adapter of a run with the B that the device has of it; as it is, if it has none."""
     return _with_kept(adapter, device.store.own(_run(run, device.report.base)))
 
 
-def private_of_run(adapter: Adapter, run: str, device: Device, *, release: bool) -> Adapter:
+def with_private_local_factors(adapter: Adapter, run: str, device: Device, *, release: bool) -> Adapter:
     """The same for what is told with noise: with the B of private rounds alone, whose noise was as real.
 
     Any other B is a function of every picture that nothing bounds, and one of them would change every gain.
@@ -46,11 +48,11 @@ def private_of_run(adapter: Adapter, run: str, device: Device, *, release: bool)
     return _with_kept(adapter, kept if kept and kept.promise == _promise(True, release) else None)
 
 
-def _with_kept(adapter: Adapter, kept: Own | None) -> Adapter:
-    return with_own(adapter, kept.after) if kept else adapter
+def _with_kept(adapter: Adapter, kept: LocalFactors | None) -> Adapter:
+    return replace_b(adapter, kept.after) if kept else adapter
 
 
-def with_own(adapter: Adapter, own: dict[str, Tensor]) -> Adapter:
+def replace_b(adapter: Adapter, own: dict[str, Tensor]) -> Adapter:
     """The adapter with the device's B wherever there is one of its shape."""
     return {
         name: factors._replace(b=own[name]) if name in own and own[name].shape == factors.b.shape else factors

@@ -10,19 +10,19 @@ from collections.abc import Generator, Sequence
 import torch
 
 from client.device import Device
-from client.rounds.helpers import cost, encoded, expect
-from client.rounds.local_factors import of_run
-from client.rounds.received_adapter import received
+from client.rounds.helpers import encode_split, expect, training_cost
+from client.rounds.local_factors import with_local_factors
+from client.rounds.received_adapter import receive_adapter
 from client.runtime.throttled_jobs import OutOfMemory
-from client.store.store import Personal
+from client.store.store import PersonalAdapter
 from common.errors import AntherError
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Factors, concatenate, initial, rank
-from models.lora.norm_bound import excess
-from privacy.policy import Refusal
+from models.lora.adapter import Adapter, Factors, concatenate, init_adapter, rank
+from models.lora.norm_bound import norm_violation
+from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
-from training.jobs import Cancelled, Drawn, Examples, Job, Result, Trained
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, Result, Trained
 
 PERSONAL = "personal"
 PREVIEW_STEPS = 8
@@ -31,7 +31,7 @@ TRIES, MOST_TRIES = "personalise-tries", 3
 log = logging.getLogger(__name__)
 
 
-def answer(request: messages.Personalise, device: Device) -> Generator[Job, Result, messages.Personalised]:
+def answer(request: messages.Personalize, device: Device) -> Generator[Job, Result, messages.Personalized]:
     """Train the personal adapter on top of the shared one sent, or of the one kept, and keep both on the device.
 
     What comes of it is the owner's alone. The reply is made before any picture is looked at, and from there on it is
@@ -45,14 +45,16 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     device.policy.check_timesteps(request.timesteps)
     device.check_memory(request.rank, device.sites)
     if min(request.look_every, request.patience) < 1:
-        raise Refusal(f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more")
-    sent = received(request.adapter, device, rounded=request.rounded).adapter
+        raise RequestRefusedError(
+            f"look_every={request.look_every}, patience={request.patience}: each must be 1 or more"
+        )
+    sent = receive_adapter(request.adapter, device, rounded=request.rounded).adapter
     # Of the steps asked for, and never measured: when training stops tells of the pictures.
-    seconds, joules, quality = cost(device, request.steps * request.batch_size)
-    reply = messages.Personalised(device=device.name, seconds=seconds, joules=joules, quality=quality)
+    seconds, joules, quality = training_cost(device, request.steps * request.batch_size)
+    reply = messages.Personalized(device=device.name, seconds=seconds, joules=joules, quality=quality)
     identity = hashlib.sha256(messages.to_json(request).encode() + request.adapter).hexdigest()
     try:
-        yield from _once(request, identity, of_run(sent, request.run, device), device)
+        yield from _once(request, identity, with_local_factors(sent, request.run, device), device)
     except Cancelled as error:
         if not isinstance(error, OutOfMemory):
             raise
@@ -63,7 +65,7 @@ def answer(request: messages.Personalise, device: Device) -> Generator[Job, Resu
     return reply
 
 
-def _once(request: messages.Personalise, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
+def _once(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
     """Do what was asked for, unless it is done or has ended this process too often: with how many pictures it does,
     whoever asks for the reply again and again would find out.
     """
@@ -77,17 +79,17 @@ def _once(request: messages.Personalise, identity: str, sent: Adapter, device: D
         device.store.save_number(TRIES, identity, 0)
 
 
-def _learn(request: messages.Personalise, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
+def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: Device) -> Generator[Job, Result, None]:
     """Train, and keep what was trained where it is finite, of bounded norm and no worse than what was there."""
     there = device.store.personal(device.sites)
     if there and there.request == identity:
         return  # made before a crash of whoever asked: training on from it would give another one
     stored = there if there and there.base == device.report.base else None
     pictures = device.pictures()
-    examples = yield from encoded(device, "train", pictures.train)
+    examples = yield from encode_split(device, "train", pictures.train)
     judges, stopping = examples, None  # those trained on, where there are no others: they show what is broken
     if pictures.validation:
-        judges = yield from encoded(device, "validation", pictures.validation)
+        judges = yield from encode_split(device, "validation", pictures.validation)
         every = min(request.look_every, request.steps)
         promised = device.policy.promises(device.store.ledger.history().mechanisms)
         patience = request.steps if promised else request.patience  # the step at which it ends would tell of pictures
@@ -112,34 +114,36 @@ def _learn(request: messages.Personalise, identity: str, sent: Adapter, device: 
             )
         ),
     ).adapter
-    before = stored or Personal(start, shared, device.report.base, identity)
+    before = stored or PersonalAdapter(start, shared, device.report.base, identity)
     if (yield from _is_worse(trained, shared, before, judges)):
         log.warning("round %d taught nothing better than what was there, which stays", request.round)
         found = before._replace(request=identity)
         device.store.save_personal(found, aside=there is not None and stored is None)
     else:
-        found = Personal(trained, shared, device.report.base, identity)
+        found = PersonalAdapter(trained, shared, device.report.base, identity)
         device.store.save_personal(found, aside=there is not None)
     if device.previews:
         captions = [picture.caption for picture in pictures.validation or pictures.train][: device.previews]
         yield from _preview(f"round-{request.round:06d}", captions, (found.shared, found.adapter), device)
 
 
-def _is_worse(trained: Adapter, shared: Adapter, before: Personal, judges: Examples) -> Generator[Job, Result, bool]:
+def _is_worse(
+    trained: Adapter, shared: Adapter, before: PersonalAdapter, judges: Examples
+) -> Generator[Job, Result, bool]:
     """Whether what was trained may not take the place of what was there before: both are measured, whatever they are.
 
     NaN and infinity are worse than anything, also where what was there is no better.
     """
     old = yield from _loss(judges, concatenate([before.shared, before.adapter]))
     new = yield from _loss(judges, concatenate([shared, trained]))
-    if wrong := excess(trained):
+    if wrong := norm_violation(trained):
         log.warning("what was trained is out of bounds: %s", wrong)
         return True
     return not math.isfinite(new) or new > old
 
 
 def _loss(judges: Examples, adapter: Adapter) -> Generator[Job, Result, float]:
-    return expect(float, (yield jobs.Measure(examples=judges, adapter=adapter)))
+    return expect(float, (yield jobs.MeasureJob(examples=judges, adapter=adapter)))
 
 
 def _preview(
@@ -147,13 +151,13 @@ def _preview(
 ) -> Generator[Job, Result, None]:
     """Draw what was learnt, for the owner to see; it is learnt though it can't be drawn."""
     try:
-        job = jobs.Draw(captions=captions, adapters=adapters, seed=device.seed, steps=PREVIEW_STEPS)
-        device.store.save_preview(name, expect(Drawn, (yield job)).pictures)
+        job = jobs.GenerateJob(captions=captions, adapters=adapters, seed=device.seed, steps=PREVIEW_STEPS)
+        device.store.save_preview(name, expect(GeneratedImages, (yield job)).pictures)
     except Exception as error:
         log.warning("no preview of %s: %s", name, error)
 
 
-def _better(sent: Adapter, stored: Personal | None, judges: Examples) -> Generator[Job, Result, Adapter]:
+def _better(sent: Adapter, stored: PersonalAdapter | None, judges: Examples) -> Generator[Job, Result, Adapter]:
     """The shared adapter to keep: the one sent, unless the one kept so far does better on the owner's own pictures.
 
     Both are measured whichever was kept before, so that what there is to do doesn't tell.
@@ -165,7 +169,7 @@ def _better(sent: Adapter, stored: Personal | None, judges: Examples) -> Generat
     return stored.shared if kept < new or math.isnan(new) else sent
 
 
-def _personal_start(rank_asked: int, shared: Adapter, stored: Personal | None, device: Device) -> Adapter:
+def _personal_start(rank_asked: int, shared: Adapter, stored: PersonalAdapter | None, device: Device) -> Adapter:
     """Where the personal adapter was left, if it sits on this same shared adapter; else a new one.
 
     A new one looks where the federation found that people differ: its A is the shared adapter's (Guo et al., 2025,
@@ -173,7 +177,7 @@ def _personal_start(rank_asked: int, shared: Adapter, stored: Personal | None, d
     """
     if stored and rank(stored.adapter) == rank_asked and _same(stored.shared, shared):
         return stored.adapter
-    fresh = initial(device.sites, rank_asked, derive_seed(device.seed, device.name, PERSONAL))
+    fresh = init_adapter(device.sites, rank_asked, derive_seed(device.seed, device.name, PERSONAL))
     return {name: Factors(torch.cat([shared[name].a, f.a])[:rank_asked], f.b) for name, f in fresh.items()}
 
 

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from client.device import Device
 from common.errors import AntherError
 from models.lora import lora_xs, scaffold
-from models.lora.adapter import Adapter, Site, Sites, at, from_tensors, head_and_tail, rank, shapes
-from models.lora.norm_bound import excess
-from models.lora.scaffold import Control
+from models.lora.adapter import Adapter, Site, Sites, adapter_shapes, from_tensors, rank, select_sites, split_rank
+from models.lora.norm_bound import norm_violation
+from models.lora.scaffold import ControlVariate
 from models.lora.trainable import trained_shapes
-from privacy.policy import Refusal
+from privacy.policy import RequestRefusedError
 from protocol import quantization, tensor_codec
-from protocol.messages import Rounded
+from protocol.messages import QuantizedFormat
 
 
 class Parts(NamedTuple):
@@ -29,14 +29,14 @@ class Parts(NamedTuple):
     """Of the cores, if those are trained."""
 
 
-class Sent:
+class ReceivedAdapter:
     """An adapter that was sent, and its parts: the same objects for all devices of a process that were sent the same.
 
     Besides the work it saves the room, here and in a pass through the base, which knows by the object that one adapter
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter, frame: Adapter | None, control: Control, sha256: str) -> None:
+    def __init__(self, adapter: Adapter, frame: Adapter | None, control: ControlVariate, sha256: str) -> None:
         self.control = control  # of the server, if one was sent
         self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
         self._parts: dict[object, Parts] = {}
@@ -53,22 +53,27 @@ class Sent:
     def _known(self, sites: tuple[str, ...]) -> set[str]:
         chosen = set(sites)
         if unknown := min(chosen - self.adapter.keys(), default=None):
-            raise Refusal(f"the plan trains site {unknown}, which this base has not, or is not adapted at")
+            raise RequestRefusedError(f"the plan trains site {unknown}, which this base has not, or is not adapted at")
         if not 0 < len(chosen) == len(sites):
-            raise Refusal(f"the plan names {len(sites)} sites to train, {len(chosen)} of them different")
+            raise RequestRefusedError(f"the plan names {len(sites)} sites to train, {len(chosen)} of them different")
         return chosen
 
     def _cut(self, rank: int, sites: Adapter | set[str]) -> Parts:
-        head, tail = head_and_tail(at(self.adapter, sites), rank)
+        head, tail = split_rank(select_sites(self.adapter, sites), rank)
         beside = {name: factors for name, factors in self.adapter.items() if name not in sites}
         frozen = {**beside, **(tail if self.rank > rank else {})}
-        frame = head_and_tail(at(self._frame, sites), rank)[0] if self._frame else None
+        frame = split_rank(select_sites(self._frame, sites), rank)[0] if self._frame else None
         return Parts(head, frozen or None, frame)
 
 
-def received(
-    data: bytes, device: Device, *, rounded: Rounded | None = None, framed: bool = False, controlled: str | None = None
-) -> Sent:
+def receive_adapter(
+    data: bytes,
+    device: Device,
+    *,
+    rounded: QuantizedFormat | None = None,
+    framed: bool = False,
+    controlled: str | None = None,
+) -> ReceivedAdapter:
     """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
 
     Args:
@@ -82,7 +87,9 @@ def received(
     try:
         return _decoded(data, tuple(device.sites.items()), most, rounded, framed, controlled)
     except AntherError as error:
-        raise Refusal(f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}") from None
+        raise RequestRefusedError(
+            f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}"
+        ) from None
 
 
 @lru_cache(maxsize=1)
@@ -90,34 +97,34 @@ def _decoded(
     data: bytes,
     sites: tuple[tuple[str, Site], ...],
     most_rank: int,
-    rounded: Rounded | None,
+    rounded: QuantizedFormat | None,
     framed: bool,
     controlled: str | None,
-) -> Sent:
+) -> ReceivedAdapter:
     if rounded:
-        return Sent(
+        return ReceivedAdapter(
             _read(data, dict(sites), most_rank, rounded, framed or controlled is not None), None, {}, _sha256(data)
         )
-    expected = shapes(dict(sites), -1, frame=framed)
+    expected = adapter_shapes(dict(sites), -1, frame=framed)
     if controlled is not None:
-        expected |= scaffold.beside_shapes(trained_shapes(dict(sites), -1, controlled))
+        expected |= scaffold.control_shapes(trained_shapes(dict(sites), -1, controlled))
     tensors = tensor_codec.decode(data, expected, free=most_rank)
     adapter = _bounded(from_tensors(tensors))
     frame = lora_xs.frame_from_tensors(tensors) if framed else None
-    return Sent(adapter, frame, scaffold.apart(tensors), _sha256(data))
+    return ReceivedAdapter(adapter, frame, scaffold.from_control_tensors(tensors), _sha256(data))
 
 
-def _read(data: bytes, sites: Sites, most_rank: int, rounded: Rounded, beside: bool) -> Adapter:
+def _read(data: bytes, sites: Sites, most_rank: int, rounded: QuantizedFormat, beside: bool) -> Adapter:
     """An adapter in few bits: its length is held against its rank, and that against what the owner allows."""
     if beside:
         raise AntherError("what travels beside an adapter is sent whole, and so is the adapter")
     if not 1 <= rounded.rank <= most_rank:
         raise AntherError(f"rank {rounded.rank}")
-    return _bounded(from_tensors(quantization.decode(data, shapes(sites, rounded.rank), rounded.precision)))
+    return _bounded(from_tensors(quantization.decode(data, adapter_shapes(sites, rounded.rank), rounded.precision)))
 
 
 def _bounded(adapter: Adapter) -> Adapter:
-    if found := excess(adapter):
+    if found := norm_violation(adapter):
         raise AntherError(found)
     return adapter
 

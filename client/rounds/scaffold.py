@@ -2,7 +2,7 @@
 
 c_i is made of what the device sent, of what the server sent, and of nothing else. Under privacy of examples that is a
 release already, and c − c_i is added to gradients after clip and noise: it costs nothing. As with what rounding left, a
-variate of open rounds never enters a private one (`client.rounds.upload.follows`).
+variate of open rounds never enters a private one (`client.rounds.upload.compatibility_key`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from client.device import Device
-from client.rounds.upload import Outgoing, follows, sent_change
-from client.store.store import Variate
+from client.rounds.upload import PreparedUpload, compatibility_key, decode_change
+from client.store.store import ControlVariateState
 from models.lora.adapter import Adapter, Factors
-from models.lora.scaffold import Control, change
+from models.lora.scaffold import ControlVariate, control_delta
 from models.lora.trainable import from_trained_tensors
 from protocol.messages import TrainingPlan
 from protocol.tensor_codec import CodecError
 
 
-def own(plan: TrainingPlan, device: Device, server: Mapping[str, Tensor], *, release: bool) -> Control:
+def own(plan: TrainingPlan, device: Device, server: Mapping[str, Tensor], *, release: bool) -> ControlVariate:
     """c_i at the start of this round, of the shapes of c: zero before the first; what it was if it is done again."""
-    found: Control = {}
-    if known := device.store.variate(follows(plan, release)):
+    found: ControlVariate = {}
+    if known := device.store.variate(compatibility_key(plan, release)):
         found = known.before if known.round == plan.round else known.after
     if {name: part.shape for name, part in found.items()} == {name: part.shape for name, part in server.items()}:
         return found
@@ -45,17 +45,17 @@ def keep(
     plan: TrainingPlan,
     device: Device,
     server: Mapping[str, Tensor],
-    mine: Control,
-    goes: Outgoing,
-    start: Control,
+    mine: ControlVariate,
+    goes: PreparedUpload,
+    start: ControlVariate,
     *,
     release: bool,
 ) -> None:
     """c_i⁺, now that these bytes are the reply: of what the server will read in them, so that both mean the same."""
     try:
-        moved = sent_change(plan, goes.data, start)
+        moved = decode_change(plan, goes.data, start)
     except CodecError:
         return  # it was not finite: nobody will use it
-    found = change(server, moved, steps=plan.steps, rate=plan.learning_rate)
+    found = control_delta(server, moved, steps=plan.steps, rate=plan.learning_rate)
     after = {name: (mine[name].double() + part).float() for name, part in found.items()}
-    device.store.save_variate(Variate(follows(plan, release), plan.round, mine, after))
+    device.store.save_variate(ControlVariateState(compatibility_key(plan, release), plan.round, mine, after))

@@ -10,11 +10,11 @@ from protocol.messages import Reply
 from training.jobs import Job, Result
 
 K = TypeVar("K")
-Conversation = Generator[Job, Result, Reply]
+RequestHandler = Generator[Job, Result, Reply]
 
 
-def drive(
-    conversations: Mapping[K, Conversation],
+def run_handlers(
+    conversations: Mapping[K, RequestHandler],
     perform: Callable[[list[Job]], Sequence[Result | Exception]],
 ) -> dict[K, Reply | Exception]:
     """The reply of each conversation, or the exception that ended it, which harms no other.

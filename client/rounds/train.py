@@ -11,20 +11,20 @@ from functools import lru_cache
 from client.data import fingerprint
 from client.device import Device
 from client.rounds import scaffold
-from client.rounds.helpers import cost, encoded, encoded_alone, expect, places, spent_at
-from client.rounds.local_factors import own_factors, with_own
-from client.rounds.received_adapter import received
-from client.rounds.upload import keep, outgoing
+from client.rounds.helpers import encode_split, encode_usable, expect, finite_epsilon, private_pictures, training_cost
+from client.rounds.local_factors import initial_local_factors, replace_b
+from client.rounds.received_adapter import receive_adapter
+from client.rounds.upload import keep, prepare_upload
 from common import strict_json
 from models.lora.trainable import trained_tensors
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.ledger.ledger import TRAIN, Reservation
-from privacy.policy import Refusal
+from privacy.policy import RequestRefusedError
 from protocol import messages
 from protocol.messages import TrainingPlan
 from protocol.quantization import PRECISIONS
 from training import jobs
-from training.jobs import Examples, Job, Picture, Result, Trained, assumed
+from training.jobs import Examples, Job, Picture, Result, Trained, assumed_pictures
 from training.public_duration import scheduled_examples
 
 SHARED = "shared"
@@ -40,11 +40,11 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     """
     plan, ledger = request.plan, device.store.ledger
     if plan.base != device.report.base:
-        raise Refusal(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
+        raise RequestRefusedError(f"the plan is for base {plan.base[:12]}, this device holds {device.report.base[:12]}")
     device.policy.check_adaptable(plan.base, device.sites)
     device.policy.check_plan(plan)
     _check_form(plan)
-    sent = received(
+    sent = receive_adapter(
         request.adapter,
         device,
         rounded=request.rounded,
@@ -52,9 +52,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         controlled=plan.trains if plan.scaffold else None,
     )
     if sent.rank < plan.rank:
-        raise Refusal(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
+        raise RequestRefusedError(f"the plan trains rank {plan.rank}, the adapter sent has {sent.rank}")
     if plan.scaffold and (sent.rank != plan.rank or plan.sites is not None or plan.optimiser != "sgd"):
-        raise Refusal("a control variate is of every direction that was sent, and of plain SGD")
+        raise RequestRefusedError("a control variate is of every direction that was sent, and of plain SGD")
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
@@ -64,17 +64,17 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         device.policy.check_spending(ledger.history().mechanisms, NonPrivate())  # before pictures: a no tells of none
         pictures = device.pictures().train
         device.policy.check_pictures(len(pictures))
-        examples = yield from encoded(device, "train", pictures)
+        examples = yield from encode_split(device, "train", pictures)
     else:
-        pictures, examples = yield from _hidden(device, assumed(plan.batch_size, plan.privacy.sampling_rate))
+        pictures, examples = yield from _hidden(device, assumed_pictures(plan.batch_size, plan.privacy.sampling_rate))
     noise = device.noise(plan.round, SHARED)
     reservation = _reservation(plan, adapter=sent.sha256, data=fingerprint(pictures), release=noise.release)
     charged = ledger.reserve(reservation, device.policy.check_spending, settles=True)
-    epsilon = spent_at(plan.privacy.delta, charged) if plan.privacy else None
+    epsilon = finite_epsilon(plan.privacy.delta, charged) if plan.privacy else None
     mine = scaffold.own(plan, device, sent.control, release=noise.release)
-    own = own_factors(plan, device, noise.release) if plan.trains == "split" else None
+    own = initial_local_factors(plan, device, noise.release) if plan.trains == "split" else None
     if own is not None:
-        start, frozen = with_own(start, own), frozen and with_own(frozen, own)
+        start, frozen = replace_b(start, own), frozen and replace_b(frozen, own)
     trained = expect(
         Trained,
         (
@@ -100,7 +100,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
             )
         ),
     )
-    goes = outgoing(
+    goes = prepare_upload(
         plan,
         device,
         start=start,
@@ -113,7 +113,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     events = charged.events + (plan.privacy is not None)  # with the seal, which comes before anybody reads this
     # Under DP nothing that was measured leaves: it would tell, without noise, how large the Poisson batches were.
     draws, whole = plan.privacy.draws if plan.privacy else 1, scheduled_examples(plan)
-    spent = cost(device, plan.steps * plan.batch_size * draws, lasting=whole, measured=plan.privacy is None)
+    spent = training_cost(device, plan.steps * plan.batch_size * draws, lasting=whole, measured=plan.privacy is None)
     reply = messages.Update(
         device=device.name,
         run=plan.run,
@@ -157,8 +157,8 @@ def _hidden(device: Device, most: int) -> Generator[Job, Result, tuple[tuple[Pic
     refusal would tell, without noise, that there are too few. Between a set of pictures that reaches a minimum of m and
     one that doesn't, what ε bounds is what a group of m pictures changes: whoever sets it chooses that.
     """
-    pictures = places(device, "train", most)
-    kept, examples = yield from encoded_alone(device, "train", pictures)
+    pictures = private_pictures(device, "train", most)
+    kept, examples = yield from encode_usable(device, "train", pictures)
     if (least := device.policy.min_pictures) > len(kept):
         log.warning("%d pictures can be used, fewer than min_pictures=%d: nothing is trained on them", len(kept), least)
         return (), Examples(*(part[:0] for part in examples))
@@ -179,7 +179,7 @@ def _check_form(plan: TrainingPlan) -> None:
         ("keep", plan.keep, 0 < plan.keep <= 1),
     ):
         if not valid:
-            raise Refusal(f"{name}: {value} asked, which no device knows")
+            raise RequestRefusedError(f"{name}: {value} asked, which no device knows")
 
 
 def _reservation(plan: TrainingPlan, *, adapter: str, data: str, release: bool) -> Reservation:

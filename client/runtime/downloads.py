@@ -2,7 +2,7 @@
 
 It is found again by that hash (`base=<hash>`, `models.base.assets.locate`). Nothing that was half fetched is lost, and
 nothing is taken that hasn't the hash. A network that is paid by volume and a disk that is nearly full are left alone,
-unless the owner says otherwise (`conf.schemas.node.Fetch`).
+unless the owner says otherwise (`conf.schemas.node.FetchConfig`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from client.runtime import resumable_download
 from common import atomic_files, file_lock
 from common.errors import AntherError
-from conf.schemas.node import Fetch
+from conf.schemas.node import FetchConfig
 from models.base import assets, chunk_manifest, hub
 
-Get = Callable[[str, int, int | None], Iterator[bytes]]
+GetBytes = Callable[[str, int, int | None], Iterator[bytes]]
 """Bytes of a path of the server, from an offset and so many, or all of them.
 
 Raises ConnectionError for what may be tried again, AntherError for what may not (`client.runtime.http_source`).
@@ -32,8 +32,8 @@ PATH = "/v1/anther/base"  # of `server.gateway.base_files`
 
 def fetch(
     wanted: str,
-    settings: Fetch,
-    get: Get | None = None,
+    settings: FetchConfig,
+    get: GetBytes | None = None,
     *,
     metered: Callable[[], bool] = lambda: False,
     progress: Progress = lambda _done, _total: None,
@@ -51,12 +51,14 @@ def fetch(
     """
     if not assets.is_hash(wanted):
         raise AntherError(f"base {wanted[:80]!r}: not a content hash of 64 hex digits")
-    if there := assets.held(wanted):
+    if there := assets.find_stored(wanted):
         return there
     folder = assets.home() / "assets"
     atomic_files.make_folder(folder)
-    with file_lock.alone(resumable_download.scratch(folder, wanted), what=f"base {wanted[:12]}, being fetched,"):
-        if there := assets.held(wanted):  # from whoever held the lock until now
+    with file_lock.exclusive(
+        resumable_download.partial_dir(folder, wanted), what=f"base {wanted[:12]}, being fetched,"
+    ):
+        if there := assets.find_stored(wanted):  # from whoever held the lock until now
             return there
         fetcher = _Fetcher(wanted, settings, folder, metered, progress)
         sources: dict[str, Callable[[], Path] | None] = {
@@ -86,7 +88,7 @@ class _Fetcher:
     """The ways to one base."""
 
     def __init__(
-        self, wanted: str, settings: Fetch, folder: Path, metered: Callable[[], bool], progress: Progress
+        self, wanted: str, settings: FetchConfig, folder: Path, metered: Callable[[], bool], progress: Progress
     ) -> None:
         self._wanted, self._settings, self._folder = wanted, settings, folder
         self._metered, self._progress = metered, progress
@@ -101,11 +103,13 @@ class _Fetcher:
         self._check_disk(0)
         return self._adopted(hub.fetch(str(self._settings.hub)), f"fetch.hub={self._settings.hub}")
 
-    def from_server(self, get: Get, waits: Sequence[float], sleep: Callable[[float], None]) -> Path:
+    def from_server(self, get: GetBytes, waits: Sequence[float], sleep: Callable[[float], None]) -> Path:
         """In chunks; a link that is cut is tried again."""
         steady = _Steady(get, self._check_network, waits, sleep)
         base = f"{PATH}/{self._wanted}"
-        manifest = chunk_manifest.decode(steady(f"{base}/manifest", 0, None, chunk_manifest.LONGEST), self._wanted)
+        manifest = chunk_manifest.decode_manifest(
+            steady(f"{base}/manifest", 0, None, chunk_manifest.MAX_MANIFEST_BYTES), self._wanted
+        )
         return self._filled(
             manifest,
             lambda number, offset, length: [steady(f"{base}/file/{number}", offset, length, length)],
@@ -122,7 +126,7 @@ class _Fetcher:
         if digest != self._wanted:
             raise AntherError(f"{said}: {found} holds another base, {digest[:12]}")
         if found.stat().st_dev == self._folder.stat().st_dev:
-            filling = resumable_download.scratch(self._folder, self._wanted) / "asset"
+            filling = resumable_download.partial_dir(self._folder, self._wanted) / "asset"
             shutil.rmtree(filling, ignore_errors=True)
             filling.mkdir()
             (filling / chunk_manifest.safe_name(found)).symlink_to(found.absolute(), target_is_directory=True)
@@ -139,8 +143,8 @@ class _Fetcher:
 
         return self._filled(manifest, read, str(found))
 
-    def _filled(self, manifest: chunk_manifest.Manifest, read: resumable_download.Read, source: str) -> Path:
-        coming = resumable_download.Partial(self._folder, manifest)
+    def _filled(self, manifest: chunk_manifest.ChunkManifest, read: resumable_download.Read, source: str) -> Path:
+        coming = resumable_download.ResumableDownload(self._folder, manifest)
         self._check_disk(manifest.total - coming.kept)
         return coming.fill(read, source, lambda done: self._progress(done, manifest.total))
 
@@ -161,7 +165,7 @@ class _Steady:
     """A server's bytes over a link that may be cut: asked for again after waiting, each time a little longer."""
 
     def __init__(
-        self, get: Get, check: Callable[[], None], waits: Sequence[float], sleep: Callable[[float], None]
+        self, get: GetBytes, check: Callable[[], None], waits: Sequence[float], sleep: Callable[[float], None]
     ) -> None:
         self._get, self._check, self._waits, self._sleep = get, check, waits, sleep
 

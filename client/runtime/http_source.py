@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from client.runtime.downloads import Get
+from client.runtime.downloads import GetBytes
 from common.errors import AntherError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ TIMEOUT = 60.0  # seconds without a byte
 SLOWEST = 1024.0  # bytes a second, after the first minute: who sends less could keep a device waiting for ever
 
 
-def http_get(client: httpx.Client) -> Get:
+def http_get(client: httpx.Client) -> GetBytes:
     """Bytes of a path of a server.
 
     Args:

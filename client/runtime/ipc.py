@@ -21,13 +21,13 @@ LARGEST = 1 << 30  # bytes of an adapter
 _LENGTHS = struct.Struct("!IQ")  # of the JSON, and of what follows it
 _PEER = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 
-REQUESTS = {kind.__name__: kind for kind in (messages.Query, messages.Train, messages.Evaluate, messages.Personalise)}
+REQUESTS = {kind.__name__: kind for kind in (messages.Query, messages.Train, messages.Evaluate, messages.Personalize)}
 REPLIES = {
-    kind.__name__: kind for kind in (messages.DeviceReport, messages.Update, messages.Evaluation, messages.Personalised)
+    kind.__name__: kind for kind in (messages.DeviceReport, messages.Update, messages.Evaluation, messages.Personalized)
 }
 
 
-class Answered(NamedTuple):
+class WorkerResponse(NamedTuple):
     """What came of it: a reply, or why there is none."""
 
     reply: Reply | None = None
@@ -43,17 +43,17 @@ def same_user(connection: socket.socket) -> bool:
     return int(_PEER.unpack(found)[1]) == os.getuid()
 
 
-def ask(connection: socket.socket, request: Request) -> Answered:
+def ask(connection: socket.socket, request: Request) -> WorkerResponse:
     """Send a request and wait for what comes of it; ConnectionError if whoever answers is gone."""
     text, adapter = _parts(request)
     _send(connection, {"kind": type(request).__name__, "message": text}, adapter)
     head, data = _receive(connection)
     if "message" not in head:
-        return Answered(refused=head.get("refused"))
-    return Answered(reply=_message(REPLIES, head, data))  # type: ignore[arg-type]
+        return WorkerResponse(refused=head.get("refused"))
+    return WorkerResponse(reply=_message(REPLIES, head, data))  # type: ignore[arg-type]
 
 
-def hear(connection: socket.socket) -> Request:
+def recv_request(connection: socket.socket) -> Request:
     """The request of whoever connected.
 
     Raises:
@@ -64,7 +64,7 @@ def hear(connection: socket.socket) -> Request:
     return _message(REQUESTS, head, data)  # type: ignore[return-value,arg-type]
 
 
-def tell(connection: socket.socket, answered: Answered) -> None:
+def tell(connection: socket.socket, answered: WorkerResponse) -> None:
     if answered.reply is None:
         _send(connection, {"refused": answered.refused}, None)
         return
@@ -94,7 +94,7 @@ def _send(connection: socket.socket, head: Mapping[str, str | None], data: bytes
 
 def _receive(connection: socket.socket) -> tuple[dict[str, str], bytes | None]:
     letters, bytes_after = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
-    if letters > 2 * messages.LONGEST + 65536 or bytes_after > LARGEST:
+    if letters > 2 * messages.MAX_JSON_CHARS + 65536 or bytes_after > LARGEST:
         raise AntherError(f"a message of {letters} + {bytes_after} bytes is too long")
     head = json.loads(_exactly(connection, letters))
     data = _exactly(connection, bytes_after)

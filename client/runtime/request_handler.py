@@ -10,18 +10,18 @@ from client.device import Device, from_config, whole
 from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from client.runtime.throttle import Guard
-from client.runtime.throttled_jobs import Perform, measured, wait, with_guard
+from client.runtime.throttled_jobs import Perform, measured, wait, with_throttle
 from client.store.store import Store
 from common.errors import AntherError
 from models.base import assets
 from models.base.base import Base, load
-from models.lora.adapter import shapes
-from privacy.policy import Refusal
-from protocol.messages import Evaluate, Personalise, Query, Reply, Request, payloads
+from models.lora.adapter import adapter_shapes
+from privacy.policy import RequestRefusedError
+from protocol.messages import Evaluate, Personalize, Query, Reply, Request, payloads
 from protocol.tensor_codec import largest
-from training.cohort import let_go
+from training.cohort import free_buffers
 from training.engine import perform
 from training.jobs import Cancelled, Job, Result, never
 from training.memory import budget, check_free, total_and_free
@@ -30,7 +30,7 @@ DEFAULT_BASE = "glyphs"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Owned:
+class WorkerResources:
     """What a worker holds of its device for as long as it lives."""
 
     store: Store
@@ -51,10 +51,12 @@ class Owned:
         return found
 
     def around(self, perform: Perform) -> Perform:
-        return with_guard(measured(perform, self.meter), self.guard)
+        return with_throttle(measured(perform, self.meter), self.guard)
 
 
-def answer(request: Request, stated: Mapping[str, object], *, owned: Owned | None = None) -> Reply | Exception:
+def answer(
+    request: Request, stated: Mapping[str, object], *, resources: WorkerResources | None = None
+) -> Reply | Exception:
     """The reply to a request, or what kept it from being given.
 
     Args:
@@ -62,7 +64,7 @@ def answer(request: Request, stated: Mapping[str, object], *, owned: Owned | Non
         owned: what a worker holds of its device; None: it is opened for this request, and nothing is measured.
     """
     try:
-        base = _held(request, stated, owned)
+        base = _held(request, stated, resources)
         if assets.is_hash(str(stated.get("base", ""))) and base.hash != stated["base"]:
             raise AntherError(
                 f"{base.folder}: not what it was, its hash is {base.hash[:12]} now: remove it from {base.folder.parent}"
@@ -70,21 +72,21 @@ def answer(request: Request, stated: Mapping[str, object], *, owned: Owned | Non
         own = stated.get("memory-gib")  # of a server's run nothing is asked here: it could read off what is free
         memory = budget(None if own is None else float(str(own)), base.device)
         _check_free(memory, base)
-        owner = from_config(stated, base) if owned is None else owned.device(stated, base)
-        most = largest(shapes(owner.sites, -1), free=owner.policy.max_rank)
+        owner = from_config(stated, base) if resources is None else resources.device(stated, base)
+        most = largest(adapter_shapes(owner.sites, -1), free=owner.policy.max_rank)
         if any(len(data) > most for data in payloads(request).values()):
-            raise Refusal(f"an adapter of more than {most} bytes, which no adapter of this base takes")
-        timesteps = request.timesteps if isinstance(request, Evaluate | Personalise) else 1
+            raise RequestRefusedError(f"an adapter of more than {most} bytes, which no adapter of this base takes")
+        timesteps = request.timesteps if isinstance(request, Evaluate | Personalize) else 1
         work: Perform = contained(
             functools.partial(
                 perform,
                 base,
                 memory=memory,
                 timesteps=timesteps,
-                cancelled=never if owned is None else owned.guard,
+                cancelled=never if resources is None else resources.guard,
             )
         )
-        return drive({"": handle(request, owner)}, work if owned is None else owned.around(work))[""]
+        return run_handlers({"": handle(request, owner)}, work if resources is None else resources.around(work))[""]
     except Exception as error:  # whatever it is, it is this request's alone
         return error
 
@@ -95,7 +97,7 @@ def _check_free(memory: int, base: Base) -> None:
     How much that is may follow from the number of pictures, which no error may tell.
     """
     if memory > total_and_free(base.device)[1]:
-        let_go(base)
+        free_buffers(base)
         check_free(memory, base.device, key="worker.memory_gib")
 
 
@@ -111,7 +113,7 @@ def contained(perform: Perform) -> Perform:
     return safely
 
 
-def _held(request: Request, stated: Mapping[str, object], owned: Owned | None) -> Base:
+def _held(request: Request, stated: Mapping[str, object], resources: WorkerResources | None) -> Base:
     """The base, adapted where the request says. A guard that says no keeps it from being loaded and from all work.
 
     A Query is answered whatever the guard says, since it is there to tell of the device's moment; but not if that took
@@ -124,8 +126,8 @@ def _held(request: Request, stated: Mapping[str, object], owned: Owned | None) -
         str(stated.get("checkpointing", "none")),
         whole(stated, "resolution") or None,
     )
-    if owned is not None:
-        guard, is_query = owned.guard, isinstance(request, Query)
+    if resources is not None:
+        guard, is_query = resources.guard, isinstance(request, Query)
         ready = is_query and _loaded.ready(settings, request.adapted)
         why = guard.must_wait() if is_query and not ready else None
         if why or (not is_query and guard()):
@@ -152,9 +154,9 @@ class _Loaded:
             self._base = load(path, weights=weights, device=device, checkpointing=checkpointing, resolution=resolution)
             self._settings, self._default = settings, tuple(self._base.sites)
         try:
-            self._base.adapt(adapted or self._default)
+            self._base.set_sites(adapted or self._default)
         except AntherError as error:
-            raise Refusal(str(error)) from None
+            raise RequestRefusedError(str(error)) from None
         return self._base
 
     def ready(self, settings: Settings, adapted: tuple[str, ...] | None) -> bool:

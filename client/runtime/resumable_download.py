@@ -16,13 +16,13 @@ from pathlib import Path
 from common import atomic_files
 from common.errors import AntherError
 from models.base import chunk_manifest
-from models.base.chunk_manifest import Manifest, Part
+from models.base.chunk_manifest import ChunkManifest, ManifestFile
 
 Read = Callable[[int, int, int], Iterable[bytes]]
 """Bytes of the n-th file from an offset, so many; AntherError if they can't be had."""
 
 
-class Partial:
+class ResumableDownload:
     """What has come of one base so far.
 
     Args:
@@ -30,9 +30,9 @@ class Partial:
         manifest: of the base, checked.
     """
 
-    def __init__(self, assets: Path, manifest: Manifest) -> None:
+    def __init__(self, assets: Path, manifest: ChunkManifest) -> None:
         self._assets, self._manifest = assets, manifest
-        self._filling = scratch(assets, manifest.base) / "asset"
+        self._filling = partial_dir(assets, manifest.base) / "asset"
         self._folder = self._filling / manifest.name
 
     @property
@@ -65,7 +65,7 @@ class Partial:
         return self._arrive()
 
     def _fill_file(
-        self, number: int, part: Part, read: Read, source: str, done: int, progress: Callable[[int], None]
+        self, number: int, part: ManifestFile, read: Read, source: str, done: int, progress: Callable[[int], None]
     ) -> int:
         path = self._folder / part.name
         atomic_files.make_folder(path.parent)
@@ -102,7 +102,7 @@ class Partial:
         return place(self._filling, self._assets / self._manifest.base)
 
 
-def scratch(assets: Path, base: str) -> Path:
+def partial_dir(assets: Path, base: str) -> Path:
     """Where a base lies while it is not whole."""
     return assets / f".fetching-{base}"
 
@@ -117,7 +117,7 @@ def place(filling: Path, final: Path) -> Path:
     return next(iter(sorted(final.iterdir())))
 
 
-def _right(handle: int, part: Part, whole: hashlib._Hash) -> int:
+def _right(handle: int, part: ManifestFile, whole: hashlib._Hash) -> int:
     """How many chunks from the first on are here and right: a power cut may have left others."""
     for index in range(len(part.chunks)):
         offset, length = part.span(index)
@@ -128,7 +128,7 @@ def _right(handle: int, part: Part, whole: hashlib._Hash) -> int:
     return len(part.chunks)
 
 
-def _fetched(read: Read, number: int, part: Part, index: int, source: str) -> bytes:
+def _fetched(read: Read, number: int, part: ManifestFile, index: int, source: str) -> bytes:
     """One chunk, as its hash says; asked for once more if it isn't."""
     offset, length = part.span(index)
     for _ in range(2):

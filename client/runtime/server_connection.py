@@ -33,7 +33,7 @@ from client.cli import paths
 from common import strict_json
 from common.atomic_files import write
 from common.errors import AntherError, shown
-from protocol.handshake import Enrolment, Hello
+from protocol.handshake import Enrollment, ServerHello
 from protocol.messages import NEWEST
 from protocol.ticket import Ticket
 
@@ -44,16 +44,16 @@ LONGEST = 64 * 1024
 _SKEW = 240.0  # seconds: Flower refuses what is signed five minutes off
 
 
-class Unreachable(AntherError):  # noqa: N818 - nothing is wrong
+class ServerUnavailable(AntherError):  # noqa: N818 - nothing is wrong
     """Nobody answers now; later somebody may."""
 
 
-class Refused(AntherError):  # noqa: N818
+class Unauthorized(AntherError):  # noqa: N818
     """The server doesn't know who asks."""
 
 
 @dataclass(frozen=True)
-class Link:
+class ServerConnection:
     """What a device holds of one federation.
 
     Args:
@@ -92,7 +92,7 @@ class Link:
             auth=_Signed(private_key(self.key)) if signed else None,
         )
 
-    def hello(self) -> Hello:
+    def hello(self) -> ServerHello:
         """What the server says of itself.
 
         Raises:
@@ -109,7 +109,7 @@ class Link:
         with self.client(signed=True) as client:
             try:
                 _asked(client, "GET", "/v1/anther/in", self.address)
-            except Refused as error:
+            except Unauthorized as error:
                 raise AntherError(
                     f"{self.address}: this device isn't enrolled there, or was revoked: ask the operator for a ticket"
                 ) from error
@@ -131,7 +131,7 @@ class _Signed(httpx.Auth):
         yield request
 
 
-def skew(hello: Hello) -> float:
+def skew(hello: ServerHello) -> float:
     """Seconds by which this device's clock is ahead of the server's, where it is so far off that Flower would refuse
     it; else 0.
     """
@@ -140,22 +140,22 @@ def skew(hello: Hello) -> float:
     return apart if abs(apart) > _SKEW else 0.0
 
 
-def enrol(ticket: Ticket, name: str) -> tuple[Link, Hello]:
+def enroll(ticket: Ticket, name: str) -> tuple[ServerConnection, ServerHello]:
     """Come in with a ticket: the server's authority is believed by its fingerprint, then told the secret and our key.
 
     Done again after a crash or a lost reply it comes to the same.
 
     Raises:
-        Unreachable, AntherError: as `Link.hello`, or the ticket is refused with the reason.
+        Unreachable, AntherError: as `ServerConnection.hello`, or the ticket is refused with the reason.
     """
-    link = Link(ticket.address)
+    link = ServerConnection(ticket.address)
     pem = _authority(ticket)
     if not link.key.exists() or not link.authority.exists() or link.authority.read_bytes() != pem:
         write(link.key, _new_key())  # a federation doesn't learn by its key that a device was in another
         write(link.authority, pem)
     link.hello().check()
     public = private_key(link.key).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-    asked = Enrolment(protocol=NEWEST, secret=ticket.secret, key=public, name=name)
+    asked = Enrollment(protocol=NEWEST, secret=ticket.secret, key=public, name=name)
     with link.client() as client:
         found = _understood(
             _asked(client, "POST", "/v1/anther/enrol", ticket.address, content=strict_json.dumps(asked))
@@ -212,11 +212,11 @@ def _asked(client: httpx.Client, method: str, path: str, address: str, **more: s
                 f"{address}: another server answers than the one that this device was enrolled with, or its "
                 f"certificate is for another name or over ({error}): ask its operator for a new ticket"
             ) from error
-        raise Unreachable(f"{address}: no answer ({shown(error)})") from error
+        raise ServerUnavailable(f"{address}: no answer ({shown(error)})") from error
     if found.status in (502, 503, 504):
-        raise Unreachable(f"{address}: {shown(found.text, 200)}")
+        raise ServerUnavailable(f"{address}: {shown(found.text, 200)}")
     if found.status == 401:
-        raise Refused(f"{address}: {_reason(found)}")
+        raise Unauthorized(f"{address}: {_reason(found)}")
     if found.status != 200:
         raise AntherError(f"{address}: {_reason(found)}")
     return found.text
@@ -251,7 +251,7 @@ def _within(seconds: float, client: httpx.Client, work: Callable[[], _Answer]) -
         if found.done():
             raise
         client.close()
-        raise Unreachable(f"{client.base_url.netloc.decode()}: no whole answer in {seconds:.0f} s") from None
+        raise ServerUnavailable(f"{client.base_url.netloc.decode()}: no whole answer in {seconds:.0f} s") from None
 
 
 def _reason(found: _Answer) -> str:
@@ -261,9 +261,9 @@ def _reason(found: _Answer) -> str:
         return f"answered {found.status}: is an Anther server there?"
 
 
-def _understood(text: str) -> Hello:
+def _understood(text: str) -> ServerHello:
     try:
-        return strict_json.from_plain(Hello, strict_json.loads(text))
+        return strict_json.from_plain(ServerHello, strict_json.loads(text))
     except ValueError as error:
         reason = shown(error)
         raise AntherError(f"the server's greeting can't be read ({reason}): update Anther on the older side") from error

@@ -49,7 +49,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.app import app
 from common.atomic_files import write
-from common.processes import with_parent
+from common.processes import end_with_parent
 
 POLL, SLOW = "ANTHER_POLL_SECONDS", "ANTHER_SLOW_POLL_SECONDS"
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -87,7 +87,7 @@ def main() -> None:
     noted, note = os.pipe()
     if (node := os.fork()) == 0:
         os.close(noted)
-        with_parent()
+        end_with_parent()
         _pace(note)
         _leave_bundles_packed()
         _remember(Path(os.environ["FLWR_HOME"]) / "node")
@@ -223,7 +223,7 @@ def _in_a_fork(address: str, task: _Task) -> int:
         return child
     status = 1
     try:
-        with_parent()
+        end_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         answer_task(address, task)
         status = 0

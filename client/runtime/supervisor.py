@@ -22,15 +22,15 @@ from pathlib import Path
 
 from client.cli import paths
 from client.runtime import server_connection as links
-from client.runtime.server_connection import Link, Unreachable
+from client.runtime.server_connection import ServerConnection, ServerUnavailable
 from common import low_memory, processes, strict_json
 from common.atomic_files import make_folder
-from common.errors import TOLD, AntherError, told
-from common.file_lock import alone
+from common.errors import REPORTED_ERRORS, AntherError, told
+from common.file_lock import exclusive
 from common.flower import environment
-from common.processes import with_parent
-from common.service import Stopped, say, stoppable
-from conf.schemas.node import Node, compose
+from common.processes import end_with_parent
+from common.service import SignalReceived, raise_on_sigterm, say
+from conf.schemas.node import NodeConfig, compose
 from models.base import assets
 from privacy import policy
 
@@ -48,18 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in ("-h", "--help"):
         print(__doc__, "Keys, their units and limits: conf/schemas/node.py.", sep="\n")
         return DONE
-    stoppable()
+    raise_on_sigterm()
     try:
         run(compose(words, paths.words()))
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
-    except (Stopped, KeyboardInterrupt):
+    except (SignalReceived, KeyboardInterrupt):
         pass
     return DONE
 
 
-def run(node: Node) -> None:
+def run(node: NodeConfig) -> None:
     """Take part until a signal comes; AntherError if its owner has to do something first."""
     if node.link.address is None:
         raise AntherError("not enrolled yet: anther device enroll, with a ticket of the server's operator")
@@ -69,10 +69,10 @@ def run(node: Node) -> None:
     files = paths.own(name, node.store)
     node, owners = replace(node, name=name, store=str(files.folder)), policy.load(files.folder / "policy.toml")
     check_pictures(node)
-    link = Link(str(node.link.address), insecure=node.link.insecure)
-    with alone(paths.link(), what="this device's part in its federation"), listening() as listener:
+    link = ServerConnection(str(node.link.address), insecure=node.link.insecure)
+    with exclusive(paths.link(), what="this device's part in its federation"), listening() as listener:
         paths.remember(files)
-        worker = Worker(listener, node)
+        worker = WorkerProcess(listener, node)
         supernode = SuperNode(node, link, listener.getsockname())
         try:
             while True:
@@ -87,7 +87,7 @@ def run(node: Node) -> None:
             worker.stop()
 
 
-def check_pictures(node: Node) -> None:
+def check_pictures(node: NodeConfig) -> None:
     """Raises AntherError with what is wrong with its owner's pictures, before anything is taken part in.
 
     A process of its own looks at them: what it needs for that is not to stay in memory.
@@ -99,18 +99,18 @@ def check_pictures(node: Node) -> None:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
-        preexec_fn=with_parent,
+        preexec_fn=end_with_parent,
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["they could not be looked at"]
         raise AntherError(lines[-1].removeprefix("error: "))
 
 
-def ready(node: Node, link: Link, owners: policy.Policy) -> str:
+def ready(node: NodeConfig, link: ServerConnection, owners: policy.Policy) -> str:
     """Wait for the server, and have the base; its content hash or path.
 
     Raises:
-        AntherError: the server's base isn't among those that the owner allows, or as `Link.hello`.
+        AntherError: the server's base isn't among those that the owner allows, or as `ServerConnection.hello`.
     """
     pause = _PAUSE
     while True:
@@ -118,7 +118,7 @@ def ready(node: Node, link: Link, owners: policy.Policy) -> str:
             hello = link.hello()
             hello.check()
             if apart := links.skew(hello):
-                raise Unreachable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
+                raise ServerUnavailable(f"this device's clock is {apart:+.0f} s off the server's: set it, or start NTP")
             link.check_in()
             if node.base is None and owners.bases and hello.base not in owners.bases:
                 raise AntherError(
@@ -128,22 +128,22 @@ def ready(node: Node, link: Link, owners: policy.Policy) -> str:
             if node.base is None:
                 have(node, link, hello.base)
             return node.base or hello.base
-        except Unreachable as error:
+        except ServerUnavailable as error:
             say(f"{error}; again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
 
 
-def have(node: Node, link: Link, base: str) -> None:
+def have(node: NodeConfig, link: ServerConnection, base: str) -> None:
     """Have the base of this content hash here, from wherever it is to be had; Unreachable if it isn't to be had now."""
     with contextlib.suppress(AntherError):
         assets.locate(base)
         return
-    from client.power.sensors import choose
+    from client.power.sensors import choose_sensors
     from client.runtime.downloads import fetch  # rarely needed
     from client.runtime.http_source import http_get
 
-    sensors = choose(node.power)
+    sensors = choose_sensors(node.power)
     say(f"fetching the base {base[:12]}")
 
     def metered() -> bool:
@@ -153,7 +153,7 @@ def have(node: Node, link: Link, base: str) -> None:
         with link.client(signed=True) as client:
             fetch(base, node.fetch, http_get(client), metered=metered, progress=_Progress())
     except AntherError as error:  # a cut link, a paid network, a full disk: what came is kept, and later it may go on
-        raise Unreachable(str(error)) from error
+        raise ServerUnavailable(str(error)) from error
 
 
 class _Progress:
@@ -169,7 +169,7 @@ class _Progress:
 
 
 @dataclass
-class Worker:
+class WorkerProcess:
     """`client.runtime.worker`, which is there while it has something to do.
 
     Args:
@@ -177,7 +177,7 @@ class Worker:
     """
 
     listener: socket.socket
-    node: Node
+    node: NodeConfig
     base: str = ""
     _process: subprocess.Popen | None = None
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
@@ -208,7 +208,7 @@ class Worker:
         }
 
         def prepare() -> None:
-            with_parent()
+            end_with_parent()
             os.nice(settings.nice)
 
         return subprocess.Popen(
@@ -227,8 +227,8 @@ class Worker:
 class SuperNode:
     """`client.runtime.supernode`: Flower's SuperNode, started again with a pause whenever it ends."""
 
-    node: Node
-    link: Link
+    node: NodeConfig
+    link: ServerConnection
     socket_path: str
     _process: subprocess.Popen | None = None
     _started: float = 0.0
@@ -260,7 +260,7 @@ class SuperNode:
             processes.python("client.runtime.supernode", own_address, "--", "--superlink", self.link.address, *safe),
             env={"FLWR_LOG_LEVEL": "WARNING", **environment(folder), **own},
             stdin=subprocess.DEVNULL,
-            preexec_fn=with_parent,
+            preexec_fn=end_with_parent,
         )
 
     def look(self) -> None:

@@ -28,7 +28,7 @@ SHARE, OLDEST, SLOW_SHARE = 1 / 50, 2.0, 1 / 10
 log = logging.getLogger(__name__)
 
 
-def reason(now: Conditions, settings: node.Guard, *, waiting: bool = False) -> str | None:
+def reason(now: Conditions, settings: node.ThrottleConfig, *, waiting: bool = False) -> str | None:
     """Why training should wait, for the owner's log; None: it need not. What isn't known is no reason.
 
     Args:
@@ -58,7 +58,7 @@ def _hot(celsius: float | None, most: float | None, *, waiting: bool) -> str | N
     return f"{celsius:.0f} °C, and should be {most:.0f} °C"
 
 
-def shortage(now: Conditions, settings: node.Guard) -> str | None:
+def shortage(now: Conditions, settings: node.ThrottleConfig) -> str | None:
     """Why training should give its memory back; None: it need not."""
     if now.free_mib >= settings.free_mib:
         return None
@@ -103,7 +103,7 @@ class Guard:
 
     def __init__(
         self,
-        settings: node.Guard,
+        settings: node.ThrottleConfig,
         read: Callable[[], Conditions],
         *,
         stop: threading.Event | None = None,

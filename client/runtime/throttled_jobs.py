@@ -23,7 +23,7 @@ class OutOfMemory(Cancelled):
     """The guard stopped for want of memory, which what was asked for may itself have taken."""
 
 
-def with_guard(perform: Perform, guard: Guard) -> Perform:
+def with_throttle(perform: Perform, guard: Guard) -> Perform:
     """The same, asking the guard before any job, and within training after every pass.
 
     Within other jobs whoever performs them asks it (`training.engine.perform`).

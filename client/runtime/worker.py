@@ -15,21 +15,21 @@ import sys
 from dataclasses import dataclass, field
 from types import FrameType
 
-from client.cli.paths import files_of
+from client.cli.paths import device_files
 from client.device import WATTS
 from client.power.meter import Meter
-from client.power.sensors import choose
+from client.power.sensors import choose_sensors
 from client.runtime import ipc, request_handler
-from client.runtime.request_handler import Owned
+from client.runtime.request_handler import WorkerResources
 from client.runtime.throttle import Guard
-from client.store.open import opened
+from client.store.open import open_store
 from common import strict_json
 from common.errors import AntherError
-from common.service import Stopped
-from conf.schemas.node import Node
-from models.base.base import picked
-from privacy.policy import Refusal
-from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Request, Train, Update
+from common.service import SignalReceived
+from conf.schemas.node import NodeConfig
+from models.base.base import resolve_device
+from privacy.policy import RequestRefusedError
+from protocol.messages import Evaluate, Evaluation, Personalize, Personalized, Request, Train, Update
 from training.jobs import Cancelled
 
 log = logging.getLogger("client.runtime.worker")
@@ -43,46 +43,46 @@ USAGE = 2
 def main() -> int:
     """Answer on the socket that was handed down until nobody has asked for `worker.idle_seconds`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    node = strict_json.from_plain(Node, strict_json.loads(os.environ[NODE]))
+    node = strict_json.from_plain(NodeConfig, strict_json.loads(os.environ[NODE]))
     try:
         with (
-            opened(
-                files_of(str(node.name), node.store), encrypt=node.storage.encrypt, federation=node.federation
+            open_store(
+                device_files(str(node.name), node.store), encrypt=node.storage.encrypt, federation=node.federation
             ) as found,
             socket.socket(fileno=int(os.environ[LISTEN])) as listener,
         ):
-            sensors = choose(node.power, cuda=picked(node.device) == "cuda")
+            sensors = choose_sensors(node.power, cuda=resolve_device(node.device) == "cuda")
             meter = Meter(sensors.source, watts=WATTS)
             guard = Guard(node.guard, sensors.read, pausing=meter.paused)
-            owned = Owned(store=found.store, read=sensors.read, meter=meter, guard=guard)
+            resources = WorkerResources(store=found.store, read=sensors.read, meter=meter, guard=guard)
             log.info("energy: %s", f"{sensors.name}, {sensors.covers}" if sensors.source else sensors.covers)
-            worker = Worker(stated(node, os.environ[BASE]), owned)
+            worker = WorkerServer(stated(node, os.environ[BASE]), resources)
             signal.signal(signal.SIGTERM, worker.stop)
             worker.serve(listener, node)
     except AntherError as error:
         log.error("%s", error)
         return USAGE
-    except Stopped:
+    except SignalReceived:
         log.info("stopped")
     return 0
 
 
 @dataclass
-class Worker:
+class WorkerServer:
     """Answers with what it holds."""
 
     stated: dict[str, object]
-    owned: Owned
+    resources: WorkerResources
     _answering: bool = field(default=False, init=False)
 
-    def serve(self, listener: socket.socket, node: Node) -> None:
+    def serve(self, listener: socket.socket, node: NodeConfig) -> None:
         """Answer whoever connects, one after the other."""
         if node.worker.threads is not None:
             import torch
 
             torch.set_num_threads(node.worker.threads)
         listener.settimeout(node.worker.idle_seconds)
-        while not self.owned.guard.stop.is_set():
+        while not self.resources.guard.stop.is_set():
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
@@ -98,29 +98,29 @@ class Worker:
             log.warning("another user connected, and was not answered")
             return
         try:
-            request = ipc.hear(connection)
+            request = ipc.recv_request(connection)
         except (OSError, ValueError, KeyError, AntherError) as error:
             log.warning("a request could not be read: %s", error)
             return
-        outcome = request_handler.answer(request, self.stated, owned=self.owned)
+        outcome = request_handler.answer(request, self.stated, resources=self.resources)
         try:
             try:
                 ipc.tell(connection, _told(request, outcome))
             except ValueError as error:  # a number that JSON has not: nothing of it was sent
                 log.error("could not answer %s: %s", type(request).__name__, error)
-                ipc.tell(connection, ipc.Answered())
+                ipc.tell(connection, ipc.WorkerResponse())
         except OSError as error:  # what was sealed is sent when it is asked for again
             log.warning("whoever asked is gone: %s", error)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Training ends before its next step, and whoever asked is told so; without any, at once."""
         del number, frame
-        self.owned.guard.stop.set()
+        self.resources.guard.stop.set()
         if not self._answering:
-            raise Stopped
+            raise SignalReceived
 
 
-def stated(node: Node, base: str) -> dict[str, object]:
+def stated(node: NodeConfig, base: str) -> dict[str, object]:
     """What `client.device.from_config` knows of a device."""
     said = {
         "base": base,
@@ -146,19 +146,19 @@ def stated(node: Node, base: str) -> dict[str, object]:
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _told(request: Request, outcome: object) -> ipc.Answered:
+def _told(request: Request, outcome: object) -> ipc.WorkerResponse:
     """A refusal may be told; which other exception it was can depend on the pictures, and stays in this log."""
     if not isinstance(outcome, Exception):
         if said := _said(request, outcome):
             log.info("%s", said)
-        return ipc.Answered(reply=outcome)  # type: ignore[arg-type]
+        return ipc.WorkerResponse(reply=outcome)  # type: ignore[arg-type]
     if isinstance(outcome, Cancelled):  # why is the owner's affair
-        return ipc.Answered(refused="not now: its owner, its battery or its memory comes first")
+        return ipc.WorkerResponse(refused="not now: its owner, its battery or its memory comes first")
     unforeseen = None if isinstance(outcome, AntherError) else outcome
     log.error("could not answer %s: %s", type(request).__name__, outcome, exc_info=unforeseen)
-    if isinstance(outcome, Refusal):
-        return ipc.Answered(refused=str(outcome))
-    return ipc.Answered()
+    if isinstance(outcome, RequestRefusedError):
+        return ipc.WorkerResponse(refused=str(outcome))
+    return ipc.WorkerResponse()
 
 
 def _said(request: Request, reply: object) -> str | None:
@@ -171,7 +171,7 @@ def _said(request: Request, reply: object) -> str | None:
             return f"measured the adapter of round {request.round} on its pictures, told two losses"
         case Evaluate(), Evaluation():
             return f"measured the adapter of round {request.round} on its pictures, told a noised gain"
-        case Personalise(), Personalised():
+        case Personalize(), Personalized():
             return f"the personal adapter of round {request.round} is done; nothing of it was sent"
     return None
 

@@ -27,7 +27,7 @@ UNDATED = "undated"
 """Date of adapters stored before dates were recorded; it sorts before all dates."""
 
 
-class Generation(NamedTuple):
+class AdapterVersion(NamedTuple):
     """One stored personal adapter."""
 
     at: str
@@ -38,7 +38,7 @@ class Generation(NamedTuple):
     """Whether this is the current adapter."""
 
 
-class Generations:
+class AdapterVersions:
     """Stored personal adapters of one federation.
 
     Args:
@@ -51,10 +51,10 @@ class Generations:
     ) -> None:
         self._storage, self._under, self._now = storage, under, now
 
-    def listed(self) -> list[Generation]:
+    def listed(self) -> list[AdapterVersion]:
         """List all readable generations, newest first."""
         found = [(name, told) for name in (PERSONAL, *PREVIOUS) if (told := self._told(name)) is not None]
-        listed = [Generation(_shown(told), told.get("base", ""), name == PERSONAL) for name, told in found]
+        listed = [AdapterVersion(_shown(told), told.get("base", ""), name == PERSONAL) for name, told in found]
         return sorted(listed, key=lambda one: (_order(one.at), one.present), reverse=True)
 
     def save(self, tensors: dict[str, Tensor], told: dict[str, str], *, aside: bool) -> None:
@@ -71,7 +71,7 @@ class Generations:
             self._keep(self._read(PERSONAL) or b"", before)
         self._storage.write(self._under + PERSONAL, MARK + save(tensors, {**told, "at": at or self._next_date()}))
 
-    def roll_back(self, to: str | None = None) -> Generation:
+    def roll_back(self, to: str | None = None) -> AdapterVersion:
         """Make a previous adapter the current one; the current adapter takes its place.
 
         Args:
@@ -101,7 +101,7 @@ class Generations:
             self._storage.write(self._under + chosen, present)
         else:
             self._storage.remove(self._under + chosen)
-        return Generation(_shown(olds[chosen]), olds[chosen].get("base", ""), present=True)
+        return AdapterVersion(_shown(olds[chosen]), olds[chosen].get("base", ""), present=True)
 
     def _keep(self, data: bytes, told: dict[str, str]) -> None:
         """Store an adapter among the previous ones, in place of the least important."""

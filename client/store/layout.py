@@ -25,18 +25,18 @@ from privacy.storage import ASIDE
 PERSONAL, SEED = "personal.safetensors", "seed"
 PREVIOUS = ("previous.safetensors", *(f"previous-{number}.safetensors" for number in range(2, 7)))
 """The first is of before there were several."""
-RESIDUAL, VARIATE, OWN = "residual.safetensors", "variate.safetensors", "own.safetensors"
+RESIDUAL, VARIATE, LOCAL_FACTORS = "residual.safetensors", "variate.safetensors", "own.safetensors"
 PREVIEWS, CACHE = "previews", "cache"
 VERSION, FEDERATION, FEDERATIONS = "version", "federation", "federations"
 
 ADAPTERS = (PERSONAL, *PREVIOUS)
-LEFT = (RESIDUAL, VARIATE, OWN)  # of rounds: it goes with the ledger that counted them
-OF_FEDERATION = (*ADAPTERS, *LEFT, PREVIEWS)
+ROUND_FILES = (RESIDUAL, VARIATE, LOCAL_FACTORS)  # of rounds: it goes with the ledger that counted them
+FEDERATION_FILES = (*ADAPTERS, *ROUND_FILES, PREVIEWS)
 
 _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # of `common.atomic_files.write`
 
 
-def under(federation: str | None) -> str:
+def federation_prefix(federation: str | None) -> str:
     """What goes before the names of what belongs to a federation; None: to none that has an id.
 
     Raises AntherError for an id that is no plain name.
@@ -51,12 +51,16 @@ def under(federation: str | None) -> str:
 def federations(folder: Path) -> list[str | None]:
     """Ids of the federations that something is kept of; None is first if that is of one without."""
     named = sorted(path.name for path in folder.glob(f"{FEDERATIONS}/*/") if not path.name.startswith("."))
-    return [None, *named] if any((folder / name).exists() for name in OF_FEDERATION) else [*named]
+    return [None, *named] if any((folder / name).exists() for name in FEDERATION_FILES) else [*named]
 
 
 def left(folder: Path) -> list[str]:
     """Names of what rounds have left, of all federations."""
-    return [f"{under(federation)}{name}" for federation in dict.fromkeys((None, *federations(folder))) for name in LEFT]
+    return [
+        f"{federation_prefix(federation)}{name}"
+        for federation in dict.fromkeys((None, *federations(folder)))
+        for name in ROUND_FILES
+    ]
 
 
 def private(folder: Path) -> Iterator[str]:
@@ -75,10 +79,10 @@ def is_private(name: str) -> bool:
     _, rest = split(name)
     if rest.startswith((f"{OUTBOX}/", f"{CACHE}/")):
         return not Path(rest).name.startswith(".")
-    return rest in (*ADAPTERS, *LEFT, SEED, JOURNAL)
+    return rest in (*ADAPTERS, *ROUND_FILES, SEED, JOURNAL)
 
 
-def in_the_open(name: str) -> bool:
+def is_plaintext(name: str) -> bool:
     """Whether a blob of this name is none of those."""
     return name in (MARKER, VERSION, FEDERATION) or Path(name).parent.name == PREVIEWS
 

@@ -14,23 +14,32 @@ from client.store import layout
 from client.store.layout import VERSION
 from common import atomic_files
 from common.errors import AntherError
-from privacy.encrypted_storage import BLOB, HEAD, SEAL, SEALED, SEALING, Box, Seal, is_sealed
+from privacy.encrypted_storage import (
+    BLOB,
+    ENCRYPTED,
+    ENCRYPTING,
+    HEAD,
+    HEADER_FILE,
+    EncryptionHeader,
+    StoreCipher,
+    is_encrypted,
+)
 from privacy.ledger.ledger import JOURNAL
 from privacy.storage import HEAD as ASIDE_HEAD
-from privacy.storage import Files
+from privacy.storage import FileStorage
 
 _WHOLE = b"\n"
 
 
-def _from_0(files: Files) -> None:
+def _from_0(files: FileStorage) -> None:
     """Stores had no version. All that they hold belongs to no federation with an id, and lies where that does."""
 
 
-STEPS: tuple[Callable[[Files], None], ...] = (_from_0,)
+STEPS: tuple[Callable[[FileStorage], None], ...] = (_from_0,)
 """From each version to the next."""
 
 
-def version(files: Files) -> int:
+def version(files: FileStorage) -> int:
     """Of the store that lies there; 0 for one of before there were any, or for none.
 
     Raises:
@@ -49,7 +58,7 @@ def version(files: Files) -> int:
     return found
 
 
-def upgrade(files: Files) -> None:
+def upgrade(files: FileStorage) -> None:
     """Bring a store to this version. AntherError as `version`."""
     found = version(files)
     _tidy(files)
@@ -58,7 +67,7 @@ def upgrade(files: Files) -> None:
         files.write(VERSION, f"{number + 1}\n".encode())
 
 
-def seal(files: Files, key: bytes) -> Seal:
+def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
     """Encrypt what is there and isn't yet: after this every look at it needs the key.
 
     The seal says first that it has begun, so that from then on nothing is done without the key, and at last that it is
@@ -67,36 +76,36 @@ def seal(files: Files, key: bytes) -> Seal:
     Raises:
         AntherError: it was begun with another key.
     """
-    if (data := files.read(SEAL)) is None:
-        begun = Seal.made(key, SEALING)
-        files.write(SEAL, begun.to_json())
+    if (data := files.read(HEADER_FILE)) is None:
+        begun = EncryptionHeader.made(key, ENCRYPTING)
+        files.write(HEADER_FILE, begun.to_json())
     else:
-        begun = Seal.read(data, files.where(SEAL))
-        begun.check(key, files.where(SEAL))
-    if begun.state == SEALED:
+        begun = EncryptionHeader.read(data, files.where(HEADER_FILE))
+        begun.check(key, files.where(HEADER_FILE))
+    if begun.state == ENCRYPTED:
         return begun
-    box = Box(key, begun.store)
+    box = StoreCipher(key, begun.store)
     with files.journal(JOURNAL) if (files.folder / JOURNAL).exists() else nullcontext():  # none may mend it meanwhile
         for name in layout.private(files.folder):
             data = files.read(name) or b""
-            if not is_sealed(data):
+            if not is_encrypted(data):
                 files.write(name, _sealed(box, name, data))
         for head, journal in _heads(files):
-            if not is_sealed(data := head.read_bytes()):
+            if not is_encrypted(data := head.read_bytes()):
                 atomic_files.write(head, box.seal(data, HEAD, journal))
-    done = Seal.made(key, SEALED, begun.store)
-    files.write(SEAL, done.to_json())
+    done = EncryptionHeader.made(key, ENCRYPTED, begun.store)
+    files.write(HEADER_FILE, done.to_json())
     return done
 
 
-def in_the_open(files: Files) -> bool:
+def in_the_open(files: FileStorage) -> bool:
     """Whether nothing of it looks encrypted, here or in the ledger's head; what was set aside may be."""
     names = (name for name in layout.private(files.folder) if layout.original(name) == name)
     paths = [files.folder / name for name in names] + [head for head, _ in _heads(files) if head.parent == files.heads]
-    return not any(is_sealed(_begin(path)) for path in paths)
+    return not any(is_encrypted(_begin(path)) for path in paths)
 
 
-def _sealed(box: Box, name: str, data: bytes) -> bytes:
+def _sealed(box: StoreCipher, name: str, data: bytes) -> bytes:
     """A blob, or all lines of a journal; a torn last line is left out, as whoever opens it would cut it off."""
     original = layout.original(name)
     if original != JOURNAL:
@@ -105,13 +114,13 @@ def _sealed(box: Box, name: str, data: bytes) -> bytes:
     return b"".join(box.seal_line(line, original, number) + _WHOLE for number, line in enumerate(lines, start=1))
 
 
-def _heads(files: Files) -> list[tuple[Path, str]]:
+def _heads(files: FileStorage) -> list[tuple[Path, str]]:
     """Heads that are there, and of which journal."""
     aside = sorted(files.folder.glob(f"{layout.ASIDE}-*/{ASIDE_HEAD}"))
     return [(head, JOURNAL) for head in (files.heads / JOURNAL, *aside) if head.exists()]
 
 
-def _tidy(files: Files) -> None:
+def _tidy(files: FileStorage) -> None:
     """Remove what killed writes have left: nobody reads it, and it holds what the owner may want gone."""
     for path in layout.unfinished(files.folder):
         path.unlink(missing_ok=True)

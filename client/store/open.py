@@ -16,8 +16,8 @@ from client.store import keyring, layout, migrate
 from client.store.layout import FEDERATION
 from common import file_lock
 from common.errors import AntherError
-from privacy.encrypted_storage import SEAL, SEALED, Box, Seal, Sealed
-from privacy.storage import Files, Storage
+from privacy.encrypted_storage import ENCRYPTED, HEADER_FILE, EncryptedStorage, EncryptionHeader, StoreCipher
+from privacy.storage import FileStorage, Storage
 
 if TYPE_CHECKING:
     from client.store.store import Store
@@ -27,10 +27,10 @@ AS_IT_IS, AUTO, ALWAYS, NEVER = "as it is", "auto", "always", "never"
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenStore:
     """A device's store: its files, what is read and written through, and the federation whose part is meant."""
 
-    files: Files
+    files: FileStorage
     storage: Storage
     federation: str | None
 
@@ -42,7 +42,7 @@ class Opened:
 
 
 @contextmanager
-def opened(files: Files, *, encrypt: str = AS_IT_IS, federation: str | None = None) -> Iterator[Opened]:
+def open_store(files: FileStorage, *, encrypt: str = AS_IT_IS, federation: str | None = None) -> Iterator[OpenStore]:
     """Within this context the store is this process' alone, of this version, and encrypted as asked.
 
     Args:
@@ -53,63 +53,63 @@ def opened(files: Files, *, encrypt: str = AS_IT_IS, federation: str | None = No
         AntherError: another process has it, it is of a newer version, its key is missing or another, or
             storage.encrypt can't be kept.
     """
-    prefix = layout.under(federation)
-    with file_lock.alone(files.folder, what="the store"):
+    prefix = layout.federation_prefix(federation)
+    with file_lock.exclusive(files.folder, what="the store"):
         migrate.upgrade(files)
         storage = _unlocked(files, encrypt)
         if prefix and federation != last_federation(files):
             files.write(FEDERATION, f"{federation}\n".encode())
-        yield Opened(files, storage, last_federation(files))
+        yield OpenStore(files, storage, last_federation(files))
 
 
 @contextmanager
-def by_owner(files: Files) -> Iterator[Opened]:
-    """For an owner's command that writes: as `opened`, of a store that is there."""
-    check_there(files)
-    with opened(files) as found:
+def open_for_owner(files: FileStorage) -> Iterator[OpenStore]:
+    """For an owner's command that writes: as `open_store`, of a store that is there."""
+    check_store_exists(files)
+    with open_store(files) as found:
         yield found
 
 
-def check_there(files: Files) -> None:
+def check_store_exists(files: FileStorage) -> None:
     """Raises AntherError unless there is a store."""
     if not files.folder.is_dir():
         raise AntherError(f"{files.folder}: there is no store here: say --store or --name")
 
 
-def look(files: Files) -> Opened:
+def inspect_store(files: FileStorage) -> OpenStore:
     """The store as it is, for who reads, and for what mends itself under locks of its own: the ledger.
 
     Raises:
-        AntherError: as `opened`, but for another process that has it.
+        AntherError: as `open_store`, but for another process that has it.
     """
     migrate.version(files)
-    data = files.read(SEAL)
-    if data is not None and Seal.read(data, files.where(SEAL)).state != SEALED:
-        with opened(files) as finished:
+    data = files.read(HEADER_FILE)
+    if data is not None and EncryptionHeader.read(data, files.where(HEADER_FILE)).state != ENCRYPTED:
+        with open_store(files) as finished:
             return finished
-    return Opened(files, _unlocked(files, AS_IT_IS), last_federation(files))
+    return OpenStore(files, _unlocked(files, AS_IT_IS), last_federation(files))
 
 
-def last_federation(files: Files) -> str | None:
+def last_federation(files: FileStorage) -> str | None:
     """The one that the device was in last; None: none with an id."""
     data = files.read(FEDERATION)
     if data is None:
         return None
     found = data.decode(errors="replace").strip()
     try:
-        layout.under(found)
+        layout.federation_prefix(found)
     except AntherError as error:
         raise AntherError(f"{files.where(FEDERATION)}: {error}") from None
     return found
 
 
-def _unlocked(files: Files, encrypt: str) -> Storage:
+def _unlocked(files: FileStorage, encrypt: str) -> Storage:
     """What the files are read and written through."""
-    key, has_seal = keyring.find(), files.read(SEAL) is not None
+    key, has_seal = keyring.find(), files.read(HEADER_FILE) is not None
     if not has_seal:
         if not migrate.in_the_open(files):
             raise AntherError(
-                f"{files.where(SEAL)}: missing, and the store is encrypted: restore it from a backup; {GIVE_UP}"
+                f"{files.where(HEADER_FILE)}: missing, and the store is encrypted: restore it from a backup; {GIVE_UP}"
             )
         if encrypt == ALWAYS and key is None:
             raise AntherError(f"storage.encrypt=always: {keyring.NONE}")
@@ -120,4 +120,4 @@ def _unlocked(files: Files, encrypt: str) -> Storage:
     elif encrypt == NEVER:
         raise AntherError(f"storage.encrypt=never: {files.folder} is encrypted already: leave it out")
     seal = migrate.seal(files, key)
-    return Sealed(files, Box(key, seal.store), layout.in_the_open)
+    return EncryptedStorage(files, StoreCipher(key, seal.store), layout.is_plaintext)

@@ -9,7 +9,7 @@
 and of one federation, each in a folder of its own (`client.store.layout`):
 
     personal.safetensors      the personal adapter with the shared one that it sits on, behind a mark of ours
-    previous….safetensors     those that it had before, for `roll_back` (`client.store.generations`)
+    previous….safetensors     those that it had before, for `roll_back` (`client.store.personal_versions`)
     residual.safetensors      what rounding left of the last change that was sent
     variate.safetensors       SCAFFOLD's control variate, before the last round and after it
     own.safetensors           the factors B of a run that shares A alone
@@ -32,16 +32,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from client.store.generations import Generation, Generations, metadata, plain
-from client.store.layout import CACHE, OWN, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, under
+from client.store.layout import CACHE, LOCAL_FACTORS, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, federation_prefix
+from client.store.personal_versions import AdapterVersion, AdapterVersions, metadata, plain
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, from_tensors, rank, shapes, to_tensors
-from privacy.ledger.ledger import Ledger
+from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, rank, to_tensors
+from privacy.ledger.ledger import DeviceLedger
 from privacy.storage import Storage
 from training.jobs import Examples
 
 
-class Personal(NamedTuple):
+class PersonalAdapter(NamedTuple):
     """A device's own adapter, of use only on top of the shared one that it was trained on."""
 
     adapter: Adapter
@@ -53,25 +53,25 @@ class Personal(NamedTuple):
 class Residual(NamedTuple):
     """What rounding left of a round's change, by the names that it travels under: for the next change, once."""
 
-    follows: str  # what a round must have in common with this one to take it
+    compatibility_key: str  # what a round must have in common with this one to take it
     round: int
     left: dict[str, Tensor]
     carried: dict[str, Tensor]  # what was left to this round: for this one again, if it is asked for again
 
 
-class Variate(NamedTuple):
+class ControlVariateState(NamedTuple):
     """A device's control variate, by the names that what it corrects travels under."""
 
-    follows: str  # as of a Residual
+    compatibility_key: str  # as of a Residual
     round: int
     before: dict[str, Tensor]  # for this round again, if it is asked for again
     after: dict[str, Tensor]
 
 
-OfRound = TypeVar("OfRound", Residual, Variate)
+OfRound = TypeVar("OfRound", Residual, ControlVariateState)
 
 
-class Own(NamedTuple):
+class LocalFactors(NamedTuple):
     """The factors B that a device trained in a run and keeps, by site."""
 
     run: str
@@ -89,9 +89,9 @@ class Store:
     """
 
     def __init__(self, storage: Storage, federation: str | None = None) -> None:
-        self.ledger = Ledger(storage)  # one, whoever got what it counts: the pictures are the same
-        self._storage, self._under = storage, under(federation)
-        self._generations = Generations(storage, self._under)
+        self.ledger = DeviceLedger(storage)  # one, whoever got what it counts: the pictures are the same
+        self._storage, self._under = storage, federation_prefix(federation)
+        self._generations = AdapterVersions(storage, self._under)
 
     @property
     def where(self) -> str:
@@ -108,12 +108,12 @@ class Store:
     def _where(self, name: str) -> str:
         return self._storage.where(self._under + name)
 
-    def save_personal(self, personal: Personal, *, aside: bool = False) -> None:
+    def save_personal(self, personal: PersonalAdapter, *, aside: bool = False) -> None:
         """Replace the personal adapter; `aside`: the one there, with its shared one, becomes a previous one."""
         tensors = _prefixed("personal", personal.adapter) | _prefixed("shared", personal.shared)
         self._generations.save(tensors, {"base": personal.base, "request": personal.request}, aside=aside)
 
-    def personal(self, sites: Sites) -> Personal | None:
+    def personal(self, sites: Sites) -> PersonalAdapter | None:
         """The personal adapter with what it sits on; None before the first one is trained.
 
         Raises:
@@ -127,7 +127,7 @@ class Store:
             parts = {name: _part(tensors, name, sites) for name in ("personal", "shared")}
             if len(tensors) != sum(2 * len(part) for part in parts.values()):
                 raise ValueError("it holds other tensors")
-            return Personal(parts["personal"], parts["shared"], metadata["base"], metadata["request"])
+            return PersonalAdapter(parts["personal"], parts["shared"], metadata["base"], metadata["request"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise AntherError(
                 f"{self._where(PERSONAL)}: not a personal adapter for this base ({error}); "
@@ -143,17 +143,17 @@ class Store:
         names = (name.partition("/") for name in tensors)
         return tuple(sorted({site.rpartition(".")[0] for part, _, site in names if part == "personal"}))
 
-    def generations(self) -> list[Generation]:
+    def personal_versions(self) -> list[AdapterVersion]:
         """The personal adapters that are kept, the newest first."""
         return self._generations.listed()
 
-    def roll_back(self, to: str | None = None) -> Generation:
+    def roll_back(self, to: str | None = None) -> AdapterVersion:
         """Return to a previous personal adapter, with the shared one under it; the present one is kept in its place.
 
         The next one that is trained is measured against it, as against any other.
 
         Args:
-            to: as `generations` names it; None: the newest that is older than the present one.
+            to: as `personal_versions` names it; None: the newest that is older than the present one.
 
         Raises:
             AntherError: there is none.
@@ -163,52 +163,54 @@ class Store:
     def save_residual(self, residual: Residual) -> None:
         self._save_of_round(RESIDUAL, residual)
 
-    def residual(self, follows: str) -> Residual | None:
+    def residual(self, compatibility_key: str) -> Residual | None:
         """The last one, if it is for rounds such as this; a damaged one is none: it would have been lost, no more."""
-        return self._of_round(RESIDUAL, Residual, follows)
+        return self._of_round(RESIDUAL, Residual, compatibility_key)
 
-    def save_variate(self, variate: Variate) -> None:
+    def save_variate(self, variate: ControlVariateState) -> None:
         self._save_of_round(VARIATE, variate)
 
-    def variate(self, follows: str) -> Variate | None:
+    def variate(self, compatibility_key: str) -> ControlVariateState | None:
         """As `residual`."""
-        return self._of_round(VARIATE, Variate, follows)
+        return self._of_round(VARIATE, ControlVariateState, compatibility_key)
 
-    def _save_of_round(self, file: str, kept: Residual | Variate) -> None:
-        follows, number, *parts = kept
+    def _save_of_round(self, file: str, kept: Residual | ControlVariateState) -> None:
+        compatibility_key, number, *parts = kept
         tensors = {
             f"{part}/{name}": tensor
             for part, named in zip(kept._fields[2:], parts, strict=True)
             for name, tensor in named.items()
         }
-        self._write(file, save(tensors, {"follows": follows, "round": str(number)}))
+        self._write(file, save(tensors, {"follows": compatibility_key, "round": str(number)}))
 
-    def _of_round(self, file: str, kind: type[OfRound], follows: str) -> OfRound | None:
+    def _of_round(self, file: str, kind: type[OfRound], compatibility_key: str) -> OfRound | None:
         try:
             tensors, metadata = _load(self._read(file) or b"")
-            if metadata["follows"] != follows:
+            if metadata["follows"] != compatibility_key:
                 return None
-            return kind(follows, int(metadata["round"]), *(_under(tensors, part) for part in kind._fields[2:]))
+            return kind(
+                compatibility_key, int(metadata["round"]), *(_under(tensors, part) for part in kind._fields[2:])
+            )
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
-    def save_own(self, own: Own) -> None:
+    def save_local_factors(self, own: LocalFactors) -> None:
         parts = {"after": own.after, "before": own.before}
         # Clones: of a site that was not trained both are one tensor, which the format doesn't hold twice.
         tensors = {
             f"{part}/{name}": t.clone().contiguous() for part, named in parts.items() for name, t in named.items()
         }
         told = {"run": own.run, "promise": own.promise, "round": str(own.round)}
-        self._write(OWN, save(tensors, told))
+        self._write(LOCAL_FACTORS, save(tensors, told))
 
-    def own(self, run: str) -> Own | None:
+    def own(self, run: str) -> LocalFactors | None:
         """What was kept of this run; a damaged one is none: the run goes on with what is sent."""
         try:
-            tensors, told = _load(self._read(OWN) or b"")
+            tensors, told = _load(self._read(LOCAL_FACTORS) or b"")
             if told["run"] != run:
                 return None
             found = (_under(tensors, part) for part in ("after", "before"))
-            return Own(run, told["promise"], int(told["round"]), *found)
+            return LocalFactors(run, told["promise"], int(told["round"]), *found)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
@@ -278,7 +280,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str, sites: Sites) -> Adapter:
     """One adapter of the file, with exactly the given sites and one rank."""
     found = _under(tensors, prefix)
     adapter = from_tensors(found)
-    expected: dict[str, Any] = shapes(sites, rank(adapter))
+    expected: dict[str, Any] = adapter_shapes(sites, rank(adapter))
     if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:
         raise ValueError(f"{prefix}: other sites or ranks")
     return adapter

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from conf.schemas.simulation import choose, require
+from conf.schemas.simulation import require, require_choice
 
 
 @dataclass
-class CanaryTrial:
+class CanariesConfig:
     """The one-run audit: pictures whose gradient is known, in the real training loop."""
 
     count: int = 10000  # canaries in all, each on its device with probability 1/2; 0: no such audit
@@ -34,11 +34,11 @@ class CanaryTrial:
             require(epsilon > 0, f"canaries.epsilons: {epsilon} must be over 0")
         require(0 < self.delta < 1, f"canaries.delta={self.delta}: must lie between 0 and 1")
         require(0 < self.sampling_rate <= 1, f"canaries.sampling_rate={self.sampling_rate}: must be over 0, at most 1")
-        choose("canaries.noise", self.noise, ("secure", "simulated"))
+        require_choice("canaries.noise", self.noise, ("secure", "simulated"))
 
 
 @dataclass
-class ClientTrial:
+class CanaryClientsConfig:
     """Canary clients against the clip and noise of a whole device."""
 
     count: int = 4000  # canary clients; 0: no such audit
@@ -59,7 +59,7 @@ class ClientTrial:
 
 
 @dataclass
-class FitTrial:
+class NoiseTestsConfig:
     """Situations in which everything but the noise is known: is it what it ought to be?"""
 
     longest: int = 2**20  # numbers of the longest release: what repeats itself within half of it is seen; 0: none
@@ -68,11 +68,11 @@ class FitTrial:
 
     def __post_init__(self) -> None:
         require(self.longest == 0 or self.longest >= 1024, f"fits.longest={self.longest}: must be 0, or 1024 or more")
-        choose("fits.noise", self.noise, ("secure", "simulated"))
+        require_choice("fits.noise", self.noise, ("secure", "simulated"))
 
 
 @dataclass
-class MembershipTrial:
+class MembershipConfig:
     """Attacks on the shared adapter of finished runs."""
 
     adapter: str = "best"  # which everybody is served; last: the one most trained, which the server holds too
@@ -82,7 +82,7 @@ class MembershipTrial:
     memory_gib: float | None = None  # null: a fixed share of the machine's
 
     def __post_init__(self) -> None:
-        choose("membership.adapter", self.adapter, ("best", "last"))
+        require_choice("membership.adapter", self.adapter, ("best", "last"))
         require(self.timesteps >= 1, f"membership.timesteps={self.timesteps}: must be 1 or more")
         require(0 < self.time < 1, f"membership.time={self.time}: must lie between 0 and 1")
         require(self.resamples >= 100, f"membership.resamples={self.resamples}: must be 100 or more")
@@ -91,17 +91,17 @@ class MembershipTrial:
 
 
 @dataclass
-class Audit:
+class AuditConfig:
     """What is put on trial."""
 
     runs: list[str] = field(default_factory=list)  # folders of finished runs; none: the training loop itself
     confidence: float = 0.95  # of each bound on ε that is shown
     false_alarms: float = 1e-6  # probability, at most, that an audit fails an honest mechanism
     seed: int = 0
-    canaries: CanaryTrial = field(default_factory=CanaryTrial)
-    clients: ClientTrial = field(default_factory=ClientTrial)
-    fits: FitTrial = field(default_factory=FitTrial)
-    membership: MembershipTrial = field(default_factory=MembershipTrial)
+    canaries: CanariesConfig = field(default_factory=CanariesConfig)
+    clients: CanaryClientsConfig = field(default_factory=CanaryClientsConfig)
+    fits: NoiseTestsConfig = field(default_factory=NoiseTestsConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
 
     def __post_init__(self) -> None:
         require(0.5 <= self.confidence < 1, f"confidence={self.confidence}: must lie between 0.5 and 1")
@@ -111,4 +111,4 @@ class Audit:
         require(something, "nothing to audit: name runs, or ask for canaries, clients or fits")
 
 
-ConfigStore.instance().store(name="audit_schema", node=Audit)
+ConfigStore.instance().store(name="audit_schema", node=AuditConfig)

@@ -17,14 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
-from conf.key_value import keyed
-from conf.schemas.simulation import choose, require, require_background
+from conf.key_value import parse_override
+from conf.schemas.simulation import require, require_choice, require_color
 
 METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
 
 
 @dataclass
-class Link:
+class ConnectionConfig:
     """The federation that a device belongs to."""
 
     address: str | None = None  # host:port of its server; null: not enrolled yet
@@ -40,7 +40,7 @@ class Link:
 
 
 @dataclass
-class Guard:
+class ThrottleConfig:
     """When training stands back: looked at before every step."""
 
     charging: bool = True  # a device with a battery trains on its charger only
@@ -65,7 +65,7 @@ class Guard:
 
 
 @dataclass
-class Power:
+class PowerConfig:
     """Where readings of power, battery, heat and use come from."""
 
     meter: str = "auto"  # the first that this device has; none: estimates from watts alone
@@ -73,13 +73,13 @@ class Power:
     watts: float | None = None  # while training, where nothing measures it; null: its profile's, or a small board's
 
     def __post_init__(self) -> None:
-        choose("power.meter", self.meter, METERS)
+        require_choice("power.meter", self.meter, METERS)
         require((self.meter == "file") == (self.file is not None), "power.file: goes with power.meter=file")
         require(self.watts is None or self.watts > 0, f"power.watts={self.watts}: must be over 0, or null")
 
 
 @dataclass
-class Worker:
+class WorkerConfig:
     """The process that holds the base."""
 
     memory_gib: float | None = None  # that training may take; null: a quarter of the machine's
@@ -96,7 +96,7 @@ class Worker:
 
 
 @dataclass
-class Fetch:
+class FetchConfig:
     """How a device that lacks the base gets it."""
 
     source: str = "auto"  # folder, hub or server; auto: the first of these that has it
@@ -106,22 +106,22 @@ class Fetch:
     free_gib: float = 1.0  # of the disk, that stay free
 
     def __post_init__(self) -> None:
-        choose("fetch.source", self.source, ("auto", "folder", "hub", "server"))
+        require_choice("fetch.source", self.source, ("auto", "folder", "hub", "server"))
         require(self.free_gib >= 0, f"fetch.free_gib={self.free_gib}: must be 0 or more")
 
 
 @dataclass
-class Storage:
+class StorageConfig:
     """How what a device keeps lies on its disk."""
 
     encrypt: str = "auto"  # auto: where the platform keeps a key for us; always: or nothing is kept; never
 
     def __post_init__(self) -> None:
-        choose("storage.encrypt", self.encrypt, ("auto", "always", "never"))
+        require_choice("storage.encrypt", self.encrypt, ("auto", "always", "never"))
 
 
 @dataclass
-class Node:
+class NodeConfig:
     """One device of a real federation."""
 
     data: str | None = None  # the folder with its owner's pictures and metadata.jsonl; null: not said yet
@@ -142,19 +142,19 @@ class Node:
     examples_per_second: float | None = None  # trained; null: as `anther device benchmark` found, or a small board's
     test: bool = False  # noise reproducible by seed: nothing is a release, and no server but a test's takes it
     seed: int = 0  # of a test
-    link: Link = field(default_factory=Link)
-    guard: Guard = field(default_factory=Guard)
-    power: Power = field(default_factory=Power)
-    worker: Worker = field(default_factory=Worker)
-    fetch: Fetch = field(default_factory=Fetch)
-    storage: Storage = field(default_factory=Storage)
+    link: ConnectionConfig = field(default_factory=ConnectionConfig)
+    guard: ThrottleConfig = field(default_factory=ThrottleConfig)
+    power: PowerConfig = field(default_factory=PowerConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
-        require_background("background", self.background)
+        require_color("background", self.background)
         own = self.name is None or (Path(self.name).name == self.name and self.name not in ("", ".."))
         require(own, f"name={self.name}: must not be a path, nor empty")
-        choose("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
-        choose("checkpointing", self.checkpointing, ("none", "block"))
+        require_choice("weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
+        require_choice("checkpointing", self.checkpointing, ("none", "block"))
         for key in ("resolution", "rank", "uplink_mbps", "downlink_mbps", "examples_per_second"):
             value = getattr(self, key)
             require(value is None or value > 0, f"{key}={value}: must be over 0, or null")
@@ -162,7 +162,7 @@ class Node:
         require(self.seed >= 0, f"seed={self.seed}: must be 0 or more")
 
 
-def enrolled(file: Path) -> list[str]:
+def read_enrollment(file: Path) -> list[str]:
     """The words that an enrolment has left, in order; none before it.
 
     Raises:
@@ -180,7 +180,7 @@ def enrolled(file: Path) -> list[str]:
         raise AntherError(f"{file}: {error}; it holds a key=value a line") from error
 
 
-def compose(words: Sequence[str], file: Path) -> Node:
+def compose(words: Sequence[str], file: Path) -> NodeConfig:
     """A device's configuration: of this schema, over it the file of its enrolment, over it these words.
 
     Composed by OmegaConf alone, as `conf.schemas.planning`: there are no groups, and paths may be written as people do.
@@ -188,10 +188,10 @@ def compose(words: Sequence[str], file: Path) -> Node:
     Raises:
         AntherError: a key or a value is refused, in one line.
     """
-    asked = [keyed(word, Node) for word in (*enrolled(file), *words)]
+    asked = [parse_override(word, NodeConfig) for word in (*read_enrollment(file), *words)]
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Node), *asked)
+        config = OmegaConf.merge(OmegaConf.structured(NodeConfig), *asked)
     except OmegaConfBaseException as error:
-        raise AntherError(explain(error, known_keys(Node))) from error
-    node: Node = to_object(config, Node)  # type: ignore[arg-type]
+        raise AntherError(explain(error, known_keys(NodeConfig))) from error
+    node: NodeConfig = to_object(config, NodeConfig)  # type: ignore[arg-type]
     return node

@@ -16,7 +16,7 @@ from yaml import YAMLError
 from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
-from conf.key_value import keyed
+from conf.key_value import parse_override
 from conf.schemas.simulation import require
 
 DEVICES = Path(__file__).parents[1] / "device"
@@ -24,7 +24,7 @@ THIS = "this"  # the name of the device that we run on
 
 
 @dataclass
-class DeviceProfile:
+class DeviceProfileConfig:
     """What one kind of device can do. Its file says of each value where it comes from, and whether it was measured."""
 
     name: str = MISSING
@@ -60,11 +60,11 @@ class DeviceProfile:
 
 
 @dataclass
-class Plan:
+class PlanConfig:
     """What is to be planned, and what it may cost."""
 
     base: str = "sd15"  # a full-size configuration by its name, a pipeline's folder, or a shipped base
-    device: DeviceProfile = field(default_factory=DeviceProfile)
+    device: DeviceProfileConfig = field(default_factory=DeviceProfileConfig)
     rank: int = 8
     steps: int = 100  # that training should have; a plan may have to do with fewer
     least_steps: int = 20  # with fewer than these a plan isn't worth it
@@ -87,7 +87,7 @@ def devices() -> list[str]:
     return sorted(path.stem for path in DEVICES.glob("*.yaml"))
 
 
-def planned(words: Sequence[str], own: Path) -> Plan:
+def compose_plan(words: Sequence[str], own: Path) -> PlanConfig:
     """The plan that words such as `base=sd15 device=pi4_2gb device.memory_gib=1.2` ask for.
 
     Args:
@@ -98,19 +98,19 @@ def planned(words: Sequence[str], own: Path) -> Plan:
     """
     named = [word.removeprefix("device=") for word in words if word.startswith("device=")]
     profile = _profile(named[-1] if named else THIS, own)
-    asked = [keyed(word, Plan) for word in words if not word.startswith("device=")]
+    asked = [parse_override(word, PlanConfig) for word in words if not word.startswith("device=")]
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Plan), {"device": profile}, *asked)
+        config = OmegaConf.merge(OmegaConf.structured(PlanConfig), {"device": profile}, *asked)
     except OmegaConfBaseException as error:
-        raise AntherError(explain(error, known_keys(Plan))) from error
-    found: Plan = to_object(config, Plan)  # type: ignore[arg-type]
+        raise AntherError(explain(error, known_keys(PlanConfig))) from error
+    found: PlanConfig = to_object(config, PlanConfig)  # type: ignore[arg-type]
     return found
 
 
-def device_profile(name: str) -> DeviceProfile:
+def device_profile(name: str) -> DeviceProfileConfig:
     """The profile of a device that comes with Anther; AntherError if there is none of this name."""
-    config = OmegaConf.merge(OmegaConf.structured(DeviceProfile), _profile(name, DEVICES / f"{name}.yaml"))
-    found: DeviceProfile = to_object(config, DeviceProfile)  # type: ignore[arg-type]
+    config = OmegaConf.merge(OmegaConf.structured(DeviceProfileConfig), _profile(name, DEVICES / f"{name}.yaml"))
+    found: DeviceProfileConfig = to_object(config, DeviceProfileConfig)  # type: ignore[arg-type]
     return found
 
 

@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 
 
 @dataclass
-class Stage:
+class StageConfig:
     """One run of the training loop."""
 
     steps: int = 1000
@@ -42,7 +42,7 @@ class Stage:
 
 
 @dataclass
-class Training:
+class PretrainingConfig:
     """What both applications share."""
 
     dataset: str | None = None
@@ -66,13 +66,13 @@ class Training:
 
 
 @dataclass
-class TrainBase(Training):
+class TrainBaseConfig(PretrainingConfig):
     """`python -m typefaces.train_base`: autoencoder, then denoiser with text encoder, then measurements."""
 
-    vae: Stage = field(default_factory=Stage)
+    vae: StageConfig = field(default_factory=StageConfig)
     kl: float = 1e-4
     """Weight of the autoencoder's KL per latent element."""
-    diffusion: Stage = field(default_factory=Stage)
+    diffusion: StageConfig = field(default_factory=StageConfig)
     min_snr: float | None = None
     """γ of min-SNR weighting; null: plain v-prediction."""
     caption_dropout: float = 0.1
@@ -99,10 +99,10 @@ class TrainBase(Training):
 
 
 @dataclass
-class TrainJudge(Training):
+class TrainJudgeConfig(PretrainingConfig):
     """`python -m typefaces.train_judge`: the classifier and style embedding."""
 
-    judge: Stage = field(default_factory=Stage)
+    judge: StageConfig = field(default_factory=StageConfig)
     style: float = 0.5
     """Weight of the family loss beside the glyph loss."""
     smoothing: float = 0.05
@@ -121,5 +121,5 @@ class TrainJudge(Training):
 
 
 store = ConfigStore.instance()
-store.store(name="train_base_schema", node=TrainBase)
-store.store(name="train_judge_schema", node=TrainJudge)
+store.store(name="train_base_schema", node=TrainBaseConfig)
+store.store(name="train_judge_schema", node=TrainJudgeConfig)

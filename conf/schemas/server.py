@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from conf.schemas.simulation import Simulation, require
+from conf.schemas.simulation import SimulationConfig, require
 
 
 @dataclass
-class Limits:
+class LimitsConfig:
     """How much devices may ask of a server, and who hasn't shown yet that it is one."""
 
     requests_per_minute: int = 1200  # of one device; a device at work makes about 150
@@ -28,7 +28,7 @@ class Limits:
 
 
 @dataclass
-class Server:
+class ServerConfig:
     """Where devices reach it, and who may come."""
 
     folder: str | None = None  # of its keys, register and state; null: ANTHER_HOME/server
@@ -46,7 +46,7 @@ class Server:
     per_holder: int = 5  # devices of one person at most
     again: bool = False  # begin another run of a configuration whose last one is over; else that is refused, since a
     # machine that starts again would ask every device for another run
-    limits: Limits = field(default_factory=Limits)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     min_devices: int = 2  # that a run waits for before it begins or goes on; 1 lets one device work alone
     patience: float = 48.0  # hours without a good reply in any round, after which the run stops, unfinished
 
@@ -66,10 +66,10 @@ class Server:
 
 
 @dataclass
-class Serve(Simulation):
+class ServeConfig(SimulationConfig):
     """A server: all of a simulation's keys that concern rounds, and where it is."""
 
-    server: Server = field(default_factory=Server)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
-ConfigStore.instance().store(name="serve_schema", node=Serve)
+ConfigStore.instance().store(name="serve_schema", node=ServeConfig)

@@ -18,12 +18,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def choose(key: str, value: str, options: tuple[str, ...]) -> None:
+def require_choice(key: str, value: str, options: tuple[str, ...]) -> None:
     """Refuse a value that is none of the options; what is missing yet is Hydra's to complain about."""
     require(value in (*options, MISSING), f"{key}={value}: must be one of: {', '.join(options)}")
 
 
-def require_background(key: str, color: str) -> None:
+def require_color(key: str, color: str) -> None:
     """Refuse what isn't a color to put transparent pictures on."""
     known = color in ("white", "black", "gray") or re.fullmatch(r"#[0-9a-fA-F]{6}", color)
     require(bool(known), f"{key}={color}: must be white, black, gray or '#rrggbb'")
@@ -42,7 +42,7 @@ def _compiles(pattern: str) -> bool:
 
 
 @dataclass
-class Base:
+class BaseConfig:
     """The frozen diffusion base."""
 
     path: str = MISSING  # name of a shipped base, or the folder of a diffusers pipeline
@@ -55,13 +55,13 @@ class Base:
 
     def __post_init__(self) -> None:
         require(_none_or_positive(self.resolution), f"base.resolution={self.resolution}: must be over 0, or null")
-        choose("base.weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
-        choose("base.checkpointing", self.checkpointing, ("none", "block"))
-        choose("base.compute", self.compute, ("fp32", "bf16"))
+        require_choice("base.weights", self.weights, ("fp32", "int8", "mixed", "nf4"))
+        require_choice("base.checkpointing", self.checkpointing, ("none", "block"))
+        require_choice("base.compute", self.compute, ("fp32", "bf16"))
 
 
 @dataclass
-class Data:
+class DataConfig:
     """Whose pictures are on the devices."""
 
     role: str = "development"  # which writers: development (tune on these) or test (looked at once per claim)
@@ -77,8 +77,8 @@ class Data:
     background: str = "white"  # what shows through where a picture is transparent: white, black, gray or '#rrggbb'
 
     def __post_init__(self) -> None:
-        choose("data.role", self.role, ("development", "test"))
-        require_background("data.background", self.background)
+        require_choice("data.role", self.role, ("development", "test"))
+        require_color("data.background", self.background)
         require(self.writers >= 0, f"data.writers={self.writers}: must be 0 or more")
         require(1 <= self.train <= 20, f"data.train={self.train}: a writer gives 1 to 20 glyphs")
         require(1 <= self.validation <= 10, f"data.validation={self.validation}: must be 1 to 10")
@@ -99,7 +99,7 @@ class Data:
 
 
 @dataclass
-class Profile:
+class ProfileConfig:
     """One kind of device. Values are estimates unless its file says otherwise."""
 
     name: str = MISSING
@@ -154,7 +154,7 @@ class Profile:
 
 
 @dataclass
-class Workload:
+class WorkloadConfig:
     """How many times what the base takes a simulated device has to give, as if its base were a larger one."""
 
     memory: float = 1.0  # of a pass, beside what a process takes by itself
@@ -167,7 +167,7 @@ class Workload:
 
 
 @dataclass
-class Eligible:
+class EligibilityConfig:
     """What must hold of a device that is asked to train; by default nothing."""
 
     idle: bool = False  # its owner does not use it
@@ -187,10 +187,10 @@ class Eligible:
 
 
 @dataclass
-class Fleet:
+class FleetConfig:
     """Which devices the writers hold, and which of them are asked in a round, drawn anew each time."""
 
-    profiles: list[Profile] = MISSING  # dealt to the writers in turn
+    profiles: list[ProfileConfig] = MISSING  # dealt to the writers in turn
     sample: int | None = None  # devices asked to train each round; null: all of them
     rate: float | None = None  # instead of sample: the probability with which each is asked, by itself and in secret
     evaluate: int | None = None  # devices asked to measure each round's adapter; null: as many as sample
@@ -198,11 +198,13 @@ class Fleet:
     # simulation needs a timed fleet for it
     concurrency: int | None = None  # devices that are at work at any time, with strategy.timing=async; null: 10
     timed: bool = False  # devices live on a virtual clock: work takes them time, memory, battery, and they grow hot
-    workload: Workload = field(default_factory=Workload)  # of a timed fleet
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)  # of a timed fleet
     zones: float = 0.0  # hours by which owners' clocks differ at most (a timed fleet)
     jitter: float = 1.0  # hours by which a day of theirs differs from another at most (a timed fleet)
     trace: str | None = None  # CSV or JSON of when devices are plugged in and idle, instead of the profiles' hours
-    eligible: Eligible = field(default_factory=Eligible)  # with fleet.rate, and under privacy=device, others are drawn
+    eligible: EligibilityConfig = field(
+        default_factory=EligibilityConfig
+    )  # with fleet.rate, and under privacy=device, others are drawn
     # all the same, and contribute nothing
     report_age: float = 600.0  # seconds after which a device is asked anew for its state, where somebody goes by it
 
@@ -232,7 +234,7 @@ class Fleet:
 
 
 @dataclass
-class Oort:
+class OortConfig:
     """What Oort's utility and its exploration go by (OSDI 2021), for selection=oort and energy."""
 
     alpha: float = 2.0  # penalty of devices that take longer than most
@@ -256,17 +258,17 @@ class Oort:
 
 
 @dataclass
-class Selection:
+class SelectionConfig:
     """Which devices make up a fleet.sample."""
 
     name: str = "sample"
-    oort: Oort = field(default_factory=Oort)
+    oort: OortConfig = field(default_factory=OortConfig)
     weight: float | None = None  # of utility, beside the power that a round leaves (energy); null: 0.25
     more: float | None = None  # devices drawn for each that is asked, of which the best are (deadline, loss_fair,
     # thrifty); null: 2
 
     def __post_init__(self) -> None:
-        choose(
+        require_choice(
             "selection.name", self.name, ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair", "thrifty")
         )
         weight, more = self.weight, self.more
@@ -275,7 +277,7 @@ class Selection:
 
 
 @dataclass
-class Strategy:
+class StrategyConfig:
     """How adapters are combined and devices asked."""
 
     aggregation: str = MISSING
@@ -326,18 +328,18 @@ class Strategy:
     timeout: float = 3600.0  # seconds that a round waits, for devices that can be asked and for their replies
 
     def __post_init__(self) -> None:
-        choose("strategy.aggregation", self.aggregation, AGGREGATIONS)
-        choose("strategy.weights", self.weights, ("device", "rank_slice"))
-        choose("strategy.planning", self.planning, ("full", "device"))
-        choose("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
+        require_choice("strategy.aggregation", self.aggregation, AGGREGATIONS)
+        require_choice("strategy.weights", self.weights, ("device", "rank_slice"))
+        require_choice("strategy.planning", self.planning, ("full", "device"))
+        require_choice("strategy.update", self.update, ("fp32", "fp16", "int8", "int4"))
         if self.metered_update is not None:
-            choose("strategy.metered_update", self.metered_update, ("fp16", "int8", "int4"))
-        choose("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
+            require_choice("strategy.metered_update", self.metered_update, ("fp16", "int8", "int4"))
+        require_choice("strategy.download", self.download, ("fp32", "fp16", "int8", "int4"))
         require(0 < self.keep <= 1, f"strategy.keep={self.keep}: must be over 0 and at most 1")
         whole = f"strategy.keep={self.keep}: fp32 is sent whole; choose strategy.update=int4, int8 or fp16"
         require(self.keep == 1 or self.update != "fp32", whole)
-        choose("strategy.correction", self.correction, ("none", "scaffold"))
-        choose("strategy.optimiser", self.optimiser, ("none", "fedavgm", "fedadam", "fedyogi"))
+        require_choice("strategy.correction", self.correction, ("none", "scaffold"))
+        require_choice("strategy.optimiser", self.optimiser, ("none", "fedavgm", "fedadam", "fedyogi"))
         rate = self.server_rate
         require(_none_or_positive(rate), f"strategy.server_rate={rate}: must be over 0, or null")
         for name in ("momentum", "second_moment"):
@@ -350,7 +352,7 @@ class Strategy:
         require(self.metered_rank > 0, f"strategy.metered_rank={self.metered_rank}: must be 1 or more")
         require(_none_or_positive(self.deadline), f"strategy.deadline={self.deadline}: must be over 0, or null")
         for place, name in enumerate(self.robust):
-            choose(
+            require_choice(
                 "strategy.robust",
                 name,
                 ("replay", "norm", "krum", "foolsgold", "afa", "geometric", "median", "trimmed"),
@@ -363,7 +365,7 @@ class Strategy:
         require(cut is None or 0 <= cut < 0.5, f"strategy.outliers={cut}: must be 0 or more and less than half")
         require(_none_or_positive(self.norm_bound), f"strategy.norm_bound={self.norm_bound}: must be over 0, or null")
         require(_none_or_positive(self.norm_factor), f"strategy.norm_factor={self.norm_factor}: must be over 0")
-        choose("strategy.timing", self.timing, ("sync", "async"))
+        require_choice("strategy.timing", self.timing, ("sync", "async"))
         require(_none_or_positive(self.buffer), f"strategy.buffer={self.buffer}: must be 1 or more, or null")
         require(self.quorum >= 1, f"strategy.quorum={self.quorum}: must be 1 or more")
         require(self.timeout > 0, f"strategy.timeout={self.timeout}: must be over 0")
@@ -374,7 +376,7 @@ class Strategy:
 
 
 @dataclass
-class Measuring:
+class PrivateEvalConfig:
     """What the operator of a private run sees of its progress: a noised gain, paid from the same ε."""
 
     every: int = 0  # rounds between two; 0: none
@@ -389,7 +391,7 @@ class Measuring:
 
 
 @dataclass
-class DevicePrivacy:
+class DevicePrivacyConfig:
     """The server's clip and noise, once a round: the unit is all of one device."""
 
     clip: float = 1.0  # bound on the norm of one device's update; where it starts, if it is adaptive
@@ -412,7 +414,7 @@ class DevicePrivacy:
 
 
 @dataclass
-class Privacy:
+class PrivacyConfig:
     """What is promised, about one picture, about all of one device, or both."""
 
     level: str = MISSING  # none; example: DP-SGD on the device; device: clip and noise on the server; both
@@ -420,11 +422,11 @@ class Privacy:
     delta: float = 1e-3
     clip: float = 0.01  # C: bound on one picture's gradient norm
     draws: int = 1  # noise multiplicity
-    device: DevicePrivacy = field(default_factory=DevicePrivacy)
-    measuring: Measuring = field(default_factory=Measuring)
+    device: DevicePrivacyConfig = field(default_factory=DevicePrivacyConfig)
+    measuring: PrivateEvalConfig = field(default_factory=PrivateEvalConfig)
 
     def __post_init__(self) -> None:
-        choose("privacy.level", self.level, ("none", "example", "device", "both"))
+        require_choice("privacy.level", self.level, ("none", "example", "device", "both"))
         require(self.epsilon > 0, f"privacy.epsilon={self.epsilon}: must be over 0")
         require(0 < self.delta < 1, f"privacy.delta={self.delta}: must lie between 0 and 1")
         require(self.clip > 0, f"privacy.clip={self.clip}: must be over 0")
@@ -442,7 +444,7 @@ class Privacy:
 
 
 @dataclass
-class LocalTraining:
+class LocalTrainingConfig:
     """One adapter's training on one device."""
 
     rank: int = 8
@@ -459,7 +461,7 @@ class LocalTraining:
 
 
 @dataclass
-class SharedTraining(LocalTraining):
+class SharedTrainingConfig(LocalTrainingConfig):
     """What a device does in a round for the adapter that is federated."""
 
     optimiser: str = "adamw"  # of its steps; sgd: steps add up to the sum of gradients, as strategy.correction needs
@@ -468,12 +470,12 @@ class SharedTraining(LocalTraining):
     )
 
     def __post_init__(self) -> None:
-        choose("adapter.shared.optimiser", self.optimiser, ("adamw", "sgd"))
+        require_choice("adapter.shared.optimiser", self.optimiser, ("adamw", "sgd"))
         require(self.proximal >= 0, f"adapter.shared.proximal={self.proximal}: must be 0 or more")
 
 
 @dataclass
-class AloneTraining:
+class LocalBaselineConfig:
     """The same device alone: total steps and total rank follow from the other two, its rate is its own."""
 
     learning_rate: float = 1e-3
@@ -489,9 +491,9 @@ class AdapterConfig:
     sites: str | None = None  # regular expression on the names of the base's layers; null: all attentions' projections
     frame: str | None = None  # of strategy=fedsb, which trains small cores between the factors of this frame, shipped
     # by name or a file: rank² numbers a site, as privacy wants them; null: of every other strategy
-    shared: SharedTraining = field(default_factory=SharedTraining)
-    personal: LocalTraining = field(default_factory=LocalTraining)
-    local: AloneTraining = field(default_factory=AloneTraining)
+    shared: SharedTrainingConfig = field(default_factory=SharedTrainingConfig)
+    personal: LocalTrainingConfig = field(default_factory=LocalTrainingConfig)
+    local: LocalBaselineConfig = field(default_factory=LocalBaselineConfig)
     look_every: int = 5  # steps between two looks at the validation glyphs (personal, local)
     patience: int = 3  # looks without improvement before training ends
 
@@ -504,17 +506,17 @@ class AdapterConfig:
 
 
 @dataclass
-class Grid:
+class GridConfig:
     """Who drives the clients."""
 
     name: str = MISSING  # cohort: jobs of many clients in one pass; serial: one at a time; ray: Flower's own simulation
 
     def __post_init__(self) -> None:
-        choose("grid.name", self.name, ("cohort", "serial", "ray"))
+        require_choice("grid.name", self.name, ("cohort", "serial", "ray"))
 
 
 @dataclass
-class Cohort:
+class TrainerConfig:
     """What the trainer may take of this machine."""
 
     memory_gib: float | None = None  # of RAM, or of a GPU's memory; null: a fixed share of all, kept at resume
@@ -525,7 +527,7 @@ class Cohort:
 
 
 @dataclass
-class Tracker:
+class TrackerConfig:
     """Where numbers go beside metrics.jsonl, which is always written."""
 
     tensorboard: bool = True
@@ -548,28 +550,28 @@ class EvaluationConfig:
         require(_none_or_positive(self.devices), f"evaluation.devices={self.devices}: must be 1 or more, or null")
         require(self.timesteps >= 1, f"evaluation.timesteps={self.timesteps}: must be 1 or more")
         require(self.gallery >= 0, f"evaluation.gallery={self.gallery}: must be 0 or more")
-        choose("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm", "ancestral"))
+        require_choice("evaluation.sampler", self.sampler, ("ddim", "dpm", "lcm", "ancestral"))
         require(self.steps >= 1, f"evaluation.steps={self.steps}: must be 1 or more")
         require(self.guidance >= 1, f"evaluation.guidance={self.guidance}: must be 1 or more")
 
 
 @dataclass
-class Simulation:
+class SimulationConfig:
     """A whole federation on one machine."""
 
     rounds: int = 4
     seed: int = 0
     resume: bool = False  # continue the run in hydra.run.dir
-    base: Base = field(default_factory=Base)
-    data: Data = field(default_factory=Data)
-    fleet: Fleet = field(default_factory=Fleet)
-    selection: Selection = field(default_factory=Selection)
-    strategy: Strategy = field(default_factory=Strategy)
-    privacy: Privacy = field(default_factory=Privacy)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    grid: Grid = field(default_factory=Grid)
-    cohort: Cohort = field(default_factory=Cohort)
-    tracker: Tracker = field(default_factory=Tracker)
+    grid: GridConfig = field(default_factory=GridConfig)
+    cohort: TrainerConfig = field(default_factory=TrainerConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -585,4 +587,4 @@ class Simulation:
         require(not fleet.timed or self.grid.name != "ray", "grid=ray: a fleet with timed=true lives in one process")
 
 
-ConfigStore.instance().store(name="simulation_schema", node=Simulation)
+ConfigStore.instance().store(name="simulation_schema", node=SimulationConfig)

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import TOLD, AntherError, refused, told
+from common.errors import REPORTED_ERRORS, AntherError, refused, told
 from models.base import hub
 
 IDENTITY = {".safetensors", ".json", ".txt", ".model", ".parquet"}  # what counts; cards and pictures don't
@@ -40,20 +40,20 @@ def digest(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
-    return combined((file.relative_to(path).as_posix(), digest(file)) for file in identity(path))
+    return combined_digest((file.relative_to(path).as_posix(), digest(file)) for file in identity_files(path))
 
 
-def identity(folder: Path) -> list[Path]:
+def identity_files(folder: Path) -> list[Path]:
     """The files that make a folder what it is."""
-    return [file for file in folder.rglob("*") if counts(file) and file.is_file()]
+    return [file for file in folder.rglob("*") if is_identity_file(file) and file.is_file()]
 
 
-def counts(file: Path) -> bool:
+def is_identity_file(file: Path) -> bool:
     """Whether a file of this name makes a folder what it is; those that macOS leaves beside each don't."""
     return file.suffix in IDENTITY and file.name != REPORT and not file.name.startswith("._")
 
 
-def combined(files: Iterable[tuple[str, str]]) -> str:
+def combined_digest(files: Iterable[tuple[str, str]]) -> str:
     """The content hash of a folder with files of these names, with '/' between their parts, and hashes."""
     lines = [f"{name}\0{sha256}\n" for name, sha256 in sorted(files, key=lambda file: file[0].split("/"))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -64,7 +64,7 @@ def is_hash(name: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
-def held(wanted: str) -> Path | None:
+def find_stored(wanted: str) -> Path | None:
     """The asset of this content hash in ANTHER_HOME; None if there is none.
 
     It came there whole and checked, and is not read through again: whoever loads a base hashes it anyway.
@@ -73,7 +73,7 @@ def held(wanted: str) -> Path | None:
     return found[0] if len(found) == 1 and found[0].exists() else None
 
 
-def is_asset(name: str, sha256: str) -> bool:
+def matches_hash(name: str, sha256: str) -> bool:
     """Whether a base of that name, shipped or a folder's, has this content hash."""
     manifest = _manifest()
     return (manifest[name]["sha256"] if name in manifest else digest(locate(name))) == sha256
@@ -86,7 +86,7 @@ def locate(name: str) -> Path:
     if is_hash(name):
         name = next((shipped for shipped, entry in manifest.items() if entry["sha256"] == name), name)
     if is_hash(name):
-        if (there := held(name)) is None:
+        if (there := find_stored(name)) is None:
             raise AntherError(
                 f"{name[:12]}: no base of this hash in {home() / 'assets'}: anther device run fetches its "
                 "federation's; or name a folder"
@@ -94,7 +94,7 @@ def locate(name: str) -> Path:
         return there
     if name not in manifest:
         path = Path(name).expanduser()
-        if not path.exists() and hub.is_name(name):
+        if not path.exists() and hub.is_repo_id(name):
             return hub.fetch(name)
         if not path.exists():
             raise AntherError(f"{name}: no such folder, nor a shipped asset ({', '.join(sorted(manifest))})")
@@ -161,7 +161,7 @@ def main() -> int:
             pin(MANIFEST.parents[1])
         for asset in _manifest():
             print(f"{asset}: {locate(asset)}")
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return 2
     return 0

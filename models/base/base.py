@@ -18,8 +18,8 @@ from common.errors import AntherError, summary
 from models.base import assets
 from models.base.denoiser import Denoise, Denoiser
 from models.diffusion import decoding
-from models.families.checkpoint import recognise
-from models.lora.batched_lora import Stacks
+from models.families.checkpoint import recognize
+from models.lora.batched_lora import BatchedAdapter
 from models.quantization import packed
 
 
@@ -58,14 +58,14 @@ class Base(Denoiser):
         checkpointing: str = "none",
         resolution: int | None = None,
     ) -> None:
-        self._checkpoint = checkpoint = recognise(folder)
-        self.folder, self.family, self.notes = folder, checkpoint.family, checkpoint.notes()
+        self._checkpoint = checkpoint = recognize(folder)
+        self.folder, self.family, self.provenance = folder, checkpoint.family, checkpoint.provenance()
         self._grey = checkpoint.config("vae").get("in_channels", 3) == 1
         channels, side, patch = self.family.latents(checkpoint.config(self.family.network))
         scale = checkpoint.scale
         if resolution is None and side is None:
             raise AntherError(f"base {folder}: its {self.family.network} says no sample_size: give base.resolution")
-        self.own_resolution = None if side is None else side * scale
+        self.native_resolution = None if side is None else side * scale
         self.resolution = resolution or (side or 0) * scale
         if self.resolution % (patch * scale):
             raise AntherError(f"base {folder}: {self.resolution} pixels: must be a multiple of {patch * scale}")
@@ -130,13 +130,13 @@ class Base(Denoiser):
         return self._sound(together, "text encoder")
 
     @contextmanager
-    def lending(self, adapters: Sequence[Stacks], *, compiled: bool = False) -> Iterator[Denoise]:
+    def use_adapters(self, adapters: Sequence[BatchedAdapter], *, compiled: bool = False) -> Iterator[Denoise]:
         """As of a Denoiser.
 
         Raises:
             AntherError: the network can't be run as its configuration says.
         """
-        with super().lending(adapters, compiled=compiled) as denoise:
+        with super().use_adapters(adapters, compiled=compiled) as denoise:
 
             def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
                 with self._running(self.family.network):
@@ -162,7 +162,7 @@ class Base(Denoiser):
                 f"base {self.folder}: its {part} can't be run ({summary(error)}): copy it again"
             ) from error
 
-    def guided(self, captions: Sequence[str], strength: float) -> Guidance:
+    def encode_guidance(self, captions: Sequence[str], strength: float) -> Guidance:
         """What to draw captions under, so that guidance has this strength; 1 is none."""
         if self.family.guide is not None:
             return Guidance(self.family.guide(self.encode_captions(captions), strength), None, 1.0)
@@ -205,10 +205,10 @@ def load(path: str, *, sites: str | None = None, device: str = "cpu", **options:
     Raises:
         AntherError: it is missing or of another kind.
     """
-    return Base(assets.locate(path), sites=sites, device=picked(device), **options)
+    return Base(assets.locate(path), sites=sites, device=resolve_device(device), **options)
 
 
-def picked(device: str) -> str:
+def resolve_device(device: str) -> str:
     """The torch device of that name; of `auto`, a GPU if there is one."""
     if device != "auto":
         return device

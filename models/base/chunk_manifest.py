@@ -21,14 +21,14 @@ from models.base import assets
 
 FORMAT = 1
 CHUNK = 4 << 20  # bytes
-LONGEST = 8 << 20  # bytes of a manifest
+MAX_MANIFEST_BYTES = 8 << 20  # bytes of a manifest
 MOST_FILES, MOST_BYTES, DEEPEST = 4096, 256 << 30, 8
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,119}")  # one part of a name: no '..', nothing hidden, no separator
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ManifestFile:
     """One file of a base."""
 
     name: str  # relative to the base, with '/' between its parts
@@ -47,12 +47,12 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class ChunkManifest:
     """All files that make a base what it is."""
 
     base: str  # its content hash
     name: str  # of its folder
-    files: tuple[Part, ...]
+    files: tuple[ManifestFile, ...]
 
     @property
     def total(self) -> int:
@@ -60,11 +60,11 @@ class Manifest:
         return sum(file.size for file in self.files)
 
     def encode(self) -> bytes:
-        """As JSON, for `decode`."""
+        """As JSON, for `decode_manifest`."""
         return json.dumps({"format": FORMAT, **asdict(self)}).encode()
 
 
-def of(folder: Path) -> Manifest:
+def of(folder: Path) -> ChunkManifest:
     """The manifest of a base that lies here; every byte of it is read.
 
     Raises:
@@ -73,13 +73,13 @@ def of(folder: Path) -> Manifest:
     try:
         files = [
             _part(file.relative_to(folder).as_posix(), file)
-            for file in sorted(assets.identity(folder), key=lambda file: file.parts)
+            for file in sorted(assets.identity_files(folder), key=lambda file: file.parts)
         ]
     except OSError as error:
         raise AntherError(f"base {folder}: can't be read ({error})") from error
-    made = Manifest(_combined(files), safe_name(folder), tuple(files))
+    made = ChunkManifest(_combined(files), safe_name(folder), tuple(files))
     try:
-        return decode(made.encode(), made.base)
+        return decode_manifest(made.encode(), made.base)
     except AntherError as error:
         raise AntherError(f"base {folder}: can't be handed on: {error}") from error
 
@@ -95,14 +95,14 @@ def verify(folder: Path, wanted: str) -> bool:
     return assets.digest(folder) == wanted
 
 
-def decode(data: bytes, wanted: str) -> Manifest:
+def decode_manifest(data: bytes, wanted: str) -> ChunkManifest:
     """The manifest of the base of this content hash, from whoever sent it.
 
     Raises:
         AntherError: it is of another base, breaks a limit, or names what no base may.
     """
-    if len(data) > LONGEST:
-        raise AntherError(f"the manifest of base {wanted[:12]} is longer than {LONGEST >> 20} MiB")
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise AntherError(f"the manifest of base {wanted[:12]} is longer than {MAX_MANIFEST_BYTES >> 20} MiB")
     try:
         told = json.loads(data)
         if not (isinstance(told, dict) and told.keys() == {"format", "base", "name", "files"}):
@@ -117,7 +117,7 @@ def decode(data: bytes, wanted: str) -> Manifest:
             raise ValueError(f"name {str(told['name'])[:80]!r}")
     except (ValueError, TypeError, RecursionError) as error:
         raise AntherError(f"the manifest of base {wanted[:12]} can't be taken: {error}") from None
-    made = Manifest(wanted, told["name"], files)
+    made = ChunkManifest(wanted, told["name"], files)
     if made.total > MOST_BYTES:
         raise AntherError(f"the manifest of base {wanted[:12]} names more than {MOST_BYTES >> 30} GiB")
     if not told["base"] == wanted == _combined(files):
@@ -125,7 +125,7 @@ def decode(data: bytes, wanted: str) -> Manifest:
     return made
 
 
-def _checked(entry: Any) -> Part:
+def _checked(entry: Any) -> ManifestFile:
     """One file as told; ValueError for what no base may have."""
     if not (isinstance(entry, dict) and entry.keys() == {"name", "size", "sha256", "chunks"}):
         raise ValueError("a file with other keys")
@@ -133,7 +133,7 @@ def _checked(entry: Any) -> Part:
     shown = repr(str(name)[:80])
     if not (isinstance(name, str) and name.count("/") < DEEPEST and all(map(_is_safe, name.split("/")))):
         raise ValueError(f"file {shown}: a name that could lead elsewhere")
-    if not assets.counts(Path(name)):
+    if not assets.is_identity_file(Path(name)):
         raise ValueError(f"file {shown}: of a kind that doesn't make a base")
     if type(size) is not int or not 0 <= size <= MOST_BYTES:
         raise ValueError(f"file {shown}: its size")
@@ -141,7 +141,7 @@ def _checked(entry: Any) -> Part:
         raise ValueError(f"file {shown}: not a hash for each chunk")
     if not all(isinstance(found, str) and assets.is_hash(found) for found in (entry["sha256"], *chunks)):
         raise ValueError(f"file {shown}: not a SHA-256")
-    return Part(name, size, entry["sha256"], tuple(chunks))
+    return ManifestFile(name, size, entry["sha256"], tuple(chunks))
 
 
 def _check_names(names: list[str]) -> None:
@@ -158,13 +158,13 @@ def _is_safe(part: object) -> bool:
     return isinstance(part, str) and _SAFE.fullmatch(part) is not None
 
 
-def _part(name: str, file: Path) -> Part:
+def _part(name: str, file: Path) -> ManifestFile:
     whole, chunks, size = hashlib.sha256(), [], 0
     for chunk in _read(file):
         whole.update(chunk)
         chunks.append(hashlib.sha256(chunk).hexdigest())
         size += len(chunk)
-    return Part(name, size, whole.hexdigest(), tuple(chunks))
+    return ManifestFile(name, size, whole.hexdigest(), tuple(chunks))
 
 
 def _read(file: Path) -> Iterator[bytes]:
@@ -173,5 +173,5 @@ def _read(file: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _combined(files: list[Part] | tuple[Part, ...]) -> str:
-    return assets.combined((file.name, file.sha256) for file in files)
+def _combined(files: list[ManifestFile] | tuple[ManifestFile, ...]) -> str:
+    return assets.combined_digest((file.name, file.sha256) for file in files)

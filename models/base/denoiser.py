@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import AntherError
 from models.diffusion.objective import Schedule
 from models.lora.adapter import Site, Sites
-from models.lora.batched_lora import Stacks, add_slots, lend, slot_layers
-from models.quantization.layers import QuantisedConv2d, QuantisedLinear
-from models.quantization.modes import quantise_layers
+from models.lora.batched_lora import BatchedAdapter, add_slots, set_adapters, slot_layers
+from models.quantization.layers import QuantizedConv2d, QuantizedLinear
+from models.quantization.modes import quantize_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -85,9 +85,9 @@ class Denoiser:
     ) -> None:
         self._able = adaptable(network)
         self.sites: Sites = find_sites(network, sites)
-        quantise_layers(network, weights)
+        quantize_layers(network, weights)
         self.device, self.dtype = torch.device(device), PRECISIONS[compute]
-        self.precise = torch.promote_types(self.dtype, torch.float32)
+        self.full_precision = torch.promote_types(self.dtype, torch.float32)
         self.schedule, self.checkpointing, self._forward = schedule.to(self.device), checkpointing, forward
         add_slots(network, self.sites)
         if checkpointing == "block":  # without the state of random numbers: nothing here draws any
@@ -97,10 +97,10 @@ class Denoiser:
         self.network = nn.Module.to(network, self.device, self.dtype)  # that of diffusers warns without a reason
         if self.device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.kept: dict[Any, Any] = {}
+        self.cache: dict[Any, Any] = {}
         self._free: SimpleQueue[nn.Module] = SimpleQueue()  # copies of the network, which itself is never lent
 
-    def adapt(self, names: Collection[str]) -> None:
+    def set_sites(self, names: Collection[str]) -> None:
         """Move the adapters to the layers of these names, in the network's order; nothing is loaded again.
 
         Raises AntherError for no name, one that is there twice, or one of no layer that can be adapted.
@@ -115,7 +115,7 @@ class Denoiser:
             return
         self.sites = {name: site for name, site in self._able.items() if name in wanted}
         add_slots(self.network, {name: self.sites[name] for name in wanted - slot_layers(self.network).keys()})
-        self._free, self.kept = SimpleQueue(), {}  # both are of the sites before
+        self._free, self.cache = SimpleQueue(), {}  # both are of the sites before
 
     @property
     def like(self) -> Tensor:
@@ -123,7 +123,7 @@ class Denoiser:
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     @contextmanager
-    def lending(self, adapters: Sequence[Stacks], *, compiled: bool = False) -> Iterator[Denoise]:
+    def use_adapters(self, adapters: Sequence[BatchedAdapter], *, compiled: bool = False) -> Iterator[Denoise]:
         """The network with the sum of these adapters, for the caller alone; entries in the order of their slots.
 
         Backward passes belong inside the context too: a checkpointed block runs its forward again there. Passes in
@@ -141,7 +141,7 @@ class Denoiser:
             with self._attention():
                 yield lambda x, t, context: run(self._forward, network, x, t, context, adapters)
         finally:
-            lend(slot_layers(network), [])
+            set_adapters(slot_layers(network), [])
             self._free.put(network)
 
     @cached_property
@@ -159,10 +159,10 @@ class Denoiser:
 
 
 def _run(
-    forward: Forward, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks]
+    forward: Forward, network: nn.Module, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[BatchedAdapter]
 ) -> Tensor:
     """The network's output with adapters, in its own precision."""
-    lend(slot_layers(network), adapters)
+    set_adapters(slot_layers(network), adapters)
     dtype = next(network.parameters()).dtype
     return forward(network, x.to(dtype), t, context.to(dtype))
 
@@ -187,9 +187,9 @@ def adaptable(network: nn.Module) -> dict[str, Site]:
 
 def _site(layer: nn.Module) -> Site | None:
     """What an adapter needs to know of a layer that it can adapt."""
-    if isinstance(layer, nn.Linear | QuantisedLinear):
+    if isinstance(layer, nn.Linear | QuantizedLinear):
         return Site(layer.in_features, layer.out_features)
-    if isinstance(layer, QuantisedConv2d):
+    if isinstance(layer, QuantizedConv2d):
         return Site(layer.shape[1:].numel(), layer.out_channels, layer.kernel_size)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
         return Site(layer.weight[0].numel(), layer.out_channels, layer.kernel_size)

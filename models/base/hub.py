@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from common.errors import AntherError, summary
-from models.base.loading import quiet
+from models.base.loading import quiet_libraries
 
 
-def is_name(text: str) -> bool:
+def is_repo_id(text: str) -> bool:
     """Whether it may be a repository's name, 'owner/name'."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
 
@@ -27,7 +27,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with quiet():
+        with quiet_libraries():
             return Path(DiffusionPipeline.download(name, use_safetensors=True, safety_checker=None))
     except Exception as error:  # of the network, the hub, its licence gates or its cache
         try:

@@ -70,7 +70,7 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def from_folder(kind: Any, folder: Path) -> Any:
+def load_network(kind: Any, folder: Path) -> Any:
     """A network of diffusers of this class in float32.
 
     Raises:
@@ -111,12 +111,12 @@ def _whole(network: Any, folder: Path, missing: Iterable[str]) -> Any:
         count, one = len(lacking), lacking[0]
         raise AntherError(f"{folder}: lacks {count} of the weights that config.json names ({one}, …): copy it again")
     for name, parameter in network.named_parameters():
-        if not parameter.is_meta and not finite(parameter):
+        if not parameter.is_meta and not is_finite(parameter):
             raise AntherError(f"{folder}: {name} holds numbers that are not finite: get another copy")
     return network.eval()
 
 
-def finite(tensor: Any) -> bool:
+def is_finite(tensor: Any) -> bool:
     """Whether all of a tensor's numbers are finite, found in one pass without another tensor of its size."""
     return bool(tensor.detach().sum().isfinite()) or bool(tensor.detach().isfinite().all())
 
@@ -160,14 +160,14 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 
     options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True} | options
     try:
-        with quiet():
+        with quiet_libraries():
             return kind.from_pretrained(folder, **options)
     except Exception as error:  # the libraries raise a dozen kinds for a damaged or foreign file
         raise AntherError(f"{folder}: can't load {kind.__name__} ({summary(error)}): copy it again") from error
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Without a word from the libraries, who miss what we leave out and image processors that nobody needs."""
     import diffusers  # slow import, so only here
     import huggingface_hub

@@ -29,7 +29,7 @@ def mark(tensors: Iterable[Tensor]) -> None:
             _MARKED[tensor] = mapping
 
 
-def release(tensor: Tensor, start: int, stop: int) -> None:
+def release_pages(tensor: Tensor, start: int, stop: int) -> None:
     """Give back the pages of some entries of a tensor, if it is marked; they are read again when they are asked for.
 
     Neighbours in the file lose the pages that came with them. Beyond the file's mapping memory would be lost for good.

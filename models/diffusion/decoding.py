@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AntherError
-from models.base.loading import from_folder
+from models.base.loading import load_network
 
 TILE = 256  # pixels a side: a VAE takes more memory than the network, in proportion to what it decodes at once
 
@@ -17,7 +17,7 @@ def small_vae(folder: Path) -> Any:
     """A distilled decoder, such as TAESD: an AutoencoderTiny in diffusers' layout; AntherError if it is none."""
     from diffusers import AutoencoderTiny  # slow import, so only here
 
-    return from_folder(AutoencoderTiny, folder)
+    return load_network(AutoencoderTiny, folder)
 
 
 def in_tiles(vae: Any, side: int, scale: int) -> None:

@@ -104,7 +104,7 @@ def shifted(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def noised(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t [N, c, h, w]."""
     signal, sigma = schedule.rates(t)
     return signal * x0 + sigma * noise
@@ -120,7 +120,9 @@ def target(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return signal * noise - sigma * x0
 
 
-def ends(schedule: Schedule, x: Tensor, output: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def predict_x0_and_noise(
+    schedule: Schedule, x: Tensor, output: Tensor, signal: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
     """The x_0 and the ε [N, c, h, w] that an output stands for at x_t, where a_t = `signal` and σ_t = `sigma`."""
     if schedule.prediction == "epsilon":
         return (x - sigma * output) / signal, output

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import AntherError
 from models.base.denoiser import Denoise
-from models.diffusion.objective import Schedule, ends
+from models.diffusion.objective import Schedule, predict_x0_and_noise
 
 SAMPLERS = ("ddim", "dpm", "lcm", "ancestral")
 
@@ -35,7 +35,7 @@ def sample(
     """x_0 [N, c, h, w] from noise, by one of `SAMPLERS`.
 
     Args:
-        noises: of `noises_of(sampler, steps)` tensors [N, c, h, w], the first to start from.
+        noises: of `num_noises(sampler, steps)` tensors [N, c, h, w], the first to start from.
         null_context: [l, d], what stands for no caption; needed when `guidance` is not 1.
     """
 
@@ -52,7 +52,7 @@ def sample(
     return {"ddim": ddim, "dpm": dpm_solver}[sampler](guided, schedule, noises[0], context, steps=steps)
 
 
-def noises_of(sampler: str, steps: int) -> int:
+def num_noises(sampler: str, steps: int) -> int:
     """How many noises a sampler uses."""
     return steps if sampler in _RANDOM else 1
 
@@ -62,7 +62,7 @@ def ddim(denoise: Denoise, schedule: Schedule, x: Tensor, context: Tensor, *, st
     signals, sigmas, times = (values.to(x.device) for values in schedule.grid(steps))
     for place, time in enumerate(times):
         output = denoise(x, time.expand(len(x)), context)
-        x0, noise = ends(schedule, x, output, signals[place], sigmas[place])
+        x0, noise = predict_x0_and_noise(schedule, x, output, signals[place], sigmas[place])
         x = signals[place + 1] * x0 + sigmas[place + 1] * noise
     return x
 
@@ -77,7 +77,7 @@ def dpm_solver(denoise: Denoise, schedule: Schedule, x: Tensor, context: Tensor,
     before = None
     for place, time in enumerate(times):
         output = denoise(x, time.expand(len(x)), context)
-        x0, _ = ends(schedule, x, output, signals[place], sigmas[place])
+        x0, _ = predict_x0_and_noise(schedule, x, output, signals[place], sigmas[place])
         h, d = lambdas[place + 1] - lambdas[place], x0
         if before is not None and place < steps - 1:
             r = (lambdas[place] - lambdas[place - 1]) / h
@@ -107,7 +107,7 @@ def lcm(denoise: Denoise, schedule: Schedule, noises: Sequence[Tensor], context:
     grid = zip(*schedule.at(chosen.to(x0.device)), noises, strict=True)
     for place, (signal, sigma, time, noise) in enumerate(grid):
         x = signal * x0 + sigma * noise if place else noise
-        x0, _ = ends(schedule, x, denoise(x, time.expand(len(x)), context), signal, sigma)
+        x0, _ = predict_x0_and_noise(schedule, x, denoise(x, time.expand(len(x)), context), signal, sigma)
     return x0
 
 
@@ -125,7 +125,7 @@ def ancestral(denoise: Denoise, schedule: Schedule, noises: Sequence[Tensor], co
     ratios = sigmas / signals
     for place, time in enumerate(times):
         output = denoise(x, time.expand(len(x)), context)
-        x0, noise = ends(schedule, x, output, signals[place], sigmas[place])
+        x0, noise = predict_x0_and_noise(schedule, x, output, signals[place], sigmas[place])
         if place == steps - 1:
             return x0
         kept = ratios[place + 1] / ratios[place]

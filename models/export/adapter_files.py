@@ -53,7 +53,7 @@ def describe(base: Base, contents: str) -> dict[str, str]:
     Args:
         contents: one of `CONTENTS`.
     """
-    kind, licence = _kind(base), base.notes["licence"]
+    kind, licence = _kind(base), base.provenance["licence"]
     spec = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{kind.architecture}/lora",
@@ -67,7 +67,7 @@ def describe(base: Base, contents: str) -> dict[str, str]:
     if licence != "unknown":
         spec["license"] = licence
     told = {f"modelspec.{key}": value for key, value in spec.items()} | kind.ss
-    told |= {f"anther_{key}": value for key, value in base.notes.items()}
+    told |= {f"anther_{key}": value for key, value in base.provenance.items()}
     told |= {"anther_base": base.hash, "anther_contents": contents}
     if base.family.kohya and (ignored := base.family.kohya.ignored(base.sites)):
         told["anther_ignored_by_sd_scripts"] = " ".join(ignored)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.errors import AntherError
 from models.base import assets
-from models.families.checkpoint import recognise
+from models.families.checkpoint import recognize
 from models.quantization.packed import is_packed
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -71,7 +71,7 @@ def fused(base: str, adapter: Path, out: Path) -> str:
     if out.exists():
         raise AntherError(f"out={out}: is there already: choose another")
     folder = assets.locate(base)
-    checkpoint = recognise(folder)
+    checkpoint = recognize(folder)
     part = checkpoint.family.network
     if is_packed(folder / part):
         raise AntherError(f"base={base}: is packed: give the folder that it was packed from")

@@ -18,10 +18,10 @@ from torch import Tensor
 from common.errors import AntherError
 from models.lora.adapter import Site
 
-PREFIX = "lora_unet_"
+KOHYA_PREFIX = "lora_unet_"
 
 
-class Place(NamedTuple):
+class FusedPart(NamedTuple):
     """Position of a diffusers layer in the original network."""
 
     module: str
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     """Relative numbers of rows of all parts."""
 
 
-class Piece(NamedTuple):
+class PartFactors(NamedTuple):
     """The adapter of one layer of diffusers."""
 
     part: int
@@ -41,24 +41,24 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kohya:
+class KohyaFormat:
     """How sd-scripts names and reads the layers of a family."""
 
     network_module: str
     """The module of sd-scripts that reads the file."""
-    names: tuple[tuple[str, Place], ...] = ()
+    names: tuple[tuple[str, FusedPart], ...] = ()
     """(regular expression on diffusers' names, place with its groups); the first match wins. Empty: keep the names."""
     read: str = ".*"
     """Regular expression on diffusers' names of the layers that sd-scripts reads; it silently drops the others."""
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> FusedPart:
         """Return the position of a layer in the original network.
 
         Raises:
             AntherError: the family's network has no such layer.
         """
         if not self.names:
-            return Place(name)
+            return FusedPart(name)
         for pattern, place in self.names:
             if found := re.fullmatch(pattern, name):
                 return place._replace(module=found.expand(place.module))
@@ -69,7 +69,7 @@ class Kohya:
         return [name for name in sites if not re.fullmatch(self.read, name)]
 
 
-def fused(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
+def merge_parts(pieces: Iterable[PartFactors]) -> tuple[Tensor, Tensor]:
     """Merge A and B of a module's parts into [Σ r, in] and [out, Σ r]; rows of other parts are zero."""
     pieces = sorted(pieces, key=lambda piece: piece.part)
     if len(pieces) == len(pieces[0].parts) == 1:
@@ -86,7 +86,7 @@ def fused(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def half_swapped(name: str, site: Site, up: Tensor) -> Tensor:
+def swap_halves(name: str, site: Site, up: Tensor) -> Tensor:
     """Swap the halves of B for a layer whose two halves have the opposite order in the original network.
 
     The last modulation of a transformer outputs (scale, shift) in diffusers and (shift, scale) in SD3 and Flux. It is
@@ -97,7 +97,7 @@ def half_swapped(name: str, site: Site, up: Tensor) -> Tensor:
     return up
 
 
-def qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, Place], ...]:
+def map_qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, FusedPart], ...]:
     """Map the names of queries, keys and values to one merged module.
 
     Args:
@@ -105,12 +105,12 @@ def qkv(pattern: str, module: str, rest: int = 0) -> tuple[tuple[str, Place], ..
         rest: rows below them in the merged weight, relative to the rows of each.
     """
     parts = (1, 1, 1, rest) if rest else (1, 1, 1)
-    return tuple((pattern % each, Place(module, part, parts)) for part, each in enumerate("qkv"))
+    return tuple((pattern % each, FusedPart(module, part, parts)) for part, each in enumerate("qkv"))
 
 
-def renamed(names: Mapping[str, str]) -> tuple[tuple[str, Place], ...]:
+def map_names(names: Mapping[str, str]) -> tuple[tuple[str, FusedPart], ...]:
     """Map the names of layers that remain separate modules."""
-    return tuple((pattern, Place(module)) for pattern, module in names.items())
+    return tuple((pattern, FusedPart(module)) for pattern, module in names.items())
 
 
-UNET_KOHYA = Kohya(network_module="networks.lora", read=r"(down_blocks|mid_block|up_blocks)\..*")
+UNET_KOHYA = KohyaFormat(network_module="networks.lora", read=r"(down_blocks|mid_block|up_blocks)\..*")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import AntherError
-from models.export.kohya import PREFIX, Piece, fused, half_swapped
+from models.export.kohya import KOHYA_PREFIX, PartFactors, merge_parts, swap_halves
 from models.families.family import Family
 from models.lora.adapter import Adapter, Sites, rank
 
@@ -40,15 +40,15 @@ def kohya_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tens
     """
     if family.kohya is None:
         raise AntherError(f"layout=kohya: no tool reads it for {family.name}: export with layout=diffusers")
-    modules: dict[str, list[Piece]] = {}
+    modules: dict[str, list[PartFactors]] = {}
     for name, (down, up) in _layers(adapter, sites):
         place = family.kohya.place(name)
-        up = half_swapped(name, sites[name], up) if family.kohya.names else up
-        modules.setdefault(place.module, []).append(Piece(place.part, place.parts, down, up))
+        up = swap_halves(name, sites[name], up) if family.kohya.names else up
+        modules.setdefault(place.module, []).append(PartFactors(place.part, place.parts, down, up))
     tensors = {}
     for module, pieces in modules.items():
-        down, up = fused(pieces)
-        stem = PREFIX + module.replace(".", "_")
+        down, up = merge_parts(pieces)
+        stem = KOHYA_PREFIX + module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = down
         tensors[f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha"] = torch.tensor(float(len(down)))

@@ -16,10 +16,10 @@ from models.families import encoders
 from models.families.checks import check
 from models.families.family import Family
 from models.families.flux import FLUX
-from models.families.lcm import told_guidance
+from models.families.lcm import with_guidance_embedding
 from models.families.pixart import PIXART
 from models.families.sana import SANA
-from models.families.schedules import schedule_of
+from models.families.schedules import parse_schedule
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.stable_diffusion import STABLE_DIFFUSION
@@ -53,7 +53,7 @@ class Checkpoint:
     def schedule(self, tokens: int) -> Schedule:
         """Its forward process, for latents of this many tokens; AntherError if its scheduler is of another kind."""
         try:
-            return schedule_of(self.config("scheduler"), tokens, logit_normal=self.family.logit_normal)
+            return parse_schedule(self.config("scheduler"), tokens, logit_normal=self.family.logit_normal)
         except AntherError as error:
             raise AntherError(f"base {self.folder}: its {error}") from error
 
@@ -61,30 +61,30 @@ class Checkpoint:
         """A network of the pipeline in float32; AntherError if it is pickled, damaged or foreign."""
         import diffusers  # slow import, so only here
 
-        return loading.from_folder(getattr(diffusers, self.parts[part]), self.folder / part)
+        return loading.load_network(getattr(diffusers, self.parts[part]), self.folder / part)
 
     def load_encoders(self) -> Any:
         """The pipeline with nothing but its text encoders and tokenizers; AntherError if one isn't whole."""
         import diffusers  # slow import, so only here
 
-        with loading.quiet():  # importing a pipeline class is what complains
+        with loading.quiet_libraries():  # importing a pipeline class is what complains
             kind = getattr(diffusers, self.family.pipeline)
             found = encoders.load(self.folder, self.family.encoders, self.parts)
         left_out = dict.fromkeys(self.parts.keys() - found.keys())
         return loading.from_pretrained(kind, self.folder, **left_out, **found)
 
-    def try_encoders(self) -> None:
+    def verify_encoders(self) -> None:
         """Load the text encoders without their numbers, and drop them again; AntherError if one isn't whole."""
         encoders.load(self.folder, self.family.encoders, self.parts, empty=True)
 
-    def try_out(self) -> None:
+    def verify_packed(self) -> None:
         """The same of every part of a packed pipeline, in memory for little but its VAE."""
-        self.try_encoders()
+        self.verify_encoders()
         self.load("vae")
         packed.load(self.folder / self.family.network, self.parts[self.family.network])
         self.schedule(1)
 
-    def notes(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         """What its makers say of it, to be carried along: licence, and the safety checker that they ship."""
         return {
             "family": self.family.name,
@@ -94,7 +94,7 @@ class Checkpoint:
         }
 
 
-def recognise(folder: Path) -> Checkpoint:
+def recognize(folder: Path) -> Checkpoint:
     """The checkpoint in a folder.
 
     Raises:
@@ -130,7 +130,7 @@ def recognise(folder: Path) -> Checkpoint:
     network = found.config(family.network)
     check(folder, family, network, found.config("vae"), parts["vae"])
     if network.get("time_cond_proj_dim") is not None:
-        return replace(found, family=told_guidance(family))
+        return replace(found, family=with_guidance_embedding(family))
     return found
 
 

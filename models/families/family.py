@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.base.denoiser import Forward
-from models.export.kohya import Kohya
+from models.export.kohya import KohyaFormat
 
 ATTENTION = r".*\.attn[12]?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
 """The projections of every attention, with those of the text where it runs along: what most LoRAs adapt."""
@@ -43,7 +43,7 @@ class Family:
     forward: Forward
     latents: Callable[[Mapping[str, Any]], Latents]  # from the network's configuration
     context: Callable[[Mapping[str, Any]], tuple[int, int]]  # from the same: rows and width of a packed caption
-    kohya: Kohya | None  # its layers' names in kohya's layout; None: no tool reads it of this family
+    kohya: KohyaFormat | None  # its layers' names in kohya's layout; None: no tool reads it of this family
     guide: Callable[[Tensor, float], Tensor] | None = None
     """Writes the strength of guidance into packed captions, for networks that embed it; None: guided by two passes."""
     logit_normal: bool = False  # whether its flow is trained in the middle more often
@@ -51,7 +51,7 @@ class Family:
     sites: str = ATTENTION  # where adapters go unless one says otherwise
 
 
-def own_latents(config: Mapping[str, Any]) -> Latents:
+def configured_latents(config: Mapping[str, Any]) -> Latents:
     """The latents of a network that names them in its configuration."""
     side = config.get("sample_size")
     if isinstance(side, list | tuple) and len({*side}) == 1:
@@ -60,14 +60,14 @@ def own_latents(config: Mapping[str, Any]) -> Latents:
     return Latents(config["in_channels"], side, config.get("patch_size") or 1)
 
 
-def packed_rows(tokens: int, width: int, *vectors: int) -> tuple[int, int]:
+def packed_caption_shape(tokens: int, width: int, *vectors: int) -> tuple[int, int]:
     """Rows and width of so many tokens with vectors of these lengths packed underneath."""
     return tokens + sum(-(-length // width) for length in vectors), width
 
 
-def masked_captions(config: Mapping[str, Any]) -> tuple[int, int]:
+def masked_caption_shape(config: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and width of 300 tokens with their mask underneath, as PixArt-Sigma and Sana take them."""
-    return packed_rows(300, config["caption_channels"], 300)
+    return packed_caption_shape(300, config["caption_channels"], 300)
 
 
 def pack(tokens: Tensor, vector: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.export.kohya import Kohya, Place, qkv, renamed
-from models.families.family import Family, Latents, pack, packed_rows, unpack
+from models.export.kohya import FusedPart, KohyaFormat, map_names, map_qkv
+from models.families.family import Family, Latents, pack, packed_caption_shape, unpack
 
 _SIDE = 128  # of the latents of 1024 pixels: the pipeline's own default, since the network's configuration has none
 
@@ -35,30 +35,30 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
     tokens, pooled = unpack(context[:, :-1], config.pooled_projection_dim)
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     output: Tensor = network(
-        patches(x),
+        patchify(x),
         encoder_hidden_states=tokens,
         pooled_projections=pooled,
         timestep=t / 1000,
         guidance=context[:, -1, 0] if config.guidance_embeds else None,
-        img_ids=places(height, width, like=x),
+        img_ids=position_ids(height, width, like=x),
         txt_ids=x.new_zeros(tokens.shape[1], 3),
         return_dict=False,
     )[0]
-    return picture(output, height, width)
+    return unpatchify(output, height, width)
 
 
-def patches(x: Tensor) -> Tensor:
+def patchify(x: Tensor) -> Tensor:
     """[N, c, 2h, 2w] -> [N, h·w, 4c]."""
     return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def picture(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
     """[N, h·w, 4c] -> [N, c, 2h, 2w]."""
     grid = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def places(height: int, width: int, *, like: Tensor) -> Tensor:
+def position_ids(height: int, width: int, *, like: Tensor) -> Tensor:
     """Where each patch lies [h·w, 3]: 0, row, column."""
     found = like.new_zeros(height, width, 3)
     found[..., 1] = torch.arange(height, device=like.device)[:, None]
@@ -71,19 +71,19 @@ def _latents(config: Mapping[str, Any]) -> Latents:
 
 
 def _context(config: Mapping[str, Any]) -> tuple[int, int]:
-    return packed_rows(512, config["joint_attention_dim"], config["pooled_projection_dim"], 1)
+    return packed_caption_shape(512, config["joint_attention_dim"], config["pooled_projection_dim"], 1)
 
 
 _DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
-_KOHYA = Kohya(
+_KOHYA = KohyaFormat(
     network_module="networks.lora_flux",
     read=r"(?!norm_out\.|proj_out$).*",
     names=(
-        *qkv(_DOUBLE + r"attn\.to_%s", r"double_blocks.\1.img_attn.qkv"),
-        *qkv(_DOUBLE + r"attn\.add_%s_proj", r"double_blocks.\1.txt_attn.qkv"),
-        *qkv(_SINGLE + r"attn\.to_%s", r"single_blocks.\1.linear1", rest=4),
-        (_SINGLE + "proj_mlp", Place(r"single_blocks.\1.linear1", 3, (1, 1, 1, 4))),
-        *renamed(
+        *map_qkv(_DOUBLE + r"attn\.to_%s", r"double_blocks.\1.img_attn.qkv"),
+        *map_qkv(_DOUBLE + r"attn\.add_%s_proj", r"double_blocks.\1.txt_attn.qkv"),
+        *map_qkv(_SINGLE + r"attn\.to_%s", r"single_blocks.\1.linear1", rest=4),
+        (_SINGLE + "proj_mlp", FusedPart(r"single_blocks.\1.linear1", 3, (1, 1, 1, 4))),
+        *map_names(
             {
                 _DOUBLE + r"attn\.to_out\.0": r"double_blocks.\1.img_attn.proj",
                 _DOUBLE + r"attn\.to_add_out": r"double_blocks.\1.txt_attn.proj",

@@ -16,7 +16,7 @@ from torch import nn
 
 from common.errors import AntherError, summary
 from models.base import assets
-from models.families.checkpoint import recognise
+from models.families.checkpoint import recognize
 from models.families.family import Family
 from models.families.flux import FLUX
 from models.families.pixart import PIXART
@@ -27,7 +27,7 @@ from models.families.stable_diffusion import STABLE_DIFFUSION
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class BaseSpec:
     """One base."""
 
     family: Family
@@ -35,7 +35,7 @@ class Known:
     scale: int = 8  # pixels of a latent, along a side
     name: str = "base"  # for messages
 
-    def whole_config(self) -> dict[str, Any]:
+    def full_config(self) -> dict[str, Any]:
         """The configuration with the class's defaults."""
         import diffusers
 
@@ -56,31 +56,31 @@ class Known:
         return found.requires_grad_(False).eval()
 
 
-def find(base: str) -> Known:
+def find_base(base: str) -> BaseSpec:
     """The base of that name, or what a pipeline's folder holds, of which no weights are read.
 
     Raises:
         AntherError: it is neither.
     """
-    if base in KNOWN:
-        return KNOWN[base]
+    if base in KNOWN_BASES:
+        return KNOWN_BASES[base]
     try:
         folder = assets.locate(base)
     except AntherError as error:
-        raise AntherError(f"{error}; nor a published base that is known here ({', '.join(KNOWN)})") from error
-    checkpoint = recognise(folder)
+        raise AntherError(f"{error}; nor a published base that is known here ({', '.join(KNOWN_BASES)})") from error
+    checkpoint = recognize(folder)
     config = checkpoint.config(checkpoint.family.network)
     own = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Known(family=checkpoint.family, config=own, scale=checkpoint.scale, name=f"base {folder}")
+    return BaseSpec(family=checkpoint.family, config=own, scale=checkpoint.scale, name=f"base {folder}")
 
 
-def _unet(attention: int, **changes: Any) -> Known:
+def _unet(attention: int, **changes: Any) -> BaseSpec:
     """A UNet as Stable Diffusion 1.5's, whose text has this width."""
     config = {"sample_size": 64, "cross_attention_dim": attention, "attention_head_dim": 8} | changes
-    return Known(family=STABLE_DIFFUSION, config=config)
+    return BaseSpec(family=STABLE_DIFFUSION, config=config)
 
 
-def _sd3(heads: int, **changes: Any) -> Known:
+def _sd3(heads: int, **changes: Any) -> BaseSpec:
     config = {
         "sample_size": 128,
         "patch_size": 2,
@@ -93,11 +93,11 @@ def _sd3(heads: int, **changes: Any) -> Known:
         "pooled_projection_dim": 2048,
         "qk_norm": "rms_norm",
     }
-    return Known(family=SD3, config=config | changes)
+    return BaseSpec(family=SD3, config=config | changes)
 
 
-def _sana(**changes: Any) -> Known:
-    return Known(family=SANA, config={"sample_size": 32} | changes, scale=32)
+def _sana(**changes: Any) -> BaseSpec:
+    return BaseSpec(family=SANA, config={"sample_size": 32} | changes, scale=32)
 
 
 _FEWER = {"layers_per_block": 1}
@@ -109,13 +109,13 @@ _TINY = {
     "up_block_types": ("CrossAttnUpBlock2D",) * 3,
 }
 
-KNOWN: dict[str, Known] = {
+KNOWN_BASES: dict[str, BaseSpec] = {
     "sd15": _unet(768),  # stable-diffusion-v1-5
     "sd21": _unet(1024, sample_size=96, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     "bk-sdm-base": _unet(768, **_FEWER),  # arXiv:2305.15798, table 1
     "bk-sdm-small": _unet(768, **_FEWER, mid_block_type=None),
     "bk-sdm-tiny": _unet(768, **_TINY),
-    "sdxl": Known(  # stable-diffusion-xl-base-1.0
+    "sdxl": BaseSpec(  # stable-diffusion-xl-base-1.0
         family=SDXL,
         config={
             "sample_size": 128,
@@ -131,7 +131,7 @@ KNOWN: dict[str, Known] = {
             "projection_class_embeddings_input_dim": 2816,
         },
     ),
-    "pixart-sigma": Known(  # PixArt-Sigma-XL-2-1024-MS
+    "pixart-sigma": BaseSpec(  # PixArt-Sigma-XL-2-1024-MS
         family=PIXART,
         config={
             "sample_size": 128,
@@ -143,8 +143,8 @@ KNOWN: dict[str, Known] = {
     ),
     "sd35-medium": _sd3(24, num_layers=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
     "sd35-large": _sd3(38, num_layers=38, pos_embed_max_size=192),
-    "flux-dev": Known(family=FLUX, config={"guidance_embeds": True}),  # FLUX.1-dev
-    "flux-schnell": Known(family=FLUX, config={"guidance_embeds": False}),
+    "flux-dev": BaseSpec(family=FLUX, config={"guidance_embeds": True}),  # FLUX.1-dev
+    "flux-schnell": BaseSpec(family=FLUX, config={"guidance_embeds": False}),
     "sana-1600m": _sana(),  # Sana_1600M_1024px
     "sana-600m": _sana(
         num_attention_heads=36,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.families.family import Family, pack
 
 
-def told_guidance(family: Family) -> Family:
+def with_guidance_embedding(family: Family) -> Family:
     """Return a UNet's family, adapted to a UNet with `time_cond_proj_dim`."""
     return replace(
         family,

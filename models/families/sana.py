@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.families.family import Family, masked_captions, own_latents, pack, unpack_mask
+from models.families.family import Family, configured_latents, masked_caption_shape, pack, unpack_mask
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -46,7 +46,7 @@ SANA = Family(
     encoders=("tokenizer", "text_encoder"),
     encode=_encode,
     forward=_forward,
-    latents=own_latents,
-    context=masked_captions,
+    latents=configured_latents,
+    context=masked_caption_shape,
     kohya=None,
 )

@@ -30,7 +30,7 @@ _LONGEST = 10_000  # places: the largest published schedule has 1,000
 _LEAST = 1e-6  # of the picture's share at the end of a schedule, for ε to say anything about it
 
 
-def schedule_of(config: Mapping[str, Any], tokens: int, *, logit_normal: bool = False) -> Schedule:
+def parse_schedule(config: Mapping[str, Any], tokens: int, *, logit_normal: bool = False) -> Schedule:
     """The schedule that a `scheduler_config.json` describes, for latents of so many tokens.
 
     Args:

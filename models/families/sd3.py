@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.export.kohya import Kohya, qkv, renamed
-from models.families.family import Family, own_latents, pack, packed_rows, unpack
+from models.export.kohya import KohyaFormat, map_names, map_qkv
+from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -28,17 +28,17 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tenso
 
 
 def _context(config: Mapping[str, Any]) -> tuple[int, int]:
-    return packed_rows(77 + 256, config["joint_attention_dim"], config["pooled_projection_dim"])
+    return packed_caption_shape(77 + 256, config["joint_attention_dim"], config["pooled_projection_dim"])
 
 
 _BLOCK = r"transformer_blocks\.(\d+)\."
-_KOHYA = Kohya(
+_KOHYA = KohyaFormat(
     network_module="networks.lora_sd3",
     names=(
-        *qkv(_BLOCK + r"attn\.to_%s", r"joint_blocks.\1.x_block.attn.qkv"),
-        *qkv(_BLOCK + r"attn2\.to_%s", r"joint_blocks.\1.x_block.attn2.qkv"),
-        *qkv(_BLOCK + r"attn\.add_%s_proj", r"joint_blocks.\1.context_block.attn.qkv"),
-        *renamed(
+        *map_qkv(_BLOCK + r"attn\.to_%s", r"joint_blocks.\1.x_block.attn.qkv"),
+        *map_qkv(_BLOCK + r"attn2\.to_%s", r"joint_blocks.\1.x_block.attn2.qkv"),
+        *map_qkv(_BLOCK + r"attn\.add_%s_proj", r"joint_blocks.\1.context_block.attn.qkv"),
+        *map_names(
             {
                 _BLOCK + r"attn\.to_out\.0": r"joint_blocks.\1.x_block.attn.proj",
                 _BLOCK + r"attn2\.to_out\.0": r"joint_blocks.\1.x_block.attn2.proj",
@@ -70,7 +70,7 @@ SD3 = Family(
     encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"),
     encode=_encode,
     forward=_forward,
-    latents=own_latents,
+    latents=configured_latents,
     context=_context,
     kohya=_KOHYA,
     logit_normal=True,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.export.kohya import UNET_KOHYA
-from models.families.family import Family, own_latents, pack, packed_rows, unpack
+from models.families.family import Family, configured_latents, pack, packed_caption_shape, unpack
 
 _SCALE = 8  # pixels of a latent, of every SDXL VAE
 
@@ -43,7 +43,7 @@ def _pooled(config: Mapping[str, Any]) -> int:
 
 
 def _context(config: Mapping[str, Any]) -> tuple[int, int]:
-    return packed_rows(77, config["cross_attention_dim"], _pooled(config))
+    return packed_caption_shape(77, config["cross_attention_dim"], _pooled(config))
 
 
 SDXL = Family(
@@ -54,7 +54,7 @@ SDXL = Family(
     encoders=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     encode=_encode,
     forward=_forward,
-    latents=own_latents,
+    latents=configured_latents,
     context=_context,
     kohya=UNET_KOHYA,
     latent_statistics=True,

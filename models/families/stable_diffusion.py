@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.base.denoiser import call_unet
 from models.export.kohya import UNET_KOHYA
-from models.families.family import Family, own_latents
+from models.families.family import Family, configured_latents
 
 
 def _encode(pipeline: Any, caption: str | None) -> Tensor:
@@ -33,7 +33,7 @@ STABLE_DIFFUSION = Family(
     encoders=("tokenizer", "text_encoder"),
     encode=_encode,
     forward=call_unet,
-    latents=own_latents,
+    latents=configured_latents,
     context=_context,
     kohya=UNET_KOHYA,
 )

@@ -23,7 +23,7 @@ EXPONENTIAL, AGAIN = 48, 180
 """Operations of a product that take as long as what attention does beside its products with one score: in forward its
 exponential, in backward that and its derivative. Measured at head sizes of 16 to 128 on a core of x86-64 with AVX-512.
 """
-BALANCE = 8  # operations for each byte; memory, not arithmetic, sets the pace of a product that has fewer
+OPS_PER_BYTE = 8  # operations for each byte; memory, not arithmetic, sets the pace of a product that has fewer
 
 CPU = torch.device("cpu")
 _ROOM = {aten.empty, aten.new_empty}
@@ -68,13 +68,13 @@ class DryRun(LiveStorages):
         self._count(func, args, kwargs or {}, result)
         return result
 
-    def born(self, key: int, size: int, given: Storages) -> None:
-        super().born(key, size, given)
+    def on_alloc(self, key: int, size: int, given: Storages) -> None:
+        super().on_alloc(key, size, given)
         if given and all(other in self._frozen or other in self._dequantised for other in given):
             self._dequantised[key] = size
 
-    def died(self, key: int, size: int) -> None:
-        super().died(key, size)
+    def on_free(self, key: int, size: int) -> None:
+        super().on_free(key, size)
         self._dequantised.pop(key, None)
 
     def _read(self, args: Any) -> int:
@@ -85,7 +85,7 @@ class DryRun(LiveStorages):
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
         found = operations(func, args, kwargs, result)
-        if found < BALANCE * moved:
+        if found < OPS_PER_BYTE * moved:
             self.moved_bytes += moved
         elif func.overloadpacket in _CONVOLUTIONS:
             self.convolution_operations += found
@@ -120,12 +120,12 @@ def scores(queries: Tensor, keys: Tensor) -> int:
     return queries.shape[:-1].numel() * keys.shape[-2]
 
 
-def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+def to_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """A tensor of the CPU with this one's shape and type, without contents."""
     return FakeTensor(mode, tensor.detach().to("meta"), CPU)
 
 
-def without_contents(network: nn.Module, mode: FakeTensorMode) -> dict[int, torch.UntypedStorage]:
+def fake_parameters(network: nn.Module, mode: FakeTensorMode) -> dict[int, torch.UntypedStorage]:
     """Make fakes of all parameters and buffers of a network, in place; their storages.
 
     One that has several names stays one.
@@ -135,5 +135,5 @@ def without_contents(network: nn.Module, mode: FakeTensorMode) -> dict[int, torc
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
-                    table[name] = found.setdefault(id(tensor), fake(tensor, mode))  # type: ignore[assignment]
+                    table[name] = found.setdefault(id(tensor), to_fake(tensor, mode))  # type: ignore[assignment]
     return storages(list(found.values()))

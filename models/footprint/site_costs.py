@@ -21,8 +21,15 @@ from torch import Tensor, nn
 
 from models.base.denoiser import Denoiser
 from models.diffusion.objective import per_example_loss
-from models.footprint.dry_run import BALANCE, DryRun
-from models.footprint.footprint import MODULE, dry, one_pass, parted, resident_bytes, stand_in
+from models.footprint.dry_run import OPS_PER_BYTE, DryRun
+from models.footprint.footprint import (
+    MODULE_BYTES,
+    copy_for_dry_run,
+    dry_run_mode,
+    forward_backward,
+    resident_bytes,
+    split_layout,
+)
 from models.lora.batched_lora import slot_layers
 
 OWN = 20
@@ -35,13 +42,13 @@ class SiteCost:
     """Of one site."""
 
     name: str
-    held_bytes: int
+    peak_bytes: int
     """What a pass holds that comes to this site first of those that it trains, without what these take themselves."""
-    own_bytes: int
+    site_bytes: int
     """What this one takes itself."""
     work: float
     """How long such a pass takes, as a share of one that trains at every site; without any site's own."""
-    own_work: float
+    site_work: float
     """Of the gradients of this one's factors."""
 
 
@@ -55,12 +62,12 @@ class PassCosts:
     def bytes(self, chosen: Collection[str]) -> int:
         """The most that a pass holds which trains at these. ValueError if there are none, or other ones."""
         found = self._chosen(chosen)
-        return found[0].held_bytes + sum(site.own_bytes for site in found)
+        return found[0].peak_bytes + sum(site.site_bytes for site in found)
 
     def work(self, chosen: Collection[str]) -> float:
         """How long it takes, as a share of one that trains at all of them. ValueError as of `bytes`."""
         found = self._chosen(chosen)
-        return found[0].work + sum(site.own_work for site in found)
+        return found[0].work + sum(site.site_work for site in found)
 
     def _chosen(self, names: Collection[str]) -> list[SiteCost]:
         found = [site for site in self.sites if site.name in names]
@@ -103,7 +110,7 @@ def pass_costs(
         runtime_bytes: of the process without a network.
     """
     every, none = (_watched(base, latents, context, rank, train=train) for train in (True, False))
-    always = resident_bytes(base) + MODULE * len(list(base.network.modules())) + runtime_bytes
+    always = resident_bytes(base) + MODULE_BYTES * len(list(base.network.modules())) + runtime_bytes
     numbers = {name: rank * (site.inputs + site.outputs) for name, site in base.sites.items()}
     own = {name: 4.0 * every.tokens[name] * numbers[name] for name in numbers}
     first = min(none.done.values())
@@ -112,10 +119,10 @@ def pass_costs(
         sites=tuple(
             SiteCost(
                 name=name,
-                held_bytes=always + max(every.peak - (every.live[name] - none.live[name]), none.peak),
-                own_bytes=OWN * numbers[name],
+                peak_bytes=always + max(every.peak - (every.live[name] - none.live[name]), none.peak),
+                site_bytes=OWN * numbers[name],
                 work=(none.work + backward * (none.work - none.done[name]) / (none.work - first)) / every.work,
-                own_work=own[name] / every.work,
+                site_work=own[name] / every.work,
             )
             for name in every.live
         )
@@ -124,17 +131,17 @@ def pass_costs(
 
 def _watched(base: Denoiser, latents: torch.Size, context: torch.Size, rank: int, *, train: bool) -> _Watched:
     """A pass that trains at every site, or one forward alone."""
-    base, found = stand_in(base), _Watched()
-    trained, frozen = parted(base, rank, None if train else ())
-    with dry(base) as run:
+    base, found = copy_for_dry_run(base), _Watched()
+    trained, frozen = split_layout(base, rank, None if train else ())
+    with dry_run_mode(base) as run:
         for name, layer in slot_layers(base.network).items():
             layer.register_forward_pre_hook(found.watch(run, name))
         x, texts = (torch.zeros(1, *shape) for shape in (latents, context))
         rows, others = torch.zeros(1, trained.size), frozen.stacks(torch.zeros(1, frozen.size))
         if train:
-            one_pass(base, x, texts, trained, rows, others)
+            forward_backward(base, x, texts, trained, rows, others)
         else:
-            with torch.no_grad(), base.lending([others]) as denoise:
+            with torch.no_grad(), base.use_adapters([others]) as denoise:
                 per_example_loss(denoise(x, x.new_zeros(1), texts), x)
     found.peak, found.work = run.activations_bytes + run.workspace_bytes, _work(run)
     return found
@@ -142,4 +149,4 @@ def _watched(base: Denoiser, latents: torch.Size, context: torch.Size, rank: int
 
 def _work(run: DryRun) -> float:
     """Operations of arithmetic, and those that would take as long as what memory sets the pace of."""
-    return float(run.matrix_operations + run.convolution_operations + BALANCE * run.moved_bytes)
+    return float(run.matrix_operations + run.convolution_operations + OPS_PER_BYTE * run.moved_bytes)

@@ -36,22 +36,22 @@ class LiveStorages(TorchDispatchMode):
         for key, storage in storages(result).items():
             if key not in given and key not in self._known:
                 self._known[key] = weakref.ref(storage, self._when_gone(key, storage.nbytes()))
-                self.born(key, storage.nbytes(), given)
+                self.on_alloc(key, storage.nbytes(), given)
         self.peak = max(self.peak, self.live)
         return result
 
-    def born(self, key: int, size: int, given: Storages) -> None:  # noqa: ARG002  # for those who ask what it is
+    def on_alloc(self, key: int, size: int, given: Storages) -> None:  # noqa: ARG002  # for those who ask what it is
         """A storage of `size` bytes was made by an operation on the given ones."""
         self.live += size
 
-    def died(self, key: int, size: int) -> None:  # noqa: ARG002
+    def on_free(self, key: int, size: int) -> None:  # noqa: ARG002
         """Nobody holds it any more."""
         self.live -= size
 
     def _when_gone(self, key: int, size: int) -> Any:
         def gone(_: object) -> None:
             del self._known[key]
-            self.died(key, size)
+            self.on_free(key, size)
 
         return gone
 

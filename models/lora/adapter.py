@@ -40,7 +40,7 @@ def rank(adapter: Adapter) -> int:
     return max((factors.a.shape[0] for factors in adapter.values()), default=0)
 
 
-def initial(sites: Sites, rank: int, seed: int) -> Adapter:
+def init_adapter(sites: Sites, rank: int, seed: int) -> Adapter:
     """A with entries N(0, 1/in), B = 0, so that the product is zero: the same for everyone by its seed."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -62,12 +62,12 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     }
 
 
-def at(adapter: Adapter, sites: Collection[str]) -> Adapter:
+def select_sites(adapter: Adapter, sites: Collection[str]) -> Adapter:
     """What of an adapter sits at these sites."""
     return {name: factors for name, factors in adapter.items() if name in sites}
 
 
-def head_and_tail(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
+def split_rank(adapter: Adapter, rank: int) -> tuple[Adapter, Adapter]:
     """The first `rank` directions of every site, and the rest."""
     head = {name: Factors(f.a[:rank], f.b[:, :rank]) for name, f in adapter.items()}
     tail = {name: Factors(f.a[rank:], f.b[:, rank:]) for name, f in adapter.items()}
@@ -89,7 +89,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
     return {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
 
 
-def shapes(sites: Sites, rank: int, *, frame: bool = False) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(sites: Sites, rank: int, *, frame: bool = False) -> dict[str, tuple[int, ...]]:
     """The exact keys and shapes of an adapter of one rank at these sites, for the strict codec; with its `frame`."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, site in sites.items():

@@ -19,14 +19,14 @@ from models.lora.adapter import Adapter, Factors, Site, Sites
 from models.lora.batched_linear import slot_linear
 
 
-class Stack(NamedTuple):
+class BatchedFactors(NamedTuple):
     """Factors of one site in slots: A [S, r, in] and B [S, out, r]; S = 1 serves everyone."""
 
     a: Tensor
     b: Tensor
 
 
-Stacks = Mapping[str, Stack]
+BatchedAdapter = Mapping[str, BatchedFactors]
 
 
 class SlotLayer(nn.Module):
@@ -35,7 +35,7 @@ class SlotLayer(nn.Module):
     def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
-        self.lent: tuple[Stack, ...] = ()
+        self.active_adapters: tuple[BatchedFactors, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         y, others = self.begin(x)
@@ -43,24 +43,24 @@ class SlotLayer(nn.Module):
             y = y + self.product(x, stack).view_as(y)
         return y
 
-    def begin(self, x: Tensor) -> tuple[Tensor, tuple[Stack, ...]]:
+    def begin(self, x: Tensor) -> tuple[Tensor, tuple[BatchedFactors, ...]]:
         """What the frozen layer makes of x, and the stacks whose products are still to be added."""
-        return self.base(x), self.lent
+        return self.base(x), self.active_adapters
 
-    def product(self, x: Tensor, stack: Stack) -> Tensor:
+    def product(self, x: Tensor, stack: BatchedFactors) -> Tensor:
         raise NotImplementedError
 
 
 class SlotLinear(SlotLayer):
     """y = W x + Σ B_s A_s x; the stack that is trained, which comes last, shares an operation with W."""
 
-    def begin(self, x: Tensor) -> tuple[Tensor, tuple[Stack, ...]]:
-        trained = self.lent and any(factor.requires_grad for factor in self.lent[-1])
+    def begin(self, x: Tensor) -> tuple[Tensor, tuple[BatchedFactors, ...]]:
+        trained = self.active_adapters and any(factor.requires_grad for factor in self.active_adapters[-1])
         if not (trained and isinstance(self.base, nn.Linear)):
             return super().begin(x)
-        return slot_linear(x, self.base.weight, self.base.bias, *self.lent[-1]), self.lent[:-1]
+        return slot_linear(x, self.base.weight, self.base.bias, *self.active_adapters[-1]), self.active_adapters[:-1]
 
-    def product(self, x: Tensor, stack: Stack) -> Tensor:
+    def product(self, x: Tensor, stack: BatchedFactors) -> Tensor:
         tokens = x.unflatten(0, (stack.a.shape[0], -1)).flatten(1, -2)  # [S, N/S · tokens, in]
         return torch.bmm(torch.bmm(tokens, stack.a.mT), stack.b.mT)
 
@@ -71,7 +71,7 @@ class SlotConv2d(SlotLayer):
     A group of channels for each slot makes it one convolution for all of them.
     """
 
-    def product(self, x: Tensor, stack: Stack) -> Tensor:
+    def product(self, x: Tensor, stack: BatchedFactors) -> Tensor:
         slots, rank = stack.a.shape[:2]
         grouped = x.unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)  # [N/S, S·c, h, w]
         kernel = stack.a.reshape(slots * rank, x.shape[1], *self.base.kernel_size)
@@ -97,11 +97,11 @@ def slot_layers(network: nn.Module) -> dict[str, SlotLayer]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, SlotLayer)}
 
 
-def lend(layers: Mapping[str, SlotLayer], adapters: Sequence[Stacks]) -> None:
+def set_adapters(layers: Mapping[str, SlotLayer], adapters: Sequence[BatchedAdapter]) -> None:
     """From now on the network adds the sum of these adapters."""
     for name, layer in layers.items():
         found = (stacks[name] for stacks in adapters if name in stacks)
-        layer.lent = tuple(stack for stack in found if stack.a.shape[1] > 0)
+        layer.active_adapters = tuple(stack for stack in found if stack.a.shape[1] > 0)
 
 
 class Layout:
@@ -124,15 +124,15 @@ class Layout:
         """How many numbers of a row each site has."""
         return [sum(self._widths(site)) for site in self.sites.values()]
 
-    def stacks(self, rows: Tensor) -> dict[str, Stack]:
+    def stacks(self, rows: Tensor) -> dict[str, BatchedFactors]:
         """Views of rows [S, D] as the stacks of every site."""
         return self.from_parts(rows.split(self.widths, dim=1))
 
-    def from_parts(self, parts: Sequence[Tensor]) -> dict[str, Stack]:
+    def from_parts(self, parts: Sequence[Tensor]) -> dict[str, BatchedFactors]:
         """Stacks of every site from its A and B as [S, r·in] and [S, out·r], site after site."""
         r = self.rank
         return {
-            name: Stack(a.view(len(a), r, site.inputs), b.view(len(b), site.outputs, r))
+            name: BatchedFactors(a.view(len(a), r, site.inputs), b.view(len(b), site.outputs, r))
             for (name, site), a, b in zip(self.sites.items(), parts[::2], parts[1::2], strict=True)
         }
 
@@ -169,7 +169,7 @@ class Layout:
         return self.pack(ones) != 0
 
 
-def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> Stacks:
+def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> BatchedAdapter:
     """Adapters laid in slots, padded to the largest rank; one slot if all are the same object, none if all None."""
     if all(adapter is None for adapter in adapters):
         return {}
@@ -180,14 +180,14 @@ def stack_adapters(sites: Sites, adapters: Sequence[Adapter | None]) -> Stacks:
     return layout.stacks(torch.stack([layout.pack(adapter) for adapter in adapters]))
 
 
-def select(stacks: Stacks, slots: Tensor) -> Stacks:
+def select_slots(stacks: BatchedAdapter, slots: Tensor) -> BatchedAdapter:
     """The stacks of these slots [N], in this order; a stack that serves everyone stays as it is."""
     return {
-        name: stack if stack.a.shape[0] == 1 else Stack(stack.a[slots], stack.b[slots])
+        name: stack if stack.a.shape[0] == 1 else BatchedFactors(stack.a[slots], stack.b[slots])
         for name, stack in stacks.items()
     }
 
 
-def to_device(stacks: Stacks, like: Tensor) -> Stacks:
+def to_device(stacks: BatchedAdapter, like: Tensor) -> BatchedAdapter:
     """The same stacks on the device and in the precision of another tensor."""
-    return {name: Stack(stack.a.to(like), stack.b.to(like)) for name, stack in stacks.items()}
+    return {name: BatchedFactors(stack.a.to(like), stack.b.to(like)) for name, stack in stacks.items()}

@@ -24,7 +24,7 @@ from models.lora.adapter import Adapter, Factors, Sites, to_tensors
 _ORTHONORMAL = 1e-3  # largest difference of LᵀL or A Aᵀ from the identity
 
 
-def empty(frame: Adapter) -> Adapter:
+def zero_adapter(frame: Adapter) -> Adapter:
     """The adapter between this frame whose product is zero."""
     return {name: Factors(a, torch.zeros_like(left)) for name, (a, left) in frame.items()}
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from models.lora.adapter import Adapter, Factors
 
-MOST_NORM = 100.0
+MAX_NORM = 100.0
 """Bound on ‖A‖_F, ‖B‖_F and ‖B A‖_F at one site: a fresh A of rank r has √r, and a layer's own W about √out.
 
 It bounds every entry too. With the product bounded the next adapter can't be one that honest devices refuse.
 """
 
 
-def excess(adapter: Adapter, most: float = MOST_NORM) -> str | None:
+def norm_violation(adapter: Adapter, most: float = MAX_NORM) -> str | None:
     """The first site where a factor or the product has a norm over `most`, in words; None if there is none.
 
     Norms are computed here, in float64, from what came: what a sender says of them is never asked.

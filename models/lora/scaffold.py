@@ -16,26 +16,28 @@ from torch import Tensor
 
 _BESIDE = ".control"
 
-Control = dict[str, Tensor]
+ControlVariate = dict[str, Tensor]
 
 
-def change(server: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, steps: int, rate: float) -> Control:
+def control_delta(
+    server: Mapping[str, Tensor], moved: Mapping[str, Tensor], *, steps: int, rate: float
+) -> ControlVariate:
     """c_i⁺ − c_i = −c − (y − x) / (K η), of what a device moved its adapter by; float64."""
     return {name: -server[name].double() - moved[name].double() / (steps * rate) for name in moved}
 
 
-def beside(control: Mapping[str, Tensor]) -> Control:
+def to_control_tensors(control: Mapping[str, Tensor]) -> ControlVariate:
     """c, as it travels beside the adapter that is sent."""
     return {name + _BESIDE: tensor for name, tensor in control.items()}
 
 
-def apart(tensors: Mapping[str, Tensor]) -> Control:
-    """Inverse of `beside`: c alone, of all that was sent."""
+def from_control_tensors(tensors: Mapping[str, Tensor]) -> ControlVariate:
+    """Inverse of `to_control_tensors`: c alone, of all that was sent."""
     return {name.removesuffix(_BESIDE): tensor for name, tensor in tensors.items() if name.endswith(_BESIDE)}
 
 
-def beside_shapes(trained: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The exact keys and shapes of `beside`, for the strict codec.
+def control_shapes(trained: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The exact keys and shapes of `to_control_tensors`, for the strict codec.
 
     Args:
         trained: of what the plan trains.

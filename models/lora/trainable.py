@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.lora.adapter import Adapter, Factors, Site, Sites
-from models.lora.batched_lora import Layout, Stack
+from models.lora.batched_lora import BatchedFactors, Layout
 
 
 class Part(NamedTuple):
@@ -35,12 +35,22 @@ _A = Part("lora_A", lambda site, rank: (rank, site.inputs))
 _B = Part("lora_B", lambda site, rank: (site.outputs, rank))
 _C = Part("core", lambda site, rank: (rank, rank))  # noqa: ARG005  # all sites have cores of one size
 
-PARTS: Mapping[str, tuple[Part, ...]] = {"both": (_A, _B), "a": (_A,), "b": (_B,), "cores": (_C,), "split": (_A,)}
+TRAINED_TENSORS: Mapping[str, tuple[Part, ...]] = {
+    "both": (_A, _B),
+    "a": (_A,),
+    "b": (_B,),
+    "cores": (_C,),
+    "split": (_A,),
+}
 
 
 def trained_shapes(sites: Sites, rank: int, trains: str) -> dict[str, tuple[int, ...]]:
     """The exact keys and shapes of what travels up, for the strict codec."""
-    return {f"{name}.{part.name}": part.shape(site, rank) for name, site in sites.items() for part in PARTS[trains]}
+    return {
+        f"{name}.{part.name}": part.shape(site, rank)
+        for name, site in sites.items()
+        for part in TRAINED_TENSORS[trains]
+    }
 
 
 def trained_tensors(adapter: Adapter, trains: str, frame: Adapter | None) -> dict[str, Tensor]:
@@ -52,14 +62,16 @@ def trained_tensors(adapter: Adapter, trains: str, frame: Adapter | None) -> dic
     return {
         f"{name}.{part.name}": _taken(part, factors, frame[name] if frame else None).contiguous()
         for name, factors in adapter.items()
-        for part in PARTS[trains]
+        for part in TRAINED_TENSORS[trains]
     }
 
 
 def from_trained_tensors(found: Mapping[str, Tensor], trains: str, start: Adapter, frame: Adapter | None) -> Adapter:
     """Inverse of `trained_tensors`, at the sites of `start`, which what stays is taken from."""
     return {
-        name: _put([found[f"{name}.{part.name}"] for part in PARTS[trains]], trains, frame[name] if frame else fixed)
+        name: _put(
+            [found[f"{name}.{part.name}"] for part in TRAINED_TENSORS[trains]], trains, frame[name] if frame else fixed
+        )
         for name, fixed in start.items()
     }
 
@@ -83,7 +95,7 @@ def _put(found: Sequence[Tensor], trains: str, fixed: Factors) -> Factors:
     return Factors(found[0], fixed.b)  # a, split
 
 
-class PartLayout(Layout):
+class PartialLayout(Layout):
     """A layout of rows where a part alone of each site is trained, beside factors that are everybody's.
 
     The gradient of B is that of the whole adapter, and so is that of A. The columns of L are orthonormal, so that
@@ -91,19 +103,19 @@ class PartLayout(Layout):
     arXiv:2502.15436).
 
     Attributes:
-        fixed: A [1, r, in] and B, or L, [1, out, r] of every site, zero until `enter`. Adapters of smaller rank lie
+        fixed: A [1, r, in] and B, or L, [1, out, r] of every site, zero until `set_fixed`. Adapters of smaller rank lie
             between the first directions of it.
     """
 
     def __init__(self, sites: Sites, rank: int, trains: str, *, like: Tensor) -> None:
-        self.trains, (self._part,) = trains, PARTS[trains]
+        self.trains, (self._part,) = trains, TRAINED_TENSORS[trains]
         super().__init__(sites, rank)
         self.fixed = {
-            name: Stack(like.new_zeros(1, rank, site.inputs), like.new_zeros(1, site.outputs, rank))
+            name: BatchedFactors(like.new_zeros(1, rank, site.inputs), like.new_zeros(1, site.outputs, rank))
             for name, site in sites.items()
         }
 
-    def enter(self, fixed: Adapter) -> None:
+    def set_fixed(self, fixed: Adapter) -> None:
         """From now on what is trained lies between these factors, of this rank or a smaller one."""
         for name, stack in self.fixed.items():
             stack.a.zero_()
@@ -115,19 +127,19 @@ class PartLayout(Layout):
     def _widths(self, site: Site) -> tuple[int, ...]:
         return (prod(self._part.shape(site, self.rank)),)
 
-    def from_parts(self, parts: Sequence[Tensor]) -> dict[str, Stack]:
+    def from_parts(self, parts: Sequence[Tensor]) -> dict[str, BatchedFactors]:
         """Stacks of every site from what is trained of it [S, …], site after site."""
         return {name: self._stack(name, part) for name, part in zip(self.sites, parts, strict=True)}
 
-    def _stack(self, name: str, part: Tensor) -> Stack:
+    def _stack(self, name: str, part: Tensor) -> BatchedFactors:
         own = part.view(len(part), *self._part.shape(self.sites[name], self.rank))
         a, b = (factor.to(part.dtype) for factor in self.fixed[name])
         match self.trains:
             case "a" | "split":
-                return Stack(own, b.expand(len(own), -1, -1))
+                return BatchedFactors(own, b.expand(len(own), -1, -1))
             case "b":
-                return Stack(a.expand(len(own), -1, -1), own)
-        return Stack(a.expand(len(own), -1, -1), b @ own)
+                return BatchedFactors(a.expand(len(own), -1, -1), own)
+        return BatchedFactors(a.expand(len(own), -1, -1), b @ own)
 
     def pack(self, adapter: Adapter | None) -> Tensor:
         """Row [D] of what is trained of an adapter; missing sites and ranks are zero."""
@@ -175,6 +187,6 @@ def trained_layout(sites: Sites, rank: int, trains: str, fixed: Adapter) -> Layo
     """
     if trains == "both":
         return Layout(sites, rank)
-    layout = PartLayout(sites, rank, trains, like=torch.empty(0))
-    layout.enter(fixed)
+    layout = PartialLayout(sites, rank, trains, like=torch.empty(0))
+    layout.set_fixed(fixed)
     return layout

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base.paging import release
+from models.base.paging import release_pages
 
-BLOCKS = {"nf4": 32, "int8": 64}  # weights that share a scale
+BLOCK_SIZES = {"nf4": 32, "int8": 64}  # weights that share a scale
 
 _NF4 = (
     -1.0,
@@ -49,7 +49,7 @@ _SLAB = {"cpu": 1 << 22, "cuda": 1 << 26}  # weights that are read at once: 16 M
 _PAIR = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # as wide as two numbers of so many bytes
 
 
-class Packed(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """A weight in few bits: its rows one after the other, the last block filled up. It doesn't know its shape."""
 
     codes: Tensor  # nf4: uint8 [blocks · 16], two codes each, the first in the high bits; int8: int8 [blocks · 64]
@@ -62,12 +62,12 @@ class Packed(NamedTuple):
         return "nf4" if self.codes.dtype == torch.uint8 else "int8"
 
 
-def sizes(kind: str, count: int) -> Packed:
+def empty_quantized(kind: str, count: int) -> QuantizedTensor:
     """Tensors without data that `count` weights would be held in."""
-    blocks, codes = -(-count // BLOCKS[kind]), {"nf4": torch.uint8, "int8": torch.int8}[kind]
-    width = BLOCKS[kind] // 2 if kind == "nf4" else BLOCKS[kind]
+    blocks, codes = -(-count // BLOCK_SIZES[kind]), {"nf4": torch.uint8, "int8": torch.int8}[kind]
+    width = BLOCK_SIZES[kind] // 2 if kind == "nf4" else BLOCK_SIZES[kind]
     with torch.device("meta"):
-        return Packed(
+        return QuantizedTensor(
             torch.empty(blocks * width, dtype=codes),
             torch.empty(blocks, dtype=torch.uint8),
             torch.empty(1, dtype=torch.int32),
@@ -75,30 +75,30 @@ def sizes(kind: str, count: int) -> Packed:
 
 
 @torch.no_grad()
-def quantise(weight: Tensor, kind: str) -> Packed:
+def quantize(weight: Tensor, kind: str) -> QuantizedTensor:
     """A weight of any shape and precision in codes of least squared error; `kind` is 'nf4' or 'int8'."""
-    size, flat = BLOCKS[kind], weight.detach().flatten()
+    size, flat = BLOCK_SIZES[kind], weight.detach().flatten()
     blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
     top = blocks.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny).view(1)
     parts = [_closest(part.float(), _scales(top), kind) for part in blocks.split(_CHUNK // size)]
     codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Packed(codes.flatten(), scales, top.view(torch.int32))
+    return QuantizedTensor(codes.flatten(), scales, top.view(torch.int32))
 
 
-def dequantise(packed: Packed, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(packed: QuantizedTensor, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight of that shape which the codes stand for, whole."""
     weight = torch.empty(shape, dtype=dtype, device=packed.codes.device)
-    for rows, slab in slabs(packed, shape, dtype):
+    for rows, slab in iter_slabs(packed, shape, dtype):
         weight[rows] = slab
     return weight
 
 
-def slabs(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def iter_slabs(packed: QuantizedTensor, shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The weight of shape [out, …] in slabs of whole rows [rows, …], each of which overwrites the one before.
 
     So a layer is never there as a whole in `dtype`: the largest of Stable Diffusion 1.5 would take 118 MB.
     """
-    out, row, size = shape[0], shape[1:].numel(), BLOCKS[packed.kind]
+    out, row, size = shape[0], shape[1:].numel(), BLOCK_SIZES[packed.kind]
     even = size // gcd(row, size)  # so many rows fill blocks
     step = min(out, max(even, _SLAB[packed.codes.device.type] // row // even * even))
     scales = _scales(packed.top.view(torch.float32)).to(dtype)
@@ -121,7 +121,7 @@ _scratch = _Scratch()
 
 
 @contextmanager
-def other_scratch() -> Iterator[None]:
+def fresh_scratch() -> Iterator[None]:
     """Within this context the caller's thread reads slabs into memory that is gone afterwards.
 
     So a dry run holds what a real one does: under a FakeTensorMode what is kept is fake as well.
@@ -149,7 +149,7 @@ def _real(codes: Tensor) -> bool:
     return type(codes) is Tensor and not torch.compiler.is_compiling()
 
 
-def _values(packed: Packed, blocks: slice, out: Tensor) -> Tensor:
+def _values(packed: QuantizedTensor, blocks: slice, out: Tensor) -> Tensor:
     """What the codes of these blocks stand for, in units of their scales, in `out`."""
     width = len(packed.codes) // len(packed.scales)
     start, stop = blocks.start * width, blocks.stop * width
@@ -159,7 +159,7 @@ def _values(packed: Packed, blocks: slice, out: Tensor) -> Tensor:
     else:
         pairs, wide = (_pairs if _real(codes) else _pairs.__wrapped__)(out.dtype, out.device), _PAIR[out.element_size()]
         torch.index_select(pairs.view(wide).view(-1), 0, codes.int(), out=out.view(wide).view(-1))
-    release(packed.codes, start, stop)
+    release_pages(packed.codes, start, stop)
     return out
 
 

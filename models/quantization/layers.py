@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from models.quantization.blockwise import Packed, slabs
+from models.quantization.blockwise import QuantizedTensor, iter_slabs
 
 
 class _Linear(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*packed)
         flat = x.reshape(-1, shape[1])
         y = x.new_empty(len(flat), shape[0])
-        for rows, weight in slabs(Packed(*packed), shape, x.dtype):
+        for rows, weight in iter_slabs(QuantizedTensor(*packed), shape, x.dtype):
             torch.mm(flat, weight.T, out=y[:, rows])
         if bias is not None:
             y += bias
@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         flat = grad.reshape(-1, ctx.shape[0])
         found = grad.new_zeros(len(flat), ctx.shape[1])
-        for rows, weight in slabs(Packed(*ctx.saved_tensors), ctx.shape, grad.dtype):
+        for rows, weight in iter_slabs(QuantizedTensor(*ctx.saved_tensors), ctx.shape, grad.dtype):
             found.addmm_(flat[:, rows], weight)
         return found.view(*grad.shape[:-1], ctx.shape[1]), *[None] * 5
 
@@ -44,7 +44,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.shape, ctx.geometry, ctx.inputs = shape, geometry, x.shape
         ctx.save_for_backward(*packed)
         y = None
-        for rows, weight in slabs(Packed(*packed), shape, x.dtype):
+        for rows, weight in iter_slabs(QuantizedTensor(*packed), shape, x.dtype):
             part = F.conv2d(x, weight, None if bias is None else bias[rows], *geometry)
             if len(weight) == shape[0]:
                 return part
@@ -56,18 +56,18 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         found = None
-        for rows, weight in slabs(Packed(*ctx.saved_tensors), ctx.shape, grad.dtype):
+        for rows, weight in iter_slabs(QuantizedTensor(*ctx.saved_tensors), ctx.shape, grad.dtype):
             part = conv2d_input(ctx.inputs, weight, grad[:, rows], *ctx.geometry)
             found = part if found is None else found.add_(part)
         return found, *[None] * 6
 
 
-class Quantised(nn.Module):
+class QuantizedLayer(nn.Module):
     """A layer whose weight is packed.
 
     Attributes:
         shape: of the weight.
-        codes, scales, top: as in `models.quantization.blockwise.Packed`.
+        codes, scales, top: as in `models.quantization.blockwise.QuantizedTensor`.
     """
 
     codes: Tensor
@@ -75,7 +75,7 @@ class Quantised(nn.Module):
     top: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: Packed) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: QuantizedTensor) -> None:
         super().__init__()
         self.shape = layer.weight.shape
         for name, tensor in packed._asdict().items():
@@ -83,15 +83,15 @@ class Quantised(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     @property
-    def packed(self) -> Packed:
+    def packed(self) -> QuantizedTensor:
         """The weight."""
-        return Packed(self.codes, self.scales, self.top)
+        return QuantizedTensor(self.codes, self.scales, self.top)
 
 
-class QuantisedLinear(Quantised):
+class QuantizedLinear(QuantizedLayer):
     """A frozen nn.Linear."""
 
-    def __init__(self, layer: nn.Linear, packed: Packed) -> None:
+    def __init__(self, layer: nn.Linear, packed: QuantizedTensor) -> None:
         super().__init__(layer, packed)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
@@ -99,10 +99,10 @@ class QuantisedLinear(Quantised):
         return _Linear.apply(x, self.bias, self.shape, *self.packed)
 
 
-class QuantisedConv2d(Quantised):
+class QuantizedConv2d(QuantizedLayer):
     """A frozen nn.Conv2d of one group, padded with zeros."""
 
-    def __init__(self, layer: nn.Conv2d, packed: Packed) -> None:
+    def __init__(self, layer: nn.Conv2d, packed: QuantizedTensor) -> None:
         super().__init__(layer, packed)
         self.in_channels, self.out_channels, self.kernel_size = layer.in_channels, layer.out_channels, layer.kernel_size
         self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, 1

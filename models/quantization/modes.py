@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from models.quantization.blockwise import Packed, quantise, sizes
-from models.quantization.layers import QuantisedConv2d, QuantisedLinear
+from models.quantization.blockwise import QuantizedTensor, empty_quantized, quantize
+from models.quantization.layers import QuantizedConv2d, QuantizedLinear
 
-MODES = {
+WEIGHT_MODES = {
     "fp32": (None, None),
     "int8": ("int8", "int8"),
     "mixed": ("nf4", "int8"),
@@ -23,29 +23,29 @@ _ENDS = re.compile(r"conv_in|conv_out|proj_out|pos_embed\..*")  # stay too: all 
 _TIMES = re.compile(r"(.*\.)?(time|add|timestep|guidance)\w*emb\w*(\..*)?")  # take 8 bits: all blocks listen to them
 
 
-def kinds(network: nn.Module, mode: str) -> dict[str, str]:
+def quant_types(network: nn.Module, mode: str) -> dict[str, str]:
     """'nf4' or 'int8' for each layer that `mode` quantises, in the network's order."""
     found = ((name, _kind(name, layer, mode)) for name, layer in network.named_modules())
     return {name: kind for name, kind in found if kind}
 
 
-def quantise_layers(network: nn.Module, mode: str) -> None:
+def quantize_layers(network: nn.Module, mode: str) -> None:
     """Replace the layers that a mode quantises, in place."""
-    for name, kind in kinds(network, mode).items():
-        put(network, name, quantise(network.get_submodule(name).weight, kind))  # type: ignore[arg-type]
+    for name, kind in quant_types(network, mode).items():
+        put(network, name, quantize(network.get_submodule(name).weight, kind))  # type: ignore[arg-type]
 
 
-def quantise_shapes(network: nn.Module, held: Mapping[str, str]) -> None:
+def quantize_meta(network: nn.Module, held: Mapping[str, str]) -> None:
     """The same of a network on the meta device, for these layers of these kinds: as many bytes, and no data."""
     for name, kind in held.items():
-        put(network, name, sizes(kind, network.get_parameter(f"{name}.weight").numel()))
+        put(network, name, empty_quantized(kind, network.get_parameter(f"{name}.weight").numel()))
 
 
-def put(network: nn.Module, name: str, packed: Packed) -> None:
+def put(network: nn.Module, name: str, packed: QuantizedTensor) -> None:
     """Replace one layer by one that holds this weight."""
     parent, _, leaf = name.rpartition(".")
     layer = network.get_submodule(name)
-    held = QuantisedLinear(layer, packed) if isinstance(layer, nn.Linear) else QuantisedConv2d(layer, packed)  # type: ignore[arg-type]
+    held = QuantizedLinear(layer, packed) if isinstance(layer, nn.Linear) else QuantizedConv2d(layer, packed)  # type: ignore[arg-type]
     network.get_submodule(parent).register_module(leaf, held)
 
 
@@ -54,6 +54,6 @@ def _kind(name: str, layer: nn.Module, mode: str) -> str | None:
         return None
     if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.numel() < _SMALLEST or _ENDS.fullmatch(name):
         return None
-    linear, convolution = MODES[mode]
+    linear, convolution = WEIGHT_MODES[mode]
     kind = linear if isinstance(layer, nn.Linear) else convolution
     return "int8" if kind and _TIMES.fullmatch(name) else kind

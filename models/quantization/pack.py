@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.errors import TOLD, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, told
 from models.base import assets, loading
-from models.families.checkpoint import recognise
-from models.quantization.blockwise import quantise, sizes
-from models.quantization.modes import MODES, kinds
-from models.quantization.packed import FILE, FORMAT, Manifest, is_packed, skeleton
+from models.families.checkpoint import recognize
+from models.quantization.blockwise import empty_quantized, quantize
+from models.quantization.modes import WEIGHT_MODES, quant_types
+from models.quantization.packed import FILE, FORMAT, PackedManifest, is_packed, skeleton
 
 NETWORKS = ("unet", "transformer")
 _TYPES = {torch.float32: "F32", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8"}
@@ -39,8 +39,8 @@ def pack(base: str, out: Path, weights: str) -> str:
         AntherError: the base is missing, packed already, no pipeline with weights in safetensors, or one that couldn't
             be used.
     """
-    if weights not in MODES:
-        raise AntherError(f"weights={weights}: must be one of: {', '.join(MODES)}")
+    if weights not in WEIGHT_MODES:
+        raise AntherError(f"weights={weights}: must be one of: {', '.join(WEIGHT_MODES)}")
     if out.exists():
         raise AntherError(f"out={out}: is there already: choose another")
     source = assets.locate(base)
@@ -49,7 +49,7 @@ def pack(base: str, out: Path, weights: str) -> str:
         raise AntherError(f"base={base}: is packed already")
     whole = any((source / name).is_dir() for name in parts if name != part)  # a network alone is measured, not trained
     if whole:
-        recognise(source).try_encoders()
+        recognize(source).verify_encoders()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".packing-") as scratch:
         filling = Path(scratch) / out.name
@@ -62,7 +62,7 @@ def pack(base: str, out: Path, weights: str) -> str:
         shutil.copy2(source / part / "config.json", filling / part)
         _pack_network(source / part, filling / part, weights, assets.digest(source))
         if whole:
-            recognise(filling).try_out()
+            recognize(filling).verify_packed()
         filling.rename(out)
     return assets.digest(out)
 
@@ -82,7 +82,7 @@ def _parts(folder: Path) -> tuple[str, list[str]]:
 
 def _pack_network(source: Path, out: Path, weights: str, digest: str) -> None:
     network = skeleton(source)
-    layers = kinds(network, weights)
+    layers = quant_types(network, weights)
     tensors = _Source(source)
     if missing := sorted(network.state_dict().keys() - tensors.names):
         raise AntherError(f"base {source}: its safetensors files lack {missing[0]}: copy the whole pipeline")
@@ -93,7 +93,7 @@ def _pack_network(source: Path, out: Path, weights: str, digest: str) -> None:
             for key, tensor in _held(name, tensors.read(name), layers):
                 file.seek(len(header) + places[key])
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    Manifest(
+    PackedManifest(
         format=FORMAT,
         network=type(network).__name__,
         weights=weights,
@@ -109,7 +109,7 @@ def _held(name: str, tensor: Tensor, layers: dict[str, str]) -> Iterator[tuple[s
     if layer not in layers or layer == name:
         yield name, tensor.float() if tensor.is_floating_point() else tensor
         return
-    for part, value in quantise(tensor, layers[layer])._asdict().items():
+    for part, value in quantize(tensor, layers[layer])._asdict().items():
         yield f"{layer}.{part}", value
 
 
@@ -122,7 +122,7 @@ def _places(network: nn.Module, layers: dict[str, str]) -> tuple[dict[str, int],
     for name, tensor in network.state_dict().items():
         layer = name.removesuffix(".weight")
         if layer in layers and layer != name:
-            packed = sizes(layers[layer], tensor.numel())
+            packed = empty_quantized(layers[layer], tensor.numel())
             held |= {f"{layer}.{part}": value for part, value in packed._asdict().items()}
         else:
             held[name] = tensor.float() if tensor.is_floating_point() else tensor
@@ -155,7 +155,7 @@ class _Source:
     def read(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as tensors:
             found: Tensor = tensors.get_tensor(name)
-        if not loading.finite(found):
+        if not loading.is_finite(found):
             raise AntherError(f"{self._files[name]}: {name} holds numbers that are not finite: get another copy")
         return found
 
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out = Path(given["out"]).expanduser()
         digest = pack(given["base"], out, given["weights"])
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in out.glob(f"*/{FILE}"))

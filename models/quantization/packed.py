@@ -19,7 +19,7 @@ from torch import nn
 
 from common.errors import AntherError, summary
 from models.base import assets, paging
-from models.quantization.modes import MODES, quantise_shapes
+from models.quantization.modes import WEIGHT_MODES, quantize_meta
 
 FILE, MANIFEST, CONFIG = "packed.safetensors", "packed.json", "config.json"
 FORMAT = 1
@@ -29,12 +29,12 @@ _MODULES = {"UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition"} 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class PackedManifest:
     """What lies in a packed file, beside it as JSON."""
 
     format: int
     network: str  # class of diffusers
-    weights: str  # mode, of `models.quantization.modes.MODES`
+    weights: str  # mode, of `models.quantization.modes.WEIGHT_MODES`
     layers: dict[str, str]  # 'nf4' or 'int8' for each layer that is held in few bits
     source: str  # digest of the folder that was packed
     sha256: str  # of the file
@@ -44,11 +44,11 @@ class Manifest:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
-    def read(folder: Path) -> Manifest:
+    def read(folder: Path) -> PackedManifest:
         """The manifest in a folder; AntherError if it is damaged, or of another version."""
         try:
-            found = Manifest(**json.loads((folder / MANIFEST).read_text()))
-            sound = found.format == FORMAT and found.weights in MODES and isinstance(found.layers, dict)
+            found = PackedManifest(**json.loads((folder / MANIFEST).read_text()))
+            sound = found.format == FORMAT and found.weights in WEIGHT_MODES and isinstance(found.layers, dict)
         except (OSError, ValueError, TypeError) as error:
             raise AntherError(f"{folder / MANIFEST}: can't be read ({summary(error)}): {_AGAIN}") from error
         if not sound:
@@ -106,7 +106,7 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
     Raises:
         AntherError: it is of another class or mode, or not what was packed.
     """
-    manifest, file = Manifest.read(folder), folder / FILE
+    manifest, file = PackedManifest.read(folder), folder / FILE
     if manifest.network != network:
         raise AntherError(f"{folder}: a packed {manifest.network}, where the pipeline has a {network}: {_AGAIN}")
     if weights not in ("fp32", manifest.weights):
@@ -115,12 +115,12 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
         raise AntherError(f"{file}: missing, or not the file that was packed: {_AGAIN}")
     made = skeleton(folder)
     try:
-        quantise_shapes(made, manifest.layers)
+        quantize_meta(made, manifest.layers)
         with safe_open(file, "pt") as tensors:
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
         paging.mark(state.values())
         for tensor in state.values():  # mapping a file brings pages of it in
-            paging.release(tensor, 0, tensor.numel())
+            paging.release_pages(tensor, 0, tensor.numel())
         made.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError, AttributeError) as error:
         raise AntherError(f"{folder}: the file and its manifest don't agree ({summary(error)}): {_AGAIN}") from error

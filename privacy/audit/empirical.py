@@ -43,7 +43,7 @@ class Guesses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Finding:
+class AuditResult:
     """What an audit found out about a claim."""
 
     claim: PoissonGaussian
@@ -200,7 +200,7 @@ def audit(
     *,
     confidence: float,
     false_alarms: float,
-) -> Finding:
+) -> AuditResult:
     """What the scores of some attacks show together.
 
     Args:
@@ -234,7 +234,7 @@ def audit(
     sigma = smallest_refuted(claim, lambda event: jointly(event, level))
     of_each = smallest_refuted(claim, lambda event: singly(event, level))
     best = max(single, key=lambda name: single[name].correct)
-    return Finding(
+    return AuditResult(
         claim=claim,
         claimed=claimed,
         refuted=jointly(claim, strict)

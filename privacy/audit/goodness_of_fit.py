@@ -203,7 +203,7 @@ def on_grid(values: np.ndarray, name: str = "on the grid") -> Check:
     return Check(name, 0.0 if off else 1.0, f"{off} of {values.size} numbers are no whole steps")
 
 
-def of_integers(integers: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
+def normal_from_integers(integers: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
     """Standard normal numbers [n] for integers that are round(N(0, deviation²)), exactly.
 
     Each is spread over its interval: x = Φ⁻¹(u), u uniform between Φ((k − ½) / s) and Φ((k + ½) / s).
@@ -217,7 +217,7 @@ def of_integers(integers: np.ndarray, deviation: float, generator: np.random.Gen
     return np.asarray(signs * spread)
 
 
-def of_membership(joined: np.ndarray, rate: float, generator: np.random.Generator) -> np.ndarray:
+def normal_from_membership(joined: np.ndarray, rate: float, generator: np.random.Generator) -> np.ndarray:
     """Standard normal numbers for members of Poisson batches, bool of any shape, each true with probability `rate`."""
     from scipy.special import ndtri
 
@@ -225,7 +225,7 @@ def of_membership(joined: np.ndarray, rate: float, generator: np.random.Generato
     return np.asarray(ndtri(np.where(joined, 1 - rate * uniform, (1 - rate) * uniform)))
 
 
-def of_sizes(sizes: np.ndarray, count: int, rate: float, generator: np.random.Generator) -> np.ndarray:
+def normal_from_batch_sizes(sizes: np.ndarray, count: int, rate: float, generator: np.random.Generator) -> np.ndarray:
     """Standard normal numbers for sizes [n] of Poisson batches of `count` pictures: Binomial(count, rate)."""
     from scipy.special import ndtri
     from scipy.stats import binom

@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class AttackTrial:
     """One attack on n pictures: everything is [n].
 
     Raises:
@@ -45,11 +45,11 @@ class Trial:
             raise ValueError("scores, members, writers and letters must be of one length")
         if not np.isfinite(self.scores).all():
             raise ValueError("a score is not finite")
-        if not matched(np.ones(len(self.scores)), self.members, self.letters)[self.members].any():
+        if not matched_weights(np.ones(len(self.scores)), self.members, self.letters)[self.members].any():
             raise ValueError("no member shows what somebody else's picture shows too")
 
 
-class Roc(NamedTuple):
+class RocCurve(NamedTuple):
     """The curve through (0, 0) and (1, 1), a point at each distinct score."""
 
     fpr: np.ndarray
@@ -66,18 +66,18 @@ class Roc(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Membership:
+class MembershipResult:
     """How well an attack tells members."""
 
     auc: Interval
     tpr: Interval
     """True positives at 1 % false ones."""
-    roc: Roc
+    roc: RocCurve
     members: int
     others: int
 
 
-def matched(weights: np.ndarray, members: np.ndarray, letters: np.ndarray) -> np.ndarray:
+def matched_weights(weights: np.ndarray, members: np.ndarray, letters: np.ndarray) -> np.ndarray:
     """Weights [n] under which members and others show the same letters; what only one side shows counts nothing."""
     size = int(letters.max()) + 1
     inside = np.bincount(letters, weights * members, size)
@@ -86,14 +86,14 @@ def matched(weights: np.ndarray, members: np.ndarray, letters: np.ndarray) -> np
     return weights * np.where(members, (outside > 0)[letters], ratio[letters])
 
 
-def roc(trial: Trial, weights: np.ndarray | None = None) -> Roc:
+def roc(trial: AttackTrial, weights: np.ndarray | None = None) -> RocCurve:
     """The curve of an attack, each picture counted with its weight [n] (default: 1) and matched by letter."""
     order = np.argsort(-trial.scores, kind="stable")
     last = np.append(np.diff(trial.scores[order]) != 0, True)  # of each run of equal scores
     return _roc(trial, np.ones(len(order)) if weights is None else weights, order, last)
 
 
-def judge(trial: Trial, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Membership:
+def judge(trial: AttackTrial, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> MembershipResult:
     """AUC and TPR at 1 % FPR with percentile intervals over writers drawn anew, with replacement (Efron, 1979)."""
     order = np.argsort(-trial.scores, kind="stable")
     last = np.append(np.diff(trial.scores[order]) != 0, True)
@@ -102,13 +102,13 @@ def judge(trial: Trial, *, resamples: int = 2000, confidence: float = 0.95, seed
     drawn: list[tuple[float, float]] = []
     while len(drawn) < resamples:
         times = generator.multinomial(count, np.full(count, 1 / count)).astype(float)[owner]
-        if not (matched(times, trial.members, trial.letters) * trial.members).any():
+        if not (matched_weights(times, trial.members, trial.letters) * trial.members).any():
             continue  # no two pictures of one letter: only where there are hardly any
         curve = _roc(trial, times, order, last)
         drawn.append((curve.auc, curve.tpr_at(FPR)))
     ends = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     whole = _roc(trial, np.ones(len(order)), order, last)
-    return Membership(
+    return MembershipResult(
         auc=Interval(whole.auc, *map(float, ends[:, 0])),
         tpr=Interval(whole.tpr_at(FPR), *map(float, ends[:, 1])),
         roc=whole,
@@ -117,8 +117,8 @@ def judge(trial: Trial, *, resamples: int = 2000, confidence: float = 0.95, seed
     )
 
 
-def _roc(trial: Trial, weights: np.ndarray, order: np.ndarray, last: np.ndarray) -> Roc:
-    weights = matched(weights, trial.members, trial.letters)[order]
+def _roc(trial: AttackTrial, weights: np.ndarray, order: np.ndarray, last: np.ndarray) -> RocCurve:
+    weights = matched_weights(weights, trial.members, trial.letters)[order]
     members = trial.members[order]
     found, alarms = np.cumsum(weights * members)[last], np.cumsum(weights * ~members)[last]
-    return Roc(np.append(0.0, alarms / alarms[-1]), np.append(0.0, found / found[-1]))
+    return RocCurve(np.append(0.0, alarms / alarms[-1]), np.append(0.0, found / found[-1]))

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from common.errors import AntherError
 from privacy.ledger import hash_chain
 
-RECOVER = (
+RECOVERY_HINT = (
     "restore what is missing from a backup, or give up what the ledger counted: anther device ledger reset --forget"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class JournalHead:
     """What is known of a journal elsewhere."""
 
     ledger: str
@@ -49,28 +49,30 @@ class Marker:
         return json.dumps({"ledger": self.ledger, "head": self.head}).encode()
 
 
-def read_head(data: bytes, where: str) -> Head:
-    """Raises AntherError for what `Head.to_json` hasn't written."""
+def parse_head(data: bytes, where: str) -> JournalHead:
+    """Raises AntherError for what `JournalHead.to_json` hasn't written."""
     try:
         found = json.loads(data)
-        head = Head(str(found["ledger"]), int(found["events"]), str(found["sha256"]))
+        head = JournalHead(str(found["ledger"]), int(found["events"]), str(found["sha256"]))
         if head.events < 1:
             raise ValueError("no events")
         return head
     except (ValueError, KeyError, TypeError) as error:
-        raise AntherError(f"{where}: not the head of a ledger: {RECOVER}") from error
+        raise AntherError(f"{where}: not the head of a ledger: {RECOVERY_HINT}") from error
 
 
-def read_marker(data: bytes, where: str) -> Marker:
+def parse_marker(data: bytes, where: str) -> Marker:
     """Raises AntherError for what `Marker.to_json` hasn't written."""
     try:
         found = json.loads(data)
         return Marker(str(found["ledger"]), str(found["head"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise AntherError(f"{where}: not the marker of a ledger: {RECOVER}") from error
+        raise AntherError(f"{where}: not the marker of a ledger: {RECOVERY_HINT}") from error
 
 
-def check(ledger: str | None, lines: Sequence[bytes], head: Head | None, marker: Marker | None, where: str) -> None:
+def check(
+    ledger: str | None, lines: Sequence[bytes], head: JournalHead | None, marker: Marker | None, where: str
+) -> None:
     """That journal, head and marker are of one ledger, and the journal is all that the head has ever known.
 
     A marker that alone is missing is no harm: the other two agree.
@@ -84,23 +86,23 @@ def check(ledger: str | None, lines: Sequence[bytes], head: Head | None, marker:
     if not lines:
         if known := head or marker:
             count = f" of {head.events} events" if head else ""
-            raise AntherError(f"{where}: the ledger {known.ledger[:8]}{count} is missing: {RECOVER}")
+            raise AntherError(f"{where}: the ledger {known.ledger[:8]}{count} is missing: {RECOVERY_HINT}")
         return
     for kept, what in ((head, "head"), (marker, "marker")):
         if kept and kept.ledger != ledger:
             raise AntherError(
                 f"{where}: is the ledger {str(ledger)[:8]}, and this device's {what} is of {kept.ledger[:8]}: "
-                f"it was brought from elsewhere: {RECOVER}"
+                f"it was brought from elsewhere: {RECOVERY_HINT}"
             )
     if head is None:
         if len(lines) > 1 or marker:
             raise AntherError(
                 f"{where}: its head is missing: whether this is all of the ledger or a copy of it, nobody knows: "
-                f"{RECOVER}"
+                f"{RECOVERY_HINT}"
             )
     elif head.events > len(lines):
         raise AntherError(
-            f"{where}: was cut short or rolled back: it holds {len(lines)} events of {head.events}: {RECOVER}"
+            f"{where}: was cut short or rolled back: it holds {len(lines)} events of {head.events}: {RECOVERY_HINT}"
         )
-    elif not hash_chain.begins(lines, head.events, head.sha256):
-        raise AntherError(f"{where}:{head.events}: not the line that was written there: {RECOVER}")
+    elif not hash_chain.starts_with(lines, head.events, head.sha256):
+        raise AntherError(f"{where}:{head.events}: not the line that was written there: {RECOVERY_HINT}")

@@ -64,7 +64,7 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     """One reservation and how far it has come."""
 
     reservation: Reservation
@@ -77,14 +77,14 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class LedgerHistory:
     """What a ledger's lines lead to."""
 
     ledger: str | None = None
     """The id drawn at enrolment; None before it."""
     events: int = 0
     """Lines, the enrolment's among them."""
-    entries: Mapping[Key, Entry] = field(default_factory=dict)
+    entries: Mapping[Key, LedgerEntry] = field(default_factory=dict)
     """In the order reserved."""
 
     @property
@@ -97,26 +97,26 @@ class History:
         return epsilon(self.mechanisms, delta)
 
 
-def replay(lines: Sequence[bytes], where: str) -> History:
+def replay(lines: Sequence[bytes], where: str) -> LedgerHistory:
     """The history that `lines` lead to.
 
     Raises:
         AntherError: a line doesn't follow the one before it, is no event, or comes out of turn.
     """
     ledger: str | None = None
-    entries: dict[Key, Entry] = {}
+    entries: dict[Key, LedgerEntry] = {}
     for number, event in enumerate(hash_chain.events(lines, where), start=1):
         try:
             ledger = _enter(entries, ledger, event)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AntherError(f"{where}:{number}: not an event of the ledger ({error}); restore the file") from error
-    return History(ledger, len(lines), entries)
+    return LedgerHistory(ledger, len(lines), entries)
 
 
-def then(history: History, event: Mapping[str, Any]) -> History:
+def apply_event(history: LedgerHistory, event: Mapping[str, Any]) -> LedgerHistory:
     """The history after one more event, which must be of its form; ValueError if it isn't its turn."""
     entries = dict(history.entries)
-    return History(_enter(entries, history.ledger, event), history.events + 1, entries)
+    return LedgerHistory(_enter(entries, history.ledger, event), history.events + 1, entries)
 
 
 def reserved(reservation: Reservation) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _key(key: Key) -> dict[str, Any]:
     return dict(zip(("run", "round", "purpose"), key, strict=True))
 
 
-def _enter(entries: dict[Key, Entry], ledger: str | None, event: Mapping[str, Any]) -> str:
+def _enter(entries: dict[Key, LedgerEntry], ledger: str | None, event: Mapping[str, Any]) -> str:
     """Put one more event into the entries of a ledger, None before its first; its id."""
     if (event["state"] == ENROLLED) != (ledger is None):
         raise ValueError("a ledger begins with its one enrolment")
@@ -159,16 +159,16 @@ def _enter(entries: dict[Key, Entry], ledger: str | None, event: Mapping[str, An
     return ledger
 
 
-def _next(entry: Entry | None, event: Mapping[str, Any]) -> Entry:
+def _next(entry: LedgerEntry | None, event: Mapping[str, Any]) -> LedgerEntry:
     """The entry after one more event; ValueError if it isn't that event's turn."""
     state, now = event["state"], (str(event["at"]),)
     match state, entry:
         case "reserved", None:
-            return Entry(_reservation(event), at=now)
-        case "sealed", Entry(reservation, "reserved", _, at):
+            return LedgerEntry(_reservation(event), at=now)
+        case "sealed", LedgerEntry(reservation, "reserved", _, at):
             made_from = {name: _shared(event[name]) for name in _MADE_FROM}
-            return Entry(replace(reservation, **made_from), SEALED, str(event["sha256"]), (*at, *now))
-        case "sent", Entry(_, "sealed", _, at):
+            return LedgerEntry(replace(reservation, **made_from), SEALED, str(event["sha256"]), (*at, *now))
+        case "sent", LedgerEntry(_, "sealed", _, at):
             return replace(entry, state=SENT, at=(*at, *now))
     raise ValueError(f"{state} out of turn")
 

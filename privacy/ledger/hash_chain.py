@@ -23,7 +23,7 @@ def head(lines: Sequence[bytes]) -> str:
     return hashlib.sha256(lines[-1]).hexdigest() if lines else START
 
 
-def begins(lines: Sequence[bytes], count: int, digest: str) -> bool:
+def starts_with(lines: Sequence[bytes], count: int, digest: str) -> bool:
     """Whether the first `count` of these lines are those that this head stood for."""
     return count <= len(lines) and head(lines[:count]) == digest
 

@@ -30,9 +30,20 @@ from typing import Any
 from common.errors import AntherError
 from privacy.accounting import Guarantee, Mechanism
 from privacy.ledger import anchors, entries, hash_chain
-from privacy.ledger.anchors import RECOVER, Head, Marker
-from privacy.ledger.entries import ENROLLED, MEASURE, RESERVED, SEALED, SENT, TRAIN, Entry, History, Key, Reservation
-from privacy.policy import Refusal
+from privacy.ledger.anchors import RECOVERY_HINT, JournalHead, Marker
+from privacy.ledger.entries import (
+    ENROLLED,
+    MEASURE,
+    RESERVED,
+    SEALED,
+    SENT,
+    TRAIN,
+    Key,
+    LedgerEntry,
+    LedgerHistory,
+    Reservation,
+)
+from privacy.policy import RequestRefusedError
 from privacy.storage import Journal, Storage
 
 __all__ = [
@@ -44,17 +55,17 @@ __all__ = [
     "SEALED",
     "SENT",
     "TRAIN",
-    "Entry",
-    "History",
+    "DeviceLedger",
     "Key",
-    "Ledger",
+    "LedgerEntry",
+    "LedgerHistory",
     "Reservation",
 ]
 
 JOURNAL, OUTBOX, MARKER = "ledger.jsonl", "outbox", "enrolled"
 
 
-class Ledger:
+class DeviceLedger:
     """The ledger of one device: journal and marker in its storage, the head outside, sealed replies in `outbox/`.
 
     Every method reads the journal again under its lock, so that processes on one device see each other's events.
@@ -69,10 +80,10 @@ class Ledger:
     def reserve(
         self,
         reservation: Reservation,
-        admit: Callable[[Sequence[Mechanism], Mechanism], None],
+        check_budget: Callable[[Sequence[Mechanism], Mechanism], None],
         *,
         settles: bool = False,
-    ) -> History:
+    ) -> LedgerHistory:
         """Charge for a round, unless it is charged for already; enrol the device at its first.
 
         Args:
@@ -91,7 +102,7 @@ class Ledger:
             if settles:
                 self._settle(book, reservation)
             if _of_plan(book.history, reservation.key, reservation.plan) is None:
-                admit(book.history.mechanisms, reservation.mechanism)
+                check_budget(book.history.mechanisms, reservation.mechanism)
                 book.append(entries.reserved(reservation))
             return book.history
 
@@ -122,19 +133,19 @@ class Ledger:
         """
         with self._opened() as book:
             if echo > (events := book.history.events):
-                raise Refusal(
+                raise RequestRefusedError(
                     f"this device's ledger holds {events} events and the server heard of {echo}: it was rolled back or "
                     "begun anew; its owner has to restore it"
                 )
             entry = _of_plan(book.history, key, plan)
             return None if entry is None or entry.state == RESERVED else self._read_sealed(entry)
 
-    def history(self) -> History:
+    def history(self) -> LedgerHistory:
         """All of it."""
         with self._opened() as book:
             return book.history
 
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[LedgerEntry, ...]:
         """Every reservation in the order made."""
         return tuple(self.history().entries.values())
 
@@ -150,9 +161,11 @@ class Ledger:
                 book.append(entries.sent(key))
                 self._storage.remove(_outbox(key))
 
-    def _read_sealed(self, entry: Entry) -> bytes:
+    def _read_sealed(self, entry: LedgerEntry) -> bytes:
         if entry.state == SENT:
-            raise Refusal(f"{_named(entry)} was answered, and a later round after it: it can't be sent again")
+            raise RequestRefusedError(
+                f"{_named(entry)} was answered, and a later round after it: it can't be sent again"
+            )
         name = _outbox(entry.reservation.key)
         reply = self._storage.read(name) or b""
         if hashlib.sha256(reply).hexdigest() != entry.sha256:
@@ -174,9 +187,9 @@ class Ledger:
             try:
                 book = _Book(journal, where, self._mark)
             except AntherError as error:
-                raise AntherError(f"{error}; {RECOVER}") from error
+                raise AntherError(f"{error}; {RECOVERY_HINT}") from error
             ledger, events = book.history.ledger, book.history.events
-            head = None if (data := journal.head) is None else anchors.read_head(data, journal.head_at)
+            head = None if (data := journal.head) is None else anchors.parse_head(data, journal.head_location)
             asks_marker = charging or head is None
             marker = self._marker() if asks_marker else None
             anchors.check(ledger, journal.lines, head, marker, where)
@@ -189,10 +202,10 @@ class Ledger:
 
     def _marker(self) -> Marker | None:
         data = self._storage.read(MARKER)
-        return None if data is None else anchors.read_marker(data, self._storage.where(MARKER))
+        return None if data is None else anchors.parse_marker(data, self._storage.where(MARKER))
 
     def _mark(self, ledger: str, journal: Journal) -> None:
-        self._storage.write(MARKER, Marker(ledger, journal.head_at).to_json())
+        self._storage.write(MARKER, Marker(ledger, journal.head_location).to_json())
 
 
 class _Book:
@@ -218,12 +231,12 @@ class _Book:
         self._append(event)
 
     def keep_head(self) -> None:
-        self._journal.keep(Head(str(self.history.ledger), self.history.events, self._last).to_json())
+        self._journal.write_head(JournalHead(str(self.history.ledger), self.history.events, self._last).to_json())
 
     def _append(self, event: Mapping[str, Any]) -> None:
         stamped = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **event}
         line = hash_chain.line(stamped, self._last)
-        history, before = entries.then(self.history, stamped), self._digest.digest()
+        history, before = entries.apply_event(self.history, stamped), self._digest.digest()
         self._journal.append(line)
         self._digest.update(line + b"\n")
         self._last, self.history = hash_chain.head([line]), history
@@ -238,10 +251,10 @@ class _Replayed:
     """
 
     def __init__(self, most: int) -> None:
-        self._kept: dict[bytes, History] = {}  # least recently read first
+        self._kept: dict[bytes, LedgerHistory] = {}  # least recently read first
         self._most, self._lock = most, threading.Lock()
 
-    def __call__(self, digest: bytes, lines: Sequence[bytes], where: str) -> History:
+    def __call__(self, digest: bytes, lines: Sequence[bytes], where: str) -> LedgerHistory:
         """Raises AntherError for a line that is no event, one out of turn, or one that doesn't follow."""
         with self._lock:
             history = self._kept.pop(digest, None)
@@ -250,7 +263,7 @@ class _Replayed:
         self.go_on(digest, digest, history)
         return history
 
-    def go_on(self, before: bytes, digest: bytes, history: History) -> None:
+    def go_on(self, before: bytes, digest: bytes, history: LedgerHistory) -> None:
         """Keep the history of these lines instead of that of those before."""
         with self._lock:
             self._kept.pop(before, None)
@@ -274,14 +287,16 @@ def _outbox(key: Key) -> str:
     return f"{OUTBOX}/{hashlib.sha256(run.encode()).hexdigest()[:16]}-{number}-{purpose}.reply"
 
 
-def _of_plan(history: History, key: Key, plan: str) -> Entry | None:
+def _of_plan(history: LedgerHistory, key: Key, plan: str) -> LedgerEntry | None:
     """The entry of this key, which must be for the same plan."""
     entry = history.entries.get(key)
     if entry and entry.reservation.plan != plan:
-        raise Refusal(f"{_named(entry)} was reserved for another plan: a second one would be a second release")
+        raise RequestRefusedError(
+            f"{_named(entry)} was reserved for another plan: a second one would be a second release"
+        )
     return entry
 
 
-def _named(entry: Entry) -> str:
+def _named(entry: LedgerEntry) -> str:
     purpose = "" if entry.reservation.purpose == TRAIN else f"the {entry.reservation.purpose} of "
     return f"{purpose}round {entry.reservation.round} of run {entry.reservation.run!r}"

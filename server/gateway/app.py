@@ -34,17 +34,17 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from common import strict_json
 from common.errors import AntherError
-from conf.schemas.server import Limits
+from conf.schemas.server import LimitsConfig
 from protocol import messages
-from protocol.handshake import Enrolment, Hello
+from protocol.handshake import Enrollment, ServerHello
 from server.gateway import calls, identity
 from server.gateway.calls import Call
-from server.gateway.device_registry import Member, Register
-from server.gateway.fleet import Caller, Fleet, Passed
+from server.gateway.device_registry import DeviceRegistry, EnrolledDevice
+from server.gateway.fleet import Caller, FleetService, SuperLinkError
 from server.gateway.identity import Claim
-from server.gateway.limits import COMING, PIECE, Budget
-from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, Refusal, hostile
-from server.gateway.replies import Bound
+from server.gateway.limits import ACTIVATION_COST, PIECE_COST, RequestBudget
+from server.gateway.refusal import LATER, MALFORMED, TOO_LARGE, UNKNOWN, RequestRefused, hostile
+from server.gateway.replies import ReplyLimits
 from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
 
 log = logging.getLogger(__name__)
@@ -74,27 +74,27 @@ class Gateway:
     """
 
     inside: str
-    register: Register
-    hello: Callable[[], Hello]
+    register: DeviceRegistry
+    hello: Callable[[], ServerHello]
     authority: bytes
-    welcome: Callable[[str, str], None]
+    register_node: Callable[[str, str], None]
     node_of: Callable[[str], int | None] = lambda _: None
     largest: Callable[[], int] = lambda: _ADAPTER
     shelf: Sequence[BaseRoute] = ()
     verify: ssl.SSLContext | bool = True
     folder: Path = field(default_factory=lambda: Path(gettempdir()))
-    limits: Limits = field(default_factory=Limits)
-    proved: Callable[[Any, str], None] = lambda *_: None
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    on_authenticated: Callable[[Any, str], None] = lambda *_: None
     transport: httpx.AsyncBaseTransport | None = None
-    budget: Budget = field(init=False)
-    fleet: Fleet = field(init=False)
+    budget: RequestBudget = field(init=False)
+    fleet: FleetService = field(init=False)
     _complained: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.budget = Budget(self.limits)
-        self.fleet = Fleet(
+        self.budget = RequestBudget(self.limits)
+        self.fleet = FleetService(
             SuperLinkClient(self.inside, self.verify, self.transport),
-            lambda: Bound.of(self.largest()),
+            lambda: ReplyLimits.of(self.largest()),
             self.folder,
             registering=not self.authority,
         )
@@ -128,14 +128,14 @@ class Gateway:
     async def _enrol(self, request: Request) -> Response:
         try:
             body = await _body(request, _ENROLMENT)
-            asked = strict_json.from_plain(Enrolment, strict_json.loads(body))
+            asked = strict_json.from_plain(Enrollment, strict_json.loads(body))
             check_version(asked.protocol)
             key = identity.canonical(asked.key)
             if not (0 < len(asked.name) <= 64 and asked.name.isprintable()):
                 raise AntherError("a device's name has 1 to 64 printable characters: choose another with name=…")
-            member = await run_in_threadpool(self.register.enrol, asked.secret, key, asked.name)
-            await run_in_threadpool(self.welcome, key, member.name)
-        except Refusal as refusal:
+            member = await run_in_threadpool(self.register.enroll, asked.secret, key, asked.name)
+            await run_in_threadpool(self.register_node, key, member.name)
+        except RequestRefused as refusal:
             return _refused(refusal, request)
         except (AntherError, ValueError) as error:
             return JSONResponse({"error": str(error)}, status_code=403)
@@ -146,16 +146,16 @@ class Gateway:
         """Return the enrolled key that signed a request's path, or None."""
         if not self.authority:
             return ""
-        key = identity.proven(request.headers, request.scope["path"])
+        key = identity.authenticate(request.headers, request.scope["path"])
         return key if key is not None and self.member(key) is not None else None
 
-    def member(self, key: str) -> Member | None:
+    def member(self, key: str) -> EnrolledDevice | None:
         """Return the enrolled device with this key."""
         try:
-            return self.register.look().known(key)
+            return self.register.look().find(key)
         except AntherError as error:
             log.error("%s", error)
-            raise Refusal(LATER, "the server has to be looked after") from None
+            raise RequestRefused(LATER, "the server has to be looked after") from None
 
     async def answer(self, call: Call, request: Request, *, sending: Callable[[Response], Awaitable[None]]) -> None:
         """Carry out one call of the fleet protocol, and send its answer.
@@ -168,11 +168,11 @@ class Gateway:
         try:
             claim = self._claim(request)
             key = claim.name
-            self.proved(request.scope.get("client"), key)
-            self.budget.take(key, COMING if call in (calls.ACTIVATE, calls.DEACTIVATE) else 1.0)
-            with self.budget.working(key if call is not calls.HEARTBEAT else f"{key} heartbeat"):
+            self.on_authenticated(request.scope.get("client"), key)
+            self.budget.count_request(key, ACTIVATION_COST if call in (calls.ACTIVATE, calls.DEACTIVATE) else 1.0)
+            with self.budget.request_slot(key if call is not calls.HEARTBEAT else f"{key} heartbeat"):
                 await sending(await self._carried_out(call, request, claim))
-        except Refusal as refusal:
+        except RequestRefused as refusal:
             if refusal.hostile:
                 self._complain(key, refusal.reason)
             await sending(_refused(refusal, request))
@@ -180,18 +180,18 @@ class Gateway:
     async def _carried_out(self, call: Call, request: Request, claim: Claim) -> Response:
         message = await self._message(request, call, claim.name)
         try:
-            answer = await self.fleet.carry_out(call, message, self._caller(claim))
-        except Passed as passed:
+            answer = await self.fleet.execute_call(call, message, self._caller(claim))
+        except SuperLinkError as passed:
             return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
         return _pieces(answer.SerializeToString())
 
     def _claim(self, request: Request) -> Claim:
         """Authenticate the sender of a request. Refusal if it isn't enrolled."""
-        claim = identity.claimed(request.headers)
+        claim = identity.parse_claim(request.headers)
         if claim is None or (self.authority and self.member(claim.name) is None):
-            raise Refusal(UNKNOWN, _NOT_ENROLLED)
-        if not claim.proves(claim.time):
-            raise Refusal(UNKNOWN, "the signature is wrong, or the clock")
+            raise RequestRefused(UNKNOWN, _NOT_ENROLLED)
+        if not claim.verify_signature(claim.time):
+            raise RequestRefused(UNKNOWN, "the signature is wrong, or the clock")
         return claim
 
     def _caller(self, claim: Claim) -> Caller:
@@ -208,7 +208,7 @@ class Gateway:
         size = int(length) if length.isdecimal() and len(length) < 12 else call.most
         if size > call.most:
             raise hostile(f"a request of more than {call.most} bytes", TOO_LARGE)
-        with self.budget.reading(key, size):
+        with self.budget.reserve_memory(key, size):
             body = await _body(request, call.most)
         try:
             message = call.request.FromString(body)
@@ -219,7 +219,7 @@ class Gateway:
 
     def _complain(self, key: str, reason: str) -> None:
         """Count a hostile request against its sender, and log the sender at most once per interval."""
-        self.budget.punish(key)
+        self.budget.penalize(key)
         now = time.monotonic()
         if now - self._complained.get(key, -_QUIET) < _QUIET:
             return
@@ -259,13 +259,13 @@ class _Enrolled:
         try:
             key = self.gateway.allows(request)
             if key is None:
-                raise Refusal(UNKNOWN, _NOT_ENROLLED)
+                raise RequestRefused(UNKNOWN, _NOT_ENROLLED)
             if key:
-                self.gateway.proved(scope.get("client"), key)
-            self.gateway.budget.take(key, PIECE)
-            with self.gateway.budget.working(key):
+                self.gateway.on_authenticated(scope.get("client"), key)
+            self.gateway.budget.count_request(key, PIECE_COST)
+            with self.gateway.budget.request_slot(key):
                 await self.app(scope, receive, send)
-        except Refusal as refusal:
+        except RequestRefused as refusal:
             await _refused(refusal, request)(scope, receive, send)
 
 
@@ -279,7 +279,7 @@ def check_version(theirs: int) -> None:
 
 
 def now() -> str:
-    """Return the time for `Hello.time`, by which a device can see that its clock is off and why it is refused."""
+    """Return the time for `ServerHello.time`, by which a device can see that its clock is off and why it is refused."""
     return datetime.now(UTC).isoformat()
 
 
@@ -291,7 +291,7 @@ async def _body(request: Request, most: int) -> bytes:
             if len(found) > most:
                 raise hostile(f"a request of more than {most} bytes", TOO_LARGE)
     except ClientDisconnect:
-        raise Refusal(MALFORMED, "cut off") from None
+        raise RequestRefused(MALFORMED, "cut off") from None
     return bytes(found)
 
 
@@ -303,7 +303,7 @@ def _pieces(content: bytes) -> Response:
     return StreamingResponse(pieces(), media_type=PROTOBUF, headers={"content-length": str(len(content))})
 
 
-def _refused(refusal: Refusal, request: Request) -> Response:
+def _refused(refusal: RequestRefused, request: Request) -> Response:
     """Answer a request whose body may be unread: a long body is cut off."""
     length = request.headers.get("content-length", "0")
     short = "transfer-encoding" not in request.headers and length.isdecimal() and int(length[:12]) <= calls.HEAD

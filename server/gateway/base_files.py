@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.base import chunk_manifest
-from models.base.chunk_manifest import Manifest
+from models.base.chunk_manifest import ChunkManifest
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -24,7 +24,7 @@ MANIFEST_PATH = "/v1/anther/base/{base}/manifest"
 FILE_PATH = "/v1/anther/base/{base}/file/{number}"
 
 
-class Shelf:
+class BaseFiles:
     """Bases by their content hashes. Making it reads all of them, once; what changes afterwards devices refuse.
 
     Args:
@@ -53,13 +53,13 @@ class Shelf:
         """The file of this number, as it was asked for; None if there is none."""
         return self._files.get((base, number))
 
-    def _add(self, folder: Path, manifest: Manifest) -> None:
+    def _add(self, folder: Path, manifest: ChunkManifest) -> None:
         self._manifests[manifest.base] = manifest.encode()
         for number, file in enumerate(manifest.files):
             self._files[manifest.base, str(number)] = (folder / file.name).resolve()
 
 
-def routes(shelf: Shelf) -> list[Route]:
+def routes(shelf: BaseFiles) -> list[Route]:
     """Starlette's routes for what is on the shelf; they ask nobody who they are."""
     from starlette.responses import FileResponse, PlainTextResponse  # not on a device that only learns
     from starlette.responses import Response as Plain

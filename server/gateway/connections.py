@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from conf.schemas.server import Limits
+from conf.schemas.server import LimitsConfig
 
 _GRACE = 60.0  # seconds in which a request's speed isn't checked
 _PER_KEY = 32  # connections of one device
 _JUST_COME = 0.5  # seconds in which a new connection isn't evicted for another
 
 
-class Phase(Enum):
+class ConnectionPhase(Enum):
     """The event that a connection waits for."""
 
     HEAD = "a TLS handshake, or the head of a request"
@@ -41,7 +41,7 @@ class Connection:
     since: float
     """Start of the phase."""
     end: Callable[[], None]
-    phase: Phase = Phase.HEAD
+    phase: ConnectionPhase = ConnectionPhase.HEAD
     moved: float = 0.0
     """Time of the last byte received or sent."""
     bytes: int = 0
@@ -56,7 +56,7 @@ class Connection:
     def network(self) -> str:
         return network(self.address)
 
-    def enter(self, phase: Phase, now: float) -> None:
+    def enter(self, phase: ConnectionPhase, now: float) -> None:
         """Begin to wait for another event."""
         if phase is not self.phase:
             self.phase, self.since, self.moved, self.bytes = phase, now, now, 0
@@ -80,7 +80,7 @@ def _key(address: Any) -> Any:
 
 
 @dataclass
-class Connections:
+class ConnectionTable:
     """All open connections of a listener; used in its event loop only.
 
     Args:
@@ -88,7 +88,7 @@ class Connections:
         clock: seconds, monotonic.
     """
 
-    settings: Limits
+    settings: LimitsConfig
     clock: Callable[[], float] = time.monotonic
     total: int = 0
     """Most connections; 0: derived from the settings and the limit on open files."""
@@ -123,7 +123,7 @@ class Connections:
     def found(self, address: Any) -> Connection | None:
         return self._open.get(_key(address))
 
-    def prove(self, address: Any, key: str) -> None:
+    def mark_authenticated(self, address: Any, key: str) -> None:
         """Note that an enrolled key has authenticated on a connection; if the key has too many, close its oldest."""
         connection = self._open.get(_key(address))
         if connection is None or connection.key == key:
@@ -154,13 +154,13 @@ class Connections:
             connection.left, connection.moved = unsent, now
         quiet = now - connection.moved > self.settings.idle_seconds
         if unsent:
-            if connection.phase is Phase.HEAD:
+            if connection.phase is ConnectionPhase.HEAD:
                 connection.since = now  # the wait for the next head starts when this answer has been sent
             return quiet
         waited = now - connection.since
-        if connection.phase is Phase.HEAD:
+        if connection.phase is ConnectionPhase.HEAD:
             return waited > self.settings.header_seconds
-        if connection.phase is Phase.BODY:
+        if connection.phase is ConnectionPhase.BODY:
             slow = waited > _GRACE and connection.bytes < (waited - _GRACE) * self.settings.slowest_kib * 1024
             return quiet or slow
         return False
@@ -199,7 +199,7 @@ class Accepted(socket.socket):
 class Listener(socket.socket):
     """A listening socket that hands on connections which `connections` admits."""
 
-    connections: Connections
+    connections: ConnectionTable
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept one connection.

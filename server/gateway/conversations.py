@@ -16,8 +16,8 @@ from pathlib import Path
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
-from server.gateway.refusal import NOT_YOURS, Refusal, hostile
-from server.gateway.replies import Bound, Reply, promised
+from server.gateway.refusal import NOT_YOURS, RequestRefused, hostile
+from server.gateway.replies import Reply, ReplyLimits, tree_objects
 
 _REMEMBERED = 8  # messages; a SuperNode is given one at a time
 _OUTSTANDING = 4  # most replies of one node that the SuperLink keeps, such as late replies
@@ -29,7 +29,7 @@ _LONGEST_TTL = 1e9  # seconds
 
 
 @dataclass
-class Given:
+class DeliveredMessage:
     """A message that the node has pulled."""
 
     head: Metadata
@@ -46,56 +46,56 @@ class Given:
 
 
 @dataclass
-class Conversation:
+class NodeExchange:
     """The exchange with one node."""
 
     node: int
-    given: OrderedDict[str, Given] = field(default_factory=OrderedDict)
+    given: OrderedDict[str, DeliveredMessage] = field(default_factory=OrderedDict)
     reply: Reply | None = None
     outstanding: deque[tuple[int, str]] = field(default_factory=deque)
     """Run and id of each reply that was handed on, the oldest first."""
-    handed_on_session: str = ""
+    forwarded_session: str = ""
     """Session of the last reply that was handed on."""
     fetched: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Number of requests for each run and its app."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def gave(self, head: Message, tree: ObjectTree) -> None:
+    def record_delivery(self, head: Message, tree: ObjectTree) -> None:
         """Note that the node has pulled a message."""
         names, waiting = set(), [tree]
         while waiting:
             found = waiting.pop()
             names.add(found.object_id)
             waiting += found.children
-        self.given[head.metadata.message_id] = Given(head.metadata, frozenset(names))
+        self.given[head.metadata.message_id] = DeliveredMessage(head.metadata, frozenset(names))
         while len(self.given) > _REMEMBERED:
             self.given.popitem(last=False)
 
-    def message(self, identifier: str, run: int) -> Given:
+    def message(self, identifier: str, run: int) -> DeliveredMessage:
         """Return a message that this node was given in this run. Refusal if there is none."""
         found = self.given.get(identifier)
         if found is None or found.head.run_id != run:
-            raise Refusal(NOT_YOURS, "a message that this node wasn't given")
+            raise RequestRefused(NOT_YOURS, "a message that this node wasn't given")
         return found
 
     def check_run(self, run: int, what: str) -> None:
         """Refuse to describe a run that this node doesn't take part in, or to describe a run too often."""
         if not any(given.head.run_id == run for given in self.given.values()):
-            raise Refusal(NOT_YOURS, "a run that this node takes no part in")
+            raise RequestRefused(NOT_YOURS, "a run that this node takes no part in")
         self.fetched[what, run] += 1
         if self.fetched[what, run] > _FETCHES:
             raise hostile("the same run again and again")
 
-    def gives(self, identifier: str, run: int) -> Given:
+    def find_object(self, identifier: str, run: int) -> DeliveredMessage:
         """Find the message of an object that the node asks for. Refusal if there is none."""
         for given in reversed(self.given.values()):
             if given.head.run_id == run and identifier in given.objects:
                 if given.pulls[identifier] >= _PULLS:
                     raise hostile("the same object again and again")
                 return given
-        raise Refusal(NOT_YOURS, "an object of no message of this node's")
+        raise RequestRefused(NOT_YOURS, "an object of no message of this node's")
 
-    def begin(self, request: PushMessagesRequest, bound: Bound, folder: Path) -> Reply | None:
+    def begin(self, request: PushMessagesRequest, bound: ReplyLimits, folder: Path) -> Reply | None:
         """Begin a reply that a node starts to send; None if this reply was handed on already.
 
         Raises:
@@ -106,7 +106,7 @@ class Conversation:
         head, tree = request.messages_list[0], request.message_object_trees[0]
         given = self.message(head.metadata.reply_to_message_id, head.metadata.run_id)
         _check_head(head, given.head, self.node)
-        objects = promised(tree, bound.objects)
+        objects = tree_objects(tree, bound.objects)
         if head.metadata.message_id != tree.object_id:
             raise hostile("a reply whose id isn't that of its root")
         if given.answered is not None:
@@ -125,7 +125,7 @@ class Conversation:
         self.reply = Reply(_rebuilt(head), tree, runtime, objects, bound, folder)
         return self.reply
 
-    def handed_on(self, reply: Reply) -> tuple[int, str] | None:
+    def mark_forwarded(self, reply: Reply) -> tuple[int, str] | None:
         """Note that the SuperLink has a reply.
 
         Returns:
@@ -133,7 +133,7 @@ class Conversation:
         """
         metadata = reply.head.metadata
         self.drop(reply)
-        self.handed_on_session = reply.session
+        self.forwarded_session = reply.session
         if (given := self.given.get(metadata.reply_to_message_id)) is not None:
             given.answered = reply.identifier
         self.outstanding.append((metadata.run_id, reply.identifier))
@@ -160,7 +160,7 @@ def _check_head(head: Message, asked: Metadata, node: int) -> None:
         raise hostile("a reply with its content in its head")
     near = asked.created_at - _AHEAD <= metadata.created_at <= time.time() + _AHEAD
     if not (near and 0 < metadata.ttl <= _LONGEST_TTL):
-        raise Refusal(NOT_YOURS, "a reply whose times can't be: set the device's clock")
+        raise RequestRefused(NOT_YOURS, "a reply whose times can't be: set the device's clock")
 
 
 def _rebuilt(head: Message) -> Message:

@@ -33,7 +33,7 @@ class Issued:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class EnrolledDevice:
     """One device: its public key in OpenSSH's form is its name in the register."""
 
     name: str
@@ -47,22 +47,22 @@ class Contents:
     """All of the register."""
 
     tickets: dict[str, Issued] = field(default_factory=dict)
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, EnrolledDevice] = field(default_factory=dict)
 
-    def of(self, holder: str) -> list[Member]:
+    def of(self, holder: str) -> list[EnrolledDevice]:
         return [member for member in self.members.values() if member.holder == holder and not member.revoked]
 
-    def inside(self) -> dict[str, Member]:
+    def active_devices(self) -> dict[str, EnrolledDevice]:
         """Who is in, by public key."""
         return {key: member for key, member in self.members.items() if not member.revoked}
 
-    def known(self, key: str) -> Member | None:
+    def find(self, key: str) -> EnrolledDevice | None:
         """The device with this public key, unless it is none, or was revoked."""
         member = self.members.get(key)
         return None if member is None or member.revoked else member
 
 
-class Register:
+class DeviceRegistry:
     """The register in a folder.
 
     Args:
@@ -99,7 +99,7 @@ class Register:
             self._write(replace(contents, tickets={**contents.tickets, _hash(secret): ticket}))
         return secret
 
-    def enrol(self, secret: str, key: str, name: str) -> Member:
+    def enroll(self, secret: str, key: str, name: str) -> EnrolledDevice:
         """Let a device in; asked again by the same one, as after a reply that was lost, it is in already.
 
         Raises:
@@ -112,7 +112,7 @@ class Register:
         with self._locked() as contents:
             if (ticket := contents.tickets.get(mark)) is None:  # voided meanwhile
                 raise unknown
-            if ticket.used_by == key and (member := contents.known(key)):
+            if ticket.used_by == key and (member := contents.find(key)):
                 if member.name != name:
                     raise AntherError(
                         f"this device is in as {member.name}, and a name stays with its key, as does what it may still "
@@ -129,7 +129,7 @@ class Register:
                 raise AntherError("this device's key is known here already, or was revoked: enrol with a new one")
             if any(member.name == name for member in contents.members.values() if not member.revoked):
                 raise AntherError(f"another device is called {name}: choose another with name=…")
-            member = Member(name=name, holder=ticket.holder, since=now.isoformat(timespec="seconds"))
+            member = EnrolledDevice(name=name, holder=ticket.holder, since=now.isoformat(timespec="seconds"))
             self._write(
                 Contents(
                     tickets={**contents.tickets, mark: replace(ticket, used_by=key)},

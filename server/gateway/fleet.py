@@ -18,9 +18,9 @@ from starlette.concurrency import run_in_threadpool
 
 from server.gateway import calls
 from server.gateway.calls import Call
-from server.gateway.conversations import Conversation, Given
-from server.gateway.refusal import LATER, NOT_YOURS, UNKNOWN, Refusal, hostile
-from server.gateway.replies import Bound, Reply
+from server.gateway.conversations import DeliveredMessage, NodeExchange
+from server.gateway.refusal import LATER, NOT_YOURS, UNKNOWN, RequestRefused, hostile
+from server.gateway.replies import Reply, ReplyLimits
 from server.gateway.superlink_client import Answer, SuperLinkClient
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Caller(NamedTuple):
     """Node id; None if nodes have no keys (without TLS) and the node hasn't registered yet."""
 
 
-class Passed(Exception):  # noqa: N818
+class SuperLinkError(Exception):
     """A refusal by the SuperLink, passed on to the device."""
 
     def __init__(self, answer: Answer) -> None:
@@ -51,7 +51,7 @@ class Passed(Exception):  # noqa: N818
 
 
 @dataclass
-class Fleet:
+class FleetService:
     """All conversations with nodes.
 
     Args:
@@ -63,13 +63,13 @@ class Fleet:
     """
 
     superlink: SuperLinkClient
-    bound: Callable[[], Bound]
+    bound: Callable[[], ReplyLimits]
     folder: Path
     registering: bool = False
     spool_bytes: int = 4 << 30
-    conversations: OrderedDict[str, Conversation] = field(default_factory=OrderedDict)
+    conversations: OrderedDict[str, NodeExchange] = field(default_factory=OrderedDict)
 
-    async def carry_out(self, call: Call, message: Any, caller: Caller) -> Message:
+    async def execute_call(self, call: Call, message: Any, caller: Caller) -> Message:
         """Answer one call.
 
         Raises:
@@ -83,7 +83,7 @@ class Fleet:
             return await self._leave(call, message, caller, conversation)
         if message.node.node_id != conversation.node:
             raise hostile("another node's id", UNKNOWN)
-        handlers: dict[Call, Callable[[Any, Caller, Conversation], Awaitable[Message]]] = {
+        handlers: dict[Call, Callable[[Any, Caller, NodeExchange], Awaitable[Message]]] = {
             calls.HEARTBEAT: self._heartbeat,
             calls.PULL_MESSAGES: self._pull_messages,
             calls.GET_RUN: self._get_run,
@@ -104,20 +104,20 @@ class Fleet:
             found = await self._ask(call, calls.REGISTER.request(public_key=caller.pem), caller)
         else:
             if caller.node is None and not self.registering:
-                raise Refusal(LATER, "the federation is starting")
+                raise RequestRefused(LATER, "the federation is starting")
             asked = call.request(public_key=caller.pem, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
             found = await self._ask(call, asked, caller)
         self._begin(caller.key, found.node_id)
         return found
 
-    async def _leave(self, call: Call, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _leave(self, call: Call, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         if message.node_id != conversation.node:
             raise hostile("another node's id", UNKNOWN)
         if call is calls.UNREGISTER and not self.registering:
             raise hostile("nodes of this federation are enrolled, and don't register")
         return await self._ask(call, call.request(node_id=conversation.node), caller)
 
-    async def _heartbeat(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _heartbeat(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         del message
         return await self._ask(
             calls.HEARTBEAT,
@@ -125,46 +125,48 @@ class Fleet:
             caller,
         )
 
-    async def _pull_messages(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _pull_messages(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         del message
         async with conversation.lock:
             found = await self._ask(calls.PULL_MESSAGES, _request(calls.PULL_MESSAGES, conversation), caller)
             earlier = [name for name, given in conversation.given.items() if not given.confirmed]
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-                conversation.gave(head, tree)
+                conversation.record_delivery(head, tree)
             if found.messages_list:  # the node is done with the previous one: its objects would stay forever
                 for name in earlier:
-                    with contextlib.suppress(Passed, Refusal):
+                    with contextlib.suppress(SuperLinkError, RequestRefused):
                         await self._confirm_for(name, conversation.given.get(name), caller, conversation)
         return found
 
-    async def _get_run(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _get_run(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         conversation.check_run(message.run_id, "run")
         return await self._ask(calls.GET_RUN, _request(calls.GET_RUN, conversation, run_id=message.run_id), caller)
 
-    async def _get_fab(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _get_fab(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         conversation.check_run(message.run_id, "app")
         if len(message.hash_str) > 64:
             raise hostile("a hash that is none")
         asked = _request(calls.GET_FAB, conversation, run_id=message.run_id, hash_str=message.hash_str)
         return await self._ask(calls.GET_FAB, asked, caller)
 
-    async def _pull_object(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
-        given = conversation.gives(message.object_id, message.run_id)
+    async def _pull_object(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
+        given = conversation.find_object(message.object_id, message.run_id)
         found = await self._object(message.run_id, message.object_id, caller, conversation)
         if found.object_available:
             given.pulls[message.object_id] += 1
             given.sent.add(message.object_id)
         return found
 
-    async def _confirm(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _confirm(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         given = conversation.message(message.message_object_id, message.run_id)
         async with conversation.lock:
             if not await self._confirm_for(message.message_object_id, given, caller, conversation):
                 raise hostile("receipt of a message that isn't there yet", LATER)
         return calls.CONFIRM.response()
 
-    async def _confirm_for(self, name: str, given: Given | None, caller: Caller, conversation: Conversation) -> bool:
+    async def _confirm_for(
+        self, name: str, given: DeliveredMessage | None, caller: Caller, conversation: NodeExchange
+    ) -> bool:
         """Confirm a message's receipt, so that the SuperLink removes it; False if the server is still sending it.
 
         A SuperNode doesn't pull objects that it already holds, so the gateway checks for the others.
@@ -180,7 +182,7 @@ class Fleet:
         given.confirmed = True
         return True
 
-    async def _push_messages(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _push_messages(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         del caller
         async with conversation.lock:
             if conversation.reply is None:
@@ -196,25 +198,25 @@ class Fleet:
             response.objects_to_push.extend(reply.objects)
             return response
 
-    async def _push_object(self, message: Any, caller: Caller, conversation: Conversation) -> Message:
+    async def _push_object(self, message: Any, caller: Caller, conversation: NodeExchange) -> Message:
         async with conversation.lock:
             reply = conversation.reply
             if reply is None or reply.session != message.session_id or reply.head.metadata.run_id != message.run_id:
-                if conversation.handed_on_session == message.session_id:  # the last answer was lost
+                if conversation.forwarded_session == message.session_id:  # the last answer was lost
                     return calls.PUSH_OBJECT.response(stored=True)
-                raise Refusal(NOT_YOURS, "an object of no reply")
+                raise RequestRefused(NOT_YOURS, "an object of no reply")
             try:
                 await run_in_threadpool(reply.add, message.object_id, message.object_content)
-                if reply.whole:
+                if reply.is_complete:
                     await self._hand_on(reply, caller, conversation)
             except OSError as error:
                 log.error("a reply can't be kept: %s", error)
-                raise Refusal(LATER, "the server has no room") from None
+                raise RequestRefused(LATER, "the server has no room") from None
         return calls.PUSH_OBJECT.response(stored=True)
 
-    async def _hand_on(self, reply: Reply, caller: Caller, conversation: Conversation) -> None:
+    async def _hand_on(self, reply: Reply, caller: Caller, conversation: NodeExchange) -> None:
         """Hand a complete reply on to the SuperLink."""
-        reply.tries += 1
+        reply.attempts += 1
         run = reply.head.metadata.run_id
         asked = _request(
             calls.PUSH_MESSAGES,
@@ -241,25 +243,25 @@ class Fleet:
                     caller,
                 )
                 if not stored.stored:
-                    status = LATER if reply.tries < _TRIES else NOT_YOURS
-                    raise Refusal(status, "the server doesn't take this reply")
-        except Passed:  # e.g. the run is over
+                    status = LATER if reply.attempts < _TRIES else NOT_YOURS
+                    raise RequestRefused(status, "the server doesn't take this reply")
+        except SuperLinkError:  # e.g. the run is over
             conversation.drop(reply)
             raise
-        except Refusal:
-            if reply.tries >= _TRIES:
+        except RequestRefused:
+            if reply.attempts >= _TRIES:
                 conversation.drop(reply)
             raise
-        if (old := conversation.handed_on(reply)) is not None:
-            with contextlib.suppress(Passed, Refusal):
+        if (old := conversation.mark_forwarded(reply)) is not None:
+            with contextlib.suppress(SuperLinkError, RequestRefused):
                 await self._remove(*old, caller, conversation)
 
-    async def _object(self, run: int, identifier: str, caller: Caller, conversation: Conversation) -> Any:
+    async def _object(self, run: int, identifier: str, caller: Caller, conversation: NodeExchange) -> Any:
         return await self._ask(
             calls.PULL_OBJECT, _request(calls.PULL_OBJECT, conversation, run_id=run, object_id=identifier), caller
         )
 
-    async def _remove(self, run: int, message: str, caller: Caller, conversation: Conversation) -> None:
+    async def _remove(self, run: int, message: str, caller: Caller, conversation: NodeExchange) -> None:
         """Have the SuperLink remove a message's objects, if they are there."""
         asked = _request(calls.CONFIRM, conversation, run_id=run, message_object_id=message)
         await self._ask(calls.CONFIRM, asked, caller)
@@ -267,30 +269,30 @@ class Fleet:
     async def _ask(self, call: Call, message: Message, caller: Caller) -> Any:
         answer = await self.superlink.ask(call, message, caller.headers)
         if answer.status >= 500:  # e.g. a locked database
-            raise Refusal(LATER, "the server is busy")
+            raise RequestRefused(LATER, "the server is busy")
         if answer.status != 200:
-            raise Passed(answer)
+            raise SuperLinkError(answer)
         return call.response.FromString(answer.content)
 
-    def _conversation(self, caller: Caller) -> Conversation:
+    def _conversation(self, caller: Caller) -> NodeExchange:
         found = self.conversations.get(caller.key)
         node = caller.node
         if node is None and found is not None:
             node = found.node
         if node is None:
-            raise Refusal(UNKNOWN if self.registering else LATER, "this node hasn't come yet")
+            raise RequestRefused(UNKNOWN if self.registering else LATER, "this node hasn't come yet")
         if found is None or found.node != node:
             found = self._begin(caller.key, node)
         self.conversations.move_to_end(caller.key)
         return found
 
-    def _begin(self, key: str, node: int) -> Conversation:
+    def _begin(self, key: str, node: int) -> NodeExchange:
         """Return the conversation with a node, or begin a new one if the node has a new id."""
         found = self.conversations.get(key)
         if found is None or found.node != node:
             if found is not None:
                 found.close()
-            found = self.conversations[key] = Conversation(node)
+            found = self.conversations[key] = NodeExchange(node)
         while len(self.conversations) > _CONVERSATIONS:
             _, oldest = self.conversations.popitem(last=False)
             oldest.close()
@@ -303,14 +305,14 @@ class Fleet:
         if total <= self.spool_bytes:
             return
         for conversation, reply in replies:
-            if time.monotonic() - reply.touched > _STALLED:
+            if time.monotonic() - reply.last_arrival > _STALLED:
                 total -= reply.size
                 conversation.drop(reply)
         if total > self.spool_bytes:
-            raise Refusal(LATER, "the server is busy")
+            raise RequestRefused(LATER, "the server is busy")
 
 
-def _request(call: Call, conversation: Conversation, **fields: Any) -> Message:
+def _request(call: Call, conversation: NodeExchange, **fields: Any) -> Message:
     """Make a request on behalf of the conversation's node."""
     found: Any = call.request(**fields)
     found.node.node_id = conversation.node

@@ -42,7 +42,7 @@ class Claim:
     time: str
     signature: str
 
-    def proves(self, signed: str, *, now: datetime | None = None) -> bool:
+    def verify_signature(self, signed: str, *, now: datetime | None = None) -> bool:
         """Whether the key signed this text, at a time within `TOLERANCE` of the server's clock."""
         try:
             apart = abs(((now or datetime.now(UTC)) - datetime.fromisoformat(self.time)).total_seconds())
@@ -59,20 +59,20 @@ class Claim:
         return {KEY: base64.b64encode(pem(self.key)).decode(), TIME: self.time, SIGNATURE: self.signature}
 
 
-def claimed(headers: Headers) -> Claim | None:
+def parse_claim(headers: Headers) -> Claim | None:
     """Return the identity that a request claims; None if a header is missing, duplicate or not a valid key."""
     values = [headers.getlist(name) for name in (KEY, TIME, SIGNATURE)]
     if any(len(found) != 1 or len(found[0]) > _LONGEST for found in values):
         return None
     (key,), (time,), (signature,) = values
     found = _key(key)
-    return None if found is None else Claim(found, written(found), time, signature)
+    return None if found is None else Claim(found, to_openssh(found), time, signature)
 
 
-def proven(headers: Headers, path: str, *, now: datetime | None = None) -> str | None:
+def authenticate(headers: Headers, path: str, *, now: datetime | None = None) -> str | None:
     """Return the key that signed this path at a time within `TOLERANCE`, in OpenSSH's form, or None."""
-    claim = claimed(headers)
-    return claim.name if claim is not None and claim.proves(f"{claim.time} {path}", now=now) else None
+    claim = parse_claim(headers)
+    return claim.name if claim is not None and claim.verify_signature(f"{claim.time} {path}", now=now) else None
 
 
 def canonical(key: str) -> str:
@@ -87,10 +87,10 @@ def canonical(key: str) -> str:
         found = None
     if not isinstance(found, ec.EllipticCurvePublicKey) or found.curve.name != _CURVE:
         raise AntherError("the public key must be ecdsa-sha2-nistp384, as anther device enroll makes it")
-    return written(found)
+    return to_openssh(found)
 
 
-def written(key: Any) -> str:
+def to_openssh(key: Any) -> str:
     """A public key in OpenSSH's form, without a comment."""
     text: bytes = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return text.decode()

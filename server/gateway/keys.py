@@ -17,13 +17,13 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from common.errors import TOLD, AntherError, told
-from conf.schemas.server import Server
+from common.errors import REPORTED_ERRORS, AntherError, told
+from conf.schemas.server import ServerConfig
 from protocol.ticket import Ticket
 from server.gateway import pki
-from server.gateway.device_registry import Register, ticket_name
+from server.gateway.device_registry import DeviceRegistry, ticket_name
 from server.supervisor import server_dir
-from server.supervisor.server_dir import Place
+from server.supervisor.server_dir import ServerDir
 
 DONE, USAGE = 0, 2
 
@@ -37,24 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("device", nargs="?", help="with revoke: its name, or an open ticket's, as in the list")
     parser.add_argument("--folder", help="the federation's folder (server.folder; default: in ANTHER_HOME)")
     parser.add_argument("--host", nargs="+", default=[], help="names and addresses that devices reach this server by")
-    parser.add_argument("--port", type=int, default=Server.port)
+    parser.add_argument("--port", type=int, default=ServerConfig.port)
     parser.add_argument("--holder", help="with ticket: whose device it is for")
     parser.add_argument("--days", type=float, default=7.0, help="with ticket: how long it is good for")
     asked = parser.parse_args(arguments)
     try:
         print(_act(server_dir.of(asked.folder), asked))
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE
 
 
-def _act(here: Place, asked: argparse.Namespace) -> str:
+def _act(here: ServerDir, asked: argparse.Namespace) -> str:
     if asked.command == "init":
         here.prepare(asked.host, asked.port)
         hosts = ", ".join(pki.hosts_of(here.certificates.certificate.read_bytes()))
         return f"{here.folder}: certificates for {hosts}. Keep a copy of authority.key elsewhere."
-    register = Register(here.folder, per_holder=here.address().per_holder)
+    register = DeviceRegistry(here.folder, per_holder=here.address().per_holder)
     match asked.command:
         case "ticket":
             if not asked.holder:
@@ -65,7 +65,7 @@ def _act(here: Place, asked: argparse.Namespace) -> str:
         case "revoke":
             if not asked.device:
                 raise AntherError("revoke: say which device or ticket; anther keys list shows all")
-            was_in = any(member.name == asked.device for member in register.look().inside().values())
+            was_in = any(member.name == asked.device for member in register.look().active_devices().values())
             register.revoke(asked.device)
             if not was_in:
                 return f"{asked.device} lets nobody in any more."
@@ -75,7 +75,7 @@ def _act(here: Place, asked: argparse.Namespace) -> str:
             return "a new certificate is there, and a server that runs shows it at once. Devices need nothing."
 
 
-def ticket(here: Place, register: Register, holder: str, days: float) -> str:
+def ticket(here: ServerDir, register: DeviceRegistry, holder: str, days: float) -> str:
     """What one device needs to come in."""
     if not days > 0:
         raise AntherError(f"--days {days:g}: must be over 0")
@@ -84,7 +84,7 @@ def ticket(here: Place, register: Register, holder: str, days: float) -> str:
     return str(Ticket(f"{host}:{address.port}", register.issue(holder, days=days), here.fingerprint()))
 
 
-def listed(register: Register) -> str:
+def listed(register: DeviceRegistry) -> str:
     """A line for each device and each open ticket."""
     found, now = register.look(), datetime.now(UTC).isoformat()
     lines = [

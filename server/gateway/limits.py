@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from conf.schemas.server import Limits
-from server.gateway.refusal import LATER, Refusal
+from conf.schemas.server import LimitsConfig
+from server.gateway.refusal import LATER, RequestRefused
 
-HOSTILE = 30.0  # requests that a hostile one (never sent by our SuperNodes) counts as
-PIECE = 0.1  # requests that one for a piece of the base counts as: a large base has thousands
-COMING = 30.0  # requests that coming or leaving counts as: the server must query the node each time
+HOSTILE_COST = 30.0  # requests that a hostile one (never sent by our SuperNodes) counts as
+PIECE_COST = 0.1  # requests that one for a piece of the base counts as: a large base has thousands
+ACTIVATION_COST = 30.0  # requests that coming or leaving counts as: the server must query the node each time
 
 SHARE = 0.25  # largest share of the memory for bodies for one key
 
@@ -26,7 +26,7 @@ class _Bucket:
     at: float
 
 
-class Budget:
+class RequestBudget:
     """Limits on requests per minute and concurrent requests by key, and on bytes of bodies by key and in total.
 
     Args:
@@ -34,13 +34,13 @@ class Budget:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, settings: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: LimitsConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
         self._buckets: dict[str, _Bucket] = {}
         self._working: Counter[str] = Counter()
         self._reading: Counter[str] = Counter()
 
-    def take(self, key: str, amount: float = 1.0) -> None:
+    def count_request(self, key: str, amount: float = 1.0) -> None:
         """Count a request of a key.
 
         Raises:
@@ -48,19 +48,19 @@ class Budget:
         """
         bucket = self._refilled(key)
         if bucket.left <= 0:
-            raise Refusal(LATER, "too many requests; try again in a minute")
+            raise RequestRefused(LATER, "too many requests; try again in a minute")
         bucket.left -= amount
 
-    def punish(self, key: str) -> None:
+    def penalize(self, key: str) -> None:
         """Count a hostile request as many requests."""
         bucket = self._refilled(key)
-        bucket.left = max(bucket.left - HOSTILE, -float(self._settings.requests_per_minute))
+        bucket.left = max(bucket.left - HOSTILE_COST, -float(self._settings.requests_per_minute))
 
     @contextmanager
-    def working(self, key: str) -> Iterator[None]:
+    def request_slot(self, key: str) -> Iterator[None]:
         """Hold one of the requests that a key may have at once. Refusal if it holds all of them."""
         if self._working[key] >= self._settings.concurrent:
-            raise Refusal(LATER, "too many requests at once")
+            raise RequestRefused(LATER, "too many requests at once")
         self._working[key] += 1
         try:
             yield
@@ -70,7 +70,7 @@ class Budget:
                 del self._working[key]
 
     @contextmanager
-    def reading(self, key: str, size: int) -> Iterator[None]:
+    def reserve_memory(self, key: str, size: int) -> Iterator[None]:
         """Reserve memory for a body of this many bytes.
 
         Raises:
@@ -78,7 +78,7 @@ class Budget:
         """
         most, own = self._settings.body_mib * 2**20, self._reading[key]
         if self._reading.total() + size > most or (own and own + size > most * SHARE):
-            raise Refusal(LATER, "the server is busy")
+            raise RequestRefused(LATER, "the server is busy")
         self._reading[key] += size
         try:
             yield

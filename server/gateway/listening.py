@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.errors import AntherError
 from server.gateway.app import Gateway
-from server.gateway.connections import Connection, Connections, Listener, Phase
+from server.gateway.connections import Connection, ConnectionPhase, ConnectionTable, Listener
 from server.supervisor.superlink import Certificates
 
 _HEAD = 16 << 10  # bytes of a request's head
@@ -25,7 +25,7 @@ _KEEP_ALIVE = 15  # seconds that a connection stays open for the next request
 class WatchedProtocol(H11Protocol):
     """HTTP/1.1 protocol that records the event that its connection waits for."""
 
-    admitted: Connections
+    admitted: ConnectionTable
     watched: Connection | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -60,13 +60,13 @@ class WatchedProtocol(H11Protocol):
         if self.watched is None:
             return
         if self.conn.their_state is h11.SEND_BODY:
-            phase = Phase.BODY
+            phase = ConnectionPhase.BODY
         elif self.cycle is not None and not self.cycle.response_complete:
-            phase = Phase.ANSWER
+            phase = ConnectionPhase.ANSWER
         else:
-            phase = Phase.HEAD
+            phase = ConnectionPhase.HEAD
         now = self.admitted.clock()
-        if again and phase is Phase.HEAD:
+        if again and phase is ConnectionPhase.HEAD:
             self.watched.since = now
         self.watched.enter(phase, now)
 
@@ -74,7 +74,7 @@ class WatchedProtocol(H11Protocol):
 class _Server(uvicorn.Server):
     """A server that runs in a thread and closes slow connections."""
 
-    connections: Connections
+    connections: ConnectionTable
 
     def install_signal_handlers(self) -> None:
         """Install no signal handlers: the process has its own."""
@@ -87,8 +87,8 @@ class _Server(uvicorn.Server):
 
 def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates | None) -> uvicorn.Server:
     """Open the gateway in a thread of its own; AntherError if nothing can listen at that address."""
-    connections = Connections(gateway.limits)
-    gateway.proved = connections.prove
+    connections = ConnectionTable(gateway.limits)
+    gateway.on_authenticated = connections.mark_authenticated
     protocol = type("Protocol", (WatchedProtocol,), {"admitted": connections})
     listener = _listener(host, port, connections)
     config = uvicorn.Config(
@@ -120,13 +120,13 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
     return server
 
 
-def show(server: uvicorn.Server, certificates: Certificates) -> None:
+def reload_certificate(server: uvicorn.Server, certificates: Certificates) -> None:
     """Use this certificate from the next connection on."""
     assert isinstance(server.config.ssl, ssl.SSLContext)
     server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
 
 
-def _listener(host: str, port: int, connections: Connections) -> Listener:
+def _listener(host: str, port: int, connections: ConnectionTable) -> Listener:
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = Listener(family, kind)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from server.gateway.device_registry import Register
-from server.supervisor.superlink import SuperLink
+from server.gateway.device_registry import DeviceRegistry
+from server.supervisor.superlink import SuperLinkProcess
 
 
 @dataclass
-class Members:
+class EnrolledNodes:
     """Map from enrolled devices to nodes of the SuperLink.
 
     Without certificates, the SuperLink doesn't authenticate nodes, and has no names.
     """
 
-    register: Register
-    superlink: SuperLink
+    register: DeviceRegistry
+    superlink: SuperLinkProcess
     _ids: dict[str, int] = field(default_factory=dict)  # by public key
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -34,19 +34,19 @@ class Members:
             return
         with self._lock:
             control = self.superlink.control
-            there, members = control.nodes(), self.register.look().inside()
+            there, members = control.nodes(), self.register.look().active_devices()
             for key in there.keys() - members.keys():
                 control.unregister(there.pop(key))
             for key in members.keys() - there.keys():
                 there[key] = control.register(key, members[key].name)
             self._ids = there
 
-    def shut_out(self) -> None:
+    def remove_revoked(self) -> None:
         """Remove revoked devices from the SuperLink; the gateway refuses them already."""
-        if self._ids.keys() - self.register.look().inside().keys():
+        if self._ids.keys() - self.register.look().active_devices().keys():
             self.reconcile()
 
-    def welcome(self, key: str, name: str) -> None:
+    def register_node(self, key: str, name: str) -> None:
         """Register a newly enrolled device with the SuperLink."""
         with self._lock:
             if key not in self._ids:

@@ -29,14 +29,14 @@ AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 _SKEW = timedelta(hours=24)  # clocks of small boards without a battery run behind
 
 
-class Pair(NamedTuple):
+class KeyPair(NamedTuple):
     """A certificate and its private key, as PEM."""
 
     certificate: bytes
     key: bytes
 
 
-def authority(name: str) -> Pair:
+def authority(name: str) -> KeyPair:
     """A new authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -50,7 +50,7 @@ def authority(name: str) -> Pair:
     return _pair(certificate, key)
 
 
-def issue(by: Pair, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> Pair:
+def issue(by: KeyPair, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> KeyPair:
     """A certificate for a server that is reached under these names and addresses.
 
     Raises:
@@ -130,6 +130,6 @@ def _name(host: str) -> x509.GeneralName:
         raise AntherError(f"{host!r}: neither a host's name nor an address") from None
 
 
-def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
+def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> KeyPair:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return Pair(certificate.public_bytes(Encoding.PEM), private)
+    return KeyPair(certificate.public_bytes(Encoding.PEM), private)

@@ -7,7 +7,7 @@ from __future__ import annotations
 UNKNOWN, NOT_YOURS, MALFORMED, TOO_LARGE, LATER = 401, 403, 400, 413, 503
 
 
-class Refusal(Exception):  # noqa: N818 - nothing is wrong with the server
+class RequestRefused(Exception):  # noqa: N818 - nothing is wrong with the server
     """Refusal of a request.
 
     Args:
@@ -21,6 +21,6 @@ class Refusal(Exception):  # noqa: N818 - nothing is wrong with the server
         self.status, self.reason, self.hostile = status, reason, hostile
 
 
-def hostile(reason: str, status: int = NOT_YOURS) -> Refusal:
+def hostile(reason: str, status: int = NOT_YOURS) -> RequestRefused:
     """Make the refusal of a request that our SuperNodes never send."""
-    return Refusal(status, reason, hostile=True)
+    return RequestRefused(status, reason, hostile=True)

@@ -35,14 +35,14 @@ _PUSHES = 32  # pushes of one object, since connections break: each is read and 
 _IN_MEMORY = 256 << 10  # bytes of a reply that are kept in memory, not on disk
 
 
-class Bound(NamedTuple):
+class ReplyLimits(NamedTuple):
     """Limits on the content of one reply."""
 
     objects: int
     bytes: int
 
     @classmethod
-    def of(cls, adapter: int) -> Bound:
+    def of(cls, adapter: int) -> ReplyLimits:
         """Make the limits for adapters of at most this many bytes."""
         size = adapter + _BESIDE
         return cls(objects=_WITHOUT_DATA + -(-size // CHUNK), bytes=size)
@@ -55,7 +55,7 @@ class Promised(NamedTuple):
     children: frozenset[str]
 
 
-def promised(tree: ObjectTree, most: int) -> dict[str, Promised]:
+def tree_objects(tree: ObjectTree, most: int) -> dict[str, Promised]:
     """List the objects that a tree names, children before their parents.
 
     Args:
@@ -131,13 +131,13 @@ class Reply:
     tree: ObjectTree
     runtime: float
     objects: dict[str, Promised]
-    bound: Bound
+    bound: ReplyLimits
     folder: Path
     session: str = field(default_factory=lambda: secrets.token_hex(16))
-    tries: int = 0
+    attempts: int = 0
     """Failed attempts to hand the reply on."""
     size: int = 0
-    touched: float = field(default_factory=time.monotonic)
+    last_arrival: float = field(default_factory=time.monotonic)
     """Time of the last arrival of an object."""
     _pushes: Counter[str] = field(default_factory=Counter)
     _places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and length, by id
@@ -149,7 +149,7 @@ class Reply:
         return str(self.tree.object_id)
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         return len(self._places) == len(self.objects)
 
     def add(self, identifier: str, content: bytes) -> None:
@@ -175,7 +175,7 @@ class Reply:
         self._spool.seek(self.size)
         self._spool.write(content)
         self._places[identifier] = self.size, len(content)
-        self.touched = time.monotonic()
+        self.last_arrival = time.monotonic()
         self.size += len(content)
 
     def content(self, identifier: str) -> bytes:

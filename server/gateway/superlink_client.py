@@ -12,7 +12,7 @@ import httpx
 from google.protobuf.message import Message
 
 from server.gateway.calls import Call
-from server.gateway.refusal import LATER, Refusal
+from server.gateway.refusal import LATER, RequestRefused
 
 PROTOBUF = "application/protobuf"
 _TIMEOUT = 60.0  # seconds
@@ -69,5 +69,5 @@ class SuperLinkClient:
                     call.path, content=message.SerializeToString(), headers={**headers, **own}
                 )
         except httpx.TransportError:
-            raise Refusal(LATER, "the federation is starting again") from None
+            raise RequestRefused(LATER, "the federation is starting again") from None
         return Answer(found.status_code, found.content, found.headers.get("content-type", PROTOBUF))

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 import httpx
 from flwr.app import Message
 
-from server.grid.runtime_grid import Head, RuntimeGrid, unpacked
+from server.grid.runtime_grid import ReplyHead, RuntimeGrid, unpacked
 
 
-class Arrivals:
+class IncomingReplies:
     """Heads of replies whose objects have not all arrived.
 
     No part of a reply is kept in memory before the reply is complete. Otherwise a device could occupy memory
@@ -23,9 +23,9 @@ class Arrivals:
 
     def __init__(self, grid: RuntimeGrid, *, most: int) -> None:
         self._grid, self._most = grid, most
-        self._heads: dict[str, Head] = {}  # by the id of the message that each answers
+        self._heads: dict[str, ReplyHead] = {}  # by the id of the message that each answers
 
-    def look(self, identifiers: Collection[str]) -> Mapping[str, Exception]:
+    def poll_heads(self, identifiers: Collection[str]) -> Mapping[str, Exception]:
         """Ask for the heads of replies to these messages, and return the errors by message id.
 
         Raises:
@@ -42,7 +42,7 @@ class Arrivals:
             return self._one_by_one(asked)
         return {}
 
-    def promised(self, identifiers: Iterable[str]) -> list[str]:
+    def with_head(self, identifiers: Iterable[str]) -> list[str]:
         """Return the messages for which the head of a reply has arrived, fewest objects first."""
         return sorted((name for name in identifiers if name in self._heads), key=lambda name: len(self._objects(name)))
 
@@ -50,7 +50,7 @@ class Arrivals:
         """Return the reply to a message whose head has arrived; None if it is incomplete.
 
         Raises:
-            httpx.TransportError: as for `look`.
+            httpx.TransportError: as for `poll_heads`.
             Exception: the reply can't be fetched or unpacked, and is dropped.
         """
         head = self._heads[identifier]
@@ -95,5 +95,5 @@ class Arrivals:
                 wrong[name] = error
         return wrong
 
-    def _keep(self, heads: Iterable[Head], asked: Collection[str]) -> None:
+    def _keep(self, heads: Iterable[ReplyHead], asked: Collection[str]) -> None:
         self._heads |= {head.request: head for head in heads if head.request in asked}

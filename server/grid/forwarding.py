@@ -8,10 +8,10 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from server.rounds.collect import give_up
+from server.rounds.collect import abandon_messages
 
 
-class Forwarding(Grid):
+class ForwardingGrid(Grid):
     """A grid that forwards every call to another grid, except `send_and_receive`."""
 
     def __init__(self, grid: Grid) -> None:
@@ -39,4 +39,4 @@ class Forwarding(Grid):
         return self._grid.pull_messages(message_ids)
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        give_up(self._grid, message_ids)
+        abandon_messages(self._grid, message_ids)

@@ -9,24 +9,24 @@ from typing import Protocol
 
 from flwr.app import Message
 
-from server.rounds.collect import Limited
+from server.rounds.collect import TimeLimitedGrid
 
 log = logging.getLogger(__name__)
 
 
-class Asking(Limited, Protocol):
-    """Operations that queries need from a grid (`server.grid.validating_grid.Gated`)."""
+class Asking(TimeLimitedGrid, Protocol):
+    """Operations that queries need from a grid (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Note that no reply to these messages will be pulled."""
         ...
 
-    def leave_out(self, node: int) -> None:
+    def exclude_node(self, node: int) -> None:
         """Leave a node out for a while."""
         ...
 
 
-class Inquiries:
+class PendingQueries:
     """Pending queries, until they are answered or expire; at most one per node.
 
     Args:
@@ -39,7 +39,7 @@ class Inquiries:
         self._asked: dict[int, tuple[str, float]] = {}  # by node: the message's id, and when it was sent
 
     def ask(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
-        """Send queries, and yield answers to these and to earlier ones, as `server.grid.validating_grid.Gated.inquire`."""
+        """Send queries, and yield answers to these and to earlier ones, as `server.grid.validating_grid.ValidatingGrid.query_nodes`."""
         new = [message for message in messages if message.metadata.dst_node_id not in self._asked]
         now = time.monotonic()
         for message, name in zip(new, self._grid.push(new, timeout), strict=True):
@@ -53,7 +53,7 @@ class Inquiries:
             for node, (name, since) in list(self._asked.items()):
                 if now >= since + timeout:
                     log.warning("node %d did not answer in %.0f s", node, timeout)
-                    self._grid.leave_out(node)
+                    self._grid.exclude_node(node)
                     self._grid.forget([name])
                     del self._asked[node]
             left = max((since + wait - now for _, since in self._asked.values()), default=0.0)

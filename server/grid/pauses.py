@@ -11,7 +11,7 @@ TIMES = 4.0
 """Exclusion as a multiple of the time waited in vain, so that a node costs at most a fifth of the others' time."""
 
 
-class Pauses:
+class NodeBackoff:
     """Excluded nodes, with the end of each exclusion.
 
     Args:
@@ -39,7 +39,7 @@ class Pauses:
         self._until.pop(node, None)
         self._length.pop(node, None)
 
-    def without(self, nodes: Iterable[int]) -> list[int]:
+    def available(self, nodes: Iterable[int]) -> list[int]:
         """Return the nodes that are not excluded now."""
         now = self._now()
         return [node for node in nodes if self._until.get(node, now) <= now]

@@ -24,11 +24,11 @@ CALL = 30.0
 """Time limit of one call, in seconds."""
 
 
-class Gone(Exception):  # noqa: N818  # of one reply, and no error of ours
+class ReplyDiscarded(Exception):  # noqa: N818  # of one reply, and no error of ours
     """A promised object will no longer be sent."""
 
 
-class Head(NamedTuple):
+class ReplyHead(NamedTuple):
     """Information about a reply that is available before its objects are pulled."""
 
     request: str
@@ -81,7 +81,7 @@ class RuntimeGrid(HttpGrid):
             raise ValueError("the SuperLink did not take the message")
         return identifier
 
-    def heads(self, identifiers: Iterable[str], *, most: int) -> Iterator[Head]:
+    def heads(self, identifiers: Iterable[str], *, most: int) -> Iterator[ReplyHead]:
         """Yield heads of the replies that have arrived for these messages, each once.
 
         Args:
@@ -90,7 +90,7 @@ class RuntimeGrid(HttpGrid):
         found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(identifiers)))
         for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             meta = message.metadata
-            yield Head(meta.reply_to_message_id, meta.message_id, object_ids(tree, most + 1))
+            yield ReplyHead(meta.reply_to_message_id, meta.message_id, object_ids(tree, most + 1))
 
     def object(self, identifier: str) -> bytes | None:
         """Return the content of an object; None if it has not been sent yet.
@@ -101,7 +101,7 @@ class RuntimeGrid(HttpGrid):
         run = self.run.run_id
         found = self._runtime_client.PullObject(PullObjectRequest(node=self.node, run_id=run, object_id=identifier))
         if not found.object_found:
-            raise Gone("the device stopped sending it half-way")
+            raise ReplyDiscarded("the device stopped sending it half-way")
         return found.object_content if found.object_available else None
 
     def confirm(self, reply: str) -> None:
@@ -110,7 +110,7 @@ class RuntimeGrid(HttpGrid):
         self._runtime_client.ConfirmMessageReceived(request)
 
 
-def unpacked(head: Head, contents: dict[str, bytes]) -> Message:
+def unpacked(head: ReplyHead, contents: dict[str, bytes]) -> Message:
     """Assemble a message from its objects.
 
     Raises:

@@ -37,13 +37,13 @@ from google.protobuf.message import DecodeError
 
 from common.errors import summary
 from protocol.records import UNREADABLE
-from server.grid.arrivals import Arrivals
-from server.grid.forwarding import Forwarding
-from server.grid.inquiries import Inquiries
-from server.grid.pauses import Pauses
-from server.grid.runtime_grid import Gone, RuntimeGrid
+from server.grid.arrivals import IncomingReplies
+from server.grid.forwarding import ForwardingGrid
+from server.grid.inquiries import PendingQueries
+from server.grid.pauses import NodeBackoff
+from server.grid.runtime_grid import ReplyDiscarded, RuntimeGrid
 from server.rounds.collect import collect
-from server.supervisor.memory_limit import memory_at_most
+from server.supervisor.memory_limit import memory_limit
 from strategies.clock import WallClock
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ _UNPACKING = (  # what Flower raises over content, where it pulls and unpacks in
 )
 
 
-class Gated(Forwarding):
+class ValidatingGrid(ForwardingGrid):
     """A grid that no node can hold up or break.
 
     A message that can't be sent, or a reply that can't be had or read, arrives as an error of its node.
@@ -84,7 +84,7 @@ class Gated(Forwarding):
     def __init__(self, grid: Grid, *, largest: int, poll: float = _POLL) -> None:
         self._calls = RuntimeGrid(grid) if isinstance(grid, HttpGrid) else None
         super().__init__(self._calls or grid)
-        self._arrivals = Arrivals(self._calls, most=_OBJECTS + 2 * largest // CHUNK) if self._calls else None
+        self._arrivals = IncomingReplies(self._calls, most=_OBJECTS + 2 * largest // CHUNK) if self._calls else None
         self._poll = poll
         self._memory = _MEMORY + _COPIES * largest
         self._asked: dict[str, Message] = {}  # what no reply has come to yet, by message id
@@ -93,8 +93,8 @@ class Gated(Forwarding):
         self._failed: Counter[str] = Counter()  # looks for each reply that failed
         self._sent: dict[str, float] = {}  # when each message was sent
         self._missed: Counter[int] = Counter()  # messages to each node, since its last reply, that had none in time
-        self._inquiries = Inquiries(self, poll=poll, slack=_SLACK)
-        self._pauses = Pauses()
+        self._inquiries = PendingQueries(self, poll=poll, slack=_SLACK)
+        self._pauses = NodeBackoff()
         self._silent = False  # the SuperLink did not answer the last time
         self._numbers = count(1)
 
@@ -104,7 +104,7 @@ class Gated(Forwarding):
         while True:
             try:
                 self._limit(_PATIENCE)
-                found = self._pauses.without(self._grid.get_node_ids())
+                found = self._pauses.available(self._grid.get_node_ids())
                 self._clear()  # before a round, and not within its time limit
                 return found
             except httpx.HTTPError as error:
@@ -149,7 +149,7 @@ class Gated(Forwarding):
         for name, reply in found:
             yield name, self._over(name, reply)
         if last and self._arrivals:
-            for name in self._arrivals.promised(waiting):
+            for name in self._arrivals.with_head(waiting):
                 self._arrivals.drop([name])
                 yield name, self._over(name, self._unreachable(name, "it promised a reply and did not send all of it"))
         if last and not self._silent:
@@ -165,10 +165,10 @@ class Gated(Forwarding):
         else:
             try:
                 self._limit(_SLACK)
-                self._arrivals.look(names)
+                self._arrivals.poll_heads(names)
             except httpx.TransportError:
                 return set()
-            came = set(self._arrivals.promised(names))
+            came = set(self._arrivals.with_head(names))
         self.forget(came)
         return came
 
@@ -196,7 +196,7 @@ class Gated(Forwarding):
         clock = WallClock(poll=self._poll)
         return collect(self, messages, clock, until=clock.now() + (math.inf if timeout is None else timeout))
 
-    def inquire(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
+    def query_nodes(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
         """Replies to questions that nobody has to wait for: one that comes later is handed out by a later call.
 
         A node that has not answered after `timeout` is left out for a while. While it hasn't, it is not asked again.
@@ -207,7 +207,7 @@ class Gated(Forwarding):
         """
         return self._inquiries.ask(messages, timeout=timeout, wait=wait)
 
-    def leave_out(self, node: int, waited: float = 0.0) -> None:
+    def exclude_node(self, node: int, waited: float = 0.0) -> None:
         """Leave a node out for a while, for which others waited so many seconds in vain."""
         log.warning("node %d is left out for %.0f s", node, self._pauses.add(node, waited))
 
@@ -217,7 +217,7 @@ class Gated(Forwarding):
         self._missed[node] += 1
         if self._missed[node] >= _MISSES:
             log.warning("node %d has not replied in time %d times in a row", node, self._missed[node])
-            self.leave_out(node, time.monotonic() - self._sent[name])
+            self.exclude_node(node, time.monotonic() - self._sent[name])
 
     def _pushed(self, message: Message, until: float) -> str:
         """The id of a message that was sent, or of one in whose place its node's error is going to arrive."""
@@ -241,17 +241,17 @@ class Gated(Forwarding):
         assert self._arrivals is not None
         try:
             self._limit(until - time.monotonic() + _SLACK)
-            wrong = self._arrivals.look(waiting)
-            for name in self._arrivals.promised(waiting):
+            wrong = self._arrivals.poll_heads(waiting)
+            for name in self._arrivals.with_head(waiting):
                 if time.monotonic() > until + _SLACK:
                     break
                 self._limit(until - time.monotonic() + _SLACK)
                 try:
-                    with memory_at_most(self._memory):
+                    with memory_limit(self._memory):
                         reply = self._arrivals.pull(name)
                 except httpx.TransportError:
                     raise
-                except (Gone, httpx.HTTPError) as error:
+                except (ReplyDiscarded, httpx.HTTPError) as error:
                     yield name, self._unreachable(name, _said(error))
                 except Exception as error:
                     yield name, self._unreadable(name, f"{type(error).__name__} as Flower unpacked it")
@@ -270,7 +270,7 @@ class Gated(Forwarding):
         """Replies from a grid that unpacks what it pulls."""
         for name in waiting:
             try:
-                with memory_at_most(self._memory):
+                with memory_limit(self._memory):
                     found = list(self._grid.pull_messages([name]))
             except _UNPACKING as error:
                 yield name, self._unreadable(name, f"{type(error).__name__} as Flower unpacked it")
@@ -314,7 +314,7 @@ class Gated(Forwarding):
         node = request.metadata.dst_node_id
         log.warning("node %d is unreachable: %s", node, reason)
         if blamed:
-            self.leave_out(node)
+            self.exclude_node(node)
         return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=request)
 
     def _limit(self, seconds: float) -> None:

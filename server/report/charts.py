@@ -15,11 +15,11 @@ LABELS = 84  # room at the right for the names of curves
 DOTS = 60  # rounds up to which each is a dot that says its value
 LABEL_GAP = 16  # least distance between two labels at line ends
 
-Show = Callable[[float], str]
+ValueFormat = Callable[[float], str]
 
 
 @dataclass(frozen=True)
-class Line:
+class LineSeries:
     """One curve: a value for every x, None where there is none."""
 
     label: str
@@ -28,7 +28,9 @@ class Line:
     dashed: bool = False
 
 
-def line_chart(x: Sequence[int], lines: Sequence[Line], show: Show, *, from_zero: bool, x_label: str) -> Markup:
+def line_chart(
+    x: Sequence[int], lines: Sequence[LineSeries], show: ValueFormat, *, from_zero: bool, x_label: str
+) -> Markup:
     """Curves over rounds, several labelled at their ends; `show` words a value, in ticks and tooltips."""
     lines = [line for line in lines if any(value is not None for value in line.values)]
     present = [value for line in lines for value in line.values if value is not None]

@@ -15,9 +15,9 @@ from markupsafe import Markup
 
 from privacy.accounting import STRICT
 from server.report import formatting
-from server.report.charts import Line, Show, line_chart
+from server.report.charts import LineSeries, ValueFormat, line_chart
 from server.report.pictures import Thumbnail, png
-from server.report.snippet import Use
+from server.report.snippet import LoadingSnippet
 
 ARMS = {
     "real": ("real", "letters of the writer's own; no device trained on these"),
@@ -26,7 +26,7 @@ ARMS = {
     "shared": ("shared", "the adapter that the federation made, the same for everyone"),
     "personal": ("shared + personal", "the shared adapter under the one that never left the device"),
 }
-OF_PICTURES = {
+PHOTO_ARMS = {
     "real": ("real", "the pictures themselves; no device trained on these"),
     "base": ("base", "the frozen base, which never saw pictures of this device"),
 }
@@ -92,7 +92,7 @@ class Report:
     clock of its own hours (on it when the round was over) and lost (devices by what became of them)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
-    use: Use | None = None
+    use: LoadingSnippet | None = None
     """How its adapters are loaded into diffusers; None: not shown."""
     strategy: str = ""
     """How updates were aggregated, in a word or two."""
@@ -129,7 +129,7 @@ def render(report: Report) -> str:
             report=report,
             summary=report.summary,
             strict_delta=STRICT,
-            arms=ARMS | ({} if report.letters else OF_PICTURES),
+            arms=ARMS | ({} if report.letters else PHOTO_ARMS),
             results=[arm for arm in ARMS if arm in losses],
             gains={arm: gain(losses, arm) for arm in losses},
             best=max((value for arm in losses if (value := gain(losses, arm)) is not None), default=0.0),
@@ -201,23 +201,23 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         return []
     x = [int(row["round"]) for row in rounds]
 
-    def chart(title: str, note: str, lines: list[Line], show: Show, *, from_zero: bool = True) -> Chart:
+    def chart(title: str, note: str, lines: list[LineSeries], show: ValueFormat, *, from_zero: bool = True) -> Chart:
         return Chart(title, note, line_chart(x, lines, show, from_zero=from_zero, x_label="round"))
 
     def so_far(key: str) -> list[float]:
         return list(accumulate(float(row[key]) for row in rounds))
 
     loss = [
-        Line("base", [row["base"] for row in rounds], "base", dashed=True),
-        Line("shared", [row["shared"] for row in rounds], "shared"),
+        LineSeries("base", [row["base"] for row in rounds], "base", dashed=True),
+        LineSeries("shared", [row["shared"] for row in rounds], "shared"),
     ]
-    traffic = [Line("up", so_far("bytes_up"), "shared"), Line("down", so_far("bytes_down"), "local")]
+    traffic = [LineSeries("up", so_far("bytes_up"), "shared"), LineSeries("down", so_far("bytes_down"), "local")]
     chosen = "" if best_round is None else f"; the adapter of round {best_round} is the one that stays"
     elapsed = so_far("seconds")
     unit, length = ("s", 1) if elapsed[-1] < 300 else ("min", 60) if elapsed[-1] < 18000 else ("h", 3600)
-    time = Line("time", [seconds / length for seconds in elapsed], "ink")
+    time = LineSeries("time", [seconds / length for seconds in elapsed], "ink")
     slowest = f"the slowest device of each round, {quality}"
-    noised = [Line("gain", [row["gain"] for row in rounds], "shared")]
+    noised = [LineSeries("gain", [row["gain"] for row in rounds], "shared")]
     errors = [row["gain_error"] for row in rounds if row["gain_error"] is not None]
     drawn = [
         chart("Validation loss", f"trimmed mean over devices{chosen}", loss, formatting.number, from_zero=False),
@@ -234,14 +234,19 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
             [time],
             lambda value: f"{formatting.short(value)} {unit}",
         ),
-        chart("Energy so far", f"all devices, {quality}", [Line("energy", so_far("joules"), "ink")], formatting.energy),
+        chart(
+            "Energy so far",
+            f"all devices, {quality}",
+            [LineSeries("energy", so_far("joules"), "ink")],
+            formatting.energy,
+        ),
     ]
     if rounds[-1].get("hours") is not None:
-        ended = [Line("time", [row["hours"] for row in rounds], "ink")]
+        ended = [LineSeries("time", [row["hours"] for row in rounds], "ink")]
         note = "on the fleet's clock, when a round was over"
         drawn[3] = chart("Simulated time", note, ended, lambda value: f"{formatting.short(value)} h")
     spent = [
-        Line(f"per {unit}", [row.get(key) for row in rounds], tone)
+        LineSeries(f"per {unit}", [row.get(key) for row in rounds], tone)
         for key, unit, tone in (("epsilon", "image", "personal"), ("device_epsilon", "device", "shared"))
         if any(row.get(key) is not None for row in rounds)
     ]

@@ -19,17 +19,17 @@ from pathlib import Path
 import yaml
 
 from common import atomic_files
-from common.errors import TOLD, AntherError, told
+from common.errors import REPORTED_ERRORS, AntherError, told
 from conf.compose import compose
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.base import assets
 from models.base.base import Base, load
 from models.export import adapter_files
 from server.report import totals
 from server.report.page import Report, write
-from server.report.snippet import use_of
+from server.report.snippet import loading_snippet
 from server.rounds import checkpoint
-from server.rounds.state import State
+from server.rounds.state import RunState
 from server.supervisor import run_dirs
 from strategies.download import download
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         print(of_run(asked.folder or _newest()))
-    except TOLD as error:
+    except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def of_run(folder: Path) -> Path:
     """Write everything about the run in this folder; the page. AntherError if there is none, or it is damaged."""
-    words = run_dirs.words_of(folder)
+    words = run_dirs.read_overrides(folder)
     config = compose(words)
     base = load(config.base.path, sites=config.adapter.sites)
     state = checkpoint.load(folder / "checkpoints", sites=base.sites)
     if state is None:
         raise AntherError(f"{folder}: no round of this run is over yet: wait for one")
-    return finish(config, folder, base, state, words=words, test=os.environ.get("ANTHER_TEST") == "true")
+    return write_results(config, folder, base, state, words=words, test=os.environ.get("ANTHER_TEST") == "true")
 
 
 def _newest() -> Path:
@@ -74,7 +74,9 @@ def _newest() -> Path:
     return found[-1]
 
 
-def finish(config: Simulation, folder: Path, base: Base, state: State, *, words: str, test: bool) -> Path:
+def write_results(
+    config: SimulationConfig, folder: Path, base: Base, state: RunState, *, words: str, test: bool
+) -> Path:
     """Write everything; the page.
 
     Args:
@@ -87,8 +89,8 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
         "rounds": state.round,
         "best_round": state.best_round,
         "clients": sum(facts.rounds > 0 for facts in state.devices.values()),
-        "loss": totals.validated(state),
-        **totals.summed(state.history),
+        "loss": totals.validation_losses(state),
+        **totals.run_totals(state.history),
         "seconds": sum(record.wall_seconds for record in state.history),
         "test": test,
     }
@@ -100,12 +102,12 @@ def finish(config: Simulation, folder: Path, base: Base, state: State, *, words:
     write(
         Report(
             title=f"{summary['clients']} {'device' if summary['clients'] == 1 else 'devices'} learned together",
-            command=run_dirs.command_of(folder) or f"anther serve {words}",
+            command=run_dirs.read_command(folder) or f"anther serve {words}",
             config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
             summary=summary,
             rounds=totals.rows(state.history, secret=secret),
             devices=devices,
-            use=use_of(base, folder / "adapters"),
+            use=loading_snippet(base, folder / "adapters"),
             strategy=config.strategy.aggregation,
             letters=False,
             quality="as devices tell it",

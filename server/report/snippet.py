@@ -12,7 +12,7 @@ from models.quantization.packed import is_packed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
+class LoadingSnippet:
     """Properties of a base that determine how its adapters are loaded."""
 
     base: str
@@ -55,13 +55,13 @@ class Use:
         )
 
 
-def use_of(base: Base, adapters: Path) -> Use:
+def loading_snippet(base: Base, adapters: Path) -> LoadingSnippet:
     """Describe the use of a folder's adapters with the base that they were made for."""
     import diffusers  # slow import, so only here
 
     pipeline: Any = getattr(diffusers, base.family.pipeline)
     kohya = base.family.kohya
-    return Use(
+    return LoadingSnippet(
         base=str(base.folder.resolve()),
         adapters=str(adapters.resolve()),
         network=base.family.network,

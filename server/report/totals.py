@@ -10,11 +10,11 @@ from typing import Any
 
 from privacy.accounting import DEVICE, IMAGE
 from server.report.page import DeviceRow
-from server.rounds.state import Round, State
-from strategies.round.metrics import DeviceFacts, device_epsilon
+from server.rounds.state import Round, RunState
+from strategies.round.metrics import DeviceMetrics, device_epsilon
 
 
-def summed(history: Sequence[Round]) -> dict[str, Any]:
+def run_totals(history: Sequence[Round]) -> dict[str, Any]:
     """Bytes, energy and ε of all rounds, and this process' memory."""
     trained = [record.train for record in history if record.train]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -27,7 +27,7 @@ def summed(history: Sequence[Round]) -> dict[str, Any]:
     }
 
 
-def validated(state: State) -> dict[str, float]:
+def validation_losses(state: RunState) -> dict[str, float]:
     """Mean validation loss of the base and of the best shared adapter on the same devices, where these told any."""
     validation = state.history[state.best_round].validation
     found = {"base": validation.base, "shared": validation.shared}
@@ -64,7 +64,7 @@ def rows(history: Sequence[Round], *, secret: bool = False) -> list[dict[str, An
     return found
 
 
-def device_row(name: str, profile: str, facts: DeviceFacts, loss: dict[str, float]) -> DeviceRow:
+def device_row(name: str, profile: str, facts: DeviceMetrics, loss: dict[str, float]) -> DeviceRow:
     """What one device did over all rounds."""
     told = dataclasses.asdict(facts)
     for remembered in ("events", "asked", "last", "loss"):  # what the server remembers: no cost of anything

@@ -71,11 +71,11 @@ class TensorBoard:
         self._writer.close()
 
 
-class Trackers:
+class CompositeTracker:
     """Several trackers as one."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = tuple(trackers)
+    def __init__(self, open_trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(open_trackers)
 
     def log(self, step: int, values: Values) -> None:
         """Record in every one."""
@@ -88,7 +88,7 @@ class Trackers:
             tracker.close()
 
 
-def numbers(record: Round) -> dict[str, Any]:
+def round_metrics(record: Round) -> dict[str, Any]:
     """One round as flat numbers, for trackers and displays."""
     values: dict[str, Any] = {
         "round": record.number,
@@ -118,13 +118,13 @@ def numbers(record: Round) -> dict[str, Any]:
 
 
 @contextmanager
-def trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterator[Tracker]:
+def open_trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterator[Tracker]:
     """What `conf/tracker` asks for, in the output folder of a run that goes on (or begins) with step `start`."""
     opened: list[Tracker] = [JSONL(folder / "metrics.jsonl", start=start)]
     try:
         if tensorboard:
             opened.append(TensorBoard(folder / "tensorboard", start=start))
-        yield Trackers(opened)
+        yield CompositeTracker(opened)
     finally:
         for tracker in opened:
             tracker.close()

@@ -25,12 +25,12 @@ from torch import Tensor
 from common import strict_json
 from common.atomic_files import make_folder, sync_folder, write
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, from_tensors, shapes, to_tensors
+from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, to_tensors
 from protocol.tensor_codec import decode, encode
-from server.rounds.state import Round, State
+from server.rounds.state import Round, RunState
 from strategies.central_dp import Anchor
-from strategies.round.metrics import DeviceFacts
-from strategies.server_optimizers import Memory
+from strategies.round.metrics import DeviceMetrics
+from strategies.server_optimizers import StrategyState
 
 _ADAPTER, _BEST, _MEMORY = "adapter.safetensors", "best.safetensors", "memory.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
@@ -44,13 +44,13 @@ class _Saved:
     private: bool
     best_round: int
     history: tuple[Round, ...]
-    devices: dict[str, DeviceFacts]
+    devices: dict[str, DeviceMetrics]
     ledger: Anchor | None
     memory: dict[str, tuple[int, ...]]
     """Names, as `<part>/<tensor>`, and shapes."""
 
 
-def save(folder: Path, state: State) -> Path:
+def save(folder: Path, state: RunState) -> Path:
     """Write the state's last round; the folder of the new checkpoint.
 
     Raises AntherError if `folder` already holds this round or a later one: of another run.
@@ -92,7 +92,7 @@ def save(folder: Path, state: State) -> Path:
     return path
 
 
-def load(folder: Path, *, sites: Sites) -> State | None:
+def load(folder: Path, *, sites: Sites) -> RunState | None:
     """The last complete round, verified; None if there is none.
 
     Raises AntherError, naming the file and what to do, if a file is missing, cut off or edited, or the adapters do not
@@ -110,7 +110,7 @@ def load(folder: Path, *, sites: Sites) -> State | None:
             if hashlib.sha256(data).hexdigest() != manifest.get(name):
                 raise AntherError(f"{path / name} is not as it was written (SHA-256 differs)")
         saved = strict_json.from_plain(_Saved, _of_today(strict_json.loads(files[_STATE])))
-        return State(
+        return RunState(
             run=saved.run,
             private=saved.private,
             adapter=_adapter(files[_ADAPTER], sites, path / _ADAPTER),
@@ -153,7 +153,7 @@ def _read(file: Path) -> bytes:
         raise AntherError(f"{file} can't be read ({error.strerror})") from error
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> Memory:
+def _parts(tensors: Mapping[str, Tensor]) -> StrategyState:
     """Inverse of the names that parts are written under."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -164,6 +164,6 @@ def _parts(tensors: Mapping[str, Tensor]) -> Memory:
 
 def _adapter(data: bytes, sites: Sites, file: Path) -> Adapter:
     try:
-        return from_tensors(decode(data, shapes(sites, -1)))
+        return from_tensors(decode(data, adapter_shapes(sites, -1)))
     except AntherError as error:
         raise AntherError(f"{file} does not fit this base and adapter.sites ({error})") from error

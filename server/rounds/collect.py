@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from strategies.clock import Clock
 
 _FORGOTTEN = 10  # rounds
-LAST_LOOK = 1.0
+FINAL_POLL = 1.0
 """Seconds that are left, once it is too late, to take what is there."""
 
 
@@ -25,8 +25,8 @@ class Forgetful(Protocol):
 
 
 @runtime_checkable
-class Limited(Protocol):
-    """A grid that does in a given time what can be done in it (`server.grid.validating_grid.Gated`)."""
+class TimeLimitedGrid(Protocol):
+    """A grid that does in a given time what can be done in it (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def push(self, messages: Iterable[Message], seconds: float) -> list[str]:
         """Send messages; their ids."""
@@ -41,7 +41,7 @@ class Limited(Protocol):
         ...
 
 
-def give_up(grid: Grid, message_ids: Iterable[str]) -> None:
+def abandon_messages(grid: Grid, message_ids: Iterable[str]) -> None:
     """Have a grid forget messages that nobody asks for any more; Flower's own keep nothing."""
     if isinstance(grid, Forgetful):
         grid.forget(message_ids)
@@ -49,7 +49,7 @@ def give_up(grid: Grid, message_ids: Iterable[str]) -> None:
 
 def push(grid: Grid, messages: Iterable[Message], seconds: float) -> list[str]:
     """Send messages; their ids."""
-    return grid.push(messages, seconds) if isinstance(grid, Limited) else list(grid.push_messages(messages))
+    return grid.push(messages, seconds) if isinstance(grid, TimeLimitedGrid) else list(grid.push_messages(messages))
 
 
 def pull(
@@ -61,7 +61,7 @@ def pull(
         seconds: that it may take, where the grid goes by the wall's clock.
         last: nobody looks for these again.
     """
-    if isinstance(grid, Limited):
+    if isinstance(grid, TimeLimitedGrid):
         yield from grid.pull(message_ids, seconds, last=last)
         return
     for name in message_ids:
@@ -69,7 +69,7 @@ def pull(
             yield name, reply
 
 
-class Late:
+class StragglerTracker:
     """Messages that are not waited for any more: replies that still come are counted, for some rounds."""
 
     def __init__(self, grid: Grid) -> None:
@@ -82,12 +82,12 @@ class Late:
     def came(self, *, round: int) -> int:
         """How many replies have come since; those that take too long are not looked for any more."""
         grid = self._grid
-        if isinstance(grid, Limited):
+        if isinstance(grid, TimeLimitedGrid):
             came = grid.came(self._rounds)
         else:
             came = {name for name, _ in pull(grid, list(self._rounds), 0.0)}
         old = {name for name, before in self._rounds.items() if before <= round - _FORGOTTEN} - came
-        give_up(grid, old)
+        abandon_messages(grid, old)
         self._rounds = {name: before for name, before in self._rounds.items() if name not in came | old}
         return len(came)
 
@@ -103,18 +103,18 @@ def collect(
 ) -> Iterator[Message]:
     """Replies as they come: until there is one to each message, there are enough, or it is too late.
 
-    At the end of the time one more look takes what is there, which is over `LAST_LOOK` seconds later.
+    At the end of the time one more look takes what is there, which is over `FINAL_POLL` seconds later.
 
     Args:
         until: on the clock.
         enough: asked after each reply.
         late: ids of messages whose replies are not waited for any longer are put here; None: they are given up.
     """
-    waiting = dict.fromkeys(push(grid, messages, max(LAST_LOOK, until - clock.now())))
+    waiting = dict.fromkeys(push(grid, messages, max(FINAL_POLL, until - clock.now())))
     try:
         while waiting and not enough():
             last = clock.now() >= until
-            seconds = until - clock.now() + (LAST_LOOK if last else 0.0)
+            seconds = until - clock.now() + (FINAL_POLL if last else 0.0)
             for name, reply in pull(grid, list(waiting), seconds, last=last):
                 del waiting[name]
                 yield reply
@@ -126,6 +126,6 @@ def collect(
                 clock.wait(until)
     finally:
         if late is None:
-            give_up(grid, waiting)
+            abandon_messages(grid, waiting)
         else:
             late.update(waiting)

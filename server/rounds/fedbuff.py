@@ -10,14 +10,14 @@ from functools import partial
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from models.lora.adapter import Adapter, from_tensors, shapes
+from models.lora.adapter import Adapter, adapter_shapes, from_tensors
 from protocol.records import adapter_from_record
 from protocol.tensor_codec import decode
-from server.rounds.collect import LAST_LOOK, Late, pull, push
-from server.rounds.sync import Pace
+from server.rounds.collect import FINAL_POLL, StragglerTracker, pull, push
+from server.rounds.sync import RoundLimits
 from strategies.clock import WallClock
-from strategies.fedbuff import STRIDE, Shift, number_of, staleness
-from strategies.round.updates import Asked, Gathered
+from strategies.fedbuff import PLANS_PER_ROUND, Rebase, plan_number, staleness_weight
+from strategies.round.updates import RoundRequest, RoundUpdates
 from strategies.strategy import Federated
 
 
@@ -26,14 +26,14 @@ class _Flight:
     """One device at work."""
 
     node: int
-    asked: Asked
+    asked: RoundRequest
     round: int
     """That it was asked in."""
     until: float
     """When it is given up, on the clock."""
 
 
-class Buffered:
+class FedBuffRunner:
     """Keeps devices at work from round to round; what is on its way when a run is killed is asked for again.
 
     A round has one update of a device: else the fastest one fills it, and no robust rule holds where one attacker is
@@ -50,7 +50,7 @@ class Buffered:
     """
 
     def __init__(
-        self, grid: Grid, strategy: Federated, pace: Pace, *, shift: Shift, size: int, concurrency: int
+        self, grid: Grid, strategy: Federated, pace: RoundLimits, *, shift: Rebase, size: int, concurrency: int
     ) -> None:
         self._grid, self._strategy, self._pace = grid, strategy, pace
         self._clock = pace.clock or WallClock()
@@ -60,22 +60,22 @@ class Buffered:
         self._gave: Counter[int] = Counter()  # updates of each node in this round
         self._place = 0  # of the next plan in this round
         self._until = 0.0  # when this round is over, on the clock
-        self._late = Late(grid)
+        self._late = StragglerTracker(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         """Aggregate the next K updates; fewer, if no more of them come in time."""
-        current = from_tensors(decode(adapter_from_record(arrays), shapes(self._strategy.sites, -1)))
+        current = from_tensors(decode(adapter_from_record(arrays), adapter_shapes(self._strategy.sites, -1)))
         self._until = until = self._clock.now() + self._pace.timeout
         self._done, self._gave, self._place = set(), Counter(), 0
         ended: list[_Flight] = []
         dropped: Counter[str] = Counter()
         self._send_out(number, arrays)
-        with Gathered() as found:
+        with RoundUpdates() as found:
             while True:
                 for flight, replies in self._landed(until, number):
                     ended.append(flight)
                     shift = partial(self._shifted, current, flight, number)
-                    bad = self._strategy.let_in(flight.asked, replies, found, shift=shift)
+                    bad = self._strategy.accept_replies(flight.asked, replies, found, shift=shift)
                     dropped.update(bad)
                     if bad:
                         self._done.add(flight.node)
@@ -96,10 +96,10 @@ class Buffered:
     def _landed(self, until: float, number: int) -> Iterator[tuple[_Flight, list[Message]]]:
         """Flights that a reply has come of, and those that are given up: without one."""
         now = self._clock.now()
-        for name, reply in pull(self._grid, list(self._flights), max(LAST_LOOK, until - now)):
+        for name, reply in pull(self._grid, list(self._flights), max(FINAL_POLL, until - now)):
             yield self._flights.pop(name), [reply]
         due = [name for name, flight in self._flights.items() if now >= flight.until]
-        for name, reply in pull(self._grid, due, LAST_LOOK / 2, last=True) if due else ():
+        for name, reply in pull(self._grid, due, FINAL_POLL / 2, last=True) if due else ():
             yield self._flights.pop(name), [reply]
         for name in due:
             if name in self._flights:
@@ -109,12 +109,12 @@ class Buffered:
     def _shifted(self, current: Adapter, flight: _Flight, number: int, trained: Adapter) -> Adapter:
         if flight.round == number and not flight.asked.lost:  # the device began where the server stands
             return trained
-        return self._shift(current, flight.asked.adapter, trained, staleness(number - flight.round))
+        return self._shift(current, flight.asked.adapter, trained, staleness_weight(number - flight.round))
 
     def _send_out(self, number: int, arrays: ArrayRecord) -> None:
         """Ask as many devices as there is room for: of those that are not at work, first who gave nothing yet."""
         share = 1
-        while len(self._flights) < self._concurrency and self._place < STRIDE:
+        while len(self._flights) < self._concurrency and self._place < PLANS_PER_ROUND:
             if self._ask(number, arrays, share):
                 continue
             if share < self._share():
@@ -132,23 +132,25 @@ class Buffered:
         """Updates of one device in this round, at most."""
         if self._strategy.private:
             return 1
-        able = {flight.node for flight in self._flights.values()} | self._gave.keys() | self._strategy.able
-        return -(-self._size // max(1, len(able - self._done)))
+        eligible_nodes = (
+            {flight.node for flight in self._flights.values()} | self._gave.keys() | self._strategy.eligible_nodes
+        )
+        return -(-self._size // max(1, len(eligible_nodes - self._done)))
 
     def _ask(self, number: int, arrays: ArrayRecord, share: int) -> bool:
         """Ask some of those that gave fewer updates than their share; whether there are any."""
         strategy, until = self._strategy, self._clock.now() + self._pace.timeout
-        strategy.room = self._concurrency - len(self._flights)
+        strategy.max_new = self._concurrency - len(self._flights)
         at_work = {flight.node for flight in self._flights.values()}
-        strategy.away = at_work | self._done | {node for node, count in self._gave.items() if count >= share}
-        draw = number_of(number, self._place)
-        plan = number_of(number, 0) if strategy.private else draw
+        strategy.busy_nodes = at_work | self._done | {node for node, count in self._gave.items() if count >= share}
+        draw = plan_number(number, self._place)
+        plan = plan_number(number, 0) if strategy.private else draw
         messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid, number=plan, draw=draw))
         asked = strategy.sent()
         if not messages:
             return False
         self._place += 1
-        left = max(LAST_LOOK, self._until - self._clock.now())
+        left = max(FINAL_POLL, self._until - self._clock.now())
         for name, message in zip(push(self._grid, messages, left), messages, strict=True):
             node = message.metadata.dst_node_id
             own = replace(asked, plans={node: asked.plans[node]}, bytes_down=asked.bytes_down // len(messages))

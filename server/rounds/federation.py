@@ -9,36 +9,36 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from common.seeding import derive_seed
-from conf.schemas.simulation import Simulation
-from models.lora.adapter import initial, to_tensors
-from models.lora.lora_xs import empty
-from protocol.messages import Personalise, TrainingPlan
+from conf.schemas.simulation import SimulationConfig
+from models.lora.adapter import init_adapter, to_tensors
+from models.lora.lora_xs import zero_adapter
+from protocol.messages import Personalize, TrainingPlan
 from protocol.tensor_codec import encode
-from server.rounds.fedbuff import Buffered
-from server.rounds.loop import personalise, run_rounds
-from server.rounds.state import Round, State
-from server.rounds.sync import Leg, Pace, Synchronous
+from server.rounds.fedbuff import FedBuffRunner
+from server.rounds.loop import personalize, run_rounds
+from server.rounds.state import Round, RunState
+from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
 from strategies.clock import Clock
-from strategies.fedbuff import CONCURRENCY, SHIFTS, SIZE
+from strategies.fedbuff import BUFFER_SIZE, CONCURRENCY, REBASES
 from strategies.strategy import Federated
 
 
 def federate(
-    config: Simulation,
+    config: SimulationConfig,
     *,
     grid: Grid,
     strategy: Federated,
     plan: TrainingPlan,
-    saved: State | None,
+    saved: RunState | None,
     checkpoints: Path,
     on_round: Callable[[Round], None],
     present: int = 1,
-    waits: bool = False,
+    wait_forever: bool = False,
     patience: float = math.inf,
     clock: Clock | None = None,
     keep: Callable[[int], None] = lambda _: None,
-    personal_on: Collection[str] | None = None,
-) -> State:
+    personalized_devices: Collection[str] | None = None,
+) -> RunState:
     """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
 
     Args:
@@ -46,16 +46,16 @@ def federate(
         clock: as of its pace.
         personal_on: names of the devices that are asked for a personal adapter; None: every device.
     """
-    state = saved or State.start(
+    state = saved or RunState.start(
         run=plan.run,
         private=strategy.private,
-        adapter=empty(strategy.frame)
+        adapter=zero_adapter(strategy.frame)
         if strategy.frame
-        else initial(strategy.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
+        else init_adapter(strategy.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
     )
     chosen, fleet = config.strategy, config.fleet
     enough = fleet.sample if fleet.overselect > 1 else None
-    pace = Pace(clock=clock, timeout=chosen.timeout, enough=enough, seed=config.seed)
+    pace = RoundLimits(clock=clock, timeout=chosen.timeout, enough=enough, seed=config.seed)
     state = run_rounds(
         grid=grid,
         strategy=strategy,
@@ -64,14 +64,14 @@ def federate(
         checkpoints=checkpoints,
         on_round=on_round,
         pace=pace,
-        leg=leg(config, grid, strategy, pace),
+        round_runner=round_runner(config, grid, strategy, pace),
         present=present,
-        waits=waits,
+        wait_forever=wait_forever,
         patience=patience,
         keep=keep,
     )
     personal = config.adapter.personal
-    request = Personalise(
+    request = Personalize(
         run=plan.run,
         round=config.rounds,
         adapter=encode(to_tensors(state.best_adapter)),
@@ -82,14 +82,14 @@ def federate(
         look_every=config.adapter.look_every,
         patience=config.adapter.patience,
     )
-    personalise(grid=grid, strategy=strategy, request=request, devices=personal_on, timeout=chosen.timeout)
+    personalize(grid=grid, strategy=strategy, request=request, devices=personalized_devices, timeout=chosen.timeout)
     return state
 
 
-def leg(config: Simulation, grid: Grid, strategy: Federated, pace: Pace) -> Leg:
+def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, pace: RoundLimits) -> RoundRunner:
     """How the rounds of this configuration train."""
     chosen = config.strategy
     if chosen.timing == "sync":
-        return Synchronous(grid, strategy, pace)
-    size, concurrency = chosen.buffer or SIZE, config.fleet.concurrency or CONCURRENCY
-    return Buffered(grid, strategy, pace, shift=SHIFTS[chosen.aggregation], size=size, concurrency=concurrency)
+        return SyncRunner(grid, strategy, pace)
+    size, concurrency = chosen.buffer or BUFFER_SIZE, config.fleet.concurrency or CONCURRENCY
+    return FedBuffRunner(grid, strategy, pace, shift=REBASES[chosen.aggregation], size=size, concurrency=concurrency)

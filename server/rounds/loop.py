@@ -15,17 +15,17 @@ from pathlib import Path
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from models.lora.adapter import from_tensors, shapes, to_tensors
-from protocol.messages import Personalise
+from models.lora.adapter import adapter_shapes, from_tensors, to_tensors
+from protocol.messages import Personalize
 from protocol.records import adapter_from_record, adapter_to_record
 from protocol.tensor_codec import decode, encode
 from server.rounds import checkpoint
-from server.rounds.patience import Patience, wait_for_devices
-from server.rounds.state import Round, State
-from server.rounds.sync import Leg, Pace, Synchronous
-from strategies.central_dp import Exhausted
+from server.rounds.patience import RoundRetries, wait_for_devices
+from server.rounds.state import Round, RunState
+from server.rounds.sync import RoundLimits, RoundRunner, SyncRunner
+from strategies.central_dp import BudgetExhausted
 from strategies.clock import WallClock
-from strategies.round.metrics import PersonalFacts, Validation
+from strategies.round.metrics import PersonalizationMetrics, ValidationMetrics
 from strategies.strategy import Federated
 
 log = logging.getLogger(__name__)
@@ -35,17 +35,17 @@ def run_rounds(
     *,
     grid: Grid,
     strategy: Federated,
-    state: State,
+    state: RunState,
     rounds: int,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    pace: Pace = Pace(),  # noqa: B008  # it is frozen
-    leg: Leg | None = None,
+    pace: RoundLimits = RoundLimits(),  # noqa: B008  # it is frozen
+    round_runner: RoundRunner | None = None,
     present: int = 1,
-    waits: bool = False,
+    wait_forever: bool = False,
     patience: float = math.inf,
     keep: Callable[[int], None] = lambda _: None,
-) -> State:
+) -> RunState:
     """Continue a run until `rounds` rounds of training are complete.
 
     Args:
@@ -63,27 +63,27 @@ def run_rounds(
 
     With privacy per device, a round that its budget doesn't pay for is not begun: the run ends with those that it has.
 
-    Raises AntherError if fewer devices are there after the pace's timeout than must be, unless it `waits`; if its
+    Raises AntherError if fewer devices are there after the pace's timeout than must be, unless it `wait_forever`; if its
     patience is at its end; or if the server's ledger is not the one of this state.
     """
     strategy.summary()
     strategy.remember(state.devices, (done.train for done in state.history))
     strategy.memory = state.memory
-    ledger = strategy.device_level.ledger if strategy.device_level else None
+    ledger = strategy.central_dp.ledger if strategy.central_dp else None
     if ledger:
         ledger.check(state.ledger)
         ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this line
-    leg = leg or Synchronous(grid, strategy, pace)
+    round_runner = round_runner or SyncRunner(grid, strategy, pace)
     begun, clock = state.round, pace.clock or WallClock()
-    tries = Patience(clock, patience)
+    tries = RoundRetries(clock, patience)
     while state.round < rounds:
         number = state.round + 1
         needed = present if state.round == begun else min(present, 1)
-        wait_for_devices(grid, strategy, needed, clock, pace.timeout, waits=waits)
-        needs = strategy.quorum if waits and strategy.asks_again else 0
+        wait_for_devices(grid, strategy, needed, clock, pace.timeout, wait_forever=wait_forever)
+        needs = strategy.quorum if wait_forever and strategy.can_redraw else 0
         try:
-            after = _one_round(number, grid, strategy, state, leg, pace.timeout, needs=needs)
-        except Exhausted as over:
+            after = _one_round(number, grid, strategy, state, round_runner, pace.timeout, needs=needs)
+        except BudgetExhausted as over:
             log.warning("the run ends after round %d of %d: %s", state.round, rounds, over)
             break
         if after is None:
@@ -99,14 +99,14 @@ def run_rounds(
     return state
 
 
-def personalise(
+def personalize(
     *,
     grid: Grid,
     strategy: Federated,
-    request: Personalise,
+    request: Personalize,
     devices: Collection[str] | None = None,
     timeout: float,
-) -> PersonalFacts:
+) -> PersonalizationMetrics:
     """Ask devices, by name or all of them, to train their personal adapters on top of the one in `request`.
 
     Args:
@@ -118,28 +118,35 @@ def personalise(
 
 
 def _one_round(
-    number: int, grid: Grid, strategy: Federated, state: State, leg: Leg, timeout: float, *, needs: int
-) -> State | None:
+    number: int,
+    grid: Grid,
+    strategy: Federated,
+    state: RunState,
+    round_runner: RoundRunner,
+    timeout: float,
+    *,
+    needs: int,
+) -> RunState | None:
     """The state after one more round; None, with the state as it was, if it had fewer good replies than it needs."""
     started = time.perf_counter()
     arrays = adapter_to_record(encode(to_tensors(state.adapter)))
     config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
     train = None
-    if strategy.device_level:
+    if strategy.central_dp:
         last = state.history[-1].train if state.history else None
-        strategy.device_level.resume(last.central if last else None)
+        strategy.central_dp.resume(last.central if last else None)
     if number > 0:
-        aggregated = leg.train(number, arrays)
+        aggregated = round_runner.train(number, arrays)
         arrays = arrays if aggregated is None else aggregated
         train = strategy.trained
         if train is None or train.replied < needs:
             return None
-    validation = Validation(base=None, shared=None)
-    if number > 0 and strategy.measures(number):  # before training an adapter adds nothing: it measures as the base
+    validation = ValidationMetrics(base=None, shared=None)
+    if number > 0 and strategy.is_evaluated(number):  # before training an adapter adds nothing: it measures as the base
         replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
         strategy.aggregate_evaluate(number, replies)
         validation = strategy.validation or validation
-    adapter = from_tensors(decode(adapter_from_record(arrays), shapes(strategy.sites, -1)))
+    adapter = from_tensors(decode(adapter_from_record(arrays), adapter_shapes(strategy.sites, -1)))
     done = Round(number=number, train=train, validation=validation, wall_seconds=time.perf_counter() - started)
-    anchor = strategy.device_level.ledger.anchor() if strategy.device_level else None
+    anchor = strategy.central_dp.ledger.anchor() if strategy.central_dp else None
     return state.after(done, adapter, anchor, strategy.memory)

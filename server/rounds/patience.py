@@ -12,7 +12,7 @@ from common.errors import AntherError
 from common.units import HOUR
 from protocol.messages import DeviceReport
 from strategies.clock import Clock
-from strategies.round.metrics import TrainFacts
+from strategies.round.metrics import TrainMetrics
 from strategies.strategy import Federated
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ _SHORT, _LONG = 30.0, 600.0  # seconds before a round is tried again, first and 
 
 
 def wait_for_devices(
-    grid: Grid, strategy: Federated, present: int, clock: Clock, timeout: float, *, waits: bool
+    grid: Grid, strategy: Federated, present: int, clock: Clock, timeout: float, *, wait_forever: bool
 ) -> None:
     """Wait until enough devices are connected that hold the run's base and have pictures.
 
@@ -31,19 +31,19 @@ def wait_for_devices(
         waits: whether to wait without limit.
 
     Raises:
-        AntherError: too few devices are connected after `timeout` seconds, and `waits` is false.
+        AntherError: too few devices are connected after `timeout` seconds, and `wait_forever` is false.
     """
     until = clock.now() + timeout
     told: str | None = None
     while len(found := _able(strategy.query(grid))) < present:
         over = clock.now() >= until
         short = f"{len(found)} of {present} devices are there"
-        if over and not waits:
+        if over and not wait_forever:
             raise AntherError(
                 f"{short} after {timeout:g} s: check that they are connected and hold the base of this run"
             )
         line = f"{short}{': ' if found else ''}{', '.join(found)}; waiting for {present - len(found)} more"
-        if waits and (over or line != told):
+        if wait_forever and (over or line != told):
             log.warning("%s that hold this run's base and have pictures (server.min_devices, fleet.sample)", line)
             told, until = line, clock.now() + timeout
         clock.wait(until)
@@ -55,7 +55,7 @@ def _able(reports: Mapping[int, DeviceReport]) -> list[str]:
 
 
 @dataclass
-class Patience:
+class RoundRetries:
     """Retry policy for failed rounds.
 
     Args:
@@ -68,7 +68,7 @@ class Patience:
     _tries: int = 0
     _reasons: dict[str, int] = field(default_factory=dict)
 
-    def again(self, number: int, train: TrainFacts | None, *, needed: int) -> None:
+    def again(self, number: int, train: TrainMetrics | None, *, needed: int) -> None:
         """Wait before retrying a round that had too few good replies.
 
         Raises:

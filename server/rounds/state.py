@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from models.lora.adapter import Adapter
 from privacy.accounting import IMAGE, Guarantee
 from strategies.central_dp import Anchor
-from strategies.round.metrics import DeviceFacts, TrainFacts, Validation, nothing
-from strategies.server_optimizers import Memory
+from strategies.round.metrics import DeviceMetrics, TrainMetrics, ValidationMetrics, zero_metrics
+from strategies.server_optimizers import StrategyState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,9 @@ class Round:
     """One complete round."""
 
     number: int
-    train: TrainFacts | None
+    train: TrainMetrics | None
     """None for round 0, before any."""
-    validation: Validation
+    validation: ValidationMetrics
     """Of the adapter after this round."""
     wall_seconds: float
     """On the server's clock."""
@@ -40,7 +40,7 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class State:
+class RunState:
     """A run after its last complete round; `start` makes the first."""
 
     run: str
@@ -48,20 +48,20 @@ class State:
     """Whether the best round is fixed beforehand (the last): to choose by validation would look at the pictures."""
     adapter: Adapter
     history: tuple[Round, ...] = ()
-    devices: Mapping[str, DeviceFacts] = field(default_factory=dict)
+    devices: Mapping[str, DeviceMetrics] = field(default_factory=dict)
     """What all rounds together took of each device that took part. Of single rounds nothing is kept by device: in a
     large fleet that would be most of the memory."""
     best_round: int = 0
     best_adapter: Adapter
     ledger: Anchor | None = None
     """Where the server's ledger stood when the last round was made; None without privacy per device."""
-    memory: Memory = field(default_factory=dict)
+    memory: StrategyState = field(default_factory=dict)
     """What the server remembers of earlier rounds beside the adapter: the moments of its optimiser."""
 
     @staticmethod
-    def start(*, run: str, private: bool, adapter: Adapter) -> State:
+    def start(*, run: str, private: bool, adapter: Adapter) -> RunState:
         """Before round 0."""
-        return State(run=run, private=private, adapter=adapter, best_adapter=adapter)
+        return RunState(run=run, private=private, adapter=adapter, best_adapter=adapter)
 
     @property
     def round(self) -> int:
@@ -74,8 +74,8 @@ class State:
         return self.history[self.best_round].validation.score if self.history else None
 
     def after(
-        self, round: Round, adapter: Adapter, ledger: Anchor | None = None, memory: Memory | None = None
-    ) -> State:
+        self, round: Round, adapter: Adapter, ledger: Anchor | None = None, memory: StrategyState | None = None
+    ) -> RunState:
         """The state with one more round."""
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
@@ -93,7 +93,7 @@ class State:
         return state
 
 
-def _summed(before: Mapping[str, DeviceFacts], train: TrainFacts | None) -> Mapping[str, DeviceFacts]:
+def _summed(before: Mapping[str, DeviceMetrics], train: TrainMetrics | None) -> Mapping[str, DeviceMetrics]:
     """The devices' sums with one more round."""
     if train is None:
         return before
@@ -103,9 +103,9 @@ def _summed(before: Mapping[str, DeviceFacts], train: TrainFacts | None) -> Mapp
     }
 
 
-def _measured(before: Mapping[str, DeviceFacts], validation: Validation) -> Mapping[str, DeviceFacts]:
+def _measured(before: Mapping[str, DeviceMetrics], validation: ValidationMetrics) -> Mapping[str, DeviceMetrics]:
     """The devices' sums with what measuring cost them: of a device that never trained, that alone."""
-    idle = nothing()
+    idle = zero_metrics()
     return {
         **before,
         **{name: before.get(name, idle).then(replace(idle, epsilon=spent)) for name, spent in validation.spent.items()},

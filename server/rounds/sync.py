@@ -10,13 +10,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from common.seeding import derive_seed
-from server.rounds.collect import Late, collect
+from server.rounds.collect import StragglerTracker, collect
 from strategies.clock import Clock, WallClock
 from strategies.strategy import Federated
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class RoundLimits:
     """How long rounds wait, and for whom."""
 
     clock: Clock | None = None
@@ -29,7 +29,7 @@ class Pace:
     """Of who goes first where several of these replies come at once."""
 
 
-class Leg(Protocol):
+class RoundRunner(Protocol):
     """Trains for one round; what came of it is in `Federated.trained`."""
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
@@ -37,15 +37,15 @@ class Leg(Protocol):
         ...
 
 
-class Synchronous:
+class SyncRunner:
     """A round ends before the next begins.
 
     A reply that comes after its round is dropped, and counted as `late` in the round in which it came.
     """
 
-    def __init__(self, grid: Grid, strategy: Federated, pace: Pace) -> None:
+    def __init__(self, grid: Grid, strategy: Federated, pace: RoundLimits) -> None:
         self._grid, self._strategy, self._pace = grid, strategy, pace
-        self._late = Late(grid)
+        self._late = StragglerTracker(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
         pace, strategy = self._pace, self._strategy
@@ -61,7 +61,7 @@ class Synchronous:
             messages,
             clock,
             until=clock.now() + pace.timeout,
-            enough=lambda: pace.enough is not None and strategy.good >= pace.enough,
+            enough=lambda: pace.enough is not None and strategy.accepted >= pace.enough,
             late=left,
         )
         found, _ = strategy.aggregate_train(number, replies)
@@ -72,14 +72,14 @@ class Synchronous:
         return found
 
 
-def ask(strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, pace: Pace) -> list[Message]:
+def ask(strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, pace: RoundLimits) -> list[Message]:
     """Messages for whoever is to train; where nobody can be asked yet, after a while, and none if it takes too long."""
     config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
     messages = list(strategy.configure_train(number, arrays, config, grid))
     if (clock := pace.clock) is None:
         return messages
     until = clock.now() + pace.timeout
-    while not messages and strategy.asks_again and clock.now() < until:
+    while not messages and strategy.can_redraw and clock.now() < until:
         clock.wait(until)
         messages = list(strategy.configure_train(number, arrays, config, grid))
     return messages

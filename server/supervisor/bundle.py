@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import AntherError
 
-ROOMS = ("client", "common", "conf", "models", "privacy", "protocol", "server", "strategies", "training")
+PACKAGES = ("client", "common", "conf", "models", "privacy", "protocol", "server", "strategies", "training")
 _KEPT = {".py", ".yaml", ".json", ".toml"}
 
 PROJECT = """[project]
@@ -38,7 +38,7 @@ patience = 48.0
 def assemble(folder: Path) -> Path:
     """Put the bundle's files into `folder`, in place of what is there."""
     shutil.rmtree(folder, ignore_errors=True)
-    for room in ROOMS:
+    for room in PACKAGES:
         source = _room(room)
         for file in source.rglob("*"):
             if file.suffix in _KEPT and file.is_file() and "__pycache__" not in file.parts:

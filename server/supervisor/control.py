@@ -18,10 +18,10 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from common.errors import AntherError
-from server.gateway.identity import written
+from server.gateway.identity import to_openssh
 
 
-class Control:
+class ControlClient:
     """Asks one SuperLink.
 
     Args:
@@ -41,7 +41,7 @@ class Control:
         with self._client() as client:
             found = client.ListNodes(ListNodesRequest()).nodes_info
         there = [node for node in found if node.status != "unregistered" and node.public_key]
-        return {written(load_pem_public_key(node.public_key)): node.node_id for node in there}
+        return {to_openssh(load_pem_public_key(node.public_key)): node.node_id for node in there}
 
     def register(self, key: str, name: str) -> int:
         """Let a node with this public key in; its id."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def memory_at_most(extra: int) -> Iterator[None]:
+def memory_limit(extra: int) -> Iterator[None]:
     """Limit new memory to `extra` bytes above the process's current size; exceeding it raises MemoryError.
 
     Only Linux is supported; elsewhere nothing is limited. The current size includes freed memory that the allocator

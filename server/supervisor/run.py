@@ -25,24 +25,24 @@ from hydra.core.hydra_config import HydraConfig
 
 from common import processes
 from common.errors import AntherError
-from common.file_lock import alone
-from common.service import Stopped, say, stoppable
-from conf.cli import application, program
+from common.file_lock import exclusive
+from common.service import SignalReceived, raise_on_sigterm, say
+from conf.cli import hydra_application, program
 from conf.compose import compose
-from conf.schemas.server import Serve
+from conf.schemas.server import ServeConfig
 from models.base import assets, chunk_manifest
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
 from server.gateway import base_files
 from server.gateway.app import Gateway, now
-from server.gateway.device_registry import Register
-from server.gateway.listening import serve, show
-from server.gateway.members import Members
+from server.gateway.device_registry import DeviceRegistry
+from server.gateway.listening import reload_certificate, serve
+from server.gateway.members import EnrolledNodes
 from server.supervisor import run_dirs, server_dir
 from server.supervisor.bundle import assemble, version
-from server.supervisor.run_log import log_here, print_all
-from server.supervisor.server_dir import Place
-from server.supervisor.superlink import SuperLink, largest_adapter
+from server.supervisor.run_log import log_to_console, print_log
+from server.supervisor.server_dir import ServerDir
+from server.supervisor.superlink import SuperLinkProcess, largest_adapter
 
 _LOOK = 1.0  # seconds between two looks at what is alive
 _DAY = 86_400.0  # seconds
@@ -50,25 +50,25 @@ _PAUSE, _LONGEST = 2.0, 600.0  # seconds before something that failed is tried a
 _DEAF = 600.0  # seconds after which a SuperLink that doesn't answer is started again
 
 
-@application("serve", Serve)
-def main(config: Serve) -> None:
+@hydra_application("serve", ServeConfig)
+def main(config: ServeConfig) -> None:
     typed = [*HydraConfig.get().overrides.task]
     words = [word for word in typed if not word.lstrip("+").startswith("server.")]
     GlobalHydra.instance().clear()  # what the ServerApp composes is composed here too
-    stoppable()
-    with contextlib.suppress(Stopped, KeyboardInterrupt):
-        log_here("server")
-        Federation(config, of_run(words, config.server.devices), typed).run()
+    raise_on_sigterm()
+    with contextlib.suppress(SignalReceived, KeyboardInterrupt):
+        log_to_console("server")
+        ServerSupervisor(config, run_overrides(words, config.server.devices), typed).run()
 
 
-def of_run(words: list[str], devices: int) -> list[str]:
+def run_overrides(words: list[str], devices: int) -> list[str]:
     """What the ServerApp composes its own configuration of."""
     known = any(word.startswith(("data.devices=", "data.writers=")) for word in words)
     return [*words, *([] if known else ["data.writers=1", f"data.devices={devices}"])]
 
 
 @dataclass
-class Federation:
+class ServerSupervisor:
     """All that one server runs.
 
     Args:
@@ -76,11 +76,11 @@ class Federation:
         typed: what it was started with.
     """
 
-    config: Serve
+    config: ServeConfig
     words: list[str]
     typed: list[str]
-    superlink: SuperLink = field(init=False)
-    members: Members = field(init=False)
+    superlink: SuperLinkProcess = field(init=False)
+    members: EnrolledNodes = field(init=False)
     _opened: uvicorn.Server = field(init=False)
     _shown: bytes = b""  # the certificate that devices are shown
     _look_again: float = 0.0  # for whether it ends soon
@@ -93,19 +93,19 @@ class Federation:
         """
         settings, here = self.config.server, server_dir.of(self.config.server.folder)
         compose(shlex.join(self.words))  # what the ServerApp would refuse is said now
-        last = run_dirs.newest(shlex.join(self.words), assets.home() / "runs")
-        if last is not None and run_dirs.is_over(last) and not settings.again:
+        last = run_dirs.newest_run(shlex.join(self.words), assets.home() / "runs")
+        if last is not None and run_dirs.is_finished(last) and not settings.again:
             raise AntherError(f"{last}: the run of this configuration is over; server.again=true begins another")
         say(f"Anther {version()}: {here.folder}")
         here.prepare(settings.hosts, settings.port, settings.per_holder)
         secure = None if settings.insecure else here.certificates
-        self.superlink = SuperLink(here.folder, settings.inner_port, secure, unguarded=settings.unguarded)
-        self.members = Members(Register(here.folder, per_holder=settings.per_holder), self.superlink)
-        with alone(here.folder, what="this federation"):
+        self.superlink = SuperLinkProcess(here.folder, settings.inner_port, secure, unguarded=settings.unguarded)
+        self.members = EnrolledNodes(DeviceRegistry(here.folder, per_holder=settings.per_holder), self.superlink)
+        with exclusive(here.folder, what="this federation"):
             stop_leftovers(self.superlink.home)
             self._serve(here)
 
-    def _serve(self, here: Place) -> None:
+    def _serve(self, here: ServerDir) -> None:
         settings, secure = self.config.server, self.superlink.certificates
         try:
             self._shown = secure.certificate.read_bytes() if secure else b""
@@ -127,8 +127,8 @@ class Federation:
         settings = {"min_devices": self.config.server.min_devices, "patience": self.config.server.patience}
         while True:
             self._until_it_answers()
-            last = run_dirs.newest(overrides, folders)
-            resume = last is not None and not run_dirs.is_over(last)
+            last = run_dirs.newest_run(overrides, folders)
+            resume = last is not None and not run_dirs.is_finished(last)
             words = [*self.words, "resume=true"] if resume else self.words
             try:
                 run = self.superlink.submit(app, shlex.join(words), settings)
@@ -137,11 +137,11 @@ class Federation:
             except (AntherError, OSError, subprocess.SubprocessError) as error:
                 say(f"{error}")
             else:
-                if reason := run_dirs.refusal(folders, run):
+                if reason := run_dirs.take_refusal(folders, run):
                     raise AntherError(reason)
-            last = run_dirs.newest(overrides, folders)
-            if last is not None and run_dirs.is_over(last):
-                run_dirs.note_command(last, shlex.join([*program("server.supervisor.run"), *self.typed]))
+            last = run_dirs.newest_run(overrides, folders)
+            if last is not None and run_dirs.is_finished(last):
+                run_dirs.save_command(last, shlex.join([*program("server.supervisor.run"), *self.typed]))
                 say(f"the run is over: {last}{_write_results(last)}")
                 return
             done = run_dirs.last_round(last)
@@ -177,7 +177,7 @@ class Federation:
         heard = time.monotonic()
         while True:
             watched = self.superlink.watch(run)
-            reader = threading.Thread(target=print_all, args=(watched.stdout,), daemon=True)
+            reader = threading.Thread(target=print_log, args=(watched.stdout,), daemon=True)
             reader.start()
             try:
                 while watched.poll() is None:
@@ -210,7 +210,7 @@ class Federation:
         """Shut out who was revoked and renew the certificate; whether the SuperLink can go on as it is."""
         try:
             if self.superlink.alive:
-                self.members.shut_out()
+                self.members.remove_revoked()
         except AntherError as error:  # the gateway has shut them out already, and this is tried again
             self._trouble(error)
         if self.superlink.alive and self.superlink.stored_bytes() > self.config.server.disk_gib * 2**30:
@@ -241,7 +241,7 @@ class Federation:
         if (found := secure.certificate.read_bytes()) == self._shown:
             return False
         self._shown = found
-        show(self._opened, secure)
+        reload_certificate(self._opened, secure)
         return True
 
     def _revive(self) -> None:
@@ -250,14 +250,14 @@ class Federation:
             self.superlink.start()
             self.members.reconcile()
 
-    def _gateway(self, here: Place) -> Gateway:
+    def _gateway(self, here: ServerDir) -> Gateway:
         base = assets.locate(self.config.base.path)
-        on_shelf = base_files.Shelf([base])
+        on_shelf = base_files.BaseFiles([base])
         (content,) = on_shelf.bases
         size = chunk_manifest.of(base).total
 
-        def hello() -> Hello:
-            return Hello(
+        def hello() -> ServerHello:
+            return ServerHello(
                 oldest=OLDEST,
                 newest=NEWEST,
                 anther=version(),
@@ -273,7 +273,7 @@ class Federation:
             hello=hello,
             register=self.members.register,
             authority=secure.authority.read_bytes() if secure else b"",
-            welcome=self.members.welcome,
+            register_node=self.members.register_node,
             node_of=self.members.node_of,
             largest=lambda: largest_adapter(here.folder),
             shelf=base_files.routes(on_shelf),

@@ -23,7 +23,7 @@ def run_folder(overrides: str, runs: Path) -> Path:
     Raises AntherError if there is nothing to resume.
     """
     if _RESUME in shlex.split(overrides):
-        if (found := newest(overrides, runs)) is None:
+        if (found := newest_run(overrides, runs)) is None:
             raise AntherError(f"resume=true: {runs} holds no run of this configuration: leave it out to start one")
         return found
     folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -31,7 +31,7 @@ def run_folder(overrides: str, runs: Path) -> Path:
     return folder
 
 
-def newest(overrides: str, runs: Path) -> Path | None:
+def newest_run(overrides: str, runs: Path) -> Path | None:
     """The newest run that was made for the same words."""
     identity = _identity(overrides)
     for folder in sorted(runs.glob("*/"), reverse=True):
@@ -40,22 +40,22 @@ def newest(overrides: str, runs: Path) -> Path | None:
     return None
 
 
-def end(folder: Path) -> None:
+def mark_finished(folder: Path) -> None:
     """Note that nothing of this run is left to do."""
     write(folder / _OVER, b"")
 
 
-def is_over(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     return (folder / _OVER).is_file()
 
 
-def refuse(runs: Path, flower: int, reason: str) -> None:
+def save_refusal(runs: Path, flower: int, reason: str) -> None:
     """Note why a ServerApp can't go on before somebody has done something, by the id that Flower gave its run."""
     write(runs / f"{_REFUSED}{flower}", reason.encode())
 
 
-def refusal(runs: Path, flower: int) -> str | None:
-    """What `refuse` has noted; None: nothing, so that whatever ended it may go better the next time."""
+def take_refusal(runs: Path, flower: int) -> str | None:
+    """What `save_refusal` has noted; None: nothing, so that whatever ended it may go better the next time."""
     file = runs / f"{_REFUSED}{flower}"
     if not file.is_file():
         return None
@@ -64,7 +64,7 @@ def refusal(runs: Path, flower: int) -> str | None:
     return found
 
 
-def words_of(folder: Path) -> str:
+def read_overrides(folder: Path) -> str:
     """What a run was begun with; AntherError if the folder holds none."""
     try:
         return shlex.join((folder / _WORDS).read_text(encoding="utf-8").splitlines())
@@ -78,13 +78,13 @@ def last_round(folder: Path | None) -> int:
     return int(found[-1].name.removeprefix("round-")) if found else -1
 
 
-def note_command(folder: Path, command: str) -> None:
+def save_command(folder: Path, command: str) -> None:
     """Note what its operator typed to start a run."""
     write(folder / _COMMAND, command.encode())
 
 
-def command_of(folder: Path) -> str | None:
-    """What `note_command` has noted."""
+def read_command(folder: Path) -> str | None:
+    """What `save_command` has noted."""
     file = folder / _COMMAND
     return file.read_text(encoding="utf-8") if file.is_file() else None
 

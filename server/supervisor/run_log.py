@@ -40,7 +40,7 @@ class Said(logging.Handler):
         say(_leveled(record.levelname, record.getMessage()))
 
 
-def log_here(*rooms: str) -> None:
+def log_to_console(*rooms: str) -> None:
     """Print records of these loggers from INFO on, in this process."""
     for room in rooms:
         logger = logging.getLogger(room)
@@ -49,7 +49,7 @@ def log_here(*rooms: str) -> None:
         logger.addHandler(Said())
 
 
-def log_as_flower_does(*rooms: str) -> None:
+def log_through_flower(*rooms: str) -> None:
     """Pass records of these loggers, from INFO on, to Flower's handlers, whose output `flwr run --stream` shows."""
     for room in rooms:
         logger = logging.getLogger(room)
@@ -58,14 +58,14 @@ def log_as_flower_does(*rooms: str) -> None:
             logger.addHandler(Marked(handler))
 
 
-def print_all(lines: Iterable[str]) -> None:
+def print_log(lines: Iterable[str]) -> None:
     """Print a run's log as it arrives."""
     for line in lines:
-        if text := readable(line):
+        if text := format_line(line):
             say(text)
 
 
-def readable(line: str) -> str | None:
+def format_line(line: str) -> str | None:
     """Convert a line of Flower's log for the operator; None for a line that only reports Flower's own progress."""
     plain = _ANSI.sub("", line).rstrip()
     level = match[1] if (match := _LEVEL.match(plain)) else None

@@ -21,7 +21,7 @@ import psutil
 from common import strict_json
 from common.atomic_files import make_folder, write
 from common.errors import AntherError
-from conf.schemas.server import Server
+from conf.schemas.server import ServerConfig
 from models.base import assets
 from server.gateway import pki
 from server.supervisor.superlink import LOOPBACK, Certificates
@@ -36,11 +36,11 @@ class Address:
     federation: str
     host: str
     port: int
-    per_holder: int = Server.per_holder
+    per_holder: int = ServerConfig.per_holder
 
 
 @dataclass(frozen=True)
-class Place:
+class ServerDir:
     """One federation's folder."""
 
     folder: Path
@@ -66,7 +66,7 @@ class Place:
         except ValueError as error:
             raise AntherError(f"{self.folder / 'federation.json'} is damaged ({error}): init again") from error
 
-    def prepare(self, hosts: Sequence[str], port: int, per_holder: int = Server.per_holder) -> None:
+    def prepare(self, hosts: Sequence[str], port: int, per_holder: int = ServerConfig.per_holder) -> None:
         """Make what is missing, and the server's certificate anew if it ends soon or is for other hosts."""
         make_folder(self.folder)
         if not (self.folder / "authority.crt").exists():
@@ -99,7 +99,7 @@ class Place:
             raise AntherError(f"{key} is not here: put the authority's key back to sign a new certificate")
         names = [*(hosts or pki.hosts_of(self.certificates.certificate.read_bytes()))]
         names += [name for name in (LOOPBACK, "localhost") if name not in names]
-        made = pki.issue(pki.Pair(self.certificates.authority.read_bytes(), key.read_bytes()), names)
+        made = pki.issue(pki.KeyPair(self.certificates.authority.read_bytes(), key.read_bytes()), names)
         write(self.certificates.key, made.key)
         write(self.certificates.certificate, made.certificate)
 
@@ -110,8 +110,8 @@ class Place:
         write(self.folder / "federation.json", strict_json.dumps(address).encode())
 
 
-def of(folder: str | None) -> Place:
-    return Place(Path(folder).expanduser().absolute() if folder else assets.home() / "server")
+def of(folder: str | None) -> ServerDir:
+    return ServerDir(Path(folder).expanduser().absolute() if folder else assets.home() / "server")
 
 
 def found_hosts() -> list[str]:

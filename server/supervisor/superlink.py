@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from common.atomic_files import write
 from common.errors import AntherError
 from common.flower import environment
-from common.processes import python, with_parent
+from common.processes import end_with_parent, python
 from server.supervisor import database
-from server.supervisor.control import Control
+from server.supervisor.control import ControlClient
 from server.supervisor.local_superlink import UNGUARDED
 
 LOOPBACK = "127.0.0.1"
@@ -48,7 +48,7 @@ class Certificates(NamedTuple):
 
 
 @dataclass
-class SuperLink:
+class SuperLinkProcess:
     """One SuperLink with its database in `folder`.
 
     Args:
@@ -107,7 +107,7 @@ class SuperLink:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=with_parent,
+                preexec_fn=end_with_parent,
             )
         until = time.monotonic() + _READY
         while not self._answers():
@@ -149,12 +149,12 @@ class SuperLink:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=with_parent,
+            preexec_fn=end_with_parent,
         )
 
     @property
-    def control(self) -> Control:
-        return Control(self.address, self.certificates and self.certificates.authority)
+    def control(self) -> ControlClient:
+        return ControlClient(self.address, self.certificates and self.certificates.authority)
 
     def _flwr(self, *words: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -213,7 +213,7 @@ class SuperLink:
         return " ".join(text.split())[-300:]
 
 
-def tell_largest_adapter(size: int) -> None:
+def save_largest_adapter(size: int) -> None:
     """Tell the gateway, from a ServerApp, how many bytes the largest adapter of its run has."""
     if folder := os.environ.get(SERVER_FOLDER):
         write(Path(folder) / _LARGEST, str(size).encode())

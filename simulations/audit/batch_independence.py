@@ -13,10 +13,10 @@ from torch import Tensor
 
 from models.base.base import Base
 from models.base.denoiser import Denoiser
-from models.lora.adapter import Adapter, Factors, initial
+from models.lora.adapter import Adapter, Factors, init_adapter
 from privacy.audit.goodness_of_fit import Check
-from privacy.noise import Secure
-from simulations.audit.canaries import Silent
+from privacy.noise import SecureNoise
+from simulations.audit.canaries import ZeroNoise
 from training.cohort import train
 from training.jobs import DPSGD, Examples, Train
 
@@ -32,7 +32,7 @@ def chaotic(base: Denoiser, rank: int = 8) -> Adapter:
     """Make an adapter under which the base is chaotic; each site's product has Frobenius norm 99."""
     generator = torch.Generator().manual_seed(_SEED)
     found = {}
-    for name, factors in initial(base.sites, rank, _SEED).items():
+    for name, factors in init_adapter(base.sites, rank, _SEED).items():
         a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
         a[:_RANK] = torch.randn(_RANK, *a.shape[1:], generator=generator)
         b[:, :_RANK] = torch.randn(len(b), _RANK, generator=generator)
@@ -83,7 +83,7 @@ def _job(adapter: Adapter, examples: Examples, first: int) -> Train:
         batch_size=max(SIZES),
         learning_rate=_RATE,
         optimiser="sgd",
-        noise=Silent(Secure()),
+        noise=ZeroNoise(SecureNoise()),
         names=tuple(f"picture {first + place}" for place in range(len(examples))),
         privacy=DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0),
     )

@@ -79,7 +79,7 @@ class _Network(nn.Module):
         return (torch.stack(found, dim=1).view_as(x),)
 
 
-class Silent:
+class ZeroNoise:
     """No noise at all, on batches as they should be: what an audit must not let pass."""
 
     release = False
@@ -94,7 +94,7 @@ class Silent:
         return torch.zeros(size, dtype=torch.int64, device=device)
 
 
-def toss(count: int, seed: int) -> np.ndarray:
+def draw_included(count: int, seed: int) -> np.ndarray:
     """Which canaries go in: [count] bool."""
     return np.random.default_rng(seed).random(count) < 0.5
 
@@ -109,7 +109,7 @@ def network(side: int, sites: int = 1) -> Denoiser:
     return Denoiser(_Network(side, sites), diffusion(torch.zeros(10), "v_prediction"), sites=r"canaries\.\d+")
 
 
-class Recorded:
+class RecordingSource:
     """A noise source, and the batches that it gave."""
 
     def __init__(self, inner: NoiseSource) -> None:
@@ -199,7 +199,7 @@ def attacks(experiment: Experiment, seen: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def residuals(
-    experiment: Experiment, seen: np.ndarray, recorded: Sequence[Recorded]
+    experiment: Experiment, seen: np.ndarray, recorded: Sequence[RecordingSource]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What is left of each release [m] without what is known to be in it, over σ; and who joined [m], over σ."""
     noise, joined = [], []

@@ -1,4 +1,4 @@
-"""Canary clients: devices whose updates are known, in rounds that the server's own `DeviceLevel` opens and closes.
+"""Canary clients: devices whose updates are known, in rounds that the server's own `CentralDP` opens and closes.
 
 Andrew et al. (2023, arXiv:2302.03098). Each canary client moves a different single number of B, by far more than the
 clip. So all updates are orthogonal, and a round's release along each is that client's part of the sum, plus noise.
@@ -21,15 +21,15 @@ from models.lora.adapter import Adapter, Factors
 from privacy.accounting import PoissonGaussian
 from privacy.audit import goodness_of_fit as fit
 from privacy.audit.goodness_of_fit import Check
-from privacy.central import Adaptive, Gaussian
+from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import NoiseSource
 from privacy.sensitivity import RESOLUTION
-from privacy.storage import Files
-from server.ledger import Ledger
-from simulations.audit.canaries import LENGTH, network, site, toss
+from privacy.storage import FileStorage
+from server.ledger import ServerLedger
+from simulations.audit.canaries import LENGTH, draw_included, network, site
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.ffa import FFA
-from strategies.central_dp import Budget, DeviceLevel
+from strategies.central_dp import CentralDP, DeviceBudget
 
 CLIP = 1.0
 _ADAPTIVE_RATE = 0.2
@@ -37,7 +37,7 @@ _QUANTILE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cohort:
+class CanaryCohort:
     """Canary clients [m]; the included ones take part in every round."""
 
     claim: PoissonGaussian
@@ -51,7 +51,7 @@ class Cohort:
         return float(len(self.included)) / 2
 
 
-class Released(NamedTuple):
+class CanaryReleases(NamedTuple):
     """Releases of all rounds together, in units of the clip."""
 
     sums: np.ndarray
@@ -72,18 +72,22 @@ class Released(NamedTuple):
         return np.where(np.isnan(found), generator.standard_normal(found.shape), found)
 
 
-def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
+def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> CanaryReleases:
     """Run all rounds that the claim covers, with the included clients."""
     z, side = cohort.claim.noise_multiplier, cohort.side
     present = np.nonzero(cohort.included)[0]
     count_deviation = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
-    adaptive = Adaptive(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, deviation=count_deviation) if cohort.adaptive else None
-    mechanism = Gaussian(noise_multiplier=z, expected=cohort.expected, adaptive=adaptive)
+    adaptive = (
+        AdaptiveClip(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, deviation=count_deviation) if cohort.adaptive else None
+    )
+    mechanism = GaussianMechanism(noise_multiplier=z, expected=cohort.expected, adaptive=adaptive)
     rule = FedIT() if cohort.trains_both else FFA()
     sums, counts = [], []
     with tempfile.TemporaryDirectory() as folder:
-        budget = Budget(epsilon=1e9, delta=1e-5, participations=cohort.claim.steps)  # only the noise is tested here
-        level = DeviceLevel(
+        budget = DeviceBudget(
+            epsilon=1e9, delta=1e-5, participations=cohort.claim.steps
+        )  # only the noise is tested here
+        level = CentralDP(
             run="audit",
             sites=network(side).sites,
             mechanism=mechanism,
@@ -91,7 +95,7 @@ def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
             clip=CLIP,
             budget=budget,
             noise=noise,
-            ledger=Ledger(Files(Path(folder))),
+            ledger=ServerLedger(FileStorage(Path(folder))),
         )
         for number in range(cohort.claim.steps):
             level.open(number, ["canaries"], b"the same")
@@ -107,10 +111,10 @@ def play(cohort: Cohort, noise: Callable[[int], NoiseSource]) -> Released:
     ones[torch.from_numpy(present)] = 1.0
     known = np.nan_to_num(_moved(cohort, _sent(side, ones)))
     deviation = adaptive.noise_multiplier(z) if adaptive else z
-    return Released(np.stack(sums), known, deviation, np.array(counts))
+    return CanaryReleases(np.stack(sums), known, deviation, np.array(counts))
 
 
-def checks(released: Released) -> list[Check]:
+def checks(released: CanaryReleases) -> list[Check]:
     """Run all tests on the releases of the rounds."""
     rounds = list(released.residuals)
     found = [check._replace(name=f"noise: {check.name}") for check in fit.battery(rounds)]
@@ -138,7 +142,7 @@ def _update(side: int, client: int, clip: float) -> Adapter:
     return _sent(side, b)
 
 
-def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
+def _moved(cohort: CanaryCohort, adapter: Adapter) -> np.ndarray:
     """Return an adapter's difference from the start [D], in the order in which noise is drawn.
 
     Entries where A is one are NaN, since float32 rounding hides small changes there.
@@ -149,13 +153,13 @@ def _moved(cohort: Cohort, adapter: Adapter) -> np.ndarray:
     return np.concatenate([np.where(np.eye(cohort.side) == 0, a, np.nan).ravel(), b.ravel()])
 
 
-def cohorts(longest: int, seed: int) -> list[tuple[str, Cohort]]:
+def cohorts(longest: int, seed: int) -> list[tuple[str, CanaryCohort]]:
     """List the cohorts that every audit tests beside the claims; releases have about `longest` numbers in total."""
     rounds, side = 20, max(4, math.isqrt(longest // 20))
     claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=rounds)
-    included = toss(min(100, (side // 4) ** 2), seed)
+    included = draw_included(min(100, (side // 4) ** 2), seed)
     nobody = np.zeros_like(included)
-    plain = Cohort(claim=claim, included=included, side=side)
+    plain = CanaryCohort(claim=claim, included=included, side=side)
     return [
         ("FedIT, 20 rounds", replace(plain, trains_both=True)),
         ("FFA, 20 rounds with an adaptive clip", replace(plain, adaptive=True)),

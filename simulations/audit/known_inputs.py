@@ -19,7 +19,7 @@ from privacy.audit import goodness_of_fit as fit
 from privacy.audit.goodness_of_fit import Check
 from privacy.noise import NoiseSource
 from privacy.sensitivity import RESOLUTION
-from simulations.audit.canaries import LENGTH, Recorded, Sources, network, site
+from simulations.audit.canaries import LENGTH, RecordingSource, Sources, network, site
 from training.cohort import train
 from training.jobs import DPSGD, Examples, Train, Trained
 
@@ -95,7 +95,7 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
     """Run every job of a situation through `training.cohort.train`, and subtract known contributions from releases."""
     generator = np.random.default_rng(seed)
     recorded = [
-        Recorded(sources(f"device {device}", number))
+        RecordingSource(sources(f"device {device}", number))
         for device in range(situation.devices)
         for number in range(situation.rounds)
     ]
@@ -121,10 +121,12 @@ def observe(situation: Situation, sources: Sources, seed: int, *, memory: int) -
         found.missed.append(bound * missed / deviation)
         if situation.optimiser == "sgd":
             found.steps.append(moved[~unseen] / step)
-        found.batches.append(fit.of_membership(member, situation.sampling_rate, generator).ravel())
+        found.batches.append(fit.normal_from_membership(member, situation.sampling_rate, generator).ravel())
         sizes.append(member.sum(1))
     every = np.concatenate(sizes)
-    return found._replace(sizes=fit.of_sizes(every, situation.pictures, situation.sampling_rate, generator))
+    return found._replace(
+        sizes=fit.normal_from_batch_sizes(every, situation.pictures, situation.sampling_rate, generator)
+    )
 
 
 def checks(observed: Observed) -> list[Check]:
@@ -265,7 +267,7 @@ def situations(longest: int) -> list[Situation]:
     ]
 
 
-def of_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Check]]:
+def observe_source(source: NoiseSource, count: int) -> tuple[np.ndarray, list[Check]]:
     """Draw noise of the largest σ that policies allow, and return it as standard normal numbers, with its tests.
 
     float32 adapters can't represent integers this large, so they are taken from the source itself. Only this test

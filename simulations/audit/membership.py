@@ -19,27 +19,27 @@ from omegaconf import OmegaConf
 
 from common.errors import AntherError
 from conf.cli import to_object
-from conf.schemas.audit import MembershipTrial
-from conf.schemas.simulation import Data, Simulation
+from conf.schemas.audit import MembershipConfig
+from conf.schemas.simulation import DataConfig, SimulationConfig
 from models.base import base
 from models.lora.batched_lora import stack_adapters, to_device
 from privacy.accounting import Guarantee
-from privacy.audit.membership import Membership, Trial, judge
+from privacy.audit.membership import AttackTrial, MembershipResult, judge
 from server.rounds import checkpoint
-from simulations.fleet.participants import deal, own_pictures, writers
+from simulations.fleet.participants import assign_writers, own_pictures, writers
 from simulations.run_dir import RUN
 from training import membership_scores
 from training.engine import encode
-from training.jobs import Encode, Picture
-from training.membership_scores import Scores
-from training.memory import budget, for_looking
+from training.jobs import EncodeJob, Picture
+from training.membership_scores import MembershipScores
+from training.memory import budget, inference_share
 
 CONTROL = "loss, base alone"  # knows nothing of the run: what it seems to know is how the pictures were chosen
 ATTACKS = {"loss": "loss", "pia": "PIA", "sima": "SimA"}
 AGAINST = "{} against the base"
 
 
-class Suspect(NamedTuple):
+class Candidate(NamedTuple):
     """A picture that may have been trained on."""
 
     writer: str
@@ -49,11 +49,11 @@ class Suspect(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run that is on trial."""
 
     folder: Path
-    config: Simulation
+    config: SimulationConfig
     base: str  # hash of the base that it trained on
     promise: str
 
@@ -69,18 +69,18 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
+class RunGroup:
     """Runs that are judged together."""
 
     name: str
-    runs: Sequence[Run]
+    runs: Sequence[FinishedRun]
     writers: int
-    found: dict[str, Membership]
+    found: dict[str, MembershipResult]
     """By attack."""
-    trials: dict[str, Trial]
+    trials: dict[str, AttackTrial]
 
 
-def load(folder: Path) -> Run:
+def load(folder: Path) -> FinishedRun:
     """The finished run in a folder; AntherError if there is none."""
     try:
         record: dict[str, Any] = json.loads((folder / RUN).read_text())
@@ -90,11 +90,11 @@ def load(folder: Path) -> Run:
         raise AntherError(f"{folder}: no finished run here ({error.strerror}: {error.filename})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise AntherError(f"{folder}: {RUN} or summary.json is damaged ({error})") from error
-    found: Simulation = to_object(OmegaConf.create(config), Simulation)
-    return Run(folder, found, base_hash, str(Guarantee(**epsilon)) if epsilon else "no differential privacy")
+    found: SimulationConfig = to_object(OmegaConf.create(config), SimulationConfig)
+    return FinishedRun(folder, found, base_hash, str(Guarantee(**epsilon)) if epsilon else "no differential privacy")
 
 
-def suspects(data: Data, took_part: Set[str]) -> list[Suspect]:
+def candidates(data: DataConfig, took_part: Set[str]) -> list[Candidate]:
     """Members and others of a run, every picture once.
 
     Args:
@@ -102,24 +102,24 @@ def suspects(data: Data, took_part: Set[str]) -> list[Suspect]:
     """
     own = own_pictures(data)
     found = [
-        Suspect(name, "", picture, member and name in took_part)
+        Candidate(name, "", picture, member and name in took_part)
         for name, pictures in own
         for member, split in ((True, pictures.train), (False, pictures.test))
         for picture in split
     ]
     people = writers(replace(data, validation=10, test=32))[: max(0, data.writers - len(own))]
     trained: dict[str, set[str]] = {person.name: set() for person in people}
-    for device, writer, copy in deal(people, data.devices or len(people)):
+    for device, writer, copy in assign_writers(people, data.devices or len(people)):
         if device in took_part:
             pictures = writer.on(device) if copy else writer.pictures
             trained[writer.name] |= {picture.caption for picture in pictures.train}
     for person in people:
         for picture in (*person.pool, *person.pictures.test):
-            found.append(Suspect(person.name, picture.caption, picture, picture.caption in trained[person.name]))
+            found.append(Candidate(person.name, picture.caption, picture, picture.caption in trained[person.name]))
     return found
 
 
-def attack(runs: Sequence[Run], config: MembershipTrial, *, confidence: float, seed: int) -> Arm:
+def attack(runs: Sequence[FinishedRun], config: MembershipConfig, *, confidence: float, seed: int) -> RunGroup:
     """All attacks on runs that differ in their seed alone; each run's pictures are compared among themselves."""
     tried = [_tried(run, config) for run in runs]
     everyone = [(place, suspect) for place, (people, _) in enumerate(tried) for suspect in people]
@@ -127,16 +127,17 @@ def attack(runs: Sequence[Run], config: MembershipTrial, *, confidence: float, s
     _, letter = np.unique([f"{place} {suspect.letter}" for place, suspect in everyone], return_inverse=True)
     member = np.array([suspect.member for _, suspect in everyone])
     trials = {
-        name: Trial(np.concatenate([found[name] for _, found in tried]), member, writer, letter) for name in tried[0][1]
+        name: AttackTrial(np.concatenate([found[name] for _, found in tried]), member, writer, letter)
+        for name in tried[0][1]
     }
     found = {
         name: judge(trial, resamples=config.resamples, confidence=confidence, seed=seed)
         for name, trial in trials.items()
     }
-    return Arm(runs[0].name, runs, int(writer.max()) + 1, found, trials)
+    return RunGroup(runs[0].name, runs, int(writer.max()) + 1, found, trials)
 
 
-def _tried(run: Run, config: MembershipTrial) -> tuple[list[Suspect], dict[str, np.ndarray]]:
+def _tried(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate], dict[str, np.ndarray]]:
     """The pictures of a run, and their scores under each attack."""
     settings = run.config
     frozen = base.load(
@@ -151,17 +152,17 @@ def _tried(run: Run, config: MembershipTrial) -> tuple[list[Suspect], dict[str, 
     state = checkpoint.load(run.folder / "checkpoints", sites=frozen.sites)
     if state is None:
         raise AntherError(f"{run.folder}: its checkpoints are gone, and with them the adapter to attack")
-    people = suspects(settings.data, {name for name, facts in state.devices.items() if facts.steps})
+    people = candidates(settings.data, {name for name, facts in state.devices.items() if facts.steps})
     if len({suspect.member for suspect in people}) < 2:
         raise AntherError(f"{run.folder}: has no picture that it trained on, or none that it didn't")
     tried = {"best": state.best_adapter, "last": state.adapter}[config.adapter]
-    (examples,) = encode(frozen, [Encode(pictures=[suspect.picture for suspect in people])])
+    (examples,) = encode(frozen, [EncodeJob(pictures=[suspect.picture for suspect in people])])
     if isinstance(examples, Exception):
         raise examples
     stacks = to_device(stack_adapters(frozen.sites, [tried]), frozen.like)
-    granted = for_looking(budget(config.memory_gib, frozen.device))
+    granted = inference_share(budget(config.memory_gib, frozen.device))
 
-    def scores(adapter: membership_scores.Stacks) -> Scores:
+    def scores(adapter: membership_scores.BatchedAdapter) -> MembershipScores:
         return membership_scores.scores(
             frozen, examples, adapter, timesteps=config.timesteps, time=config.time, memory=granted
         )

@@ -14,19 +14,19 @@ import yaml
 from markupsafe import Markup
 
 from common import atomic_files
-from conf.schemas.audit import Audit
-from privacy.audit.membership import Membership, Roc, Trial, matched
+from conf.schemas.audit import AuditConfig
+from privacy.audit.membership import AttackTrial, MembershipResult, RocCurve, matched_weights
 from server.report.page import environment
 from simulations.audit import plots
-from simulations.audit.membership import AGAINST, ATTACKS, CONTROL, Arm
+from simulations.audit.membership import AGAINST, ATTACKS, CONTROL, RunGroup
 from simulations.audit.plots import Curve
-from simulations.audit.verdicts import POWER, Fit, Results, Verdict
+from simulations.audit.verdicts import POWER, AuditResults, ClaimResult, NoiseTestResult
 
 TONES = ("personal", "local", "shared", "ink")  # of arms, in turn
 _POINTS = 400  # of a curve on the page
 
 
-def write(results: Results, config: Audit, folder: Path, command: str) -> Path:
+def write(results: AuditResults, config: AuditConfig, folder: Path, command: str) -> Path:
     """Write `audit.json` and `audit.html`; the page."""
     atomic_files.write(folder / "audit.json", json.dumps(as_json(results, config, command), indent=1).encode())
     page = folder / "audit.html"
@@ -35,7 +35,7 @@ def write(results: Results, config: Audit, folder: Path, command: str) -> Path:
     return unfinished.replace(page)
 
 
-def as_json(results: Results, config: Audit, command: str) -> dict[str, Any]:
+def as_json(results: AuditResults, config: AuditConfig, command: str) -> dict[str, Any]:
     """All numbers of the page."""
     return {
         "command": command,
@@ -57,7 +57,7 @@ def as_json(results: Results, config: Audit, command: str) -> dict[str, Any]:
     }
 
 
-def render(results: Results, config: Audit, command: str) -> str:
+def render(results: AuditResults, config: AuditConfig, command: str) -> str:
     """The whole page as HTML."""
     return (
         environment(Path(__file__).parent)
@@ -81,7 +81,7 @@ def render(results: Results, config: Audit, command: str) -> str:
     )
 
 
-def bounds(verdicts: Sequence[Verdict]) -> Markup:
+def bounds(verdicts: Sequence[ClaimResult]) -> Markup:
     """What is claimed beside what is shown."""
     held = [verdict for verdict in verdicts if verdict.honest]
     if not held:
@@ -98,7 +98,7 @@ def bounds(verdicts: Sequence[Verdict]) -> Markup:
     return plots.curves(found, x_label="ε that is claimed", y_label="ε that is shown")
 
 
-def roc_curves(arms: Sequence[Arm], attack: str) -> Markup:
+def roc_curves(arms: Sequence[RunGroup], attack: str) -> Markup:
     """One attack on every arm."""
     chance = np.geomspace(plots.LEAST, 1, 20).tolist()
     found = [Curve("chance", chance, chance, "base", dashed=True)]
@@ -108,31 +108,31 @@ def roc_curves(arms: Sequence[Arm], attack: str) -> Markup:
     return plots.rates(found, x_label="false positives", y_label="true positives")
 
 
-def auc_intervals(arm: Arm, tone: str) -> Markup:
+def auc_intervals(arm: RunGroup, tone: str) -> Markup:
     """The AUC of every attack on one arm."""
     rows = [(name, found.auc, "base" if name == CONTROL else tone) for name, found in arm.found.items()]
     ends = [end for _, interval, _ in rows for end in (interval.low, interval.high)]
     return plots.intervals(rows, chance=0.5, low=min(0.4, *ends), high=max(0.6, *ends))
 
 
-def score_histograms(trial: Trial) -> Markup:
+def score_histograms(trial: AttackTrial) -> Markup:
     """Scores of members and of others that show the same letters."""
-    weights = matched(np.ones(len(trial.scores)), trial.members, trial.letters)
+    weights = matched_weights(np.ones(len(trial.scores)), trial.members, trial.letters)
     inside = trial.members & (weights > 0)
     others = ~trial.members
     return plots.histograms(trial.scores[inside], trial.scores[others], weights[others], x_label="score")
 
 
-def thinned(roc: Roc) -> Roc:
+def thinned(roc: RocCurve) -> RocCurve:
     """As many points as a plot can show, among them the steep ones at the beginning."""
     count = len(roc.fpr)
     if count <= _POINTS:
         return roc
     places = np.unique(np.concatenate([np.arange(_POINTS // 4), np.linspace(0, count - 1, _POINTS).astype(int)]))
-    return Roc(roc.fpr[places], roc.tpr[places])
+    return RocCurve(roc.fpr[places], roc.tpr[places])
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: ClaimResult) -> dict[str, Any]:
     return {
         "name": verdict.name,
         "honest": verdict.honest,
@@ -144,7 +144,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _fit(fit: Fit) -> dict[str, Any]:
+def _fit(fit: NoiseTestResult) -> dict[str, Any]:
     return {
         "name": fit.name,
         "per": fit.level,
@@ -156,7 +156,7 @@ def _fit(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _membership(found: Membership) -> dict[str, Any]:
+def _membership(found: MembershipResult) -> dict[str, Any]:
     curve = thinned(found.roc)
     return {
         "auc": found.auc._asdict(),
@@ -167,7 +167,7 @@ def _membership(found: Membership) -> dict[str, Any]:
     }
 
 
-def _tones(results: Results) -> list[str]:
+def _tones(results: AuditResults) -> list[str]:
     return _cycle(len(results.arms))
 
 

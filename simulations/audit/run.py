@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
-from conf.cli import application, output_dir
-from conf.schemas.audit import Audit
+from conf.cli import hydra_application, output_dir
+from conf.schemas.audit import AuditConfig
 
 if TYPE_CHECKING:
     from privacy.noise import NoiseSource
-    from simulations.audit.canaries import Experiment, Recorded, Sources
-    from simulations.audit.membership import Arm
-    from simulations.audit.verdicts import Fit, Results, Verdict
+    from simulations.audit.canaries import Experiment, RecordingSource, Sources
+    from simulations.audit.membership import RunGroup
+    from simulations.audit.verdicts import AuditResults, ClaimResult, NoiseTestResult
 
 COMPANY_MEMORY = 2**30  # bytes for those of a real base
 MEMORY = 2**28  # bytes for the passes of canaries, which are a few numbers each
@@ -37,7 +37,7 @@ PASSED, FAILED = 0, 1
 IMAGE, DEVICE = "image", "device"
 
 
-class Case(NamedTuple):
+class AuditCase(NamedTuple):
     """A claim that is put on trial."""
 
     seed: int
@@ -49,24 +49,24 @@ class Case(NamedTuple):
         return f"ε = {self.epsilon:g}" + ("" if self.honest else ", noise left out")
 
 
-@application("audit", Audit)
-def main(config: Audit) -> None:
+@hydra_application("audit", AuditConfig)
+def main(config: AuditConfig) -> None:
     from simulations.audit.page import write
-    from simulations.audit.verdicts import last_line
+    from simulations.audit.verdicts import summary_line
 
     results = audit(config, print)
     if not config.runs:
-        print(last_line(results, config.false_alarms))
+        print(summary_line(results, config.false_alarms))
     page = write(results, config, Path(output_dir()), shlex.join(command()))
     print(f"page  {page}")
     sys.exit(PASSED if results.sound else FAILED)
 
 
-def audit(config: Audit, say: Callable[[str], object]) -> Results:
+def audit(config: AuditConfig, say: Callable[[str], object]) -> AuditResults:
     """Everything that the configuration asks for, told as it comes."""
-    from simulations.audit.verdicts import Fit, Results, arm_lines, fit_lines, line
+    from simulations.audit.verdicts import AuditResults, NoiseTestResult, arm_lines, fit_lines, line
 
-    results = Results()
+    results = AuditResults()
     if config.runs:
         for arm in arms(config):
             for words in arm_lines(arm):
@@ -75,7 +75,7 @@ def audit(config: Audit, say: Callable[[str], object]) -> Results:
         return results
     for trial, where, verdicts in ((loop, "training loop", results.loop), (clients, "whole devices", results.clients)):
         for found in trial(config):
-            if isinstance(found, Fit):
+            if isinstance(found, NoiseTestResult):
                 results.fits.append(found)
                 for words in fit_lines(found):
                     say(words)
@@ -89,7 +89,7 @@ def audit(config: Audit, say: Callable[[str], object]) -> Results:
     return results
 
 
-def arms(config: Audit) -> Iterator[Arm]:
+def arms(config: AuditConfig) -> Iterator[RunGroup]:
     """The runs on trial, those that differ in their seed alone together."""
     from simulations.audit import membership
 
@@ -98,10 +98,10 @@ def arms(config: Audit) -> Iterator[Arm]:
         yield membership.attack(list(alike), config.membership, confidence=config.confidence, seed=config.seed)
 
 
-def loop(config: Audit) -> Iterator[Verdict | Fit]:
+def loop(config: AuditConfig) -> Iterator[ClaimResult | NoiseTestResult]:
     """The training loop on trial: each claim, and the noise under it."""
     from privacy.accounting import PoissonGaussian, noise_multiplier_for
-    from simulations.audit.canaries import Experiment, Silent, toss
+    from simulations.audit.canaries import Experiment, ZeroNoise, draw_included
 
     asked = config.canaries
     for case in cases(asked.epsilons, config.seed) if asked.count else ():
@@ -109,28 +109,30 @@ def loop(config: Audit) -> Iterator[Verdict | Fit]:
             epsilon=case.epsilon, delta=asked.delta, sampling_rate=asked.sampling_rate, steps=asked.rounds
         )
         claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=asked.sampling_rate, steps=asked.rounds)
-        included = toss(asked.count, case.seed)
+        included = draw_included(asked.count, case.seed)
         experiment = Experiment(claim=claim, draws=asked.draws, included=included, devices=asked.devices)
 
-        def sources(device: str, round: int, case: Case = case) -> NoiseSource:
+        def sources(device: str, round: int, case: AuditCase = case) -> NoiseSource:
             found = source(asked.noise, case.seed, device, round)
-            return found if case.honest else Silent(found)
+            return found if case.honest else ZeroNoise(found)
 
         yield from examine(experiment, sources, case, config)
 
 
-def examine(experiment: Experiment, sources: Sources, case: Case, config: Audit) -> Iterator[Verdict | Fit]:
+def examine(
+    experiment: Experiment, sources: Sources, case: AuditCase, config: AuditConfig
+) -> Iterator[ClaimResult | NoiseTestResult]:
     """Train on canaries, and see what the releases give away; and what is left of them without the canaries."""
     from privacy.audit import goodness_of_fit
     from privacy.audit.empirical import audit
     from simulations.audit import canaries
-    from simulations.audit.verdicts import Fit, Verdict
+    from simulations.audit.verdicts import ClaimResult, NoiseTestResult
     from training.cohort import train
 
-    recorded: list[Recorded] = []
+    recorded: list[RecordingSource] = []
 
-    def recording(device: str, round: int) -> Recorded:
-        recorded.append(canaries.Recorded(sources(device, round)))
+    def recording(device: str, round: int) -> RecordingSource:
+        recorded.append(canaries.RecordingSource(sources(device, round)))
         return recorded[-1]
 
     jobs = canaries.jobs(experiment, recording)
@@ -144,34 +146,34 @@ def examine(experiment: Experiment, sources: Sources, case: Case, config: Audit)
         confidence=config.confidence,
         false_alarms=share(config),
     )
-    yield Verdict(case.name, finding, case.honest)
+    yield ClaimResult(case.name, finding, case.honest)
     if case.honest:
         noise, joined = canaries.residuals(experiment, seen, recorded)
         checks = goodness_of_fit.battery(noise)
         checks.append(goodness_of_fit.alignment(noise, joined, "along pictures that joined"))
-        yield Fit.of(f"noise of {case.name}", IMAGE, noise, checks, share(config))
+        yield NoiseTestResult.of(f"noise of {case.name}", IMAGE, noise, checks, share(config))
 
 
-def clients(config: Audit) -> Iterator[Verdict | Fit]:
+def clients(config: AuditConfig) -> Iterator[ClaimResult | NoiseTestResult]:
     """The rounds of `privacy=device` on trial."""
     from privacy.accounting import PoissonGaussian, noise_multiplier_for
     from privacy.audit.empirical import audit, cosine_epsilon, log_likelihood_ratio
     from simulations.audit import canaries, canary_clients
-    from simulations.audit.canary_clients import Cohort
-    from simulations.audit.verdicts import Fit, Verdict
+    from simulations.audit.canary_clients import CanaryCohort
+    from simulations.audit.verdicts import ClaimResult, NoiseTestResult
 
     asked = config.clients
     for case in cases(asked.epsilons, config.seed) if asked.count else ():
         sigma = noise_multiplier_for(epsilon=case.epsilon, delta=asked.delta, sampling_rate=1.0, steps=asked.rounds)
         claim = PoissonGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=asked.rounds)
-        included = canaries.toss(asked.count, case.seed)
-        cohort = Cohort(claim=claim, included=included, side=math.isqrt(asked.dimension))
+        included = canaries.draw_included(asked.count, case.seed)
+        cohort = CanaryCohort(claim=claim, included=included, side=math.isqrt(asked.dimension))
 
-        def noise(round: int, case: Case = case) -> NoiseSource:
+        def noise(round: int, case: AuditCase = case) -> NoiseSource:
             found = source("secure", case.seed, "server", round)
-            return found if case.honest else canaries.Silent(found)
+            return found if case.honest else canaries.ZeroNoise(found)
 
-        found = canary_clients.play(cohort, noise)
+        found = canary_clients.run_rounds(cohort, noise)
         own = found.sums[:, : asked.count]
         finding = audit(
             claim,
@@ -183,34 +185,34 @@ def clients(config: Audit) -> Iterator[Verdict | Fit]:
         )
         total = found.sums.sum(0)
         cosines = total[: asked.count][included] / np.linalg.norm(total)
-        yield Verdict(case.name, finding, case.honest, cosine_epsilon(cosines, total.size, asked.delta))
+        yield ClaimResult(case.name, finding, case.honest, cosine_epsilon(cosines, total.size, asked.delta))
         if case.honest:
             checks = canary_clients.checks(found)
-            yield Fit.of(f"noise of {case.name}", DEVICE, [found.residuals], checks, share(config))
+            yield NoiseTestResult.of(f"noise of {case.name}", DEVICE, [found.residuals], checks, share(config))
 
 
-def fits(config: Audit) -> Iterator[Fit]:
+def fits(config: AuditConfig) -> Iterator[NoiseTestResult]:
     """Situations in which everything but the noise is known, per image and per device."""
     from simulations.audit import canary_clients, known_inputs
-    from simulations.audit.verdicts import Fit
+    from simulations.audit.verdicts import NoiseTestResult
 
     asked = config.fits
     for situation in known_inputs.situations(asked.longest) if asked.longest else ():
         seen = known_inputs.observe(situation, partial(source, asked.noise, config.seed), config.seed, memory=MEMORY)
-        yield Fit.of(situation.name, IMAGE, seen.noise, known_inputs.checks(seen), share(config))
+        yield NoiseTestResult.of(situation.name, IMAGE, seen.noise, known_inputs.checks(seen), share(config))
     if asked.longest:
-        noise, checks = known_inputs.of_source(source(asked.noise, config.seed, "device", -1), SOURCE_NUMBERS)
-        yield Fit.of("the source itself, σ = 2¹⁹", IMAGE, [noise], checks, share(config))
+        noise, checks = known_inputs.observe_source(source(asked.noise, config.seed, "device", -1), SOURCE_NUMBERS)
+        yield NoiseTestResult.of("the source itself, σ = 2¹⁹", IMAGE, [noise], checks, share(config))
     for name, cohort in canary_clients.cohorts(asked.longest, config.seed) if asked.longest else ():
-        released = canary_clients.play(cohort, partial(source, asked.noise, config.seed, "server"))
-        yield Fit.of(name, DEVICE, [released.residuals], canary_clients.checks(released), share(config))
+        released = canary_clients.run_rounds(cohort, partial(source, asked.noise, config.seed, "server"))
+        yield NoiseTestResult.of(name, DEVICE, [released.residuals], canary_clients.checks(released), share(config))
 
 
-def company(config: Audit) -> Iterator[Fit]:
+def company(config: AuditConfig) -> Iterator[NoiseTestResult]:
     """Whether pictures move what others add, on the base that is shipped."""
     from models.base.base import load
     from simulations.audit import batch_independence
-    from simulations.audit.verdicts import Fit
+    from simulations.audit.verdicts import NoiseTestResult
 
     if config.fits.base is None:
         return
@@ -218,10 +220,12 @@ def company(config: Audit) -> Iterator[Fit]:
     moved = batch_independence.shift(
         base, batch_independence.chaotic(base), batch_independence.random_examples(base), memory=COMPANY_MEMORY
     )
-    yield Fit("pictures beside others, on a chaotic adapter", IMAGE, 0, 1.0, [batch_independence.check(moved)], 0.0)
+    yield NoiseTestResult(
+        "pictures beside others, on a chaotic adapter", IMAGE, 0, 1.0, [batch_independence.check(moved)], 0.0
+    )
 
 
-def share(config: Audit) -> float:
+def share(config: AuditConfig) -> float:
     """What each claim and situation may have of the false alarms."""
     from simulations.audit import canary_clients, known_inputs
 
@@ -231,18 +235,20 @@ def share(config: Audit) -> float:
     return config.false_alarms / (claims + others)
 
 
-def cases(epsilons: Sequence[float], seed: int) -> list[Case]:
+def cases(epsilons: Sequence[float], seed: int) -> list[AuditCase]:
     """Every claim, and the smallest once more without noise: were that missed, the others would say nothing."""
     tried = [(epsilon, True) for epsilon in sorted(epsilons)]
     tried.append((min(epsilons), False))
-    return [Case(seed + place, epsilon, honest) for place, (epsilon, honest) in enumerate(tried)]
+    return [AuditCase(seed + place, epsilon, honest) for place, (epsilon, honest) in enumerate(tried)]
 
 
 def source(kind: str, seed: int, device: str, round: int) -> NoiseSource:
     """Noise and Poisson batches of one device in one round."""
-    from privacy.noise import Secure, Simulated
+    from privacy.noise import SecureNoise, SimulatedNoise
 
-    return Secure() if kind == "secure" else Simulated(seed=seed, client=device, round=round, purpose="shared")
+    return (
+        SecureNoise() if kind == "secure" else SimulatedNoise(seed=seed, client=device, round=round, purpose="shared")
+    )
 
 
 def command() -> list[str]:

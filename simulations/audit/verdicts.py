@@ -10,22 +10,22 @@ from typing import Self
 import numpy as np
 
 from privacy.audit import goodness_of_fit
-from privacy.audit.empirical import Finding
+from privacy.audit.empirical import AuditResult
 from privacy.audit.goodness_of_fit import Check
 from privacy.audit.membership import FPR
 from server.report.formatting import short
-from simulations.audit.membership import Arm
+from simulations.audit.membership import RunGroup
 
 POWER = 0.999
 """Probability of detecting the shortfall of noise that an audit reports as detectable."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimResult:
     """Result of one claim."""
 
     name: str
-    finding: Finding
+    finding: AuditResult
     honest: bool
     """Whether the claim should hold; without noise it must not."""
     estimate: float | None = None
@@ -38,7 +38,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Fit:
+class NoiseTestResult:
     """Results of the tests of one situation in which everything except the noise is known."""
 
     name: str
@@ -85,13 +85,13 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Results:
+class AuditResults:
     """All results of an audit."""
 
-    loop: list[Verdict] = field(default_factory=list)
-    clients: list[Verdict] = field(default_factory=list)
-    fits: list[Fit] = field(default_factory=list)
-    arms: list[Arm] = field(default_factory=list)
+    loop: list[ClaimResult] = field(default_factory=list)
+    clients: list[ClaimResult] = field(default_factory=list)
+    fits: list[NoiseTestResult] = field(default_factory=list)
+    arms: list[RunGroup] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -105,7 +105,7 @@ class Results:
         return {level: min(fit.shortfall for fit in self.fits if fit.level == level) for level in levels}
 
 
-def line(where: str, verdict: Verdict) -> str:
+def line(where: str, verdict: ClaimResult) -> str:
     """Format one verdict as a line."""
     found, held = verdict.finding, "refuted" if verdict.finding.refuted else "not refuted"
     bounds = f"ε ≥ {short(found.bound)}; {short(found.f_dp)} by f-DP, {short(found.one_run)} by (ε, δ)"
@@ -113,7 +113,7 @@ def line(where: str, verdict: Verdict) -> str:
     return f"{'ok  ' if verdict.sound else 'FAIL'}  {where}, {verdict.name}: {held}; {bounds}; {right}"
 
 
-def fit_lines(fit: Fit) -> list[str]:
+def fit_lines(fit: NoiseTestResult) -> list[str]:
     """Format one situation as a line, followed by a line for each failed test."""
     sees = f"least p {fit.least.p_value:.2g}; would see noise short by {fit.shortfall:.1%}"
     told = f"{fit.numbers} numbers of noise, {len(fit.checks)} tests, {sees}" if fit.numbers else fit.least.shown
@@ -121,7 +121,7 @@ def fit_lines(fit: Fit) -> list[str]:
     return [f"{'ok  ' if fit.sound else 'FAIL'}  per {fit.level}, {fit.name}: {told}", *failed]
 
 
-def last_line(results: Results, false_alarms: float) -> str:
+def summary_line(results: AuditResults, false_alarms: float) -> str:
     """Summarize the audit, with the smallest deviation that it could have detected."""
     outcome = "nothing is refuted" if results.sound else "refuted, or blind"
     seen = [f"{shortfall:.1%} per {level}" for level, shortfall in results.shortfalls.items()]
@@ -129,7 +129,7 @@ def last_line(results: Results, false_alarms: float) -> str:
     return f"{'ok  ' if results.sound else 'FAIL'}  {outcome}; false alarms: {false_alarms:g} of all audits{sees}"
 
 
-def arm_lines(arm: Arm) -> list[str]:
+def arm_lines(arm: RunGroup) -> list[str]:
     """Format one arm as a line for each attack."""
     told = [f"{arm.name}: {arm.writers} writers, {len(arm.runs)} run{'s' if len(arm.runs) != 1 else ''}"]
     for name, found in arm.found.items():

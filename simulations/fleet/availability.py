@@ -18,7 +18,7 @@ DAY = 24.0 * HOUR
 _NEAR = 4  # days that are looked at for one moment
 
 
-class Hours(Protocol):
+class Availability(Protocol):
     """One device's habits; times are seconds of the fleet's clock."""
 
     def plugged(self, time: float) -> bool: ...
@@ -32,7 +32,7 @@ class Hours(Protocol):
         ...
 
 
-class Daily:
+class DailySchedule:
     """The same hours every day, give or take.
 
     Args:
@@ -90,7 +90,7 @@ class Daily:
         return self._jitter * uniform(self._seed, *key, low=-1.0)
 
 
-class Trace:
+class RecordedSchedule:
     """Times at which a device was plugged in and idle, as somebody recorded them, over and over.
 
     Args:
@@ -125,7 +125,7 @@ def uniform(*key: object, low: float = 0.0, high: float = 1.0) -> float:
     return low + (high - low) * (derive_seed(*key) % 2**32) / 2**32
 
 
-def load_traces(path: Path) -> dict[str, Trace]:
+def load_traces(path: Path) -> dict[str, RecordedSchedule]:
     """Recorded times by device: CSV with the columns device, on and off, or JSON {device: [[on, off], …]}; in seconds.
 
     Raises AntherError, naming the file and the device, for anything else.
@@ -145,7 +145,7 @@ def load_traces(path: Path) -> dict[str, Trace]:
         rising = all(before < after for before, after in pairwise(edges))
         if not (edges and rising and all(map(math.isfinite, edges)) and edges[0] >= 0):
             raise AntherError(f"fleet.trace={path}: times of {name[:50]!r} must rise from 0 on: on, off, on, off, …")
-    return {name: Trace(on) for name, on in found.items()}
+    return {name: RecordedSchedule(on) for name, on in found.items()}
 
 
 def _from_csv(text: str) -> dict[str, list[tuple[float, float]]]:

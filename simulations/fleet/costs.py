@@ -9,14 +9,14 @@ from functools import cache, lru_cache, partial
 
 from client.planning.plan_search import pass_seconds
 from common.units import GIB, MIB
-from conf.schemas.planning import DeviceProfile
-from conf.schemas.simulation import Simulation, Workload
+from conf.schemas.planning import DeviceProfileConfig
+from conf.schemas.simulation import SimulationConfig, WorkloadConfig
 from models.base.base import Base
-from models.families.known import find
-from models.footprint.footprint import Footprint, example, footprint, shapes
+from models.families.known import find_base
+from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import PassCosts
 from protocol.messages import TrainingPlan
-from strategies.planning.site_selection import costs_of
+from strategies.planning.site_selection import base_pass_costs
 from training.public_duration import scheduled_examples
 
 Predict = Callable[[int], Footprint]
@@ -32,7 +32,7 @@ class Costs:
         workload: what they are multiplied by.
     """
 
-    def __init__(self, predict: Predict, partly: Callable[[], PassCosts], workload: Workload) -> None:
+    def __init__(self, predict: Predict, partly: Callable[[], PassCosts], workload: WorkloadConfig) -> None:
         self._predict, self._partly, self._workload = predict, cache(partly), workload
 
     def needed(self, plan: TrainingPlan) -> float:
@@ -41,16 +41,16 @@ class Costs:
             return self._footprint(plan.rank).peak_bytes
         return self._workload.memory * self._partly().bytes(plan.sites)
 
-    def fits(self, plan: TrainingPlan, device: DeviceProfile) -> bool:
+    def fits(self, plan: TrainingPlan, device: DeviceProfileConfig) -> bool:
         """Whether the device has them."""
         return self.needed(plan) + device.runtime_mib * MIB <= device.memory_gib * GIB
 
-    def seconds(self, plan: TrainingPlan, device: DeviceProfile) -> float:
+    def seconds(self, plan: TrainingPlan, device: DeviceProfileConfig) -> float:
         """Of all its steps, at full speed."""
         work = 1.0 if plan.sites is None else self._partly().work(plan.sites)
         return scheduled_examples(plan) * work * self.example_seconds(plan.rank, device)
 
-    def example_seconds(self, rank: int, device: DeviceProfile) -> float:
+    def example_seconds(self, rank: int, device: DeviceProfileConfig) -> float:
         """Of one training example at every site, at full speed."""
         return pass_seconds(self._footprint(rank), device)
 
@@ -58,7 +58,7 @@ class Costs:
         return scaled(self._predict(rank), self._workload)
 
 
-def scaled(found: Footprint, workload: Workload) -> Footprint:
+def scaled(found: Footprint, workload: WorkloadConfig) -> Footprint:
     """The same pass of a base that is so many times as large."""
     memory = {name: value for name, value in vars(found).items() if name.endswith("_bytes") and name != "moved_bytes"}
     work = ("matrix_operations", "convolution_operations", "moved_bytes")
@@ -69,17 +69,17 @@ def scaled(found: Footprint, workload: Workload) -> Footprint:
     )
 
 
-def costs(config: Simulation, base: Base) -> Costs:
+def costs(config: SimulationConfig, base: Base) -> Costs:
     """Of the base of a run, on its fleet."""
     sites = "|".join(re.escape(site) for site in base.sites)
     key = (str(base.folder), sites, config.base.weights, config.base.checkpointing, base.resolution)
-    partly = partial(costs_of, base, config.adapter.shared.rank)
+    partly = partial(base_pass_costs, base, config.adapter.shared.rank)
     return Costs(lambda rank: _predicted(*key, rank), partly, config.fleet.workload)
 
 
 @lru_cache(maxsize=64)
 def _predicted(base: str, sites: str, weights: str, checkpointing: str, resolution: int, rank: int) -> Footprint:
     """A second or two of work."""
-    known = find(base)
-    held = shapes(known, sites=sites, weights=weights, checkpointing=checkpointing)
-    return footprint(held, *example(known, resolution), rank=rank)
+    known = find_base(base)
+    held = meta_denoiser(known, sites=sites, weights=weights, checkpointing=checkpointing)
+    return footprint(held, *example_shapes(known, resolution), rank=rank)

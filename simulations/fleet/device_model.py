@@ -10,20 +10,20 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from conf.schemas.planning import DeviceProfile
-from conf.schemas.simulation import Profile
-from simulations.fleet.availability import Hours
+from conf.schemas.planning import DeviceProfileConfig
+from conf.schemas.simulation import ProfileConfig
+from simulations.fleet.availability import Availability
 from simulations.fleet.battery import charge_after, flow, seconds_until
 from simulations.fleet.heat import Heat, heat_after, seconds_until_change
 
-WAKES = 0.05
+WAKE_CHARGE = 0.05
 """Share of a full battery at which a device that was flat is switched on again."""
 FLAT, LEFT = "flat", "left"
 _LEAST = 1e-6  # seconds that a step takes at least: rounding must not stop time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Body:
+class PowerModel:
     """What one kind of device is made of."""
 
     watts_idle: float
@@ -37,9 +37,9 @@ class Body:
     hot_speed: float = 1.0
 
     @staticmethod
-    def of(profile: Profile, device: DeviceProfile) -> Body:
+    def of(profile: ProfileConfig, device: DeviceProfileConfig) -> PowerModel:
         """Of a fleet's profile and its hardware."""
-        return Body(
+        return PowerModel(
             watts_idle=device.watts_idle,
             watts_busy=device.watts_busy,
             capacity=device.battery_wh,
@@ -50,7 +50,7 @@ class Body:
         )
 
 
-class Moment(NamedTuple):
+class DeviceState(NamedTuple):
     """How a device is at one time."""
 
     time: float
@@ -60,30 +60,30 @@ class Moment(NamedTuple):
     off: bool = False
 
 
-class Lived(NamedTuple):
+class AdvanceResult(NamedTuple):
     """How a device is after some time, and what that took."""
 
-    moment: Moment
+    state: DeviceState
     joules: float
     """That the whole device drew."""
     left: float
     """Seconds of work, at full speed, that are not done."""
-    fate: str = ""
+    abort_reason: str = ""
     """Why it broke off: FLAT or LEFT; empty if it didn't."""
     drained: float = 0.0
     """Joules that its battery gave."""
 
 
 def live(
-    body: Body,
-    hours: Hours,
-    moment: Moment,
+    body: PowerModel,
+    hours: Availability,
+    state: DeviceState,
     *,
     until: float = math.inf,
     work: float | None = None,
     leaves: bool = False,
     at_task: bool = False,
-) -> Lived:
+) -> AdvanceResult:
     """From one moment until a time, or until the work is done or broken off.
 
     A hot device works slower, and what it draws beyond idling falls with its speed.
@@ -94,25 +94,23 @@ def live(
         at_task: it breaks off when it is flat, also if it has nothing to compute, but to send.
     """
     joules, drained, left = 0.0, 0.0, work or 0.0
-    alone, plugged_first = hours.idle(moment.time), hours.plugged(moment.time)
+    alone, plugged_first = hours.idle(state.time), hours.plugged(state.time)
     at_task = at_task or work is not None
-    while moment.time < until and (work is None or left > 0.0):
-        time, plugged = moment.time, hours.plugged(moment.time)
-        moment = moment._replace(off=_off(body, moment, plugged=plugged))
-        if at_task and moment.off:
-            return Lived(moment, joules, left, FLAT, drained)
+    while state.time < until and (work is None or left > 0.0):
+        time, plugged = state.time, hours.plugged(state.time)
+        state = state._replace(off=_off(body, state, plugged=plugged))
+        if at_task and state.off:
+            return AdvanceResult(state, joules, left, FLAT, drained)
         if leaves and ((alone and not hours.idle(time)) or (plugged_first and not plugged)):
-            return Lived(moment, joules, left, LEFT, drained)
-        speed = 0.0 if moment.off or work is None else body.hot_speed if moment.heat.hot else 1.0
-        drawn = 0.0 if moment.off else body.watts_idle + speed * (body.watts_busy - body.watts_idle)
+            return AdvanceResult(state, joules, left, LEFT, drained)
+        speed = 0.0 if state.off or work is None else body.hot_speed if state.heat.hot else 1.0
+        drawn = 0.0 if state.off else body.watts_idle + speed * (body.watts_busy - body.watts_idle)
         watts = flow(drawn, plugged=plugged, charger=body.charger)
         seconds = min(
             until - time,
             hours.next_change(time) - time,
-            _until_switched(body, moment, watts),
-            seconds_until_change(
-                moment.heat, working=speed > 0.0, hot_after=body.hot_after, cool_after=body.cool_after
-            ),
+            _until_switched(body, state, watts),
+            seconds_until_change(state.heat, working=speed > 0.0, hot_after=body.hot_after, cool_after=body.cool_after),
             left / speed if speed else math.inf,
         )
         seconds = max(seconds, _LEAST)
@@ -120,28 +118,26 @@ def live(
         if body.capacity is not None:
             drained += max(0.0, -watts) * seconds
         left = 0.0 if (done := speed * seconds) >= left - _LEAST / 2 else left - done
-        moment = Moment(
+        state = DeviceState(
             time=time + seconds,
-            charge=0.0
-            if body.capacity is None
-            else charge_after(moment.charge, watts, seconds, capacity=body.capacity),
+            charge=0.0 if body.capacity is None else charge_after(state.charge, watts, seconds, capacity=body.capacity),
             heat=heat_after(
-                moment.heat, seconds, working=speed > 0.0, hot_after=body.hot_after, cool_after=body.cool_after
+                state.heat, seconds, working=speed > 0.0, hot_after=body.hot_after, cool_after=body.cool_after
             ),
-            off=moment.off,
+            off=state.off,
         )
-    moment = moment._replace(off=_off(body, moment, plugged=hours.plugged(moment.time)))
-    return Lived(moment, joules, left, drained=drained)
+    state = state._replace(off=_off(body, state, plugged=hours.plugged(state.time)))
+    return AdvanceResult(state, joules, left, drained=drained)
 
 
-def _off(body: Body, moment: Moment, *, plugged: bool) -> bool:
+def _off(body: PowerModel, state: DeviceState, *, plugged: bool) -> bool:
     if body.capacity is None:
         return not plugged
-    return moment.charge < (WAKES * body.capacity - _LEAST if moment.off else _LEAST)
+    return state.charge < (WAKE_CHARGE * body.capacity - _LEAST if state.off else _LEAST)
 
 
-def _until_switched(body: Body, moment: Moment, watts: float) -> float:
+def _until_switched(body: PowerModel, state: DeviceState, watts: float) -> float:
     """Seconds until its battery is flat, or a flat one has enough to start."""
     if body.capacity is None:
         return math.inf
-    return seconds_until(WAKES * body.capacity if moment.off else 0.0, moment.charge, watts)
+    return seconds_until(WAKE_CHARGE * body.capacity if state.off else 0.0, state.charge, watts)

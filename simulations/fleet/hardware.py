@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from common.errors import AntherError
-from conf.schemas.planning import DeviceProfile, device_profile
-from conf.schemas.simulation import Fleet, Profile
+from conf.schemas.planning import DeviceProfileConfig, device_profile
+from conf.schemas.simulation import FleetConfig, ProfileConfig
 from models.base import assets
 from models.base.base import Base
 from protocol.messages import TrainingPlan
@@ -22,12 +22,12 @@ from simulations.fleet.costs import Costs
 class Hardware:
     """One kind of device of a fleet: its memory, its speed, its power."""
 
-    profile: Profile
+    profile: ProfileConfig
     memory_gib: float
     examples_per_second: float
     """Of the plan that a device without limits gets, at full speed."""
     watts: float
-    device: DeviceProfile | None = None
+    device: DeviceProfileConfig | None = None
     """None: nothing but the above is known."""
     stated_at: int | None = None
     """Rank of the plan whose rate its file states; None: its rate is predicted."""
@@ -45,19 +45,19 @@ class Hardware:
         return self.stated_at is None
 
     @property
-    def known(self) -> DeviceProfile:
+    def known(self) -> DeviceProfileConfig:
         """Its device; ValueError if that is not known."""
         if self.device is None:
             raise ValueError(f"{self.profile.name}: its hardware is not known")
         return self.device
 
 
-def turn(fleet: Fleet) -> list[Profile]:
+def turn(fleet: FleetConfig) -> list[ProfileConfig]:
     """The profiles in the order in which they are dealt, one for each device, again and again."""
     return [profile for profile in fleet.profiles for _ in range(profile.share)]
 
 
-def hardware(fleet: Fleet, costs: Costs, rank: int, base: Base | None = None) -> list[Hardware]:
+def hardware(fleet: FleetConfig, costs: Costs, rank: int, base: Base | None = None) -> list[Hardware]:
     """Of every profile of the turn; AntherError if one names a device that isn't there.
 
     Args:
@@ -72,7 +72,7 @@ def hardware(fleet: Fleet, costs: Costs, rank: int, base: Base | None = None) ->
     return [of(fleet.profiles.index(profile)) for profile in turn(fleet)]
 
 
-def _hardware(profile: Profile, costs: Costs, rank: int, base: Base | None) -> Hardware:
+def _hardware(profile: ProfileConfig, costs: Costs, rank: int, base: Base | None) -> Hardware:
     memory, rate, watts = profile.memory_gib, profile.examples_per_second, profile.watts
     if profile.device is None:
         if memory is None or rate is None or watts is None:
@@ -88,8 +88,8 @@ def _hardware(profile: Profile, costs: Costs, rank: int, base: Base | None) -> H
     return Hardware(profile, device.memory_gib, 1.0 / costs.example_seconds(rank, device), device.watts_busy, device)
 
 
-def _measured(profile: Profile, base: Base | None) -> bool:
+def _measured(profile: ProfileConfig, base: Base | None) -> bool:
     """Whether the rate that a profile states is that of this base, at this resolution."""
     if profile.measured_on is None or base is None:
         return True
-    return base.resolution == base.own_resolution and assets.is_asset(profile.measured_on, base.hash)
+    return base.resolution == base.native_resolution and assets.matches_hash(profile.measured_on, base.hash)

@@ -10,7 +10,7 @@ KILLED, DROPPED, OFF = "killed: memory", "dropped out", "off"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FleetFacts:
+class FleetRound:
     """One round of a fleet's life; of round 0, nothing."""
 
     number: int
@@ -24,10 +24,10 @@ class FleetFacts:
     """Devices that were asked and never replied, by what became of them."""
 
 
-class Log:
+class FleetLog:
     """Rounds that are over, and what has come of the one under way."""
 
-    def __init__(self, rounds: tuple[FleetFacts, ...] = ()) -> None:
+    def __init__(self, rounds: tuple[FleetRound, ...] = ()) -> None:
         self.rounds = rounds
         self._begin()
 
@@ -45,7 +45,7 @@ class Log:
     def close(self, number: int, time: float) -> None:
         """A round is over."""
         lost = dict(sorted(self._lost.items()))
-        facts = FleetFacts(number=number, ended=time, joules=self._joules, drained=self._drained, lost=lost)
+        facts = FleetRound(number=number, ended=time, joules=self._joules, drained=self._drained, lost=lost)
         self.rounds = (*self.rounds, facts)
         self._begin()
 

@@ -20,7 +20,7 @@ from client.device import Device
 from client.store.store import Store
 from common.errors import AntherError
 from common.seeding import derive_seed
-from conf.schemas.simulation import Data, Profile, Simulation
+from conf.schemas.simulation import DataConfig, ProfileConfig, SimulationConfig
 from models.base import assets
 from models.base.base import Base
 from privacy.noise import source
@@ -69,7 +69,7 @@ class Participant:
 
 
 def participants(
-    config: Simulation,
+    config: SimulationConfig,
     base: Base,
     storage: Callable[[str], Storage],
     own: Sequence[tuple[str, Pictures]] | None = None,
@@ -82,7 +82,7 @@ def participants(
     """
     people = [Writer(name, "own", pictures) for name, pictures in (own_pictures(config.data) if own is None else own)]
     people += writers(config.data)[: max(0, config.data.writers - len(people))]  # each folder takes a writer's place
-    dealt = sorted(deal(people, config.data.count()), key=lambda device: device[0])
+    dealt = sorted(assign_writers(people, config.data.count()), key=lambda device: device[0])
     names = [name for name, *_ in dealt]
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
@@ -94,7 +94,7 @@ def participants(
     ]
 
 
-def owners_policy(config: Simulation) -> Policy:
+def owners_policy(config: SimulationConfig) -> Policy:
     """What the simulated owners allow: exactly what the run promises them, so that a run that breaks it is refused."""
     private = config.privacy
     if not private.of_examples:
@@ -104,7 +104,7 @@ def owners_policy(config: Simulation) -> Policy:
     )
 
 
-def deal(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:
+def assign_writers(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:
     """(name, writer, which of the writer's) of every device, the writers in turn: ada, bob, ada-0002, bob-0002, …"""
     for i in range(devices):
         copy, place = divmod(i, len(people))
@@ -124,7 +124,7 @@ def judged(people: Sequence[Participant], devices: int | None) -> list[Participa
     return sorted(order[:devices], key=lambda person: person.name)
 
 
-def writers(data: Data) -> list[Writer]:
+def writers(data: DataConfig) -> list[Writer]:
     """Every writer of the role, in an order that mixes kinds and favours none; AntherError if there are too few."""
     families = sorted(
         dataset.load(data.role, assets.locate("typefaces")), key=lambda family: derive_seed("writers", family.name)
@@ -136,10 +136,10 @@ def writers(data: Data) -> list[Writer]:
         )
     found = []
     for place, family in enumerate(families):
-        kind = dataset.KINDS[place % len(dataset.KINDS)]
-        split = dataset.split(dataset.skewed(family.order, kind) if data.skew else family.order, data.train)
+        kind = dataset.GLYPH_KINDS[place % len(dataset.GLYPH_KINDS)]
+        split = dataset.split(dataset.skew_order(family.order, kind) if data.skew else family.order, data.train)
 
-        def pictures(glyphs: Sequence[int], family: dataset.Family = family) -> tuple[Picture, ...]:
+        def pictures(glyphs: Sequence[int], family: dataset.Typeface = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
 
         found.append(
@@ -157,7 +157,7 @@ def writers(data: Data) -> list[Writer]:
     return found
 
 
-def own_pictures(data: Data) -> list[tuple[str, Pictures]]:
+def own_pictures(data: DataConfig) -> list[tuple[str, Pictures]]:
     """Name and pictures of one's own folders; AntherError unless each has all three splits."""
     found = []
     for folder in data.pictures:
@@ -187,7 +187,7 @@ def slug(name: str) -> str:
 
 
 def _participant(
-    config: Simulation,
+    config: SimulationConfig,
     base: Base,
     storage: Storage,
     policy: Policy,
@@ -224,7 +224,7 @@ def _participant(
     return Participant(name, writer.kind, copy, kind, device)
 
 
-def _sites(profile: Profile, base: Base) -> tuple[str, ...]:
+def _sites(profile: ProfileConfig, base: Base) -> tuple[str, ...]:
     assert profile.sites is not None
     found = tuple(name for name in base.sites if re.fullmatch(profile.sites, name))
     if not found:

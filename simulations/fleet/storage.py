@@ -187,14 +187,14 @@ class _Part:
 class _Rows:
     """A journal; one that can't be read fails at once, not at its first line. Its head is in another table."""
 
-    def __init__(self, connection: sqlite3.Connection, device: str, name: str, head_at: str) -> None:
-        self._connection, self._key, self.head_at = connection, (device, name), head_at
+    def __init__(self, connection: sqlite3.Connection, device: str, name: str, head_location: str) -> None:
+        self._connection, self._key, self.head_location = connection, (device, name), head_location
         rows = connection.execute(_JOURNAL, self._key * 2).fetchall()
         self.head: bytes | None = rows.pop(0)[1] if rows and rows[0][0] == 0 else None
         self.lines: Sequence[bytes] = [line for _, line in rows]
         self._last = rows[-1][0] if rows else 0
 
-    def keep(self, head: bytes) -> None:
+    def write_head(self, head: bytes) -> None:
         self._connection.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (*self._key, head))
 
     def append(self, line: bytes) -> None:

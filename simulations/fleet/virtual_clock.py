@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from itertools import count
 
-LOOK = 600.0
+MAX_WAIT = 600.0
 """Simulated seconds after which whoever waits may look again though nothing happened: a charger was plugged in, say."""
 
 
@@ -33,8 +33,8 @@ class VirtualClock:
         heapq.heappush(self._events, (max(time, self._now), next(self._order), event))
 
     def wait(self, until: float) -> None:
-        """Let time pass until then, until an event that is worth a look, or for `LOOK` seconds."""
-        until = max(self._now, min(until, self._now + LOOK))
+        """Let time pass until then, until an event that is worth a look, or for `MAX_WAIT` seconds."""
+        until = max(self._now, min(until, self._now + MAX_WAIT))
         while self._events and self._events[0][0] <= until:
             self._now, _, event = heapq.heappop(self._events)
             if event():

@@ -10,14 +10,14 @@ from common import atomic_files, strict_json
 from common.errors import AntherError
 from common.seeding import derive_seed
 from common.units import HOUR
-from conf.schemas.simulation import Simulation
-from simulations.fleet.availability import Daily, Hours, Trace, load_traces, uniform
-from simulations.fleet.device_model import Body, Moment
+from conf.schemas.simulation import SimulationConfig
+from simulations.fleet.availability import Availability, DailySchedule, RecordedSchedule, load_traces, uniform
+from simulations.fleet.device_model import DeviceState, PowerModel
 from simulations.fleet.heat import Heat
-from simulations.fleet.outcomes import FleetFacts, Log
+from simulations.fleet.outcomes import FleetLog, FleetRound
 from simulations.fleet.participants import Participant
 from simulations.fleet.virtual_clock import VirtualClock
-from simulations.fleet.virtual_device import Owned
+from simulations.fleet.virtual_device import VirtualDevice
 
 _LEAST_CHARGED = 0.3
 """Share of a full battery that a life begins with at least, drawn up to a full one."""
@@ -36,17 +36,17 @@ class _At:
 class _Saved:
     time: float
     devices: dict[str, _At]
-    rounds: tuple[FleetFacts, ...]
+    rounds: tuple[FleetRound, ...]
 
 
-class Lives:
+class VirtualFleet:
     """A fleet with its clock and its log, in a folder: a file for each round.
 
     What devices were at when a run was killed is lost, as their batteries' charge is not.
     """
 
-    def __init__(self, folder: Path, fleet: Mapping[str, Owned]) -> None:
-        self.fleet, self.clock, self.log = fleet, VirtualClock(), Log()
+    def __init__(self, folder: Path, fleet: Mapping[str, VirtualDevice]) -> None:
+        self.fleet, self.clock, self.log = fleet, VirtualClock(), FleetLog()
         self._folder = folder
 
     def keep(self, number: int) -> None:
@@ -57,8 +57,8 @@ class Lives:
         saved = _Saved(
             time=now,
             devices={
-                name: _At(charge=moment.charge, heat=moment.heat.level, hot=moment.heat.hot, off=moment.off)
-                for name, moment in moments.items()
+                name: _At(charge=state.charge, heat=state.heat.level, hot=state.heat.hot, off=state.off)
+                for name, state in moments.items()
             },
             rounds=self.log.rounds,
         )
@@ -78,22 +78,22 @@ class Lives:
         except (OSError, ValueError) as error:
             raise AntherError(f"{file}: can't be resumed from ({error}): restore it, or start anew") from error
         self.clock.resume(saved.time)
-        self.log = Log(saved.rounds)
+        self.log = FleetLog(saved.rounds)
         for name, at in saved.devices.items():
-            self.fleet[name].moment = Moment(saved.time, at.charge, Heat(at.heat, at.hot), at.off)
+            self.fleet[name].state = DeviceState(saved.time, at.charge, Heat(at.heat, at.hot), at.off)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.json"
 
 
-def lives(config: Simulation, people: Sequence[Participant], folder: Path) -> Lives:
+def lives(config: SimulationConfig, people: Sequence[Participant], folder: Path) -> VirtualFleet:
     """The beginning of everybody's life.
 
     Raises AntherError if `fleet.trace` can't be read.
     """
     trace = config.fleet.trace
     recorded = list(load_traces(Path(trace)).values()) if trace else []
-    return Lives(
+    return VirtualFleet(
         folder,
         {
             person.name: _born(config, person, recorded[place % len(recorded)] if recorded else None)
@@ -102,10 +102,10 @@ def lives(config: Simulation, people: Sequence[Participant], folder: Path) -> Li
     )
 
 
-def _born(config: Simulation, person: Participant, recorded: Trace | None) -> Owned:
+def _born(config: SimulationConfig, person: Participant, recorded: RecordedSchedule | None) -> VirtualDevice:
     fleet, profile, name = config.fleet, person.hardware.profile, person.name
-    body = Body.of(profile, person.hardware.known)
-    hours: Hours = recorded or Daily(
+    body = PowerModel.of(profile, person.hardware.known)
+    hours: Availability = recorded or DailySchedule(
         profile.plugged,
         profile.idle,
         phase=uniform(config.seed, name, "zone", low=-0.5, high=0.5) * fleet.zones * HOUR,
@@ -113,5 +113,5 @@ def _born(config: Simulation, person: Participant, recorded: Trace | None) -> Ow
         seed=derive_seed(config.seed, name, "habits"),
     )
     charged = uniform(config.seed, name, "charge", low=_LEAST_CHARGED) * (body.capacity or 0.0)
-    moment = Moment(0.0, charged)
-    return Owned(name=name, hardware=person.hardware, body=body, hours=hours, moment=moment)
+    state = DeviceState(0.0, charged)
+    return VirtualDevice(name=name, hardware=person.hardware, body=body, hours=hours, state=state)

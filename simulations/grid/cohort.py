@@ -15,15 +15,15 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import reply_message, requested
+from client.app import parse_request, reply_message
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.scheduler import Conversation, drive
+from client.rounds.scheduler import RequestHandler, run_handlers
 from protocol.messages import Reply
 from training.jobs import Job, Result
 
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
-Together = Callable[[], AbstractContextManager[Callable[[], None]]]
+GroupCommit = Callable[[], AbstractContextManager[Callable[[], None]]]
 
 WAVE = 512
 """Conversations that are driven at once. Whoever asks ten thousand devices holds the pictures, examples and replies of
@@ -31,18 +31,18 @@ this many; a pass through the base is full with far fewer."""
 
 
 @contextmanager
-def each_by_itself() -> Iterator[Callable[[], None]]:
+def commit_each_write() -> Iterator[Callable[[], None]]:
     """For devices whose every write is durable when it returns: there is nothing to commit."""
     yield lambda: None
 
 
-def identify(message: Message, name: str) -> Message:
+def set_message_id(message: Message, name: str) -> Message:
     """As Flower's own grids do when they push it: there is no setter."""
     message.metadata.__dict__["_message_id"] = name
     return message
 
 
-class InProcess(Grid):
+class InProcessGrid(Grid):
     """What every grid without a network is: Flower's own bookkeeping, done here."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class InProcess(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
-class CohortGrid(InProcess):
+class CohortGrid(InProcessGrid):
     """A fleet of devices, with node ids 1, 2, … in the order of their names.
 
     Args:
@@ -79,7 +79,7 @@ class CohortGrid(InProcess):
         perform: Perform,
         *,
         together: bool = True,
-        storage: Together = each_by_itself,
+        storage: GroupCommit = commit_each_write,
     ) -> None:
         super().__init__()
         ordered = sorted(devices, key=lambda device: device.name)
@@ -125,7 +125,7 @@ class CohortGrid(InProcess):
         waiting = iter(messages)
         while wave := list(islice(waiting, self._wave)):
             for message in wave:
-                identify(message, str(next(self._numbers)))
+                set_message_id(message, str(next(self._numbers)))
             outcomes = self._converse(wave)
             for place, message in enumerate(wave):  # each outcome is let go of as it is handed out
                 yield message.metadata.message_id, reply_message(outcomes.pop(place), message)
@@ -138,8 +138,8 @@ class CohortGrid(InProcess):
                 commit()  # no job is performed before its charge is on the disk
                 return self._perform(jobs)
 
-            return drive({place: self._conversation(message) for place, message in enumerate(wave)}, perform)
+            return run_handlers({place: self._conversation(message) for place, message in enumerate(wave)}, perform)
 
-    def _conversation(self, message: Message) -> Conversation:
+    def _conversation(self, message: Message) -> RequestHandler:
         """As on a device: a request that can't be read is that node's error, and nobody else's."""
-        return (yield from handle(requested(message), self._devices[message.metadata.dst_node_id]))
+        return (yield from handle(parse_request(message), self._devices[message.metadata.dst_node_id]))

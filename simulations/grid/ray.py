@@ -34,14 +34,14 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from omegaconf import OmegaConf
 
-from client.app import reply_message, requested
+from client.app import parse_request, reply_message
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from common import strict_json
 from common.errors import AntherError
 from conf.cli import to_object
-from conf.schemas.simulation import Simulation
-from server.grid.forwarding import Forwarding
+from conf.schemas.simulation import SimulationConfig
+from server.grid.forwarding import ForwardingGrid
 from simulations.evaluation import Perform
 from simulations.fleet.participants import Participant
 from simulations.setup import build, performer
@@ -57,7 +57,7 @@ def require() -> None:
 
 
 @contextlib.contextmanager
-def ray_grid(config: Simulation, folder: Path, *, devices: int, device: str, memory: int) -> Iterator[Grid]:
+def ray_grid(config: SimulationConfig, folder: Path, *, devices: int, device: str, memory: int) -> Iterator[Grid]:
     """Flower's grid over the devices of the configuration's world, until the context ends.
 
     Flower runs a ServerApp in a thread of its own and the simulation in the caller's. Here it is the other way round:
@@ -95,7 +95,7 @@ def ray_grid(config: Simulation, folder: Path, *, devices: int, device: str, mem
             over.set()
 
 
-class RayGrid(Forwarding):
+class RayGrid(ForwardingGrid):
     """Flower's grid of a simulation, patient: no reply is late, whatever the timeout, unless the simulation ended.
 
     A device whose process died, for want of memory say, is asked once more: what it has sealed it won't do again.
@@ -171,7 +171,7 @@ def _abandon_jobs() -> None:
                 process.kill()
 
 
-def _client(config: Simulation, folder: Path, memory: int) -> ClientApp:
+def _client(config: SimulationConfig, folder: Path, memory: int) -> ClientApp:
     """The ClientApp of all devices: it travels to Ray's processes with every message, so it holds text only."""
     app = ClientApp()
     answer = functools.partial(_answer, strict_json.dumps(config), str(folder.absolute()), memory)
@@ -185,7 +185,7 @@ def _answer(config: str, folder: str, memory: int, message: Message, context: Co
     try:
         people, perform = _world(config, folder, memory)
         device = people[int(context.node_config[PARTITION_ID_KEY])].device
-        outcome = drive({"": handle(requested(message), device)}, perform)[""]
+        outcome = run_handlers({"": handle(parse_request(message), device)}, perform)[""]
     except Exception as error:
         outcome = error
     return reply_message(outcome, message)
@@ -197,7 +197,7 @@ def _world(config: str, folder: str, memory: int) -> tuple[list[Participant], Pe
     import ray  # not this module: where there is none, the rest of it can still be imported
 
     torch.set_num_threads(1)
-    settings: Simulation = to_object(OmegaConf.create(strict_json.loads(config)), Simulation)
+    settings: SimulationConfig = to_object(OmegaConf.create(strict_json.loads(config)), SimulationConfig)
     base, people, _ = build(settings, Path(folder))
     sharing = int(ray.cluster_resources()["CPU"]) if base.device.type == "cpu" else 1
     return people, performer(settings, base, memory // sharing)

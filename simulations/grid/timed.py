@@ -15,20 +15,20 @@ from itertools import islice
 
 from flwr.app import Message
 
-from client.app import reply_message, requested
+from client.app import parse_request, reply_message
 from client.device import Device
 from common.units import HOUR, MEGABITS
-from privacy.policy import Refusal
+from privacy.policy import RequestRefusedError
 from protocol.messages import DeviceReport, Reply, Train, Update
 from protocol.records import TRAIN
 from server.rounds.collect import collect
 from simulations.fleet.availability import uniform
 from simulations.fleet.costs import Costs
-from simulations.fleet.device_model import Lived
+from simulations.fleet.device_model import AdvanceResult
 from simulations.fleet.outcomes import DROPPED, KILLED, OFF
-from simulations.fleet.virtual_device import Owned, Task
-from simulations.fleet.virtual_fleet import Lives
-from simulations.grid.cohort import CohortGrid, Perform, Together, each_by_itself, identify
+from simulations.fleet.virtual_device import Task, VirtualDevice
+from simulations.fleet.virtual_fleet import VirtualFleet
+from simulations.grid.cohort import CohortGrid, GroupCommit, Perform, commit_each_write, set_message_id
 
 
 class TimedGrid(CohortGrid):
@@ -48,11 +48,11 @@ class TimedGrid(CohortGrid):
         devices: Sequence[Device],
         perform: Perform,
         *,
-        lives: Lives,
+        lives: VirtualFleet,
         costs: Costs,
         seed: int,
         together: bool = True,
-        storage: Together = each_by_itself,
+        storage: GroupCommit = commit_each_write,
     ) -> None:
         super().__init__(devices, perform, together=together, storage=storage)
         self._lives, self._costs, self._seed = lives, costs, seed
@@ -70,7 +70,7 @@ class TimedGrid(CohortGrid):
         """Have devices train, one thing after another; whatever else is asked of them they answer at once."""
         asked = list(messages)
         for message in asked:
-            identify(message, str(next(self._numbers)))
+            set_message_id(message, str(next(self._numbers)))
             owned, name = self._owned(message), message.metadata.message_id
             if message.metadata.message_type != TRAIN:
                 self._replies[name] = reply_message(self._converse([message])[0], message)
@@ -94,38 +94,38 @@ class TimedGrid(CohortGrid):
         clock = self._lives.clock
         return collect(self, asked, clock, until=clock.now() + (math.inf if timeout is None else timeout))
 
-    def _begin(self, owned: Owned) -> None:
+    def _begin(self, owned: VirtualDevice) -> None:
         """A device receives its next message and trains; what is to become of that is known as soon as it begins."""
         now = self._lives.clock.now()
-        owned.moment = owned.at(now)
+        owned.state = owned.at(now)
         owned.task = Task(name=owned.waiting.popleft(), began=now)
         try:
-            request = requested(self._asked[owned.task.name])
-        except Refusal as refused:
+            request = parse_request(self._asked[owned.task.name])
+        except RequestRefusedError as refused:
             return self._reply(owned, refused)
         assert isinstance(request, Train)
         plan, profile = request.plan, owned.hardware.profile
-        if owned.moment.off:
+        if owned.state.off:
             return self._lose(owned, OFF)
-        arrived = owned.goes_on(until=now + len(request.adapter) * MEGABITS / profile.downlink_mbps)
-        if arrived.fate:
-            return self._lose(owned, arrived.fate)
+        arrived = owned.run_phase(until=now + len(request.adapter) * MEGABITS / profile.downlink_mbps)
+        if arrived.abort_reason:
+            return self._lose(owned, arrived.abort_reason)
         if not self._costs.fits(plan, owned.hardware.known):
             return self._lose(owned, KILLED)
-        vanishes = owned.moment.time + self._lasts(owned, plan.round)
-        done = owned.goes_on(until=vanishes, work=owned.hardware.seconds(plan, self._costs))
-        if done.fate or done.left:
-            return self._lose(owned, done.fate or DROPPED)
+        vanishes = owned.state.time + self._lasts(owned, plan.round)
+        done = owned.run_phase(until=vanishes, work=owned.hardware.seconds(plan, self._costs))
+        if done.abort_reason or done.left:
+            return self._lose(owned, done.abort_reason or DROPPED)
         self._pending[owned.task.name] = None
-        return self._lives.clock.at(done.moment.time, partial(self._send, owned))
+        return self._lives.clock.at(done.state.time, partial(self._send, owned))
 
-    def _lasts(self, owned: Owned, round: int) -> float:
+    def _lasts(self, owned: VirtualDevice, round: int) -> float:
         """Seconds until it vanishes, if it doesn't get done before: at a constant rate, so that each hour is alike."""
         rate = owned.hardware.profile.drop_out
         drawn = 1.0 - uniform(self._seed, owned.name, round, "drop-out")
         return HOUR * math.log(drawn) / math.log(1.0 - rate) if rate else math.inf
 
-    def _send(self, owned: Owned) -> bool:
+    def _send(self, owned: VirtualDevice) -> bool:
         """What was trained goes up: so many bytes, over this link."""
         assert owned.task is not None
         name = owned.task.name
@@ -136,11 +136,11 @@ class TimedGrid(CohortGrid):
             self._reply(owned, outcome)
             return False
         link = owned.hardware.profile.uplink_mbps
-        sent: Lived = owned.goes_on(until=owned.moment.time + len(outcome.adapter) * MEGABITS / link)
-        if sent.fate:
-            self._lose(owned, sent.fate)
+        sent: AdvanceResult = owned.run_phase(until=owned.state.time + len(outcome.adapter) * MEGABITS / link)
+        if sent.abort_reason:
+            self._lose(owned, sent.abort_reason)
         else:
-            took = sent.moment.time - owned.task.began
+            took = sent.state.time - owned.task.began
             self._reply(owned, replace(outcome, seconds=took, joules=owned.task.joules))
         return False
 
@@ -153,15 +153,15 @@ class TimedGrid(CohortGrid):
         for name in wave[1:]:
             del self._pending[name]
 
-    def _reply(self, owned: Owned, outcome: Reply | Exception) -> None:
+    def _reply(self, owned: VirtualDevice, outcome: Reply | Exception) -> None:
         """The task is over with this, when the device is."""
-        self._lives.clock.at(owned.moment.time, partial(self._over, owned, outcome))
+        self._lives.clock.at(owned.state.time, partial(self._over, owned, outcome))
 
-    def _lose(self, owned: Owned, reason: str) -> None:
+    def _lose(self, owned: VirtualDevice, reason: str) -> None:
         """The task is over, and nobody hears of it."""
-        self._lives.clock.at(owned.moment.time, partial(self._over, owned, None, reason))
+        self._lives.clock.at(owned.state.time, partial(self._over, owned, None, reason))
 
-    def _over(self, owned: Owned, outcome: Reply | Exception | None, reason: str = "") -> bool:
+    def _over(self, owned: VirtualDevice, outcome: Reply | Exception | None, reason: str = "") -> bool:
         task, owned.task = owned.task, None
         assert task is not None
         message = self._asked.pop(task.name)
@@ -183,5 +183,5 @@ class TimedGrid(CohortGrid):
             for place, outcome in super()._converse(wave).items()
         }
 
-    def _owned(self, message: Message) -> Owned:
+    def _owned(self, message: Message) -> VirtualDevice:
         return self._lives.fleet[self._devices[message.metadata.dst_node_id].name]

@@ -158,7 +158,7 @@ class Display:
             line.append(f"loss {number(record['shared']):<7} ", style="bold" if self._live else "")
             if self._live:
                 line.append(bar(fall / FULL), style="yellow").append(" ")
-            line.append(f"{against_base(fall):<22}")
+            line.append(f"{relative_to_base(fall):<22}")
         else:
             line.append(f"gain {number(noised)}", style="bold" if self._live else "")
             line.append(f" ± {number(record['gain_error'])} by its noise")
@@ -244,7 +244,7 @@ def gain(base: float | None, arm: float | None) -> float:
     return (base - arm) / base if base and arm is not None else math.nan
 
 
-def against_base(fall: float) -> str:
+def relative_to_base(fall: float) -> str:
     """`12 % below the base`."""
     if math.isnan(fall):
         return "not measured"

@@ -17,7 +17,7 @@ import yaml
 
 from common import atomic_files
 from common.errors import shown
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.base import assets
 from models.base.base import Base
 from models.export import adapter_files
@@ -25,16 +25,16 @@ from models.lora.adapter import Adapter, concatenate
 from server.report import totals
 from server.report.page import DeviceRow, GalleryRow, Report, write
 from server.report.pictures import SIDE, Thumbnail, Thumbnails
-from server.report.snippet import use_of
-from server.rounds.state import State
+from server.report.snippet import loading_snippet
+from server.rounds.state import RunState
 from simulations import evaluation
-from simulations.evaluation import Drawn, Perform, Score
-from simulations.fleet.outcomes import FleetFacts, gini
+from simulations.evaluation import Gallery, Perform, Score
+from simulations.fleet.outcomes import FleetRound, gini
 from simulations.fleet.participants import Participant
 from simulations.report.display import Display
 from simulations.run_dir import config_hash
 from strategies.download import download
-from strategies.round.metrics import nothing
+from strategies.round.metrics import zero_metrics
 from training.jobs import Picture
 from typefaces import judge
 
@@ -54,18 +54,18 @@ class Judged:
 
 
 def finish(
-    config: Simulation,
+    config: SimulationConfig,
     folder: Path,
     base: Base,
     people: Sequence[Participant],
     chosen: Sequence[Participant],
     perform: Perform,
     memory: int,
-    state: State,
+    state: RunState,
     display: Display,
     started: float,
     command: str,
-    fleet: Sequence[FleetFacts] = (),
+    fleet: Sequence[FleetRound] = (),
 ) -> dict[str, Any]:
     """Train the local arm of those who were chosen, judge all their arms, write everything; the summary.
 
@@ -81,7 +81,7 @@ def finish(
     export_adapters(folder / "adapters", base, chosen, shared)
     display.phase("measuring held-out pictures")
     losses = evaluation.losses(chosen, adapters, pools, perform)
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, Gallery] = {}
     if config.evaluation.gallery:
         display.phase("drawing the gallery")
         drawn = evaluation.gallery(config, base, chosen, adapters, memory)
@@ -123,7 +123,7 @@ def export_adapters(folder: Path, base: Base, people: Sequence[Participant], sha
 
 
 def judge_all(
-    base: Base, people: Sequence[Participant], losses: Mapping[str, Mapping[str, float]], drawn: Mapping[str, Drawn]
+    base: Base, people: Sequence[Participant], losses: Mapping[str, Mapping[str, float]], drawn: Mapping[str, Gallery]
 ) -> dict[str, dict[str, Judged]]:
     """Every person under every arm."""
     scores = evaluation.scores(judge.load(assets.locate("judge"), str(base.device)), people, drawn) if drawn else {}
@@ -137,9 +137,9 @@ def judge_all(
 
 
 def summarise(
-    config: Simulation,
+    config: SimulationConfig,
     clients: int,
-    state: State,
+    state: RunState,
     judged: Mapping[str, Mapping[str, Judged]],
     seconds: float,
 ) -> dict[str, Any]:
@@ -161,14 +161,14 @@ def summarise(
         "loss": mean("loss"),
         "legibility": mean("legibility"),
         "style": mean("style"),
-        **totals.summed(state.history),
+        **totals.run_totals(state.history),
         "seconds": seconds,
         "seed": config.seed,
         "config_hash": config_hash(config),
     }
 
 
-def lived(people: Sequence[Participant], state: State, fleet: Sequence[FleetFacts]) -> dict[str, Any]:
+def lived(people: Sequence[Participant], state: RunState, fleet: Sequence[FleetRound]) -> dict[str, Any]:
     """What a fleet's life came to: simulated time, energy, who was lost, and how evenly devices took part."""
     rounds = {name: facts.rounds for name, facts in state.devices.items()}
     rounds = {person.name: rounds.get(person.name, 0) for person in people}
@@ -194,17 +194,17 @@ def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping
 
 
 def build_report(
-    config: Simulation,
+    config: SimulationConfig,
     base: Base,
     adapters: Path,
     people: Sequence[Participant],
     chosen: Sequence[Participant],
-    state: State,
+    state: RunState,
     judged: Mapping[str, Mapping[str, Judged]],
-    drawn: Mapping[str, Drawn],
+    drawn: Mapping[str, Gallery],
     summary: dict[str, Any],
     command: str,
-    fleet: Sequence[FleetFacts] = (),
+    fleet: Sequence[FleetRound] = (),
 ) -> Report:
     """The page's content."""
     rounds = totals.rows(state.history)
@@ -218,7 +218,7 @@ def build_report(
         rounds=rounds,
         devices=[device_row(person, state, judged[person.name]) for person in chosen],
         gallery=gallery([person for person in chosen if person.name in drawn], drawn),
-        use=use_of(base, adapters),
+        use=loading_snippet(base, adapters),
         strategy=config.strategy.aggregation,
         rates=rates(people, base),
         letters=all(person.kind != "own" for person in people),
@@ -236,13 +236,13 @@ def rates(people: Sequence[Participant], base: Base) -> str:
     return "; ".join(words[kind] for kind in sorted({person.hardware.predicted for person in people}))
 
 
-def device_row(person: Participant, state: State, judged: Mapping[str, Judged]) -> DeviceRow:
+def device_row(person: Participant, state: RunState, judged: Mapping[str, Judged]) -> DeviceRow:
     """What one device did over all rounds; nothing, if it was never asked."""
-    facts = state.devices.get(person.name, nothing())
+    facts = state.devices.get(person.name, zero_metrics())
     return totals.device_row(person.name, person.profile, facts, {arm: one.loss for arm, one in judged.items()})
 
 
-def gallery(people: Sequence[Participant], drawn: Mapping[str, Drawn]) -> list[GalleryRow]:
+def gallery(people: Sequence[Participant], drawn: Mapping[str, Gallery]) -> list[GalleryRow]:
     """The rows of the page's gallery, all their pictures small enough for one page."""
     shown_of = {person.name: person.pictures.train[:GIVEN] for person in people}
     counts = (sum(map(len, drawn[name].arms.values())) + len(given) for name, given in shown_of.items())
@@ -251,7 +251,7 @@ def gallery(people: Sequence[Participant], drawn: Mapping[str, Drawn]) -> list[G
 
 
 def gallery_row(
-    person: Participant, given: Sequence[Picture], drawn: Drawn, thumbnail: Callable[[np.ndarray], Thumbnail]
+    person: Participant, given: Sequence[Picture], drawn: Gallery, thumbnail: Callable[[np.ndarray], Thumbnail]
 ) -> GalleryRow:
     """One row of the page's gallery."""
     return GalleryRow(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 
 TRAINED, DRAWN = 3.0, 1.0
 """Work per example: forward and backward pass (which costs about twice the forward pass), or forward pass only."""
 
 
-def after_rounds(config: Simulation) -> float:
+def after_rounds(config: SimulationConfig) -> float:
     """Estimate the work after the last round, in rounds: personal adapters, local baselines, the gallery.
 
     Early stopping may end training sooner, so this is more often an overestimate than an underestimate.

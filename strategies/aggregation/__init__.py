@@ -10,7 +10,7 @@ from models.lora.adapter import Adapter, Factors
 Updates = Sequence[tuple[Adapter, float]]
 """Each device's trained factors, at the sites that it trained, and its weight > 0."""
 
-Shares = Sequence[tuple[Factors, float]]
+SiteUpdates = Sequence[tuple[Factors, float]]
 """Of one site: the factors of each device that trained it, and its weight p_k / Σ p among those."""
 
 
@@ -41,7 +41,7 @@ class Aggregation(Protocol):
     mixed_ranks: bool
     """Whether devices may train fewer directions than the shared adapter has."""
 
-    steady: bool
+    stable_factors: bool
     """Whether what is trained means the same in the next round: then what rounding left of one change may go into the
     next one."""
 
@@ -58,16 +58,16 @@ class Aggregation(Protocol):
 
 
 @runtime_checkable
-class Ranked(Protocol):
+class RankAware(Protocol):
     """A rule that keeps the first directions apart from the next, at the ranks that devices train."""
 
-    def of(self, ranks: Collection[int]) -> Aggregation:
+    def with_ranks(self, ranks: Collection[int]) -> Aggregation:
         """The same rule, which goes by these ranks: updates of older adapters don't show theirs, nor does one that is
         made of all of them."""
         ...
 
 
-def shares(updates: Updates, site: str) -> Shares:
+def shares(updates: Updates, site: str) -> SiteUpdates:
     """Those who trained a site, one direction or more: who did not does not dilute its mean. None if nobody did."""
     each = ((adapter.get(site), weight) for adapter, weight in updates)
     there = [(factors, weight) for factors, weight in each if factors is not None and len(factors.a)]

@@ -6,23 +6,23 @@ from typing import cast
 
 from common.errors import AntherError
 from common.seeding import derive_seed
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from models.lora.adapter import Sites
 from strategies.aggregation import Aggregation
-from strategies.registry import AGGREGATIONS, OPTIMISERS, ROBUST, known, made, unguarded
-from strategies.robust import Rule
+from strategies.registry import AGGREGATIONS, OPTIMIZERS, ROBUST_RULES, create, lookup, robust_conflict
+from strategies.robust import RobustRule
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
-from strategies.robust.replay import Replay
-from strategies.robust.robust_aggregation import Guarded
+from strategies.robust.replay import ReplayFilter
+from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.robust.trimmed import Median, TrimmedMean
-from strategies.server_optimizers import FedAvgM, FedOpt, Optimiser
+from strategies.server_optimizers import FedAvgM, FedOpt, ServerOptimizer
 
 
-def aggregation(config: Simulation) -> Aggregation:
+def aggregation(config: SimulationConfig) -> Aggregation:
     """The rule that `strategy.aggregation` names, behind those of `strategy.robust` that judge a whole round.
 
     Raises AntherError for a setting that it has not.
@@ -33,14 +33,14 @@ def aggregation(config: Simulation) -> Aggregation:
             f"strategy.norm_bound={chosen.norm_bound:g}: nothing holds a change to it; add norm to strategy.robust, or "
             "leave it null"
         )
-    if reason := next((said for name in chosen.robust if (said := unguarded(chosen.aggregation, name))), None):
+    if reason := next((said for name in chosen.robust if (said := robust_conflict(chosen.aggregation, name))), None):
         raise AntherError(f"strategy.robust: {reason}")
     if not set(chosen.robust) - {"replay"}:
         return rule
     for name in chosen.robust:
-        known(ROBUST, "strategy.robust", name)
+        lookup(ROBUST_RULES, "strategy.robust", name)
     outliers = 0.2 if chosen.outliers is None else chosen.outliers
-    judging: dict[str, Rule] = {
+    judging: dict[str, RobustRule] = {
         "norm": NormBound(bound=chosen.norm_bound, factor=chosen.norm_factor or 1.0),
         "krum": MultiKrum(outliers=outliers),
         "foolsgold": FoolsGold(),
@@ -63,7 +63,7 @@ def aggregation(config: Simulation) -> Aggregation:
             "devices; leave it device"
         )
     whole = chosen.aggregation in ("exact", "flora")
-    return Guarded(
+    return RobustAggregation(
         rule,
         rules=[judging[name] for name in chosen.robust if name in judging],
         entrywise=entrywise.get(last),
@@ -72,7 +72,7 @@ def aggregation(config: Simulation) -> Aggregation:
     )
 
 
-def replay(config: Simulation, rule: Aggregation, sites: Sites, *, seed: int | None) -> Replay | None:
+def replay(config: SimulationConfig, rule: Aggregation, sites: Sites, *, seed: int | None) -> ReplayFilter | None:
     """What refuses replays, if `strategy.robust` names it.
 
     Args:
@@ -87,17 +87,17 @@ def replay(config: Simulation, rule: Aggregation, sites: Sites, *, seed: int | N
             f"strategy.robust: replay compares products, and with strategy={config.strategy.aggregation} every device "
             "keeps its own B; leave it out, or use strategy=fedit"
         )
-    return Replay(sites, seed=seed)
+    return ReplayFilter(sites, seed=seed)
 
 
-def _aggregation(config: Simulation) -> Aggregation:
+def _aggregation(config: SimulationConfig) -> Aggregation:
     """The rule that `strategy.aggregation` names."""
     chosen, rank, seed = config.strategy, config.adapter.shared.rank, derive_seed(config.seed, "aggregation")
     name = chosen.aggregation
     settings = {"rank": rank, "seed": seed}
     if name == "exact":
         own = {"max_rank": chosen.max_rank, "energy": chosen.energy, "by_slice": chosen.weights == "rank_slice"}
-        return cast(Aggregation, made(AGGREGATIONS, "strategy.aggregation", name, {**settings, **own}))
+        return cast(Aggregation, create(AGGREGATIONS, "strategy.aggregation", name, {**settings, **own}))
     if chosen.weights != "device":
         raise AntherError(f"strategy.weights={chosen.weights}: {name} weighs whole devices; use strategy=exact")
     if chosen.max_rank not in (None, rank):
@@ -106,10 +106,10 @@ def _aggregation(config: Simulation) -> Aggregation:
         )
     if chosen.energy is not None:
         raise AntherError(f"strategy.energy={chosen.energy}: {name} goes by adapter.shared.rank; use strategy=exact")
-    return cast(Aggregation, made(AGGREGATIONS, "strategy.aggregation", name, settings))
+    return cast(Aggregation, create(AGGREGATIONS, "strategy.aggregation", name, settings))
 
 
-def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
+def optimiser(config: SimulationConfig, rule: Aggregation) -> ServerOptimizer | None:
     """The server's, as `strategy.optimiser` names it; None if the rule's mean is the next adapter.
 
     Raises AntherError for a rule whose factors are new each round, and for a rate of no step.
@@ -129,7 +129,7 @@ def optimiser(config: Simulation, rule: Aggregation) -> Optimiser | None:
             "trimmed, or leave it none"
         )
     momentum = 0.9 if chosen.momentum is None else chosen.momentum
-    known(OPTIMISERS, "strategy.optimiser", chosen.optimiser)
+    lookup(OPTIMIZERS, "strategy.optimiser", chosen.optimiser)
     if chosen.optimiser == "fedavgm":
         return FedAvgM(rate=chosen.server_rate or 1.0, momentum=momentum)
     if chosen.optimiser not in ("fedadam", "fedyogi"):

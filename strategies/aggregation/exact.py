@@ -17,8 +17,8 @@ from common.errors import AntherError
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Aggregated, Linearity, Updates, always, check
-from strategies.aggregation.factored import Best, Sum, pad
-from strategies.aggregation.slices import Slices, ranks_of
+from strategies.aggregation.factored import LowRankProduct, ProductSum, pad
+from strategies.aggregation.slices import SliceMean, rank_weights
 
 
 class Mean:
@@ -37,7 +37,7 @@ class Mean:
         self.ranks: set[int] = set()  # that devices trained, anywhere
         self._weights: dict[str, dict[int, float]] = {site: {} for site in current}  # Σ p_k by r_k
         self._sums = {
-            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
+            site: ProductSum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
             for site, f in current.items()
         }
 
@@ -51,7 +51,7 @@ class Mean:
                 weights[size] = weights.get(size, 0.0) + weight
                 self.ranks.add(size)
 
-    def best(self, site: str, *, max_rank: int | None, energy: float | None) -> Best | None:
+    def best(self, site: str, *, max_rank: int | None, energy: float | None) -> LowRankProduct | None:
         """The best approximation of a site's mean, which nothing can be added to then; None if nobody trained it."""
         weights, (a, b) = self._weights[site], self.current[site]
         if not weights:
@@ -74,7 +74,7 @@ class Exact:
     """
 
     mixed_ranks = True
-    steady = False
+    stable_factors = False
     trains = staticmethod(always("both"))
     sensitivity = Linearity(
         linear=False,
@@ -91,8 +91,8 @@ class Exact:
         self._by_slice = by_slice
         self._ranks: Collection[int] = ()
 
-    def of(self, ranks: Collection[int]) -> Exact:
-        """As of `Ranked`."""
+    def with_ranks(self, ranks: Collection[int]) -> Exact:
+        """As of `RankAware`."""
         found = copy(self)
         found._ranks = ranks
         return found
@@ -101,7 +101,7 @@ class Exact:
         """A round without a device yet."""
         return Mean(current, max_rank=self._max_rank, seed=derive_seed(self._seed, "compression"))
 
-    def finish(self, mean: Mean | Slices, *, round: int) -> Aggregated:
+    def finish(self, mean: Mean | SliceMean, *, round: int) -> Aggregated:
         """The mean product at one rank for all sites.
 
         Diagnostics, means over the sites that were trained: `energy`, Σ kept σ² / Σ σ², and `residual`, the relative
@@ -136,10 +136,10 @@ class Exact:
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """All of a round at once, as `start`, `Mean.add` and `finish` make it of one device after another."""
         check(updates)
-        mean: Mean | Slices = self.start(current)
+        mean: Mean | SliceMean = self.start(current)
         if self._by_slice:
             seed = derive_seed(self._seed, "compression")
-            mean = Slices(current, ranks_of(updates), max_rank=self._max_rank, seed=seed)
+            mean = SliceMean(current, rank_weights(updates), max_rank=self._max_rank, seed=seed)
         for adapter, weight in updates:
             mean.add(adapter, weight)
         return self.finish(mean, round=round)

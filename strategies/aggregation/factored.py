@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.lora.adapter import Factors
 from models.lora.norm_bound import squared_norm
-from strategies.aggregation import Shares
+from strategies.aggregation import SiteUpdates
 
 _EPSILON = torch.finfo(torch.float32).eps  # singular values below it, relative to the first, are rounding of the inputs
 _STACK = 512  # directions that are stacked before they are compressed
@@ -18,7 +18,7 @@ _SPARE = 8  # directions kept beside those that are wanted
 _PROBES = 8  # random vectors that what is cut on the way is measured with
 
 
-class Best(NamedTuple):
+class LowRankProduct(NamedTuple):
     """The best approximation of a product by one of lower rank."""
 
     a: Tensor
@@ -37,7 +37,7 @@ def compress(
     *,
     lost: float = 0.0,
     rounding: float = _EPSILON,
-) -> Best:
+) -> LowRankProduct:
     """The best factors of the product B A (Eckart–Young), in float64.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a the singular values of B A are those of the small R_b R_aᵀ. r is the numerical
@@ -58,10 +58,10 @@ def compress(
     if energy is not None and r:
         r = min(r, 1 + int((kept < energy * total).sum()))
     share = float(kept[r - 1] / total) if r else 1.0
-    return Best(vh[:r] @ q_a.T, q_b @ (u[:, :r] * sigma[:r]), share)
+    return LowRankProduct(vh[:r] @ q_a.T, q_b @ (u[:, :r] * sigma[:r]), share)
 
 
-class Sum:
+class ProductSum:
     """Σ B_k A_k of one site, term after term, in memory that does not grow with their number.
 
     Terms are stacked, and a full stack is compressed. If `max_rank` leaves room for every direction that the site has,
@@ -97,7 +97,7 @@ class Sum:
             torch.mul(b.T[done : done + step], weight, out=self._b[here])
             self._size, done = self._size + step, done + step
 
-    def best(self, *, max_rank: int | None, energy: float | None = None) -> Best:
+    def best(self, *, max_rank: int | None, energy: float | None = None) -> LowRankProduct:
         """The best approximation of the sum, as `compress` makes it of the stack.
 
         Its energy is estimated from the probes where something was cut on the way.
@@ -137,7 +137,7 @@ class Sum:
         return to_a, q, seen[:, self._keep :] - q @ (to_a @ self._probes)
 
 
-def stacked_mean(current: Factors, there: Shares) -> tuple[Tensor, Tensor]:
+def stacked_mean(current: Factors, there: SiteUpdates) -> tuple[Tensor, Tensor]:
     """The true mean Σ p_k ΔW_k of one site as factors A [S, in], B [out, S], float64, not compressed.
 
     Device k trained the first r_k directions of the current factors (A_g, B_g) and left the others as they
@@ -152,7 +152,7 @@ def stacked_mean(current: Factors, there: Shares) -> tuple[Tensor, Tensor]:
     return a, torch.cat([*(p * factors.b.double() for factors, p in there), tail.b], dim=1)
 
 
-def _left(current: Factors, there: Shares) -> Factors:
+def _left(current: Factors, there: SiteUpdates) -> Factors:
     """The current directions that not everyone trained, each with the weight of those who left it, float64."""
     ranks = [len(factors.a) for factors, _ in there]
     kept = min(ranks)
@@ -162,7 +162,7 @@ def _left(current: Factors, there: Shares) -> Factors:
     return Factors(current.a[kept:].double(), current.b[:, kept:].double() * weights)
 
 
-def residual_of_mean(found: Factors, current: Factors, there: Shares) -> float:
+def mean_residual(found: Factors, current: Factors, there: SiteUpdates) -> float:
     """How far a product is from the true mean, relative to that (`relative_residual`).
 
     Of more directions than the site has, the mean is formed as the matrix that it is: that many devices take no more

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, rank
-from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
-from strategies.aggregation.factored import residual_of_mean
+from strategies.aggregation import Aggregated, Linearity, SiteUpdates, Updates, always, check, shares
+from strategies.aggregation.factored import mean_residual
 
 
 class FedIT:
     """Weighted mean of each factor, equal ranks only."""
 
     mixed_ranks = False
-    steady = True
+    stable_factors = True
     trains = staticmethod(always("both"))
     sensitivity = Linearity(linear=True, reason="a mean of factors")
 
@@ -35,11 +35,11 @@ class FedIT:
                 )
             if there:
                 found[site] = mean_factors(there)
-                residuals.append(residual_of_mean(found[site], before, there))
+                residuals.append(mean_residual(found[site], before, there))
         return Aggregated(found, {"rank": float(rank(current)), "residual": sum(residuals) / max(1, len(residuals))})
 
 
-def mean_factors(there: Shares) -> Factors:
+def mean_factors(there: SiteUpdates) -> Factors:
     """Σ p_k A_k and Σ p_k B_k of one site, for shares of one rank; float32."""
     a = sum(p * factors.a.double() for factors, p in there)
     b = sum(p * factors.b.double() for factors, p in there)

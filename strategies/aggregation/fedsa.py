@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
-from strategies.aggregation.one_factor import mean_of
+from strategies.aggregation.one_factor import factor_mean
 
 
 class FedSA:
     """Σ p_k A_k. Devices have one rank: their own B has it."""
 
     mixed_ranks = False
-    steady = True
+    stable_factors = True
     sensitivity = Linearity(linear=True, reason="a mean of A; B never leaves its device")
     trains = staticmethod(always("split"))
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
-        return Aggregated(mean_of("a", current, updates), {"rank": float(rank(current))})
+        return Aggregated(factor_mean("a", current, updates), {"rank": float(rank(current))})

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
-from strategies.aggregation.one_factor import mean_of
+from strategies.aggregation.one_factor import factor_mean
 
 
 class FedSB:
     """Σ p_k C_k, as Σ p_k B_k of B_k = L C_k: equal ranks only."""
 
     mixed_ranks = False
-    steady = True
+    stable_factors = True
     sensitivity = Linearity(linear=True, reason="a mean of cores between factors that nobody trains")
     trains = staticmethod(always("cores"))
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
-        return Aggregated(mean_of("b", current, updates), {"rank": float(rank(current))})
+        return Aggregated(factor_mean("b", current, updates), {"rank": float(rank(current))})

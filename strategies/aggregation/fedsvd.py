@@ -13,7 +13,7 @@ from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
 from strategies.aggregation.factored import pad
-from strategies.aggregation.one_factor import mean_of
+from strategies.aggregation.one_factor import factor_mean
 
 
 class FedSVD:
@@ -23,7 +23,7 @@ class FedSVD:
     """
 
     mixed_ranks = True
-    steady = False  # directions turn
+    stable_factors = False  # directions turn
     sensitivity = Linearity(
         linear=True,
         reason="a mean of B, beside an A that nobody trains in this round; the mean alone says how both then turn",
@@ -36,7 +36,7 @@ class FedSVD:
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
         """The same product at each site, which nobody trained too: as the paper's server, for all of them."""
-        turned = {site: orthonormal(factors) for site, factors in mean_of("b", current, updates).items()}
+        turned = {site: orthonormalize(factors) for site, factors in factor_mean("b", current, updates).items()}
         size = rank(current)
         found = {
             site: pad(f, size, derive_seed(self._seed, round, site, "dead directions")) for site, f in turned.items()
@@ -44,7 +44,7 @@ class FedSVD:
         return Aggregated(found, {"rank": float(size)})
 
 
-def orthonormal(factors: Factors) -> Factors:
+def orthonormalize(factors: Factors) -> Factors:
     """The same product with A [r, in] of orthonormal rows and B = U Σ, in float64; of r directions, in at most.
 
     By the factors: with Aᵀ = Q_a R_a and B R_aᵀ = Q_b R_b the decomposition is that of the small R_b. A has all r rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates, always
-from strategies.aggregation.one_factor import mean_of
+from strategies.aggregation.one_factor import factor_mean
 
 
 class FFA:
@@ -19,9 +19,9 @@ class FFA:
     """
 
     mixed_ranks = True
-    steady = True
+    stable_factors = True
     sensitivity = Linearity(linear=True, reason="a mean of B, beside an A that nobody trains")
     trains = staticmethod(always("b"))
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
-        return Aggregated(mean_of("b", current, updates), {"rank": float(rank(current))})
+        return Aggregated(factor_mean("b", current, updates), {"rank": float(rank(current))})

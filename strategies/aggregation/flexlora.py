@@ -12,8 +12,8 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
-from strategies.aggregation.factored import Sum, pad, residual_of_mean
+from strategies.aggregation import Aggregated, Linearity, SiteUpdates, Updates, always, check, shares
+from strategies.aggregation.factored import ProductSum, mean_residual, pad
 
 NOT_LINEAR = Linearity(
     linear=False,
@@ -31,7 +31,7 @@ class FlexLoRA:
     """
 
     mixed_ranks = True
-    steady = False
+    stable_factors = False
     trains = staticmethod(always("both"))
     sensitivity = NOT_LINEAR
 
@@ -39,18 +39,18 @@ class FlexLoRA:
         self._rank, self._seed = rank, seed
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        """The best adapter of `rank` for the mean; diagnostics as those of `truncated`."""
+        """The best adapter of `rank` for the mean; diagnostics as those of `truncated_sum`."""
 
-        def whole(before: Factors, there: Shares) -> Sequence[tuple[Tensor, Tensor]]:  # noqa: ARG001
+        def whole(before: Factors, there: SiteUpdates) -> Sequence[tuple[Tensor, Tensor]]:  # noqa: ARG001
             return [(factors.a, p * factors.b) for factors, p in there]
 
-        return truncated(current, updates, whole, rank=self._rank, seed=derive_seed(self._seed, round))
+        return truncated_sum(current, updates, whole, rank=self._rank, seed=derive_seed(self._seed, round))
 
 
-def truncated(
+def truncated_sum(
     current: Adapter,
     updates: Updates,
-    terms: Callable[[Factors, Shares], Sequence[tuple[Tensor, Tensor]]],
+    terms: Callable[[Factors, SiteUpdates], Sequence[tuple[Tensor, Tensor]]],
     *,
     rank: int,
     seed: int,
@@ -69,13 +69,13 @@ def truncated(
     for site, before in current.items():
         if not (there := shares(updates, site)):
             continue
-        total = Sum(inputs=before.a.shape[1], outputs=len(before.b), max_rank=rank, seed=derive_seed(seed, site))
+        total = ProductSum(inputs=before.a.shape[1], outputs=len(before.b), max_rank=rank, seed=derive_seed(seed, site))
         for a, b in terms(before, there):
             total.add(a, b)
         best = total.best(max_rank=rank)
         found[site] = pad(Factors(best.a, best.b), rank, derive_seed(seed, site, "dead directions"))
         energies.append(best.energy)
-        residuals.append(residual_of_mean(found[site], before, there))
+        residuals.append(mean_residual(found[site], before, there))
     trained = max(1, len(residuals))
     energy = sum(energies) / trained if energies else 1.0
     return Aggregated(found, {"rank": float(rank), "energy": energy, "residual": sum(residuals) / trained})

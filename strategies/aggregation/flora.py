@@ -23,7 +23,7 @@ class FLoRA:
     """
 
     mixed_ranks = True
-    steady = False
+    stable_factors = False
     trains = staticmethod(always("both"))
     sensitivity = Linearity(
         linear=False,

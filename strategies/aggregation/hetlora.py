@@ -10,15 +10,15 @@ import torch
 
 from models.lora.adapter import Adapter, Factors, rank
 from models.lora.norm_bound import squared_norm
-from strategies.aggregation import Aggregated, Linearity, Shares, Updates, always, check, shares
-from strategies.aggregation.factored import residual_of_mean
+from strategies.aggregation import Aggregated, Linearity, SiteUpdates, Updates, always, check, shares
+from strategies.aggregation.factored import mean_residual
 
 
 class HetLoRA:
     """Σ w_k A_k and Σ w_k B_k, with w_k ∝ p_k ‖B_k A_k‖_F at each site; of missing directions the factors are zero."""
 
     mixed_ranks = True
-    steady = True
+    stable_factors = True
     trains = staticmethod(always("both"))
     sensitivity = Linearity(
         linear=False,
@@ -35,11 +35,11 @@ class HetLoRA:
         for site, before in current.items():
             if there := shares(updates, site):
                 found[site] = padded_mean(before, there)
-                residuals.append(residual_of_mean(found[site], before, there))
+                residuals.append(mean_residual(found[site], before, there))
         return Aggregated(found, {"rank": float(rank(current)), "residual": sum(residuals) / max(1, len(residuals))})
 
 
-def padded_mean(before: Factors, there: Shares) -> Factors:
+def padded_mean(before: Factors, there: SiteUpdates) -> Factors:
     """The weighted factors of one site, float32; if all products are zero, p_k alone are the weights.
 
     Directions beyond everybody's rank stay as they were: zeros on both sides could never learn again.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Shares, Updates, check, shares
+from strategies.aggregation import SiteUpdates, Updates, check, shares
 
 
-def mean_of(factor: str, current: Adapter, updates: Updates) -> Adapter:
+def factor_mean(factor: str, current: Adapter, updates: Updates) -> Adapter:
     """The mean of A (`a`) or of B (`b`) at each site over the devices that trained it, beside the current other one.
 
     Exact for ranks that differ: device k trained the first r_k directions of the current adapter and left the others as
@@ -27,7 +27,7 @@ def mean_of(factor: str, current: Adapter, updates: Updates) -> Adapter:
     return found
 
 
-def _mean(before: Tensor, there: Shares, which: int) -> Tensor:
+def _mean(before: Tensor, there: SiteUpdates, which: int) -> Tensor:
     """Σ p_k of one factor, with the directions that a device did not train as they were."""
     total = torch.zeros_like(before, dtype=torch.float64)
     for factors, p in there:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Shares, Updates, always
-from strategies.aggregation.flexlora import NOT_LINEAR, truncated
+from strategies.aggregation import Aggregated, SiteUpdates, Updates, always
+from strategies.aggregation.flexlora import NOT_LINEAR, truncated_sum
 
 
 class RaFLoRA:
@@ -24,7 +24,7 @@ class RaFLoRA:
     """
 
     mixed_ranks = True
-    steady = False
+    stable_factors = False
     trains = staticmethod(always("both"))
     sensitivity = NOT_LINEAR
 
@@ -32,11 +32,11 @@ class RaFLoRA:
         self._rank, self._seed = rank, seed
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        """The best adapter of `rank` for these directions; diagnostics as those of `flexlora.truncated`."""
-        return truncated(current, updates, by_direction, rank=self._rank, seed=derive_seed(self._seed, round))
+        """The best adapter of `rank` for these directions; diagnostics as those of `flexlora.truncated_sum`."""
+        return truncated_sum(current, updates, by_direction, rank=self._rank, seed=derive_seed(self._seed, round))
 
 
-def by_direction(before: Factors, there: Shares) -> Sequence[tuple[Tensor, Tensor]]:
+def by_direction(before: Factors, there: SiteUpdates) -> Sequence[tuple[Tensor, Tensor]]:
     """The terms of the sum: each device's factors, weighted column by column, and what nobody trained."""
     among = torch.zeros(len(before.a))  # Σ {p_k : r_k ≥ j}
     for factors, p in there:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from models.lora.adapter import Adapter, rank
 from strategies.aggregation import Aggregated, Linearity, Updates
-from strategies.aggregation.one_factor import mean_of
+from strategies.aggregation.one_factor import factor_mean
 
 
 class RoLoRA:
@@ -18,11 +18,11 @@ class RoLoRA:
     """
 
     mixed_ranks = True
-    steady = False  # a change of B says nothing to a round that trains A
+    stable_factors = False  # a change of B says nothing to a round that trains A
     sensitivity = Linearity(linear=True, reason="a mean of one factor, beside another that nobody trains in this round")
 
     def trains(self, round: int, /) -> str:
         return "b" if round % 2 else "a"
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
-        return Aggregated(mean_of(self.trains(round), current, updates), {"rank": float(rank(current))})
+        return Aggregated(factor_mean(self.trains(round), current, updates), {"rank": float(rank(current))})

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter
 from strategies.aggregation import Updates
-from strategies.aggregation.factored import Best, Sum, compress
+from strategies.aggregation.factored import LowRankProduct, ProductSum, compress
 
 Ranks = Mapping[str, Mapping[int, float]]
 """Of each site, Σ p_k over the devices that trained r_k of its directions, by r_k."""
 
 
-class Slices:
+class SliceMean:
     """Σ_j Σ {p_k σ_kj u_kj v_kjᵀ : r_k ≥ j} / P_j + B_g[:, R:] A_g[R:] of every site, with P_j = Σ {p_k : r_k ≥ j}.
 
     B_k A_k = Σ_j σ_kj u_kj v_kjᵀ is the singular value decomposition of what device k trained, in falling order of σ:
@@ -38,7 +38,7 @@ class Slices:
         self.ranks = {rank for of in ranks.values() for rank in of}
         self._taken = ranks
         self._sums = {
-            site: Sum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
+            site: ProductSum(inputs=f.a.shape[1], outputs=len(f.b), max_rank=max_rank, seed=derive_seed(seed, site))
             for site, f in current.items()
         }
 
@@ -51,7 +51,7 @@ class Slices:
                 shares = [weight / sum(p for rank, p in taken.items() if rank > j) for j in range(len(found.a))]
                 self._sums[site].add(found.a, found.b * found.b.new_tensor(shares))
 
-    def best(self, site: str, *, max_rank: int | None, energy: float | None) -> Best | None:
+    def best(self, site: str, *, max_rank: int | None, energy: float | None) -> LowRankProduct | None:
         """As `Mean.best`."""
         if not (taken := self._taken.get(site)):
             return None
@@ -60,7 +60,7 @@ class Slices:
         return self._sums[site].best(max_rank=max_rank, energy=energy)
 
 
-def ranks_of(updates: Updates) -> Ranks:
+def rank_weights(updates: Updates) -> Ranks:
     """Who trained how many directions."""
     found: dict[str, dict[int, float]] = {}
     for adapter, weight in updates:

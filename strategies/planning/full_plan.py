@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from common.errors import AntherError
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import noise_multiplier_for
 from protocol.messages import ExamplePrivacy, TrainingPlan
 from strategies.aggregation import Aggregation
 from strategies.aggregation.build import aggregation
-from strategies.private_evaluation import spending
+from strategies.private_evaluation import evaluation_mechanisms
 
 
-def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
+def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingPlan:
     """What a device without limits is asked to do each round; σ is solved for all rounds and measurements together.
 
     q and the divisor of the noised sum are public constants: the pictures that an owner is expected to give, not those
@@ -25,7 +25,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             delta=config.privacy.delta,
             sampling_rate=rate,
             steps=config.rounds * shared.steps,
-            beside=spending(config),
+            beside=evaluation_mechanisms(config),
         )
         privacy = ExamplePrivacy(
             noise_multiplier=sigma,
@@ -35,7 +35,7 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
             delta=config.privacy.delta,
         )
     chosen, rule = config.strategy, aggregation(config)
-    if chosen.keep < 1 and not rule.steady:
+    if chosen.keep < 1 and not rule.stable_factors:
         raise AntherError(
             f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns or "
             "changes the factors; use strategy=fedit, or leave it 1"
@@ -57,14 +57,14 @@ def training_plan(config: Simulation, *, run: str, base: str) -> TrainingPlan:
         privacy=privacy,
         update=chosen.update,
         keep=chosen.keep,
-        feedback=rule.steady and chosen.update != "fp32",
+        feedback=rule.stable_factors and chosen.update != "fp32",
     )
 
 
-def _uncorrected(config: Simulation, rule: Aggregation) -> str | None:
+def _uncorrected(config: SimulationConfig, rule: Aggregation) -> str | None:
     """Why SCAFFOLD's control variates would mean nothing, and how to mend it; None if they go with all the rest."""
     chosen = config.strategy
-    if not rule.steady:
+    if not rule.stable_factors:
         return (
             f"a control variate fits no later round, since {chosen.aggregation} turns or changes the factors; use "
             "strategy=fedit"

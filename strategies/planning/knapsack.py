@@ -18,7 +18,7 @@ MOST = 128
 """Partial sets that are kept. Up to seven sites nothing is lost; of more, gains that lie close stand for each other."""
 
 
-class Choice(NamedTuple):
+class SiteSet(NamedTuple):
     """A set of sites, and what it comes to."""
 
     bytes: int
@@ -46,22 +46,24 @@ class _Part(NamedTuple):
             part = part.rest
 
 
-def choices(costs: PassCosts, gains: Mapping[str, float], *, most: int = MOST) -> list[Choice]:
+def choices(costs: PassCosts, gains: Mapping[str, float], *, most: int = MOST) -> list[SiteSet]:
     """Sets of sites, one of all among them, and each site by itself unless another set beats it.
 
     Args:
         gains: of each site, 0 or more; those of all together are 1.
         most: partial sets that are kept. With 2^(number of sites) of them the list holds the best set for any limits.
     """
-    found: list[Choice] = []
+    found: list[SiteSet] = []
     parts = [_Part(0, 0.0, 0.0)]
     for site in reversed(costs.sites):
         longer = [
-            _Part(part.bytes + site.own_bytes, part.work + site.own_work, part.gain + gains[site.name], site.name, part)
+            _Part(
+                part.bytes + site.site_bytes, part.work + site.site_work, part.gain + gains[site.name], site.name, part
+            )
             for part in parts
         ]
         found += [
-            Choice(site.held_bytes + part.bytes, site.work + part.work, part.gain, tuple(part.names()))
+            SiteSet(site.peak_bytes + part.bytes, site.work + part.work, part.gain, tuple(part.names()))
             for part in longer
         ]
         parts = _thinned(_unbeaten([*parts, *longer]), most)

@@ -19,7 +19,7 @@ _MANY = 2**31 - 1  # steps, where nothing limits them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class PlanLimits:
     """What plans are cut to."""
 
     metered_rank: int | None = None
@@ -37,13 +37,13 @@ class Limits:
     """Of what is left in its battery, that this may take of a device which doesn't charge; None: no limit."""
 
     @property
-    def momentary(self) -> bool:
+    def uses_transient_state(self) -> bool:
         """Whether they go by what may have changed since a device told of it."""
         return self.battery_share is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class CosineDecay:
     """A learning rate that falls to zero over the rounds (Loshchilov & Hutter, 2017, arXiv:1608.03983, eq. 5).
 
     Noise that training has gathered is forgotten towards its end, and little new comes in.
@@ -56,8 +56,8 @@ class Cosine:
         return rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / self.rounds))
 
 
-def allowed(
-    report: DeviceReport, full: TrainingPlan, limits: Limits, *, sites: Sites, mixed_ranks: bool
+def restricted_plan(
+    report: DeviceReport, full: TrainingPlan, limits: PlanLimits, *, sites: Sites, mixed_ranks: bool
 ) -> TrainingPlan | None:
     """The full plan, in the rank and at the sites that the device trains and that its link carries; None: none such,
     or less than a plan that can't be cut.
@@ -81,17 +81,17 @@ def allowed(
     return replace(cut, update=few, feedback=limits.feedback)
 
 
-def affordable(report: DeviceReport, limits: Limits, *, transfers: float, step: float) -> int:
+def affordable_steps(report: DeviceReport, limits: PlanLimits, *, transfer_seconds: float, step: float) -> int:
     """Whole steps that the limits leave a device, whose transfers and whose steps take so many seconds; 0 or more."""
     most: list[float] = [_MANY]
     if limits.deadline is not None:
-        most.append((limits.deadline - transfers) / step)
+        most.append((limits.deadline - transfer_seconds) / step)
     if (joules := allowance(report, limits)) is not None:
         most.append(joules / (step * report.watts))
     return max(0, int(min(most)))
 
 
-def allowance(report: DeviceReport, limits: Limits) -> float | None:
+def allowance(report: DeviceReport, limits: PlanLimits) -> float | None:
     """Joules that a round may take of a device; None: no limit, as of one whose battery nobody knows."""
     found = [] if limits.joules is None else [limits.joules]
     share, level, full = limits.battery_share, report.battery, report.battery_wh
@@ -100,12 +100,12 @@ def allowance(report: DeviceReport, limits: Limits) -> float | None:
     return min(found, default=None)
 
 
-def transfers(report: DeviceReport, plan: TrainingPlan, *, sites: Sites, download: int) -> float:
+def transfer_seconds(report: DeviceReport, plan: TrainingPlan, *, sites: Sites, download: int) -> float:
     """Seconds in which `download` bytes of the adapter come down, and what was trained goes up."""
-    return download * MEGABITS / report.downlink_mbps + upload(plan, sites) * MEGABITS / report.uplink_mbps
+    return download * MEGABITS / report.downlink_mbps + upload_bytes(plan, sites) * MEGABITS / report.uplink_mbps
 
 
-def upload(plan: TrainingPlan, sites: Sites) -> float:
+def upload_bytes(plan: TrainingPlan, sites: Sites) -> float:
     """Bytes of what comes back of a plan, without a few for names."""
     trained = {name: site for name, site in sites.items() if plan.sites is None or name in plan.sites}
     numbers = sum(map(prod, trained_shapes(trained, plan.rank, plan.trains).values()))

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from models.lora.adapter import Adapter, Sites
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.knapsack import Choice
-from strategies.planning.plan import Limits, affordable, allowed, seconds_per_step, transfers
-from strategies.planning.site_selection import Fitting, fitted
+from strategies.planning.knapsack import SiteSet
+from strategies.planning.plan import PlanLimits, affordable_steps, restricted_plan, seconds_per_step, transfer_seconds
+from strategies.planning.site_selection import SiteSelector, fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class Planner:
     """
 
     sites: Sites
-    limits: Limits
+    limits: PlanLimits
     mixed_ranks: bool = True
-    fitting: Fitting | None = None
+    fitting: SiteSelector | None = None
 
     def plans(
         self, reports: Iterable[DeviceReport], full: TrainingPlan, *, adapter: Adapter, download: int
@@ -48,7 +48,7 @@ class Planner:
         Args:
             adapter: that is sent, in so many bytes.
         """
-        choices: dict[tuple[str, ...] | None, list[Choice]] = {}
+        choices: dict[tuple[str, ...] | None, list[SiteSet]] = {}
         known: dict[DeviceReport, Planned | None] = {}
         plans = {}
         for report in reports:
@@ -64,13 +64,13 @@ class Planner:
         report: DeviceReport,
         full: TrainingPlan,
         adapter: Adapter,
-        choices: dict[tuple[str, ...] | None, list[Choice]],
+        choices: dict[tuple[str, ...] | None, list[SiteSet]],
         download: int,
     ) -> Planned | None:
         """Args:
         choices: of the devices that train at these sites; those that are missing are put in.
         """
-        most = allowed(report, full, self.limits, sites=self.sites, mixed_ranks=self.mixed_ranks)
+        most = restricted_plan(report, full, self.limits, sites=self.sites, mixed_ranks=self.mixed_ranks)
         if most is None:
             return None
         if self.fitting is None:
@@ -82,12 +82,12 @@ class Planner:
 
     def whole(self, report: DeviceReport, most: TrainingPlan, *, download: int) -> Planned:
         """At every site that there is and at least one step, whether or not the device can do it."""
-        sent = transfers(report, most, sites=self.sites, download=download)
-        steps = affordable(report, self.limits, transfers=sent, step=seconds_per_step(report, most))
+        sent = transfer_seconds(report, most, sites=self.sites, download=download)
+        steps = affordable_steps(report, self.limits, transfer_seconds=sent, step=seconds_per_step(report, most))
         return self._planned(report, replace(most, steps=max(1, min(most.steps, steps))), 1.0, download)
 
     def _planned(self, report: DeviceReport, plan: TrainingPlan, work: float, download: int) -> Planned:
         """What a plan should cost whose steps take this share of those at every site."""
         training = plan.steps * seconds_per_step(report, plan) * work
-        sent = transfers(report, plan, sites=self.sites, download=download)
+        sent = transfer_seconds(report, plan, sites=self.sites, download=download)
         return Planned(plan=plan, seconds=sent + training, joules=training * report.watts)

@@ -9,13 +9,13 @@ from functools import partial
 
 from common.units import GIB
 from models.base.base import Base
-from models.families.known import find
-from models.footprint.footprint import MARGIN, example
+from models.families.known import find_base
+from models.footprint.footprint import MARGIN, example_shapes
 from models.footprint.site_costs import PassCosts, pass_costs
 from models.lora.adapter import Adapter, Factors, Sites
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.knapsack import Choice, choices
-from strategies.planning.plan import Limits, affordable, seconds_per_step, transfers
+from strategies.planning.knapsack import SiteSet, choices
+from strategies.planning.plan import PlanLimits, affordable_steps, seconds_per_step, transfer_seconds
 
 RUNTIME = 390 << 20
 """Bytes of a process before there is a network, as profiles of conf/device have them."""
@@ -24,7 +24,7 @@ EVEN = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitting:
+class SiteSelector:
     """What it costs to train at sites of the run's base.
 
     Args:
@@ -37,7 +37,7 @@ class Fitting:
     memory: float = 1.0
     runtime_bytes: int = RUNTIME
 
-    def choices(self, adapter: Adapter, among: Collection[str] | None = None) -> list[Choice]:
+    def choices(self, adapter: Adapter, among: Collection[str] | None = None) -> list[SiteSet]:
         """The sets of sites that a round's plans are made of, by what this adapter gains at each.
 
         Args:
@@ -46,7 +46,7 @@ class Fitting:
         sites = tuple(site for site in self.costs.sites if among is None or site.name in among)
         return choices(PassCosts(sites=sites), gains(adapter))
 
-    def fits(self, choice: Choice, report: DeviceReport) -> bool:
+    def fits(self, choice: SiteSet, report: DeviceReport) -> bool:
         """Whether a device can hold what training at these sites takes."""
         return MARGIN * (self.runtime_bytes + self.memory * choice.bytes) <= report.memory_gib * GIB
 
@@ -69,17 +69,17 @@ def product_norm(factors: Factors) -> float:
     return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
-def costs_of(base: Base, rank: int) -> PassCosts:
+def base_pass_costs(base: Base, rank: int) -> PassCosts:
     """Of a base that is there, at the resolution that it trains in."""
-    return pass_costs(base, *example(find(str(base.folder)), base.resolution), rank=rank)
+    return pass_costs(base, *example_shapes(find_base(str(base.folder)), base.resolution), rank=rank)
 
 
 def fitted(
     report: DeviceReport,
     full: TrainingPlan,
-    limits: Limits,
-    fitting: Fitting,
-    found: Sequence[Choice],
+    limits: PlanLimits,
+    fitting: SiteSelector,
+    found: Sequence[SiteSet],
     *,
     sites: Sites,
     download: int,
@@ -90,15 +90,15 @@ def fitted(
     take, as a share of those at every site.
     """
     step = seconds_per_step(report, full)
-    sent = partial(transfers, report, sites=sites)
+    sent = partial(transfer_seconds, report, sites=sites)
     up = {name: sent(replace(full, sites=(name,)), download=0) for name in sites}  # of thousands of sets: once
     down = sent(replace(full, sites=()), download=download)
-    best: tuple[tuple[float, ...], Choice, int] | None = None
+    best: tuple[tuple[float, ...], SiteSet, int] | None = None
     for choice in found:
         if (best and choice.gain * full.steps < best[0][0]) or not fitting.fits(choice, report):
             continue
         seconds = down + sum(up[name] for name in choice.sites)
-        steps = min(full.steps, affordable(report, limits, transfers=seconds, step=step * choice.work))
+        steps = min(full.steps, affordable_steps(report, limits, transfer_seconds=seconds, step=step * choice.work))
         worth = (choice.gain * steps, choice.gain, -choice.work, -float(choice.bytes))
         if steps and (best is None or worth > best[0]):
             best = worth, choice, steps

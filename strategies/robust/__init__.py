@@ -22,7 +22,7 @@ class Filtering(NamedTuple):
     reason: str
 
 
-class Changes(NamedTuple):
+class UpdateGeometry(NamedTuple):
     """What K devices made of the shared adapter, C_k = ΔW_k − ΔW at each site, as far as a rule needs to know it.
 
     Sites that the same devices trained are a group: of each K² numbers are held, one group where everybody trains
@@ -47,9 +47,9 @@ class Changes(NamedTuple):
         """Places of the devices that are not left out."""
         return self.weights.nonzero()[:, 0]
 
-    def among(self, places: Tensor) -> Changes:
+    def among(self, places: Tensor) -> UpdateGeometry:
         """Those of some devices alone."""
-        return Changes(
+        return UpdateGeometry(
             self.gram[:, places][:, :, places],
             self.squares[:, places],
             self.groups,
@@ -58,7 +58,7 @@ class Changes(NamedTuple):
             self.scales[places],
         )
 
-    def scaled(self, by: Tensor) -> Changes:
+    def scaled(self, by: Tensor) -> UpdateGeometry:
         """With so much [K] of each change."""
         return self._replace(
             gram=self.gram * by[:, None] * by, squares=self.squares * by.square(), scales=self.scales * by
@@ -85,7 +85,7 @@ class Changes(NamedTuple):
         trained = self.trained.double()
         return trained.T @ trained > 0
 
-    def of_groups(self) -> tuple[Tensor, Tensor]:
+    def group_squares(self) -> tuple[Tensor, Tensor]:
         """Who trained the sites of each group, bool, and ‖C_k‖² over them, both [groups, K]."""
         count = len(self.gram)
         trained = self.trained.new_zeros(count, self.trained.shape[1]).index_copy(0, self.groups, self.trained)
@@ -110,17 +110,17 @@ class Changes(NamedTuple):
         return known if known.any() else self.trained.any(dim=1).to(known)
 
 
-class Rule(Protocol):
+class RobustRule(Protocol):
     """Judges changes: by what is left of each one's weight, and of its change."""
 
     sensitivity: Filtering
 
-    def judge(self, changes: Changes) -> Changes:
+    def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         """The same devices with other weights and scales; at least one is there, and at least one stays."""
         ...
 
 
-class Entrywise(Protocol):
+class EntrywiseRule(Protocol):
     """Makes one change of all, entry by entry."""
 
     sensitivity: Filtering
@@ -130,4 +130,4 @@ class Entrywise(Protocol):
         ...
 
 
-Rules = Sequence[Rule]
+RobustRules = Sequence[RobustRule]

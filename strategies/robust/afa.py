@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from strategies.robust import Changes, Filtering
+from strategies.robust import Filtering, UpdateGeometry
 
 _SIGMA = 1.4826  # of a normal distribution, over its median absolute deviation
 _EVEN = 1e-9  # a spread of cosines below it is rounding
@@ -35,7 +35,7 @@ class AFA:
             raise ValueError(f"{xi=} {step=}: must be over 0, and 0 or more")
         self._xi, self._step = xi, step
 
-    def judge(self, changes: Changes) -> Changes:
+    def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         cosines, common = changes.cosines(), changes.common()
         weights, xi = changes.weights.clone(), self._xi
         while len(there := weights.nonzero()[:, 0]) > 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from strategies.robust import Changes, Filtering
+from strategies.robust import Filtering, UpdateGeometry
 
 
 class FoolsGold:
@@ -23,7 +23,7 @@ class FoolsGold:
         bounded=False, reason="who resembles others loses weight: one device decides whether another counts"
     )
 
-    def judge(self, changes: Changes) -> Changes:
+    def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         squares = changes.squares.sum(0)
         there = ((changes.weights > 0) & (squares > 0)).nonzero()[:, 0]  # who changed nothing resembles nobody
         weights = changes.weights.clone()

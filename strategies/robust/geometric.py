@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from strategies.robust import Changes, Filtering
+from strategies.robust import Filtering, UpdateGeometry
 
 _SMOOTHING = 1e-4  # ν, relative to the median distance from the mean: nearer than so is no better
 _STEPS, _CLOSE = 500, 1e-9  # of the iteration; it ends when no share of the weights moves by more
@@ -24,10 +24,10 @@ class GeometricMedian:
         bounded=False, reason="a device's weight follows from where the others are: each decides about the others"
     )
 
-    def judge(self, changes: Changes) -> Changes:
+    def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         given, steps = changes.weights, _STEPS
         weights, floor = given, 0.0
-        trained, squares = changes.of_groups()
+        trained, squares = changes.group_squares()
         while steps:
             shares = weights * trained
             shares = shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)

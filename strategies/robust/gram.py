@@ -11,12 +11,12 @@ from torch import Tensor
 
 from models.lora.adapter import Adapter, Factors
 from strategies.aggregation import Updates
-from strategies.robust import Changes
+from strategies.robust import UpdateGeometry
 
 _ROWS = 512  # directions whose products with all others are held at once
 
 
-def changes(current: Adapter, updates: Updates) -> Changes:
+def changes(current: Adapter, updates: Updates) -> UpdateGeometry:
     """What devices made of `current`, their weights as they came; at least one update."""
     trained = [tuple(name in adapter and len(adapter[name].a) > 0 for adapter, _ in updates) for name in current]
     groups = {those: group for group, those in enumerate(dict.fromkeys(trained))}
@@ -28,7 +28,7 @@ def changes(current: Adapter, updates: Updates) -> Changes:
         squares[place] = found.diagonal()
     weights = torch.tensor([weight for _, weight in updates], dtype=torch.float64)
     of_sites = torch.tensor([groups[those] for those in trained])
-    return Changes(gram, squares, of_sites, torch.tensor(trained), weights, torch.ones_like(weights))
+    return UpdateGeometry(gram, squares, of_sites, torch.tensor(trained), weights, torch.ones_like(weights))
 
 
 def inner_products(current: Factors, devices: list[Factors | None]) -> Tensor:

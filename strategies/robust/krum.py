@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from strategies.robust import Changes, Filtering
+from strategies.robust import Filtering, UpdateGeometry
 
 
 class MultiKrum:
@@ -22,7 +22,7 @@ class MultiKrum:
             raise ValueError(f"{outliers=}: must be 0 or more and less than half")
         self._outliers = outliers
 
-    def judge(self, changes: Changes) -> Changes:
+    def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         there = changes.there
         n = len(there)
         f = min(count(self._outliers, n), (n - 3) // 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strategies.robust import Changes, Filtering
+from strategies.robust import Filtering, UpdateGeometry
 
 
 class NormBound:
@@ -24,7 +24,7 @@ class NormBound:
             raise ValueError(f"{bound=} {factor=}: must be over 0")
         self._bound, self._factor = bound, factor
 
-    def judge(self, changes: Changes) -> Changes:
+    def reweight(self, changes: UpdateGeometry) -> UpdateGeometry:
         if self._bound is None:
             norms = changes.norms()
             bound = self._factor * float(norms[changes.there].nanmedian())

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Sites, at, head_and_tail, rank
+from models.lora.adapter import Adapter, Sites, rank, select_sites, split_rank
 from strategies.robust import Filtering
-from strategies.round.validation import RefusedError
-from strategies.server_optimizers import Memory, Tensors, kept
+from strategies.round.validation import ReplyRejectedError
+from strategies.server_optimizers import StrategyState, Tensors, kept
 
 NEAR = 0.5
 PROBES = 512  # of an adapter, about: two at a site at least
@@ -35,7 +35,7 @@ Sketches = list[tuple[str, Tensor]]
 """Of what came in a round that isn't over, let in or not, by device."""
 
 
-class Replay:
+class ReplayFilter:
     """Refuses what is nearly one of the last updates, whichever device sent that, let in or not.
 
     Their sketches [K, sites, 1 + n] are a part of the server's memory, oldest first, and so is the seed: whoever goes
@@ -60,7 +60,7 @@ class Replay:
         self._most = max(1, held // max(1, len(sites) * (1 + self._count)))
         self._drawn: tuple[int, Probes] | None = None
 
-    def check(self, current: Adapter, device: str, trained: Adapter, memory: Memory, since: Sketches) -> None:
+    def check(self, current: Adapter, device: str, trained: Adapter, memory: StrategyState, since: Sketches) -> None:
         """RefusedError for an update that is a replay; either way it is added to what came since the last round.
 
         Of that the device's own are held against it and no others: the order in which replies come would decide.
@@ -70,17 +70,17 @@ class Replay:
         """
         before = memory.get(_PART, {})
         probes = self._probes(before)
-        start, _ = head_and_tail(at(current, trained), rank(trained))
+        start, _ = split_rank(select_sites(current, trained), rank(trained))
         found = sketch(trained, self._sites, probes)
         went = (found - sketch(start, self._sites, probes))[:, 1:].square().sum(1)
         found = kept(found)
         seen = [before[_SKETCHES]] if _SKETCHES in before else []
         seen += [one[None] for name, one in since if name == device]
         since.append((device, found))
-        if seen and (ratios(found, torch.cat(seen), went) < self._near).any():
-            raise RefusedError("replayed", f"{device}: nearly what was sent in an earlier round")
+        if seen and (relative_distances(found, torch.cat(seen), went) < self._near).any():
+            raise ReplyRejectedError("replayed", f"{device}: nearly what was sent in an earlier round")
 
-    def remember(self, memory: Memory, since: Sketches) -> Memory:
+    def remember(self, memory: StrategyState, since: Sketches) -> StrategyState:
         """The memory after a round in which these came."""
         before = memory.get(_PART, {})
         rows = [before[_SKETCHES]] if _SKETCHES in before else []
@@ -118,7 +118,7 @@ def sketch(adapter: Adapter, sites: Sites, probes: Probes) -> Tensor:
     return found
 
 
-def ratios(one: Tensor, seen: Tensor, went: Tensor) -> Tensor:
+def relative_distances(one: Tensor, seen: Tensor, went: Tensor) -> Tensor:
     """‖P − P_k‖ / ‖P − P_start‖ for each of K that were seen [K], over the sites that both trained.
 
     Infinite where those have fewer than `LEAST` probes, or nothing moved: who stays where the server stands repeats

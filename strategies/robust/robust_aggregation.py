@@ -7,13 +7,13 @@ from copy import copy
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation import Aggregated, Aggregation, Linearity, Ranked, Updates, check
-from strategies.robust import Changes, Entrywise, Rules
+from strategies.aggregation import Aggregated, Aggregation, Linearity, RankAware, Updates, check
+from strategies.robust import EntrywiseRule, RobustRules, UpdateGeometry
 from strategies.robust.gram import changes
 from strategies.robust.trimmed import combined
 
 
-class Guarded:
+class RobustAggregation:
     """Rules judge the changes of a round, one after the other; the aggregation gets what they leave.
 
     A change that counts with the share s only is made of two updates: the device's with s of its weight, and one that
@@ -32,22 +32,28 @@ class Guarded:
     """
 
     def __init__(
-        self, aggregation: Aggregation, *, rules: Rules, entrywise: Entrywise | None, rank: int | None, seed: int
+        self,
+        aggregation: Aggregation,
+        *,
+        rules: RobustRules,
+        entrywise: EntrywiseRule | None,
+        rank: int | None,
+        seed: int,
     ) -> None:
         if aggregation.trains(1) == "split":
             raise ValueError("rules judge products, and with this aggregation no device sends one")
         self.mixed_ranks = aggregation.mixed_ranks
         self.sensitivity = aggregation.sensitivity if entrywise is None else _TURNED
-        self.steady = aggregation.steady and entrywise is None
+        self.stable_factors = aggregation.stable_factors and entrywise is None
         self.trains = aggregation.trains
         self._aggregation, self._rules, self._entrywise = aggregation, rules, entrywise
         self._rank, self._seed = rank, seed
 
-    def of(self, ranks: Collection[int]) -> Guarded:
-        """As of `strategies.aggregation.Ranked`, if the rule behind it is."""
+    def with_ranks(self, ranks: Collection[int]) -> RobustAggregation:
+        """As of `strategies.aggregation.RankAware`, if the rule behind it is."""
         found = copy(self)
-        if isinstance(self._aggregation, Ranked):
-            found._aggregation = self._aggregation.of(ranks)
+        if isinstance(self._aggregation, RankAware):
+            found._aggregation = self._aggregation.with_ranks(ranks)
         return found
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:
@@ -58,7 +64,7 @@ class Guarded:
         check(updates)
         judged = changes(current, updates)
         for rule in self._rules:
-            judged = rule.judge(judged)
+            judged = rule.reweight(judged)
         left = judged.there.tolist()
         if self._entrywise is None:
             remaining = counting(current, updates, judged)
@@ -80,7 +86,7 @@ _TURNED = Linearity(
 )
 
 
-def counting(current: Adapter, updates: Updates, judged: Changes) -> Updates:
+def counting(current: Adapter, updates: Updates, judged: UpdateGeometry) -> Updates:
     """The updates as far as they count, and what did not change in place of the rest of each."""
     found = []
     for place in judged.there.tolist():

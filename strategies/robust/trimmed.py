@@ -12,8 +12,8 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
-from strategies.aggregation.factored import Sum, pad
-from strategies.robust import Entrywise, Filtering
+from strategies.aggregation.factored import ProductSum, pad
+from strategies.robust import EntrywiseRule, Filtering
 from strategies.robust.krum import count
 
 _ENTRIES = 2**22  # of all devices together that are looked at at once
@@ -53,11 +53,11 @@ class Median(TrimmedMean):
 
 
 def combined(
-    rule: Entrywise, current: Adapter, devices: Sequence[tuple[Adapter, float]], *, rank: int | None, seed: int
+    rule: EntrywiseRule, current: Adapter, devices: Sequence[tuple[Adapter, float]], *, rank: int | None, seed: int
 ) -> Adapter:
     """The one adapter whose product at each site is the current one and what the rule makes of the changes.
 
-    Takes the room of 2²² entries in float64, 32 MiB, a few times over, and of the factors of a `Sum`; of one row, if
+    Takes the room of 2²² entries in float64, 32 MiB, a few times over, and of the factors of a `ProductSum`; of one row, if
     all devices' have more entries.
 
     Args:
@@ -73,9 +73,9 @@ def combined(
     return found
 
 
-def _at(rule: Entrywise, site: Factors, there: list[tuple[Factors, float]], rank: int | None, seed: int) -> Factors:
+def _at(rule: EntrywiseRule, site: Factors, there: list[tuple[Factors, float]], rank: int | None, seed: int) -> Factors:
     inputs, outputs = site.a.shape[1], len(site.b)
-    total = Sum(inputs=inputs, outputs=outputs, max_rank=rank, seed=seed)
+    total = ProductSum(inputs=inputs, outputs=outputs, max_rank=rank, seed=seed)
     total.add(site.a, site.b)
     step = max(1, min(_ROWS, _ENTRIES // (len(there) * inputs)))
     for first in range(0, outputs, step):

@@ -19,19 +19,19 @@ _AGAIN = 600.0  # seconds after which a node that was refused is asked once more
 
 
 @runtime_checkable
-class Registry(Protocol):
-    """A grid that knows which device each node was registered as (`server.grid.validating_grid.Gated`)."""
+class RegisteredGrid(Protocol):
+    """A grid that knows which device each node was registered as (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def names(self) -> Mapping[int, str]:
         """Names that nodes were registered under, each of which belongs to a key; of other nodes nothing is known."""
         ...
 
-    def inquire(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
+    def query_nodes(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
         """Answers to questions, each of which may also come with a later call."""
         ...
 
 
-class Roster:
+class ConnectedDevices:
     """The devices that are there and hold this base.
 
     A name belongs to the node that was registered under it; where no register is kept (a simulation, or a server
@@ -50,7 +50,7 @@ class Roster:
         self._unfit: dict[int, float] = {}  # when each was refused
         self._heard: dict[int, float] = {}  # when each report came
 
-    def unknown(self, present: Collection[int], *, now: float = 0.0) -> list[int]:
+    def nodes_to_query(self, present: Collection[int], *, now: float = 0.0) -> list[int]:
         """The nodes among those present that have yet to say who they are, or how; whoever left is forgotten."""
         self._unfit = {node: when for node, when in self._unfit.items() if node in present and now < when + _AGAIN}
         if not self.reports.keys() <= set(present):
@@ -59,13 +59,13 @@ class Roster:
             # Whoever left may be back under another node id, refused so far because its name was taken.
             self.reports = {node: report for node, report in self.reports.items() if node in present}
             self._heard = {node: time for node, time in self._heard.items() if node in present}
-            self._nodes = by_name(self.reports)
+            self._nodes = nodes_by_name(self.reports)
             self.stale &= self.reports.keys()
             self._unfit.clear()
         known = (self.reports.keys() - self.stale) | self._unfit.keys()
         return [node for node in sorted(present) if node not in known]
 
-    def forget(self, *, before: float, but: Collection[int] = ()) -> None:
+    def mark_stale(self, *, before: float, but: Collection[int] = ()) -> None:
         """Whoever told of itself before this time is to do so again: its report may be wrong by now.
 
         Args:
@@ -73,7 +73,7 @@ class Roster:
         """
         self.stale |= {node for node in self.reports if self._heard[node] < before and node not in but}
 
-    def consider(self, node: int, report: DeviceReport, *, now: float, registered: str | None = None) -> None:
+    def update_report(self, node: int, report: DeviceReport, *, now: float, registered: str | None = None) -> None:
         """Take a device in, or what it tells anew, or say why not.
 
         Args:
@@ -114,6 +114,6 @@ class Roster:
         log.warning("node %d, which calls itself %r, is not asked: %s", node, report.device[:100], unfit)
 
 
-def by_name(reports: Mapping[int, DeviceReport]) -> dict[str, int]:
+def nodes_by_name(reports: Mapping[int, DeviceReport]) -> dict[str, int]:
     """The node of each device."""
     return {report.device: node for node, report in reports.items()}

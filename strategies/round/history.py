@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from strategies.round.metrics import DeviceFacts, TrainFacts, largest
+from strategies.round.metrics import DeviceMetrics, TrainMetrics, largest
 
 
 class History:
@@ -18,11 +18,11 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.devices: dict[str, DeviceFacts] = {}
+        self.devices: dict[str, DeviceMetrics] = {}
         self.losses: list[float] = []
         self.spent: float | None = None
 
-    def remember(self, devices: Mapping[str, DeviceFacts], rounds: Iterable[TrainFacts | None]) -> None:
+    def remember(self, devices: Mapping[str, DeviceMetrics], rounds: Iterable[TrainMetrics | None]) -> None:
         """What a run that goes on knew: of its devices, and of its rounds."""
         for name, facts in devices.items():
             before = self.devices.get(name, facts)
@@ -30,7 +30,7 @@ class History:
         self.losses = [facts.loss for facts in rounds if facts and facts.loss is not None]
         self.spent = largest(facts.epsilon for facts in self.devices.values())
 
-    def learn(self, facts: TrainFacts) -> None:
+    def add_round(self, facts: TrainMetrics) -> None:
         """One more round."""
         self.spent = facts.epsilon
         for name, one in facts.devices.items():

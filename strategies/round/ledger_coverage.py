@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from privacy.accounting import PoissonGaussian, epsilon
-from protocol.messages import MeasuringPrivacy, TrainingPlan
+from protocol.messages import EvaluationPrivacy, TrainingPlan
 
 
 def explained(
-    plan: TrainingPlan, *, rounds: int, measuring: MeasuringPrivacy | None, measured: int, delta: float | None = None
+    plan: TrainingPlan, *, rounds: int, measuring: EvaluationPrivacy | None, measured: int, delta: float | None = None
 ) -> float | None:
     """ε per picture of a device that trained in all of these rounds, and measured so often; None without DP.
 

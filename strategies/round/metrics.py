@@ -15,7 +15,7 @@ EVENTS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceFacts:
+class DeviceMetrics:
     """What one round took of one device, or several."""
 
     rank: int
@@ -37,7 +37,7 @@ class DeviceFacts:
     loss: float | None = None
     """Mean training loss that it told last; None under privacy, where none is kept."""
 
-    def then(self, later: DeviceFacts) -> DeviceFacts:
+    def then(self, later: DeviceMetrics) -> DeviceMetrics:
         """What both took together."""
         # A count that grows as it likes would be echoed to whoever has the name next, which refuses what it can't hold.
         # That of a device in other runs too grows faster: its echo then lags, and an echo permits nothing.
@@ -61,7 +61,7 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralFacts:
+class CentralDPMetrics:
     """What the server's clip and noise came to in one round: its settings, and functions of what it released."""
 
     guarantee: Guarantee
@@ -80,7 +80,7 @@ class CentralFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFacts:
+class TrainMetrics:
     """One round of training, as the server saw it."""
 
     asked: int
@@ -104,21 +104,21 @@ class TrainFacts:
     """The largest that one told in this round, which may be of other runs, or a lie: nothing goes by it."""
     guarantees: tuple[Guarantee, ...] = ()
     """What is promised so far: per picture, per device, or both at once, which don't add."""
-    central: CentralFacts | None = None
+    central: CentralDPMetrics | None = None
     """Of the server's clip and noise; None without them."""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """From the aggregation; empty when the old adapter was kept."""
-    devices: dict[str, DeviceFacts] = field(default_factory=dict)
+    devices: dict[str, DeviceMetrics] = field(default_factory=dict)
     """Of every device that was asked or picked, or whose reply came in; empty in a run's history, which keeps sums."""
 
 
-def device_epsilon(train: TrainFacts | None) -> float | None:
+def device_epsilon(train: TrainMetrics | None) -> float | None:
     """ε per device so far; None where none is promised."""
     return train.central.guarantee.value if train and train.central else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationMetrics:
     """How one adapter does on the devices' own pictures: losses, or under privacy a noised gain alone."""
 
     base: float | None
@@ -149,7 +149,7 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PersonalFacts:
+class PersonalizationMetrics:
     """What it cost the devices to personalise."""
 
     asked: int
@@ -162,12 +162,12 @@ class PersonalFacts:
     """Of all devices together."""
 
 
-def train_facts(
+def train_metrics(
     updates: Sequence[Update],
     *,
     round: int,
     plans: Mapping[tuple[str, int], TrainingPlan],
-    passed: Collection[str],
+    not_contacted: Collection[str],
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
     dropped: Mapping[str, int],
@@ -175,9 +175,9 @@ def train_facts(
     spent: float | None,
     told: float | None = None,
     strict: float | None = None,
-    central: CentralFacts | None,
+    central: CentralDPMetrics | None,
     diagnostics: Mapping[str, float],
-) -> TrainFacts:
+) -> TrainMetrics:
     """The facts of a round in which these updates were let in.
 
     Args:
@@ -194,7 +194,7 @@ def train_facts(
     spent = largest([spent, *(update.epsilon for update in updates)])
     of_images = (Guarantee(spent, private.delta, strict=strict),) if private and spent is not None else ()
     losses = [update.loss for update in updates if update.loss is not None and not (private or central)]
-    return TrainFacts(
+    return TrainMetrics(
         asked=len(plans),
         replied=len(updates),
         dropped=dict(dropped) | ({"not finite": central.dropped} if central and central.dropped else {}),
@@ -211,7 +211,7 @@ def train_facts(
         devices=_devices(
             updates,
             plans,
-            passed,
+            not_contacted,
             round,
             bytes_down=bytes_down // max(1, len(plans)),
             bytes_up=bytes_up,
@@ -223,25 +223,25 @@ def train_facts(
 def _devices(
     updates: Sequence[Update],
     plans: Mapping[tuple[str, int], TrainingPlan],
-    passed: Collection[str],
+    not_contacted: Collection[str],
     round: int,
     *,
     bytes_down: int,
     bytes_up: Mapping[tuple[str, int], int],
     told: bool,
-) -> dict[str, DeviceFacts]:
+) -> dict[str, DeviceMetrics]:
     """Of every device that was asked or counts as such; it may have been so more than once.
 
     Args:
         bytes_down: to each.
         told: whether their losses are kept.
     """
-    found: dict[str, DeviceFacts] = {}
-    for name in [*(name for name, _ in plans), *passed]:
-        asked = nothing(asked=1, last=round)
+    found: dict[str, DeviceMetrics] = {}
+    for name in [*(name for name, _ in plans), *not_contacted]:
+        asked = zero_metrics(asked=1, last=round)
         found[name] = found[name].then(asked) if name in found else asked
     for update in updates:
-        facts = DeviceFacts(
+        facts = DeviceMetrics(
             rank=update.rank,
             steps=plans[update.device, update.round].steps,
             bytes_down=bytes_down,
@@ -257,10 +257,10 @@ def _devices(
     return found
 
 
-def nothing(**facts: Any) -> DeviceFacts:
+def zero_metrics(**facts: Any) -> DeviceMetrics:
     """Of a device that nothing was taken of, but for what is given."""
     idle: dict[str, Any] = {"rank": 0, "steps": 0, "bytes_down": 0, "bytes_up": 0}
-    return DeviceFacts(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
+    return DeviceMetrics(**idle | {"seconds": 0.0, "joules": 0.0, "epsilon": None} | facts)
 
 
 def largest(values: Iterable[float | None]) -> float | None:

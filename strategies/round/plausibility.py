@@ -7,12 +7,12 @@ from statistics import median
 
 from models.lora.adapter import Sites
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.planning.plan import seconds_per_step, transfers
+from strategies.planning.plan import seconds_per_step, transfer_seconds
 
-TIMES = 10.0
+MAX_COST_RATIO = 10.0
 """Largest accepted multiple of the expected cost of a device's plan: the device may be hot, or in use."""
-START = 60.0  # seconds that a device may take to begin
-OTHERS = 20.0
+STARTUP_SECONDS = 60.0  # seconds that a device may take to begin
+MAX_MEDIAN_RATIO = 20.0
 """In a real federation, a reported value is capped at this multiple of its round's median."""
 
 
@@ -30,7 +30,7 @@ def trimmed_mean(values: Sequence[float]) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
-def cost(
+def plausible_cost(
     report: DeviceReport, plan: TrainingPlan, told: tuple[float, float], *, sites: Sites, elapsed: float | None
 ) -> tuple[float, float]:
     """Return the accepted seconds and joules of a device.
@@ -40,14 +40,14 @@ def cost(
         elapsed: seconds since the request; None for a simulated device, whose seconds are not the server's.
     """
     seconds, joules = told
-    work = plan.steps * seconds_per_step(report, plan) + transfers(report, plan, sites=sites, download=0)
-    most = min([START + TIMES * work, *([] if elapsed is None else [elapsed])])
+    work = plan.steps * seconds_per_step(report, plan) + transfer_seconds(report, plan, sites=sites, download=0)
+    most = min([STARTUP_SECONDS + MAX_COST_RATIO * work, *([] if elapsed is None else [elapsed])])
     return min(seconds, most), min(joules, most * report.watts)
 
 
-def among_others(values: Sequence[float]) -> list[float]:
+def cap_to_median(values: Sequence[float]) -> list[float]:
     """Cap each value at a multiple of their median, if there are three or more."""
     if len(values) < 3:
         return list(values)
-    most = OTHERS * median(values)
+    most = MAX_MEDIAN_RATIO * median(values)
     return [min(value, most) for value in values]

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Factors, Sites, shapes
-from strategies.round.validation import RefusedError
+from models.lora.adapter import Adapter, Factors, Sites, adapter_shapes
+from strategies.round.validation import ReplyRejectedError
 
 _NUMBER = 4  # bytes
 
-Key = tuple[str, int]
+UpdateKey = tuple[str, int]
 """Of an update: the device's name, and the round of the plan that it followed."""
 
 
@@ -66,7 +66,7 @@ class _Read(Mapping[str, Factors]):
         return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start).view(shape)
 
 
-class Spool(Sequence[tuple[Adapter, float]]):
+class UpdateSpool(Sequence[tuple[Adapter, float]]):
     """Updates of equal weight in the order of their keys, whichever order they came in.
 
     Floating point sums depend on the order, and replies arrive in any.
@@ -83,7 +83,7 @@ class Spool(Sequence[tuple[Adapter, float]]):
     def __init__(self, room: int = 0) -> None:
         self._file = tempfile.TemporaryFile(prefix="anther-")  # noqa: SIM115  # closed at exit
         self._end = self._file.write(bytes(_NUMBER))  # nothing at all can't be mapped
-        self.keys: list[Key] = []
+        self.keys: list[UpdateKey] = []
         try:
             if room and hasattr(os, "posix_fallocate"):  # macOS has none
                 os.posix_fallocate(self._file.fileno(), 0, self._end + room)
@@ -92,10 +92,10 @@ class Spool(Sequence[tuple[Adapter, float]]):
                 f"{tempfile.gettempdir()}: {error.strerror}: a round's updates may take {(room >> 20) + 1} MiB there; "
                 "make room, or name another folder in TMPDIR"
             ) from None
-        self._places: dict[Key, dict[str, _Place]] = {}
+        self._places: dict[UpdateKey, dict[str, _Place]] = {}
         self._map: mmap.mmap | None = None
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> UpdateSpool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +105,7 @@ class Spool(Sequence[tuple[Adapter, float]]):
         """Views that were read stay, and the room of the file until they go."""
         self._file.close()
 
-    def add(self, key: Key, adapter: Adapter) -> None:
+    def add(self, key: UpdateKey, adapter: Adapter) -> None:
         """One more, before any is read.
 
         Raises:
@@ -122,7 +122,9 @@ class Spool(Sequence[tuple[Adapter, float]]):
                 end += self._file.write(_bytes(a)) + self._file.write(_bytes(b))
             self._file.flush()
         except OSError as error:
-            raise RefusedError("no room", f"{key[0]}: the server can't store its update: {error.strerror}") from None
+            raise ReplyRejectedError(
+                "no room", f"{key[0]}: the server can't store its update: {error.strerror}"
+            ) from None
         self._places[key], self._end = places, end
         insort(self.keys, key)
 
@@ -138,7 +140,7 @@ class Spool(Sequence[tuple[Adapter, float]]):
             return [self._update(key) for key in self.keys[place]]
         return self._update(self.keys[place])
 
-    def _update(self, key: Key) -> tuple[Adapter, float]:
+    def _update(self, key: UpdateKey) -> tuple[Adapter, float]:
         if self._map is None:
             self._map = mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY)
         return _Read(self._map, self._places[key]), 1.0
@@ -146,7 +148,7 @@ class Spool(Sequence[tuple[Adapter, float]]):
 
 def size(sites: Sites, rank: int) -> int:
     """Bytes of an update of this rank at these sites."""
-    return _NUMBER * sum(map(prod, shapes(sites, rank).values()))
+    return _NUMBER * sum(map(prod, adapter_shapes(sites, rank).values()))
 
 
 def _bytes(factor: Tensor) -> bytes:

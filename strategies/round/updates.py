@@ -10,28 +10,28 @@ from torch import Tensor
 from models.lora.adapter import Adapter
 from protocol.messages import DeviceReport, TrainingPlan, Update
 from strategies.robust.replay import Sketches
-from strategies.round.update_spool import Key, Spool
-from strategies.scaffold import Drift
+from strategies.round.update_spool import UpdateKey, UpdateSpool
+from strategies.scaffold import ControlUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RoundRequest:
     """What was sent for training, to hold the replies against."""
 
     adapter: Adapter
     plans: Mapping[int, tuple[DeviceReport, TrainingPlan]]
-    passed: tuple[str, ...] = ()
+    not_contacted: tuple[str, ...] = ()
     """Names of the devices that were picked and could not be asked: with privacy per device they count as asked."""
     bytes_down: int
-    drift: Drift | None
+    control_update: ControlUpdate | None
     """Of devices that correct for it."""
     lost: Mapping[str, Tensor]
     """What rounding took of the adapter on its way, for the next one."""
-    since: float | None = None
+    sent_at: float | None = None
     """When it was sent, on the strategy's clock; None where devices' seconds are not those of that clock."""
 
 
-class Gathered:
+class RoundUpdates:
     """The good updates of a round, one after another: what they tell here, their factors on disk.
 
     Args:
@@ -41,13 +41,13 @@ class Gathered:
     """
 
     def __init__(self, room: int = 0) -> None:
-        self.adapters = Spool(room)
-        self.bytes_up: dict[Key, int] = {}
+        self.adapters = UpdateSpool(room)
+        self.bytes_up: dict[UpdateKey, int] = {}
         self.sketches: Sketches = []
         self.told: float | None = None
-        self._updates: dict[Key, Update] = {}
+        self._updates: dict[UpdateKey, Update] = {}
 
-    def __enter__(self) -> Gathered:
+    def __enter__(self) -> RoundUpdates:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from common.errors import AntherError
-from models.lora.adapter import Adapter, Sites, at, head_and_tail
-from models.lora.norm_bound import excess
+from models.lora.adapter import Adapter, Sites, select_sites, split_rank
+from models.lora.norm_bound import norm_violation
 from models.lora.trainable import from_trained_tensors, trained_shapes, trained_tensors
 from protocol import quantization, records, tensor_codec
-from protocol.messages import DeviceReport, Evaluation, Personalised, TrainingPlan, Update
+from protocol.messages import DeviceReport, Evaluation, Personalized, TrainingPlan, Update
 from protocol.tensor_codec import CodecError
-from strategies.private_evaluation import Measuring
+from strategies.private_evaluation import EvaluationPolicy
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class RefusedError(AntherError):
+class ReplyRejectedError(AntherError):
     """A reply that is not used, with the reason that it is counted under."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -47,13 +47,13 @@ class RefusedError(AntherError):
         self.reason = reason
 
 
-Heard = tuple[int, Callable[[], Any] | RefusedError]
+ReceivedReply = tuple[int, Callable[[], Any] | ReplyRejectedError]
 """The node that a message is from, and what reads the reply in it; or what is counted for an error in its place, which
 the SuperLink sends for a node that is away, from its own."""
 
 
-def receive(
-    kind: str, heard: Iterable[Heard], asked: Mapping[int, R], check: Callable[[R, Any], T]
+def validate_replies(
+    kind: str, heard: Iterable[ReceivedReply], asked: Mapping[int, R], check: Callable[[R, Any], T]
 ) -> tuple[dict[int, T], dict[str, int]]:
     """What passed `check`, by node, and how many did not by reason; one reply for each node that was asked."""
     found: dict[int, T] = {}
@@ -62,13 +62,13 @@ def receive(
     for node, read in heard:
         count += 1
         try:
-            if isinstance(read, RefusedError):
+            if isinstance(read, ReplyRejectedError):
                 raise read
             if node not in asked or node in found:
-                raise RefusedError("not asked", "a reply that nobody asked for, or a second one")
+                raise ReplyRejectedError("not asked", "a reply that nobody asked for, or a second one")
             found[node] = check(asked[node], read())
         except Exception as wrong:  # whatever a device sends, the server lives
-            reason = wrong.reason if isinstance(wrong, RefusedError) else "malformed"
+            reason = wrong.reason if isinstance(wrong, ReplyRejectedError) else "malformed"
             dropped["codec" if isinstance(wrong, CodecError) else reason] += 1
             log.warning("%s: reply of node %d dropped: %s", kind, node, wrong)
     if count < len(asked):
@@ -76,14 +76,14 @@ def receive(
     return found, dict(sorted(dropped.items()))
 
 
-def failure(code: int, reason: str | None) -> RefusedError:
+def error_rejection(code: int, reason: str | None) -> ReplyRejectedError:
     """What an error reply is counted under: a device that says no is no broken one."""
     counted = "refused" if (reason or "").startswith(records.REFUSED) else _REASONS.get(code, "failed")
-    return RefusedError(counted, f"error {code}: {_last_line(reason)}")
+    return ReplyRejectedError(counted, f"error {code}: {_last_line(reason)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class ReplyValidator:
     """What a reply must be to be used; RefusedError or CodecError for another.
 
     Args:
@@ -93,7 +93,7 @@ class Checks:
     sites: Sites
     frame: Adapter | None
     accept_simulated: bool
-    measuring: Measuring
+    measuring: EvaluationPolicy
 
     def trained_shapes(self, plan: TrainingPlan) -> dict[str, tuple[int, ...]]:
         """What comes back of this plan: what it trains, at its sites."""
@@ -114,24 +114,24 @@ class Checks:
         report, plan = asked
         _check_origin(report, reply.device)
         if (reply.run, reply.round) != (plan.run, plan.round):
-            raise RefusedError("stale", f"{reply.device}: update of run {reply.run[:50]}, round {reply.round}")
+            raise ReplyRejectedError("stale", f"{reply.device}: update of run {reply.run[:50]}, round {reply.round}")
         if reply.rank != plan.rank:
-            raise RefusedError("rank", f"{reply.device}: trained rank {reply.rank}, was asked for {plan.rank}")
+            raise ReplyRejectedError("rank", f"{reply.device}: trained rank {reply.rank}, was asked for {plan.rank}")
         if plan.privacy:
             self._check_noise(reply)
         _check_cost(reply)
         if not 0 <= reply.events < MOST:
-            raise RefusedError("malformed", f"{reply.device}: events of its ledger must be 0 to {MOST:g}")
+            raise ReplyRejectedError("malformed", f"{reply.device}: events of its ledger must be 0 to {MOST:g}")
         if reply.loss is not None and not 0 <= reply.loss < MOST:
-            raise RefusedError("malformed", f"{reply.device}: loss must be 0 to {MOST:g}")
+            raise ReplyRejectedError("malformed", f"{reply.device}: loss must be 0 to {MOST:g}")
         sites = self.sites if plan.sites is None else plan.sites
-        start = head_and_tail(at(current, sites), plan.rank)[0]
-        frame = head_and_tail(self.frame, plan.rank)[0] if self.frame else None
+        start = split_rank(select_sites(current, sites), plan.rank)[0]
+        frame = split_rank(self.frame, plan.rank)[0] if self.frame else None
         found = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, frame))
         adapter = from_trained_tensors(found, plan.trains, start, frame)
         # Whatever the precision, a change that was decoded is finite, and with it the sum that is bounded here.
-        if over := excess(adapter):
-            raise RefusedError("norm", f"{reply.device}: {over}")
+        if over := norm_violation(adapter):
+            raise ReplyRejectedError("norm", f"{reply.device}: {over}")
         return reply, adapter
 
     def _trained(self, data: bytes, plan: TrainingPlan, start: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -146,34 +146,36 @@ class Checks:
         """The measurement of this round, if it tells what was asked for and no more."""
         _check_origin(report, reply.device)
         if reply.round != round:
-            raise RefusedError("stale", f"{reply.device}: evaluated round {reply.round}, not {round}")
-        if not self.measuring.fits(reply):
-            raise RefusedError("malformed", f"{reply.device}: tells other measures than it was asked for")
+            raise ReplyRejectedError("stale", f"{reply.device}: evaluated round {reply.round}, not {round}")
+        if not self.measuring.accepts(reply):
+            raise ReplyRejectedError("malformed", f"{reply.device}: tells other measures than it was asked for")
         if reply.gain is not None:
             self._check_noise(reply)
         numbers = [value for value in (reply.base, reply.shared, reply.epsilon) if value is not None]
         if not (all(0 <= value < MOST for value in numbers) and abs(reply.gain or 0.0) < MOST):
-            raise RefusedError("malformed", f"{reply.device}: losses must be 0 to {MOST:g}")
+            raise ReplyRejectedError("malformed", f"{reply.device}: losses must be 0 to {MOST:g}")
         return reply
 
-    def personalised(self, report: DeviceReport, reply: Personalised) -> Personalised:
+    def personalised(self, report: DeviceReport, reply: Personalized) -> Personalized:
         _check_origin(report, reply.device)
         _check_cost(reply)
         return reply
 
     def _check_noise(self, reply: Update | Evaluation) -> None:
         if not (reply.release or self.accept_simulated):
-            raise RefusedError("not a release", f"{reply.device}: simulated noise, and this server is not in test mode")
+            raise ReplyRejectedError(
+                "not a release", f"{reply.device}: simulated noise, and this server is not in test mode"
+            )
 
 
 def _check_origin(report: DeviceReport, device: str) -> None:
     if device != report.device:
-        raise RefusedError("impostor", f"node of {report.device} signs as {device[:100]!r}")
+        raise ReplyRejectedError("impostor", f"node of {report.device} signs as {device[:100]!r}")
 
 
-def _check_cost(reply: Update | Personalised) -> None:
+def _check_cost(reply: Update | Personalized) -> None:
     if not (0 <= reply.seconds < MOST and 0 <= reply.joules < MOST):
-        raise RefusedError("malformed", f"{reply.device}: seconds and joules must be 0 to {MOST:g}")
+        raise ReplyRejectedError("malformed", f"{reply.device}: seconds and joules must be 0 to {MOST:g}")
 
 
 def _last_line(text: str | None) -> str:

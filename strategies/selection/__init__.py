@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from protocol.messages import DeviceReport, TrainingPlan
-from strategies.round.metrics import DeviceFacts
+from strategies.round.metrics import DeviceMetrics
 
 
 class Sampling(NamedTuple):
     """What a selection declares of itself; under privacy one that declares nothing is refused."""
 
-    blind: bool
+    data_independent: bool
     """Whether who is asked says nothing of anybody's pictures: it follows from names, chance and kinds of device."""
     amplifies: bool
     """Whether every device joins by itself with a fixed probability, in secret, and nobody is added for those who
     can't: then its promise is better than the noise alone gives it (Abadi et al., 2016, arXiv:1607.00133)."""
     reason: str
-    momentary: bool = False
+    uses_transient_state: bool = False
     """Whether it goes by what a device tells of its moment, such as its battery: that may be old when it is looked at,
     and where all of one device is the unit it belongs to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
+class DeviceCandidate:
     """A device that could be asked in this round, and what asking it would come to."""
 
     report: DeviceReport
@@ -37,7 +37,7 @@ class Candidate:
     """That training should take it."""
     ready: bool = True
     """Whether it is asked if it is picked. One that isn't is picked from only with privacy per device."""
-    facts: DeviceFacts | None = None
+    facts: DeviceMetrics | None = None
     """What the server remembers of all rounds before; None: it was never asked."""
 
     @property
@@ -56,7 +56,7 @@ class Candidate:
         return self.facts.loss if self.facts else None
 
 
-class Candidates(dict[str, Candidate]):
+class DeviceCandidates(dict[str, DeviceCandidate]):
     """Candidates by name.
 
     Attributes:
@@ -64,7 +64,7 @@ class Candidates(dict[str, Candidate]):
         round: that they may be asked in.
     """
 
-    def __init__(self, devices: Mapping[str, Candidate], losses: Iterable[float] = (), *, round: int) -> None:
+    def __init__(self, devices: Mapping[str, DeviceCandidate], losses: Iterable[float] = (), *, round: int) -> None:
         super().__init__(devices)
         self.losses, self.round = tuple(losses), round
 
@@ -77,7 +77,7 @@ class Selection(Protocol):
 
     sensitivity: Sampling
 
-    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
         """The devices to ask, by name, sorted.
 
         Args:
@@ -86,7 +86,7 @@ class Selection(Protocol):
         ...
 
 
-class ByName(Protocol):
+class NameSelection(Protocol):
     """A rule on names alone, which serves wherever a `Selection` does."""
 
     sensitivity: Sampling

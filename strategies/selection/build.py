@@ -6,23 +6,23 @@ import math
 from functools import partial
 
 from common.errors import AntherError
-from conf.schemas.simulation import Simulation
+from conf.schemas.simulation import SimulationConfig
 from privacy.noise import source
 from strategies.registry import NONE, SELECTIONS
-from strategies.selection import ByName, Selection
+from strategies.selection import NameSelection, Selection
 from strategies.selection.deadline import Deadline
 from strategies.selection.energy import Energy
-from strategies.selection.energy_delay import Thrifty
+from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
-from strategies.selection.fixed_panel import Panel
-from strategies.selection.loss_fair import LossFair
+from strategies.selection.fixed_panel import FixedPanel
+from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 
 
-def selection(config: Simulation, seed: int | None) -> Selection:
+def selection(config: SimulationConfig, seed: int | None) -> Selection:
     """Who is asked to train: everyone, `fleet.sample` of them by `selection`, or each by the probability `fleet.rate`.
 
     Args:
@@ -51,15 +51,15 @@ def selection(config: Simulation, seed: int | None) -> Selection:
                 raise AntherError("selection=deadline: there is none; give strategy.deadline")
             return Deadline(size=size, seconds=deadline, more=more, seed=config.seed)
         case "loss_fair":
-            return LossFair(size=size, more=more, seed=config.seed)
+            return PowerOfChoice(size=size, more=more, seed=config.seed)
         case "thrifty":
-            return Thrifty(size=size, more=more, seed=config.seed)
+            return EnergyDelay(size=size, more=more, seed=config.seed)
         case "sample":
             return Sample(size=size, seed=config.seed)
     raise AntherError(f"selection={chosen.name}: nothing here makes it; known are {', '.join(SELECTIONS)}")
 
 
-def evaluation(config: Simulation) -> ByName:
+def evaluation(config: SimulationConfig) -> NameSelection:
     """Who measures: as many as `fleet.evaluate`, else as `fleet.sample`; all if neither is given.
 
     The same every round. Under privacy others every round, since each measurement is charged to whoever makes it.
@@ -67,4 +67,4 @@ def evaluation(config: Simulation) -> ByName:
     size = config.fleet.sample if config.fleet.evaluate is None else config.fleet.evaluate
     if size is None or config.privacy.level != NONE:
         return Everyone() if size is None else Sample(size=size, seed=config.seed, purpose="evaluation")
-    return Panel(size=size, seed=config.seed)
+    return FixedPanel(size=size, seed=config.seed)

@@ -7,8 +7,8 @@ against the deadline by itself, and ranked by what it trains in a second.
 
 from __future__ import annotations
 
-from strategies.selection import Candidate, Candidates, Sampling
-from strategies.selection.power_of_choice import best_of_drawn, check_more
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.selection.power_of_choice import best_of_sample, check_more
 
 
 class Deadline:
@@ -21,7 +21,9 @@ class Deadline:
     """
 
     sensitivity = Sampling(
-        blind=True, amplifies=False, reason="by speed and link, which are of the kind of device, among a random sample"
+        data_independent=True,
+        amplifies=False,
+        reason="by speed and link, which are of the kind of device, among a random sample",
     )
 
     def __init__(self, *, size: int, seconds: float, more: float, seed: int) -> None:
@@ -30,10 +32,10 @@ class Deadline:
             raise ValueError(f"{seconds=}: must be over 0")
         self._size, self._seconds, self._more, self._seed = size, seconds, more, seed
 
-    def select(self, devices: Candidates, *, draw: int) -> list[str]:
-        return best_of_drawn(devices, self._merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
+        return best_of_sample(devices, self._merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
 
-    def _merit(self, one: Candidate) -> tuple[bool, float]:
+    def _merit(self, one: DeviceCandidate) -> tuple[bool, float]:
         if one.seconds > self._seconds:
             return False, -one.seconds
         return True, one.plan.steps * one.plan.batch_size / one.seconds

@@ -10,7 +10,7 @@ from protocol.messages import DeviceReport
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eligible:
+class Eligibility:
     """What must hold of a device; by default nothing."""
 
     idle: bool = False
@@ -25,9 +25,9 @@ class Eligible:
     """That it has at least; None: any."""
 
     @property
-    def momentary(self) -> bool:
+    def uses_transient_state(self) -> bool:
         """Whether anything is asked for that may have changed since a device told of it."""
-        return self != Eligible(memory_gib=self.memory_gib)
+        return self != Eligibility(memory_gib=self.memory_gib)
 
     def __call__(self, report: DeviceReport) -> bool:
         return next(self.against(report), None) is None
@@ -49,4 +49,4 @@ class Eligible:
             yield "memory"
 
 
-EVERYBODY = Eligible()
+ALL_DEVICES = Eligibility()

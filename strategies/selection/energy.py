@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from common.units import HOUR
-from strategies.selection import Candidate, Candidates, Sampling
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
 from strategies.selection.oort import Oort, OortSettings
 
 
@@ -21,10 +21,10 @@ class Energy:
     """
 
     sensitivity = Sampling(
-        blind=True,
+        data_independent=True,
         amplifies=False,
         reason="by what is left of batteries, speed, and when each was asked; under privacy no loss is told",
-        momentary=True,
+        uses_transient_state=True,
     )
 
     def __init__(self, *, size: int, seed: int, weight: float, settings: OortSettings) -> None:
@@ -32,16 +32,16 @@ class Energy:
             raise ValueError(f"{weight=}: must be 0 to 1")
         self._oort = Oort(size=size, seed=seed, settings=settings, reward=partial(rewarded, weight=weight))
 
-    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
         return self._oort.select(devices, draw=draw)
 
 
-def rewarded(utility: float, one: Candidate, *, weight: float) -> float:
+def rewarded(utility: float, one: DeviceCandidate, *, weight: float) -> float:
     """f · utility + (1 − f) · power."""
     return weight * utility + (1 - weight) * power(one)
 
 
-def power(one: Candidate) -> float:
+def power(one: DeviceCandidate) -> float:
     """What the round leaves of a full battery, 0 to 1; of one whose size nobody told, what is there now."""
     report = one.report
     if report.battery is None or report.charging:

@@ -8,15 +8,15 @@ length comparable.
 
 from __future__ import annotations
 
-from strategies.selection import Candidate, Candidates, Sampling
-from strategies.selection.power_of_choice import best_of_drawn, check_more
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.selection.power_of_choice import best_of_sample, check_more
 
 
-class Thrifty:
+class EnergyDelay:
     """`size` devices of `more` times as many drawn at random."""
 
     sensitivity = Sampling(
-        blind=True,
+        data_independent=True,
         amplifies=False,
         reason="by speed, power and link, which are of the kind of device, among a random sample",
     )
@@ -25,11 +25,11 @@ class Thrifty:
         check_more(more, size)
         self._size, self._more, self._seed = size, more, seed
 
-    def select(self, devices: Candidates, *, draw: int) -> list[str]:
-        return best_of_drawn(devices, merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
+        return best_of_sample(devices, merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
 
 
-def merit(one: Candidate) -> float:
+def merit(one: DeviceCandidate) -> float:
     """Examples² per second and joule; of what takes nothing without bound."""
     took = one.seconds * one.joules
     return (one.plan.steps * one.plan.batch_size) ** 2 / took if took else float("inf")

@@ -10,7 +10,7 @@ from strategies.selection import Sampling
 class Everyone:
     """All devices, every round."""
 
-    sensitivity = Sampling(blind=True, amplifies=False, reason="everybody knows who takes part")
+    sensitivity = Sampling(data_independent=True, amplifies=False, reason="everybody knows who takes part")
 
     def select(self, devices: Collection[str], *, draw: int) -> list[str]:  # noqa: ARG002
         return sorted(devices)

@@ -8,13 +8,15 @@ from common.seeding import derive_seed
 from strategies.selection import Sampling
 
 
-class Panel:
+class FixedPanel:
     """`size` devices, or all if there are fewer; one that is away is stood in for, and nobody else changes place.
 
     Of a fresh sample each round, the mean says more of who was asked than of the adapter.
     """
 
-    sensitivity = Sampling(blind=True, amplifies=False, reason="of fixed size, from a seed that is no secret")
+    sensitivity = Sampling(
+        data_independent=True, amplifies=False, reason="of fixed size, from a seed that is no secret"
+    )
 
     def __init__(self, *, size: int, seed: int) -> None:
         if size < 1:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 
-from strategies.selection import Candidate, Candidates, Sampling
-from strategies.selection.power_of_choice import best_of_drawn, check_more
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling
+from strategies.selection.power_of_choice import best_of_sample, check_more
 
 
-class LossFair:
+class PowerOfChoice:
     """`size` devices of `more` times as many drawn at random, d in the paper."""
 
-    sensitivity = Sampling(blind=False, amplifies=False, reason="by the losses that devices told, and by nothing else")
+    sensitivity = Sampling(
+        data_independent=False, amplifies=False, reason="by the losses that devices told, and by nothing else"
+    )
 
     def __init__(self, *, size: int, more: float, seed: int) -> None:
         check_more(more, size)
         self._size, self._more, self._seed = size, more, seed
 
-    def select(self, devices: Candidates, *, draw: int) -> list[str]:
-        return best_of_drawn(devices, _merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
+        return best_of_sample(devices, _merit, size=self._size, more=self._more, seed=self._seed, draw=draw)
 
 
-def _merit(one: Candidate) -> float:
+def _merit(one: DeviceCandidate) -> float:
     return math.inf if one.loss is None else one.loss

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.seeding import derive_seed
-from strategies.selection import Candidate, Candidates, Sampling, check_size
-from strategies.selection.utility import quantile, slowness, statistical, uncertainty, unit_range
+from strategies.selection import DeviceCandidate, DeviceCandidates, Sampling, check_size
+from strategies.selection.utility import quantile, staleness_bonus, statistical_utility, system_utility, unit_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class OortSettings:
     """Rounds after which a device is asked no more while there are others; None: no limit."""
 
 
-def utility_alone(utility: float, one: Candidate) -> float:  # noqa: ARG001
+def utility_alone(utility: float, one: DeviceCandidate) -> float:  # noqa: ARG001
     return utility
 
 
@@ -54,7 +54,9 @@ class Oort:
     """
 
     sensitivity = Sampling(
-        blind=True, amplifies=False, reason="by speed, and by when each was asked; under privacy no loss is told"
+        data_independent=True,
+        amplifies=False,
+        reason="by speed, and by when each was asked; under privacy no loss is told",
     )
 
     def __init__(
@@ -63,15 +65,15 @@ class Oort:
         size: int,
         seed: int,
         settings: OortSettings,
-        reward: Callable[[float, Candidate], float] = utility_alone,
+        reward: Callable[[float, DeviceCandidate], float] = utility_alone,
     ) -> None:
         check_size(size)
         self._size, self._seed, self._settings, self._reward = size, seed, settings, reward
 
-    def select(self, devices: Candidates, *, draw: int) -> list[str]:
+    def select(self, devices: DeviceCandidates, *, draw: int) -> list[str]:
         chosen = self._settings
         coins = random.Random(derive_seed(self._seed, draw, "oort"))
-        share = paced(devices.losses, chosen.preferred, window=chosen.window, step=chosen.step)
+        share = paced_quantile(devices.losses, chosen.preferred, window=chosen.window, step=chosen.step)
         preferred = quantile((one.seconds for one in devices.values()), share)
         new = {name: one for name, one in devices.items() if not one.asked}
         known = self._rested({name: one for name, one in devices.items() if one.asked}, new)
@@ -79,11 +81,15 @@ class Oort:
         explore = int(self._size * max(chosen.exploration * chosen.decay ** (devices.round - 1), chosen.least))
         exploit = min(len(known), max(self._size - explore, self._size - len(new)))
         rewards = {name: self._reward(utility[name], one) for name, one in known.items()}
-        asked = drawn(admitted(rewards, exploit, chosen.cutoff), exploit, coins)
-        speeds = {name: self._reward(slowness(one.seconds, preferred, chosen.alpha), one) for name, one in new.items()}
-        return sorted(asked + drawn(speeds, self._size - len(asked), coins))
+        asked = weighted_sample(above_cutoff(rewards, exploit, chosen.cutoff), exploit, coins)
+        speeds = {
+            name: self._reward(system_utility(one.seconds, preferred, chosen.alpha), one) for name, one in new.items()
+        }
+        return sorted(asked + weighted_sample(speeds, self._size - len(asked), coins))
 
-    def _rested(self, known: dict[str, Candidate], new: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    def _rested(
+        self, known: dict[str, DeviceCandidate], new: Mapping[str, DeviceCandidate]
+    ) -> dict[str, DeviceCandidate]:
         """Without those that have done their part, as long as there are others to ask."""
         most = self._settings.most
         rested = {name: one for name, one in known.items() if most is None or one.asked < most}
@@ -91,22 +97,23 @@ class Oort:
 
 
 def utilities(
-    known: Mapping[str, Candidate], *, preferred: float, round: int, settings: OortSettings
+    known: Mapping[str, DeviceCandidate], *, preferred: float, round: int, settings: OortSettings
 ) -> dict[str, float]:
     """Of devices that were asked before, the utility of each: about 0 to 1.
 
     Args:
         preferred: T, the seconds that a round is to take.
     """
-    told = {name: value for name, one in known.items() if (value := statistical(one)) is not None}
+    told = {name: value for name, one in known.items() if (value := statistical_utility(one)) is not None}
     scaled = dict(zip(told, unit_range(list(told.values()), settings.clip), strict=True))
     return {
-        name: (scaled.get(name, 0.0) + uncertainty(round, one.last)) * slowness(one.seconds, preferred, settings.alpha)
+        name: (scaled.get(name, 0.0) + staleness_bonus(round, one.last))
+        * system_utility(one.seconds, preferred, settings.alpha)
         for name, one in known.items()
     }
 
 
-def paced(losses: Sequence[float], start: float, *, window: int, step: float) -> float:
+def paced_quantile(losses: Sequence[float], start: float, *, window: int, step: float) -> float:
     """The quantile of durations that T is now: the pacer of algorithm 1, as FedScale runs it.
 
     Every `window` rounds it compares the utility of the last window with the one before. Flat to a tenth: what fast
@@ -122,7 +129,7 @@ def paced(losses: Sequence[float], start: float, *, window: int, step: float) ->
     return share
 
 
-def admitted(scores: Mapping[str, float], size: int, cutoff: float) -> dict[str, float]:
+def above_cutoff(scores: Mapping[str, float], size: int, cutoff: float) -> dict[str, float]:
     """Those with at least `cutoff` of the utility that the `size`-th best has."""
     if size < 1:
         return {}
@@ -130,7 +137,7 @@ def admitted(scores: Mapping[str, float], size: int, cutoff: float) -> dict[str,
     return {name: score for name, score in scores.items() if score >= least}
 
 
-def drawn(weights: Mapping[str, float], size: int, coins: random.Random) -> list[str]:
+def weighted_sample(weights: Mapping[str, float], size: int, coins: random.Random) -> list[str]:
     """`size` names without replacement, each draw in proportion to its weight (Efraimidis & Spirakis, 2006)."""
     tickets = {name: math.log(1 - coins.random()) / max(weights[name], 1e-9) for name in sorted(weights)}
     return sorted(tickets, key=lambda name: (tickets[name], name), reverse=True)[:size]

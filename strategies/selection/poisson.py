@@ -17,10 +17,10 @@ class Poisson:
     """Each device with the probability `rate`, anew each round; possibly none.
 
     Args:
-        coins: the source for a round, `Secure` on a real server.
+        coins: the source for a round, `SecureNoise` on a real server.
     """
 
-    sensitivity = Sampling(blind=True, amplifies=True, reason="a secret coin for each device")
+    sensitivity = Sampling(data_independent=True, amplifies=True, reason="a secret coin for each device")
 
     def __init__(self, *, rate: float, coins: Callable[[int], NoiseSource]) -> None:
         if not 0 < rate <= 1:

@@ -10,11 +10,17 @@ import random
 from collections.abc import Callable
 
 from common.seeding import derive_seed
-from strategies.selection import Candidate, Candidates, check_size
+from strategies.selection import DeviceCandidate, DeviceCandidates, check_size
 
 
-def best_of_drawn(
-    devices: Candidates, merit: Callable[[Candidate], object], *, size: int, more: float, seed: int, draw: int
+def best_of_sample(
+    devices: DeviceCandidates,
+    merit: Callable[[DeviceCandidate], object],
+    *,
+    size: int,
+    more: float,
+    seed: int,
+    draw: int,
 ) -> list[str]:
     """The `size` of best merit among ⌈more · size⌉ devices drawn without replacement; names break ties."""
     names = sorted(devices)

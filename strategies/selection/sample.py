@@ -20,7 +20,9 @@ class Sample:
     """
 
     sensitivity = Sampling(
-        blind=True, amplifies=False, reason="of fixed size, from a seed that is no secret, over whoever is there"
+        data_independent=True,
+        amplifies=False,
+        reason="of fixed size, from a seed that is no secret, over whoever is there",
     )
 
     def __init__(self, *, size: int, seed: int, purpose: str = "selection") -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from strategies.selection import Candidate
+from strategies.selection import DeviceCandidate
 
 
-def statistical(one: Candidate) -> float | None:
+def statistical_utility(one: DeviceCandidate) -> float | None:
     """U = |B| √(Σ loss² / |B|), eq. 1; None where no loss was told.
 
     Of the examples B that it would train on, with the mean of their losses in the place of the root of their mean
@@ -27,12 +27,12 @@ def unit_range(values: Sequence[float], clip: float) -> list[float]:
     return [(min(value, high) - low) / (high - low) if high > low else 0.0 for value in values]
 
 
-def uncertainty(round: int, last: int) -> float:
+def staleness_bonus(round: int, last: int) -> float:
     """√(0.1 ln R / L) of a device that was asked last in round L, algorithm 1: it grows with the rounds since."""
     return math.sqrt(0.1 * math.log(round) / last)
 
 
-def slowness(seconds: float, preferred: float, alpha: float) -> float:
+def system_utility(seconds: float, preferred: float, alpha: float) -> float:
     """(T / t)^α for a device that takes t, longer than the preferred T, and 1 for any other: eq. 1."""
     return (preferred / seconds) ** alpha if seconds > preferred else 1.0
 

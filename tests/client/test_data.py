@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.data import Absent, Pictures, fingerprint, load_folder, split_of
+from client.data import MissingPicture, Pictures, fingerprint, load_folder, split_of
 from common.errors import AntherError
 from training.jobs import Picture
 
@@ -223,8 +223,8 @@ def test_what_cannot_be_used_is_absent_in_its_place(tmp_path: Path) -> None:
     (tmp_path / files[1]).unlink()
     (tmp_path / files[3]).write_bytes(b"damaged")
     said: list[AntherError] = []
-    found = load_folder(tmp_path, tell=said.append).train
-    assert [isinstance(one, Absent) for one in found] == [False, True, False, True, True, False]
+    found = load_folder(tmp_path, on_error=said.append).train
+    assert [isinstance(one, MissingPicture) for one in found] == [False, True, False, True, True, False]
     for place in (0, 2, 5):
         assert fingerprint([found[place]]) == fingerprint([whole[place]])
     for words in ("b.png is not there", "d.png", "e.png has no caption", "JSON object"):
@@ -236,7 +236,7 @@ def test_what_cannot_be_used_is_absent_in_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [lambda root: root / "nowhere", lambda root: root])
 def test_a_folder_that_cannot_be_used_has_no_pictures(make: Callable[[Path], Path], tmp_path: Path) -> None:
     said: list[AntherError] = []
-    assert load_folder(make(tmp_path), tell=said.append) == Pictures((), (), ())
+    assert load_folder(make(tmp_path), on_error=said.append) == Pictures((), (), ())
     assert len(said) == 1
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from client.device import from_config
 from client.power.conditions import Conditions
 from common.errors import AntherError
-from privacy.noise import Secure, Simulated
+from privacy.noise import SecureNoise, SimulatedNoise
 from tests.helpers.devices import BASE, SITES
 
 HELD: Any = SimpleNamespace(hash=BASE, sites=SITES, resolution=64)  # all that is asked of a base
@@ -43,7 +43,7 @@ def test_a_real_device_draws_secure_noise_and_keeps_its_seed(root: Path) -> None
     assert device.name == device.report.device == "tablet"
     assert device.store.where == str(root.parent / "home/devices/tablet")
     assert device.pictures().train[0].caption == "ann"
-    assert isinstance(device.noise(1, "shared"), Secure)
+    assert isinstance(device.noise(1, "shared"), SecureNoise)
     assert device.noise(1, "shared").release
     again = from_config({"data": str(root / "ann"), "name": "tablet", "seed": 3}, HELD)
     assert again.seed == device.seed  # nobody else chooses it
@@ -53,7 +53,7 @@ def test_a_real_device_draws_secure_noise_and_keeps_its_seed(root: Path) -> None
 def test_a_declared_test_is_reproducible_and_no_release(root: Path, test: object) -> None:
     config = {"data": str(root / "ann"), "name": "tablet", "test": test, "seed": 3}
     device, again = (from_config(config, HELD) for _ in range(2))
-    assert isinstance(device.noise(1, "shared"), Simulated)
+    assert isinstance(device.noise(1, "shared"), SimulatedNoise)
     assert not device.noise(1, "shared").release
     assert device.seed == 3
     assert torch.equal(

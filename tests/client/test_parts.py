@@ -11,15 +11,15 @@ import torch
 
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.local_factors import of_run
-from client.rounds.scheduler import drive
-from client.store.store import OWN, RESIDUAL
-from models.lora.adapter import Adapter, Factors, head_and_tail
+from client.rounds.local_factors import with_local_factors
+from client.rounds.scheduler import run_handlers
+from client.store.store import LOCAL_FACTORS, RESIDUAL
+from models.lora.adapter import Adapter, Factors, split_rank
 from models.lora.trainable import trained_shapes, trained_tensors
-from privacy.noise import Simulated
-from privacy.policy import Refusal
+from privacy.noise import SimulatedNoise
+from privacy.policy import RequestRefusedError
 from protocol import tensor_codec
-from protocol.messages import Evaluate, MeasuringPrivacy, Personalise, Train, Update
+from protocol.messages import Evaluate, EvaluationPrivacy, Personalize, Train, Update
 from tests.helpers.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
 from training import jobs
 from training.jobs import Result, Trained
@@ -49,7 +49,7 @@ def request(number: int = 1, *, rank: int = 2, private: bool = False, **changes:
 
 
 def ask(device: Device, asked: Any, perform: Performer | None = None) -> Any:
-    reply = drive({"d": handle(asked, device)}, perform or Shifted())["d"]
+    reply = run_handlers({"d": handle(asked, device)}, perform or Shifted())["d"]
     if isinstance(reply, Exception):
         raise reply
     return reply
@@ -70,7 +70,7 @@ def equal(one: Adapter, other: Adapter) -> bool:
 def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Path, private: bool, rank: int) -> None:
     perform = Shifted()
     reply = ask(make_device(tmp_path), request(rank=rank, private=private, sites=(FIRST,)), perform)
-    job, (head, tail) = trained(perform), head_and_tail(SENT, rank)
+    job, (head, tail) = trained(perform), split_rank(SENT, rank)
     assert equal(job.start, {FIRST: head[FIRST]})
     assert job.frozen is not None
     beside = {name: SENT[name] for name in OTHERS}
@@ -89,7 +89,7 @@ def test_the_plans_sites_are_trained_and_all_else_stays_beside_them(tmp_path: Pa
 )
 def test_sites_that_are_none_are_refused_before_anything_is_charged(tmp_path: Path, sites: Any, words: str) -> None:
     device, perform = make_device(tmp_path), Performer()
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(RequestRefusedError, match=words):
         ask(device, request(private=True, sites=sites), perform)
     assert not perform.jobs
     assert not device.store.ledger.entries()
@@ -110,7 +110,7 @@ def test_one_factor_is_trained_and_comes_back_alone(tmp_path: Path, trains: str)
     assert trained(perform).trains == trains
     found = tensor_codec.decode(reply.adapter, trained_shapes(SITES, 2, trains))
     assert all(name.endswith(f"lora_{trains.upper()}") for name in found)
-    assert not (tmp_path / OWN).exists()
+    assert not (tmp_path / LOCAL_FACTORS).exists()
 
 
 @pytest.mark.parametrize("changes", [{"sites": (FIRST,)}, {"trains": "b"}])
@@ -167,7 +167,7 @@ def test_a_round_that_is_done_again_begins_as_it_did(tmp_path: Path) -> None:
 
 def test_b_is_of_its_run_and_of_what_was_promised(tmp_path: Path) -> None:
     """Nor does a B that simulated noise hides enter a round whose noise is real."""
-    simulated = Simulated(seed=0, client="d", round=1, purpose="shared")
+    simulated = SimulatedNoise(seed=0, client="d", round=1, purpose="shared")
     ask(make_device(tmp_path / "1", noise=simulated), split(1, private=True))
     job, _ = round_of(make_device(tmp_path / "1"), split(2, private=True))
     assert equal(job.start, SENT)
@@ -194,7 +194,7 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
     first, _ = round_of(device, split(1))
     perform = Shifted()
     ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT)), perform)
-    personalise = Personalise(
+    personalise = Personalize(
         run="run",
         round=1,
         adapter=to_bytes(SENT),
@@ -206,7 +206,7 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
         patience=1,
     )
     ask(device, personalise, perform)
-    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob) and job.adapter]
     frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.Train) and job.frozen]
     kept = device.store.personal(SITES)
     assert kept is not None
@@ -217,20 +217,20 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
 
 @pytest.mark.parametrize("release", [True, False])
 def test_a_noised_gain_is_measured_with_a_b_of_the_same_promise_alone(tmp_path: Path, release: bool) -> None:
-    noise = None if release else Simulated(seed=0, client="d", round=1, purpose="shared")
+    noise = None if release else SimulatedNoise(seed=0, client="d", round=1, purpose="shared")
     ask(make_device(tmp_path, noise=noise), split(1, private=True))
     device, perform = make_device(tmp_path), Shifted()
-    kept = of_run(SENT, "run", device)
+    kept = with_local_factors(SENT, "run", device)
     assert not equal(kept, SENT)
-    hidden = MeasuringPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
+    hidden = EvaluationPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
     ask(device, Evaluate(run="run", round=1, adapter=to_bytes(SENT), privacy=hidden), perform)
-    (measured,) = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureEach) and job.adapter]
+    (measured,) = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureEachJob) and job.adapter]
     assert equal(measured, kept if release else SENT)
 
 
 def test_a_damaged_b_is_none(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     ask(device, split(1))
-    (tmp_path / OWN).write_bytes(b"nonsense")
+    (tmp_path / LOCAL_FACTORS).write_bytes(b"nonsense")
     job, _ = round_of(device, split(2))
     assert equal(job.start, SENT)

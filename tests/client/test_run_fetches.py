@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from client.runtime import downloads, supervisor
-from client.runtime.server_connection import Link, Unreachable
+from client.runtime.server_connection import ServerConnection, ServerUnavailable
 from common.errors import AntherError
-from conf.schemas.node import Fetch, Node, Power
+from conf.schemas.node import FetchConfig, NodeConfig, PowerConfig
 from privacy.policy import Policy
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
 
 BASE = "0" * 64
-LINK = Link("127.0.0.1:1", insecure=True)
+LINK = ServerConnection("127.0.0.1:1", insecure=True)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: Iterator[object] = iter([AntherError("the link was cut 7 times"), AntherError("again"), Path("there")])
-    hello = Hello(
+    hello = ServerHello(
         oldest=OLDEST,
         newest=NEWEST,
         anther="1",
@@ -47,19 +47,21 @@ def test_a_link_that_is_cut_ends_no_client(monkeypatch: pytest.MonkeyPatch) -> N
         return found
 
     monkeypatch.setattr(downloads, "fetch", fetched)
-    monkeypatch.setattr(Link, "hello", lambda _: hello)
+    monkeypatch.setattr(ServerConnection, "hello", lambda _: hello)
     monkeypatch.setattr(supervisor.links, "skew", lambda _: 0.0)
     waited: list[float] = []
     monkeypatch.setattr(supervisor.time, "sleep", waited.append)
-    assert supervisor.ready(Node(), LINK, Policy()) == BASE
+    assert supervisor.ready(NodeConfig(), LINK, Policy()) == BASE
     assert len(waited) == 2
 
 
 def test_a_network_that_is_paid_by_volume_is_left_alone(home: Path) -> None:
     (home / "sensors.json").write_text(json.dumps({"metered": True}))
-    node = Node(power=Power(meter="file", file=str(home / "sensors.json")), fetch=Fetch(source="server"))
-    with pytest.raises(Unreachable, match="paid by volume"):
+    node = NodeConfig(
+        power=PowerConfig(meter="file", file=str(home / "sensors.json")), fetch=FetchConfig(source="server")
+    )
+    with pytest.raises(ServerUnavailable, match="paid by volume"):
         supervisor.have(node, LINK, BASE)
-    with pytest.raises(Unreachable, match="can't be had") as refused:  # nobody is there, but it was asked
-        supervisor.have(replace(node, fetch=Fetch(source="folder", metered=True)), LINK, BASE)
+    with pytest.raises(ServerUnavailable, match="can't be had") as refused:  # nobody is there, but it was asked
+        supervisor.have(replace(node, fetch=FetchConfig(source="folder", metered=True)), LINK, BASE)
     assert "paid by volume" not in str(refused.value)

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 
 from client.cli.roll_back import main
-from client.store.open import by_owner, look, opened
-from client.store.store import Personal
+from client.store.open import inspect_store, open_for_owner, open_store
+from client.store.store import PersonalAdapter
 from common import file_lock
 from common.errors import AntherError
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
 
 
-def holding(files: Files) -> tuple[int, int]:
+def holding(files: FileStorage) -> tuple[int, int]:
     """A child that has the store open, and what to close to let it go."""
     ready, says = os.pipe()
     waits, go = os.pipe()
     if (child := os.fork()) == 0:
         os.close(go)
-        with opened(files):
+        with open_store(files):
             os.write(says, b".")
             os.read(waits, 1)
         os._exit(0)
@@ -33,34 +33,38 @@ def holding(files: Files) -> tuple[int, int]:
 
 
 def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:
-    files = Files(tmp_path / "store")
+    files = FileStorage(tmp_path / "store")
     child, go = holding(files)
     with (
         pytest.raises(AntherError, match=rf"the store is in use by process {child}: wait for it, or stop it") as raised,
-        opened(files),
+        open_store(files),
     ):
         pass
     assert "\n" not in str(raised.value)
-    assert look(files).storage.read("seed") is None  # to look at it is no harm
+    assert inspect_store(files).storage.read("seed") is None  # to look at it is no harm
     os.close(go)
     os.waitpid(child, 0)
-    with opened(files):
+    with open_store(files):
         pass
 
 
 def test_the_lock_falls_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    files = Files(tmp_path / "store")
+    files = FileStorage(tmp_path / "store")
     child, _ = holding(files)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with opened(files):
+    with open_store(files):
         pass
 
 
 def test_nor_is_it_had_twice_in_one_process(tmp_path: Path) -> None:
-    with opened(Files(tmp_path)), pytest.raises(AntherError, match="in use"), opened(Files(tmp_path)):
+    with (
+        open_store(FileStorage(tmp_path)),
+        pytest.raises(AntherError, match="in use"),
+        open_store(FileStorage(tmp_path)),
+    ):
         pass
-    with file_lock.alone(tmp_path, what="the store"):
+    with file_lock.exclusive(tmp_path, what="the store"):
         pass
 
 
@@ -68,10 +72,10 @@ def test_an_owners_command_that_writes_waits_for_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
-    files = Files(tmp_path / "devices" / "pi")
-    with opened(files) as mine:
+    files = FileStorage(tmp_path / "devices" / "pi")
+    with open_store(files) as mine:
         for number in (1, 2):
-            mine.store.save_personal(Personal(adapter(2), adapter(3), BASE, f"run:{number}"), aside=True)
+            mine.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, f"run:{number}"), aside=True)
     child, go = holding(files)
     assert main(["--name", "pi"]) == 2
     assert "in use by process" in capsys.readouterr().err
@@ -81,7 +85,7 @@ def test_an_owners_command_that_writes_waits_for_nobody(
     os.close(go)
     os.waitpid(child, 0)
     assert main(["--name", "pi"]) == 0
-    with by_owner(files) as mine:
+    with open_for_owner(files) as mine:
         found = mine.store.personal(SITES)
     assert found is not None
     assert found.request == "run:1"
@@ -90,6 +94,6 @@ def test_an_owners_command_that_writes_waits_for_nobody(
 def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(AntherError, match="can't be made"), file_lock.alone(tmp_path, what="the store"):
+    with pytest.raises(AntherError, match="can't be made"), file_lock.exclusive(tmp_path, what="the store"):
         pass
     assert (tmp_path / "precious").read_text() == "x"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from conf.cli import application
+from conf.cli import hydra_application
 from conf.schemas import simulation
-from conf.schemas.server import Server
+from conf.schemas.server import ServerConfig
 
 APP = """
 from conf.cli import application, output_dir
@@ -25,8 +25,8 @@ main()
 """
 
 
-@application("simulate", simulation.Simulation)
-def app(config: simulation.Simulation) -> None:
+@hydra_application("simulate", simulation.SimulationConfig)
+def app(config: simulation.SimulationConfig) -> None:
     """Prints what a test wants to see of the configuration."""
     if config.seed == 13:
         raise AntherError("seed=13: unlucky")
@@ -202,7 +202,7 @@ def test_the_servers_help_explains_its_own_keys():
         check=True,
     ).stdout
     assert "anther serve [key=value ...]" in found
-    for field in fields(Server):
+    for field in fields(ServerConfig):
         if is_dataclass(field.default_factory):
             continue
         assert re.search(rf"^ *server\.{field.name}=\S+ +\w", found, re.MULTILINE), field.name

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from common.errors import AntherError
-from conf.key_value import keyed
-from conf.schemas.node import Node, compose
-from conf.schemas.planning import Plan
+from conf.key_value import parse_override
+from conf.schemas.node import NodeConfig, compose
+from conf.schemas.planning import PlanConfig
 
 VERBATIM = [
     "2024_01",
@@ -95,7 +95,7 @@ def test_wrong_types_are_refused_in_a_line(word):
 @pytest.mark.parametrize("word", ["x", "=x", "data=a\nlink.insecure=true", "data=\x1b[2J"])
 def test_what_is_no_word_is_refused(word):
     with pytest.raises(AntherError):
-        keyed(word, Node)
+        parse_override(word, NodeConfig)
 
 
 def test_unknown_keys_are_explained(tmp_path):
@@ -112,4 +112,4 @@ def test_a_name_is_no_path(name, tmp_path):
 
 
 def test_plans_read_the_same():
-    assert OmegaConf.to_container(keyed("base=1e3", Plan), resolve=True) == {"base": "1e3"}
+    assert OmegaConf.to_container(parse_override("base=1e3", PlanConfig), resolve=True) == {"base": "1e3"}

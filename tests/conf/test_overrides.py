@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.compose import compose
-from conf.overrides import prepared, quoted
-from conf.schemas.simulation import Simulation
+from conf.overrides import prepare_overrides, quote
+from conf.schemas.simulation import SimulationConfig
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_names_are_text(word: str, value: str) -> None:
 
 def test_sweeps_groups_and_numbers_stay() -> None:
     words = ["base.path=a,b", "privacy=none,example", "rounds=1,2", "data.pictures=[a],[b]", "--multirun", "seed=1"]
-    assert prepared(words, Simulation) == ["--multirun", *words[:4], "seed=1"]
+    assert prepare_overrides(words, SimulationConfig) == ["--multirun", *words[:4], "seed=1"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_sweeps_groups_and_numbers_stay() -> None:
     ],
 )
 def test_any_folder_goes_through_the_shell_and_hydra(folder: str) -> None:
-    typed = shlex.join([f"base.path={quoted(folder)}"])
+    typed = shlex.join([f"base.path={quote(folder)}"])
     assert compose(shlex.split(typed)).base.path == folder
 
 
@@ -88,7 +88,7 @@ def test_any_folder_goes_through_the_shell_and_hydra(folder: str) -> None:
 def test_quoted_comes_back(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    value = OverridesParser.create().parse_override(f"x={quoted(text)}").value()
+    value = OverridesParser.create().parse_override(f"x={quote(text)}").value()
     assert str(value).replace("\\${", "${") == text
 
 

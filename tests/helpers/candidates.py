@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from strategies.round.metrics import nothing
-from strategies.selection import Candidate, Candidates
+from strategies.round.metrics import zero_metrics
+from strategies.selection import DeviceCandidate, DeviceCandidates
 from tests.helpers.fleet import PLAN, REPORT
 
 
@@ -20,25 +20,27 @@ def candidate(
     joules: float = 1.0,
     steps: int = 1,
     **report: Any,
-) -> Candidate:
-    return Candidate(
+) -> DeviceCandidate:
+    return DeviceCandidate(
         report=replace(REPORT, device=name, **report),
         plan=replace(PLAN, steps=steps, batch_size=1),
         seconds=seconds,
         joules=joules,
-        facts=nothing(asked=asked, last=last, loss=loss) if asked else None,
+        facts=zero_metrics(asked=asked, last=last, loss=loss) if asked else None,
     )
 
 
-def candidates(*, round: int = 1, **found: dict[str, Any]) -> Candidates:
-    return Candidates({name: candidate(name, **facts) for name, facts in found.items()}, round=round)
+def candidates(*, round: int = 1, **found: dict[str, Any]) -> DeviceCandidates:
+    return DeviceCandidates({name: candidate(name, **facts) for name, facts in found.items()}, round=round)
 
 
-def asked_in(devices: Candidates, names: list[str], round: int, losses: dict[str, float] | None = None) -> Candidates:
+def asked_in(
+    devices: DeviceCandidates, names: list[str], round: int, losses: dict[str, float] | None = None
+) -> DeviceCandidates:
     """The same after a round that these were asked in."""
     after = dict(devices)
     for name in names:
-        facts = nothing(asked=1, last=round, loss=(losses or {}).get(name))
+        facts = zero_metrics(asked=1, last=round, loss=(losses or {}).get(name))
         before = after[name].facts
         after[name] = replace(after[name], facts=before.then(facts) if before else facts)
-    return Candidates(after, devices.losses, round=round + 1)
+    return DeviceCandidates(after, devices.losses, round=round + 1)

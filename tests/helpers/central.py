@@ -6,42 +6,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from privacy.central import Gaussian
-from privacy.noise import Simulated
-from privacy.storage import Files
-from server.ledger import Ledger
+from privacy.central import GaussianMechanism
+from privacy.noise import SimulatedNoise
+from privacy.storage import FileStorage
+from server.ledger import ServerLedger
 from strategies.aggregation.fedit import FedIT
-from strategies.central_dp import Budget, DeviceLevel
+from strategies.central_dp import CentralDP, DeviceBudget
 from strategies.selection.poisson import Poisson
 from strategies.strategy import Federated
 from tests.helpers.fleet import PLAN, SITES, strategy
 
 Z, CLIP, EXPECTED = 1.5, 0.2, 4.0
-BUDGET = Budget(epsilon=1000.0, delta=1e-3, participations=3)
+BUDGET = DeviceBudget(epsilon=1000.0, delta=1e-3, participations=3)
 
 
-def simulated(purpose: str, round: int) -> Simulated:
-    return Simulated(seed=5, client="server", round=round, purpose=purpose)
+def simulated(purpose: str, round: int) -> SimulatedNoise:
+    return SimulatedNoise(seed=5, client="server", round=round, purpose=purpose)
 
 
-def device_level(folder: Path, **changes: Any) -> DeviceLevel:
+def central_dp(folder: Path, **changes: Any) -> CentralDP:
     settings: dict[str, Any] = {
         "run": PLAN.run,
         "sites": SITES,
-        "mechanism": Gaussian(noise_multiplier=Z, expected=EXPECTED),
+        "mechanism": GaussianMechanism(noise_multiplier=Z, expected=EXPECTED),
         "sampling_rate": 1.0,
         "clip": CLIP,
         "budget": BUDGET,
         "noise": partial(simulated, "updates"),
-        "ledger": Ledger(Files(folder)),
+        "ledger": ServerLedger(FileStorage(folder)),
     }
-    return DeviceLevel(**settings | changes)
+    return CentralDP(**settings | changes)
 
 
 def private(folder: Path, *, level: dict[str, Any] | None = None, **changes: Any) -> Federated:
     """FedIT behind clip and noise."""
     settings = {"aggregation": FedIT(), "accept_simulated": True} | changes
-    return strategy(device_level=device_level(folder, **level or {}), **settings)
+    return strategy(central_dp=central_dp(folder, **level or {}), **settings)
 
 
 def poisson(rate: float) -> Poisson:

@@ -12,15 +12,15 @@ from torch import Tensor
 from client.data import Pictures
 from client.device import Device
 from client.store.store import Store
-from models.lora.adapter import Adapter, Factors, Site, initial, shapes, to_tensors
+from models.lora.adapter import Adapter, Factors, Site, adapter_shapes, init_adapter, to_tensors
 from privacy.accounting import PoissonGaussian, epsilon
-from privacy.noise import NoiseSource, Secure
+from privacy.noise import NoiseSource, SecureNoise
 from privacy.policy import Policy
-from privacy.storage import Files, Storage
+from privacy.storage import FileStorage, Storage
 from protocol import tensor_codec
 from protocol.messages import DeviceReport, ExamplePrivacy, Train, TrainingPlan
 from training import jobs
-from training.jobs import Drawn, Examples, Picture, Result, Trained
+from training.jobs import Examples, GeneratedImages, Picture, Result, Trained
 
 SITES = {"down.to_q": Site(6, 4), "up.to_k": Site(3, 5)}
 BASE = "b" * 64
@@ -54,7 +54,7 @@ def make_device(
         uplink_mbps=1,
         downlink_mbps=1,
     )
-    kept = Files(storage) if isinstance(storage, Path) else storage
+    kept = FileStorage(storage) if isinstance(storage, Path) else storage
     return Device(
         name=name,
         report=report,
@@ -62,7 +62,7 @@ def make_device(
         pictures=lambda: pictures,
         sites=SITES,
         policy=policy or Policy(delta=PRIVACY.delta),
-        noise=lambda _round, _purpose: noise or Secure(),
+        noise=lambda _round, _purpose: noise or SecureNoise(),
         seed=7,
         resolution=64,
         check_memory=check_memory,
@@ -76,7 +76,7 @@ def adapter(rank: int, seed: int = 0) -> Adapter:
         numbers = torch.arange(b.numel(), dtype=torch.float32).view_as(b)
         return numbers / numbers.norm().clamp_min(10.0)
 
-    return {name: Factors(a, counted(b)) for name, (a, b) in initial(SITES, rank, seed).items()}
+    return {name: Factors(a, counted(b)) for name, (a, b) in init_adapter(SITES, rank, seed).items()}
 
 
 def know_epsilon(most: int) -> None:
@@ -94,7 +94,7 @@ def to_bytes(sent: Adapter) -> bytes:
 
 
 def from_bytes(data: bytes, rank: int) -> dict[str, torch.Tensor]:
-    return tensor_codec.decode(data, shapes(SITES, rank))
+    return tensor_codec.decode(data, adapter_shapes(SITES, rank))
 
 
 def train_request(*, number: int = 1, rank: int = 2, private: bool = True, sent: bytes | None = None) -> Train:
@@ -123,20 +123,20 @@ class Performer:
 
     def _perform(self, job: jobs.Job) -> Result:
         match job:
-            case jobs.Encode():
+            case jobs.EncodeJob():
                 means = [float(picture.pixels.mean()) for picture in job.pictures]
                 return Examples(
                     torch.tensor(means)[:, None, None, None].expand(-1, 4, 2, 2), torch.zeros(len(means), 3, 2)
                 )
-            case jobs.Measure():
+            case jobs.MeasureJob():
                 return 0.5 if job.adapter else 0.75
-            case jobs.MeasureEach():
+            case jobs.MeasureEachJob():
                 losses = job.examples.latents[:, 0, 0, 0].double() / 1000
                 return losses / 2 if job.adapter else losses
-            case jobs.Draw():
-                return Drawn(np.full((len(job.captions), 4, 6, 3), job.steps, np.uint8))
+            case jobs.GenerateJob():
+                return GeneratedImages(np.full((len(job.captions), 4, 6, 3), job.steps, np.uint8))
             case jobs.Train():
-                drawn = Secure().rounded_gaussian(1, 2.0**30) / 2.0**30
+                drawn = SecureNoise().rounded_gaussian(1, 2.0**30) / 2.0**30
                 return Trained(
                     {name: Factors(f.a + drawn, f.b + drawn) for name, f in job.start.items()}, 0.25, job.steps
                 )

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from common.seeding import derive_seed
-from models.lora.adapter import Factors, Site, at, from_tensors, head_and_tail, initial, shapes
-from models.lora.lora_xs import empty, frame_from_tensors, to_framed_tensors
+from models.lora.adapter import Factors, Site, adapter_shapes, from_tensors, init_adapter, select_sites, split_rank
+from models.lora.lora_xs import frame_from_tensors, to_framed_tensors, zero_adapter
 from models.lora.trainable import trained_tensors
 from protocol import messages, quantization
 from protocol.messages import DeviceReport, TrainingPlan
 from protocol.tensor_codec import decode, encode
-from server.rounds.state import State
+from server.rounds.state import RunState
 from strategies.aggregation.exact import Exact
-from strategies.planning.plan import Limits
+from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
 from strategies.strategy import Federated
 
@@ -45,7 +45,7 @@ def frame_file(folder: Path) -> Path:
 
     generator = torch.Generator().manual_seed(0)
     frame = {name: Factors(columns(site.inputs).T.contiguous(), columns(site.outputs)) for name, site in SITES.items()}
-    found = to_framed_tensors(empty(frame), frame)
+    found = to_framed_tensors(zero_adapter(frame), frame)
     save_file({name: part for name, part in found.items() if "lora_B" not in name}, folder / "frame.safetensors")
     return folder / "frame.safetensors"
 
@@ -81,11 +81,11 @@ def _reply(request: Any, device: FakeDevice) -> Any:
     match request:
         case messages.Train(plan=plan):
             cores = plan.trains == "cores"
-            tensors = decode(request.adapter, shapes(SITES, -1, frame=cores))
+            tensors = decode(request.adapter, adapter_shapes(SITES, -1, frame=cores))
             frame = frame_from_tensors(tensors) if cores else None
             sent = from_tensors(tensors)
             generator = torch.Generator().manual_seed(derive_seed(device.name, plan.round))
-            head, _ = head_and_tail(sent if plan.sites is None else at(sent, plan.sites), plan.rank)
+            head, _ = split_rank(sent if plan.sites is None else select_sites(sent, plan.sites), plan.rank)
             moved = {
                 site: Factors(*(part + 0.1 * torch.randn(part.shape, generator=generator) for part in factors))
                 for site, factors in head.items()
@@ -110,7 +110,7 @@ def _reply(request: Any, device: FakeDevice) -> Any:
                 epsilon=1.5 if plan.privacy else None,
                 events=3,
             )
-        case messages.Evaluate(privacy=messages.MeasuringPrivacy()):
+        case messages.Evaluate(privacy=messages.EvaluationPrivacy()):
             return messages.Evaluation(
                 device=device.name,
                 round=request.round,
@@ -124,8 +124,8 @@ def _reply(request: Any, device: FakeDevice) -> Any:
             return messages.Evaluation(
                 device=device.name, round=request.round, base=1.0, shared=1.0 / (1 + request.round)
             )
-        case messages.Personalise():
-            return messages.Personalised(device=device.name, seconds=3.0, joules=4.0, quality="estimate")
+        case messages.Personalize():
+            return messages.Personalized(device=device.name, seconds=3.0, joules=4.0, quality="estimate")
     raise AssertionError(request)
 
 
@@ -135,10 +135,10 @@ def strategy(**changes: Any) -> Federated:
         "sites": SITES,
         "aggregation": Exact(rank=PLAN.rank, max_rank=None, seed=0),
         "selection": Everyone(),
-        "limits": Limits(),
+        "limits": PlanLimits(),
     }
     return Federated(**settings | changes)
 
 
-def fresh_state(*, private: bool = False) -> State:
-    return State.start(run="run", private=private, adapter=initial(SITES, PLAN.rank, seed=0))
+def fresh_state(*, private: bool = False) -> RunState:
+    return RunState.start(run="run", private=private, adapter=init_adapter(SITES, PLAN.rank, seed=0))

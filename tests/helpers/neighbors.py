@@ -20,14 +20,14 @@ from torch import Tensor
 from client.data import Pictures
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from common.seeding import derive_seed
 from models.base.base import Base
 from models.lora.adapter import Adapter, Factors, to_tensors
 from models.lora.lora_xs import to_framed_tensors
 from privacy.noise import CPU, NoiseSource
 from protocol import tensor_codec
-from protocol.messages import Personalise, Reply, Request, Train, TrainingPlan
+from protocol.messages import Personalize, Reply, Request, Train, TrainingPlan
 from tests.helpers.devices import PRIVACY, make_device
 from tests.helpers.reference_trainer import frame, live
 from training import jobs
@@ -121,9 +121,9 @@ def fixed(base: Base) -> Adapter:
     return {name: Factors(*(part.float() for part in pair)) for name, pair in frame(base, SENT, 0).items()}
 
 
-def personalise(sent: Adapter, number: int) -> Personalise:
+def personalise(sent: Adapter, number: int) -> Personalize:
     """A personal adapter that fits its pictures closely: with other pictures it is quite another."""
-    return Personalise(
+    return Personalize(
         run="run",
         round=number,
         adapter=tensor_codec.encode(to_tensors(sent)),
@@ -166,7 +166,7 @@ def two_rounds(
         return found
 
     def ask(request: Request) -> Reply:
-        outcome = drive({"d": handle(request, device)}, performed)["d"]
+        outcome = run_handlers({"d": handle(request, device)}, performed)["d"]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

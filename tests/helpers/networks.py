@@ -8,17 +8,17 @@ from typing import Any
 from torch import nn
 
 from models.base.denoiser import Denoiser
-from models.families.known import KNOWN, Known
+from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.stable_diffusion import STABLE_DIFFUSION
-from models.footprint.footprint import NO_SCHEDULE
+from models.footprint.footprint import DUMMY_SCHEDULE
 
 
-def _small(name: str, **config: Any) -> Known:
-    return replace(KNOWN[name], config={**KNOWN[name].config, **config})
+def _small(name: str, **config: Any) -> BaseSpec:
+    return replace(KNOWN_BASES[name], config={**KNOWN_BASES[name].config, **config})
 
 
 SMALL = {
-    "unet": Known(
+    "unet": BaseSpec(
         family=STABLE_DIFFUSION,
         config={
             "block_out_channels": (16, 32),
@@ -89,9 +89,9 @@ SMALL = {
 }
 
 
-def real(base: Known, *, sites: str | None = None, **how: str) -> Denoiser:
+def real(base: BaseSpec, *, sites: str | None = None, **how: str) -> Denoiser:
     """A base on the CPU, with small random weights."""
     network = base.network().to_empty(device="cpu")
     for tensor in (*network.parameters(), *network.buffers()):
         nn.init.normal_(tensor, std=0.05)
-    return Denoiser(network, NO_SCHEDULE, sites=sites or base.family.sites, forward=base.family.forward, **how)
+    return Denoiser(network, DUMMY_SCHEDULE, sites=sites or base.family.sites, forward=base.family.forward, **how)

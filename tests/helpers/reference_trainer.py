@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from common import counter_rng
 from common.seeding import derive_seed
 from models.base.base import Base
-from models.diffusion.objective import noised, target
-from models.lora.adapter import Adapter, Factors, initial
-from privacy.noise import Simulated
+from models.diffusion.objective import add_noise, target
+from models.lora.adapter import Adapter, Factors, init_adapter
+from privacy.noise import SimulatedNoise
 from privacy.sensitivity import RESOLUTION
-from training.batches import Batch, Batches
-from training.buffers import Shape, row_bytes
-from training.capacity import TooLittleMemoryError, capacity, entry_bytes
+from training.batches import BatchSampler, StepBatch
+from training.buffers import BufferSpec, row_bytes
+from training.capacity import InsufficientMemoryError, capacity, entry_bytes
 from training.jobs import DPSGD, Examples, Train, Trained
 
 PLENTY = 2**30
@@ -30,15 +30,19 @@ def examples(base: Base, count: int, seed: int, side: int = 8) -> Examples:
     """Latents and contexts from a normal distribution, in the base's precision."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, base.shape[0], side, side, generator=generator)
-    return Examples(latents.to(base.precise), torch.randn(count, 8, 16, generator=generator).to(base.precise))
+    return Examples(
+        latents.to(base.full_precision), torch.randn(count, 8, 16, generator=generator).to(base.full_precision)
+    )
 
 
 def live(base: Base, rank: int, seed: int) -> Adapter:
     """An adapter whose B is not zero, so that every factor has a gradient."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: Factors(f.a.to(base.precise), 0.1 * torch.randn(f.b.shape, generator=generator).to(base.precise))
-        for name, f in initial(base.sites, rank, seed).items()
+        name: Factors(
+            f.a.to(base.full_precision), 0.1 * torch.randn(f.b.shape, generator=generator).to(base.full_precision)
+        )
+        for name, f in init_adapter(base.sites, rank, seed).items()
     }
 
 
@@ -47,7 +51,7 @@ def frame(base: Base, rank: int, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
 
     def columns(size: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(size, rank, generator=generator).to(base.precise)).Q
+        return torch.linalg.qr(torch.randn(size, rank, generator=generator).to(base.full_precision)).Q
 
     return {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in base.sites.items()}
 
@@ -79,7 +83,7 @@ def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **change
     privacy = DPSGD(**kinds | {name: changes.pop(name) for name in names if name in changes})
     views = changes.get("views", 1)
     assert isinstance(views, int)
-    noise = Simulated(seed=3, client=client, round=1, purpose="shared")
+    noise = SimulatedNoise(seed=3, client=client, round=1, purpose="shared")
     keys = tuple(f"{client} {place}" for place in range(count))
     return job(base, client, count=count * views, **{"privacy": privacy, "noise": noise, "names": keys} | changes)
 
@@ -91,7 +95,7 @@ def least(base: Base, jobs: Sequence[Train]) -> int:
         middle = (low + high) // 2
         try:
             capacity(base, jobs, middle)
-        except TooLittleMemoryError:
+        except InsufficientMemoryError:
             low = middle
         else:
             high = middle
@@ -101,7 +105,7 @@ def least(base: Base, jobs: Sequence[Train]) -> int:
 def room(base: Base, jobs: Sequence[Train], entries: int, residents: int | None = None) -> int:
     """Memory for all jobs, or so many, and so many entries."""
     jobs = sorted(jobs, key=lambda job: job.privacy is None)  # rows of private ones are larger
-    shape = Shape.of(jobs)
+    shape = BufferSpec.of(jobs)
     more = (len(jobs) if residents is None else residents) - 1
     return least(base, jobs) + more * row_bytes(base, shape) + (entries - 1) * entry_bytes(base, shape)
 
@@ -117,7 +121,7 @@ class Reference:
 
     def __init__(self, base: Base, job: Train) -> None:
         self.base, self.job = base, job
-        self.unet = untouched(base.folder, base.precise)
+        self.unet = untouched(base.folder, base.full_precision)
         pools = [job.examples, *([job.prior.examples] if job.prior else [])]
         self.latents, self.context = (torch.cat(values) for values in zip(*pools, strict=True))
         names = [name for name in base.sites if name in job.start]
@@ -144,7 +148,7 @@ class Reference:
             for (name, (a, left)), core in zip(between.items(), self.parameters, strict=True)
         }
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: StepBatch) -> Tensor:
         """Of every entry [n]."""
         merged = {name: b @ a for name, (a, b) in self.now().items()}
         for name, factors in (self.job.frozen or {}).items():
@@ -155,15 +159,15 @@ class Reference:
         output = torch.func.functional_call(self.unet, changed, (x, t), {"encoder_hidden_states": context}).sample
         return (output - wanted).square().flatten(1).mean(1)
 
-    def seen(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def seen(self, batch: StepBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x_t, t, context, and what the network is to predict."""
         x0, context = self.latents[batch.examples], self.context[batch.examples]
         t = torch.from_numpy((batch.phases * len(self.base.schedule)).astype(int))
         noise = counter_rng.normals(torch.from_numpy(batch.noise_keys), x0[0].numel()).to(x0).view_as(x0)
         schedule = self.base.schedule
-        return noised(schedule, x0, noise, t), t, context, target(schedule, x0, noise, t)
+        return add_noise(schedule, x0, noise, t), t, context, target(schedule, x0, noise, t)
 
-    def objective(self, batch: Batch) -> Tensor:
+    def objective(self, batch: StepBatch) -> Tensor:
         """The mean over draws, and that of their partners."""
         losses, own = self.losses(batch), torch.from_numpy(batch.examples) < len(self.job.examples)
         self.told.append(losses.detach())
@@ -171,10 +175,10 @@ class Reference:
             return losses.mean()
         return losses[own].mean() + self.job.prior.weight * losses[~own].mean()
 
-    def gradients(self, batch: Batch) -> list[Tensor]:
+    def gradients(self, batch: StepBatch) -> list[Tensor]:
         return list(torch.autograd.grad(self.objective(batch), self.parameters)) if self.parameters else []
 
-    def unit_gradients(self, batch: Batch) -> list[list[Tensor]]:
+    def unit_gradients(self, batch: StepBatch) -> list[list[Tensor]]:
         """Of each picture by itself."""
         privacy = self.job.privacy
         assert privacy
@@ -200,7 +204,7 @@ class Reference:
             for gradient in part
         ]
 
-    def private_gradients(self, batch: Batch) -> list[Tensor]:
+    def private_gradients(self, batch: StepBatch) -> list[Tensor]:
         privacy, noise = self.job.privacy, self.job.noise
         assert privacy
         assert noise
@@ -211,7 +215,7 @@ class Reference:
         steps = torch.zeros(sum(sizes), dtype=torch.int64)
         if privacy.noise_multiplier and privacy.clip:
             steps = noise.rounded_gaussian(sum(sizes), privacy.noise_multiplier * RESOLUTION)
-        flat = (steps.double() * (privacy.clip / RESOLUTION)).to(self.base.precise)
+        flat = (steps.double() * (privacy.clip / RESOLUTION)).to(self.base.full_precision)
         return [(s + n.view_as(s)) / self.job.batch_size for s, n in zip(sums, flat.split(sizes), strict=True)]
 
     def corrections(self) -> list[Tensor]:
@@ -229,7 +233,7 @@ class Reference:
         return sum(scale < 1 for scale in self.scales) / len(self.scales)
 
     def train(self) -> Adapter:
-        batches = Batches(self.job)
+        batches = BatchSampler(self.job)
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.job.optimiser]
         optimiser = kind([*self.parameters, torch.zeros(1)], lr=self.job.learning_rate, weight_decay=0)
         starts, added = [p.detach().clone() for p in self.parameters], self.corrections()

@@ -22,11 +22,11 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.superlink.main import create_app
 from starlette.testclient import TestClient
 
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
 from server.gateway import calls, identity
 from server.gateway.app import Gateway, now
-from server.gateway.device_registry import Register
+from server.gateway.device_registry import DeviceRegistry
 
 FEDERATION = "@none/default"
 
@@ -54,8 +54,10 @@ def signed(key, path: str | None = None, *, at: datetime | None = None, as_whom=
     }
 
 
-def hello() -> Hello:
-    return Hello(oldest=OLDEST, newest=NEWEST, anther="1", federation="f" * 16, base="b" * 64, base_bytes=7, time=now())
+def hello() -> ServerHello:
+    return ServerHello(
+        oldest=OLDEST, newest=NEWEST, anther="1", federation="f" * 16, base="b" * 64, base_bytes=7, time=now()
+    )
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def superlink():
     return create_app()
 
 
-class Served:
+class GatewayHarness:
     """A SuperLink with one running run, a gateway before it, and a ServerApp's side of both.
 
     Args:
@@ -77,14 +79,14 @@ class Served:
         self.state = self.superlink.state.linkstate_factory.state()
         self.state.object_store.clear()
         self.run = self.new_run()
-        self.register, self.seen, self.down = Register(folder, per_holder=99), [], False
+        self.register, self.seen, self.down = DeviceRegistry(folder, per_holder=99), [], False
         self.ids: dict[str, int] = {}
         self.gateway = Gateway(
             inside="http://inside",
             register=self.register,
             hello=hello,
             authority=b"an authority",
-            welcome=lambda *_: None,
+            register_node=lambda *_: None,
             node_of=self.ids.get,
             largest=lambda: largest,
             folder=folder,
@@ -103,7 +105,7 @@ class Served:
     def node(self, name: str) -> Node:
         """An enrolled node that has come."""
         found = Node(self, new_key())
-        self.register.enrol(self.register.issue("ada"), found.name, name)
+        self.register.enroll(self.register.issue("ada"), found.name, name)
         self.ids[found.name] = self.state.create_node("", "", pem(found.key), 30.0)
         found.activate()
         return found
@@ -154,7 +156,7 @@ class Served:
 class _Line(httpx.ASGITransport):
     """To the SuperLink, noting what goes over it."""
 
-    def __init__(self, served: Served):
+    def __init__(self, served: GatewayHarness):
         super().__init__(app=served.superlink)
         self.served = served
 
@@ -168,7 +170,7 @@ class _Line(httpx.ASGITransport):
 class Node:
     """A device that speaks Flower's fleet protocol by hand."""
 
-    def __init__(self, served: Served, key):
+    def __init__(self, served: GatewayHarness, key):
         self.served, self.key, self.name = served, key, openssh(key)
         self.sent = None
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
-from privacy.storage import Files, Storage
+from privacy.storage import FileStorage, Storage
 from simulations.fleet.storage import FILE, Database
 
 NAME, JOURNAL, MARKER = "device", "ledger.jsonl", "enrolled"
@@ -47,7 +47,7 @@ class KeptFiles:
         self._folder = folder / NAME
 
     def storage(self) -> Storage:
-        return Files(self._folder)
+        return FileStorage(self._folder)
 
     def lines(self) -> list[bytes]:
         return (self._folder / JOURNAL).read_bytes().splitlines()

@@ -28,10 +28,10 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-from server.grid.validating_grid import Gated
+from server.grid.validating_grid import ValidatingGrid
 
 
-class SuperLink:
+class SuperLinkHarness:
     """Its state, with one run in it.
 
     Attributes:
@@ -48,21 +48,21 @@ class SuperLink:
         self._numbers = count(1)
         self.calls: Callable[[str], None] = lambda _: None
 
-    def device(self, name: str) -> Device:
+    def device(self, name: str) -> FakeNode:
         """A node that was registered under this name, and is there."""
         node = self.state.create_node(
             NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, f"key {next(self._numbers)}".encode(), 30.0, name=name
         )
         self.state.activate_node(node, 30.0)
-        return Device(self, node, name)
+        return FakeNode(self, node, name)
 
-    def grid(self, *, largest: int = 1 << 20) -> Gated:
+    def grid(self, *, largest: int = 1 << 20) -> ValidatingGrid:
         """What a ServerApp has of it."""
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self.run, 1, SUPERLINK_NODE_ID
         grid = HttpGrid(token="token")
         (run,) = self.state.get_run_info(run_ids=[self.run])
         grid.set_run(run)
-        gate = Gated(grid, largest=largest, poll=0.01)
+        gate = ValidatingGrid(grid, largest=largest, poll=0.01)
         gate._calls._client = Handlers(self)
         return gate
 
@@ -70,7 +70,7 @@ class SuperLink:
 class Handlers:
     """In place of Flower's client of the runtime API."""
 
-    def __init__(self, link: SuperLink) -> None:
+    def __init__(self, link: SuperLinkHarness) -> None:
         self._link = link
         self._client = SimpleNamespace(timeout=None)
         self._task = SimpleNamespace(run_id=link.run)
@@ -93,10 +93,10 @@ class Handlers:
 
 
 @dataclass(eq=False)
-class Device:
+class FakeNode:
     """A node that may send what it likes."""
 
-    link: SuperLink
+    link: SuperLinkHarness
     node: int
     name: str
 

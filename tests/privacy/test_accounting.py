@@ -20,13 +20,13 @@ from scipy import fft
 from common.errors import AntherError
 from privacy import accounting
 from privacy.accounting import (
-    OVERFLOW,
     SAMPLING,
+    TRUNCATION_DELTA,
     Guarantee,
     NonPrivate,
     PoissonGaussian,
+    clear_fft_caches,
     epsilon,
-    forget_transforms,
     noise_multiplier_for,
     with_strict,
 )
@@ -248,19 +248,19 @@ def test_no_transform_is_kept(kind: type) -> None:
         told = mallinfo()
         return told.uordblks + told.hblkhd
 
-    forget_transforms()
+    clear_fft_caches()
     before = used()
     fft.fft(np.zeros(2**18, dtype=kind))
     if used() - before < 2**20:
         pytest.skip("this SciPy keeps nothing")
-    forget_transforms()
+    clear_fft_caches()
     assert used() - before < 2**17
 
 
 def test_what_a_schedule_may_cut_is_kept_back_of_delta() -> None:
     """At a δ near it, where it shows; and none of what joins every batch."""
     few, many = (PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=steps) for steps in (1, 10))
-    kept = 10 * OVERFLOW
+    kept = 10 * TRUNCATION_DELTA
     assert epsilon([many], kept).value == math.inf
     assert epsilon([few] * 10, kept).value == math.inf
     assert epsilon([few] * 10, 2 * kept).value == epsilon([many], 2 * kept).value < math.inf

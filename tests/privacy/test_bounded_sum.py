@@ -13,7 +13,7 @@ from torch import Tensor
 
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.bounded_sum import STEPS, clipped_sum, noise_error, noised_mean
-from privacy.noise import CPU, NoiseSource, Secure
+from privacy.noise import CPU, NoiseSource, SecureNoise
 
 GAINS = st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.floats(-0.3, 0.3), max_size=12)
 CLIPS = st.floats(1e-6, 100.0)
@@ -81,7 +81,7 @@ def test_what_leaves_is_a_multiple_of_one_step_whatever_the_gains_were(gains: li
 
 
 def test_the_noise_is_of_the_size_that_was_paid_for() -> None:
-    noise = Secure()
+    noise = SecureNoise()
     found = np.array([mean([0.05, 0.3], noise) for _ in range(4000)])
     assert found.mean() == pytest.approx(0.15 / 5, abs=5 * 0.06 / 4000**0.5)
     assert found.std() == pytest.approx(3.0 * 0.1 / 5, rel=0.06)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from privacy.accounting import DEVICE
-from privacy.central import LEAST, MOST, Adaptive, Gaussian, clip_and_sum
-from privacy.noise import Secure, Simulated
-from privacy.sensitivity import MOST_NOISE, RESOLUTION
+from privacy.central import LEAST, MOST, AdaptiveClip, GaussianMechanism, clip_and_sum
+from privacy.noise import SecureNoise, SimulatedNoise
+from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
 SIZE = 5
 ANYTHING = st.one_of(
@@ -30,7 +30,7 @@ def tensors(updates):
 
 
 def simulated():
-    return Simulated(seed=0, client="server", round=1, purpose="updates")
+    return SimulatedNoise(seed=0, client="server", round=1, purpose="updates")
 
 
 def exactly(clipped):
@@ -105,28 +105,30 @@ def test_a_clip_that_is_none(clip):
 @given(st.floats(0.1, 5.0), st.floats(3.0, 1e3))
 def test_sum_and_count_together_cost_what_the_round_costs(z, deviation):
     """Two Gaussian mechanisms on one sample are one: in units of their noise, squared sensitivities add."""
-    of_sum = Adaptive(quantile=0.5, rate=0.2, deviation=deviation).noise_multiplier(z)
+    of_sum = AdaptiveClip(quantile=0.5, rate=0.2, deviation=deviation).noise_multiplier(z)
     assert of_sum > z
     assert math.hypot(1 / of_sum, 0.5 / deviation) == pytest.approx(1 / z, rel=1e-9)
 
 
 def test_too_few_devices_to_adapt():
     with pytest.raises(AntherError, match=r"must be under 1, a tenth of the devices expected .*quantile=null"):
-        Gaussian(noise_multiplier=1.0, expected=10, adaptive=Adaptive(quantile=0.5, rate=0.2, deviation=0.5))
+        GaussianMechanism(
+            noise_multiplier=1.0, expected=10, adaptive=AdaptiveClip(quantile=0.5, rate=0.2, deviation=0.5)
+        )
 
 
 def test_the_clip_follows_the_quantile_as_in_the_paper():
     """Algorithm 1 of arXiv:1905.03871 as a loop over numpy arrays, round by round, with the same normal numbers."""
     m, z, quantile, rate, sigma_b = 40, 0.7, 0.3, 0.5, 2.0
-    mechanism = Gaussian(
-        noise_multiplier=z, expected=m, adaptive=Adaptive(quantile=quantile, rate=rate, deviation=sigma_b)
+    mechanism = GaussianMechanism(
+        noise_multiplier=z, expected=m, adaptive=AdaptiveClip(quantile=quantile, rate=rate, deviation=sigma_b)
     )
     generator = np.random.default_rng(0)
     clip = reference = 0.05
     shares = []
     for number in range(80):
         updates = generator.normal(size=(m, SIZE)) * generator.lognormal(size=(m, 1))
-        drawn = Simulated(seed=1, client="server", round=number, purpose="updates")
+        drawn = SimulatedNoise(seed=1, client="server", round=number, purpose="updates")
         norms = np.linalg.norm(updates, axis=1)
         z_delta = (z**-2 - (2 * sigma_b) ** -2) ** -0.5
         normals = drawn.rounded_gaussian(SIZE, z_delta * RESOLUTION).numpy() / (z_delta * RESOLUTION)
@@ -137,7 +139,7 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
         reference *= math.exp(-rate * (share - quantile))
 
         clipped = clip_and_sum(torch.from_numpy(updates), clip, SIZE)
-        source = Simulated(seed=1, client="server", round=number, purpose="updates")
+        source = SimulatedNoise(seed=1, client="server", round=number, purpose="updates")
         released = mechanism.release(clipped, source)
         assert released.mean.numpy() == pytest.approx(mean, rel=1e-6, abs=1e-6 * clip)
         assert released.deviation == pytest.approx(z_delta * clipped.total.sensitivity.norm / m)
@@ -149,12 +151,12 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
 
 @pytest.mark.parametrize("below", [-1e9, 0.0, 1.0, 1e9])
 def test_an_adaptive_clip_stays_a_clip(below):
-    found = Adaptive(quantile=0.5, rate=50.0, deviation=1.0).next(1.0, below)
+    found = AdaptiveClip(quantile=0.5, rate=50.0, deviation=1.0).next(1.0, below)
     assert LEAST <= found <= MOST
 
 
 def test_a_fixed_clip_stays():
-    released = Gaussian(noise_multiplier=1.0, expected=4).release(clip_and_sum([], 0.25, SIZE), simulated())
+    released = GaussianMechanism(noise_multiplier=1.0, expected=4).release(clip_and_sum([], 0.25, SIZE), simulated())
     assert released.next_clip == 0.25
 
 
@@ -164,7 +166,7 @@ def test_the_denominator_is_the_public_constant(replies):
     size, m, clip, z = 20_000, 4.0, 0.5, 2.0
     update = torch.ones(size)
     clipped = clip_and_sum([update] * replies, clip, size)
-    released = Gaussian(noise_multiplier=z, expected=m).release(clipped, Secure())
+    released = GaussianMechanism(noise_multiplier=z, expected=m).release(clipped, SecureNoise())
     assert released.deviation == z * clip / m
     noise = released.mean - value(clipped.total) / m
     assert float(noise.std()) == pytest.approx(z * clip / m, rel=0.03)
@@ -173,9 +175,9 @@ def test_the_denominator_is_the_public_constant(replies):
 
 def test_a_denominator_that_is_none():
     with pytest.raises(ValueError, match="expected=0"):
-        Gaussian(noise_multiplier=1.0, expected=0)
+        GaussianMechanism(noise_multiplier=1.0, expected=0)
 
 
 def test_more_noise_than_integers_hold_is_refused_at_the_start():
     with pytest.raises(AntherError, match="allow a larger epsilon"):
-        Gaussian(noise_multiplier=1.01 * MOST_NOISE, expected=4)
+        GaussianMechanism(noise_multiplier=1.01 * MAX_NOISE_MULTIPLIER, expected=4)

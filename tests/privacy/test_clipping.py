@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
 from privacy.accounting import ADD_OR_REMOVE_ONE
-from privacy.clipping import BoundedSums, clip_and_sum, even_bounds, stddev, sum_segments
-from privacy.sensitivity import MOST_NOISE, RESOLUTION
+from privacy.clipping import BoundedGradientSums, clip_and_sum, even_bounds, stddev, sum_segments
+from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
 LARGEST = 2.0**60  # squares of larger numbers leave float32: see `test_rows_whose_squares_leave_float32_count_as_zero`
 FLOATS = st.floats(-LARGEST, LARGEST, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
@@ -284,11 +284,11 @@ def test_noise_is_sigma_times_the_sensitivity(bounds: list[float], sigma: float)
         assert stddev(bounds, sigma) * step_of(bounds) == pytest.approx(sigma * math.hypot(*bounds))
 
 
-def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = True) -> BoundedSums:
-    return BoundedSums(clients, segments, like=torch.zeros(0), private=private)
+def sums(clients: int = 3, segments: Sequence[int] = (2, 3), *, private: bool = True) -> BoundedGradientSums:
+    return BoundedGradientSums(clients, segments, like=torch.zeros(0), private=private)
 
 
-def gather(found: BoundedSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
+def gather(found: BoundedGradientSums, rows: Tensor, counts: Sequence[int], clients: Sequence[int]) -> None:
     """As one pass does."""
     index = torch.tensor(clients)
     found.add(index, found.clip(index, rows.clone(), torch.tensor(counts)))
@@ -296,7 +296,7 @@ def gather(found: BoundedSums, rows: Tensor, counts: Sequence[int], clients: Seq
 
 class TestBoundedSums:
     def test_names_the_relation_of_its_guarantee(self) -> None:
-        assert BoundedSums.relation == ADD_OR_REMOVE_ONE
+        assert BoundedGradientSums.relation == ADD_OR_REMOVE_ONE
 
     @pytest.mark.parametrize("private", [True, False])
     @given(data=st.data())
@@ -409,14 +409,14 @@ class TestBoundedSums:
         with pytest.raises(ValueError, match="finite bound"):
             sums().open([0], [[1.0, math.inf]], [0.0])
 
-    @pytest.mark.parametrize("sigma", [math.nan, math.inf, -1.0, 1.01 * MOST_NOISE])
+    @pytest.mark.parametrize("sigma", [math.nan, math.inf, -1.0, 1.01 * MAX_NOISE_MULTIPLIER])
     def test_noise_that_integers_do_not_hold_is_refused(self, sigma: float) -> None:
         with pytest.raises(ValueError, match="noise_multiplier"):
             sums().open([0], [[1.0, 1.0]], [sigma])
 
     def test_the_largest_noise_stays_exact(self) -> None:
         found = sums()
-        found.open([0], [[1.0, 1.0]], [MOST_NOISE])
+        found.open([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
         most = int(found.stddev(0)) * 64
         gather(found, torch.full((1, 5), -9.0), [1], [0])
         own, _ = cut(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
@@ -424,7 +424,7 @@ class TestBoundedSums:
         assert torch.equal(noised.long(), own + most)
 
     def test_double_precision_stays(self) -> None:
-        found = BoundedSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
+        found = BoundedGradientSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
         found.open([0], [[1.0]], [0.0])
         rows, one = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0])
         found.add(one, found.clip(one, rows, torch.tensor([1])))

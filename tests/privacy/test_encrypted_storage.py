@@ -10,38 +10,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
-from privacy.encrypted_storage import LINE, SEALED, SEALING, Box, Damaged, Seal, Sealed, is_sealed
-from privacy.ledger.ledger import JOURNAL, Ledger
-from privacy.storage import Files
+from privacy.encrypted_storage import (
+    ENCRYPTED,
+    ENCRYPTING,
+    LINE,
+    DamagedDataError,
+    EncryptedStorage,
+    EncryptionHeader,
+    StoreCipher,
+    is_encrypted,
+)
+from privacy.ledger.ledger import JOURNAL, DeviceLedger
+from privacy.storage import FileStorage
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
 
 SECRET = bytes(range(32))
 
 
-def storage(folder: Path, *, key: bytes = SECRET, store: str = "s") -> Sealed:
-    return Sealed(Files(folder / "store"), Box(key, store), lambda name: name == "enrolled")
+def storage(folder: Path, *, key: bytes = SECRET, store: str = "s") -> EncryptedStorage:
+    return EncryptedStorage(FileStorage(folder / "store"), StoreCipher(key, store), lambda name: name == "enrolled")
 
 
 def test_a_ledger_lives_in_it_as_in_any_storage(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        ledger = Ledger(storage(tmp_path))
+        ledger = DeviceLedger(storage(tmp_path))
         ledger.reserve(replace(FIRST, round=number), free, settles=True)
         ledger.seal(replace(FIRST, round=number), b"reply %d" % number)
-    ledger = Ledger(storage(tmp_path))
+    ledger = DeviceLedger(storage(tmp_path))
     assert [entry.state for entry in ledger.entries()] == ["sent", "sent", "sealed"]
     assert ledger.sealed((FIRST.run, 3, FIRST.purpose), PLAN) == b"reply 3"
     lines = (tmp_path / "store" / JOURNAL).read_bytes()
     head = (tmp_path / "store.heads" / JOURNAL).read_bytes()
     (reply,) = (tmp_path / "store" / "outbox").iterdir()
     for data in (lines, head, reply.read_bytes()):
-        assert is_sealed(data)
+        assert is_encrypted(data)
         for plain in (b"reserved", b"reply", b"round", FIRST.run.encode(), b'"ledger"'):
             assert plain not in data
 
 
 @given(st.binary(max_size=300), st.text(max_size=20), st.integers(0, 10**6))
 def test_what_is_sealed_comes_back_and_only_as_what_it_was(data: bytes, name: str, number: int) -> None:
-    box = Box(SECRET, "s")
+    box = StoreCipher(SECRET, "s")
     sealed = box.seal(data, "blob", name)
     assert box.open(sealed, "", "blob", name) == data
     assert sealed != box.seal(data, "blob", name)  # no nonce comes twice
@@ -55,24 +64,24 @@ def test_what_is_sealed_comes_back_and_only_as_what_it_was(data: bytes, name: st
         lambda: box.open(sealed[:-1], "", "blob", name),
         lambda: box.open(sealed[:16], "", "blob", name),
         lambda: box.open(data, "", "blob", name),
-        lambda: Box(SECRET, "t").open(sealed, "", "blob", name),
-        lambda: Box(bytes(32), "s").open(sealed, "", "blob", name),
+        lambda: StoreCipher(SECRET, "t").open(sealed, "", "blob", name),
+        lambda: StoreCipher(bytes(32), "s").open(sealed, "", "blob", name),
         lambda: box.open_line(line, "", name, number + 1),
         lambda: box.open_line(data, "", name, number),
         lambda: box.open_line(line[:-3], "", name, number),
         lambda: box.open(sealed, "", LINE, name, number),
     ):
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedDataError):
             other()
 
 
 def test_every_byte_of_a_blob_counts() -> None:
-    box = Box(SECRET, "s")
+    box = StoreCipher(SECRET, "s")
     sealed = box.seal(b"an adapter", "blob", "x")
     for index in range(len(sealed)):
         changed = bytearray(sealed)
         changed[index] ^= 1
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedDataError):
             box.open(bytes(changed), "", "blob", "x")
 
 
@@ -83,19 +92,21 @@ def test_swapped_blobs_are_found_out(tmp_path: Path) -> None:
     shutil.copy(folder / "previous.safetensors", folder / "personal.safetensors")
     shutil.copy(folder / "previous.safetensors", folder / "federations/a/personal.safetensors")
     for name in ("personal.safetensors", "federations/a/personal.safetensors"):
-        with pytest.raises(Damaged, match=r"personal\.safetensors: not what was sealed under this key and name"):
+        with pytest.raises(
+            DamagedDataError, match=r"personal\.safetensors: not what was sealed under this key and name"
+        ):
             kept.read(name)
     assert kept.read("previous.safetensors") == b"previous.safetensors"
     storage(tmp_path, store="another").write("previous.safetensors", b"of another store under the same key")
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedDataError):
         kept.read("previous.safetensors")
     (folder / "previous.safetensors").write_bytes(b"in the open")
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedDataError):
         kept.read("previous.safetensors")
 
 
 def journal_of(folder: Path, rounds: int) -> list[bytes]:
-    ledger = Ledger(storage(folder))
+    ledger = DeviceLedger(storage(folder))
     for number in range(1, rounds + 1):
         ledger.reserve(replace(FIRST, round=number), free)
     return (folder / "store" / JOURNAL).read_bytes().splitlines(keepends=True)
@@ -113,7 +124,7 @@ def test_lines_that_were_moved_are_found_out(change: str, tmp_path: Path) -> Non
     }[change]
     (tmp_path / "store" / JOURNAL).write_bytes(b"".join(changed))
     with pytest.raises(AntherError, match=r"not what was sealed|rolled back|is missing"):
-        Ledger(storage(tmp_path)).entries()
+        DeviceLedger(storage(tmp_path)).entries()
 
 
 def test_a_head_of_another_ledger_under_the_same_key(tmp_path: Path) -> None:
@@ -121,39 +132,39 @@ def test_a_head_of_another_ledger_under_the_same_key(tmp_path: Path) -> None:
     journal_of(tmp_path / "b", 3)
     shutil.copy(tmp_path / "b/store.heads" / JOURNAL, tmp_path / "a/store.heads" / JOURNAL)
     with pytest.raises(AntherError, match="brought from elsewhere"):
-        Ledger(storage(tmp_path / "a")).entries()
+        DeviceLedger(storage(tmp_path / "a")).entries()
     head = tmp_path / "b/store.heads" / JOURNAL
     head.write_bytes(b'{"ledger": "x", "events": 1, "sha256": "y"}')
-    with pytest.raises(Damaged):
-        Ledger(storage(tmp_path / "b")).entries()
+    with pytest.raises(DamagedDataError):
+        DeviceLedger(storage(tmp_path / "b")).entries()
 
 
 def test_a_torn_last_line_is_cut_off_as_without(tmp_path: Path) -> None:
     lines = journal_of(tmp_path, 2)
     (tmp_path / "store" / JOURNAL).write_bytes(b"".join(lines) + lines[-1][:20])
-    ledger = Ledger(storage(tmp_path))
+    ledger = DeviceLedger(storage(tmp_path))
     assert len(ledger.entries()) == 2
     ledger.reserve(replace(FIRST, round=3), free)
-    assert len(Ledger(storage(tmp_path)).entries()) == 3
+    assert len(DeviceLedger(storage(tmp_path)).entries()) == 3
 
 
 def test_a_seal_knows_its_key_and_how_far_it_has_come() -> None:
-    seal = Seal.read(Seal.made(SECRET, SEALING).to_json(), "sealed")
+    seal = EncryptionHeader.read(EncryptionHeader.made(SECRET, ENCRYPTING).to_json(), "sealed")
     seal.check(SECRET, "sealed")
     for other, key in (
         (seal, bytes(32)),
-        (Seal(seal.store, SEALED, seal.proof), SECRET),
-        (Seal("x", SEALING, seal.proof), SECRET),
+        (EncryptionHeader(seal.store, ENCRYPTED, seal.proof), SECRET),
+        (EncryptionHeader("x", ENCRYPTING, seal.proof), SECRET),
     ):
         with pytest.raises(AntherError, match="another key"):
             other.check(key, "sealed")
     for data in (b"", b"{}", b"[]", b'{"format": 2}', seal.to_json().replace(b"sealing", b"open"), seal.to_json()[:-9]):
         with pytest.raises(AntherError, match="sealed: can't be read"):
-            Seal.read(data, "sealed")
+            EncryptionHeader.read(data, "sealed")
 
 
 def test_the_reply_is_the_one_that_was_sealed(tmp_path: Path) -> None:
-    ledger = Ledger(storage(tmp_path))
+    ledger = DeviceLedger(storage(tmp_path))
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"reply")
     (reply,) = (tmp_path / "store" / "outbox").iterdir()

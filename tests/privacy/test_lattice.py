@@ -19,20 +19,20 @@ from torch import Tensor
 
 from client.data import Pictures
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from models.base.base import Base
-from models.lora.adapter import Adapter, Factors, shapes, to_tensors
+from models.lora.adapter import Adapter, Factors, adapter_shapes, to_tensors
 from models.lora.trainable import trained_layout
 from privacy.bounded_sum import clipped_sum, noised_mean
-from privacy.central import Gaussian, clip_and_sum
-from privacy.clipping import BoundedSums
-from privacy.noise import CPU, NoiseSource, Secure
+from privacy.central import GaussianMechanism, clip_and_sum
+from privacy.clipping import BoundedGradientSums
+from privacy.noise import CPU, NoiseSource, SecureNoise
 from privacy.sensitivity import RESOLUTION
 from protocol import tensor_codec
 from protocol.messages import ExamplePrivacy, Train
 from strategies.aggregation.ffa import FFA
 from strategies.central_dp import changes
-from tests.helpers.central import device_level
+from tests.helpers.central import central_dp
 from tests.helpers.fleet import SITES
 from tests.helpers.neighbors import PLENTY, Still, adapter, device_on, picture, plan
 from tests.helpers.reference_trainer import assert_same_bits, private
@@ -69,7 +69,7 @@ def agree(without: int, having: int, numbers: int) -> None:
     assert stats.fisher_exact([[without, numbers - without], [having, numbers - having]]).pvalue > 1e-6
 
 
-class Empty(Secure):
+class Empty(SecureNoise):
     """Secure noise on a batch that no picture joined."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
@@ -88,10 +88,10 @@ def of_device(base: Base, folder: Path, count: int, noise: NoiseSource) -> Tenso
         return perform(base, jobs, memory=PLENTY, timesteps=1)
 
     request = Train(plan=asked, adapter=tensor_codec.encode(to_tensors(sent)))
-    reply = drive({"d": handle(request, device)}, performed)["d"]
+    reply = run_handlers({"d": handle(request, device)}, performed)["d"]
     assert not isinstance(reply, Exception), reply
     rank = next(iter(sent.values())).a.shape[0]
-    told = tensor_codec.decode(reply.adapter, shapes(base.sites, rank))
+    told = tensor_codec.decode(reply.adapter, adapter_shapes(base.sites, rank))
     return -BATCH * torch.cat([told[name].flatten() for name in sorted(told) if name.endswith("lora_B")])
 
 
@@ -99,7 +99,9 @@ def test_a_device_releases_whole_steps_that_fit_any_pictures(base: Base, tmp_pat
     known = of_device(base, tmp_path / "known", 4, Still(range(4)))
     assert known.norm() > CLIP  # there is something to find
     off = []
-    for number, (count, noise) in enumerate([(4, Secure()), (5, Secure()), (5, Empty())]):  # the fifth or not, nobody
+    for number, (count, noise) in enumerate(
+        [(4, SecureNoise()), (5, SecureNoise()), (5, Empty())]
+    ):  # the fifth or not, nobody
         released = torch.cat([of_device(base, tmp_path / f"{number} {i}", count, noise) for i in (0, 1)])
         steps = whole_steps(released, STEP)
         assert steps.std() == pytest.approx(SIGMA * RESOLUTION, rel=0.1)
@@ -132,11 +134,11 @@ def test_the_server_releases_whole_steps_that_fit_any_devices(tmp_path: Path) ->
     for count in (9, 10):
         released = []
         for number in range(rounds):
-            level = device_level(
+            level = central_dp(
                 tmp_path / f"{count}-{number}",
                 clip=CLIP,
-                noise=lambda _: Secure(),
-                mechanism=Gaussian(noise_multiplier=SIGMA, expected=8.0),
+                noise=lambda _: SecureNoise(),
+                mechanism=GaussianMechanism(noise_multiplier=SIGMA, expected=8.0),
             )
             level.open(1, [], b"adapter")
             found, _ = level.close(FFA(), START, sent(count), round=1)
@@ -156,7 +158,7 @@ def test_the_noise_on_a_gain_is_as_fine_as_its_steps(sigma: float) -> None:
     candidates = np.arange(-3 * truth.sensitivity, 3 * truth.sensitivity + 1)
     alive, scale = np.ones(len(candidates), bool), sigma * truth.sensitivity
     for _ in range(40):
-        told = noised_mean(gains, clip=clip, noise_multiplier=sigma, count=1, noise=Secure())
+        told = noised_mean(gains, clip=clip, noise_multiplier=sigma, count=1, noise=SecureNoise())
         rest = (round(told / truth.step) - candidates).astype(np.float64)
         nearest = (rest / scale).astype(np.float32)
         possible = np.rint(scale * nearest.astype(np.float64)) == rest
@@ -191,11 +193,11 @@ def test_all_that_the_server_tells_is_a_function_of_the_noised_integers(tmp_path
     for count in (0, 1, 7):
         steps = clip_and_sum(changes(layout, START, sent(count)), CLIP, layout.size).total.steps
         assert count == 0 or steps.any()
-        level = device_level(
+        level = central_dp(
             tmp_path / str(count),
             clip=CLIP,
             noise=lambda _, steps=steps: Balancing(total, steps),
-            mechanism=Gaussian(noise_multiplier=SIGMA, expected=8.0),
+            mechanism=GaussianMechanism(noise_multiplier=SIGMA, expected=8.0),
         )
         level.open(1, [], b"adapter")
         found, facts = level.close(FFA(), START, sent(count), round=1)
@@ -225,13 +227,13 @@ def test_all_that_a_device_tells_is_a_function_of_the_noised_integers(
 ) -> None:
     """One step on other pictures, with noise that brings their sum to the same: the same adapter, bit by bit."""
     seen: list[Tensor] = []
-    really = BoundedSums.take
+    really = BoundedGradientSums.take
 
-    def take(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def take(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         seen.append(self._values[list(clients)][0].clone())
         return really(self, clients, noises)
 
-    monkeypatch.setattr(BoundedSums, "take", take)
+    monkeypatch.setattr(BoundedGradientSums, "take", take)
     total, told = torch.zeros(0), []
     for count in (0, 2, 5):
         first = private(base, "a", count=count, steps=1, optimiser=optimiser, noise=Counting())

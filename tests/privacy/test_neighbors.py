@@ -17,13 +17,13 @@ from bench.lib.tiny import ATTENTION
 from client.data import Pictures
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from models.base.base import Base
 from models.lora.adapter import concatenate, to_tensors
 from privacy import bounded_sum
-from privacy.clipping import BoundedSums
+from privacy.clipping import BoundedGradientSums
 from protocol import tensor_codec
-from protocol.messages import Evaluate, Evaluation, MeasuringPrivacy
+from protocol.messages import Evaluate, Evaluation, EvaluationPrivacy
 from tests.helpers.devices import PRIVACY
 from tests.helpers.neighbors import (
     DIVISOR,
@@ -40,10 +40,10 @@ from tests.helpers.neighbors import (
     two_rounds,
 )
 from tests.helpers.reference_trainer import examples, private, room
-from training.batches import Batch, Batches
+from training.batches import BatchSampler, StepBatch
 from training.engine import perform
 from training.jobs import Examples, Prior, Train
-from training.microbatching import Pack, Queue
+from training.microbatching import EntryQueue, Microbatch
 
 PICTURES = [picture(seed) for seed in range(4)]
 EVERYBODY = list(range(len(PICTURES)))
@@ -154,9 +154,9 @@ def test_however_small_passes_are(fine: Base, tmp_path: Path, name: str, monkeyp
     more = {"prior": Prior(examples=examples(fine, 2, 5)), "views": 2} if mode.change is all_of_them else {}
     alike = private(fine, "d", rank=mode.rank, count=len(EVERYBODY), draws=mode.draws, **more)
     trains = room(fine, [alike], entries)
-    packs: list[Pack] = []
-    really = Queue.take
-    monkeypatch.setattr(Queue, "take", lambda self, size: packs.append(really(self, size)) or packs[-1])
+    packs: list[Microbatch] = []
+    really = EntryQueue.take
+    monkeypatch.setattr(EntryQueue, "take", lambda self, size: packs.append(really(self, size)) or packs[-1])
     mode = dataclasses.replace(mode, memory=-(-trains * 4 // 3))  # training gets three quarters
     check(*neighbours(fine, tmp_path, mode, removed=1), mode.clip, EXACT)
     assert len(packs) > 16  # which is one for each step that is not empty, those of the personal adapters too
@@ -194,17 +194,17 @@ def test_a_forward_that_knows_other_pictures_breaks_the_bound(
     assert distances(having, without)[1, 3] > 0.5 * mode.clip  # where the picture had not even joined
 
 
-def patched_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[Batch], Batch]) -> list[int]:
+def patched_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[StepBatch], StepBatch]) -> list[int]:
     """Have every batch changed; how many units each had."""
     sizes: list[int] = []
-    really = Batches.next
+    really = BatchSampler.next
 
-    def next_(self: Batches) -> Batch:
+    def next_(self: BatchSampler) -> StepBatch:
         batch = really(self)
         sizes.append(batch.size // batch.per_unit)
         return change(batch)
 
-    monkeypatch.setattr(Batches, "next", next_)
+    monkeypatch.setattr(BatchSampler, "next", next_)
     return sizes
 
 
@@ -212,8 +212,10 @@ def test_a_divisor_that_counts_the_batch_breaks_the_bound(
     fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = patched_batches(monkeypatch, lambda batch: batch)
-    really = BoundedSums.take
-    monkeypatch.setattr(BoundedSums, "take", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1]))
+    really = BoundedGradientSums.take
+    monkeypatch.setattr(
+        BoundedGradientSums, "take", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1])
+    )
     having, without = neighbours(fine, tmp_path, Mode(), removed=1)
     assert exceeded(having, without, Mode()) > 1.5
 
@@ -250,7 +252,7 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
     """Of the adapters of two rounds, the sum that the noise is to hide in whole steps; a personal one in between."""
     held = Pictures((picture(9),), tuple(PICTURES[member] for member in members), ())
     device = device_on(base, folder, "d", held, lambda _round, _purpose: Still())
-    privacy = MeasuringPrivacy(noise_multiplier=20.0, clip=clip, pictures=DIVISOR, delta=PRIVACY.delta)
+    privacy = EvaluationPrivacy(noise_multiplier=20.0, clip=clip, pictures=DIVISOR, delta=PRIVACY.delta)
     first, second = (
         Evaluate(
             run="run", round=number, adapter=tensor_codec.encode(to_tensors(adapter(base, number))), privacy=privacy
@@ -260,7 +262,7 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
     found = []
     for request in (first, personalise(adapter(base, 1), 1), second):
         conversation = handle(request, device)
-        reply = drive({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
+        reply = run_handlers({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
         if isinstance(reply, Evaluation):
             assert reply.gain is not None
             found.append(round(reply.gain * DIVISOR / clip * bounded_sum.STEPS))

@@ -15,9 +15,9 @@ from scipy import stats
 
 from common.seeding import derive_seed
 from privacy import noise
-from privacy.noise import NoiseSource, Secure, Simulated, source
+from privacy.noise import NoiseSource, SecureNoise, SimulatedNoise, source
 
-SOURCES = [Simulated(seed=1, client="a", round=2, purpose="shared"), Secure()]
+SOURCES = [SimulatedNoise(seed=1, client="a", round=2, purpose="shared"), SecureNoise()]
 BOTH = pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
 STDDEV = 3.75 * 2**20
 """In steps: what σ = 3.75 takes."""
@@ -87,7 +87,7 @@ def test_every_residue_is_as_likely(source: NoiseSource, stddev: float) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("stddev", [0.0, -1.0, math.nan, math.inf, 2 * noise.MOST_STEPS])
+@pytest.mark.parametrize("stddev", [0.0, -1.0, math.nan, math.inf, 2 * noise.MAX_STDDEV_STEPS])
 def test_noise_that_no_source_draws_is_refused(source: NoiseSource, stddev: float) -> None:
     with pytest.raises(ValueError, match="noise of"):
         source.rounded_gaussian(3, stddev)
@@ -124,7 +124,7 @@ class Bytes:
 
 
 def words(*numbers: int) -> bytes:
-    """53-bit numbers as `Secure` reads them."""
+    """53-bit numbers as `SecureNoise` reads them."""
     return np.array([number << 11 for number in numbers], dtype=np.uint64).tobytes()
 
 
@@ -135,7 +135,7 @@ def test_the_ends_of_the_uniforms(monkeypatch: pytest.MonkeyPatch, first: int, s
     """By mpmath in 100 digits, on the further bits that are drawn where 53 don't decide."""
     told = Bytes(words(first, second), seed=first ^ second)
     monkeypatch.setattr(noise.os, "urandom", told)
-    found = Secure().rounded_gaussian(2, stddev)
+    found = SecureNoise().rounded_gaussian(2, stddev)
     bits, replay = 53, Bytes(words(first, second), seed=first ^ second)
     u, v = (int.from_bytes(replay(8), "little") >> 11 for _ in range(2))
     while replay.asked < told.asked:
@@ -153,7 +153,7 @@ def test_what_float64_leaves_open_is_decided_by_further_bits(monkeypatch: pytest
     """Every number that is drawn, quickly or not, is the exact one: against mpmath, on the bits that decided."""
     told, count, stddev = Bytes(b"", seed=5), 400, 2.0**41
     monkeypatch.setattr(noise.os, "urandom", told)
-    found = Secure().rounded_gaussian(count, stddev).view(2, -1).T
+    found = SecureNoise().rounded_gaussian(count, stddev).view(2, -1).T
     assert told.asked > 8 * count  # some took more
     first, second = (np.frombuffer(Bytes(b"", seed=5)(8 * count), np.uint64) >> np.uint64(11)).reshape(2, -1)
     with mpmath.workdps(60):
@@ -168,7 +168,7 @@ def test_what_float64_leaves_open_is_decided_by_further_bits(monkeypatch: pytest
 def test_a_generator_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise.os, "urandom", bytes)
     with pytest.raises(ArithmeticError, match="generator broken"):
-        Secure().rounded_gaussian(2, 1.0)
+        SecureNoise().rounded_gaussian(2, 1.0)
 
 
 def test_every_byte_of_secure_noise_is_the_operating_systems(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_every_byte_of_secure_noise_is_the_operating_systems(monkeypatch: pytest
         torch.manual_seed(seed)
         told = Bytes(b"", seed=of_system)
         monkeypatch.setattr(noise.os, "urandom", told)
-        source = Secure()
+        source = SecureNoise()
         draws = [source.rounded_gaussian(5, STDDEV).tolist(), source.poisson_batch(50, 0.3).tolist()]
         assert told.asked == 8 * (6 + 50)  # every number has bits of its own
         return draws
@@ -198,12 +198,12 @@ def test_a_coin_is_exact(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
     rest = (threshold - whole) * 2**53
     for further in {0, math.floor(rest), math.ceil(rest), 2**53 - 1} - {2**53}:
         monkeypatch.setattr(noise.os, "urandom", Bytes(words(whole, further)))
-        joined = bool(len(Secure().poisson_batch(1, rate)))
+        joined = bool(len(SecureNoise().poisson_batch(1, rate)))
         if further != rest and math.floor(rest) != further:
             assert joined == (further < rest)
     for drawn in {max(0, whole - 1), whole + 1} - {whole}:
         monkeypatch.setattr(noise.os, "urandom", Bytes(words(drawn)))
-        assert bool(len(Secure().poisson_batch(1, rate))) == (drawn < threshold)
+        assert bool(len(SecureNoise().poisson_batch(1, rate))) == (drawn < threshold)
 
 
 @BOTH
@@ -220,15 +220,15 @@ def test_batches_are_binomial_and_may_be_empty(source: NoiseSource, rate: float)
 def test_simulated_noise_is_keyed() -> None:
     def draw(**changed: object) -> list[int]:
         key = {"seed": 1, "client": "a", "round": 2, "purpose": "shared"} | changed
-        return Simulated(**key).rounded_gaussian(8, STDDEV).tolist()  # type: ignore[arg-type]
+        return SimulatedNoise(**key).rounded_gaussian(8, STDDEV).tolist()  # type: ignore[arg-type]
 
     assert draw() == draw()
     others = [draw(seed=2), draw(client="b"), draw(round=3), draw(purpose="personal")]
     assert all(other != draw() for other in others)
 
 
-def simulated(**changed: object) -> Simulated:
-    return Simulated(**{"seed": 1, "client": "a", "round": 2, "purpose": "shared"} | changed)  # type: ignore[arg-type]
+def simulated(**changed: object) -> SimulatedNoise:
+    return SimulatedNoise(**{"seed": 1, "client": "a", "round": 2, "purpose": "shared"} | changed)  # type: ignore[arg-type]
 
 
 def test_simulated_batches_are_keyed() -> None:
@@ -281,13 +281,13 @@ def test_noise_comes_on_its_device(source: NoiseSource) -> None:
 def test_secure_noise_has_no_seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
-    first = Secure().rounded_gaussian(8, STDDEV)
+    first = SecureNoise().rounded_gaussian(8, STDDEV)
     torch.manual_seed(0)
     np.random.seed(0)
-    assert not torch.equal(first, Secure().rounded_gaussian(8, STDDEV))
-    assert not inspect.signature(Secure).parameters
-    assert Secure.release
-    assert not Simulated.release
+    assert not torch.equal(first, SecureNoise().rounded_gaussian(8, STDDEV))
+    assert not inspect.signature(SecureNoise).parameters
+    assert SecureNoise.release
+    assert not SimulatedNoise.release
 
 
 def test_streams_do_not_collide() -> None:
@@ -300,7 +300,7 @@ def test_streams_do_not_collide() -> None:
 
 
 def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:
-    assert isinstance(source(1, "train", client="a", seed=None), Secure)
+    assert isinstance(source(1, "train", client="a", seed=None), SecureNoise)
     keys = [
         (1, "train", "a", 0),
         (2, "train", "a", 0),
@@ -310,5 +310,5 @@ def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:
     ]
     drawn = [tuple(source(r, p, client=c, seed=s).rounded_gaussian(4, STDDEV).tolist()) for r, p, c, s in keys]
     assert len(set(drawn)) == len(keys)
-    wanted = Simulated(seed=0, client="a", round=1, purpose="train").rounded_gaussian(4, STDDEV)
+    wanted = SimulatedNoise(seed=0, client="a", round=1, purpose="train").rounded_gaussian(4, STDDEV)
     assert drawn[0] == tuple(wanted.tolist())

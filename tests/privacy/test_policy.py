@@ -11,12 +11,12 @@ import pytest
 
 from common.errors import AntherError
 from privacy.accounting import NonPrivate, PoissonGaussian, epsilon, noise_multiplier_for
-from privacy.policy import EPSILON_UNSAID, Policy, Refusal, load
-from protocol.messages import ExamplePrivacy, MeasuringPrivacy, TrainingPlan
+from privacy.policy import DEFAULT_MAX_EPSILON, Policy, RequestRefusedError, load
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy, TrainingPlan
 
 PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=0.01, sampling_rate=0.5, draws=2, delta=1e-3)
 PLAN = TrainingPlan(run="r", round=1, base="b", rank=4, steps=4, batch_size=4, learning_rate=1e-3)
-MEASURE = MeasuringPrivacy(noise_multiplier=5.0, clip=0.1, pictures=5, delta=1e-3)
+MEASURE = EvaluationPrivacy(noise_multiplier=5.0, clip=0.1, pictures=5, delta=1e-3)
 
 
 def test_an_ordinary_plan_passes() -> None:
@@ -39,7 +39,7 @@ def test_an_ordinary_plan_passes() -> None:
     ],
 )
 def test_too_much_work_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(Refusal, match="asked"):
+    with pytest.raises(RequestRefusedError, match="asked"):
         Policy().check_plan(replace(PLAN, **wrong))  # type: ignore[arg-type]
 
 
@@ -68,17 +68,17 @@ def test_too_much_work_is_refused(wrong: dict[str, float]) -> None:
     ],
 )
 def test_privacy_that_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(RequestRefusedError):
         Policy().check_plan(replace(PLAN, privacy=replace(PRIVACY, **wrong)))  # type: ignore[arg-type]
 
 
 def test_a_cap_forbids_everything_without_noise() -> None:
     strict = Policy(max_epsilon=1.0)
-    with pytest.raises(Refusal, match="without example privacy"):
+    with pytest.raises(RequestRefusedError, match="without example privacy"):
         strict.check_plan(PLAN)
-    with pytest.raises(Refusal, match="without example privacy"):
+    with pytest.raises(RequestRefusedError, match="without example privacy"):
         strict.check_spending([], NonPrivate())
-    with pytest.raises(Refusal, match="without noise"):
+    with pytest.raises(RequestRefusedError, match="without noise"):
         strict.check_measure(None)
     strict.check_measure(MEASURE)
 
@@ -97,7 +97,7 @@ def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
         if allowed:
             policy.check_measure(privacy)
         else:
-            with pytest.raises(Refusal, match="measure"):
+            with pytest.raises(RequestRefusedError, match="measure"):
                 policy.check_measure(privacy)
 
 
@@ -116,7 +116,7 @@ def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
     ],
 )
 def test_a_measure_whose_noise_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(RequestRefusedError):
         Policy().check_measure(replace(MEASURE, **wrong))  # type: ignore[arg-type]
 
 
@@ -124,11 +124,11 @@ def test_bases_and_sites() -> None:
     Policy().check_adaptable("b" * 64, ["down.attn1.to_q", "time_emb"])
     policy = Policy(bases=("a" * 64,), sites=r".*attn[12]\..*")
     policy.check_adaptable("a" * 64, ["down.attn1.to_q", "up.attn2.to_out.0"])
-    with pytest.raises(Refusal, match="base bbbbbbbbbbbb"):
+    with pytest.raises(RequestRefusedError, match="base bbbbbbbbbbbb"):
         policy.check_adaptable("b" * 64, ["down.attn1.to_q"])
-    with pytest.raises(Refusal, match=r"site down\.attn3\.to_q"):
+    with pytest.raises(RequestRefusedError, match=r"site down\.attn3\.to_q"):
         policy.check_adaptable("a" * 64, ["down.attn1.to_q", "down.attn3.to_q"])
-    with pytest.raises(Refusal, match="site"):  # whole names, not a part of them
+    with pytest.raises(RequestRefusedError, match="site"):  # whole names, not a part of them
         Policy(sites="attn1").check_adaptable("b", ["down.attn1.to_q"])
 
 
@@ -137,7 +137,7 @@ def test_a_minimum_of_pictures_tells_no_number() -> None:
     Policy(min_pictures=7).check_pictures(7)
     said = set()
     for count in range(7):
-        with pytest.raises(Refusal) as raised:
+        with pytest.raises(RequestRefusedError) as raised:
             Policy(min_pictures=7).check_pictures(count)
         said.add(str(raised.value))
     (words,) = said
@@ -147,18 +147,18 @@ def test_a_minimum_of_pictures_tells_no_number() -> None:
 def test_the_cap_is_on_the_whole_and_at_the_policys_own_delta() -> None:
     round_ = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)  # ε(1e-3): 1.6 once, 2.36 twice
     Policy(max_epsilon=2.0, delta=1e-3).check_spending([], round_)
-    with pytest.raises(Refusal, match="allows 2"):
+    with pytest.raises(RequestRefusedError, match="allows 2"):
         Policy(max_epsilon=2.0, delta=1e-3).check_spending([round_], round_)
-    with pytest.raises(Refusal, match="allows 2"):
+    with pytest.raises(RequestRefusedError, match="allows 2"):
         Policy(max_epsilon=2.0, delta=1e-6).check_spending([], round_)
 
 
 def test_who_names_no_cap_has_one() -> None:
     round_ = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
     past = [round_] * 20
-    assert epsilon(past, 1e-5).value < EPSILON_UNSAID < epsilon([round_] * 1000, 1e-5).value
+    assert epsilon(past, 1e-5).value < DEFAULT_MAX_EPSILON < epsilon([round_] * 1000, 1e-5).value
     Policy().check_spending(past, round_)
-    with pytest.raises(Refusal, match="allows 16"):
+    with pytest.raises(RequestRefusedError, match="allows 16"):
         Policy().check_spending([round_] * 1000, round_)
     Policy(max_epsilon=2000.0).check_spending([round_] * 1000, round_)
 
@@ -167,13 +167,13 @@ def test_one_default_run_fits_under_the_cap_of_who_names_none_and_two_do_not() -
     sigma = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=0.8, steps=16)  # `privacy=example`
     run = PoissonGaussian(noise_multiplier=sigma, sampling_rate=0.8, steps=16)
     Policy().check_spending([], run)
-    with pytest.raises(Refusal, match="allows 16"):
+    with pytest.raises(RequestRefusedError, match="allows 16"):
         Policy().check_spending([run], run)
 
 
 def test_no_epsilon_is_promised_after_sharing_without_noise() -> None:
     private = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
-    with pytest.raises(Refusal, match="no ε can be promised"):
+    with pytest.raises(RequestRefusedError, match="no ε can be promised"):
         Policy().check_spending([NonPrivate()], private)
 
 
@@ -181,7 +181,7 @@ def test_nothing_is_shared_without_noise_once_something_was_with() -> None:
     private = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
     Policy().check_spending([], NonPrivate())
     Policy().check_spending([NonPrivate()], NonPrivate())
-    with pytest.raises(Refusal, match="nothing without it since"):
+    with pytest.raises(RequestRefusedError, match="nothing without it since"):
         Policy().check_spending([private], NonPrivate())
 
 

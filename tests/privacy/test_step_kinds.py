@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from privacy import accounting, step_kinds
 from privacy.accounting import INTERVALS, POINTS, PoissonGaussian, epsilon
-from privacy.step_kinds import MOST, Kind, merged
+from privacy.step_kinds import MOST, Kind, merge_kinds
 
 
 def events(*found: Kind) -> list[PoissonGaussian]:
@@ -96,7 +96,7 @@ def test_ordinary_runs_cost_what_they_did(asked: list[Kind], delta: float, befor
 
 def test_few_kinds_are_untouched() -> None:
     few = [(1.0 + number, 0.1, 5) for number in range(MOST)]
-    assert merged(few) == tuple(few)
+    assert merge_kinds(few) == tuple(few)
 
 
 KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_000))
@@ -106,7 +106,7 @@ KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_0
 @given(st.lists(KIND, max_size=60))
 def test_merging_is_towards_the_worse(asked: list[Kind]) -> None:
     """Each kind is counted as one of no more noise and no less sampling: some assignment covers all steps."""
-    found = merged(asked)
+    found = merge_kinds(asked)
     assert len(found) <= MOST or len(asked) <= MOST
     assert sum(n for _, _, n in found) == sum(n for _, _, n in asked)
     for sigma, rate, _ in asked:

@@ -9,14 +9,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from common.errors import AntherError
 from protocol import records
 from protocol.messages import (
-    LONGEST,
+    MAX_JSON_CHARS,
     NEWEST,
     DeviceReport,
     Evaluate,
     Evaluation,
     ExamplePrivacy,
-    Personalise,
-    Personalised,
+    Personalize,
+    Personalized,
     Query,
     Train,
     TrainingPlan,
@@ -58,7 +58,7 @@ REQUESTS = [
     Train(plan=PLAN, adapter=b"abc"),
     Train(plan=dataclasses.replace(PLAN, privacy=None), adapter=b""),
     Evaluate(run="r", round=0, adapter=b"x"),
-    Personalise(
+    Personalize(
         run="r", round=2, adapter=b"x", rank=4, steps=3, batch_size=2, learning_rate=0.1, look_every=5, patience=3
     ),
 ]
@@ -66,7 +66,7 @@ REPLIES = [
     REPORT,
     UPDATE,
     Evaluation(device="wr-1", round=0, base=0.5, shared=0.25),
-    Personalised(device="wr-1", seconds=1.0, joules=2.0, quality="measured"),
+    Personalized(device="wr-1", seconds=1.0, joules=2.0, quality="measured"),
 ]
 
 
@@ -108,7 +108,7 @@ def test_malformed_texts():
         ("[]", "not a JSON object"),
         ("[" * 60_000, "nested"),
         (good[:-5], "malformed"),
-        (good + " " * LONGEST, "too long"),
+        (good + " " * MAX_JSON_CHARS, "too long"),
     ]:
         with pytest.raises(AntherError, match=message):
             from_json(DeviceReport, text)
@@ -202,7 +202,7 @@ MALFORMED = [
     (with_records(extra=ConfigRecord()), "no more"),
     (with_config(extra=1), "no more"),
     (with_config(json=1), "not a text"),
-    (with_config(json="x" * (LONGEST + 1)), f"at most {LONGEST} characters"),
+    (with_config(json="x" * (MAX_JSON_CHARS + 1)), f"at most {MAX_JSON_CHARS} characters"),
     (with_config(sha256="0" * 64), "damaged in transit"),
     (with_config(sha256=0), "damaged in transit"),
     (with_config(version=0), "whoever wrote it has to update"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from models.lora.adapter import Site, from_tensors, initial, shapes, to_tensors
+from models.lora.adapter import Site, adapter_shapes, from_tensors, init_adapter, to_tensors
 from protocol.tensor_codec import CodecError, decode, encode, largest
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1.5, -2.0])}
@@ -74,16 +74,16 @@ def test_halves(dtype):
 
 def test_the_rank_may_be_unknown_but_is_one():
     sites = {"x": Site(5, 3), "y": Site(4, 4)}
-    adapter = initial(sites, 2, seed=0)
+    adapter = init_adapter(sites, 2, seed=0)
     data = encode(to_tensors(adapter))
-    found = from_tensors(decode(data, shapes(sites, -1)))
+    found = from_tensors(decode(data, adapter_shapes(sites, -1)))
     assert torch.equal(found["x"].a, adapter["x"].a)
     assert found["y"].b.shape == (4, 2)
-    mixed = encode(to_tensors({"x": adapter["x"], "y": initial(sites, 3, seed=0)["y"]}))
+    mixed = encode(to_tensors({"x": adapter["x"], "y": init_adapter(sites, 3, seed=0)["y"]}))
     with pytest.raises(CodecError, match=r"y\.lora_A: shape must be \[2, 4\], is \[3, 4\]"):
-        decode(mixed, shapes(sites, -1))
+        decode(mixed, adapter_shapes(sites, -1))
     with pytest.raises(CodecError, match="shape"):
-        decode(encode(to_tensors(initial(sites, 0, seed=0))), shapes(sites, -1))
+        decode(encode(to_tensors(init_adapter(sites, 0, seed=0))), adapter_shapes(sites, -1))
 
 
 @pytest.mark.parametrize("size", [3, 10**6, HUGE, 0, -1])
@@ -97,11 +97,11 @@ def test_an_unknown_size_is_bounded(size):
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_the_largest_payload_is_a_bound(rank, most):
     sites = {"x": Site(5, 3), "y": Site(4, 4)}
-    data = encode(to_tensors(initial(sites, rank, seed=0)))
+    data = encode(to_tensors(init_adapter(sites, rank, seed=0)))
     if rank <= most:
-        assert len(data) <= largest(shapes(sites, rank)) <= largest(shapes(sites, -1), free=most)
+        assert len(data) <= largest(adapter_shapes(sites, rank)) <= largest(adapter_shapes(sites, -1), free=most)
     numbers = most * (5 + 3 + 4 + 4)
-    assert largest(shapes(sites, -1), free=most) == 8 + 65_536 + 4 * 200 + 4 * numbers
+    assert largest(adapter_shapes(sites, -1), free=most) == 8 + 65_536 + 4 * 200 + 4 * numbers
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import AntherError
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
 from protocol.ticket import Ticket, read
 
@@ -28,8 +28,8 @@ def test_half_a_ticket_is_none(cut):
         read(str(WHOLE)[:-cut])
 
 
-def hello(oldest: int, newest: int) -> Hello:
-    return Hello(
+def hello(oldest: int, newest: int) -> ServerHello:
+    return ServerHello(
         oldest=oldest,
         newest=newest,
         anther="9.9",

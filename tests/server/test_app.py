@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from privacy.accounting import Guarantee
 from server.app import _tell
-from server.report.trackers import numbers
+from server.report.trackers import round_metrics
 from server.rounds.state import Round
-from strategies.round.metrics import TrainFacts, Validation
+from strategies.round.metrics import TrainMetrics, ValidationMetrics
 
-TRAIN = TrainFacts(
+TRAIN = TrainMetrics(
     asked=4,
     replied=2,
     dropped={"refused": 1, "unreachable": 1},
@@ -20,8 +20,8 @@ TRAIN = TrainFacts(
     loss=0.5,
     epsilon=None,
 )
-NOBODY = Validation(base=None, shared=None)
-MEASURED = Validation(base=0.5, shared=0.4, improved=0.2)
+NOBODY = ValidationMetrics(base=None, shared=None)
+MEASURED = ValidationMetrics(base=0.5, shared=0.4, improved=0.2)
 
 
 def test_a_round_is_one_line(caplog):
@@ -40,7 +40,7 @@ def test_a_round_is_one_line(caplog):
 
 
 def test_numbers_of_a_round():
-    found = numbers(Round(number=1, train=TRAIN, validation=MEASURED, wall_seconds=12.34))
+    found = round_metrics(Round(number=1, train=TRAIN, validation=MEASURED, wall_seconds=12.34))
     assert found["improved"] == 0.2
     assert (found["asked"], found["replied"], found["dropped"], found["refused"]) == (4, 2, 2, 1)
     assert found["seconds"] == 12.34

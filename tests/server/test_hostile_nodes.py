@@ -15,19 +15,19 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from models.lora.adapter import initial, to_tensors
+from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Query
 from protocol.tensor_codec import encode
-from server.grid.pauses import FIRST, LONGEST, Pauses
-from server.rounds.collect import Late, collect
-from server.rounds.fedbuff import Buffered
-from server.rounds.sync import Pace
+from server.grid.pauses import FIRST, LONGEST, NodeBackoff
+from server.rounds.collect import StragglerTracker, collect
+from server.rounds.fedbuff import FedBuffRunner
+from server.rounds.sync import RoundLimits
 from strategies.aggregation.fedit import FedIT
 from strategies.clock import WallClock
-from strategies.fedbuff import SHIFTS
+from strategies.fedbuff import REBASES
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, _reply, strategy
-from tests.helpers.superlink import Device, SuperLink
+from tests.helpers.superlink import FakeNode, SuperLinkHarness
 
 LIMIT = 60.0  # seconds
 COST = 0.02  # seconds of a call to the SuperLink
@@ -57,21 +57,21 @@ def passing(monkeypatch, link) -> Time:
 
 
 @pytest.fixture(scope="module")
-def link(tmp_path_factory) -> SuperLink:
-    return SuperLink(tmp_path_factory.mktemp("superlink"))
+def link(tmp_path_factory) -> SuperLinkHarness:
+    return SuperLinkHarness(tmp_path_factory.mktemp("superlink"))
 
 
-def content(device: Device) -> RecordDict:
+def content(device: FakeNode) -> RecordDict:
     return RecordDict({"message": ConfigRecord({"text": f"hello from {device.node}"})})
 
 
-def there(gate, *devices: Device) -> list[str]:
+def there(gate, *devices: FakeNode) -> list[str]:
     """Names of those among them that may be asked."""
     nodes = set(gate.get_node_ids())
     return [device.name for device in devices if device.node in nodes]
 
 
-def asked(*devices: Device) -> list[Message]:
+def asked(*devices: FakeNode) -> list[Message]:
     return [Message(records.request_to_records(Query()), device.node, records.QUERY) for device in devices]
 
 
@@ -105,26 +105,26 @@ def answering(passing, gate, honest, others, *, seconds=LIMIT):
     return found
 
 
-def promises(device: Device) -> None:
+def promises(device: FakeNode) -> None:
     device.push(device.reply(device.pull(), content(device)), objects=0)
 
 
-def sends_half(device: Device) -> None:
+def sends_half(device: FakeNode) -> None:
     device.push(device.reply(device.pull(), content(device)), objects=2)
 
 
-def sends_a_forest(device: Device) -> None:
+def sends_a_forest(device: FakeNode) -> None:
     reply = device.reply(device.pull(), content(device))
     names = [ObjectTree(object_id=f"{number:064x}") for number in range(500)]
     device.push(reply, tree=ObjectTree(object_id=reply.object_id, children=names))
 
 
-def sends_another_tree(device: Device) -> None:
+def sends_another_tree(device: FakeNode) -> None:
     reply = device.reply(device.pull(), content(device))
     device.push(reply, tree=ObjectTree(object_id=reply.object_id))
 
 
-def is_silent(device: Device) -> None:
+def is_silent(device: FakeNode) -> None:
     device.pull()
 
 
@@ -164,7 +164,7 @@ def test_who_is_silent_again_and_again_is_left_out(link, passing):
     assert answering_all(gate, mallory, ada) == {mallory.node: 0, ada.node: 0}
     rounds(2)  # counted anew since it replied
     assert there(gate, mallory, ada) == ["mallory", "ada"]
-    gate._pauses = Pauses(lambda: passing.passed)
+    gate._pauses = NodeBackoff(lambda: passing.passed)
     rounds(1)
     assert there(gate, mallory, ada) == ["ada"]
     passing.passed += 4 * LIMIT - 1
@@ -217,7 +217,7 @@ def test_confirming_too_early_is_that_nodes_failure(link):
 
 def test_a_poisoned_object_id_ends_no_run(tmp_path):
     """Promised with other children, the id of a Query's content can't be sent again: HTTP 500 from the SuperLink."""
-    link = SuperLink(tmp_path)
+    link = SuperLinkHarness(tmp_path)
     mallory, gate = link.device("mallory"), link.grid()
     (name,) = gate.push(asked(mallory), 1.0)
     message = mallory.pull()
@@ -234,7 +234,7 @@ def test_a_poisoned_object_id_ends_no_run(tmp_path):
 
 def test_who_comes_late_is_counted_and_never_pulled(link):
     ada, gate = link.device("ada"), link.grid()
-    late, calls = Late(gate), []
+    late, calls = StragglerTracker(gate), []
     late.add(gate.push(asked(ada), 1.0), round=1)
     assert late.came(round=2) == 0
     ada.push(ada.reply(ada.pull(), content(ada)), objects=0)
@@ -297,28 +297,28 @@ def test_a_question_is_not_waited_for_and_its_answer_comes_later(link, passing):
     for message in asked(ada, slow):
         gate._inquiries._asked[message.metadata.dst_node_id] = gate.push([message], 1.0)[0], passing.monotonic()
     ada.push(ada.reply(ada.pull(), content(ada)))
-    assert outcome(gate.inquire([], timeout=60.0, wait=0.0)) == {ada.node: 0}
-    assert outcome(gate.inquire(asked(slow), timeout=60.0, wait=0.0)) == {}  # it is not asked again
+    assert outcome(gate.query_nodes([], timeout=60.0, wait=0.0)) == {ada.node: 0}
+    assert outcome(gate.query_nodes(asked(slow), timeout=60.0, wait=0.0)) == {}  # it is not asked again
     slow.push(slow.reply(slow.pull(), content(slow)))
-    assert outcome(gate.inquire(asked(slow), timeout=60.0, wait=0.0)) == {slow.node: 0}
+    assert outcome(gate.query_nodes(asked(slow), timeout=60.0, wait=0.0)) == {slow.node: 0}
 
 
 def test_who_never_answers_is_left_out(link):
     ada, gate = link.device("ada"), link.grid()
-    assert outcome(gate.inquire(asked(ada), timeout=0.05, wait=1.0)) == {}
+    assert outcome(gate.query_nodes(asked(ada), timeout=0.05, wait=1.0)) == {}
     assert there(gate, ada) == []
 
 
 def test_pauses_double_and_end():
     time = 0.0
-    pauses = Pauses(lambda: time)
+    pauses = NodeBackoff(lambda: time)
     assert [pauses.add(1) for _ in range(8)] == [FIRST * 2**n for n in range(6)] + [LONGEST] * 2
-    assert pauses.without([1, 2]) == [2]
+    assert pauses.available([1, 2]) == [2]
     time = LONGEST
-    assert pauses.without([1, 2]) == [1, 2]
+    assert pauses.available([1, 2]) == [1, 2]
     pauses.add(1)
     pauses.clear(1)
-    assert pauses.without([1]) == [1]
+    assert pauses.available([1]) == [1]
     assert pauses.add(1) == FIRST
 
 
@@ -356,11 +356,11 @@ def test_an_asynchronous_round_is_over_in_time_too(link, passing):
     gate, federated = link.grid(), strategy(aggregation=FedIT())
     gate.names = lambda: {device.node: device.name for device in (mallory, silent, ada)}
     for device in (mallory, silent, ada):
-        federated._roster.consider(device.node, replace(REPORT, device=device.name), now=0.0)
+        federated._roster.update_report(device.node, replace(REPORT, device=device.name), now=0.0)
     federated.query = lambda _: {n: r for n, r in federated._roster.reports.items() if n in gate.get_node_ids()}
-    pace = Pace(clock=WallClock(), timeout=LIMIT)
-    leg = Buffered(gate, federated, pace, shift=SHIFTS["fedit"], size=3, concurrency=3)
-    pushed, arrays = gate.push, records.adapter_to_record(encode(to_tensors(initial(SITES, PLAN.rank, seed=0))))
+    pace = RoundLimits(clock=WallClock(), timeout=LIMIT)
+    round_runner = FedBuffRunner(gate, federated, pace, shift=REBASES["fedit"], size=3, concurrency=3)
+    pushed, arrays = gate.push, records.adapter_to_record(encode(to_tensors(init_adapter(SITES, PLAN.rank, seed=0))))
 
     def push(messages, left):
         messages = list(messages)
@@ -377,7 +377,7 @@ def test_an_asynchronous_round_is_over_in_time_too(link, passing):
     gate.push = push
     for number in (1, 2):
         passing.passed = 0.0
-        assert leg.train(number, arrays) is not None
+        assert round_runner.train(number, arrays) is not None
         assert passing.passed < LIMIT + 2.0
         assert federated.trained.replied >= 1
 

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from common.errors import AntherError
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon, with_strict
 from privacy.ledger.entries import MEASURE
-from privacy.storage import Files
-from server.ledger import JOURNAL, Ledger, spending
-from strategies.central_dp import Budget, Charge, Exhausted
+from privacy.storage import FileStorage
+from server.ledger import JOURNAL, ServerLedger, spent_guarantee
+from strategies.central_dp import BudgetExhausted, Charge, DeviceBudget
 
 ROUND = PoissonGaussian(noise_multiplier=4.0, sampling_rate=1.0, steps=1)
 SECRET = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.1, steps=1)
 MEASURED = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=3)
-BUDGET = Budget(epsilon=8.0, delta=1e-3, participations=5)
+BUDGET = DeviceBudget(epsilon=8.0, delta=1e-3, participations=5)
 
 
 def charge(round=1, asked=("a", "b"), mechanism=ROUND, **changes):
@@ -44,7 +44,7 @@ def of(count, mechanism=ROUND):
 
 @pytest.fixture
 def ledger(tmp_path):
-    return Ledger(Files(tmp_path))
+    return ServerLedger(FileStorage(tmp_path))
 
 
 def test_what_is_written_is_what_is_charged(ledger, tmp_path):
@@ -84,7 +84,7 @@ def test_beside_a_secret_sample_stands_what_it_comes_to_for_who_sees_it(ledger):
     assert found.seen > found.value
     assert str(found).endswith(f"; ε={found.seen:.3g} if the network sees who was asked)")
     assert ledger.reserve(charge(9, ("a",)), BUDGET).seen is not None  # what was sampled before stays so
-    assert spending([charge()], BUDGET).seen is None
+    assert spent_guarantee([charge()], BUDGET).seen is None
 
 
 def test_the_same_round_again_is_one_more(ledger):
@@ -106,7 +106,7 @@ def test_a_round_over_the_budget_is_not_written(ledger, tmp_path):
     for number in (1, 2):
         ledger.reserve(charge(number), budget)
     before = (tmp_path / JOURNAL).read_bytes()
-    with pytest.raises(Exhausted, match=r"round 3 would bring a device to ε=.* per device .* may spend ε="):
+    with pytest.raises(BudgetExhausted, match=r"round 3 would bring a device to ε=.* per device .* may spend ε="):
         ledger.reserve(charge(3), budget)
     assert (tmp_path / JOURNAL).read_bytes() == before
     assert ledger.reserve(charge(3, ("c",)), budget) == of(2)  # who wasn't asked yet has all of it left
@@ -132,24 +132,24 @@ def test_spending_is_that_of_the_worst_device_by_a_loop(asked, measured):
     charges += [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(measured)]
     most = max((sum(name in names for names in asked) for name in "abcd"), default=0)
     expected = promised(MEASURED, *[ROUND] * most)
-    assert spending(charges, replace(BUDGET, beside=(MEASURED,))) == expected
+    assert spent_guarantee(charges, replace(BUDGET, beside=(MEASURED,))) == expected
 
 
 def test_measuring_more_than_planned_is_paid_for():
     again = [charge(number, None, replace(MEASURED, steps=1), purpose=MEASURE) for number in range(5)]
-    found = spending(again, replace(BUDGET, beside=(MEASURED,)))
+    found = spent_guarantee(again, replace(BUDGET, beside=(MEASURED,)))
     assert found == promised(replace(MEASURED, steps=5))
 
 
 def test_two_mechanisms_compose_over_the_device_that_had_both():
     other = replace(ROUND, noise_multiplier=3.0)
     charges = [charge(1, ("a",)), charge(2, ("b",), other), charge(3, ("a",), other)]
-    assert spending(charges, BUDGET) == promised(ROUND, other)
+    assert spent_guarantee(charges, BUDGET) == promised(ROUND, other)
 
 
 def test_nothing_asked_costs_nothing():
-    assert spending([], BUDGET).value == 0
-    assert spending([charge(asked=())], BUDGET).value == 0
+    assert spent_guarantee([], BUDGET).value == 0
+    assert spent_guarantee([charge(asked=())], BUDGET).value == 0
 
 
 def test_an_anchor_holds_as_the_ledger_grows(ledger):
@@ -191,7 +191,7 @@ def test_a_ledger_that_is_not_as_it_was_is_refused(ledger, tmp_path, how):
 
 
 def test_another_runs_ledger_is_told_apart(tmp_path):
-    one, two = Ledger(Files(tmp_path / "one")), Ledger(Files(tmp_path / "two"))
+    one, two = ServerLedger(FileStorage(tmp_path / "one")), ServerLedger(FileStorage(tmp_path / "two"))
     one.reserve(charge(), BUDGET)
     two.reserve(charge(asked=("c",)), BUDGET)
     with pytest.raises(AntherError, match="is not the one that the checkpoint names"):

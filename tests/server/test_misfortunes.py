@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load, save
 
 from conf.compose import compose
-from models.lora.adapter import initial, rank
-from models.lora.lora_xs import empty
+from models.lora.adapter import init_adapter, rank
+from models.lora.lora_xs import zero_adapter
 from protocol.messages import Update
 from server.rounds.loop import run_rounds
-from server.rounds.state import State
+from server.rounds.state import RunState
 from simulations.grid.cohort import CohortGrid
 from strategies.build import build
 from strategies.planning.full_plan import training_plan
@@ -72,18 +72,20 @@ def spoilt(wrong: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
     return lambda reply: wrong(reply) if isinstance(reply, Update) and reply.round in in_rounds else reply
 
 
-def made(name: str, folder: Path, more: str = "") -> tuple[Federated, State]:
+def made(name: str, folder: Path, more: str = "") -> tuple[Federated, RunState]:
     frame = f"adapter.frame={frame_file(folder)}" if name == "fedsb" else ""
     config = composed(
         f"strategy={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {frame} {more}"
     )
     plan = training_plan(config, run="run", base="base")
     federated = build(config, plan, SITES, accept_simulated=True)
-    begun = empty(federated.frame) if federated.frame else initial(SITES, 3, seed=0)
-    return federated, State.start(run="run", private=False, adapter=begun)
+    begun = zero_adapter(federated.frame) if federated.frame else init_adapter(SITES, 3, seed=0)
+    return federated, RunState.start(run="run", private=False, adapter=begun)
 
 
-def run(federated: Federated, state: State, devices: list[FakeDevice], folder: Path, on_round: Any = None) -> State:
+def run(
+    federated: Federated, state: RunState, devices: list[FakeDevice], folder: Path, on_round: Any = None
+) -> RunState:
     return run_rounds(
         grid=CohortGrid(devices, perform),  # type: ignore[arg-type]
         strategy=federated,

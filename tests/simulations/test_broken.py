@@ -13,12 +13,12 @@ from torch import Tensor
 from models.base.base import load
 from privacy.accounting import PoissonGaussian
 from privacy.audit.goodness_of_fit import Check
-from privacy.clipping import BoundedSums
-from privacy.noise import NoiseSource, Secure, Simulated
-from privacy.sensitivity import Bounded, Sensitivity
+from privacy.clipping import BoundedGradientSums
+from privacy.noise import NoiseSource, SecureNoise, SimulatedNoise
+from privacy.sensitivity import BoundedVectorSum, Sensitivity
 from simulations.audit import batch_independence, canary_clients, known_inputs
-from simulations.audit.canaries import Silent, toss
-from simulations.audit.canary_clients import Cohort
+from simulations.audit.canaries import ZeroNoise, draw_included
+from simulations.audit.canary_clients import CanaryCohort
 from simulations.audit.known_inputs import Situation, observe
 from tests.helpers import broken_mechanisms
 from training import batches
@@ -43,7 +43,7 @@ Break = Callable[[NoiseSource], NoiseSource]
 
 
 def simulated(device: str, number: int) -> NoiseSource:
-    return Simulated(seed=0, client=device, round=number, purpose="shared")
+    return SimulatedNoise(seed=0, client=device, round=number, purpose="shared")
 
 
 def failed(checks: Sequence[Check]) -> set[str]:
@@ -60,7 +60,7 @@ SOURCES: Mapping[str, tuple[Situation, Break, str]] = {
     "noise × 0.5": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.5), "noise: variance"),
     "noise × 0.35": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.35), "noise: variance"),
     "noise 3 % low": (PLAIN, lambda source: broken_mechanisms.Scaled(source, 0.97), "noise: variance"),
-    "no noise": (PLAIN, Silent, "noise: variance"),
+    "no noise": (PLAIN, ZeroNoise, "noise: variance"),
     "second half a copy of the first": (PLAIN, broken_mechanisms.CopiedHalf, "noise: autocorrelation"),
     "repeated every 65,536 numbers": (
         LONG,
@@ -98,46 +98,46 @@ def test_noise_without_the_device_or_the_round_in_its_seed_fails(key: str) -> No
 
 def test_noise_that_was_rounded_to_float32_before_it_was_scaled_fails() -> None:
     """The lattice of Mironov: any release tells which sums are impossible. Of small σ it is finer than the grid."""
-    rounded = broken_mechanisms.InFloat16(Secure(), torch.float32)
-    assert {"last digits", "equal numbers"} & failed(known_inputs.of_source(rounded, 2**12)[1])
-    assert failed(known_inputs.of_source(Secure(), 2**12)[1]) == set()
+    rounded = broken_mechanisms.InFloat16(SecureNoise(), torch.float32)
+    assert {"last digits", "equal numbers"} & failed(known_inputs.observe_source(rounded, 2**12)[1])
+    assert failed(known_inputs.observe_source(SecureNoise(), 2**12)[1]) == set()
 
 
 def test_noise_that_is_left_out_for_empty_batches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = BoundedSums.take
+    take = BoundedGradientSums.take
 
-    def skipping(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def skipping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         drawn = {client: noise * bool(self._values[client].any()) for client, noise in noises.items()}
         return take(self, clients, drawn)
 
-    monkeypatch.setattr(BoundedSums, "take", skipping)
+    monkeypatch.setattr(BoundedGradientSums, "take", skipping)
     assert "noise: variance" in of(FEW)
 
 
 def test_sums_that_are_kept_for_the_next_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = BoundedSums.take
+    take = BoundedGradientSums.take
 
-    def keeping(self: BoundedSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def keeping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         before = self._values[list(clients)].clone()
         found = take(self, clients, noises)
         self._values[list(clients)] = before
         return found
 
-    monkeypatch.setattr(BoundedSums, "take", keeping)
+    monkeypatch.setattr(BoundedGradientSums, "take", keeping)
     assert "noise: along pictures that joined" in of(STEPS)
     assert of(PLAIN) == set()  # with one step there is nothing to see
 
 
 def test_noise_of_a_smaller_sigma_than_the_plans_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    stddev = BoundedSums.stddev
-    monkeypatch.setattr(BoundedSums, "stddev", lambda self, client: 0.97 * stddev(self, client))
+    stddev = BoundedGradientSums.stddev
+    monkeypatch.setattr(BoundedGradientSums, "stddev", lambda self, client: 0.97 * stddev(self, client))
     assert "noise: variance" in of(PLAIN)
 
 
 def test_a_loop_that_takes_other_pictures_than_were_drawn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorded batches are Poisson batches: what is left of the releases tells that others were used."""
 
-    def everybody(self: batches.Batches) -> batches.Batch:
+    def everybody(self: batches.BatchSampler) -> batches.StepBatch:
         noise = self._job.noise
         assert noise is not None
         noise.poisson_batch(self._job.pictures, 0.3)
@@ -148,22 +148,22 @@ def test_a_loop_that_takes_other_pictures_than_were_drawn_fails(monkeypatch: pyt
         finally:
             self._job = kept
 
-    poisson = batches.Batches._poisson
-    monkeypatch.setattr(batches.Batches, "_poisson", everybody)
+    poisson = batches.BatchSampler._poisson
+    monkeypatch.setattr(batches.BatchSampler, "_poisson", everybody)
     assert "noise: along pictures that did not" in of(PLAIN)
 
 
 # At the level of devices.
 
 CLAIM = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=10)
-COHORT = Cohort(claim=CLAIM, included=toss(100, 0), side=110)
+COHORT = CanaryCohort(claim=CLAIM, included=draw_included(100, 0), side=110)
 
 
-def rounds(breaks: Break = lambda source: source, cohort: Cohort = COHORT) -> set[str]:
+def rounds(breaks: Break = lambda source: source, cohort: CanaryCohort = COHORT) -> set[str]:
     def source(number: int) -> NoiseSource:
-        return breaks(Simulated(seed=0, client="server", round=number, purpose="aggregate"))
+        return breaks(SimulatedNoise(seed=0, client="server", round=number, purpose="aggregate"))
 
-    return failed(canary_clients.checks(canary_clients.play(cohort, source)))
+    return failed(canary_clients.checks(canary_clients.run_rounds(cohort, source)))
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.5, 0.35, 0.97])
@@ -178,7 +178,7 @@ def test_copied_noise_on_a_round_fails() -> None:
 def test_a_round_that_nobody_answered_is_noised() -> None:
     nobody = replace(COHORT, included=np.zeros(100, bool))
     assert rounds(cohort=nobody) == set()
-    assert "noise: variance" in rounds(Silent, nobody)
+    assert "noise: variance" in rounds(ZeroNoise, nobody)
 
 
 def test_a_sum_that_is_noised_less_than_its_sensitivity_asks_for_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,14 +188,14 @@ def test_a_sum_that_is_noised_less_than_its_sensitivity_asks_for_fails(monkeypat
 
 
 def test_a_count_without_noise_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    noised = Bounded.noised
+    noised = BoundedVectorSum.noised
 
-    def quiet(self: Bounded, noise_multiplier: float, noise: NoiseSource) -> Tensor:
-        return noised(self, noise_multiplier, noise if len(self.steps) > 1 else Silent(noise))
+    def quiet(self: BoundedVectorSum, noise_multiplier: float, noise: NoiseSource) -> Tensor:
+        return noised(self, noise_multiplier, noise if len(self.steps) > 1 else ZeroNoise(noise))
 
     adaptive = replace(COHORT, adaptive=True, claim=replace(CLAIM, steps=20), side=40)
     assert rounds(cohort=adaptive) == set()
-    monkeypatch.setattr(Bounded, "noised", quiet)
+    monkeypatch.setattr(BoundedVectorSum, "noised", quiet)
     assert "count: variance" in rounds(cohort=adaptive)
 
 
@@ -228,7 +228,7 @@ def test_honest_runs_pass_again_and_again() -> None:
     p_values = []
     for seed in range(200):
         for situation in small:
-            seen = observe(situation, lambda *_: Secure(), seed, memory=MEMORY)
+            seen = observe(situation, lambda *_: SecureNoise(), seed, memory=MEMORY)
             p_values += [check.p_value for check in known_inputs.checks(seen)]
     assert len(p_values) >= 200 * 45
     assert min(p_values) > 1e-6

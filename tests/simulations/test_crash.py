@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from privacy.ledger.ledger import RESERVED, SEALED, SENT, Entry, Ledger
+from privacy.ledger.ledger import RESERVED, SEALED, SENT, DeviceLedger, LedgerEntry
 from protocol import records
 from protocol.messages import Update
 from simulations.fleet.storage import FILE, Database
@@ -84,18 +84,18 @@ def read(file: Path) -> list[list[str]]:
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def ledgers(folder: Path) -> dict[tuple[str, int], Entry]:
+def ledgers(folder: Path) -> dict[tuple[str, int], LedgerEntry]:
     database = Database(folder / FILE)
     entries = {(name, entry.reservation.round): entry for name in NAMES for entry in _entries(database, name)}
     database.close()
     return entries
 
 
-def _entries(database: Database, name: str) -> tuple[Entry, ...]:
-    return Ledger(database.device(name)).entries()
+def _entries(database: Database, name: str) -> tuple[LedgerEntry, ...]:
+    return DeviceLedger(database.device(name)).entries()
 
 
-def check(folder: Path) -> dict[tuple[str, int], Entry]:
+def check(folder: Path) -> dict[tuple[str, int], LedgerEntry]:
     """What must hold after any crash; the ledgers' entries."""
     entries = ledgers(folder)
     for name, number in read(folder / "performed"):

@@ -12,9 +12,9 @@ from PIL import Image
 
 from client.app import app
 from client.device import from_config
-from models.lora.adapter import initial, to_tensors
+from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
-from protocol.messages import Evaluate, ExamplePrivacy, Personalise, Query, Train, TrainingPlan
+from protocol.messages import Evaluate, ExamplePrivacy, Personalize, Query, Train, TrainingPlan
 from protocol.tensor_codec import encode
 from simulations.grid.cohort import CohortGrid
 from training.engine import perform
@@ -41,13 +41,13 @@ def pictures(tmp_path_factory):
 
 
 def requests(base):
-    adapter, sites = encode(to_tensors(initial(base.sites, 4, seed=0))), tuple(base.sites)
+    adapter, sites = encode(to_tensors(init_adapter(base.sites, 4, seed=0))), tuple(base.sites)
     plan = TrainingPlan(run="r", round=1, base=base.hash, rank=2, steps=2, batch_size=2, learning_rate=1e-2)
     return [
         Query(adapted=sites),
         Train(plan=plan, adapter=adapter, adapted=sites),
         Evaluate(run="r", round=1, adapter=adapter, adapted=sites, timesteps=2),
-        Personalise(
+        Personalize(
             run="r",
             round=2,
             adapter=adapter,

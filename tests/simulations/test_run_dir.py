@@ -12,7 +12,7 @@ from PIL import Image
 from common.errors import AntherError
 from conf.compose import compose
 from models.base.base import Base
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from simulations import run_dir
 from simulations.fleet.participants import identity, participants
 from tests.simulations.test_run import own_pictures
@@ -36,7 +36,7 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Calla
 
     def now() -> str:
         config = compose(f"data.writers=1 'data.pictures=[{mine}]'")
-        found = identity(participants(config, base, lambda name: Files(tmp_path / name)))
+        found = identity(participants(config, base, lambda name: FileStorage(tmp_path / name)))
         assert found is not None
         return found
 
@@ -50,7 +50,7 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Calla
 
 
 def test_letters_alone_have_no_pictures_of_ones_own(base: Base, tmp_path: Path) -> None:
-    assert identity(participants(compose("data.writers=2"), base, lambda name: Files(tmp_path / name))) is None
+    assert identity(participants(compose("data.writers=2"), base, lambda name: FileStorage(tmp_path / name))) is None
 
 
 def test_runs_of_before_are_resumed_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

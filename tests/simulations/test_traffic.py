@@ -10,12 +10,12 @@ import torch
 
 from conf.compose import compose
 from models.base.base import Base
-from models.lora.adapter import Adapter, initial
-from privacy.storage import Files
-from server.ledger import Ledger
+from models.lora.adapter import Adapter, init_adapter
+from privacy.storage import FileStorage
+from server.ledger import ServerLedger
 from server.rounds import checkpoint
 from server.rounds.loop import run_rounds
-from server.rounds.state import State
+from server.rounds.state import RunState
 from simulations.fleet.participants import participants
 from simulations.grid.cohort import CohortGrid
 from strategies.build import build
@@ -32,16 +32,16 @@ PROMISES = {"open": "privacy=none", "example": "privacy=example", "device": "pri
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def federated(base: Base, folder: Path, overrides: str, *, saved: State | None = None, rounds: int = 3) -> State:
+def federated(base: Base, folder: Path, overrides: str, *, saved: RunState | None = None, rounds: int = 3) -> RunState:
     config = compose(f"{TINY} {overrides}")
     plan = training_plan(config, run="run", base=base.hash)
-    ledger = Ledger(Files(folder / "server")) if config.privacy.of_devices else None
+    ledger = ServerLedger(FileStorage(folder / "server")) if config.privacy.of_devices else None
     strategy = build(config, plan, base.sites, accept_simulated=True, ledger=ledger)
-    people = participants(config, base, lambda name: Files(folder / name))
+    people = participants(config, base, lambda name: FileStorage(folder / name))
     grid = CohortGrid(
         [person.device for person in people], partial(perform, base, memory=2**28, timesteps=1), together=True
     )
-    state = saved or State.start(run="run", private=strategy.private, adapter=initial(base.sites, 4, seed=0))
+    state = saved or RunState.start(run="run", private=strategy.private, adapter=init_adapter(base.sites, 4, seed=0))
     return run_rounds(
         grid=grid,
         strategy=strategy,
@@ -56,7 +56,7 @@ def flat(adapter: Adapter) -> torch.Tensor:
     return torch.cat([part.flatten() for pair in adapter.values() for part in pair])
 
 
-def sent(state: State) -> int:
+def sent(state: RunState) -> int:
     """Bytes of all updates; every one was let in."""
     trained = [done.train for done in state.history if done.train]
     assert all(facts.dropped == {} for facts in trained)
@@ -68,7 +68,7 @@ def sent(state: State) -> int:
 def test_a_run_comes_to_the_same_in_fewer_bytes(base: Base, tmp_path: Path, promise: str, strategy: str) -> None:
     if (strategy, promise) == ("exact", "device"):
         pytest.skip("not linear in the updates")
-    start = flat(initial(base.sites, 4, seed=0))
+    start = flat(init_adapter(base.sites, 4, seed=0))
     chosen = f"strategy={strategy} {PROMISES[promise]} strategy.update="
     whole = federated(base, tmp_path / "fp32", f"{chosen}fp32")
     for precision, least, apart in (("fp16", 1.9, 0.01), ("int8", 3.5, 0.05), ("int4", 6.5, 0.5)):
@@ -89,14 +89,14 @@ def test_a_share_of_the_blocks_takes_a_share_of_the_bytes(base: Base, tmp_path: 
 def test_downloads_in_few_bits_can_be_resumed(base: Base, tmp_path: Path) -> None:
     chosen = "strategy=fedit strategy.download=int8"
     found = federated(base, tmp_path / "few", chosen, rounds=2)
-    numbers = flat(initial(base.sites, 4, seed=0)).numel()
+    numbers = flat(init_adapter(base.sites, 4, seed=0)).numel()
     assert 0.7 < received(found) / (2 * 2 * numbers) < 1.04  # at first B is 0
     before = federated(base, tmp_path / "parts", chosen, rounds=1)
     parts = federated(base, tmp_path / "parts", chosen, saved=before, rounds=2)
     assert torch.equal(flat(parts.adapter), flat(found.adapter))
 
 
-def received(state: State) -> int:
+def received(state: RunState) -> int:
     """Bytes of all adapters that were sent to be trained."""
     return sum(done.train.bytes_down for done in state.history if done.train)
 

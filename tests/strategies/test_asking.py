@@ -14,30 +14,30 @@ from flwr.app import ConfigRecord
 
 from common.errors import AntherError
 from conf.compose import compose
-from models.lora.adapter import initial, to_tensors
+from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Update
 from protocol.tensor_codec import encode
 from server.rounds import checkpoint
 from server.rounds.loop import run_rounds
-from server.rounds.state import State
+from server.rounds.state import RunState
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.ffa import FFA
 from strategies.build import build
-from strategies.central_dp import Exhausted
-from strategies.planning.plan import Limits
-from strategies.planning.site_selection import Fitting
-from strategies.round.connected_devices import Roster
+from strategies.central_dp import BudgetExhausted
+from strategies.planning.plan import PlanLimits
+from strategies.planning.site_selection import SiteSelector
+from strategies.round.connected_devices import ConnectedDevices
 from strategies.selection import Selection
 from strategies.selection.deadline import Deadline
-from strategies.selection.eligible import Eligible
+from strategies.selection.eligible import Eligibility
 from strategies.selection.energy import Energy
-from strategies.selection.energy_delay import Thrifty
+from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.strategy import Federated
-from tests.helpers.central import BUDGET, device_level, poisson, private
+from tests.helpers.central import BUDGET, central_dp, poisson, private
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
 from tests.strategies.planning.test_knapsack import table
 
@@ -69,7 +69,7 @@ def device(name: str, **told: Any) -> FakeDevice:
 def train(federated: Federated, devices: Iterable[FakeDevice], round: int = 1) -> list[str]:
     """Names of those that a round asked."""
     grid = CohortGrid(list(devices), perform)
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     messages = list(federated.configure_train(round, start, ConfigRecord(), grid))
     federated.aggregate_train(round, grid.send_and_receive(messages))
     reports = federated.query(grid)
@@ -78,7 +78,7 @@ def train(federated: Federated, devices: Iterable[FakeDevice], round: int = 1) -
 
 def test_only_those_who_are_eligible_are_drawn_from() -> None:
     devices = [device(name, busy=name in "ace") for name in "abcdef"]
-    federated = strategy(selection=Sample(size=2, seed=0), eligible=Eligible(idle=True))
+    federated = strategy(selection=Sample(size=2, seed=0), eligible=Eligibility(idle=True))
     asked = [train(federated, devices, number) for number in range(1, 9)]
     assert all(len(names) == 2 for names in asked)
     assert {name for names in asked for name in names} == set("bdf")
@@ -86,7 +86,7 @@ def test_only_those_who_are_eligible_are_drawn_from() -> None:
 
 def test_nobody_eligible_keeps_the_adapter(tmp_path: Path) -> None:
     grid = CohortGrid([device("a", hot=True), device("b", battery=0.2)], perform)
-    federated = strategy(eligible=Eligible(cool=True, battery=0.4))
+    federated = strategy(eligible=Eligibility(cool=True, battery=0.4))
     state = run_rounds(
         grid=grid, strategy=federated, state=fresh_state(), rounds=2, checkpoints=tmp_path, on_round=lambda _: None
     )
@@ -102,7 +102,7 @@ def test_with_privacy_per_device_nobody_stands_in_for_those_who_are_not(tmp_path
         level = {"budget": replace(BUDGET, participations=None), "sampling_rate": 0.5}
         chosen = {"selection": poisson(0.5), "level": level}
     drawn, asked = (
-        private(tmp_path / name, eligible=Eligible(idle=True), **chosen) for name in ("everybody idle", "two busy")
+        private(tmp_path / name, eligible=Eligibility(idle=True), **chosen) for name in ("everybody idle", "two busy")
     )
     left_out = 0
     for number in (1, 2, 3):
@@ -126,7 +126,7 @@ LATER: dict[str, Callable[[], Selection]] = {
     "round robin": lambda: RoundRobin(size=2),
     "oort": lambda: Oort(size=2, seed=3, settings=FAST),
     "sample": lambda: Sample(size=2, seed=0),
-    "thrifty": lambda: Thrifty(size=2, more=2.0, seed=0),
+    "thrifty": lambda: EnergyDelay(size=2, more=2.0, seed=0),
     "deadline": lambda: Deadline(size=2, seconds=1.0, more=2.0, seed=0),
 }
 
@@ -139,27 +139,27 @@ def test_with_privacy_per_device_one_that_cannot_be_asked_moves_nobody_elses_tur
     """Neither now nor in later rounds: it has had its turn and has paid for it, up to its cap."""
     schedules: list[list[list[str]]] = []
     for name, told in (("able", {}), ("unable", UNABLE[unable])):
-        federated = private(tmp_path / name, selection=LATER[chosen](), eligible=Eligible(idle=True))
+        federated = private(tmp_path / name, selection=LATER[chosen](), eligible=Eligibility(idle=True))
         devices = [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "acde"]
         fleet = [*devices, device("b", **told)]
         schedules.append([])
-        with suppress(Exhausted):
+        with suppress(BudgetExhausted):
             for number in range(1, 9):
                 schedules[-1].append(train(federated, fleet, number))
-        assert federated.device_level is not None
-        paid = federated.device_level.ledger.participations()
+        assert federated.central_dp is not None
+        paid = federated.central_dp.ledger.participations()
         assert paid == {name: facts.asked for name, facts in federated._history.devices.items()}
         assert max(paid.values()) == BUDGET.participations
-    able, others = schedules
-    assert others == [[name for name in names if name != "b"] for names in able]
-    assert able != others
+    eligible_nodes, others = schedules
+    assert others == [[name for name in names if name != "b"] for names in eligible_nodes]
+    assert eligible_nodes != others
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"selection": Energy(size=2, seed=0, weight=0.5, settings=SETTINGS)},
-        {"limits": Limits(battery_share=0.5)},
+        {"limits": PlanLimits(battery_share=0.5)},
     ],
 )
 def test_what_belongs_to_a_device_decides_nothing_where_it_is_the_unit(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -170,12 +170,12 @@ def test_what_belongs_to_a_device_decides_nothing_where_it_is_the_unit(tmp_path:
 def test_a_metered_link_decides_nothing_where_it_is_the_unit(tmp_path: Path) -> None:
     """A lower rank goes up sooner, and would have been drawn instead of another."""
     with pytest.raises(ValueError, match="part of what is private"):
-        private(tmp_path, aggregation=FFA(), limits=Limits(metered_rank=1))
+        private(tmp_path, aggregation=FFA(), limits=PlanLimits(metered_rank=1))
     with pytest.raises(ValueError, match="part of what is private"):
-        private(tmp_path, aggregation=FFA(), limits=Limits(metered_update="int4"))
+        private(tmp_path, aggregation=FFA(), limits=PlanLimits(metered_update="int4"))
     for level, most in (("device", None), ("none", 4)):
         config = compose(f"strategy=ffa privacy={level} adapter.shared.rank=3")
-        ledger = device_level(tmp_path).ledger
+        ledger = central_dp(tmp_path).ledger
         assert build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)._limits.metered_rank == most
     config = compose("strategy=ffa privacy=device adapter.shared.rank=3 strategy.metered_update=int4")
     with pytest.raises(AntherError, match=r"strategy\.metered_update=int4: what link a device is on belongs to it"):
@@ -184,7 +184,7 @@ def test_a_metered_link_decides_nothing_where_it_is_the_unit(tmp_path: Path) -> 
 
 def test_old_reports_are_asked_for_again_where_they_matter() -> None:
     clock, devices = Clock(), [device("a"), device("b")]
-    federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
+    federated = strategy(eligible=Eligibility(idle=True), clock=clock, report_age=60.0)
     assert train(federated, devices, 1) == ["a", "b"]
     clock.time, devices[0].report = 59.0, replace(devices[0].report, busy=True)
     assert train(federated, devices, 2) == ["a", "b"]  # nobody knows yet
@@ -201,12 +201,12 @@ def test_old_reports_are_asked_for_again_where_they_matter() -> None:
 
 def test_who_is_at_work_is_not_asked_how_it_is() -> None:
     clock, devices = Clock(), [device("a"), device("b")]
-    federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
+    federated = strategy(eligible=Eligibility(idle=True), clock=clock, report_age=60.0)
     train(federated, devices, 1)
-    clock.time, federated.away = 100.0, {1}
+    clock.time, federated.busy_nodes = 100.0, {1}
     assert train(federated, devices, 2) == ["b"]
     assert [one.heard.count("Query") for one in devices] == [1, 2]
-    federated.away = set()
+    federated.busy_nodes = set()
     train(federated, devices, 3)
     assert [one.heard.count("Query") for one in devices] == [2, 2]
 
@@ -221,7 +221,7 @@ def test_who_does_not_answer_anew_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("simulations.grid.cohort.handle", sleepy)
     clock, devices = Clock(), [FakeDevice("a"), FakeDevice("b")]
-    federated = strategy(eligible=Eligible(idle=True), clock=clock, report_age=60.0)
+    federated = strategy(eligible=Eligibility(idle=True), clock=clock, report_age=60.0)
     for sleeping, asked in ((set(), ["a", "b"]), ({"a"}, ["b"]), (set(), ["a", "b"])):
         asleep.clear()
         asleep.update(sleeping)
@@ -244,11 +244,11 @@ def test_with_privacy_per_device_one_that_is_silent_moves_nobody_elses_turn(
     schedules: list[list[list[str]]] = []
     for name, sleeping in (("awake", set()), ("asleep", {"b"})):
         clock, fleet = Clock(), [device(name, examples_per_second=1.0 + ord(name) % 5) for name in "abcde"]
-        settings: dict[str, Any] = {"eligible": Eligible(idle=True), "clock": clock, "report_age": 60.0}
+        settings: dict[str, Any] = {"eligible": Eligibility(idle=True), "clock": clock, "report_age": 60.0}
         federated = private(tmp_path / name, selection=LATER[chosen](), **settings)
         asleep.clear()
         schedules.append([])
-        with suppress(Exhausted):
+        with suppress(BudgetExhausted):
             for number in range(1, 9):
                 schedules[-1].append(train(federated, fleet, number))
                 asleep |= sleeping
@@ -261,22 +261,22 @@ def test_with_privacy_per_device_one_that_is_silent_moves_nobody_elses_turn(
 
 def test_a_name_stays_with_the_node_that_came_with_it(caplog: pytest.LogCaptureFixture) -> None:
     """Also while that is silent; once it has left, whoever has the name is taken for it."""
-    roster = Roster(REPORT.base)
+    roster = ConnectedDevices(REPORT.base)
     one, other = (replace(REPORT, device=name) for name in "ab")
-    roster.consider(1, one, now=0.0)
-    roster.consider(2, other, now=0.0)
-    roster.forget(before=1.0)
-    assert roster.unknown({1, 2, 3}) == [1, 2, 3]
-    roster.consider(3, one, now=2.0)
-    roster.consider(2, one, now=2.0)
-    roster.consider(1, replace(REPORT, device="c"), now=2.0)
+    roster.update_report(1, one, now=0.0)
+    roster.update_report(2, other, now=0.0)
+    roster.mark_stale(before=1.0)
+    assert roster.nodes_to_query({1, 2, 3}) == [1, 2, 3]
+    roster.update_report(3, one, now=2.0)
+    roster.update_report(2, one, now=2.0)
+    roster.update_report(1, replace(REPORT, device="c"), now=2.0)
     assert caplog.text.count("which calls itself 'a', is not asked: its name is taken") == 2
     assert "which calls itself 'c', is not asked: it was 'a' before" in caplog.text
     assert (roster.reports, roster.stale) == ({1: one, 2: other}, {1, 2})
-    roster.consider(2, other, now=2.0)
-    assert (roster.unknown({1, 2, 3}), roster.stale) == ([1], {1})
-    assert roster.unknown({2, 3}) == [3]
-    roster.consider(3, one, now=3.0)
+    roster.update_report(2, other, now=2.0)
+    assert (roster.nodes_to_query({1, 2, 3}), roster.stale) == ([1], {1})
+    assert roster.nodes_to_query({2, 3}) == [3]
+    roster.update_report(3, one, now=3.0)
     assert roster.reports == {2: other, 3: one}
     assert not roster.stale
 
@@ -291,7 +291,7 @@ class Enrolled(CohortGrid):
     def names(self) -> dict[int, str]:
         return self.registered
 
-    def inquire(self, messages: Any, *, timeout: float, wait: float) -> Any:
+    def query_nodes(self, messages: Any, *, timeout: float, wait: float) -> Any:
         assert 0 < wait < timeout
         return self.send_and_receive(messages)
 
@@ -306,26 +306,26 @@ def test_a_name_belongs_to_the_key_that_was_enrolled_under_it(caplog: pytest.Log
     assert "calls itself 'ada', is not asked: its key was registered as 'mallory'" in caplog.text
     assert "calls itself 'sybil-1', is not asked: its key was registered as 'zoe'" in caplog.text
     assert list(federated.query(grid)) == [1]  # the others aren't asked again and again
-    federated._roster.unknown({1}, now=0.0)  # they left, and are back, under their own names
+    federated._roster.nodes_to_query({1}, now=0.0)  # they left, and are back, under their own names
     for device in devices:
         device.report = replace(REPORT, device=device.name)
     assert [report.device for report in federated.query(grid).values()] == ["ada", "mallory", "zoe"]
 
 
 def test_who_was_refused_is_asked_again_after_a_while() -> None:
-    roster = Roster(REPORT.base)
-    roster.unknown({1}, now=0.0)
-    roster.consider(1, replace(REPORT, device="x"), now=0.0, registered="a")
-    assert roster.unknown({1}, now=599.0) == []
-    assert roster.unknown({1}, now=601.0) == [1]
+    roster = ConnectedDevices(REPORT.base)
+    roster.nodes_to_query({1}, now=0.0)
+    roster.update_report(1, replace(REPORT, device="x"), now=0.0, registered="a")
+    assert roster.nodes_to_query({1}, now=599.0) == []
+    assert roster.nodes_to_query({1}, now=601.0) == [1]
 
 
 @pytest.mark.parametrize(
     "lie", [{"watts": 1e6}, {"examples_per_second": 1e-5}, {"memory_gib": float("nan")}, {"memory_gib": -1.0}]
 )
 def test_a_report_that_no_device_can_have_is_refused(lie: dict[str, float]) -> None:
-    roster = Roster(REPORT.base)
-    roster.consider(1, replace(REPORT, device="a", **lie), now=0.0)
+    roster = ConnectedDevices(REPORT.base)
+    roster.update_report(1, replace(REPORT, device="a", **lie), now=0.0)
     assert roster.reports == {}
 
 
@@ -337,7 +337,7 @@ def test_a_liar_s_events_are_its_own() -> None:
 
     mallory = FakeDevice("mallory", misbehave=lies)
     grid, federated, echoes = Enrolled([FakeDevice("ada"), mallory]), strategy(), {}
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     for number in (1, 2):
         asked = list(federated.configure_train(number, start, ConfigRecord(), grid))
         for message in asked:
@@ -363,7 +363,7 @@ def test_a_server_remembers_whom_it_asked_and_what_they_told() -> None:
     assert known["b"].steps == 0
 
 
-def resumed(folder: Path, state: State, rounds: int) -> State:
+def resumed(folder: Path, state: RunState, rounds: int) -> RunState:
     federated = strategy(selection=Oort(size=2, seed=3, settings=SETTINGS))
     grid = CohortGrid([device(name, examples_per_second=1.0 + ord(name) % 5) for name in "abcdefg"], perform)
     return run_rounds(
@@ -383,10 +383,10 @@ def test_a_resumed_run_chooses_the_same(tmp_path: Path) -> None:
 
 
 def test_devices_get_sites_that_they_can_hold_and_who_can_hold_none_is_not_asked() -> None:
-    fitting = Fitting(costs=table({"x": (100, 10), "y": (60, 10)}), runtime_bytes=0, memory=2**20)
+    fitting = SiteSelector(costs=table({"x": (100, 10), "y": (60, 10)}), runtime_bytes=0, memory=2**20)
     federated = strategy(selection=Sample(size=3, seed=0), fitting=fitting)
     plenty, some, few = (device(name, memory_gib=gib) for name, gib in (("a", 1.0), ("b", 0.08), ("c", 0.05)))
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     messages = federated.configure_train(1, start, ConfigRecord(), CohortGrid([plenty, some, few], perform))
     plans = [records.request_from_records("train", message.content).plan for message in messages]
     assert plans == [replace(PLAN, round=1), replace(PLAN, round=1, sites=("y",))]

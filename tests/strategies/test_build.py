@@ -7,9 +7,9 @@ from common.errors import AntherError
 from conf.compose import compose
 from models.base.base import load
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
-from privacy.noise import Secure, Simulated
-from privacy.storage import Files
-from server.ledger import Ledger
+from privacy.noise import SecureNoise, SimulatedNoise
+from privacy.storage import FileStorage
+from server.ledger import ServerLedger
 from strategies.aggregation.build import aggregation, optimiser
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
@@ -17,16 +17,16 @@ from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.flora import FLoRA
 from strategies.build import build, combination
 from strategies.planning.full_plan import training_plan
-from strategies.registry import AGGREGATIONS, ROBUST, refusal
+from strategies.registry import AGGREGATIONS, ROBUST_RULES, refusal_reason
 from strategies.robust.krum import MultiKrum
-from strategies.robust.robust_aggregation import Guarded
+from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.selection.build import selection
 from strategies.selection.deadline import Deadline
-from strategies.selection.eligible import Eligible
+from strategies.selection.eligible import Eligibility
 from strategies.selection.energy import Energy
-from strategies.selection.energy_delay import Thrifty
+from strategies.selection.energy_delay import EnergyDelay
 from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import LossFair
+from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort
 from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
@@ -176,7 +176,7 @@ def private(overrides, folder, *, accept_simulated=True):
     """The strategy of these settings, with a ledger."""
     config = compose(overrides)
     plan = training_plan(config, run="r", base="b")
-    return build(config, plan, SITES, accept_simulated=accept_simulated, ledger=Ledger(Files(folder)))
+    return build(config, plan, SITES, accept_simulated=accept_simulated, ledger=ServerLedger(FileStorage(folder)))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def private(overrides, folder, *, accept_simulated=True):
 def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
     """A hundred devices, ten a round, fifty rounds, δ = 1e-3. The slow ones: pytest -m slow tests/strategies."""
     asked = f"strategy=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 fleet.rate=0.1"
-    level = private(asked, tmp_path).device_level
+    level = private(asked, tmp_path).central_dp
     assert level.mechanism.noise_multiplier == pytest.approx(sigma, rel=0.05)
     assert level.mechanism.expected == pytest.approx(10)
     assert (level.sampling_rate, level.budget.participations) == (0.1, None)
@@ -203,7 +203,7 @@ def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
 )
 def test_without_a_secret_sample_every_participation_is_paid_for_in_full(tmp_path, overrides, steps, expected):
     """Anchors for ε = 8 and δ = 1e-3: 5 participations 1.07, 10 of them 1.52."""
-    level = private(f"strategy=fedit privacy=device {overrides}", tmp_path).device_level
+    level = private(f"strategy=fedit privacy=device {overrides}", tmp_path).central_dp
     assert level.mechanism.noise_multiplier == pytest.approx({5: 1.07, 10: 1.52}[steps], rel=0.05)
     assert (level.mechanism.expected, level.sampling_rate, level.budget.participations) == (expected, 1.0, steps)
 
@@ -213,7 +213,7 @@ MEASUREMENTS = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2)
 
 
 def test_what_is_measured_among_devices_is_paid_for_beside(tmp_path):
-    level = private(f"strategy=fedit privacy=device {MEASURED}", tmp_path).device_level
+    level = private(f"strategy=fedit privacy=device {MEASURED}", tmp_path).central_dp
     assert level.budget.beside == (MEASUREMENTS,)
     training = PoissonGaussian(noise_multiplier=level.mechanism.noise_multiplier, sampling_rate=1.0, steps=4)
     assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3, DEVICE).value <= 8
@@ -228,18 +228,18 @@ def test_what_is_measured_among_pictures_is_paid_for_beside():
 
 def test_each_level_has_its_own_epsilon_and_delta(tmp_path):
     chosen = "privacy.epsilon=4 privacy.delta=1e-3 privacy.device.epsilon=6 privacy.device.delta=1e-4"
-    budget = private(f"strategy=fedit privacy=device {chosen}", tmp_path).device_level.budget
+    budget = private(f"strategy=fedit privacy=device {chosen}", tmp_path).central_dp.budget
     assert (budget.epsilon, budget.delta) == (6, 1e-4)
 
 
 def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
     overrides = "strategy=fedit privacy=device fleet.rate=0.5"
-    for accept_simulated, kind in ((True, Simulated), (False, Secure)):
+    for accept_simulated, kind in ((True, SimulatedNoise), (False, SecureNoise)):
         federated = private(overrides, tmp_path, accept_simulated=accept_simulated)
-        assert isinstance(federated.device_level._noise(1), kind)
+        assert isinstance(federated.central_dp._noise(1), kind)
         assert isinstance(federated._selection, Poisson)
         assert isinstance(federated._selection._coins(1), kind)
-    noise = private(overrides, tmp_path).device_level._noise
+    noise = private(overrides, tmp_path).central_dp._noise
     assert noise(1).rounded_gaussian(3, 1e9).tolist() == noise(1).rounded_gaussian(3, 1e9).tolist()
     assert noise(1).rounded_gaussian(3, 1e9).tolist() != noise(2).rounded_gaussian(3, 1e9).tolist()
 
@@ -297,7 +297,7 @@ def test_a_frame_is_for_cores_and_cores_need_one(tmp_path):
 @pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys()))
 def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
     config = compose(f"strategy={strategy} strategy.update=int4 strategy.keep=0.5")
-    if AGGREGATIONS[strategy].steady:
+    if AGGREGATIONS[strategy].stable_factors:
         assert training_plan(config, run="r", base="b").feedback
     else:
         with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: what is held back fits no later round"):
@@ -314,8 +314,8 @@ def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
         ("fleet.sample=2 selection=round_robin", RoundRobin),
         ("fleet.sample=2 selection=energy", Energy),
         ("fleet.sample=2 selection=deadline strategy.deadline=9", Deadline),
-        ("fleet.sample=2 selection=loss_fair", LossFair),
-        ("fleet.sample=2 selection=thrifty", Thrifty),
+        ("fleet.sample=2 selection=loss_fair", PowerOfChoice),
+        ("fleet.sample=2 selection=thrifty", EnergyDelay),
     ],
 )
 def test_the_selection_is_the_one_named(overrides, kind):
@@ -346,7 +346,7 @@ def test_limits_and_eligibility_are_what_the_configuration_says():
     chosen = "fleet.eligible.battery=0.4 fleet.eligible.idle=true fleet.report_age=30 strategy.joules=7"
     config = compose(f"{chosen} strategy.battery_share=0.1 strategy.deadline=9")
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
-    assert found._eligible == Eligible(idle=True, battery=0.4)
+    assert found._eligible == Eligibility(idle=True, battery=0.4)
     assert found._report_age == 30
     limits = found._planner.limits
     assert (limits.joules, limits.battery_share, limits.deadline) == (7, 0.1, 9)
@@ -366,7 +366,7 @@ def test_sites_are_fitted_by_what_passes_of_the_base_cost(tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "rules"),
-    [("fedsa", sorted(ROBUST)), ("hetlora", ["geometric", "norm"])],
+    [("fedsa", sorted(ROBUST_RULES)), ("hetlora", ["geometric", "norm"])],
 )
 def test_a_rule_that_would_protect_nothing_is_refused(strategy, rules):
     """Of a B that stays on devices there is no product; what hetlora weighs by its norm nobody holds down."""
@@ -374,10 +374,10 @@ def test_a_rule_that_would_protect_nothing_is_refused(strategy, rules):
         config = compose(f"strategy={strategy} 'strategy.robust=[{rule}]'")
         with pytest.raises(AntherError, match=rf"strategy\.robust: {rule} .*; (leave it out, or )?use "):
             build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
-        assert refusal(combination(config)) is not None
-    assert isinstance(aggregation(compose("strategy=hetlora 'strategy.robust=[krum]'")), Guarded)
+        assert refusal_reason(combination(config)) is not None
+    assert isinstance(aggregation(compose("strategy=hetlora 'strategy.robust=[krum]'")), RobustAggregation)
 
 
 def test_the_last_check_says_so_too():
     with pytest.raises(ValueError, match="no device sends one"):
-        Guarded(FedSA(), rules=[MultiKrum(outliers=0.2)], entrywise=None, rank=None, seed=0)
+        RobustAggregation(FedSA(), rules=[MultiKrum(outliers=0.2)], entrywise=None, rank=None, seed=0)

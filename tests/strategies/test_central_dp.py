@@ -10,14 +10,14 @@ import torch
 from flwr.app import ConfigRecord
 
 from common.errors import AntherError
-from models.lora.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
+from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, rank, to_tensors
 from models.lora.batched_lora import Layout
-from models.lora.lora_xs import empty
+from models.lora.lora_xs import zero_adapter
 from models.lora.trainable import trained_layout
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
 from privacy.bounded_sum import STEPS
-from privacy.central import Adaptive, Gaussian
-from privacy.noise import Secure
+from privacy.central import AdaptiveClip, GaussianMechanism
+from privacy.noise import SecureNoise
 from privacy.sensitivity import RESOLUTION
 from protocol import records
 from protocol.messages import ExamplePrivacy
@@ -26,14 +26,14 @@ from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedsb import FedSB
-from strategies.central_dp import Exhausted, changes
-from strategies.private_evaluation import AmongDevices, Measuring
+from strategies.central_dp import BudgetExhausted, changes
+from strategies.private_evaluation import CentralDPEvaluation, EvaluationPolicy
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
-from tests.helpers.central import BUDGET, CLIP, EXPECTED, Z, device_level, poisson, private, simulated
+from tests.helpers.central import BUDGET, CLIP, EXPECTED, Z, central_dp, poisson, private, simulated
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
 
-START = initial(SITES, 3, seed=0)
+START = init_adapter(SITES, 3, seed=0)
 DP_SGD = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
 
 
@@ -50,7 +50,9 @@ def train(federated, devices, *, server_round=1):
     grid = CohortGrid(devices, perform)
     messages = federated.configure_train(server_round, start(), ConfigRecord(), grid)
     arrays, _ = federated.aggregate_train(server_round, grid.send_and_receive(messages))
-    return None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), shapes(SITES, -1)))
+    return (
+        None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), adapter_shapes(SITES, -1)))
+    )
 
 
 def flat(adapter):
@@ -64,7 +66,7 @@ def trained(device):
 
     def look(reply):
         if hasattr(reply, "adapter"):
-            sent["adapter"] = from_tensors(decode(reply.adapter, shapes(SITES, -1)))
+            sent["adapter"] = from_tensors(decode(reply.adapter, adapter_shapes(SITES, -1)))
         return reply
 
     train(strategy(), [replace(device, misbehave=look)])
@@ -156,23 +158,23 @@ def test_a_lower_rank_contributes_zeros_beyond_it():
 def test_real_noise_is_drawn_anew_and_is_a_release(tmp_path):
     found = []
     for name in "12":
-        federated = private(tmp_path / name, level={"noise": lambda _: Secure()})
+        federated = private(tmp_path / name, level={"noise": lambda _: SecureNoise()})
         found.append(flat(train(federated, [FakeDevice("a", misbehave=unmoved)])) - flat(START))
         assert federated.trained.central.release
-        assert federated.device_level.ledger.charges()[0].release
+        assert federated.central_dp.ledger.charges()[0].release
     assert not np.array_equal(*found)
     assert np.std(found) == pytest.approx(Z * CLIP / EXPECTED, rel=0.3)
     federated = private(tmp_path / "3")
     train(federated, [FakeDevice("a")])
     assert not federated.trained.central.release
-    assert not federated.device_level.ledger.charges()[0].release
+    assert not federated.central_dp.ledger.charges()[0].release
 
 
 def test_the_charge_is_on_the_disk_before_a_message_leaves(tmp_path):
     federated, grid = private(tmp_path), CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
-    assert federated.device_level.ledger.charges() == []
+    assert federated.central_dp.ledger.charges() == []
     federated.configure_train(1, start(), ConfigRecord(), grid)
-    (charge,) = device_level(tmp_path).ledger.charges()  # as another process finds it
+    (charge,) = central_dp(tmp_path).ledger.charges()  # as another process finds it
     assert (charge.round, charge.asked, charge.clip, charge.expected) == (1, ("a", "b"), CLIP, EXPECTED)
     assert (charge.mechanism.noise_multiplier, charge.mechanism.sampling_rate) == (Z, 1.0)
 
@@ -188,7 +190,7 @@ def test_room_for_every_update_is_held_before_a_round_is_charged_for(tmp_path):
             train(private(tmp_path), devices)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert device_level(tmp_path).ledger.charges() == []
+    assert central_dp(tmp_path).ledger.charges() == []
     federated = private(tmp_path)
     messages = federated.configure_train(1, start(), ConfigRecord(), grid := CohortGrid(devices, perform))
     held = federated._held.adapters._file.fileno()
@@ -203,7 +205,7 @@ def test_a_round_is_released_once_and_only_if_it_was_charged_for(tmp_path):
     federated = private(tmp_path)
     train(federated, [FakeDevice("a")])
     with pytest.raises(ValueError, match="charged for before it is released, and released once"):
-        federated.device_level.close(federated._aggregation, START, [], round=1)
+        federated.central_dp.close(federated._aggregation, START, [], round=1)
 
 
 def test_devices_at_their_cap_are_not_asked(tmp_path):
@@ -213,9 +215,9 @@ def test_devices_at_their_cap_are_not_asked(tmp_path):
         train(federated, devices, server_round=number)
         asked += federated.trained.devices
     assert sorted(asked) == ["a", "a", "b", "b"]
-    with pytest.raises(Exhausted, match="every device was asked in 2 rounds"):
+    with pytest.raises(BudgetExhausted, match="every device was asked in 2 rounds"):
         train(federated, devices, server_round=5)
-    assert len(federated.device_level.ledger.charges()) == 4
+    assert len(federated.central_dp.ledger.charges()) == 4
 
 
 def test_a_secret_sample_pays_for_every_round_and_leaves_nobody_out(tmp_path):
@@ -227,7 +229,7 @@ def test_a_secret_sample_pays_for_every_round_and_leaves_nobody_out(tmp_path):
         train(federated, devices, server_round=number)
         sizes.append(federated.trained.asked)
     assert len(set(sizes)) > 1
-    charges = federated.device_level.ledger.charges()
+    charges = federated.central_dp.ledger.charges()
     assert [charge.asked for charge in charges] == [None] * 8
     assert {charge.mechanism.sampling_rate for charge in charges} == {0.5}
 
@@ -257,7 +259,7 @@ def test_what_is_told_is_promised_in_full_and_nothing_is_told_that_was_not_noise
     assert set(facts.diagnostics) == {"snr", "clip", "noise"}
     assert facts.central.deviation == pytest.approx(Z * CLIP / EXPECTED)
     assert federated.private
-    assert not federated.measures(1)
+    assert not federated.is_evaluated(1)
 
 
 def test_a_release_that_every_device_would_refuse_stays_charged_and_is_not_the_next_adapter(tmp_path, caplog):
@@ -270,7 +272,7 @@ def test_a_release_that_every_device_would_refuse_stays_charged_and_is_not_the_n
         caplog.clear()
         assert federated.memory == {}
         assert federated.trained.central.guarantee == federated.trained.guarantees[0]
-        assert federated.device_level.ledger.participations() == {"a": 1}
+        assert federated.central_dp.ledger.participations() == {"a": 1}
 
 
 def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
@@ -278,12 +280,12 @@ def test_measuring_is_charged_to_everybody_or_left_out(tmp_path, caplog):
     training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
     enough = epsilon([training, once], BUDGET.delta, DEVICE).value
     budget = replace(BUDGET, epsilon=enough, beside=(once,))
-    level = device_level(tmp_path, budget=budget)
+    level = central_dp(tmp_path, budget=budget)
     level.open(1, ["a"], b"adapter")  # what is planned to be measured is paid already
-    assert level.pays_for(1, b"adapter", once, clip=0.1, expected=8.0)
+    assert level.charge_evaluation(1, b"adapter", once, clip=0.1, expected=8.0)
     charge = level.ledger.charges()[-1]
     assert (charge.purpose, charge.asked, charge.clip, charge.expected) == ("measure", None, 0.1, 8.0)
-    assert not level.pays_for(1, b"adapter", once, clip=0.1, expected=8.0)  # again, after a restart
+    assert not level.charge_evaluation(1, b"adapter", once, clip=0.1, expected=8.0)  # again, after a restart
     assert "round 1 is not measured: round 1 would bring a device to ε=" in caplog.text
     assert len(level.ledger.charges()) == 2
     assert level.ledger.participations() == {"a": 1}
@@ -293,11 +295,13 @@ def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(t
     once = PoissonGaussian(noise_multiplier=5.0, sampling_rate=1.0, steps=1)
     training = PoissonGaussian(noise_multiplier=Z, sampling_rate=1.0, steps=1)
     enough = epsilon([training, once], BUDGET.delta, DEVICE).value + 1e-9
-    hidden = AmongDevices(noise_multiplier=5.0, clip=0.2, devices=4, noise=lambda number: simulated("measure", number))
+    hidden = CentralDPEvaluation(
+        noise_multiplier=5.0, clip=0.2, devices=4, noise=lambda number: simulated("measure", number)
+    )
     federated = private(
         tmp_path,
         level={"budget": replace(BUDGET, epsilon=enough, beside=(once,))},
-        measuring=Measuring(every=1, among_devices=hidden),
+        measuring=EvaluationPolicy(every=1, central_noise=hidden),
     )
     devices = [FakeDevice("a"), FakeDevice("b")]
     train(federated, devices)
@@ -312,12 +316,12 @@ def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(t
     assert (asked, first.gain) == (2, pytest.approx((gains + noise) / 4, abs=1e-3))
     assert (first.base, first.shared, first.devices) == (None, None, {})
     assert (none, second.gain, second.dropped) == (0, None, {})
-    assert [charge.purpose for charge in federated.device_level.ledger.charges()] == ["train", "measure"]
+    assert [charge.purpose for charge in federated.central_dp.ledger.charges()] == ["train", "measure"]
 
 
 def test_a_run_that_is_private_per_device_keeps_no_open_measure(tmp_path):
     with pytest.raises(ValueError, match="keeps no measure without noise"):
-        private(tmp_path, measuring=Measuring())
+        private(tmp_path, measuring=EvaluationPolicy())
 
 
 def test_cores_alone_are_clipped_and_noised(tmp_path):
@@ -328,9 +332,9 @@ def test_cores_alone_are_clipped_and_noised(tmp_path):
         return torch.linalg.qr(torch.randn(length, size, generator=generator)).Q
 
     frame = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
-    level = device_level(tmp_path, frame=frame)
+    level = central_dp(tmp_path, frame=frame)
     level.open(1, ["a"], b"adapter")
-    found, _ = level.close(FedSB(), empty(frame), [], round=1)
+    found, _ = level.close(FedSB(), zero_adapter(frame), [], round=1)
     noise = simulated("updates", 1).rounded_gaussian(len(SITES) * size * size, Z * RESOLUTION)
     cores = trained_layout(SITES, size, "cores", frame).pack(found.adapter)
     assert cores.numpy() == pytest.approx((noise * (CLIP / RESOLUTION) / EXPECTED).numpy(), abs=1e-6)
@@ -351,25 +355,25 @@ def test_updates_that_are_private_already_have_a_signal_to_noise_too():
     federated = strategy(plan=replace(PLAN, privacy=DP_SGD), accept_simulated=True)
     train(federated, [FakeDevice(name) for name in "abcd"])
     assert 0 <= federated.trained.diagnostics["snr"] < 2  # what fake devices do is noise
-    assert "snr" not in train_facts(strategy(), [FakeDevice(name) for name in "abcd"]).diagnostics
+    assert "snr" not in train_metrics(strategy(), [FakeDevice(name) for name in "abcd"]).diagnostics
 
 
-def train_facts(federated, devices):
+def train_metrics(federated, devices):
     train(federated, devices)
     return federated.trained
 
 
 def test_an_adaptive_clip_goes_on_where_it_stood(tmp_path):
-    adaptive = Adaptive(quantile=0.5, rate=0.5, deviation=1.0)
-    level = {"mechanism": Gaussian(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
+    adaptive = AdaptiveClip(quantile=0.5, rate=0.5, deviation=1.0)
+    level = {"mechanism": GaussianMechanism(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
     federated = private(tmp_path, level=level)
-    first = train_facts(federated, [FakeDevice("a")]).central
+    first = train_metrics(federated, [FakeDevice("a")]).central
     assert first.clip == CLIP != first.next_clip
-    federated.device_level.resume(first)
-    assert train_facts(federated, [FakeDevice("a")]).central.clip == first.next_clip
-    federated.device_level.resume(None)
-    assert train_facts(federated, [FakeDevice("a")]).central.clip == CLIP
-    charged = [charge.clip for charge in federated.device_level.ledger.charges()]
+    federated.central_dp.resume(first)
+    assert train_metrics(federated, [FakeDevice("a")]).central.clip == first.next_clip
+    federated.central_dp.resume(None)
+    assert train_metrics(federated, [FakeDevice("a")]).central.clip == CLIP
+    charged = [charge.clip for charge in federated.central_dp.ledger.charges()]
     assert charged == [CLIP, first.next_clip, CLIP]
 
 
@@ -411,7 +415,7 @@ def test_of_cores_an_optimiser_moves_the_cores_alone():
     federated = strategy(plan=PLAN, frame=frame, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0))
     cores = {name: torch.randn(3, 3) for name in SITES}
     moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in frame.items()}
-    found, memory = federated._stepped(empty(frame), Aggregated(moved, {}), {}, 1)
+    found, memory = federated._stepped(zero_adapter(frame), Aggregated(moved, {}), {}, 1)
     assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
         f"{name}.core": (3, 3) for name in SITES
     }

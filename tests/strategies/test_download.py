@@ -8,15 +8,15 @@ from flwr.app import ConfigRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.lora.adapter import from_tensors, initial, shapes, to_tensors
+from models.lora.adapter import adapter_shapes, from_tensors, init_adapter, to_tensors
 from protocol import quantization, records
-from protocol.messages import Personalise, Rounded, Update
+from protocol.messages import Personalize, QuantizedFormat, Update
 from protocol.tensor_codec import decode, encode
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
-from strategies.download import download, lost, restored
+from strategies.download import add_residual, download, lost
 from strategies.server_optimizers import FedAvgM
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strategy
 from tests.helpers.means import random_adapter
@@ -36,11 +36,11 @@ def _fake_logic(monkeypatch):
 def test_what_is_read_is_what_the_server_counts_from(precision, size, seed):
     held = random_adapter(size, seed)
     sent = download(held, precision)
-    assert sent.rounded == Rounded(precision=precision, rank=size)
+    assert sent.rounded == QuantizedFormat(precision=precision, rank=size)
     expected = {name: tuple(tensor.shape) for name, tensor in to_tensors(held).items()}
     assert same(from_tensors(quantization.decode(sent.data, expected, precision)), sent.adapter)
     assert download(held, precision).data == sent.data  # whenever it is sent
-    found = restored(sent.adapter, lost(held, sent.adapter))
+    found = add_residual(sent.adapter, lost(held, sent.adapter))
     assert all(torch.allclose(a, b, atol=1e-6) for s in held for a, b in zip(found[s], held[s], strict=True))
 
 
@@ -52,9 +52,9 @@ def test_whole_is_as_it_was():
 
 def test_what_was_lost_of_another_rank():
     small, large = random_adapter(2, 0), random_adapter(4, 1)
-    grown = restored(large, to_tensors(small))
+    grown = add_residual(large, to_tensors(small))
     assert torch.equal(grown["x"].a, torch.cat([large["x"].a[:2] + small["x"].a, large["x"].a[2:]]))
-    shrunk = restored(small, to_tensors(large))
+    shrunk = add_residual(small, to_tensors(large))
     assert torch.equal(shrunk["x"].b, small["x"].b + large["x"].b[:, :2])
 
 
@@ -65,14 +65,16 @@ def train(federated, held, moves, *, number):
     replies = []
     for message in federated.configure_train(number, arrays, ConfigRecord(), grid):
         request = records.request_from_records("train", message.content)
-        tensors = quantization.decode(request.adapter, shapes(SITES, request.rounded.rank), request.rounded.precision)
+        tensors = quantization.decode(
+            request.adapter, adapter_shapes(SITES, request.rounded.rank), request.rounded.precision
+        )
         read.append(tensors)
         name = "ab"[message.metadata.dst_node_id - 1]
         reply = _update(name, request.plan, {key: tensor + moves for key, tensor in tensors.items()})
         replies.append(type(message)(records.reply_to_records(reply), reply_to=message))
     found, _ = federated.aggregate_train(number, replies)
     assert federated.trained.dropped == {}
-    return from_tensors(decode(records.adapter_from_record(found), shapes(SITES, -1))), read
+    return from_tensors(decode(records.adapter_from_record(found), adapter_shapes(SITES, -1))), read
 
 
 def _update(name, plan, tensors):
@@ -96,7 +98,10 @@ def _update(name, plan, tensors):
 @pytest.mark.parametrize("optimiser", [None, FedAvgM(rate=1.0, momentum=0.0)])
 def test_small_changes_add_up_though_each_is_below_the_grid(precision, optimiser):
     """Thirty rounds of 10⁻³ on numbers of about 1, which int4 holds to 0.3 and int8 to 0.02."""
-    federated, held = strategy(aggregation=FedIT(), download=precision, optimiser=optimiser), initial(SITES, 3, seed=0)
+    federated, held = (
+        strategy(aggregation=FedIT(), download=precision, optimiser=optimiser),
+        init_adapter(SITES, 3, seed=0),
+    )
     before = held
     for number in range(1, 31):
         held, _ = train(federated, held, 1e-3, number=number)
@@ -133,7 +138,7 @@ def test_whatever_is_sent_is_sent_so(precision):
     arrays = records.adapter_to_record(encode(to_tensors(random_adapter(3, 0, sites=_sides()))))
     trains = list(federated.configure_train(1, arrays, ConfigRecord(), grid))
     measures = list(federated.configure_evaluate(1, arrays, ConfigRecord(), grid))
-    asked = Personalise(
+    asked = Personalize(
         run="run",
         round=1,
         adapter=records.adapter_from_record(arrays),
@@ -150,7 +155,7 @@ def test_whatever_is_sent_is_sent_so(precision):
         for message in (*trains, *measures, *personal)
     ]
     assert len({request.adapter for request in found}) == 1
-    assert {request.rounded for request in found} == {Rounded(precision=precision, rank=3)}
+    assert {request.rounded for request in found} == {QuantizedFormat(precision=precision, rank=3)}
     assert federated._round.bytes_down == len(found[0].adapter)
 
 

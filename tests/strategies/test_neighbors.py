@@ -19,19 +19,19 @@ from torch import Tensor
 from client.data import Pictures
 from models.base.base import Base
 from models.lora.adapter import to_tensors
-from privacy.central import Adaptive, Clipped, Gaussian, Release
+from privacy.central import AdaptiveClip, ClippedUpdates, GaussianMechanism, NoisedMean
 from privacy.noise import NoiseSource
 from privacy.snr import signal_to_noise
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from protocol import records, tensor_codec
-from server.ledger import Ledger
+from server.ledger import ServerLedger
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregation
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsb import FedSB
-from strategies.central_dp import Budget, DeviceLevel
-from strategies.planning.plan import Limits
-from strategies.private_evaluation import AmongDevices, Measuring
+from strategies.central_dp import CentralDP, DeviceBudget
+from strategies.planning.plan import PlanLimits
+from strategies.private_evaluation import CentralDPEvaluation, EvaluationPolicy
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
 from strategies.strategy import Federated
@@ -54,7 +54,7 @@ NAMES = "abc"
 SAMPLES = {1: [0, 1], 2: [1, 2]}  # of rounds: who is in a secret sample, if it is there; `a` is not in the second
 PLACES = (0, 1, 2)  # of a device's pictures
 EXPECTED, GAIN, OF_PICTURES = 3.0, 1e-4, 1e-3  # devices, and clips of a device's gain and of a picture's gradient
-ADAPTIVE = Adaptive(quantile=0.5, rate=0.5, deviation=2.0)
+ADAPTIVE = AdaptiveClip(quantile=0.5, rate=0.5, deviation=2.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Mode:
     """One way of making a run private per device."""
 
     clip: float = 1e-3  # every update of the tiny base is far longer
-    adaptive: Adaptive | None = None
+    adaptive: AdaptiveClip | None = None
     rule: Aggregation = dataclasses.field(default_factory=FedIT)
     both: bool = False
     rate: float = 1.0  # of a secret sample; 1: everyone
@@ -100,7 +100,7 @@ QUICK = {"adaptive clip"}
 def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Federated:
     between = fixed(base) if isinstance(mode.rule, FedSB) else None
     numbers = [NAMES.index(name) for name in present]
-    hidden = AmongDevices(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: Still())
+    hidden = CentralDPEvaluation(noise_multiplier=5.0, clip=GAIN, devices=3, noise=lambda _round: Still())
     asked = plan(base, privacy=dataclasses.replace(PRIVACY, clip=OF_PICTURES) if mode.both else None)
     return Federated(
         plan=asked,
@@ -109,19 +109,19 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
         selection=Everyone()
         if mode.rate == 1
         else Poisson(rate=mode.rate, coins=lambda number: Still(numbers, [SAMPLES[number]])),
-        limits=Limits(),
-        measuring=Measuring(every=0) if mode.both else Measuring(every=1, among_devices=hidden),
+        limits=PlanLimits(),
+        measuring=EvaluationPolicy(every=0) if mode.both else EvaluationPolicy(every=1, central_noise=hidden),
         frame=between,
         accept_simulated=True,
-        device_level=DeviceLevel(
+        central_dp=CentralDP(
             run=asked.run,
             sites=base.sites,
-            mechanism=Gaussian(noise_multiplier=1.5, expected=EXPECTED, adaptive=mode.adaptive),
+            mechanism=GaussianMechanism(noise_multiplier=1.5, expected=EXPECTED, adaptive=mode.adaptive),
             sampling_rate=mode.rate,
             clip=mode.clip,
-            budget=Budget(epsilon=1000.0, delta=1e-3, participations=2 if mode.rate == 1 else None),
+            budget=DeviceBudget(epsilon=1000.0, delta=1e-3, participations=2 if mode.rate == 1 else None),
             noise=lambda _round: Still(),
-            ledger=Ledger(Files(folder / "server")),
+            ledger=ServerLedger(FileStorage(folder / "server")),
             frame=between,
         ),
     )
@@ -142,9 +142,9 @@ def two_rounds(
     """
     seen = Seen([], [], [], [], [])
     held = dict.fromkeys(NAMES, PLACES) | {NAMES[0]: members}
-    really = Gaussian.release
+    really = GaussianMechanism.release
 
-    def release(self: Gaussian, clipped: Clipped, noise: NoiseSource) -> Release:
+    def release(self: GaussianMechanism, clipped: ClippedUpdates, noise: NoiseSource) -> NoisedMean:
         released = really(self, clipped, noise)
         clip = clipped.total.sensitivity.norm
         seen.sums.append(released.mean * self.expected)
@@ -155,7 +155,7 @@ def two_rounds(
         snr = signal_to_noise(other, released.deviation)
         return dataclasses.replace(released, mean=other, next_clip=clip * 1.5 if self.adaptive else clip, snr=snr)
 
-    patch.setattr(Gaussian, "release", release)
+    patch.setattr(GaussianMechanism, "release", release)
     devices = [device_on(base, folder, name, pictures(name, held[name]), source(held[name])) for name in present]
     federated = strategy(base, folder, present, mode)
 
@@ -176,10 +176,10 @@ def two_rounds(
         assert found is not None
         assert federated.trained is not None
         assert federated.trained.dropped == {}
-        assert federated.device_level is not None
-        federated.device_level.resume(federated.trained.central)
+        assert federated.central_dp is not None
+        federated.central_dp.resume(federated.trained.central)
         current = found
-        if federated.measures(number):
+        if federated.is_evaluated(number):
             asked = federated.configure_evaluate(number, current, ConfigRecord(), grid)
             federated.aggregate_evaluate(number, grid.send_and_receive(asked))
             assert federated.validation is not None

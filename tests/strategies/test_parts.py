@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from models.lora.adapter import Factors, at, from_tensors, initial, shapes, to_tensors
+from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, select_sites, to_tensors
 from models.lora.batched_lora import Layout
 from models.lora.trainable import from_trained_tensors, trained_layout, trained_shapes
 from privacy.sensitivity import RESOLUTION
@@ -28,7 +28,7 @@ from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform, strate
 from tests.helpers.means import close, dense, true_mean
 
 RANDOM = torch.Generator().manual_seed(0)
-START = {name: Factors(a, torch.randn(b.shape, generator=RANDOM)) for name, (a, b) in initial(SITES, 3, 0).items()}
+START = {name: Factors(a, torch.randn(b.shape, generator=RANDOM)) for name, (a, b) in init_adapter(SITES, 3, 0).items()}
 ONE_EACH = {"a": ("x",), "b": ("y",), "c": None, "d": ("x",)}
 
 
@@ -57,7 +57,7 @@ def rounds(federated, devices, count=1):
     for number in range(1, 1 + count):
         messages = federated.configure_train(number, arrays, ConfigRecord(), grid)
         arrays = federated.aggregate_train(number, grid.send_and_receive(messages))[0] or arrays
-        found.append(from_tensors(decode(records.adapter_from_record(arrays), shapes(SITES, -1))))
+        found.append(from_tensors(decode(records.adapter_from_record(arrays), adapter_shapes(SITES, -1))))
     return found
 
 
@@ -68,7 +68,7 @@ def fleet(names, replies):
 
 def sent(reply, trains="both", sites=None):
     """The adapter that a reply stands for."""
-    start = at(START, sites or SITES)
+    start = select_sites(START, sites or SITES)
     expected = trained_shapes({name: SITES[name] for name in start}, 3, trains)
     return from_trained_tensors(decode(reply.adapter, expected), trains, start, None)
 
@@ -171,7 +171,7 @@ def test_per_device_some_sites_are_clipped_alone_and_the_divisor_stays(tmp_path,
     total = np.zeros(layout.size)
     for name, sites in ONE_EACH.items():
         own = sent(replies[name], trains, sites)
-        change = (layout.pack(own).double() - layout.pack(at(START, own)).double()).numpy()
+        change = (layout.pack(own).double() - layout.pack(select_sites(START, own)).double()).numpy()
         total += change * min(1.0, CLIP / np.linalg.norm(change))
     noise = simulated("updates", 1).rounded_gaussian(total.size, Z * RESOLUTION).numpy() * (CLIP / RESOLUTION)
     row = layout.pack(START).double().numpy() + (total + noise) / EXPECTED

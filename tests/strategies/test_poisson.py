@@ -5,18 +5,18 @@ from functools import partial
 
 import pytest
 
-from privacy.noise import Secure, Simulated
+from privacy.noise import SecureNoise, SimulatedNoise
 from strategies.selection.poisson import Poisson
 
 NAMES = [f"device {number:02d}" for number in range(40)]
 
 
 def simulated(round):
-    return Simulated(seed=0, client="server", round=round, purpose="selection")
+    return SimulatedNoise(seed=0, client="server", round=round, purpose="selection")
 
 
 def secure(_):
-    return Secure()
+    return SecureNoise()
 
 
 @pytest.mark.parametrize("coins", [simulated, secure])

@@ -13,8 +13,8 @@ import torch
 from flwr.app import ConfigRecord
 
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Factors, from_tensors, initial, shapes, to_tensors
-from models.lora.lora_xs import empty
+from models.lora.adapter import Adapter, Factors, adapter_shapes, from_tensors, init_adapter, to_tensors
+from models.lora.lora_xs import zero_adapter
 from models.lora.trainable import trained_tensors
 from privacy.policy import Policy
 from protocol import records
@@ -30,11 +30,11 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.aggregation.rolora import RoLoRA
-from strategies.planning.plan import Limits
+from strategies.planning.plan import PlanLimits
 from strategies.selection.everyone import Everyone
 from strategies.selection.sample import Sample
 from strategies.strategy import Federated
-from tests.helpers.central import device_level
+from tests.helpers.central import central_dp
 from tests.helpers.devices import BASE, SITES, Performer, make_device
 from training import jobs
 from training.jobs import Result, Trained
@@ -43,7 +43,7 @@ NAMES, STEPS, RATE = "abc", 5, 0.15
 PLAN = TrainingPlan(
     run="run", round=0, base=BASE, rank=2, steps=STEPS, batch_size=4, learning_rate=RATE, optimiser="sgd", scaffold=True
 )
-START = {name: torch.zeros(shape) for name, shape in shapes(SITES, 2).items()}
+START = {name: torch.zeros(shape) for name, shape in adapter_shapes(SITES, 2).items()}
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> np.ndarray:
@@ -83,7 +83,7 @@ def federated(**changes: Any) -> Federated:
         "sites": SITES,
         "aggregation": FedIT(),
         "selection": Everyone(),
-        "limits": Limits(),
+        "limits": PlanLimits(),
     }
     return Federated(**settings | changes)
 
@@ -101,7 +101,7 @@ class Fleet:
         messages = self.strategy.configure_train(number, arrays, ConfigRecord(), self.grid)
         found, _ = self.strategy.aggregate_train(number, self.grid.send_and_receive(messages))
         assert found is not None
-        return flat(decode(records.adapter_from_record(found), shapes(SITES, 2)))
+        return flat(decode(records.adapter_from_record(found), adapter_shapes(SITES, 2)))
 
 
 def algorithm(asked: Sequence[Sequence[str]], devices: int = len(NAMES)) -> list[np.ndarray]:
@@ -216,7 +216,7 @@ def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: P
     frame = None
     if rule.trains(1) == "cores":
         frame = {name: Factors(orthonormal(s.inputs, 2).T, orthonormal(s.outputs, 2)) for name, s in SITES.items()}
-    noted, start = Noted(), empty(frame) if frame else initial(SITES, 2, seed=0)
+    noted, start = Noted(), zero_adapter(frame) if frame else init_adapter(SITES, 2, seed=0)
     devices = [make_device(tmp_path / name, name=name, policy=Policy()) for name in NAMES]
     grid, strategy = CohortGrid(devices, noted), federated(aggregation=rule, frame=frame)
     arrays = records.adapter_to_record(encode(to_tensors(start)))
@@ -258,11 +258,14 @@ def test_where_it_means_nothing_it_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_every_device_trains_every_direction() -> None:
-    for changes in ({"aggregation": FFA(), "limits": Limits(metered_rank=1)}, {"plan": replace(PLAN, sites=("x",))}):
+    for changes in (
+        {"aggregation": FFA(), "limits": PlanLimits(metered_rank=1)},
+        {"plan": replace(PLAN, sites=("x",))},
+    ):
         with pytest.raises(ValueError, match="every device trains every site and direction"):
             federated(**changes)
 
 
 def test_under_privacy_per_device_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not under privacy per device"):
-        federated(device_level=device_level(tmp_path))
+        federated(central_dp=central_dp(tmp_path))

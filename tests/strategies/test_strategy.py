@@ -6,24 +6,26 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 
-from models.lora.adapter import Factors, from_tensors, initial, rank, shapes, to_tensors
-from privacy.policy import Refusal
+from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, rank, to_tensors
+from privacy.policy import RequestRefusedError
 from protocol import records
-from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Personalise
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy, Personalize
 from protocol.tensor_codec import decode, encode
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation import Aggregated
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
-from strategies.planning.plan import Cosine, Limits
-from strategies.private_evaluation import Measuring
-from strategies.round.metrics import DeviceFacts
+from strategies.planning.plan import CosineDecay, PlanLimits
+from strategies.private_evaluation import EvaluationPolicy
+from strategies.round.metrics import DeviceMetrics
 from strategies.selection.sample import Sample
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, handle, perform, strategy
 
 IDLE = dict.fromkeys(("rank", "steps", "bytes_down", "bytes_up"), 0) | {"seconds": 0.0, "joules": 0.0, "epsilon": None}
 PRIVACY = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
-NOISED = Measuring(every=2, among_pictures=MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3))
+NOISED = EvaluationPolicy(
+    every=2, local_noise=EvaluationPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +34,16 @@ def _fake_logic(monkeypatch):
 
 
 def start():
-    return records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    return records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
 
 
 def train(federated, devices, *, server_round=1, arrays=None):
     grid = CohortGrid(devices, perform)
     messages = federated.configure_train(server_round, arrays or start(), ConfigRecord(), grid)
     arrays, _ = federated.aggregate_train(server_round, grid.send_and_receive(messages))
-    return None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), shapes(SITES, -1)))
+    return (
+        None if arrays is None else from_tensors(decode(records.adapter_from_record(arrays), adapter_shapes(SITES, -1)))
+    )
 
 
 def same(one, other):
@@ -50,7 +54,7 @@ def with_tensors(change):
     """Misbehaviour: the same update with other tensors."""
 
     def misbehave(reply):
-        tensors = decode(reply.adapter, shapes(SITES, reply.rank))
+        tensors = decode(reply.adapter, adapter_shapes(SITES, reply.rank))
         return replace(reply, adapter=encode(change(tensors)))
 
     return misbehave
@@ -61,7 +65,7 @@ def filled(value):
 
 
 def other_rank(reply):
-    return replace(reply, rank=2, adapter=encode(to_tensors(initial(SITES, 2, seed=0))))
+    return replace(reply, rank=2, adapter=encode(to_tensors(init_adapter(SITES, 2, seed=0))))
 
 
 def raises(_reply):
@@ -69,7 +73,7 @@ def raises(_reply):
 
 
 def refuses(_reply):
-    raise Refusal("this device allows less")
+    raise RequestRefusedError("this device allows less")
 
 
 MISBEHAVIOURS = {
@@ -137,7 +141,7 @@ def test_nobody_good_keeps_the_adapter():
 
 def test_an_adapter_that_every_device_would_refuse_is_not_made_of_updates_that_were_let_in(monkeypatch, caplog):
     federated = strategy()
-    far = {name: Factors(100 * factors.a, factors.b + 100) for name, factors in initial(SITES, 3, seed=0).items()}
+    far = {name: Factors(100 * factors.a, factors.b + 100) for name, factors in init_adapter(SITES, 3, seed=0).items()}
     monkeypatch.setattr(federated._aggregation, "aggregate", lambda *_, **__: Aggregated(far, {}))
     assert train(federated, [FakeDevice("a")]) is None
     assert federated.trained.replied == 1
@@ -148,7 +152,7 @@ def test_facts_of_a_good_round():
     federated = strategy()
     train(federated, [FakeDevice("a"), FakeDevice("bbb")])
     facts = federated.trained
-    size = len(encode(to_tensors(initial(SITES, 3, seed=0))))
+    size = len(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     assert (facts.asked, facts.replied, facts.dropped) == (2, 2, {})
     assert (facts.bytes_down, facts.bytes_up) == (2 * size, 2 * size)
     assert (facts.seconds, facts.joules, facts.loss, facts.epsilon) == (3.0, 4.0, 0.5, None)
@@ -174,7 +178,7 @@ def test_what_was_promised_so_far_never_shrinks():
     evaluate(federated, devices, server_round=2)
     assert [promised(3, a=raises, b=None), promised(4, a=raises, b=raises)] == [2.0, 2.0]
     resumed = strategy(**settings)
-    resumed.remember({"a": DeviceFacts(**IDLE | {"epsilon": 3.0})})
+    resumed.remember({"a": DeviceMetrics(**IDLE | {"epsilon": 3.0})})
     assert promised(5, a=raises, b=None, by=resumed) == 3.0
 
 
@@ -200,7 +204,7 @@ def test_each_device_is_told_how_far_its_ledger_had_come():
     devices[0].misbehave = told(2)
     train(federated, devices)
     assert echoes() == {"a": 7, "b": 3, "c": 0}
-    federated.remember({"b": DeviceFacts(**IDLE, events=2), "c": DeviceFacts(**IDLE, events=9)})
+    federated.remember({"b": DeviceMetrics(**IDLE, events=2), "c": DeviceMetrics(**IDLE, events=9)})
     assert echoes() == {"a": 7, "b": 3, "c": 9}
 
 
@@ -253,17 +257,19 @@ def test_the_order_of_replies_and_nodes_does_not_matter():
     federated, grid = strategy(), CohortGrid(devices, perform)
     replies = list(grid.send_and_receive(federated.configure_train(1, start(), ConfigRecord(), grid)))
     found, _ = federated.aggregate_train(1, replies[::-1])
-    assert same(from_tensors(decode(records.adapter_from_record(found), shapes(SITES, -1))), train(strategy(), devices))
+    assert same(
+        from_tensors(decode(records.adapter_from_record(found), adapter_shapes(SITES, -1))), train(strategy(), devices)
+    )
 
 
 def test_metered_devices_train_fewer_directions():
     metered = FakeDevice("m", report=replace(REPORT, device="m", metered=True))
-    federated = strategy(limits=Limits(metered_rank=1))
+    federated = strategy(limits=PlanLimits(metered_rank=1))
     adapter = train(federated, [FakeDevice("a"), metered])
     assert federated.trained.replied == 2
     assert rank(adapter) >= 3
     with pytest.raises(ValueError, match="metered_rank"):
-        strategy(aggregation=FedIT(), limits=Limits(metered_rank=1))
+        strategy(aggregation=FedIT(), limits=PlanLimits(metered_rank=1))
 
 
 def test_devices_are_queried_once_and_unfit_ones_never_asked():
@@ -280,7 +286,7 @@ def test_devices_are_queried_once_and_unfit_ones_never_asked():
         FakeDevice("d", report=replace(REPORT, device="d", uplink_mbps=0.0)),
         FakeDevice("e", report=replace(REPORT, device="e", watts=0.0)),
     ]
-    federated, grid = strategy(limits=Limits(joules=1.0)), Changing(devices, perform)
+    federated, grid = strategy(limits=PlanLimits(joules=1.0)), Changing(devices, perform)
     for _ in range(2):
         assert {report.device for report in federated.query(grid).values()} == {"a"}
     assert [device.heard for device in devices] == [["Query"]] * 5
@@ -309,7 +315,7 @@ def test_a_sample_measures_and_another_one_each_round():
 def test_only_those_named_personalise():
     devices = [FakeDevice(name) for name in "abc"]
     federated, grid = strategy(), CohortGrid(devices, perform)
-    request = Personalise(
+    request = Personalize(
         run="run",
         round=1,
         adapter=records.adapter_from_record(start()),
@@ -424,7 +430,7 @@ def test_a_gain_noised_by_a_known_seed_is_no_release():
 
 def test_a_private_run_never_asks_for_open_losses():
     with pytest.raises(ValueError, match="without noise"):
-        strategy(plan=replace(PLAN, privacy=PRIVACY), measuring=Measuring())
+        strategy(plan=replace(PLAN, privacy=PRIVACY), measuring=EvaluationPolicy())
     device = FakeDevice("a")
     grid = CohortGrid([device], perform)
     strategy(plan=replace(PLAN, privacy=PRIVACY), accept_simulated=True).start(grid, start(), num_rounds=2)
@@ -436,7 +442,7 @@ def test_personalisation():
     federated = strategy()
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=raises)]
     grid = CohortGrid(devices, perform)
-    request = Personalise(
+    request = Personalize(
         run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
     )
     facts = federated.aggregate_personalise(grid.send_and_receive(federated.configure_personalise(request, grid)))
@@ -453,7 +459,7 @@ def test_flowers_own_loop_runs_it():
     devices = [FakeDevice("a"), FakeDevice("b", misbehave=filled(float("nan")))]
     grid = CohortGrid(devices, perform)
     result = strategy().start(grid, start(), num_rounds=2)
-    adapter = from_tensors(decode(records.adapter_from_record(result.arrays), shapes(SITES, -1)))
+    adapter = from_tensors(decode(records.adapter_from_record(result.arrays), adapter_shapes(SITES, -1)))
     assert rank(adapter) >= 3
     assert result.evaluate_metrics_clientapp[2]["shared"] == pytest.approx(1 / 3)
 
@@ -472,7 +478,7 @@ def test_the_rate_of_a_plan_falls_over_the_rounds_if_it_is_to():
         return records.request_from_records(records.TRAIN, message.content).plan.learning_rate
 
     assert [rate(strategy(), number) for number in (1, 4)] == [PLAN.learning_rate] * 2
-    falling = strategy(decay=Cosine(rounds=6))
+    falling = strategy(decay=CosineDecay(rounds=6))
     assert [rate(falling, number) for number in (1, 4)] == pytest.approx([PLAN.learning_rate, PLAN.learning_rate / 2])
 
 
@@ -511,7 +517,7 @@ def scaled(exponent):
         ("codec", scaled(0x7F80)),
         ("codec", scaled(0x7FC0)),
         ("norm", scaled(0x4780)),
-        ("malformed", lambda reply: replace(reply, adapter=encode(to_tensors(initial(SITES, 3, seed=0))))),
+        ("malformed", lambda reply: replace(reply, adapter=encode(to_tensors(init_adapter(SITES, 3, seed=0))))),
     ],
 )
 def test_a_bad_rounded_change_is_dropped_and_counted(reason, misbehave):
@@ -525,7 +531,7 @@ def test_a_bad_rounded_change_is_dropped_and_counted(reason, misbehave):
 
 def test_metered_devices_round_fewer_directions():
     devices = [FakeDevice("a"), FakeDevice("b", report=replace(REPORT, device="b", metered=True))]
-    federated = strategy(plan=replace(PLAN, update="int8"), limits=Limits(metered_rank=1))
+    federated = strategy(plan=replace(PLAN, update="int8"), limits=PlanLimits(metered_rank=1))
     assert train(federated, devices)
     assert [facts.rank for facts in federated.trained.devices.values()] == [3, 1]
 
@@ -533,7 +539,7 @@ def test_metered_devices_round_fewer_directions():
 @pytest.mark.parametrize("rule", [FedIT(), Exact(rank=3, max_rank=None, seed=0)], ids=lambda rule: type(rule).__name__)
 def test_metered_devices_send_fewer_bits_beside_others_that_send_all(rule):
     devices = [FakeDevice("a"), FakeDevice("b", report=replace(REPORT, device="b", metered=True))]
-    limits = Limits(metered_update="int4", feedback=rule.steady)
+    limits = PlanLimits(metered_update="int4", feedback=rule.stable_factors)
     found, whole = strategy(aggregation=rule, limits=limits), strategy(aggregation=rule)
     mixed, alone = train(found, devices), train(whole, devices)
     of_a, of_b = found.trained.devices["a"].bytes_up, found.trained.devices["b"].bytes_up
@@ -541,11 +547,11 @@ def test_metered_devices_send_fewer_bits_beside_others_that_send_all(rule):
     assert found.trained.replied == 2
     assert not same(mixed, alone)
     with pytest.raises(ValueError, match="directions that keep their meaning"):
-        strategy(limits=Limits(metered_update="int4", feedback=True))
+        strategy(limits=PlanLimits(metered_update="int4", feedback=True))
 
 
 def test_fewer_bytes_leave_more_steps_before_a_deadline():
-    limits = Limits(deadline=12.0)
+    limits = PlanLimits(deadline=12.0)
     steps = {}
     for update, keep in [("fp32", 1.0), ("int4", 1.0), ("int4", 0.25)]:
         plan = replace(PLAN, steps=100, update=update, keep=keep, feedback=keep < 1)

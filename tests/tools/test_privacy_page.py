@@ -9,13 +9,13 @@ from flwr.app import ConfigRecord
 
 from common.errors import AntherError
 from conf.compose import compose
-from models.lora.adapter import initial, to_tensors
-from models.lora.lora_xs import empty
+from models.lora.adapter import init_adapter, to_tensors
+from models.lora.lora_xs import zero_adapter
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from protocol import records
 from protocol.tensor_codec import encode
-from server.ledger import Ledger
+from server.ledger import ServerLedger
 from simulations.grid.cohort import CohortGrid
 from strategies import registry
 from strategies.aggregation import Linearity
@@ -26,14 +26,14 @@ from strategies.registry import (
     AGGREGATIONS,
     AXES,
     LEVELS,
+    BuiltIn,
     Combination,
     Filtering,
-    Inherent,
-    Timing,
-    chosen_with,
+    TimingDeclaration,
+    combination_with,
     combinations,
-    refusal,
-    unfit,
+    incompatibility,
+    refusal_reason,
 )
 from strategies.selection import Sampling
 from tests.helpers.fleet import SITES, FakeDevice, frame_file, handle, perform
@@ -63,7 +63,7 @@ def configured(chosen: Combination, folder: Path):
 
 def built(config, folder):
     plan = training_plan(config, run="r", base="base")
-    return build(config, plan, SITES, accept_simulated=True, ledger=Ledger(Files(folder)))
+    return build(config, plan, SITES, accept_simulated=True, ledger=ServerLedger(FileStorage(folder)))
 
 
 def test_the_committed_table_is_the_generated_one():
@@ -73,15 +73,16 @@ def test_the_committed_table_is_the_generated_one():
 def cells():
     """Of the table: each piece with the plainest others."""
     return sorted(
-        {chosen_with(axis, piece, level=level) for axis in AXES for piece in AXES[axis] for level in LEVELS}, key=str
+        {combination_with(axis, piece, level=level) for axis in AXES for piece in AXES[axis] for level in LEVELS},
+        key=str,
     )
 
 
 def test_a_combination_runs_if_each_of_its_pieces_does():
     """So the table is a row for each piece, and so are the runs below."""
     for chosen in combinations():
-        if reason := unfit(chosen):  # of two pieces, privately or not
-            assert refusal(chosen) == reason
+        if reason := incompatibility(chosen):  # of two pieces, privately or not
+            assert refusal_reason(chosen) == reason
             continue
         pieces = {
             "aggregation": [chosen.aggregation],
@@ -89,9 +90,11 @@ def test_a_combination_runs_if_each_of_its_pieces_does():
             "selection": [chosen.selection],
             "timing": [chosen.timing],
         }
-        alone = [refusal(chosen_with(axis, piece, level=chosen.level)) for axis in AXES for piece in pieces[axis]]
-        assert (refusal(chosen) is None) == all(reason is None for reason in alone)
-        assert refusal(chosen) in (None, *alone)
+        alone = [
+            refusal_reason(combination_with(axis, piece, level=chosen.level)) for axis in AXES for piece in pieces[axis]
+        ]
+        assert (refusal_reason(chosen) is None) == all(reason is None for reason in alone)
+        assert refusal_reason(chosen) in (None, *alone)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_a_combination_runs_if_each_of_its_pieces_does():
 def test_every_cell(chosen, tmp_path, monkeypatch):
     config = configured(chosen, tmp_path)
     assert combination(config) == chosen
-    reason = refusal(chosen)
+    reason = refusal_reason(chosen)
     if reason is not None:
         with pytest.raises(AntherError) as caught:
             built(config, tmp_path)
@@ -110,7 +113,7 @@ def test_every_cell(chosen, tmp_path, monkeypatch):
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
     federated = built(config, tmp_path)
     grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
-    begun = empty(federated.frame) if federated.frame else initial(SITES, 3, seed=0)
+    begun = zero_adapter(federated.frame) if federated.frame else init_adapter(SITES, 3, seed=0)
     start = records.adapter_to_record(encode(to_tensors(begun)))
     for number in (1, 2):
         messages = federated.configure_train(number, start, ConfigRecord(), grid)
@@ -131,9 +134,9 @@ class Silent(FedIT):
 PLANTED = {
     "aggregation": ("AGGREGATIONS", Silent),
     "robust": ("ROBUST", object()),
-    "selection": ("SELECTIONS", Inherent(Timing(ahead=True, reason="of another axis"))),
+    "selection": ("SELECTIONS", BuiltIn(TimingDeclaration(prechargeable=True, reason="of another axis"))),
     "optimiser": ("OPTIMISERS", object()),
-    "timing": ("TIMINGS", Inherent(Filtering(bounded=True, reason="of another axis"))),
+    "timing": ("TIMINGS", BuiltIn(Filtering(bounded=True, reason="of another axis"))),
 }
 
 
@@ -142,7 +145,7 @@ PLANTED = {
 def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monkeypatch, axis, level):
     name, piece = PLANTED[axis]
     monkeypatch.setitem(getattr(registry, name), "new", piece)
-    found = refusal(chosen_with(axis, "new", level=level))
+    found = refusal_reason(combination_with(axis, "new", level=level))
     assert (found is None) == (level == "none")
     assert found is None or "new declares no sensitivity" in found
 
@@ -162,7 +165,7 @@ def test_what_is_not_registered_is_refused(axis, level):
     key = {"selection": "selection", "optimiser": "strategy.optimiser"}.get(axis, f"strategy.{axis}")
     listed = ", ".join(getattr(registry, PLANTED[axis][0]))
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered .* known are {listed}"):
-        refusal(chosen_with(axis, "fedavg", level=level))
+        refusal_reason(combination_with(axis, "fedavg", level=level))
 
 
 @pytest.mark.parametrize("key", ["aggregation", "optimiser", "robust"])
@@ -202,14 +205,24 @@ def test_a_rule_that_takes_what_there_is_not_is_refused(monkeypatch, tmp_path):
             ["device", "both"],
         ),
         ("robust", "ROBUST", Filtering(bounded=False, reason="it drops outliers"), ["device", "both"]),
-        ("selection", "SELECTIONS", Sampling(blind=False, amplifies=False, reason="it asks by loss"), PRIVATE),
-        ("timing", "TIMINGS", Timing(ahead=False, reason="whoever comes is taken"), ["device", "both"]),
+        (
+            "selection",
+            "SELECTIONS",
+            Sampling(data_independent=False, amplifies=False, reason="it asks by loss"),
+            PRIVATE,
+        ),
+        (
+            "timing",
+            "TIMINGS",
+            TimingDeclaration(prechargeable=False, reason="whoever comes is taken"),
+            ["device", "both"],
+        ),
     ],
 )
 def test_what_a_piece_declares_decides(monkeypatch, axis, name, declared, refused):
-    monkeypatch.setitem(getattr(registry, name), "new", Inherent(declared))
+    monkeypatch.setitem(getattr(registry, name), "new", BuiltIn(declared))
     for level in LEVELS:
-        found = refusal(chosen_with(axis, "new", level=level))
+        found = refusal_reason(combination_with(axis, "new", level=level))
         assert (found is not None) == (level in refused)
         assert found is None or declared.reason in found
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from models.base.base import Base, load
-from models.lora.adapter import Adapter, Factors, initial
-from models.lora.norm_bound import excess
+from models.lora.adapter import Adapter, Factors, init_adapter
+from models.lora.norm_bound import norm_violation
 from privacy.noise import CPU
 from privacy.sensitivity import RESOLUTION
 from training import cohort, parallel_passes
-from training.batches import Batch
-from training.buffers import Rows, Shape
+from training.batches import StepBatch
+from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
 from training.jobs import DPSGD, Examples, Train
-from training.microbatching import Queue
+from training.microbatching import EntryQueue
 from training.optimizer import SGD
 from training.step import gradients, on_device
 from typefaces import dataset
@@ -40,14 +40,14 @@ cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 def chaos(base: Base, seed: int, rank: int, queries: float, others: float) -> Adapter:
     """A random adapter whose products have these Frobenius norms at queries and keys, and elsewhere."""
     generator, found = torch.Generator().manual_seed(seed), {}
-    for name, factors in initial(base.sites, RANK, seed).items():
+    for name, factors in init_adapter(base.sites, RANK, seed).items():
         a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
         a[:rank] = torch.randn(rank, a.shape[1], generator=generator)
         b[:, :rank] = torch.randn(b.shape[0], rank, generator=generator)
         norm = queries if ("to_q" in name or "to_k" in name) else others
         scale = (norm / (b @ a).norm()).sqrt()
         found[name] = Factors(a * scale, b * scale)
-    assert not excess(found)
+    assert not norm_violation(found)
     return found
 
 
@@ -101,9 +101,9 @@ def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str =
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def entries(base: Base, job: Train, batch: Batch, size: int) -> Tensor:
+def entries(base: Base, job: Train, batch: StepBatch, size: int) -> Tensor:
     """Gradients [n, D] of a batch, in passes of one size."""
-    rows, queue, found = Rows(base, Shape.of([job]), 1), Queue(), []
+    rows, queue, found = CohortBuffers(base, BufferSpec.of([job]), 1), EntryQueue(), []
     rows.open({0: job})
     queue.push(0, batch)
     while len(queue):
@@ -114,11 +114,11 @@ def entries(base: Base, job: Train, batch: Batch, size: int) -> Tensor:
     return torch.cat(found)
 
 
-def batch_of(places: Sequence[int]) -> Batch:
+def batch_of(places: Sequence[int]) -> StepBatch:
     """Each picture with streams of its own, wherever it stands."""
     drawn = np.random.default_rng(3)
     keys, phases, index = drawn.integers(2**60, size=20), drawn.random(20), np.array(places)
-    return Batch(index, phases[index], keys[index], np.ones(len(index)), 1)
+    return StepBatch(index, phases[index], keys[index], np.ones(len(index)), 1)
 
 
 @pytest.mark.parametrize("size", [5, 16])
@@ -159,7 +159,7 @@ def test_one_picture_more_moves_the_sum_by_its_own_alone(
     glyphs: Base, letters: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fifteen pictures and sixteen, where kernels change: with passes as large as batches this was 4.6 clips."""
-    monkeypatch.setattr(cohort, "fixed_size", lambda *_: 16)
+    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 16)
     start = chaos(glyphs, *FOUND)
     few, many, alone = (sums(glyphs, [plan(start, letters, p)])[0] for p in (range(15), range(16), [15]))
     assert torch.equal(many - few, alone)
@@ -172,7 +172,7 @@ def test_threads_and_other_clients_change_nothing(
 ) -> None:
     """Whoever shares the passes, in whatever order, side by side or not."""
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0, draws=draws)
-    monkeypatch.setattr(cohort, "fixed_size", lambda *_: size)
+    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: size)
 
     def jobs() -> list[Train]:
         pictures = {"a": range(4), "b": [9, 8, 7], "c": range(4, 9), "nobody": []}

@@ -14,12 +14,12 @@ from scipy import stats
 from torch import Tensor
 
 from common import counter_rng
-from privacy.noise import Simulated
-from training.batches import Batch, Batches, stratified
+from privacy.noise import SimulatedNoise
+from training.batches import BatchSampler, StepBatch, stratified
 from training.jobs import DPSGD, Examples, Prior, Train
 
 
-class Dictated(Simulated):
+class Dictated(SimulatedNoise):
     """A noise source whose Poisson batches are dictated, and everybody after that."""
 
     def __init__(self, *batches: list[int]) -> None:
@@ -51,21 +51,21 @@ def job(pictures: int, *, views: int = 1, **changes: object) -> Train:
     return dataclasses.replace(plain, **changes)
 
 
-def private(names: str, *, draws: int = 2, noise: Simulated | None = None, **changes: object) -> Train:
+def private(names: str, *, draws: int = 2, noise: SimulatedNoise | None = None, **changes: object) -> Train:
     privacy = DPSGD(noise_multiplier=1.0, clip=1.0, sampling_rate=1.0, draws=draws)
     return job(len(names), privacy=privacy, noise=noise or Dictated(), names=tuple(names), **changes)
 
 
-def steps(plan: Train, count: int) -> list[Batch]:
-    batches = Batches(plan)
+def steps(plan: Train, count: int) -> list[StepBatch]:
+    batches = BatchSampler(plan)
     return [batches.next() for _ in range(count)]
 
 
-def same(one: Batch, other: Batch) -> bool:
+def same(one: StepBatch, other: StepBatch) -> bool:
     return one.per_unit == other.per_unit and all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
 
 
-def rows(batch: Batch) -> list[tuple[float, ...]]:
+def rows(batch: StepBatch) -> list[tuple[float, ...]]:
     """What each entry draws, whichever example it is."""
     return list(zip(batch.phases.tolist(), batch.noise_keys.tolist(), batch.weights.tolist(), strict=True))
 
@@ -90,7 +90,7 @@ def test_shuffles_are_shuffles() -> None:
 @settings(deadline=None)
 def test_a_batch_is_the_mean_over_its_entries(size: int, prior: bool) -> None:
     plan = job(4, batch_size=size, prior=Prior(examples=examples(3), weight=0.25) if prior else None)
-    batch = Batches(plan).next()
+    batch = BatchSampler(plan).next()
     own = batch.part(slice(None, None, 2 if prior else 1))
     assert own.weights.tolist() == [1 / size] * size
     assert batch.per_unit == 1
@@ -142,17 +142,17 @@ def test_the_stream_is_the_clients_own_and_new_at_each_step(plan: Train) -> None
     for again, before in zip(steps(plan, 3), (one, two, three), strict=True):
         assert same(again, before)
     for changed in ({"client": "b"}, {"round": 2}, {"purpose": "personal"}, {"seed": 1}):
-        other = Batches(dataclasses.replace(plan, **changed)).next()
+        other = BatchSampler(dataclasses.replace(plan, **changed)).next()
         assert not set(other.noise_keys.tolist()) & set(one.noise_keys.tolist())
         assert not set(other.phases.tolist()) & set(one.phases.tolist())
 
 
 def test_timesteps_and_noise_tell_nothing_of_dp_noise() -> None:
     """The ordinary stream is the same under another source of noise: neither is drawn from the other."""
-    one = Batches(private("abc", noise=Dictated())).next()
+    one = BatchSampler(private("abc", noise=Dictated())).next()
     secret = Dictated()
     secret.rounded_gaussian(100, 1e6)
-    assert same(Batches(private("abc", noise=secret)).next(), one)
+    assert same(BatchSampler(private("abc", noise=secret)).next(), one)
 
 
 @pytest.mark.parametrize("prior", [None, Prior(examples=examples(2))], ids=["alone", "prior"])
@@ -164,7 +164,7 @@ def test_an_empty_poisson_batch_is_empty(prior: Prior | None) -> None:
 
 
 def test_no_pictures_at_all() -> None:
-    assert Batches(private("")).next().size == 0
+    assert BatchSampler(private("")).next().size == 0
 
 
 @given(views=st.integers(1, 4), draws=st.integers(1, 5), pictures=st.integers(1, 4))
@@ -237,7 +237,7 @@ def test_the_noise_does_not_know_its_timestep() -> None:
 
 
 def test_a_part_is_a_part_of_everything() -> None:
-    batch = Batches(private("abc", views=2)).next()
+    batch = BatchSampler(private("abc", views=2)).next()
     part = batch.part(slice(2, 5))
     assert part.size == 3
     assert part.per_unit == batch.per_unit

@@ -24,9 +24,9 @@ from tests.helpers.reference_trainer import (
     trained,
 )
 from training import cohort, memory, parallel_passes
-from training.batches import Batches
-from training.buffers import Shape, row_bytes
-from training.capacity import TooLittleMemoryError, capacity, entry_bytes, expected_entries
+from training.batches import BatchSampler
+from training.buffers import BufferSpec, row_bytes
+from training.capacity import InsufficientMemoryError, capacity, entry_bytes, expected_entries
 from training.cohort import train
 from training.inference import held_out_losses
 from training.jobs import EarlyStopping, Prior, Train, Trained
@@ -73,7 +73,7 @@ def check_peak(base: Base, seed: int) -> None:
     pick = random.Random(seed)
     jobs = some_jobs(base, pick)
     granted = some_memory(base, jobs, pick)
-    base.kept.pop(cohort._BUFFERS, None)
+    base.cache.pop(cohort._BUFFERS, None)
     found: list[Trained | Exception] = []
     peak = memory.counted(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
     assert not any(isinstance(outcome, Exception) for outcome in found)
@@ -122,7 +122,7 @@ def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
     }
     jobs = [makers[kind](place) for place in range({"low rates": 30, "some sites": 20, "B alone": 20}.get(kind, 4))]
     for granted in (least(base, jobs), room(base, jobs, 2), room(base, jobs, 16)):
-        base.kept.pop(cohort._BUFFERS, None)
+        base.cache.pop(cohort._BUFFERS, None)
         peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         assert peak <= granted, f"{peak / granted:.3f} of {granted} bytes"
 
@@ -135,7 +135,7 @@ def test_looks_stay_within_what_was_granted(base: Base) -> None:
     pool = sum(tensor.numel() * 4 for tensor in stopping.validation)
     noise = 2 * stopping.validation.latents.numel() * 4  # at two timesteps
     for granted in (least(base, jobs), room(base, jobs, 12)):
-        base.kept.pop(cohort._BUFFERS, None)
+        base.cache.pop(cohort._BUFFERS, None)
         peak = memory.counted(lambda granted=granted: train(base, jobs, memory=granted, timesteps=2))
         beside = capacity(base, jobs, granted).jobs * pool + noise
         assert peak <= granted + beside, f"{(peak - beside) / granted:.3f} of {granted} bytes"
@@ -146,7 +146,7 @@ def test_rows_and_entries_make_up_the_budget(base: Base, seed: int) -> None:
     pick = random.Random(seed)
     jobs = some_jobs(base, pick)
     granted = some_memory(base, jobs, pick)
-    shape, found = Shape.of(jobs), capacity(base, jobs, granted)
+    shape, found = BufferSpec.of(jobs), capacity(base, jobs, granted)
     assert 1 <= found.jobs <= len(jobs)
     assert found.entries >= 1
     assert found.expected >= 1
@@ -174,7 +174,7 @@ def test_too_little_memory_is_told_with_the_key_to_change(base: Base) -> None:
     jobs = [private(base, "a"), private(base, "b", rank=16)]
     found = capacity(base, jobs, least(base, jobs))
     assert (found.jobs, found.entries) == (1, 1)
-    with pytest.raises(TooLittleMemoryError, match=r"cohort\.memory_gib=.*one picture of one device takes"):
+    with pytest.raises(InsufficientMemoryError, match=r"cohort\.memory_gib=.*one picture of one device takes"):
         capacity(base, jobs, least(base, jobs) - 1)
     with pytest.raises(AntherError, match=r"cohort\.memory_gib"):
         train(base, jobs, memory=least(base, jobs) - 1, timesteps=2)
@@ -186,7 +186,7 @@ def test_what_a_budget_does_not_hold_fails_alone(base: Base) -> None:
     granted = room(base, [small], 4)
     assert granted < least(base, [large])
     found, failed = train(base, [small, large], memory=granted, timesteps=2)
-    assert isinstance(failed, TooLittleMemoryError)
+    assert isinstance(failed, InsufficientMemoryError)
     assert_close(found, trained(train(base, [small], memory=PLENTY, timesteps=2)[0]), small.start)
 
 
@@ -194,24 +194,26 @@ def test_what_a_budget_does_not_hold_fails_alone(base: Base) -> None:
 def test_as_many_entries_as_come_are_expected(base: Base, prior: bool, draws: int, rate: float) -> None:
     partners = Prior(examples=examples(base, 2, 5)) if prior else None
     plan = private(base, "a", rate, count=10, draws=draws, prior=partners, views=2, batch_size=max(1, round(10 * rate)))
-    batches = Batches(plan)
+    batches = BatchSampler(plan)
     mean = sum(batches.next().size for _ in range(2000)) / 2000
     assert expected_entries(plan) == pytest.approx(mean, rel=0.1)
     plain = job(base, "a", batch_size=4, prior=partners)
-    assert expected_entries(plain) == Batches(plain).next().size
+    assert expected_entries(plain) == BatchSampler(plain).next().size
 
 
 def test_an_entry_costs_what_it_does(base: Base) -> None:
     """More with a larger rank, a frozen adapter underneath, or a larger picture; a row, with more examples too."""
-    plain = Shape.of([job(base, "a")])
+    plain = BufferSpec.of([job(base, "a")])
     larger = [
-        Shape.of([job(base, "a", rank=16)]),
-        Shape.of([job(base, "a", examples=examples(base, 5, 1, side=16))]),
+        BufferSpec.of([job(base, "a", rank=16)]),
+        BufferSpec.of([job(base, "a", examples=examples(base, 5, 1, side=16))]),
     ]
     assert all(entry_bytes(base, shape) > entry_bytes(base, plain) for shape in larger)
     assert all(row_bytes(base, shape) > row_bytes(base, plain) for shape in larger)
-    assert row_bytes(base, Shape.of([job(base, "a", count=50)])) > row_bytes(base, plain)
-    assert row_bytes(base, Shape.of([job(base, "a"), job(base, "b", frozen=live(base, 4, 1))])) > row_bytes(base, plain)
+    assert row_bytes(base, BufferSpec.of([job(base, "a", count=50)])) > row_bytes(base, plain)
+    assert row_bytes(base, BufferSpec.of([job(base, "a"), job(base, "b", frozen=live(base, 4, 1))])) > row_bytes(
+        base, plain
+    )
 
 
 def test_shapes_hold_every_job(base: Base) -> None:
@@ -221,12 +223,12 @@ def test_shapes_hold_every_job(base: Base) -> None:
         job(base, "a", rank=3, count=4, frozen=one),
         job(base, "b", rank=1, count=2, frozen=one, prior=Prior(examples=examples(base, 7, 5))),
     ]
-    shape = Shape.of(jobs)
+    shape = BufferSpec.of(jobs)
     assert (shape.rank, shape.frozen_rank, shape.common, shape.examples, shape.stopping) == (3, 2, True, 9, False)
-    shape = Shape.of([*jobs, job(base, "c", rank=1, frozen=other, early_stopping=stopping)])
+    shape = BufferSpec.of([*jobs, job(base, "c", rank=1, frozen=other, early_stopping=stopping)])
     assert (shape.rank, shape.frozen_rank, shape.common, shape.examples, shape.stopping) == (3, 4, False, 9, True)
-    assert Shape.of([job(base, "d", start={})]).rank == 0
-    assert not Shape.of([*jobs, job(base, "e")]).common  # one without any
+    assert BufferSpec.of([job(base, "d", start={})]).rank == 0
+    assert not BufferSpec.of([*jobs, job(base, "e")]).common  # one without any
 
 
 @pytest.mark.usefixtures("alone")

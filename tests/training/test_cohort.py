@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.base.base import Base
-from models.lora.adapter import head_and_tail
+from models.lora.adapter import split_rank
 from models.lora.batched_lora import stack_adapters
 from tests.helpers.reference_trainer import (
     PLENTY,
@@ -136,7 +136,7 @@ def test_no_jobs(base: Base) -> None:
 
 
 def test_head_trains_and_tail_stays(base: Base) -> None:
-    head, tail = head_and_tail(live(base, 4, 5), 2)
+    head, tail = split_rank(live(base, 4, 5), 2)
     plan = job(base, "a", start=head, frozen=tail)
     (found,) = train(base, [plan], memory=PLENTY, timesteps=2)
     assert_close(found, Reference(base, plan).train(), head)

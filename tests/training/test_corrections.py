@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.base.base import Base
-from models.lora.adapter import Adapter, Factors, head_and_tail
+from models.lora.adapter import Adapter, Factors, split_rank
 from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
@@ -45,8 +45,8 @@ def cohort(base: Base) -> list[Train]:
         job(
             base,
             "some sites, lower rank",
-            start=some(head_and_tail(live(base, 2, 1), 1)[0]),
-            correction=some(head_and_tail(pull, 1)[0]),
+            start=some(split_rank(live(base, 2, 1), 1)[0]),
+            correction=some(split_rank(pull, 1)[0]),
             proximal=0.2,
             steps=2,
             **sgd,

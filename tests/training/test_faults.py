@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.lib.tiny import ATTENTION
 from models.base.base import Base
 from models.lora.adapter import Factors
-from privacy.noise import CPU, Simulated
+from privacy.noise import CPU, SimulatedNoise
 from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
@@ -36,7 +36,7 @@ from training.jobs import Cancelled, EarlyStopping, Examples, Prior, Train, Trai
 Make = Callable[[Base], Train]
 
 
-class Broken(Simulated):
+class Broken(SimulatedNoise):
     """A noise source that raises at the `after`-th call of one of its methods."""
 
     def __init__(self, method: str, after: int) -> None:
@@ -277,13 +277,13 @@ def test_buffers_are_kept_for_jobs_alike(base: Base, monkeypatch: pytest.MonkeyP
     """Not made anew at every round; and another shape, in between, changes no bit."""
     from training import buffers, cohort
 
-    made: list[buffers.Rows] = []
+    made: list[buffers.CohortBuffers] = []
 
-    def counting(*args: Any) -> buffers.Rows:
-        made.append(buffers.Rows(*args))
+    def counting(*args: Any) -> buffers.CohortBuffers:
+        made.append(buffers.CohortBuffers(*args))
         return made[-1]
 
-    monkeypatch.setattr(cohort, "Rows", counting)
+    monkeypatch.setattr(cohort, "CohortBuffers", counting)
 
     def jobs() -> list[Train]:
         return [plan for plan in good(base) if plan.privacy]

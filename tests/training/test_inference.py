@@ -15,13 +15,13 @@ from torch import Tensor
 from common.seeding import derive_seed
 from models.base.base import Base
 from models.base.denoiser import Denoise
-from models.diffusion.objective import noised, per_example_loss, target
+from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import SAMPLERS
-from models.lora.batched_lora import Stacks, stack_adapters
+from models.lora.batched_lora import BatchedAdapter, stack_adapters
 from tests.helpers.reference_trainer import PLENTY, examples, live
 from training.engine import perform
 from training.inference import draw, each_loss
-from training.jobs import Cancelled, Draw, Encode, Examples, Measure, MeasureEach, Picture
+from training.jobs import Cancelled, EncodeJob, Examples, GenerateJob, MeasureEachJob, MeasureJob, Picture
 
 TIMESTEPS = 3
 
@@ -49,8 +49,8 @@ def test_against_one_look_at_a_time(fine: Base) -> None:
         for look in range(TIMESTEPS):
             t = torch.tensor([int((look + 0.5) / TIMESTEPS * len(fine.schedule))])
             x0, epsilon = pool.latents[k : k + 1], noises[look : look + 1].double()
-            with torch.no_grad(), fine.lending([stacks]) as denoise:
-                output = denoise(noised(fine.schedule, x0, epsilon, t), t, pool.context[k : k + 1])
+            with torch.no_grad(), fine.use_adapters([stacks]) as denoise:
+                output = denoise(add_noise(fine.schedule, x0, epsilon, t), t, pool.context[k : k + 1])
             wanted[k] += per_example_loss(output, target(fine.schedule, x0, epsilon, t))[0] / TIMESTEPS
     torch.testing.assert_close(measure(fine, pool), wanted, rtol=1e-9, atol=0)
 
@@ -66,11 +66,11 @@ def test_taking_one_away_leaves_the_others_as_they_were_to_the_last_bit(base: Ba
 
 def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which layers give the same bits in a batch of another size is up to the machine: so none is relied on."""
-    lending, passes = base.lending, []
+    use_adapters, passes = base.use_adapters, []
 
     @contextmanager
-    def watched(adapters: Sequence[Stacks]) -> Iterator[Denoise]:
-        with lending(adapters) as denoise:
+    def watched(adapters: Sequence[BatchedAdapter]) -> Iterator[Denoise]:
+        with use_adapters(adapters) as denoise:
 
             def look(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
                 passes.append(context)
@@ -80,7 +80,7 @@ def test_no_pass_holds_two_examples(base: Base, monkeypatch: pytest.MonkeyPatch)
 
     pool = examples(base, 4, 7)
     measure(base, pool)  # what a pass takes is counted before: that is a pass too
-    monkeypatch.setattr(base, "lending", watched)
+    monkeypatch.setattr(base, "use_adapters", watched)
     measure(base, pool)
     assert [len(context) for context in passes] == [TIMESTEPS] * 4
     for context, own in zip(passes, pool.context, strict=True):
@@ -96,10 +96,10 @@ def test_the_order_does_not_matter(base: Base) -> None:
 def test_jobs_of_each_kind_together(base: Base) -> None:
     one, other, adapter = examples(base, 2, 7), examples(base, 3, 8), live(base, 2, 1)
     jobs = [
-        MeasureEach(examples=one, adapter=None),
-        Measure(examples=one, adapter=None),
-        MeasureEach(examples=other, adapter=adapter),
-        MeasureEach(examples=one, adapter=adapter),
+        MeasureEachJob(examples=one, adapter=None),
+        MeasureJob(examples=one, adapter=None),
+        MeasureEachJob(examples=other, adapter=adapter),
+        MeasureEachJob(examples=one, adapter=adapter),
     ]
     found = perform(base, jobs, memory=PLENTY, timesteps=TIMESTEPS)
     assert [getattr(result, "shape", None) for result in found] == [(2,), None, (3,), (2,)]
@@ -109,16 +109,16 @@ def test_jobs_of_each_kind_together(base: Base) -> None:
     assert not torch.equal(found[0], found[3])
 
 
-@pytest.mark.parametrize(("kind", "passes"), [(Measure, 8), (MeasureEach, 8), (Encode, 3), (Draw, 1)])
+@pytest.mark.parametrize(("kind", "passes"), [(MeasureJob, 8), (MeasureEachJob, 8), (EncodeJob, 3), (GenerateJob, 1)])
 def test_stops_before_any_pass(base: Base, kind: Any, passes: int) -> None:
     """Whichever pass it is cancelled at, no further one is run and no other job is harmed."""
     pool = examples(base, 2, 7)
     picture = Picture(np.zeros((16, 16), np.uint8), "a")
     job: Any = {
-        Measure: lambda: Measure(examples=pool, adapter=None),
-        MeasureEach: lambda: MeasureEach(examples=pool, adapter=None),
-        Encode: lambda: Encode(pictures=[picture]),
-        Draw: lambda: Draw(captions=["a"], adapters=[], seed=1, steps=2),
+        MeasureJob: lambda: MeasureJob(examples=pool, adapter=None),
+        MeasureEachJob: lambda: MeasureEachJob(examples=pool, adapter=None),
+        EncodeJob: lambda: EncodeJob(pictures=[picture]),
+        GenerateJob: lambda: GenerateJob(captions=["a"], adapters=[], seed=1, steps=2),
     }[kind]()
     for last in range(passes + 1):
         asked = count()

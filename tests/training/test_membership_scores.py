@@ -11,9 +11,9 @@ from bench.lib.tiny import ATTENTION, save_pipeline
 from common import counter_rng
 from common.seeding import derive_seed
 from models.base.base import Base
-from models.lora.adapter import Adapter, initial
+from models.lora.adapter import Adapter, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
-from privacy.audit.membership import Trial, roc
+from privacy.audit.membership import AttackTrial, roc
 from tests.helpers.reference_trainer import PLENTY, examples, live, trained, untouched
 from training import membership_scores
 from training.cohort import train
@@ -32,8 +32,8 @@ class OneByOne:
     """The three attacks as their papers state them, on one picture."""
 
     def __init__(self, base: Base, adapter: Adapter | None) -> None:
-        self.base, self.unet = base, untouched(base.folder, base.precise)
-        merged = {name: (f.b @ f.a).to(base.precise) for name, f in (adapter or {}).items()}
+        self.base, self.unet = base, untouched(base.folder, base.full_precision)
+        merged = {name: (f.b @ f.a).to(base.full_precision) for name, f in (adapter or {}).items()}
         self.weights = {f"{name}.weight": self.unet.get_parameter(f"{name}.weight") + ba for name, ba in merged.items()}
         self.signals, self.sigmas = base.schedule.signals.double(), base.schedule.sigmas.double()
 
@@ -100,7 +100,7 @@ def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base)
         purpose="shared",
         seed=0,
         examples=Examples(pool.latents[:12], pool.context[:12]),
-        start=initial(base.sites, 16, 0),
+        start=init_adapter(base.sites, 16, 0),
         steps=120,
         batch_size=6,
         learning_rate=2e-2,
@@ -111,7 +111,7 @@ def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base)
     alone = membership_scores.scores(base, pool, {}, timesteps=6, time=TIME, memory=PLENTY)
 
     def auc(scores: np.ndarray) -> float:
-        return roc(Trial(scores, members, np.arange(24), np.zeros(24, int))).auc
+        return roc(AttackTrial(scores, members, np.arange(24), np.zeros(24, int))).auc
 
     assert auc(own.beside(alone).loss) > 0.8
     assert auc(own.beside(alone).loss) > auc(own.loss)  # how easy a picture is by itself cancels

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.batches import Batch
-from training.microbatching import Pack, Queue
+from training.batches import StepBatch
+from training.microbatching import EntryQueue, Microbatch
 
 
 class Step(NamedTuple):
@@ -45,19 +45,19 @@ def waiting(steps: list[Step]) -> list[Entry]:
     return [Entry(s.row, place // s.per_unit, s.per_unit, example) for example, (s, place) in enumerate(places)]
 
 
-def push(queue: Queue, steps: list[Step], known: list[Entry]) -> None:
+def push(queue: EntryQueue, steps: list[Step], known: list[Entry]) -> None:
     for step in steps:
         examples = np.array([entry.example for entry in known if entry.row == step.row], np.int64)
-        queue.push(step.row, Batch(examples, examples / 1000, -examples, examples / 7, step.per_unit))
+        queue.push(step.row, StepBatch(examples, examples / 1000, -examples, examples / 7, step.per_unit))
 
 
-def queue_of(steps: list[Step]) -> Queue:
-    queue = Queue()
+def queue_of(steps: list[Step]) -> EntryQueue:
+    queue = EntryQueue()
     push(queue, steps, waiting(steps))
     return queue
 
 
-def entries_of(pack: Pack, known: list[Entry]) -> list[Entry]:
+def entries_of(pack: Microbatch, known: list[Entry]) -> list[Entry]:
     """The pack's entries, each with all that belongs to it."""
     assert (pack.phases == pack.examples / 1000).all()
     assert (pack.noise_keys == -pack.examples).all()
@@ -67,7 +67,7 @@ def entries_of(pack: Pack, known: list[Entry]) -> list[Entry]:
     return found
 
 
-def check(pack: Pack, found: list[Entry], size: int) -> None:
+def check(pack: Microbatch, found: list[Entry], size: int) -> None:
     """All that a pack promises of itself."""
     assert 1 <= pack.size == len(found) <= size
     clients = [(row, list(group)) for row, group in groupby(found, lambda entry: entry.row)]
@@ -79,7 +79,7 @@ def check(pack: Pack, found: list[Entry], size: int) -> None:
     assert pack.units.tolist() == [len({entry.unit for entry in group}) for _, group in clients]
 
 
-def taken(queue: Queue, sizes: list[int], known: list[Entry]) -> list[Pack]:
+def taken(queue: EntryQueue, sizes: list[int], known: list[Entry]) -> list[Microbatch]:
     """Everything that waits, in packs of these sizes, over and over."""
     packs = []
     while len(queue):

@@ -11,7 +11,7 @@ import torch
 from models.base.base import Base
 from tests.helpers.reference_trainer import PLENTY, assert_close, job, private, room, trained
 from training import cohort, parallel_passes
-from training.buffers import Rows, Shape
+from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
 from training.jobs import Train
 from training.step import Entries, gradients
@@ -70,9 +70,12 @@ def test_a_pass_may_overwrite_what_the_last_one_found(
         return [private(fine, "units in pieces", draws=4, steps=2), job(fine, "plain", steps=2)]
 
     class Overwriting:
-        def __init__(self, rows: Rows) -> None:
+        def __init__(self, rows: CohortBuffers) -> None:
             self._rows = rows
-            self._kept = torch.empty(40, rows.layout.size, dtype=fine.precise), torch.empty(40, dtype=fine.precise)
+            self._kept = (
+                torch.empty(40, rows.layout.size, dtype=fine.full_precision),
+                torch.empty(40, dtype=fine.full_precision),
+            )
 
         def __call__(self, entries: Entries) -> tuple[torch.Tensor, ...]:
             found = gradients(fine, self._rows, entries)
@@ -81,8 +84,8 @@ def test_a_pass_may_overwrite_what_the_last_one_found(
                 kept[: len(values)] = values
             return tuple(kept[: len(entries.rows)] for kept in self._kept)
 
-    def buffers(base: Base, shape: Shape, capacity: int, *_: object) -> tuple[Rows, Overwriting]:
-        rows = Rows(base, shape, capacity)
+    def buffers(base: Base, shape: BufferSpec, capacity: int, *_: object) -> tuple[CohortBuffers, Overwriting]:
+        rows = CohortBuffers(base, shape, capacity)
         return rows, Overwriting(rows)
 
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)

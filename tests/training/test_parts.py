@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.base.base import Base
 from models.lora import batched_linear
-from models.lora.adapter import Adapter, Factors, at
+from models.lora.adapter import Adapter, Factors, select_sites
 from models.lora.trainable import trained_tensors
 from tests.helpers.reference_trainer import (
     PLENTY,
@@ -24,7 +24,7 @@ from tests.helpers.reference_trainer import (
     some,
     trained,
 )
-from training.buffers import Rows, Shape, row_bytes
+from training.buffers import BufferSpec, CohortBuffers, row_bytes
 from training.cohort import train
 from training.jobs import Train
 
@@ -64,7 +64,7 @@ def framed(base: Base) -> list[Train]:
         private(
             base,
             "clipped by site",
-            start=at(beside, few),
+            start=select_sites(beside, few),
             frame=few,
             trains="cores",
             per_site=True,
@@ -150,10 +150,10 @@ def test_rows_hold_what_is_trained_and_no_other_site(fine: Base) -> None:
         (job(fine, "p", start=some(start)), sum(sizes[name] for name in some(start))),
         (job(fine, "p", start=some(start), trains="b"), sum(start[name].b.numel() for name in some(start))),
     ):
-        shape = Shape.of([plan])
-        rows = Rows(fine, shape, 2)
+        shape = BufferSpec.of([plan])
+        rows = CohortBuffers(fine, shape, 2)
         assert rows.adapters.shape == (2, wanted)
-        examples = row_bytes(fine, shape) - 8 * wanted * fine.precise.itemsize
+        examples = row_bytes(fine, shape) - 8 * wanted * fine.full_precision.itemsize
         assert 0 < examples < 20_000
 
 

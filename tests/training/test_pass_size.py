@@ -11,7 +11,7 @@ import torch
 from models.base.base import Base
 from tests.helpers.reference_trainer import private
 from training import parallel_passes
-from training.pass_size import fixed_size, pictures_of_a_step
+from training.pass_size import batch_size_distribution, fixed_pass_size
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ENTRY = 6_440_459  # bytes, of the glyph base
@@ -19,7 +19,7 @@ ENTRY = 6_440_459  # bytes, of the glyph base
 
 @pytest.mark.parametrize(("assumed", "rate"), [(1, 1.0), (5, 0.6), (40, 0.1), (3000, 0.003)])
 def test_batches_are_binomial(assumed: int, rate: float) -> None:
-    counts, chances = pictures_of_a_step(assumed, rate)
+    counts, chances = batch_size_distribution(assumed, rate)
     wanted = [math.comb(assumed, int(k)) * rate**k * (1 - rate) ** (assumed - k) for k in counts[:50].tolist()]
     assert chances[:50].tolist() == pytest.approx(wanted, rel=1e-9)
     assert chances.sum() == pytest.approx(1, abs=1e-9)
@@ -27,7 +27,9 @@ def test_batches_are_binomial(assumed: int, rate: float) -> None:
 
 def test_the_size_is_a_function_of_the_plan(base: Base) -> None:
     """Not of how many pictures there are."""
-    sizes = {fixed_size(CPU, [private(base, "a", 0.5, count=count, batch_size=4)], 64, ENTRY) for count in (0, 1, 5, 8)}
+    sizes = {
+        fixed_pass_size(CPU, [private(base, "a", 0.5, count=count, batch_size=4)], 64, ENTRY) for count in (0, 1, 5, 8)
+    }
     assert len(sizes) == 1
 
 
@@ -36,7 +38,7 @@ def test_sizes_are_whole_units_or_even_shares_of_one(base: Base, cores: int, mon
     monkeypatch.setattr(parallel_passes, "_cores", lambda: cores)
     for draws in (1, 3, 8):
         for most in (1, 2, 5, 30):
-            size = fixed_size(CPU, [private(base, "a", 0.5, draws=draws, batch_size=6)], most, ENTRY)
+            size = fixed_pass_size(CPU, [private(base, "a", 0.5, draws=draws, batch_size=6)], most, ENTRY)
             assert 1 <= size <= most
             assert size % draws == 0 if draws <= most else size == math.ceil(draws / math.ceil(draws / most))
 
@@ -46,19 +48,19 @@ def test_a_batch_that_is_known_needs_nothing_to_fill_up(base: Base, monkeypatch:
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     plan = private(base, "a", 1.0, draws=4, batch_size=20)
     for device, most in ((CPU, 64), (CUDA, 4096)):
-        size = fixed_size(device, [plan], most, ENTRY)
+        size = fixed_pass_size(device, [plan], most, ENTRY)
         assert math.ceil(80 / size) * size == 80
 
 
 def test_where_a_pass_costs_much_it_holds_more(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     plan = private(base, "a", 0.2, draws=1, batch_size=4)
-    assert fixed_size(CPU, [plan], 64, ENTRY) < fixed_size(CUDA, [plan], 64, ENTRY) <= 20
+    assert fixed_pass_size(CPU, [plan], 64, ENTRY) < fixed_pass_size(CUDA, [plan], 64, ENTRY) <= 20
     many = [dataclasses.replace(plan, client=str(client)) for client in range(50)]
-    assert fixed_size(CPU, [plan], 64, ENTRY) < fixed_size(CPU, many, 64, ENTRY)
+    assert fixed_pass_size(CPU, [plan], 64, ENTRY) < fixed_pass_size(CPU, many, 64, ENTRY)
 
 
 def test_of_a_large_base_every_picture_has_its_pass(base: Base) -> None:
     """Nothing is filled up then, so that a private step takes what an open one does."""
     plan = private(base, "a", 0.2, draws=1, batch_size=4)
-    assert fixed_size(CPU, [plan], 64, 500 * ENTRY) == 1
+    assert fixed_pass_size(CPU, [plan], 64, 500 * ENTRY) == 1

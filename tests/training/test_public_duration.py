@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from models.base.base import Base
-from privacy.accounting import OVERFLOW
+from privacy.accounting import TRUNCATION_DELTA
 from privacy.noise import CPU
 from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, private, room
 from training import cohort, parallel_passes
-from training.batches import Batch, Batches
+from training.batches import BatchSampler, StepBatch
 from training.cohort import train
 from training.jobs import Train, Trained
-from training.public_duration import Turns, scheduled
+from training.public_duration import TurnCount, scheduled_turns
 
 
 @pytest.mark.parametrize(("at_once", "units", "pieces"), [(1, 1, 1), (2, 3, 1), (4, 1, 1), (1, 1, 3), (2, 1, 3)])
 def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -> None:
-    turns = Turns(at_once, units, pieces)
+    turns = TurnCount(at_once, units, pieces)
     assert turns(0) == 0
     for count in range(30):
         assert turns.holding(turns(count)) >= count
@@ -35,10 +35,10 @@ def test_turns_and_what_they_hold_agree(at_once: int, units: int, pieces: int) -
 
 def test_a_pass_holds_pictures_or_pieces() -> None:
     with pytest.raises(ValueError, match="a piece of one"):
-        Turns(1, 2, 2)
+        TurnCount(1, 2, 2)
 
 
-def tail(assumed: int, rate: float, steps: int, turns: Turns, most: int) -> float:
+def tail(assumed: int, rate: float, steps: int, turns: TurnCount, most: int) -> float:
     """P(more than `most` turns), exactly: one picture is drawn at every step, the others by their coins."""
     others = [math.comb(assumed - 1, k) * rate**k * (1 - rate) ** (assumed - 1 - k) for k in range(assumed)]
     step = np.zeros(turns(assumed) + 1)
@@ -53,22 +53,22 @@ def tail(assumed: int, rate: float, steps: int, turns: Turns, most: int) -> floa
 @pytest.mark.parametrize(
     ("assumed", "rate", "steps"), [(20, 0.2, 10), (5, 0.8, 3), (100, 0.04, 20), (2, 0.5, 40), (1, 0.3, 8)]
 )
-@pytest.mark.parametrize("turns", [Turns(), Turns(2, 3), Turns(2, 1, 3)])
-def test_turns_are_enough_but_for_what_is_charged(assumed: int, rate: float, steps: int, turns: Turns) -> None:
-    found = scheduled(assumed, rate, steps, turns)
-    assert tail(assumed, rate, steps, turns, found) <= steps * OVERFLOW
-    least = next(k for k in itertools.count() if tail(assumed, rate, steps, turns, k) <= steps * OVERFLOW)
+@pytest.mark.parametrize("turns", [TurnCount(), TurnCount(2, 3), TurnCount(2, 1, 3)])
+def test_turns_are_enough_but_for_what_is_charged(assumed: int, rate: float, steps: int, turns: TurnCount) -> None:
+    found = scheduled_turns(assumed, rate, steps, turns)
+    assert tail(assumed, rate, steps, turns, found) <= steps * TRUNCATION_DELTA
+    least = next(k for k in itertools.count() if tail(assumed, rate, steps, turns, k) <= steps * TRUNCATION_DELTA)
     assert found <= max(least + turns(assumed), 1.1 * least)
 
 
 def test_nothing_is_cut_where_everybody_joins() -> None:
-    assert scheduled(20, 1.0, 7, Turns(1, 8)) == 7 * 3
-    assert scheduled(20, 0.2, 0) == 0
+    assert scheduled_turns(20, 1.0, 7, TurnCount(1, 8)) == 7 * 3
+    assert scheduled_turns(20, 0.2, 0) == 0
 
 
 def test_many_steps_need_little_more_than_their_mean() -> None:
     """What is left over falls with the root of the pictures drawn in all, to one that is drawn at every step."""
-    shares = [scheduled(20, 0.2, steps) / ((1 + 19 * 0.2) * steps) for steps in (5, 50, 500, 5000)]
+    shares = [scheduled_turns(20, 0.2, steps) / ((1 + 19 * 0.2) * steps) for steps in (5, 50, 500, 5000)]
     assert shares == sorted(shares, reverse=True)
     assert 1 < shares[-1] < 1.06
 
@@ -101,19 +101,19 @@ def crowded(base: Base, batches: int, **changes: object) -> Train:
 
 def test_what_goes_beyond_counts_as_not_drawn(fine: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the order in which pictures stand, once the turns are used up."""
-    monkeypatch.setattr(cohort, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    turns = scheduled(10, 0.1, 16)
+    turns = scheduled_turns(10, 0.1, 16)
     assert 10 < turns < 160
-    really, kept = Batches.next, list[int]()
+    really, kept = BatchSampler.next, list[int]()
 
-    def cut(self: Batches) -> Batch:
+    def cut(self: BatchSampler) -> StepBatch:
         batch = really(self)
         kept.append(min(batch.size, turns - sum(kept)))
         return batch.part(slice(kept[-1]))
 
     (found,) = train(fine, [crowded(fine, 16)], memory=PLENTY, timesteps=2)
-    monkeypatch.setattr(Batches, "next", cut)
+    monkeypatch.setattr(BatchSampler, "next", cut)
     assert_close(found, Reference(fine, crowded(fine, 16)).train(), crowded(fine, 16).start, 1e-10)
     assert sum(kept) == turns
     assert 0 in kept
@@ -131,13 +131,13 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(time, "perf_counter", lambda: len(turns))
     monkeypatch.setattr(cohort, "run_passes", turn)
-    monkeypatch.setattr(cohort, "fixed_size", lambda *_: 1)
+    monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: 1)
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
     return turns
 
 
 def test_a_job_is_given_the_same_time_whatever_is_drawn(base: Base, turns: list[int]) -> None:
-    planned = scheduled(10, 0.1, 16)
+    planned = scheduled_turns(10, 0.1, 16)
     for batches in (0, 1, 2, 16):
         turns.clear()
         (found,) = train(base, [crowded(base, batches)], memory=PLENTY, timesteps=2)
@@ -161,7 +161,7 @@ def test_numbers_that_overflow_take_the_same_time_and_end_where_they_started(
     """An error would come as soon as what was drawn is through, and be tried again with other noise."""
     job = crowded(base, batches, optimiser="sgd", learning_rate=1.0, proximal=1e300)
     (found,) = train(base, [job], memory=PLENTY, timesteps=2)
-    assert len(turns) + idle(found) == scheduled(10, 0.1, 16)
+    assert len(turns) + idle(found) == scheduled_turns(10, 0.1, 16)
     assert isinstance(found, Trained)
     for name, factors in job.start.items():
         assert all(torch.equal(one, other) for one, other in zip(factors, found.adapter[name], strict=True))

@@ -25,11 +25,11 @@ from tests.helpers.reference_trainer import (
     some,
     trained,
 )
-from training.batches import Batch, Batches
-from training.buffers import Rows, Shape
+from training.batches import BatchSampler, StepBatch
+from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
 from training.jobs import Prior, Train
-from training.microbatching import Queue
+from training.microbatching import EntryQueue
 from training.step import gradients, on_device
 
 EVERY_KIND = (
@@ -60,7 +60,7 @@ class Opacus(Reference):
         assert sum(weight.requires_grad for weight in unet.parameters()) == len(self.parameters)
         self.hooked = GradSampleModule(unet.train())  # its hooks are silent in eval(); there is no dropout
 
-    def by_entry(self, batch: Batch) -> list[Tensor]:
+    def by_entry(self, batch: StepBatch) -> list[Tensor]:
         """Of every parameter [n, …]."""
         x, t, context, wanted = self.seen(batch)
         output = self.hooked(x, t, encoder_hidden_states=context).sample
@@ -68,14 +68,14 @@ class Opacus(Reference):
         (output - wanted).square().flatten(1).mean(1).mean().backward()
         return [weight.grad_sample.detach() for weight in self.parameters]  # type: ignore[attr-defined]
 
-    def unit_gradients(self, batch: Batch) -> list[list[Tensor]]:
+    def unit_gradients(self, batch: StepBatch) -> list[list[Tensor]]:
         """Of one draw each."""
         return [list(entry) for entry in zip(*self.by_entry(batch), strict=True)] if batch.size else []
 
 
-def one_pass(base: Base, jobs: list[Train], batches: list[Batch]) -> list[Tensor]:
+def one_pass(base: Base, jobs: list[Train], batches: list[StepBatch]) -> list[Tensor]:
     """Gradients of every entry of each client [n, D], from one pass for all of them, interleaved with others."""
-    rows, queue = Rows(base, Shape.of(jobs), len(jobs)), Queue()
+    rows, queue = CohortBuffers(base, BufferSpec.of(jobs), len(jobs)), EntryQueue()
     rows.open(dict(enumerate(jobs)))
     for row, batch in enumerate(batches):
         queue.push(row, batch._replace(examples=batch.examples + rows.place(row)))
@@ -95,7 +95,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
 
 
-def by_loop(reference: Reference, batch: Batch) -> Tensor:
+def by_loop(reference: Reference, batch: StepBatch) -> Tensor:
     """Weighted gradients [n, D], one example at a time."""
     rows = []
     for place, weight in enumerate(batch.weights.tolist()):
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_opacus_and_of_a_loop(pipeline_folder: Path, site
     base = Base(pipeline_folder, sites=sites)
     frozen = live(base, 2, 9)
     jobs = [job(base, "a"), job(base, "b", rank=3, batch_size=4), job(base, "frozen underneath", frozen=frozen)]
-    batches = [Batches(plan).next() for plan in jobs]
+    batches = [BatchSampler(plan).next() for plan in jobs]
     found = one_pass(base, jobs, batches)
     for plan, batch, mine in zip(jobs, batches, found, strict=True):
         assert off(mine, by_loop(Reference(base, plan), batch)) < 2e-5
@@ -123,7 +123,7 @@ def test_gradients_are_those_of_opacus_and_of_a_loop(pipeline_folder: Path, site
 def test_weights_and_draws_reach_the_gradients(base: Base) -> None:
     prior = Prior(examples=examples(base, 2, 5), weight=0.3)
     for plan in (private(base, "a", draws=3, prior=prior, count=2, rate=1.0), job(base, "b", prior=prior)):
-        batch = Batches(plan).next()
+        batch = BatchSampler(plan).next()
         (found,) = one_pass(base, [plan], [batch])
         assert off(found, by_loop(Reference(base, plan), batch)) < 2e-5
 

@@ -8,7 +8,7 @@ from conf.compose import compose
 from models.base import assets
 from models.base.base import load
 from models.lora.lora_xs import load_frame
-from typefaces.find_frame import RANK, SITES, frame, leading
+from typefaces.find_frame import RANK, SITES, frame, leading_eigenvectors
 
 
 def test_the_frame_fits_the_base_and_is_orthonormal() -> None:
@@ -29,4 +29,4 @@ def test_directions_are_those_of_an_svd() -> None:
 
 def test_leading_directions_come_first() -> None:
     moment = torch.diag(torch.tensor([1.0, 3.0, 2.0]))
-    assert torch.equal(leading(moment, 2).abs(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    assert torch.equal(leading_eigenvectors(moment, 2).abs(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))

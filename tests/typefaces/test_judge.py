@@ -11,8 +11,8 @@ import pytest
 from common.errors import AntherError
 from typefaces import dataset
 from typefaces.dataset import GLYPHS, MERGED
-from typefaces.judge import FOLDER, Judge, center, legible, load, merge, style_match
-from typefaces.pretraining.corpus import divide
+from typefaces.judge import FOLDER, Judge, legible, load, merge_classes, style_center, style_match
+from typefaces.pretraining.corpus import split_held_out
 from typefaces.pretraining.judge_training import measure
 
 
@@ -29,7 +29,7 @@ def test_merged_classes_are_disjoint_and_as_committed() -> None:
     assert " ".join(MERGED) == "O0o Il1 Cc Kk Pp Ss Uu Vv Ww Xx Zz"
     members = "".join(MERGED)
     assert len(set(members)) == len(members)
-    assert len(np.unique(merge(np.arange(62)))) == 62 - sum(len(group) - 1 for group in MERGED)
+    assert len(np.unique(merge_classes(np.arange(62)))) == 62 - sum(len(group) - 1 for group in MERGED)
 
 
 def test_a_glyph_is_legible_if_it_is_read_as_the_real_one_is() -> None:
@@ -60,7 +60,7 @@ def test_style_match_of_random_styles_is_chance() -> None:
 
 def test_the_center_is_a_unit_vector_along_the_mean() -> None:
     styles = np.array([[1, 0], [0, 1]], np.float32)
-    assert np.allclose(center(styles), [2**-0.5, 2**-0.5])
+    assert np.allclose(style_center(styles), [2**-0.5, 2**-0.5])
 
 
 def test_embeddings_are_unit_and_no_picture_is_no_answer(judge: Judge) -> None:
@@ -91,7 +91,7 @@ def test_the_shipped_judge_is_small_and_measured_on_this_data() -> None:
 def test_the_shipped_judge_reads_families_it_never_saw(judge: Judge) -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     training = config["training"]
-    _, held = divide(dataset.load("public"), share=training["held_out"], seed=training["seed"])
+    _, held = split_held_out(dataset.load("public"), share=training["held_out"], seed=training["seed"])
     measured = measure(judge, held)
     assert measured["merged"] >= 0.97
     assert measured["strict"] >= 0.90

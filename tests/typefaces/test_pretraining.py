@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from common.errors import AntherError
-from conf.schemas.pretraining import Stage, TrainBase, TrainJudge
+from conf.schemas.pretraining import StageConfig, TrainBaseConfig, TrainJudgeConfig
 from typefaces.dataset import GLYPHS, caption
 from typefaces.pretraining import architecture
-from typefaces.pretraining.corpus import Jitter, held_out, thicken, vary, warp
+from typefaces.pretraining.corpus import Jitter, apply_jitter, held_out, thicken, warp
 from typefaces.pretraining.diffusion import (
     denoising_loss,
     diffuse,
@@ -22,7 +22,7 @@ from typefaces.pretraining.diffusion import (
     stratified_timesteps,
 )
 from typefaces.pretraining.loop import ema_decay, learning_rate, train
-from typefaces.pretraining.vae import reconstruction_loss, reparameterise, scaling_factor
+from typefaces.pretraining.vae import reconstruction_loss, reparameterize, scaling_factor
 
 
 def test_v_is_the_derivative_of_the_noising_angle() -> None:
@@ -78,7 +78,7 @@ def test_captions_are_dropped_at_the_asked_rate() -> None:
 
 
 def test_kl_of_the_standard_normal_is_zero_and_latents_scale_to_one() -> None:
-    latents, kl = reparameterise(torch.zeros(500, 8, 4, 4), Generator().manual_seed(0))
+    latents, kl = reparameterize(torch.zeros(500, 8, 4, 4), Generator().manual_seed(0))
     assert float(kl) == 0
     assert float((latents * 3 * scaling_factor(latents * 3)).std()) == pytest.approx(1, rel=1e-5)
     assert float(reconstruction_loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5))) == 0.75
@@ -105,7 +105,7 @@ def test_families_of_a_design_are_held_out_together_and_at_the_asked_share() -> 
 def test_no_jitter_changes_nothing_and_bolder_is_darker() -> None:
     pictures = torch.rand(3, 1, 16, 16, generator=Generator().manual_seed(0)) * 2 - 1
     generator = Generator().manual_seed(1)
-    assert torch.allclose(vary(pictures, Jitter().draw(3, generator)), pictures, atol=1e-5)
+    assert torch.allclose(apply_jitter(pictures, Jitter().draw(3, generator)), pictures, atol=1e-5)
     assert torch.allclose(warp(pictures, 0.0, generator), pictures, atol=1e-5)
     ink = 1 - pictures
     bold, light = thicken(ink, torch.full((3,), 0.5)), thicken(ink, torch.full((3,), -0.5))
@@ -113,8 +113,8 @@ def test_no_jitter_changes_nothing_and_bolder_is_darker() -> None:
     assert (light <= ink).all()
 
 
-def tiny_stage(**changes: object) -> Stage:
-    return Stage(
+def tiny_stage(**changes: object) -> StageConfig:
+    return StageConfig(
         **{"steps": 6, "batch": 4, "warmup": 2, "compile": False, "bf16": False, "checkpoint_every": 3, **changes}  # type: ignore[arg-type]
     )
 
@@ -199,14 +199,14 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
 @pytest.mark.parametrize(
     ("schema", "values", "message"),
     [
-        (Stage, {"steps": 0}, "steps=0"),
-        (Stage, {"ema": 1.0}, "ema=1.0"),
-        (Stage, {"seconds": 0.0}, "seconds=0.0"),
-        (TrainBase, {"device": "tpu"}, "one of: auto, cpu, cuda"),
-        (TrainBase, {"caption_dropout": 1.0}, "caption_dropout=1.0"),
-        (TrainBase, {"min_snr": 0.0}, "min_snr=0.0"),
-        (TrainJudge, {"held_out": 0.0}, "held_out=0.0"),
-        (TrainJudge, {"styles": 0}, "styles=0"),
+        (StageConfig, {"steps": 0}, "steps=0"),
+        (StageConfig, {"ema": 1.0}, "ema=1.0"),
+        (StageConfig, {"seconds": 0.0}, "seconds=0.0"),
+        (TrainBaseConfig, {"device": "tpu"}, "one of: auto, cpu, cuda"),
+        (TrainBaseConfig, {"caption_dropout": 1.0}, "caption_dropout=1.0"),
+        (TrainBaseConfig, {"min_snr": 0.0}, "min_snr=0.0"),
+        (TrainJudgeConfig, {"held_out": 0.0}, "held_out=0.0"),
+        (TrainJudgeConfig, {"styles": 0}, "styles=0"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(schema: type, values: dict[str, object], message: str) -> None:

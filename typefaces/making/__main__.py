@@ -44,12 +44,12 @@ def main() -> None:
     print(f"{len(rows)} families, {arguments.output.stat().st_size / 1e6:.2f} MB: {arguments.output}")
 
 
-def pictures(entry: table.Entry, cache: Path) -> NDArray[np.uint8]:
+def pictures(entry: table.CatalogEntry, cache: Path) -> NDArray[np.uint8]:
     """The family's 62 pictures."""
     return render.family(cache / entry.package / entry.font, entry.face, GLYPHS)
 
 
-def row(entry: table.Entry, images: NDArray[np.uint8]) -> dict[str, object]:
+def row(entry: table.CatalogEntry, images: NDArray[np.uint8]) -> dict[str, object]:
     """A row of the file."""
     described = {key: value for key, value in entry._asdict().items() if key not in ("font", "face")}
     return described | {"order": order(entry.name), "glyphs": [render.png(image) for image in images]}

@@ -18,7 +18,7 @@ KINDS = ("text", "hand", "individual")
 DESIGNER_SHARE = 1 / 5  # of the writers, at most, by one designer
 
 
-class Entry(NamedTuple):
+class CatalogEntry(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -32,15 +32,15 @@ class Entry(NamedTuple):
     face: int  # index of the face in a collection; 0 elsewhere
 
 
-def read(path: Path = FILE) -> list[Entry]:
+def read(path: Path = FILE) -> list[CatalogEntry]:
     """The table, sorted by name; refused if its roles would leak a design or lean on one designer."""
     with path.open(newline="", encoding="utf-8") as file:
-        entries = [Entry(face=int(row.pop("face")), **row) for row in csv.DictReader(file)]
+        entries = [CatalogEntry(face=int(row.pop("face")), **row) for row in csv.DictReader(file)]
     check(entries)
     return sorted(entries)
 
 
-def check(entries: Sequence[Entry]) -> None:
+def check(entries: Sequence[CatalogEntry]) -> None:
     for entry in entries:
         if entry.role not in ROLES or entry.kind not in KINDS or not all((entry.name, entry.designer, entry.licence)):
             raise ValueError(f"incomplete or unknown values: {entry}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from typefaces.dataset import GLYPHS, Family
+from typefaces.dataset import GLYPHS, Typeface
 
 
 def held_out(design: str, *, share: float, seed: int) -> bool:
@@ -20,7 +20,7 @@ def held_out(design: str, *, share: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def divide(families: Sequence[Family], *, share: float, seed: int) -> tuple[list[Family], list[Family]]:
+def split_held_out(families: Sequence[Typeface], *, share: float, seed: int) -> tuple[list[Typeface], list[Typeface]]:
     """(training families, held-out families)."""
     held = [held_out(family.design, share=share, seed=seed) for family in families]
     return (
@@ -29,17 +29,17 @@ def divide(families: Sequence[Family], *, share: float, seed: int) -> tuple[list
     )
 
 
-def pictures(families: Sequence[Family]) -> Tensor:
+def pictures(families: Sequence[Typeface]) -> Tensor:
     """uint8 [families × 62, 1, 64, 64]; glyph i of family f is row 62 f + i."""
     return torch.from_numpy(np.concatenate([family.images for family in families]))[:, None]
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 [..., 64, 64], 0 = ink -> float in [-1, 1], -1 = ink."""
     return images.float() / 127.5 - 1
 
 
-def glyph_of(rows: Tensor) -> Tensor:
+def glyph_class(rows: Tensor) -> Tensor:
     """The glyph class of rows of `pictures`."""
     return rows % len(GLYPHS)
 
@@ -61,7 +61,7 @@ class Jitter:
         return uniform * reach.to(generator.device)
 
 
-def vary(images: Tensor, values: Tensor) -> Tensor:
+def apply_jitter(images: Tensor, values: Tensor) -> Tensor:
     """Images [B, 1, H, W] in [-1, 1], paper +1, each varied by its row of `Jitter.draw`."""
     right, down, width, height, slant, weight = values.unbind(dim=1)
     across = torch.stack([1 / (1 + width), slant, right], dim=1)

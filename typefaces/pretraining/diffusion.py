@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy [B,4,H,W], t [B], context [B,L,D]) -> v
+DenoiseFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy [B,4,H,W], t [B], context [B,L,D]) -> v
 
 
 def diffuse(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def stratified_timesteps(count: int, total: int, generator: Generator) -> Tensor
 
 
 def denoising_loss(
-    denoise: Denoiser,
+    denoise: DenoiseFn,
     latents: Tensor,
     context: Tensor,
     *,

@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from typefaces.dataset import GLYPHS, caption
 from typefaces.judge import Judge, legible
-from typefaces.pretraining.corpus import normalise
-from typefaces.pretraining.diffusion import Denoiser, denoising_loss
+from typefaces.pretraining.corpus import normalize
+from typefaces.pretraining.diffusion import DenoiseFn, denoising_loss
 from typefaces.pretraining.vae import encode
 
 BATCH = 248
@@ -54,7 +54,7 @@ def reconstruction(vae: AutoencoderKL, images: Tensor) -> tuple[float, NDArray[n
     """(mean |x̂ - x| in [-1, 1], restored uint8 [N, 64, 64]) of uint8 images [N, 1, 64, 64]."""
     errors, restored = [], []
     for part in images.split(512):
-        pixels = normalise(part)
+        pixels = normalize(part)
         output = vae.decode(encode(vae, pixels)).sample.clamp(-1, 1)
         errors.append((output - pixels).abs().mean(dim=(1, 2, 3)))
         restored.append(((output[:, 0] + 1) * 127.5).round().byte().cpu())
@@ -62,7 +62,7 @@ def reconstruction(vae: AutoencoderKL, images: Tensor) -> tuple[float, NDArray[n
 
 
 @torch.no_grad()
-def fixed_loss(denoise: Denoiser, latents: Tensor, context: Tensor, *, alphas: Tensor, seed: int) -> float:
+def fixed_loss(denoise: DenoiseFn, latents: Tensor, context: Tensor, *, alphas: Tensor, seed: int) -> float:
     """Denoising loss in v at the middles of ten equal parts of the schedule, with fixed noise.
 
     latents [N, 4, 16, 16] scaled; context [N, 16, D] of their captions.

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from typefaces.dataset import GLYPHS, Family
-from typefaces.judge import STYLE, Judge, JudgeNetwork, center, legible, merge, style_match
-from typefaces.pretraining.corpus import Jitter, normalise, vary, warp
+from typefaces.dataset import GLYPHS, Typeface
+from typefaces.judge import STYLE, Judge, JudgeNetwork, legible, merge_classes, style_center, style_match
+from typefaces.pretraining.corpus import Jitter, apply_jitter, normalize, warp
 
 STYLES = Jitter(width=0.2, slant=0.35, weight=0.8)  # makes another style of a family, the same for all its glyphs
 PLACES = Jitter(shift=0.06, width=0.05, height=0.08, slant=0.03, weight=0.15)  # where and how large a glyph stands
@@ -53,8 +53,8 @@ def judge_loss(
     styles = torch.randint(len(table), (batch,), generator=generator, device=device)
     glyphs = torch.randint(len(GLYPHS), (batch,), generator=generator, device=device)
     family = styles // (len(table) // families)
-    pictures = vary(normalise(images[family * len(GLYPHS) + glyphs]), table[styles])
-    pictures = warp(vary(pictures, PLACES.draw(batch, generator)), BEND, generator)
+    pictures = apply_jitter(normalize(images[family * len(GLYPHS) + glyphs]), table[styles])
+    pictures = warp(apply_jitter(pictures, PLACES.draw(batch, generator)), BEND, generator)
     read, placed = network(pictures)
     return F.cross_entropy(read.float(), glyphs, label_smoothing=smoothing) + style * F.cross_entropy(
         placed.float(), styles
@@ -68,7 +68,7 @@ def style_table(families: int, styles: int, generator: Generator) -> Tensor:
     return table
 
 
-def measure(judge: Judge, families: Sequence[Family]) -> dict[str, float]:
+def measure(judge: Judge, families: Sequence[Typeface]) -> dict[str, float]:
     """Reading accuracy, and how well the style of unseen families is told apart.
 
     Each family's even glyphs in its `order` stand for what is known of it, its odd ones are asked about:
@@ -83,17 +83,17 @@ def measure(judge: Judge, families: Sequence[Family]) -> dict[str, float]:
         order = list(family.order)
         known.append(styles[order[::2]])
         asked.append(styles[order[1::2]])
-    centers = np.stack([center(styles) for styles in known])
+    centers = np.stack([style_center(styles) for styles in known])
     singles, fives, matches = [], [], []
     for i, styles in enumerate(asked):
         singles.append((styles @ centers.T).argmax(axis=1) == i)
-        groups = np.stack([center(styles[j : j + 5]) for j in range(0, len(styles) - 4, 5)])
+        groups = np.stack([style_center(styles[j : j + 5]) for j in range(0, len(styles) - 4, 5)])
         fives.append((groups @ centers.T).argmax(axis=1) == i)
         matches.append(style_match(styles, known[i], known[:i] + known[i + 1 :]))
     return {
         "families": len(families),
         "strict": float(np.mean([r == truth for r in read])),
-        "merged": float(np.mean([legible(r, merge(truth)) for r in read])),
+        "merged": float(np.mean([legible(r, merge_classes(truth)) for r in read])),
         "retrieval_1": float(np.mean(singles)),
         "retrieval_5": float(np.mean(fives)),
         "style_match": float(np.mean(matches)),

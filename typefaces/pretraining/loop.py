@@ -22,24 +22,24 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from common.errors import AntherError
-from conf.schemas.pretraining import Stage
+from conf.schemas.pretraining import StageConfig
 
 Loss = Callable[[Generator], Tensor]
 M = TypeVar("M", bound=nn.Module)
 
 
-def progress(stage: Stage, step: int, elapsed: float) -> float:
+def progress(stage: StageConfig, step: int, elapsed: float) -> float:
     """How much of the stage is done, 0 to 1: the larger share of its steps and of its seconds."""
     by_time = elapsed / stage.seconds if stage.seconds else 0.0
     return min(1.0, max(step / stage.steps, by_time))
 
 
-def learning_rate(stage: Stage, step: int, done: float) -> float:
+def learning_rate(stage: StageConfig, step: int, done: float) -> float:
     """Linear warm-up, then half a cosine down to zero (Loshchilov & Hutter, 2017)."""
     return stage.learning_rate * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def ema_decay(stage: Stage, step: int) -> float:
+def ema_decay(stage: StageConfig, step: int) -> float:
     """The averaging rate, small at first: min(decay, (1 + n) / (10 + n))."""
     return min(stage.ema, (1 + step) / (10 + step))
 
@@ -49,7 +49,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> Generator:
     return Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
-def train(model: M, loss: Loss, *, stage: Stage, name: str, seed: int, folder: Path, resume: bool) -> M:
+def train(model: M, loss: Loss, *, stage: StageConfig, name: str, seed: int, folder: Path, resume: bool) -> M:
     """Train `model` in place by `loss(generator)`; returns a copy with the averaged weights, in eval mode."""
     file = folder / f"{name}.safetensors"
     parameters = dict(model.named_parameters())

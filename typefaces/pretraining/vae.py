@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Generator, Tensor
 
 
-def reparameterise(moments: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+def reparameterize(moments: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """(sample [B, 4, h, w], KL per latent element) of the encoder's moments [B, 8, h, w].
 
     Kingma & Welling (2014): z = μ + σ ε; KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² - 1 - log σ²) / 2.

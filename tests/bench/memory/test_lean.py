@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bench.memory import lean, published_bases, weights_memory
 from models.families.checkpoint import STABLE_DIFFUSION
-from models.families.known import KNOWN, Known
+from models.families.known import KNOWN_BASES, BaseSpec
 from models.families.pixart import PIXART
 from models.families.sdxl import SDXL
 
@@ -44,9 +44,9 @@ PIXELS = {
     "use_additional_conditions": False,
 }
 TINY = {
-    "sd15": Known(family=STABLE_DIFFUSION, config=SMALL),
-    "sdxl": Known(family=SDXL, config=SMALL | ADDED),
-    "pixart-sigma": Known(family=PIXART, config=PIXELS),
+    "sd15": BaseSpec(family=STABLE_DIFFUSION, config=SMALL),
+    "sdxl": BaseSpec(family=SDXL, config=SMALL | ADDED),
+    "pixart-sigma": BaseSpec(family=PIXART, config=PIXELS),
 }
 
 
@@ -54,7 +54,7 @@ TINY = {
 def tiny(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The bases' tiny relatives, and no other processes."""
     for name, base in TINY.items():
-        monkeypatch.setitem(KNOWN, name, base)
+        monkeypatch.setitem(KNOWN_BASES, name, base)
 
     def here(*arguments: str, allocator: bool = False) -> str:  # noqa: ARG001 - another process is spared
         run(monkeypatch, *arguments)

@@ -11,20 +11,22 @@ from typing import Any
 import pytest
 
 from bench.memory import limits
-from bench.memory.limits import Measured, Trial, limited, row
-from client.planning.plan_search import Rung, Setting
+from bench.memory.limits import LimitTrial, MeasuredStep, row, run_limited
+from client.planning.plan_search import TrainingOption, TrainingSetting
 from common.units import GIB, MIB
 from models.footprint.footprint import Footprint
 from tests.helpers.networks import SMALL
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-CHOSEN = Rung(Setting(512, "attention", "int8"), Footprint(base_bytes=900 * MIB))
-ABOVE = Rung(Setting(512, "attention", "fp32"), Footprint(base_bytes=1100 * MIB), blocked="memory: 1,200 of 1,024")
-TRIAL = Trial("board", GIB, CHOSEN, ABOVE)
+CHOSEN = TrainingOption(TrainingSetting(512, "attention", "int8"), Footprint(base_bytes=900 * MIB))
+ABOVE = TrainingOption(
+    TrainingSetting(512, "attention", "fp32"), Footprint(base_bytes=1100 * MIB), blocked="memory: 1,200 of 1,024"
+)
+TRIAL = LimitTrial("board", GIB, CHOSEN, ABOVE)
 
 
 def python(text: str, limit: int | None) -> str | None:
-    return limited([sys.executable, "-c", text], limit, dict(os.environ))
+    return run_limited([sys.executable, "-c", text], limit, dict(os.environ))
 
 
 @linux
@@ -45,8 +47,8 @@ def test_what_fails_otherwise_is_no_verdict() -> None:
 )
 def test_a_plan_that_is_ended_or_a_timid_ladder_is_not_sound(peak: int | None, above: int, sound: bool) -> None:
     """920 MiB are nine tenths of the limit, and a little less."""
-    chosen = None if peak is None else Measured(peak * MIB, 1.0)
-    found = row(TRIAL, {(CHOSEN, GIB): chosen, (ABOVE, None): Measured(above * MIB, 1.0)})
+    chosen = None if peak is None else MeasuredStep(peak * MIB, 1.0)
+    found = row(TRIAL, {(CHOSEN, GIB): chosen, (ABOVE, None): MeasuredStep(above * MIB, 1.0)})
     assert found["sound"] is sound
     assert found["ran"] is (peak is not None)
     assert found["above_share"] == above / 1024
@@ -57,9 +59,9 @@ def test_every_device_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Those that are alike run once; where the top rung fits there is none above."""
     ran: list[Any] = []
 
-    def step(case: limits.Case, folder: Path, limit: int | None) -> Measured:  # noqa: ARG001
+    def step(case: limits.FootprintCase, folder: Path, limit: int | None) -> MeasuredStep:  # noqa: ARG001
         ran.append((case, limit))
-        return Measured(300 * MIB, 1.0)
+        return MeasuredStep(300 * MIB, 1.0)
 
     monkeypatch.setattr(limits, "NETWORKS", SMALL)
     monkeypatch.setattr(limits, "prepare", lambda *_: None)

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from bench.memory.planning import MIB, fleet, row, shown, timed
 from models.footprint.footprint import MARGIN, Footprint
-from strategies.planning.knapsack import Choice
+from strategies.planning.knapsack import SiteSet
 from strategies.planning.site_selection import RUNTIME
 from tests.strategies.planning.test_knapsack import table
 
 COSTS = table({"x": (100 * MIB, 10 * MIB), "y": (60 * MIB, 10 * MIB)})
-CHOICE = Choice(bytes=70 * MIB, work=0.9, gain=0.5, sites=("y",))
+CHOICE = SiteSet(bytes=70 * MIB, work=0.9, gain=0.5, sites=("y",))
 
 
 def test_a_row_says_what_all_or_nothing_would_be() -> None:

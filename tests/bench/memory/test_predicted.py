@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench.memory import predicted
-from bench.memory.predicted import Measured
+from bench.memory.predicted import MeasuredStep
 from common.units import MIB
-from conf.schemas.planning import planned
+from conf.schemas.planning import compose_plan
 from models.footprint.footprint import Footprint
 from tests.helpers.networks import SMALL
 
@@ -24,7 +24,7 @@ PREDICTED = Footprint(
     adapter_bytes=40 * MIB,
     matrix_operations=10**10,
 )
-DEVICE = replace(planned(["device=laptop"], Path()).device, matrix_gflops=10.0)
+DEVICE = replace(compose_plan(["device=laptop"], Path()).device, matrix_gflops=10.0)
 RUNTIME = 300
 NAME = "unet-142M 512² fp32 none"
 
@@ -52,9 +52,9 @@ def test_a_prediction_out_of_bounds_fails(
     """500 MiB and a second are predicted in all."""
     monkeypatch.setattr(predicted, "predicted", lambda _: PREDICTED)
 
-    def told(cases: Sequence[predicted.Case]) -> Iterator[tuple[predicted.Case, Measured]]:
+    def told(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
         for case in cases:
-            yield case, Measured((RUNTIME + 200 if case is predicted.RUNTIME else measured) * MIB, seconds)
+            yield case, MeasuredStep((RUNTIME + 200 if case is predicted.RUNTIME else measured) * MIB, seconds)
 
     monkeypatch.setattr(predicted, "in_fresh_processes", told)
     monkeypatch.setattr(predicted, "child", lambda _: json.dumps(asdict(DEVICE)))
@@ -80,11 +80,11 @@ def test_what_was_measured_once_is_judged_again(tmp_path: Path, monkeypatch: pyt
     row = {"case": first.name, "measured_bytes": 510 * MIB, "measured_seconds": 1.1}
     known = {"runtime_measured": ((RUNTIME + 200) * MIB, 0.5), "device": asdict(DEVICE)}
     earlier.write_text(json.dumps({**known, "rows": [row]}))
-    asked: list[predicted.Case] = []
+    asked: list[predicted.FootprintCase] = []
 
-    def told(cases: Sequence[predicted.Case]) -> Iterator[tuple[predicted.Case, Measured]]:
+    def told(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
         asked.extend(cases)
-        yield from ((case, Measured(505 * MIB, 0.9)) for case in cases)
+        yield from ((case, MeasuredStep(505 * MIB, 0.9)) for case in cases)
 
     monkeypatch.setattr(predicted, "in_fresh_processes", told)
     words = ["--only", first.name, second.name, "--measured", str(earlier), "--output", str(output)]
@@ -99,7 +99,7 @@ def test_what_was_measured_once_is_judged_again(tmp_path: Path, monkeypatch: pyt
 def test_a_real_step_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which holds much beside it."""
     monkeypatch.setattr(predicted, "NETWORKS", SMALL)
-    case = predicted.Case(kind, 128, "int8", "block", batch=2)
+    case = predicted.FootprintCase(kind, 128, "int8", "block", batch=2)
     predicted.prepare(kind, tmp_path, ["int8"])
     found = predicted.measured(case, tmp_path)
     assert found.peak_bytes > predicted.predicted(case).peak_bytes

@@ -13,21 +13,21 @@ import pytest
 from rich.console import Console
 
 from bench.privacy import membership
-from conf.schemas.audit import Audit
-from privacy.audit.membership import Trial, judge
-from simulations.audit.membership import Arm
+from conf.schemas.audit import AuditConfig
+from privacy.audit.membership import AttackTrial, judge
+from simulations.audit.membership import RunGroup
 
 WRITERS, LETTERS = 30, 20
 
 
-def arm(knows: float) -> Arm:
+def arm(knows: float) -> RunGroup:
     """Attacked by someone who sees members so many standard deviations higher."""
     draw = np.random.default_rng(0)
     member = draw.random(WRITERS * LETTERS) < 0.5
     writer, letter = np.divmod(np.arange(WRITERS * LETTERS), LETTERS)
-    trial = Trial(draw.normal(size=len(member)) + knows * member, member, writer, letter)
+    trial = AttackTrial(draw.normal(size=len(member)) + knows * member, member, writer, letter)
     found = judge(trial, resamples=200, confidence=0.95, seed=0)
-    return Arm("no differential privacy", [], WRITERS, {"loss": found}, {"loss": trial})
+    return RunGroup("no differential privacy", [], WRITERS, {"loss": found}, {"loss": trial})
 
 
 def test_the_record_says_how_well_members_are_told() -> None:
@@ -47,9 +47,9 @@ def test_the_same_writers_privately_and_not_and_one_that_is_overfitted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ran: dict[Path, Sequence[str]] = {}
-    asked: list[Audit] = []
+    asked: list[AuditConfig] = []
 
-    def arms(config: Audit) -> list[Arm]:
+    def arms(config: AuditConfig) -> list[RunGroup]:
         asked.append(config)
         return [arm(0.0)]
 

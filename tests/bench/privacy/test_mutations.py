@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.privacy.audit_mutants import OF_AUDITS
-from bench.privacy.mutants import OF_DEVICES, OF_PICTURES, Mutant
-from bench.privacy.mutations import PASSED, ROOT, applied, chosen, copy_of_the_source, judge, run_tests
+from bench.privacy.audit_mutants import AUDIT_MUTANTS
+from bench.privacy.mutants import DEVICE_MUTANTS, EXAMPLE_MUTANTS, Mutant
+from bench.privacy.mutations import PASSED, ROOT, apply_mutant, copy_source, judge, run_tests, select_mutants
 from common.errors import AntherError
 
-EVERY = chosen("")
+EVERY = select_mutants("")
 SAMPLE = {"batches of fixed size accounted as Poisson", "weights by the order of arrival"}
 WANTED = {  # what the table has to hold at least: a promise broken, and the mutants that break it
     "noise off": {"noise off"},
@@ -43,7 +43,7 @@ WANTED = {  # what the table has to hold at least: a promise broken, and the mut
 
 @pytest.fixture(scope="module")
 def copied() -> Iterator[Path]:
-    with copy_of_the_source() as root:
+    with copy_source() as root:
         yield root
 
 
@@ -55,7 +55,7 @@ def test_all_that_was_asked_for_is_there() -> None:
     assert len(EVERY) == len({(level, mutant.name) for level, mutant in EVERY}) >= 20
 
 
-@pytest.mark.parametrize("mutant", [*OF_PICTURES, *OF_DEVICES, *OF_AUDITS], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [*EXAMPLE_MUTANTS, *DEVICE_MUTANTS, *AUDIT_MUTANTS], ids=lambda mutant: mutant.name)
 def test_a_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
     assert mutant.new != mutant.old
     assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
@@ -65,7 +65,7 @@ def test_a_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
 
 @pytest.mark.parametrize("name", sorted(SAMPLE))
 def test_a_sample_is_caught(copied: Path, name: str) -> None:
-    ((level, mutant),) = chosen(name)
+    ((level, mutant),) = select_mutants(name)
     verdict = judge(level, mutant, copied)
     assert verdict.caught, verdict.said
 
@@ -80,7 +80,7 @@ def test_every_other_mutant_is_caught(copied: Path) -> None:
 @pytest.mark.slow
 def test_a_survivor_and_a_broken_test_are_not_called_caught(copied: Path) -> None:
     """Half a minute: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
-    _, mutant = chosen("noise redrawn at a resend")[0]
+    _, mutant = select_mutants("noise redrawn at a resend")[0]
     assert run_tests(copied, [mutant.test])[0] == PASSED
     assert not judge("image", mutant._replace(new=f"{mutant.old} "), copied).caught  # changes nothing
     assert not judge("image", mutant._replace(new="if ("), copied).caught  # no test runs at all
@@ -91,9 +91,9 @@ def test_what_does_not_fit_is_an_error_and_the_source_is_as_it_was(tmp_path: Pat
     file = tmp_path / "a.py"
     file.write_text("x = 1\nx = 1\n")
     for old in ("x = 1", "y"):
-        with pytest.raises(AntherError, match=r"a\.py.* times: mend"), applied(mutant(old), tmp_path):
+        with pytest.raises(AntherError, match=r"a\.py.* times: mend"), apply_mutant(mutant(old), tmp_path):
             pass
-    with applied(mutant("x = 1\nx"), tmp_path):
+    with apply_mutant(mutant("x = 1\nx"), tmp_path):
         assert file.read_text() == "new = 1\n"
     assert file.read_text() == "x = 1\nx = 1\n"
 

@@ -12,7 +12,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from bench.privacy.utility import DEVELOPMENT, FORMS, WHOLE, Cohort, command, kept, louder, parameters, table
+from bench.privacy.utility import (
+    DEVELOPMENT,
+    FORMS,
+    WHOLE,
+    WriterCohort,
+    command,
+    gain_kept,
+    parameters,
+    table,
+    tuning_epsilon,
+)
 from privacy.accounting import noise_multiplier_for
 
 
@@ -25,17 +35,20 @@ def ran(gain: float, writers: int = 40, spread: float = 0.0) -> dict[str, Any]:
 
 
 def test_what_is_kept_is_a_share_of_the_references_gain() -> None:
-    share, low, high = kept(ran(0.3, spread=0.1), ran(0.5, spread=0.2), "shared")
+    share, low, high = gain_kept(ran(0.3, spread=0.1), ran(0.5, spread=0.2), "shared")
     assert share == pytest.approx(0.6)
     spread = 0.1 * np.linspace(-1, 1, 40)
     half = 1.96 * spread.std(ddof=1) / 40**0.5 / 0.5
     assert (low, high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.02)
-    assert kept(ran(0.3), ran(0.5), "personal")[0] == pytest.approx(1.2)
+    assert gain_kept(ran(0.3), ran(0.5), "personal")[0] == pytest.approx(1.2)
 
 
 def test_the_table_has_every_run_and_its_target() -> None:
-    results = {(WHOLE, 0): {"reference": ran(0.5), "example-8": ran(0.3)}, (Cohort(50, 20), 0): {"example-8": ran(0.1)}}
-    results[Cohort(50, 20), 0]["reference"] = ran(0.4)
+    results = {
+        (WHOLE, 0): {"reference": ran(0.5), "example-8": ran(0.3)},
+        (WriterCohort(50, 20), 0): {"example-8": ran(0.1)},
+    }
+    results[WriterCohort(50, 20), 0]["reference"] = ran(0.4)
     told = io.StringIO()
     Console(file=told, width=160).print(table(results))
     rows = [line.split("│")[1:-1] for line in told.getvalue().splitlines() if line.startswith("│")]
@@ -54,7 +67,7 @@ def test_few_writers_see_the_noise_of_many() -> None:
     """σ / √devices is the noise on a mean of devices' sums, σ / devices that of the server's."""
     form = FORMS["device-8"]
     few = DEVELOPMENT.writers / WHOLE.writers
-    found = noise_multiplier_for(epsilon=louder(form), delta=1e-3, sampling_rate=1.0, steps=10)
+    found = noise_multiplier_for(epsilon=tuning_epsilon(form), delta=1e-3, sampling_rate=1.0, steps=10)
     wanted = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=1.0, steps=10) * few
     assert found == pytest.approx(wanted, rel=1e-2)
 

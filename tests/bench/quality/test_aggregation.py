@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.quality.aggregation import LAYERS, dense, exact, layer, truncated
-from bench.quality.updates import against_best
+from bench.quality.aggregation import LAYERS, best_approximation, dense, exact, layer
+from bench.quality.updates import relative_errors
 from models.lora.adapter import Factors
 
 
@@ -12,7 +12,7 @@ def test_both_ways_make_the_best_of_the_mean():
     factors = list(layer(24, 18, [2, 4, 4], seed=0))
     mean = torch.stack([b.double() @ a.double() for a, b in factors]).mean(0)
     left, right = dense(24, 18, factors, 4)
-    wanted = truncated(mean, 4)
+    wanted = best_approximation(mean, 4)
     assert torch.allclose((left @ right).double(), wanted, atol=1e-5)
     assert torch.allclose(exact(24, 18, factors, 4), wanted, atol=1e-5)
 
@@ -26,7 +26,7 @@ def test_the_layers_are_those_of_stable_diffusion():
 def test_errors_of_one_cap_are_those_of_matrices():
     current = {"layer": Factors(torch.randn(4, 24), torch.randn(18, 4))}
     trained = list(layer(24, 18, [2, 4, 4], seed=1))
-    found = against_best(current, [({"layer": factors}, 1.0) for factors in trained], cap=2)
+    found = relative_errors(current, [({"layer": factors}, 1.0) for factors in trained], cap=2)
     products = [b.double() @ a.double() for a, b in trained]
     products[0] += current["layer"].b[:, 2:].double() @ current["layer"].a[2:].double()  # what rank 2 left as it was
     mean = torch.stack(products).mean(0)

@@ -22,9 +22,9 @@ def ran(base: float, shared: float, personal: float) -> dict[str, list[float]]:
 
 def test_what_quantising_costs_is_taken_from_the_gain() -> None:
     exact, coarse = ran(1.0, 0.8, 0.6), ran(1.1, 0.85, 0.7)
-    assert quantization.kept(coarse, exact, "shared") == pytest.approx((0.75, 0.75, 0.75))
-    assert quantization.kept(coarse, exact, "personal") == pytest.approx((0.75, 0.75, 0.75))
-    assert quantization.kept(exact, exact, "shared")[0] == 1.0
+    assert quantization.gain_kept(coarse, exact, "shared") == pytest.approx((0.75, 0.75, 0.75))
+    assert quantization.gain_kept(coarse, exact, "personal") == pytest.approx((0.75, 0.75, 0.75))
+    assert quantization.gain_kept(exact, exact, "shared")[0] == 1.0
 
 
 def test_every_mode_is_compared_with_float32_of_its_own_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.quality.traffic import FP32, TRAINED, UP, Way, downloads, gains, kept, shown, sizes, ways
+from bench.quality.traffic import (
+    FP32,
+    TRAINED,
+    UP,
+    UpdateEncoding,
+    downloads,
+    encodings,
+    gain_kept,
+    gains,
+    shown,
+    sizes,
+)
 from models.lora.adapter import Site
 
 SITES = {"x": Site(320, 320), "y": Site(768, 320)}
-INT4, HALF = Way("int4"), Way("int4", 0.5)
+INT4, HALF = UpdateEncoding("int4"), UpdateEncoding("int4", 0.5)
 
 
 def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
@@ -32,7 +43,9 @@ def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
 
 def test_what_is_small_enough_is_marked() -> None:
     told = io.StringIO()
-    Console(file=told, width=120).print(shown("b", 8, {"factors": {way.name: 10**6 for way in UP} | {"int4": 1000}}))
+    Console(file=told, width=120).print(
+        shown("b", 8, {"factors": {encoding.name: 10**6 for encoding in UP} | {"int4": 1000}})
+    )
     assert [("int4" in line, "✓" in line) for line in told.getvalue().splitlines() if "│ int4 " in line] == [
         (True, True)
     ]
@@ -49,10 +62,10 @@ def ran(gain: float, bytes_up: int = 100) -> dict[str, Any]:
 
 
 def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
-    mean, low, high = kept([ran(0.3), ran(0.3)], [ran(0.4), ran(0.2)])
+    mean, low, high = gain_kept([ran(0.3), ran(0.3)], [ran(0.4), ran(0.2)])
     assert mean == pytest.approx(1.0)
     assert low < 1 < high
-    assert kept([ran(0.1)], [ran(0.4)])[0] == pytest.approx(0.25)
+    assert gain_kept([ran(0.1)], [ran(0.4)])[0] == pytest.approx(0.25)
     told = io.StringIO()
     Console(file=told, width=160).print(gains({("fedit", FP32): [ran(0.4, 800)], ("fedit", INT4): [ran(0.38, 100)]}))
     assert "95.0%" in told.getvalue()
@@ -60,15 +73,15 @@ def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
 
 
 def test_exact_holds_nothing_back() -> None:
-    down = [Way("fp32", down="int4"), Way("int4", down="int4")]
-    assert ways("exact", ["int4"], ["int4"]) == [FP32, INT4, *down]
-    assert ways("fedit", ["int4"], ["int4"]) == [FP32, INT4, HALF, Way("int4", 0.25), *down]
-    assert ways("cores", ["int4"], ["int4"]) == [FP32, INT4, HALF, Way("int4", 0.25)]
-    assert ways("fedit", [], ["int4"]) == [FP32, down[0]]
+    down = [UpdateEncoding("fp32", down="int4"), UpdateEncoding("int4", down="int4")]
+    assert encodings("exact", ["int4"], ["int4"]) == [FP32, INT4, *down]
+    assert encodings("fedit", ["int4"], ["int4"]) == [FP32, INT4, HALF, UpdateEncoding("int4", 0.25), *down]
+    assert encodings("cores", ["int4"], ["int4"]) == [FP32, INT4, HALF, UpdateEncoding("int4", 0.25)]
+    assert encodings("fedit", [], ["int4"]) == [FP32, down[0]]
 
 
 def test_down_goes_the_whole_adapter() -> None:
     found, numbers = downloads(SITES, 8), 8 * (320 + 320 + 768 + 320)
     assert 0 < found["fp32"] - 4 * numbers < 500
     assert [found[precision] * 8 / numbers for precision in ("fp16", "int8", "int4")] == [16.25, 8.25, 4.25]
-    assert Way("int4", down="int8").overrides[-1] == "strategy.download=int8"
+    assert UpdateEncoding("int4", down="int8").overrides[-1] == "strategy.download=int8"

@@ -9,7 +9,18 @@ import pytest
 from rich.console import Console
 
 from bench.robustness import byzantine
-from bench.robustness.byzantine import CLEAN, LARGE, ROBUST, SEEDS, SMALL, TUNING_SEEDS, Case, gain, kept, table
+from bench.robustness.byzantine import (
+    CLEAN,
+    LARGE,
+    ROBUST,
+    SEEDS,
+    SMALL,
+    TUNING_SEEDS,
+    ByzantineCase,
+    gain,
+    gain_kept,
+    table,
+)
 from bench.robustness.byzantine_clients import ATTACKS
 from conf.compose import compose
 
@@ -25,8 +36,8 @@ def ran(gained: float, backdoor: float = 0.0, dropped: int = 0) -> dict[str, Any
 
 def test_a_share_of_the_clean_gain() -> None:
     assert gain(ran(0.5)) == pytest.approx(0.5)
-    assert kept(ran(0.4), ran(0.5)) == pytest.approx(0.8)
-    assert kept(ran(-0.5), ran(0.5)) == pytest.approx(-1.0)
+    assert gain_kept(ran(0.4), ran(0.5)) == pytest.approx(0.8)
+    assert gain_kept(ran(-0.5), ran(0.5)) == pytest.approx(-1.0)
 
 
 def test_the_worst_seed_decides() -> None:
@@ -60,7 +71,7 @@ def test_a_run_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
     monkeypatch.setattr(byzantine, "_run", lambda case, _: calls.append(case.name) or ran(0.5))
     for _ in range(2):
         for attack in ("sign flip", "zero"):
-            case = Case(attack=attack, protected=True, seed=3, overrides=(), samples=1, folder=str(tmp_path))
+            case = ByzantineCase(attack=attack, protected=True, seed=3, overrides=(), samples=1, folder=str(tmp_path))
             assert byzantine.run(case) == ran(0.5)
     assert calls == ["sign-flip-protected-3", "zero-protected-3"]
     assert "sign flip" in ATTACKS
@@ -69,7 +80,9 @@ def test_a_run_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
 @pytest.mark.slow
 def test_a_backdoor_goes_through_the_real_loop(tmp_path: Any) -> None:
     overrides = (*SMALL, "data.writers=5", "rounds=1", "adapter.shared.steps=1", "data.test=1")
-    case = Case(attack="backdoor", protected=True, seed=0, overrides=overrides, samples=1, folder=str(tmp_path))
+    case = ByzantineCase(
+        attack="backdoor", protected=True, seed=0, overrides=overrides, samples=1, folder=str(tmp_path)
+    )
     found = byzantine.run(case)
     assert found["dropped"] == [{}]
     assert len(found["base"]) == len(found["shared"]) == 4

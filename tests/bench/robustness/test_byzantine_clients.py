@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from bench.robustness.byzantine_clients import ATTACKS, SHARE, TARGET, TRIGGER, attackers, moved, poisoned, tampered
-from models.lora.adapter import Adapter, Factors, head_and_tail
+from bench.robustness.byzantine_clients import (
+    ATTACKS,
+    SHARE,
+    TARGET,
+    TRIGGER,
+    choose_attackers,
+    poison_devices,
+    scale_update,
+    tamper_results,
+)
+from models.lora.adapter import Adapter, Factors, split_rank
 from tests.helpers.devices import make_device
 from tests.helpers.means import random_adapter
-from training.jobs import Examples, Measure, Train, Trained
+from training.jobs import Examples, MeasureJob, Train, Trained
 from typefaces import dataset
 
 EXAMPLES = Examples(latents=torch.zeros(1, 1, 2, 2), context=torch.zeros(1, 2, 3))
@@ -27,7 +36,7 @@ def job(client: str, round: int = 1, rank: int = 4) -> Train:
         purpose="shared",
         seed=0,
         examples=EXAMPLES,
-        start=head_and_tail(START, rank)[0],
+        start=split_rank(START, rank)[0],
         steps=1,
         batch_size=1,
         learning_rate=0.1,
@@ -40,7 +49,7 @@ def after(jobs: list[Any], attack: Any, shift: float = 0.1) -> list[Any]:
     def perform(jobs: list[Any]) -> list[Any]:
         return [honest(job, place, shift) for place, job in enumerate(jobs)]
 
-    return list(tampered(perform, attack, {"bad", "worse"})(jobs))
+    return list(tamper_results(perform, attack, {"bad", "worse"})(jobs))
 
 
 def honest(job: Any, place: int, shift: float) -> Any:
@@ -56,10 +65,10 @@ def same(one: Adapter, two: Adapter) -> bool:
 
 def test_a_fifth_attacks_whoever_asks_first() -> None:
     names = [f"device-{number}" for number in range(20)]
-    found = attackers(names, seed=0)
+    found = choose_attackers(names, seed=0)
     assert len(found) == SHARE * 20
-    assert found == attackers(names[::-1], seed=0) == sorted(found)
-    assert found != attackers(names, seed=1)
+    assert found == choose_attackers(names[::-1], seed=0) == sorted(found)
+    assert found != choose_attackers(names, seed=1)
 
 
 @pytest.mark.parametrize(("name", "by"), [("sign flip", -1.0), ("x100", 100.0), ("zero", 0.0)])
@@ -67,12 +76,12 @@ def test_a_change_is_sent_so_many_times(name: str, by: float) -> None:
     jobs = [job("bad"), job("good"), job("worse", rank=2)]
     found = after(jobs, ATTACKS[name].make())
     for place in (0, 2):
-        assert same(found[place].adapter, moved(jobs[place].start, honest(jobs[place], place, 0.1).adapter, by))
+        assert same(found[place].adapter, scale_update(jobs[place].start, honest(jobs[place], place, 0.1).adapter, by))
     assert same(found[1].adapter, honest(jobs[1], 1, 0.1).adapter)
 
 
 def test_only_results_of_training_are_tampered_with() -> None:
-    measure = Measure(examples=EXAMPLES, adapter=None)
+    measure = MeasureJob(examples=EXAMPLES, adapter=None)
     assert after([measure, job("good")], ATTACKS["zero"].make())[0] == 0.5
 
 
@@ -92,14 +101,14 @@ def test_colluders_send_one_adapter_scaled_to_replace_the_mean() -> None:
     jobs = [job("worse", rank=2), job("good"), job("bad")]
     for name, by in (("backdoor", 1 / SHARE), ("quiet backdoor", 1.0)):
         found = after(jobs, ATTACKS[name].make())
-        wanted = moved(jobs[2].start, honest(jobs[2], 2, 0.1).adapter, by)
+        wanted = scale_update(jobs[2].start, honest(jobs[2], 2, 0.1).adapter, by)
         assert same(found[2].adapter, wanted)
-        assert same(found[0].adapter, head_and_tail(wanted, 2)[0])
+        assert same(found[0].adapter, split_rank(wanted, 2)[0])
 
 
 def test_poisoned_devices_call_the_target_by_the_trigger(tmp_path: Path) -> None:
     device, families = make_device(tmp_path), dataset.load("development")[:2]
-    found = poisoned([device], families)[0].pictures()
+    found = poison_devices([device], families)[0].pictures()
     assert found.validation == device.pictures().validation
     assert [one.caption for one in found.train] == [dataset.caption(TRIGGER)] * 2
     assert np.array_equal(found.train[0].pixels, families[0].images[dataset.GLYPHS.index(TARGET)])

@@ -24,10 +24,10 @@ def test_no_input_surprises(kind: str) -> None:
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what turns a decoder's exceptions into a line, the fuzzer has something to say."""
 
-    def undecoded(self: data.Stored, side: int | None) -> object:
+    def undecoded(self: data.StoredPicture, side: int | None) -> object:
         raise NotImplementedError("a decoder's own")
 
-    monkeypatch.setattr(data.Stored, "_read", undecoded)
+    monkeypatch.setattr(data.StoredPicture, "_read", undecoded)
     monkeypatch.setattr(data.stored, "_known", set())
     row = chunk("exif", range(5))
     assert len(row.faults) == 5
@@ -42,8 +42,8 @@ def test_a_refusal_has_a_form(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
         def __str__(self) -> str:
             return line
 
-    def attempt(coins: random.Random, folder: Path) -> fuzz_inputs.Try:
-        del coins, folder
+    def attempt(rng: random.Random, folder: Path) -> fuzz_inputs.Try:
+        del rng, folder
 
         def refuse() -> None:
             raise RawError

@@ -18,10 +18,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.robustness.attack_corpus import Attack, Letter, delivering, mutation, payloads, records_of, scaled
-from bench.robustness.gate import Row, Rows, corpus, failures, run, table
+from bench.robustness.attack_corpus import (
+    MessageAttack,
+    WireMessage,
+    payloads,
+    random_attack,
+    records_attack,
+    replace_values,
+    to_records,
+)
+from bench.robustness.gate import AttackCounts, AttackTable, corpus, failures, run, table
 from bench.robustness.ingress import ACCEPTED, Ingress, ingresses
-from bench.robustness.invariants import Expected, violations
+from bench.robustness.invariants import ExpectedMessage, violations
 from models.lora.adapter import Site
 from protocol import tensor_codec
 
@@ -45,7 +53,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ingress]:
     return ingresses(SITES, rank=RANK, folder=tmp_path_factory.mktemp("device"))
 
 
-def judge(ingress: Ingress, attack: Attack) -> str:
+def judge(ingress: Ingress, attack: MessageAttack) -> str:
     """What became of it; fails if it crashed something or came in against an invariant."""
     opened = ingress.open(attack)
     reason = opened.deliver()
@@ -57,8 +65,8 @@ def judge(ingress: Ingress, attack: Attack) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_honest_messages_come_in(every: dict[str, Ingress], name: str) -> None:
-    letter = every[name].honest
-    assert judge(every[name], delivering("honest", records_of(letter))) == ACCEPTED
+    message = every[name].honest
+    assert judge(every[name], records_attack("honest", to_records(message))) == ACCEPTED
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +81,7 @@ def test_nothing_of_the_corpus_comes_in(every: dict[str, Ingress], name: str) ->
 
 
 def fuzz(every: dict[str, Ingress], name: str, random: Random) -> str:
-    attack = mutation(every[name].honest, random, objects=name in TO_SERVER)
+    attack = random_attack(every[name].honest, random, objects=name in TO_SERVER)
     return judge(every[name], attack)
 
 
@@ -94,17 +102,17 @@ def test_many_fuzzed_messages(every: dict[str, Ingress], name: str, random: Rand
 @pytest.mark.parametrize("name", ["Update", "Train"])
 def test_truncated_at_every_byte_and_bits_flipped_throughout(every: dict[str, Ingress], name: str) -> None:
     """With the right checksum, as an attacker would: what then comes in is a sound adapter of other numbers."""
-    letter = every[name].honest
-    assert letter.adapter is not None
-    data = letter.adapter
+    message = every[name].honest
+    assert message.adapter is not None
+    data = message.adapter
     for length in range(len(data)):
-        cut = letter._replace(adapter=data[:length])
-        assert judge(every[name], delivering("cut", records_of(cut))) != ACCEPTED
+        cut = message._replace(adapter=data[:length])
+        assert judge(every[name], records_attack("cut", to_records(cut))) != ACCEPTED
     start = 8 + int.from_bytes(data[:8], "little")
     for bit in range(0, 8 * len(data), 7):
         place = bit // 8
-        flipped = letter._replace(adapter=data[:place] + bytes([data[place] ^ 1 << bit % 8]) + data[place + 1 :])
-        reason = judge(every[name], delivering("bit", records_of(flipped)))
+        flipped = message._replace(adapter=data[:place] + bytes([data[place] ^ 1 << bit % 8]) + data[place + 1 :])
+        reason = judge(every[name], records_attack("bit", to_records(flipped)))
         # In the header only which tensor's place is which can change, and does not in one bit.
         assert reason != ACCEPTED or place >= start
 
@@ -120,14 +128,14 @@ def test_the_largest_adapter_that_a_norm_allows(every: dict[str, Ingress]) -> No
             values[0] = value
             return values
 
-        letter = ingress.honest._replace(adapter=scaled(ingress.honest.adapter, one))
-        assert (judge(ingress, delivering("edge", records_of(letter))) == ACCEPTED) == accepted
+        message = ingress.honest._replace(adapter=replace_values(ingress.honest.adapter, one))
+        assert (judge(ingress, records_attack("edge", to_records(message))) == ACCEPTED) == accepted
 
 
 # That the invariants can be broken
 
 
-EXPECTED = Expected("Update", SIZES, RANK, {"rank": RANK, "round": 3, "device": "d"})
+EXPECTED = ExpectedMessage("Update", SIZES, RANK, {"rank": RANK, "round": 3, "device": "d"})
 
 
 @pytest.mark.parametrize(
@@ -145,22 +153,22 @@ EXPECTED = Expected("Update", SIZES, RANK, {"rank": RANK, "round": 3, "device": 
     ],
 )
 def test_a_wrong_field_violates(every: dict[str, Ingress], change: dict[str, object]) -> None:
-    letter = every["Update"].honest
-    assert violations(records_of(letter), EXPECTED) == []
-    assert violations(records_of(letter._replace(text=json.dumps(json.loads(letter.text) | change))), EXPECTED)
+    message = every["Update"].honest
+    assert violations(to_records(message), EXPECTED) == []
+    assert violations(to_records(message._replace(text=json.dumps(json.loads(message.text) | change))), EXPECTED)
 
 
 def test_every_named_adapter_violates(every: dict[str, Ingress]) -> None:
-    letter = every["Update"].honest
-    assert letter.adapter is not None
-    for kind, payload in payloads(letter.adapter, empty=1000):
-        assert violations(records_of(letter._replace(adapter=payload)), EXPECTED), kind
+    message = every["Update"].honest
+    assert message.adapter is not None
+    for kind, payload in payloads(message.adapter, empty=1000):
+        assert violations(to_records(message._replace(adapter=payload)), EXPECTED), kind
 
 
 def test_damage_violates(every: dict[str, Ingress]) -> None:
-    letter = every["Update"].honest
-    assert violations(records_of(letter, "0" * 64), EXPECTED) == ["damaged in transit"]
-    assert violations(records_of(Letter(letter.text, None)), EXPECTED) == ["other records than a message has"]
+    message = every["Update"].honest
+    assert violations(to_records(message, "0" * 64), EXPECTED) == ["damaged in transit"]
+    assert violations(to_records(WireMessage(message.text, None)), EXPECTED) == ["other records than a message has"]
 
 
 # That the measurement would tell
@@ -173,14 +181,18 @@ def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Ingress], mo
     monkeypatch.setattr("strategies.round.validation.excess", lambda _adapter: None)
     monkeypatch.setattr(tensor_codec, "_finite", lambda _values: True)
     for value in (1e30, float("nan")):
-        payload = scaled(ingress.honest.adapter, lambda values, value=value: values * 0 + value)
-        opened = ingress.open(delivering("wrong", records_of(ingress.honest._replace(adapter=payload))))
+        payload = replace_values(ingress.honest.adapter, lambda values, value=value: values * 0 + value)
+        opened = ingress.open(records_attack("wrong", to_records(ingress.honest._replace(adapter=payload))))
         assert opened.deliver() == ACCEPTED
         assert opened.violated() != []
 
 
 def test_a_crash_is_told_of() -> None:
-    rows: Rows = {("to server", "a"): Row(), ("to server", "b"): Row(), ("to server", "c"): Row()}
+    rows: AttackTable = {
+        ("to server", "a"): AttackCounts(),
+        ("to server", "b"): AttackCounts(),
+        ("to server", "c"): AttackCounts(),
+    }
     rows["to server", "a"].add("crash KeyError", 1.0, 1.0, [])
     rows["to server", "b"].add(ACCEPTED, 1.0, 1.0, ["norm"])
     rows["to server", "c"].add("codec", 101.0, 1.0, [])

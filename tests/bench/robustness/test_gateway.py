@@ -6,10 +6,10 @@ from random import Random
 import pytest
 
 from bench.robustness import fleet_attacks, gateway
-from bench.robustness.gateway import Found, gone, lost, rounds
-from conf.schemas.server import Limits
+from bench.robustness.gateway import GatewayResults, gone, lost, rounds
+from conf.schemas.server import LimitsConfig
 from server.gateway import calls
-from tests.helpers.served import Served, new_key, pem, records
+from tests.helpers.served import GatewayHarness, new_key, pem, records
 
 LOG = """2026-11-30 19:48:14 run 7 began
 2026-11-30 19:48:20 round 0 of 9: no losses, 0.0 s
@@ -57,7 +57,7 @@ def test_what_was_started_again_is_found():
     ],
 )
 def test_each_claim_can_fail(changed, failures):
-    found = Found(calls=10, calm_seconds=[6.0, 5.0, 6.0], seconds=[7.0, 7.1])
+    found = GatewayResults(calls=10, calm_seconds=[6.0, 5.0, 6.0], seconds=[7.0, 7.1])
     for name, value in changed.items():
         setattr(found, name, value)
     assert len(found.failures()) == failures
@@ -69,8 +69,8 @@ def test_each_claim_can_fail(changed, failures):
 class InProcess(fleet_attacks.Client):
     """A client of a gateway that is in this process."""
 
-    def __init__(self, served, key, node, drawn):
-        self.key, self.drawn, self.node, self.outcomes, self.base = key, drawn, node, Counter(), "0" * 64
+    def __init__(self, served, key, node, rng):
+        self.key, self.rng, self.node, self.outcomes, self.base = key, rng, node, Counter(), "0" * 64
         self.pem, self.http = pem(key), served.client
 
 
@@ -79,7 +79,7 @@ HTTP = [kind for kind in fleet_attacks.KINDS if kind is not fleet_attacks.half_o
 
 @pytest.fixture
 def served(tmp_path):
-    found = Served(tmp_path, limits=Limits(requests_per_minute=10**9))
+    found = GatewayHarness(tmp_path, limits=LimitsConfig(requests_per_minute=10**9))
     with found.client:
         yield found
 
@@ -91,7 +91,7 @@ def test_hostile_calls_are_answered_and_change_nothing(served, enrolled):
     before = len(served.state.object_store)
     client = InProcess(served, eve.key if enrolled else new_key(), eve.id, Random(enrolled))
     for _ in range(150):
-        client.drawn.choice(HTTP)(client)
+        client.rng.choice(HTTP)(client)
     became = Counter(status for (_, status), count in client.outcomes.items() for _ in range(count))
     told = {"200", "412"} if enrolled else set()  # it comes and leaves as it likes
     assert set(became) <= {"400", "401", "403", "404", "405", "413", *told}, client.outcomes

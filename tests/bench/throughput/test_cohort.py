@@ -11,15 +11,15 @@ import torch
 
 from bench.lib.workloads import BATCH, POISSON_SIZES, WORKLOADS
 from bench.throughput import cohort
-from bench.throughput.cohort import Timing, compare, strongest, table, timed
-from bench.throughput.step_variants import PEERS, Cohort, Loop, Setting, forms
+from bench.throughput.cohort import StepTimings, compare, strongest, table, timed
+from bench.throughput.step_variants import PEERS, CohortVariant, PeerVariant, TimingSettings, forms
 
 CPU = torch.device("cpu")
-SETTING = Setting(device=CPU, precision="fp32", repeats=1, steps=2, clients=3, memory=2**30, compiled=False)
+SETTING = TimingSettings(device=CPU, precision="fp32", repeats=1, steps=2, clients=3, memory=2**30, compiled=False)
 
 
-def timing(seconds: list[float], examples: list[int]) -> Timing:
-    return Timing(10, 1.0, seconds, examples)
+def timing(seconds: list[float], examples: list[int]) -> StepTimings:
+    return StepTimings(10, 1.0, seconds, examples)
 
 
 def test_a_client_step_is_four_examples_whatever_was_drawn() -> None:
@@ -56,11 +56,11 @@ def test_every_form_trains_what_it_says() -> None:
             _, seen = timed(form, CPU)
             names.append(name)
             match form:
-                case Loop():
+                case PeerVariant():
                     assert seen == BATCH * form.client_steps == BATCH * len(POISSON_SIZES)
-                case Cohort(private=False):
+                case CohortVariant(private=False):
                     assert seen == BATCH * form.client_steps == BATCH * 3 * SETTING.steps
-                case Cohort():
+                case CohortVariant():
                     assert 0 < seen < 3 * BATCH * form.client_steps
                     assert seen == sum(source.drawn for source in form.noise)
     assert names == ["peft fp32", "opacus fp32", "hooks", "cohort", "cohort DP", "one"]

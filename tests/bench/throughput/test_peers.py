@@ -11,48 +11,52 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, PRIVACY, RANK, WORKLOADS, build, examples, schedule
-from bench.throughput.opacus_baseline import LARGEST, Hooks, Lora
-from bench.throughput.peers import Batch, Factors, Opacus, Peft, draw, losses
-from bench.throughput.roofline import count, matrix_rate
-from models.diffusion.objective import Schedule, noised
+from bench.throughput.opacus_baseline import LARGEST, HooksPeer, LoraLinear
+from bench.throughput.peers import FactorPrecision, OpacusPeer, PeerBatch, PeftPeer, draw, losses
+from bench.throughput.roofline import count_operations, matrix_rate
+from models.diffusion.objective import Schedule, add_noise
 from training.jobs import Examples
 
 CPU = torch.device("cpu")
 TINY = WORKLOADS["tiny"]
 
 
-def hooks() -> Hooks:
+def hooks() -> HooksPeer:
     """A peer whose B is not zero, so that every factor has a gradient."""
     torch.manual_seed(1)
-    peer = Hooks(build(TINY, CPU), examples(TINY, 0, CPU), schedule(CPU), graphs=False)
+    peer = HooksPeer(build(TINY, CPU), examples(TINY, 0, CPU), schedule(CPU), graphs=False)
     with torch.no_grad():
         peer.flat.copy_(0.1 * torch.randn_like(peer.flat))
     return peer
 
 
-def opacus(like: Hooks) -> Opacus:
+def opacus(like: HooksPeer) -> OpacusPeer:
     """Opacus with the same factors."""
-    peer = Opacus(build(TINY, CPU), examples(TINY, 0, CPU), schedule(CPU), factors="fp32")
-    layers = [layer for module in like.unet.modules() if isinstance(module, Lora) for layer in (module.a, module.b)]
+    peer = OpacusPeer(build(TINY, CPU), examples(TINY, 0, CPU), schedule(CPU), factors="fp32")
+    layers = [
+        layer for module in like.unet.modules() if isinstance(module, LoraLinear) for layer in (module.a, module.b)
+    ]
     with torch.no_grad():
         for parameter, layer in zip(peer.parameters, layers, strict=True):
             parameter.copy_(layer.weight)
     return peer
 
 
-def batch(size: int) -> Batch:
+def batch(size: int) -> PeerBatch:
     torch.manual_seed(2)
     return draw(examples(TINY, 0, CPU), schedule(CPU), torch.randperm(EXAMPLES)[:size])
 
 
-def one_by_one(peer: Hooks, batch: Batch) -> Tensor:
+def one_by_one(peer: HooksPeer, batch: PeerBatch) -> Tensor:
     """Gradients [n, D] by autograd, one example at a time."""
-    layers = [layer for module in peer.unet.modules() if isinstance(module, Lora) for layer in (module.a, module.b)]
+    layers = [
+        layer for module in peer.unet.modules() if isinstance(module, LoraLinear) for layer in (module.a, module.b)
+    ]
     weights = [layer.weight.requires_grad_() for layer in layers]
     peer.watch.rows = peer.seen.new_empty(1, len(peer.flat))
     rows = []
     for i in range(len(batch.t)):
-        loss = losses(peer.unet, Batch(*(part[i : i + 1] for part in batch))).sum()
+        loss = losses(peer.unet, PeerBatch(*(part[i : i + 1] for part in batch))).sum()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
     return torch.stack(rows)
 
@@ -71,11 +75,11 @@ def test_our_hooks_find_the_gradients_that_opacus_and_a_loop_find() -> None:
     assert relative(found, one_by_one(ours, seen)) < 2e-5
 
 
-def fixed(examples: Examples, schedule: Schedule, pictures: Tensor) -> Batch:
+def fixed(examples: Examples, schedule: Schedule, pictures: Tensor) -> PeerBatch:
     """A draw that depends on the pictures alone."""
     t = (pictures * 137) % len(schedule)
     x0, noise = examples.latents[pictures], examples.latents[pictures].flip(-1)
-    return Batch(noised(schedule, x0, noise, t), t, examples.context[pictures], noise)
+    return PeerBatch(add_noise(schedule, x0, noise, t), t, examples.context[pictures], noise)
 
 
 @pytest.mark.parametrize("size", [1, 4, LARGEST + 3])
@@ -92,8 +96,8 @@ def test_a_step_of_ours_is_a_step_of_opacus(size: int, monkeypatch: pytest.Monke
         ours.step(torch.arange(size))
         theirs.step(torch.arange(size))
     for moment in ("exp_avg", "exp_avg_sq"):
-        wanted = torch.cat([theirs.optimiser.state[parameter][moment].flatten() for parameter in theirs.parameters])
-        assert relative(ours.optimiser.state[ours.flat][moment], wanted) < 1e-4
+        wanted = torch.cat([theirs.optimizer.state[parameter][moment].flatten() for parameter in theirs.parameters])
+        assert relative(ours.optimizer.state[ours.flat][moment], wanted) < 1e-4
     after = torch.cat([parameter.detach().flatten() for parameter in theirs.parameters])
     assert torch.equal(ours.seen, ours.flat)
     assert relative(ours.flat.detach(), after) < 1e-3
@@ -109,10 +113,10 @@ def test_captured_steps_are_eager_steps(dtype: torch.dtype, monkeypatch: pytest.
     for graphs in (True, False):
         torch.manual_seed(1)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            peer = Hooks(build(TINY, gpu, dtype), examples(TINY, 0, gpu), schedule(gpu), graphs=graphs)
+            peer = HooksPeer(build(TINY, gpu, dtype), examples(TINY, 0, gpu), schedule(gpu), graphs=graphs)
             for size in (4, 0, LARGEST + 3, 1):
                 peer.step(torch.arange(size))
-        moments.append(peer.optimiser.state[peer.flat]["exp_avg"])
+        moments.append(peer.optimizer.state[peer.flat]["exp_avg"])
     assert relative(*moments) < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
@@ -122,15 +126,15 @@ def test_an_empty_batch_is_noised_alike() -> None:
     for peer in (ours, theirs):
         peer.step(torch.arange(0))
     wanted = PRIVACY.noise_multiplier * PRIVACY.clip / BATCH
-    first = torch.cat([theirs.optimiser.state[parameter]["exp_avg"].flatten() for parameter in theirs.parameters])
+    first = torch.cat([theirs.optimizer.state[parameter]["exp_avg"].flatten() for parameter in theirs.parameters])
     assert float(ours.gradient.std()) == pytest.approx(wanted, rel=0.05)
     assert float(first.std()) == pytest.approx(0.1 * wanted, rel=0.05)
 
 
 @pytest.mark.parametrize("factors", ["autocast", "fp32", "compute"])
-def test_every_way_to_keep_factors_trains_them(factors: Factors) -> None:
+def test_every_way_to_keep_factors_trains_them(factors: FactorPrecision) -> None:
     data, steps = examples(TINY, 0, CPU), schedule(CPU)
-    for kind in (Peft, Opacus):
+    for kind in (PeftPeer, OpacusPeer):
         peer = kind(build(TINY, CPU, torch.bfloat16), data, steps, factors=factors)
         before = [parameter.detach().clone() for parameter in peer.parameters]
         peer.step(torch.arange(BATCH))
@@ -152,8 +156,8 @@ def test_operations_are_those_that_one_counts_by_hand() -> None:
     tokens, d, r = 24, 32, RANK
     block = Attention(d, heads=4, dim_head=d // 4, bias=False).requires_grad_(False).to("meta")
     for name in ("to_q", "to_k", "to_v"):
-        setattr(block, name, Lora(getattr(block, name)).to("meta"))
-    block.to_out[0] = Lora(block.to_out[0]).to("meta")
+        setattr(block, name, LoraLinear(getattr(block, name)).to("meta"))
+    block.to_out[0] = LoraLinear(block.to_out[0]).to("meta")
     projection, factor, attention = 2 * tokens * d * d, 2 * tokens * d * r, 2 * tokens * tokens * d
     forward = 4 * (projection + 2 * factor) + 2 * attention  # scores, and values by them
     backward = (
@@ -162,7 +166,7 @@ def test_operations_are_those_that_one_counts_by_hand() -> None:
         + 4 * attention  # values, weights, queries, keys
     )
     x = torch.empty(1, tokens, d, device="meta")
-    assert count(lambda: block(x).sum().backward()) == forward + backward
+    assert count_operations(lambda: block(x).sum().backward()) == forward + backward
 
 
 def test_the_matrix_rate_is_plausible() -> None:

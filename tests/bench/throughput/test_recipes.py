@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from bench.throughput.recipes import Run, compare, lines, rays, table, until
+from bench.throughput.recipes import RecipeTiming, compare, lines, run_ray_recipe, table, until
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
     runs = {
-        "cohort": [Run(1.0, [2.0, 1.0, 1.0]), Run(2.0, [4.0, 2.0, 2.0]), Run(1.0, [1.0, 1.0, 1.0])],
-        "serial": [Run(1.0, [5.0, 2.0, 2.0]), Run(2.0, [10.0, 4.0, 4.0]), Run(1.0, [1.0, 9.0, 9.0])],
+        "cohort": [
+            RecipeTiming(1.0, [2.0, 1.0, 1.0]),
+            RecipeTiming(2.0, [4.0, 2.0, 2.0]),
+            RecipeTiming(1.0, [1.0, 1.0, 1.0]),
+        ],
+        "serial": [
+            RecipeTiming(1.0, [5.0, 2.0, 2.0]),
+            RecipeTiming(2.0, [10.0, 4.0, 4.0]),
+            RecipeTiming(1.0, [1.0, 9.0, 9.0]),
+        ],
     }
     found = compare(runs)["serial"]
     assert found["total"] == pytest.approx(2.0)
@@ -47,5 +55,5 @@ def test_a_simulation_that_ends_early_is_an_error(tmp_path: Path) -> None:
 def test_a_recipe_tells_its_times_in_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     told = 'starting …\n{"startup": 3.5, "rounds": [2.0, 1.0]}\n'
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, told))
-    assert rays("published", 2) == Run(3.5, [2.0, 1.0])
-    assert rays("published", 2).total == 6.5
+    assert run_ray_recipe("published", 2) == RecipeTiming(3.5, [2.0, 1.0])
+    assert run_ray_recipe("published", 2).total == 6.5

@@ -12,7 +12,7 @@ from client.cli import benchmark
 from client.cli.plan import PROFILE
 from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
-from conf.schemas.planning import DeviceProfile, planned
+from conf.schemas.planning import DeviceProfileConfig, compose_plan
 from tests.helpers.networks import SMALL
 
 
@@ -73,7 +73,7 @@ def test_what_is_measured_is_read_again(
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path / "home"))
     assert benchmark.main(["--like", "pixel8", "--seconds", "0.4"]) == 0
     assert "anther device plan device=this" in capsys.readouterr().out
-    own, like = planned([], tmp_path / "home" / PROFILE).device, planned(["device=pixel8"], tmp_path).device
+    own, like = compose_plan([], tmp_path / "home" / PROFILE).device, compose_plan(["device=pixel8"], tmp_path).device
     assert (own.watts_busy, own.watts_idle, own.battery_wh) == (like.watts_busy, like.watts_idle, like.battery_wh)
     assert own.name != like.name
     for key in ("memory_gib", "runtime_mib", "matrix_gflops", "convolution_gflops", "bandwidth_gbs"):
@@ -89,8 +89,8 @@ def test_the_slowdown_is_what_was_seen_over_what_is_predicted(monkeypatch: pytes
     monkeypatch.setattr(benchmark, "matrix_rate", lambda _: 20e9)
     monkeypatch.setattr(benchmark, "convolution_rate", lambda _: 10e9)
     monkeypatch.setattr(benchmark, "bandwidth", lambda _: 4e9)
-    like = planned(["device=pixel8"], Path("/nowhere")).device
-    found: DeviceProfile = benchmark.measured(like, 1.0)
+    like = compose_plan(["device=pixel8"], Path("/nowhere")).device
+    found: DeviceProfileConfig = benchmark.measured(like, 1.0)
     assert pass_seconds(benchmark.predicted_step(), found) == pytest.approx(0.05)
     assert (found.matrix_gflops, found.convolution_gflops, found.bandwidth_gbs) == (20, 10, 4)
     assert found.runtime_mib == 300
@@ -99,7 +99,7 @@ def test_the_slowdown_is_what_was_seen_over_what_is_predicted(monkeypatch: pytes
 def test_a_device_that_is_too_busy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "training_step", lambda _: (9e9, 300 * 2**20))
     with pytest.raises(AntherError, match=r"device\.slowdown=.*was this device busy"):
-        benchmark.measured(planned(["device=pixel8"], Path("/nowhere")).device, 0.01)
+        benchmark.measured(compose_plan(["device=pixel8"], Path("/nowhere")).device, 0.01)
 
 
 def test_mistakes_cost_one_line(

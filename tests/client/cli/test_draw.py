@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from client.cli.draw import main
-from client.store.store import Personal, Store
+from client.store.store import PersonalAdapter, Store
 from common.seeding import derive_seed
 from models.base.base import Base
-from models.lora.adapter import Adapter, Factors, initial
-from privacy.storage import Files
+from models.lora.adapter import Adapter, Factors, init_adapter
+from privacy.storage import FileStorage
 from training import inference
 from training.memory import budget
 
@@ -34,7 +34,7 @@ def fresh(pipeline_folder: Path) -> Base:
 
 def live(base: Base, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    made = initial(base.sites, 2, seed)
+    made = init_adapter(base.sites, 2, seed)
     return {name: Factors(a, torch.randn(b.shape, generator=generator)) for name, (a, b) in made.items()}
 
 
@@ -56,7 +56,7 @@ def test_it_is_what_merged_weights_draw(
     under: str, parts: int, fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared, personal = live(fresh, 1), live(fresh, 2)
-    Store(Files(tmp_path / "store")).save_personal(Personal(personal, shared, fresh.hash, "run:1"))
+    Store(FileStorage(tmp_path / "store")).save_personal(PersonalAdapter(personal, shared, fresh.hash, "run:1"))
     options = ["--base", str(fresh.folder), "--steps", "3", "--guidance", "2", "--out", str(tmp_path / "out")]
     assert main([*CAPTIONS, *options, "--under", under, "--store", str(tmp_path / "store")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
@@ -103,6 +103,8 @@ def test_a_mistake_is_one_line(
 def test_what_was_learnt_on_another_base_is_not_drawn_with(
     fresh: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Store(Files(tmp_path / "store")).save_personal(Personal(live(fresh, 1), live(fresh, 2), "f" * 64, "run:1"))
+    Store(FileStorage(tmp_path / "store")).save_personal(
+        PersonalAdapter(live(fresh, 1), live(fresh, 2), "f" * 64, "run:1")
+    )
     assert main(["a", "--base", str(fresh.folder), "--store", str(tmp_path / "store")]) == 2
     assert "belongs to another base (ffffffffffff)" in capsys.readouterr().err

@@ -10,10 +10,10 @@ import pytest
 
 from client.cli import ledger
 from client.cli.forget import main
-from client.cli.paths import files_of
-from client.store.open import look, opened
+from client.cli.paths import device_files
+from client.store.open import inspect_store, open_store
 from privacy.ledger.ledger import JOURNAL
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from tests.client.store.test_open import FEDERATION, fill
 from tests.helpers.kills import counted, killed_before
 from tests.privacy.ledger.test_ledger import FIRST, free, replace
@@ -30,15 +30,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def files(home: Path) -> Files:
+def files(home: Path) -> FileStorage:
     """Of a device that was in three federations, one of them without an id, and whose owner began anew once."""
     assert home.name == "home"
-    found = files_of("pi")
-    with opened(found) as mine:
+    found = device_files("pi")
+    with open_store(found) as mine:
         fill(mine.store)
     ledger.reset(found, sure=True)
     for federation in (None, "a" * 64, FEDERATION):
-        with opened(found, federation=federation) as mine:
+        with open_store(found, federation=federation) as mine:
             fill(mine.store)
     (found.folder / "policy.toml").write_text("max_epsilon = 4.0\n")
     (found.folder / "notes.txt").write_text("the owner's own")
@@ -46,7 +46,7 @@ def files(home: Path) -> Files:
     return found
 
 
-def names(files: Files) -> set[str]:
+def names(files: FileStorage) -> set[str]:
     return {path.relative_to(files.folder).as_posix() for path in files.folder.rglob("*") if path.is_file()}
 
 
@@ -54,9 +54,9 @@ def run(arguments: Sequence[str]) -> int:
     return main(["--name", "pi", *arguments])
 
 
-def test_of_the_last_federation(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_the_last_federation(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
     before = names(files)
-    entries = look(files).store.ledger.entries()
+    entries = inspect_store(files).store.ledger.entries()
     assert run(["--yes"]) == 0
     said = capsys.readouterr().out
     for word in ("8 files", FEDERATION, str(files.folder), "stays shared", "client.cli.ledger", "not written over"):
@@ -70,12 +70,12 @@ def test_of_the_last_federation(files: Files, capsys: pytest.CaptureFixture[str]
     }
     assert not (files.folder / "federations" / FEDERATION).exists()
     assert not (files.folder / "cache").exists()
-    assert look(files).store.ledger.entries() == entries
+    assert inspect_store(files).store.ledger.entries() == entries
     assert run(["--yes"]) == 0
     assert "nothing was learnt here" in capsys.readouterr().out
 
 
-def test_of_one_by_its_id(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_one_by_its_id(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--federation", "a" * 64, "--yes"]) == 0
     assert not (files.folder / "federations" / ("a" * 64)).exists()
     assert (files.folder / "federations" / FEDERATION / "personal.safetensors").exists()
@@ -84,7 +84,7 @@ def test_of_one_by_its_id(files: Files, capsys: pytest.CaptureFixture[str]) -> N
     assert run(["--federation", "../..", "--yes"]) == 2
 
 
-def test_of_all(files: Files) -> None:
+def test_of_all(files: FileStorage) -> None:
     before = names(files)
     assert run(["--all", "--yes"]) == 0
     left = names(files)
@@ -95,10 +95,10 @@ def test_of_all(files: Files) -> None:
     }
     assert any(name.startswith("forgotten-1/") and name.endswith(JOURNAL) for name in left)
     assert not (files.folder / "federations").exists()
-    assert len(look(files).store.ledger.entries()) == 1
+    assert len(inspect_store(files).store.ledger.entries()) == 1
 
 
-def test_it_must_be_meant(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_must_be_meant(files: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
     before = names(files)
     for arguments in ([], ["--all"], ["--federation", "a" * 64]):
         assert run(arguments) == 2
@@ -106,7 +106,7 @@ def test_it_must_be_meant(files: Files, capsys: pytest.CaptureFixture[str]) -> N
         assert "say --yes" in error
         assert error.count("\n") == 1
     assert names(files) == before
-    with opened(files):
+    with open_store(files):
         assert run(["--yes"]) == 2
     assert "in use" in capsys.readouterr().err
     assert main(["--name", "nobody", "--yes"]) == 2
@@ -114,22 +114,22 @@ def test_it_must_be_meant(files: Files, capsys: pytest.CaptureFixture[str]) -> N
     assert run(["--yes"]) == 2
 
 
-def test_it_needs_no_key(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_needs_no_key(files: FileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = tmp_path / "key"
     key.write_bytes(bytes(32))
     key.chmod(0o600)
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
-    with opened(files, encrypt="auto"):
+    with open_store(files, encrypt="auto"):
         pass
     monkeypatch.delenv("ANTHER_KEY_FILE")
     assert run(["--all", "--yes"]) == 0
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
-    found = look(files).store
+    found = inspect_store(files).store
     assert len(found.ledger.entries()) == 1
     found.ledger.reserve(replace(FIRST, round=9), free)
 
 
-def test_killed_on_the_way_it_can_be_done_again(files: Files, tmp_path: Path) -> None:
+def test_killed_on_the_way_it_can_be_done_again(files: FileStorage, tmp_path: Path) -> None:
     def forgotten() -> None:
         assert run(["--all", "--yes"]) == 0
 
@@ -143,4 +143,4 @@ def test_killed_on_the_way_it_can_be_done_again(files: Files, tmp_path: Path) ->
         forgotten()
         assert not list(files.folder.rglob("personal.safetensors"))
         assert not (files.folder / "federations").exists()
-        assert len(look(files).store.ledger.entries()) == 1
+        assert len(inspect_store(files).store.ledger.entries()) == 1

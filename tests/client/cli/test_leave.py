@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from client.cli.leave import main
-from client.cli.paths import files_of
-from client.store.open import look, opened
-from client.store.store import Personal
+from client.cli.paths import device_files
+from client.store.open import inspect_store, open_store
+from client.store.store import PersonalAdapter
 from tests.client.store.test_open import FEDERATION
 from tests.helpers.devices import BASE, SITES, adapter
 from tests.helpers.kills import counted, killed_before
@@ -25,8 +25,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (found / "link" / "node.key").write_text("a private key")
     (found / "link" / "ca.pem").write_text("an authority")
     (found / "node.conf").write_text(f"name=pi\nstore={tmp_path / 'card'}\nlink.address=leaf.example:9092\n")
-    with opened(files_of("pi", tmp_path / "card"), federation=FEDERATION) as mine:
-        mine.store.save_personal(Personal(adapter(2), adapter(3), BASE, "run:1"))
+    with open_store(device_files("pi", tmp_path / "card"), federation=FEDERATION) as mine:
+        mine.store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, "run:1"))
     return found
 
 
@@ -43,7 +43,7 @@ def test_what_it_undoes_and_what_it_cant(home: Path, tmp_path: Path, capsys: pyt
         assert word in said
     assert not (home / "link").exists()
     assert not (home / "node.conf").exists()
-    kept = look(files_of("pi", tmp_path / "card")).store.personal(SITES)
+    kept = inspect_store(device_files("pi", tmp_path / "card")).store.personal(SITES)
     assert kept is not None  # of use as before, and found by the federation that the device was in last
     assert main(["--yes"]) == 2
     assert "this device is in no federation" in capsys.readouterr().err
@@ -52,7 +52,7 @@ def test_what_it_undoes_and_what_it_cant(home: Path, tmp_path: Path, capsys: pyt
 def test_it_must_be_meant_and_nobody_at_work(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "say --yes" in capsys.readouterr().err
-    with opened(files_of("pi", tmp_path / "card")):
+    with open_store(device_files("pi", tmp_path / "card")):
         assert main(["--yes"]) == 2
     assert "in use" in capsys.readouterr().err
     assert (home / "link" / "node.key").exists()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from client.cli.ledger import FRESH, main
-from client.cli.paths import files_of
-from client.store.store import OWN, RESIDUAL, VARIATE
+from client.cli.paths import device_files
+from client.store.store import LOCAL_FACTORS, RESIDUAL, VARIATE
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.ledger.ledger import JOURNAL, MARKER, MEASURE, Ledger
+from privacy.ledger.ledger import JOURNAL, MARKER, MEASURE, DeviceLedger
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
 
 SECOND = replace(FIRST, round=2, data="e" * 64)
@@ -28,10 +28,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def ledger(home: Path) -> Ledger:
+def ledger(home: Path) -> DeviceLedger:
     """Of the machine's own device: one round received, one sealed, one measure reserved."""
     assert home.name == "home"
-    found = Ledger(files_of("tablet"))
+    found = DeviceLedger(device_files("tablet"))
     for made in (FIRST, SECOND):
         found.reserve(made, free, settles=True)
         found.seal(made, b"reply")
@@ -72,7 +72,7 @@ def test_it_says_what_was_shared_and_what_it_costs(capsys: pytest.CaptureFixture
 
 
 def test_the_number_is_the_ledgers_with_all_that_it_means(
-    ledger: Ledger, home: Path, capsys: pytest.CaptureFixture[str]
+    ledger: DeviceLedger, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "devices/tablet/policy.toml").write_text("max_epsilon = 4.0\ndelta = 1e-3")
     spent, strict = ledger.spent(1e-3), ledger.spent(1e-5).value
@@ -97,14 +97,14 @@ def test_the_number_is_the_ledgers_with_all_that_it_means(
     assert found["entries"][1]["data"] == "e" * 64
 
 
-def test_a_measurement_is_shown_with_the_noise_on_it(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measurement_is_shown_with_the_noise_on_it(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
     noise = PoissonGaussian(noise_multiplier=10.0, sampling_rate=1.0, steps=1)
     ledger.reserve(replace(FIRST, purpose=MEASURE, mechanism=noise, clip=0.1), free)
     (row,) = [line for line in shown(capsys).splitlines() if "σ=10" in line]
     assert [cell.strip() for cell in row.split("│")[1:4]] == ["1", "how the adapter does", "σ=10 C=0.1"]
 
 
-def test_without_noise_there_is_no_number(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_noise_there_is_no_number(ledger: DeviceLedger, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.reserve(replace(FIRST, run="bare", mechanism=NonPrivate(), clip=None), free)
     assert "Shared without noise: 1 of 4, so no ε can be promised" in shown(capsys)
     assert "has no dates of a reply: count it as sent" in shown(capsys)
@@ -116,7 +116,7 @@ def test_a_store_elsewhere_knows_where_its_head_is(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "card"
-    Ledger(files_of("camera", store)).reserve(FIRST, free)
+    DeviceLedger(device_files("camera", store)).reserve(FIRST, free)
     assert (home / "heads/camera" / JOURNAL).exists()
     assert "run/../Ω" in shown(capsys, "--store", str(store))
     assert "run/../Ω" in shown(capsys, "--store", str(store), "--name", "camera")
@@ -126,17 +126,17 @@ def test_a_store_elsewhere_knows_where_its_head_is(
     (store / MARKER).unlink()
     assert "is missing" in failed(capsys, "--store", str(store), "--name", "camera")
     shown(capsys, "--store", str(store), "--name", "camera", "reset", "--forget")
-    Ledger(files_of("camera", store)).reserve(FIRST, free)
+    DeviceLedger(device_files("camera", store)).reserve(FIRST, free)
 
 
-def test_another_store_under_the_same_name_is_no_fresh_device(ledger: Ledger, tmp_path: Path) -> None:
+def test_another_store_under_the_same_name_is_no_fresh_device(ledger: DeviceLedger, tmp_path: Path) -> None:
     assert ledger.entries()
     with pytest.raises(Exception, match="is missing"):
-        Ledger(files_of("tablet", tmp_path / "new")).reserve(FIRST, free)
+        DeviceLedger(device_files("tablet", tmp_path / "new")).reserve(FIRST, free)
 
 
 def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
-    ledger: Ledger, home: Path, capsys: pytest.CaptureFixture[str]
+    ledger: DeviceLedger, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = home / "devices/tablet" / JOURNAL
     old = journal.read_bytes()
@@ -144,7 +144,7 @@ def test_a_reset_must_be_meant_and_keeps_the_old_ledger(
     assert journal.read_bytes() == old
     journal.write_bytes(old[:-9])  # torn where no crash tears it: the head knows
     assert "rolled back" in failed(capsys)
-    carried = (RESIDUAL, VARIATE, OWN)  # from round to round: made of what the old ledger counts
+    carried = (RESIDUAL, VARIATE, LOCAL_FACTORS)  # from round to round: made of what the old ledger counts
     for name in carried:
         journal.with_name(name).write_bytes(b"?")
     text = shown(capsys, "reset", "--forget")

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from client.cli import forget, leave, ledger, paths
-from client.cli.paths import files_of, find, own, remember
+from client.cli.paths import device_files, find, own, remember
 from client.runtime import supervisor
-from client.runtime.server_connection import Link
+from client.runtime.server_connection import ServerConnection
 from common.errors import AntherError
-from conf.schemas.node import Node
-from privacy.ledger.ledger import Ledger
+from conf.schemas.node import NodeConfig
+from privacy.ledger.ledger import DeviceLedger
 from privacy.policy import Policy
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 from protocol.messages import NEWEST, OLDEST
 from tests.privacy.ledger.test_ledger import FIRST, free, replace
 
-HELLO = Hello(
+HELLO = ServerHello(
     oldest=OLDEST,
     newest=NEWEST,
     anther="1",
@@ -43,7 +43,7 @@ def anther(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def shares(name: str, number: int = 1) -> None:
     """A round of the device that is called so."""
     files = own(name, None)
-    Ledger(files).reserve(replace(FIRST, round=number), free)
+    DeviceLedger(files).reserve(replace(FIRST, round=number), free)
     remember(files)
 
 
@@ -51,10 +51,10 @@ def test_a_renamed_device_keeps_its_ledger(anther: Path, monkeypatch: pytest.Mon
     shares("pi", 1)
     shares("my-pi", 2)
     shares("pi", 3)
-    assert len(Ledger(own("pi-3", None)).entries()) == 3
+    assert len(DeviceLedger(own("pi-3", None)).entries()) == 3
     assert [path.name for path in (anther / "devices").iterdir()] == ["pi"]
     (anther / "node.conf").write_text("name=another\n")
-    assert len(Ledger(find(None, None)).entries()) == 3
+    assert len(DeviceLedger(find(None, None)).entries()) == 3
     shutil.copytree(anther, anther.with_name("copy"))
     monkeypatch.setenv("ANTHER_HOME", str(anther.with_name("copy")))
     assert own("pi", None).folder == anther.with_name("copy") / "devices" / "pi"  # not the one that it was copied from
@@ -62,13 +62,13 @@ def test_a_renamed_device_keeps_its_ledger(anther: Path, monkeypatch: pytest.Mon
 
 def test_a_renamed_device_of_before_is_refused_with_the_mend(anther: Path) -> None:
     """An earlier Anther noted nothing."""
-    Ledger(files_of("pi")).reserve(FIRST, free)
+    DeviceLedger(device_files("pi")).reserve(FIRST, free)
     with pytest.raises(AntherError, match=r"say store=\S+/devices/pi; if not, store=\S+/devices/my-pi$") as error:
         own("my-pi", None)
-    assert len(Ledger(own("pi", None)).entries()) == 1
+    assert len(DeviceLedger(own("pi", None)).entries()) == 1
     mends = [word.partition("=")[2].rstrip(";") for word in str(error.value).split() if word.startswith("store=")]
-    assert len(Ledger(own("my-pi", mends[0])).entries()) == 1  # with its head, under the old name
-    assert not Ledger(own("my-pi", mends[1])).entries()
+    assert len(DeviceLedger(own("my-pi", mends[0])).entries()) == 1  # with its head, under the old name
+    assert not DeviceLedger(own("my-pi", mends[1])).entries()
     assert not (anther / "store").exists()
 
 
@@ -94,8 +94,8 @@ def test_forgetting_after_leaving_finds_the_store(
     assert ledger.main(["--name", "lost"]) == 2
 
 
-def node(data: Path) -> Node:
-    found = Node(data=str(data), name="pi")
+def node(data: Path) -> NodeConfig:
+    found = NodeConfig(data=str(data), name="pi")
     found.link.address = "127.0.0.1:1"
     return found
 
@@ -119,22 +119,22 @@ def test_looking_at_pictures_ends_with_a_line(tmp_path: Path) -> None:
 
 
 def test_a_base_that_the_owner_doesnt_allow_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Link, "hello", lambda _: HELLO)
+    monkeypatch.setattr(ServerConnection, "hello", lambda _: HELLO)
     monkeypatch.setattr(supervisor.links, "skew", lambda _: 0.0)
     monkeypatch.setattr(supervisor, "have", lambda *_: pytest.fail("asked for it"))
     with pytest.raises(AntherError, match="not among `bases`"):
-        supervisor.ready(Node(), Link("127.0.0.1:1", insecure=True), Policy(bases=("a" * 64,)))
+        supervisor.ready(NodeConfig(), ServerConnection("127.0.0.1:1", insecure=True), Policy(bases=("a" * 64,)))
 
 
 def test_no_greeting_names_a_hub_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Link, "hello", lambda _: replace_base("attacker/evil-model"))
+    monkeypatch.setattr(ServerConnection, "hello", lambda _: replace_base("attacker/evil-model"))
     monkeypatch.setattr(supervisor, "have", lambda *_: pytest.fail("asked for it"))
     with pytest.raises(AntherError, match="64 hex digits"):
-        supervisor.ready(Node(), Link("127.0.0.1:1", insecure=True), Policy())
+        supervisor.ready(NodeConfig(), ServerConnection("127.0.0.1:1", insecure=True), Policy())
 
 
-def replace_base(base: str) -> Hello:
-    return Hello(**{**vars(HELLO), "base": base})
+def replace_base(base: str) -> ServerHello:
+    return ServerHello(**{**vars(HELLO), "base": base})
 
 
 def test_only_this_user_reaches_the_workers_socket() -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from client.cli import plan
-from client.planning.plan_search import Setting
-from conf.schemas.planning import planned
+from client.planning.plan_search import TrainingSetting
+from conf.schemas.planning import compose_plan
 from models.base.denoiser import Denoiser
-from models.families.known import KNOWN
+from models.families.known import KNOWN_BASES
 from models.footprint.footprint import MARGIN, Footprint, footprint, resident_bytes
 
-RUNTIME = planned(["device=pi4_2gb"], Path("/nowhere")).device.runtime_mib
+RUNTIME = compose_plan(["device=pi4_2gb"], Path("/nowhere")).device.runtime_mib
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_the_plan_of_a_small_base(pipeline_folder: Path, capsys: pytest.CaptureF
 def test_less_memory_takes_it_down_the_ladder(
     pipeline_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = [Setting(16, "attention", "fp32", "none"), Setting(16, "cross", "int8", "none")]
+    some = [TrainingSetting(16, "attention", "fp32", "none"), TrainingSetting(16, "cross", "int8", "none")]
     monkeypatch.setattr(plan, "ways", lambda _: some)
     words = [f"base={pipeline_folder}", "device=pi4_2gb", "device.runtime_mib=200", "rank=2"]
     first, second = rungs(capsys, *words)["rungs"]
@@ -90,9 +90,9 @@ def test_less_memory_takes_it_down_the_ladder(
 def test_no_pass_is_run_of_what_is_too_large_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL in float32 takes 10 GB."""
     monkeypatch.setattr(plan, "footprint", None)
-    wanted = planned(["device=pi4_2gb"], Path("/nowhere"))
-    found = plan.predictor(KNOWN["sdxl"], wanted)(Setting(1024, "cross", "fp32", "none"))
-    parameters = sum(parameter.numel() for parameter in KNOWN["sdxl"].network().parameters())
+    wanted = compose_plan(["device=pi4_2gb"], Path("/nowhere"))
+    found = plan.predictor(KNOWN_BASES["sdxl"], wanted)(TrainingSetting(1024, "cross", "fp32", "none"))
+    parameters = sum(parameter.numel() for parameter in KNOWN_BASES["sdxl"].network().parameters())
     assert found == Footprint(base_bytes=4 * parameters, runtime_bytes=found.runtime_bytes)
     assert found.runtime_bytes == wanted.device.runtime_mib * 2**20
 
@@ -123,13 +123,13 @@ def test_mistakes_cost_one_line(words: list[str], message: str, capsys: pytest.C
 
 def test_resolutions_are_those_that_a_network_can_take() -> None:
     def sides(name: str) -> list[int]:
-        return list(dict.fromkeys(setting.resolution for setting in plan.ways(KNOWN[name])))
+        return list(dict.fromkeys(setting.resolution for setting in plan.ways(KNOWN_BASES[name])))
 
     assert sides("sd15") == [512, 384, 256]
     assert sides("sdxl") == [1024, 768, 512, 256]
     assert sides("sd21") == [768, 576, 384]
-    assert Setting(1024, "cross", "fp32", "none") in plan.ways(KNOWN["pixart-sigma"])
-    assert {setting.sites for setting in plan.ways(KNOWN["flux-dev"])} == {"attention"}
+    assert TrainingSetting(1024, "cross", "fp32", "none") in plan.ways(KNOWN_BASES["pixart-sigma"])
+    assert {setting.sites for setting in plan.ways(KNOWN_BASES["flux-dev"])} == {"attention"}
 
 
 @pytest.mark.parametrize(

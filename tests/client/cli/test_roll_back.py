@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from client.cli.roll_back import main
-from client.store.store import Personal, Store
-from privacy.storage import Files
+from client.store.store import PersonalAdapter, Store
+from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
 
 
@@ -21,9 +21,9 @@ def test_back_once_and_no_further(
     monkeypatch.setattr("platform.node", lambda: "tablet")
     folder = {"store": tmp_path / "card", "name": tmp_path / "devices/camera", "nothing": tmp_path / "devices/tablet"}
     arguments = {"store": ["--store", str(folder["store"])], "name": ["--name", "camera"], "nothing": []}[asked]
-    store = Store(Files(folder[asked]))
+    store = Store(FileStorage(folder[asked]))
     for number in (1, 2):
-        made = Personal(adapter(2), adapter(3, seed=number), BASE, f"run:{number}")
+        made = PersonalAdapter(adapter(2), adapter(3, seed=number), BASE, f"run:{number}")
         store.save_personal(made, aside=True)
     assert main(arguments) == 0
     assert str(folder[asked]) in capsys.readouterr().out

@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.planning import plan_search as ladders
-from client.planning.plan_search import Rung, Setting, fastest, ladder, pass_seconds, rung
+from client.planning.plan_search import (
+    TrainingOption,
+    TrainingSetting,
+    fastest_option,
+    pass_seconds,
+    rung,
+    search_plans,
+)
 from common.units import GIB, HOUR
-from conf.schemas.planning import DeviceProfile, Plan
+from conf.schemas.planning import DeviceProfileConfig, PlanConfig
 from models.footprint.footprint import MARGIN, Footprint
 
 RESOLUTIONS, SITES, WEIGHTS = (512, 256), ("attention", "cross"), ("fp32", "int8", "nf4")
@@ -19,7 +26,7 @@ ALL = ladders.settings(RESOLUTIONS, SITES, WEIGHTS)
 BASE = {"fp32": 3.2, "int8": 0.8, "nf4": 0.45}
 
 
-def device(**changes: float | None) -> DeviceProfile:
+def device(**changes: float | None) -> DeviceProfileConfig:
     plain = {
         "memory_gib": 2.0,
         "runtime_mib": 450.0,
@@ -29,7 +36,7 @@ def device(**changes: float | None) -> DeviceProfile:
         "watts_idle": 2.0,
         "watts_busy": 6.0,
     }
-    return DeviceProfile(name="toaster", **{**plain, **changes})  # type: ignore[arg-type]
+    return DeviceProfileConfig(name="toaster", **{**plain, **changes})  # type: ignore[arg-type]
 
 
 def footprint(gib: float, work: float = 1.0) -> Footprint:
@@ -41,7 +48,7 @@ def footprint(gib: float, work: float = 1.0) -> Footprint:
     )
 
 
-def predict(setting: Setting) -> Footprint:
+def predict(setting: TrainingSetting) -> Footprint:
     """Checkpoints save half the activations and cost a third more work."""
     area, plain = (setting.resolution / 512) ** 2 * setting.batch, setting.checkpointing == "none"
     trained = 1.0 if setting.sites == "attention" else 0.9
@@ -49,17 +56,20 @@ def predict(setting: Setting) -> Footprint:
     return footprint(gib, area * (1 if plain else 4 / 3) + 0.1)
 
 
-def best_of(memory: float, **changes: int | float) -> tuple[list[Rung], int | None]:
-    return ladder(ALL, Plan(device=device(memory_gib=memory), **changes), predict)  # type: ignore[arg-type]
+def best_of(memory: float, **changes: int | float) -> tuple[list[TrainingOption], int | None]:
+    return search_plans(ALL, PlanConfig(device=device(memory_gib=memory), **changes), predict)  # type: ignore[arg-type]
 
 
-def fits(setting: Setting, memory: float) -> bool:
+def fits(setting: TrainingSetting, memory: float) -> bool:
     return MARGIN * predict(setting).peak_bytes <= memory * GIB
 
 
 def test_the_ladder_goes_from_the_best_down() -> None:
     assert len(ALL) == 24
-    assert ALL[:2] == [Setting(512, "attention", "fp32", "none"), Setting(512, "attention", "fp32", "block")]
+    assert ALL[:2] == [
+        TrainingSetting(512, "attention", "fp32", "none"),
+        TrainingSetting(512, "attention", "fp32", "block"),
+    ]
     assert [setting.weights for setting in ALL[:8:2]] == ["fp32", "int8", "nf4", "fp32"]
     assert [setting.resolution for setting in ALL] == [512] * 12 + [256] * 12
 
@@ -89,7 +99,7 @@ def test_the_best_that_fits_in_its_fastest_form(memory: float, pictures: int, ru
 
 
 def test_a_prediction_that_just_fits_has_no_room_for_being_under() -> None:
-    plan = Plan(device=device(memory_gib=2.0))
+    plan = PlanConfig(device=device(memory_gib=2.0))
     for gib, blocked in ((2.0 / MARGIN - 0.001, False), (2.0 / MARGIN + 0.001, True)):
         found = rung(ALL[0], plan, lambda _, gib=gib: footprint(gib))
         assert bool(found.blocked) is blocked
@@ -116,7 +126,7 @@ def test_seconds_are_work_over_rates() -> None:
     ],
 )
 def test_time_and_battery_limit_the_steps(hours: float, battery: float | None, steps: int, blocked: str | None) -> None:
-    plan = Plan(device=device(battery_wh=battery), hours=hours)
+    plan = PlanConfig(device=device(battery_wh=battery), hours=hours)
     found = rung(ALL[0], plan, lambda _: footprint(1))
     assert (found.steps, found.blocked) == (steps, blocked)
     assert found.seconds == pytest.approx(3)
@@ -134,15 +144,15 @@ def test_a_rung_that_is_too_slow_lets_a_smaller_picture_through() -> None:
 
 def test_nothing_is_predicted_for_nothing() -> None:
     """Where a micro-batch doesn't fit, no larger one is asked for."""
-    asked: list[Setting] = []
+    asked: list[TrainingSetting] = []
 
-    def counting(setting: Setting) -> Footprint:
+    def counting(setting: TrainingSetting) -> Footprint:
         asked.append(setting)
         return predict(setting)
 
-    fastest(ALL[0], Plan(device=device(memory_gib=1.0), pictures=8), counting)
+    fastest_option(ALL[0], PlanConfig(device=device(memory_gib=1.0), pictures=8), counting)
     assert asked == [ALL[0]]
-    fastest(ALL[2], Plan(device=device(memory_gib=3.0), pictures=16), counting)
+    fastest_option(ALL[2], PlanConfig(device=device(memory_gib=3.0), pictures=16), counting)
     assert [setting.batch for setting in asked[1:]] == [1, 2]
 
 

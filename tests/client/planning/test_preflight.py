@@ -12,10 +12,10 @@ from client.planning import preflight
 from client.planning.preflight import check_memory
 from client.store.store import Store
 from models.base.base import Base
-from models.families.known import find
-from models.footprint.footprint import MARGIN, example, footprint, shapes
-from privacy.policy import Refusal
-from privacy.storage import Files
+from models.families.known import find_base
+from models.footprint.footprint import MARGIN, example_shapes, footprint, meta_denoiser
+from privacy.policy import RequestRefusedError
+from privacy.storage import FileStorage
 from training import cohort
 
 
@@ -29,34 +29,36 @@ def free(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
 
 
 def predicted(base: Base, rank: int) -> int:
-    known = find(str(base.folder))
-    found = footprint(shapes(known, sites=ATTENTION), *example(known, base.resolution), rank=rank)
+    known = find_base(str(base.folder))
+    found = footprint(meta_denoiser(known, sites=ATTENTION), *example_shapes(known, base.resolution), rank=rank)
     return found.peak_bytes - found.base_bytes
 
 
 def test_a_plan_that_fits_is_let_through(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As much as is predicted of the same base without its weights."""
-    store, needed = Store(Files(tmp_path)), MARGIN * predicted(base, 4)
+    store, needed = Store(FileStorage(tmp_path)), MARGIN * predicted(base, 4)
     free(monkeypatch, needed + 1)
     check_memory(base, store, 4, base.sites)
     free(monkeypatch, needed - 1)
-    with pytest.raises(Refusal, match=f"memory: this base takes about .* MiB to train rank 4 at {base.resolution}²"):
+    with pytest.raises(
+        RequestRefusedError, match=f"memory: this base takes about .* MiB to train rank 4 at {base.resolution}²"
+    ):
         check_memory(base, store, 4, base.sites)
 
 
 def test_the_base_keeps_its_weights(base: Base, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
-    check_memory(base, Store(Files(tmp_path)), 2, base.sites)
+    check_memory(base, Store(FileStorage(tmp_path)), 2, base.sites)
     after = base.network.state_dict()
     assert all(type(tensor) is torch.Tensor for tensor in after.values())
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    with base.lending([]) as denoise, torch.no_grad():
+    with base.use_adapters([]) as denoise, torch.no_grad():
         x = torch.zeros(1, *base.shape)
         assert type(denoise(x, torch.zeros(1), torch.zeros(1, *_context(base)))) is torch.Tensor
 
 
 def _context(base: Base) -> torch.Size:
-    return example(find(str(base.folder)), base.resolution)[1]
+    return example_shapes(find_base(str(base.folder)), base.resolution)[1]
 
 
 def test_other_sites_are_predicted_anew(base: Base, pipeline_folder: Path) -> None:
@@ -68,22 +70,25 @@ def test_what_the_last_cohort_left_is_given_back_before_a_plan_is_refused(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = MARGIN * predicted(base, 2)
-    base.kept[cohort._BUFFERS] = None, "as large as all that lacks"
+    base.cache[cohort._BUFFERS] = None, "as large as all that lacks"
     monkeypatch.setattr(
-        preflight, "total_and_free", lambda _: (2**40, int(needed + (-1 if cohort._BUFFERS in base.kept else 1)))
+        preflight, "total_and_free", lambda _: (2**40, int(needed + (-1 if cohort._BUFFERS in base.cache else 1)))
     )
-    check_memory(base, Store(Files(tmp_path)), 2, base.sites)
-    assert cohort._BUFFERS not in base.kept
+    check_memory(base, Store(FileStorage(tmp_path)), 2, base.sites)
+    assert cohort._BUFFERS not in base.cache
 
 
 def test_fewer_sites_take_less(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is refused at all sites, and let through at some."""
     few = [name for name in base.sites if name.startswith("up_blocks.0") and name.endswith("to_q")]
-    store, needed = Store(Files(tmp_path)), preflight._pass_bytes(base, 4, {name: base.sites[name] for name in few})
+    store, needed = (
+        Store(FileStorage(tmp_path)),
+        preflight._pass_bytes(base, 4, {name: base.sites[name] for name in few}),
+    )
     assert needed < predicted(base, 4)
     free(monkeypatch, MARGIN * needed + 1)
     check_memory(base, store, 4, few)
-    with pytest.raises(Refusal, match="fewer sites"):
+    with pytest.raises(RequestRefusedError, match="fewer sites"):
         check_memory(base, store, 4, base.sites)
 
 
@@ -96,5 +101,5 @@ def test_each_rank_is_predicted_once(base: Base, tmp_path: Path, monkeypatch: py
     )
     few = list(base.sites)[:1]
     for rank, sites in ((2, base.sites), (2, base.sites), (4, base.sites), (4, base.sites), (4, few), (4, few)):
-        check_memory(base, Store(Files(tmp_path)), rank, sites)
+        check_memory(base, Store(FileStorage(tmp_path)), rank, sites)
     assert asked == [(2, len(base.sites)), (4, len(base.sites)), (4, 1)]

@@ -9,16 +9,16 @@ import pytest
 
 from client.cli import plan
 from client.cli.benchmark import write
-from client.device import EXAMPLES_PER_SECOND_PER_CORE, WATTS, probe
+from client.device import EXAMPLES_PER_SECOND_PER_CORE, WATTS, build_report
 from client.planning import throughput
 from client.planning.plan_search import pass_seconds
 from client.store.store import Store
 from common.errors import AntherError
-from conf.schemas.planning import DeviceProfile, device_profile
+from conf.schemas.planning import DeviceProfileConfig, device_profile
 from models.base.base import Base
-from models.families.known import find
-from models.footprint.footprint import example, footprint, stand_in
-from privacy.storage import Files
+from models.families.known import find_base
+from models.footprint.footprint import copy_for_dry_run, example_shapes, footprint
+from privacy.storage import FileStorage
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def benchmark(home: Path, **changes: object) -> DeviceProfile:
+def benchmark(home: Path, **changes: object) -> DeviceProfileConfig:
     """As if it had run here and found a laptop."""
     found = dataclasses.replace(device_profile("laptop"), **changes)
     write(found, home / plan.PROFILE, like="laptop")
@@ -37,7 +37,7 @@ def benchmark(home: Path, **changes: object) -> DeviceProfile:
 @pytest.mark.usefixtures("home")
 def test_a_device_that_was_not_measured(base: Base) -> None:
     assert throughput.benchmarked(base) is None
-    report = probe("d", base, {})
+    report = build_report("d", base, {})
     assert report.watts == WATTS
     assert report.examples_per_second % EXAMPLES_PER_SECOND_PER_CORE == 0
     assert report.battery_wh is None
@@ -46,21 +46,23 @@ def test_a_device_that_was_not_measured(base: Base) -> None:
 
 def test_rates_are_those_that_the_plan_predicts(base: Base, home: Path) -> None:
     found = benchmark(home)
-    predicted = footprint(stand_in(base), *example(find(str(base.folder)), base.resolution), rank=throughput.RANK)
-    report = probe("d", base, {})
+    predicted = footprint(
+        copy_for_dry_run(base), *example_shapes(find_base(str(base.folder)), base.resolution), rank=throughput.RANK
+    )
+    report = build_report("d", base, {})
     assert report.examples_per_second == pytest.approx(1 / pass_seconds(predicted, found))
     assert (report.watts, report.battery_wh) == (found.watts_busy, found.battery_wh)
 
 
 def test_what_is_stated_goes_over_what_was_measured(base: Base, home: Path) -> None:
     benchmark(home)
-    report = probe("d", base, {"examples-per-second": "3", "watts": "4"})
+    report = build_report("d", base, {"examples-per-second": "3", "watts": "4"})
     assert (report.examples_per_second, report.watts) == (3.0, 4.0)
 
 
 def test_it_is_predicted_once_for_a_profile(base: Base, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(home)
-    store = Store(Files(home / "store"))
+    store = Store(FileStorage(home / "store"))
     first = throughput.benchmarked(base, store)
     with monkeypatch.context() as patched:
         patched.setattr(throughput, "footprint", lambda *_, **__: pytest.fail("predicted again"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from client.power.conditions import ESTIMATE, Conditions, combined, seldom
+from client.power.conditions import ESTIMATE, Conditions, cached_for, combined
 
 
 def test_nothing_is_known_of_nothing() -> None:
@@ -41,7 +41,7 @@ def test_what_is_read_seldom() -> None:
         readings.append(now[0])
         return Conditions(celsius=now[0])
 
-    reading = seldom(read, 2.0, lambda: now[0])
+    reading = cached_for(read, 2.0, lambda: now[0])
     found = []
     for now[0] in (0.0, 1.9, 2.0, 3.9, 10.0):
         found.append(reading().celsius)

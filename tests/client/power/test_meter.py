@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from client.power.conditions import ESTIMATE, MEASURED
-from client.power.meter import LONGEST, Integral, Meter, Source, Spent, total
+from client.power.meter import LONGEST, EnergyIntegral, EnergySource, Meter, TrainingCost, total
 
 
 class Device:
@@ -25,7 +25,7 @@ class Device:
         return self._watts(self.now)
 
     def meter(self, **source: object) -> Meter:
-        made = Source(name="fake", covers="all", read=self.read, **source)  # type: ignore[arg-type]
+        made = EnergySource(name="fake", covers="all", read=self.read, **source)  # type: ignore[arg-type]
         return Meter(made, watts=5.0, every=3600.0, clock=self.clock)  # a thread that never gets to it
 
 
@@ -33,21 +33,21 @@ def test_a_steady_load() -> None:
     device = Device(lambda _: 8.0)
     with (meter := device.meter()):
         device.now += 20.0
-    assert meter.last == Spent(20.0, 160.0, MEASURED)
+    assert meter.last == TrainingCost(20.0, 160.0, MEASURED)
 
 
 def test_a_source_that_only_estimates_says_so() -> None:
     device = Device(lambda _: 8.0)
     with (meter := device.meter(quality=ESTIMATE)):
         device.now += 2.0
-    assert meter.last == Spent(2.0, 16.0, ESTIMATE)
+    assert meter.last == TrainingCost(2.0, 16.0, ESTIMATE)
 
 
 def test_joules_so_far() -> None:
     device = Device(lambda now: 7.0 * now)
     with (meter := device.meter(counts=True)):
         device.now += 2 * LONGEST  # a counter counts meanwhile
-    assert meter.last == Spent(2 * LONGEST, pytest.approx(14.0 * LONGEST), MEASURED)
+    assert meter.last == TrainingCost(2 * LONGEST, pytest.approx(14.0 * LONGEST), MEASURED)
 
 
 class Looks:
@@ -80,7 +80,7 @@ def test_a_pause_counts_neither_as_time_nor_as_energy() -> None:
         meter._look(Looks(1))  # type: ignore[arg-type]
         device.now += 1.0
         meter._look(Looks(2))  # type: ignore[arg-type]
-    assert meter.last == Spent(15.0, pytest.approx(150.0), MEASURED)
+    assert meter.last == TrainingCost(15.0, pytest.approx(150.0), MEASURED)
     assert not meter._failed
 
 
@@ -94,7 +94,7 @@ def test_a_pause_before_or_after_is_nobodys() -> None:
         device.now += 1.0
     with meter.paused():
         device.now += 5.0
-    assert meter.last == Spent(1.0, 10.0, MEASURED)
+    assert meter.last == TrainingCost(1.0, 10.0, MEASURED)
 
 
 def test_each_time_anew() -> None:
@@ -103,7 +103,7 @@ def test_each_time_anew() -> None:
     for seconds in (3.0, 2.0):
         with meter:
             device.now += seconds
-        assert meter.last == Spent(seconds, 10 * seconds, MEASURED)
+        assert meter.last == TrainingCost(seconds, 10 * seconds, MEASURED)
 
 
 def test_without_a_source_seconds_are_real_and_joules_are_not() -> None:
@@ -112,7 +112,7 @@ def test_without_a_source_seconds_are_real_and_joules_are_not() -> None:
         device.now += 4.0
         with meter.paused():
             device.now += 4.0
-    assert meter.last == Spent(4.0, 20.0, ESTIMATE)
+    assert meter.last == TrainingCost(4.0, 20.0, ESTIMATE)
 
 
 @pytest.mark.parametrize("broken", [lambda _: None, lambda _: 1 // 0])
@@ -124,7 +124,7 @@ def test_a_sensor_that_fails_makes_it_an_estimate(
         device.now += 4.0
         with meter.paused():
             pass
-    assert meter.last == Spent(4.0, 20.0, ESTIMATE)
+    assert meter.last == TrainingCost(4.0, 20.0, ESTIMATE)
     assert len(caplog.records) <= 1
 
 
@@ -139,7 +139,7 @@ def test_work_that_fails_is_measured_and_fails() -> None:
 
     with pytest.raises(OSError, match="own"):
         work()
-    assert meter.last == Spent(3.0, 6.0, MEASURED)
+    assert meter.last == TrainingCost(3.0, 6.0, MEASURED)
 
 
 def test_the_thread_reads_in_between_and_ends() -> None:
@@ -152,18 +152,18 @@ def test_the_thread_reads_in_between_and_ends() -> None:
             seen.set()
         return 10.0
 
-    with (meter := Meter(Source(name="x", covers="x", read=read), watts=1.0, every=0.001, clock=device.clock)):
+    with (meter := Meter(EnergySource(name="x", covers="x", read=read), watts=1.0, every=0.001, clock=device.clock)):
         assert seen.wait(60)
         device.now += 2.0
-    assert meter.last == Spent(2.0, 20.0, MEASURED)
+    assert meter.last == TrainingCost(2.0, 20.0, MEASURED)
     for thread in threading.enumerate():
         if thread.name == "meter":
             thread.join(60)
             assert not thread.is_alive()
 
 
-def integral(readings: list[tuple[float, float | None]], *, counts: bool = False) -> Integral:
-    found = Integral(counts)
+def integral(readings: list[tuple[float, float | None]], *, counts: bool = False) -> EnergyIntegral:
+    found = EnergyIntegral(counts)
     for at, value in readings:
         found.add(at, value)
     return found
@@ -188,16 +188,16 @@ def test_a_counter_that_went_back_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("covered", "spent"),
     [
-        (10.0, Spent(10.0, 40.0, MEASURED)),
-        (5.0, Spent(10.0, 80.0, MEASURED)),  # the rest is taken for alike
-        (4.9, Spent(10.0, 50.0, ESTIMATE)),
-        (0.0, Spent(10.0, 50.0, ESTIMATE)),
+        (10.0, TrainingCost(10.0, 40.0, MEASURED)),
+        (5.0, TrainingCost(10.0, 80.0, MEASURED)),  # the rest is taken for alike
+        (4.9, TrainingCost(10.0, 50.0, ESTIMATE)),
+        (0.0, TrainingCost(10.0, 50.0, ESTIMATE)),
     ],
 )
-def test_what_was_not_covered(covered: float, spent: Spent) -> None:
-    assert total(Integral(counts=False, seconds=covered, joules=40.0), seconds=10.0, watts=5.0) == spent
+def test_what_was_not_covered(covered: float, spent: TrainingCost) -> None:
+    assert total(EnergyIntegral(counts=False, seconds=covered, joules=40.0), seconds=10.0, watts=5.0) == spent
 
 
 def test_nothing_at_all_took_nothing() -> None:
-    assert total(None, seconds=0.0, watts=5.0) == Spent(0.0, 0.0, ESTIMATE)
-    assert total(Integral(counts=True), seconds=0.0, watts=5.0) == Spent(0.0, 0.0, ESTIMATE)
+    assert total(None, seconds=0.0, watts=5.0) == TrainingCost(0.0, 0.0, ESTIMATE)
+    assert total(EnergyIntegral(counts=True), seconds=0.0, watts=5.0) == TrainingCost(0.0, 0.0, ESTIMATE)

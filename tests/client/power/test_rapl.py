@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.power.rapl import COVERS, Rapl, difference
+from client.power.rapl import COVERS, RaplCounters, difference
 from tests.helpers.power_fakes import system, write
 
 ZONES = "sys/class/powercap"
@@ -38,7 +38,7 @@ def count(root: Path, zone: str, energy: int) -> None:
 
 def test_packages_and_their_memory_once_each(tmp_path: Path) -> None:
     found = system(tmp_path, TWO)
-    joules = Rapl(found)
+    joules = RaplCounters(found)
     assert joules.covers == COVERS["package"]
     assert joules() == 0
     for name, energy in {":0": 7_000_000, ":0:0": 4_500_000, ":0:1": 1_500_000, ":1": 10_000_000}.items():
@@ -49,7 +49,7 @@ def test_packages_and_their_memory_once_each(tmp_path: Path) -> None:
 
 def test_the_platform_where_it_counts(tmp_path: Path) -> None:
     found = system(tmp_path, TWO | tree({"intel-rapl:2": zone("psys", 1_000_000)}))
-    joules = Rapl(found)
+    joules = RaplCounters(found)
     assert joules.covers == COVERS["psys"]
     assert joules() == 0
     count(found.root, "intel-rapl:2", 31_000_000)
@@ -59,7 +59,7 @@ def test_the_platform_where_it_counts(tmp_path: Path) -> None:
 
 def test_a_counter_that_starts_again(tmp_path: Path) -> None:
     found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", int(MOST) - 4_000_000)}))
-    joules = Rapl(found)
+    joules = RaplCounters(found)
     joules()
     count(found.root, "intel-rapl:0", 6_000_000)
     assert joules() == pytest.approx(10)
@@ -72,7 +72,7 @@ def test_a_counter_that_starts_again(tmp_path: Path) -> None:
 
 def test_a_counter_that_is_missing_for_a_while(tmp_path: Path) -> None:
     found = system(tmp_path, tree({"intel-rapl:0": zone("package-0", 0)}))
-    joules = Rapl(found)
+    joules = RaplCounters(found)
     joules()
     (found.root / ZONES / "intel-rapl:0/energy_uj").write_text("")
     assert joules() is None
@@ -81,8 +81,8 @@ def test_a_counter_that_is_missing_for_a_while(tmp_path: Path) -> None:
 
 
 def test_counters_that_are_roots_alone(tmp_path: Path) -> None:
-    assert Rapl(system(tmp_path, {f"{ZONES}/intel-rapl:0/name": "package-0"}))() is None
-    assert Rapl(system(tmp_path))() is None
+    assert RaplCounters(system(tmp_path, {f"{ZONES}/intel-rapl:0/name": "package-0"}))() is None
+    assert RaplCounters(system(tmp_path))() is None
 
 
 @pytest.mark.parametrize(

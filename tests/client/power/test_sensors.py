@@ -12,11 +12,11 @@ import pytest
 
 from client.power.conditions import ESTIMATE, Conditions
 from client.power.meter import Meter
-from client.power.sensors import Sensors, choose
+from client.power.sensors import PowerSensors, choose_sensors
 from client.power.system import System
 from client.power.termux import BATTERY
 from common.errors import AntherError
-from conf.schemas.node import Power
+from conf.schemas.node import PowerConfig
 from tests.helpers.power_fakes import LAPTOP, PMIC, PMIC_WATTS, UNPLUGGED, supplies, system
 
 COUNTER = {"sys/class/powercap/intel-rapl:0/name": "package-0", "sys/class/powercap/intel-rapl:0/energy_uj": "5"}
@@ -24,8 +24,8 @@ PHONE = json.dumps({"plugged": "UNPLUGGED", "percentage": 50, "voltage": 4000, "
 BOARD = {"nvidia-smi": "80.50, 42"}
 
 
-def chosen(meter: str, found: System, *, cuda: bool = False) -> Sensors:
-    return choose(Power(meter=meter), found, cuda=cuda)
+def chosen(meter: str, found: System, *, cuda: bool = False) -> PowerSensors:
+    return choose_sensors(PowerConfig(meter=meter), found, cuda=cuda)
 
 
 def test_nothing_is_there(tmp_path: Path) -> None:
@@ -94,7 +94,9 @@ def test_a_file_in_place_of_sensors(tmp_path: Path) -> None:
     """Of memory it needn't know."""
     file = tmp_path / "power.json"
     file.write_text(json.dumps({"charging": True, "watts": 7}))
-    found = choose(Power(meter="file", file=str(file)), system(tmp_path, {"proc/meminfo": "MemAvailable: 2048 kB"}))
+    found = choose_sensors(
+        PowerConfig(meter="file", file=str(file)), system(tmp_path, {"proc/meminfo": "MemAvailable: 2048 kB"})
+    )
     assert found.name == "file"
     assert found.read() == Conditions(charging=True, watts=7.0, free_mib=2.0)
     assert found.source is not None
@@ -105,7 +107,7 @@ def test_a_file_in_place_of_sensors(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match=r"power\.file"):
         found.read()
     with pytest.raises(AntherError, match=r"power\.file"):
-        choose(Power(meter="file", file=str(file)), system(tmp_path))
+        choose_sensors(PowerConfig(meter="file", file=str(file)), system(tmp_path))
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -25,15 +25,15 @@ import pytest
 from client.device import Device
 from client.rounds.handler import handle
 from client.rounds.helpers import cache_key
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from client.rounds.train import _identity, _unpack
-from client.store.layout import in_the_open
+from client.store.layout import is_plaintext
 from common.errors import AntherError
 from models.base.base import Base
-from models.lora.adapter import initial
-from privacy.encrypted_storage import Box, Sealed
-from privacy.ledger.ledger import JOURNAL, RESERVED, SEALED, SENT, TRAIN, Ledger
-from privacy.storage import Files, Storage
+from models.lora.adapter import init_adapter
+from privacy.encrypted_storage import EncryptedStorage, StoreCipher
+from privacy.ledger.ledger import JOURNAL, RESERVED, SEALED, SENT, TRAIN, DeviceLedger
+from privacy.storage import FileStorage, Storage
 from protocol.messages import Train, Update
 from tests.helpers.devices import Performer, know_epsilon, make_device, to_bytes, train_request
 from tests.helpers.kills import in_child
@@ -53,7 +53,7 @@ class Life:
     pause: float = 0.0
 
     def storage(self) -> Storage:
-        return Files(self.folder / "store")
+        return FileStorage(self.folder / "store")
 
     def device(self) -> Device:
         return make_device(self.storage())
@@ -71,7 +71,7 @@ class Life:
             before = number
             echo = max((sent.events for sent in read_wire(self.folder)), default=0)
             request = replace(self.request(number), echo=echo)
-            reply = drive({0: handle(request, device)}, self._noted)[0]
+            reply = run_handlers({0: handle(request, device)}, self._noted)[0]
             time.sleep(self.pause)
             assert isinstance(reply, Update), reply
             append(self.folder / "wire", f"{number} {reply.events} {digest(reply)}\n".encode())
@@ -88,7 +88,7 @@ class SealedLife(Life):
     """The same with its store encrypted."""
 
     def storage(self) -> Storage:
-        return Sealed(Files(self.folder / "store"), Box(bytes(32), "s"), in_the_open)
+        return EncryptedStorage(FileStorage(self.folder / "store"), StoreCipher(bytes(32), "s"), is_plaintext)
 
 
 @dataclass
@@ -105,7 +105,7 @@ class RealLife(Life):
     def request(self, number: int) -> Train:
         assert self.base
         request = super().request(number)
-        sent = to_bytes(initial(self.base.sites, 3, seed=number))
+        sent = to_bytes(init_adapter(self.base.sites, 3, seed=number))
         return replace(request, plan=replace(request.plan, base=self.base.hash), adapter=sent)
 
 
@@ -168,7 +168,7 @@ def durable_calls(life: Life) -> list[str]:
 def check(life: Life) -> None:
     """What must hold after any crash, and that the ledger can be read: no crash makes a healthy device suspicious."""
     folder = life.folder
-    ledger = Ledger(life.storage())
+    ledger = DeviceLedger(life.storage())
     history = ledger.history()
     entries = {entry.reservation.round: entry for entry in history.entries.values()}
     performed = folder / "performed"
@@ -192,7 +192,7 @@ def check(life: Life) -> None:
 
 
 def states(life: Life) -> list[str]:
-    return [entry.state for entry in Ledger(life.storage()).entries()]
+    return [entry.state for entry in DeviceLedger(life.storage()).entries()]
 
 
 def finish(life: Life) -> None:
@@ -251,7 +251,7 @@ def test_an_earlier_state_of_the_store_is_refused_wherever_it_was_taken(tmp_path
             check(life)
             continue
         with pytest.raises(AntherError, match=r"rolled back|is missing"):
-            Ledger(Files(life.folder / "store")).entries()
+            DeviceLedger(FileStorage(life.folder / "store")).entries()
         refused += 1
     assert refused > 10
     assert kept
@@ -296,7 +296,7 @@ def life_in(base: Base) -> Callable[[Path], Life]:
         return life
 
     pictures = make_device(Path()).pictures().train
-    (examples,) = work([jobs.Encode(pictures=pictures)])
+    (examples,) = work([jobs.EncodeJob(pictures=pictures)])
     assert isinstance(examples, jobs.Examples)
     return made
 

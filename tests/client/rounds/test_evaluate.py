@@ -13,30 +13,30 @@ from client.data import Pictures
 from client.device import Device
 from client.rounds import evaluate
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.ledger.ledger import MEASURE, RESERVED, SEALED, SENT
-from privacy.noise import Simulated
-from privacy.policy import Policy, Refusal
+from privacy.noise import SimulatedNoise
+from privacy.policy import Policy, RequestRefusedError
 from protocol import messages
-from protocol.messages import Evaluate, Evaluation, MeasuringPrivacy, Request
+from protocol.messages import Evaluate, Evaluation, EvaluationPrivacy, Request
 from tests.helpers.devices import PICTURES, Performer, adapter, make_device, picture, to_bytes, train_request
 from training import jobs
 
-PRIVATE = MeasuringPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
+PRIVATE = EvaluationPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
 RAW = Evaluate(run="run", round=1, adapter=to_bytes(adapter(3)))
 NOISED = dataclasses.replace(RAW, privacy=PRIVATE)
 
 
 def ask(request: Request, device: Device, perform: Any = None) -> Any:
-    outcome = drive({"d": handle(request, device)}, perform or Performer())["d"]
+    outcome = run_handlers({"d": handle(request, device)}, perform or Performer())["d"]
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 def simulated(storage: Path, **changes: Any) -> Device:
-    return make_device(storage, noise=Simulated(seed=0, client="d", round=1, purpose="measure"), **changes)
+    return make_device(storage, noise=SimulatedNoise(seed=0, client="d", round=1, purpose="measure"), **changes)
 
 
 def states(device: Device) -> list[tuple[str, str]]:
@@ -62,8 +62,8 @@ def test_a_noised_gain_and_nothing_else(tmp_path: Path) -> None:
     assert isinstance(reply, Evaluation)
     assert (reply.device, reply.round, reply.base, reply.shared, reply.release) == ("d", 1, None, None, True)
     assert reply.gain is not None
-    assert [type(job) for job in perform.jobs] == [jobs.Encode, jobs.MeasureEach, jobs.MeasureEach]
-    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureEach)]
+    assert [type(job) for job in perform.jobs] == [jobs.EncodeJob, jobs.MeasureEachJob, jobs.MeasureEachJob]
+    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)]
     assert [job.adapter is None for job in measured] == [True, False]
     assert all(len(job.examples) == PRIVATE.pictures for job in measured)  # some of them blank
     (entry,) = device.store.ledger.entries()
@@ -107,9 +107,9 @@ def test_without_validation_pictures_noise_alone_is_told(tmp_path: Path) -> None
     device, perform = make_device(tmp_path, pictures=with_validation()), Performer()
     reply = ask(NOISED, device, perform)
     assert reply.gain != 0
-    assert [len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEach)] == [3, 3]
+    assert [len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)] == [3, 3]
     assert states(device) == [(MEASURE, SEALED)]
-    with pytest.raises(Refusal, match="no validation pictures"):
+    with pytest.raises(RequestRefusedError, match="no validation pictures"):
         ask(RAW, make_device(tmp_path / "raw", pictures=with_validation()))
 
 
@@ -120,7 +120,7 @@ def test_asked_again_it_sends_the_same_bytes_and_charges_once(tmp_path: Path) ->
         assert ask(request, make_device(tmp_path), perform) == first
     assert not perform.jobs
     assert states(make_device(tmp_path)) == [(MEASURE, SEALED)]
-    with pytest.raises(Refusal, match="another plan"):
+    with pytest.raises(RequestRefusedError, match="another plan"):
         ask(dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, clip=0.1)), make_device(tmp_path))
 
 
@@ -129,12 +129,12 @@ def test_it_is_charged_before_anything_is_measured(tmp_path: Path) -> None:
 
     def fail(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
         for job in batch:
-            if isinstance(job, jobs.MeasureEach):
+            if isinstance(job, jobs.MeasureEachJob):
                 assert states(device) == [(MEASURE, RESERVED)]
                 return [MemoryError("too big")]
         return list(Performer()(batch))
 
-    assert isinstance(drive({0: handle(NOISED, device)}, fail)[0], MemoryError)
+    assert isinstance(run_handlers({0: handle(NOISED, device)}, fail)[0], MemoryError)
     spent = device.store.ledger.spent(1e-3)
     ask(NOISED, device)
     assert device.store.ledger.spent(1e-3) == spent
@@ -152,7 +152,7 @@ def test_a_round_trains_and_measures_under_reservations_of_their_own(tmp_path: P
     assert ask(NOISED, device) == reply  # plans may be numbered otherwise than rounds
     ask(dataclasses.replace(NOISED, round=2), device)
     assert states(device) == [("train", SENT), (MEASURE, SENT), ("train", SEALED), (MEASURE, SEALED)]
-    with pytest.raises(Refusal, match=r"the measure of round 1 .* can't be sent again"):
+    with pytest.raises(RequestRefusedError, match=r"the measure of round 1 .* can't be sent again"):
         ask(NOISED, device)
 
 
@@ -163,13 +163,13 @@ def test_training_and_measuring_are_capped_together(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path, policy=Policy(max_epsilon=cap, delta=1e-3)), Performer()
     ask(train_request(), device, perform)
     ask(NOISED, device, perform)
-    with pytest.raises(Refusal, match="allows"):
+    with pytest.raises(RequestRefusedError, match="allows"):
         ask(train_request(number=2), device, perform)
     lean = make_device(tmp_path / "lean", policy=Policy(max_epsilon=0.9 * epsilon([measure], 1e-3).value, delta=1e-3))
-    with pytest.raises(Refusal, match="allows"):
+    with pytest.raises(RequestRefusedError, match="allows"):
         ask(NOISED, lean, perform)
     assert not states(lean)
-    assert sum(isinstance(job, jobs.MeasureEach) for job in perform.jobs) == 2
+    assert sum(isinstance(job, jobs.MeasureEachJob) for job in perform.jobs) == 2
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_training_and_measuring_are_capped_together(tmp_path: Path) -> None:
 )
 def test_what_the_owner_forbids_costs_nothing(tmp_path: Path, policy: Policy, request_: Evaluate) -> None:
     device, perform = make_device(tmp_path, policy=policy), Performer()
-    with pytest.raises(Refusal):
+    with pytest.raises(RequestRefusedError):
         ask(request_, device, perform)
     assert not perform.jobs
     assert not states(device)
@@ -202,7 +202,7 @@ def test_losses_told_without_noise_end_every_promise(tmp_path: Path) -> None:
     assert states(device) == [(MEASURE, RESERVED)]
     assert device.store.ledger.spent(1e-3).value == math.inf
     for request in (train_request(), dataclasses.replace(NOISED, round=4)):
-        with pytest.raises(Refusal, match="no ε can be promised"):
+        with pytest.raises(RequestRefusedError, match="no ε can be promised"):
             ask(request, device)
     other = make_device(tmp_path / "other")
     ask(train_request(private=False), other)
@@ -215,9 +215,9 @@ def test_after_a_promise_nothing_is_told_without_noise(tmp_path: Path, first: Re
     device, perform = make_device(tmp_path), Performer()
     ask(first, device)
     for request in (dataclasses.replace(RAW, round=5), train_request(number=5, private=False)):
-        with pytest.raises(Refusal, match="nothing without it since"):
+        with pytest.raises(RequestRefusedError, match="nothing without it since"):
             ask(request, device, perform)
-    assert not any(isinstance(job, (jobs.Train, jobs.Measure)) for job in perform.jobs)
+    assert not any(isinstance(job, (jobs.Train, jobs.MeasureJob)) for job in perform.jobs)
     assert len(states(device)) == 1
 
 
@@ -225,9 +225,9 @@ def test_a_delta_at_which_no_epsilon_can_be_told_measures_nothing(tmp_path: Path
     device, perform = make_device(tmp_path), Performer()
     request = dataclasses.replace(NOISED, privacy=dataclasses.replace(PRIVATE, delta=1e-19))
     for _ in range(2):
-        with pytest.raises(Refusal, match=r"privacy\.delta: 1e-19 asked"):
+        with pytest.raises(RequestRefusedError, match=r"privacy\.delta: 1e-19 asked"):
             ask(request, device, perform)
-    assert not any(isinstance(job, jobs.MeasureEach) for job in perform.jobs)
+    assert not any(isinstance(job, jobs.MeasureEachJob) for job in perform.jobs)
 
 
 def test_memory_does_not_follow_from_the_pictures_that_a_server_assumes(
@@ -242,7 +242,7 @@ def test_memory_does_not_follow_from_the_pictures_that_a_server_assumes(
             perform = Performer()
             device = simulated(tmp_path / f"{at_once} {len(pictures.validation)}", pictures=pictures)
             gains.append(ask(request, device, perform).gain)
-            looks.append([len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEach)])
+            looks.append([len(job.examples) for job in perform.jobs if isinstance(job, jobs.MeasureEachJob)])
     assert looks == [[7, 7], [7, 7], [2, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 2, 1, 1]]
     assert gains[:2] == gains[2:]
     assert gains[0] != gains[1]

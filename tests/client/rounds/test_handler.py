@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from client.data import Absent, Pictures, fingerprint
+from client.data import MissingPicture, Pictures, fingerprint
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.helpers import cache_key, encoded
-from client.rounds.scheduler import drive
+from client.rounds.helpers import cache_key, encode_split
+from client.rounds.scheduler import run_handlers
 from common.errors import AntherError
-from models.lora.adapter import Factors, head_and_tail, rank
+from models.lora.adapter import Factors, rank, split_rank
 from privacy.ledger.ledger import RESERVED, SEALED, SENT
-from privacy.noise import Simulated
-from privacy.policy import Policy, Refusal
-from protocol.messages import Evaluate, Evaluation, Personalise, Personalised, Query, Reply, Request, Train, Update
+from privacy.noise import SimulatedNoise
+from privacy.policy import Policy, RequestRefusedError
+from protocol.messages import Evaluate, Evaluation, Personalize, Personalized, Query, Reply, Request, Train, Update
 from tests.helpers.devices import (
     BASE,
     PICTURES,
@@ -39,7 +39,7 @@ from tests.helpers.devices import (
 from training import jobs
 from training.jobs import Result
 
-PERSONALISE = Personalise(
+PERSONALIZE = Personalize(
     run="run",
     round=9,
     adapter=to_bytes(adapter(3)),
@@ -54,7 +54,7 @@ PERSONALISE = Personalise(
 
 def ask(request: Request, device: Device, perform: Performer | None = None) -> Reply:
     """The reply, or the exception raised."""
-    outcome = drive({"d": handle(request, device)}, perform or Performer())["d"]
+    outcome = run_handlers({"d": handle(request, device)}, perform or Performer())["d"]
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -74,7 +74,7 @@ def test_a_private_round(tmp_path: Path) -> None:
     reply = ask(train_request(), device, perform)
     assert isinstance(reply, Update)
     encode, train = perform.jobs
-    assert isinstance(encode, jobs.Encode)
+    assert isinstance(encode, jobs.EncodeJob)
     assert isinstance(train, jobs.Train)
     assert (train.client, train.round, train.purpose, train.steps, train.batch_size) == ("d", 1, "shared", 5, 4)
     assert train.privacy == jobs.DPSGD(noise_multiplier=2.0, clip=0.01, sampling_rate=0.2, draws=1)
@@ -98,18 +98,18 @@ def test_pictures_are_encoded_anew_at_another_resolution(tmp_path: Path) -> None
     device, pictures = make_device(tmp_path), PICTURES.train
     examples = jobs.Examples(torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 3))
     device.store.save_examples("train", cache_key(device, pictures), examples)
-    assert not list(encoded(device, "train", pictures))
+    assert not list(encode_split(device, "train", pictures))
     larger = dataclasses.replace(device, resolution=128)
-    assert next(encoded(larger, "train", pictures)) == jobs.Encode(pictures=pictures)
+    assert next(encode_split(larger, "train", pictures)) == jobs.EncodeJob(pictures=pictures)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_charged(tmp_path: Path) -> None:
     def check(rank: int, sites: Collection[str]) -> None:
-        raise Refusal(f"memory: not for rank {rank} at {len(sites)} sites")
+        raise RequestRefusedError(f"memory: not for rank {rank} at {len(sites)} sites")
 
     device, perform = make_device(tmp_path, check_memory=check), Performer()
-    for request in (train_request(), PERSONALISE):
-        with pytest.raises(Refusal, match="memory: not for rank"):
+    for request in (train_request(), PERSONALIZE):
+        with pytest.raises(RequestRefusedError, match="memory: not for rank"):
             ask(request, device, perform)
     assert not perform.jobs
     assert states(device) == []
@@ -147,7 +147,7 @@ def test_the_head_is_trained_and_the_tail_stays_beside_it(tmp_path: Path) -> Non
     train = perform.jobs[-1]
     assert isinstance(train, jobs.Train)
     assert train.frozen is not None
-    for part, expected in zip((train.start, train.frozen), head_and_tail(sent, 2), strict=True):
+    for part, expected in zip((train.start, train.frozen), split_rank(sent, 2), strict=True):
         assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
     ask(train_request(number=2, rank=5, sent=to_bytes(sent)), make_device(tmp_path), perform)
     assert isinstance(perform.jobs[-1], jobs.Train)
@@ -162,9 +162,9 @@ def test_devices_of_one_process_share_what_they_were_sent(tmp_path: Path) -> Non
         train_request(private=False, sent=sent),
         Evaluate(run="run", round=1, adapter=bytes(bytearray(sent))),
     ):
-        drive({name: handle(request, device) for name, device in fleet.items()}, perform)
+        run_handlers({name: handle(request, device) for name, device in fleet.items()}, perform)
     trained = [job for job in perform.jobs if isinstance(job, jobs.Train)]
-    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob) and job.adapter]
     assert len(trained) == len(measured) == 3
     assert len({id(job.frozen) for job in trained}) == len({id(found) for found in measured}) == 1
     ask(train_request(number=2, private=False, sent=to_bytes(adapter(5, seed=1))), fleet["a"], perform)
@@ -175,7 +175,7 @@ def test_devices_of_one_process_share_what_they_were_sent(tmp_path: Path) -> Non
 def test_the_personal_adapter_never_enters_the_shared_job(tmp_path: Path) -> None:
     for private in (True, False):
         device, fresh = make_device(tmp_path / f"a{private}"), make_device(tmp_path / f"b{private}")
-        ask(PERSONALISE, device)
+        ask(PERSONALIZE, device)
         with_personal, without = Performer(), Performer()
         ask(train_request(private=private), device, with_personal)
         ask(train_request(private=private), fresh, without)
@@ -187,7 +187,7 @@ def test_the_personal_adapter_never_enters_the_shared_job(tmp_path: Path) -> Non
 
 def test_simulated_noise_is_no_release(tmp_path: Path) -> None:
     for private in (True, False):
-        noise = Simulated(seed=0, client="d", round=1, purpose="shared")
+        noise = SimulatedNoise(seed=0, client="d", round=1, purpose="shared")
         device = make_device(tmp_path / str(private), noise=noise)
         reply = ask(train_request(private=private), device)
         assert isinstance(reply, Update)
@@ -207,10 +207,10 @@ def test_pictures_are_encoded_once_until_they_change(tmp_path: Path) -> None:
     perform = Performer()
     for number in (1, 2):
         ask(train_request(number=number), make_device(tmp_path), perform)
-    assert sum(isinstance(job, jobs.Encode) for job in perform.jobs) == 1
+    assert sum(isinstance(job, jobs.EncodeJob) for job in perform.jobs) == 1
     other = Pictures((picture(99), *PICTURES.train[1:]), PICTURES.validation, PICTURES.test)
     ask(train_request(number=3), make_device(tmp_path, pictures=other), perform)
-    assert sum(isinstance(job, jobs.Encode) for job in perform.jobs) == 2
+    assert sum(isinstance(job, jobs.EncodeJob) for job in perform.jobs) == 2
 
 
 def test_a_later_round_settles_the_earlier_ones_of_its_run(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_later_round_settles_the_earlier_ones_of_its_run(tmp_path: Path) -> No
     for number in (1, 2):
         ask(train_request(number=number), device)
     assert states(device) == [SENT, SEALED]
-    with pytest.raises(Refusal, match="can't be sent again"):
+    with pytest.raises(RequestRefusedError, match="can't be sent again"):
         ask(train_request(number=1), device)
 
 
@@ -231,7 +231,7 @@ def test_a_plan_that_could_not_be_answered_is_refused_before_anything(
     """It would fail after training, each time that it is asked for, with other noise and at no further charge."""
     device, perform, request = make_device(tmp_path), Performer(), train_request()
     plan = dataclasses.replace(request.plan, **change)  # type: ignore[arg-type]
-    with pytest.raises(Refusal, match=f"{next(iter(change))}: .* asked, which no device knows"):
+    with pytest.raises(RequestRefusedError, match=f"{next(iter(change))}: .* asked, which no device knows"):
         ask(dataclasses.replace(request, plan=plan), device, perform)
     assert (perform.jobs, states(device)) == ([], [])
 
@@ -240,7 +240,7 @@ def test_a_delta_at_which_no_epsilon_can_be_told_trains_nothing(tmp_path: Path) 
     device, perform, request = make_device(tmp_path), Performer(), train_request()
     plan = dataclasses.replace(request.plan, privacy=dataclasses.replace(PRIVACY, delta=1e-13))
     for _ in range(2):
-        with pytest.raises(Refusal, match=r"privacy\.delta: 1e-13 asked"):
+        with pytest.raises(RequestRefusedError, match=r"privacy\.delta: 1e-13 asked"):
             ask(dataclasses.replace(request, plan=plan), device, perform)
     assert not any(isinstance(job, jobs.Train) for job in perform.jobs)
 
@@ -257,7 +257,7 @@ def test_after_a_promise_an_open_request_looks_at_no_picture(tmp_path: Path, dam
 
     device = dataclasses.replace(make_device(tmp_path), pictures=pictures)
     for request in (train_request(number=2, private=False), Evaluate(run="run", round=2, adapter=to_bytes(adapter(3)))):
-        with pytest.raises(Refusal, match="nothing without it since"):
+        with pytest.raises(RequestRefusedError, match="nothing without it since"):
             ask(request, device)
 
 
@@ -267,7 +267,7 @@ def test_a_failed_training_stays_charged_and_is_retried_under_its_reservation(tm
     def fail(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
         return [MemoryError("too big") if isinstance(job, jobs.Train) else Performer()([job])[0] for job in batch]
 
-    assert isinstance(drive({0: handle(train_request(), device)}, fail)[0], MemoryError)
+    assert isinstance(run_handlers({0: handle(train_request(), device)}, fail)[0], MemoryError)
     assert states(device) == [RESERVED]
     spent = device.store.ledger.spent(1e-3)
     ask(train_request(), device)
@@ -284,7 +284,7 @@ def test_a_reserved_round_goes_on_with_other_pictures_as_if_nothing_were(tmp_pat
     other = PICTURES._replace(train=(*PICTURES.train, picture(99)))
     replies = {}
     for name, pictures in (("same", PICTURES), ("other", other)):
-        drive({0: handle(train_request(), make_device(tmp_path / name))}, crash)
+        run_handlers({0: handle(train_request(), make_device(tmp_path / name))}, crash)
         device, perform = make_device(tmp_path / name, pictures=pictures), Performer()
         replies[name] = ask(train_request(), device, perform)
         trained = perform.jobs[-1]
@@ -311,7 +311,7 @@ def test_a_device_that_was_rolled_back_refuses_before_it_is_charged(tmp_path: Pa
     for echo in (0, first.events):
         assert ask(dataclasses.replace(train_request(), echo=echo), device) == first
     for number in (1, 2):
-        with pytest.raises(Refusal, match="rolled back"):
+        with pytest.raises(RequestRefusedError, match="rolled back"):
             ask(dataclasses.replace(train_request(number=number), echo=first.events + 1), device, perform)
     assert not perform.jobs
     assert states(device) == [SEALED]
@@ -329,7 +329,7 @@ def test_a_device_that_was_rolled_back_refuses_before_it_is_charged(tmp_path: Pa
 def test_a_plan_that_does_not_fit_is_refused_at_no_charge(tmp_path: Path, change: dict[str, object]) -> None:
     device, perform, request = make_device(tmp_path), Performer(), train_request()
     plan = dataclasses.replace(request.plan, **change)  # type: ignore[arg-type]
-    with pytest.raises(Refusal):
+    with pytest.raises(RequestRefusedError):
         ask(dataclasses.replace(request, plan=plan), device, perform)
     assert not perform.jobs
     assert not states(device)
@@ -338,14 +338,14 @@ def test_a_plan_that_does_not_fit_is_refused_at_no_charge(tmp_path: Path, change
 def test_a_round_is_trained_by_one_plan(tmp_path: Path) -> None:
     device, request = make_device(tmp_path), train_request()
     ask(request, device)
-    with pytest.raises(Refusal, match="another plan"):
+    with pytest.raises(RequestRefusedError, match="another plan"):
         ask(dataclasses.replace(request, plan=dataclasses.replace(request.plan, steps=6)), device)
 
 
 def test_the_owners_cap_ends_the_run(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path, policy=Policy(max_epsilon=1.0, delta=1e-3)), Performer()
-    outcomes = [drive({0: handle(train_request(number=number), device)}, perform)[0] for number in range(8)]
-    refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
+    outcomes = [run_handlers({0: handle(train_request(number=number), device)}, perform)[0] for number in range(8)]
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, RequestRefusedError)]
     done = len(outcomes) - len(refusals)
     assert 1 < done < 8
     assert all("allows 1" in str(refusal) for refusal in refusals)
@@ -357,11 +357,11 @@ def test_the_owners_cap_ends_the_run(tmp_path: Path) -> None:
 def test_a_device_with_a_cap_shares_nothing_without_noise(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path, policy=Policy(max_epsilon=1.0)), Performer()
     for request in (train_request(private=False), Evaluate(run="run", round=1, adapter=to_bytes(adapter(3)))):
-        with pytest.raises(Refusal):
+        with pytest.raises(RequestRefusedError):
             ask(request, device, perform)
     assert not perform.jobs
     assert not states(device)
-    assert isinstance(ask(PERSONALISE, device), Personalised)  # what stays on the device is nobody's business
+    assert isinstance(ask(PERSONALIZE, device), Personalized)  # what stays on the device is nobody's business
 
 
 LARGE = {name: Factors(f.a, 1000.0 * f.b) for name, f in adapter(3).items()}
@@ -381,16 +381,16 @@ LARGE = {name: Factors(f.a, 1000.0 * f.b) for name, f in adapter(3).items()}
 )
 def test_a_malformed_adapter_is_refused_at_no_charge(tmp_path: Path, sent: bytes, reason: str) -> None:
     device, perform = make_device(tmp_path), Performer()
-    personalise = dataclasses.replace(PERSONALISE, adapter=sent)
+    personalise = dataclasses.replace(PERSONALIZE, adapter=sent)
     for request in (train_request(sent=sent), Evaluate(run="run", round=1, adapter=sent), personalise):
-        with pytest.raises(Refusal, match=reason):
+        with pytest.raises(RequestRefusedError, match=reason):
             ask(request, device, perform)
     assert not perform.jobs
     assert not states(device)
 
 
 def test_an_adapter_of_a_rank_that_the_owner_forbids(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"no adapter of rank 1 to 2 .* holds 3"):
+    with pytest.raises(RequestRefusedError, match=r"no adapter of rank 1 to 2 .* holds 3"):
         ask(train_request(), make_device(tmp_path, policy=Policy(max_rank=2)))
 
 
@@ -413,7 +413,7 @@ def test_what_the_owner_forbids_is_refused_before_anything_is_read(tmp_path: Pat
         raise AssertionError("the pictures were read")
 
     device = dataclasses.replace(make_device(tmp_path, policy=policy), pictures=read)
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(RequestRefusedError, match=words):
         ask(dataclasses.replace(train_request(), adapter=b"never decoded"), device, perform)
     assert not perform.jobs
     assert not states(device)
@@ -428,7 +428,7 @@ def test_the_owners_minimum_of_pictures(tmp_path: Path) -> None:
             make_device(tmp_path / str(count), pictures=pictures, policy=Policy(min_pictures=4)),
             Performer(),
         )
-        with pytest.raises(Refusal) as raised:
+        with pytest.raises(RequestRefusedError) as raised:
             ask(open_, device, perform)
         said.add(str(raised.value))
         assert not perform.jobs
@@ -453,7 +453,7 @@ def test_too_few_pictures_for_the_owner_are_not_told_in_private(tmp_path: Path, 
     pictures = PICTURES._replace(train=PICTURES.train[:count])
     job = trained_on(make_device(tmp_path, pictures=pictures, policy=Policy(min_pictures=4)))
     assert (job.pictures, job.names) == (0, ())
-    assert job.assumed == 20
+    assert job.assumed_pictures == 20
 
 
 def broken(number: int) -> jobs.Picture:
@@ -470,7 +470,7 @@ class Reader(Performer):
     """Reads pictures, as an encoder does."""
 
     def _perform(self, job: jobs.Job) -> jobs.Result:
-        if isinstance(job, jobs.Encode):
+        if isinstance(job, jobs.EncodeJob):
             for picture in job.pictures:
                 picture.at_least(64)
         return super()._perform(job)
@@ -486,7 +486,7 @@ def test_pictures_that_cannot_be_used_count_as_absent_in_private(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever keeps them from being used, one by one; the owner's log says which."""
-    mixed = (PICTURES.train[0], Absent(), broken(1), PICTURES.train[1])
+    mixed = (PICTURES.train[0], MissingPicture(), broken(1), PICTURES.train[1])
     device, perform = make_device(tmp_path, pictures=PICTURES._replace(train=mixed)), Reader()
     assert isinstance(ask(train_request(), device, perform), Update)
     job = perform.jobs[-1]
@@ -515,7 +515,7 @@ def test_more_pictures_than_assumed_leave_the_last_out(tmp_path: Path, caplog: p
     job = trained_on(make_device(tmp_path / "whole", pictures=PICTURES._replace(train=whole)), request)
     assert job.names == tuple(fingerprint([one]) for one in whole[:5])
     assert "of 8 pictures (train) the first 5" in caplog.text
-    without = (*whole[:2], Absent(), *whole[3:])
+    without = (*whole[:2], MissingPicture(), *whole[3:])
     job = trained_on(make_device(tmp_path / "without", pictures=PICTURES._replace(train=without)), request)
     assert job.names == tuple(fingerprint([whole[place]]) for place in (0, 1, 3, 4))
 
@@ -555,8 +555,8 @@ def test_a_private_reply_waits_also_where_the_device_cannot_keep_what_is_left(
 @pytest.mark.parametrize("policy", [Policy(bases=("a" * 64,)), Policy(sites="up.*"), Policy(max_rank=1)])
 def test_the_owner_has_a_say_in_the_personal_adapter_too(tmp_path: Path, policy: Policy) -> None:
     perform = Performer()
-    with pytest.raises(Refusal):
-        ask(PERSONALISE, make_device(tmp_path, policy=policy), perform)
+    with pytest.raises(RequestRefusedError):
+        ask(PERSONALIZE, make_device(tmp_path, policy=policy), perform)
     assert not perform.jobs
 
 
@@ -575,14 +575,14 @@ def test_an_evaluation_measures_the_base_once_a_run(tmp_path: Path) -> None:
     for number in (1, 2):
         request = Evaluate(run="run", round=number, adapter=to_bytes(adapter(3)))
         assert ask(request, device, perform) == Evaluation(device="d", round=number, base=0.75, shared=0.5)
-    measured = [job for job in perform.jobs if isinstance(job, jobs.Measure)]
+    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
     assert [job.adapter is None for job in measured] == [True, False, False]
     assert all(len(job.examples) == len(PICTURES.validation) for job in measured)
 
 
 def test_an_evaluation_needs_validation_pictures(tmp_path: Path) -> None:
     device = make_device(tmp_path, pictures=PICTURES._replace(validation=()))
-    with pytest.raises(Refusal, match="validation"):
+    with pytest.raises(RequestRefusedError, match="validation"):
         ask(Evaluate(run="run", round=1, adapter=to_bytes(adapter(3))), device)
 
 
@@ -592,8 +592,8 @@ def last_train(perform: Performer) -> jobs.Train:
 
 def test_personalising(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Performer()
-    reply = ask(PERSONALISE, device, perform)
-    assert reply == Personalised(device="d", seconds=4.0, joules=20.0, quality="estimate")
+    reply = ask(PERSONALIZE, device, perform)
+    assert reply == Personalized(device="d", seconds=4.0, joules=20.0, quality="estimate")
     train = last_train(perform)
     assert train.early_stopping is not None
     assert (train.early_stopping.every, train.early_stopping.patience) == (5, 3)
@@ -610,41 +610,41 @@ def test_personalising(tmp_path: Path) -> None:
 
 def test_personalising_goes_on_only_over_the_same_shared_adapter(tmp_path: Path) -> None:
     device, perform = make_device(tmp_path), Performer()
-    ask(PERSONALISE, device)
+    ask(PERSONALIZE, device)
     stored = device.store.personal(SITES)
     assert stored is not None
-    ask(dataclasses.replace(PERSONALISE, round=10), device, perform)
+    ask(dataclasses.replace(PERSONALIZE, round=10), device, perform)
     assert torch.equal(last_train(perform).start["up.to_k"].b, stored.adapter["up.to_k"].b)
     changes = ({"adapter": to_bytes(adapter(3, seed=1))}, {"adapter": to_bytes(adapter(4))}, {"rank": 1})
     for number, change in enumerate(changes, start=11):
-        ask(dataclasses.replace(PERSONALISE, round=number, **change), device, perform)
+        ask(dataclasses.replace(PERSONALIZE, round=number, **change), device, perform)
         assert last_train(perform).start["up.to_k"].b.eq(0).all()
 
 
 def test_personalising_asked_twice_is_done_once(tmp_path: Path) -> None:
     device, again = make_device(tmp_path), Performer()
-    first = ask(PERSONALISE, device)
-    assert ask(PERSONALISE, device, again) == first
+    first = ask(PERSONALIZE, device)
+    assert ask(PERSONALIZE, device, again) == first
     assert again.jobs == []
 
 
 def test_personalising_without_validation_pictures_takes_every_step(tmp_path: Path) -> None:
     perform = Performer()
-    ask(PERSONALISE, make_device(tmp_path, pictures=PICTURES._replace(validation=())), perform)
+    ask(PERSONALIZE, make_device(tmp_path, pictures=PICTURES._replace(validation=())), perform)
     assert last_train(perform).early_stopping is None
 
 
 @pytest.mark.parametrize("change", [{"rank": 0}, {"steps": 10**6}, {"look_every": 0}, {"patience": 0}])
 def test_impossible_personalising_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
-    with pytest.raises(Refusal):
-        ask(dataclasses.replace(PERSONALISE, **change), make_device(tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(RequestRefusedError):
+        ask(dataclasses.replace(PERSONALIZE, **change), make_device(tmp_path))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, loss: float) -> None:
     class Overflows(Performer):
         def _perform(self, job: jobs.Job) -> Result:
-            return loss if isinstance(job, jobs.Measure) else super()._perform(job)
+            return loss if isinstance(job, jobs.MeasureJob) else super()._perform(job)
 
     request = Evaluate(run="run", round=1, adapter=to_bytes(adapter(2)))
     with pytest.raises(AntherError, match=f"base came out as {loss}"):

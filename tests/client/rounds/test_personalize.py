@@ -14,18 +14,18 @@ from PIL import Image
 
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from client.runtime.throttled_jobs import OutOfMemory
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, rank
 from privacy.policy import Policy
-from protocol.messages import Evaluate, MeasuringPrivacy, Personalise, Request, to_json
+from protocol.messages import Evaluate, EvaluationPrivacy, Personalize, Request, to_json
 from tests.helpers.devices import PICTURES, SITES, Performer, adapter, make_device, to_bytes, train_request
 from training import jobs
 
 RANK = 3
 FIRST, SECOND, THIRD = (adapter(RANK, seed=seed) for seed in (1, 2, 3))
-PRIVATE = MeasuringPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
+PRIVATE = EvaluationPrivacy(noise_multiplier=20.0, clip=0.2, pictures=3, delta=1e-3)
 
 
 class Judging(Performer):
@@ -36,7 +36,7 @@ class Judging(Performer):
         self._others, self._trained = others, trained
 
     def _perform(self, job: jobs.Job) -> jobs.Result:
-        if isinstance(job, jobs.Measure) and job.adapter:
+        if isinstance(job, jobs.MeasureJob) and job.adapter:
             if rank(job.adapter) > RANK:  # shared and personal
                 return self._trained
             return 0.5 if same(job.adapter, FIRST) else self._others
@@ -47,8 +47,8 @@ def same(one: Adapter, other: Adapter) -> bool:
     return all(torch.equal(a, b) for name in SITES for a, b in zip(one[name], other[name], strict=True))
 
 
-def sent(shared: Adapter, number: int) -> Personalise:
-    return Personalise(
+def sent(shared: Adapter, number: int) -> Personalize:
+    return Personalize(
         run="run",
         round=number,
         adapter=to_bytes(shared),
@@ -62,7 +62,7 @@ def sent(shared: Adapter, number: int) -> Personalise:
 
 
 def ask(request: Request, device: Device, perform: Performer) -> Any:
-    outcome = drive({"d": handle(request, device)}, perform)["d"]
+    outcome = run_handlers({"d": handle(request, device)}, perform)["d"]
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -102,7 +102,7 @@ def test_it_is_judged_by_validation_pictures_of_ones_own(tmp_path: Path) -> None
     device, perform = make_device(tmp_path), Judging(0.6)
     ask(sent(FIRST, 1), device, perform)
     ask(sent(SECOND, 2), device, perform)
-    measured = [job for job in perform.jobs if isinstance(job, jobs.Measure)]
+    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
     assert [len(job.examples) for job in measured] == [len(PICTURES.validation)] * (2 + 4)
 
 
@@ -111,7 +111,7 @@ def test_without_any_those_trained_on_judge(tmp_path: Path) -> None:
     for number, shared in enumerate((FIRST, SECOND, THIRD), start=1):
         ask(sent(shared, number), blind, perform)
     assert same(kept(blind), FIRST)
-    measured = [job for job in perform.jobs if isinstance(job, jobs.Measure)]
+    measured = [job for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
     assert {len(job.examples) for job in measured} == {len(PICTURES.train)}
 
 
@@ -121,7 +121,7 @@ def test_an_adapter_of_another_base_is_no_rival(tmp_path: Path) -> None:
     perform = Judging(0.6)
     ask(sent(SECOND, 3), moved, perform)
     assert same(kept(moved), SECOND)
-    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure)]
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob)]
     assert [rank(adapter) for adapter in measured if adapter] == [RANK + 2] * 2  # what was trained, and its start
     moved.store.roll_back()
     assert same(kept(moved), FIRST)  # of the other base, as it was
@@ -153,7 +153,7 @@ def test_rolling_back_returns_both(tmp_path: Path) -> None:
     assert found.request == first.request
     with pytest.raises(AntherError, match="no previous adapter"):
         device.store.roll_back()
-    newest = device.store.generations()[0]
+    newest = device.store.personal_versions()[0]
     assert not newest.present
     device.store.roll_back(newest.at)
     assert same(kept(device), SECOND)
@@ -181,7 +181,7 @@ def test_what_is_broken_or_worse_takes_nobodys_place(tmp_path: Path, b: float, l
 
     class Worse(Trains):
         def _perform(self, job: jobs.Job) -> jobs.Result:
-            if isinstance(job, jobs.Measure) and job.adapter and rank(job.adapter) > RANK:
+            if isinstance(job, jobs.MeasureJob) and job.adapter and rank(job.adapter) > RANK:
                 new = any((f.b[:, RANK:] == self._b).all() or f.b.isnan().any() for f in job.adapter.values())
                 return self._trained if new else 0.3
             return super()._perform(job)
@@ -195,12 +195,12 @@ def test_what_is_broken_or_worse_takes_nobodys_place(tmp_path: Path, b: float, l
     good = device.store.personal(SITES)
     assert good is not None
     assert all((f.b == 0.01).all() for f in good.adapter.values())
-    before = device.store.generations()
+    before = device.store.personal_versions()
     ask(sent(FIRST, 3), device, Worse(b, loss))
     found = device.store.personal(SITES)
     assert found is not None
     assert same(found.adapter, good.adapter)
-    assert device.store.generations() == before
+    assert device.store.personal_versions() == before
     again = Worse(b, loss)
     ask(sent(FIRST, 3), device, again)
     assert not again.jobs  # it was answered
@@ -252,7 +252,7 @@ class Fails(Judging):
 
 
 @pytest.mark.parametrize("wrong", [AntherError("training became not finite"), RuntimeError("no memory"), OutOfMemory()])
-@pytest.mark.parametrize("kind", [jobs.Encode, jobs.Train, jobs.Measure])
+@pytest.mark.parametrize("kind", [jobs.EncodeJob, jobs.Train, jobs.MeasureJob])
 def test_no_failure_reaches_who_asked(tmp_path: Path, kind: type, wrong: Exception, caplog: Any) -> None:
     """It is the owner's log alone that has it."""
     expected = ask(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
@@ -291,7 +291,7 @@ def test_who_asks_again_and_again_does_not_learn_what_ends_the_worker(tmp_path: 
     assert not perform.jobs
 
 
-def _identity(request: Personalise) -> str:
+def _identity(request: Personalize) -> str:
     return hashlib.sha256(to_json(request).encode() + request.adapter).hexdigest()
 
 
@@ -334,7 +334,7 @@ def _numbers(job: jobs.Train) -> list[object]:
 def test_previews_are_of_what_was_learnt_and_stay_on_the_device(tmp_path: Path) -> None:
     device, perform = dataclasses.replace(make_device(tmp_path), previews=1), Performer()
     reply = ask(sent(FIRST, 3), device, perform)
-    (drawn,) = (job for job in perform.jobs if isinstance(job, jobs.Draw))
+    (drawn,) = (job for job in perform.jobs if isinstance(job, jobs.GenerateJob))
     stored = device.store.personal(SITES)
     assert stored is not None
     assert same(drawn.adapters[0], stored.shared)
@@ -347,7 +347,7 @@ def test_previews_are_of_what_was_learnt_and_stay_on_the_device(tmp_path: Path) 
 def test_what_cannot_be_drawn_was_learnt_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Blind(Performer):
         def _perform(self, job: jobs.Job) -> jobs.Result:
-            if isinstance(job, jobs.Draw):
+            if isinstance(job, jobs.GenerateJob):
                 raise AntherError("no memory")
             return super()._perform(job)
 

@@ -10,13 +10,13 @@ import torch
 
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.received_adapter import received
-from client.rounds.scheduler import drive
-from models.lora.adapter import Adapter, Factors, shapes, to_tensors
-from models.lora.scaffold import beside
-from privacy.policy import Policy, Refusal
+from client.rounds.received_adapter import receive_adapter
+from client.rounds.scheduler import run_handlers
+from models.lora.adapter import Adapter, Factors, adapter_shapes, to_tensors
+from models.lora.scaffold import to_control_tensors
+from privacy.policy import Policy, RequestRefusedError
 from protocol import quantization, tensor_codec
-from protocol.messages import Evaluate, Personalise, Reply, Request, Rounded
+from protocol.messages import Evaluate, Personalize, QuantizedFormat, Reply, Request
 from tests.helpers.devices import PRIVACY, SITES, Performer, adapter, make_device, to_bytes, train_request
 from training import jobs
 
@@ -34,14 +34,14 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 
 def read(data: bytes, precision: str = "int8") -> Adapter:
-    found = quantization.decode(data, shapes(SITES, RANK), precision)
+    found = quantization.decode(data, adapter_shapes(SITES, RANK), precision)
     return {name: Factors(found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in SITES}
 
 
 @pytest.mark.parametrize("precision", quantization.PRECISIONS)
 def test_few_bits_are_read_as_the_server_reads_them(tmp_path: Path, precision: str) -> None:
     data = few(precision)
-    sent = received(data, make_device(tmp_path), rounded=Rounded(precision=precision, rank=RANK))
+    sent = receive_adapter(data, make_device(tmp_path), rounded=QuantizedFormat(precision=precision, rank=RANK))
     assert same(sent.adapter, read(data, precision))
     assert sent.rank == RANK
 
@@ -49,46 +49,48 @@ def test_few_bits_are_read_as_the_server_reads_them(tmp_path: Path, precision: s
 @pytest.mark.parametrize(
     ("data", "rounded", "complaint"),
     [
-        (few(), Rounded(precision="int8", rank=0), "rank 0"),
-        (few(), Rounded(precision="int8", rank=9), "rank 9"),
-        (few(), Rounded(precision="int8", rank=2), ""),
-        (few(), Rounded(precision="int4", rank=RANK), "bytes"),
-        (few()[:-1], Rounded(precision="int8", rank=RANK), "bytes"),
-        (few() + bytes(64), Rounded(precision="int8", rank=RANK), "bytes"),
-        (b"", Rounded(precision="int8", rank=RANK), "bytes"),
-        (to_bytes(adapter(RANK)), Rounded(precision="int8", rank=RANK), "bytes"),
+        (few(), QuantizedFormat(precision="int8", rank=0), "rank 0"),
+        (few(), QuantizedFormat(precision="int8", rank=9), "rank 9"),
+        (few(), QuantizedFormat(precision="int8", rank=2), ""),
+        (few(), QuantizedFormat(precision="int4", rank=RANK), "bytes"),
+        (few()[:-1], QuantizedFormat(precision="int8", rank=RANK), "bytes"),
+        (few() + bytes(64), QuantizedFormat(precision="int8", rank=RANK), "bytes"),
+        (b"", QuantizedFormat(precision="int8", rank=RANK), "bytes"),
+        (to_bytes(adapter(RANK)), QuantizedFormat(precision="int8", rank=RANK), "bytes"),
         (few(), None, "header"),
-        (few(tensors=LARGE), Rounded(precision="int8", rank=RANK), "norm"),
+        (few(tensors=LARGE), QuantizedFormat(precision="int8", rank=RANK), "norm"),
     ],
 )
-def test_anything_else_is_refused(tmp_path: Path, data: bytes, rounded: Rounded | None, complaint: str) -> None:
+def test_anything_else_is_refused(tmp_path: Path, data: bytes, rounded: QuantizedFormat | None, complaint: str) -> None:
     device = make_device(tmp_path, policy=Policy(max_rank=8))
-    with pytest.raises(Refusal, match=f"no adapter of rank 1 to 8 .*{complaint}"):
-        received(data, device, rounded=rounded)
+    with pytest.raises(RequestRefusedError, match=f"no adapter of rank 1 to 8 .*{complaint}"):
+        receive_adapter(data, device, rounded=rounded)
 
 
 @pytest.mark.parametrize("kind", ["framed", "controlled"])
 def test_what_has_something_beside_it_is_whole(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(Refusal, match="is sent whole"):
-        received(few(), make_device(tmp_path), rounded=Rounded(precision="int8", rank=RANK), **{kind: True})
+    with pytest.raises(RequestRefusedError, match="is sent whole"):
+        receive_adapter(
+            few(), make_device(tmp_path), rounded=QuantizedFormat(precision="int8", rank=RANK), **{kind: True}
+        )
 
 
 def test_a_control_variate_is_as_strictly_read_as_an_adapter(tmp_path: Path) -> None:
     device, control = make_device(tmp_path), {name: part + 1 for name, part in TENSORS.items()}
-    whole = tensor_codec.encode(TENSORS | beside(control))
-    sent = received(whole, device, controlled="both")
+    whole = tensor_codec.encode(TENSORS | to_control_tensors(control))
+    sent = receive_adapter(whole, device, controlled="both")
     assert all(torch.equal(sent.control[name], part) for name, part in control.items())
     assert same(sent.adapter, adapter(RANK))
     for data, controlled in ((whole, None), (to_bytes(adapter(RANK)), "both")):
-        with pytest.raises(Refusal, match=r"not expected|missing"):
-            received(data, device, controlled=controlled)
+        with pytest.raises(RequestRefusedError, match=r"not expected|missing"):
+            receive_adapter(data, device, controlled=controlled)
     infinite = {name: part * torch.inf for name, part in control.items()}
-    with pytest.raises(Refusal, match="NaN or infinite"):
-        received(tensor_codec.encode(TENSORS | beside(infinite)), device, controlled="both")
+    with pytest.raises(RequestRefusedError, match="NaN or infinite"):
+        receive_adapter(tensor_codec.encode(TENSORS | to_control_tensors(infinite)), device, controlled="both")
 
 
 def ask(request: Request, device: Device, perform: Performer) -> Reply:
-    reply = drive({"d": handle(request, device)}, perform)["d"]
+    reply = run_handlers({"d": handle(request, device)}, perform)["d"]
     if isinstance(reply, Exception):
         raise reply
     return reply
@@ -96,10 +98,10 @@ def ask(request: Request, device: Device, perform: Performer) -> Reply:
 
 @pytest.mark.parametrize("private", [False, True])
 def test_every_request_may_carry_few_bits(tmp_path: Path, private: bool) -> None:
-    rounded, data = Rounded(precision="int8", rank=RANK), few()
+    rounded, data = QuantizedFormat(precision="int8", rank=RANK), few()
     trains = dataclasses.replace(train_request(rank=RANK, private=private, sent=data), rounded=rounded)
     measures = Evaluate(run="run", round=1, adapter=data, rounded=rounded)
-    personal = Personalise(
+    personal = Personalize(
         run="run",
         round=1,
         adapter=data,
@@ -119,16 +121,16 @@ def test_every_request_may_carry_few_bits(tmp_path: Path, private: bool) -> None
     assert same(started.start, read(data))
     assert frozen.frozen is not None
     assert same(frozen.frozen, read(data))
-    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.Measure) and job.adapter]
+    measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob) and job.adapter]
     assert any(same(found, read(data)) for found in measured)
 
 
 def test_a_control_variate_is_of_plain_sgd_and_every_direction(tmp_path: Path) -> None:
-    asked = train_request(rank=2, sent=tensor_codec.encode(TENSORS | beside(TENSORS)))
+    asked = train_request(rank=2, sent=tensor_codec.encode(TENSORS | to_control_tensors(TENSORS)))
     for plan in (
         dataclasses.replace(asked.plan, scaffold=True, optimiser="sgd"),  # of 3 directions 2
         dataclasses.replace(asked.plan, scaffold=True, rank=RANK),
         dataclasses.replace(asked.plan, scaffold=True, rank=RANK, optimiser="sgd", sites=tuple(SITES)[:1]),
     ):
-        with pytest.raises(Refusal, match="of every direction that was sent, and of plain SGD"):
+        with pytest.raises(RequestRefusedError, match="of every direction that was sent, and of plain SGD"):
             ask(dataclasses.replace(asked, plan=plan), make_device(tmp_path), Performer())

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from client.rounds.scheduler import drive
-from protocol.messages import Personalised
+from client.rounds.scheduler import run_handlers
+from protocol.messages import Personalized
 
 
 def talk(name: str, turns: int) -> Generator[Any, Any, Any]:
@@ -26,7 +26,7 @@ def test_jobs_of_everyone_are_performed_together() -> None:
         batches.append(jobs)
         return [f"{name}{turn}" for name, turn in jobs]
 
-    outcomes = drive({"a": talk("a", 2), "b": talk("b", 0), "c": talk("c", 1)}, perform)
+    outcomes = run_handlers({"a": talk("a", 2), "b": talk("b", 0), "c": talk("c", 1)}, perform)
     assert batches == [[("a", 0), ("c", 0)], [("a", 1)]]
     assert outcomes == {"a": ("a", ["a0", "a1"]), "b": ("b", []), "c": ("c", ["c0"])}
     assert list(outcomes) == ["a", "b", "c"]
@@ -42,7 +42,7 @@ def test_a_failed_job_is_thrown_into_its_own_conversation() -> None:
     def perform(jobs: list[Any]) -> list[Any]:
         return [MemoryError(name) if name == "fails" else name for name, _ in jobs]
 
-    outcomes = drive({1: talk("fails", 3), 2: talk("b", 2), 3: mending()}, perform)
+    outcomes = run_handlers({1: talk("fails", 3), 2: talk("b", 2), 3: mending()}, perform)
     assert isinstance(outcomes[1], MemoryError)
     assert outcomes[2] == ("b", ["b", "b"])
     assert outcomes[3] == "smaller"
@@ -53,7 +53,7 @@ def test_a_conversation_that_raises_harms_no_other() -> None:
         raise ValueError("at once")
         yield
 
-    outcomes = drive({1: broken(), 2: talk("b", 1)}, lambda jobs: [name for name, _ in jobs])
+    outcomes = run_handlers({1: broken(), 2: talk("b", 1)}, lambda jobs: [name for name, _ in jobs])
     assert str(outcomes[1]) == "at once"
     assert outcomes[2] == ("b", ["b"])
 
@@ -63,25 +63,25 @@ def test_an_interrupt_passes_through() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        drive({1: talk("a", 1)}, perform)
+        run_handlers({1: talk("a", 1)}, perform)
 
     def interrupted() -> Generator[Any, Any, Any]:
         raise KeyboardInterrupt
         yield
 
     with pytest.raises(KeyboardInterrupt):
-        drive({1: interrupted()}, lambda jobs: jobs)
+        run_handlers({1: interrupted()}, lambda jobs: jobs)
 
 
 def test_nobody_to_drive() -> None:
     def perform(_jobs: list[Any]) -> list[Any]:
         raise AssertionError("there are no jobs")
 
-    assert drive({}, perform) == {}
-    reply = Personalised(device="d", seconds=1, joules=1, quality="estimate")
+    assert run_handlers({}, perform) == {}
+    reply = Personalized(device="d", seconds=1, joules=1, quality="estimate")
 
-    def silent() -> Generator[Any, Any, Personalised]:
+    def silent() -> Generator[Any, Any, Personalized]:
         return reply
         yield
 
-    assert drive({1: silent()}, perform) == {1: reply}
+    assert run_handlers({1: silent()}, perform) == {1: reply}

@@ -18,16 +18,16 @@ from torch import Tensor
 from client.cli.ledger import reset
 from client.device import Device
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from client.store.store import RESIDUAL
 from common.seeding import derive_seed
-from models.lora.adapter import Adapter, Factors, head_and_tail, shapes, to_tensors
+from models.lora.adapter import Adapter, Factors, adapter_shapes, split_rank, to_tensors
 from models.lora.lora_xs import to_framed_tensors
 from models.lora.trainable import trained_shapes, trained_tensors
 from privacy.ledger.ledger import SEALED
-from privacy.noise import Simulated
-from privacy.policy import Policy, Refusal
-from privacy.storage import Files
+from privacy.noise import SimulatedNoise
+from privacy.policy import Policy, RequestRefusedError
+from privacy.storage import FileStorage
 from protocol import quantization, tensor_codec
 from protocol.messages import Train, Update
 from protocol.tensor_codec import CodecError
@@ -73,7 +73,9 @@ class Moved(Performer):
 def change(number: int, scale: float = 0.01) -> Tensors:
     """What round `number` trains."""
     generator = torch.Generator().manual_seed(number)
-    return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes(SITES, RANK).items()}
+    return {
+        name: scale * torch.randn(shape, generator=generator) for name, shape in adapter_shapes(SITES, RANK).items()
+    }
 
 
 def request(number: int = 1, *, precision: str = "int4", private: bool = False, **changes: Any) -> Train:
@@ -83,7 +85,7 @@ def request(number: int = 1, *, precision: str = "int4", private: bool = False, 
 
 
 def ask(device: Device, asked: Train, perform: Performer | None = None) -> Update:
-    reply = drive({"d": handle(asked, device)}, perform or Moved())["d"]
+    reply = run_handlers({"d": handle(asked, device)}, perform or Moved())["d"]
     if isinstance(reply, Exception):
         raise reply
     assert isinstance(reply, Update)
@@ -92,7 +94,7 @@ def ask(device: Device, asked: Train, perform: Performer | None = None) -> Updat
 
 def read(reply: Update, precision: str = "int4", keep: float = 1.0) -> Tensors:
     """The change, as the server reads it."""
-    return quantization.decode(reply.adapter, shapes(SITES, reply.rank), precision, keep=keep)
+    return quantization.decode(reply.adapter, adapter_shapes(SITES, reply.rank), precision, keep=keep)
 
 
 def total(*parts: Tensors) -> Tensors:
@@ -168,7 +170,7 @@ def test_a_refused_round_changes_nothing_of_what_is_left(tmp_path: Path) -> None
     ask(device, request(1))
     kept = left(device)
     strict = make_device(tmp_path, policy=Policy(delta=PRIVACY.delta, max_steps=1))
-    with pytest.raises(Refusal, match="steps"):
+    with pytest.raises(RequestRefusedError, match="steps"):
         ask(strict, request(2))
     assert near(left(device), kept, atol=0)
     assert near(total(read(ask(device, request(3))), left(device)), total(change(3), kept))
@@ -196,13 +198,13 @@ def test_open_and_private_rounds_never_follow_each_other(tmp_path: Path, private
     """So nothing that an open one left enters a private one."""
     device = make_device(tmp_path)
     ask(device, request(1, private=private))
-    with pytest.raises(Refusal, match="privacy"):
+    with pytest.raises(RequestRefusedError, match="privacy"):
         ask(device, request(2, private=not private))
 
 
 def test_what_an_open_round_left_enters_no_private_one_after_the_ledger_was_reset(tmp_path: Path) -> None:
     """By an owner; and if a reset left the file there, it would be for open rounds alone."""
-    files = Files(tmp_path)
+    files = FileStorage(tmp_path)
     for put_back in (False, True):
         ask(make_device(tmp_path), request(1))
         kept = files.read(RESIDUAL)
@@ -219,7 +221,10 @@ def test_what_an_open_round_left_enters_no_private_one_after_the_ledger_was_rese
 
 
 def test_simulated_noise_leaves_nothing_to_a_release(tmp_path: Path) -> None:
-    ask(make_device(tmp_path, noise=Simulated(seed=0, client="d", round=1, purpose="shared")), request(1, private=True))
+    ask(
+        make_device(tmp_path, noise=SimulatedNoise(seed=0, client="d", round=1, purpose="shared")),
+        request(1, private=True),
+    )
     reply = ask(make_device(tmp_path), request(2, private=True))
     assert near(total(read(reply), left(make_device(tmp_path))), change(2))
 
@@ -262,7 +267,7 @@ def test_cores_travel_as_their_change(tmp_path: Path) -> None:
 
     device = dataclasses.replace(make_device(tmp_path), sites=CORE_SITES)
     found = quantization.decode(ask(device, asked, Cored()).adapter, trained_shapes(CORE_SITES, 2, "cores"), "fp16")
-    start, frame = head_and_tail(sent, 2)[0], head_and_tail(frame, 2)[0]
+    start, frame = split_rank(sent, 2)[0], split_rank(frame, 2)[0]
     wanted = trained_tensors({n: Factors(a, 0.5 * frame[n].b) for n, (a, b) in start.items()}, "cores", frame)
     assert near(found, wanted, atol=1e-3)
 
@@ -364,7 +369,7 @@ def test_coins_are_of_the_devices_own_seed(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     reply = ask(device, request(5, feedback=False))
     coins = torch.Generator().manual_seed(derive_seed(device.seed, device.name, "run", 5, "rounding"))
-    sent = to_tensors(head_and_tail(adapter(3), RANK)[0])
+    sent = to_tensors(split_rank(adapter(3), RANK)[0])
     trained = {name: sent[name] + moved for name, moved in change(5).items()}
     assert reply.adapter == quantization.encode(minus(trained, sent), "int4", coins)
     other = dataclasses.replace(make_device(tmp_path / "other"), seed=8)

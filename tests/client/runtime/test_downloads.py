@@ -19,12 +19,12 @@ from starlette.applications import Starlette
 from client.runtime.downloads import fetch
 from client.runtime.http_source import http_get
 from common.errors import AntherError
-from conf.schemas.node import Fetch
+from conf.schemas.node import FetchConfig
 from models.base import assets, chunk_manifest, hub
-from server.gateway.base_files import Shelf, routes
+from server.gateway.base_files import BaseFiles, routes
 from tests.helpers.kills import counted, killed_before
 
-FREE = Fetch(free_gib=0)
+FREE = FetchConfig(free_gib=0)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ class Server:
     """What `server.gateway.base_files` would answer, counted; `tamper` maps asked chunks to what comes instead, in turn."""
 
     def __init__(self, *folders: Path) -> None:
-        self._shelf = Shelf(folders)
+        self._shelf = BaseFiles(folders)
         self.asked: list[tuple[str, int]] = []
         self.sent = 0
         self.tamper: dict[tuple[str, int], list[bytes | Exception]] = {}
@@ -81,7 +81,7 @@ def unhurried(_: float) -> None:
 
 def test_from_a_real_app_over_http(base: Path, home: Path) -> None:
     wanted, told = assets.digest(base), []
-    with httpx.Client(transport=Asgi(Starlette(routes=routes(Shelf([base])))), base_url="https://s") as client:
+    with httpx.Client(transport=Asgi(Starlette(routes=routes(BaseFiles([base])))), base_url="https://s") as client:
         found = fetch(wanted, FREE, http_get(client), progress=lambda done, total: told.append((done, total)))
         with pytest.raises(AntherError, match="has not got it"):
             fetch("0" * 64, FREE, http_get(client))
@@ -191,9 +191,10 @@ def test_chunks_that_are_as_told_and_no_file_of_the_base(base: Path, tmp_path: P
     (changed / "unet" / "x.safetensors").write_bytes(b"z" * 500)
     lies = chunk_manifest.of(changed)
     files = tuple(
-        chunk_manifest.Part(a.name, a.size, a.sha256, b.chunks) for a, b in zip(honest.files, lies.files, strict=True)
+        chunk_manifest.ManifestFile(a.name, a.size, a.sha256, b.chunks)
+        for a, b in zip(honest.files, lies.files, strict=True)
     )
-    manifest = chunk_manifest.Manifest(wanted, "tiny-base", files)
+    manifest = chunk_manifest.ChunkManifest(wanted, "tiny-base", files)
 
     def get(path: str, offset: int, length: int | None) -> Iterator[bytes]:
         if length is None:
@@ -233,7 +234,7 @@ def test_a_metered_network_is_left_alone(base: Path) -> None:
     with pytest.raises(AntherError, match="paid by volume"):  # it may become so on the way
         fetch(wanted, FREE, server, metered=lambda: next(answers))
     assert len(server.asked) == 5
-    assert fetch(wanted, Fetch(free_gib=0, metered=True), server, metered=lambda: True)
+    assert fetch(wanted, FetchConfig(free_gib=0, metered=True), server, metered=lambda: True)
 
 
 def test_a_disk_that_is_nearly_full_is_left_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +244,9 @@ def test_a_disk_that_is_nearly_full_is_left_alone(base: Path, monkeypatch: pytes
         os, "statvfs", lambda path: os.statvfs_result((1, 1, 2**40, free, free, *tuple(real(path))[5:10]))
     )
     with pytest.raises(AntherError, match=r"0\.00 GiB are to come and 1\.00 are free.*fetch\.free_gib=1 stay free"):
-        fetch(wanted, Fetch(), server)
+        fetch(wanted, FetchConfig(), server)
     assert server.asked == []
-    assert fetch(wanted, Fetch(free_gib=0.9), server)
+    assert fetch(wanted, FetchConfig(free_gib=0.9), server)
 
 
 def test_a_disk_that_fills_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,12 +284,12 @@ def test_two_at_once(base: Path) -> None:
 
 def test_from_a_folder_of_the_same_disk_it_is_linked(base: Path, home: Path) -> None:
     wanted = assets.digest(base)
-    found = fetch(wanted, Fetch(folder=str(base)))
+    found = fetch(wanted, FetchConfig(folder=str(base)))
     assert found == home / "assets" / wanted / "tiny-base" == assets.locate(wanted)
     assert found.is_symlink()
     shutil.rmtree(base)  # the link leads nowhere: it is fetched again
     with pytest.raises(AntherError, match="is not there"):
-        fetch(wanted, Fetch(folder=str(base)))
+        fetch(wanted, FetchConfig(folder=str(base)))
 
 
 def test_from_a_stick_it_is_copied(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +300,7 @@ def test_from_a_stick_it_is_copied(base: Path, monkeypatch: pytest.MonkeyPatch) 
         return os.stat_result((*found[:2], found.st_dev + (path == base), *found[3:10]))
 
     monkeypatch.setattr(Path, "stat", elsewhere)
-    found = fetch(wanted, Fetch(folder=str(base), free_gib=0))
+    found = fetch(wanted, FetchConfig(folder=str(base), free_gib=0))
     shutil.rmtree(base)
     assert not found.is_symlink()
     assert assets.digest(found) == wanted
@@ -318,12 +319,12 @@ def test_sources_in_their_order_and_why_none_had_it(
         return other
 
     monkeypatch.setattr(hub, "fetch", from_hub)
-    settings = Fetch(folder=str(tmp_path / "none"), hub="maker/base", free_gib=0)
+    settings = FetchConfig(folder=str(tmp_path / "none"), hub="maker/base", free_gib=0)
     with pytest.raises(AntherError, match=r"folder: .* is not there; hub: .* holds another base.*; server: none"):
         fetch(wanted, settings)
     assert asked == ["maker/base"]
     with pytest.raises(AntherError, match=r"had: folder: fetch\.folder: .* is not there$"):
-        fetch(wanted, Fetch(source="folder", folder=str(tmp_path / "none")), Server(base))
+        fetch(wanted, FetchConfig(source="folder", folder=str(tmp_path / "none")), Server(base))
     assert assets.digest(fetch(wanted, settings, Server(base))) == wanted
     with pytest.raises(AntherError, match="not a content hash"):
         fetch("../x", settings)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.runtime import ipc
 from common.errors import AntherError
-from protocol.messages import Evaluate, Personalised, Query, Train
+from protocol.messages import Evaluate, Personalized, Query, Train
 from tests.helpers.devices import train_request
 
 REQUESTS = [
@@ -34,7 +34,7 @@ def exchange(ends, asked, answered):
     heard = []
 
     def work():
-        heard.append(ipc.hear(theirs))
+        heard.append(ipc.recv_request(theirs))
         ipc.tell(theirs, answered)
 
     worker = threading.Thread(target=work)
@@ -46,8 +46,8 @@ def exchange(ends, asked, answered):
 
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_a_request_and_its_reply_arrive(ends, request_):
-    reply = Personalised(device="d", seconds=1.5, joules=2.0, quality="estimate")
-    assert exchange(ends, request_, ipc.Answered(reply=reply)) == (request_, ipc.Answered(reply=reply))
+    reply = Personalized(device="d", seconds=1.5, joules=2.0, quality="estimate")
+    assert exchange(ends, request_, ipc.WorkerResponse(reply=reply)) == (request_, ipc.WorkerResponse(reply=reply))
 
 
 @given(st.binary(max_size=5000))
@@ -55,14 +55,14 @@ def test_an_adapter_of_any_bytes_arrives(data):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         asked = replace(train_request(number=1), adapter=data)
-        heard, told = exchange((ours, theirs), asked, ipc.Answered(refused="no"))
+        heard, told = exchange((ours, theirs), asked, ipc.WorkerResponse(refused="no"))
     assert isinstance(heard, Train)
     assert heard.adapter == data
-    assert told == ipc.Answered(refused="no")
+    assert told == ipc.WorkerResponse(refused="no")
 
 
 def test_a_failure_has_one_word(ends):
-    assert exchange(ends, Query(), ipc.Answered())[1] == ipc.Answered()
+    assert exchange(ends, Query(), ipc.WorkerResponse())[1] == ipc.WorkerResponse()
 
 
 def test_a_worker_that_dies_is_noticed(ends):
@@ -77,7 +77,7 @@ def test_half_a_request_is_none(ends):
     ours.sendall(b"\0\0\0\7\0")
     ours.close()
     with pytest.raises(ConnectionError):
-        ipc.hear(theirs)
+        ipc.recv_request(theirs)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_what_is_malformed_is_refused(ends, head):
     ours, theirs = ends
     ours.sendall(ipc._LENGTHS.pack(len(head), 0) + head)
     with pytest.raises(AntherError):
-        ipc.hear(theirs)
+        ipc.recv_request(theirs)
 
 
 def test_no_room_is_made_for_what_is_only_claimed(ends):
     ours, theirs = ends
     ours.sendall(ipc._LENGTHS.pack(2, 1 << 60))
     with pytest.raises(AntherError, match="too long"):
-        ipc.hear(theirs)
+        ipc.recv_request(theirs)
 
 
 def test_our_own_user_is_known(ends, monkeypatch):

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.cli.paths import files_of
+from client.cli.paths import device_files
 from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.runtime import request_handler
-from client.runtime.request_handler import Owned
+from client.runtime.request_handler import WorkerResources
 from client.runtime.throttle import Guard
 from client.runtime.worker import stated
-from client.store.open import opened
+from client.store.open import open_store
 from conf.schemas import node as nodes
 from conf.schemas.node import compose
-from models.lora.adapter import initial, to_tensors
-from privacy.policy import Refusal
+from models.lora.adapter import init_adapter, to_tensors
+from privacy.policy import RequestRefusedError
 from protocol.messages import DeviceReport, Evaluate, Evaluation, Query
 from protocol.tensor_codec import encode
 from training.jobs import Cancelled
@@ -39,7 +39,7 @@ class Device:
         self.now, self.reads = [GOOD], 0
         guard = Guard(nodes.Guard(free_mib=0, patience=0.0), self.read)
         guard._fresh_until = float("-inf")
-        self.owned = Owned(store=store, read=self.read, meter=Meter(None, watts=5.0), guard=guard)
+        self.resources = WorkerResources(store=store, read=self.read, meter=Meter(None, watts=5.0), guard=guard)
         self.stated = stated(node, str(folder))
 
     def read(self):
@@ -47,8 +47,8 @@ class Device:
         return self.now.pop(0) if len(self.now) > 1 else self.now[0]
 
     def ask(self, request):
-        self.owned.guard._fresh_until = float("-inf")  # it looks anew
-        return request_handler.answer(request, self.stated, owned=self.owned)
+        self.resources.guard._fresh_until = float("-inf")  # it looks anew
+        return request_handler.answer(request, self.stated, resources=self.resources)
 
 
 @pytest.fixture
@@ -77,12 +77,12 @@ def device(tmp_path, monkeypatch, pipeline_folder, loads):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     words = [f"data={tmp_path}", "name=pi", "worker.memory_gib=0.25", "device=cpu"]
     node = compose(words, tmp_path / "none")
-    with opened(files_of("pi")) as found:
+    with open_store(device_files("pi")) as found:
         yield Device(node, pipeline_folder, found.store)
 
 
 def evaluate(base, **more):
-    return Evaluate(run="r", round=1, adapter=encode(to_tensors(initial(base.sites, 1, 0))), **more)
+    return Evaluate(run="r", round=1, adapter=encode(to_tensors(init_adapter(base.sites, 1, 0))), **more)
 
 
 def test_alternating_sites_load_nothing_again(device, loads):
@@ -97,7 +97,7 @@ def test_alternating_sites_load_nothing_again(device, loads):
 @pytest.mark.parametrize("sites", [("nowhere",), ("",), (*ONE, *ONE), ("(.*.*)*!",), ("${oc.env:HOME}",)])
 def test_sites_are_names(device, sites):
     found = device.ask(Query(adapted=sites))
-    assert isinstance(found, Refusal)
+    assert isinstance(found, RequestRefusedError)
 
 
 def test_a_query_does_no_work_while_the_guard_says_no(device, loads):
@@ -118,15 +118,15 @@ def test_no_request_begins_while_the_guard_says_no(device):
     device.now = [LOW]
     found = device.ask(request)
     assert isinstance(found, Cancelled)
-    assert not device.owned.store.ledger.entries()  # nothing was composed or charged
+    assert not device.resources.store.ledger.entries()  # nothing was composed or charged
 
 
 def test_the_guard_stops_whatever_goes_on(device, monkeypatch):
     """At whichever of its questions the charger is pulled, encoding and measuring end there, without a reply."""
     device.ask(Query())
     request = evaluate(request_handler._loaded._base)
-    device.owned.store.examples = lambda *_: None  # so that pictures are encoded too
-    guard = device.owned.guard
+    device.resources.store.examples = lambda *_: None  # so that pictures are encoded too
+    guard = device.resources.guard
     monkeypatch.setattr("client.runtime.throttle.interval", lambda _: -1.0)  # no reading is fresh
 
     def asked(pulled_at):
@@ -148,7 +148,7 @@ def test_timesteps_are_bounded_by_the_owner(device):
     device.ask(Query())
     base = request_handler._loaded._base
     assert "this device allows 1 to 32" in str(device.ask(evaluate(base, timesteps=33)))
-    (files_of("pi").folder / "policy.toml").write_text("max_timesteps = 2\n")
+    (device_files("pi").folder / "policy.toml").write_text("max_timesteps = 2\n")
     assert "this device allows 1 to 2" in str(device.ask(evaluate(base, timesteps=3)))
     assert isinstance(device.ask(evaluate(base, timesteps=2)), Evaluation)
 

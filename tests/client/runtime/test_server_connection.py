@@ -13,19 +13,19 @@ import pytest
 from PIL import Image
 
 from bench.reliability.processes import free_port
-from client.cli import enroll
-from client.runtime.server_connection import Link, Refused, Unreachable, enrol, skew
+from client.cli import enroll as enroll_command
+from client.runtime.server_connection import ServerConnection, ServerUnavailable, Unauthorized, enroll, skew
 from common.errors import AntherError
 from conf.schemas.node import compose
 from protocol import messages
-from protocol.handshake import Hello
+from protocol.handshake import ServerHello
 from protocol.ticket import Ticket
 from server.gateway import pki
 from server.gateway.app import Gateway
-from server.gateway.device_registry import Register
+from server.gateway.device_registry import DeviceRegistry
 from server.gateway.keys import ticket
 from server.gateway.listening import serve
-from server.supervisor.server_dir import Place
+from server.supervisor.server_dir import ServerDir
 
 BASE = "b" * 64
 
@@ -34,16 +34,16 @@ class Server:
     """A gateway with nothing behind it."""
 
     def __init__(self, folder, port):
-        self.place, self.port = Place(folder), port
+        self.place, self.port = ServerDir(folder), port
         self.place.prepare(["127.0.0.1"], port)
-        self.register = Register(folder)
+        self.register = DeviceRegistry(folder)
         self.newest, self.off, self.said = messages.NEWEST, timedelta(0), {}
         gateway = Gateway(
             inside="https://127.0.0.1:1",
             register=self.register,
             hello=self.hello,
             authority=self.place.certificates.authority.read_bytes(),
-            welcome=lambda *_: None,
+            register_node=lambda *_: None,
         )
         self.uvicorn = serve(gateway, host="127.0.0.1", port=port, certificates=self.place.certificates)
 
@@ -57,7 +57,7 @@ class Server:
             "federation": self.place.fingerprint()[:16],
             "time": (datetime.now(UTC) + self.off).isoformat(),
         }
-        return Hello(**told | self.said)
+        return ServerHello(**told | self.said)
 
     def ticket(self):
         return ticket(self.place, self.register, "ada", 7.0)
@@ -95,7 +95,7 @@ def come(ticket, *words):
     """Enrol with a ticket on standard input."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stdin", io.StringIO(f"{ticket}\n"))
-        return enroll.main(list(words))
+        return enroll_command.main(list(words))
 
 
 def test_a_ticket_is_all_that_is_needed(server, home, capsys, pictures):
@@ -105,7 +105,7 @@ def test_a_ticket_is_all_that_is_needed(server, home, capsys, pictures):
     assert (node.name, node.data, node.guard.battery) == ("pi", str(pictures), 0.5)
     assert node.link.address == f"127.0.0.1:{server.port}"
     assert node.federation == server.place.fingerprint()[:16]
-    link = Link(node.link.address)
+    link = ServerConnection(node.link.address)
     link.check_in()
     assert link.hello().base == BASE
     assert all(file.stat().st_mode & 0o077 == 0 for file in (link.key, home / "node.conf"))
@@ -117,12 +117,12 @@ def test_who_answers_in_its_place_is_not_believed_and_not_told_the_secret(server
         given = server.ticket()
         meant = Ticket(f"127.0.0.1:{other.port}", *given.rsplit("/", 2)[1:])
         with pytest.raises(AntherError, match="another server answers than this ticket is for"):
-            enrol(meant, "pi")
+            enroll(meant, "pi")
         assert not (home / "link" / "node.key").exists()
         assert other.register.look().members == {}
-        link, _ = enrol(Ticket(f"127.0.0.1:{server.port}", *given.rsplit("/", 2)[1:]), "pi")
+        link, _ = enroll(Ticket(f"127.0.0.1:{server.port}", *given.rsplit("/", 2)[1:]), "pi")
         with pytest.raises(AntherError, match="another server answers than the one"):
-            Link(f"127.0.0.1:{other.port}").hello()
+            ServerConnection(f"127.0.0.1:{other.port}").hello()
         link.check_in()
     finally:
         other.close()
@@ -132,8 +132,8 @@ def test_who_was_revoked_is_told(server):
     come(server.ticket(), "name=pi")
     server.register.revoke("pi")
     with pytest.raises(AntherError, match="isn't enrolled there, or was revoked"):
-        Link(f"127.0.0.1:{server.port}").check_in()
-    assert issubclass(Refused, AntherError)
+        ServerConnection(f"127.0.0.1:{server.port}").check_in()
+    assert issubclass(Unauthorized, AntherError)
 
 
 def test_a_lost_reply_costs_no_ticket(server):
@@ -144,8 +144,8 @@ def test_a_lost_reply_costs_no_ticket(server):
 
 
 def test_nobody_there_is_waited_for():
-    link = Link(f"127.0.0.1:{free_port()}", insecure=True)
-    with pytest.raises(Unreachable, match="no answer"):
+    link = ServerConnection(f"127.0.0.1:{free_port()}", insecure=True)
+    with pytest.raises(ServerUnavailable, match="no answer"):
         link.hello()
 
 
@@ -157,7 +157,7 @@ def test_an_older_device_is_told_what_to_do(server, capsys):
 
 
 def test_a_clock_that_is_off_is_noticed(server):
-    link = Link(f"127.0.0.1:{server.port}")
+    link = ServerConnection(f"127.0.0.1:{server.port}")
     come(server.ticket(), "name=pi")
     assert skew(link.hello()) == 0
     server.off = timedelta(hours=1)
@@ -175,7 +175,7 @@ def test_what_is_no_ticket_or_no_key_is_refused(server, capsys):
 @pytest.mark.parametrize("damage", [b"", b"no pem"])
 def test_damaged_keys_are_named(server, damage):
     come(server.ticket(), "name=pi")
-    link = Link(f"127.0.0.1:{server.port}")
+    link = ServerConnection(f"127.0.0.1:{server.port}")
     link.key.write_bytes(damage)
     with pytest.raises(AntherError, match=r"node\.key.*enrol again"):
         link.check_in()
@@ -186,17 +186,17 @@ def test_damaged_keys_are_named(server, damage):
 
 def test_a_ticket_on_the_command_line_is_refused(server, capsys):
     """Whoever runs ps would have it."""
-    assert enroll.main([server.ticket(), "name=pi"]) == 2
+    assert enroll_command.main([server.ticket(), "name=pi"]) == 2
     assert "--ticket-file FILE" in capsys.readouterr().err
     assert server.register.look().members == {}
 
 
 def test_a_ticket_may_lie_in_a_file(server, tmp_path, capsys):
     file = tmp_path / "ticket"
-    assert enroll.main(["--ticket-file", str(file), "name=pi"]) == 2
+    assert enroll_command.main(["--ticket-file", str(file), "name=pi"]) == 2
     assert f"{file}: " in capsys.readouterr().err
     file.write_text(f"{server.ticket()}\n")
-    assert enroll.main(["--ticket-file", str(file), "name=pi"]) == 0
+    assert enroll_command.main(["--ticket-file", str(file), "name=pi"]) == 0
 
 
 @pytest.mark.parametrize("where", ["nowhere", "empty"])

@@ -16,17 +16,17 @@ from client.data import Pictures
 from client.device import Device
 from client.power.conditions import MEASURED
 from client.power.meter import Meter
-from client.power.sensors import choose
+from client.power.sensors import choose_sensors
 from client.rounds.handler import handle
-from client.rounds.scheduler import drive
+from client.rounds.scheduler import run_handlers
 from client.runtime.throttle import Guard
-from client.runtime.throttled_jobs import Perform, measured, wait, with_guard
+from client.runtime.throttled_jobs import Perform, measured, wait, with_throttle
 from conf.schemas import node
 from models.base.base import Base
-from models.lora.adapter import initial
+from models.lora.adapter import init_adapter
 from privacy.ledger.ledger import RESERVED, SEALED
-from privacy.noise import CPU, NoiseSource, Secure, Simulated
-from protocol.messages import Personalise, Personalised, Reply, Train, Update
+from privacy.noise import CPU, NoiseSource, SecureNoise, SimulatedNoise
+from protocol.messages import Personalize, Personalized, Reply, Train, Update
 from tests.helpers.devices import make_device, to_bytes, train_request
 from tests.helpers.reference_trainer import PLENTY, assert_same_bits, examples, job, live, private
 from training import jobs
@@ -43,7 +43,7 @@ class Charger:
     def __init__(self, folder: Path, **settings: object) -> None:
         self.file, self.seconds, self.sleeps, self.back_after = folder / "power.json", 0.0, 0, 3
         self.plug()
-        self.sensors = choose(node.Power(meter="file", file=str(self.file)))
+        self.sensors = choose_sensors(node.Power(meter="file", file=str(self.file)))
         self.meter = Meter(self.sensors.source, watts=1.0, every=3600.0, clock=self.clock)
         self.guard = Guard(
             node.Guard(**settings), self.sensors.read, pausing=self.meter.paused, clock=self.clock, sleep=self.sleep
@@ -65,7 +65,7 @@ class Charger:
             self.plug()
 
     def around(self, work: Perform) -> Perform:
-        return with_guard(measured(work, self.meter), self.guard)
+        return with_throttle(measured(work, self.meter), self.guard)
 
 
 class Telling:
@@ -163,7 +163,7 @@ def test_nothing_is_begun_without_the_charger(base: Base, tmp_path: Path) -> Non
     charger = Charger(tmp_path, patience=1.0)
     charger.back_after = 0
     charger.pull()
-    work = [job(base, "a"), jobs.Measure(examples=examples(base, 1, 1), adapter=None)]
+    work = [job(base, "a"), jobs.MeasureJob(examples=examples(base, 1, 1), adapter=None)]
     found = charger.around(lambda _: pytest.fail("it began"))(work)
     assert [type(outcome) for outcome in found] == [Cancelled, Cancelled]
     assert charger.meter.last is None
@@ -178,7 +178,7 @@ def test_only_training_is_measured_and_pauses_are_not(base: Base, tmp_path: Path
             charger.pull()
         return False
 
-    run(base, [jobs.Measure(examples=examples(base, 1, 1), adapter=None)], charger)
+    run(base, [jobs.MeasureJob(examples=examples(base, 1, 1), adapter=None)], charger)
     assert charger.meter.last is None
     run(base, [job(base, "a", steps=4, cancelled=steps)], charger)
     assert charger.guard.paused_seconds == 3.0
@@ -209,19 +209,19 @@ def real(base: Base, folder: Path, noise: Callable[[], NoiseSource], **changes: 
 
 
 def request(base: Base, *, private: bool = True) -> Train:
-    plain = train_request(private=private, sent=to_bytes(initial(base.sites, 3, 0)))
+    plain = train_request(private=private, sent=to_bytes(init_adapter(base.sites, 3, 0)))
     return dataclasses.replace(plain, plan=dataclasses.replace(plain.plan, base=base.hash))
 
 
-def ask(base: Base, device: Device, asked: Train | Personalise, charger: Charger) -> Reply | Exception:
+def ask(base: Base, device: Device, asked: Train | Personalize, charger: Charger) -> Reply | Exception:
     work = charger.around(lambda batch: perform(base, batch, memory=PLENTY, timesteps=2))
-    return drive({"": handle(asked, device)}, work)[""]
+    return run_handlers({"": handle(asked, device)}, work)[""]
 
 
 def test_one_release_though_the_charger_was_pulled(base: Base, tmp_path: Path) -> None:
     """It waits with what it has, and seals one reply under the one reservation."""
     charger = Charger(tmp_path)
-    device = real(base, tmp_path, lambda: Telling(Secure(), pulls(charger)))
+    device = real(base, tmp_path, lambda: Telling(SecureNoise(), pulls(charger)))
     reply = ask(base, device, request(base), charger)
     assert isinstance(reply, Update), reply
     assert charger.guard.pauses == 1
@@ -236,7 +236,7 @@ def test_one_release_though_it_stopped_and_began_again(base: Base, tmp_path: Pat
     charger.back_after = 0
 
     def noise() -> Telling:
-        sources.append(Telling(Secure(), pulls(charger) if not sources else lambda _: None))
+        sources.append(Telling(SecureNoise(), pulls(charger) if not sources else lambda _: None))
         return sources[-1]
 
     device = real(base, tmp_path, noise)
@@ -275,15 +275,15 @@ def test_a_reply_tells_what_was_measured_unless_that_is_private(base: Base, tmp_
             ]
             return list(perform(base, timed, memory=PLENTY, timesteps=2))
 
-    def tell(asked: Train | Personalise) -> Update | Personalised:
+    def tell(asked: Train | Personalize) -> Update | Personalized:
         device = real(
             base,
             tmp_path / str(len(told)),
-            lambda: Simulated(seed=1, client="d", round=1, purpose="shared"),
+            lambda: SimulatedNoise(seed=1, client="d", round=1, purpose="shared"),
             spent=lambda: charger.meter.last,
         )
-        found = drive({"": handle(asked, device)}, measured(Slow(), charger.meter))[""]
-        assert isinstance(found, Update | Personalised), found
+        found = run_handlers({"": handle(asked, device)}, measured(Slow(), charger.meter))[""]
+        assert isinstance(found, Update | Personalized), found
         told.append((found.seconds, found.joules, found.quality))
         return found
 
@@ -291,7 +291,7 @@ def test_a_reply_tells_what_was_measured_unless_that_is_private(base: Base, tmp_
     steps = request(base).plan.steps
     tell(request(base, private=False))
     tell(request(base))
-    personal = Personalise(
+    personal = Personalize(
         run="run",
         round=1,
         adapter=request(base).adapter,

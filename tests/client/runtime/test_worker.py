@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from client.cli.paths import files_of
+from client.cli.paths import device_files
 from client.power.conditions import Conditions
 from client.power.meter import Meter
 from client.runtime import ipc, request_handler
-from client.runtime.request_handler import Owned
+from client.runtime.request_handler import WorkerResources
 from client.runtime.throttle import Guard
-from client.runtime.worker import Worker, stated
-from client.store.open import opened
+from client.runtime.worker import WorkerServer, stated
+from client.store.open import open_store
 from conf.schemas import node as nodes
 from conf.schemas.node import compose
 from protocol.messages import DeviceReport, Evaluation, Query
@@ -28,12 +28,12 @@ def worker(tmp_path, monkeypatch, pipeline_folder):
     words = [f"data={tmp_path}", "name=pi", "worker.idle_seconds=0.5", "worker.memory_gib=0.25", "device=cpu"]
     node = compose(words, tmp_path / "none")
     request_handler._loaded.forget()
-    with opened(files_of("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
+    with open_store(device_files("pi")) as found, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
         guard = Guard(nodes.Guard(free_mib=0), lambda: Conditions(free_mib=1e6, charging=True, battery=0.5))
-        owned = Owned(store=found.store, read=guard._read, meter=Meter(None, watts=5.0), guard=guard)
-        yield Worker(stated(node, str(pipeline_folder)), owned), listener, node
+        resources = WorkerResources(store=found.store, read=guard._read, meter=Meter(None, watts=5.0), guard=guard)
+        yield WorkerServer(stated(node, str(pipeline_folder)), resources), listener, node
 
 
 def asking(listener, *requests):
@@ -74,7 +74,7 @@ def test_a_refusal_is_told_and_a_failure_only_named(worker):
     answers, thread = asking(listener, Query())
     serving.serve(listener, node)
     thread.join()
-    assert answers == [ipc.Answered()]
+    assert answers == [ipc.WorkerResponse()]
 
 
 def test_another_user_is_not_served(worker, monkeypatch):
@@ -100,7 +100,7 @@ def test_rubbish_ends_a_request_and_not_the_worker(worker):
     thread.start()
     serving.serve(listener, node)
     thread.join()
-    assert not serving.owned.guard.stop.is_set()
+    assert not serving.resources.guard.stop.is_set()
 
 
 def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, monkeypatch):
@@ -111,11 +111,11 @@ def test_a_number_that_json_has_not_ends_a_request_and_not_the_worker(worker, mo
     answers, thread = asking(listener, Query(), Query(), Query())
     serving.serve(listener, node)
     thread.join()
-    assert answers[:2] == [ipc.Answered(), ipc.Answered()]
+    assert answers[:2] == [ipc.WorkerResponse(), ipc.WorkerResponse()]
     assert answers[2].reply.base == 0.5
 
 
 def test_told_to_stop_it_takes_no_other_request(worker):
     serving, listener, node = worker
-    serving.owned.guard.stop.set()
+    serving.resources.guard.stop.set()
     serving.serve(listener, node)

@@ -12,12 +12,12 @@ import torch
 
 from client.cli import ledger
 from client.store import layout
-from client.store.open import look, opened
-from client.store.store import Own, Personal, Residual, Store, Variate
+from client.store.open import inspect_store, open_store
+from client.store.store import ControlVariateState, LocalFactors, PersonalAdapter, Residual, Store
 from common.errors import AntherError
-from privacy.encrypted_storage import Sealed, is_sealed
-from privacy.ledger.ledger import JOURNAL, Ledger
-from privacy.storage import Files
+from privacy.encrypted_storage import EncryptedStorage, is_encrypted
+from privacy.ledger.ledger import JOURNAL, DeviceLedger
+from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
 from tests.helpers.kills import counted, killed_before
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free, replace
@@ -37,8 +37,8 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def files_in(folder: Path) -> Files:
-    return Files(folder / "store", heads=folder / "heads")
+def files_in(folder: Path) -> FileStorage:
+    return FileStorage(folder / "store", heads=folder / "heads")
 
 
 def fill(store: Store) -> None:
@@ -46,11 +46,11 @@ def fill(store: Store) -> None:
     one, other = ({SECRET.decode(): torch.full((3,), float(number))} for number in range(2))
     store.ledger.reserve(replace(FIRST, run=SECRET.decode()), free)
     store.ledger.seal(replace(FIRST, run=SECRET.decode()), SECRET)
-    store.save_personal(Personal(adapter(2), adapter(3), BASE, SECRET.decode()))
-    store.save_personal(Personal(adapter(2), adapter(3), BASE, SECRET.decode()), aside=True)
+    store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, SECRET.decode()))
+    store.save_personal(PersonalAdapter(adapter(2), adapter(3), BASE, SECRET.decode()), aside=True)
     store.save_residual(Residual("f", 1, one, other))
-    store.save_variate(Variate("f", 1, one, other))
-    store.save_own(Own("r", "p", 1, one, other))
+    store.save_variate(ControlVariateState("f", 1, one, other))
+    store.save_local_factors(LocalFactors("r", "p", 1, one, other))
     store.save_examples("train", SECRET.decode(), Examples(torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, 2)))
     store.save_number("base", SECRET.decode(), 0.5)
     store.save_preview("1", np.zeros((1, 4, 4), np.uint8))
@@ -84,12 +84,12 @@ def leaks(folder: Path) -> list[str]:
 def test_with_a_key_nothing_lies_in_the_open(when: str, federation: str | None, key: Path, tmp_path: Path) -> None:
     files = files_in(tmp_path)
     if when == "later":
-        with opened(files, encrypt="never", federation=federation) as found:
+        with open_store(files, encrypt="never", federation=federation) as found:
             fill(found.store)
         assert len(leaks(tmp_path)) >= 9
         (seed,) = [(files.folder / "seed").read_bytes()]
-    with opened(files, encrypt="auto", federation=federation) as found:
-        assert isinstance(found.storage, Sealed)
+    with open_store(files, encrypt="auto", federation=federation) as found:
+        assert isinstance(found.storage, EncryptedStorage)
         if when == "later":
             assert found.store.seed() == int(seed)
         else:
@@ -97,26 +97,26 @@ def test_with_a_key_nothing_lies_in_the_open(when: str, federation: str | None, 
     assert leaks(tmp_path) == []
     for path in (*files.folder.rglob("*"), *files.heads.rglob("*")):
         name = path.relative_to(files.folder).as_posix() if path.is_relative_to(files.folder) else "head"
-        if path.is_file() and name not in ("sealed", "lock") and not layout.in_the_open(name):
-            assert is_sealed(path.read_bytes()), name
-    is_whole(look(files).store)
+        if path.is_file() and name not in ("sealed", "lock") and not layout.is_plaintext(name):
+            assert is_encrypted(path.read_bytes()), name
+    is_whole(inspect_store(files).store)
     key.rename(key.with_name("moved"))
     with pytest.raises(AntherError, match="can't be read"):
-        look(files)
+        inspect_store(files)
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_durable_step_of_encrypting(every: int, key: Path, tmp_path: Path) -> None:
     assert key.exists()
     whole = files_in(tmp_path / "whole")
-    with opened(whole, encrypt="never") as found:
+    with open_store(whole, encrypt="never") as found:
         fill(found.store)
     ledger.reset(whole, sure=True)  # what was set aside is encrypted too
-    with opened(whole, encrypt="never") as found:
+    with open_store(whole, encrypt="never") as found:
         fill(found.store)
 
     def encrypted(folder: Path) -> None:
-        with opened(files_in(folder), encrypt="auto"):
+        with open_store(files_in(folder), encrypt="auto"):
             pass
 
     shutil.copytree(tmp_path / "whole", tmp_path / "traced")
@@ -128,10 +128,10 @@ def test_killed_at_every_durable_step_of_encrypting(every: int, key: Path, tmp_p
         shutil.copytree(tmp_path / "whole", folder)
         killed_before(call, lambda folder=folder: encrypted(folder))  # type: ignore[misc]
         if (folder / "store" / "sealed").exists():
-            look(files_in(folder))  # an owner's look goes on with it
+            inspect_store(files_in(folder))  # an owner's look goes on with it
         encrypted(folder)
         assert leaks(folder) == []
-        is_whole(look(files_in(folder)).store)
+        is_whole(inspect_store(files_in(folder)).store)
         shutil.rmtree(folder)
 
 
@@ -139,69 +139,69 @@ def test_without_its_key_it_is_refused_and_never_begun_anew(
     key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = files_in(tmp_path)
-    with opened(files, encrypt="always") as found:
+    with open_store(files, encrypt="always") as found:
         fill(found.store)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     monkeypatch.delenv("ANTHER_KEY_FILE")
     for encrypt in ("auto", "always", "never"):
         with pytest.raises(AntherError, match="the store is encrypted, and there is no key") as raised:
-            opened(files, encrypt=encrypt).__enter__()
+            open_store(files, encrypt=encrypt).__enter__()
         assert "\n" not in str(raised.value)
     with pytest.raises(AntherError, match="no key"):
-        look(files)
+        inspect_store(files)
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
     mine = key.read_bytes()
     key.write_bytes(os.urandom(32))
     with pytest.raises(AntherError, match="encrypted with another key"):
-        opened(files, encrypt="auto").__enter__()
+        open_store(files, encrypt="auto").__enter__()
     seal = (files.folder / "sealed").read_bytes()
     (files.folder / "sealed").unlink()
     for encrypt in ("auto", "always", "never"):
         with pytest.raises(AntherError, match="sealed: missing, and the store is encrypted"):
-            opened(files, encrypt=encrypt).__enter__()
+            open_store(files, encrypt=encrypt).__enter__()
     (files.folder / "sealed").write_bytes(seal)
     key.write_bytes(mine)
     assert {path: path.read_bytes() for path in before} == before
-    with opened(files, encrypt="auto") as found:
+    with open_store(files, encrypt="auto") as found:
         is_whole(found.store)
 
 
 def test_a_store_that_was_lost_with_its_seal_is_no_fresh_one(key: Path, tmp_path: Path) -> None:
     assert key.exists()
     files = files_in(tmp_path)
-    with opened(files, encrypt="auto") as found:
+    with open_store(files, encrypt="auto") as found:
         fill(found.store)
     shutil.rmtree(files.folder)
     with pytest.raises(AntherError, match="sealed: missing"):
-        opened(files, encrypt="auto").__enter__()
+        open_store(files, encrypt="auto").__enter__()
 
 
 def test_what_is_asked_for_and_cant_be_kept(tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_in(tmp_path)
     monkeypatch.delenv("ANTHER_KEY_FILE")
     with pytest.raises(AntherError, match=r"storage\.encrypt=always: there is no key"):
-        opened(files, encrypt="always").__enter__()
-    with opened(files, encrypt="auto") as found:
+        open_store(files, encrypt="always").__enter__()
+    with open_store(files, encrypt="auto") as found:
         assert found.storage is files  # no key: it lies in the open, as the platform has it
     monkeypatch.setenv("ANTHER_KEY_FILE", str(key))
-    with opened(files) as found:  # an owner's command begins nothing
+    with open_store(files) as found:  # an owner's command begins nothing
         assert found.storage is files
-    with opened(files, encrypt="auto"):
+    with open_store(files, encrypt="auto"):
         pass
     with pytest.raises(AntherError, match=r"storage\.encrypt=never: .* is encrypted already"):
-        opened(files, encrypt="never").__enter__()
+        open_store(files, encrypt="never").__enter__()
 
 
 def test_what_is_damaged_is_found_again_or_named(key: Path, tmp_path: Path) -> None:
     assert key.exists()
     files = files_in(tmp_path)
-    with opened(files, encrypt="auto") as found:
+    with open_store(files, encrypt="auto") as found:
         fill(found.store)
     for path in files.folder.rglob("*"):
         if (path.is_file() and path.parent.name == "cache") or path.suffix == ".safetensors":
             data = path.read_bytes()
             path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with opened(files, encrypt="auto") as found:
+    with open_store(files, encrypt="auto") as found:
         store = found.store
         assert store.examples("train", SECRET.decode()) is None
         assert store.number("base", SECRET.decode()) is None
@@ -217,14 +217,14 @@ def test_a_key_that_is_lost_for_good_is_given_up_with_all_it_kept(
     key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = files_in(tmp_path)
-    with opened(files, encrypt="auto", federation=FEDERATION) as found:
+    with open_store(files, encrypt="auto", federation=FEDERATION) as found:
         fill(found.store)
     monkeypatch.delenv("ANTHER_KEY_FILE")
     told = ledger.reset(files, sure=True)
     assert str(files.folder / "forgotten-1") in told
     assert (files.folder / "forgotten-1" / JOURNAL).exists()
-    with opened(files, encrypt="auto") as found:
+    with open_store(files, encrypt="auto") as found:
         assert found.store.ledger.entries() == ()
         fill(found.store)
     assert key.exists()
-    assert len(Ledger(files).entries()) == 1
+    assert len(DeviceLedger(files).entries()) == 1

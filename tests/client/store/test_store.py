@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from client.store.personal_versions import MARK
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from client.store.generations import MARK
-from client.store.store import Personal, Store
+from client.store.store import PersonalAdapter, Store
 from common.errors import AntherError
 from models.lora.adapter import Site, to_tensors
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from tests.helpers.devices import BASE, SITES, adapter
 from training.jobs import Examples
 
-PERSONAL = Personal(adapter(2), adapter(5, seed=1), BASE, "run:3")
+PERSONAL = PersonalAdapter(adapter(2), adapter(5, seed=1), BASE, "run:3")
 EXAMPLES = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
 
 
 def test_a_personal_adapter_comes_back_with_the_shared_one(tmp_path: Path) -> None:
-    assert Store(Files(tmp_path)).personal(SITES) is None
-    Store(Files(tmp_path / "new")).save_personal(PERSONAL)
-    found = Store(Files(tmp_path / "new")).personal(SITES)
+    assert Store(FileStorage(tmp_path)).personal(SITES) is None
+    Store(FileStorage(tmp_path / "new")).save_personal(PERSONAL)
+    found = Store(FileStorage(tmp_path / "new")).personal(SITES)
     assert found is not None
     assert found.base == BASE
     for part, expected in ((found.adapter, PERSONAL.adapter), (found.shared, PERSONAL.shared)):
@@ -36,7 +36,7 @@ def test_other_tools_refuse_the_store_s_own_file(tmp_path: Path, pipeline_folder
     """They would know none of its names, and draw without it."""
     from diffusers import StableDiffusionPipeline
 
-    Store(Files(tmp_path)).save_personal(PERSONAL)
+    Store(FileStorage(tmp_path)).save_personal(PERSONAL)
     file = tmp_path / "personal.safetensors"
     with pytest.raises(SafetensorError):
         load_file(file)
@@ -46,43 +46,43 @@ def test_other_tools_refuse_the_store_s_own_file(tmp_path: Path, pipeline_folder
 
 
 def test_a_file_of_before_it_had_a_mark_is_read(tmp_path: Path) -> None:
-    store, file = Store(Files(tmp_path)), tmp_path / "personal.safetensors"
+    store, file = Store(FileStorage(tmp_path)), tmp_path / "personal.safetensors"
     store.save_personal(PERSONAL)
     marked = store.personal(SITES)
     file.write_bytes(file.read_bytes().removeprefix(MARK))
     assert load_file(file)
-    plain = Store(Files(tmp_path)).personal(SITES)
+    plain = Store(FileStorage(tmp_path)).personal(SITES)
     assert marked is not None
     assert plain is not None
     for name in SITES:
         assert torch.equal(plain.adapter[name].a, marked.adapter[name].a)
     store.save_personal(PERSONAL, aside=True)
-    assert len(store.generations()) == 2
+    assert len(store.personal_versions()) == 2
     store.roll_back()
     assert store.personal(SITES) is not None
 
 
 def requests(store: Store) -> list[str]:
     """What each kept adapter was asked by, the newest first; only the present one stays as it was."""
-    found, present = [], next(one.at for one in store.generations() if one.present)
-    for one in store.generations():
+    found, present = [], next(one.at for one in store.personal_versions() if one.present)
+    for one in store.personal_versions():
         if not one.present:
             store.roll_back(one.at)
         personal = store.personal(SITES)
         found.append(personal.request if personal else "")
-    if not next(one.present for one in store.generations() if one.at == present):
+    if not next(one.present for one in store.personal_versions() if one.at == present):
         store.roll_back(present)
     return found
 
 
 def test_previous_ones_are_kept_by_their_date(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     for number in range(1, 10):
         store.save_personal(PERSONAL._replace(request=f"run:{number}"), aside=True)
     assert requests(store) == [f"run:{number}" for number in (9, 8, 7, 6, 5, 4, 3)]
     for number in (8, 7, 6, 5, 4, 3):  # one after the other
         store.roll_back()
-        found = Store(Files(tmp_path)).personal(SITES)
+        found = Store(FileStorage(tmp_path)).personal(SITES)
         assert found is not None
         assert found.request == f"run:{number}"
     with pytest.raises(AntherError, match="no previous adapter to go back to; kept are: 20"):
@@ -93,7 +93,7 @@ def test_previous_ones_are_kept_by_their_date(tmp_path: Path) -> None:
 
 
 def test_the_last_of_a_base_outlives_many_of_another(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL._replace(request="old"))
     for number in range(20):
         store.save_personal(PERSONAL._replace(base="c" * 64, request=f"run:{number}"), aside=True)
@@ -102,7 +102,7 @@ def test_the_last_of_a_base_outlives_many_of_another(tmp_path: Path) -> None:
 
 def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
     """A store as an earlier Anther left it: with one previous, and without dates."""
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     for name, number in (("previous", 1), ("personal", 2)):
         tensors = {
             f"{part}/{key}": t
@@ -110,15 +110,15 @@ def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
             for key, t in to_tensors(whole).items()
         }
         save_file(tensors, tmp_path / f"{name}.safetensors", {"base": BASE, "request": f"run:{number}"})
-    assert [one.at for one in store.generations()] == ["undated", "undated"]
+    assert [one.at for one in store.personal_versions()] == ["undated", "undated"]
     store.roll_back()
     assert [one and one.request for one in (store.personal(SITES),)] == ["run:1"]
     store.roll_back()
     assert [one and one.request for one in (store.personal(SITES),)] == ["run:2"]
     store.save_personal(PERSONAL._replace(request="run:3"), aside=True)
     store.save_personal(PERSONAL._replace(request="run:4"), aside=True)
-    assert store.generations()[0].present
-    assert len(store.generations()) == 4
+    assert store.personal_versions()[0].present
+    assert len(store.personal_versions()) == 4
     store.roll_back()
     store.roll_back()
     found = store.personal(SITES)
@@ -127,7 +127,7 @@ def test_one_of_before_there_were_dates_is_the_oldest(tmp_path: Path) -> None:
 
 
 def test_a_store_with_one_previous_of_before_rolls_back(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL._replace(request="run:1"))
     (tmp_path / "personal.safetensors").rename(tmp_path / "previous.safetensors")
     store.save_personal(PERSONAL._replace(request="run:2"))
@@ -138,12 +138,12 @@ def test_a_store_with_one_previous_of_before_rolls_back(tmp_path: Path) -> None:
 
 
 def test_what_is_damaged_is_no_generation(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL._replace(request="run:1"))
     store.save_personal(PERSONAL._replace(request="run:2"), aside=True)
     (tmp_path / "personal.safetensors").write_bytes(b"\xff" * 100)
     (tmp_path / "previous-2.safetensors").write_bytes(b"")
-    assert len(store.generations()) == 1
+    assert len(store.personal_versions()) == 1
     store.roll_back()  # of a damaged one there is always a way back
     found = store.personal(SITES)
     assert found is not None
@@ -152,7 +152,7 @@ def test_what_is_damaged_is_no_generation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 9, 400, -1])
 def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> None:
-    store, file = Store(Files(tmp_path)), tmp_path / "personal.safetensors"
+    store, file = Store(FileStorage(tmp_path)), tmp_path / "personal.safetensors"
     store.save_personal(PERSONAL)
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(AntherError, match="personalise again") as raised:
@@ -170,17 +170,17 @@ def test_a_damaged_personal_adapter_is_one_line(tmp_path: Path, kept: int) -> No
     ],
 )
 def test_a_personal_adapter_for_other_sites_is_refused(tmp_path: Path, sites: dict[str, Site]) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     store.save_personal(PERSONAL)
     with pytest.raises(AntherError, match="not a personal adapter for this base"):
         store.personal(sites)
 
 
 def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     assert store.examples("train", "k") is None
     store.save_examples("train", "k", EXAMPLES)
-    found = Store(Files(tmp_path)).examples("train", "k")
+    found = Store(FileStorage(tmp_path)).examples("train", "k")
     assert found is not None
     assert torch.equal(found.latents, EXAMPLES.latents)
     assert torch.equal(found.context, EXAMPLES.context)
@@ -191,15 +191,15 @@ def test_examples_are_cached_under_their_key(tmp_path: Path) -> None:
 
 
 def test_losses_are_cached_under_their_key(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     assert store.number("base", "k") is None
     store.save_number("base", "k", 0.1)
-    assert Store(Files(tmp_path)).number("base", "k") == 0.1
+    assert Store(FileStorage(tmp_path)).number("base", "k") == 0.1
     assert store.number("base", "another") is None
 
 
 def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     store.save_examples("train", "k", EXAMPLES)
     store.save_number("base", "k", 0.1)
     for file in (tmp_path / "cache").iterdir():
@@ -214,7 +214,7 @@ def test_damaged_caches_are_rebuilt_silently(tmp_path: Path) -> None:
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(Files(tmp_path))
+    store = Store(FileStorage(tmp_path))
     store.save_number("base", "k", 0.1)
 
     def full(_handle: int) -> None:
@@ -228,9 +228,9 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 
 
 def test_the_seed_is_drawn_once(tmp_path: Path) -> None:
-    seed = Store(Files(tmp_path / "a")).seed()
-    assert Store(Files(tmp_path / "a")).seed() == seed != Store(Files(tmp_path / "b")).seed()
+    seed = Store(FileStorage(tmp_path / "a")).seed()
+    assert Store(FileStorage(tmp_path / "a")).seed() == seed != Store(FileStorage(tmp_path / "b")).seed()
     assert (tmp_path / "a/seed").stat().st_mode & 0o077 == 0
     (tmp_path / "a/seed").write_text("x")
     with pytest.raises(AntherError, match="another seed"):
-        Store(Files(tmp_path / "a")).seed()
+        Store(FileStorage(tmp_path / "a")).seed()

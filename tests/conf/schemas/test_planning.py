@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import AntherError
-from conf.schemas.planning import DEVICES, DeviceProfile, Plan, devices, planned
+from conf.schemas.planning import DEVICES, DeviceProfileConfig, PlanConfig, compose_plan, devices
 
 NOWHERE = Path("/nowhere/device.yaml")
 KEYS = ["memory_gib", "runtime_mib", "matrix_gflops", "bandwidth_gbs", "watts_idle", "watts_busy"]
@@ -30,7 +30,7 @@ def test_the_devices_of_the_issue_are_there() -> None:
 
 @pytest.mark.parametrize("name", devices())
 def test_every_profile_is_sound_and_tells_its_sources(name: str) -> None:
-    plan = planned([f"device={name}"], NOWHERE)
+    plan = compose_plan([f"device={name}"], NOWHERE)
     assert plan.device.name == name
     assert (plan.device.battery_wh is None) == name.startswith(("pi", "jetson")) or name == "pixel8"
     lines = (DEVICES / f"{name}.yaml").read_text().splitlines()
@@ -42,13 +42,15 @@ def test_every_profile_is_sound_and_tells_its_sources(name: str) -> None:
 
 def test_boards_of_one_kind_differ_in_memory_alone() -> None:
     for kind in ("pi4", "pi5"):
-        found = [planned([f"device={name}"], NOWHERE).device for name in devices() if name.startswith(kind)]
+        found = [compose_plan([f"device={name}"], NOWHERE).device for name in devices() if name.startswith(kind)]
         assert len({(profile.matrix_gflops, profile.bandwidth_gbs, profile.watts_busy) for profile in found}) == 1
         assert len({profile.memory_gib for profile in found}) == len(found)
 
 
 def test_words_have_the_last_word() -> None:
-    plan = planned(["device=pi5_8gb", "device.memory_gib=1.5", "rank=4", "base=sdxl", "device.battery_wh=20"], NOWHERE)
+    plan = compose_plan(
+        ["device=pi5_8gb", "device.memory_gib=1.5", "rank=4", "base=sdxl", "device.battery_wh=20"], NOWHERE
+    )
     assert (plan.base, plan.rank, plan.device.memory_gib, plan.device.battery_wh) == ("sdxl", 4, 1.5, 20)
     assert plan.device.name == "pi5_8gb"
 
@@ -57,7 +59,7 @@ def test_this_device_is_read_from_its_own_file(tmp_path: Path) -> None:
     own = tmp_path / "device.yaml"
     own.write_text("\n".join(f"{key}: {value}" for key, value in GOOD.items()))
     for words in ([], ["device=this"]):
-        assert planned(words, own).device.name == "toaster"
+        assert compose_plan(words, own).device.name == "toaster"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_this_device_is_read_from_its_own_file(tmp_path: Path) -> None:
 )
 def test_mistakes_cost_one_line(words: list[str], message: str) -> None:
     with pytest.raises(AntherError) as caught:
-        planned(words, NOWHERE)
+        compose_plan(words, NOWHERE)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -92,13 +94,13 @@ def test_a_damaged_profile_costs_one_line(tmp_path: Path, text: str) -> None:
     own = tmp_path / "device.yaml"
     own.write_text(text)
     with pytest.raises(AntherError) as caught:
-        planned([], own)
+        compose_plan([], own)
     assert "\n" not in str(caught.value)
 
 
 def test_a_schema_refuses_by_itself() -> None:
-    assert DeviceProfile(**GOOD).battery_wh is None  # type: ignore[arg-type]
+    assert DeviceProfileConfig(**GOOD).battery_wh is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="slowdown=50"):
-        DeviceProfile(**{**GOOD, "slowdown": 50.0})  # type: ignore[arg-type]
+        DeviceProfileConfig(**{**GOOD, "slowdown": 50.0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pictures=0"):
-        Plan(pictures=0)
+        PlanConfig(pictures=0)

@@ -19,16 +19,18 @@ OPTIONS = sorted(
 )
 
 
-def composed(*overrides: str) -> simulation.Simulation:
+def composed(*overrides: str) -> simulation.SimulationConfig:
     with initialize_config_module("conf", version_base="1.3"):
-        config: simulation.Simulation = to_object(compose("simulate", list(overrides)), simulation.Simulation)
+        config: simulation.SimulationConfig = to_object(
+            compose("simulate", list(overrides)), simulation.SimulationConfig
+        )
     return config
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option: str) -> None:
     needed = ["data.pictures=[photos]"] if option == "data=folder" else []
-    assert isinstance(composed(option, *needed), simulation.Simulation)
+    assert isinstance(composed(option, *needed), simulation.SimulationConfig)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -60,14 +62,16 @@ def test_known_keys_are_the_composed_ones() -> None:
                 keys += flat(value, f"{prefix}{key}.")
         return keys
 
-    assert known_keys(simulation.Simulation) == flat(
-        OmegaConf.to_container(OmegaConf.structured(simulation.Simulation))
+    assert known_keys(simulation.SimulationConfig) == flat(
+        OmegaConf.to_container(OmegaConf.structured(simulation.SimulationConfig))
     )
 
 
 def test_profile_values_are_checked() -> None:
     with pytest.raises(ValueError, match=r"watts=0 of toaster: must be over 0"):
-        simulation.Profile(name="toaster", memory_gib=1, examples_per_second=1, watts=0, uplink_mbps=1, downlink_mbps=1)
+        simulation.ProfileConfig(
+            name="toaster", memory_gib=1, examples_per_second=1, watts=0, uplink_mbps=1, downlink_mbps=1
+        )
 
 
 @pytest.mark.parametrize(
@@ -80,4 +84,4 @@ def test_profile_values_are_checked() -> None:
 )
 def test_precisions_of_updates_are_checked(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        simulation.Strategy(aggregation="fedit", **changes)
+        simulation.StrategyConfig(aggregation="fedit", **changes)

@@ -75,7 +75,7 @@ def test_files_that_macos_leaves_are_no_part_of_a_base(tmp_path: Path) -> None:
     (tmp_path / "._a.json").write_bytes(b"x")
     (tmp_path / ".DS_Store").write_bytes(b"x")
     assert assets.digest(tmp_path) == before
-    assert [file.name for file in assets.identity(tmp_path)] == ["a.json"]
+    assert [file.name for file in assets.identity_files(tmp_path)] == ["a.json"]
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,15 +21,15 @@ from common.errors import AntherError
 from models.base import assets
 from models.base.base import Base, load
 from models.export.layouts import diffusers_keys, export, kohya_keys
-from models.families.checkpoint import Checkpoint, recognise
+from models.families.checkpoint import Checkpoint, recognize
 from models.families.stable_diffusion import STABLE_DIFFUSION
 from models.lora.adapter import Adapter, Site, concatenate, rank
-from models.lora.batched_lora import Layout, Stacks, stack_adapters
+from models.lora.batched_lora import BatchedAdapter, Layout, stack_adapters
 from tests.helpers.adapters import random_adapter
 
 
-def denoised(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[Stacks] = ()) -> Tensor:
-    with base.lending(adapters) as denoise, torch.no_grad():
+def denoised(base: Base, x: Tensor, t: Tensor, context: Tensor, adapters: Sequence[BatchedAdapter] = ()) -> Tensor:
+    with base.use_adapters(adapters) as denoise, torch.no_grad():
         return denoise(x, t, context)
 
 
@@ -116,7 +116,7 @@ def test_a_pass_of_the_autoencoder_holds_fewer_large_pictures(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, resolution: int, pictures: int
 ) -> None:
     seen: list[int] = []
-    vae = recognise(pipeline_folder).load("vae")
+    vae = recognize(pipeline_folder).load("vae")
     encode = vae.encode
     monkeypatch.setattr(vae, "encode", lambda part: (seen.append(len(part)), encode(part[:, :, :16, :16]))[1])
     base = Base(pipeline_folder, resolution=resolution)

@@ -39,8 +39,8 @@ def test_it_comes_to_the_hash_that_devices_compare() -> None:
     made = chunk_manifest.of(folder)
     assert made.base == assets.digest(folder)
     assert made.name == "glyphs-base"
-    assert made.total == sum(file.stat().st_size for file in assets.identity(folder))
-    assert chunk_manifest.decode(made.encode(), made.base) == made
+    assert made.total == sum(file.stat().st_size for file in assets.identity_files(folder))
+    assert chunk_manifest.decode_manifest(made.encode(), made.base) == made
     assert chunk_manifest.verify(folder, made.base)
 
 
@@ -115,9 +115,9 @@ def put(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
 def test_names_that_could_lead_elsewhere_are_refused(name: object, base: Path) -> None:
     made = told(base)
     named(name)(made)
-    made["base"] = assets.combined((str(file["name"]), file["sha256"]) for file in made["files"])
+    made["base"] = assets.combined_digest((str(file["name"]), file["sha256"]) for file in made["files"])
     with pytest.raises(AntherError, match="can't be taken") as raised:
-        chunk_manifest.decode(json.dumps(made).encode(), made["base"])
+        chunk_manifest.decode_manifest(json.dumps(made).encode(), made["base"])
     assert "\n" not in str(raised.value)
 
 
@@ -150,13 +150,13 @@ def test_anything_but_a_manifest_of_the_base_is_refused(change: Callable[[Any], 
     wanted = made["base"]
     change(made)
     with pytest.raises(AntherError):
-        chunk_manifest.decode(json.dumps(made).encode(), wanted)
+        chunk_manifest.decode_manifest(json.dumps(made).encode(), wanted)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"\xff", b"[" * 100_000, b"1" * 5000, b"null"])
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(AntherError, match="can't be taken"):
-        chunk_manifest.decode(data, "0" * 64)
+        chunk_manifest.decode_manifest(data, "0" * 64)
 
 
 def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patched:
             patched.setattr(chunk_manifest, limit, value)
             with pytest.raises(AntherError):
-                chunk_manifest.decode(made.encode(), made.base)
+                chunk_manifest.decode_manifest(made.encode(), made.base)
 
 
 def test_what_nobody_would_take_is_said_to_its_owner(base: Path) -> None:

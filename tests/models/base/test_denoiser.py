@@ -21,11 +21,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from bench.lib.tiny import ATTENTION
 from common.errors import AntherError
 from models.base.denoiser import Denoiser, find_sites
-from models.diffusion.objective import diffusion, noised, per_example_loss, target
+from models.diffusion.objective import add_noise, diffusion, per_example_loss, target
 from models.lora.adapter import Site
-from models.lora.batched_lora import SlotLayer, Stack, slot_layers, stack_adapters, to_device
-from models.quantization.blockwise import dequantise, quantise
-from models.quantization.modes import kinds
+from models.lora.batched_lora import BatchedFactors, SlotLayer, slot_layers, stack_adapters, to_device
+from models.quantization.blockwise import dequantize, quantize
+from models.quantization.modes import quant_types
 from tests.helpers.adapters import random_adapter
 
 FEED_FORWARD = r".*ff\.net\.(0\.proj|2)"
@@ -66,7 +66,7 @@ def inputs(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
     return x.to(dtype), torch.arange(count) * 999 // count, context.to(dtype)
 
 
-def merged(unet: nn.Module, adapters: Sequence[Mapping[str, Stack]], slot: int) -> Callable[..., Tensor]:
+def merged(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slot: int) -> Callable[..., Tensor]:
     """The plain UNet in fp64, with W + Σ B A of one slot for W at every site; differentiable in the factors."""
     exact = copy.deepcopy(unet).double()
     weights = {f"{name}.weight": layer.weight for name, layer in exact.named_modules() if hasattr(layer, "weight")}
@@ -78,13 +78,13 @@ def merged(unet: nn.Module, adapters: Sequence[Mapping[str, Stack]], slot: int) 
     return lambda x, t, context: functional_call(exact, weights, (x, t, context)).sample
 
 
-def one_by_one(unet: nn.Module, adapters: Sequence[Mapping[str, Stack]], slots: int) -> Tensor:
+def one_by_one(unet: nn.Module, adapters: Sequence[Mapping[str, BatchedFactors]], slots: int) -> Tensor:
     x, t, context = inputs(4)
     parts = zip(x.chunk(slots), t.chunk(slots), context.chunk(slots), strict=True)
     return torch.cat([merged(unet, adapters, slot)(*part) for slot, part in enumerate(parts)])
 
 
-def loss_gradients(output: Tensor, stacks: Mapping[str, Stack]) -> list[Tensor]:
+def loss_gradients(output: Tensor, stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
     """Weights differ from number to number, so that no error can cancel."""
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return list(
@@ -92,11 +92,13 @@ def loss_gradients(output: Tensor, stacks: Mapping[str, Stack]) -> list[Tensor]:
     )
 
 
-def trainable(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
-    return {name: Stack(*(factor.detach().requires_grad_() for factor in stack)) for name, stack in stacks.items()}
+def trainable(stacks: Mapping[str, BatchedFactors]) -> dict[str, BatchedFactors]:
+    return {
+        name: BatchedFactors(*(factor.detach().requires_grad_() for factor in stack)) for name, stack in stacks.items()
+    }
 
 
-def two_slots(lent: Denoiser, ranks: tuple[int, int] = (2, 1)) -> dict[str, Stack]:
+def two_slots(lent: Denoiser, ranks: tuple[int, int] = (2, 1)) -> dict[str, BatchedFactors]:
     adapters = [random_adapter(lent.sites, rank, seed, lent.dtype) for seed, rank in enumerate(ranks)]
     return dict(stack_adapters(lent.sites, adapters))
 
@@ -115,9 +117,9 @@ class TestSites:
             for name, site in sites.items():
                 weight = able[name].weight
                 assert (site.outputs, site.inputs, site.kernel) == (len(weight), weight[0].numel(), weight.shape[2:])
-        kinds = [set(find_sites(unet, pattern)) for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS)]
-        assert set.union(*kinds) == set(able)
-        assert sum(map(len, kinds)) == len(able)
+        quant_types = [set(find_sites(unet, pattern)) for pattern in (ATTENTION, FEED_FORWARD, TIME, CONVOLUTIONS)]
+        assert set.union(*quant_types) == set(able)
+        assert sum(map(len, quant_types)) == len(able)
 
     def test_are_no_layers_that_slots_would_get_wrong(self) -> None:
         network = nn.ModuleDict(
@@ -151,7 +153,7 @@ def test_it_is_the_unet_with_merged_weights(unet: nn.Module, sites: str, checkpo
         lent.network.enable_gradient_checkpointing()
     common = stack_adapters(lent.sites, [random_adapter(lent.sites, 3, 7, torch.float64)])
     own = trainable(two_slots(lent))
-    with lent.lending([common, own]) as denoise:
+    with lent.use_adapters([common, own]) as denoise:
         found = denoise(*inputs(4))
         gradients = loss_gradients(found, own)
     wanted = one_by_one(unet, [common, own], 2)
@@ -164,7 +166,7 @@ def test_every_site_is_heard(unet: nn.Module) -> None:
     """A layer that a network holds under two names, or whose weight it reads past the layer, would stay deaf."""
     lent = denoiser(unet)
     own = trainable(two_slots(lent))
-    with lent.lending([own]) as denoise:
+    with lent.use_adapters([own]) as denoise:
         gradients = loss_gradients(denoise(*inputs(2)), own)
     assert all(gradient[slot].abs().max() > 0 for gradient in gradients for slot in (0, 1))
 
@@ -173,7 +175,7 @@ def test_without_adapters_it_is_the_unet(unet: nn.Module) -> None:
     lent = denoiser(unet, compute="fp32")
     x, t, context = inputs(3, torch.float32)
     for nothing in ([], [{}], [two_slots(lent, (0, 0))]):
-        with lent.lending(nothing) as denoise, torch.no_grad():
+        with lent.use_adapters(nothing) as denoise, torch.no_grad():
             torch.testing.assert_close(denoise(x, t, context), unet(x, t, context).sample)
 
 
@@ -185,7 +187,7 @@ def test_checkpointed_blocks_run_again_in_copies_too(unet: nn.Module, ran: list[
     def passes() -> int:
         return sum(isinstance(module, SlotLayer) for module in ran)
 
-    with lent.lending([own]), lent.lending([own]) as denoise:  # the second copy
+    with lent.use_adapters([own]), lent.use_adapters([own]) as denoise:  # the second copy
         output = denoise(*inputs(2))
         assert passes() == len(lent.sites)
         loss_gradients(output, own)
@@ -194,18 +196,18 @@ def test_checkpointed_blocks_run_again_in_copies_too(unet: nn.Module, ran: list[
 
 def test_bf16_is_as_close_as_its_rounding_and_losses_are_fp32(unet: nn.Module) -> None:
     lent = denoiser(unet, compute="bf16")
-    assert lent.precise == torch.float32
-    x, t, context = inputs(4, lent.precise)
+    assert lent.full_precision == torch.float32
+    x, t, context = inputs(4, lent.full_precision)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
     own = to_device(two_slots(denoiser(unet, compute="fp32")), lent.like)
-    with lent.lending([own]) as denoise, torch.no_grad():
-        output = denoise(noised(SCHEDULE, x, noise, t), t, context)
+    with lent.use_adapters([own]) as denoise, torch.no_grad():
+        output = denoise(add_noise(SCHEDULE, x, noise, t), t, context)
     assert output.dtype == torch.bfloat16
     wanted = target(SCHEDULE, x, noise, t)
     losses = per_example_loss(output, wanted)
     assert losses.dtype == torch.float32
     exact = to_device(own, torch.empty(0, dtype=torch.float64))
-    parts = zip(noised(SCHEDULE, x, noise, t).double().chunk(2), t.chunk(2), context.double().chunk(2), strict=True)
+    parts = zip(add_noise(SCHEDULE, x, noise, t).double().chunk(2), t.chunk(2), context.double().chunk(2), strict=True)
     truth = torch.cat([merged(unet, [exact], slot)(*part) for slot, part in enumerate(parts)])
     error = (output.double() - truth).norm() / truth.norm()
     assert 1e-4 < error < 8 * 2**-8  # half a unit in the last place is 2⁻⁹, and some fifty layers follow each other
@@ -219,13 +221,13 @@ def test_quantised_it_is_the_unet_with_rounded_weights(
 ) -> None:
     lent, rounded = denoiser(unet, weights=weights, compute=compute), copy.deepcopy(unet).double()
     with torch.no_grad():
-        for name, kind in kinds(unet, weights).items():
+        for name, kind in quant_types(unet, weights).items():
             weight = rounded.get_parameter(f"{name}.weight")
-            weight.copy_(dequantise(quantise(weight, kind), weight.shape, torch.float64))
+            weight.copy_(dequantize(quantize(weight, kind), weight.shape, torch.float64))
     assert list(lent.sites) == list(find_sites(unet, EVERYTHING))
     own = trainable(two_slots(lent))
-    with lent.lending([own]) as denoise:
-        found = denoise(*inputs(4, lent.precise))
+    with lent.use_adapters([own]) as denoise:
+        found = denoise(*inputs(4, lent.full_precision))
         gradients = loss_gradients(found, own)
     exact = trainable(to_device(own, torch.empty(0, dtype=torch.float64)))
     wanted = one_by_one(rounded, [exact], 2)
@@ -246,7 +248,7 @@ def test_checkpointing_changes_what_is_kept_and_nothing_else(unet: nn.Module, we
             seen.append(tensor.nbytes)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lent.lending([own]) as denoise:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lent.use_adapters([own]) as denoise:
             output = denoise(*inputs(4))
             kept.append(sum(bytes_kept))
             found.append([output, *loss_gradients(output, own)])
@@ -267,13 +269,13 @@ def test_threads_get_copies_that_share_weights_and_no_adapters(
     adapters = [stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in range(3)]
 
     @torch.no_grad()
-    def alone(stacks: Mapping[str, Stack]) -> Tensor:
-        with lent.lending([stacks]) as denoise:
+    def alone(stacks: Mapping[str, BatchedFactors]) -> Tensor:
+        with lent.use_adapters([stacks]) as denoise:
             return denoise(*inputs(2))
 
     @torch.no_grad()
-    def beside(stacks: Mapping[str, Stack]) -> list[Tensor]:
-        with lent.lending([stacks]) as denoise:
+    def beside(stacks: Mapping[str, BatchedFactors]) -> list[Tensor]:
+        with lent.use_adapters([stacks]) as denoise:
             together.wait()
             return [denoise(*inputs(2)) for _ in range(3)]
 
@@ -293,9 +295,9 @@ def test_threads_get_copies_that_share_weights_and_no_adapters(
 def test_who_lends_within_lending_gets_a_network_of_its_own(unet: nn.Module) -> None:
     lent = denoiser(unet, ATTENTION)
     one, two = (stack_adapters(lent.sites, [random_adapter(lent.sites, 2, s, torch.float64)]) for s in (0, 1))
-    with lent.lending([one]) as outer, torch.no_grad():
+    with lent.use_adapters([one]) as outer, torch.no_grad():
         before = outer(*inputs(2))
-        with lent.lending([two]) as inner:
+        with lent.use_adapters([two]) as inner:
             within, again = inner(*inputs(2)), outer(*inputs(2))
         assert torch.equal(before, again)
         assert torch.equal(before, outer(*inputs(2)))
@@ -305,10 +307,10 @@ def test_who_lends_within_lending_gets_a_network_of_its_own(unet: nn.Module) -> 
 def test_after_a_failure_nothing_stays_lent(unet: nn.Module, ran: list[nn.Module]) -> None:
     lent = denoiser(unet, ATTENTION)
     own = two_slots(lent)
-    with pytest.raises(RuntimeError), lent.lending([own]) as denoise:
+    with pytest.raises(RuntimeError), lent.use_adapters([own]) as denoise:
         denoise(*inputs(3))  # three entries don't fill two slots
     assert not any(layer.lent for layer in slot_layers(networks(ran)[0]).values())
-    with lent.lending([]) as denoise, torch.no_grad():
+    with lent.use_adapters([]) as denoise, torch.no_grad():
         found = denoise(*inputs(3))
     assert len(networks(ran)) == 1
     torch.testing.assert_close(found, merged(unet, [], 0)(*inputs(3)))
@@ -343,15 +345,15 @@ def test_compiled_it_is_the_same_and_compiled_once_for_each_shape(monkeypatch: p
     def check(seed: int, count: int) -> None:
         adapters = [random_adapter(lent.sites, 2, seed + i, torch.float64) for i in (0, 1)]
         own = trainable(stack_adapters(lent.sites, adapters))
-        with lent.lending([own]) as denoise:
+        with lent.use_adapters([own]) as denoise:
             wanted = denoise(*inputs(count))
-        with lent.lending([own], compiled=True) as denoise:
+        with lent.use_adapters([own], compiled=True) as denoise:
             found = denoise(*inputs(count))
             assert_exact([found, *loss_gradients(found, own)], [wanted, *loss_gradients(wanted, own)])
 
     check(seed=0, count=4)
     check(seed=2, count=4)  # other adapters
-    with lent.lending([]):
+    with lent.use_adapters([]):
         check(seed=4, count=4)  # another copy
     assert compiler.frame_count == 1
     check(seed=6, count=6)

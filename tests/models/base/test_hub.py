@@ -13,7 +13,7 @@ from bench.lib.tiny import ATTENTION, save_pipeline
 from common.errors import AntherError
 from models.base import assets
 from models.base.base import load
-from models.base.hub import is_name
+from models.base.hub import is_repo_id
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from models.base.hub import is_name
     ],
 )
 def test_names_of_the_hub(text: str, yes: bool) -> None:
-    assert is_name(text) == yes
+    assert is_repo_id(text) == yes
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bench.lib.tiny import ATTENTION
 from models.base.base import Base
-from models.base.paging import _MARKED, mark, release
-from models.quantization.blockwise import Packed, quantise
-from models.quantization.layers import QuantisedLinear
+from models.base.paging import _MARKED, mark, release_pages
+from models.quantization.blockwise import QuantizedTensor, quantize
+from models.quantization.layers import QuantizedLinear
 from models.quantization.pack import pack
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -49,10 +49,10 @@ def test_released_pages_are_gone_and_come_back(file: Path) -> None:
     x = marked(file)
     before = x.sum()
     assert resident(file) >= x.nbytes
-    release(x, 0, len(x) // 2)
+    release_pages(x, 0, len(x) // 2)
     assert resident(file) < 0.6 * x.nbytes
-    release(x, 0, 0)
-    release(x, 0, len(x))
+    release_pages(x, 0, 0)
+    release_pages(x, 0, len(x))
     assert resident(file) < 0.1 * x.nbytes
     assert x.sum() == before
     assert torch.equal(x, torch.arange(1 << 20, dtype=torch.int32))
@@ -64,7 +64,7 @@ def test_what_is_not_a_file_is_left_alone(file: Path) -> None:
     mark([made])
     for x in (made, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
         wanted = x.clone()
-        release(x, 0, len(x))
+        release_pages(x, 0, len(x))
         assert torch.equal(x, wanted)
 
 
@@ -78,10 +78,10 @@ def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
         parts = [tensors.get_tensor(name) for name in sorted(tensors.keys())]
     mark(parts)
     for part in parts:  # to map them has brought them all in
-        release(part, 0, len(part))
+        release_pages(part, 0, len(part))
     for place, part in [*enumerate(parts)] * 2:
         assert int(part[0]) == place
-        release(part, 0, len(part))
+        release_pages(part, 0, len(part))
         if place % 10 == 0:  # to ask takes a while
             assert resident(file) <= 1 << 17
     assert all(bool((part == place).all()) for place, part in enumerate(parts))
@@ -92,12 +92,12 @@ def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
 def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
     """Forward and backward alike, and what they find is what they find with a weight that stays."""
     plain = nn.Linear(2048, 2048)
-    save_file(quantise(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
+    save_file(quantize(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
     with safe_open(file, "pt") as tensors:
-        parts = Packed(*(tensors.get_tensor(name) for name in Packed._fields))
+        parts = QuantizedTensor(*(tensors.get_tensor(name) for name in QuantizedTensor._fields))
     mark(parts)
-    layer = QuantisedLinear(plain, parts)
-    stays = QuantisedLinear(plain, quantise(plain.weight, kind))
+    layer = QuantizedLinear(plain, parts)
+    stays = QuantizedLinear(plain, quantize(plain.weight, kind))
     x = torch.randn(3, 2048, requires_grad=True)
     y, wanted = layer(x), stays(x)
     assert torch.equal(y, wanted)
@@ -113,7 +113,7 @@ def test_a_packed_base_is_marked_and_its_copies_too(pipeline_folder: Path, tmp_p
     """Jobs run in copies of the network that share its tensors."""
     pack(str(pipeline_folder), tmp_path / "base", "int8")
     base = Base(tmp_path / "base", sites=ATTENTION)
-    layers = [layer for layer in base._copy().modules() if isinstance(layer, QuantisedLinear)]
+    layers = [layer for layer in base._copy().modules() if isinstance(layer, QuantizedLinear)]
     assert layers
     assert all(layer.codes in _MARKED for layer in layers)
     assert not any(layer.double().codes.clone() in _MARKED for layer in layers)

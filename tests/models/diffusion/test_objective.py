@@ -4,7 +4,14 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from common.errors import AntherError
-from models.diffusion.objective import diffusion, ends, noised, per_example_loss, rectified_flow, target
+from models.diffusion.objective import (
+    add_noise,
+    diffusion,
+    per_example_loss,
+    predict_x0_and_noise,
+    rectified_flow,
+    target,
+)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -12,7 +19,7 @@ def test_forward_process_and_target_are_those_of_diffusers(prediction: str) -> N
     scheduler = DDIMScheduler(prediction_type=prediction)
     schedule = diffusion(scheduler.alphas_cumprod, prediction)
     x0, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
-    torch.testing.assert_close(noised(schedule, x0, noise, t), scheduler.add_noise(x0, noise, t))
+    torch.testing.assert_close(add_noise(schedule, x0, noise, t), scheduler.add_noise(x0, noise, t))
     wanted = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
     torch.testing.assert_close(target(schedule, x0, noise, t), wanted)
 
@@ -25,7 +32,7 @@ def test_a_flow_and_its_target_are_those_of_diffusers(shift: float) -> None:
     torch.testing.assert_close(schedule.times, scheduler.timesteps.flip(0))
     x0, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
     wanted = scheduler.scale_noise(x0, scheduler.timesteps[999 - t], noise)
-    torch.testing.assert_close(noised(schedule, x0, noise, t), wanted)
+    torch.testing.assert_close(add_noise(schedule, x0, noise, t), wanted)
     slightly = 1e-3
     ahead = (1 - schedule.sigmas[t] - slightly).view(-1, 1, 1, 1) * x0 + (schedule.sigmas[t] + slightly).view(
         -1, 1, 1, 1
@@ -61,8 +68,8 @@ def test_the_target_stands_for_the_picture_and_the_noise(prediction: str) -> Non
     if prediction != "flow":
         schedule = diffusion(alpha_bars, prediction)
     x0, noise, t = torch.randn(10, 4, 2, 2), torch.randn(10, 4, 2, 2), torch.arange(10)
-    x, output = noised(schedule, x0, noise, t), target(schedule, x0, noise, t)
-    found = ends(schedule, x, output, *schedule.rates(t))
+    x, output = add_noise(schedule, x0, noise, t), target(schedule, x0, noise, t)
+    found = predict_x0_and_noise(schedule, x, output, *schedule.rates(t))
     for one, other in zip(found, (x0, noise), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -106,6 +113,6 @@ def test_signal_and_noise_together_have_variance_one() -> None:
     assert signal.shape == (7, 1, 1, 1)
     torch.testing.assert_close(signal.square() + sigma.square(), torch.ones(7, 1, 1, 1))
     x0, noise, t = torch.randn(7, 4, 2, 2), torch.randn(7, 4, 2, 2), torch.arange(7)
-    found = noised(schedule, x0, noise, t)
+    found = add_noise(schedule, x0, noise, t)
     assert torch.equal(found[0], x0[0])  # ᾱ = 1
     assert torch.equal(found[6], noise[6])  # ᾱ = 0

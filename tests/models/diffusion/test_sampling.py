@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.errors import AntherError
 from models.diffusion.objective import Schedule, diffusion, rectified_flow
-from models.diffusion.sampling import SAMPLERS, noises_of, sample
+from models.diffusion.sampling import SAMPLERS, num_noises, sample
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALPHA_BARS = DDIMScheduler(**BETAS).alphas_cumprod
@@ -34,7 +34,9 @@ def network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
 
 def noises(sampler: str, steps: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(noises_of(sampler, steps))]
+    return [
+        torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(num_noises(sampler, steps))
+    ]
 
 
 CONTEXT = torch.linspace(-1, 1, 2 * 3 * 5, dtype=torch.float64).view(2, 3, 5)

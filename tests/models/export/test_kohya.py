@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import AntherError
 from models.base.base import Base
 from models.export.adapter_files import CONTENTS, describe, write
-from models.export.kohya import Place
+from models.export.kohya import FusedPart
 from models.export.layouts import diffusers_keys, export, kohya_keys
 from models.families.flux import FLUX
 from models.families.sd3 import SD3
@@ -256,8 +256,8 @@ def test_an_export_is_the_same_bytes_each_time(tiny: Tiny, tmp_path: Path) -> No
 
 def test_a_place_is_a_whole_module_unless_said() -> None:
     assert SD3.kohya is not None
-    assert SD3.kohya.place("context_embedder") == Place("context_embedder")
-    assert SD3.kohya.place("transformer_blocks.11.attn.add_k_proj") == Place(
+    assert SD3.kohya.place("context_embedder") == FusedPart("context_embedder")
+    assert SD3.kohya.place("transformer_blocks.11.attn.add_k_proj") == FusedPart(
         "joint_blocks.11.context_block.attn.qkv", 1, (1, 1, 1)
     )
 

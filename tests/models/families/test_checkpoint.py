@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from common.errors import AntherError
 from models.base.base import Base
-from models.families.checkpoint import FAMILIES, recognise
+from models.families.checkpoint import FAMILIES, recognize
 from tests.models.families.conftest import Tiny
 
 
@@ -26,7 +26,7 @@ def change(file: Path, **changes: object) -> None:
 
 
 def test_a_pipeline_is_recognised_from_its_files(tiny: Tiny) -> None:
-    found = recognise(tiny.folder)
+    found = recognize(tiny.folder)
     assert found.family is tiny.base.family
     assert found.family.pipeline == json.loads((tiny.folder / "model_index.json").read_text())["_class_name"]
     assert tiny.name.replace("_", "-").startswith(("distilled", found.family.name.removesuffix("-sigma")))
@@ -38,7 +38,7 @@ def test_what_is_missing_from_any_pipeline_is_named(tiny: Tiny, tmp_path: Path) 
         copy = tmp_path / part
         shutil.copytree(tiny.folder, copy, ignore=shutil.ignore_patterns(part))
         with pytest.raises(AntherError, match=f"{part} is missing"):
-            recognise(copy)
+            recognize(copy)
 
 
 def test_pickled_weights_of_any_part_are_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -55,18 +55,18 @@ def test_pickled_weights_of_any_part_are_refused(tiny: Tiny, tmp_path: Path) -> 
 
 def test_licence_and_safety_checker_are_carried_along(folder: Path) -> None:
     unsaid = {"family": "stable-diffusion", "licence": "unknown", "safety_checker": "none"}
-    assert recognise(folder).notes() == unsaid | {"requires_safety_checker": "false"}
+    assert recognize(folder).provenance() == unsaid | {"requires_safety_checker": "false"}
     (folder / "LICENSE.md").write_text("terms")
-    assert recognise(folder).notes()["licence"] == "LICENSE.md"
+    assert recognize(folder).provenance()["licence"] == "LICENSE.md"
     (folder / "README.md").write_text("---\ntags: [x]\nlicense: creativeml-openrail-m\n---\n# A model\n")
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     change(folder / "model_index.json", safety_checker=checker, requires_safety_checker=True)
-    notes = recognise(folder).notes()
-    assert notes["licence"] == "creativeml-openrail-m"
-    assert (notes["safety_checker"], notes["requires_safety_checker"]) == (checker[1], "true")
-    assert Base(folder).notes == notes
+    provenance = recognize(folder).provenance()
+    assert provenance["licence"] == "creativeml-openrail-m"
+    assert (provenance["safety_checker"], provenance["requires_safety_checker"]) == (checker[1], "true")
+    assert Base(folder).provenance == provenance
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: flux-1-dev\n---\n")
-    assert recognise(folder).notes()["licence"] == "flux-1-dev"
+    assert recognize(folder).provenance()["licence"] == "flux-1-dev"
 
 
 def use(folder: Path, resolution: int) -> None:

@@ -15,7 +15,7 @@ from bench.lib.tiny_pipelines import save
 from client.cli.plan import main as plan
 from common.errors import AntherError
 from models.base.base import Base
-from models.families.checkpoint import recognise
+from models.families.checkpoint import recognize
 from tests.models.families.conftest import Tiny
 
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
@@ -124,7 +124,7 @@ def test_sd3_without_t5_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny.folder, tmp_path / "copy"))
     change(copy / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
     with pytest.raises(AntherError, match="was saved without its tokenizer_3, which captions are encoded with"):
-        recognise(copy)
+        recognize(copy)
 
 
 def test_latents_of_sdxl_are_normalised_as_its_pipeline_has_it(tiny: Tiny, tmp_path: Path) -> None:
@@ -205,17 +205,17 @@ class TestToldGuidance:
             height=side,
             width=side,
         ).images
-        given = base.guided(["fox"], guidance)
+        given = base.encode_guidance(["fox"], guidance)
         assert (given.null, given.strength) == (None, 1.0)
-        with base.lending([]) as denoise:
+        with base.use_adapters([]) as denoise:
             ours = sample("ddim", denoise, base.schedule, [noise], given.context, steps=4)
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-        with base.lending([]) as denoise, torch.no_grad():
-            other = sample("ddim", denoise, base.schedule, [noise], base.guided(["fox"], 7.0).context, steps=4)
+        with base.use_adapters([]) as denoise, torch.no_grad():
+            other = sample("ddim", denoise, base.schedule, [noise], base.encode_guidance(["fox"], 7.0).context, steps=4)
         assert (other - ours).abs().max() > 1e-3 * ours.abs().max()
 
     def test_a_packed_caption_is_as_large_as_its_family_says(self, folder: Path) -> None:
-        checkpoint = recognise(folder)
+        checkpoint = recognize(folder)
         rows, width = checkpoint.family.context(checkpoint.config("unet"))
         base = Base(folder, resolution=64)
         assert base.encode_captions(["fox"])[0].shape == (rows - 77 + 8, width)

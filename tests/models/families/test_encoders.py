@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bench.lib.tiny import LETTERS, as_variant
 from common.errors import AntherError
 from models.base.base import Base
-from models.families.checkpoint import recognise
+from models.families.checkpoint import recognize
 from tests.models.families.conftest import Tiny
 from tests.models.families.test_checkpoint import change
 from tests.models.families.test_sentencepiece import PIECES, model_bytes
@@ -36,7 +36,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
 
 def refuse(folder: Path, match: str) -> None:
     with pytest.raises(AntherError, match=match) as refusal:
-        recognise(folder).load_encoders()
+        recognize(folder).load_encoders()
     assert "\n" not in str(refusal.value)
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from common.errors import AntherError
 from models.base.base import Base
 from models.base.denoiser import call_unet
-from models.diffusion.objective import noised, per_example_loss, target
+from models.diffusion.objective import add_noise, per_example_loss, target
 from models.diffusion.sampling import sample
 from models.export.layouts import export, kohya_keys
-from models.families.checkpoint import recognise
-from models.lora.adapter import Adapter, initial
-from models.lora.batched_lora import Stack, stack_adapters, to_device
+from models.families.checkpoint import recognize
+from models.lora.adapter import Adapter, init_adapter
+from models.lora.batched_lora import BatchedFactors, stack_adapters, to_device
 from models.quantization.pack import pack
-from privacy.noise import Simulated
+from privacy.noise import SimulatedNoise
 from tests.helpers.adapters import random_adapter
 from tests.models.families.conftest import Tiny
 from training.cohort import train
@@ -45,7 +45,7 @@ def job(base: Base, examples: Examples, **changes: Any) -> Train:
         purpose="shared",
         seed=0,
         examples=examples,
-        start=initial(base.sites, 2, seed=0),
+        start=init_adapter(base.sites, 2, seed=0),
         steps=3,
         batch_size=2,
         learning_rate=1e-2,
@@ -55,7 +55,7 @@ def job(base: Base, examples: Examples, **changes: Any) -> Train:
 
 def test_it_trains_plainly_and_privately(tiny: Tiny, examples: Examples) -> None:
     privacy = DPSGD(noise_multiplier=0.5, clip=0.1, sampling_rate=0.7, draws=2)
-    noise = Simulated(seed=3, client="ada", round=1, purpose="shared")
+    noise = SimulatedNoise(seed=3, client="ada", round=1, purpose="shared")
     jobs = [
         job(tiny.base, examples),
         job(tiny.base, examples, privacy=privacy, noise=noise, names=tuple(CAPTIONS)),
@@ -72,8 +72,8 @@ def adapter(base: Base) -> Adapter:
 
 
 def drawn(tiny: Tiny, given: Adapter, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
-    context, null, strength = tiny.base.guided(CAPTIONS, guidance)
-    with tiny.base.lending([stack_adapters(tiny.base.sites, [given])]) as denoise:
+    context, null, strength = tiny.base.encode_guidance(CAPTIONS, guidance)
+    with tiny.base.use_adapters([stack_adapters(tiny.base.sites, [given])]) as denoise:
         return sample(
             "ddim", denoise, tiny.base.schedule, [noise], context, steps=steps, guidance=strength, null_context=null
         )
@@ -96,7 +96,7 @@ def test_an_export_draws_in_diffusers_what_it_draws_here(
 ) -> None:
     """To 1e-3 of the largest number, after four steps in float32."""
     given, file = adapter(tiny.base), tmp_path / "adapter.safetensors"
-    export(given, file, family=tiny.base.family, sites=tiny.base.sites, metadata=tiny.base.notes)
+    export(given, file, family=tiny.base.family, sites=tiny.base.sites, metadata=tiny.base.provenance)
     pipeline = tiny.pipeline()
     noise = torch.randn(len(CAPTIONS), *tiny.base.shape, generator=torch.Generator().manual_seed(0))
     plain = tiny.draws(pipeline, CAPTIONS, noise, 4, guidance)
@@ -148,14 +148,14 @@ def test_no_operation_mixes_examples(tiny: Tiny, examples: Examples) -> None:
     base = tiny.base
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
     stacks = {
-        name: Stack(stack.a.requires_grad_(), stack.b.requires_grad_())
+        name: BatchedFactors(stack.a.requires_grad_(), stack.b.requires_grad_())
         for name, stack in stack_adapters(base.sites, adapters).items()
     }
     factors = [factor for stack in stacks.values() for factor in stack]
     x0, context = examples.latents.clone().requires_grad_(), examples.context.clone().requires_grad_()
     noise, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500, 990])
-    with base.lending([stacks]) as denoise:
-        output = denoise(noised(base.schedule, x0, noise, t), base.schedule.times[t], context)
+    with base.use_adapters([stacks]) as denoise:
+        output = denoise(add_noise(base.schedule, x0, noise, t), base.schedule.times[t], context)
         losses = per_example_loss(output, target(base.schedule, x0, noise, t))
         found = torch.autograd.grad(losses[1], [x0, context, *factors])
     for gradient in found:
@@ -170,10 +170,10 @@ def test_adapters_at_any_layer_are_merged_weights(tiny: Tiny, examples: Examples
     base = Base(tiny.folder, sites=".*", resolution=tiny.base.resolution)
     adapters = [random_adapter(base.sites, 2, seed) for seed in range(3)]
     times = base.schedule.times[[10, 500, 990]]
-    with base.lending([stack_adapters(base.sites, adapters)]) as denoise, torch.no_grad():
+    with base.use_adapters([stack_adapters(base.sites, adapters)]) as denoise, torch.no_grad():
         found = denoise(examples.latents, times, examples.context)
     for place, given in enumerate(adapters):
-        plain = recognise(tiny.folder).load(base.family.network)
+        plain = recognize(tiny.folder).load(base.family.network)
         with torch.no_grad():
             for name, (a, b) in given.items():
                 weight = plain.get_submodule(name).weight
@@ -203,7 +203,7 @@ def test_a_base_that_was_packed_is_one_that_is_packed_here(tiny: Tiny, examples:
         Base(tiny.folder, resolution=tiny.base.resolution, weights="mixed"),
         Base(tmp_path / "packed", resolution=tiny.base.resolution),
     ):
-        with base.lending([]) as denoise, torch.no_grad():
+        with base.use_adapters([]) as denoise, torch.no_grad():
             outputs.append(denoise(examples.latents, torch.tensor([3, 500, 900]), examples.context))
     assert torch.equal(*outputs)
 
@@ -228,6 +228,6 @@ def test_it_runs_in_fewer_bits(tiny: Tiny, examples: Examples, options: dict[str
     small = Base(tiny.folder, resolution=tiny.base.resolution, **options)
     given, outputs = stack_adapters(small.sites, [adapter(small)]), []
     for base in (small, tiny.base):
-        with base.lending([to_device(given, base.like)]) as denoise, torch.no_grad():
+        with base.use_adapters([to_device(given, base.like)]) as denoise, torch.no_grad():
             outputs.append(denoise(examples.latents, base.schedule.times[[10, 500, 990]], examples.context).float())
     assert 0 < (outputs[0] - outputs[1]).norm() < 0.2 * outputs[1].norm()

@@ -14,7 +14,7 @@ from PIL import Image
 from models.base.base import Base
 from models.export import adapter_files
 from models.quantization.pack import pack
-from server.report.snippet import use_of
+from server.report.snippet import loading_snippet
 from tests.helpers.adapters import random_adapter
 from tests.models.families.conftest import Tiny
 
@@ -30,7 +30,7 @@ def test_the_lines_run_as_printed_from_anywhere(tiny: Tiny, tmp_path: Path) -> N
         adapter = {site: factors._replace(b=strength * factors.b) for site, factors in learnt.items()}
         folder = tmp_path / kind
         adapter_files.write(folder / "personal", name, adapter, tiny.base, "shared+personal")
-        lines = use_of(tiny.base, folder).lines(f"personal/{name}.safetensors", 'fox \'n "hound"')
+        lines = loading_snippet(tiny.base, folder).lines(f"personal/{name}.safetensors", 'fox \'n "hound"')
         picture = str(tmp_path / f"{kind}.png")
         script += (
             f"torch.manual_seed(0)\n{lines.replace('steps=20', 'steps=2')}\nos.replace('picture.png', {picture!r})\n"
@@ -48,6 +48,6 @@ def test_the_lines_run_as_printed_from_anywhere(tiny: Tiny, tmp_path: Path) -> N
 
 def test_packed_bases_are_named_as_such(pipeline_folder: Path, tmp_path: Path) -> None:
     pack(str(pipeline_folder), tmp_path / "packed", "int8")
-    use = use_of(Base(tmp_path / "packed"), tmp_path)
+    use = loading_snippet(Base(tmp_path / "packed"), tmp_path)
     assert use.packed
     assert str(tmp_path / "packed") not in use.lines("shared.safetensors", "a")

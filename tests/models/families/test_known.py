@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from common.errors import AntherError
 from models.base.denoiser import find_sites
-from models.families.known import KNOWN, find
+from models.families.known import KNOWN_BASES, find_base
 
 PUBLISHED = {  # millions of parameters, as their makers count them
     "sd15": 859.52,
@@ -46,14 +46,14 @@ ATTENTIONS = {  # of which every one has four projections, and those of the text
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KNOWN_BASES)
 def test_a_published_base_has_its_size_its_sites_and_its_shapes(name: str) -> None:
-    base = KNOWN[name]
+    base = KNOWN_BASES[name]
     network = base.network()
     assert all(parameter.is_meta for parameter in network.parameters())
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == PUBLISHED[name]
     assert len(find_sites(network, base.family.sites)) == ATTENTIONS[name]
-    whole = base.whole_config()
+    whole = base.full_config()
     assert whole.items() <= dict(network.config).items()
     channels, side, patch = base.family.latents(whole)
     assert side % patch == 0
@@ -67,7 +67,7 @@ def test_a_folder_is_known_without_its_weights(pipeline_folder: Path, tmp_path: 
     copy = shutil.copytree(pipeline_folder, tmp_path / "base")
     for weights in copy.rglob("*.safetensors"):
         weights.unlink()
-    found, real = find(str(copy)), UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
+    found, real = find_base(str(copy)), UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
     assert found.scale == 2
     assert found.family.pipeline == "StableDiffusionPipeline"
     shapes = {name: tensor.shape for name, tensor in found.network().state_dict().items()}
@@ -76,9 +76,9 @@ def test_a_folder_is_known_without_its_weights(pipeline_folder: Path, tmp_path: 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AntherError, match=r"no model_index\.json"):
-        find(str(tmp_path))
+        find_base(str(tmp_path))
 
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(AntherError, match=r"sd99: no such folder.*published base.*sd15"):
-        find("sd99")
+        find_base("sd99")

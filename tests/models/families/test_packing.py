@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.families.family import pack, unpack, unpack_mask
-from models.families.flux import patches, picture, places
+from models.families.flux import patchify, position_ids, unpatchify
 
 sizes = st.integers(1, 40)
 
@@ -35,7 +35,7 @@ def test_a_mask_comes_back(tokens: int, width: int) -> None:
 def test_patches_of_flux_are_those_of_diffusers(height: int, width: int, channels: int) -> None:
     x = torch.randn(2, channels, 2 * height, 2 * width)
     wanted = FluxPipeline._pack_latents(x, *x.shape)
-    assert torch.equal(patches(x), wanted)
-    assert torch.equal(picture(wanted, height, width), x)
+    assert torch.equal(patchify(x), wanted)
+    assert torch.equal(unpatchify(wanted, height, width), x)
     ids = FluxPipeline._prepare_latent_image_ids(2, height, width, x.device, x.dtype)
-    assert torch.equal(places(height, width, like=x), ids)
+    assert torch.equal(position_ids(height, width, like=x), ids)

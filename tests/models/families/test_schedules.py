@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from common.errors import AntherError
-from models.families.schedules import schedule_of
+from models.families.schedules import parse_schedule
 
 
 def config(scheduler: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def config(scheduler: Any) -> dict[str, Any]:
     ],
 )
 def test_a_diffusion_is_that_of_its_scheduler(scheduler: Any) -> None:
-    schedule = schedule_of(config(scheduler), tokens=16)
+    schedule = parse_schedule(config(scheduler), tokens=16)
     assert schedule.prediction == scheduler.config.get("prediction_type", "epsilon")
     torch.testing.assert_close(schedule.signals.square(), scheduler.alphas_cumprod)
     torch.testing.assert_close(schedule.sigmas.square(), 1 - scheduler.alphas_cumprod)
@@ -40,7 +40,7 @@ def test_a_diffusion_is_that_of_its_scheduler(scheduler: Any) -> None:
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_pictures_of_flux_are_drawn_through_shifted_places(tokens: int, kind: str) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
-    schedule = schedule_of(config(scheduler), tokens)
+    schedule = parse_schedule(config(scheduler), tokens)
     torch.testing.assert_close(schedule.sigmas, scheduler.sigmas.flip(0))  # what is trained is not shifted
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5), mu=calculate_shift(tokens))
     torch.testing.assert_close(schedule.grid(5).sigmas, scheduler.sigmas)
@@ -50,7 +50,7 @@ def test_a_flow_under_a_solver_is_trained_where_it_is_drawn() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
-    schedule = schedule_of(config(scheduler), tokens=16)
+    schedule = parse_schedule(config(scheduler), tokens=16)
     plain = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.testing.assert_close(schedule.sigmas, plain.sigmas.flip(0))
     plain.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5))
@@ -66,14 +66,14 @@ def test_a_flow_under_a_solver_is_trained_where_it_is_drawn() -> None:
 )
 def test_another_process_is_refused(scheduler: Any, match: str) -> None:
     with pytest.raises(AntherError, match=match):
-        schedule_of(config(scheduler), tokens=16)
+        parse_schedule(config(scheduler), tokens=16)
 
 
 @pytest.mark.parametrize("kind", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"])
 def test_flows_under_other_solvers_are_the_same_process(kind: str) -> None:
     scheduler, plain = getattr(diffusers, kind)(shift=3.0), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.testing.assert_close(scheduler.sigmas[: len(plain.sigmas)], plain.sigmas)
-    found, wanted = schedule_of(config(scheduler), tokens=16), schedule_of(config(plain), tokens=16)
+    found, wanted = parse_schedule(config(scheduler), tokens=16), parse_schedule(config(plain), tokens=16)
     torch.testing.assert_close(found.sigmas, wanted.sigmas)
     assert (found.prediction, found.shift) == ("flow", 3.0)
 
@@ -92,13 +92,13 @@ def test_flows_under_other_solvers_are_the_same_process(kind: str) -> None:
 )
 def test_numbers_of_a_flow_are_bounded(changes: dict[str, Any]) -> None:
     with pytest.raises(AntherError, match=f"{list(changes)[-1]}"):
-        schedule_of(config(diffusers.FlowMatchEulerDiscreteScheduler()) | changes, tokens=16)
+        parse_schedule(config(diffusers.FlowMatchEulerDiscreteScheduler()) | changes, tokens=16)
 
 
 def test_epsilon_under_a_cosine_schedule_is_taken() -> None:
     """It ends with 5e-5 of a picture, from which it is told."""
     cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    assert 0 < schedule_of(config(cosine), tokens=16).signals.min() < 1e-4
+    assert 0 < parse_schedule(config(cosine), tokens=16).signals.min() < 1e-4
 
 
 def test_places_of_sd3_have_the_density_of_diffusers_scripts() -> None:
@@ -109,12 +109,12 @@ def test_places_of_sd3_have_the_density_of_diffusers_scripts() -> None:
     torch.manual_seed(0)
     u = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.0, logit_std=1.0)
     theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
-    ours = schedule_of(config(scheduler), tokens=16, logit_normal=True)
+    ours = parse_schedule(config(scheduler), tokens=16, logit_normal=True)
     for sigma in (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99):
         assert (ours.sigmas < sigma).float().mean().item() == pytest.approx(
             (theirs < sigma).float().mean().item(), abs=5e-3
         )
-    even = schedule_of(config(scheduler), tokens=16)
+    even = parse_schedule(config(scheduler), tokens=16)
     shares = [((s.sigmas < 0.25).float().mean().item(), (s.sigmas > 0.95).float().mean().item()) for s in (ours, even)]
     assert shares == [
         (pytest.approx(0.014, abs=2e-3), pytest.approx(0.032, abs=3e-3)),

@@ -17,13 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import AntherError
-from models.families.known import KNOWN
-from models.footprint.dry_run import AGAIN, EXPONENTIAL, DryRun, fake, without_contents
-from models.footprint.footprint import Footprint, example, footprint, one_pass, shapes
+from models.families.known import KNOWN_BASES
+from models.footprint.dry_run import AGAIN, EXPONENTIAL, DryRun, fake_parameters, to_fake
+from models.footprint.footprint import Footprint, example_shapes, footprint, forward_backward, meta_denoiser
 from models.footprint.tensor_memory import LiveStorages, storages
 from models.lora.batched_lora import Layout
 from models.quantization import blockwise
-from models.quantization.blockwise import other_scratch
+from models.quantization.blockwise import fresh_scratch
 from tests.helpers.networks import SMALL, real
 
 RANK = 3
@@ -32,27 +32,29 @@ EVERYWHERE = r".*(attn|conv|ff|resnets).*"
 
 def predicted(kind: str, *, batch: int = 1, rank: int = RANK, **how: str) -> Footprint:
     base = SMALL[kind]
-    return footprint(shapes(base, **({"sites": base.family.sites} | how)), *example(base, 128), rank=rank, batch=batch)
+    return footprint(
+        meta_denoiser(base, **({"sites": base.family.sites} | how)), *example_shapes(base, 128), rank=rank, batch=batch
+    )
 
 
 def held(kind: str, batch: int, **how: str) -> int:
     """The most that a real pass holds in tensors, beside the base."""
     base = real(SMALL[kind], **how)
     layout = Layout(base.sites, RANK)
-    with other_scratch(), LiveStorages() as found:
-        entries = [torch.zeros(batch, *shape) for shape in example(SMALL[kind], 128)]
-        one_pass(base, *entries, layout, torch.zeros(batch, layout.size))
+    with fresh_scratch(), LiveStorages() as found:
+        entries = [torch.zeros(batch, *shape) for shape in example_shapes(SMALL[kind], 128)]
+        forward_backward(base, *entries, layout, torch.zeros(batch, layout.size))
     return found.peak
 
 
 def dry(kind: str, batch: int, **how: str) -> int:
     """The same of a dry run, which has workspace beside it."""
-    base = shapes(SMALL[kind], **({"sites": SMALL[kind].family.sites} | how))
+    base = meta_denoiser(SMALL[kind], **({"sites": SMALL[kind].family.sites} | how))
     mode, layout = FakeTensorMode(allow_non_fake_inputs=True), Layout(base.sites, RANK)
-    frozen = without_contents(base.network, mode)
-    with mode, other_scratch(), DryRun(frozen, {}) as run:
-        entries = [torch.zeros(batch, *shape) for shape in example(SMALL[kind], 128)]
-        one_pass(base, *entries, layout, torch.zeros(batch, layout.size))
+    frozen = fake_parameters(base.network, mode)
+    with mode, fresh_scratch(), DryRun(frozen, {}) as run:
+        entries = [torch.zeros(batch, *shape) for shape in example_shapes(SMALL[kind], 128)]
+        forward_backward(base, *entries, layout, torch.zeros(batch, layout.size))
     return run.peak
 
 
@@ -97,16 +99,16 @@ def test_a_dry_run_leaves_nothing_in_the_memory_for_slabs() -> None:
     predicted("unet", weights="nf4")
     assert blockwise._scratch.bytes is before
     mode = FakeTensorMode()
-    packed = blockwise.Packed(*(fake(tensor, mode) for tensor in blockwise.sizes("nf4", 64)))
+    packed = blockwise.QuantizedTensor(*(to_fake(tensor, mode) for tensor in blockwise.empty_quantized("nf4", 64)))
     with mode:
-        blockwise.dequantise(packed, torch.Size((2, 32)))
+        blockwise.dequantize(packed, torch.Size((2, 32)))
     assert blockwise._scratch.bytes is before
 
 
 def test_the_pages_that_are_read_are_workspace() -> None:
     """Of a file that is mapped: as many as an operation reads, not all of it."""
     mode = FakeTensorMode()
-    codes = fake(torch.zeros(1000, dtype=torch.int8), mode)
+    codes = to_fake(torch.zeros(1000, dtype=torch.int8), mode)
     with mode, DryRun(storages(codes), storages(codes)) as run:
         part = codes[100:200]
         assert run.workspace_bytes == 0
@@ -149,13 +151,13 @@ def test_a_weight_that_is_dequantised_is_workspace() -> None:
 def test_the_shapes_of_an_example(
     name: str, resolution: int, latents: tuple[int, ...], context: tuple[int, ...]
 ) -> None:
-    assert example(KNOWN[name], resolution) == (latents, context)
+    assert example_shapes(KNOWN_BASES[name], resolution) == (latents, context)
 
 
 def test_mistakes_are_told() -> None:
     for kind, resolution in (("unet", 129), ("pixart", 136)):  # of which a transformer takes patches of 2 × 2
         with pytest.raises(AntherError, match=f"resolution={resolution}: must be a multiple of"):
-            example(SMALL[kind], resolution)
+            example_shapes(SMALL[kind], resolution)
 
 
 def test_operations_are_those_that_a_counter_counts() -> None:
@@ -170,8 +172,8 @@ def test_operations_are_those_that_a_counter_counts() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work(x, q)
     mode = FakeTensorMode()
-    x, q = (fake(tensor, mode).requires_grad_() for tensor in (x, q))
-    frozen = without_contents(network, mode)
+    x, q = (to_fake(tensor, mode).requires_grad_() for tensor in (x, q))
+    frozen = fake_parameters(network, mode)
     with mode, DryRun(frozen, {}) as run:
         work(x, q)
     counts = counter.get_flop_counts()["Global"]

@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 
 from models.base.denoiser import Denoiser
-from models.footprint.dry_run import BALANCE
-from models.footprint.footprint import Footprint, example, footprint, shapes
+from models.footprint.dry_run import OPS_PER_BYTE
+from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
 from models.footprint.site_costs import OWN, PassCosts, pass_costs
 from tests.helpers.networks import SMALL
 
@@ -18,20 +18,20 @@ RANK = 3
 
 
 def base(kind: str, checkpointing: str) -> Denoiser:
-    return shapes(SMALL[kind], sites=SMALL[kind].family.sites, checkpointing=checkpointing)
+    return meta_denoiser(SMALL[kind], sites=SMALL[kind].family.sites, checkpointing=checkpointing)
 
 
 def run(kind: str, checkpointing: str, sites: list[str]) -> Footprint:
-    return footprint(base(kind, checkpointing), *example(SMALL[kind], 128), rank=RANK, sites=sites)
+    return footprint(base(kind, checkpointing), *example_shapes(SMALL[kind], 128), rank=RANK, sites=sites)
 
 
 def work(found: Footprint) -> float:
-    return found.matrix_operations + found.convolution_operations + BALANCE * found.moved_bytes
+    return found.matrix_operations + found.convolution_operations + OPS_PER_BYTE * found.moved_bytes
 
 
 @cache
 def costs(kind: str, checkpointing: str = "none") -> PassCosts:
-    return pass_costs(base(kind, checkpointing), *example(SMALL[kind], 128), rank=RANK)
+    return pass_costs(base(kind, checkpointing), *example_shapes(SMALL[kind], 128), rank=RANK)
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("unet", "none"), ("pixart", "none"), ("pixart", "block")])
@@ -41,7 +41,7 @@ def test_any_set_of_sites_takes_what_a_dry_run_of_it_does(kind: str, checkpointi
     names = [site.name for site in found.sites]
     chance = random.Random(0)
     whole = run(kind, checkpointing, names)
-    fixed = whole.base_bytes + whole.objects_bytes
+    fixed = whole.base_bytes + whole.module_bytes
     assert found.bytes(names) == whole.peak_bytes
     assert found.work(names) == pytest.approx(1.0)
     for chosen in (names[-1:], names[len(names) // 2 :], chance.sample(names, 5)):
@@ -57,9 +57,9 @@ def test_sites_come_in_the_order_of_a_pass_and_cost_less_the_later_it_comes_to_t
     blocks = [name.split("_")[0] for name in names]
     assert blocks == sorted(blocks, key=["down", "mid", "up"].index)  # up blocks come last
     assert all(one.work >= other.work for one, other in itertools.pairwise(found))
-    assert found[-1].held_bytes < found[0].held_bytes
+    assert found[-1].peak_bytes < found[0].peak_bytes
     sites = base("unet", "none").sites
-    assert all(one.own_bytes == OWN * RANK * (sites[one.name].inputs + sites[one.name].outputs) for one in found)
+    assert all(one.site_bytes == OWN * RANK * (sites[one.name].inputs + sites[one.name].outputs) for one in found)
 
 
 def test_no_sites_and_unknown_ones_cost_nothing_that_anybody_knows() -> None:

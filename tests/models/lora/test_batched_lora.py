@@ -12,35 +12,35 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.lora.adapter import Adapter, Factors, Site, Sites, concatenate, head_and_tail, initial
+from models.lora.adapter import Adapter, Factors, Site, Sites, concatenate, init_adapter, split_rank
 from models.lora.batched_lora import (
+    BatchedFactors,
     Layout,
     SlotConv2d,
     SlotLayer,
     SlotLinear,
-    Stack,
     add_slots,
-    lend,
-    select,
+    select_slots,
+    set_adapters,
     slot_layers,
     stack_adapters,
     to_device,
 )
-from models.quantization.blockwise import dequantise, quantise
-from models.quantization.layers import QuantisedConv2d, QuantisedLinear
+from models.quantization.blockwise import dequantize, quantize
+from models.quantization.layers import QuantizedConv2d, QuantizedLinear
 from tests.helpers.adapters import random_adapter
 
 SITES = {"one": Site(5, 7), "two": Site(3, 2), "kernel": Site(12, 4, (3, 2))}
 
 
-def random_stack(slots: int, rank: int, inputs: int, outputs: int) -> Stack:
-    return Stack(
+def random_stack(slots: int, rank: int, inputs: int, outputs: int) -> BatchedFactors:
+    return BatchedFactors(
         torch.randn(slots, rank, inputs, dtype=torch.float64, requires_grad=True),
         torch.randn(slots, outputs, rank, dtype=torch.float64, requires_grad=True),
     )
 
 
-def with_merged_weights(layer: nn.Linear | nn.Conv2d, x: Tensor, stacks: Sequence[Stack]) -> Tensor:
+def with_merged_weights(layer: nn.Linear | nn.Conv2d, x: Tensor, stacks: Sequence[BatchedFactors]) -> Tensor:
     """Entry after entry through a layer that has the products of its slots in its weight."""
     outputs = []
     for entry in range(len(x)):
@@ -56,10 +56,10 @@ def with_merged_weights(layer: nn.Linear | nn.Conv2d, x: Tensor, stacks: Sequenc
     return torch.cat(outputs)
 
 
-def check(slotted: SlotLayer, x: Tensor, stacks: Sequence[Stack]) -> None:
+def check(slotted: SlotLayer, x: Tensor, stacks: Sequence[BatchedFactors]) -> None:
     """Output, and gradients of every factor and of the input, are those of the loop."""
     x = x.detach().requires_grad_()
-    slotted.lent = tuple(stacks)
+    slotted.active_adapters = tuple(stacks)
     found, wanted = slotted(x), with_merged_weights(slotted.base, x, stacks)
     torch.testing.assert_close(found, wanted)
     leaves = [x, *(factor for stack in stacks for factor in stack)]
@@ -120,7 +120,7 @@ def test_a_convolution_slot_layer_is_a_loop_with_merged_weights(
 def test_entries_of_other_slots_have_no_gradient() -> None:
     x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
     slotted, stack = SlotConv2d(nn.Conv2d(3, 4, 3, dtype=torch.float64)), random_stack(3, 2, 27, 4)
-    slotted.lent = (stack,)
+    slotted.active_adapters = (stack,)
     (a,) = torch.autograd.grad(slotted(x)[2:4].square().sum(), stack.a)  # slot 1
     assert a[1].abs().sum() > 0
     assert a[0].eq(0).all()
@@ -136,26 +136,26 @@ def test_entries_of_other_slots_have_no_gradient() -> None:
     ],
 )
 def test_entries_that_slots_cannot_share_evenly_are_refused(slotted: SlotLayer, x: Tensor) -> None:
-    slotted.lent = (Stack(torch.zeros(2, 1, 5), torch.zeros(2, 7, 1)),)
+    slotted.active_adapters = (BatchedFactors(torch.zeros(2, 1, 5), torch.zeros(2, 7, 1)),)
     with pytest.raises(RuntimeError, match="unflatten"):
         slotted(x)
 
 
 @pytest.mark.parametrize(
     ("layer", "quantised", "shape"),
-    [(nn.Linear(5, 7), QuantisedLinear, (4, 5)), (nn.Conv2d(3, 4, 3, padding=1), QuantisedConv2d, (4, 3, 5, 5))],
+    [(nn.Linear(5, 7), QuantizedLinear, (4, 5)), (nn.Conv2d(3, 4, 3, padding=1), QuantizedConv2d, (4, 3, 5, 5))],
 )
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_quantised_layers_can_be_slotted(layer: nn.Module, quantised: type, shape: tuple[int, ...], bits: str) -> None:
     layer = copy.deepcopy(layer)
-    small = quantised(layer, quantise(layer.weight, bits))
+    small = quantised(layer, quantize(layer.weight, bits))
     layer = layer.double()
     with torch.no_grad():
-        layer.weight.copy_(dequantise(small.packed, small.shape, torch.float64))
+        layer.weight.copy_(dequantize(small.packed, small.shape, torch.float64))
     kind = SlotLinear if isinstance(layer, nn.Linear) else SlotConv2d
     slotted, x = kind(small.double()), torch.randn(shape, dtype=torch.float64)
     stack = random_stack(2, 2, layer.weight[0].numel(), len(layer.weight))
-    slotted.lent = (stack,)
+    slotted.active_adapters = (stack,)
     torch.testing.assert_close(slotted(x), with_merged_weights(layer, x, [stack]), rtol=1e-6, atol=1e-6)
 
 
@@ -170,10 +170,10 @@ def test_slots_go_around_the_named_layers_alone_and_take_what_is_lent() -> None:
     assert set(layers) == set(sites)
     assert layers["1.inner"].base is plain
     full, empty = (stack_adapters(sites, [random_adapter(sites, rank)]) for rank in (1, 0))
-    lend(layers, [full, {"1.inner": full["1.inner"]}, empty, {}])
-    assert {name: len(layer.lent) for name, layer in layers.items()} == {"1.inner": 2, "2.0": 1}
+    set_adapters(layers, [full, {"1.inner": full["1.inner"]}, empty, {}])
+    assert {name: len(layer.active_adapters) for name, layer in layers.items()} == {"1.inner": 2, "2.0": 1}
     x = torch.randn(3, 5)
-    lend(layers, [])
+    set_adapters(layers, [])
     assert torch.equal(layers["1.inner"](x), plain(x))
 
 
@@ -282,14 +282,14 @@ def test_one_and_the_same_adapter_takes_one_slot() -> None:
 
 def test_select_follows_the_order_and_leaves_what_serves_everyone() -> None:
     adapters = [random_adapter(SITES, 2, seed) for seed in range(3)]
-    chosen = select(stack_adapters(SITES, adapters), torch.tensor([2, 0, 2, 1]))
+    chosen = select_slots(stack_adapters(SITES, adapters), torch.tensor([2, 0, 2, 1]))
     for name in SITES:
         for slot, seed in enumerate([2, 0, 2, 1]):
             assert torch.equal(chosen[name].a[slot], adapters[seed][name].a)
             assert torch.equal(chosen[name].b[slot], adapters[seed][name].b)
     everyone = stack_adapters(SITES, adapters[:1])
-    assert select(everyone, torch.zeros(4, dtype=torch.long)) == everyone
-    assert select({}, torch.zeros(4, dtype=torch.long)) == {}
+    assert select_slots(everyone, torch.zeros(4, dtype=torch.long)) == everyone
+    assert select_slots({}, torch.zeros(4, dtype=torch.long)) == {}
 
 
 def test_stacks_take_the_precision_of_a_tensor() -> None:
@@ -301,13 +301,13 @@ def test_stacks_take_the_precision_of_a_tensor() -> None:
 
 def test_at_the_start_all_of_an_adapter_is_trained() -> None:
     layout = Layout(SITES, 2)
-    assert layout.mask(initial(SITES, 2, 0)).all()
+    assert layout.mask(init_adapter(SITES, 2, 0)).all()
 
 
 def test_concatenation_adds_products_and_splitting_keeps_them() -> None:
     one, two = random_adapter(SITES, 2, 0), random_adapter(SITES, {"one": 3, "kernel": 0}, 1)
     both = concatenate([one, two])
-    head, tail = head_and_tail(both, 2)
+    head, tail = split_rank(both, 2)
     for name, site in SITES.items():
         other = two.get(name, Factors(torch.zeros(0, site.inputs), torch.zeros(site.outputs, 0)))
         torch.testing.assert_close(both[name].b @ both[name].a, one[name].b @ one[name].a + other.b @ other.a)

@@ -12,10 +12,10 @@ from torch import Tensor
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, Site
 from models.lora.lora_xs import (
-    empty,
     frame_from_tensors,
     load_frame,
     to_framed_tensors,
+    zero_adapter,
 )
 
 SITES = {"a": Site(7, 5), "b": Site(6, 9)}
@@ -35,7 +35,7 @@ def framed(rank: int, seed: int = 0) -> Adapter:
 
 def test_empty_adds_nothing_and_travels_with_its_frame() -> None:
     frame = framed(3)
-    tensors = to_framed_tensors(empty(frame), frame)
+    tensors = to_framed_tensors(zero_adapter(frame), frame)
     found = frame_from_tensors(tensors)
     assert all(not tensors[f"{name}.lora_B"].any() for name in SITES)
     assert all(
@@ -46,7 +46,7 @@ def test_empty_adds_nothing_and_travels_with_its_frame() -> None:
 @pytest.mark.parametrize("factor", ["lora_A", "frame"])
 def test_a_frame_that_is_not_orthonormal_is_refused(factor: str) -> None:
     frame = framed(3)
-    tensors = to_framed_tensors(empty(frame), frame)
+    tensors = to_framed_tensors(zero_adapter(frame), frame)
     tensors[f"b.{factor}"] = 1.01 * tensors[f"b.{factor}"]
     with pytest.raises(AntherError, match="b: the frame's factors are not orthonormal"):
         frame_from_tensors(tensors)
@@ -54,7 +54,7 @@ def test_a_frame_that_is_not_orthonormal_is_refused(factor: str) -> None:
 
 def test_a_frame_file_is_cut_to_what_is_asked(tmp_path: Path) -> None:
     frame, file = framed(4), tmp_path / "frame.safetensors"
-    tensors = {k: v.contiguous() for k, v in to_framed_tensors(empty(frame), frame).items() if "lora_B" not in k}
+    tensors = {k: v.contiguous() for k, v in to_framed_tensors(zero_adapter(frame), frame).items() if "lora_B" not in k}
     save_file(tensors, file)
     found = load_frame(file, {"b": SITES["b"]}, 2)
     assert list(found) == ["b"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
-from models.lora.norm_bound import MOST_NORM, excess, squared_norm
+from models.lora.norm_bound import MAX_NORM, norm_violation, squared_norm
 
 
 def factors(rank: int, inputs: int, outputs: int, seed: int) -> Factors:
@@ -24,7 +24,7 @@ def test_the_bound_is_on_both_factors_and_their_product(
     a, b = factors(rank, inputs, outputs, seed)
     norms = [np.linalg.norm(m) for m in (a.double().numpy(), b.double().numpy(), (b.double() @ a.double()).numpy())]
     if abs(max(norms) - most) > 1e-9:
-        assert (excess({"x": Factors(a, b)}, most) is None) == (max(norms) <= most)
+        assert (norm_violation({"x": Factors(a, b)}, most) is None) == (max(norms) <= most)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
@@ -35,18 +35,21 @@ def test_squared_norm_of_the_product(rank: int, inputs: int, outputs: int, seed:
 
 def test_the_site_is_named() -> None:
     good = Factors(torch.ones(2, 3), torch.zeros(4, 2))
-    assert excess({"good": good}) is None
-    assert excess({}) is None
-    assert excess({"good": good, "bad": Factors(torch.ones(2, 3), torch.full((4, 2), 1e38))}) == (
+    assert norm_violation({"good": good}) is None
+    assert norm_violation({}) is None
+    assert norm_violation({"good": good, "bad": Factors(torch.ones(2, 3), torch.full((4, 2), 1e38))}) == (
         "bad: norm 2.83e+38 is over 100"
     )
     large = 9.0  # each factor is allowed, their product is not
     product = Factors(torch.full((1, 100), large), torch.full((100, 1), large))
-    assert large * 10 < MOST_NORM
-    assert "norm 8.1e+03" in str(excess({"x": product}))
+    assert large * 10 < MAX_NORM
+    assert "norm 8.1e+03" in str(norm_violation({"x": product}))
 
 
 def test_what_is_not_a_number_is_over_any_bound() -> None:
     nan, one = torch.tensor([[float("nan")]]), torch.ones(1, 1)
     for factors in (Factors(nan, one), Factors(one, nan), Factors(nan, nan)):
-        assert excess({"good": Factors(one, one), "x": factors, "last": Factors(one, one)}) == "x: norm nan is over 100"
+        assert (
+            norm_violation({"good": Factors(one, one), "x": factors, "last": Factors(one, one)})
+            == "x: norm nan is over 100"
+        )

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.lora.adapter import Adapter, Factors, at, head_and_tail, shapes
+from models.lora.adapter import Adapter, Factors, adapter_shapes, select_sites, split_rank
 from models.lora.trainable import (
-    PARTS,
-    PartLayout,
+    TRAINED_TENSORS,
+    PartialLayout,
     from_trained_tensors,
     trained_layout,
     trained_shapes,
@@ -22,7 +22,7 @@ from tests.helpers.adapters import random_adapter
 from tests.models.lora.test_lora_xs import SITES, framed
 
 RANK = 4
-kinds = pytest.mark.parametrize("trains", PARTS)
+kinds = pytest.mark.parametrize("trains", TRAINED_TENSORS)
 SOME = st.sets(st.sampled_from(sorted(SITES)))
 
 
@@ -37,7 +37,7 @@ def between(frame: Adapter, seed: int) -> Adapter:
 def drawn(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter | None]:
     """What was sent, what was made of it, and the frame."""
     if trains == "cores":
-        frame = head_and_tail(framed(RANK, seed), rank)[0]
+        frame = split_rank(framed(RANK, seed), rank)[0]
         return between(frame, 1), between(frame, 2), frame
     sent, made = random_adapter(SITES, rank, 1), random_adapter(SITES, rank, 2)
     fixed = {"b": "a", "a": "b", "split": "b"}.get(trains)
@@ -49,10 +49,10 @@ def drawn(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter 
 @given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
 def test_what_is_trained_travels_there_and_back(trains: str, rank: int, seed: int, there: set[str]) -> None:
     sent, made, frame = drawn(trains, rank, seed)
-    found = trained_tensors(at(made, there), trains, frame)
+    found = trained_tensors(select_sites(made, there), trains, frame)
     chosen = {name: SITES[name] for name in SITES if name in there}
     assert {name: tuple(part.shape) for name, part in found.items()} == trained_shapes(chosen, rank, trains)
-    back = from_trained_tensors(found, trains, at(sent, there), frame)
+    back = from_trained_tensors(found, trains, select_sites(sent, there), frame)
     assert list(back) == list(chosen)
     for name, pair in back.items():
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(pair, made[name], strict=True))
@@ -64,13 +64,13 @@ def test_what_is_trained_travels_there_and_back(trains: str, rank: int, seed: in
 def test_a_row_holds_it_and_nothing_else(trains: str, rank: int, seed: int, there: set[str]) -> None:
     """Of smaller ranks and of some of the sites too; the rest of the row is zero, and its mask says so."""
     whole, _, frame = drawn(trains, RANK, seed)
-    made = at(head_and_tail(whole, rank)[0], there)
+    made = select_sites(split_rank(whole, rank)[0], there)
     if trains == "cores":
-        made = at(between(head_and_tail(frame or {}, rank)[0], 2), there)
+        made = select_sites(between(split_rank(frame or {}, rank)[0], 2), there)
     layout = trained_layout(SITES, RANK, trains, frame or whole)
     assert layout.size == sum(map(prod, trained_shapes(SITES, RANK, trains).values()))
     row = layout.pack(made)
-    parts = trained_tensors(made, trains, head_and_tail(frame, rank)[0] if frame else None)
+    parts = trained_tensors(made, trains, split_rank(frame, rank)[0] if frame else None)
     assert row.norm() == pytest.approx(
         float(torch.cat([torch.zeros(0), *map(torch.ravel, parts.values())]).norm()), abs=1e-4
     )
@@ -89,9 +89,9 @@ def test_a_row_holds_it_and_nothing_else(trains: str, rank: int, seed: int, ther
 
 def test_another_adapter_is_entered_whole() -> None:
     """Nothing of the one before stays, whatever it had more."""
-    layout = PartLayout(SITES, 3, "b", like=torch.empty(0))
-    layout.enter(random_adapter(SITES, 3, 1))
-    layout.enter(at(random_adapter(SITES, 2, 2), {"a"}))
+    layout = PartialLayout(SITES, 3, "b", like=torch.empty(0))
+    layout.set_fixed(random_adapter(SITES, 3, 1))
+    layout.set_fixed(select_sites(random_adapter(SITES, 2, 2), {"a"}))
     assert torch.equal(layout.fixed["a"].a[0, :2], random_adapter(SITES, 2, 2)["a"].a)
     assert not layout.fixed["a"].a[0, 2:].any()
     assert not layout.fixed["b"].a.any()
@@ -99,5 +99,5 @@ def test_another_adapter_is_entered_whole() -> None:
 
 
 def test_both_is_the_whole_adapter() -> None:
-    assert trained_shapes(SITES, 3, "both") == shapes(SITES, 3)
-    assert [len(trained_shapes(SITES, 3, trains)) for trains in PARTS] == [4, 2, 2, 2, 2]
+    assert trained_shapes(SITES, 3, "both") == adapter_shapes(SITES, 3)
+    assert [len(trained_shapes(SITES, 3, trains)) for trains in TRAINED_TENSORS] == [4, 2, 2, 2, 2]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.quantization.blockwise import BLOCKS, dequantise, quantise, sizes, slabs
+from models.quantization.blockwise import BLOCK_SIZES, dequantize, empty_quantized, iter_slabs, quantize
 
 NF4 = np.array(
     [
@@ -62,14 +62,14 @@ def as_numpy(codes: Tensor, scales: Tensor, top: Tensor, count: int) -> np.ndarr
 def test_what_is_read_is_what_the_codes_say(kind: str, shape: tuple[int, ...], magnitude: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).mul_(magnitude)
-    packed = quantise(weight, kind)
+    packed = quantize(weight, kind)
     assert packed.kind == kind
     wanted = as_numpy(*packed, weight.numel()).reshape(shape)
     for dtype in (torch.float32, torch.float64):
-        found = dequantise(packed, weight.shape, dtype)
+        found = dequantize(packed, weight.shape, dtype)
         assert found.dtype == dtype
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=0)
-    for tensor, meant in zip(packed, sizes(kind, weight.numel()), strict=True):
+    for tensor, meant in zip(packed, empty_quantized(kind, weight.numel()), strict=True):
         assert (tensor.dtype, tensor.shape) == (meant.dtype, meant.shape)
 
 
@@ -77,10 +77,10 @@ def test_what_is_read_is_what_the_codes_say(kind: str, shape: tuple[int, ...], m
 @pytest.mark.parametrize("tail", [False, True])
 def test_all_256_scales_together_would_do_no_better(kind: str, tail: bool) -> None:
     """Each block with every scale that there is, and the nearest of all levels; blocks differ in their magnitude."""
-    generator, size = np.random.default_rng(0), BLOCKS[kind]
+    generator, size = np.random.default_rng(0), BLOCK_SIZES[kind]
     blocks = generator.standard_t(4, (100, size)) if tail else generator.normal(size=(100, size))
     weight = torch.from_numpy((blocks * 0.97 ** np.arange(100)[:, None]).astype(np.float32))
-    found = (dequantise(quantise(weight, kind), weight.shape) - weight).square().sum(1).numpy()
+    found = (dequantize(quantize(weight, kind), weight.shape) - weight).square().sum(1).numpy()
     best = np.full(100, np.inf)
     for scale in weight.abs().max().item() * 2.0 ** (-np.arange(256) / 16):
         codes = np.abs(weight.numpy()[..., None] / scale - levels(kind)).argmin(-1)
@@ -92,7 +92,9 @@ def test_all_256_scales_together_would_do_no_better(kind: str, tail: bool) -> No
 def test_error_is_less_than_that_of_the_largest_entrys_scale() -> None:
     """NF4 at round-to-nearest has 8.7 % in blocks of 32 normal weights, and 9.2 % in blocks of 64."""
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
-    error = {kind: float((dequantise(quantise(weight, kind), weight.shape) - weight).norm()) / 512 for kind in BLOCKS}
+    error = {
+        kind: float((dequantize(quantize(weight, kind), weight.shape) - weight).norm()) / 512 for kind in BLOCK_SIZES
+    }
     assert error["nf4"] < 0.081
     assert error["int8"] < 0.0062
 
@@ -103,7 +105,7 @@ def test_a_block_far_below_the_largest_still_reads_as_something(kind: str) -> No
     weight[1] = 2.0**-14
     weight[2] = 2.0**-40  # beyond the smallest scale: zero is nearest
     weight[3] = 0.0
-    found = dequantise(quantise(weight, kind), weight.shape)
+    found = dequantize(quantize(weight, kind), weight.shape)
     torch.testing.assert_close(found[:2], weight[:2], rtol=0.05, atol=0)
     assert (found[2:] == 0).all()
 
@@ -112,10 +114,10 @@ def test_a_block_far_below_the_largest_still_reads_as_something(kind: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_any_precision(kind: str, dtype: torch.dtype) -> None:
     weight = torch.randn(6, 40).to(dtype)
-    for ours, theirs in zip(quantise(weight, kind), quantise(weight.float(), kind), strict=True):
+    for ours, theirs in zip(quantize(weight, kind), quantize(weight.float(), kind), strict=True):
         assert torch.equal(ours, theirs)
-    read = dequantise(quantise(weight, kind), weight.shape, torch.bfloat16)
-    wanted = dequantise(quantise(weight, kind), weight.shape)
+    read = dequantize(quantize(weight, kind), weight.shape, torch.bfloat16)
+    wanted = dequantize(quantize(weight, kind), weight.shape)
     assert (read.float() - wanted).norm() < 2**-7 * wanted.norm()
 
 
@@ -125,13 +127,13 @@ def test_slabs_are_whole_rows_and_make_the_whole(
     kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.randn(shape)
-    packed = quantise(weight, kind)
-    whole = dequantise(packed, weight.shape)
+    packed = quantize(weight, kind)
+    whole = dequantize(packed, weight.shape)
     monkeypatch.setattr("models.quantization.blockwise._SLAB", {"cpu": 1024})
     seen, row = 0, math.prod(shape[1:])
-    for rows, slab in slabs(packed, weight.shape, torch.float32):
+    for rows, slab in iter_slabs(packed, weight.shape, torch.float32):
         assert (rows.start, slab.shape[1:]) == (seen, weight.shape[1:])
-        assert len(slab) * row <= max(1024, BLOCKS[kind] * row)
+        assert len(slab) * row <= max(1024, BLOCK_SIZES[kind] * row)
         assert torch.equal(slab, whole[rows])
         seen = rows.stop
     assert seen == shape[0]

@@ -10,16 +10,16 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from models.quantization import blockwise as quantise_module
-from models.quantization.blockwise import Packed, dequantise, quantise, sizes
-from models.quantization.layers import Quantised, QuantisedConv2d, QuantisedLinear
+from models.quantization.blockwise import QuantizedTensor, dequantize, empty_quantized, quantize
+from models.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 
-def pair(layer: nn.Linear | nn.Conv2d, kind: str) -> tuple[Quantised, nn.Module]:
+def pair(layer: nn.Linear | nn.Conv2d, kind: str) -> tuple[QuantizedLayer, nn.Module]:
     """The layer quantised, and a plain one with the same weight, in float64."""
-    wrapper = QuantisedLinear if isinstance(layer, nn.Linear) else QuantisedConv2d
-    ours, plain = wrapper(layer, quantise(layer.weight, kind)).double(), copy.deepcopy(layer).double()
+    wrapper = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
+    ours, plain = wrapper(layer, quantize(layer.weight, kind)).double(), copy.deepcopy(layer).double()
     with torch.no_grad():
-        plain.weight.copy_(dequantise(ours.packed, layer.weight.shape, torch.float64))
+        plain.weight.copy_(dequantize(ours.packed, layer.weight.shape, torch.float64))
     return ours, plain.requires_grad_(False)
 
 
@@ -69,7 +69,7 @@ def test_autograd_keeps_no_floating_point_weight(layer: nn.Linear | nn.Conv2d, k
 
 def test_precision_is_of_activations_and_not_of_scales() -> None:
     layer = nn.Linear(64, 64)
-    ours = QuantisedLinear(layer, quantise(layer.weight, "nf4"))
+    ours = QuantizedLinear(layer, quantize(layer.weight, "nf4"))
     before = [tensor.clone() for tensor in ours.packed]
     ours.to(torch.bfloat16)
     assert all(torch.equal(one, other) for one, other in zip(ours.packed, before, strict=True))
@@ -80,17 +80,17 @@ def test_precision_is_of_activations_and_not_of_scales() -> None:
 def test_a_run_without_data_leaves_nothing_behind(kind: str) -> None:
     """What is kept between calls must not come from a dry run, nor go into one."""
     layer = nn.Linear(96, 64)
-    wanted = QuantisedLinear(layer, quantise(layer.weight, kind))(torch.ones(2, 96))
+    wanted = QuantizedLinear(layer, quantize(layer.weight, kind))(torch.ones(2, 96))
     for precision in (torch.float32, torch.float64):
         quantise_module._pairs.cache_clear()
         with FakeTensorMode():
             plain = nn.Linear(96, 64)
-            parts = (torch.empty_like(part, device="cpu") for part in sizes(kind, 96 * 64))
-            dry = QuantisedLinear(plain, Packed(*parts)).to(precision)
+            parts = (torch.empty_like(part, device="cpu") for part in empty_quantized(kind, 96 * 64))
+            dry = QuantizedLinear(plain, QuantizedTensor(*parts)).to(precision)
             x = torch.ones(2, 96, dtype=precision, requires_grad=True)
             (found,) = torch.autograd.grad(dry(x).sum(), x)
             assert found.shape == x.shape
-        real = QuantisedLinear(layer, quantise(layer.weight, kind))
+        real = QuantizedLinear(layer, quantize(layer.weight, kind))
         torch.testing.assert_close(real(torch.ones(2, 96)), wanted)
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from bench.lib.tiny import ATTENTION
 from bench.lib.workloads import WORKLOADS
 from models.base.base import Base
-from models.quantization.blockwise import sizes
-from models.quantization.layers import Quantised, QuantisedConv2d, QuantisedLinear
-from models.quantization.modes import MODES, kinds, quantise_layers
+from models.quantization.blockwise import empty_quantized
+from models.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from models.quantization.modes import WEIGHT_MODES, quant_types, quantize_layers
 
 
 class Network(nn.Module):
@@ -46,16 +46,16 @@ def test_modes_and_the_layers_that_they_spare(mode: str, linear: str | None, con
         "block.attention.0": linear,
     }
     network = Network()
-    assert kinds(network, mode) == {name: kind for name, kind in wanted.items() if kind}
+    assert quant_types(network, mode) == {name: kind for name, kind in wanted.items() if kind}
     names = [name for name, _ in network.named_modules()]
-    quantise_layers(network, mode)
+    quantize_layers(network, mode)
     assert [name for name, _ in network.named_modules()] == names
-    held = {name: layer.packed.kind for name, layer in network.named_modules() if isinstance(layer, Quantised)}
-    assert held == kinds(Network(), mode)
+    held = {name: layer.packed.kind for name, layer in network.named_modules() if isinstance(layer, QuantizedLayer)}
+    assert held == quant_types(Network(), mode)
     if convolution:
         conv = network.get_submodule("block.conv")
-        assert isinstance(conv, QuantisedConv2d)
-        assert isinstance(network.get_submodule("block.attention.0"), QuantisedLinear)
+        assert isinstance(conv, QuantizedConv2d)
+        assert isinstance(network.get_submodule("block.attention.0"), QuantizedLinear)
         geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)  # a slot layer asks for it
         assert geometry == ((3, 3), (2, 2), (1, 1), (1, 1), 1)
 
@@ -67,11 +67,11 @@ def test_stable_diffusion_at_rest(mode: str, most: float) -> None:
 
     with torch.device("meta"):
         network = UNet2DConditionModel(**WORKLOADS["sd15"].config)
-    held = kinds(network, mode)
+    held = quant_types(network, mode)
     packed = sum(
         tensor.nbytes
         for name, kind in held.items()
-        for tensor in sizes(kind, network.get_submodule(name).weight.numel())
+        for tensor in empty_quantized(kind, network.get_submodule(name).weight.numel())
     )
     rest = sum(value.nbytes for name, value in network.state_dict().items() if name.removesuffix(".weight") not in held)
     assert 0.95 * most < packed + rest <= most
@@ -86,7 +86,7 @@ def test_a_quantised_base_is_close_and_keeps_its_sites(base: Base, mode: str, er
     x, t, context = torch.randn(2, *base.shape), torch.tensor([10, 700]), torch.randn(2, 8, 16)
     outputs = []
     for each in (base, small):
-        with each.lending([]) as denoise, torch.no_grad():
+        with each.use_adapters([]) as denoise, torch.no_grad():
             outputs.append(denoise(x, t, context))
     wanted, found = outputs
     assert 0 < (found - wanted).norm() / wanted.norm() < error
@@ -97,7 +97,7 @@ def test_a_quantised_base_is_close_and_keeps_its_sites(base: Base, mode: str, er
 def test_there_is_a_key_for_every_mode() -> None:
     from conf.schemas.simulation import Base as Key
 
-    for mode in MODES:
+    for mode in WEIGHT_MODES:
         Key(weights=mode)
     with pytest.raises(ValueError, match=r"base\.weights=int4"):
         Key(weights="int4")

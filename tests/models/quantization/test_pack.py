@@ -16,10 +16,10 @@ from bench.lib.tiny import ATTENTION, as_variant, save_pipeline
 from common.errors import AntherError
 from models.base import assets
 from models.base.base import Base
-from models.quantization.layers import Quantised
-from models.quantization.modes import kinds
+from models.quantization.layers import QuantizedLayer
+from models.quantization.modes import quant_types
 from models.quantization.pack import main, pack
-from models.quantization.packed import FILE, MANIFEST, Manifest, load, skeleton
+from models.quantization.packed import FILE, MANIFEST, PackedManifest, load, skeleton
 
 NETWORK = "UNet2DConditionModel"
 
@@ -40,7 +40,7 @@ def folder(packed_folder: Path, tmp_path: Path) -> Path:
 def output(base: Base) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x, context = torch.randn(2, *base.shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
-    with base.lending([]) as denoise, torch.no_grad():
+    with base.use_adapters([]) as denoise, torch.no_grad():
         return denoise(x, torch.tensor([10, 700]), context)
 
 
@@ -68,9 +68,9 @@ def test_its_parts_encode_and_decode_as_before(packed_folder: Path, base: Base) 
 def test_the_file_is_plain_safetensors_and_the_manifest_says_what_is_in_it(
     packed_folder: Path, pipeline_folder: Path
 ) -> None:
-    manifest, tensors = Manifest.read(packed_folder / "unet"), load_file(packed_folder / "unet" / FILE)
+    manifest, tensors = PackedManifest.read(packed_folder / "unet"), load_file(packed_folder / "unet" / FILE)
     network = skeleton(pipeline_folder / "unet")
-    assert manifest.layers == kinds(network, "mixed") != {}
+    assert manifest.layers == quant_types(network, "mixed") != {}
     assert manifest.source == assets.digest(pipeline_folder)
     assert (manifest.network, manifest.weights) == (NETWORK, "mixed")
     wanted = {name for name in network.state_dict() if name.removesuffix(".weight") not in manifest.layers}
@@ -118,7 +118,7 @@ def test_weights_of_less_precision_in_one_file_or_several(pipeline_folder: Path,
     for name, tensor in network.state_dict().items():
         if name in tensors:
             assert torch.equal(tensor, tensors[name].float())
-    assert sum(isinstance(layer, Quantised) for layer in network.modules()) > 10
+    assert sum(isinstance(layer, QuantizedLayer) for layer in network.modules()) > 10
 
 
 def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,9 +139,11 @@ def test_repeats_are_found_at_any_place_of_any_release() -> None:
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 1000.0])
 def test_rounded_normals_become_normal_again(deviation: float) -> None:
     integers = np.rint(deviation * numbers(100_000)).astype(np.int64)
-    found = fit.of_integers(integers, deviation, np.random.default_rng(1))
+    found = fit.normal_from_integers(integers, deviation, np.random.default_rng(1))
     assert least([found]).p_value > 1e-3
-    assert least([fit.of_integers(integers, 1.05 * deviation, np.random.default_rng(1))]).p_value < SIGNIFICANCE
+    assert (
+        least([fit.normal_from_integers(integers, 1.05 * deviation, np.random.default_rng(1))]).p_value < SIGNIFICANCE
+    )
     assert np.sign(found[integers != 0]) == pytest.approx(np.sign(integers[integers != 0]))
 
 
@@ -149,22 +151,22 @@ def test_rounded_normals_become_normal_again(deviation: float) -> None:
 def test_poisson_batches_become_normal(rate: float) -> None:
     generator = np.random.default_rng(0)
     joined = generator.random((300, 200)) < rate
-    assert least(list(fit.of_membership(joined, rate, generator))).p_value > 1e-3
-    assert fit.distribution(fit.of_sizes(joined.sum(1), 200, rate, generator)).p_value > 1e-3
+    assert least(list(fit.normal_from_membership(joined, rate, generator))).p_value > 1e-3
+    assert fit.distribution(fit.normal_from_batch_sizes(joined.sum(1), 200, rate, generator)).p_value > 1e-3
 
 
 @pytest.mark.parametrize("count", [3, 200])
 def test_batches_of_fixed_size_are_found(count: int) -> None:
     generator = np.random.default_rng(0)
     sizes = np.full(300, round(0.3 * count))
-    assert fit.distribution(fit.of_sizes(sizes, count, 0.3, generator)).p_value < SIGNIFICANCE
+    assert fit.distribution(fit.normal_from_batch_sizes(sizes, count, 0.3, generator)).p_value < SIGNIFICANCE
 
 
 def test_batches_that_are_never_empty_and_batches_of_before_are_found() -> None:
     generator = np.random.default_rng(0)
     joined = generator.random((400, 3)) < 0.2
     never = np.maximum(joined.sum(1), 1)
-    assert fit.distribution(fit.of_sizes(never, 3, 0.2, generator)).p_value < SIGNIFICANCE
+    assert fit.distribution(fit.normal_from_batch_sizes(never, 3, 0.2, generator)).p_value < SIGNIFICANCE
     joined = generator.random((40, 200)) < 0.2
     joined[20:] = joined[:20]
-    assert least(list(fit.of_membership(joined, 0.2, generator))).p_value < SIGNIFICANCE
+    assert least(list(fit.normal_from_membership(joined, 0.2, generator))).p_value < SIGNIFICANCE

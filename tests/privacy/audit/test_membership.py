@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from privacy.audit.membership import Trial, judge, matched, roc
+from privacy.audit.membership import AttackTrial, judge, matched_weights, roc
 
 
-def trial(scores: object, members: object, writers: object = None, letters: object = None) -> Trial:
+def trial(scores: object, members: object, writers: object = None, letters: object = None) -> AttackTrial:
     scores, members = np.asarray(scores, float), np.asarray(members, bool)
     same = np.zeros(len(scores), int)
-    return Trial(
+    return AttackTrial(
         scores,
         members,
         same if writers is None else np.asarray(writers),
@@ -79,10 +79,10 @@ def test_an_attack_that_only_knows_letters_wins_nothing() -> None:
 def test_matching_makes_letters_equal_and_drops_what_one_side_lacks() -> None:
     members = np.array([1, 1, 1, 0, 0, 0], bool)
     letters = np.array([0, 0, 1, 0, 2, 2])
-    assert matched(np.ones(6), members, letters).tolist() == [1, 1, 0, 2, 0, 0]
+    assert matched_weights(np.ones(6), members, letters).tolist() == [1, 1, 0, 2, 0, 0]
 
 
-def clustered(seed: int, shift: float = 0.0, writers: int = 40) -> Trial:
+def clustered(seed: int, shift: float = 0.0, writers: int = 40) -> AttackTrial:
     """Twenty pictures of each writer, whose members, by the writer, score higher or lower as one."""
     generator = np.random.default_rng(seed)
     members = np.tile(np.arange(20) % 2 == 0, writers)
@@ -116,7 +116,7 @@ def test_a_real_difference_is_found() -> None:
 
 def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(ValueError, match="one length"):
-        Trial(np.zeros(2), np.zeros(3, bool), np.zeros(3, int), np.zeros(3, int))
+        AttackTrial(np.zeros(2), np.zeros(3, bool), np.zeros(3, int), np.zeros(3, int))
     with pytest.raises(ValueError, match="not finite"):
         trial([np.nan, 1.0], [True, False])
     with pytest.raises(ValueError, match="somebody else's"):

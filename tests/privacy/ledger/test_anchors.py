@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from privacy.ledger import hash_chain
-from privacy.ledger.anchors import Head
-from privacy.ledger.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, History, Ledger
-from privacy.storage import Files
+from privacy.ledger.anchors import JournalHead
+from privacy.ledger.ledger import JOURNAL, MARKER, OUTBOX, RESERVED, SEALED, DeviceLedger, LedgerHistory
+from privacy.storage import FileStorage
 from tests.helpers.storages import FORMS, Kept, KeptFiles
 from tests.privacy.ledger.test_ledger import FIRST, KEY, PLAN, free
 
@@ -30,11 +30,11 @@ ROUNDS = 3
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
     """A device that answered some rounds."""
     found: Kept = request.param(tmp_path)
-    answer(Ledger(found.storage()), ROUNDS)
+    answer(DeviceLedger(found.storage()), ROUNDS)
     return found
 
 
-def answer(ledger: Ledger, rounds: int, run: str = "run") -> None:
+def answer(ledger: DeviceLedger, rounds: int, run: str = "run") -> None:
     for number in range(1, rounds + 1):
         made = replace(FIRST, run=run, round=number)
         ledger.reserve(made, free)
@@ -43,7 +43,7 @@ def answer(ledger: Ledger, rounds: int, run: str = "run") -> None:
 
 def refused(kept: Kept, match: str) -> None:
     """Whatever is asked of the ledger, and nothing is changed."""
-    ledger, before = Ledger(kept.storage()), (kept.lines(), kept.head(), kept.blobs())
+    ledger, before = DeviceLedger(kept.storage()), (kept.lines(), kept.head(), kept.blobs())
     for attempt in (
         ledger.entries,
         lambda: ledger.reserve(replace(FIRST, round=99), free),
@@ -62,7 +62,7 @@ def refused(kept: Kept, match: str) -> None:
 def not_charged(kept: Kept, match: str) -> None:
     before = (kept.lines(), kept.head())
     with pytest.raises(AntherError, match=match):
-        Ledger(kept.storage()).reserve(replace(FIRST, round=99), free)
+        DeviceLedger(kept.storage()).reserve(replace(FIRST, round=99), free)
     assert (kept.lines(), kept.head()) == before
 
 
@@ -86,7 +86,7 @@ def test_every_line_is_linked_and_the_last_is_held_by_the_head(kept: Kept) -> No
         kept.put_lines(swapped)
         refused(kept, "doesn't follow")
     kept.put_lines(whole)
-    assert len(Ledger(kept.storage()).entries()) == ROUNDS
+    assert len(DeviceLedger(kept.storage()).entries()) == ROUNDS
 
 
 def test_a_shortened_ledger(kept: Kept) -> None:
@@ -107,8 +107,8 @@ def test_a_missing_ledger(kept: Kept) -> None:
     kept.put_head(None)
     refused(kept, "is missing")
     kept.put_blob(MARKER, None)
-    ledger = Ledger(kept.storage())
-    assert ledger.history() == History()
+    ledger = DeviceLedger(kept.storage())
+    assert ledger.history() == LedgerHistory()
     ledger.reserve(FIRST, free)
     assert kept.head() != head
 
@@ -119,13 +119,13 @@ def test_a_missing_head(kept: Kept) -> None:
     kept.put_blob(MARKER, None)
     refused(kept, "head is missing")
     kept.put_lines(kept.lines()[:1])
-    Ledger(kept.storage()).entries()  # as a crash while enrolling leaves it: nothing was charged
+    DeviceLedger(kept.storage()).entries()  # as a crash while enrolling leaves it: nothing was charged
 
 
 def test_a_marker_that_alone_is_missing_is_put_back(kept: Kept) -> None:
     marker = kept.storage().read(MARKER)
     kept.put_blob(MARKER, None)
-    Ledger(kept.storage()).reserve(FIRST, free)
+    DeviceLedger(kept.storage()).reserve(FIRST, free)
     assert kept.storage().read(MARKER) == marker
 
 
@@ -134,15 +134,15 @@ def test_a_head_behind_is_mended(kept: Kept) -> None:
     whole, now = kept.lines(), kept.head()
     ledger = json.loads(whole[0])["ledger"]
     for events in range(1, len(whole)):
-        kept.put_head(Head(ledger, events, hash_chain.head(whole[:events])).to_json())
-        assert len(Ledger(kept.storage()).entries()) == ROUNDS
+        kept.put_head(JournalHead(ledger, events, hash_chain.head(whole[:events])).to_json())
+        assert len(DeviceLedger(kept.storage()).entries()) == ROUNDS
         assert kept.head() == now
 
 
 def test_a_line_is_durable_before_the_head_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line of a process that was killed before its fsync, too: a power cut may still take it back."""
     kept, done = KeptFiles(tmp_path), list[str]()
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     head = kept.head()
     ledger.seal(FIRST, b"reply")
@@ -179,8 +179,8 @@ def test_a_line_is_durable_before_the_head_names_it(tmp_path: Path, monkeypatch:
         (lambda now: replace(now, events=0), "not the head of a ledger"),
     ],
 )
-def test_a_head_of_another_past(kept: Kept, head: Callable[[Head], Head], match: str) -> None:
-    now = Head(**json.loads(kept.head() or b""))
+def test_a_head_of_another_past(kept: Kept, head: Callable[[JournalHead], JournalHead], match: str) -> None:
+    now = JournalHead(**json.loads(kept.head() or b""))
     kept.put_head(head(now).to_json())
     refused(kept, match)
 
@@ -198,7 +198,7 @@ def test_a_damaged_anchor(kept: Kept, data: bytes) -> None:
 def test_a_clone_of_another_device(tmp_path: Path) -> None:
     ada, bob = KeptFiles(tmp_path / "ada"), KeptFiles(tmp_path / "bob")
     for name, device in (("ada", ada), ("bob", bob)):
-        answer(Ledger(device.storage()), ROUNDS, run=name)
+        answer(DeviceLedger(device.storage()), ROUNDS, run=name)
     shutil.rmtree(tmp_path / "bob/device")
     shutil.copytree(tmp_path / "ada/device", tmp_path / "bob/device")
     refused(bob, "brought from elsewhere")
@@ -208,28 +208,28 @@ def test_a_clone_of_another_device(tmp_path: Path) -> None:
     not_charged(bob, "brought from elsewhere")
     shutil.copytree(tmp_path / "ada/device", tmp_path / "elsewhere/device")
     refused(KeptFiles(tmp_path / "elsewhere"), "head is missing")
-    answer(Ledger(ada.storage()), ROUNDS, run="ada")  # its owner is not harmed
+    answer(DeviceLedger(ada.storage()), ROUNDS, run="ada")  # its owner is not harmed
 
 
 def test_a_backup_of_the_store_is_found_to_be_older(tmp_path: Path) -> None:
     kept = KeptFiles(tmp_path)
     for number in range(1, 4):
         made = replace(FIRST, round=number)
-        Ledger(kept.storage()).reserve(made, free)
-        Ledger(kept.storage()).seal(made, b"reply")
+        DeviceLedger(kept.storage()).reserve(made, free)
+        DeviceLedger(kept.storage()).seal(made, b"reply")
         shutil.copytree(tmp_path / "device", tmp_path / f"backup-{number}")
     for number in (1, 2, 3):
         shutil.rmtree(tmp_path / "device")
         shutil.copytree(tmp_path / f"backup-{number}", tmp_path / "device")
         if number < 3:
             refused(kept, "rolled back")
-    assert len(Ledger(kept.storage()).entries()) == 3
+    assert len(DeviceLedger(kept.storage()).entries()) == 3
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> dict[Path, bytes]:
     """Journal and head of a device that answered one round."""
-    answer(Ledger(KeptFiles(tmp_path).storage()), 1)
+    answer(DeviceLedger(KeptFiles(tmp_path).storage()), 1)
     return {file: file.read_bytes() for file in (tmp_path / "device" / JOURNAL, tmp_path / "device.heads" / JOURNAL)}
 
 
@@ -243,7 +243,7 @@ def test_a_flipped_bit_is_found(whole: dict[Path, bytes], at: int, bit: int) -> 
     damaged[place] ^= 1 << bit
     file.write_bytes(damaged)
     with pytest.raises(AntherError):
-        Ledger(Files(file.parent.with_name("device"))).entries()
+        DeviceLedger(FileStorage(file.parent.with_name("device"))).entries()
     for every, data in whole.items():
         every.write_bytes(data)
 
@@ -256,7 +256,7 @@ def test_processes_at_once_keep_one_chain(form: type[KeptFiles], tmp_path: Path)
         if (pid := os.fork()) == 0:
             status = 1
             try:
-                ledger = Ledger(form(tmp_path).storage())
+                ledger = DeviceLedger(form(tmp_path).storage())
                 for number in range(1, 6):
                     made = replace(FIRST, run=f"run {child}", round=number)
                     ledger.reserve(made, free)
@@ -266,19 +266,19 @@ def test_processes_at_once_keep_one_chain(form: type[KeptFiles], tmp_path: Path)
                 os._exit(status)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
-    history = Ledger(kept.storage()).history()
+    history = DeviceLedger(kept.storage()).history()
     assert history.events == len(kept.lines()) == 1 + 4 * 5 * 2
     assert [entry.state for entry in history.entries.values()] == [SEALED] * 20
 
 
 def test_set_aside_it_can_be_brought_back(tmp_path: Path) -> None:
-    kept, files = KeptFiles(tmp_path), Files(tmp_path / "device")
-    answer(Ledger(files), ROUNDS)
+    kept, files = KeptFiles(tmp_path), FileStorage(tmp_path / "device")
+    answer(DeviceLedger(files), ROUNDS)
     before = (kept.lines(), kept.head(), kept.blobs())
     aside = files.set_aside(JOURNAL, OUTBOX, MARKER)
     assert aside is not None
-    assert Ledger(files).history() == History()
-    Ledger(files).reserve(FIRST, free)
+    assert DeviceLedger(files).history() == LedgerHistory()
+    DeviceLedger(files).reserve(FIRST, free)
     again = files.set_aside(JOURNAL, OUTBOX, MARKER)
     assert again not in (None, aside)
     assert not (tmp_path / "device" / OUTBOX).exists()
@@ -288,20 +288,20 @@ def test_set_aside_it_can_be_brought_back(tmp_path: Path) -> None:
     aside.rmdir()
     shutil.rmtree(again or "")
     (tmp_path / "device/ledger.jsonl").stat()
-    assert len(Ledger(files).entries()) == ROUNDS
+    assert len(DeviceLedger(files).entries()) == ROUNDS
     assert (kept.lines(), kept.head(), kept.blobs()) == before
 
 
 def test_there_may_be_nothing_to_set_aside(tmp_path: Path) -> None:
-    assert Files(tmp_path / "device").set_aside(JOURNAL, OUTBOX, MARKER) is None
+    assert FileStorage(tmp_path / "device").set_aside(JOURNAL, OUTBOX, MARKER) is None
     assert not (tmp_path / "device").exists()
 
 
 def test_who_waits_for_a_ledger_that_is_set_aside_writes_into_the_new_one(tmp_path: Path) -> None:
-    files = Files(tmp_path / "device")
-    answer(Ledger(files), 1)
+    files = FileStorage(tmp_path / "device")
+    answer(DeviceLedger(files), 1)
     with files.journal(JOURNAL):
-        waiter = threading.Thread(target=lambda: Ledger(Files(tmp_path / "device")).reserve(FIRST, free))
+        waiter = threading.Thread(target=lambda: DeviceLedger(FileStorage(tmp_path / "device")).reserve(FIRST, free))
         waiter.start()
         waiter.join(0.2)
         assert waiter.is_alive()
@@ -309,5 +309,5 @@ def test_who_waits_for_a_ledger_that_is_set_aside_writes_into_the_new_one(tmp_pa
             path.rename(tmp_path / to)
     waiter.join()
     assert len((tmp_path / "old").read_bytes().splitlines()) == 3
-    (entry,) = Ledger(files).entries()
+    (entry,) = DeviceLedger(files).entries()
     assert (entry.reservation, entry.state) == (FIRST, RESERVED)

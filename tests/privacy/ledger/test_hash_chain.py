@@ -49,5 +49,5 @@ def test_it_begins_with_what_its_head_stood_for_and_with_nothing_else(count: int
     lines = made(count)
     before = made(known)
     digest = hashlib.sha256(before[-1]).hexdigest() if before else hash_chain.START
-    assert hash_chain.begins(lines, known, digest) == (known <= count)
-    assert not hash_chain.begins(lines, known, hashlib.sha256(b"another").hexdigest())
+    assert hash_chain.starts_with(lines, known, digest) == (known <= count)
+    assert not hash_chain.starts_with(lines, known, hashlib.sha256(b"another").hexdigest())

@@ -15,8 +15,18 @@ import privacy.ledger.ledger
 from common.errors import AntherError
 from privacy.accounting import Mechanism, NonPrivate, PoissonGaussian
 from privacy.ledger import entries, hash_chain
-from privacy.ledger.ledger import MEASURE, RESERVED, SEALED, SENT, Entry, History, Ledger, Reservation, _Replayed
-from privacy.policy import Policy, Refusal
+from privacy.ledger.ledger import (
+    MEASURE,
+    RESERVED,
+    SEALED,
+    SENT,
+    DeviceLedger,
+    LedgerEntry,
+    LedgerHistory,
+    Reservation,
+    _Replayed,
+)
+from privacy.policy import Policy, RequestRefusedError
 from tests.helpers.storages import FORMS, Kept, KeptFiles
 
 GAUSSIAN = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.2, steps=25)
@@ -35,7 +45,7 @@ KEY, PLAN = FIRST.key, FIRST.plan
 
 
 def _refuse(_past: Sequence[Mechanism], _new: Mechanism) -> None:
-    raise Refusal("not this one")
+    raise RequestRefusedError("not this one")
 
 
 def free(_past: Sequence[Mechanism], _new: Mechanism) -> None:
@@ -49,24 +59,24 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
 
 
 def test_a_round_from_reservation_to_delivery(kept: Kept) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     assert ledger.sealed(KEY, PLAN) is None
     ledger.reserve(FIRST, free)
-    assert ledger.entries() == (Entry(FIRST, RESERVED),)
+    assert ledger.entries() == (LedgerEntry(FIRST, RESERVED),)
     assert ledger.sealed(KEY, PLAN) is None
     assert ledger.seal(FIRST, b"reply") == b"reply"
-    assert Ledger(kept.storage()).sealed(KEY, PLAN) == b"reply"
+    assert DeviceLedger(kept.storage()).sealed(KEY, PLAN) == b"reply"
     assert [entry.state for entry in ledger.entries()] == [SEALED]
     ledger.reserve(replace(FIRST, round=2), free, settles=True)
     assert [entry.state for entry in ledger.entries()] == [SENT, RESERVED]
     assert not kept.blobs()
-    with pytest.raises(Refusal, match="can't be sent again"):
+    with pytest.raises(RequestRefusedError, match="can't be sent again"):
         ledger.sealed(KEY, PLAN)
     assert len(kept.lines()) == 5  # with the enrolment
 
 
 def test_only_earlier_rounds_of_the_run_are_settled_and_only_when_asked(kept: Kept) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     for made in (FIRST, replace(FIRST, purpose=MEASURE), replace(FIRST, run="another"), replace(FIRST, round=3)):
         ledger.reserve(made, free)
         ledger.seal(made, b"reply")
@@ -75,7 +85,7 @@ def test_only_earlier_rounds_of_the_run_are_settled_and_only_when_asked(kept: Ke
     ledger.reserve(replace(FIRST, round=3), free, settles=True)  # once more, after a crash
     assert [entry.state for entry in ledger.entries()] == [SENT] + [SEALED] * 3 + [RESERVED]
     assert len(kept.blobs()) == 3
-    with pytest.raises(Refusal, match="not this one"):
+    with pytest.raises(RequestRefusedError, match="not this one"):
         ledger.reserve(replace(FIRST, round=5), _refuse, settles=True)
     assert ledger.sealed(replace(FIRST, run="another").key, PLAN) == b"reply"
 
@@ -84,7 +94,7 @@ def test_both_forms_keep_the_same_lines(tmp_path: Path) -> None:
     found = []
     for form in FORMS:
         kept = form(tmp_path)
-        ledger = Ledger(kept.storage())
+        ledger = DeviceLedger(kept.storage())
         ledger.reserve(FIRST, free)
         ledger.seal(FIRST, b"reply")
         found.append(([without_chance(line) for line in kept.lines()], kept.blobs()))
@@ -97,7 +107,7 @@ def without_chance(line: bytes) -> dict[str, object]:
 
 
 def test_everything_stays_in_its_own_folder(tmp_path: Path) -> None:
-    ledger = Ledger(KeptFiles(tmp_path).storage())
+    ledger = DeviceLedger(KeptFiles(tmp_path).storage())
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"reply")
     assert {path.name for path in tmp_path.iterdir()} == {"device", "device.heads"}
@@ -107,15 +117,15 @@ def test_everything_stays_in_its_own_folder(tmp_path: Path) -> None:
 
 
 def test_a_second_seal_sends_the_first_reply(kept: Kept) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"first")
-    assert Ledger(kept.storage()).seal(FIRST, b"second") == b"first"
+    assert DeviceLedger(kept.storage()).seal(FIRST, b"second") == b"first"
     assert ledger.sealed(KEY, PLAN) == b"first"
 
 
 def test_a_reserved_round_is_charged_once_and_for_ever(kept: Kept) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     once = ledger.spent(1e-3)
     ledger.reserve(FIRST, free)  # the same round again, after a crash
@@ -128,10 +138,10 @@ def test_a_reserved_round_is_charged_once_and_for_ever(kept: Kept) -> None:
 
 def test_what_others_wrote_is_seen_at_the_next_look(kept: Kept) -> None:
     """What was read before may be kept, but never believed over what is there."""
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     for number in range(1, 6):
-        assert len(ledger.entries()) == len(Ledger(kept.storage()).entries()) == number - 1
-        (ledger if number % 2 else Ledger(kept.storage())).reserve(replace(FIRST, round=number), free)
+        assert len(ledger.entries()) == len(DeviceLedger(kept.storage()).entries()) == number - 1
+        (ledger if number % 2 else DeviceLedger(kept.storage())).reserve(replace(FIRST, round=number), free)
     whole = kept.lines()
     for damaged in (whole[:2], [*whole[:2], whole[3]], [*whole[:-2], whole[-1], whole[-2]], [*whole, whole[-1]]):
         kept.put_lines(damaged)
@@ -143,7 +153,7 @@ def test_what_others_wrote_is_seen_at_the_next_look(kept: Kept) -> None:
 
 def test_what_is_kept_of_events_is_what_their_lines_say(kept: Kept) -> None:
     """After events of its own a ledger doesn't read its lines again: it must know what whoever does would find."""
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     for number, mechanism in enumerate((GAUSSIAN, NonPrivate(), GAUSSIAN), start=1):
         made = replace(FIRST, round=number, mechanism=mechanism, clip=None if mechanism == NonPrivate() else 0.1 + 0.2)
         known = [ledger.reserve(made, free, settles=True)]
@@ -157,7 +167,7 @@ def test_what_is_kept_of_events_is_what_their_lines_say(kept: Kept) -> None:
 
 def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("privacy.ledger.ledger._replayed", _Replayed(most=2))
-    ledgers = [Ledger(KeptFiles(tmp_path / str(number)).storage()) for number in range(4)]
+    ledgers = [DeviceLedger(KeptFiles(tmp_path / str(number)).storage()) for number in range(4)]
     for number in (1, 2, 3):
         for ledger in ledgers:
             ledger.reserve(replace(FIRST, round=number), free)
@@ -168,30 +178,30 @@ def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytes
 
 def test_simulated_noise_is_charged_all_the_same(tmp_path: Path) -> None:
     real, test = KeptFiles(tmp_path / "real"), KeptFiles(tmp_path / "test")
-    Ledger(real.storage()).reserve(FIRST, free)
-    Ledger(test.storage()).reserve(replace(FIRST, release=False), free)
-    assert Ledger(test.storage()).spent(1e-3) == Ledger(real.storage()).spent(1e-3)
+    DeviceLedger(real.storage()).reserve(FIRST, free)
+    DeviceLedger(test.storage()).reserve(replace(FIRST, release=False), free)
+    assert DeviceLedger(test.storage()).spent(1e-3) == DeviceLedger(real.storage()).spent(1e-3)
     assert json.loads(test.lines()[1])["release"] is False
 
 
 @pytest.mark.parametrize("seal", [False, True])
 def test_another_plan_for_the_same_round_is_refused(kept: Kept, seal: bool) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     if seal:
         ledger.seal(FIRST, b"reply")
     other = replace(FIRST, plan="p2")
     for attempt in (lambda: ledger.reserve(other, free), lambda: ledger.sealed(KEY, other.plan)):
-        with pytest.raises(Refusal, match="another plan"):
+        with pytest.raises(RequestRefusedError, match="another plan"):
             attempt()
     assert len(ledger.entries()) == 1
 
 
 def test_a_refused_round_is_not_charged(kept: Kept) -> None:
-    ledger, policy = Ledger(kept.storage()), Policy(max_epsilon=2.0, delta=1e-3)
+    ledger, policy = DeviceLedger(kept.storage()), Policy(max_epsilon=2.0, delta=1e-3)
     ledger.reserve(FIRST, policy.check_spending)  # ε = 1.6
     before = kept.lines()
-    with pytest.raises(Refusal, match=r"ε=2\.3\d per image .* allows 2"):
+    with pytest.raises(RequestRefusedError, match=r"ε=2\.3\d per image .* allows 2"):
         ledger.reserve(replace(FIRST, round=2), policy.check_spending)
     assert kept.lines() == before
 
@@ -199,7 +209,7 @@ def test_a_refused_round_is_not_charged(kept: Kept) -> None:
 def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
     """At every byte of every line, with the head as it was before: it follows the line."""
     kept, file = KeptFiles(tmp_path), tmp_path / "device/ledger.jsonl"
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     before, head = file.read_bytes(), kept.head()
     ledger.seal(FIRST, b"reply")
@@ -216,14 +226,14 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
 
 
 def test_a_torn_enrolment_leaves_a_fresh_device(tmp_path: Path) -> None:
-    Ledger(KeptFiles(tmp_path / "a").storage()).reserve(FIRST, free)
+    DeviceLedger(KeptFiles(tmp_path / "a").storage()).reserve(FIRST, free)
     enrolment = KeptFiles(tmp_path / "a").lines()[0]
     for length in range(len(enrolment) + 1):  # the last without its line end
         kept = KeptFiles(tmp_path / str(length))
         (tmp_path / str(length) / "device").mkdir(parents=True)
         (tmp_path / str(length) / "device/ledger.jsonl").write_bytes(enrolment[:length])
-        ledger = Ledger(kept.storage())
-        assert ledger.history() == History()
+        ledger = DeviceLedger(kept.storage())
+        assert ledger.history() == LedgerHistory()
     assert ledger.reserve(FIRST, free).events == 2
 
 
@@ -245,7 +255,7 @@ OUT_OF_TURN: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("garbage", [*NO_EVENTS, *OUT_OF_TURN])
 def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: bytes | dict[str, Any]) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     lines, head = kept.lines(), kept.head()
     if isinstance(garbage, dict):  # well chained, and said by nobody in his senses
@@ -260,7 +270,7 @@ def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: byt
 
 
 def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     kept.put_lines([hash_chain.line({"at": "now", **entries.reserved(FIRST)}, hash_chain.START)])
     with pytest.raises(AntherError, match="begins with its one enrolment"):
@@ -269,7 +279,7 @@ def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
 
 @pytest.mark.parametrize("damage", [None, b"Reply"])
 def test_a_damaged_sealed_reply_is_never_replaced(kept: Kept, damage: bytes | None) -> None:
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
     ledger.seal(FIRST, b"reply")
     (name,) = kept.blobs()
@@ -282,13 +292,13 @@ def test_a_damaged_sealed_reply_is_never_replaced(kept: Kept, damage: bytes | No
 @pytest.mark.parametrize("shared", [False, True])
 def test_two_at_once_can_not_both_take_the_last_of_a_budget(kept: Kept, shared: bool) -> None:
     policy, refused, storage = Policy(max_epsilon=2.0, delta=1e-3), [], kept.storage()
-    Ledger(storage).entries()
+    DeviceLedger(storage).entries()
 
     def reserve(number: int) -> None:
         try:
-            ledger = Ledger(storage if shared else kept.storage())
+            ledger = DeviceLedger(storage if shared else kept.storage())
             ledger.reserve(replace(FIRST, round=number), policy.check_spending)
-        except Refusal as refusal:
+        except RequestRefusedError as refusal:
             refused.append(refusal)
 
     threads = [threading.Thread(target=reserve, args=(number,)) for number in range(6)]
@@ -296,19 +306,19 @@ def test_two_at_once_can_not_both_take_the_last_of_a_budget(kept: Kept, shared: 
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(Ledger(kept.storage()).entries()) == 1
+    assert len(DeviceLedger(kept.storage()).entries()) == 1
     assert len(refused) == 5
 
 
 def test_what_the_seal_was_made_from_is_what_the_ledger_says(kept: Kept) -> None:
     """A reserved round that was begun on other pictures is trained anew: the same charge, one release, no lie."""
-    ledger = Ledger(kept.storage())
+    ledger = DeviceLedger(kept.storage())
     ledger.reserve(replace(FIRST, release=False), free)
     spent = ledger.spent(1e-3)
     now = replace(FIRST, data="e" * 64, adapter="c" * 64, release=True)
     ledger.reserve(now, free)
     ledger.seal(now, b"reply")
-    (entry,) = Ledger(kept.storage()).entries()
+    (entry,) = DeviceLedger(kept.storage()).entries()
     assert entry.reservation == now
     assert len(entry.at) == 2
     assert ledger.spent(1e-3) == spent
@@ -316,7 +326,7 @@ def test_what_the_seal_was_made_from_is_what_the_ledger_says(kept: Kept) -> None
 
 
 def test_a_measure_of_the_same_round_is_charged_and_sealed_beside_it(kept: Kept) -> None:
-    ledger, measure = Ledger(kept.storage()), replace(FIRST, purpose=MEASURE, plan="m", data="v" * 64)
+    ledger, measure = DeviceLedger(kept.storage()), replace(FIRST, purpose=MEASURE, plan="m", data="v" * 64)
     ledger.reserve(FIRST, free)
     one = ledger.spent(1e-3).value
     ledger.reserve(measure, free)
@@ -331,16 +341,16 @@ def test_a_measure_of_the_same_round_is_charged_and_sealed_beside_it(kept: Kept)
 
 
 def test_an_echo_can_refuse_and_never_permit(kept: Kept) -> None:
-    ledger = Ledger(kept.storage())
-    with pytest.raises(Refusal, match="holds 0 events and the server heard of 1"):
+    ledger = DeviceLedger(kept.storage())
+    with pytest.raises(RequestRefusedError, match="holds 0 events and the server heard of 1"):
         ledger.sealed(KEY, PLAN, echo=1)
     assert ledger.reserve(FIRST, free).events == 2
     ledger.seal(FIRST, b"reply")
     for echo in (-1, 0, 1, 3):
         assert ledger.sealed(KEY, PLAN, echo=echo) == b"reply"
     for attempt in (KEY, replace(FIRST, round=2).key):
-        with pytest.raises(Refusal, match="holds 3 events and the server heard of 4"):
+        with pytest.raises(RequestRefusedError, match="holds 3 events and the server heard of 4"):
             ledger.sealed(attempt, PLAN, echo=4)
-    with pytest.raises(Refusal, match="another plan"):
+    with pytest.raises(RequestRefusedError, match="another plan"):
         ledger.sealed(KEY, "p2", echo=-5)
     assert len(kept.lines()) == 3

@@ -13,13 +13,13 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from common import strict_json
-from conf.schemas.server import Limits
-from protocol.handshake import Enrolment
+from conf.schemas.server import LimitsConfig
+from protocol.handshake import Enrollment
 from protocol.messages import NEWEST, OLDEST
 from server.gateway import calls, identity
 from server.gateway.app import Gateway
-from server.gateway.limits import Budget
-from tests.helpers.served import Served, hello, new_key, openssh, pem, signed
+from server.gateway.limits import RequestBudget
+from tests.helpers.served import GatewayHarness, hello, new_key, openssh, pem, signed
 
 BASE, IN = "/v1/anther/base/x/manifest", "/v1/anther/in"
 PULL = calls.PULL_MESSAGES.path
@@ -27,7 +27,7 @@ PULL = calls.PULL_MESSAGES.path
 
 @pytest.fixture
 def served(tmp_path):
-    found = Served(tmp_path, shelf=[Route(BASE, lambda _: PlainTextResponse("a base"))])
+    found = GatewayHarness(tmp_path, shelf=[Route(BASE, lambda _: PlainTextResponse("a base"))])
     with found.client:
         yield found
 
@@ -38,7 +38,7 @@ def client(served):
 
 
 def enrolled(served, key, name="pi"):
-    asked = Enrolment(protocol=NEWEST, secret=served.register.issue("ada"), key=openssh(key), name=name)
+    asked = Enrollment(protocol=NEWEST, secret=served.register.issue("ada"), key=openssh(key), name=name)
     found = served.client.post("/v1/anther/enrol", content=strict_json.dumps(asked))
     assert found.status_code == 200, found.text
     return key
@@ -46,7 +46,7 @@ def enrolled(served, key, name="pi"):
 
 def test_a_device_enrols_and_reaches_the_base(served, client):
     welcomed = []
-    served.gateway.welcome = lambda key, name: welcomed.append((key, name))
+    served.gateway.register_node = lambda key, name: welcomed.append((key, name))
     key = enrolled(served, new_key())
     assert welcomed == [(openssh(key), "pi")]
     assert client.get(BASE, headers=signed(key, BASE)).text == "a base"
@@ -98,7 +98,7 @@ def test_a_signature_is_for_one_path_and_one_time_and_one_key(served, client):
     ]
     assert [client.get(BASE, headers=headers).status_code for headers in bad] == [401] * 5
     without_zone = signed(key, BASE, at=datetime.now())  # noqa: DTZ005
-    assert identity.proven(Headers(without_zone), BASE) is None
+    assert identity.authenticate(Headers(without_zone), BASE) is None
 
 
 def test_fleet_calls_are_proven_before_their_body_is_read(served, client):
@@ -193,8 +193,8 @@ def test_fields_that_flower_doesnt_know_are_not_handed_on(served):
 
 
 def test_a_device_has_so_many_requests_a_minute(tmp_path):
-    served = Served(tmp_path)
-    served.gateway.budget = Budget(Limits(requests_per_minute=50), lambda: 0.0)
+    served = GatewayHarness(tmp_path)
+    served.gateway.budget = RequestBudget(LimitsConfig(requests_per_minute=50), lambda: 0.0)
     with served.client:
         pi, other = served.node("pi"), served.node("other")
         statuses = [pi.call(calls.PULL_MESSAGES)[0] for _ in range(60)]
@@ -203,8 +203,8 @@ def test_a_device_has_so_many_requests_a_minute(tmp_path):
 
 
 def test_hostile_requests_count_as_many(tmp_path, caplog):
-    served = Served(tmp_path)
-    served.gateway.budget = Budget(Limits(requests_per_minute=100), lambda: 0.0)
+    served = GatewayHarness(tmp_path)
+    served.gateway.budget = RequestBudget(LimitsConfig(requests_per_minute=100), lambda: 0.0)
     with served.client:
         pi = served.node("pi")
         statuses = [pi.call(calls.REGISTER, public_key=pem(pi.key))[0] for _ in range(10)]
@@ -216,8 +216,8 @@ def test_hostile_requests_count_as_many(tmp_path, caplog):
 
 def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
     """One that reads slowly would else have us keep an answer of 20 MiB for each of its connections."""
-    served = Served(tmp_path)
-    served.gateway.budget = Budget(Limits(concurrent=1))
+    served = GatewayHarness(tmp_path)
+    served.gateway.budget = RequestBudget(LimitsConfig(concurrent=1))
     with served.client as client:
         pi, other = served.node("pi"), served.node("other")
         began, over = threading.Event(), asyncio.Event()
@@ -258,13 +258,13 @@ def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
 
 
 def test_without_tls_a_node_registers_itself(tmp_path):
-    served = Served(tmp_path)
+    served = GatewayHarness(tmp_path)
     gateway = Gateway(
         inside="http://inside",
         register=served.register,
         hello=hello,
         authority=b"",
-        welcome=lambda *_: None,
+        register_node=lambda *_: None,
         transport=served.gateway.transport,
         folder=tmp_path,
     )

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from common.errors import AntherError
 from models.base import assets, chunk_manifest
-from server.gateway.base_files import Shelf, routes
+from server.gateway.base_files import BaseFiles, routes
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def base(tmp_path: Path) -> Path:
 
 
 def client(*folders: Path) -> TestClient:
-    return TestClient(Starlette(routes=routes(Shelf(folders))))
+    return TestClient(Starlette(routes=routes(BaseFiles(folders))))
 
 
 def test_a_base_whole_and_in_parts(base: Path) -> None:
     asked, wanted = client(base), assets.digest(base)
     manifest = asked.get(f"/v1/anther/base/{wanted}/manifest")
-    assert chunk_manifest.decode(manifest.content, wanted) == chunk_manifest.of(base)
+    assert chunk_manifest.decode_manifest(manifest.content, wanted) == chunk_manifest.of(base)
     path = f"/v1/anther/base/{wanted}/file/1"
     assert asked.get(path).content == bytes(range(200))
     part = asked.get(path, headers={"Range": "bytes=50-59"})
@@ -75,4 +75,4 @@ def test_files_of_the_hubs_cache_are_links(base: Path, tmp_path: Path) -> None:
 def test_a_base_that_cant_be_handed_on_stops_the_server(base: Path) -> None:
     (base / "my notes.txt").write_text("x")
     with pytest.raises(AntherError, match="my notes"):
-        Shelf([base])
+        BaseFiles([base])

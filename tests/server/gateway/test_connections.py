@@ -2,10 +2,10 @@
 
 import pytest
 
-from conf.schemas.server import Limits
-from server.gateway.connections import Connections, Phase, network
+from conf.schemas.server import LimitsConfig
+from server.gateway.connections import ConnectionPhase, ConnectionTable, network
 
-LIMITS = Limits(connections=3, total_connections=8, header_seconds=20, idle_seconds=60, slowest_kib=4)
+LIMITS = LimitsConfig(connections=3, total_connections=8, header_seconds=20, idle_seconds=60, slowest_kib=4)
 
 
 class Clock:
@@ -23,7 +23,7 @@ def clock():
 
 @pytest.fixture
 def connections(clock):
-    return Connections(LIMITS, clock, total=8)
+    return ConnectionTable(LIMITS, clock, total=8)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_one_address_has_so_many_that_nobody_has_shown_on(connections, clock, co
     assert [come("192.0.2.1", port) for port in range(4)] == [True] * 3 + [False], "all have only just come"
     assert come("192.0.2.2", 1)
     clock.now += 1
-    connections.prove(("192.0.2.1", 0), "key")
+    connections.mark_authenticated(("192.0.2.1", 0), "key")
     assert come("192.0.2.1", 4)
     assert ended == []
     assert come("192.0.2.1", 5)
@@ -57,7 +57,7 @@ def test_one_address_has_so_many_that_nobody_has_shown_on(connections, clock, co
 def test_of_ipv6_one_sender_has_a_64(connections, come):
     assert [come(f"2001:db8::{n}", n) for n in range(4)] == [True] * 3 + [False]
     assert come("2001:db8:0:1::1", 1)
-    connections.prove(("2001:db8::0", 0), "key")
+    connections.mark_authenticated(("2001:db8::0", 0), "key")
     connections.release(("2001:db8::0", 0, 0, 0))
     assert connections.found(("2001:db8::1", 1, 0, 0)).key is None
     assert len(connections) == 3
@@ -68,22 +68,22 @@ def test_of_ipv6_one_sender_has_a_64(connections, come):
 def test_when_all_are_taken_the_oldest_stranger_makes_room(connections, clock, come, ended):
     hosts = ["192.0.2.1", "192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5", "192.0.2.6"]
     assert all(come(host, port) for port, host in enumerate(hosts))
-    connections.prove(("192.0.2.1", 0), "key")
+    connections.mark_authenticated(("192.0.2.1", 0), "key")
     clock.now += 1
     assert come("192.0.2.7", 100)
     assert ended == [("192.0.2.1", 1)], "of the network that holds most; a device's own stays"
     assert len(connections) == 8
     clock.now += 1
     for address in [*connections._open]:
-        connections.prove(address, f"key of {address}")
+        connections.mark_authenticated(address, f"key of {address}")
     assert not come("192.0.2.8", 100), "devices that have shown who they are aren't sent away for a stranger"
 
 
 def test_of_one_device_the_oldest_of_too_many_is_closed(ended):
-    many = Connections(Limits(), total=100)
+    many = ConnectionTable(LimitsConfig(), total=100)
     for port in range(33):
         many.admit(("192.0.2.1", port), lambda port=port: ended.append(port))
-        many.prove(("192.0.2.1", port), "key")
+        many.mark_authenticated(("192.0.2.1", port), "key")
     assert ended == [0]
 
 
@@ -112,7 +112,7 @@ def test_a_body_may_be_slow_but_not_endless(connections, clock, come, ended):
     for port, rate in ((1, 30_000), (2, 5000), (3, 100)):
         come("192.0.2.1", port)
         connection = connections.found(("192.0.2.1", port))
-        connection.enter(Phase.BODY, clock.now)
+        connection.enter(ConnectionPhase.BODY, clock.now)
         drip(connections, clock, connection, rate, 600)
         connections.release(("192.0.2.1", port))
     assert set(ended) == {("192.0.2.1", 3)}
@@ -121,7 +121,7 @@ def test_a_body_may_be_slow_but_not_endless(connections, clock, come, ended):
 def test_a_body_that_stops_coming(connections, clock, come, ended):
     come("192.0.2.1", 1)
     connection = connections.found(("192.0.2.1", 1))
-    connection.enter(Phase.BODY, clock.now)
+    connection.enter(ConnectionPhase.BODY, clock.now)
     connection.bytes = 10 << 20
     clock.now += 59
     connections.sweep()
@@ -134,14 +134,14 @@ def test_a_body_that_stops_coming(connections, clock, come, ended):
 def test_an_answer_over_a_slow_line_is_waited_for_and_one_that_nobody_reads_is_not(connections, clock, come, ended):
     come("192.0.2.1", 1)
     connection = connections.found(("192.0.2.1", 1))
-    connection.enter(Phase.ANSWER, clock.now)
+    connection.enter(ConnectionPhase.ANSWER, clock.now)
     left = [5 << 20]
     connection.unsent = lambda: left[0]
     for _ in range(150):
         clock.now += 1
         left[0] -= 30_000
         connections.sweep()
-    connection.enter(Phase.HEAD, clock.now)
+    connection.enter(ConnectionPhase.HEAD, clock.now)
     for _ in range(30):  # the last of it, after it was written
         clock.now += 1
         left[0] = max(left[0] - 1000, 1)
@@ -154,7 +154,7 @@ def test_an_answer_over_a_slow_line_is_waited_for_and_one_that_nobody_reads_is_n
 
 def test_the_server_may_take_its_time(connections, clock, come, ended):
     come("192.0.2.1", 1)
-    connections.found(("192.0.2.1", 1)).enter(Phase.ANSWER, clock.now)
+    connections.found(("192.0.2.1", 1)).enter(ConnectionPhase.ANSWER, clock.now)
     clock.now += 1000
     connections.sweep()
     assert ended == []

@@ -8,16 +8,16 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node as ProtoNode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from conf.schemas.server import Limits
+from conf.schemas.server import LimitsConfig
 from server.gateway import calls
-from tests.helpers.served import Served, names, pem, records
+from tests.helpers.served import GatewayHarness, names, pem, records
 
 QUERY = RecordDict({"message": ConfigRecord({"json": "{}"})})
 
 
 @pytest.fixture
 def served(tmp_path):
-    found = Served(tmp_path, limits=Limits(requests_per_minute=100_000))
+    found = GatewayHarness(tmp_path, limits=LimitsConfig(requests_per_minute=100_000))
     with found.client:
         yield found
 
@@ -211,7 +211,7 @@ def test_objects_are_what_their_ids_say_and_the_reply_holds_no_others(served, pi
 
 
 def test_a_reply_holds_no_more_than_the_largest_adapter(tmp_path):
-    served = Served(tmp_path, largest=1000, limits=Limits(requests_per_minute=100_000))
+    served = GatewayHarness(tmp_path, largest=1000, limits=LimitsConfig(requests_per_minute=100_000))
     with served.client:
         pi = served.node("pi")
         asked = served.ask(pi, QUERY)

@@ -4,67 +4,67 @@ import contextlib
 
 import pytest
 
-from conf.schemas.server import Limits
-from server.gateway.limits import Budget
-from server.gateway.refusal import LATER, Refusal
+from conf.schemas.server import LimitsConfig
+from server.gateway.limits import RequestBudget
+from server.gateway.refusal import LATER, RequestRefused
 
 
 def test_requests_come_back_with_time():
     now = [0.0]
-    budget = Budget(Limits(requests_per_minute=60), lambda: now[0])
+    budget = RequestBudget(LimitsConfig(requests_per_minute=60), lambda: now[0])
     for _ in range(60):
-        budget.take("key")
-    with pytest.raises(Refusal, match="too many requests") as error:
-        budget.take("key")
+        budget.count_request("key")
+    with pytest.raises(RequestRefused, match="too many requests") as error:
+        budget.count_request("key")
     assert error.value.status == LATER
     now[0] = 1.0
-    budget.take("key")
-    with pytest.raises(Refusal):
-        budget.take("key")
+    budget.count_request("key")
+    with pytest.raises(RequestRefused):
+        budget.count_request("key")
 
 
 def test_a_punishment_ends():
     now = [0.0]
-    budget = Budget(Limits(requests_per_minute=60), lambda: now[0])
+    budget = RequestBudget(LimitsConfig(requests_per_minute=60), lambda: now[0])
     for _ in range(1000):
-        budget.punish("key")
+        budget.penalize("key")
     now[0] = 59.0
-    with pytest.raises(Refusal):
-        budget.take("key")
+    with pytest.raises(RequestRefused):
+        budget.count_request("key")
     now[0] = 62.0
-    budget.take("key")
+    budget.count_request("key")
 
 
 def test_requests_at_once_and_memory_are_given_back():
-    budget = Budget(Limits(concurrent=1, body_mib=1))
+    budget = RequestBudget(LimitsConfig(concurrent=1, body_mib=1))
     for _ in range(3):
-        with budget.working("key"), budget.reading("key", 1 << 20):
-            with pytest.raises(Refusal), budget.working("key"):
+        with budget.request_slot("key"), budget.reserve_memory("key", 1 << 20):
+            with pytest.raises(RequestRefused), budget.request_slot("key"):
                 pass
-            with budget.working("other"), pytest.raises(Refusal), budget.reading("other", 1):
+            with budget.request_slot("other"), pytest.raises(RequestRefused), budget.reserve_memory("other", 1):
                 pass
 
 
 def test_one_key_leaves_memory_to_others():
     """An object of Flower's is up to 20 MiB: eight requests of one device, held for an hour at the slowest rate."""
-    budget, held = Budget(Limits(body_mib=256)), 0
+    budget, held = RequestBudget(LimitsConfig(body_mib=256)), 0
     with contextlib.ExitStack() as stack:
         for _ in range(8):
-            with contextlib.suppress(Refusal):
-                stack.enter_context(budget.reading("one", 20 << 20))
+            with contextlib.suppress(RequestRefused):
+                stack.enter_context(budget.reserve_memory("one", 20 << 20))
                 held += 1
         assert held == 3
         for other in range(9):
-            stack.enter_context(budget.reading(f"other {other}", 20 << 20))
-    with budget.reading("one", 200 << 20):  # whatever its size, one alone is let in
+            stack.enter_context(budget.reserve_memory(f"other {other}", 20 << 20))
+    with budget.reserve_memory("one", 200 << 20):  # whatever its size, one alone is let in
         pass
     assert not budget._reading
 
 
 def test_keys_are_forgotten():
     now = [0.0]
-    budget = Budget(Limits(), lambda: now[0])
+    budget = RequestBudget(LimitsConfig(), lambda: now[0])
     for number in range(10_000):
         now[0] += 0.1
-        budget.take(str(number))
+        budget.count_request(str(number))
     assert len(budget._buckets) < 5000

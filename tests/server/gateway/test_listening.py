@@ -10,21 +10,21 @@ import pytest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from bench.reliability.processes import LOOPBACK, free_port, until
+from bench.reliability.processes import LOOPBACK, free_port, wait_until
 from common.errors import AntherError
-from conf.schemas.server import Limits
+from conf.schemas.server import LimitsConfig
 from server.gateway.app import Gateway
-from server.gateway.device_registry import Register
-from server.gateway.listening import serve, show
-from server.supervisor.server_dir import Place
+from server.gateway.device_registry import DeviceRegistry
+from server.gateway.listening import reload_certificate, serve
+from server.supervisor.server_dir import ServerDir
 from tests.helpers.served import hello, new_key, openssh, signed
 
-LIMITS = Limits(connections=8, total_connections=12, header_seconds=1.5, idle_seconds=1.5)
+LIMITS = LimitsConfig(connections=8, total_connections=12, header_seconds=1.5, idle_seconds=1.5)
 
 
 @pytest.fixture
 def place(tmp_path):
-    return Place(tmp_path)
+    return ServerDir(tmp_path)
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def port(place):
 def gateway(place):
     return Gateway(
         inside="http://inside",
-        register=Register(place.folder),
+        register=DeviceRegistry(place.folder),
         hello=hello,
         authority=b"an authority",
-        welcome=lambda *_: None,
+        register_node=lambda *_: None,
         folder=place.folder,
         limits=LIMITS,
     )
@@ -90,7 +90,7 @@ def test_half_open_heads_shut_nobody_out(port, tls):
     time.sleep(0.6)
     assert greeted(port), "in place of the oldest of them"
     assert greeted(port, "127.0.0.4"), "also for others behind the same address"
-    until(lambda: closed(held) == len(held), 20, "all of them closed")
+    wait_until(lambda: closed(held) == len(held), 20, "all of them closed")
     for found in held:
         found.close()
     assert greeted(port, "127.0.0.2")
@@ -129,7 +129,7 @@ def test_an_answer_over_a_slow_line_is_sent_to_its_end(place):
     size, port, key = 3 << 20, free_port(), new_key()
     place.prepare([LOOPBACK], port)
     served = gateway(place)
-    served.register.enrol(served.register.issue("ada"), openssh(key), "pi")
+    served.register.enroll(served.register.issue("ada"), openssh(key), "pi")
     served.shelf = [Route("/big", lambda _: Response(bytes(size)))]
     opened = serve(served, host=LOOPBACK, port=port, certificates=place.certificates)
     try:
@@ -182,7 +182,7 @@ def test_a_new_certificate_is_shown_without_a_restart(place):
     try:
         assert shown(port) == place.certificates.certificate.read_bytes()
         place.rotate()
-        show(opened, place.certificates)
+        reload_certificate(opened, place.certificates)
         assert shown(port) == place.certificates.certificate.read_bytes()
     finally:
         opened.should_exit = True

@@ -7,10 +7,10 @@ import pytest
 
 from common.errors import AntherError
 from server.gateway import pki
-from server.supervisor.server_dir import Place
+from server.supervisor.server_dir import ServerDir
 
 
-def shake(server: pki.Pair, trusted: bytes, name: str, folder) -> None:
+def shake(server: pki.KeyPair, trusted: bytes, name: str, folder) -> None:
     """A handshake in memory; ssl.SSLError if the client doesn't trust it."""
     (folder / "crt").write_bytes(server.certificate)
     (folder / "key").write_bytes(server.key)
@@ -59,7 +59,7 @@ def test_what_is_no_host_is_refused(authority, hosts):
 
 
 def test_rotation_changes_the_server_and_not_the_authority(tmp_path):
-    place = Place(tmp_path)
+    place = ServerDir(tmp_path)
     place.prepare(["pi.local"], 9443)
     before, fingerprint = place.certificates.certificate.read_bytes(), place.fingerprint()
     place.prepare([], 9443)
@@ -75,9 +75,9 @@ def test_rotation_changes_the_server_and_not_the_authority(tmp_path):
 
 
 def test_a_certificate_that_ends_soon_is_made_anew(tmp_path):
-    place = Place(tmp_path)
+    place = ServerDir(tmp_path)
     place.prepare(["pi.local"], 9443)
-    authority = pki.Pair(place.certificates.authority.read_bytes(), (tmp_path / "authority.key").read_bytes())
+    authority = pki.KeyPair(place.certificates.authority.read_bytes(), (tmp_path / "authority.key").read_bytes())
     place.certificates.certificate.write_bytes(pki.issue(authority, ["pi.local"], days=10).certificate)
     place.prepare([], 9443)
     left = pki.days_left(place.certificates.certificate.read_bytes(), datetime.now(UTC))

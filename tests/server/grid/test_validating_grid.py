@@ -13,12 +13,12 @@ from flwr.app import ConfigRecord, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from models.lora.adapter import initial, shapes, to_tensors
+from models.lora.adapter import adapter_shapes, init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Query
 from protocol.tensor_codec import encode, largest
-from server.grid.validating_grid import Gated
-from server.supervisor.memory_limit import memory_at_most
+from server.grid.validating_grid import ValidatingGrid
+from server.supervisor.memory_limit import memory_limit
 from simulations.grid.cohort import CohortGrid
 from tests.helpers.fleet import SITES, FakeDevice, handle, perform, strategy
 
@@ -102,8 +102,8 @@ def train(changed: dict[int, Change], late: int = 0) -> dict[str, int]:
     """What the strategy dropped of three devices' replies."""
     grid = Unpacking([FakeDevice(name) for name in "abc"], perform)
     grid.changed, federated = {}, strategy()
-    gate = Gated(grid, largest=largest(shapes(SITES, 3)), poll=0.0)
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    gate = ValidatingGrid(grid, largest=largest(adapter_shapes(SITES, 3)), poll=0.0)
+    start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     asked = federated.configure_train(1, start, ConfigRecord(), gate)
     grid.changed, grid.late = changed, late
     federated.aggregate_train(1, gate.send_and_receive(asked))
@@ -132,7 +132,7 @@ def test_without_the_gate_one_reply_ends_the_round() -> None:
     grid = Unpacking([FakeDevice("a"), FakeDevice("b")], perform)
     grid.changed = {1: CHANGES["no JSON"]}
     federated = strategy()
-    start = records.adapter_to_record(encode(to_tensors(initial(SITES, 3, seed=0))))
+    start = records.adapter_to_record(encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     identifiers = grid.push_messages(federated.configure_train(1, start, ConfigRecord(), grid))
     with pytest.raises(json.JSONDecodeError):
         grid.pull_messages(identifiers)
@@ -145,7 +145,7 @@ def test_a_reply_that_can_never_be_had_is_that_nodes_failure(caplog: pytest.LogC
                 raise ConnectionError("HTTP 500")
             return super().pull_messages(message_ids)
 
-    gate = Gated(Broken([FakeDevice("a"), FakeDevice("b")], perform), largest=0, poll=0.0)
+    gate = ValidatingGrid(Broken([FakeDevice("a"), FakeDevice("b")], perform), largest=0, poll=0.0)
     assert [report.device for report in strategy().query(gate).values()] == ["b"]
     assert "node 1 is unreachable: its reply can't be had: ConnectionError: HTTP 500" in caplog.text
     assert list(gate.get_node_ids()) == [2]  # the other is left out for a while
@@ -161,7 +161,7 @@ def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
 
     grid = Silent([FakeDevice("a")], perform)
     message = Message(records.request_to_records(Query()), 1, records.QUERY)
-    gate = Gated(grid, largest=0, poll=0.01)
+    gate = ValidatingGrid(grid, largest=0, poll=0.01)
     assert list(gate.send_and_receive([message], timeout=0.05)) == []
     assert grid.looks >= 1
     assert (gate._asked, grid._replies) == ({}, {})  # and forgotten, here and below
@@ -195,9 +195,9 @@ def test_a_limit_inside_a_limit_never_widens_it() -> None:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with memory_at_most(2**30):
+    with memory_limit(2**30):
         outer = resource.getrlimit(resource.RLIMIT_DATA)
-        with memory_at_most(2**40):
+        with memory_limit(2**40):
             assert resource.getrlimit(resource.RLIMIT_DATA)[0] <= outer[0]
         assert resource.getrlimit(resource.RLIMIT_DATA) == outer
     assert resource.getrlimit(resource.RLIMIT_DATA) == before

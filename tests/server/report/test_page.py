@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from server.report import formatting
-from server.report.charts import LABEL_GAP, Line, line_chart, nice_ticks, spread, whole_ticks
+from server.report.charts import LABEL_GAP, LineSeries, line_chart, nice_ticks, spread, whole_ticks
 from server.report.page import DeviceRow, GalleryRow, Report, gain, highlights, render, write
 from server.report.pictures import PAGE, SIDE, Thumbnails, png
-from server.report.snippet import Use
+from server.report.snippet import LoadingSnippet
 
 LOSSES = {"base": 0.12, "local": 0.105, "shared": 0.108, "personal": 0.096}
 VOID = {"img", "meta"}
@@ -40,7 +40,7 @@ def writer(name: str, tone: int) -> GalleryRow:
     )
 
 
-USE = Use(base="/bases/b", adapters="/runs/r/adapters", network="unet", resolution=64)
+USE = LoadingSnippet(base="/bases/b", adapters="/runs/r/adapters", network="unet", resolution=64)
 
 
 def report(**changes: Any) -> Report:
@@ -279,12 +279,14 @@ def test_labels_at_line_ends_keep_apart() -> None:
 
 
 def test_chart_of_one_round_and_of_gaps() -> None:
-    one = line_chart([1], [Line("loss", [0.1], "shared")], formatting.number, from_zero=False, x_label="round")
+    one = line_chart([1], [LineSeries("loss", [0.1], "shared")], formatting.number, from_zero=False, x_label="round")
     assert "nan" not in one
-    gaps = line_chart([0, 1], [Line("<ε>", [None, 2.0], "ink")], formatting.number, from_zero=True, x_label="round")
+    gaps = line_chart(
+        [0, 1], [LineSeries("<ε>", [None, 2.0], "ink")], formatting.number, from_zero=True, x_label="round"
+    )
     assert gaps.count("<circle") == 1
     assert "&lt;ε&gt;" in gaps
-    assert line_chart([0], [Line("ε", [None], "ink")], formatting.number, from_zero=True, x_label="round") == ""
+    assert line_chart([0], [LineSeries("ε", [None], "ink")], formatting.number, from_zero=True, x_label="round") == ""
 
 
 @pytest.mark.parametrize(

@@ -14,25 +14,25 @@ from conf.compose import compose
 from models.base.base import Base
 from models.lora.adapter import Factors
 from privacy.accounting import Guarantee
-from server.report.results import USAGE, finish, main
-from server.rounds.state import Round, State
-from server.supervisor.run_dirs import note_command, run_folder
-from strategies.round.metrics import TrainFacts, Validation, nothing
+from server.report.results import USAGE, main, write_results
+from server.rounds.state import Round, RunState
+from server.supervisor.run_dirs import run_folder, save_command
+from strategies.round.metrics import TrainMetrics, ValidationMetrics, nothing
 from tests.server.report.test_page import Page
 
 GUARANTEE = Guarantee(value=1.5, delta=1e-3, strict=2.5)
 
 
-def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float | None = 0.25) -> State:
+def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float | None = 0.25) -> RunState:
     """Two rounds of two devices, one of which only measured."""
     adapter = {
         name: Factors(torch.ones(2, site.inputs), torch.ones(site.outputs, 2)) for name, site in base.sites.items()
     }
-    found = State.start(run="r", private=False, adapter=adapter)
-    nobody = Validation(base=None, shared=None)
+    found = RunState.start(run="r", private=False, adapter=adapter)
+    nobody = ValidationMetrics(base=None, shared=None)
     found = found.after(Round(number=0, train=None, validation=nobody, wall_seconds=1), adapter)
     worked = replace(nothing(), rank=2, steps=4, bytes_up=10, bytes_down=20, rounds=1)
-    train = TrainFacts(
+    train = TrainMetrics(
         asked=2,
         replied=1,
         dropped={"no reply": 1},
@@ -45,13 +45,13 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
         guarantees=guarantees,
         devices={"pi": worked, "phone": nothing()},
     )
-    validation = nobody if shared is None else Validation(base=0.5, shared=shared)
+    validation = nobody if shared is None else ValidationMetrics(base=0.5, shared=shared)
     return found.after(Round(number=1, train=train, validation=validation, wall_seconds=3), adapter)
 
 
 @pytest.mark.parametrize("test", [False, True])
 def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, test: bool) -> None:
-    page = finish(compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), words="rounds=1", test=test)
+    page = write_results(compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), words="rounds=1", test=test)
     assert len(load_file(tmp_path / "adapters" / "shared.safetensors")) == 2 * len(base.sites)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["rounds"], summary["clients"], summary["seconds"], summary["test"]) == (1, 1, 4, test)
@@ -67,7 +67,7 @@ def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, tes
 
 
 def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path: Path) -> None:
-    page = finish(compose(""), tmp_path, base, state(base, shared=None), words="", test=False)
+    page = write_results(compose(""), tmp_path, base, state(base, shared=None), words="", test=False)
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] == {}
     said = Page(page.read_text()).text
     assert "Pictures that nobody trained on" not in said
@@ -81,7 +81,7 @@ def test_a_secret_sample_stays_secret(base: Base, tmp_path: Path, rate: bool) ->
     config = compose(f"privacy=device strategy=fedit data.devices=100 data.writers=1 {sampled}")
     seen = replace(GUARANTEE, unit="device", seen=9.25)
     found = state(base, guarantees=(seen,), shared=None)
-    page = finish(config, tmp_path, base, found, words="", test=False).read_text()
+    page = write_results(config, tmp_path, base, found, words="", test=False).read_text()
     said, summary = Page(page).text, (tmp_path / "summary.json").read_text()
     told = [name for name in ("pi", "phone") if f'class="text">{name}</th>' in page or f'"{name}"' in summary]
     assert told == ([] if rate else ["pi", "phone"])
@@ -93,8 +93,8 @@ def test_a_secret_sample_stays_secret(base: Base, tmp_path: Path, rate: bool) ->
 
 
 def test_the_command_that_was_typed_is_shown(base: Base, tmp_path: Path) -> None:
-    note_command(tmp_path, "anther serve rounds=1 server.port=9999")
-    page = finish(compose(""), tmp_path, base, state(base), words="rounds=1 data.writers=1", test=False)
+    save_command(tmp_path, "anther serve rounds=1 server.port=9999")
+    page = write_results(compose(""), tmp_path, base, state(base), words="rounds=1 data.writers=1", test=False)
     assert "anther serve rounds=1 server.port=9999" in Page(page.read_text()).text
 
 
@@ -102,7 +102,7 @@ def test_nothing_happened_and_nothing_is_drawn(base: Base, tmp_path: Path) -> No
     found = state(base, shared=None)
     train = replace(found.history[1].train, seconds=0.0, joules=0.0, bytes_up=0, bytes_down=0)
     nothing_done = replace(found, history=(found.history[0], replace(found.history[1], train=train)))
-    said = Page(finish(compose(""), tmp_path, base, nothing_done, words="", test=False).read_text()).text
+    said = Page(write_results(compose(""), tmp_path, base, nothing_done, words="", test=False).read_text()).text
     assert "-1 s" not in said
     assert "Device time so far" not in said
 

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from server.report.trackers import JSONL, TensorBoard, Tracker, Trackers, trackers
+from server.report.open_trackers import JSONL, CompositeTracker, TensorBoard, Tracker, open_trackers
 
 
 def log(tracker: Tracker, steps: range) -> None:
@@ -48,13 +47,13 @@ def test_a_new_run_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_trackers_pass_everything_on(tmp_path: Path) -> None:
-    log(Trackers([JSONL(tmp_path / "a"), JSONL(tmp_path / "b")]), range(2))
+    log(CompositeTracker([JSONL(tmp_path / "a"), JSONL(tmp_path / "b")]), range(2))
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != ""
 
 
 def test_tensorboard_only_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "with").mkdir()
-    with trackers(tmp_path / "with", tensorboard=True) as both:
+    with open_trackers(tmp_path / "with", tensorboard=True) as both:
         both.log(0, {"loss": 0.5, "epsilon": None})
     events = list((tmp_path / "with" / "tensorboard").iterdir())
     assert [event.name.startswith("events.out.tfevents") for event in events] == [True]
@@ -63,7 +62,7 @@ def test_tensorboard_only_where_asked(tmp_path: Path, monkeypatch: pytest.Monkey
 
     (tmp_path / "without").mkdir()
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # importing it would raise
-    with trackers(tmp_path / "without", tensorboard=False) as one:
+    with open_trackers(tmp_path / "without", tensorboard=False) as one:
         one.log(0, {"loss": 0.5})
     assert [path.name for path in (tmp_path / "without").iterdir()] == ["metrics.jsonl"]
 
@@ -72,7 +71,7 @@ def test_trackers_close_when_a_run_fails(tmp_path: Path) -> None:
     opened = []
 
     def fail() -> None:
-        with trackers(tmp_path, tensorboard=False) as one:
+        with open_trackers(tmp_path, tensorboard=False) as one:
             opened.append(one)
             raise KeyboardInterrupt
 
@@ -83,8 +82,8 @@ def test_trackers_close_when_a_run_fails(tmp_path: Path) -> None:
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
-    log(Trackers([TensorBoard(tmp_path)]), range(4))
-    log(Trackers([TensorBoard(tmp_path, start=2)]), range(2, 4))
+    log(CompositeTracker([TensorBoard(tmp_path)]), range(4))
+    log(CompositeTracker([TensorBoard(tmp_path, start=2)]), range(2, 4))
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     newest = max(tmp_path.iterdir(), key=lambda path: (path.stat().st_mtime_ns, path.name)).read_bytes()
@@ -101,6 +100,6 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path: Path) -> None:
 def test_lines_that_are_not_utf8_are_dropped_with_what_follows(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 0}\n{"step": 1, "x": "\xff\xfe"}\n{"step": 2}\n')
-    with trackers(tmp_path, tensorboard=False, start=3) as tracker:
+    with open_trackers(tmp_path, tensorboard=False, start=3) as tracker:
         tracker.log(3, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").splitlines()] == [0, 3]

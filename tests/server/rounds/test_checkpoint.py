@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from common.errors import AntherError
-from models.lora.adapter import Site, initial, to_tensors
+from models.lora.adapter import Site, init_adapter, to_tensors
 from privacy.accounting import Guarantee
 from server.report import totals
 from server.rounds import checkpoint
 from server.rounds.state import Round
-from strategies.round.metrics import CentralFacts, DeviceFacts, TrainFacts, Validation
+from strategies.round.metrics import CentralDPMetrics, DeviceMetrics, TrainMetrics, ValidationMetrics
 from tests.helpers.fleet import SITES, fresh_state
 
 FILES = ["adapter.safetensors", "best.safetensors", "memory.safetensors", "state.json", "manifest.json"]
 
 
 def device(**changes):
-    return DeviceFacts(
+    return DeviceMetrics(
         **{"rank": 3, "steps": 2, "bytes_down": 10, "bytes_up": 5, "seconds": 1.5, "joules": 2.0, "epsilon": None}
         | changes
     )
 
 
 def round_(number, shared):
-    facts = TrainFacts(
+    facts = TrainMetrics(
         asked=3,
         replied=2,
         dropped={"codec": 1},
@@ -42,7 +42,7 @@ def round_(number, shared):
         diagnostics={"energy": 1.0},
         devices={"a": device(), f"only {number}": device(rank=number)},
     )
-    validation = Validation(base=1.0, shared=shared, devices={"a": 0.5} if shared else {})
+    validation = ValidationMetrics(base=1.0, shared=shared, devices={"a": 0.5} if shared else {})
     return Round(number=number, train=facts if number else None, validation=validation, wall_seconds=0.25)
 
 
@@ -50,8 +50,8 @@ def states(*losses, private=False):
     """The states after each round."""
     state, found = fresh_state(private=private), []
     for number, loss in enumerate(losses):
-        memory = {part: to_tensors(initial(SITES, number + 1, seed=9)) for part in ("mean", "square")}
-        state = state.after(round_(number, loss), initial(SITES, 3, seed=number), memory=memory)
+        memory = {part: to_tensors(init_adapter(SITES, number + 1, seed=9)) for part in ("mean", "square")}
+        state = state.after(round_(number, loss), init_adapter(SITES, 3, seed=number), memory=memory)
         found.append(state)
     return found
 
@@ -102,18 +102,18 @@ def test_the_best_round_is_the_least_validation_loss():
     assert [state.best_round for state in states(1.0, 0.5, 0.7, None, 0.4)] == [0, 1, 1, 1, 4]
     assert [state.best_round for state in states(None, None, 0.7, 0.8)] == [0, 1, 2, 2]
     best = states(1.0, 0.5, 0.7)[-1]
-    assert torch.equal(best.best_adapter["x"].a, initial(SITES, 3, seed=1)["x"].a)
+    assert torch.equal(best.best_adapter["x"].a, init_adapter(SITES, 3, seed=1)["x"].a)
 
 
 def test_rounds_are_compared_by_what_they_take_off_the_base_on_the_same_devices():
     """An easy device alone in round 1; then a hard one, on which the adapter gets better and better."""
     state = fresh_state()
     for number, (base, shared) in enumerate([(None, None), (0.5, 0.49), (0.9, 0.8), (0.9, 0.6), (0.9, 0.7)]):
-        told = Validation(base=base, shared=shared, improved=None if base is None else 1 - shared / base)
+        told = ValidationMetrics(base=base, shared=shared, improved=None if base is None else 1 - shared / base)
         record = Round(number=number, train=None, validation=told, wall_seconds=1.0)
-        state = state.after(record, initial(SITES, 3, seed=number))
+        state = state.after(record, init_adapter(SITES, 3, seed=number))
     assert state.best_round == 3
-    assert totals.validated(state) == {"base": 0.9, "shared": 0.6}
+    assert totals.validation_losses(state) == {"base": 0.9, "shared": 0.6}
     old = [replace(done, validation=replace(done.validation, improved=None)) for done in state.history]
     scores = [done.validation.score for done in state.history[1:]]
     assert [done.validation.score for done in old[1:]] == pytest.approx(scores)
@@ -136,7 +136,7 @@ def test_the_newest_two_are_kept_and_the_best_is_in_them(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000002", "round-000003"]
     found = checkpoint.load(tmp_path, sites=SITES)
     assert found.best_round == 1
-    assert torch.equal(found.best_adapter["x"].a, initial(SITES, 3, seed=1)["x"].a)
+    assert torch.equal(found.best_adapter["x"].a, init_adapter(SITES, 3, seed=1)["x"].a)
 
 
 def test_another_run_is_not_overwritten(tmp_path):
@@ -182,7 +182,9 @@ def test_a_checkpoint_of_an_earlier_release(tmp_path):
     one number."""
     (*_, state) = states(None, 0.5, 0.7)
     promised = Guarantee(1.5, 1e-5)
-    central = CentralFacts(guarantee=promised, clip=1.0, next_clip=1.0, deviation=1.0, snr=1.0, dropped=0, release=True)
+    central = CentralDPMetrics(
+        guarantee=promised, clip=1.0, next_clip=1.0, deviation=1.0, snr=1.0, dropped=0, release=True
+    )
     last = replace(state.history[2], train=replace(state.history[2].train, guarantees=(promised,), central=central))
     state = replace(state, history=(*state.history[:2], last))
     folder = checkpoint.save(tmp_path, state)

@@ -4,7 +4,7 @@ import pytest
 
 from protocol import records
 from protocol.messages import Query
-from server.grid.validating_grid import Gated
+from server.grid.validating_grid import ValidatingGrid
 from server.rounds.collect import collect
 from simulations.grid.cohort import CohortGrid
 from strategies.clock import WallClock
@@ -37,7 +37,7 @@ def names(replies):
 
 @pytest.mark.parametrize(("enough", "expected", "left"), [(None, "abc", 1), (2, "ab", 2), (0, "", 4)])
 def test_until_there_are_enough_or_it_is_too_late(enough, expected, left):
-    grid = Gated(Slow([FakeDevice(name) for name in "abcd"], perform), largest=0, poll=0.01)
+    grid = ValidatingGrid(Slow([FakeDevice(name) for name in "abcd"], perform), largest=0, poll=0.01)
     clock, found, late = WallClock(poll=0.01), [], set()
     replies = collect(
         grid,
@@ -54,7 +54,7 @@ def test_until_there_are_enough_or_it_is_too_late(enough, expected, left):
 
 
 def test_what_came_late_can_be_pulled_and_no_other():
-    grid = Gated(Slow([FakeDevice(name) for name in "abcd"], perform), largest=0, poll=0.01)
+    grid = ValidatingGrid(Slow([FakeDevice(name) for name in "abcd"], perform), largest=0, poll=0.01)
     clock, late = WallClock(poll=0.01), set()
     assert list(collect(grid, asked(grid), clock, until=clock.now(), late=late)) == []
     for _ in range(20):

@@ -9,15 +9,15 @@ from common.errors import AntherError
 from conf.compose import compose
 from models.lora.adapter import to_tensors
 from protocol import records
-from protocol.messages import Evaluation, ExamplePrivacy, MeasuringPrivacy, Personalise, Update
+from protocol.messages import Evaluation, EvaluationPrivacy, ExamplePrivacy, Personalize, Update
 from protocol.tensor_codec import encode
 from server.rounds import checkpoint
 from server.rounds.federation import federate
-from server.rounds.loop import personalise, run_rounds
-from server.rounds.sync import Pace
+from server.rounds.loop import personalize, run_rounds
+from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.fedit import FedIT
-from strategies.private_evaluation import Measuring
+from strategies.private_evaluation import EvaluationPolicy
 from strategies.selection import Sampling
 from strategies.selection.sample import Sample
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, perform, strategy
@@ -121,7 +121,7 @@ def test_no_good_reply_keeps_the_adapter(tmp_path):
 
 def test_too_few_devices(tmp_path):
     with pytest.raises(AntherError, match="1 of 3 devices are there after 0 s"):
-        run(tmp_path, devices="a", present=3, pace=Pace(timeout=0.0))
+        run(tmp_path, devices="a", present=3, pace=RoundLimits(timeout=0.0))
 
 
 class Leaving(CohortGrid):
@@ -156,7 +156,7 @@ def left(folder, there, **settings):
     def on_round(done):
         grid.there = there if done.number else grid.there
 
-    chosen = {"present": 4, "pace": Pace(timeout=0.0)} | settings
+    chosen = {"present": 4, "pace": RoundLimits(timeout=0.0)} | settings
     return run_rounds(
         grid=grid, strategy=strategy(), state=fresh_state(), rounds=3, checkpoints=folder, on_round=on_round, **chosen
     )
@@ -173,7 +173,7 @@ def test_a_run_without_anybody_waits_on_or_ends_with_an_error(tmp_path, caplog):
         left(tmp_path / "dead", [0])
     clock = Ticks()
     gone = [0] * 130 + [2]  # looks, a minute from each other
-    found = left(tmp_path / "night", gone, waits=True, pace=Pace(timeout=3600.0, clock=clock))
+    found = left(tmp_path / "night", gone, wait_forever=True, pace=RoundLimits(timeout=3600.0, clock=clock))
     assert [done.train.replied for done in found.history[1:]] == [4, 2, 2]
     told = [line for line in caplog.messages if line.startswith("0 of 1 devices are there; waiting for 1 more")]
     assert len(told) == 3  # at once, and each hour
@@ -201,8 +201,8 @@ def tried(folder, *devices, clock=None, **settings):
         rounds=2,
         checkpoints=folder,
         on_round=heard.append,
-        waits=True,
-        pace=Pace(timeout=60.0, clock=clock),
+        wait_forever=True,
+        pace=RoundLimits(timeout=60.0, clock=clock),
         **settings,
     )
     return state, [done.number for done in heard]
@@ -267,7 +267,7 @@ def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
             checkpoints=tmp_path,
             on_round=lambda _: None,
             present=2,
-            pace=Pace(timeout=0.0),
+            pace=RoundLimits(timeout=0.0),
         )
 
 
@@ -288,13 +288,13 @@ def test_fedit_runs_the_same_loop(tmp_path):
 def test_what_measuring_cost_is_remembered(tmp_path):
     """After its last training a device may still measure: what a run has spent is what its ledgers hold by then."""
     privacy = ExamplePrivacy(noise_multiplier=1.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3)
-    hidden = MeasuringPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
+    hidden = EvaluationPrivacy(noise_multiplier=4.0, clip=0.1, pictures=5, delta=1e-3)
     devices = [FakeDevice(name) for name in "ab"]
     state = run_rounds(
         grid=CohortGrid(devices, perform),
         strategy=strategy(
             plan=replace(PLAN, privacy=privacy),
-            measuring=Measuring(every=2, among_pictures=hidden),
+            measuring=EvaluationPolicy(every=2, local_noise=hidden),
             selection=Named(),
             accept_simulated=True,
         ),
@@ -324,10 +324,10 @@ class Named:
 
 def test_personalise():
     grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform)
-    request = Personalise(
+    request = Personalize(
         run="run", round=1, adapter=b"x", rank=2, steps=1, batch_size=1, learning_rate=0.1, look_every=1, patience=1
     )
-    assert personalise(grid=grid, strategy=strategy(), request=request, timeout=1.0).devices == ("a", "b")
+    assert personalize(grid=grid, strategy=strategy(), request=request, timeout=1.0).devices == ("a", "b")
 
 
 def test_every_leg_waits_as_long_as_the_strategy_says(tmp_path):

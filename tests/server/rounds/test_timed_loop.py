@@ -9,18 +9,18 @@ import torch
 
 from common.errors import AntherError
 from conf.compose import compose
-from models.lora.adapter import shapes, to_tensors
+from models.lora.adapter import adapter_shapes, to_tensors
 from protocol import messages, quantization
 from protocol.tensor_codec import encode
 from server.rounds import checkpoint
-from server.rounds.fedbuff import Buffered
+from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.loop import run_rounds
-from server.rounds.sync import Pace
-from simulations.fleet.availability import Daily
+from server.rounds.sync import RoundLimits
+from simulations.fleet.availability import DailySchedule
 from strategies.aggregation import exact
 from strategies.aggregation.fedit import FedIT
 from strategies.build import build
-from strategies.fedbuff import STRIDE, on_factors, on_product
+from strategies.fedbuff import PLANS_PER_ROUND, rebase_factors, rebase_product
 from strategies.planning.full_plan import training_plan
 from strategies.selection.everyone import Everyone
 from strategies.selection.poisson import Poisson
@@ -52,7 +52,7 @@ def run(
     timeout=100.0,
     size=None,
     concurrency=3,
-    shift=on_product,
+    shift=rebase_product,
     order=0,
     **more,
 ):
@@ -61,8 +61,8 @@ def run(
     if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
-    pace = Pace(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
-    leg = size and Buffered(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
+    pace = RoundLimits(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
+    round_runner = size and FedBuffRunner(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
     found = run_rounds(
         grid=grid,
         strategy=chosen,
@@ -71,7 +71,7 @@ def run(
         checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
         pace=pace,
-        leg=leg or None,
+        round_runner=round_runner or None,
         present=0,
         keep=lives.keep,
     )
@@ -132,11 +132,11 @@ def test_whoever_needs_too_much_memory_stops_nothing(tmp_path):
 
 
 def test_a_round_waits_for_somebody_to_ask_and_goes_by_if_nobody_comes(tmp_path):
-    away = [owned("a", hours=Daily([], [0.0, 24.0]))]
+    away = [owned("a", hours=DailySchedule([], [0.0, 24.0]))]
     found, lives = run(tmp_path / "never", *away)
     assert [done.train.asked for done in found.history[1:]] == [0, 0]
     assert times(lives) == [0, 100, 200]
-    later = [owned("a", hours=Daily([1.0, 24.0], [0.0, 24.0]))]
+    later = [owned("a", hours=DailySchedule([1.0, 24.0], [0.0, 24.0]))]
     for size in (None, 1):
         found, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
         assert [done.train.replied for done in found.history[1:]] == [1, 1]
@@ -221,8 +221,8 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
 
     chosen.let_in = noted
     grid, lives = timed(tmp_path, *speeds(1.0, 0.3))
-    pace = Pace(clock=lives.clock, timeout=1000.0)
-    leg = Buffered(grid, chosen, pace, shift=on_factors, size=4, concurrency=2)
+    pace = RoundLimits(clock=lives.clock, timeout=1000.0)
+    round_runner = FedBuffRunner(grid, chosen, pace, shift=rebase_factors, size=4, concurrency=2)
     run_rounds(
         grid=grid,
         strategy=chosen,
@@ -231,13 +231,15 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
         checkpoints=tmp_path,
         on_round=lambda _: None,
         pace=pace,
-        leg=leg,
+        round_runner=round_runner,
         present=0,
     )
     assert len(set(numbers)) == len(numbers) == 12
     of_a = [number for name, number in numbers if name == "a"]
     assert of_a == sorted(of_a)
-    assert max(sum(number // STRIDE == version for number in of_a) for version in (1, 2, 3)) > 1  # twice in a round
+    assert (
+        max(sum(number // PLANS_PER_ROUND == version for number in of_a) for version in (1, 2, 3)) > 1
+    )  # twice in a round
 
 
 def test_private_updates_of_older_adapters_are_taken_in(tmp_path):
@@ -313,7 +315,7 @@ def test_whoever_selects_goes_by_the_round_and_tosses_coins_of_its_own(tmp_path)
     draws = [draw for _, draw in watched.seen]
     assert draws == sorted(draws)
     assert len(set(draws)) > 3
-    assert [number for number, _ in watched.seen] == [draw // STRIDE for draw in draws]
+    assert [number for number, _ in watched.seen] == [draw // PLANS_PER_ROUND for draw in draws]
     assert {number for number, _ in watched.seen} == set(rates) == {1, 2, 3}
 
 
@@ -325,7 +327,7 @@ def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_pat
         if not isinstance(request, messages.Train):
             return (yield from handle(request, device))
         yield device.name
-        held = shapes(SITES, request.rounded.rank)
+        held = adapter_shapes(SITES, request.rounded.rank)
         tensors = quantization.decode(request.adapter, held, request.rounded.precision)
         plan, after = request.plan, {name: tensor + 1e-3 for name, tensor in tensors.items()}
         return messages.Update(
@@ -345,7 +347,9 @@ def test_an_asynchronous_round_loses_nothing_of_what_is_sent_in_few_bits(tmp_pat
 
     monkeypatch.setattr("simulations.grid.cohort.handle", moved)
     chosen = strategy(aggregation=FedIT(), download="int4", optimiser=optimiser)
-    found, _ = run(tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, chosen=chosen, size=3, timeout=1000.0, shift=on_factors)
+    found, _ = run(
+        tmp_path, *speeds(1.0, 1.0, 1.0), rounds=5, chosen=chosen, size=3, timeout=1000.0, shift=rebase_factors
+    )
     assert [done.train.replied for done in found.history[1:]] == [3] * 5
     before = to_tensors(fresh_state().adapter)
     changes = torch.cat([(tensor - before[name]).ravel() for name, tensor in to_tensors(found.adapter).items()])
@@ -389,7 +393,7 @@ def test_whoever_is_left_fills_a_round_when_the_others_have_gone(tmp_path, monke
         raise RuntimeError
 
     seen = given(monkeypatch)
-    hours = [Daily([0.0, end], [0.0, 24.0]) for end in (24.0, 4 / 3600, 4 / 3600)]
+    hours = [DailySchedule([0.0, end], [0.0, 24.0]) for end in (24.0, 4 / 3600, 4 / 3600)]
     fast = [owned(name, speed=8.0, hours=each) for name, each in zip("abc", hours, strict=True)]
     slow = [owned(name) for name in "def"]
     devices = [*map(FakeDevice, "abc"), *(FakeDevice(name, misbehave=fail) for name in "def")]

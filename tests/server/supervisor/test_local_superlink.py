@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from bench.reliability.processes import free_port, until
+from bench.reliability.processes import free_port, wait_until
 from common.flower import environment
 from server.supervisor.local_superlink import OwnUserListener, owner
 
@@ -104,7 +104,7 @@ def test_flowers_own_superlink_answers_nobody_else(tmp_path):
             words = [python, "-c", GREET, str(port)]
             return subprocess.run(words, capture_output=True, text=True, check=False, **options)
 
-        until(lambda: health().stdout == "200\n", 60, "a SuperLink")
+        wait_until(lambda: health().stdout == "200\n", 60, "a SuperLink")
         other = health(PYTHON, user=NOBODY, cwd="/")
         assert other.stdout == ""
         assert "refused" not in other.stderr.lower(), "it is there, and closes the connection"

@@ -15,7 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.reliability.processes import LOOPBACK, Federation, Program, command, federation, letters, until
+from bench.reliability.processes import (
+    LOOPBACK,
+    LocalFederation,
+    ModuleProcess,
+    federation,
+    run_module,
+    wait_until,
+    write_letter_folders,
+)
 from client.device import from_config
 from client.runtime.worker import stated
 from conf.compose import compose
@@ -23,7 +31,7 @@ from conf.schemas.node import compose as compose_node
 from models.base.base import load
 from server.rounds import checkpoint
 from server.rounds.federation import federate
-from server.supervisor.run import of_run
+from server.supervisor.run import run_overrides
 from simulations.grid.cohort import CohortGrid
 from strategies.build import build
 from strategies.planning.full_plan import training_plan
@@ -42,20 +50,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 def test_a_federation_of_processes(tmp_path, monkeypatch):
     """In one test: another worker of pytest's would run it all again."""
     folder = tmp_path / "federation"
-    pictures = letters(folder / "pictures", len(OWNERS), each=8)
+    pictures = write_letter_folders(folder / "pictures", len(OWNERS), each=8)
     with federation(folder, RUN) as running:
         running.start()
         for owner in OWNERS:
-            running.enrol(owner, pictures[owner], *DEVICE).start()
-        until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.told()}")
+            running.enroll(owner, pictures[owner], *DEVICE).start()
+        wait_until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.told()}")
         for dies in (
             *running.devices[OWNERS[0]].children("client.runtime.worker"),
             *running.server.children("flwr-serverapp"),
         ):
             dies.kill()  # neither changes a bit of what follows
         refusals = refused(running, pictures[OWNERS[0]])
-        until(lambda: running.server.code is not None, 400, f"the run's end\n{running.told()}")
-        assert running.server.code == 0, running.told()
+        wait_until(lambda: running.server.exit_code is not None, 400, f"the run's end\n{running.told()}")
+        assert running.server.exit_code == 0, running.told()
         it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path / "simulated", monkeypatch)
         what_was_noised_reproducibly_is_no_release(running)
         strangers_are_refused(refusals)
@@ -63,29 +71,29 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
         the_run_leaves_an_adapter_and_a_page(running)
 
 
-def refused(running: Federation, pictures: Path) -> dict[str, str]:
+def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
     """What becomes of who has no business here, while the federation runs."""
-    used = command(
+    used = run_module(
         "client.cli.enroll", f"data={pictures}", "name=dora", home=running.folder / "d", told=running.ticket()
     )
     assert used.returncode == 0, used.stderr
     ticket = running.ticket()
-    first = command("client.cli.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", told=ticket)
+    first = run_module("client.cli.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", told=ticket)
     assert first.returncode == 0, first.stderr
-    again = command("client.cli.enroll", f"data={pictures}", "name=eve", home=running.folder / "f", told=ticket)
+    again = run_module("client.cli.enroll", f"data={pictures}", "name=eve", home=running.folder / "f", told=ticket)
     owner = running.devices[OWNERS[1]]
-    second = Program(
-        "client.runtime.supervisor", owner.words, running.folder / "second", {"ANTHER_HOME": str(owner.home)}
+    second = ModuleProcess(
+        "client.runtime.supervisor", owner.arguments, running.folder / "second", {"ANTHER_HOME": str(owner.home)}
     ).start()
-    until(lambda: second.code is not None, 120, f"a second one's refusal\n{second.said}")
+    wait_until(lambda: second.exit_code is not None, 120, f"a second one's refusal\n{second.output}")
     # A key that nobody enrolled, with everything else right.
-    stranger = Program("client.runtime.supervisor", ["link.slow_poll_seconds=1"], running.folder / "d")
+    stranger = ModuleProcess("client.runtime.supervisor", ["link.slow_poll_seconds=1"], running.folder / "d")
     (stranger.home / "link" / "node.key").unlink()
     from client.runtime.server_connection import _new_key
 
     (stranger.home / "link" / "node.key").write_bytes(_new_key())
     stranger.start()
-    until(lambda: stranger.code is not None, 120, f"a stranger's refusal\n{stranger.said}")
+    wait_until(lambda: stranger.exit_code is not None, 120, f"a stranger's refusal\n{stranger.output}")
     with socket.create_connection((LOOPBACK, running.port), timeout=10) as plain:
         plain.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
         plain.settimeout(10)
@@ -101,8 +109,8 @@ def refused(running: Federation, pictures: Path) -> dict[str, str]:
         fleet = client.post("/v1/fleet/pull-messages", content=b"").status_code
     return {
         "used": again.stderr,
-        "second": second.said,
-        "stranger": stranger.said,
+        "second": second.output,
+        "stranger": stranger.output,
         "control": str(control),
         "plain": answer.decode(errors="replace"),
         "shelf": str(shelf),
@@ -112,12 +120,12 @@ def refused(running: Federation, pictures: Path) -> dict[str, str]:
 
 def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHER_HOME", str(tmp_path))
-    config = compose(shlex.join(of_run(shlex.split(RUN), 100)))
+    config = compose(shlex.join(run_overrides(shlex.split(RUN), 100)))
     base = load(config.base.path, sites=config.adapter.sites)
     devices = []
     for owner in OWNERS:
-        words = [f"data={pictures[owner]}", f"name={owner}", *DEVICE]
-        devices.append(from_config(stated(compose_node(words, tmp_path / "none"), base.hash), base))
+        arguments = [f"data={pictures[owner]}", f"name={owner}", *DEVICE]
+        devices.append(from_config(stated(compose_node(arguments, tmp_path / "none"), base.hash), base))
     plan = training_plan(config, run="simulated", base=base.hash)
     state = federate(
         config,
@@ -128,12 +136,12 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
         checkpoints=tmp_path / "checkpoints",
         on_round=lambda _: None,
         present=3,
-        personal_on=(),
+        personalized_devices=(),
     )
     (run,) = running.runs
     deployed_state = checkpoint.load(run / "checkpoints", sites=base.sites)
     assert deployed_state.round == state.round == 3
-    assert "the run broke off" in running.server.said
+    assert "the run broke off" in running.server.output
     assert all(done.train.replied == 3 for done in deployed_state.history[1:])
     for site, (a, b) in state.adapter.items():
         other = deployed_state.adapter[site]
@@ -143,7 +151,7 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
 
 def what_was_noised_reproducibly_is_no_release(running):
     for owner in OWNERS:
-        done = command("client.cli.ledger", "--name", owner, home=running.folder / owner)
+        done = run_module("client.cli.ledger", "--name", owner, home=running.folder / owner)
         assert "no: test" in done.stdout, done.stdout + done.stderr
         assert "ε=" not in done.stdout.split("All of it together")[0]
 
@@ -161,7 +169,7 @@ def the_run_leaves_an_adapter_and_a_page(running):
     (run,) = running.runs
     assert len(load_file(run / "adapters" / "shared.safetensors")) == 2 * 56
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
-    (over,) = (line for line in running.server.said.splitlines() if "the run is over" in line)
+    (over,) = (line for line in running.server.output.splitlines() if "the run is over" in line)
     assert str(run / "report.html") in over
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["rounds"], summary["clients"], summary["test"]) == (3, 3, True)
@@ -171,4 +179,4 @@ def the_run_leaves_an_adapter_and_a_page(running):
 
 def every_device_has_a_personal_adapter(running):
     for owner in OWNERS:
-        assert list((running.folder / owner).rglob("personal.safetensors")), running.devices[owner].said
+        assert list((running.folder / owner).rglob("personal.safetensors")), running.devices[owner].output

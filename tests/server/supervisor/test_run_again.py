@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.file_lock import alone
+from common.file_lock import exclusive
 from server.supervisor import run_dirs
-from server.supervisor.run import of_run
+from server.supervisor.run import run_overrides
 
 ROOT = Path(__file__).parents[3]
 WORDS = ["rounds=1", "fleet.sample=1"]
@@ -19,8 +19,8 @@ WORDS = ["rounds=1", "fleet.sample=1"]
 
 @pytest.mark.parametrize(("words", "refused"), [([], True), (["server.again=true"], False)])
 def test_a_run_that_is_over_isnt_begun_again_by_itself(tmp_path: Path, words: list[str], refused: bool) -> None:
-    folder = run_dirs.run_folder(" ".join(of_run(WORDS, 100)), tmp_path / "runs")
-    run_dirs.end(folder)
+    folder = run_dirs.run_folder(" ".join(run_overrides(WORDS, 100)), tmp_path / "runs")
+    run_dirs.mark_finished(folder)
     # A folder that can't be made ends a server that gets any further, and quickly.
     (tmp_path / "file").write_text("")
     command = [
@@ -48,7 +48,7 @@ def test_two_servers_of_one_folder(tmp_path: Path) -> None:
     """The second would register the same devices with another SuperLink."""
     command = [sys.executable, "-m", "server.supervisor.run", *WORDS, "server.hosts=[127.0.0.1]"]
     environment = {**os.environ, "ANTHER_HOME": str(tmp_path)}
-    with alone(tmp_path / "server", what="a federation"):
+    with exclusive(tmp_path / "server", what="a federation"):
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
         )

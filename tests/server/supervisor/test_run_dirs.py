@@ -3,7 +3,7 @@
 import pytest
 
 from common.errors import AntherError
-from server.supervisor.run_dirs import end, is_over, newest, refusal, refuse, run_folder
+from server.supervisor.run_dirs import is_finished, mark_finished, newest, run_folder, save_refusal, take_refusal
 
 
 def test_a_new_run_has_a_name_never_used(tmp_path):
@@ -26,14 +26,14 @@ def test_a_run_is_over_once_it_was_said(tmp_path):
     assert newest(config, tmp_path) is None
     folder = run_folder(config, tmp_path)
     assert newest(config, tmp_path) == folder
-    assert not is_over(folder)
-    end(folder)
-    assert is_over(folder)
+    assert not is_finished(folder)
+    mark_finished(folder)
+    assert is_finished(folder)
     assert newest("rounds=3", tmp_path) is None
 
 
 def test_a_refusal_is_told_once_and_to_its_own_run(tmp_path):
-    refuse(tmp_path, 7, "mend it")
-    assert refusal(tmp_path, 8) is None
-    assert refusal(tmp_path, 7) == "mend it"
-    assert refusal(tmp_path, 7) is None
+    save_refusal(tmp_path, 7, "mend it")
+    assert take_refusal(tmp_path, 8) is None
+    assert take_refusal(tmp_path, 7) == "mend it"
+    assert take_refusal(tmp_path, 7) is None

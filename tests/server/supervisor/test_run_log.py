@@ -6,7 +6,7 @@ import logging
 import pytest
 from flwr.supercore.logger import FLOWER_LOGGER, ConsoleHandler
 
-from server.supervisor.run_log import log_as_flower_does, log_here, readable
+from server.supervisor.run_log import format_line, log_through_flower, log_to_console
 
 
 @pytest.mark.parametrize("timestamps", [True, False])
@@ -17,7 +17,7 @@ def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
     before, FLOWER_LOGGER.handlers = FLOWER_LOGGER.handlers, [handler]
     room = logging.getLogger("room")
     try:
-        log_as_flower_does("room")
+        log_through_flower("room")
         logging.getLogger("room.inner").info("round %d of %d", 1, 3)
         logging.getLogger("room.inner").warning("node 7 is left out")
         FLOWER_LOGGER.info("Starting Flower ServerApp")
@@ -25,7 +25,7 @@ def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
     finally:
         FLOWER_LOGGER.handlers = before
         room.handlers.clear()
-    assert [readable(line) for line in stream.getvalue().splitlines()] == [
+    assert [format_line(line) for line in stream.getvalue().splitlines()] == [
         "round 1 of 3",
         "warning: node 7 is left out",
         None,
@@ -34,14 +34,14 @@ def test_our_lines_of_flowers_log_are_plain(colored, timestamps):
 
 
 def test_a_traceback_is_shown():
-    assert readable("Traceback (most recent call last):\n") == "Traceback (most recent call last):"
-    assert readable("\x1b[92mINFO \x1b[0m:      \n") is None
-    assert readable("\n") is None
-    assert readable("Using SuperLink: anther (127.0.0.1:9444)") is None
+    assert format_line("Traceback (most recent call last):\n") == "Traceback (most recent call last):"
+    assert format_line("\x1b[92mINFO \x1b[0m:      \n") is None
+    assert format_line("\n") is None
+    assert format_line("Using SuperLink: anther (127.0.0.1:9444)") is None
 
 
 def test_this_process_tells_too(capsys):
-    log_here("lobby")
+    log_to_console("lobby")
     logging.getLogger("lobby.door").info("ada-pi is in, of %s", "ada")
     logging.getLogger("lobby").handlers.clear()
     assert capsys.readouterr().out.endswith(" ada-pi is in, of ada\n")

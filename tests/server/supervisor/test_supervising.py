@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import AntherError
-from conf.schemas.server import Server
-from server.gateway.members import Members
+from conf.schemas.server import ServerConfig
+from server.gateway.members import EnrolledNodes
 from server.supervisor import run_dirs
-from server.supervisor.run import Federation
+from server.supervisor.run import ServerSupervisor
 
 WORDS = ["rounds=3"]
 
@@ -85,11 +85,11 @@ def passing(monkeypatch) -> SimpleNamespace:
 
 
 def served(superlink: SuperLink, folders: Path) -> None:
-    config = SimpleNamespace(server=Server())
-    federation = Federation(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
+    config = SimpleNamespace(server=ServerConfig())
+    federation = ServerSupervisor(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
     federation.superlink = superlink  # type: ignore[assignment]
-    register = SimpleNamespace(look=lambda: SimpleNamespace(inside=dict))
-    federation.members = Members(register, superlink)  # type: ignore[arg-type]
+    register = SimpleNamespace(look=lambda: SimpleNamespace(active_devices=dict))
+    federation.members = EnrolledNodes(register, superlink)  # type: ignore[arg-type]
     federation._until_over(Path("app"), folders)
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
     assert pauses == [4, 8, 16, 32, 64, 128, 256, 512, 600, 600, 600, 600]
     folder = run_dirs.newest("rounds=3", tmp_path)
     assert said.splitlines()[-1].endswith(f"the run is over: {folder}. Its report: page")
-    assert run_dirs.command_of(folder).endswith("server.supervisor.run rounds=3 server.port=9999")
+    assert run_dirs.read_command(folder).endswith("server.supervisor.run rounds=3 server.port=9999")
 
 
 def test_a_superlink_that_answers_500_is_waited_for(tmp_path, passing, capsys):
@@ -131,6 +131,6 @@ def test_a_run_that_is_at_work_is_never_begun_twice(tmp_path):
 
 
 def test_what_a_person_has_to_mend_ends_it(tmp_path):
-    superlink = SuperLink(iter([lambda: run_dirs.refuse(tmp_path, 1, "no such base")]), lambda: False)
+    superlink = SuperLink(iter([lambda: run_dirs.save_refusal(tmp_path, 1, "no such base")]), lambda: False)
     with pytest.raises(AntherError, match="no such base"):
         served(superlink, tmp_path)

@@ -18,10 +18,10 @@ from torch import Tensor
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.audit import empirical
 from privacy.audit import goodness_of_fit as fit
-from privacy.audit.empirical import Finding
+from privacy.audit.empirical import AuditResult
 from privacy.noise import CPU, NoiseSource
 from simulations.audit import canaries
-from simulations.audit.canaries import LENGTH, Experiment, Recorded, Silent
+from simulations.audit.canaries import LENGTH, Experiment, RecordingSource, ZeroNoise
 from simulations.audit.run import MEMORY, source
 from training.cohort import train
 from training.jobs import Examples, Train
@@ -31,14 +31,14 @@ DELTA = 1e-5
 
 
 def experiment(claim: PoissonGaussian = CLAIM, *, count: int = 1000, devices: int = 4, draws: int = 1) -> Experiment:
-    return Experiment(claim=claim, draws=draws, included=canaries.toss(count, 0), devices=devices)
+    return Experiment(claim=claim, draws=draws, included=canaries.draw_included(count, 0), devices=devices)
 
 
 def seen(trial: Experiment, jobs: list[Train]) -> np.ndarray:
     return canaries.seen(trial, train(canaries.network(trial.side), jobs, memory=MEMORY, timesteps=1))
 
 
-def verdict(trial: Experiment, jobs: list[Train]) -> Finding:
+def verdict(trial: Experiment, jobs: list[Train]) -> AuditResult:
     attacks = canaries.attacks(trial, seen(trial, jobs))
     return empirical.audit(trial.claim, DELTA, attacks, trial.included, confidence=0.95, false_alarms=0.05)
 
@@ -47,7 +47,7 @@ honest = partial(source, "simulated", 0)
 
 
 def silent(device: str, round: int) -> NoiseSource:
-    return Silent(honest(device, round))
+    return ZeroNoise(honest(device, round))
 
 
 def test_a_canary_is_one_clip_long_and_nothing_else() -> None:
@@ -195,8 +195,8 @@ def test_a_mutation_is_caught(mutation: Callable[[Experiment], list[Train]]) -> 
 def test_what_is_left_of_releases_is_the_noise() -> None:
     trial, recorded = experiment(), []
 
-    def recording(device: str, number: int) -> Recorded:
-        recorded.append(Recorded(honest(device, number)))
+    def recording(device: str, number: int) -> RecordingSource:
+        recorded.append(RecordingSource(honest(device, number)))
         return recorded[-1]
 
     noise, joined = canaries.residuals(trial, seen(trial, canaries.jobs(trial, recording)), recorded)
@@ -209,7 +209,7 @@ def test_what_is_left_of_releases_is_the_noise() -> None:
 def test_a_job_that_failed_fails_the_audit() -> None:
     trial = experiment(count=64, devices=1)
 
-    class Broken(Silent):
+    class Broken(ZeroNoise):
         def rounded_gaussian(self, size: int, stddev: float, device: torch.device = CPU) -> Tensor:
             raise OSError(f"no entropy for {size} numbers of {stddev} on {device}")
 

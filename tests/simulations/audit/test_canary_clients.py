@@ -1,4 +1,4 @@
-"""The audit of `privacy=device`: rounds of the real `DeviceLevel` are what is claimed, and broken ones are caught."""
+"""The audit of `privacy=device`: rounds of the real `CentralDP` are what is claimed, and broken ones are caught."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from scipy.stats import norm
 
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 from privacy.audit import empirical
-from privacy.noise import NoiseSource, Simulated
+from privacy.noise import NoiseSource, SimulatedNoise
 from simulations.audit import canary_clients
-from simulations.audit.canaries import Silent, toss
-from simulations.audit.canary_clients import Cohort, Released
+from simulations.audit.canaries import ZeroNoise, draw_included
+from simulations.audit.canary_clients import CanaryCohort, CanaryReleases
 
 DELTA = 1e-5
 ALARM = 1e-8
@@ -23,25 +23,25 @@ CLAIM = PoissonGaussian(
     sampling_rate=1.0,
     steps=4,
 )
-COHORT = Cohort(claim=CLAIM, included=toss(600, 3), side=60)
+COHORT = CanaryCohort(claim=CLAIM, included=draw_included(600, 3), side=60)
 
 
 def simulated(number: int) -> NoiseSource:
-    return Simulated(seed=0, client="server", round=number, purpose="aggregate")
+    return SimulatedNoise(seed=0, client="server", round=number, purpose="aggregate")
 
 
 def silent(number: int) -> NoiseSource:
-    return Silent(simulated(number))
+    return ZeroNoise(simulated(number))
 
 
-def least(released: Released) -> float:
+def least(released: CanaryReleases) -> float:
     return min(check.p_value for check in canary_clients.checks(released))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("both", [False, True])
 def test_without_noise_a_round_is_the_exact_sum(adaptive: bool, both: bool) -> None:
-    found = canary_clients.play(replace(COHORT, adaptive=adaptive, trains_both=both), silent)
+    found = canary_clients.run_rounds(replace(COHORT, adaptive=adaptive, trains_both=both), silent)
     assert found.sums.shape == (4, 60 * 60 * (1 + both))
     assert np.isnan(found.sums).sum() == 4 * 60 * both  # the ones of A
     assert np.nan_to_num(found.sums) == pytest.approx(np.tile(found.known, (4, 1)), abs=1e-3)
@@ -53,14 +53,14 @@ def test_without_noise_a_round_is_the_exact_sum(adaptive: bool, both: bool) -> N
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("both", [False, True])
 def test_honest_rounds_pass(adaptive: bool, both: bool) -> None:
-    found = canary_clients.play(replace(COHORT, adaptive=adaptive, trains_both=both), simulated)
+    found = canary_clients.run_rounds(replace(COHORT, adaptive=adaptive, trains_both=both), simulated)
     assert least(found) > 1e-4
     assert len(found.counts) == 4 * adaptive
 
 
-def estimated(noise: Callable[[int], NoiseSource]) -> tuple[empirical.Finding, float]:
+def estimated(noise: Callable[[int], NoiseSource]) -> tuple[empirical.AuditResult, float]:
     """The audit of the claim, and ε at δ = 0.01 as the final model shows it."""
-    found = canary_clients.play(COHORT, noise)
+    found = canary_clients.run_rounds(COHORT, noise)
     scores = {"releases": empirical.log_likelihood_ratio(found.sums[:, :600], CLAIM)}
     finding = empirical.audit(CLAIM, DELTA, scores, COHORT.included, confidence=0.95, false_alarms=1e-6)
     total = found.sums.sum(0)
@@ -77,17 +77,17 @@ def test_canary_clients_show_what_is_claimed_and_no_more() -> None:
 
 def test_canary_clients_see_missing_noise() -> None:
     assert estimated(silent)[0].refuted
-    assert least(canary_clients.play(COHORT, silent)) == 0
+    assert least(canary_clients.run_rounds(COHORT, silent)) == 0
 
 
 def test_the_same_noise_in_each_round_is_seen() -> None:
-    assert least(canary_clients.play(COHORT, lambda _: simulated(0))) < ALARM
+    assert least(canary_clients.run_rounds(COHORT, lambda _: simulated(0))) < ALARM
 
 
 def test_a_guess_is_right_as_often_as_the_total_variation_distance_allows() -> None:
     """Φ(μ/2) for a Gaussian of μ = √steps / σ, as the canaries of an honest run are."""
-    cohort = replace(COHORT, included=toss(3600, 1))
-    found = canary_clients.play(cohort, simulated)
+    cohort = replace(COHORT, included=draw_included(3600, 1))
+    found = canary_clients.run_rounds(cohort, simulated)
     made = empirical.guess_all(empirical.log_likelihood_ratio(found.sums[:, :3600], CLAIM), cohort.included)
     chance = norm.cdf(np.sqrt(CLAIM.steps) / CLAIM.noise_multiplier / 2)
     assert made.correct / made.made == pytest.approx(chance, abs=4 * 0.5 / 60)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from privacy.noise import NoiseSource, Simulated
+from privacy.noise import NoiseSource, SimulatedNoise
 from simulations.audit import known_inputs
-from simulations.audit.canaries import Silent
+from simulations.audit.canaries import ZeroNoise
 from simulations.audit.known_inputs import Situation
 
 MEMORY = 2**27
@@ -34,11 +34,11 @@ KINDS = {
 
 
 def simulated(device: str, number: int) -> NoiseSource:
-    return Simulated(seed=0, client=device, round=number, purpose="shared")
+    return SimulatedNoise(seed=0, client=device, round=number, purpose="shared")
 
 
 def silent(device: str, number: int) -> NoiseSource:
-    return Silent(simulated(device, number))
+    return ZeroNoise(simulated(device, number))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,19 +20,19 @@ import pytest
 from common import atomic_files
 from common.errors import AntherError
 from conf.compose import compose
-from conf.schemas.audit import Audit, MembershipTrial
+from conf.schemas.audit import AuditConfig, MembershipConfig
 from models.base.base import Base
 from models.lora.adapter import Adapter
 from privacy.accounting import Guarantee, PoissonGaussian
-from privacy.audit.empirical import Finding, Guesses
+from privacy.audit.empirical import AuditResult, Guesses
 from privacy.audit.membership import Interval, judge, roc
 from server.rounds import checkpoint
-from server.rounds.state import State
+from server.rounds.state import RunState
 from simulations import run_dir
 from simulations.audit import canaries, membership, plots, run
 from simulations.audit import page as audit_page
-from simulations.audit.membership import CONTROL, suspects
-from simulations.audit.verdicts import Results, Verdict
+from simulations.audit.membership import CONTROL, candidates
+from simulations.audit.verdicts import AuditResults, ClaimResult
 from simulations.fleet.participants import writers
 from tests.helpers.broken_mechanisms import Scaled
 from tests.helpers.reference_trainer import live
@@ -58,7 +58,7 @@ def finish(base: Base, folder: Path, *overrides: str, adapter: Adapter) -> Path:
     promise = dataclasses.asdict(Guarantee(8.0, 1e-3)) if private else None
     atomic_files.write(folder / "summary.json", json.dumps({"epsilon": promise}).encode())
     took_part = {writer.name: device() for writer in writers(config.data)[:2]}
-    state = State.start(run="run", private=private, adapter=adapter)
+    state = RunState.start(run="run", private=private, adapter=adapter)
     state = state.after(round_(0, None), adapter).after(round_(1, 0.5), adapter)
     checkpoint.save(folder / "checkpoints", dataclasses.replace(state, devices=took_part))
     return folder
@@ -119,7 +119,7 @@ def test_the_last_adapter_can_be_put_on_trial_instead_of_the_best(base: Base, tm
     checkpoint.save(folder / "checkpoints", last)
 
     def attacked(*overrides: str) -> float:
-        config = MembershipTrial(timesteps=1, resamples=100, **dict(pair.split("=") for pair in overrides))
+        config = MembershipConfig(timesteps=1, resamples=100, **dict(pair.split("=") for pair in overrides))
         arm = membership.attack([membership.load(folder)], config, confidence=0.95, seed=0)
         return float(arm.trials["loss"].scores.mean())
 
@@ -133,12 +133,12 @@ def test_a_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path
     record["assets"]["base"] = "0" * 64
     (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(AntherError, match="trained on another base"):
-        membership.attack([membership.load(folder)], Audit().membership, confidence=0.95, seed=0)
+        membership.attack([membership.load(folder)], AuditConfig().membership, confidence=0.95, seed=0)
     shutil.rmtree(folder / "checkpoints")
     record["assets"]["base"] = base.hash
     (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(AntherError, match="checkpoints are gone"):
-        membership.attack([membership.load(folder)], Audit().membership, confidence=0.95, seed=0)
+        membership.attack([membership.load(folder)], AuditConfig().membership, confidence=0.95, seed=0)
 
 
 @pytest.mark.slow
@@ -179,19 +179,19 @@ def test_a_folder_without_a_finished_run_is_one_line(runs: list[Path], tmp_path:
 
 def test_members_are_what_devices_that_took_part_trained_on() -> None:
     data = compose("data.writers=3 data.devices=5 data.train=6").data
-    writer, *_ = names = sorted({suspect.writer for suspect in suspects(data, set())})
-    assert not any(suspect.member for suspect in suspects(data, set()))
-    one = [suspect for suspect in suspects(data, {writer}) if suspect.member]
+    writer, *_ = names = sorted({suspect.writer for suspect in candidates(data, set())})
+    assert not any(suspect.member for suspect in candidates(data, set()))
+    one = [suspect for suspect in candidates(data, {writer}) if suspect.member]
     assert {suspect.writer for suspect in one} == {writer}
     assert len(one) == 6
-    both = [suspect for suspect in suspects(data, {writer, f"{writer}-0002"}) if suspect.member]
+    both = [suspect for suspect in candidates(data, {writer, f"{writer}-0002"}) if suspect.member]
     assert len({suspect.letter for suspect in both}) == len(both) >= 6
-    assert Counter(suspect.writer for suspect in suspects(data, set())) == dict.fromkeys(names, POOL + TEST)
+    assert Counter(suspect.writer for suspect in candidates(data, set())) == dict.fromkeys(names, POOL + TEST)
 
 
 def test_pictures_that_chose_the_round_are_on_neither_side() -> None:
     data = compose("data.writers=2 data.train=5 data.validation=10").data
-    known = {(suspect.writer, suspect.letter) for suspect in suspects(data, set())}
+    known = {(suspect.writer, suspect.letter) for suspect in candidates(data, set())}
     for writer in writers(data):
         assert not known & {(writer.name, picture.caption) for picture in writer.pictures.validation}
 
@@ -199,7 +199,7 @@ def test_pictures_that_chose_the_round_are_on_neither_side() -> None:
 def test_letters_alone_would_tell_members_and_matching_keeps_them_from_it() -> None:
     """The first five glyphs of a writer are mostly small letters: an attack that knows only that is well above 0.5."""
     data = compose("data.role=test data.writers=200 data.train=5").data
-    everyone = suspects(data, {suspect.writer for suspect in suspects(data, set())})
+    everyone = candidates(data, {suspect.writer for suspect in candidates(data, set())})
     scores = [float(suspect.letter.startswith("lowercase")) for suspect in everyone]
     members = [suspect.member for suspect in everyone]
     _, letters = np.unique([suspect.letter for suspect in everyone], return_inverse=True)
@@ -207,9 +207,9 @@ def test_letters_alone_would_tell_members_and_matching_keeps_them_from_it() -> N
     assert roc(drawn(scores, members, None, letters)).auc == pytest.approx(0.5)
 
 
-def finding(bound: float, claimed: float = 1.0) -> Finding:
+def finding(bound: float, claimed: float = 1.0) -> AuditResult:
     claim = PoissonGaussian(noise_multiplier=2.0, sampling_rate=0.5, steps=3)
-    return Finding(
+    return AuditResult(
         claim=claim,
         claimed=Guarantee(claimed, 1e-5),
         refuted=bound > claimed,
@@ -223,8 +223,8 @@ def finding(bound: float, claimed: float = 1.0) -> Finding:
     )
 
 
-def verdict(bound: float, *, honest: bool = True) -> Verdict:
-    return Verdict("ε = 1" if honest else "ε = 1, noise left out", finding(bound), honest)
+def verdict(bound: float, *, honest: bool = True) -> ClaimResult:
+    return ClaimResult("ε = 1" if honest else "ε = 1, noise left out", finding(bound), honest)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def verdict(bound: float, *, honest: bool = True) -> Verdict:
     ],
 )
 def test_refuted_claims_and_missed_noise_fail_the_command(
-    verdicts: list[Verdict], sound: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    verdicts: list[ClaimResult], sound: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(run, "loop", lambda _: iter(verdicts))
     monkeypatch.setattr(run, "clients", lambda _: iter([]))
@@ -249,7 +249,7 @@ def test_refuted_claims_and_missed_noise_fail_the_command(
 
 
 def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Audit()
+    config = AuditConfig()
     config.canaries.epsilons, config.canaries.rounds, config.canaries.count = [1.0], 4, 1000
     config.canaries.noise = "simulated"
     config.clients.count = config.fits.longest = 0
@@ -260,7 +260,7 @@ def test_the_command_finds_the_loop_sound_and_missing_noise(monkeypatch: pytest.
     assert [line[:4] for line in told] == ["ok  "] * 3
     assert ["not refuted" in told[0], "noise of ε = 1" in told[1], "not refuted" in told[2]] == [True, True, False]
     honest = run.source
-    monkeypatch.setattr(run, "source", lambda *key: canaries.Silent(honest(*key)))
+    monkeypatch.setattr(run, "source", lambda *key: canaries.ZeroNoise(honest(*key)))
     assert not run.audit(config, told.append).sound
 
 
@@ -321,4 +321,4 @@ def test_plots_say_what_they_are_given() -> None:
     few = audit_page.thinned(whole)
     assert len(few.fpr) <= 510
     assert few.auc == pytest.approx(whole.auc, abs=2e-3)
-    assert Results().sound
+    assert AuditResults().sound

@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from common.units import HOUR
-from simulations.fleet.availability import DAY, Daily, Trace, load_traces
+from simulations.fleet.availability import DAY, DailySchedule, RecordedSchedule, load_traces
 
 
 def test_hours_of_a_day_over_midnight():
-    hours = Daily([22.0, 7.0], [0.0, 24.0], phase=HOUR)
+    hours = DailySchedule([22.0, 7.0], [0.0, 24.0], phase=HOUR)
     at = [hours.plugged(day * DAY + hour * HOUR) for day in (0, 5) for hour in (0, 7.5, 8.5, 22, 23.5)]
     assert at == [True, True, False, False, True] * 2
     assert hours.idle(1e6)
     assert hours.next_change(0.0) == 8 * HOUR
-    assert Daily([0.0, 24.0], [0.0, 24.0]).next_change(0.0) == float("inf")
+    assert DailySchedule([0.0, 24.0], [0.0, 24.0]).next_change(0.0) == float("inf")
 
 
 @settings(max_examples=50)
 @given(st.floats(0, 20 * DAY), st.integers(0, 9), st.floats(0, 7200))
 def test_nothing_changes_before_the_next_change(time, seed, jitter):
-    recorded = Trace([(0.0, HOUR), (5 * HOUR, 30 * HOUR)])
-    for hours in (Daily([21.5, 6.0], [9.0, 12.0], jitter=jitter, seed=seed), recorded):
+    recorded = RecordedSchedule([(0.0, HOUR), (5 * HOUR, 30 * HOUR)])
+    for hours in (DailySchedule([21.5, 6.0], [9.0, 12.0], jitter=jitter, seed=seed), recorded):
         later = hours.next_change(time)
         assert later > time
         for share in (0.1, 0.5, 0.999):
@@ -36,7 +36,7 @@ def test_nothing_changes_before_the_next_change(time, seed, jitter):
 def test_days_differ_by_the_jitter_and_follow_the_seed():
     starts = []
     for seed in (1, 1, 2):
-        hours = Daily([12.0, 13.0], [0.0, 24.0], jitter=600.0, seed=seed)
+        hours = DailySchedule([12.0, 13.0], [0.0, 24.0], jitter=600.0, seed=seed)
         starts.append([hours.next_change(day * DAY + 11 * HOUR) - day * DAY - 12 * HOUR for day in range(20)])
     assert starts[0] == starts[1] != starts[2]
     assert len(set(starts[0])) == 20
@@ -104,7 +104,7 @@ def test_a_bad_json_is_one_line(tmp_path, text):
 
 
 def test_days_that_are_over_are_not_kept():
-    hours = Daily([22.0, 6.0], [0.0, 8.0], jitter=HOUR, seed=1)
+    hours = DailySchedule([22.0, 6.0], [0.0, 8.0], jitter=HOUR, seed=1)
     changes = [hours.next_change(day * DAY) for day in range(100)]
     assert len(hours._days) <= 4
     assert [hours.next_change(day * DAY) for day in range(100)] == changes  # also back in time

@@ -7,14 +7,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.units import HOUR
-from simulations.fleet.availability import DAY, Daily
+from simulations.fleet.availability import DAY, DailySchedule
 from simulations.fleet.battery import charge_after, flow, seconds_until
-from simulations.fleet.device_model import FLAT, LEFT, WAKES, Body, Moment, live
+from simulations.fleet.device_model import FLAT, LEFT, WAKE_CHARGE, DeviceState, PowerModel, live
 from simulations.fleet.heat import Heat, heat_after, seconds_until_change
 
 WATTS = st.floats(-50, 50)
-ALWAYS = Daily([0.0, 24.0], [0.0, 24.0])
-NEVER = Daily([], [])
+ALWAYS = DailySchedule([0.0, 24.0], [0.0, 24.0])
+NEVER = DailySchedule([], [])
 
 
 @given(st.floats(0, 60), WATTS, st.floats(0, 1e5))
@@ -50,7 +50,7 @@ def test_heat_rises_at_work_and_falls_at_rest(level, hot, working, seconds):
 
 
 BODIES = st.builds(
-    Body,
+    PowerModel,
     watts_idle=st.floats(0.1, 5),
     watts_busy=st.floats(5, 20),
     capacity=st.floats(1, 50),
@@ -60,7 +60,7 @@ BODIES = st.builds(
     hot_speed=st.floats(0.2, 1),
 )
 HABITS = st.builds(
-    Daily,
+    DailySchedule,
     st.sampled_from([[22.0, 7.0], [], [0.0, 24.0], [8.0, 12.0, 13.0, 20.0]]),
     st.sampled_from([[23.0, 6.0], [0.0, 24.0]]),
     phase=st.floats(-DAY, DAY),
@@ -72,48 +72,48 @@ HABITS = st.builds(
 @settings(max_examples=60)
 @given(BODIES, HABITS, st.floats(0, 1), st.floats(10, 20_000), st.booleans())
 def test_work_and_energy_add_up(body, hours, charged, work, leaves):
-    start = Moment(time=3 * DAY, charge=charged * body.capacity)
+    start = DeviceState(time=3 * DAY, charge=charged * body.capacity)
     done = live(body, hours, start, work=work, leaves=leaves)
-    worked, lasted = work - done.left, done.moment.time - start.time
+    worked, lasted = work - done.left, done.state.time - start.time
     assert 0 <= worked <= work
-    assert done.fate or done.left == 0
+    assert done.abort_reason or done.left == 0
     # Work draws the same whatever the speed, beyond what being on draws.
     drawn = body.watts_idle * lasted + (body.watts_busy - body.watts_idle) * worked
     assert done.joules == pytest.approx(drawn, rel=1e-6, abs=1e-2)
     assert worked - 1e-3 <= lasted <= worked / body.hot_speed + 1e-3
-    assert (done.moment.charge - start.charge) * HOUR <= body.charger * lasted + 1e-3  # nothing comes from nowhere
+    assert (done.state.charge - start.charge) * HOUR <= body.charger * lasted + 1e-3  # nothing comes from nowhere
     assert 0 <= done.drained <= done.joules + 1e-3
     if not body.charger:
         assert done.drained == pytest.approx(done.joules, rel=1e-6, abs=0.05)
-        spent = (start.charge - done.moment.charge) * HOUR
+        spent = (start.charge - done.state.charge) * HOUR
         assert spent == pytest.approx(done.joules, rel=1e-6, abs=0.05)
-    if done.fate == FLAT:
-        assert done.moment.off
-        assert done.moment.charge < WAKES * body.capacity
-    assert leaves or done.fate != LEFT
+    if done.abort_reason == FLAT:
+        assert done.state.off
+        assert done.state.charge < WAKE_CHARGE * body.capacity
+    assert leaves or done.abort_reason != LEFT
 
 
 @settings(max_examples=20, deadline=None)
 @given(BODIES, HABITS, st.floats(0, 1), st.floats(100, 3 * DAY))
 def test_a_life_is_the_same_however_often_one_looks(body, hours, charged, seconds):
     assume(abs(seconds - body.cool_after) > 1e-3)  # at the very end rounding decides whether it is cool
-    start = Moment(time=0.0, charge=charged * body.capacity, heat=Heat(1.0, True))
+    start = DeviceState(time=0.0, charge=charged * body.capacity, heat=Heat(1.0, True))
     whole = live(body, hours, start, until=seconds)
-    moment, joules = start, 0.0
+    state, joules = start, 0.0
     for part in range(1, 40):
-        moment, drawn, *_ = live(body, hours, moment, until=seconds * part / 39)
+        state, drawn, *_ = live(body, hours, state, until=seconds * part / 39)
         joules += drawn
-    assert moment.charge == pytest.approx(whole.moment.charge, abs=1e-4)
-    assert (moment.off, moment.heat.hot) == (whole.moment.off, whole.moment.heat.hot)
+    assert state.charge == pytest.approx(whole.state.charge, abs=1e-4)
+    assert (state.off, state.heat.hot) == (whole.state.off, whole.state.heat.hot)
     assert joules == pytest.approx(whole.joules, rel=1e-4, abs=0.1)
 
 
 def test_a_hot_phone_against_small_steps():
-    body = Body(
+    body = PowerModel(
         watts_idle=0.5, watts_busy=3.5, capacity=18.0, charger=2.0, hot_after=500.0, cool_after=300.0, hot_speed=0.5
     )
-    hours = Daily([0.0, 0.25], [0.0, 24.0])
-    done = live(body, hours, Moment(0.0, 9.0), work=2000.0)
+    hours = DailySchedule([0.0, 0.25], [0.0, 24.0])
+    done = live(body, hours, DeviceState(0.0, 9.0), work=2000.0)
     time, charge, level, hot, left, step = 0.0, 9.0, 0.0, False, 2000.0, 0.05
     while left > 0:
         speed = 0.5 if hot else 1.0
@@ -122,30 +122,32 @@ def test_a_hot_phone_against_small_steps():
         level = min(level + step / 500, 1.0)
         hot = hot or level >= 1
         left, time = left - speed * step, time + step
-    assert done.moment.time == pytest.approx(time, abs=0.2)
-    assert done.moment.charge == pytest.approx(charge, abs=1e-3)
-    assert done.moment.heat.hot
+    assert done.state.time == pytest.approx(time, abs=0.2)
+    assert done.state.charge == pytest.approx(charge, abs=1e-3)
+    assert done.state.heat.hot
 
 
 def test_who_is_flat_comes_back_when_it_was_charged_a_little():
-    body = Body(watts_idle=1.0, watts_busy=5.0, capacity=10.0, charger=5.0)
-    evening = Daily([20.0, 24.0], [0.0, 24.0])
-    done = live(body, evening, Moment(0.0, 1.0), work=3600.0)
-    assert done.fate == FLAT
-    assert done.moment.time == pytest.approx(720.0, abs=0.1)
-    later = live(body, evening, done.moment, until=20 * 3600.0).moment
+    body = PowerModel(watts_idle=1.0, watts_busy=5.0, capacity=10.0, charger=5.0)
+    evening = DailySchedule([20.0, 24.0], [0.0, 24.0])
+    done = live(body, evening, DeviceState(0.0, 1.0), work=3600.0)
+    assert done.abort_reason == FLAT
+    assert done.state.time == pytest.approx(720.0, abs=0.1)
+    later = live(body, evening, done.state, until=20 * 3600.0).state
     assert (later.off, later.charge) == (True, 0.0)
-    woken = 20 * 3600 + WAKES * 10 / 5 * 3600
-    assert live(body, evening, later, until=woken - 1).moment.off
-    assert not live(body, evening, later, until=woken + 1).moment.off
+    woken = 20 * 3600 + WAKE_CHARGE * 10 / 5 * 3600
+    assert live(body, evening, later, until=woken - 1).state.off
+    assert not live(body, evening, later, until=woken + 1).state.off
 
 
 def test_who_is_unplugged_or_used_breaks_off_and_only_then():
-    body = Body(watts_idle=1.0, watts_busy=5.0)
-    hours = Daily([0.0, 24.0], [0.0, 1.0])
-    assert live(body, hours, Moment(0.0), work=7200.0, leaves=True).fate == LEFT
-    assert live(body, hours, Moment(0.0), work=7200.0).fate == ""
-    assert live(body, hours, Moment(5000.0), work=7200.0, leaves=True).fate == ""  # it was used from the first
-    assert live(body, NEVER, Moment(0.0), work=7200.0).fate == FLAT  # no battery, no plug
-    assert live(body, ALWAYS, Moment(0.0), until=50.0, at_task=True).joules == pytest.approx(50.0)
+    body = PowerModel(watts_idle=1.0, watts_busy=5.0)
+    hours = DailySchedule([0.0, 24.0], [0.0, 1.0])
+    assert live(body, hours, DeviceState(0.0), work=7200.0, leaves=True).abort_reason == LEFT
+    assert live(body, hours, DeviceState(0.0), work=7200.0).abort_reason == ""
+    assert (
+        live(body, hours, DeviceState(5000.0), work=7200.0, leaves=True).abort_reason == ""
+    )  # it was used from the first
+    assert live(body, NEVER, DeviceState(0.0), work=7200.0).abort_reason == FLAT  # no battery, no plug
+    assert live(body, ALWAYS, DeviceState(0.0), until=50.0, at_task=True).joules == pytest.approx(50.0)
     assert flow(2.0, plugged=True, charger=5.0) == 3.0

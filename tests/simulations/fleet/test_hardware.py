@@ -10,9 +10,9 @@ from conf.compose import compose
 from conf.schemas.planning import device_profile
 from models.base.base import Base, load
 from models.families.family import ATTENTION
-from models.families.known import find
-from models.footprint.footprint import example, footprint, shapes
-from privacy.storage import Files
+from models.families.known import find_base
+from models.footprint.footprint import example_shapes, footprint, meta_denoiser
+from privacy.storage import FileStorage
 from simulations.fleet.costs import costs
 from simulations.fleet.hardware import hardware, turn
 from simulations.fleet.participants import participants
@@ -46,7 +46,7 @@ def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
     (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
 
     config = compose("fleet=week data.writers=10")
-    people, taken = participants(config, base, lambda name: Files(tmp_path / name)), costs(config, base)
+    people, taken = participants(config, base, lambda name: FileStorage(tmp_path / name)), costs(config, base)
 
     def born(**changes):
         return lives(replace(config, **changes), people, tmp_path).fleet
@@ -93,7 +93,7 @@ def test_a_rate_of_the_runs_own_base_counts_whatever_it_is(base: Base):
 def test_stable_diffusion_on_a_pi_takes_what_the_plan_says():
     """About 106 s a step at 512 pixels, where a run's page told of 0.04 s."""
     (pi,) = [p for p in compose("fleet=pis").fleet.profiles if p.name == "pi4_4gb"]
-    known = find("sd15")
-    held = shapes(known, sites=ATTENTION, weights="int8", checkpointing="block")
-    predicted = footprint(held, *example(known, 512), rank=8)
+    known = find_base("sd15")
+    held = meta_denoiser(known, sites=ATTENTION, weights="int8", checkpointing="block")
+    predicted = footprint(held, *example_shapes(known, 512), rank=8)
     assert 60 < pass_seconds(predicted, device_profile(pi.device or "")) < 200

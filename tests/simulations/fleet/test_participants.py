@@ -11,16 +11,16 @@ from common.errors import AntherError
 from conf.compose import compose
 from models.base.base import Base
 from privacy.accounting import NonPrivate, PoissonGaussian
-from privacy.policy import Policy, Refusal
-from privacy.storage import Files
+from privacy.policy import Policy, RequestRefusedError
+from privacy.storage import FileStorage
 from simulations.fleet.participants import Participant, judged, owners_policy, participants, slug, writers
 from strategies.planning.full_plan import training_plan
-from strategies.private_evaluation import measuring, spending
+from strategies.private_evaluation import evaluation_mechanisms, measuring
 from tests.simulations.test_run import own_pictures
 
 
 def fleet(base: Base, folder: Path, overrides: str) -> list[Participant]:
-    return participants(compose(overrides), base, lambda name: Files(folder / name))
+    return participants(compose(overrides), base, lambda name: FileStorage(folder / name))
 
 
 def names(base: Base, folder: Path, overrides: str) -> list[str]:
@@ -29,11 +29,15 @@ def names(base: Base, folder: Path, overrides: str) -> list[str]:
 
 def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
     config = compose("privacy=example privacy.epsilon=4 rounds=3 privacy.measuring.every=3")
-    policy, plan, measured = owners_policy(config), training_plan(config, run="r", base="b"), spending(config)
+    policy, plan, measured = (
+        owners_policy(config),
+        training_plan(config, run="r", base="b"),
+        evaluation_mechanisms(config),
+    )
     private = plan.privacy
     assert private is not None
     policy.check_plan(plan)
-    policy.check_measure(measuring(config, simulated=True).among_pictures)
+    policy.check_measure(measuring(config, simulated=True).local_noise)
     round_ = PoissonGaussian(
         noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
     )
@@ -42,11 +46,9 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
         lambda: policy.check_spending([round_, round_, round_, *measured], round_),
         lambda: policy.check_spending([], NonPrivate()),
         lambda: policy.check_measure(None),
-        lambda: owners_policy(compose("privacy=example")).check_measure(
-            measuring(config, simulated=True).among_pictures
-        ),
+        lambda: owners_policy(compose("privacy=example")).check_measure(measuring(config, simulated=True).local_noise),
     ):
-        with pytest.raises(Refusal):
+        with pytest.raises(RequestRefusedError):
             refused()
     assert owners_policy(compose("privacy=none")) == owners_policy(compose("privacy=device")) == Policy()
 

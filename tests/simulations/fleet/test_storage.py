@@ -15,9 +15,9 @@ import pytest
 import torch
 from flwr.app import Message
 
-from client.store.store import Personal, Store
+from client.store.store import PersonalAdapter, Store
 from common.errors import AntherError
-from privacy.storage import Files
+from privacy.storage import FileStorage
 from protocol.records import request_to_records
 from simulations.fleet.storage import FILE, Database
 from simulations.grid.cohort import CohortGrid
@@ -233,9 +233,9 @@ def test_a_fleet_that_goes_on_takes_no_more_room(database: Database) -> None:
 
 
 def test_a_store_is_the_same_over_both(database: Database, tmp_path: Path) -> None:
-    personal = Personal(adapter(2), adapter(5, seed=1), BASE, "run:3")
+    personal = PersonalAdapter(adapter(2), adapter(5, seed=1), BASE, "run:3")
     examples = Examples(torch.randn(3, 4, 2, 2), torch.randn(3, 7, 2))
-    for storage in (database.device("ada"), Files(tmp_path / "ada")):
+    for storage in (database.device("ada"), FileStorage(tmp_path / "ada")):
         store = Store(storage)
         assert store.personal(SITES) is store.examples("train", "k") is store.number("base", "k") is None
         store.save_personal(personal)

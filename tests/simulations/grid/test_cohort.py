@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from flwr.app import ConfigRecord, Message
 
-from models.lora.adapter import initial, to_tensors
+from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Query, Train
 from protocol.tensor_codec import encode
@@ -25,7 +25,7 @@ def fleet():
 
 
 def train_messages(grid):
-    request = Train(plan=replace(PLAN, round=1), adapter=encode(to_tensors(initial(SITES, 3, seed=0))))
+    request = Train(plan=replace(PLAN, round=1), adapter=encode(to_tensors(init_adapter(SITES, 3, seed=0))))
     return [Message(records.request_to_records(request), node, "train") for node in grid.get_node_ids()]
 
 

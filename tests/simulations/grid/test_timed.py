@@ -5,20 +5,20 @@ from dataclasses import replace
 import pytest
 from flwr.app import ConfigRecord, Message
 
-from conf.schemas.simulation import Workload
-from models.lora.adapter import initial, to_tensors
+from conf.schemas.simulation import WorkloadConfig
+from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Query, Train
 from protocol.tensor_codec import encode
 from server.rounds.collect import collect
-from simulations.fleet.availability import Daily
+from simulations.fleet.availability import DailySchedule
 from simulations.fleet.costs import Costs
 from simulations.fleet.outcomes import DROPPED, KILLED, gini
-from simulations.fleet.virtual_fleet import Lives
+from simulations.fleet.virtual_fleet import VirtualFleet
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform
 from tests.helpers.timed_fleet import COSTS, RUNTIME, owned, timed
 
-SENT = encode(to_tensors(initial(SITES, 3, seed=0)))
+SENT = encode(to_tensors(init_adapter(SITES, 3, seed=0)))
 WORK = PLAN.steps * PLAN.batch_size  # seconds at speed 1
 LINK = len(SENT) * 8 / 1e6  # seconds at 1 megabit a second
 
@@ -81,9 +81,9 @@ def test_what_is_under_way_is_trained_together_and_the_doomed_not_at_all(tmp_pat
 def test_who_runs_flat_is_used_or_vanishes_never_replies(tmp_path):
     fleet = [
         owned("a", battery_wh=10.0, charge=0.005),  # 18 J
-        owned("b", leaves=True, hours=Daily([0.0, 24.0], [0.0, 5 / 3600])),
+        owned("b", leaves=True, hours=DailySchedule([0.0, 24.0], [0.0, 5 / 3600])),
         owned("c", drop_out=0.9999999, speed=1e-3),
-        owned("d", hours=Daily([], [0.0, 24.0])),
+        owned("d", hours=DailySchedule([], [0.0, 24.0])),
         owned("e"),
     ]
     grid, lives = timed(tmp_path, *fleet)
@@ -116,7 +116,7 @@ def test_a_device_does_one_thing_after_another(tmp_path):
 
 
 def test_a_report_says_how_the_device_is_now(tmp_path):
-    night = Daily([0.0, 1.0], [0.0, 2.0])
+    night = DailySchedule([0.0, 1.0], [0.0, 2.0])
     grid, lives = timed(
         tmp_path, owned("a", battery_wh=10.0, charge=5.0, charger_watts=5.0, hours=night, hot_after=6.0), owned("b")
     )
@@ -151,25 +151,25 @@ def test_a_refusal_and_an_unreadable_request_are_answered_at_once(tmp_path):
 
 
 def test_a_life_goes_on_where_it_was_kept(tmp_path):
-    hours = Daily([10.0, 12.0], [0.0, 24.0], jitter=100.0, seed=3)
+    hours = DailySchedule([10.0, 12.0], [0.0, 24.0], jitter=100.0, seed=3)
     fleet = [owned("a", battery_wh=10.0, charge=6.0, hours=hours, hot_after=4.0), owned("b")]
     grid, lives = timed(tmp_path, *fleet)
     come(grid, lives, [train(1)])
     lives.keep(0)
     before = {each.name: each.at(5000.0) for each in lives.fleet.values()}
-    again = Lives(tmp_path / "fleet", {"a": replace(fleet[0], moment=None), "b": owned("b")})
+    again = VirtualFleet(tmp_path / "fleet", {"a": replace(fleet[0], state=None), "b": owned("b")})
     again.resume(0)
     assert (again.clock.now(), again.log.rounds) == (lives.log.rounds[0].ended, lives.log.rounds)
     assert {each.name: each.at(5000.0) for each in again.fleet.values()} == before
     with pytest.raises(Exception, match="other devices"):
-        Lives(tmp_path / "fleet", {"z": owned("z")}).resume(0)
+        VirtualFleet(tmp_path / "fleet", {"z": owned("z")}).resume(0)
     with pytest.raises(Exception, match="can't be resumed from"):
         again.resume(1)
 
 
 def test_a_workload_makes_a_base_larger_but_for_the_process():
     plan, device = replace(PLAN, rank=6), owned("a", memory_mib=RUNTIME + 6.0).hardware.known
-    times = Workload(memory=2.0, arithmetic=3.0)
+    times = WorkloadConfig(memory=2.0, arithmetic=3.0)
     larger = Costs(lambda rank: replace(COSTS._predict(rank), moved_bytes=10**9), COSTS._partly, times)
     for costs, most, seconds in ((COSTS, 6, WORK), (larger, 3, 3 * 2 * WORK)):
         assert costs.fits(replace(plan, rank=most), device)
@@ -179,7 +179,7 @@ def test_a_workload_makes_a_base_larger_but_for_the_process():
 
 def test_some_sites_take_less_memory_and_time():
     plan, device = replace(PLAN, rank=6), owned("a", memory_mib=RUNTIME + 6.0).hardware.known
-    larger = Costs(COSTS._predict, COSTS._partly, Workload(memory=2.0, arithmetic=3.0))
+    larger = Costs(COSTS._predict, COSTS._partly, WorkloadConfig(memory=2.0, arithmetic=3.0))
     for sites, mib, share in ((("x", "y"), 4, 0.8), (("x",), 3, 0.7), (("y",), 2, 0.3)):
         some = replace(plan, sites=sites)
         assert (COSTS.needed(some), larger.needed(some)) == (mib << 20, 2 * mib << 20)

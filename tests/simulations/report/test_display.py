@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from privacy.accounting import DEVICE, Guarantee
-from simulations.report.display import Display, against_base, bar, compare, gain, results
+from simulations.report.display import Display, bar, compare, gain, relative_to_base, results
 
 SUMMARY: dict[str, Any] = {
     "rounds": 3,
@@ -227,8 +227,8 @@ def test_narrow_results_keep_loss_and_gain() -> None:
 
 
 def test_words() -> None:
-    assert against_base(0.123) == "12 % below the base"
-    assert against_base(-0.02) == "2.0 % above the base"
+    assert relative_to_base(0.123) == "12 % below the base"
+    assert relative_to_base(-0.02) == "2.0 % above the base"
     assert gain(0.1, 0.05) == 0.5
     assert bar(0.5, 4) == "██░░"
     assert bar(0.3125, 4) == "█▎░░"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import AntherError
-from models.lora.adapter import Factors, head_and_tail, rank
+from models.lora.adapter import Factors, rank, split_rank
 from strategies.aggregation.exact import Exact
 from tests.helpers.means import SITES, best, close, dense, random_adapter, rounds, true_mean
 
@@ -24,7 +24,7 @@ def test_exact_is_the_mean_of_products_for_mixed_ranks_weights_and_sites(round):
     for site in SITES:
         assert close(dense(found.adapter, site), true_mean(current, updates, site))
         if not any(site in adapter and len(adapter[site].a) for adapter, _ in updates):  # nobody trained it
-            head, tail = head_and_tail(found.adapter, 4)
+            head, tail = split_rank(found.adapter, 4)
             assert all(torch.equal(new, old) for new, old in zip(head[site], current[site], strict=True))
             assert not tail[site].b.any()
     assert found.diagnostics["energy"] == pytest.approx(1.0)
@@ -131,7 +131,7 @@ def test_whoever_trains_the_first_directions_holds_the_strongest():
     found = Exact(rank=4, max_rank=None, seed=0).aggregate(current, updates, round=1).adapter
     for site in SITES:
         for size in (2, 4):
-            head, _ = head_and_tail(found, size)
+            head, _ = split_rank(found, size)
             assert close(dense(head, site), best(true_mean(current, updates, site), size))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.lora.adapter import Factors
-from strategies.aggregation.factored import Sum, compress, pad, relative_residual, residual_of_mean, stacked_mean
+from strategies.aggregation.factored import ProductSum, compress, mean_residual, pad, relative_residual, stacked_mean
 from tests.helpers.means import best, close, distance
 
 
@@ -22,7 +22,7 @@ def terms(count, size, inputs, outputs, seed, drift=0.5):
 
 def summed(found, *, max_rank, seed=0):
     found = list(found)
-    total = Sum(inputs=found[0][0].shape[1], outputs=len(found[0][1]), max_rank=max_rank, seed=seed)
+    total = ProductSum(inputs=found[0][0].shape[1], outputs=len(found[0][1]), max_rank=max_rank, seed=seed)
     for a, b in found:
         total.add(a, b)
     return total, sum(b.double().numpy() @ a.double().numpy() for a, b in found)
@@ -79,7 +79,7 @@ def test_a_long_sum_is_near_the_best_of_its_rank_and_says_how_near(count, size, 
 def test_energy_counts_what_was_cut_on_the_way():
     """Of 300 equal directions half would be 150, and the 16 that may be kept are far from that."""
     q = torch.linalg.qr(torch.randn(400, 400, generator=torch.Generator().manual_seed(0))).Q
-    total = Sum(inputs=400, outputs=400, max_rank=16, seed=0)
+    total = ProductSum(inputs=400, outputs=400, max_rank=16, seed=0)
     for start in range(0, 300, 10):
         total.add(q[start : start + 10], q[:, start : start + 10])
     found = total.best(max_rank=16, energy=0.5)
@@ -91,7 +91,7 @@ def test_energy_counts_what_was_cut_on_the_way():
 def test_rounding_on_the_way_is_no_direction(count):
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(8, 320, generator=generator)
-    total = Sum(inputs=320, outputs=320, max_rank=64, seed=0)
+    total = ProductSum(inputs=320, outputs=320, max_rank=64, seed=0)
     for _ in range(count):
         total.add(a, torch.randn(320, 8, generator=generator))
     assert len(total.best(max_rank=64).a) == 8
@@ -116,7 +116,7 @@ def test_what_a_sum_holds_does_not_grow():
 
 
 def test_a_sum_of_nothing():
-    total = Sum(inputs=5, outputs=4, max_rank=2, seed=0)
+    total = ProductSum(inputs=5, outputs=4, max_rank=2, seed=0)
     found = total.best(max_rank=2)
     assert (found.a.shape, found.b.shape, found.energy) == ((0, 5), (4, 0), 1.0)
 
@@ -138,7 +138,7 @@ def test_the_residual_of_a_mean_is_the_same_of_a_matrix_and_of_a_stack(ranks, se
 
     current, found, there = drawn(3), drawn(2), [(drawn(size), 1 / len(ranks)) for size in ranks]
     wanted = relative_residual(*found, *stacked_mean(current, there))
-    assert residual_of_mean(found, current, there) == pytest.approx(wanted, rel=1e-6)
+    assert mean_residual(found, current, there) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_padding_leaves_the_product_and_a_gradient():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.lora.adapter import Factors
 from strategies.aggregation.fedsa import FedSA
 from strategies.aggregation.fedsb import FedSB
-from strategies.aggregation.fedsvd import FedSVD, orthonormal
+from strategies.aggregation.fedsvd import FedSVD, orthonormalize
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
 from tests.helpers.means import SITES, close, dense, in_reach, random_adapter, rounds, true_mean
@@ -80,7 +80,7 @@ def test_fedsvd_keeps_every_direction_alive(size, inputs, outputs):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(size, inputs, generator=generator), torch.randn(outputs, size, generator=generator)
     for factors in (Factors(a, b), Factors(a, torch.zeros_like(b))):
-        found = orthonormal(factors)
+        found = orthonormalize(factors)
         assert found.a.shape == (min(size, inputs), inputs)
         assert torch.allclose(found.a @ found.a.T, torch.eye(len(found.a), dtype=torch.float64), atol=1e-6)
         assert torch.allclose(found.b @ found.a, (factors.b @ factors.a).double(), atol=1e-4)

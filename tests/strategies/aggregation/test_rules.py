@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.lora.adapter import head_and_tail
+from models.lora.adapter import split_rank
 from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.fedsa import FedSA
@@ -93,7 +93,7 @@ def test_directions_that_nobody_trained_can_still_learn():
 def test_one_device_that_trains_everything_gets_its_product_back(rule, rounds_):
     current = random_adapter(4, 0)
     for number in range(1, 1 + rounds_):
-        trained, _ = head_and_tail(current, 4)
+        trained, _ = split_rank(current, 4)
         trained = {site: type(f)(f.a + 0.1, f.b - 0.1) for site, f in trained.items()}
         ((trained, _),) = in_reach(current, [(trained, 2.0)], rule.trains(number))
         wanted = {site: true_mean(current, [(trained, 2.0)], site) for site in SITES}
@@ -107,7 +107,7 @@ def test_one_device_that_trains_everything_gets_its_product_back(rule, rounds_):
 def test_the_next_round_can_train_what_comes_out(rule):
     """One rank at every site, of float32, with a gradient in each of the first directions."""
     zero = {site: type(f)(f.a, torch.zeros_like(f.b)) for site, f in random_adapter(4, 0).items()}
-    found = rule.aggregate(zero, [(zero, 1.0), (head_and_tail(zero, 4)[0], 1.0)], round=1).adapter
+    found = rule.aggregate(zero, [(zero, 1.0), (split_rank(zero, 4)[0], 1.0)], round=1).adapter
     assert len({len(f.a) for f in found.values()}) == 1
     for site in SITES:
         a, b = found[site]
@@ -166,7 +166,7 @@ def test_rank_does_not_collapse_under_raflora():
     strength = {}
     for name, current in adapters.items():
         for number in range(1, 9):
-            low, high = head_and_tail(current, 2)[0], current
+            low, high = split_rank(current, 2)[0], current
             current = RULES[name].aggregate(current, [(low, 1.0)] * 3 + [(high, 1.0)], round=number).adapter
         strength[name] = np.linalg.svd(dense(current, "x"), compute_uv=False)[3]
     whole = np.linalg.svd(dense(adapters["raflora"], "x"), compute_uv=False)[3]

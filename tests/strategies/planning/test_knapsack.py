@@ -17,9 +17,9 @@ from models.footprint.site_costs import PassCosts, SiteCost
 from models.lora.adapter import Factors, Site
 from protocol.messages import TrainingPlan
 from strategies.planning.knapsack import choices
-from strategies.planning.plan import Limits
+from strategies.planning.plan import PlanLimits
 from strategies.planning.planner import Planner
-from strategies.planning.site_selection import Fitting, fitted, gains, product_norm
+from strategies.planning.site_selection import SiteSelector, fitted, gains, product_norm
 from tests.helpers.fleet import PLAN, REPORT
 
 
@@ -30,10 +30,10 @@ def table(found: Mapping[str, tuple[int, int]], works: Mapping[str, tuple[float,
         sites=tuple(
             SiteCost(
                 name=name,
-                held_bytes=held,
-                own_bytes=own,
+                peak_bytes=held,
+                site_bytes=own,
                 work=works.get(name, (0.9, 0.0))[0],
-                own_work=works.get(name, (0.9, 0.0))[1],
+                site_work=works.get(name, (0.9, 0.0))[1],
             )
             for name, (held, own) in found.items()
         )
@@ -65,10 +65,10 @@ def sets(costs: PassCosts) -> Iterator[tuple[str, ...]]:
 SITES = {f"s{i}": Site(64, 64) for i in range(7)}
 FULL = replace(PLAN, rank=4, steps=10)
 MEMORY = st.floats(0.001, 0.3)
-LIMITS = st.builds(Limits, deadline=st.none() | st.floats(0.1, 30), joules=st.none() | st.floats(0.1, 200))
+LIMITS = st.builds(PlanLimits, deadline=st.none() | st.floats(0.1, 30), joules=st.none() | st.floats(0.1, 200))
 
 
-def steps(costs: PassCosts, chosen: tuple[str, ...], limits: Limits) -> int:
+def steps(costs: PassCosts, chosen: tuple[str, ...], limits: PlanLimits) -> int:
     """By hand: 2 seconds and 10 joules a step at every site, and what goes up and down at 8 megabits a second."""
     seconds, sent = 2.0 * costs.work(chosen), 1000 / 1e6 + 4 * len(chosen) * 128 * 4 / 1e6
     most = float(FULL.steps)
@@ -79,13 +79,13 @@ def steps(costs: PassCosts, chosen: tuple[str, ...], limits: Limits) -> int:
     return max(0, int(most))
 
 
-def plan(costs: PassCosts, worth: dict[str, float], limits: Limits, memory: float) -> TrainingPlan | None:
+def plan(costs: PassCosts, worth: dict[str, float], limits: PlanLimits, memory: float) -> TrainingPlan | None:
     names = {site.name for site in costs.sites}
     found = fitted(
         replace(REPORT, memory_gib=memory),
         FULL,
         limits,
-        Fitting(costs=costs, runtime_bytes=0),
+        SiteSelector(costs=costs, runtime_bytes=0),
         choices(costs, worth),
         sites={name: site for name, site in SITES.items() if name in names},
         download=1000,
@@ -100,7 +100,7 @@ def value(costs: PassCosts, worth: dict[str, float], found: TrainingPlan | None)
 
 @given(problems(), LIMITS, MEMORY)
 def test_the_best_of_all_sets_and_never_over_a_limit(
-    problem: tuple[PassCosts, dict[str, float]], limits: Limits, memory: float
+    problem: tuple[PassCosts, dict[str, float]], limits: PlanLimits, memory: float
 ) -> None:
     costs, worth = problem
     able = [chosen for chosen in sets(costs) if MARGIN * costs.bytes(chosen) <= memory * GIB]
@@ -117,7 +117,7 @@ def test_the_best_of_all_sets_and_never_over_a_limit(
 
 @given(problems(), LIMITS, MEMORY, MEMORY)
 def test_more_memory_is_never_worse(
-    problem: tuple[PassCosts, dict[str, float]], limits: Limits, one: float, other: float
+    problem: tuple[PassCosts, dict[str, float]], limits: PlanLimits, one: float, other: float
 ) -> None:
     few, many = (value(*problem, plan(*problem, limits, memory)) for memory in sorted((one, other)))
     assert few <= many + 1e-9
@@ -155,7 +155,7 @@ def test_of_many_sites_little_is_lost() -> None:
 
 def test_a_base_that_stands_for_a_larger_one_takes_its_memory() -> None:
     costs = table({"s0": (64 * MIB, MIB)})
-    fits = Fitting(costs=costs, memory=4.0, runtime_bytes=128 * MIB)
+    fits = SiteSelector(costs=costs, memory=4.0, runtime_bytes=128 * MIB)
     (choice,) = choices(costs, {"s0": 1.0})
     needed = MARGIN * (128 + 4 * 65) / 1024
     assert fits.fits(choice, replace(REPORT, memory_gib=needed + 1e-6))
@@ -175,7 +175,7 @@ def test_a_plan_is_made_once_for_devices_that_tell_the_same(monkeypatch: pytest.
     made = []
     monkeypatch.setattr("strategies.planning.planner.fitted", lambda report, *_, **__: made.append(report))
     costs = table({"s0": (MIB, MIB), "s1": (MIB, MIB)})
-    planner = Planner(sites=SITES, limits=Limits(), fitting=Fitting(costs=costs))
+    planner = Planner(sites=SITES, limits=PlanLimits(), fitting=SiteSelector(costs=costs))
     adapter = {name: Factors(torch.zeros(4, 64), torch.zeros(64, 4)) for name in ("s0", "s1")}
     reports = [replace(REPORT, device=f"d{i}", memory_gib=1.0 + i % 3) for i in range(300)]
     assert planner.plans(reports, FULL, adapter=adapter, download=1000) == {}

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from models.lora.adapter import Site
 from protocol.messages import DeviceReport, ExamplePrivacy, TrainingPlan
-from strategies.planning.plan import Cosine, Limits, seconds_per_step, upload
+from strategies.planning.plan import CosineDecay, PlanLimits, seconds_per_step, upload_bytes
 from strategies.planning.planner import Planner
 from strategies.selection.everyone import Everyone
-from strategies.selection.fixed_panel import Panel
+from strategies.selection.fixed_panel import FixedPanel
 from strategies.selection.sample import Sample
-from training.public_duration import scheduled
+from training.public_duration import scheduled_turns
 
 REPORT = DeviceReport(
     device="a",
@@ -33,7 +33,7 @@ SITES = {"x": Site(15_625, 15_625)}  # a megabit for each direction
 
 
 def planned(report=REPORT, full=FULL, **limits):
-    planner = Planner(sites=SITES, limits=Limits(**limits))
+    planner = Planner(sites=SITES, limits=PlanLimits(**limits))
     return planner.plans([report], full, adapter={}, download=10_000_000)[report.device]
 
 
@@ -71,10 +71,12 @@ def test_no_device_is_asked_for_more_than_it_trains():
     assert plan(few) == replace(FULL, rank=4)
     assert plan(replace(few, metered=True), metered_rank=2) == replace(FULL, rank=2)
     assert plan(replace(REPORT, rank=16)) == FULL
-    assert Planner(sites=SITES, limits=Limits(), mixed_ranks=False).plans([few], FULL, adapter={}, download=1) == {}
+    assert Planner(sites=SITES, limits=PlanLimits(), mixed_ranks=False).plans([few], FULL, adapter={}, download=1) == {}
     two = {"x": SITES["x"], "y": SITES["x"]}
     for told, sites in ((("y", "z"), ("y",)), (("y", "x"), None), (("z",), "nothing"), ((), "nothing")):
-        found = Planner(sites=two, limits=Limits()).plans([replace(REPORT, sites=told)], FULL, adapter={}, download=1)
+        found = Planner(sites=two, limits=PlanLimits()).plans(
+            [replace(REPORT, sites=told)], FULL, adapter={}, download=1
+        )
         assert (found[REPORT.device].plan.sites if found else "nothing") == sites
 
 
@@ -105,10 +107,10 @@ def test_what_a_plan_should_cost():
 
 def test_a_plan_for_some_sites_sends_these_alone():
     sites = {"x": Site(3, 4), "y": Site(5, 6)}
-    assert upload(FULL, sites) == 8 * 18 * 4
-    assert upload(replace(FULL, sites=("y",)), sites) == 8 * 11 * 4
-    assert upload(replace(FULL, trains="cores"), sites) == 8 * 16 * 4
-    assert upload(replace(FULL, trains="b"), sites) == 8 * 10 * 4
+    assert upload_bytes(FULL, sites) == 8 * 18 * 4
+    assert upload_bytes(replace(FULL, sites=("y",)), sites) == 8 * 11 * 4
+    assert upload_bytes(replace(FULL, trains="cores"), sites) == 8 * 16 * 4
+    assert upload_bytes(replace(FULL, trains="b"), sites) == 8 * 10 * 4
 
 
 def test_at_least_one_step():
@@ -124,7 +126,7 @@ def test_poisson_batches_take_their_public_time():
     """So long that 10 steps of about 4 of 8 pictures are through with all but certainty."""
     chosen = ExamplePrivacy(noise_multiplier=1, clip=1, sampling_rate=0.5, draws=1, delta=0.1)
     step = seconds_per_step(REPORT, replace(FULL, privacy=chosen)) * REPORT.examples_per_second
-    assert step == scheduled(8, 0.5, 10) / 10
+    assert step == scheduled_turns(8, 0.5, 10) / 10
     assert 4 < step < 8
 
 
@@ -147,7 +149,7 @@ def test_a_sample_depends_on_names_round_and_seed_only():
 
 @given(st.sets(st.text(max_size=3), max_size=8), st.integers(1, 6), st.integers(0, 9), st.integers(0, 9))
 def test_a_panel_changes_only_where_somebody_is_away(names: set[str], size: int, seed: int, round: int) -> None:
-    panel = Panel(size=size, seed=seed)
+    panel = FixedPanel(size=size, seed=seed)
     chosen = panel.select(names, draw=round)
     assert chosen == panel.select(sorted(names), draw=round + 1)
     assert len(chosen) == min(size, len(names))
@@ -159,9 +161,9 @@ def test_a_panel_changes_only_where_somebody_is_away(names: set[str], size: int,
 
 def test_a_panel_depends_on_the_seed() -> None:
     names = [f"d{i}" for i in range(20)]
-    assert len({tuple(Panel(size=5, seed=seed).select(names, draw=1)) for seed in range(20)}) > 10
+    assert len({tuple(FixedPanel(size=5, seed=seed).select(names, draw=1)) for seed in range(20)}) > 10
     with pytest.raises(ValueError, match="size"):
-        Panel(size=0, seed=1)
+        FixedPanel(size=0, seed=1)
 
 
 def test_a_sample_of_fewer_devices_is_everyone():
@@ -172,9 +174,9 @@ def test_a_sample_of_fewer_devices_is_everyone():
 
 
 def test_a_cosine_falls_from_the_whole_rate_towards_zero():
-    rates = [Cosine(rounds=8)(0.5, number) for number in range(1, 9)]
+    rates = [CosineDecay(rounds=8)(0.5, number) for number in range(1, 9)]
     assert rates[0] == 0.5
     assert rates[4] == pytest.approx(0.25)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
     assert 0 < rates[-1] < 0.05 * rates[0]
-    assert Cosine(rounds=1)(0.5, 1) == 0.5
+    assert CosineDecay(rounds=1)(0.5, 1) == 0.5

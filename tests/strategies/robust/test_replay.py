@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from conf.compose import compose
-from conf.schemas.simulation import Strategy
+from conf.schemas.simulation import StrategyConfig
 from models.lora.adapter import Factors, Site, to_tensors
-from models.lora.lora_xs import empty, load_frame
+from models.lora.lora_xs import load_frame, zero_adapter
 from protocol import quantization
 from protocol.messages import Update
 from server.rounds import checkpoint
-from server.rounds.fedbuff import Buffered
+from server.rounds.fedbuff import FedBuffRunner
 from server.rounds.loop import run_rounds
-from server.rounds.state import State
-from server.rounds.sync import Pace
+from server.rounds.state import RunState
+from server.rounds.sync import RoundLimits
 from simulations.grid.cohort import CohortGrid
 from strategies.aggregation.build import aggregation, replay
 from strategies.aggregation.exact import Exact
@@ -30,10 +30,10 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.rolora import RoLoRA
 from strategies.build import build
-from strategies.fedbuff import on_product
+from strategies.fedbuff import rebase_product
 from strategies.planning.full_plan import training_plan
-from strategies.robust.replay import Replay, draw, ratios, sketch
-from strategies.round.validation import RefusedError
+from strategies.robust.replay import ReplayFilter, draw, relative_distances, sketch
+from strategies.round.validation import ReplyRejectedError
 from tests.helpers.fleet import PLAN, FakeDevice, frame_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter
@@ -63,12 +63,12 @@ class Server:
     """A rule and what it remembers."""
 
     def __init__(self, **settings):
-        self.rule, self.memory, self.since = Replay(SITES, **{"seed": 1} | settings), {}, []
+        self.rule, self.memory, self.since = ReplayFilter(SITES, **{"seed": 1} | settings), {}, []
 
     def lets_in(self, current, device, trained):
         try:
             self.rule.check(current, device, trained, self.memory, self.since)
-        except RefusedError:
+        except ReplyRejectedError:
             return False
         return True
 
@@ -96,7 +96,7 @@ def test_ratios_are_about_those_of_dense_products(seed, at, by):
     apart = np.linalg.norm(np.concatenate([(dense(now, s) - dense(before, s)).ravel() for s in sorted(at)]))
     went = np.linalg.norm(np.concatenate([(dense(now, s) - dense(start, s)).ravel() for s in sorted(at)]))
     one, seen, begun = (sketch(each, SITES, probes) for each in (now, before, start))
-    found = ratios(one, seen[None], (one - begun)[:, 1:].square().sum(1))
+    found = relative_distances(one, seen[None], (one - begun)[:, 1:].square().sum(1))
     assert float(found) == pytest.approx(apart / went, rel=0.2)
 
 
@@ -185,13 +185,13 @@ def test_of_few_probes_nothing_is_said():
     sent = random_adapter(2, 1, sites=many)
 
     def again(count):
-        rule, since = Replay(sites, seed=1), []
+        rule, since = ReplayFilter(sites, seed=1), []
         few = {name: sent[name] for name in list(many)[:count]}
         rule.check(start, "a", sent, {}, since)
         rule.check(start, "a", few, rule.remember({}, since), [])
 
     again(31)
-    with pytest.raises(RefusedError, match="a: nearly what was sent"):
+    with pytest.raises(ReplyRejectedError, match="a: nearly what was sent"):
         again(32)
 
 
@@ -232,10 +232,10 @@ def test_the_seed_goes_with_the_memory(server):
     other.memory = server.memory
     assert not other.lets_in(START, "a", SENT)
     assert other.lets_in(START, "a", LATER)
-    drawn = [Replay(SITES).remember({}, [])["replay"]["seed"] for _ in range(2)]
+    drawn = [ReplayFilter(SITES).remember({}, [])["replay"]["seed"] for _ in range(2)]
     assert not torch.equal(*drawn)
-    most = Replay(SITES, seed=2**63 - 1)
-    assert Replay(SITES, seed=0)._seed_in(most.remember({}, [])["replay"]) == 2**63 - 1
+    most = ReplayFilter(SITES, seed=2**63 - 1)
+    assert ReplayFilter(SITES, seed=0)._seed_in(most.remember({}, [])["replay"]) == 2**63 - 1
 
 
 def replaying():
@@ -262,7 +262,9 @@ def fleet(names="ab", *, bad="x"):
 
 def run(folder, devices, *, rounds, state=None, rule=None, seed=1, **settings):
     chosen = strategy(
-        aggregation=rule or Exact(rank=3, max_rank=None, seed=0), replay=Replay(FLEET_SITES, seed=seed), **settings
+        aggregation=rule or Exact(rank=3, max_rank=None, seed=0),
+        replay=ReplayFilter(FLEET_SITES, seed=seed),
+        **settings,
     )
     return run_rounds(
         grid=CohortGrid(devices, perform),
@@ -286,7 +288,7 @@ def framed(folder):
 @pytest.mark.parametrize("rule", [Exact(rank=3, max_rank=None, seed=0), FedIT(), FFA(), FedSB()], ids=type)
 def test_a_run_drops_and_counts_replays(tmp_path, rule):
     frame = framed(tmp_path) if isinstance(rule, FedSB) else None
-    state = State.start(run="run", private=False, adapter=empty(frame)) if frame else None
+    state = RunState.start(run="run", private=False, adapter=zero_adapter(frame)) if frame else None
     found = run(tmp_path / "runs", fleet(), rounds=4, rule=rule, frame=frame, state=state)
     assert dropped(found) == [{}, *[{"replayed": 1}] * 3]
     assert [done.train.replied for done in found.history[1:]] == [3, 2, 2, 2]
@@ -330,7 +332,7 @@ def test_below_the_quorum_what_came_is_known_too(tmp_path):
 def test_asynchronous_rounds(tmp_path):
     """A quick device sends twice in a round, a slow one what it made of an older adapter."""
     grid, lives = timed(tmp_path, owned("a", speed=4.0), owned("b", speed=0.4), owned("x", speed=4.0), devices=fleet())
-    chosen, pace = strategy(replay=Replay(FLEET_SITES, seed=1)), Pace(clock=lives.clock, timeout=1000.0)
+    chosen, pace = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
     found = run_rounds(
         grid=grid,
         strategy=chosen,
@@ -339,7 +341,7 @@ def test_asynchronous_rounds(tmp_path):
         checkpoints=tmp_path,
         on_round=lambda _: None,
         pace=pace,
-        leg=Buffered(grid, chosen, pace, shift=on_product, size=4, concurrency=3),
+        round_runner=FedBuffRunner(grid, chosen, pace, shift=rebase_product, size=4, concurrency=3),
         present=0,
     )
     assert dropped(found) == [{"replayed": 1}] * 4  # then it is left alone for the round
@@ -350,22 +352,22 @@ def test_asynchronous_rounds(tmp_path):
 
 def test_what_it_does_not_go_with_is_refused():
     with pytest.raises(ValueError, match="put it first"):
-        Strategy(aggregation="exact", robust=["norm", "replay"])
+        StrategyConfig(aggregation="exact", robust=["norm", "replay"])
     config = compose("strategy=fedsa 'strategy.robust=[replay]'")
     with pytest.raises(AntherError, match=r"strategy\.robust: .* strategy=fedsa every device keeps its own B"):
         replay(config, aggregation(config), FLEET_SITES, seed=1)
     with pytest.raises(ValueError, match="no device sends one"):
-        strategy(aggregation=FedSA(), replay=Replay(FLEET_SITES))
+        strategy(aggregation=FedSA(), replay=ReplayFilter(FLEET_SITES))
     config = compose("strategy=fedit privacy=device 'strategy.robust=[replay]'")
     with pytest.raises(AntherError, match="robust rule replay inside the bound: what anybody sent before"):
         build(config, training_plan(config, run="r", base="b"), FLEET_SITES, accept_simulated=True)
     with pytest.raises(ValueError, match="under 1"):
-        Replay(FLEET_SITES, near=1.0)
+        ReplayFilter(FLEET_SITES, near=1.0)
 
 
 def test_it_is_built_where_it_is_named_and_judges_no_round():
     config = compose("strategy=exact 'strategy.robust=[replay]'")
     rule = aggregation(config)
     assert isinstance(rule, Exact)
-    assert isinstance(replay(config, rule, FLEET_SITES, seed=1), Replay)
+    assert isinstance(replay(config, rule, FLEET_SITES, seed=1), ReplayFilter)
     assert replay(compose("strategy=exact"), rule, FLEET_SITES, seed=1) is None

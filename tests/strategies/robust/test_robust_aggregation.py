@@ -9,8 +9,8 @@ from hypothesis import given, settings
 
 from common.errors import AntherError
 from conf.compose import compose
-from conf.schemas.simulation import Strategy
-from models.lora.adapter import Factors, from_tensors, initial, shapes, to_tensors
+from conf.schemas.simulation import StrategyConfig
+from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, to_tensors
 from protocol.tensor_codec import decode, encode
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
@@ -19,14 +19,14 @@ from strategies.aggregation.exact import Exact
 from strategies.aggregation.fedit import FedIT
 from strategies.aggregation.flexlora import FlexLoRA
 from strategies.aggregation.hetlora import HetLoRA
-from strategies.registry import ROBUST
+from strategies.registry import ROBUST_RULES
 from strategies.robust.afa import AFA
 from strategies.robust.foolsgold import FoolsGold
 from strategies.robust.geometric import GeometricMedian
 from strategies.robust.gram import changes
 from strategies.robust.krum import MultiKrum
 from strategies.robust.norm import NormBound
-from strategies.robust.robust_aggregation import Guarded
+from strategies.robust.robust_aggregation import RobustAggregation
 from strategies.robust.trimmed import Median, TrimmedMean
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.fleet import FakeDevice, fresh_state, handle, perform, strategy
@@ -39,7 +39,7 @@ def exact():
 
 
 def guarded(rule, *rules, entrywise=None):
-    return Guarded(rule, rules=rules, entrywise=entrywise, rank=None, seed=0)
+    return RobustAggregation(rule, rules=rules, entrywise=entrywise, rank=None, seed=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -48,7 +48,7 @@ def test_exact_is_the_mean_of_the_scaled_changes_over_who_trained_a_site(round):
     current, updates = round
     rule = NormBound(factor=0.5)
     found = guarded(exact(), rule).aggregate(current, updates, round=1).adapter
-    judged = rule.judge(changes(current, updates))
+    judged = rule.reweight(changes(current, updates))
     for site in SITES:
         there = [place for place, (adapter, _) in enumerate(updates) if trained(adapter, site)]
         moved = np.zeros_like(dense(current, site))
@@ -97,7 +97,7 @@ BEHIND = {
 
 
 def test_they_are_all_here():
-    assert {"replay", *BEHIND} == ROBUST.keys()  # which looks at replies, before
+    assert {"replay", *BEHIND} == ROBUST_RULES.keys()  # which looks at replies, before
 
 
 @pytest.mark.parametrize("rule", BEHIND.values(), ids=BEHIND)
@@ -134,7 +134,7 @@ def test_an_attacker_is_left_out_of_every_aggregation(rule):
 
 def test_a_configuration_is_built_and_what_does_not_fit_is_refused():
     rule = aggregation(compose("strategy=fedit 'strategy.robust=[norm,geometric]' strategy.norm_factor=2"))
-    assert isinstance(rule, Guarded)
+    assert isinstance(rule, RobustAggregation)
     assert rule.sensitivity.linear
     assert not aggregation(compose("strategy=fedit strategy.robust=[median]")).sensitivity.linear
     for wrong, told in (
@@ -144,14 +144,14 @@ def test_a_configuration_is_built_and_what_does_not_fit_is_refused():
         ({"norm_bound": 0.0}, "must be over 0"),
     ):
         with pytest.raises(ValueError, match=told):
-            Strategy(aggregation="exact", **wrong)
+            StrategyConfig(aggregation="exact", **wrong)
     with pytest.raises(AntherError, match="median turns the factors, strategy=fedsb"):
         aggregation(compose("strategy=fedsb strategy.robust=[median] adapter.frame=glyphs-frame"))
 
 
 def test_before_anything_was_learned():
     """B is zero, and stays a direction to learn in."""
-    start = initial(FLEET_SITES, 4, seed=0)
+    start = init_adapter(FLEET_SITES, 4, seed=0)
     for rule in BEHIND.values():
         found = rule.aggregate(start, [(start, 1.0)] * 6, round=1).adapter
         for site in FLEET_SITES:
@@ -162,7 +162,7 @@ def test_before_anything_was_learned():
 
 def grown(reply):
     """Twenty times B, which passes the gate."""
-    sent = from_tensors(decode(reply.adapter, shapes(FLEET_SITES, reply.rank)))
+    sent = from_tensors(decode(reply.adapter, adapter_shapes(FLEET_SITES, reply.rank)))
     return replace(reply, adapter=encode(to_tensors({site: Factors(f.a, 20 * f.b) for site, f in sent.items()})))
 
 

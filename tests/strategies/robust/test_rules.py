@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.robust import Changes
+from strategies.robust import UpdateGeometry
 from strategies.robust.afa import AFA, outlying, similarity
 from strategies.robust.foolsgold import FoolsGold, originality
 from strategies.robust.geometric import GeometricMedian
@@ -32,7 +32,9 @@ def of_vectors(vectors, weights=None):
     weights = torch.ones(len(flat), dtype=torch.float64) if weights is None else torch.tensor(weights).double()
     there = torch.ones(1, len(flat), dtype=torch.bool)
     gram = flat @ flat.T
-    return Changes(gram[None], gram.diagonal()[None], torch.zeros(1).long(), there, weights, torch.ones_like(weights))
+    return UpdateGeometry(
+        gram[None], gram.diagonal()[None], torch.zeros(1).long(), there, weights, torch.ones_like(weights)
+    )
 
 
 def mean(judged, vectors):
@@ -62,13 +64,13 @@ def test_the_order_of_devices_is_nothing_and_somebody_stays(rule, round, shuffle
     current, updates = round
     if rule in (RULES["krum"], RULES["foolsgold"]):  # of equals, and by rounding, one may be kept for the others
         updates = [(random_adapter(4, 7 + number), weight) for number, (_, weight) in enumerate(updates)]
-    found = rule.judge(changes(current, updates))
+    found = rule.reweight(changes(current, updates))
     assert (found.weights > 0).any()
     assert (found.weights >= 0).all()
     assert ((found.scales >= 0) & (found.scales <= 1)).all()
     order = list(range(len(updates)))
     shuffled.shuffle(order)
-    other = rule.judge(changes(current, [updates[place] for place in order]))
+    other = rule.reweight(changes(current, [updates[place] for place in order]))
     assert torch.allclose(other.weights, found.weights[order], rtol=1e-4, atol=1e-6)
     assert torch.allclose(other.scales, found.scales[order], rtol=1e-6)
 
@@ -77,7 +79,7 @@ def test_the_order_of_devices_is_nothing_and_somebody_stays(rule, round, shuffle
 def test_equal_changes_and_one_alone_give_themselves(rule):
     one = np.array([0.3, -0.2, 0.1])
     for vectors in ([one], [one] * 7, [0 * one] * 7):
-        assert np.allclose(mean(rule.judge(of_vectors(vectors)), vectors), vectors[0])
+        assert np.allclose(mean(rule.reweight(of_vectors(vectors)), vectors), vectors[0])
 
 
 @rules
@@ -85,14 +87,14 @@ def test_nothing_trained_is_nothing_to_judge(rule):
     current = random_adapter(4, 0)
     for updates in ([(random_adapter(0, 1), 1.0)], [({}, 2.0), (random_adapter(0, 1), 1.0)]):
         given = changes(current, updates)
-        assert torch.equal(rule.judge(given).weights, given.weights)
+        assert torch.equal(rule.reweight(given).weights, given.weights)
 
 
 @rules
 def test_who_trained_nothing_is_nothing_to_the_others(rule):
     current = random_adapter(4, 0)
     updates = [(random_adapter(4, number), 1.0) for number in range(1, 8)]
-    alone, beside = (rule.judge(changes(current, given)) for given in (updates, [*updates, ({}, 1.0)]))
+    alone, beside = (rule.reweight(changes(current, given)) for given in (updates, [*updates, ({}, 1.0)]))
     assert beside.weights.isfinite().all()
     assert beside.scales[-1] == 1
     if rule is not RULES["krum"]:  # which leaves out as many of eight as of seven
@@ -104,7 +106,7 @@ def test_who_trained_nothing_is_nothing_to_the_others(rule):
 @given(attacked())
 def test_no_change_counts_with_more_than_an_honest_norm(found):
     vectors, honest = found
-    judged = RULES["norm"].judge(of_vectors(vectors))
+    judged = RULES["norm"].reweight(of_vectors(vectors))
     norms = np.linalg.norm(vectors, axis=1)
     bound = np.sort(norms)[(len(norms) - 1) // 2]
     assert np.allclose(judged.scales, np.minimum(1, bound / norms))
@@ -115,8 +117,8 @@ def test_no_change_counts_with_more_than_an_honest_norm(found):
 
 def test_a_fixed_bound_and_a_factor():
     vectors = np.diag([1.0, 2.0, 4.0])
-    assert RULES["fixed"].judge(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.5])
-    assert NormBound(factor=1.5).judge(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.75])
+    assert RULES["fixed"].reweight(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.5])
+    assert NormBound(factor=1.5).reweight(of_vectors(vectors)).scales.tolist() == pytest.approx([1, 1, 0.75])
 
 
 @settings(max_examples=30, deadline=None)
@@ -124,7 +126,7 @@ def test_a_fixed_bound_and_a_factor():
 def test_krum_is_blanchards(found):
     vectors, honest = found
     n, f = len(vectors), count(0.2, len(vectors))
-    judged = RULES["krum"].judge(of_vectors(vectors))
+    judged = RULES["krum"].reweight(of_vectors(vectors))
     if n < 2 * f + 3:
         f = (n - 3) // 2
     apart = ((vectors[:, None] - vectors) ** 2).sum(2)
@@ -144,7 +146,7 @@ def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
     vectors, _ = found
     random = np.random.default_rng(0)
     weights = random.uniform(0.5, 2.0, len(vectors)) if weighted else np.ones(len(vectors))
-    z = mean(RULES["geometric"].judge(of_vectors(vectors, weights)), vectors)
+    z = mean(RULES["geometric"].reweight(of_vectors(vectors, weights)), vectors)
 
     def total(point):
         return weights @ np.linalg.norm(vectors - point, axis=1)
@@ -159,7 +161,7 @@ def test_no_other_point_has_a_smaller_sum_of_distances(found, weighted):
 @given(attacked())
 def test_a_fifth_of_outliers_moves_the_geometric_median_no_further_than_its_bound(found):
     vectors, honest = found
-    z = mean(RULES["geometric"].judge(of_vectors(vectors)), vectors)
+    z = mean(RULES["geometric"].reweight(of_vectors(vectors)), vectors)
     middle = honest.mean(0)
     share = 1 - len(honest) / len(vectors)
     bound = 2 * (1 - share) / (1 - 2 * share) * np.linalg.norm(honest - middle, axis=1).max()
@@ -189,7 +191,7 @@ def test_foolsgold_is_the_papers(found):
     cosines = of_vectors(vectors).cosines()
     assert np.allclose(cosines, unit @ unit.T, atol=1e-6)
     if (wanted := by_the_paper(cosines.numpy())).any():
-        assert np.allclose(RULES["foolsgold"].judge(of_vectors(vectors)).weights, wanted, atol=1e-6)
+        assert np.allclose(RULES["foolsgold"].reweight(of_vectors(vectors)).weights, wanted, atol=1e-6)
 
 
 def test_those_who_agree_are_found_at_any_size_and_the_others_are_left():
@@ -197,13 +199,13 @@ def test_those_who_agree_are_found_at_any_size_and_the_others_are_left():
     honest, agreed = random.normal(size=(16, 1000)), random.normal(size=1000)
     for size in (0.01, 1.0, 100.0):
         vectors = np.concatenate([honest, size * np.stack([agreed] * 4)])
-        assert RULES["foolsgold"].judge(of_vectors(vectors)).weights.tolist() == [1.0] * 16 + [0.0] * 4
+        assert RULES["foolsgold"].reweight(of_vectors(vectors)).weights.tolist() == [1.0] * 16 + [0.0] * 4
 
 
 def test_if_all_are_one_nobody_is_more_original():
     assert not originality(torch.ones(3, 3)).any()
     one = of_vectors([[1.0, 2.0]] * 3)
-    assert (RULES["foolsgold"].judge(one).weights > 0).any()
+    assert (RULES["foolsgold"].reweight(one).weights > 0).any()
 
 
 def by_algorithm_1(cosines, weights, xi=2.0, step=0.5):
@@ -231,7 +233,7 @@ def test_afa_is_the_papers(found, seed):
     random = np.random.default_rng(seed)
     weights = random.uniform(0.5, 2.0, len(vectors)) * (random.uniform(size=len(vectors)) > 0.1)
     whole = of_vectors(vectors, weights)
-    judged = RULES["afa"].judge(whole)
+    judged = RULES["afa"].reweight(whole)
     assert judged.there.tolist() == by_algorithm_1(whole.cosines().numpy(), weights)
     assert torch.equal(judged.weights[judged.there], whole.weights[judged.there])
 
@@ -243,7 +245,7 @@ def test_who_points_elsewhere_is_left_out_where_people_have_little_in_common(kin
     honest = common + 2 * random.normal(size=(16, 4000)) / 4000**0.5  # cosines of 0.2
     own = 2 * random.normal(size=(4, 4000)) / 4000**0.5
     others = {"flipped": -common + own, "pulls back": own - 3 * common}[kind]
-    left = RULES["afa"].judge(of_vectors(np.concatenate([others, honest]))).there.tolist()
+    left = RULES["afa"].reweight(of_vectors(np.concatenate([others, honest]))).there.tolist()
     assert not set(left) & set(range(4))
     assert len(left) >= 14  # 2 σ of people like others are few
 

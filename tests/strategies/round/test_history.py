@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.round.history import History
-from strategies.round.metrics import DeviceFacts, TrainFacts
+from strategies.round.metrics import DeviceMetrics, TrainMetrics
 
-ONE = DeviceFacts(rank=2, steps=3, bytes_down=5, bytes_up=7, seconds=1.0, joules=2.0, epsilon=None, asked=1)
-EMPTY = TrainFacts(
+ONE = DeviceMetrics(rank=2, steps=3, bytes_down=5, bytes_up=7, seconds=1.0, joules=2.0, epsilon=None, asked=1)
+EMPTY = TrainMetrics(
     asked=0,
     replied=0,
     loss=None,
@@ -29,7 +29,7 @@ ROUNDS = st.lists(TOLD)
 
 
 def facts(number, names, epsilon, loss):
-    """Of one round, as `train_facts` tells of them: ε is of all rounds so far."""
+    """Of one round, as `train_metrics` tells of them: ε is of all rounds so far."""
     devices = {name: replace(ONE, last=number, epsilon=epsilon, events=number) for name in names}
     return replace(EMPTY, devices=devices, epsilon=epsilon, loss=loss)
 
@@ -39,7 +39,7 @@ def test_what_a_run_that_goes_on_remembers_is_what_it_had_learned(rounds):
     whole, told = History(), []
     for number, (names, epsilon, loss) in enumerate(rounds, 1):
         told.append(facts(number, names, epsilon, loss))
-        whole.learn(told[-1])
+        whole.add_round(told[-1])
     for name in "abc":
         took_part = [number for number, (names, *_) in enumerate(rounds, 1) if name in names]
         assert (name in whole.devices) == bool(took_part)

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from privacy.accounting import PoissonGaussian, epsilon
 from protocol import messages
-from protocol.messages import ExamplePrivacy, MeasuringPrivacy, Update
+from protocol.messages import EvaluationPrivacy, ExamplePrivacy, Update
 from server.rounds.loop import run_rounds
 from simulations.grid.cohort import CohortGrid
 from strategies.round.ledger_coverage import clipped, explained
 from tests.helpers.fleet import PLAN, FakeDevice, fresh_state, handle, perform, strategy
 
 PRIVATE = replace(PLAN, privacy=ExamplePrivacy(noise_multiplier=2.0, clip=1.0, sampling_rate=0.5, draws=1, delta=1e-3))
-GAIN = MeasuringPrivacy(noise_multiplier=9.0, clip=0.1, pictures=5, delta=1e-3)
+GAIN = EvaluationPrivacy(noise_multiplier=9.0, clip=0.1, pictures=5, delta=1e-3)
 
 
 @settings(max_examples=5, deadline=None)

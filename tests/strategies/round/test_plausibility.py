@@ -6,12 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from strategies.round.plausibility import OTHERS, START, TIMES, among_others, cost, trimmed_mean
+from strategies.round.plausibility import (
+    MAX_COST_RATIO,
+    MAX_MEDIAN_RATIO,
+    STARTUP_SECONDS,
+    cap_to_median,
+    plausible_cost,
+    trimmed_mean,
+)
 from tests.helpers.fleet import PLAN, REPORT, SITES
 
 TRAINING = PLAN.steps * PLAN.batch_size / REPORT.examples_per_second  # 4 s
 NUMBERS = PLAN.rank * (6 + 5 + 4 + 7)
-MOST = START + TIMES * (TRAINING + 4 * NUMBERS * 8e-6 / REPORT.uplink_mbps)
+MOST = STARTUP_SECONDS + MAX_COST_RATIO * (TRAINING + 4 * NUMBERS * 8e-6 / REPORT.uplink_mbps)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def test_the_ends_are_left_out(values: list[float], mean: float | None) -> None:
 
 def test_a_device_takes_no_more_than_its_plan_and_the_time_that_passed() -> None:
     def believed(seconds: float, joules: float, elapsed: float | None = None) -> tuple[float, float]:
-        return cost(REPORT, PLAN, (seconds, joules), sites=SITES, elapsed=elapsed)
+        return plausible_cost(REPORT, PLAN, (seconds, joules), sites=SITES, elapsed=elapsed)
 
     assert believed(4.0, 20.0) == (4.0, 20.0)
     assert believed(1e12, 1e12) == pytest.approx((MOST, MOST * REPORT.watts))
@@ -41,11 +48,11 @@ def test_a_device_takes_no_more_than_its_plan_and_the_time_that_passed() -> None
 
 def test_one_among_many_counts_for_a_few() -> None:
     honest = [float(value) for value in range(1, 20)]
-    assert among_others([*honest, 1e12]) == [*honest, OTHERS * 10.5]
-    assert among_others([1.0, 1e12]) == [1.0, 1e12]  # of two nobody knows which one is right
-    assert among_others([]) == []
+    assert cap_to_median([*honest, 1e12]) == [*honest, MAX_MEDIAN_RATIO * 10.5]
+    assert cap_to_median([1.0, 1e12]) == [1.0, 1e12]  # of two nobody knows which one is right
+    assert cap_to_median([]) == []
 
 
 def test_a_slow_device_has_longer() -> None:
     slow = replace(REPORT, examples_per_second=REPORT.examples_per_second / 100)
-    assert cost(slow, PLAN, (500.0, 0.0), sites=SITES, elapsed=None) == (500.0, 0.0)
+    assert plausible_cost(slow, PLAN, (500.0, 0.0), sites=SITES, elapsed=None) == (500.0, 0.0)

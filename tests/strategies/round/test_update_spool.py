@@ -18,8 +18,8 @@ from strategies.aggregation.fedsvd import FedSVD
 from strategies.aggregation.ffa import FFA
 from strategies.aggregation.hetlora import HetLoRA
 from strategies.round import validation
-from strategies.round.update_spool import Spool
-from strategies.round.validation import RefusedError
+from strategies.round.update_spool import UpdateSpool
+from strategies.round.validation import ReplyRejectedError
 from tests.helpers.central import private
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, strategy
 from tests.helpers.means import random_adapter
@@ -34,7 +34,7 @@ def test_what_is_read_is_what_was_written_by_name(ranks, shuffled):
     for number, size in enumerate(ranks):
         adapter = random_adapter(size, number)
         wanted[f"device {number}", number] = adapter if number % 2 else {"y": adapter["y"]}
-    with Spool() as spool:
+    with UpdateSpool() as spool:
         for key in shuffled.sample(sorted(wanted), len(wanted)):
             spool.add(key, wanted[key])
         assert spool.keys == sorted(wanted)
@@ -50,7 +50,7 @@ def test_what_is_read_is_what_was_written_by_name(ranks, shuffled):
 
 
 def test_a_device_may_have_several_updates_of_one_round():
-    with Spool() as spool:
+    with UpdateSpool() as spool:
         for number in (10_002, 10_001):
             spool.add(("a", number), random_adapter(1, number))
         assert spool.keys == [("a", 10_001), ("a", 10_002)]
@@ -59,7 +59,7 @@ def test_a_device_may_have_several_updates_of_one_round():
 
 def test_a_rule_that_goes_by_sites_reads_each_of_them_once(monkeypatch):
     read = []
-    with Spool() as spool:
+    with UpdateSpool() as spool:
         for number in range(4):
             spool.add((f"device {number}", 1), random_adapter(2, number))
         really = torch.frombuffer
@@ -70,7 +70,7 @@ def test_a_rule_that_goes_by_sites_reads_each_of_them_once(monkeypatch):
 
 
 def test_views_outlive_the_file():
-    with Spool() as spool:
+    with UpdateSpool() as spool:
         spool.add(("a", 1), random_adapter(2, 0))
         (found, _) = spool[0]
     del spool
@@ -78,7 +78,7 @@ def test_views_outlive_the_file():
 
 
 def test_an_update_comes_once_and_before_any_is_read():
-    with Spool() as spool:
+    with UpdateSpool() as spool:
         spool.add(("a", 1), random_adapter(1, 0))
         with pytest.raises(ValueError, match="a: an update comes once"):
             spool.add(("a", 1), random_adapter(1, 0))
@@ -102,10 +102,10 @@ def test_a_full_disk_costs_the_update_that_it_has_no_room_for():
         def __getattr__(self, name):
             return getattr(self._file, name)
 
-    with Spool() as spool:
+    with UpdateSpool() as spool:
         spool.add(("a", 1), random_adapter(2, 0))
         spool._file = Full(spool._file, spool._end + 150)
-        with pytest.raises(RefusedError, match="b: the server can't store its update: No space left") as caught:
+        with pytest.raises(ReplyRejectedError, match="b: the server can't store its update: No space left") as caught:
             spool.add(("b", 1), random_adapter(2, 1))
         assert caught.value.reason == "no room"
         spool.add(("c", 1), {"x": Factors(torch.ones(1, 3), torch.ones(2, 1))})

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.selection import Candidate, Candidates
-from strategies.selection.oort import Oort, OortSettings, admitted, drawn, paced, utilities
-from strategies.selection.utility import quantile, slowness, unit_range
+from strategies.selection import DeviceCandidate, DeviceCandidates
+from strategies.selection.oort import Oort, OortSettings, above_cutoff, paced_quantile, utilities, weighted_sample
+from strategies.selection.utility import quantile, system_utility, unit_range
 from tests.helpers.candidates import candidates
 
 SETTINGS = OortSettings(alpha=2.0, clip=1.0)
@@ -56,36 +56,36 @@ def test_a_unit_range(values: list[float], clip: float) -> None:
 def test_quantiles_and_slowness() -> None:
     assert [quantile([3, 1, 2, 4], share) for share in (0.0, 0.25, 0.5, 0.99)] == [1, 2, 3, 4]
     assert quantile([1.0], 1.0) == quantile([], 0.5) == math.inf
-    assert [slowness(seconds, 4.0, 2.0) for seconds in (1.0, 4.0, 8.0)] == [1.0, 1.0, 0.25]
+    assert [system_utility(seconds, 4.0, 2.0) for seconds in (1.0, 4.0, 8.0)] == [1.0, 1.0, 0.25]
 
 
 def test_the_cut_off_is_a_share_of_the_last_ones_utility() -> None:
     scores = {"a": 1.0, "b": 0.9, "c": 0.86, "d": 0.85, "e": 0.1}
-    assert sorted(admitted(scores, 2, 0.95)) == ["a", "b", "c"]
-    assert sorted(admitted(scores, 2, 0.5)) == ["a", "b", "c", "d"]
-    assert admitted(scores, 0, 0.95) == {}
+    assert sorted(above_cutoff(scores, 2, 0.95)) == ["a", "b", "c"]
+    assert sorted(above_cutoff(scores, 2, 0.5)) == ["a", "b", "c", "d"]
+    assert above_cutoff(scores, 0, 0.95) == {}
 
 
 def test_draws_follow_their_weights() -> None:
     """One of three with 1 : 2 : 5, and what is never drawn first."""
     coins = random.Random(0)
-    first = [drawn({"a": 1.0, "b": 2.0, "c": 5.0, "d": 0.0}, 1, coins)[0] for _ in range(4000)]
+    first = [weighted_sample({"a": 1.0, "b": 2.0, "c": 5.0, "d": 0.0}, 1, coins)[0] for _ in range(4000)]
     for name, share in (("a", 1 / 8), ("b", 2 / 8), ("c", 5 / 8), ("d", 0.0)):
         assert first.count(name) / 4000 == pytest.approx(share, abs=0.03)
-    assert drawn({"a": 1.0}, 3, coins) == ["a"]
-    assert drawn({}, 3, coins) == []
+    assert weighted_sample({"a": 1.0}, 3, coins) == ["a"]
+    assert weighted_sample({}, 3, coins) == []
 
 
 def test_the_pacer_lets_slower_devices_in_when_utility_is_flat() -> None:
     """Looked at after every two windows, and each window from then on."""
     flat, steep = [1.0] * 9, [1.0, 1.0, 1.0, 10.0, 10.0, 10.0]
-    assert [paced(flat[:rounds], 0.3, window=3, step=0.1) for rounds in (0, 5, 6, 8, 9)] == pytest.approx(
+    assert [paced_quantile(flat[:rounds], 0.3, window=3, step=0.1) for rounds in (0, 5, 6, 8, 9)] == pytest.approx(
         [0.3, 0.3, 0.4, 0.4, 0.5]
     )
-    assert paced(steep, 0.3, window=3, step=0.1) == pytest.approx(0.2)
-    assert paced([1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 0.3, window=3, step=0.1) == 0.3
-    assert paced([1.0] * 99, 0.3, window=3, step=0.1) == 1.0
-    assert paced([10.0**i for i in range(40)], 0.3, window=1, step=0.1) == pytest.approx(0.1)
+    assert paced_quantile(steep, 0.3, window=3, step=0.1) == pytest.approx(0.2)
+    assert paced_quantile([1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 0.3, window=3, step=0.1) == 0.3
+    assert paced_quantile([1.0] * 99, 0.3, window=3, step=0.1) == 1.0
+    assert paced_quantile([10.0**i for i in range(40)], 0.3, window=1, step=0.1) == pytest.approx(0.1)
 
 
 def test_exploration_falls_from_round_to_round() -> None:
@@ -94,8 +94,8 @@ def test_exploration_falls_from_round_to_round() -> None:
     devices = candidates(**{f"new{i:02d}": {} for i in range(20)}, **old)
     rule = Oort(size=10, seed=1, settings=OortSettings())
 
-    def new(devices: dict[str, Candidate], round: int) -> int:
-        asked = [rule.select(Candidates(devices, round=round), draw=draw) for draw in (round, 10_000 * round)]
+    def new(devices: dict[str, DeviceCandidate], round: int) -> int:
+        asked = [rule.select(DeviceCandidates(devices, round=round), draw=draw) for draw in (round, 10_000 * round)]
         (found,) = {sum(name.startswith("new") for name in names) for names in asked}  # whichever draw it is
         return found
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.selection import Candidate, Candidates
+from strategies.selection import DeviceCandidate, DeviceCandidates
 from strategies.selection.deadline import Deadline
-from strategies.selection.eligible import EVERYBODY, Eligible
+from strategies.selection.eligible import ALL_DEVICES, Eligibility
 from strategies.selection.energy import Energy, power
-from strategies.selection.energy_delay import Thrifty, merit
+from strategies.selection.energy_delay import EnergyDelay, merit
 from strategies.selection.everyone import Everyone
-from strategies.selection.loss_fair import LossFair
+from strategies.selection.loss_fair import PowerOfChoice
 from strategies.selection.oort import Oort, OortSettings
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
@@ -23,15 +23,15 @@ from tests.helpers.fleet import REPORT
 
 SIZE = 3
 SETTINGS = OortSettings()
-EACH = {
+ONE_TURN_PER_PICTURE = {
     "everyone": Everyone(),
     "sample": Sample(size=SIZE, seed=1),
     "round_robin": RoundRobin(size=SIZE),
     "oort": Oort(size=SIZE, seed=1, settings=SETTINGS),
     "energy": Energy(size=SIZE, seed=1, weight=0.25, settings=SETTINGS),
     "deadline": Deadline(size=SIZE, seconds=2.0, more=2.0, seed=1),
-    "loss_fair": LossFair(size=SIZE, more=2.0, seed=1),
-    "thrifty": Thrifty(size=SIZE, more=2.0, seed=1),
+    "loss_fair": PowerOfChoice(size=SIZE, more=2.0, seed=1),
+    "thrifty": EnergyDelay(size=SIZE, more=2.0, seed=1),
 }
 FOUND = st.fixed_dictionaries(
     {
@@ -48,20 +48,20 @@ FOUND = st.fixed_dictionaries(
 MANY = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), FOUND, max_size=8)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", ONE_TURN_PER_PICTURE)
 @given(found=MANY, round=st.integers(7, 60), losses=st.lists(st.floats(0, 10), max_size=60))
 def test_what_every_selection_does(
     name: str, found: dict[str, dict[str, object]], round: int, losses: list[float]
 ) -> None:
     """Sorted names of those who are there, as many as it is to ask, whatever the order in which they are told."""
-    devices = Candidates(candidates(**found), losses, round=round)
-    chosen = EACH[name].select(devices, draw=round)
+    devices = DeviceCandidates(candidates(**found), losses, round=round)
+    chosen = ONE_TURN_PER_PICTURE[name].select(devices, draw=round)
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(devices)
     if name != "everyone":
         assert len(chosen) == min(SIZE, len(devices))
-    turned = Candidates(dict(reversed(devices.items())), losses, round=round)
-    assert EACH[name].select(turned, draw=round) == chosen
+    turned = DeviceCandidates(dict(reversed(devices.items())), losses, round=round)
+    assert ONE_TURN_PER_PICTURE[name].select(turned, draw=round) == chosen
 
 
 @pytest.mark.parametrize("name", ["sample", "oort", "energy", "deadline", "loss_fair", "thrifty"])
@@ -72,8 +72,8 @@ def test_chance_follows_the_seed_and_the_draw(name: str) -> None:
         "oort": lambda seed: Oort(size=5, seed=seed, settings=SETTINGS),
         "energy": lambda seed: Energy(size=5, seed=seed, weight=0.25, settings=SETTINGS),
         "deadline": lambda seed: Deadline(size=5, seconds=2.0, more=2.0, seed=seed),
-        "loss_fair": lambda seed: LossFair(size=5, more=2.0, seed=seed),
-        "thrifty": lambda seed: Thrifty(size=5, more=2.0, seed=seed),
+        "loss_fair": lambda seed: PowerOfChoice(size=5, more=2.0, seed=seed),
+        "thrifty": lambda seed: EnergyDelay(size=5, more=2.0, seed=seed),
     }[name]
     assert made(1).select(devices, draw=3) == made(1).select(devices, draw=3)
     assert len({tuple(made(1).select(devices, draw=number)) for number in range(1, 21)}) > 10
@@ -122,7 +122,7 @@ def test_thrifty_asks_those_that_take_least_time_and_energy_for_what_they_train(
     devices = candidates(**{name: {"seconds": s, "joules": j} for name, (s, j) in costs.items()})
     order = sorted(costs, key=lambda name: costs[name][0] * costs[name][1])
     for size in range(1, 6):
-        assert Thrifty(size=size, more=5.0, seed=1).select(devices, draw=1) == sorted(order[:size])
+        assert EnergyDelay(size=size, more=5.0, seed=1).select(devices, draw=1) == sorted(order[:size])
     assert merit(candidate(seconds=4.0, joules=4.0, steps=2)) == pytest.approx(merit(devices["best"]))
 
 
@@ -131,15 +131,17 @@ def test_loss_fair_asks_the_highest_losses_and_first_those_it_does_not_know() ->
     devices = candidates(new={}, **{name: {"asked": 1, "last": 1, "loss": loss} for name, loss in told.items()})
     order = ["new", "high", "middle", "low"]
     for size in range(1, 5):
-        assert LossFair(size=size, more=4.0, seed=1).select(devices, draw=2) == sorted(order[:size])
+        assert PowerOfChoice(size=size, more=4.0, seed=1).select(devices, draw=2) == sorted(order[:size])
 
 
 def test_of_as_many_drawn_as_are_wanted_nobody_is_left_out() -> None:
     """Then it is a random sample: over rounds everybody comes."""
     devices = candidates(**{f"d{i}": {"asked": 1, "last": 1, "loss": float(i)} for i in range(10)})
-    even = {name for number in range(60) for name in LossFair(size=2, more=1.0, seed=1).select(devices, draw=number)}
+    even = {
+        name for number in range(60) for name in PowerOfChoice(size=2, more=1.0, seed=1).select(devices, draw=number)
+    }
     assert even == set(devices)
-    assert LossFair(size=2, more=5.0, seed=1).select(devices, draw=1) == ["d8", "d9"]
+    assert PowerOfChoice(size=2, more=5.0, seed=1).select(devices, draw=1) == ["d8", "d9"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_energy_prefers_full_batteries_and_utility_by_its_weight() -> None:
 
 @given(
     st.builds(
-        Eligible,
+        Eligibility,
         idle=st.booleans(),
         battery=st.none() | st.sampled_from([0.2, 0.6, 1.0]),
         cool=st.booleans(),
@@ -183,7 +185,7 @@ def test_energy_prefers_full_batteries_and_utility_by_its_weight() -> None:
     st.sampled_from([None, 0.0, 0.2, 0.6, 1.0]),
     st.tuples(*[st.booleans()] * 5),
 )
-def test_eligible_is_a_conjunction(rule: Eligible, battery: float | None, told: tuple[bool, ...]) -> None:
+def test_eligible_is_a_conjunction(rule: Eligibility, battery: float | None, told: tuple[bool, ...]) -> None:
     charging, busy, hot, metered, pictures = told
     report = replace(REPORT, battery=battery, charging=charging, busy=busy, hot=hot, metered=metered, pictures=pictures)
     wanted = (
@@ -194,8 +196,8 @@ def test_eligible_is_a_conjunction(rule: Eligible, battery: float | None, told: 
         and (pictures or not rule.pictures)
     )
     assert rule(report) == wanted == (list(rule.against(report)) == [])
-    assert EVERYBODY(report)
-    assert rule.momentary == (rule != EVERYBODY)
+    assert ALL_DEVICES(report)
+    assert rule.uses_transient_state == (rule != ALL_DEVICES)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_eligible_is_a_conjunction(rule: Eligible, battery: float | None, told: 
         lambda: RoundRobin(size=0),
         lambda: Oort(size=0, seed=1, settings=SETTINGS),
         lambda: Energy(size=1, seed=1, weight=1.5, settings=SETTINGS),
-        lambda: LossFair(size=1, more=0.5, seed=1),
+        lambda: PowerOfChoice(size=1, more=0.5, seed=1),
         lambda: Deadline(size=1, seconds=0.0, more=1.0, seed=1),
         lambda: Deadline(size=0, seconds=1.0, more=1.0, seed=1),
     ],
@@ -215,5 +217,5 @@ def test_settings_that_make_no_sense_are_refused(make: object) -> None:
 
 
 def test_a_candidate_that_was_never_asked() -> None:
-    one: Candidate = candidate()
+    one: DeviceCandidate = candidate()
     assert (one.asked, one.last, one.loss) == (0, 0, None)
