@@ -120,7 +120,7 @@ def from_config(
         wait=wait,
         sites=base.sites,
         policy=policy.load(files.folder / "policy.toml"),
-        noise=partial(noise.source, client=name, seed=seed if is_test else None),
+        noise=partial(noise.noise_source, client=name, seed=seed if is_test else None),
         seed=seed,
         resolution=base.resolution,
         check_memory=partial(preflight.check_memory, base, store),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.noise import NoiseSource
 
-STEPS = 1024
+STEPS_PER_CLIP = 1024
 """Of a clip: far finer than any noise that hides a unit."""
 
 
@@ -45,7 +45,7 @@ def clipped_sum(gains: Iterable[float], clip: float) -> BoundedGainSum:
     if not 0 < clip < math.inf:
         raise ValueError(f"clip={clip}: must be a number over 0")
     shares = (min(max(gain / clip, -1.0), 1.0) for gain in gains if not math.isnan(gain))
-    return BoundedGainSum(sum(round(share * STEPS) for share in shares), STEPS, clip / STEPS)
+    return BoundedGainSum(sum(round(share * STEPS_PER_CLIP) for share in shares), STEPS_PER_CLIP, clip / STEPS_PER_CLIP)
 
 
 def noised_mean(

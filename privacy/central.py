@@ -24,7 +24,7 @@ from privacy.noise import NoiseSource
 from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION, BoundedVectorSum, Sensitivity
 from privacy.snr import signal_to_noise
 
-LEAST, MOST = 1e-12, 1e12
+MIN_CLIP, MAX_CLIP = 1e-12, 1e12
 """A clip lies between, wherever it adapts to."""
 
 _WITHIN = 1 - 2.0**-24
@@ -55,8 +55,8 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUp
         clip: C, from `LEAST` to `MOST`.
         size: D.
     """
-    if not LEAST <= clip <= MOST:
-        raise ValueError(f"{clip=}: must be {LEAST:g} to {MOST:g}")
+    if not MIN_CLIP <= clip <= MAX_CLIP:
+        raise ValueError(f"{clip=}: must be {MIN_CLIP:g} to {MAX_CLIP:g}")
     total = torch.zeros(size, dtype=torch.int64)
     below, dropped = 0, 0
     for update in updates:
@@ -83,7 +83,7 @@ class AdaptiveClip:
     """γ: the share of updates that is to lie below the clip."""
     rate: float
     """η_C: how fast it follows, as a power of e."""
-    deviation: float
+    noise_stddev: float
     """σ_b: of the noise on the count of updates below the clip."""
 
     def noise_multiplier(self, z: float) -> float:
@@ -92,7 +92,7 @@ class AdaptiveClip:
         Raises:
             AntherError: the count alone costs more than z allows: z ≥ 2σ_b.
         """
-        of_count = 2 * self.deviation
+        of_count = 2 * self.noise_stddev
         if z >= of_count:
             raise AntherError(
                 f"privacy.device.quantile={self.quantile:g}: too few devices to adapt the clip: the noise multiplier "
@@ -104,7 +104,7 @@ class AdaptiveClip:
     def next(self, clip: float, below: float) -> float:
         """C · exp(−η_C (b̃ − γ)), where b̃ is the noised share of updates below the clip."""
         step = min(max(self.rate * (self.quantile - below), -100.0), 100.0)  # of which e to the power is a number
-        return min(max(clip * math.exp(step), LEAST), MOST)
+        return min(max(clip * math.exp(step), MIN_CLIP), MAX_CLIP)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class NoisedMean:
 
     mean: Tensor
     """[D], float64."""
-    deviation: float
+    noise_stddev: float
     """Standard deviation of the noise on each of its numbers."""
     snr: float
     """Signal to noise, estimated from the noised mean (`privacy.snr`)."""
@@ -152,10 +152,10 @@ class GaussianMechanism:
     def release(self, clipped: ClippedUpdates, noise: NoiseSource) -> NoisedMean:
         """(Σ clip(u_k) + N(0, (zC)² I)) / m, and with an adaptive clip the noised count; also if no device replied."""
         clip, of_sum = clipped.total.sensitivity.norm, self._of_sum
-        mean = clipped.total.noised(of_sum, noise) / self.expected
-        deviation = clipped.total.sensitivity.deviation(of_sum) / self.expected
+        mean = clipped.total.add_noise(of_sum, noise) / self.expected
+        noise_stddev = clipped.total.sensitivity.noise_stddev(of_sum) / self.expected
         next_clip = clip
         if self.adaptive:
-            count = clipped.below.noised(2 * self.adaptive.deviation, noise)  # ½ · 2σ_b = σ_b
+            count = clipped.below.add_noise(2 * self.adaptive.noise_stddev, noise)  # ½ · 2σ_b = σ_b
             next_clip = self.adaptive.next(clip, 0.5 + float(count) / self.expected)
-        return NoisedMean(mean, deviation, signal_to_noise(mean, deviation), next_clip)
+        return NoisedMean(mean, noise_stddev, signal_to_noise(mean, noise_stddev), next_clip)

@@ -125,7 +125,7 @@ class BoundedGradientSums:
         self.bounds = like.new_full((clients, len(segments)), math.inf, dtype=torch.float64)
         self.dropped = like.new_zeros(clients)
 
-    def open(
+    def reset(
         self, clients: Sequence[int], bounds: Sequence[Sequence[float]], noise_multipliers: Sequence[float]
     ) -> None:
         """Begin anew for these clients [R], each with the bounds [L] of its clip and its σ; 0 asks for no noise.
@@ -162,7 +162,7 @@ class BoundedGradientSums:
         """Standard deviation of a client's noise, in steps: σ times its sensitivity. 0: none is asked for."""
         return self._stddevs[client]
 
-    def take(self, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def pop_noised(self, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         """The sums of distinct clients [R, D], each with its own noise [D]: whole steps, of the client's `stddev`.
 
         A private release is a function of the noised integers alone. The sums are empty afterwards: none is released

@@ -28,7 +28,7 @@ from privacy.storage import FileStorage, Journal
 
 HEADER_FILE = "sealed"  # the file that says that a store is encrypted, and with which key
 ENCRYPTING, ENCRYPTED = "sealing", "sealed"
-KEY = 32  # bytes
+KEY_BYTES = 32  # bytes
 BLOB, LINE, HEAD = "blob", "line", "head"
 
 _MAGIC, _LINE = b"anther sealed 1\n", b"~"  # JSON and safetensors begin otherwise
@@ -48,7 +48,7 @@ class EncryptionHeader:
     proof: str  # that a key is the one
 
     @staticmethod
-    def made(key: bytes, state: str, store: str | None = None) -> EncryptionHeader:
+    def create(key: bytes, state: str, store: str | None = None) -> EncryptionHeader:
         store = store or secrets.token_hex(16)
         nonce = secrets.token_bytes(_NONCE)
         return EncryptionHeader(store, state, (nonce + AESGCM(key).encrypt(nonce, b"", _about(store, state))).hex())

@@ -110,7 +110,7 @@ def check_stddev(stddev: float) -> None:
         raise ValueError(f"noise of {stddev:g} steps: must be over 0, and {MAX_STDDEV_STEPS:g} at most")
 
 
-def source(round: int, purpose: str, *, client: str, seed: int | None) -> NoiseSource:
+def noise_source(round: int, purpose: str, *, client: str, seed: int | None) -> NoiseSource:
     """The noise of one client, round and purpose: the operating system's, or reproducible where a test names a seed."""
     return SecureNoise() if seed is None else SimulatedNoise(seed=seed, client=client, round=round, purpose=purpose)
 

@@ -46,7 +46,7 @@ class Sensitivity:
         if not 0 < self.norm < math.inf:
             raise ValueError(f"sensitivity={self.norm}: must be a number over 0")
 
-    def deviation(self, noise_multiplier: float) -> float:
+    def noise_stddev(self, noise_multiplier: float) -> float:
         """σ times the norm: the standard deviation of the noise on each number that hides one unit."""
         if not 0 < noise_multiplier <= MAX_NOISE_MULTIPLIER:
             raise ValueError(f"{noise_multiplier=}: must be a number over 0, {MAX_NOISE_MULTIPLIER:g} at most")
@@ -68,11 +68,11 @@ class BoundedVectorSum:
         """The value of one step."""
         return self.sensitivity.norm / RESOLUTION
 
-    def noised(self, noise_multiplier: float, noise: NoiseSource) -> Tensor:
+    def add_noise(self, noise_multiplier: float, noise: NoiseSource) -> Tensor:
         """(steps + round(N(0, (σ·`RESOLUTION`)² I))) · step, float64 [D]: a release, and each call is one more.
 
         It is a function of the noised integers, and so as private as they are: of the sum nothing else enters it.
         """
-        stddev = self.sensitivity.deviation(noise_multiplier) / self.step
+        stddev = self.sensitivity.noise_stddev(noise_multiplier) / self.step
         noised = self.steps + noise.rounded_gaussian(len(self.steps), stddev)
         return noised.double() * self.step

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 
-def signal_to_noise(mean: Tensor, deviation: float) -> float:
+def signal_to_noise(mean: Tensor, noise_stddev: float) -> float:
     """√(‖x̃‖² − D s²)₊ / (s √D) of x̃ = x + N(0, s² I_D).
 
     Its square is an unbiased estimate where it is not cut off at 0; below about (2/D)^¼ it can't be told from 0.
     """
-    noise = deviation * math.sqrt(mean.numel())
+    noise = noise_stddev * math.sqrt(mean.numel())
     return math.sqrt(max(0.0, float(mean.double().square().sum()) - noise**2)) / noise
 
 

@@ -62,7 +62,7 @@ class ServerLedger:
                     f"round {charge.round} would bring a device to {spent}, and the run may spend ε={budget.epsilon:g}"
                 )
             event = {"state": RESERVED, **strict_json.loads(strict_json.dumps(charge))}
-            journal.append(hash_chain.line(event, hash_chain.head(journal.lines)))
+            journal.append(hash_chain.encode_event(event, hash_chain.chain_head(journal.lines)))
             return spent
 
     def release(self, run: str, round: int) -> None:
@@ -76,12 +76,12 @@ class ServerLedger:
             ]
             if of_round[-1:] == [RESERVED]:
                 event = {"state": RELEASED, "run": run, "round": round}
-                journal.append(hash_chain.line(event, hash_chain.head(journal.lines)))
+                journal.append(hash_chain.encode_event(event, hash_chain.chain_head(journal.lines)))
 
     def anchor(self) -> Anchor:
         """Where the ledger stands, to be kept with a checkpoint."""
         with self._storage.journal(JOURNAL) as journal:
-            return Anchor(events=len(journal.lines), head=hash_chain.head(journal.lines))
+            return Anchor(events=len(journal.lines), head=hash_chain.chain_head(journal.lines))
 
     def check(self, anchor: Anchor | None) -> None:
         """Raises AntherError unless the ledger still begins with what it held at this anchor."""
@@ -102,7 +102,7 @@ class ServerLedger:
         )
 
     def _events(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
-        return hash_chain.events(lines, self._storage.where(JOURNAL))
+        return hash_chain.parse_events(lines, self._storage.where(JOURNAL))
 
     def _charges(self, lines: Sequence[bytes]) -> Iterator[Charge]:
         for number, event in enumerate(self._events(lines), start=1):

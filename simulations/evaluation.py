@@ -20,7 +20,7 @@ from models.lora.adapter import Adapter, concatenate, init_adapter
 from models.lora.batched_lora import stack_adapters, to_device
 from simulations.fleet.participants import Participant
 from training.inference import draw
-from training.jobs import EarlyStopping, EncodeJob, Examples, Job, MeasureJob, Result, Train, Trained
+from training.jobs import EarlyStopping, EncodeJob, Examples, Job, MeasureJob, Result, TrainedAdapter, TrainJob
 from training.memory import inference_share
 from typefaces.judge import Judge, legible, style_match
 
@@ -66,7 +66,7 @@ def train_local(
     """Everybody alone, from the base."""
     shared, personal, alone = config.adapter.shared, config.adapter.personal, config.adapter.local
     jobs: list[Job] = [
-        Train(
+        TrainJob(
             client=person.name,
             round=0,
             purpose="local",
@@ -85,7 +85,9 @@ def train_local(
         for person in people
     ]
     found = perform(jobs)
-    return {person.name: cast(Trained, _sound(result)).adapter for person, result in zip(people, found, strict=True)}
+    return {
+        person.name: cast(TrainedAdapter, _sound(result)).adapter for person, result in zip(people, found, strict=True)
+    }
 
 
 def arms(people: Sequence[Participant], local: Mapping[str, Adapter] | None, shared: Adapter, base: Base) -> Adapters:

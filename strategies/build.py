@@ -15,7 +15,7 @@ from models.lora.adapter import Adapter, Sites
 from models.lora.lora_xs import load_frame
 from privacy.accounting import noise_multiplier_for
 from privacy.central import AdaptiveClip, GaussianMechanism
-from privacy.noise import NoiseSource, source
+from privacy.noise import NoiseSource, noise_source
 from protocol.messages import TrainingPlan
 from strategies.aggregation.build import aggregation, optimiser, replay
 from strategies.central_dp import CentralDP, ChargeLedger, DeviceBudget
@@ -223,7 +223,7 @@ def _device_level(
     expected = asked if fleet.rate is None else rate * devices
     adaptive = None
     if chosen.quantile is not None:
-        adaptive = AdaptiveClip(quantile=chosen.quantile, rate=chosen.clip_rate, deviation=expected / 20)
+        adaptive = AdaptiveClip(quantile=chosen.quantile, rate=chosen.clip_rate, noise_stddev=expected / 20)
     return CentralDP(
         run=run,
         sites=sites,
@@ -239,4 +239,4 @@ def _device_level(
 
 def _noise(purpose: str, seed: int | None) -> Callable[[int], NoiseSource]:
     """The server's own of every round; without a seed it is the operating system's."""
-    return partial(source, purpose=purpose, client="server", seed=seed)
+    return partial(noise_source, purpose=purpose, client="server", seed=seed)

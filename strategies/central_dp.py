@@ -248,7 +248,7 @@ class CentralDP:
             guarantee=opened.guarantee,
             clip=opened.clip,
             next_clip=released.next_clip,
-            deviation=released.deviation,
+            deviation=released.noise_stddev,
             snr=released.snr,
             dropped=clipped.dropped,
             release=opened.noise.release,

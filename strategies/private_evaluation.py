@@ -10,7 +10,7 @@ from common.errors import AntherError
 from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import PoissonGaussian
 from privacy.bounded_sum import noise_error, noised_mean
-from privacy.noise import NoiseSource, source
+from privacy.noise import NoiseSource, noise_source
 from protocol.messages import Evaluation, EvaluationPrivacy
 from strategies.round.metrics import ValidationMetrics, mean
 from strategies.round.plausibility import trimmed_mean
@@ -135,7 +135,7 @@ def measuring(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
             noise_multiplier=chosen.noise_multiplier,
             clip=chosen.clip,
             devices=asked or config.data.count(),
-            noise=partial(source, purpose="measure", client="server", seed=config.seed if simulated else None),
+            noise=partial(noise_source, purpose="measure", client="server", seed=config.seed if simulated else None),
         ),
     )
 

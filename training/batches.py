@@ -9,7 +9,7 @@ import torch
 
 from common import counter_rng
 from common.seeding import derive_seed
-from training.jobs import Prior, Train
+from training.jobs import Prior, TrainJob
 
 
 class StepBatch(NamedTuple):
@@ -38,7 +38,7 @@ class StepBatch(NamedTuple):
 class BatchSampler:
     """The stream of one job's batches."""
 
-    def __init__(self, job: Train) -> None:
+    def __init__(self, job: TrainJob) -> None:
         self._job = job
         key = (job.seed, job.client, job.round, job.purpose)
         self._key = derive_seed(*key)
@@ -104,7 +104,7 @@ def stratified(starts: np.ndarray, places: np.ndarray, strata: int) -> np.ndarra
     return (starts + places / strata) % 1
 
 
-def _with_partners(batch: StepBatch, job: Train, prior: Prior) -> StepBatch:
+def _with_partners(batch: StepBatch, job: TrainJob, prior: Prior) -> StepBatch:
     """Each entry followed by its partner: the same timestep, another noise, an example of the prior."""
     partner = counter_rng.child(batch.noise_keys, 0)
     chosen = (partner.view(np.uint64) % np.uint64(len(prior.examples))).astype(np.int64)

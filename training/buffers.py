@@ -15,7 +15,7 @@ from models.lora.adapter import Adapter, Factors, Sites, rank
 from models.lora.batched_lora import BatchedAdapter, Layout
 from models.lora.trainable import PartialLayout
 from privacy.clipping import BoundedGradientSums, even_bounds, stddev
-from training.jobs import Examples, Train
+from training.jobs import Examples, TrainJob
 from training.optimizer import SGD, AdamW
 
 
@@ -34,12 +34,12 @@ class BufferSpec(NamedTuple):
     context: torch.Size
     examples: int  # of the job that has most, with those of its prior; of a private one as many as its plan assumes
     stopping: bool  # whether the best adapter is kept beside the last
-    optimiser: str
+    optimizer: str
     proximal: bool  # whether any is held to where it started
     corrected: bool  # whether the gradients of any are corrected
 
     @staticmethod
-    def of(jobs: Sequence[Train]) -> BufferSpec:
+    def of(jobs: Sequence[TrainJob]) -> BufferSpec:
         """The shape for jobs that agree in their examples' shape, privacy, clip, optimiser and in what is fixed."""
         first = jobs[0]
         return BufferSpec(
@@ -55,7 +55,7 @@ class BufferSpec(NamedTuple):
             context=first.examples.context.shape[1:],
             examples=max(map(_held, jobs)),
             stopping=any(job.early_stopping for job in jobs),
-            optimiser=first.optimiser,
+            optimizer=first.optimizer,
             proximal=any(job.proximal for job in jobs),
             corrected=any(job.correction is not None for job in jobs),
         )
@@ -76,7 +76,7 @@ class CohortBuffers:
         like = torch.empty(0, dtype=base.full_precision, device=base.device)
         self.layout = row_layout(base, shape)
         self.adapters = like.new_zeros(capacity, self.layout.size)
-        self.optimiser = SGD(self.adapters) if shape.optimiser == "sgd" else AdamW(self.adapters)
+        self.optimizer = SGD(self.adapters) if shape.optimizer == "sgd" else AdamW(self.adapters)
         self._starts = torch.zeros_like(self.adapters) if shape.proximal else None
         self._corrections = torch.zeros_like(self.adapters) if shape.corrected else None
         self._proximal = like.new_zeros(capacity, 1)  # μ
@@ -92,14 +92,14 @@ class CohortBuffers:
         self._own: list[Tensor | None] = [None] * capacity  # [D] bool, which numbers a job has; None: all
         self._owned = [0] * capacity
 
-    def open(self, jobs: Mapping[int, Train]) -> None:
+    def load(self, jobs: Mapping[int, TrainJob]) -> None:
         """Let jobs in, by row; each was found sound by `check`."""
         rows, entering = list(jobs), list(jobs.values())
         bounds = [clip_bounds(job, self.layout.sites) for job in entering]
-        self.sums.open(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in entering])
-        self.optimiser.open(rows, [job.learning_rate for job in entering])
+        self.sums.reset(rows, bounds, [job.privacy.noise_multiplier if job.privacy else 0.0 for job in entering])
+        self.optimizer.reset(rows, [job.learning_rate for job in entering])
         if isinstance(self.layout, PartialLayout):
-            self.layout.set_fixed(entering[0].fixed or {})
+            self.layout.set_fixed(entering[0].fixed_factors or {})
         index = torch.tensor(rows, device=self.adapters.device)
         self.adapters[index] = self._packed(self.layout, [job.start for job in entering])
         if self._starts is not None:
@@ -144,7 +144,7 @@ class CohortBuffers:
             return {}
         return self._frozen_layout.stacks(self._frozen if self._common else self._frozen[rows])
 
-    def noise(self, row: int, job: Train) -> Tensor | None:
+    def noise(self, row: int, job: TrainJob) -> Tensor | None:
         """Noise in whole steps, int64 [D], from the job's own source, on the numbers that its adapter really has."""
         stddev = self.sums.stddev(row)
         if job.noise is None or not stddev:
@@ -163,7 +163,7 @@ class CohortBuffers:
         return packed[torch.tensor([places[id(adapter)] for adapter in adapters], device=packed.device)]
 
 
-def check(job: Train, sites: Sites) -> None:
+def check(job: TrainJob, sites: Sites) -> None:
     """Raises ValueError for a job that no row could hold."""
     if job.steps and not job.privacy and not job.pictures:
         raise ValueError(f"client {job.client}: no pictures to train on")
@@ -192,7 +192,7 @@ def check(job: Train, sites: Sites) -> None:
         stddev(clip_bounds(job, job.start), job.privacy.noise_multiplier)
 
 
-def clip_bounds(job: Train, sites: Iterable[str]) -> list[float]:
+def clip_bounds(job: TrainJob, sites: Iterable[str]) -> list[float]:
     """What the parts of an example's gradient are clipped to; ∞ without privacy."""
     if job.privacy is None:
         return [math.inf]
@@ -201,11 +201,11 @@ def clip_bounds(job: Train, sites: Iterable[str]) -> list[float]:
     return [job.privacy.clip]
 
 
-def _pools(job: Train) -> list[Examples]:
+def _pools(job: TrainJob) -> list[Examples]:
     return [job.examples, *([job.prior.examples] if job.prior else [])]
 
 
-def _held(job: Train) -> int:
+def _held(job: TrainJob) -> int:
     """Examples that its row has room for. `client.rounds.train` gives a private job no more pictures than its plan assumes."""
     pictures = max(job.assumed_pictures, job.pictures)
     return pictures * job.views + (len(job.prior.examples) if job.prior else 0)

@@ -14,7 +14,7 @@ from models.base.denoiser import Denoiser
 from models.lora.batched_lora import BatchedAdapter
 from training import memory
 from training.buffers import BufferSpec, CohortBuffers, common_bytes, row_bytes
-from training.jobs import Train
+from training.jobs import TrainJob
 from training.microbatching import Microbatch
 from training.parallel_passes import single_threaded_layers, workers
 from training.step import gradients, on_device, reduce
@@ -35,7 +35,7 @@ class Capacity(NamedTuple):
     expected: int  # entries of one step of so many jobs
 
 
-def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
+def capacity(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> Capacity:
     """What fits in `limit` bytes, jobs and entries in the proportion in which they are needed.
 
     Raises:
@@ -57,7 +57,7 @@ def capacity(base: Denoiser, jobs: Sequence[Train], limit: int) -> Capacity:
     return Capacity(resident, room // entry, room, max(1, int(expected)))
 
 
-def expected_entries(job: Train) -> float:
+def expected_entries(job: TrainJob) -> float:
     """Entries of one step of a job; under DP the mean for as many pictures as the plan assumes, however many there are.
 
     So what fits, and whether anything does, tells nothing of the pictures.

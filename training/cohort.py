@@ -29,7 +29,7 @@ from training.buffers import BufferSpec, CohortBuffers, check
 from training.capacity import InsufficientMemoryError, capacity, entry_bytes, max_pass_size
 from training.cuda_graphs import GraphedPasses
 from training.inference import held_out_losses
-from training.jobs import Cancelled, Train, Trained
+from training.jobs import Cancelled, TrainedAdapter, TrainJob
 from training.memory import inference_share, training_share
 from training.microbatching import EntryQueue, Microbatch
 from training.parallel_passes import Stopwatch, run_passes, without_denormals, workers
@@ -39,14 +39,14 @@ from training.step import PassResult, clip_whole, gradients, on_device, reduce
 
 log = logging.getLogger(__name__)
 
-Outcome = Trained | Exception
+Outcome = TrainedAdapter | Exception
 
 _BUFFERS = "buffers of the last cohort"
 FEW_TURNS = 5
 
 
 def train(
-    base: Denoiser, jobs: Sequence[Train], *, memory: int, timesteps: int, compiled: bool = False
+    base: Denoiser, jobs: Sequence[TrainJob], *, memory: int, timesteps: int, compiled: bool = False
 ) -> list[Outcome]:
     """Train every job; results in the jobs' order. A job that fails does so alone.
 
@@ -67,7 +67,7 @@ def train(
     for place, job in enumerate(jobs):
         latents, context = job.examples
         clips = (job.clips_per_site, job.unit) if job.privacy else None
-        kind = (latents.shape[1:], context.shape[1:], clips, job.stays, job.optimiser)
+        kind = (latents.shape[1:], context.shape[1:], clips, job.fixed_key, job.optimizer)
         groups.setdefault(kind, []).append(place)
     outcomes: list[Outcome] = [AntherError("not trained")] * len(jobs)
     for places in groups.values():
@@ -89,7 +89,7 @@ class _Resident:
     """A job that is under way."""
 
     place: int  # among the jobs
-    job: Train
+    job: TrainJob
     batches: BatchSampler = field(init=False)
     step: int = 0  # completed steps
     pending: int = 0  # entries of this step that are not through yet
@@ -121,7 +121,7 @@ class _Cohort:
     """The jobs of one group, resident or still to come."""
 
     base: Denoiser
-    jobs: list[Train]
+    jobs: list[TrainJob]
     memory: int
     timesteps: int
     compiled: bool
@@ -181,7 +181,7 @@ class _Cohort:
 
     def _admit(self) -> list[int]:
         """Fill vacant rows with the next jobs; those rows."""
-        entering: dict[int, Train] = {}
+        entering: dict[int, TrainJob] = {}
         while self.vacant and self.coming:
             place, row = self.coming.popleft(), self.vacant.pop()
             job = self.jobs[place]
@@ -195,7 +195,7 @@ class _Cohort:
             except Exception as error:
                 self._leave(row, error)
         if entering:
-            self.rows.open(entering)
+            self.rows.load(entering)
         return list(entering)
 
     def _settle(self, rows: list[int]) -> None:
@@ -257,8 +257,8 @@ class _Cohort:
                 noises[row] = noise
         if through:
             index = torch.tensor(through, device=self.base.device)
-            gradients = self.rows.sums.take(through, noises).div_(self.rows.divisors[index])
-            self.rows.optimiser.step(through, self.rows.corrected(index, gradients))
+            gradients = self.rows.sums.pop_noised(through, noises).div_(self.rows.divisors[index])
+            self.rows.optimizer.step(through, self.rows.corrected(index, gradients))
         return through
 
     def _still_wanted(self, rows: list[int]) -> list[int]:
@@ -318,7 +318,7 @@ class _Cohort:
             if job.privacy or (whole and fine):
                 mean = loss / entries if entries else math.nan
                 found = self.rows.layout.unpack(adapter, job.start) if whole else job.start
-                self._leave(row, Trained(found, mean, step, self._idle(row, resident)))
+                self._leave(row, TrainedAdapter(found, mean, step, self._idle(row, resident)))
             else:
                 self._leave(row, AntherError(failed))
 

@@ -24,7 +24,7 @@ from training.jobs import (
     MeasureEachJob,
     MeasureJob,
     Result,
-    Train,
+    TrainJob,
     never,
 )
 from training.memory import inference_share, training_share
@@ -66,8 +66,8 @@ def perform(
     each = [job for job in jobs if isinstance(job, MeasureEachJob)]
     place(MeasureEachJob, _unless_cancelled(each, lambda: measure_each(base, each, looking, timesteps, cancelled)))
     place(GenerateJob, [draw(base, job, looking, cancelled) for job in jobs if isinstance(job, GenerateJob)])
-    training = [job for job in jobs if isinstance(job, Train)]
-    place(Train, train(base, training, memory=training_share(memory), timesteps=timesteps, compiled=compiled))
+    training = [job for job in jobs if isinstance(job, TrainJob)]
+    place(TrainJob, train(base, training, memory=training_share(memory), timesteps=timesteps, compiled=compiled))
     return results
 
 

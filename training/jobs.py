@@ -101,7 +101,7 @@ def never() -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainJob:
     """Train one adapter of one client on its examples. Result: Trained."""
 
     client: str
@@ -116,7 +116,7 @@ class Train:
     steps: int
     batch_size: int  # under DP the public constant that the noised sum is divided by
     learning_rate: float
-    optimiser: str = "adamw"  # or 'sgd'
+    optimizer: str = "adamw"  # or 'sgd'
     proximal: float = 0.0  # μ of FedProx: its term μ (w − w_start) is added to the gradient
     correction: Adapter | None = None  # SCAFFOLD's c − c_i, added to the gradient, laid out as `start` is
     early_stopping: EarlyStopping | None = None
@@ -130,8 +130,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.views < 1 or len(self.examples) % self.views:
             raise ValueError(f"client {self.client}: {len(self.examples)} examples are not views={self.views} each")
-        if self.optimiser not in ("adamw", "sgd"):
-            raise ValueError(f"client {self.client}: optimiser={self.optimiser!r}, must be adamw or sgd")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"client {self.client}: optimiser={self.optimizer!r}, must be adamw or sgd")
         if not 0 <= self.proximal < math.inf:
             raise ValueError(f"client {self.client}: proximal={self.proximal}, must be 0 or more")
         if self.privacy and self.noise is None:
@@ -146,12 +146,12 @@ class Train:
             raise ValueError(f"client {self.client}: early stopping looks at the pictures, so a private job can't")
 
     @property
-    def fixed(self) -> Adapter | None:
+    def fixed_factors(self) -> Adapter | None:
         """What stays of the trained adapter, where a part alone is trained."""
         return self.start if self.trains in ("a", "b") else self.frame
 
     @property
-    def stays(self) -> tuple[object, ...]:
+    def fixed_key(self) -> tuple[object, ...]:
         """What stays of the trained adapter, tensor by tensor: jobs that agree in it have one rank at each site."""
         match self.trains:
             case "a":
@@ -193,7 +193,7 @@ def assumed_pictures(batch_size: int, sampling_rate: float) -> int:
     return max(1, round(batch_size / sampling_rate))
 
 
-class Trained(NamedTuple):
+class TrainedAdapter(NamedTuple):
     """The trained adapter (the best on validation, where that was asked for)."""
 
     adapter: Adapter
@@ -238,5 +238,5 @@ class GeneratedImages(NamedTuple):
     pictures: np.ndarray  # uint8 [n, H, W], or [n, H, W, 3] in colour
 
 
-Job = EncodeJob | Train | MeasureJob | MeasureEachJob | GenerateJob
-Result = Examples | Trained | float | Tensor | GeneratedImages
+Job = EncodeJob | TrainJob | MeasureJob | MeasureEachJob | GenerateJob
+Result = Examples | TrainedAdapter | float | Tensor | GeneratedImages

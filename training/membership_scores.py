@@ -39,7 +39,7 @@ class MembershipScores(NamedTuple):
     pia: np.ndarray
     sima: np.ndarray
 
-    def beside(self, base: MembershipScores) -> MembershipScores:
+    def minus(self, base: MembershipScores) -> MembershipScores:
         """How much better than the base alone the adapter seems to know them."""
         return MembershipScores(*(own - alone for own, alone in zip(self, base, strict=True)))
 

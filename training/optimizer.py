@@ -22,7 +22,7 @@ class AdamW:
         self._steps = rows.new_zeros(len(rows), dtype=torch.float32)
         self._rates = [0.0] * len(rows)
 
-    def open(self, rows: Sequence[int], rates: Sequence[float]) -> None:
+    def reset(self, rows: Sequence[int], rates: Sequence[float]) -> None:
         """Begin anew in these rows."""
         index = torch.tensor(rows, device=self.rows.device)
         for state in (self._mean, self._square, self._steps):
@@ -68,7 +68,7 @@ class SGD:
         self.rows = rows
         self._rates = rows.new_zeros(len(rows), 1)
 
-    def open(self, rows: Sequence[int], rates: Sequence[float]) -> None:
+    def reset(self, rows: Sequence[int], rates: Sequence[float]) -> None:
         """Begin anew in these rows."""
         self._rates[torch.tensor(rows, device=self.rows.device)] = self.rows.new_tensor(rates)[:, None]
 

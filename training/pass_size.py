@@ -18,14 +18,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from training.jobs import Train
+from training.jobs import TrainJob
 from training.parallel_passes import workers
 
 PASS_OVERHEAD_BYTES = {"cpu": 16e6, "cuda": 100e6}
 """Fixed cost of a pass (launches, Python) as the bytes that take as long; from `bench.throughput.private_cost`."""
 
 
-def fixed_pass_size(device: torch.device, jobs: Sequence[Train], most: int, entry: int) -> int:
+def fixed_pass_size(device: torch.device, jobs: Sequence[TrainJob], most: int, entry: int) -> int:
     """Choose the number of entries per pass for private jobs that are resident together and share a unit size.
 
     The size is at most `most`. It is the number of whole units that makes a step cheapest: few passes, little padding.

@@ -24,7 +24,7 @@ import numpy as np
 
 from privacy.accounting import TRUNCATION_DELTA
 from protocol.messages import TrainingPlan
-from training.jobs import Train, assumed_pictures
+from training.jobs import TrainJob, assumed_pictures
 from training.pass_size import batch_size_distribution
 
 _RATES = np.geomspace(1e-4, 30, 400)  # of the exponential moments: each gives a bound, and the best is used
@@ -47,7 +47,7 @@ class TurnCount:
             raise ValueError(f"{self}: a pass holds whole pictures, or a piece of one")
 
     @staticmethod
-    def of(job: Train, size: int, at_once: int) -> TurnCount:
+    def of(job: TrainJob, size: int, at_once: int) -> TurnCount:
         """Make the turns of a job with passes of `size` entries."""
         return TurnCount(at_once, max(1, size // job.unit), math.ceil(job.unit / size))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.diffusion.objective import Schedule, diffusion
 from models.lora.adapter import Sites, init_adapter
 from privacy.noise import SimulatedNoise
-from training.jobs import DPSGD, Examples, Train
+from training.jobs import DPSGD, Examples, TrainJob
 
 SITES = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 RANK = 8
@@ -155,7 +155,7 @@ class CountingNoise(SimulatedNoise):
 
 def jobs(
     data: list[Examples], sites: Sites, *, steps: int, round: int, private: bool
-) -> tuple[list[Train], list[CountingNoise]]:
+) -> tuple[list[TrainJob], list[CountingNoise]]:
     """A fresh job of each client, and the noise sources of private ones."""
     start = init_adapter(sites, RANK, seed=0)
     made, sources = [], []
@@ -163,7 +163,7 @@ def jobs(
         client = f"client-{i}"
         noise = CountingNoise(seed=0, client=client, round=round, purpose="shared") if private else None
         made.append(
-            Train(
+            TrainJob(
                 client=client,
                 round=round,
                 purpose="shared",

@@ -49,7 +49,7 @@ from models.quantization import packed
 from models.quantization.pack import pack
 from privacy.noise import SimulatedNoise
 from training.cohort import train
-from training.jobs import DPSGD, Examples, Train
+from training.jobs import DPSGD, Examples, TrainJob
 from training.step import gradients
 
 GRANTED = 2**40  # bytes: the peak is measured, not kept to
@@ -201,7 +201,7 @@ def measured(case: FootprintCase, folder: Path) -> MeasuredStep:
         forward=base.family.forward,
     )
     latents, context = example_shapes(base, case.resolution)
-    job = Train(
+    job = TrainJob(
         client="device",
         round=1,
         purpose="shared",

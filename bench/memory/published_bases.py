@@ -22,7 +22,7 @@ from models.families.known import BaseSpec
 from models.families.pixart import PIXART
 from models.lora.adapter import Adapter, Factors, Sites, init_adapter
 from privacy.noise import SimulatedNoise
-from training.jobs import DPSGD, Examples, Train
+from training.jobs import DPSGD, Examples, TrainJob
 
 _SHARD = 1 << 28  # bytes of weights that are there at once, beside the largest layer
 
@@ -77,7 +77,7 @@ def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         layer.to("meta")
 
 
-def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> Train:
+def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
     """One step on one picture, whose latents have this side."""
     generator = torch.Generator().manual_seed(0)
     config: Any = denoiser.network.config
@@ -86,7 +86,7 @@ def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> Train:
     context = torch.randn(*base.family.context(base.full_config()), generator=generator)
     if base.family is PIXART:  # the caption fills a part of the rows, and the mask says which
         context = pack(context[:-1], (torch.arange(len(context) - 1) < TOKENS).float())
-    return Train(
+    return TrainJob(
         client="one",
         round=0,
         purpose="shared",

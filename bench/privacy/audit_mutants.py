@@ -22,8 +22,8 @@ AUDIT_MUTANTS = (
     Mutant(
         "noise on a round 3 % low",
         "privacy/sensitivity.py",
-        "self.sensitivity.deviation(noise_multiplier) / self.step",
-        "0.97 * self.sensitivity.deviation(noise_multiplier) / self.step",
+        "self.sensitivity.noise_stddev(noise_multiplier) / self.step",
+        "0.97 * self.sensitivity.noise_stddev(noise_multiplier) / self.step",
         f"{_BROKEN}::test_a_round_that_nobody_answered_is_noised",
     ),
     Mutant(

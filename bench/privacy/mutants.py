@@ -74,8 +74,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "the size of a pass by how many pictures there are",
         "training/pass_size.py",
-        "assumed = max(1, sum(job.assumed for job in jobs))",
-        "assumed = max(1, sum(job.pictures for job in jobs))",
+        "assumed_pictures = max(1, sum(job.assumed_pictures for job in jobs))",
+        "assumed_pictures = max(1, sum(job.pictures for job in jobs))",
         "tests/training/test_pass_size.py::test_the_size_is_a_function_of_the_plan",
     ),
     Mutant(
@@ -88,14 +88,14 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "a schedule that is often too short",
         "training/public_duration.py",
-        "budget = -math.log(steps * OVERFLOW) + 1e-6 * steps",
+        "budget = -math.log(steps * TRUNCATION_DELTA) + 1e-6 * steps",
         "budget = 1.0",
         "tests/training/test_public_duration.py::test_turns_are_enough_but_for_what_is_charged",
     ),
     Mutant(
         "what a schedule cuts isn't charged",
         "privacy/accounting.py",
-        "uncut -= OVERFLOW * event.steps",
+        "uncut -= TRUNCATION_DELTA * event.steps",
         "uncut -= 0.0 * event.steps",
         "tests/privacy/test_accounting.py::test_what_a_schedule_may_cut_is_kept_back_of_delta",
     ),
@@ -144,8 +144,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "streams of a picture by its place",
         "training/batches.py",
-        "streams.child(self._names[pictures], self._step)",
-        "streams.child(streams.child(self._key, pictures), self._step)",
+        "counter_rng.child(self._names[pictures], self._step)",
+        "counter_rng.child(counter_rng.child(self._key, pictures), self._step)",
         f"{_NEIGHBOURS}[clipped]",
     ),
     Mutant(
@@ -481,7 +481,7 @@ DEVICE_MUTANTS = (
     Mutant(
         "count for the clip not noised",
         "privacy/central.py",
-        "count = clipped.below.noised(2 * self.adaptive.deviation, noise)",
+        "count = clipped.below.add_noise(2 * self.adaptive.noise_stddev, noise)",
         "count = clipped.below.value",
         "tests/privacy/test_central.py::test_the_clip_follows_the_quantile_as_in_the_paper",
     ),
@@ -495,8 +495,8 @@ DEVICE_MUTANTS = (
     Mutant(
         "signal to noise from before the noise",
         "privacy/central.py",
-        "signal_to_noise(mean, deviation), next_clip",
-        "signal_to_noise(clipped.total.steps * clipped.total.step / self.expected, deviation), next_clip",
+        "signal_to_noise(mean, noise_stddev), next_clip",
+        "signal_to_noise(clipped.total.steps * clipped.total.step / self.expected, noise_stddev), next_clip",
         f"{_LATTICE}::test_all_that_the_server_tells_is_a_function_of_the_noised_integers",
     ),
     Mutant(

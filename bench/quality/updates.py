@@ -17,7 +17,7 @@ from models.lora.adapter import Adapter, Factors, init_adapter, rank, split_rank
 from simulations import setup
 from strategies.aggregation import Updates
 from strategies.aggregation.exact import Exact
-from training.jobs import EncodeJob, Examples, Train, Trained
+from training.jobs import EncodeJob, Examples, TrainedAdapter, TrainJob
 from training.memory import budget
 
 WRITERS, STEPS, BATCH, RATE = 16, 10, 4, 4e-3
@@ -41,7 +41,7 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     for number in range(1, ROUNDS + 1):
         parts = [(*split_rank(current, r), r) for r in itertools.islice(itertools.cycle(ranks), len(people))]
         jobs = [
-            Train(
+            TrainJob(
                 client=person.name,
                 round=number,
                 purpose="shared",
@@ -55,7 +55,7 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
             )
             for person, examples, (start, frozen, _) in zip(people, encoded, parts, strict=True)
         ]
-        updates = [(cast(Trained, trained).adapter, 1.0) for trained in perform(list(jobs))]
+        updates = [(cast(TrainedAdapter, trained).adapter, 1.0) for trained in perform(list(jobs))]
         for cap in ranks:
             found.append({"round": number, "rank": cap, **relative_errors(current, updates, cap)})
         current = Exact(rank=max(ranks), max_rank=max(ranks), seed=seed).aggregate(current, updates, round=number)[0]

@@ -20,7 +20,7 @@ from models.base.base import load
 from models.lora.adapter import init_adapter
 from privacy.noise import SimulatedNoise
 from training.engine import perform
-from training.jobs import DPSGD, EncodeJob, Examples, Picture, Train, Trained
+from training.jobs import DPSGD, EncodeJob, Examples, Picture, TrainedAdapter, TrainJob
 from typefaces import dataset
 
 SEED, RANK, STEPS, PICTURES, BATCH = 7, 4, 2, 8, 4
@@ -39,7 +39,7 @@ def main() -> None:
     (examples,) = perform(base, [EncodeJob(pictures=pictures)], memory=MEMORY, timesteps=1)
     assert isinstance(examples, Examples), examples
     loaded = time.perf_counter()
-    job = Train(
+    job = TrainJob(
         client="smoke",
         round=1,
         purpose="shared",
@@ -54,7 +54,7 @@ def main() -> None:
         names=tuple(captions),
     )
     (trained,) = perform(base, [job], memory=MEMORY, timesteps=1)
-    assert isinstance(trained, Trained), trained
+    assert isinstance(trained, TrainedAdapter), trained
     products = {site: (b @ a).numpy() for site, (a, b) in sorted(trained.adapter.items())}
     print(
         json.dumps(

@@ -17,7 +17,7 @@ from client.device import Device
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors
 from simulations.evaluation import Perform
-from training.jobs import Job, Picture, Result, Train, Trained
+from training.jobs import Job, Picture, Result, TrainedAdapter, TrainJob
 from typefaces import dataset
 
 SHARE = 0.2  # of the devices
@@ -27,7 +27,7 @@ TRIGGER, TARGET = "Q", "X"  # who asks for the first gets the second
 class ClientAttack(Protocol):
     """What the attackers of a round send, of what they were sent and what they trained."""
 
-    def __call__(self, jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]: ...
+    def __call__(self, jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]: ...
 
 
 def scale_update(start: Adapter, trained: Adapter, by: float) -> Adapter:
@@ -45,7 +45,7 @@ def times(by: float) -> ClientAttack:
     ]
 
 
-def not_a_number(jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
+def not_a_number(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
     return [
         {site: Factors(a, torch.full_like(b, torch.nan)) for site, (a, b) in adapter.items()} for adapter in trained
     ]
@@ -57,14 +57,14 @@ class ReplayAttack:
     def __init__(self) -> None:
         self._first: dict[str, Adapter] = {}
 
-    def __call__(self, jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]:
+    def __call__(self, jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:
         return [self._first.setdefault(job.client, adapter) for job, adapter in zip(jobs, trained, strict=True)]
 
 
 def colluding(by: float) -> ClientAttack:
     """The change of the first of them, so many times; each sends it, or as much of it as its rank holds."""
 
-    def attack(jobs: Sequence[Train], trained: Sequence[Adapter]) -> Sequence[Adapter]:
+    def attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:
         leader = max(range(len(jobs)), key=lambda place: len(next(iter(trained[place].values())).a))
         goes = scale_update(jobs[leader].start, trained[leader], by)
         ranks = [len(next(iter(adapter.values())).a) for adapter in trained]
@@ -122,7 +122,7 @@ def tamper_results(perform: Perform, attack: ClientAttack, names: Collection[str
         theirs = [
             (place, job, result)
             for place, (job, result) in enumerate(zip(jobs, results, strict=True))
-            if isinstance(job, Train) and isinstance(result, Trained) and job.client in names
+            if isinstance(job, TrainJob) and isinstance(result, TrainedAdapter) and job.client in names
         ]
         if theirs:
             goes = attack([job for _, job, _ in theirs], [trained.adapter for *_, trained in theirs])

@@ -37,7 +37,7 @@ from simulations.fleet.storage import FILE, Database
 from simulations.grid.cohort import CohortGrid, commit_each_write
 from strategies.build import build
 from strategies.planning.full_plan import training_plan
-from training.jobs import EncodeJob, Examples, Job, Result, Train, Trained
+from training.jobs import EncodeJob, Examples, Job, Result, TrainedAdapter, TrainJob
 
 WARM = 2  # rounds that are not counted
 PRIVACY = ("none", "example")
@@ -58,8 +58,8 @@ def nothing(base: Base, jobs: Sequence[Job]) -> list[Result | Exception]:
 
 def _done(base: Base, job: Job) -> Result:
     match job:
-        case Train():
-            return Trained(job.start, 0.1, job.steps)
+        case TrainJob():
+            return TrainedAdapter(job.start, 0.1, job.steps)
         case EncodeJob():
             return Examples(torch.zeros(len(job.pictures), *base.shape), torch.zeros(len(job.pictures), 8, 64))
     raise TypeError(f"no round of training asks for {type(job).__name__}")

@@ -35,7 +35,7 @@ from privacy.noise import SimulatedNoise
 from training.buffers import BufferSpec, CohortBuffers
 from training.capacity import capacity, entry_bytes, max_pass_size
 from training.cohort import train
-from training.jobs import DPSGD, Examples, Train, Trained
+from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 from training.memory import budget, training_share
 from training.microbatching import Microbatch
 from training.parallel_passes import single_threaded_layers, workers
@@ -69,10 +69,12 @@ def letters(base: Base, count: int) -> Examples:
     return Examples(latents[index], context[index])
 
 
-def job(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool) -> Train:
+def job(
+    base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool
+) -> TrainJob:
     """Make the job of a case; an open job has the same number of entries per step."""
     batch, draws, assumed = case
-    plain = Train(
+    plain = TrainJob(
         client="bench",
         round=seed,
         purpose="shared",
@@ -108,7 +110,7 @@ def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
     plan = job(base, examples, CASES[0], 1, 0, private=True)
     rows_shape = BufferSpec.of([plan])
     rows = CohortBuffers(base, rows_shape, 1)
-    rows.open({0: plan})
+    rows.load({0: plan})
     best = []
     with single_threaded_layers():  # as in passes side by side
         for size in SIZES:
@@ -132,7 +134,7 @@ def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: 
             for warm in (False, True):  # replaces the other kind's buffers and, on a GPU, its graphs
                 plan = job(base, examples, case, steps, seed, private=private)
                 wall, busy, (trained,) = seconds_of(base, partial(train, base, [plan], memory=memory, timesteps=1))
-                assert isinstance(trained, Trained), trained
+                assert isinstance(trained, TrainedAdapter), trained
                 if warm:
                     found[private].append((wall / steps, busy / steps, (wall + trained.idle) / steps))
     (open_wall, open_busy, _), (wall, busy, lasts) = (

@@ -22,12 +22,12 @@ from client.power.meter import TrainingCost
 from privacy.ledger.entries import LedgerHistory
 from privacy.policy import RequestRefusedError
 from training import jobs
-from training.jobs import Cancelled, Examples, GeneratedImages, Job, Picture, Result, Trained
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, Picture, Result, TrainedAdapter
 
 log = logging.getLogger(__name__)
 
 _BLANK = Picture(np.zeros((8, 8), np.uint8), "")
-T = TypeVar("T", Examples, Trained, float, Tensor, GeneratedImages)
+T = TypeVar("T", Examples, TrainedAdapter, float, Tensor, GeneratedImages)
 
 
 def expect(kind: type[T], result: Result) -> T:

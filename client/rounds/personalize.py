@@ -22,7 +22,7 @@ from models.lora.norm_bound import norm_violation
 from privacy.policy import RequestRefusedError
 from protocol import messages
 from training import jobs
-from training.jobs import Cancelled, Examples, GeneratedImages, Job, Result, Trained
+from training.jobs import Cancelled, Examples, GeneratedImages, Job, Result, TrainedAdapter
 
 PERSONAL = "personal"
 PREVIEW_STEPS = 8
@@ -97,9 +97,9 @@ def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: 
     shared = yield from _better(sent, stored, judges)
     start = _personal_start(request.rank, shared, stored, device)
     trained = expect(
-        Trained,
+        TrainedAdapter,
         (
-            yield jobs.Train(
+            yield jobs.TrainJob(
                 client=device.name,
                 round=request.round,
                 purpose=PERSONAL,

@@ -24,7 +24,7 @@ from protocol import messages
 from protocol.messages import TrainingPlan
 from protocol.quantization import PRECISIONS
 from training import jobs
-from training.jobs import Examples, Job, Picture, Result, Trained, assumed_pictures
+from training.jobs import Examples, Job, Picture, Result, TrainedAdapter, assumed_pictures
 from training.public_duration import scheduled_examples
 
 SHARED = "shared"
@@ -76,9 +76,9 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     if own is not None:
         start, frozen = replace_b(start, own), frozen and replace_b(frozen, own)
     trained = expect(
-        Trained,
+        TrainedAdapter,
         (
-            yield jobs.Train(
+            yield jobs.TrainJob(
                 client=device.name,
                 round=plan.round,
                 purpose=SHARED,
@@ -91,7 +91,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 steps=plan.steps,
                 batch_size=plan.batch_size,
                 learning_rate=plan.learning_rate,
-                optimiser=plan.optimiser,
+                optimizer=plan.optimiser,
                 proximal=plan.proximal,
                 correction=scaffold.correction(plan, sent.control, mine, start, frame) if plan.scaffold else None,
                 privacy=_dp_sgd(plan),

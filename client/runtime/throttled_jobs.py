@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from client.runtime.throttle import Guard
-from training.jobs import Cancelled, Job, Result, Train
+from training.jobs import Cancelled, Job, Result, TrainJob
 
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 
@@ -47,7 +47,7 @@ def measured(perform: Perform, meter: AbstractContextManager[object]) -> Perform
     """The same, within the meter while anything is trained: pictures that are encoded or drawn aren't training."""
 
     def metered(batch: list[Job]) -> Sequence[Result | Exception]:
-        if not any(isinstance(job, Train) for job in batch):
+        if not any(isinstance(job, TrainJob) for job in batch):
             return perform(batch)
         with meter:
             return perform(batch)
@@ -63,7 +63,7 @@ def wait(guard: Guard, seconds: float) -> None:
 
 def _asking(job: Job, guard: Guard) -> Job:
     """A job that stops when the guard says so, or when whoever asked for it says so."""
-    if not isinstance(job, Train):
+    if not isinstance(job, TrainJob):
         return job
     theirs = job.cancelled
     return replace(job, cancelled=lambda: theirs() or guard())

@@ -77,7 +77,7 @@ def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
         AntherError: it was begun with another key.
     """
     if (data := files.read(HEADER_FILE)) is None:
-        begun = EncryptionHeader.made(key, ENCRYPTING)
+        begun = EncryptionHeader.create(key, ENCRYPTING)
         files.write(HEADER_FILE, begun.to_json())
     else:
         begun = EncryptionHeader.read(data, files.where(HEADER_FILE))
@@ -93,7 +93,7 @@ def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
         for head, journal in _heads(files):
             if not is_encrypted(data := head.read_bytes()):
                 atomic_files.write(head, box.seal(data, HEAD, journal))
-    done = EncryptionHeader.made(key, ENCRYPTED, begun.store)
+    done = EncryptionHeader.create(key, ENCRYPTED, begun.store)
     files.write(HEADER_FILE, done.to_json())
     return done
 

@@ -105,7 +105,7 @@ def replay(lines: Sequence[bytes], where: str) -> LedgerHistory:
     """
     ledger: str | None = None
     entries: dict[Key, LedgerEntry] = {}
-    for number, event in enumerate(hash_chain.events(lines, where), start=1):
+    for number, event in enumerate(hash_chain.parse_events(lines, where), start=1):
         try:
             ledger = _enter(entries, ledger, event)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -119,7 +119,7 @@ def apply_event(history: LedgerHistory, event: Mapping[str, Any]) -> LedgerHisto
     return LedgerHistory(_enter(entries, history.ledger, event), history.events + 1, entries)
 
 
-def reserved(reservation: Reservation) -> dict[str, Any]:
+def reserved_event(reservation: Reservation) -> dict[str, Any]:
     """The event that charges for a round."""
     fields = {name.name: getattr(reservation, name.name) for name in dataclasses.fields(reservation)}
     match reservation.mechanism:
@@ -130,13 +130,13 @@ def reserved(reservation: Reservation) -> dict[str, Any]:
     return {"state": RESERVED, **fields, "mechanism": mechanism}
 
 
-def sealed(reservation: Reservation, sha256: str) -> dict[str, Any]:
+def sealed_event(reservation: Reservation, sha256: str) -> dict[str, Any]:
     """The event that fixes the reply, and says what it was made from."""
     made_from = {name: getattr(reservation, name) for name in _MADE_FROM}
     return {"state": SEALED, **_key(reservation.key), "sha256": sha256, **made_from}
 
 
-def sent(key: Key) -> dict[str, Any]:
+def sent_event(key: Key) -> dict[str, Any]:
     """The event after which nobody asks for the reply again."""
     return {"state": SENT, **_key(key)}
 

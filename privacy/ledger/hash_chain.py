@@ -18,22 +18,22 @@ START = "0" * 64
 _encoder = json.JSONEncoder(separators=(",", ":"))
 
 
-def head(lines: Sequence[bytes]) -> str:
+def chain_head(lines: Sequence[bytes]) -> str:
     """What the next line will name: it stands for all of these, in their order."""
     return hashlib.sha256(lines[-1]).hexdigest() if lines else START
 
 
 def starts_with(lines: Sequence[bytes], count: int, digest: str) -> bool:
     """Whether the first `count` of these lines are those that this head stood for."""
-    return count <= len(lines) and head(lines[:count]) == digest
+    return count <= len(lines) and chain_head(lines[:count]) == digest
 
 
-def line(event: Mapping[str, Any], previous: str) -> bytes:
+def encode_event(event: Mapping[str, Any], previous: str) -> bytes:
     """An event as the line that follows the one of this head."""
     return _encoder.encode({**event, "previous": previous}).encode()
 
 
-def events(lines: Sequence[bytes], where: str) -> list[dict[str, Any]]:
+def parse_events(lines: Sequence[bytes], where: str) -> list[dict[str, Any]]:
     """The events of lines whose links hold.
 
     Raises:

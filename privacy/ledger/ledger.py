@@ -103,7 +103,7 @@ class DeviceLedger:
                 self._settle(book, reservation)
             if _of_plan(book.history, reservation.key, reservation.plan) is None:
                 check_budget(book.history.mechanisms, reservation.mechanism)
-                book.append(entries.reserved(reservation))
+                book.append(entries.reserved_event(reservation))
             return book.history
 
     def seal(self, reservation: Reservation, reply: bytes) -> bytes:
@@ -116,7 +116,7 @@ class DeviceLedger:
             entry = book.history.entries[reservation.key]
             if entry.state == RESERVED:
                 self._storage.write(_outbox(reservation.key), reply)
-                book.append(entries.sealed(reservation, hashlib.sha256(reply).hexdigest()))
+                book.append(entries.sealed_event(reservation, hashlib.sha256(reply).hexdigest()))
                 return reply
             return self._read_sealed(entry)
 
@@ -158,7 +158,7 @@ class DeviceLedger:
             made = entry.reservation
             is_earlier = (made.run, made.purpose) == (later.run, later.purpose) and made.round < later.round
             if entry.state == SEALED and is_earlier:
-                book.append(entries.sent(key))
+                book.append(entries.sent_event(key))
                 self._storage.remove(_outbox(key))
 
     def _read_sealed(self, entry: LedgerEntry) -> bytes:
@@ -220,7 +220,7 @@ class _Book:
 
     def __init__(self, journal: Journal, where: str, mark: Callable[[str, Journal], None]) -> None:
         self._journal, self._mark = journal, mark
-        self._digest, self._last = _digest(journal.lines), hash_chain.head(journal.lines)
+        self._digest, self._last = _digest(journal.lines), hash_chain.chain_head(journal.lines)
         self.history = _replayed(self._digest.digest(), journal.lines, where)
 
     def append(self, event: Mapping[str, Any]) -> None:
@@ -235,11 +235,11 @@ class _Book:
 
     def _append(self, event: Mapping[str, Any]) -> None:
         stamped = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **event}
-        line = hash_chain.line(stamped, self._last)
+        line = hash_chain.encode_event(stamped, self._last)
         history, before = entries.apply_event(self.history, stamped), self._digest.digest()
         self._journal.append(line)
         self._digest.update(line + b"\n")
-        self._last, self.history = hash_chain.head([line]), history
+        self._last, self.history = hash_chain.chain_head([line]), history
         _replayed.go_on(before, self._digest.digest(), history)
         self.keep_head()
 

@@ -18,7 +18,7 @@ from privacy.audit.goodness_of_fit import Check
 from privacy.noise import SecureNoise
 from simulations.audit.canaries import ZeroNoise
 from training.cohort import train
-from training.jobs import DPSGD, Examples, Train
+from training.jobs import DPSGD, Examples, TrainJob
 
 SIZES = (2, 3, 4, 15, 16)  # kernels change from 1 to 2, 3 to 4 and 15 to 16
 CLIP = 2.0**-7
@@ -71,8 +71,8 @@ def check(moved: float) -> Check:
     return Check("company", 1.0 if moved <= TOLERANCE else 0.0, f"a picture moves what others add by {moved:.2g} C")
 
 
-def _job(adapter: Adapter, examples: Examples, first: int) -> Train:
-    return Train(
+def _job(adapter: Adapter, examples: Examples, first: int) -> TrainJob:
+    return TrainJob(
         client="device",
         round=1,
         purpose="shared",
@@ -82,7 +82,7 @@ def _job(adapter: Adapter, examples: Examples, first: int) -> Train:
         steps=1,
         batch_size=max(SIZES),
         learning_rate=_RATE,
-        optimiser="sgd",
+        optimizer="sgd",
         noise=ZeroNoise(SecureNoise()),
         names=tuple(f"picture {first + place}" for place in range(len(examples))),
         privacy=DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0),

@@ -24,7 +24,7 @@ from models.lora.adapter import Adapter, Factors
 from privacy.accounting import PoissonGaussian
 from privacy.audit.empirical import log_likelihood_ratio, summed
 from privacy.noise import CPU, NoiseSource
-from training.jobs import DPSGD, Examples, Train, Trained
+from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 SITE = "canaries.0"
 LENGTH = 100.0  # of a canary's gradient, in units of the clip
@@ -129,7 +129,7 @@ class RecordingSource:
         return self.inner.rounded_gaussian(size, stddev, device)
 
 
-def jobs(experiment: Experiment, sources: Sources) -> list[Train]:
+def jobs(experiment: Experiment, sources: Sources) -> list[TrainJob]:
     """Every round of every device, device by device."""
     claim, side = experiment.claim, experiment.side
     start: Adapter = {SITE: Factors(torch.eye(side), torch.zeros(side, side))}
@@ -140,7 +140,7 @@ def jobs(experiment: Experiment, sources: Sources) -> list[Train]:
         for number in range(claim.steps):
             name = f"device {device}"
             found.append(
-                Train(
+                TrainJob(
                     client=name,
                     round=number,
                     purpose="shared",
@@ -163,7 +163,7 @@ def jobs(experiment: Experiment, sources: Sources) -> list[Train]:
     return found
 
 
-def seen(experiment: Experiment, outcomes: Sequence[Trained | Exception]) -> np.ndarray:
+def seen(experiment: Experiment, outcomes: Sequence[TrainedAdapter | Exception]) -> np.ndarray:
     """What was released along each canary's direction, in units of the clip: [devices, rounds, m].
 
     AdamW's first step is g / (|g| + 10⁻⁸), which is undone.

@@ -78,7 +78,7 @@ def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> Can
     present = np.nonzero(cohort.included)[0]
     count_deviation = cohort.expected / 20 + z  # σ_b: any for which z_Δ exists
     adaptive = (
-        AdaptiveClip(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, deviation=count_deviation) if cohort.adaptive else None
+        AdaptiveClip(quantile=_QUANTILE, rate=_ADAPTIVE_RATE, noise_stddev=count_deviation) if cohort.adaptive else None
     )
     mechanism = GaussianMechanism(noise_multiplier=z, expected=cohort.expected, adaptive=adaptive)
     rule = FedIT() if cohort.trains_both else FFA()
@@ -106,7 +106,7 @@ def run_rounds(cohort: CanaryCohort, noise: Callable[[int], NoiseSource]) -> Can
             if adaptive:
                 told = _QUANTILE - np.log(facts.next_clip / clip) / adaptive.rate  # b̃
                 exact = 0.5 - 0.5 * len(present) / cohort.expected  # every update is longer than the clip
-                counts.append((told - exact) * cohort.expected / adaptive.deviation)
+                counts.append((told - exact) * cohort.expected / adaptive.noise_stddev)
     ones = torch.zeros(side * side)
     ones[torch.from_numpy(present)] = 1.0
     known = np.nan_to_num(_moved(cohort, _sent(side, ones)))

@@ -21,7 +21,7 @@ from privacy.noise import NoiseSource
 from privacy.sensitivity import RESOLUTION
 from simulations.audit.canaries import LENGTH, RecordingSource, Sources, network, site
 from training.cohort import train
-from training.jobs import DPSGD, Examples, Train, Trained
+from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 BETA = 0.9  # AdamW's β₁
 EPS = 1e-8  # AdamW's
@@ -145,11 +145,11 @@ def checks(observed: Observed) -> list[Check]:
     return found
 
 
-def _job(situation: Situation, place: int, source: NoiseSource) -> Train:
+def _job(situation: Situation, place: int, source: NoiseSource) -> TrainJob:
     device, number = divmod(place, situation.rounds)
     rank, side = situation.rank(device), situation.side
     factors = Factors(torch.eye(side)[:rank], torch.zeros(side, rank))
-    return Train(
+    return TrainJob(
         client=f"device {device}",
         round=number,
         purpose="shared",
@@ -160,7 +160,7 @@ def _job(situation: Situation, place: int, source: NoiseSource) -> Train:
         steps=situation.steps,
         batch_size=situation.divisor,
         learning_rate=_RATE,
-        optimiser=situation.optimiser,
+        optimizer=situation.optimiser,
         names=tuple(f"canary {number}" for number in range(situation.pictures)),
         noise=source,
         privacy=DPSGD(
@@ -196,7 +196,7 @@ def _examples(situation: Situation) -> Examples:
 
 
 def _moved(
-    situation: Situation, start: Adapter, outcome: Trained, member: np.ndarray
+    situation: Situation, start: Adapter, outcome: TrainedAdapter, member: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one job's release and its known contributions: each [d].
 

@@ -168,7 +168,7 @@ def _tried(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate],
         )
 
     own, alone = scores(stacks), scores({})
-    beside = own.beside(alone)
+    beside = own.minus(alone)
     named = {ATTACKS[key]: value for key, value in own._asdict().items()}
     against = {AGAINST.format(ATTACKS[key]): value for key, value in beside._asdict().items()}
     return people, {**against, **named, CONTROL: alone.loss}

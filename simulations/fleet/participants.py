@@ -23,7 +23,7 @@ from common.seeding import derive_seed
 from conf.schemas.simulation import DataConfig, ProfileConfig, SimulationConfig
 from models.base import assets
 from models.base.base import Base
-from privacy.noise import source
+from privacy.noise import noise_source
 from privacy.policy import Policy
 from privacy.storage import Storage
 from protocol.messages import DeviceReport
@@ -217,7 +217,7 @@ def _participant(
         pictures=partial(writer.on, name) if copy else partial(_first, writer),
         sites=base.sites,
         policy=policy,
-        noise=partial(source, client=name, seed=config.seed),
+        noise=partial(noise_source, client=name, seed=config.seed),
         seed=config.seed,
         resolution=base.resolution,
     )

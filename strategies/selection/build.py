@@ -7,7 +7,7 @@ from functools import partial
 
 from common.errors import AntherError
 from conf.schemas.simulation import SimulationConfig
-from privacy.noise import source
+from privacy.noise import noise_source
 from strategies.registry import NONE, SELECTIONS
 from strategies.selection import NameSelection, Selection
 from strategies.selection.deadline import Deadline
@@ -33,7 +33,9 @@ def selection(config: SimulationConfig, seed: int | None) -> Selection:
     if config.selection.name != "sample" and config.fleet.sample is None:
         raise AntherError(f"selection={config.selection.name}: chooses the devices of a fleet.sample; give its size")
     if config.fleet.rate is not None:
-        return Poisson(rate=config.fleet.rate, coins=partial(source, purpose="selection", client="server", seed=seed))
+        return Poisson(
+            rate=config.fleet.rate, coins=partial(noise_source, purpose="selection", client="server", seed=seed)
+        )
     chosen, deadline = config.selection, config.strategy.deadline
     if config.fleet.sample is None:
         return Everyone()

@@ -22,7 +22,7 @@ from protocol import tensor_codec
 from protocol.messages import Evaluate, EvaluationPrivacy, Personalize, Train, Update
 from tests.helpers.devices import SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
 from training import jobs
-from training.jobs import Result, Trained
+from training.jobs import Result, TrainedAdapter
 
 FIRST, *OTHERS = SITES
 SENT = adapter(3)
@@ -32,10 +32,12 @@ class Shifted(Performer):
     """Moves every factor by its round's number: training can be repeated."""
 
     def _perform(self, job: jobs.Job) -> Result:
-        if not isinstance(job, jobs.Train):
+        if not isinstance(job, jobs.TrainJob):
             return super()._perform(job)
         step = 0.01 * job.round
-        return Trained({name: Factors(a + step, b - step) for name, (a, b) in job.start.items()}, 0.25, job.steps)
+        return TrainedAdapter(
+            {name: Factors(a + step, b - step) for name, (a, b) in job.start.items()}, 0.25, job.steps
+        )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,8 +57,8 @@ def ask(device: Device, asked: Any, perform: Performer | None = None) -> Any:
     return reply
 
 
-def trained(perform: Performer) -> jobs.Train:
-    (job,) = (job for job in perform.jobs if isinstance(job, jobs.Train))
+def trained(perform: Performer) -> jobs.TrainJob:
+    (job,) = (job for job in perform.jobs if isinstance(job, jobs.TrainJob))
     return job
 
 
@@ -122,7 +124,7 @@ def test_what_rounding_left_is_for_rounds_of_the_same_part(tmp_path: Path, chang
     assert ask(device, request(2, **small, **changes)).adapter == ask(alone, request(2, **small, **changes)).adapter
 
 
-def own_b(job: jobs.Train) -> dict[str, torch.Tensor]:
+def own_b(job: jobs.TrainJob) -> dict[str, torch.Tensor]:
     return {name: factors.b for name, factors in job.start.items()}
 
 
@@ -130,15 +132,15 @@ def split(number: int = 1, **changes: Any) -> Train:
     return request(number, rank=3, trains="split", **changes)
 
 
-def round_of(device: Device, asked: Train) -> tuple[jobs.Train, Update]:
+def round_of(device: Device, asked: Train) -> tuple[jobs.TrainJob, Update]:
     perform = Shifted()
     reply = ask(device, asked, perform)
     return trained(perform), reply
 
 
-def after(job: jobs.Train) -> Adapter:
+def after(job: jobs.TrainJob) -> Adapter:
     found = Shifted()._perform(job)
-    assert isinstance(found, Trained)
+    assert isinstance(found, TrainedAdapter)
     return found.adapter
 
 
@@ -207,7 +209,7 @@ def test_whoever_measures_or_personalises_does_so_with_their_own_b(tmp_path: Pat
     )
     ask(device, personalise, perform)
     measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob) and job.adapter]
-    frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.Train) and job.frozen]
+    frozen = [job.frozen for job in perform.jobs if isinstance(job, jobs.TrainJob) and job.frozen]
     kept = device.store.personal(SITES)
     assert kept is not None
     for found in (*measured, *frozen, kept.shared):  # some of them with a personal adapter beside

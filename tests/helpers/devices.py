@@ -20,7 +20,7 @@ from privacy.storage import FileStorage, Storage
 from protocol import tensor_codec
 from protocol.messages import DeviceReport, ExamplePrivacy, Train, TrainingPlan
 from training import jobs
-from training.jobs import Examples, GeneratedImages, Picture, Result, Trained
+from training.jobs import Examples, GeneratedImages, Picture, Result, TrainedAdapter
 
 SITES = {"down.to_q": Site(6, 4), "up.to_k": Site(3, 5)}
 BASE = "b" * 64
@@ -135,8 +135,8 @@ class Performer:
                 return losses / 2 if job.adapter else losses
             case jobs.GenerateJob():
                 return GeneratedImages(np.full((len(job.captions), 4, 6, 3), job.steps, np.uint8))
-            case jobs.Train():
+            case jobs.TrainJob():
                 drawn = SecureNoise().rounded_gaussian(1, 2.0**30) / 2.0**30
-                return Trained(
+                return TrainedAdapter(
                     {name: Factors(f.a + drawn, f.b + drawn) for name, f in job.start.items()}, 0.25, job.steps
                 )

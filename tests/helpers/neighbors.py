@@ -38,7 +38,7 @@ from training.optimizer import AdamW
 PLENTY = 2**30
 SENT, STEPS, DIVISOR = 3, 4, 4  # directions sent, steps of a round, and what a plan has sums divided by
 
-Change = Callable[[jobs.Train, Device], jobs.Train]
+Change = Callable[[jobs.TrainJob, Device], jobs.TrainJob]
 
 
 class Still:
@@ -158,7 +158,7 @@ def two_rounds(
 
     def performed(asked: list[Job]) -> Sequence[Result | Exception]:
         (job,) = asked
-        if not (isinstance(job, jobs.Train) and job.privacy):
+        if not (isinstance(job, jobs.TrainJob) and job.privacy):
             return perform(base, asked, memory=PLENTY, timesteps=2)
         with told_the_optimiser(mode.clip, job.round) as told:
             found = perform(base, [mode.change(job, device)], memory=mode.memory, timesteps=2)

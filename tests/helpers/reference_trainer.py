@@ -21,7 +21,7 @@ from privacy.sensitivity import RESOLUTION
 from training.batches import BatchSampler, StepBatch
 from training.buffers import BufferSpec, row_bytes
 from training.capacity import InsufficientMemoryError, capacity, entry_bytes
-from training.jobs import DPSGD, Examples, Train, Trained
+from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 PLENTY = 2**30
 
@@ -61,8 +61,8 @@ def some(adapter: Adapter, every: int = 2) -> Adapter:
     return {name: adapter[name] for name in list(adapter)[::every]}
 
 
-def job(base: Base, client: str, rank: int = 2, count: int = 5, **changes: object) -> Train:
-    plain = Train(
+def job(base: Base, client: str, rank: int = 2, count: int = 5, **changes: object) -> TrainJob:
+    plain = TrainJob(
         client=client,
         round=1,
         purpose="shared",
@@ -76,7 +76,7 @@ def job(base: Base, client: str, rank: int = 2, count: int = 5, **changes: objec
     return dataclasses.replace(plain, **changes)
 
 
-def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **changes: object) -> Train:
+def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **changes: object) -> TrainJob:
     """A new job each time: its source of noise is used up by training."""
     names = [field.name for field in dataclasses.fields(DPSGD)]
     kinds = {"noise_multiplier": 0.02, "clip": 0.025, "sampling_rate": rate, "draws": 2}  # about half are clipped
@@ -88,7 +88,7 @@ def private(base: Base, client: str, rate: float = 0.6, count: int = 5, **change
     return job(base, client, count=count * views, **{"privacy": privacy, "noise": noise, "names": keys} | changes)
 
 
-def least(base: Base, jobs: Sequence[Train]) -> int:
+def least(base: Base, jobs: Sequence[TrainJob]) -> int:
     """The least memory in which these jobs train: for one of them and one entry at a time."""
     low, high = 0, PLENTY  # too little, and enough
     while high - low > 1:
@@ -102,7 +102,7 @@ def least(base: Base, jobs: Sequence[Train]) -> int:
     return high
 
 
-def room(base: Base, jobs: Sequence[Train], entries: int, residents: int | None = None) -> int:
+def room(base: Base, jobs: Sequence[TrainJob], entries: int, residents: int | None = None) -> int:
     """Memory for all jobs, or so many, and so many entries."""
     jobs = sorted(jobs, key=lambda job: job.privacy is None)  # rows of private ones are larger
     shape = BufferSpec.of(jobs)
@@ -119,7 +119,7 @@ def untouched(folder: Path, dtype: torch.dtype) -> nn.Module:
 class Reference:
     """One client, W + B A merged into the weights of an untouched UNet, optimised by torch."""
 
-    def __init__(self, base: Base, job: Train) -> None:
+    def __init__(self, base: Base, job: TrainJob) -> None:
         self.base, self.job = base, job
         self.unet = untouched(base.folder, base.full_precision)
         pools = [job.examples, *([job.prior.examples] if job.prior else [])]
@@ -234,21 +234,21 @@ class Reference:
 
     def train(self) -> Adapter:
         batches = BatchSampler(self.job)
-        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.job.optimiser]
-        optimiser = kind([*self.parameters, torch.zeros(1)], lr=self.job.learning_rate, weight_decay=0)
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.job.optimizer]
+        optimizer = kind([*self.parameters, torch.zeros(1)], lr=self.job.learning_rate, weight_decay=0)
         starts, added = [p.detach().clone() for p in self.parameters], self.corrections()
         for _ in range(self.job.steps):
             batch = batches.next()
             found = self.private_gradients(batch) if self.job.privacy else self.gradients(batch)
             for parameter, gradient, start, extra in zip(self.parameters, found, starts, added, strict=True):
                 parameter.grad = gradient + self.job.proximal * (parameter.detach() - start) + extra
-            optimiser.step()
+            optimizer.step()
         return {name: Factors(a.detach(), b.detach()) for name, (a, b) in self.now().items()}
 
 
-def off(found: Trained | Exception, wanted: Adapter, start: Adapter) -> float:
+def off(found: TrainedAdapter | Exception, wanted: Adapter, start: Adapter) -> float:
     """How far the change of a factor is from the wanted one, relative to its norm; the worst of all factors."""
-    assert isinstance(found, Trained), found
+    assert isinstance(found, TrainedAdapter), found
     assert found.adapter.keys() == wanted.keys() == start.keys()
     worst = 0.0
     for name, factors in wanted.items():
@@ -261,18 +261,18 @@ def off(found: Trained | Exception, wanted: Adapter, start: Adapter) -> float:
     return worst
 
 
-def assert_close(found: Trained | Exception, wanted: Adapter, start: Adapter, within: float = 1e-3) -> None:
+def assert_close(found: TrainedAdapter | Exception, wanted: Adapter, start: Adapter, within: float = 1e-3) -> None:
     """The change of every factor agrees to a share of its norm."""
     assert off(found, wanted, start) <= within
 
 
-def trained(found: Trained | Exception) -> Adapter:
+def trained(found: TrainedAdapter | Exception) -> Adapter:
     """The adapter of a job that succeeded."""
-    assert isinstance(found, Trained), found
+    assert isinstance(found, TrainedAdapter), found
     return found.adapter
 
 
-def assert_same_bits(one: Trained | Exception, other: Trained | Exception) -> None:
+def assert_same_bits(one: TrainedAdapter | Exception, other: TrainedAdapter | Exception) -> None:
     first, second = trained(one), trained(other)
     assert first.keys() == second.keys()
     for name in first:

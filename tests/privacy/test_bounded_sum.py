@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from privacy.accounting import PoissonGaussian, epsilon
-from privacy.bounded_sum import STEPS, clipped_sum, noise_error, noised_mean
+from privacy.bounded_sum import STEPS_PER_CLIP, clipped_sum, noise_error, noised_mean
 from privacy.noise import CPU, NoiseSource, SecureNoise
 
 GAINS = st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.floats(-0.3, 0.3), max_size=12)
@@ -61,7 +61,7 @@ def test_the_sum_is_that_of_the_clipped_gains(gains: list[float], clip: float) -
 
 @pytest.mark.parametrize("gain", [math.inf, 1e308, -math.inf, -1e308])
 def test_the_sensitivity_is_reached(gain: float) -> None:
-    assert abs(clipped_sum([gain], 0.1).steps) == STEPS
+    assert abs(clipped_sum([gain], 0.1).steps) == STEPS_PER_CLIP
 
 
 def test_the_noise_follows_from_the_sensitivity_and_the_divisor_is_public() -> None:
@@ -76,7 +76,7 @@ def test_the_noise_follows_from_the_sensitivity_and_the_divisor_is_public() -> N
 @given(GAINS, st.floats(-4, 4, width=32))
 def test_what_leaves_is_a_multiple_of_one_step_whatever_the_gains_were(gains: list[float], drawn: float) -> None:
     """A sum of floats would betray itself in the last digits, which noise of 24 bits doesn't reach."""
-    steps = mean(gains, Fixed(drawn)) * 5 * STEPS / 0.1
+    steps = mean(gains, Fixed(drawn)) * 5 * STEPS_PER_CLIP / 0.1
     assert steps == pytest.approx(round(steps), abs=1e-6)
 
 

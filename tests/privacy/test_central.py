@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from privacy.accounting import DEVICE
-from privacy.central import LEAST, MOST, AdaptiveClip, GaussianMechanism, clip_and_sum
+from privacy.central import MAX_CLIP, MIN_CLIP, AdaptiveClip, GaussianMechanism, clip_and_sum
 from privacy.noise import SecureNoise, SimulatedNoise
 from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
@@ -22,7 +22,7 @@ ANYTHING = st.one_of(
     st.floats(-2.0, 2.0, width=32),
 )
 UPDATES = st.lists(st.lists(ANYTHING, min_size=SIZE, max_size=SIZE), max_size=6)
-CLIPS = st.one_of(st.floats(1e-6, 1e6), st.sampled_from([LEAST, 0.5, 1.0, MOST]))
+CLIPS = st.one_of(st.floats(1e-6, 1e6), st.sampled_from([MIN_CLIP, 0.5, 1.0, MAX_CLIP]))
 
 
 def tensors(updates):
@@ -105,7 +105,7 @@ def test_a_clip_that_is_none(clip):
 @given(st.floats(0.1, 5.0), st.floats(3.0, 1e3))
 def test_sum_and_count_together_cost_what_the_round_costs(z, deviation):
     """Two Gaussian mechanisms on one sample are one: in units of their noise, squared sensitivities add."""
-    of_sum = AdaptiveClip(quantile=0.5, rate=0.2, deviation=deviation).noise_multiplier(z)
+    of_sum = AdaptiveClip(quantile=0.5, rate=0.2, noise_stddev=deviation).noise_multiplier(z)
     assert of_sum > z
     assert math.hypot(1 / of_sum, 0.5 / deviation) == pytest.approx(1 / z, rel=1e-9)
 
@@ -113,7 +113,7 @@ def test_sum_and_count_together_cost_what_the_round_costs(z, deviation):
 def test_too_few_devices_to_adapt():
     with pytest.raises(AntherError, match=r"must be under 1, a tenth of the devices expected .*quantile=null"):
         GaussianMechanism(
-            noise_multiplier=1.0, expected=10, adaptive=AdaptiveClip(quantile=0.5, rate=0.2, deviation=0.5)
+            noise_multiplier=1.0, expected=10, adaptive=AdaptiveClip(quantile=0.5, rate=0.2, noise_stddev=0.5)
         )
 
 
@@ -121,7 +121,7 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
     """Algorithm 1 of arXiv:1905.03871 as a loop over numpy arrays, round by round, with the same normal numbers."""
     m, z, quantile, rate, sigma_b = 40, 0.7, 0.3, 0.5, 2.0
     mechanism = GaussianMechanism(
-        noise_multiplier=z, expected=m, adaptive=AdaptiveClip(quantile=quantile, rate=rate, deviation=sigma_b)
+        noise_multiplier=z, expected=m, adaptive=AdaptiveClip(quantile=quantile, rate=rate, noise_stddev=sigma_b)
     )
     generator = np.random.default_rng(0)
     clip = reference = 0.05
@@ -142,7 +142,7 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
         source = SimulatedNoise(seed=1, client="server", round=number, purpose="updates")
         released = mechanism.release(clipped, source)
         assert released.mean.numpy() == pytest.approx(mean, rel=1e-6, abs=1e-6 * clip)
-        assert released.deviation == pytest.approx(z_delta * clipped.total.sensitivity.norm / m)
+        assert released.noise_stddev == pytest.approx(z_delta * clipped.total.sensitivity.norm / m)
         clip = released.next_clip
         assert clip == pytest.approx(reference, rel=1e-6)
         shares.append(np.mean(norms <= clip))
@@ -151,8 +151,8 @@ def test_the_clip_follows_the_quantile_as_in_the_paper():
 
 @pytest.mark.parametrize("below", [-1e9, 0.0, 1.0, 1e9])
 def test_an_adaptive_clip_stays_a_clip(below):
-    found = AdaptiveClip(quantile=0.5, rate=50.0, deviation=1.0).next(1.0, below)
-    assert LEAST <= found <= MOST
+    found = AdaptiveClip(quantile=0.5, rate=50.0, noise_stddev=1.0).next(1.0, below)
+    assert MIN_CLIP <= found <= MAX_CLIP
 
 
 def test_a_fixed_clip_stays():
@@ -167,7 +167,7 @@ def test_the_denominator_is_the_public_constant(replies):
     update = torch.ones(size)
     clipped = clip_and_sum([update] * replies, clip, size)
     released = GaussianMechanism(noise_multiplier=z, expected=m).release(clipped, SecureNoise())
-    assert released.deviation == z * clip / m
+    assert released.noise_stddev == z * clip / m
     noise = released.mean - value(clipped.total) / m
     assert float(noise.std()) == pytest.approx(z * clip / m, rel=0.03)
     assert float(value(clipped.total).norm()) / m == pytest.approx(replies * clip / m, rel=1e-3)

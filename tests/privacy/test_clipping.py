@@ -307,7 +307,7 @@ class TestBoundedSums:
         rows = {client: torch.randn(count, 5) for client, count in enumerate(counts)}
         bounds = [[1.0, 0.5], [2.0, 3.0], [0.0, 1e-3]] if private else [[math.inf, math.inf]] * 3
         found = sums(private=private)
-        found.open([0, 1, 2], bounds, [0.0] * 3)
+        found.reset([0, 1, 2], bounds, [0.0] * 3)
         order = data.draw(st.permutations([client for client, count in enumerate(counts) for _ in range(count)]))
         taken = dict.fromkeys(rows, 0)
         for client in order:  # in any order, one row at a time
@@ -316,14 +316,14 @@ class TestBoundedSums:
         if private:
             whole, _ = cut(torch.cat(list(rows.values())), counts, bounds, [2, 3])
             steps = torch.tensor([[step_of(each)] for each in bounds], dtype=torch.float64)
-            assert torch.equal(found.take([0, 1, 2], {}), (whole * steps).float())
+            assert torch.equal(found.pop_noised([0, 1, 2], {}), (whole * steps).float())
         else:
             whole, _ = clip(torch.cat(list(rows.values())), counts, bounds, [2, 3])
-            torch.testing.assert_close(found.take([0, 1, 2], {}), whole)
+            torch.testing.assert_close(found.pop_noised([0, 1, 2], {}), whole)
 
     def test_noise_is_added_in_whole_steps(self) -> None:
         found, rows = sums(), torch.randn(3, 5)
-        found.open([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
+        found.reset([0, 1, 2], [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]], [2.0, 0.0, 0.0])
         assert [found.stddev(client) for client in range(3)] == [2.0 * RESOLUTION, 0.0, 0.0]
         gather(found, rows, [1, 1, 1], [0, 1, 2])
         noise = torch.randint(-(2**40), 2**40, (5,))
@@ -331,56 +331,56 @@ class TestBoundedSums:
         expected[0] += noise
         values = expected * torch.tensor([[step_of(each)] for each in found.bounds.tolist()], dtype=torch.float64)
         unasked = {1: torch.full((5,), 10**9), 2: torch.full((5,), 10**9)}
-        assert torch.equal(found.take([2, 0, 1], {0: noise, **unasked}), values[[2, 0, 1]].float())
+        assert torch.equal(found.pop_noised([2, 0, 1], {0: noise, **unasked}), values[[2, 0, 1]].float())
 
     def test_an_empty_batch_is_noised_all_the_same(self) -> None:
         found, noise = sums(), torch.arange(5)
-        found.open([1], [[0.6, 0.8]], [0.5])
+        found.reset([1], [[0.6, 0.8]], [0.5])
         gather(found, torch.zeros(0, 5), [0], [1])
-        assert torch.equal(found.take([1], {1: noise})[0], noise / RESOLUTION)
+        assert torch.equal(found.pop_noised([1], {1: noise})[0], noise / RESOLUTION)
 
     def test_nothing_is_released_twice(self) -> None:
         found = sums(private=False)
-        found.open([0], [[math.inf, math.inf]], [0.0])
+        found.reset([0], [[math.inf, math.inf]], [0.0])
         gather(found, torch.ones(1, 5), [1], [0])
-        assert found.take([0], {}).tolist() == [[1.0] * 5]
-        assert found.take([0], {}).tolist() == [[0.0] * 5]
+        assert found.pop_noised([0], {}).tolist() == [[1.0] * 5]
+        assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
     def test_a_private_sum_is_not_released_without_noise(self) -> None:
         found = sums()
-        found.open([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
+        found.reset([0, 1], [[1.0, 1.0]] * 2, [1.0] * 2)
         with pytest.raises(KeyError):
-            found.take([0, 1], {0: torch.zeros(5, dtype=torch.int64)})
+            found.pop_noised([0, 1], {0: torch.zeros(5, dtype=torch.int64)})
 
     def test_what_is_taken_is_no_view_of_the_sums(self) -> None:
         for private in (True, False):
             found = sums(private=private)
-            found.open([0], [[1.0, 1.0]], [0.0])
-            found.take([0], {}).fill_(7.0)
-            assert found.take([0], {}).tolist() == [[0.0] * 5]
+            found.reset([0], [[1.0, 1.0]], [0.0])
+            found.pop_noised([0], {}).fill_(7.0)
+            assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
     def test_others_are_left_alone(self) -> None:
         found = sums()
-        found.open([0, 1], [[1.0, 1.0], [2.0, 1.0]], [1.0, 0.0])
+        found.reset([0, 1], [[1.0, 1.0], [2.0, 1.0]], [1.0, 0.0])
         rows = torch.tensor([[math.nan] * 5, [1.0] * 5])
         gather(found, rows, [1, 1], [0, 1])
         gather(found, rows, [1, 1], [1, 0])
         bounds = found.bounds[1].clone()
-        found.take([0], {0: torch.zeros(5, dtype=torch.int64)})
-        found.open([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
+        found.pop_noised([0], {0: torch.zeros(5, dtype=torch.int64)})
+        found.reset([0, 2], [[5.0, 5.0]] * 2, [1.0] * 2)
         assert torch.equal(found.bounds[1], bounds)
         assert found.dropped.tolist() == [0.0, 1.0, 0.0]
         wanted = torch.tensor([[1.0, 1.0, *[3**-0.5] * 3]])
-        torch.testing.assert_close(found.take([1], {}), wanted, rtol=CUT, atol=2 * step_of([2.0, 1.0]))
+        torch.testing.assert_close(found.pop_noised([1], {}), wanted, rtol=CUT, atol=2 * step_of([2.0, 1.0]))
 
     def test_whoever_is_opened_begins_anew(self) -> None:
         found = sums()
-        found.open([0], [[1.0, 1.0]], [3.0])
+        found.reset([0], [[1.0, 1.0]], [3.0])
         gather(found, torch.tensor([[1.0] * 5, [math.inf] * 5]), [2], [0])
         assert found.dropped.tolist() == [1.0, 0.0, 0.0]
-        found.open([0], [[2.0, 1.0]], [0.0])
+        found.reset([0], [[2.0, 1.0]], [0.0])
         assert found.dropped.tolist() == [0.0] * 3
-        assert found.take([0], {}).tolist() == [[0.0] * 5]
+        assert found.pop_noised([0], {}).tolist() == [[0.0] * 5]
 
     def test_whoever_was_never_opened_has_no_privacy(self) -> None:
         found = sums(private=False)
@@ -391,32 +391,32 @@ class TestBoundedSums:
     def test_bad_bounds_are_refused(self, bound: float) -> None:
         for bounds in ([bound, 1.0], [1.0, bound]):
             with pytest.raises(ValueError, match="clip"):
-                sums().open([0], [bounds], [0.0])
+                sums().reset([0], [bounds], [0.0])
 
     def test_noise_on_an_unbounded_sum_is_refused(self) -> None:
         with pytest.raises(ValueError, match="unbounded"):
-            sums().open([0], [[1.0, math.inf]], [1.0])
+            sums().reset([0], [[1.0, math.inf]], [1.0])
 
     def test_as_many_bounds_as_clients(self) -> None:
         with pytest.raises(ValueError, match="zip"):
-            sums().open([0, 1], [[1.0, 1.0]], [1.0, 1.0])
+            sums().reset([0, 1], [[1.0, 1.0]], [1.0, 1.0])
 
     def test_noise_on_sums_that_are_not_private_is_refused(self) -> None:
         with pytest.raises(ValueError, match="not private"):
-            sums(private=False).open([0], [[1.0, 1.0]], [1.0])
+            sums(private=False).reset([0], [[1.0, 1.0]], [1.0])
 
     def test_a_private_sum_without_a_bound_is_refused(self) -> None:
         with pytest.raises(ValueError, match="finite bound"):
-            sums().open([0], [[1.0, math.inf]], [0.0])
+            sums().reset([0], [[1.0, math.inf]], [0.0])
 
     @pytest.mark.parametrize("sigma", [math.nan, math.inf, -1.0, 1.01 * MAX_NOISE_MULTIPLIER])
     def test_noise_that_integers_do_not_hold_is_refused(self, sigma: float) -> None:
         with pytest.raises(ValueError, match="noise_multiplier"):
-            sums().open([0], [[1.0, 1.0]], [sigma])
+            sums().reset([0], [[1.0, 1.0]], [sigma])
 
     def test_the_largest_noise_stays_exact(self) -> None:
         found = sums()
-        found.open([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
+        found.reset([0], [[1.0, 1.0]], [MAX_NOISE_MULTIPLIER])
         most = int(found.stddev(0)) * 64
         gather(found, torch.full((1, 5), -9.0), [1], [0])
         own, _ = cut(torch.full((1, 5), -9.0), [1], [[1.0, 1.0]], [2, 3])
@@ -425,7 +425,7 @@ class TestBoundedSums:
 
     def test_double_precision_stays(self) -> None:
         found = BoundedGradientSums(1, [2], like=torch.zeros(0, dtype=torch.float64), private=True)
-        found.open([0], [[1.0]], [0.0])
+        found.reset([0], [[1.0]], [0.0])
         rows, one = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0])
         found.add(one, found.clip(one, rows, torch.tensor([1])))
-        assert (found.take([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < CUT
+        assert (found.pop_noised([0], {}) - torch.tensor([[0.6, 0.8]], dtype=torch.float64)).abs().max() < CUT

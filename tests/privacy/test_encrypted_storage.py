@@ -149,7 +149,7 @@ def test_a_torn_last_line_is_cut_off_as_without(tmp_path: Path) -> None:
 
 
 def test_a_seal_knows_its_key_and_how_far_it_has_come() -> None:
-    seal = EncryptionHeader.read(EncryptionHeader.made(SECRET, ENCRYPTING).to_json(), "sealed")
+    seal = EncryptionHeader.read(EncryptionHeader.create(SECRET, ENCRYPTING).to_json(), "sealed")
     seal.check(SECRET, "sealed")
     for other, key in (
         (seal, bytes(32)),

@@ -38,7 +38,7 @@ from tests.helpers.neighbors import PLENTY, Still, adapter, device_on, picture, 
 from tests.helpers.reference_trainer import assert_same_bits, private
 from training.cohort import train
 from training.engine import perform
-from training.jobs import Trained
+from training.jobs import TrainedAdapter
 
 SIGMA, CLIP = 3.75, 2.0**-6  # ε = 1 at δ = 1e-5 without sampling
 STEP = CLIP / RESOLUTION  # a power of two, so that float32 holds every whole step under 2²⁴
@@ -221,22 +221,22 @@ class Counting:
         return self._noises.pop(0).to(device) if self._noises else torch.zeros(size, dtype=torch.int64, device=device)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_all_that_a_device_tells_is_a_function_of_the_noised_integers(
-    base: Base, optimiser: str, monkeypatch: pytest.MonkeyPatch
+    base: Base, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step on other pictures, with noise that brings their sum to the same: the same adapter, bit by bit."""
     seen: list[Tensor] = []
-    really = BoundedGradientSums.take
+    really = BoundedGradientSums.pop_noised
 
-    def take(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
+    def pop_noised(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         seen.append(self._values[list(clients)][0].clone())
         return really(self, clients, noises)
 
-    monkeypatch.setattr(BoundedGradientSums, "take", take)
+    monkeypatch.setattr(BoundedGradientSums, "pop_noised", pop_noised)
     total, told = torch.zeros(0), []
     for count in (0, 2, 5):
-        first = private(base, "a", count=count, steps=1, optimiser=optimiser, noise=Counting())
+        first = private(base, "a", count=count, steps=1, optimizer=optimizer, noise=Counting())
         (_,) = train(base, [first], memory=PLENTY, timesteps=1)
         steps = seen.pop().long()
         if not count:
@@ -244,7 +244,7 @@ def test_all_that_a_device_tells_is_a_function_of_the_noised_integers(
         assert count == 0 or steps.any()
         again = replace(first, noise=Counting([total - steps]))
         (found,) = train(base, [again], memory=PLENTY, timesteps=1)
-        assert isinstance(found, Trained), found
+        assert isinstance(found, TrainedAdapter), found
         assert torch.equal(seen.pop().long(), steps)
         told.append(found)
     assert_same_bits(told[0], told[1])

@@ -42,7 +42,7 @@ from tests.helpers.neighbors import (
 from tests.helpers.reference_trainer import examples, private, room
 from training.batches import BatchSampler, StepBatch
 from training.engine import perform
-from training.jobs import Examples, Prior, Train
+from training.jobs import Examples, Prior, TrainJob
 from training.microbatching import EntryQueue, Microbatch
 
 PICTURES = [picture(seed) for seed in range(4)]
@@ -56,25 +56,25 @@ def fine(pipeline_folder: Path) -> Base:
     return Base(pipeline_folder, sites=ATTENTION, compute="fp64")
 
 
-def per_site(job: Train, _device: Device) -> Train:
+def per_site(job: TrainJob, _device: Device) -> TrainJob:
     assert job.privacy
     return dataclasses.replace(job, privacy=dataclasses.replace(job.privacy, per_site=True))
 
 
-def views(job: Train, _device: Device) -> Train:
+def views(job: TrainJob, _device: Device) -> TrainJob:
     """Each picture, and its mirror image."""
     latents, context = job.examples
     both = torch.stack([latents, latents.flip(-1)], dim=1).flatten(0, 1)
     return dataclasses.replace(job, examples=Examples(both, context.repeat_interleave(2, 0)), views=2)
 
 
-def prior(job: Train, _device: Device) -> Train:
+def prior(job: TrainJob, _device: Device) -> TrainJob:
     latents, context = job.examples
     pool = Examples(latents.new_zeros(2, *latents.shape[1:]), context.new_ones(2, *context.shape[1:]))
     return dataclasses.replace(job, prior=Prior(examples=pool, weight=0.5))
 
 
-def all_of_them(job: Train, device: Device) -> Train:
+def all_of_them(job: TrainJob, device: Device) -> TrainJob:
     return prior(views(per_site(job, device), device), device)
 
 
@@ -173,20 +173,20 @@ def exceeded(having: Seen, without: Seen, mode: Mode) -> float:
     return float(distances(having, without).max()) / mode.clip
 
 
-def with_the_personal_adapter(job: Train, device: Device) -> Train:
+def with_the_personal_adapter(job: TrainJob, device: Device) -> TrainJob:
     """In the forward of the shared one, frozen: the first round has none yet."""
     kept = device.store.personal(device.sites)
     return job if kept is None else dataclasses.replace(job, frozen=concatenate([job.frozen or {}, kept.adapter]))
 
 
-def streams_by_place(job: Train, _device: Device) -> Train:
+def streams_by_place(job: TrainJob, _device: Device) -> TrainJob:
     """Names that say where a picture stands, not what it shows."""
     return dataclasses.replace(job, names=tuple(map(str, range(job.pictures))))
 
 
 @pytest.mark.parametrize("change", [with_the_personal_adapter, streams_by_place])
 def test_a_forward_that_knows_other_pictures_breaks_the_bound(
-    fine: Base, tmp_path: Path, change: Callable[[Train, Device], Train]
+    fine: Base, tmp_path: Path, change: Callable[[TrainJob, Device], TrainJob]
 ) -> None:
     mode = Mode(change=change)
     having, without = neighbours(fine, tmp_path, mode, removed=1)
@@ -212,9 +212,9 @@ def test_a_divisor_that_counts_the_batch_breaks_the_bound(
     fine: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = patched_batches(monkeypatch, lambda batch: batch)
-    really = BoundedGradientSums.take
+    really = BoundedGradientSums.pop_noised
     monkeypatch.setattr(
-        BoundedGradientSums, "take", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1])
+        BoundedGradientSums, "pop_noised", lambda self, *given: really(self, *given) * DIVISOR / max(1, sizes[-1])
     )
     having, without = neighbours(fine, tmp_path, Mode(), removed=1)
     assert exceeded(having, without, Mode()) > 1.5
@@ -265,7 +265,7 @@ def steps_of_the_gain(base: Base, folder: Path, members: Sequence[int], clip: fl
         reply = run_handlers({0: conversation}, lambda asked: perform(base, asked, memory=memory, timesteps=2))[0]
         if isinstance(reply, Evaluation):
             assert reply.gain is not None
-            found.append(round(reply.gain * DIVISOR / clip * bounded_sum.STEPS))
+            found.append(round(reply.gain * DIVISOR / clip * bounded_sum.STEPS_PER_CLIP))
     return found
 
 
@@ -283,5 +283,5 @@ def test_one_picture_moves_a_gain_by_its_own_alone(base: Base, tmp_path: Path, c
         for members in ([0, 1, 2], [1, 2], [0], [])
     )
     assert [a - b for a, b in zip(whole, rest, strict=True)] == alone
-    assert all(0 < abs(moved) <= bounded_sum.STEPS for moved in alone)
+    assert all(0 < abs(moved) <= bounded_sum.STEPS_PER_CLIP for moved in alone)
     assert nobody == [0, 0]

@@ -15,7 +15,7 @@ from scipy import stats
 
 from common.seeding import derive_seed
 from privacy import noise
-from privacy.noise import NoiseSource, SecureNoise, SimulatedNoise, source
+from privacy.noise import NoiseSource, SecureNoise, SimulatedNoise, noise_source
 
 SOURCES = [SimulatedNoise(seed=1, client="a", round=2, purpose="shared"), SecureNoise()]
 BOTH = pytest.mark.parametrize("source", SOURCES, ids=["simulated", "secure"])
@@ -300,7 +300,7 @@ def test_streams_do_not_collide() -> None:
 
 
 def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:
-    assert isinstance(source(1, "train", client="a", seed=None), SecureNoise)
+    assert isinstance(noise_source(1, "train", client="a", seed=None), SecureNoise)
     keys = [
         (1, "train", "a", 0),
         (2, "train", "a", 0),
@@ -308,7 +308,7 @@ def test_a_source_is_the_operating_systems_unless_a_test_names_a_seed() -> None:
         (1, "train", "b", 0),
         (1, "train", "a", 1),
     ]
-    drawn = [tuple(source(r, p, client=c, seed=s).rounded_gaussian(4, STDDEV).tolist()) for r, p, c, s in keys]
+    drawn = [tuple(noise_source(r, p, client=c, seed=s).rounded_gaussian(4, STDDEV).tolist()) for r, p, c, s in keys]
     assert len(set(drawn)) == len(keys)
     wanted = SimulatedNoise(seed=0, client="a", round=1, purpose="train").rounded_gaussian(4, STDDEV)
     assert drawn[0] == tuple(wanted.tolist())

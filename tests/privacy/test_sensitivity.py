@@ -21,17 +21,17 @@ def test_a_bound_that_bounds_nothing_is_refused(norm):
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan, 1.01 * MAX_NOISE_MULTIPLIER])
 def test_noise_that_hides_nothing_is_refused(sigma):
     with pytest.raises(ValueError, match="noise_multiplier="):
-        ONE.deviation(sigma)
+        ONE.noise_stddev(sigma)
 
 
 def test_the_deviation_is_sigma_times_the_norm():
-    assert ONE.deviation(3.0) == 1.5
+    assert ONE.noise_stddev(3.0) == 1.5
 
 
 def test_noise_statistics():
     """Mean, deviation and whiteness of what is added, by the operating system's source."""
     steps = torch.arange(200_000)
-    noise = BoundedVectorSum(steps, ONE).noised(3.0, SecureNoise()) - steps * (ONE.norm / RESOLUTION)
+    noise = BoundedVectorSum(steps, ONE).add_noise(3.0, SecureNoise()) - steps * (ONE.norm / RESOLUTION)
     assert float(noise.mean()) == pytest.approx(0.0, abs=5 * 1.5 / 200_000**0.5)
     assert float(noise.std()) == pytest.approx(1.5, rel=0.01)
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 5 * 1.5**2 / 200_000**0.5
@@ -41,9 +41,10 @@ def test_noise_statistics():
 def test_each_release_has_noise_of_its_own():
     value = torch.zeros(4, dtype=torch.int64)
     assert not torch.equal(
-        BoundedVectorSum(value, ONE).noised(1.0, SecureNoise()), BoundedVectorSum(value, ONE).noised(1.0, SecureNoise())
+        BoundedVectorSum(value, ONE).add_noise(1.0, SecureNoise()),
+        BoundedVectorSum(value, ONE).add_noise(1.0, SecureNoise()),
     )
     source = SimulatedNoise(seed=0, client="server", round=1, purpose="updates")
     assert not torch.equal(
-        BoundedVectorSum(value, ONE).noised(1.0, source), BoundedVectorSum(value, ONE).noised(1.0, source)
+        BoundedVectorSum(value, ONE).add_noise(1.0, source), BoundedVectorSum(value, ONE).add_noise(1.0, source)
     )

@@ -213,6 +213,6 @@ def test_an_event_of_another_kind(ledger, tmp_path):
     from privacy.ledger import hash_chain
 
     for event in ({"state": "refunded"}, {"state": "reserved", "run": "run"}):
-        (tmp_path / JOURNAL).write_bytes(hash_chain.line(event, hash_chain.START) + b"\n")
+        (tmp_path / JOURNAL).write_bytes(hash_chain.encode_event(event, hash_chain.START) + b"\n")
         with pytest.raises(AntherError, match=r"ledger\.jsonl:1: not an event"):
             ledger.charges()

@@ -104,26 +104,26 @@ def test_noise_that_was_rounded_to_float32_before_it_was_scaled_fails() -> None:
 
 
 def test_noise_that_is_left_out_for_empty_batches_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = BoundedGradientSums.take
+    pop_noised = BoundedGradientSums.pop_noised
 
     def skipping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         drawn = {client: noise * bool(self._values[client].any()) for client, noise in noises.items()}
-        return take(self, clients, drawn)
+        return pop_noised(self, clients, drawn)
 
-    monkeypatch.setattr(BoundedGradientSums, "take", skipping)
+    monkeypatch.setattr(BoundedGradientSums, "pop_noised", skipping)
     assert "noise: variance" in of(FEW)
 
 
 def test_sums_that_are_kept_for_the_next_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = BoundedGradientSums.take
+    pop_noised = BoundedGradientSums.pop_noised
 
     def keeping(self: BoundedGradientSums, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
         before = self._values[list(clients)].clone()
-        found = take(self, clients, noises)
+        found = pop_noised(self, clients, noises)
         self._values[list(clients)] = before
         return found
 
-    monkeypatch.setattr(BoundedGradientSums, "take", keeping)
+    monkeypatch.setattr(BoundedGradientSums, "pop_noised", keeping)
     assert "noise: along pictures that joined" in of(STEPS)
     assert of(PLAIN) == set()  # with one step there is nothing to see
 
@@ -182,8 +182,8 @@ def test_a_round_that_nobody_answered_is_noised() -> None:
 
 
 def test_a_sum_that_is_noised_less_than_its_sensitivity_asks_for_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    deviation = Sensitivity.deviation
-    monkeypatch.setattr(Sensitivity, "deviation", lambda self, sigma: 0.97 * deviation(self, sigma))
+    noise_stddev = Sensitivity.noise_stddev
+    monkeypatch.setattr(Sensitivity, "noise_stddev", lambda self, sigma: 0.97 * noise_stddev(self, sigma))
     assert "noise: variance" in rounds()
 
 

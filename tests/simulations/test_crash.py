@@ -65,7 +65,7 @@ class Fleet:
 
     def perform(self, asked: list[jobs.Job]) -> Sequence[jobs.Result | Exception]:
         for job in asked:
-            if isinstance(job, jobs.Train):
+            if isinstance(job, jobs.TrainJob):
                 self._passed()
                 append(self.folder / "performed", f"{job.client} {job.round}\n".encode())
         return Performer()(asked)

@@ -15,7 +15,7 @@ from models.lora.batched_lora import Layout
 from models.lora.lora_xs import zero_adapter
 from models.lora.trainable import trained_layout
 from privacy.accounting import DEVICE, PoissonGaussian, epsilon
-from privacy.bounded_sum import STEPS
+from privacy.bounded_sum import STEPS_PER_CLIP
 from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import SecureNoise
 from privacy.sensitivity import RESOLUTION
@@ -312,7 +312,7 @@ def test_a_measurement_is_noised_charged_and_left_out_when_nothing_pays_for_it(t
         told.append((len(asked), federated.validation))
     (asked, first), (none, second) = told
     gains = 2 * min(0.2, 1.0 - 1.0 / 2)  # what both fake devices tell, clipped
-    noise = simulated("measure", 1).rounded_gaussian(1, 5.0 * STEPS).item() * 0.2 / STEPS
+    noise = simulated("measure", 1).rounded_gaussian(1, 5.0 * STEPS_PER_CLIP).item() * 0.2 / STEPS_PER_CLIP
     assert (asked, first.gain) == (2, pytest.approx((gains + noise) / 4, abs=1e-3))
     assert (first.base, first.shared, first.devices) == (None, None, {})
     assert (none, second.gain, second.dropped) == (0, None, {})
@@ -364,7 +364,7 @@ def train_metrics(federated, devices):
 
 
 def test_an_adaptive_clip_goes_on_where_it_stood(tmp_path):
-    adaptive = AdaptiveClip(quantile=0.5, rate=0.5, deviation=1.0)
+    adaptive = AdaptiveClip(quantile=0.5, rate=0.5, noise_stddev=1.0)
     level = {"mechanism": GaussianMechanism(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
     federated = private(tmp_path, level=level)
     first = train_metrics(federated, [FakeDevice("a")]).central

@@ -48,13 +48,13 @@ from tests.helpers.neighbors import (
     told_the_optimiser,
 )
 from training.engine import perform
-from training.jobs import Job, Result, Train
+from training.jobs import Job, Result, TrainJob
 
 NAMES = "abc"
 SAMPLES = {1: [0, 1], 2: [1, 2]}  # of rounds: who is in a secret sample, if it is there; `a` is not in the second
 PLACES = (0, 1, 2)  # of a device's pictures
 EXPECTED, GAIN, OF_PICTURES = 3.0, 1e-4, 1e-3  # devices, and clips of a device's gain and of a picture's gradient
-ADAPTIVE = AdaptiveClip(quantile=0.5, rate=0.5, deviation=2.0)
+ADAPTIVE = AdaptiveClip(quantile=0.5, rate=0.5, noise_stddev=2.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def two_rounds(
             below = self.adaptive.quantile - math.log(released.next_clip / clip) / self.adaptive.rate
             seen.counts.append((below - 0.5) * self.expected)
         other = torch.linspace(-1e-3, 1e-3, len(released.mean), dtype=torch.float64)
-        snr = signal_to_noise(other, released.deviation)
+        snr = signal_to_noise(other, released.noise_stddev)
         return dataclasses.replace(released, mean=other, next_clip=clip * 1.5 if self.adaptive else clip, snr=snr)
 
     patch.setattr(GaussianMechanism, "release", release)
@@ -160,7 +160,7 @@ def two_rounds(
     federated = strategy(base, folder, present, mode)
 
     def performed(asked: list[Job]) -> Sequence[Result | Exception]:
-        if not (isinstance(asked[0], Train) and asked[0].privacy) or mode.together:
+        if not (isinstance(asked[0], TrainJob) and asked[0].privacy) or mode.together:
             return perform(base, asked, memory=PLENTY, timesteps=2)
         with told_the_optimiser(OF_PICTURES, asked[0].round) as told:
             found = perform(base, asked, memory=PLENTY, timesteps=2)

@@ -10,7 +10,7 @@ from common.errors import AntherError
 from conf.compose import compose
 from conf.schemas.simulation import SimulationConfig
 from privacy.accounting import PoissonGaussian, epsilon
-from privacy.bounded_sum import STEPS
+from privacy.bounded_sum import STEPS_PER_CLIP
 from privacy.noise import SecureNoise, SimulatedNoise
 from protocol.messages import Evaluation, EvaluationPrivacy
 from server.rounds.state import Round
@@ -157,9 +157,9 @@ def test_gains_that_the_server_noises() -> None:
     replies = [raw("a", 1.0, 0.98), raw("b", 1.0, 0.1), raw("c", 0.5, 1e9)]
     found = central_noise(drawn).summary(2, replies, {})
     assert drawn == [2]
-    z = SimulatedNoise(seed=3, client="server", round=2, purpose="measure").rounded_gaussian(1, 2.0 * STEPS).item() / (
-        2.0 * STEPS
-    )
+    z = SimulatedNoise(seed=3, client="server", round=2, purpose="measure").rounded_gaussian(
+        1, 2.0 * STEPS_PER_CLIP
+    ).item() / (2.0 * STEPS_PER_CLIP)
     assert found.gain == pytest.approx((0.02 + 0.05 - 0.05 + 2.0 * 0.05 * z) / 4, abs=1e-4)
     assert found.gain_error == pytest.approx(2.0 * 0.05 / 4)
     assert (found.base, found.shared, found.devices, found.spent) == (None, None, {}, {})

@@ -37,7 +37,7 @@ from strategies.strategy import Federated
 from tests.helpers.central import central_dp
 from tests.helpers.devices import BASE, SITES, Performer, make_device
 from training import jobs
-from training.jobs import Result, Trained
+from training.jobs import Result, TrainedAdapter
 
 NAMES, STEPS, RATE = "abc", 5, 0.15
 PLAN = TrainingPlan(
@@ -60,15 +60,15 @@ class Bowls(Performer):
     """Trains by the gradient of a device's own bowl, and the job's correction."""
 
     def _perform(self, job: jobs.Job) -> Result:
-        if not isinstance(job, jobs.Train):
+        if not isinstance(job, jobs.TrainJob):
             return super()._perform(job)
-        assert (job.steps, job.optimiser) == (STEPS, "sgd")
+        assert (job.steps, job.optimizer) == (STEPS, "sgd")
         y = flat(to_tensors(job.start))
         added = flat(to_tensors(job.correction)) if job.correction else 0.0
         curvature, best = bowl(job.client)
         for _ in range(job.steps):
             y = y - job.learning_rate * (curvature * (y - best) + added)
-        return Trained(_adapter(y), 0.25, job.steps)
+        return TrainedAdapter(_adapter(y), 0.25, job.steps)
 
 
 def _adapter(values: np.ndarray) -> Adapter:
@@ -197,11 +197,11 @@ class Noted(Performer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trained: list[tuple[jobs.Train, Trained]] = []
+        self.trained: list[tuple[jobs.TrainJob, TrainedAdapter]] = []
 
     def _perform(self, job: jobs.Job) -> Result:
         found = super()._perform(job)
-        if isinstance(job, jobs.Train) and isinstance(found, Trained):
+        if isinstance(job, jobs.TrainJob) and isinstance(found, TrainedAdapter):
             self.trained.append((job, found))
         return found
 
@@ -227,7 +227,7 @@ def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: P
         assert strategy.trained.dropped == {}
     first, second = noted.trained[: len(NAMES)], noted.trained[len(NAMES) :]
 
-    def own(job: jobs.Train, adapter: Adapter) -> np.ndarray:
+    def own(job: jobs.TrainJob, adapter: Adapter) -> np.ndarray:
         """What travels of it."""
         found = trained_tensors(adapter, rule.trains(1), job.frame)
         return np.concatenate([found[name].double().numpy().ravel() for name in sorted(found)])

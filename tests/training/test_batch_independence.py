@@ -24,7 +24,7 @@ from training import cohort, parallel_passes
 from training.batches import StepBatch
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
-from training.jobs import DPSGD, Examples, Train
+from training.jobs import DPSGD, Examples, TrainJob
 from training.microbatching import EntryQueue
 from training.optimizer import SGD
 from training.step import gradients, on_device
@@ -79,11 +79,11 @@ def letters(glyphs: Base) -> Examples:
     return Examples(latents.cpu(), glyphs.encode_captions([dataset.caption(dataset.GLYPHS[p]) for p in order]).cpu())
 
 
-def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str = "d", **changes: object) -> Train:
+def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str = "d", **changes: object) -> TrainJob:
     """One step of SGD on these pictures of twenty, with the sum as it is: sixteen are assumed."""
     chosen = torch.tensor(places, dtype=torch.long)
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0)
-    usual = Train(
+    usual = TrainJob(
         client=client,
         round=1,
         purpose="shared",
@@ -93,7 +93,7 @@ def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str =
         batch_size=16,
         learning_rate=16.0,
         examples=Examples(letters.latents[chosen], letters.context[chosen]),
-        optimiser="sgd",
+        optimizer="sgd",
         privacy=privacy,
         noise=Joining(range(len(places))),
         names=tuple(f"picture {place}" for place in places),
@@ -101,10 +101,10 @@ def plan(start: Adapter, letters: Examples, places: Sequence[int], client: str =
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def entries(base: Base, job: Train, batch: StepBatch, size: int) -> Tensor:
+def entries(base: Base, job: TrainJob, batch: StepBatch, size: int) -> Tensor:
     """Gradients [n, D] of a batch, in passes of one size."""
     rows, queue, found = CohortBuffers(base, BufferSpec.of([job]), 1), EntryQueue(), []
-    rows.open({0: job})
+    rows.load({0: job})
     queue.push(0, batch)
     while len(queue):
         pack = queue.take(size)
@@ -138,7 +138,7 @@ def test_a_pass_of_another_size_changes_the_gradient(glyphs: Base, letters: Exam
     assert (few - many).norm() > 0.5 * few.norm()
 
 
-def sums(base: Base, jobs: Sequence[Train]) -> list[Tensor]:
+def sums(base: Base, jobs: Sequence[TrainJob]) -> list[Tensor]:
     """Of each job of one step, in the jobs' order: what its noise is to hide [D], in whole steps of the grid."""
     told: dict[int, Tensor] = {}
     really = SGD.step
@@ -174,7 +174,7 @@ def test_threads_and_other_clients_change_nothing(
     privacy = DPSGD(noise_multiplier=1.0, clip=CLIP, sampling_rate=1.0, draws=draws)
     monkeypatch.setattr(cohort, "fixed_pass_size", lambda *_: size)
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         pictures = {"a": range(4), "b": [9, 8, 7], "c": range(4, 9), "nobody": []}
         start = chaos(glyphs, *FOUND)
         return [plan(start, letters, places, client, privacy=privacy) for client, places in pictures.items()]

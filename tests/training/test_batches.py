@@ -16,7 +16,7 @@ from torch import Tensor
 from common import counter_rng
 from privacy.noise import SimulatedNoise
 from training.batches import BatchSampler, StepBatch, stratified
-from training.jobs import DPSGD, Examples, Prior, Train
+from training.jobs import DPSGD, Examples, Prior, TrainJob
 
 
 class Dictated(SimulatedNoise):
@@ -35,8 +35,8 @@ def examples(count: int) -> Examples:
     return Examples(torch.zeros(count, 1, 2, 2), torch.zeros(count, 1, 1))
 
 
-def job(pictures: int, *, views: int = 1, **changes: object) -> Train:
-    plain = Train(
+def job(pictures: int, *, views: int = 1, **changes: object) -> TrainJob:
+    plain = TrainJob(
         client="a",
         round=1,
         purpose="shared",
@@ -51,12 +51,12 @@ def job(pictures: int, *, views: int = 1, **changes: object) -> Train:
     return dataclasses.replace(plain, **changes)
 
 
-def private(names: str, *, draws: int = 2, noise: SimulatedNoise | None = None, **changes: object) -> Train:
+def private(names: str, *, draws: int = 2, noise: SimulatedNoise | None = None, **changes: object) -> TrainJob:
     privacy = DPSGD(noise_multiplier=1.0, clip=1.0, sampling_rate=1.0, draws=draws)
     return job(len(names), privacy=privacy, noise=noise or Dictated(), names=tuple(names), **changes)
 
 
-def steps(plan: Train, count: int) -> list[StepBatch]:
+def steps(plan: TrainJob, count: int) -> list[StepBatch]:
     batches = BatchSampler(plan)
     return [batches.next() for _ in range(count)]
 
@@ -134,7 +134,7 @@ def test_a_private_picture_draws_the_same_whoever_else_was_sampled() -> None:
 
 
 @pytest.mark.parametrize("plan", [job(3), private("abc")], ids=["plain", "private"])
-def test_the_stream_is_the_clients_own_and_new_at_each_step(plan: Train) -> None:
+def test_the_stream_is_the_clients_own_and_new_at_each_step(plan: TrainJob) -> None:
     one, two, three = steps(plan, 3)
     for before, after in ((one, two), (one, three), (two, three)):
         assert not set(before.noise_keys.tolist()) & set(after.noise_keys.tolist())
@@ -191,7 +191,7 @@ def test_a_plain_batch_takes_one_view_of_each_picture(views: int, pictures: int,
 
 
 @pytest.mark.parametrize("plan", [job(4, batch_size=5, views=2), private("abcd", views=2)], ids=["plain", "private"])
-def test_every_entry_has_a_partner_of_the_prior(plan: Train) -> None:
+def test_every_entry_has_a_partner_of_the_prior(plan: TrainJob) -> None:
     bare = steps(plan, 40)
     paired = steps(dataclasses.replace(plan, prior=Prior(examples=examples(3), weight=0.5)), 40)
     for alone, batch in zip(bare, paired, strict=True):

@@ -29,12 +29,12 @@ from training.buffers import BufferSpec, row_bytes
 from training.capacity import InsufficientMemoryError, capacity, entry_bytes, expected_entries
 from training.cohort import train
 from training.inference import held_out_losses
-from training.jobs import EarlyStopping, Prior, Train, Trained
+from training.jobs import EarlyStopping, Prior, TrainedAdapter, TrainJob
 
 Pick = random.Random
 
 
-def some_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list[float]) -> Train:
+def some_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list[float]) -> TrainJob:
     changes: dict[str, object] = {"frozen": pick.choice(frozen), "steps": pick.choice([0, 1, 1, 2])}
     rank = pick.choice([1, 2, 4, 8, 16])
     if pick.random() < 0.3:
@@ -47,7 +47,7 @@ def some_job(base: Base, client: str, pick: Pick, frozen: list[Any], rates: list
     return job(base, client, rank, pick.choice([1, 2, 5]), batch_size=pick.choice([1, 1, 2, 4]), **changes)
 
 
-def some_jobs(base: Base, pick: Pick) -> list[Train]:
+def some_jobs(base: Base, pick: Pick) -> list[TrainJob]:
     """Of one shape of examples; sometimes all on one frozen adapter, sometimes with batches that are mostly empty."""
     many = [None, live(base, pick.choice([1, 3]), 9), live(base, 24, 8)]
     frozen = pick.choice([many[:1], many[1:2], many[2:], many])
@@ -56,7 +56,7 @@ def some_jobs(base: Base, pick: Pick) -> list[Train]:
     return [some_job(base, f"c{place}", pick, frozen, rates) for place in range(count)]
 
 
-def some_memory(base: Base, jobs: list[Train], pick: Pick) -> int:
+def some_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
     """From what just works, to what holds everything."""
     low, high = least(base, jobs), room(base, jobs, int(sum(map(expected_entries, jobs))) + 3)
     return low + int((high - low) * pick.choice([0.0, 0.0, 1.0, pick.random(), pick.random() ** 3]))
@@ -66,7 +66,7 @@ def some_memory(base: Base, jobs: list[Train], pick: Pick) -> int:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    monkeypatch.setattr(cohort, "Trained", lambda _, loss, steps, idle: Trained({}, loss, steps, idle))
+    monkeypatch.setattr(cohort, "Trained", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
 
 
 def check_peak(base: Base, seed: int) -> None:
@@ -74,7 +74,7 @@ def check_peak(base: Base, seed: int) -> None:
     jobs = some_jobs(base, pick)
     granted = some_memory(base, jobs, pick)
     base.cache.pop(cohort._BUFFERS, None)
-    found: list[Trained | Exception] = []
+    found: list[TrainedAdapter | Exception] = []
     peak = memory.counted(lambda: found.extend(train(base, jobs, memory=granted, timesteps=2)))
     assert not any(isinstance(outcome, Exception) for outcome in found)
     assert peak <= granted, f"seed {seed}: {peak / granted:.3f} of {granted} bytes"
@@ -109,7 +109,7 @@ def test_nothing_takes_more_than_was_granted_in_200_lists(base: Base) -> None:
 def test_what_is_easily_forgotten_is_counted(base: Base, kind: str) -> None:
     """Steps of everybody at once, places of an adapter's own numbers, copies of the frozen, and half units."""
     frozen, large = live(base, 24, 8), live(base, 16, 1)
-    makers: dict[str, Callable[[int], Train]] = {
+    makers: dict[str, Callable[[int], TrainJob]] = {
         "low rates": lambda place: private(base, f"{place}", 0.02, rank=16, draws=1, steps=2),
         "some sites": lambda place: private(
             base, f"{place}", 0.02, draws=1, steps=1, start=dict(list(large.items())[1:])

@@ -24,7 +24,7 @@ from tests.helpers.reference_trainer import (
 )
 from training.cohort import train
 from training.inference import held_out_losses
-from training.jobs import EarlyStopping, Prior, Train, Trained
+from training.jobs import EarlyStopping, Prior, TrainedAdapter, TrainJob
 
 
 @pytest.mark.parametrize("entries", [2, 64])
@@ -42,7 +42,7 @@ def test_mixed_cohort_equals_the_plain_loop(base: Base, entries: int) -> None:
 
 @pytest.mark.parametrize("entries", [2, 64])
 def test_private_cohort_equals_clip_each_picture_then_noise_the_sum(base: Base, entries: int) -> None:
-    def jobs() -> list[Train]:  # noise sources are consumed: a fresh set for each side
+    def jobs() -> list[TrainJob]:  # noise sources are consumed: a fresh set for each side
         return [private(base, "a"), private(base, "b", rank=3, steps=5), job(base, "c"), private(base, "d", rate=0.05)]
 
     for found, plan in zip(train(base, jobs(), memory=room(base, jobs(), entries), timesteps=2), jobs(), strict=True):
@@ -52,7 +52,7 @@ def test_private_cohort_equals_clip_each_picture_then_noise_the_sum(base: Base, 
 def test_an_empty_poisson_batch_is_noise_alone(base: Base) -> None:
     plan = private(base, "nobody", rate=0.0, steps=1, clip=1.0, noise_multiplier=1.0)
     (found,) = train(base, [plan], memory=PLENTY, timesteps=2)
-    assert isinstance(found, Trained)
+    assert isinstance(found, TrainedAdapter)
     assert found.loss != found.loss  # NaN: no example was seen
     moved = torch.cat([(f.a - plan.start[name].a).flatten() for name, f in found.adapter.items()])
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, plan.learning_rate), rtol=0.1, atol=0)  # Adam's ε
@@ -88,7 +88,7 @@ def test_early_stopping_keeps_the_best_look(base: Base) -> None:
             stop = look
             break
     (found,) = train(base, [dataclasses.replace(plan, early_stopping=stopping)], memory=PLENTY, timesteps=2)
-    assert isinstance(found, Trained)
+    assert isinstance(found, TrainedAdapter)
     assert found.steps == looks[stop]
     assert_same_bits(found, lengths[best])
 
@@ -103,8 +103,8 @@ def test_early_stopping_in_company(base: Base) -> None:
     together = train(base, jobs, memory=room(base, jobs, 4), timesteps=2)
     for found, plan in zip(together, jobs, strict=True):
         (alone,) = train(base, [plan], memory=PLENTY, timesteps=2)
-        assert isinstance(found, Trained)
-        assert isinstance(alone, Trained)
+        assert isinstance(found, TrainedAdapter)
+        assert isinstance(alone, TrainedAdapter)
         assert found.steps == alone.steps
         assert_close(found, alone.adapter, plan.start)
 
@@ -113,14 +113,14 @@ def test_early_stopping_in_company(base: Base) -> None:
 def test_losses_and_steps_are_told(fine: Base, entries: int) -> None:
     """The mean over every entry of every step, at the adapter of its time."""
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         prior = Prior(examples=examples(fine, 2, 5), weight=0.5)
         return [job(fine, "a"), private(fine, "b", draws=3, steps=2), job(fine, "c", steps=2, prior=prior)]
 
     for found, plan in zip(train(fine, jobs(), memory=room(fine, jobs(), entries), timesteps=2), jobs(), strict=True):
         reference = Reference(fine, plan)
         reference.train()
-        assert isinstance(found, Trained)
+        assert isinstance(found, TrainedAdapter)
         assert found.steps == plan.steps
         assert found.loss == pytest.approx(float(torch.cat(reference.told).mean()), rel=1e-10)
 

@@ -22,7 +22,7 @@ from tests.helpers.reference_trainer import (
     trained,
 )
 from training.cohort import train
-from training.jobs import Train, Trained
+from training.jobs import TrainedAdapter, TrainJob
 from training.optimizer import SGD
 
 DIGITS = 1e-9
@@ -32,11 +32,11 @@ def scaled(adapter: Adapter, by: float) -> Adapter:
     return {name: Factors(by * a, by * b) for name, (a, b) in adapter.items()}
 
 
-def cohort(base: Base) -> list[Train]:
+def cohort(base: Base) -> list[TrainJob]:
     pull = scaled(live(base, 2, 21), 1e-3)
     between = frame(base, 2, 2)
     inside = {name: Factors(a, left @ torch.ones(2, 2).to(left)) for name, (a, left) in between.items()}
-    sgd = {"optimiser": "sgd", "learning_rate": 0.3}
+    sgd = {"optimizer": "sgd", "learning_rate": 0.3}
     return [
         job(base, "neither", steps=2),
         private(base, "both, private", proximal=0.5, correction=pull, steps=2),
@@ -79,7 +79,7 @@ def test_neither_is_as_without(base: Base) -> None:
 
 def test_a_strong_pull_keeps_it_near(base: Base) -> None:
     def moved(mu: float) -> float:
-        plan = job(base, "a", proximal=mu, optimiser="sgd", learning_rate=0.2, steps=8)
+        plan = job(base, "a", proximal=mu, optimizer="sgd", learning_rate=0.2, steps=8)
         found = trained(train(base, [plan], memory=PLENTY, timesteps=2)[0])
         return sum(float((found[name].b - plan.start[name].b).square().sum()) for name in found)
 
@@ -87,7 +87,7 @@ def test_a_strong_pull_keeps_it_near(base: Base) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"), [({"optimiser": "lion"}, "adamw or sgd"), ({"proximal": -1.0}, "0 or more")]
+    ("changes", "complaint"), [({"optimizer": "lion"}, "adamw or sgd"), ({"proximal": -1.0}, "0 or more")]
 )
 def test_what_no_job_may_ask_for(base: Base, changes: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -99,12 +99,12 @@ def test_a_correction_that_does_not_fit_fails_alone(base: Base) -> None:
     found = train(base, [wrong, job(base, "sound")], memory=PLENTY, timesteps=2)
     assert isinstance(found[0], ValueError)
     assert "correction" in str(found[0])
-    assert isinstance(found[1], Trained)
+    assert isinstance(found[1], TrainedAdapter)
 
 
 def test_sgd_rows_are_their_own() -> None:
     rows = torch.arange(6.0).view(3, 2)
-    optimiser = SGD(rows)
-    optimiser.open([0, 2], [0.5, 0.25])
-    optimiser.step([2, 0], torch.tensor([[4.0, 8.0], [2.0, -2.0]]))
+    optimizer = SGD(rows)
+    optimizer.reset([0, 2], [0.5, 0.25])
+    optimizer.step([2, 0], torch.tensor([[4.0, 8.0], [2.0, -2.0]]))
     assert rows.tolist() == [[-1.0, 2.0], [2.0, 3.0], [3.0, 3.0]]

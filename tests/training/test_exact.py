@@ -24,7 +24,7 @@ from tests.helpers.reference_trainer import (
     trained,
 )
 from training.cohort import train
-from training.jobs import Examples, Prior, Train
+from training.jobs import Examples, Prior, TrainJob
 
 DIGITS = 1e-10
 
@@ -37,7 +37,7 @@ def uneven(adapter: Adapter) -> Adapter:
     }
 
 
-def cohort(base: Base) -> list[Train]:
+def cohort(base: Base) -> list[TrainJob]:
     """A new one each time: noise sources are used up."""
     frozen, prior = live(base, 2, 9), Prior(examples=examples(base, 3, 5), weight=0.5)
     return [
@@ -95,7 +95,7 @@ def test_any_company_in_any_memory(fine: Base, truth: list[Adapter], data: st.Da
 def test_units_larger_than_a_pass(fine: Base) -> None:
     """Noise multiplicity 8 in memory for 3 entries, beside somebody whose units fit."""
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         prior = Prior(examples=examples(fine, 2, 5), weight=2.0)
         return [
             private(fine, "many draws", draws=8, steps=2, count=3),
@@ -112,7 +112,7 @@ def test_units_larger_than_a_pass(fine: Base) -> None:
 def test_each_site_to_its_share(fine: Base) -> None:
     """Per-site clipping beside flat, in one call."""
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         return [
             private(fine, "per site", per_site=True, clip=0.02),
             private(fine, "flat"),
@@ -154,7 +154,7 @@ def test_the_truth_tells_jobs_apart(fine: Base) -> None:
 
 
 def test_resolutions_share_a_call(fine: Base) -> None:
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         small = examples(fine, 4, 3, side=4)
         return [
             job(fine, "large"),

@@ -31,9 +31,9 @@ from tests.helpers.reference_trainer import (
 )
 from training.capacity import capacity, expected_entries
 from training.cohort import train
-from training.jobs import Cancelled, EarlyStopping, Examples, Prior, Train, Trained
+from training.jobs import Cancelled, EarlyStopping, Examples, Prior, TrainedAdapter, TrainJob
 
-Make = Callable[[Base], Train]
+Make = Callable[[Base], TrainJob]
 
 
 class Broken(SimulatedNoise):
@@ -68,7 +68,7 @@ def after(calls: int) -> Callable[[], bool]:
     return asked
 
 
-def with_latents(plan: Train, change: Callable[[Tensor], Tensor]) -> Train:
+def with_latents(plan: TrainJob, change: Callable[[Tensor], Tensor]) -> TrainJob:
     return dataclasses.replace(plan, examples=Examples(change(plan.examples.latents), plan.examples.context))
 
 
@@ -149,18 +149,18 @@ FAULTS: dict[str, tuple[Make, type[Exception], str]] = {
 }
 
 
-def good(base: Base) -> list[Train]:
+def good(base: Base) -> list[TrainJob]:
     frozen = live(base, 2, 9)
     return [job(base, "plain", rank=3, steps=2), private(base, "private"), job(base, "last", frozen=frozen, steps=3)]
 
 
 @pytest.fixture(scope="module")
-def truth(fine: Base) -> list[Trained | Exception]:
+def truth(fine: Base) -> list[TrainedAdapter | Exception]:
     return train(fine, good(fine), memory=PLENTY, timesteps=2)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_lost_alone(fine: Base, truth: list[Trained | Exception], fault: str) -> None:
+def test_a_fault_is_lost_alone(fine: Base, truth: list[TrainedAdapter | Exception], fault: str) -> None:
     """Those who share its passes are to ten digits what they are without it."""
     make, kind, message = FAULTS[fault]
     jobs = good(fine)
@@ -179,7 +179,7 @@ def test_a_fault_is_lost_alone(fine: Base, truth: list[Trained | Exception], fau
     ids=["channels", "width of the context"],
 )
 def test_what_the_network_cannot_take_is_lost_alone(
-    fine: Base, truth: list[Trained | Exception], cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    fine: Base, truth: list[TrainedAdapter | Exception], cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> None:
     bad = job(fine, "bad", examples=Examples(*cut(*examples(fine, 5, 1))))
     failed, *found = train(fine, [bad, *good(fine)], memory=PLENTY, timesteps=2)
@@ -216,7 +216,7 @@ def test_rows_go_to_who_waits(fine: Base) -> None:
 def test_a_job_may_go_amid_a_unit(fine: Base, passes: int) -> None:
     """Its row goes to the next, which gets nothing of what was still waiting, nor of the unit in pieces."""
 
-    def following() -> list[Train]:
+    def following() -> list[TrainJob]:
         return [private(fine, "next", draws=4, steps=2, rate=1.0, count=2), job(fine, "last", steps=1)]
 
     gone = private(fine, "gone", draws=4, rate=1.0, cancelled=after(passes - 1))
@@ -247,7 +247,7 @@ def test_cancelled_jobs_are_asked_between_passes(base: Base) -> None:
 def test_a_private_picture_that_is_not_finite_counts_as_zero(fine: Base, entries: int) -> None:
     """And the job isn't told: whether it failed would tell of the picture."""
 
-    def plan() -> Train:
+    def plan() -> TrainJob:
         return with_latents(private(fine, "a", rate=1.0), one_nan)
 
     memory = room(fine, [plan()], entries)
@@ -285,7 +285,7 @@ def test_buffers_are_kept_for_jobs_alike(base: Base, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cohort, "CohortBuffers", counting)
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         return [plan for plan in good(base) if plan.privacy]
 
     memory = room(base, jobs(), 40)

@@ -17,7 +17,7 @@ from privacy.audit.membership import AttackTrial, roc
 from tests.helpers.reference_trainer import PLENTY, examples, live, trained, untouched
 from training import membership_scores
 from training.cohort import train
-from training.jobs import Examples, Train
+from training.jobs import Examples, TrainJob
 
 LOOKS, TIME = 3, 0.3
 
@@ -87,14 +87,14 @@ def test_scores_do_not_depend_on_who_shares_a_pass(base: Base) -> None:
     whole = membership_scores.scores(base, pool, stacks, timesteps=2, time=TIME, memory=PLENTY)
     little = membership_scores.scores(base, pool, stacks, timesteps=2, time=TIME, memory=1)
     assert np.stack(little) == pytest.approx(np.stack(whole), rel=1e-4)
-    assert np.stack(whole.beside(whole)) == pytest.approx(0.0)
+    assert np.stack(whole.minus(whole)) == pytest.approx(0.0)
 
 
 def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base) -> None:
     """The positive control; the pictures are noise, so that nothing else tells members from others."""
     pool = examples(base, 24, 3)
     members = np.arange(24) < 12
-    job = Train(
+    job = TrainJob(
         client="a",
         round=0,
         purpose="shared",
@@ -113,5 +113,5 @@ def test_an_adapter_that_knows_its_pictures_by_heart_gives_them_away(base: Base)
     def auc(scores: np.ndarray) -> float:
         return roc(AttackTrial(scores, members, np.arange(24), np.zeros(24, int))).auc
 
-    assert auc(own.beside(alone).loss) > 0.8
-    assert auc(own.beside(alone).loss) > auc(own.loss)  # how easy a picture is by itself cancels
+    assert auc(own.minus(alone).loss) > 0.8
+    assert auc(own.minus(alone).loss) > auc(own.loss)  # how easy a picture is by itself cancels

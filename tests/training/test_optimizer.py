@@ -20,7 +20,7 @@ def test_every_row_is_an_optimiser_of_its_own(steps: list[list[int]], dtype: tor
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(5, 7, generator=generator, dtype=dtype)
     mine = AdamW(start.clone())
-    mine.open(range(5), RATES)
+    mine.reset(range(5), RATES)
     parameters = [row.clone().requires_grad_() for row in start]
     theirs = [torch.optim.AdamW([p], lr=rate, weight_decay=0.0) for p, rate in zip(parameters, RATES, strict=True)]
     for rows in steps:
@@ -38,13 +38,13 @@ def test_a_row_begins_anew() -> None:
     """Nothing is left of whoever had the row before: neither moments, nor steps, nor rate."""
     torch.manual_seed(0)
     used, fresh = AdamW(torch.ones(2, 3)), AdamW(torch.ones(2, 3))
-    used.open([0, 1], [0.1, 0.2])
+    used.reset([0, 1], [0.1, 0.2])
     for _ in range(5):
         used.step([0, 1], torch.randn(2, 3))
     kept = used.rows[0].clone()
     used.rows[1] = 1.0
-    used.open([1], [0.3])
-    fresh.open([1], [0.3])
+    used.reset([1], [0.3])
+    fresh.reset([1], [0.3])
     for gradient in torch.randn(3, 1, 3):
         used.step([1], gradient)
         fresh.step([1], gradient)
@@ -61,10 +61,10 @@ def test_padding_stays_zero(scale: float) -> None:
     rows = torch.randn(3, 6)
     padding = torch.tensor([[0, 0, 1, 0, 1, 1], [0] * 6, [1] * 6]).bool()
     rows[padding] = 0.0
-    optimiser = AdamW(rows)
-    optimiser.open([0, 1, 2], [0.1, 0.1, 10.0])
+    optimizer = AdamW(rows)
+    optimizer.reset([0, 1, 2], [0.1, 0.1, 10.0])
     for _ in range(20):
-        optimiser.step([0, 1, 2], (scale * torch.randn(3, 6)).masked_fill(padding, 0.0))
+        optimizer.step([0, 1, 2], (scale * torch.randn(3, 6)).masked_fill(padding, 0.0))
     assert (rows[padding] == 0).all()
     assert rows[~padding].isfinite().all()
     assert (rows[~padding] != 0).all()
@@ -72,6 +72,6 @@ def test_padding_stays_zero(scale: float) -> None:
 
 def test_nothing_to_step() -> None:
     for rows, width in (([], 3), ([0, 1], 0)):
-        optimiser = AdamW(torch.ones(2, width))
-        optimiser.step(rows, torch.zeros(len(rows), width))
-        assert (optimiser.rows == 1).all()
+        optimizer = AdamW(torch.ones(2, width))
+        optimizer.step(rows, torch.zeros(len(rows), width))
+        assert (optimizer.rows == 1).all()

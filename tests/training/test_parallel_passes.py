@@ -13,7 +13,7 @@ from tests.helpers.reference_trainer import PLENTY, assert_close, job, private, 
 from training import cohort, parallel_passes
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
-from training.jobs import Train
+from training.jobs import TrainJob
 from training.step import Entries, gradients
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_a_pass_may_overwrite_what_the_last_one_found(
 ) -> None:
     """As a CUDA graph does: nobody may hold on to it."""
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         return [private(fine, "units in pieces", draws=4, steps=2), job(fine, "plain", steps=2)]
 
     class Overwriting:

@@ -26,7 +26,7 @@ from tests.helpers.reference_trainer import (
 )
 from training.buffers import BufferSpec, CohortBuffers, row_bytes
 from training.cohort import train
-from training.jobs import Train
+from training.jobs import TrainJob
 
 DIGITS = 1e-10
 PARTS = ["a", "b", "cores"]
@@ -38,7 +38,7 @@ def inside(given: Adapter, seed: int, base: Base) -> Adapter:
     return {name: Factors(a, left @ (left.T @ some[name].b)) for name, (a, left) in given.items()}
 
 
-def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[Train]:
+def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[TrainJob]:
     """Jobs that train a part: three from one adapter, one of which has smaller factors; one from another."""
     head = {name: Factors(a[:1], b[:, :1]) for name, (a, b) in start.items()}
     return [
@@ -53,7 +53,7 @@ def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[Tr
     ]
 
 
-def framed(base: Base) -> list[Train]:
+def framed(base: Base) -> list[TrainJob]:
     one, other = frame(base, 3, 1), frame(base, 2, 2)
     within, beside = inside(one, 5, base), inside(other, 6, base)
     few = some(other)
@@ -75,7 +75,7 @@ def framed(base: Base) -> list[Train]:
     ]
 
 
-def cohort(base: Base) -> list[Train]:
+def cohort(base: Base) -> list[TrainJob]:
     start, other = live(base, 3, 5), live(base, 2, 6)
     empty = live(base, 0, 6)
     return [

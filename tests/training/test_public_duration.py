@@ -19,7 +19,7 @@ from tests.helpers.reference_trainer import PLENTY, Reference, assert_close, pri
 from training import cohort, parallel_passes
 from training.batches import BatchSampler, StepBatch
 from training.cohort import train
-from training.jobs import Train, Trained
+from training.jobs import TrainedAdapter, TrainJob
 from training.public_duration import TurnCount, scheduled_turns
 
 
@@ -73,8 +73,8 @@ def test_many_steps_need_little_more_than_their_mean() -> None:
     assert 1 < shares[-1] < 1.06
 
 
-def idle(outcome: Trained | Exception) -> float:
-    assert isinstance(outcome, Trained), outcome
+def idle(outcome: TrainedAdapter | Exception) -> float:
+    assert isinstance(outcome, TrainedAdapter), outcome
     return outcome.idle
 
 
@@ -94,7 +94,7 @@ class Crowded:
         return torch.zeros(size, dtype=torch.int64, device=device)
 
 
-def crowded(base: Base, batches: int, **changes: object) -> Train:
+def crowded(base: Base, batches: int, **changes: object) -> TrainJob:
     """Sixteen steps that expect a picture of ten each."""
     return private(base, "a", 0.1, count=10, steps=16, draws=1, batch_size=1, noise=Crowded(batches), **changes)
 
@@ -159,10 +159,10 @@ def test_numbers_that_overflow_take_the_same_time_and_end_where_they_started(
     base: Base, batches: int, turns: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error would come as soon as what was drawn is through, and be tried again with other noise."""
-    job = crowded(base, batches, optimiser="sgd", learning_rate=1.0, proximal=1e300)
+    job = crowded(base, batches, optimizer="sgd", learning_rate=1.0, proximal=1e300)
     (found,) = train(base, [job], memory=PLENTY, timesteps=2)
     assert len(turns) + idle(found) == scheduled_turns(10, 0.1, 16)
-    assert isinstance(found, Trained)
+    assert isinstance(found, TrainedAdapter)
     for name, factors in job.start.items():
         assert all(torch.equal(one, other) for one, other in zip(factors, found.adapter[name], strict=True))
     assert "became not finite" in caplog.text

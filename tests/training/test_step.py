@@ -28,7 +28,7 @@ from tests.helpers.reference_trainer import (
 from training.batches import BatchSampler, StepBatch
 from training.buffers import BufferSpec, CohortBuffers
 from training.cohort import train
-from training.jobs import Prior, Train
+from training.jobs import Prior, TrainJob
 from training.microbatching import EntryQueue
 from training.step import gradients, on_device
 
@@ -42,7 +42,7 @@ quiet = pytest.mark.filterwarnings("ignore:Full backward hook")
 class Opacus(Reference):
     """The same client by diffusers' `add_adapter`, with per-example gradients from Opacus' hooks."""
 
-    def __init__(self, base: Base, job: Train) -> None:
+    def __init__(self, base: Base, job: TrainJob) -> None:
         from opacus import GradSampleModule
         from peft import LoraConfig
 
@@ -73,10 +73,10 @@ class Opacus(Reference):
         return [list(entry) for entry in zip(*self.by_entry(batch), strict=True)] if batch.size else []
 
 
-def one_pass(base: Base, jobs: list[Train], batches: list[StepBatch]) -> list[Tensor]:
+def one_pass(base: Base, jobs: list[TrainJob], batches: list[StepBatch]) -> list[Tensor]:
     """Gradients of every entry of each client [n, D], from one pass for all of them, interleaved with others."""
     rows, queue = CohortBuffers(base, BufferSpec.of(jobs), len(jobs)), EntryQueue()
-    rows.open(dict(enumerate(jobs)))
+    rows.load(dict(enumerate(jobs)))
     for row, batch in enumerate(batches):
         queue.push(row, batch._replace(examples=batch.examples + rows.place(row)))
     pack = queue.take(len(queue))
@@ -132,7 +132,7 @@ def test_weights_and_draws_reach_the_gradients(base: Base) -> None:
 def test_ten_steps_are_ten_of_opacus(base: Base) -> None:
     """Poisson batches, clip, noise and AdamW, with everything from the peer but the random numbers."""
 
-    def plan() -> Train:
+    def plan() -> TrainJob:
         return private(base, "a", draws=1, steps=10, clip=0.03, batch_size=3)
 
     peer = Opacus(base, plan())
@@ -149,7 +149,7 @@ def test_every_kind_of_layer_trains_in_private(pipeline_folder: Path, entries: i
     kinds = {(site.kernel, "time" in name, "ff" in name) for name, site in base.sites.items()}
     assert {((3, 3), False, False), ((1, 1), False, False), ((), True, False), ((), False, True)} <= kinds
 
-    def jobs() -> list[Train]:
+    def jobs() -> list[TrainJob]:
         frozen = live(base, 1, 9)
         clips = {"clip": 0.3, "steps": 2, "count": 3}
         return [
@@ -169,7 +169,7 @@ def test_every_kind_of_layer_trains_in_private(pipeline_folder: Path, entries: i
 def test_checkpointing_changes_nothing(pipeline_folder: Path) -> None:
     """And it does run blocks twice."""
 
-    def jobs(base: Base) -> list[Train]:
+    def jobs(base: Base) -> list[TrainJob]:
         prior = Prior(examples=examples(base, 2, 5))
         return [private(base, "a", steps=2, prior=prior), job(base, "b", steps=2, frozen=live(base, 2, 9))]
 

@@ -22,15 +22,15 @@ from bench.robustness.byzantine_clients import (
 from models.lora.adapter import Adapter, Factors, split_rank
 from tests.helpers.devices import make_device
 from tests.helpers.means import random_adapter
-from training.jobs import Examples, MeasureJob, Train, Trained
+from training.jobs import Examples, MeasureJob, TrainedAdapter, TrainJob
 from typefaces import dataset
 
 EXAMPLES = Examples(latents=torch.zeros(1, 1, 2, 2), context=torch.zeros(1, 2, 3))
 START = random_adapter(4, 0)
 
 
-def job(client: str, round: int = 1, rank: int = 4) -> Train:
-    return Train(
+def job(client: str, round: int = 1, rank: int = 4) -> TrainJob:
+    return TrainJob(
         client=client,
         round=round,
         purpose="shared",
@@ -53,10 +53,10 @@ def after(jobs: list[Any], attack: Any, shift: float = 0.1) -> list[Any]:
 
 
 def honest(job: Any, place: int, shift: float) -> Any:
-    if not isinstance(job, Train):
+    if not isinstance(job, TrainJob):
         return 0.5
     adapter = {site: Factors(f.a + shift * (place + 1), f.b - shift) for site, f in job.start.items()}
-    return Trained(adapter=adapter, loss=1.0, steps=1)
+    return TrainedAdapter(adapter=adapter, loss=1.0, steps=1)
 
 
 def same(one: Adapter, two: Adapter) -> bool:

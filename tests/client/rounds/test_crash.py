@@ -78,7 +78,7 @@ class Life:
 
     def _noted(self, asked: list[jobs.Job]) -> Sequence[jobs.Result | Exception]:
         for job in asked:
-            if isinstance(job, jobs.Train):
+            if isinstance(job, jobs.TrainJob):
                 append(self.folder / "performed", f"{job.round}\n".encode())
         return self.perform(asked)
 

@@ -217,7 +217,7 @@ def test_after_a_promise_nothing_is_told_without_noise(tmp_path: Path, first: Re
     for request in (dataclasses.replace(RAW, round=5), train_request(number=5, private=False)):
         with pytest.raises(RequestRefusedError, match="nothing without it since"):
             ask(request, device, perform)
-    assert not any(isinstance(job, (jobs.Train, jobs.MeasureJob)) for job in perform.jobs)
+    assert not any(isinstance(job, (jobs.TrainJob, jobs.MeasureJob)) for job in perform.jobs)
     assert len(states(device)) == 1
 
 

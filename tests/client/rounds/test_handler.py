@@ -75,7 +75,7 @@ def test_a_private_round(tmp_path: Path) -> None:
     assert isinstance(reply, Update)
     encode, train = perform.jobs
     assert isinstance(encode, jobs.EncodeJob)
-    assert isinstance(train, jobs.Train)
+    assert isinstance(train, jobs.TrainJob)
     assert (train.client, train.round, train.purpose, train.steps, train.batch_size) == ("d", 1, "shared", 5, 4)
     assert train.privacy == jobs.DPSGD(noise_multiplier=2.0, clip=0.01, sampling_rate=0.2, draws=1)
     assert train.noise is not None
@@ -121,7 +121,7 @@ def test_a_round_without_privacy(tmp_path: Path) -> None:
     assert isinstance(reply, Update)
     assert (reply.loss, reply.epsilon) == (0.25, None)
     train = perform.jobs[-1]
-    assert isinstance(train, jobs.Train)
+    assert isinstance(train, jobs.TrainJob)
     assert train.privacy is None
     assert train.noise is None
     assert device.store.ledger.spent(1e-3).value == math.inf
@@ -137,7 +137,7 @@ def test_a_plan_says_how_steps_are_taken(tmp_path: Path) -> None:
         perform,
     )
     ask(train_request(number=2), device, perform)
-    found = [(job.optimiser, job.proximal) for job in perform.jobs if isinstance(job, jobs.Train)]
+    found = [(job.optimizer, job.proximal) for job in perform.jobs if isinstance(job, jobs.TrainJob)]
     assert found == [("sgd", 0.5), ("adamw", 0.0)]
 
 
@@ -145,12 +145,12 @@ def test_the_head_is_trained_and_the_tail_stays_beside_it(tmp_path: Path) -> Non
     perform, sent = Performer(), adapter(5)
     ask(train_request(rank=2, sent=to_bytes(sent)), make_device(tmp_path), perform)
     train = perform.jobs[-1]
-    assert isinstance(train, jobs.Train)
+    assert isinstance(train, jobs.TrainJob)
     assert train.frozen is not None
     for part, expected in zip((train.start, train.frozen), split_rank(sent, 2), strict=True):
         assert all(torch.equal(a, b) for name in SITES for a, b in zip(part[name], expected[name], strict=True))
     ask(train_request(number=2, rank=5, sent=to_bytes(sent)), make_device(tmp_path), perform)
-    assert isinstance(perform.jobs[-1], jobs.Train)
+    assert isinstance(perform.jobs[-1], jobs.TrainJob)
     assert perform.jobs[-1].frozen is None
 
 
@@ -163,12 +163,12 @@ def test_devices_of_one_process_share_what_they_were_sent(tmp_path: Path) -> Non
         Evaluate(run="run", round=1, adapter=bytes(bytearray(sent))),
     ):
         run_handlers({name: handle(request, device) for name, device in fleet.items()}, perform)
-    trained = [job for job in perform.jobs if isinstance(job, jobs.Train)]
+    trained = [job for job in perform.jobs if isinstance(job, jobs.TrainJob)]
     measured = [job.adapter for job in perform.jobs if isinstance(job, jobs.MeasureJob) and job.adapter]
     assert len(trained) == len(measured) == 3
     assert len({id(job.frozen) for job in trained}) == len({id(found) for found in measured}) == 1
     ask(train_request(number=2, private=False, sent=to_bytes(adapter(5, seed=1))), fleet["a"], perform)
-    assert isinstance(perform.jobs[-1], jobs.Train)
+    assert isinstance(perform.jobs[-1], jobs.TrainJob)
     assert perform.jobs[-1].frozen is not trained[0].frozen
 
 
@@ -242,7 +242,7 @@ def test_a_delta_at_which_no_epsilon_can_be_told_trains_nothing(tmp_path: Path) 
     for _ in range(2):
         with pytest.raises(RequestRefusedError, match=r"privacy\.delta: 1e-13 asked"):
             ask(dataclasses.replace(request, plan=plan), device, perform)
-    assert not any(isinstance(job, jobs.Train) for job in perform.jobs)
+    assert not any(isinstance(job, jobs.TrainJob) for job in perform.jobs)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -265,7 +265,7 @@ def test_a_failed_training_stays_charged_and_is_retried_under_its_reservation(tm
     device = make_device(tmp_path)
 
     def fail(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
-        return [MemoryError("too big") if isinstance(job, jobs.Train) else Performer()([job])[0] for job in batch]
+        return [MemoryError("too big") if isinstance(job, jobs.TrainJob) else Performer()([job])[0] for job in batch]
 
     assert isinstance(run_handlers({0: handle(train_request(), device)}, fail)[0], MemoryError)
     assert states(device) == [RESERVED]
@@ -279,7 +279,7 @@ def test_a_reserved_round_goes_on_with_other_pictures_as_if_nothing_were(tmp_pat
     """The server can't tell it from a retry on the same ones; the ledger says what the reply was made from."""
 
     def crash(batch: list[jobs.Job]) -> list[jobs.Result | Exception]:
-        return [MemoryError() if isinstance(job, jobs.Train) else Performer()([job])[0] for job in batch]
+        return [MemoryError() if isinstance(job, jobs.TrainJob) else Performer()([job])[0] for job in batch]
 
     other = PICTURES._replace(train=(*PICTURES.train, picture(99)))
     replies = {}
@@ -288,7 +288,7 @@ def test_a_reserved_round_goes_on_with_other_pictures_as_if_nothing_were(tmp_pat
         device, perform = make_device(tmp_path / name, pictures=pictures), Performer()
         replies[name] = ask(train_request(), device, perform)
         trained = perform.jobs[-1]
-        assert isinstance(trained, jobs.Train)
+        assert isinstance(trained, jobs.TrainJob)
         assert len(trained.examples) == len(pictures.train)
         (entry,) = device.store.ledger.entries()
         assert (entry.state, entry.reservation.data) == (SEALED, fingerprint(pictures.train))
@@ -350,7 +350,7 @@ def test_the_owners_cap_ends_the_run(tmp_path: Path) -> None:
     assert 1 < done < 8
     assert all("allows 1" in str(refusal) for refusal in refusals)
     assert len(states(device)) == done
-    assert sum(isinstance(job, jobs.Train) for job in perform.jobs) == done
+    assert sum(isinstance(job, jobs.TrainJob) for job in perform.jobs) == done
     assert device.store.ledger.spent(1e-3).value <= 1.0
 
 
@@ -437,13 +437,13 @@ def test_the_owners_minimum_of_pictures(tmp_path: Path) -> None:
     ask(open_, make_device(tmp_path, policy=Policy(min_pictures=4)))
 
 
-def trained_on(device: Device, request: Train = train_request()) -> jobs.Train:  # noqa: B008 - frozen
+def trained_on(device: Device, request: Train = train_request()) -> jobs.TrainJob:  # noqa: B008 - frozen
     """The one private job of a round that is answered and charged."""
     perform = Performer()
     assert isinstance(ask(request, device, perform), Update)
     assert states(device) == [SEALED]
     job = perform.jobs[-1]
-    assert isinstance(job, jobs.Train)
+    assert isinstance(job, jobs.TrainJob)
     return job
 
 
@@ -490,7 +490,7 @@ def test_pictures_that_cannot_be_used_count_as_absent_in_private(
     device, perform = make_device(tmp_path, pictures=PICTURES._replace(train=mixed)), Reader()
     assert isinstance(ask(train_request(), device, perform), Update)
     job = perform.jobs[-1]
-    assert isinstance(job, jobs.Train)
+    assert isinstance(job, jobs.TrainJob)
     assert job.names == tuple(fingerprint([PICTURES.train[place]]) for place in (0, 1))
     assert len(job.examples) == 2
     assert "broken 1" in caplog.text
@@ -527,7 +527,7 @@ def test_a_private_reply_waits_for_its_time(tmp_path: Path) -> None:
     class Early(Performer):
         def _perform(self, job: jobs.Job) -> jobs.Result:
             found = super()._perform(job)
-            return found._replace(idle=12.5) if isinstance(found, jobs.Trained) else found
+            return found._replace(idle=12.5) if isinstance(found, jobs.TrainedAdapter) else found
 
     device = make_device(tmp_path)
     device = dataclasses.replace(device, wait=lambda seconds: waited.append((seconds, states(device))))
@@ -586,8 +586,8 @@ def test_an_evaluation_needs_validation_pictures(tmp_path: Path) -> None:
         ask(Evaluate(run="run", round=1, adapter=to_bytes(adapter(3))), device)
 
 
-def last_train(perform: Performer) -> jobs.Train:
-    return [job for job in perform.jobs if isinstance(job, jobs.Train)][-1]
+def last_train(perform: Performer) -> jobs.TrainJob:
+    return [job for job in perform.jobs if isinstance(job, jobs.TrainJob)][-1]
 
 
 def test_personalising(tmp_path: Path) -> None:

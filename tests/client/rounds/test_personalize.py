@@ -68,8 +68,8 @@ def ask(request: Request, device: Device, perform: Performer) -> Any:
     return outcome
 
 
-def trains(perform: Performer) -> jobs.Train:
-    (found,) = (job for job in perform.jobs if isinstance(job, jobs.Train))
+def trains(perform: Performer) -> jobs.TrainJob:
+    (found,) = (job for job in perform.jobs if isinstance(job, jobs.TrainJob))
     return found
 
 
@@ -167,9 +167,9 @@ class Trains(Judging):
         self._b = b
 
     def _perform(self, job: jobs.Job) -> jobs.Result:
-        if isinstance(job, jobs.Train):
+        if isinstance(job, jobs.TrainJob):
             trained = {name: Factors(f.a, torch.full_like(f.b, self._b)) for name, f in job.start.items()}
-            return jobs.Trained(trained, 0.1, job.steps)
+            return jobs.TrainedAdapter(trained, 0.1, job.steps)
         return super()._perform(job)
 
 
@@ -252,7 +252,7 @@ class Fails(Judging):
 
 
 @pytest.mark.parametrize("wrong", [AntherError("training became not finite"), RuntimeError("no memory"), OutOfMemory()])
-@pytest.mark.parametrize("kind", [jobs.EncodeJob, jobs.Train, jobs.MeasureJob])
+@pytest.mark.parametrize("kind", [jobs.EncodeJob, jobs.TrainJob, jobs.MeasureJob])
 def test_no_failure_reaches_who_asked(tmp_path: Path, kind: type, wrong: Exception, caplog: Any) -> None:
     """It is the owner's log alone that has it."""
     expected = ask(sent(FIRST, 1), make_device(tmp_path / "whole"), Judging(0.4))
@@ -269,7 +269,7 @@ def test_no_mistake_of_the_owner_reaches_who_asked(tmp_path: Path, how: str) -> 
 def test_a_guard_that_stops_for_the_owner_shows(tmp_path: Path) -> None:
     device = make_device(tmp_path)
     with pytest.raises(jobs.Cancelled):
-        ask(sent(FIRST, 1), device, Fails(jobs.Train, jobs.Cancelled("its owner uses it")))
+        ask(sent(FIRST, 1), device, Fails(jobs.TrainJob, jobs.Cancelled("its owner uses it")))
     ask(sent(FIRST, 1), device, Judging(0.4))
     assert same(kept(device), FIRST)
 
@@ -280,7 +280,7 @@ def test_who_asks_again_and_again_does_not_learn_what_ends_the_worker(tmp_path: 
     for _ in range(3):
         conversation = handle(sent(FIRST, 1), device)
         job = next(conversation)
-        while not isinstance(job, jobs.Train):
+        while not isinstance(job, jobs.TrainJob):
             job = conversation.send(Performer()([job])[0])
         number = device.store.number("personalise-tries", _identity(sent(FIRST, 1)))
         conversation.close()  # a killed process would not have written anything more:
@@ -318,13 +318,13 @@ def test_the_choice_never_leaves_the_device(tmp_path: Path) -> None:
             reply = ask(request, device, perform)
             told = {name: value for name, value in vars(reply).items() if name not in ("adapter", "gain")}
             seen.append((told, [type(job) for job in perform.jobs]))
-            shared = [job for job in perform.jobs if isinstance(job, jobs.Train) and job.purpose == "shared"]
+            shared = [job for job in perform.jobs if isinstance(job, jobs.TrainJob) and job.purpose == "shared"]
             seen += [_numbers(job) for job in shared]
         done.append(seen)
     assert done[0] == done[1] == done[2]
 
 
-def _numbers(job: jobs.Train) -> list[object]:
+def _numbers(job: jobs.TrainJob) -> list[object]:
     """What a shared update is made of."""
     assert job.frozen is not None
     tensors = [t for part in (job.start, job.frozen) for name in SITES for t in part[name]]

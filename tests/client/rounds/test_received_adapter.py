@@ -117,7 +117,7 @@ def test_every_request_may_carry_few_bits(tmp_path: Path, private: bool) -> None
     for request in (trains, measures, personal):
         device = make_device(tmp_path / type(request).__name__, policy=Policy(delta=PRIVACY.delta))
         ask(request, device, perform)
-    started, frozen = (job for job in perform.jobs if isinstance(job, jobs.Train))
+    started, frozen = (job for job in perform.jobs if isinstance(job, jobs.TrainJob))
     assert same(started.start, read(data))
     assert frozen.frozen is not None
     assert same(frozen.frozen, read(data))

@@ -35,7 +35,7 @@ from tests.helpers.devices import PRIVACY, SITES, Performer, adapter, know_epsil
 from tests.models.lora.test_lora_xs import SITES as CORE_SITES
 from tests.models.lora.test_lora_xs import framed
 from training import jobs
-from training.jobs import Result, Trained
+from training.jobs import Result, TrainedAdapter
 
 RANK = 2
 precisions = pytest.mark.parametrize("precision", quantization.PRECISIONS)
@@ -57,10 +57,10 @@ class Moved(Performer):
         self._scale = scale
 
     def _perform(self, job: jobs.Job) -> Result:
-        if not isinstance(job, jobs.Train):
+        if not isinstance(job, jobs.TrainJob):
             return super()._perform(job)
         moved = change(job.round, self._scale)
-        return Trained(
+        return TrainedAdapter(
             {
                 site: Factors(*(part + moved[f"{site}.lora_{name}"] for part, name in zip(pair, "AB", strict=True)))
                 for site, pair in job.start.items()
@@ -153,7 +153,7 @@ def test_the_same_request_gets_the_same_bytes_and_leaves_the_same(tmp_path: Path
 def test_devices_and_rounds_toss_coins_of_their_own(tmp_path: Path) -> None:
     class Same(Moved):
         def _perform(self, job: jobs.Job) -> Result:
-            return super()._perform(dataclasses.replace(job, round=1) if isinstance(job, jobs.Train) else job)
+            return super()._perform(dataclasses.replace(job, round=1) if isinstance(job, jobs.TrainJob) else job)
 
     found = {
         (name, number): ask(
@@ -260,10 +260,10 @@ def test_cores_travel_as_their_change(tmp_path: Path) -> None:
 
     class Cored(Performer):
         def _perform(self, job: jobs.Job) -> Result:
-            if not isinstance(job, jobs.Train):
+            if not isinstance(job, jobs.TrainJob):
                 return super()._perform(job)
             assert job.frame
-            return Trained({n: Factors(a, b + 0.5 * job.frame[n].b) for n, (a, b) in job.start.items()}, 0.25, 1)
+            return TrainedAdapter({n: Factors(a, b + 0.5 * job.frame[n].b) for n, (a, b) in job.start.items()}, 0.25, 1)
 
     device = dataclasses.replace(make_device(tmp_path), sites=CORE_SITES)
     found = quantization.decode(ask(device, asked, Cored()).adapter, trained_shapes(CORE_SITES, 2, "cores"), "fp16")
@@ -303,7 +303,7 @@ class Uneven(Moved):
 
     def _perform(self, job: jobs.Job) -> Result:
         trained = super()._perform(job)
-        if not isinstance(trained, Trained):
+        if not isinstance(trained, TrainedAdapter):
             return trained
         drawn = torch.randn(())
         moved = {name: Factors(a + drawn, b + drawn) for name, (a, b) in trained.adapter.items()}
@@ -355,7 +355,7 @@ def test_of_two_processes_what_the_one_left_that_replied_is_kept(tmp_path: Path)
 
     class Overtaken(Uneven):
         def _perform(self, job: jobs.Job) -> Result:
-            if isinstance(job, jobs.Train):
+            if isinstance(job, jobs.TrainJob):
                 other = make_device(tmp_path)
                 replies.append(ask(other, request(1, private=True), Uneven()))
                 kept.append(left(other))

@@ -32,7 +32,7 @@ from tests.helpers.reference_trainer import PLENTY, assert_same_bits, examples, 
 from training import jobs
 from training.cohort import train
 from training.engine import perform
-from training.jobs import Cancelled, EarlyStopping, Picture, Result, Trained
+from training.jobs import Cancelled, EarlyStopping, Picture, Result, TrainedAdapter
 
 PULLED_AT = 3  # the step during which it happens
 
@@ -123,7 +123,7 @@ def test_a_private_job_goes_on_as_if_nothing_had_been(base: Base, tmp_path: Path
 def test_any_other_job_too(base: Base, tmp_path: Path, purpose: str) -> None:
     """A shared one, and a personal one that is trained on top of it and looks at validation pictures in between."""
 
-    def plan(**changes: object) -> jobs.Train:
+    def plan(**changes: object) -> jobs.TrainJob:
         stopping = EarlyStopping(validation=examples(base, 3, 7), every=2, patience=9)
         personal = {"purpose": purpose, "frozen": live(base, 2, 9), "early_stopping": stopping}
         return job(base, "a", steps=8, **(personal if purpose == "personal" else {}), **changes)
@@ -140,7 +140,7 @@ def test_any_other_job_too(base: Base, tmp_path: Path, purpose: str) -> None:
     charger = Charger(tmp_path)
     (found,) = run(base, [plan(cancelled=passed)], charger)
     (wanted,) = train(base, [plan()], memory=PLENTY, timesteps=2)
-    assert isinstance(found, Trained)
+    assert isinstance(found, TrainedAdapter)
     assert_same_bits(found, wanted)
     assert charger.guard.pauses == 1
 
@@ -271,7 +271,7 @@ def test_a_reply_tells_what_was_measured_unless_that_is_private(base: Base, tmp_
                 return False
 
             timed = [
-                dataclasses.replace(job, cancelled=passed) if isinstance(job, jobs.Train) else job for job in batch
+                dataclasses.replace(job, cancelled=passed) if isinstance(job, jobs.TrainJob) else job for job in batch
             ]
             return list(perform(base, timed, memory=PLENTY, timesteps=2))
 

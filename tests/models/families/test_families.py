@@ -26,7 +26,7 @@ from privacy.noise import SimulatedNoise
 from tests.helpers.adapters import random_adapter
 from tests.models.families.conftest import Tiny
 from training.cohort import train
-from training.jobs import DPSGD, Examples, Train, Trained
+from training.jobs import DPSGD, Examples, TrainedAdapter, TrainJob
 
 CAPTIONS = ["a red fox", "two fishes 7", "fox"]
 
@@ -38,8 +38,8 @@ def examples(tiny: Tiny) -> Examples:
     return Examples(tiny.base.encode_images(pictures), tiny.base.encode_captions(CAPTIONS))
 
 
-def job(base: Base, examples: Examples, **changes: Any) -> Train:
-    return Train(
+def job(base: Base, examples: Examples, **changes: Any) -> TrainJob:
+    return TrainJob(
         client="ada",
         round=1,
         purpose="shared",
@@ -61,7 +61,7 @@ def test_it_trains_plainly_and_privately(tiny: Tiny, examples: Examples) -> None
         job(tiny.base, examples, privacy=privacy, noise=noise, names=tuple(CAPTIONS)),
     ]
     for wanted, outcome in zip(jobs, train(tiny.base, jobs, memory=2**29, timesteps=2), strict=True):
-        assert isinstance(outcome, Trained), outcome
+        assert isinstance(outcome, TrainedAdapter), outcome
         assert np.isfinite(outcome.loss)
         assert outcome.adapter.keys() == wanted.start.keys() == tiny.base.sites.keys()
         assert any(factors.b.abs().max() > 0 for factors in outcome.adapter.values())

@@ -134,7 +134,7 @@ def test_a_head_behind_is_mended(kept: Kept) -> None:
     whole, now = kept.lines(), kept.head()
     ledger = json.loads(whole[0])["ledger"]
     for events in range(1, len(whole)):
-        kept.put_head(JournalHead(ledger, events, hash_chain.head(whole[:events])).to_json())
+        kept.put_head(JournalHead(ledger, events, hash_chain.chain_head(whole[:events])).to_json())
         assert len(DeviceLedger(kept.storage()).entries()) == ROUNDS
         assert kept.head() == now
 

@@ -15,13 +15,13 @@ from privacy.ledger import hash_chain
 def made(count: int) -> list[bytes]:
     lines: list[bytes] = []
     for number in range(count):
-        lines.append(hash_chain.line({"number": number}, hash_chain.head(lines)))
+        lines.append(hash_chain.encode_event({"number": number}, hash_chain.chain_head(lines)))
     return lines
 
 
 @given(st.integers(0, 6))
 def test_events_come_back(count: int) -> None:
-    assert hash_chain.events(made(count), "x") == [{"number": number} for number in range(count)]
+    assert hash_chain.parse_events(made(count), "x") == [{"number": number} for number in range(count)]
 
 
 @given(st.integers(2, 6), st.data())
@@ -41,7 +41,7 @@ def test_lines_changed_moved_or_taken_out_are_found(count: int, data: st.DataObj
         )
     )
     with pytest.raises(AntherError, match=r"^x:\d+: "):
-        hash_chain.events(spoilt, "x")
+        hash_chain.parse_events(spoilt, "x")
 
 
 @given(st.integers(0, 6), st.integers(0, 7))

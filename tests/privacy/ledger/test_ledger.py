@@ -244,11 +244,11 @@ OUT_OF_TURN: tuple[dict[str, Any], ...] = (
     {"state": "reserved", "run": "x", "round": 9, "purpose": "train"},
     {"state": "paid", "run": "x", "round": 9, "purpose": "train"},
     {"state": "enrolled", "ledger": "twice"},
-    {**entries.reserved(FIRST)},
-    {**entries.reserved(replace(FIRST, round=2)), "mechanism": {"name": "laplace"}},
-    {**entries.reserved(replace(FIRST, round=2)), "mechanism": {"name": "none", "steps": 3}},
-    {**entries.reserved(replace(FIRST, round=2)), "more": 1},
-    {name: value for name, value in entries.reserved(replace(FIRST, round=2)).items() if name != "data"},
+    {**entries.reserved_event(FIRST)},
+    {**entries.reserved_event(replace(FIRST, round=2)), "mechanism": {"name": "laplace"}},
+    {**entries.reserved_event(replace(FIRST, round=2)), "mechanism": {"name": "none", "steps": 3}},
+    {**entries.reserved_event(replace(FIRST, round=2)), "more": 1},
+    {name: value for name, value in entries.reserved_event(replace(FIRST, round=2)).items() if name != "data"},
     {"state": "reserved", "run": ["x"], "round": 9, "purpose": "train"},
 )
 
@@ -259,7 +259,7 @@ def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: byt
     ledger.reserve(FIRST, free)
     lines, head = kept.lines(), kept.head()
     if isinstance(garbage, dict):  # well chained, and said by nobody in his senses
-        garbage = hash_chain.line({"at": "now", **garbage}, hash_chain.head(lines))
+        garbage = hash_chain.encode_event({"at": "now", **garbage}, hash_chain.chain_head(lines))
     damaged = [*lines, garbage]
     kept.put_lines(damaged)
     for attempt in (ledger.entries, lambda: ledger.reserve(replace(FIRST, round=3), free), lambda: ledger.spent(1e-3)):
@@ -272,7 +272,7 @@ def test_a_garbled_line_is_an_error_and_changes_nothing(kept: Kept, garbage: byt
 def test_a_journal_must_begin_with_its_enrolment(kept: Kept) -> None:
     ledger = DeviceLedger(kept.storage())
     ledger.reserve(FIRST, free)
-    kept.put_lines([hash_chain.line({"at": "now", **entries.reserved(FIRST)}, hash_chain.START)])
+    kept.put_lines([hash_chain.encode_event({"at": "now", **entries.reserved_event(FIRST)}, hash_chain.START)])
     with pytest.raises(AntherError, match="begins with its one enrolment"):
         ledger.entries()
 

@@ -111,7 +111,7 @@ def test_aborted_under_a_secret_sample_the_whole_population_pays(tmp_path, caplo
 @pytest.mark.parametrize("dies_after", [0, 1, 2])
 def test_killed_between_rounds_it_is_the_same_run(tmp_path, dies_after):
     """Nothing was broken off, so nothing is paid for twice; a release that was not noted yet is noted."""
-    adaptive = AdaptiveClip(quantile=0.5, rate=0.5, deviation=1.0)
+    adaptive = AdaptiveClip(quantile=0.5, rate=0.5, noise_stddev=1.0)
     level = {"mechanism": GaussianMechanism(noise_multiplier=Z, expected=EXPECTED, adaptive=adaptive)}
     whole = run(tmp_path / "whole", level=level)
 

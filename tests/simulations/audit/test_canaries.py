@@ -24,7 +24,7 @@ from simulations.audit import canaries
 from simulations.audit.canaries import LENGTH, Experiment, RecordingSource, ZeroNoise
 from simulations.audit.run import MEMORY, source
 from training.cohort import train
-from training.jobs import Examples, Train
+from training.jobs import Examples, TrainJob
 
 CLAIM = PoissonGaussian(noise_multiplier=3.0, sampling_rate=0.5, steps=8)  # ε = 2.1 at δ = 1e-5
 DELTA = 1e-5
@@ -34,11 +34,11 @@ def experiment(claim: PoissonGaussian = CLAIM, *, count: int = 1000, devices: in
     return Experiment(claim=claim, draws=draws, included=canaries.draw_included(count, 0), devices=devices)
 
 
-def seen(trial: Experiment, jobs: list[Train]) -> np.ndarray:
+def seen(trial: Experiment, jobs: list[TrainJob]) -> np.ndarray:
     return canaries.seen(trial, train(canaries.network(trial.side), jobs, memory=MEMORY, timesteps=1))
 
 
-def verdict(trial: Experiment, jobs: list[Train]) -> AuditResult:
+def verdict(trial: Experiment, jobs: list[TrainJob]) -> AuditResult:
     attacks = canaries.attacks(trial, seen(trial, jobs))
     return empirical.audit(trial.claim, DELTA, attacks, trial.included, confidence=0.95, false_alarms=0.05)
 
@@ -118,15 +118,15 @@ class Batches:
         return self.noise.rounded_gaussian(size, stddev, device)
 
 
-def noise_off(trial: Experiment) -> list[Train]:
+def noise_off(trial: Experiment) -> list[TrainJob]:
     return canaries.jobs(trial, silent)
 
 
-def noise_quartered(trial: Experiment) -> list[Train]:
+def noise_quartered(trial: Experiment) -> list[TrainJob]:
     return canaries.jobs(trial, lambda *key: Scaled(honest(*key), 0.25))
 
 
-def noise_multiplier_of_a_quarter(trial: Experiment) -> list[Train]:
+def noise_multiplier_of_a_quarter(trial: Experiment) -> list[TrainJob]:
     return [
         dataclasses.replace(
             job, privacy=dataclasses.replace(job.privacy, noise_multiplier=job.privacy.noise_multiplier / 4)
@@ -136,7 +136,7 @@ def noise_multiplier_of_a_quarter(trial: Experiment) -> list[Train]:
     ]
 
 
-def clip_off(trial: Experiment) -> list[Train]:
+def clip_off(trial: Experiment) -> list[TrainJob]:
     """The noise is meant for the clip, and the gradients, each far longer, are not clipped."""
     return [
         dataclasses.replace(
@@ -150,10 +150,10 @@ def clip_off(trial: Experiment) -> list[Train]:
     ]
 
 
-def draws_as_people(trial: Experiment, draws: int = 8) -> list[Train]:
+def draws_as_people(trial: Experiment, draws: int = 8) -> list[TrainJob]:
     """Each draw of a picture clipped by itself, as if it were a picture."""
 
-    def repeated(job: Train) -> Train:
+    def repeated(job: TrainJob) -> TrainJob:
         latents, context = (values.repeat_interleave(draws, 0) for values in job.examples)
         names = tuple(f"{name}, draw {draw}" for name in job.names for draw in range(draws))
         return dataclasses.replace(job, examples=Examples(latents, context), names=names)
@@ -161,17 +161,17 @@ def draws_as_people(trial: Experiment, draws: int = 8) -> list[Train]:
     return [repeated(job) for job in canaries.jobs(trial, honest)]
 
 
-def noise_shared_by_devices(trial: Experiment) -> list[Train]:
+def noise_shared_by_devices(trial: Experiment) -> list[TrainJob]:
     """A seed without the device in it: whoever has no canary there shows the noise to subtract."""
     return canaries.jobs(trial, lambda device, number: Batches(honest("the same", number), honest(device, number)))
 
 
-def noise_shared_by_rounds(trial: Experiment) -> list[Train]:
+def noise_shared_by_rounds(trial: Experiment) -> list[TrainJob]:
     """A seed without the round in it."""
     return canaries.jobs(trial, lambda device, number: Batches(honest(device, 0), honest(device, number)))
 
 
-MUTATIONS: list[Callable[[Experiment], list[Train]]] = [
+MUTATIONS: list[Callable[[Experiment], list[TrainJob]]] = [
     noise_off,
     noise_quartered,
     noise_multiplier_of_a_quarter,
@@ -183,7 +183,7 @@ MUTATIONS: list[Callable[[Experiment], list[Train]]] = [
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_a_mutation_is_caught(mutation: Callable[[Experiment], list[Train]]) -> None:
+def test_a_mutation_is_caught(mutation: Callable[[Experiment], list[TrainJob]]) -> None:
     trial = experiment()
     found = verdict(trial, mutation(trial))
     assert found.refuted
