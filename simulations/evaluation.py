@@ -148,7 +148,7 @@ def gallery(
         person.name: Gallery(
             captions=tuple(picture.caption for picture in chosen[person.name]),
             arms={
-                REAL: np.stack([base.fit(picture.at_least(base.resolution)) for picture in chosen[person.name]]),
+                REAL: np.stack([base.preprocess(picture.at_least(base.resolution)) for picture in chosen[person.name]]),
                 **{
                     arm: np.stack([pictures[arm, _owner(arm, person), p.caption] for p in chosen[person.name]])
                     for arm in (BASE, *adapters)

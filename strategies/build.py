@@ -12,7 +12,7 @@ from conf.schemas.simulation import SimulationConfig
 from models.base import assets
 from models.base.base import Base
 from models.lora.adapter import Adapter, Sites
-from models.lora.lora_xs import load_frame
+from models.lora.lora_xs import load_bases
 from privacy.accounting import noise_multiplier_for
 from privacy.central import AdaptiveClip, GaussianMechanism
 from privacy.noise import NoiseSource, noise_source
@@ -62,11 +62,11 @@ def build(
     refuse_ignored(config)
     _check_timing(config)
     rule = aggregation(config)
-    frame = _frame(config, sites)
-    if (frame is not None) != (rule.trains(1) == "cores"):
-        mend = "cores are for strategy=fedsb" if frame else "strategy=fedsb needs one, such as glyphs-frame"
+    lora_xs_bases = _lora_xs_bases(config, sites)
+    if (lora_xs_bases is not None) != (rule.trains(1) == "cores"):
+        mend = "cores are for strategy=fedsb" if lora_xs_bases else "strategy=fedsb needs one, such as glyphs-frame"
         raise AntherError(f"adapter.frame={config.adapter.frame}: {mend}")
-    if config.strategy.download != "fp32" and (frame or plan.scaffold):
+    if config.strategy.download != "fp32" and (lora_xs_bases or plan.scaffold):
         raise AntherError(
             f"strategy.download={config.strategy.download}: the factors of adapter.frame and SCAFFOLD's control "
             "variate travel beside the adapter, whole; use strategy.download=fp32"
@@ -92,7 +92,7 @@ def build(
             f"strategy.metered_update={limits.metered_update}: what link a device is on belongs to it, and "
             f"privacy={chosen.level} hides all of one; use strategy.update"
         )
-    level = _device_level(config, plan.run, sites, frame, seed, ledger) if config.privacy.of_devices else None
+    level = _device_level(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
     return Federated(
         plan=plan,
         sites=sites,
@@ -103,7 +103,7 @@ def build(
         optimiser=optimiser(config, rule),
         download=config.strategy.download,
         limits=limits,
-        frame=frame,
+        lora_xs_bases=lora_xs_bases,
         decay=CosineDecay(rounds=config.rounds) if config.strategy.decay else None,
         accept_simulated=accept_simulated,
         central_dp=level,
@@ -127,12 +127,12 @@ def _fitting(config: SimulationConfig, base: Base | None) -> SiteSelector | None
     return SiteSelector(costs=base_pass_costs(base, config.adapter.shared.rank), memory=config.fleet.workload.memory)
 
 
-def _frame(config: SimulationConfig, sites: Sites) -> Adapter | None:
+def _lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | None:
     """The factors that stay, if only cores are trained."""
     if config.adapter.frame is None:
         return None
     file = assets.locate(config.adapter.frame)
-    return load_frame(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
+    return load_bases(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
 def _check_timing(config: SimulationConfig) -> None:
@@ -189,7 +189,7 @@ def _device_level(
     config: SimulationConfig,
     run: str,
     sites: Sites,
-    frame: Adapter | None,
+    lora_xs_bases: Adapter | None,
     seed: int | None,
     ledger: ChargeLedger | None,
 ) -> CentralDP:
@@ -233,7 +233,7 @@ def _device_level(
         budget=budget,
         noise=_noise("updates", seed),
         ledger=ledger,
-        frame=frame,
+        lora_xs_bases=lora_xs_bases,
     )
 
 

@@ -135,12 +135,12 @@ class CentralDP:
         budget: DeviceBudget,
         noise: Callable[[int], NoiseSource],
         ledger: ChargeLedger,
-        frame: Adapter | None = None,
+        lora_xs_bases: Adapter | None = None,
     ) -> None:
         self.mechanism, self.budget, self.ledger = mechanism, budget, ledger
         self.sampling_rate = sampling_rate
         self.clip = self._first = clip
-        self._run, self._sites, self._frame, self._noise = run, sites, frame, noise
+        self._run, self._sites, self._lora_xs_bases, self._noise = run, sites, lora_xs_bases, noise
         self._open: _Open | None = None
 
     def resume(self, last: CentralDPMetrics | None) -> None:
@@ -239,7 +239,7 @@ class CentralDP:
         if self._open is None:
             raise ValueError("a round is charged for before it is released, and released once")
         opened, self._open = self._open, None
-        layout = trained_layout(self._sites, rank(current), rule.trains(round), self._frame or current)
+        layout = trained_layout(self._sites, rank(current), rule.trains(round), self._lora_xs_bases or current)
         clipped = clip_and_sum(changes(layout, current, trained), opened.clip, layout.size)
         released = self.mechanism.release(clipped, opened.noise)
         moved = layout.unpack((layout.pack(current).double() + released.mean).float(), current)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, rank, to_tensors
-from models.lora.lora_xs import to_framed_tensors
+from models.lora.lora_xs import to_tensors_with_bases
 from models.lora.norm_bound import norm_violation
 from models.lora.scaffold import to_control_tensors
 from models.lora.trainable import from_trained_tensors, trained_layout, trained_tensors
@@ -130,7 +130,7 @@ class Federated(Strategy):
         measuring: EvaluationPolicy | None = None,
         optimiser: ServerOptimizer | None = None,
         download: str = FP32,
-        frame: Adapter | None = None,
+        lora_xs_bases: Adapter | None = None,
         decay: Callable[[float, int], float] | None = None,
         accept_simulated: bool = False,
         central_dp: CentralDP | None = None,
@@ -152,13 +152,13 @@ class Federated(Strategy):
             measuring=measuring,
             optimiser=optimiser,
             download=download,
-            frame=frame,
+            lora_xs_bases=lora_xs_bases,
             central_dp=central_dp,
             replay=replay,
             quorum=quorum,
             fitting=fitting,
         )
-        self.sites, self.frame, self.central_dp = sites, frame, central_dp
+        self.sites, self.lora_xs_bases, self.central_dp = sites, lora_xs_bases, central_dp
         self._plan, self._limits, self._decay = plan, limits, decay
         self._adapted, self._timesteps = adapted, timesteps
         self._aggregation, self._selection = aggregation, selection
@@ -166,7 +166,9 @@ class Federated(Strategy):
         self._measuring = measuring
         self._optimiser, self._download, self._replay = optimiser, download, replay
         self.memory: StrategyState = {}
-        self._checks = ReplyValidator(sites=sites, frame=frame, accept_simulated=accept_simulated, measuring=measuring)
+        self._checks = ReplyValidator(
+            sites=sites, lora_xs_bases=lora_xs_bases, accept_simulated=accept_simulated, measuring=measuring
+        )
         self._roster = ConnectedDevices(plan.base)
         self._eligible = eligible
         self._planner = Planner(sites=sites, limits=limits, mixed_ranks=aggregation.mixed_ranks, fitting=fitting)
@@ -318,10 +320,10 @@ class Federated(Strategy):
         start: Tensors = {}
         control: Tensors = {}
         if self._plan.scaffold:
-            start = trained_tensors(adapter, trains, self.frame)
+            start = trained_tensors(adapter, trains, self.lora_xs_bases)
             control = initial_control(self.memory.get(_CONTROL), start)
-        if self.frame or control:  # what is beside the adapter is sent whole, and so is the adapter
-            tensors = to_framed_tensors(adapter, self.frame) if self.frame else to_tensors(adapter)
+        if self.lora_xs_bases or control:  # what is beside the adapter is sent whole, and so is the adapter
+            tensors = to_tensors_with_bases(adapter, self.lora_xs_bases) if self.lora_xs_bases else to_tensors(adapter)
             data = encode(tensors | to_control_tensors(control))
         full = replace(self._plan, round=number, rank=min(self._plan.rank, rank(adapter)), trains=trains)
         if self._decay:
@@ -616,7 +618,9 @@ class Federated(Strategy):
         # What began at an older adapter may lie on this one in stacked factors: they have no change to compare.
         if self._plan.privacy is None or any(rank(adapter) > rank(current) for adapter, _ in updates):
             return aggregated, None
-        layout = trained_layout(self.sites, rank(current), self._aggregation.trains(round), self.frame or current)
+        layout = trained_layout(
+            self.sites, rank(current), self._aggregation.trains(round), self.lora_xs_bases or current
+        )
         snr = signal_to_spread(changes(layout, current, (adapter for adapter, _ in updates)))
         return aggregated._replace(diagnostics=aggregated.diagnostics | ({} if snr is None else {"snr": snr})), None
 
@@ -627,9 +631,9 @@ class Federated(Strategy):
         if self._optimiser is None:
             return aggregated._replace(adapter=add_residual(aggregated.adapter, lost)), self.memory
         trains, made = self._aggregation.trains(round), aggregated.adapter
-        before, after = (trained_tensors(adapter, trains, self.frame) for adapter in (current, made))
+        before, after = (trained_tensors(adapter, trains, self.lora_xs_bases) for adapter in (current, made))
         found, memory = self._optimiser.step(before, after, self.memory)
-        stepped = add_residual(from_trained_tensors(found, trains, made, self.frame), lost)
+        stepped = add_residual(from_trained_tensors(found, trains, made, self.lora_xs_bases), lost)
         return aggregated._replace(adapter=stepped), {**self.memory, **memory}
 
     def _follow(
@@ -637,7 +641,7 @@ class Federated(Strategy):
     ) -> None:
         """Remember the server's control variate after these updates."""
         for key, (adapter, _) in zip(updates.keys, updates, strict=True):
-            control_update.add(plans[key], trained_tensors(adapter, plans[key].trains, self.frame))
+            control_update.add(plans[key], trained_tensors(adapter, plans[key].trains, self.lora_xs_bases))
         self.memory = {**self.memory, _CONTROL: control_update.next()}
 
     def _promise(self) -> str:

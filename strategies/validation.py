@@ -25,7 +25,7 @@ def check(
     measuring: EvaluationPolicy,
     optimiser: ServerOptimizer | None,
     download: str,
-    frame: Adapter | None,
+    lora_xs_bases: Adapter | None,
     central_dp: CentralDP | None,
     replay: ReplayFilter | None,
     quorum: int,
@@ -41,7 +41,7 @@ def check(
         raise ValueError(f"replay inside the bound: {replay.sensitivity.reason}")
     if replay and aggregation.trains(1) == "split":
         raise ValueError("replay compares products, and with this aggregation no device sends one")
-    if (aggregation.trains(1) == "cores") != (frame is not None):
+    if (aggregation.trains(1) == "cores") != (lora_xs_bases is not None):
         raise ValueError("an aggregation of cores needs their frame, and no other does")
     if not 0 < plan.keep <= 1 or (plan.keep < 1 and not plan.feedback):
         raise ValueError("keep: over 0 and at most 1, and less than 1 only with feedback")
@@ -53,7 +53,7 @@ def check(
         raise ValueError("scaffold: for plain SGD and a mean of factors, and not under privacy per device")
     if plan.scaffold and (plan.sites is not None or fitting or limits.metered_rank is not None):
         raise ValueError("scaffold: every device trains every site and direction")
-    if download != FP32 and (frame or plan.scaffold):
+    if download != FP32 and (lora_xs_bases or plan.scaffold):
         raise ValueError("download: what travels beside an adapter is sent whole, and so is the adapter")
     if optimiser and aggregation.sensitivity.turned:
         raise ValueError(f"an optimiser needs directions that stay the same: {aggregation.sensitivity.turned}")

@@ -181,7 +181,7 @@ def check(job: TrainJob, sites: Sites) -> None:
     for name, added in (job.correction or {}).items():
         if [one.shape for one in added] != [one.shape for one in job.start.get(name, ())]:
             raise ValueError(f"client {job.client}: a correction at {name} that doesn't fit the adapter")
-    between: Mapping[str, Factors] = job.start if job.frame is None else job.frame
+    between: Mapping[str, Factors] = job.start if job.lora_xs_bases is None else job.lora_xs_bases
     for name, wanted in job.start.items():
         given = between.get(name, ())
         if [factor.shape for factor in given] != [factor.shape for factor in wanted]:

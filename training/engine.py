@@ -107,7 +107,7 @@ def _fitted(base: Base, job: EncodeJob, ask: Callable[[], None]) -> list[np.ndar
     try:
         for picture in job.pictures:
             ask()
-            fitted.append(base.fit(picture.at_least(base.resolution)))
+            fitted.append(base.preprocess(picture.at_least(base.resolution)))
     except AntherError as error:
         return error
     return fitted

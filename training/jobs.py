@@ -112,7 +112,7 @@ class TrainJob:
     start: Adapter  # where the trained adapter starts, at the sites that are trained
     trains: str = "both"  # 'both' | 'a' | 'b' | 'cores': what of it is trained (`models.lora.trainable`)
     frozen: Adapter | None = None  # adapter underneath it, not trained
-    frame: Adapter | None = None  # with cores: A and orthonormal L that stay, of each B = L C only C is trained
+    lora_xs_bases: Adapter | None = None  # with cores: A and orthonormal L that stay, of each B = L C only C is trained
     steps: int
     batch_size: int  # under DP the public constant that the noised sum is divided by
     learning_rate: float
@@ -138,7 +138,7 @@ class TrainJob:
             raise ValueError(f"client {self.client}: a private job needs a noise source")
         if self.privacy and len(self.names) != self.pictures:
             raise ValueError(f"client {self.client}: a private job needs a name for each picture")
-        if (self.trains == "cores") != (self.frame is not None):
+        if (self.trains == "cores") != (self.lora_xs_bases is not None):
             raise ValueError(f"client {self.client}: cores are trained in a frame, and nothing else is")
         if self.prior and not len(self.prior.examples):
             raise ValueError(f"client {self.client}: prior preservation needs examples")
@@ -148,7 +148,7 @@ class TrainJob:
     @property
     def fixed_factors(self) -> Adapter | None:
         """What stays of the trained adapter, where a part alone is trained."""
-        return self.start if self.trains in ("a", "b") else self.frame
+        return self.start if self.trains in ("a", "b") else self.lora_xs_bases
 
     @property
     def fixed_key(self) -> tuple[object, ...]:
@@ -159,7 +159,7 @@ class TrainJob:
             case "b":
                 return ("b", *((name, id(factors.a)) for name, factors in self.start.items()))
             case "cores":
-                return ("cores", id(self.frame), *self.start)
+                return ("cores", id(self.lora_xs_bases), *self.start)
         return ()
 
     @property

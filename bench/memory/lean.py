@@ -34,7 +34,7 @@ from bench.lib.workloads import schedule
 from bench.memory import published_bases, weights_memory
 from common import low_memory
 from models.base.denoiser import Denoiser
-from models.base.paging import mark, release_pages
+from models.base.paging import mark_mapped, release_pages
 from models.families.known import BaseSpec, find_base
 from models.quantization import packed
 from models.quantization.pack import pack
@@ -116,7 +116,7 @@ def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradie
 def read(network: nn.Module) -> None:
     """Put copies in the place of mapped tensors, as those have it who map nothing; the file's pages are given back."""
     mapped = {tensor.data_ptr(): tensor.data for tensor in (*network.parameters(), *network.buffers())}
-    mark(mapped.values())
+    mark_mapped(mapped.values())
 
     def copied(tensor: Tensor) -> Tensor:
         copy = tensor.clone()

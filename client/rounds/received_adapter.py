@@ -25,7 +25,7 @@ class Parts(NamedTuple):
     """What is trained, or holds what is: the first directions, at the plan's sites."""
     frozen: Adapter | None
     """All the rest."""
-    frame: Adapter | None
+    lora_xs_bases: Adapter | None
     """Of the cores, if those are trained."""
 
 
@@ -36,9 +36,9 @@ class ReceivedAdapter:
     serves everybody. Adapters are never changed.
     """
 
-    def __init__(self, adapter: Adapter, frame: Adapter | None, control: ControlVariate, sha256: str) -> None:
+    def __init__(self, adapter: Adapter, lora_xs_bases: Adapter | None, control: ControlVariate, sha256: str) -> None:
         self.control = control  # of the server, if one was sent
-        self.adapter, self.rank, self.sha256, self._frame = adapter, rank(adapter), sha256, frame
+        self.adapter, self.rank, self.sha256, self._lora_xs_bases = adapter, rank(adapter), sha256, lora_xs_bases
         self._parts: dict[object, Parts] = {}
 
     def parts(self, rank: int, sites: tuple[str, ...] | None = None) -> Parts:
@@ -62,8 +62,8 @@ class ReceivedAdapter:
         head, tail = split_rank(select_sites(self.adapter, sites), rank)
         beside = {name: factors for name, factors in self.adapter.items() if name not in sites}
         frozen = {**beside, **(tail if self.rank > rank else {})}
-        frame = split_rank(select_sites(self._frame, sites), rank)[0] if self._frame else None
-        return Parts(head, frozen or None, frame)
+        lora_xs_bases = split_rank(select_sites(self._lora_xs_bases, sites), rank)[0] if self._lora_xs_bases else None
+        return Parts(head, frozen or None, lora_xs_bases)
 
 
 def receive_adapter(
@@ -71,7 +71,7 @@ def receive_adapter(
     device: Device,
     *,
     rounded: QuantizedFormat | None = None,
-    framed: bool = False,
+    with_bases: bool = False,
     controlled: str | None = None,
 ) -> ReceivedAdapter:
     """The adapter in these bytes: exactly the device's sites, all of one rank that its owner allows, of bounded norm.
@@ -85,7 +85,7 @@ def receive_adapter(
     """
     most = device.policy.max_rank
     try:
-        return _decoded(data, tuple(device.sites.items()), most, rounded, framed, controlled)
+        return _decoded(data, tuple(device.sites.items()), most, rounded, with_bases, controlled)
     except AntherError as error:
         raise RequestRefusedError(
             f"what was sent is no adapter of rank 1 to {most} at this device's sites: {error}"
@@ -98,20 +98,20 @@ def _decoded(
     sites: tuple[tuple[str, Site], ...],
     most_rank: int,
     rounded: QuantizedFormat | None,
-    framed: bool,
+    with_bases: bool,
     controlled: str | None,
 ) -> ReceivedAdapter:
     if rounded:
         return ReceivedAdapter(
-            _read(data, dict(sites), most_rank, rounded, framed or controlled is not None), None, {}, _sha256(data)
+            _read(data, dict(sites), most_rank, rounded, with_bases or controlled is not None), None, {}, _sha256(data)
         )
-    expected = adapter_shapes(dict(sites), -1, frame=framed)
+    expected = adapter_shapes(dict(sites), -1, with_bases=with_bases)
     if controlled is not None:
         expected |= scaffold.control_shapes(trained_shapes(dict(sites), -1, controlled))
     tensors = tensor_codec.decode(data, expected, free=most_rank)
     adapter = _bounded(from_tensors(tensors))
-    frame = lora_xs.frame_from_tensors(tensors) if framed else None
-    return ReceivedAdapter(adapter, frame, scaffold.from_control_tensors(tensors), _sha256(data))
+    lora_xs_bases = lora_xs.bases_from_tensors(tensors) if with_bases else None
+    return ReceivedAdapter(adapter, lora_xs_bases, scaffold.from_control_tensors(tensors), _sha256(data))
 
 
 def _read(data: bytes, sites: Sites, most_rank: int, rounded: QuantizedFormat, beside: bool) -> Adapter:

@@ -33,12 +33,16 @@ def own(plan: TrainingPlan, device: Device, server: Mapping[str, Tensor], *, rel
 
 
 def correction(
-    plan: TrainingPlan, server: Mapping[str, Tensor], mine: Mapping[str, Tensor], start: Adapter, frame: Adapter | None
+    plan: TrainingPlan,
+    server: Mapping[str, Tensor],
+    mine: Mapping[str, Tensor],
+    start: Adapter,
+    lora_xs_bases: Adapter | None,
 ) -> Adapter:
     """c − c_i, as a job has it; zero where nothing is shared, as at a B that is the device's own."""
     added = {name: part - mine[name] for name, part in server.items()}
     nothing = {name: Factors(*map(torch.zeros_like, factors)) for name, factors in start.items()}
-    return from_trained_tensors(added, plan.trains, nothing, frame)
+    return from_trained_tensors(added, plan.trains, nothing, lora_xs_bases)
 
 
 def keep(

@@ -48,7 +48,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         request.adapter,
         device,
         rounded=request.rounded,
-        framed=plan.trains == "cores",
+        with_bases=plan.trains == "cores",
         controlled=plan.trains if plan.scaffold else None,
     )
     if sent.rank < plan.rank:
@@ -58,7 +58,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     if (sealed := ledger.sealed((plan.run, plan.round, TRAIN), _identity(plan), echo=request.echo)) is not None:
         return _unpack(sealed)
 
-    start, frozen, frame = sent.parts(plan.rank, plan.sites)
+    start, frozen, lora_xs_bases = sent.parts(plan.rank, plan.sites)
     device.check_memory(plan.rank, start)  # before pictures take any: the answer is for the server to know
     if plan.privacy is None:
         device.policy.check_spending(ledger.history().mechanisms, NonPrivate())  # before pictures: a no tells of none
@@ -87,13 +87,15 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
                 start=start,
                 trains="both" if plan.trains == "split" else plan.trains,
                 frozen=frozen,
-                frame=frame,
+                lora_xs_bases=lora_xs_bases,
                 steps=plan.steps,
                 batch_size=plan.batch_size,
                 learning_rate=plan.learning_rate,
                 optimizer=plan.optimiser,
                 proximal=plan.proximal,
-                correction=scaffold.correction(plan, sent.control, mine, start, frame) if plan.scaffold else None,
+                correction=scaffold.correction(plan, sent.control, mine, start, lora_xs_bases)
+                if plan.scaffold
+                else None,
                 privacy=_dp_sgd(plan),
                 noise=noise if plan.privacy else None,
                 names=tuple(fingerprint([picture]) for picture in pictures) if plan.privacy else (),
@@ -105,7 +107,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
         device,
         start=start,
         trained=trained.adapter,
-        frame=frame,
+        lora_xs_bases=lora_xs_bases,
         own=own,
         history=charged,
         release=noise.release,
@@ -132,7 +134,7 @@ def answer(request: messages.Train, device: Device) -> Generator[Job, Result, me
     def remember() -> None:
         keep(device, goes)
         if plan.scaffold:
-            before = trained_tensors(start, plan.trains, frame)
+            before = trained_tensors(start, plan.trains, lora_xs_bases)
             scaffold.keep(plan, device, sent.control, mine, goes, before, release=noise.release)
 
     if plan.privacy is None:

@@ -41,7 +41,7 @@ def prepare_upload(
     *,
     start: Adapter,
     trained: Adapter,
-    frame: Adapter | None,
+    lora_xs_bases: Adapter | None,
     own: dict[str, Tensor] | None,
     history: LedgerHistory,
     release: bool,
@@ -53,11 +53,11 @@ def prepare_upload(
         history: the device's ledger, with this round in it.
         release: whether the noise, if there is any, was no simulation.
     """
-    after = trained_tensors(trained, plan.trains, frame)
+    after = trained_tensors(trained, plan.trains, lora_xs_bases)
     stays = None if own is None else updated_local_factors(plan, own, trained, release)
     if plan.update == "fp32":
         return PreparedUpload(tensor_codec.encode(after), None, stays)
-    before = trained_tensors(start, plan.trains, frame)
+    before = trained_tensors(start, plan.trains, lora_xs_bases)
     change = {name: tensor - before[name] for name, tensor in after.items()}
     common = compatibility_key(plan, release)
     carried = _carried(device.store.residual(common), plan, history) if plan.feedback else {}

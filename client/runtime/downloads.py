@@ -131,7 +131,7 @@ class _Fetcher:
             filling.mkdir()
             (filling / chunk_manifest.safe_name(found)).symlink_to(found.absolute(), target_is_directory=True)
             return resumable_download.place(filling, self._folder / self._wanted)
-        manifest = chunk_manifest.of(found)
+        manifest = chunk_manifest.build(found)
 
         def read(number: int, offset: int, length: int) -> Iterator[bytes]:
             try:

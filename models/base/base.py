@@ -99,7 +99,7 @@ class Base(Denoiser):
         """
         batch = self._at_once(16)
         vae: Any = self._checkpoint.load("vae").to(self.device)
-        pixels = torch.from_numpy(np.stack([self.fit(image) for image in images])).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([self.preprocess(image) for image in images])).float() / 127.5 - 1
         pixels = pixels[:, None] if self._grey else pixels.permute(0, 3, 1, 2)
         filled = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
         found = []
@@ -191,7 +191,7 @@ class Base(Denoiser):
         """Pictures in one pass of the VAE: of 64 pixels so many, of larger ones fewer in proportion to their area."""
         return max(1, min(small, small * 64**2 // self.resolution**2))
 
-    def fit(self, image: np.ndarray) -> np.ndarray:
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
         """A picture as the base sees it, uint8: grey or colour as its VAE, its centre square at its resolution."""
         from PIL import Image, ImageOps
 

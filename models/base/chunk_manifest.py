@@ -64,7 +64,7 @@ class ChunkManifest:
         return json.dumps({"format": FORMAT, **asdict(self)}).encode()
 
 
-def of(folder: Path) -> ChunkManifest:
+def build(folder: Path) -> ChunkManifest:
     """The manifest of a base that lies here; every byte of it is read.
 
     Raises:

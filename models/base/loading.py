@@ -22,7 +22,7 @@ _ATTENTION = ("eager", "sdpa")
 _LARGEST, _LAYERS = 10**7, 2**9  # of a number in a text encoder's configuration: the libraries make what it says
 
 
-class Weights(NamedTuple):
+class WeightFiles(NamedTuple):
     """The files of a network's weights."""
 
     variant: str | None
@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     files: list[Path]
 
 
-def weights(folder: Path, stem: str) -> Weights:
+def find_weights(folder: Path, stem: str) -> WeightFiles:
     """The weights in a network's folder: those without a variant in their name, else of fp16, else of the only variant.
 
     Args:
@@ -55,7 +55,7 @@ def weights(folder: Path, stem: str) -> Weights:
         raise AntherError(f"{folder}: holds several variants of its weights ({names}): leave one of them there")
     variant = None if None in found else "fp16" if "fp16" in found else next(iter(found))
     file = found[variant]
-    return Weights(variant, _shards(file) if _INDEX in file.name else [file])
+    return WeightFiles(variant, _shards(file) if _INDEX in file.name else [file])
 
 
 def _shards(index: Path) -> list[Path]:
@@ -76,11 +76,13 @@ def load_network(kind: Any, folder: Path) -> Any:
     Raises:
         AntherError: it is pickled, damaged or foreign. diffusers draws weights at random that a file lacks.
     """
-    network, found = from_pretrained(kind, folder, variant=weights(folder, NETWORK).variant, output_loading_info=True)
+    network, found = from_pretrained(
+        kind, folder, variant=find_weights(folder, NETWORK).variant, output_loading_info=True
+    )
     return _whole(network, folder, found["missing_keys"])
 
 
-def encoder(kind: Any, folder: Path, *, empty: bool = False) -> Any:
+def load_text_encoder(kind: Any, folder: Path, *, empty: bool = False) -> Any:
     """A text encoder of transformers of this class, in float32.
 
     Args:
@@ -93,7 +95,7 @@ def encoder(kind: Any, folder: Path, *, empty: bool = False) -> Any:
     network, found = from_pretrained(
         kind,
         folder,
-        variant=weights(folder, ENCODER).variant,
+        variant=find_weights(folder, ENCODER).variant,
         output_loading_info=True,
         **({"device_map": "meta"} if empty else {}),
     )

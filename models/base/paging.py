@@ -19,7 +19,7 @@ _AROUND = 1 << 21  # bytes on either side that may come in with a page that is r
 _MARKED = WeakTensorKeyDictionary()  # the file's range of addresses, apart from the tensors: copies don't have it
 
 
-def mark(tensors: Iterable[Tensor]) -> None:
+def mark_mapped(tensors: Iterable[Tensor]) -> None:
     """Remember which of some tensors are mapped from files. They must never be written to; copies aren't marked."""
     mappings = _mappings()
     for tensor in tensors:

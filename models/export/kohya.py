@@ -51,7 +51,7 @@ class KohyaFormat:
     read: str = ".*"
     """Regular expression on diffusers' names of the layers that sd-scripts reads; it silently drops the others."""
 
-    def place(self, name: str) -> FusedPart:
+    def fused_part(self, name: str) -> FusedPart:
         """Return the position of a layer in the original network.
 
         Raises:

@@ -42,7 +42,7 @@ def kohya_keys(adapter: Adapter, sites: Sites, family: Family) -> dict[str, Tens
         raise AntherError(f"layout=kohya: no tool reads it for {family.name}: export with layout=diffusers")
     modules: dict[str, list[PartFactors]] = {}
     for name, (down, up) in _layers(adapter, sites):
-        place = family.kohya.place(name)
+        place = family.kohya.fused_part(name)
         up = swap_halves(name, sites[name], up) if family.kohya.names else up
         modules.setdefault(place.module, []).append(PartFactors(place.part, place.parts, down, up))
     tensors = {}

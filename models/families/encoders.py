@@ -48,7 +48,7 @@ def load(folder: Path, names: tuple[str, ...], classes: Mapping[str, str], *, em
         if known is TOKENIZERS:
             found[name] = _tokenizer(kind, folder / name)
         else:
-            found[name] = loading.encoder(kind, folder / name, empty=empty)
+            found[name] = loading.load_text_encoder(kind, folder / name, empty=empty)
     for name, encoder in found.items():
         if name.startswith("text_encoder"):
             _match(found[name.replace("text_encoder", "tokenizer")], encoder, folder / name)

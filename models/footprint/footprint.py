@@ -52,9 +52,9 @@ class Footprint:
     """Slabs of dequantised weights, with the codes they are read from, and what kernels take for themselves."""
     adapter_bytes: int = 0
     """LoRA factors, as they came and as they are trained."""
-    optimizer_bytes: int = 0
+    optimiser_bytes: int = 0
     """Two moments, and the sum of clipped gradients."""
-    module_bytes: int = 0
+    objects_bytes: int = 0
     """What Python and autograd keep for every module of the network."""
     runtime_bytes: int = 0
     """The process without any of this: Python, PyTorch and what else it imports."""
@@ -68,7 +68,7 @@ class Footprint:
     def peak_bytes(self) -> int:
         """The most that the process holds at once."""
         held = self.base_bytes + self.activations_bytes + self.workspace_bytes
-        return held + self.adapter_bytes + self.optimizer_bytes + self.module_bytes + self.runtime_bytes
+        return held + self.adapter_bytes + self.optimiser_bytes + self.objects_bytes + self.runtime_bytes
 
 
 def meta_denoiser(base: BaseSpec, *, sites: str, weights: str = "fp32", checkpointing: str = "none") -> Denoiser:
@@ -148,8 +148,8 @@ def footprint(
         activations_bytes=run.activations_bytes,
         workspace_bytes=run.workspace_bytes,
         adapter_bytes=8 * trained.size,
-        optimizer_bytes=12 * trained.size,
-        module_bytes=MODULE_BYTES * len(list(base.network.modules())),
+        optimiser_bytes=12 * trained.size,
+        objects_bytes=MODULE_BYTES * len(list(base.network.modules())),
         runtime_bytes=runtime_bytes,
         matrix_operations=run.matrix_operations,
         convolution_operations=run.convolution_operations,

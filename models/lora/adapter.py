@@ -89,12 +89,12 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
     return {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
 
 
-def adapter_shapes(sites: Sites, rank: int, *, frame: bool = False) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(sites: Sites, rank: int, *, with_bases: bool = False) -> dict[str, tuple[int, ...]]:
     """The exact keys and shapes of an adapter of one rank at these sites, for the strict codec; with its `frame`."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, site in sites.items():
         expected[f"{name}.lora_A"] = (rank, site.inputs)
         expected[f"{name}.lora_B"] = (site.outputs, rank)
-        if frame:
+        if with_bases:
             expected[f"{name}.frame"] = (site.outputs, rank)
     return expected

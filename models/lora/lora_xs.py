@@ -24,32 +24,32 @@ from models.lora.adapter import Adapter, Factors, Sites, to_tensors
 _ORTHONORMAL = 1e-3  # largest difference of LᵀL or A Aᵀ from the identity
 
 
-def zero_adapter(frame: Adapter) -> Adapter:
+def zero_adapter(bases: Adapter) -> Adapter:
     """The adapter between this frame whose product is zero."""
-    return {name: Factors(a, torch.zeros_like(left)) for name, (a, left) in frame.items()}
+    return {name: Factors(a, torch.zeros_like(left)) for name, (a, left) in bases.items()}
 
 
-def to_framed_tensors(adapter: Adapter, frame: Adapter) -> dict[str, Tensor]:
+def to_tensors_with_bases(adapter: Adapter, bases: Adapter) -> dict[str, Tensor]:
     """An adapter with its frame, as they travel."""
-    return to_tensors(adapter) | {f"{name}.frame": factors.b for name, factors in frame.items()}
+    return to_tensors(adapter) | {f"{name}.frame": factors.b for name, factors in bases.items()}
 
 
-def frame_from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
+def bases_from_tensors(tensors: Mapping[str, Tensor]) -> Adapter:
     """The frame in such tensors, whose names `protocol.tensor_codec` has checked.
 
     Raises:
         AntherError: its factors are not orthonormal: Lᵀ B would not be what was trained.
     """
     names = [key.removesuffix(".frame") for key in tensors if key.endswith(".frame")]
-    frame = {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.frame"]) for name in names}
-    for name, (a, left) in frame.items():
+    bases = {name: Factors(tensors[f"{name}.lora_A"], tensors[f"{name}.frame"]) for name in names}
+    for name, (a, left) in bases.items():
         for gram in (a @ a.T, left.T @ left):
             if not torch.allclose(gram, torch.eye(len(gram)), atol=_ORTHONORMAL, rtol=0.0):
                 raise AntherError(f"{name}: the frame's factors are not orthonormal")
-    return frame
+    return bases
 
 
-def load_frame(file: Path, sites: Sites, rank: int) -> Adapter:
+def load_bases(file: Path, sites: Sites, rank: int) -> Adapter:
     """The first `rank` directions at these sites of a frame file, which may hold more of both.
 
     Raises:
@@ -73,4 +73,4 @@ def load_frame(file: Path, sites: Sites, rank: int) -> Adapter:
         shape = (tuple(cut[f"{name}.lora_A"].shape), tuple(cut[f"{name}.frame"].shape))
         if shape != ((rank, site.inputs), (site.outputs, rank)):
             raise AntherError(f"{file}: the frame at {name} doesn't hold rank {rank} of this base")
-    return frame_from_tensors(cut)
+    return bases_from_tensors(cut)

@@ -53,33 +53,33 @@ def trained_shapes(sites: Sites, rank: int, trains: str) -> dict[str, tuple[int,
     }
 
 
-def trained_tensors(adapter: Adapter, trains: str, frame: Adapter | None) -> dict[str, Tensor]:
+def trained_tensors(adapter: Adapter, trains: str, bases: Adapter | None) -> dict[str, Tensor]:
     """What training may change of an adapter, as it travels up.
 
     Args:
         frame: A and L, where cores are trained.
     """
     return {
-        f"{name}.{part.name}": _taken(part, factors, frame[name] if frame else None).contiguous()
+        f"{name}.{part.name}": _taken(part, factors, bases[name] if bases else None).contiguous()
         for name, factors in adapter.items()
         for part in TRAINED_TENSORS[trains]
     }
 
 
-def from_trained_tensors(found: Mapping[str, Tensor], trains: str, start: Adapter, frame: Adapter | None) -> Adapter:
+def from_trained_tensors(found: Mapping[str, Tensor], trains: str, start: Adapter, bases: Adapter | None) -> Adapter:
     """Inverse of `trained_tensors`, at the sites of `start`, which what stays is taken from."""
     return {
         name: _put(
-            [found[f"{name}.{part.name}"] for part in TRAINED_TENSORS[trains]], trains, frame[name] if frame else fixed
+            [found[f"{name}.{part.name}"] for part in TRAINED_TENSORS[trains]], trains, bases[name] if bases else fixed
         )
         for name, fixed in start.items()
     }
 
 
-def _taken(part: Part, factors: Factors, frame: Factors | None) -> Tensor:
+def _taken(part: Part, factors: Factors, bases: Factors | None) -> Tensor:
     """One part of a site's factors; a core is C = Lᵀ B."""
-    if frame is not None:
-        return frame.b.T @ factors.b
+    if bases is not None:
+        return bases.b.T @ factors.b
     return factors.a if part is _A else factors.b
 
 

@@ -141,7 +141,7 @@ class _Source:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
-        for file in loading.weights(folder, loading.NETWORK).files:
+        for file in loading.find_weights(folder, loading.NETWORK).files:
             try:
                 with safe_open(file, "pt") as tensors:
                     self._files |= dict.fromkeys(tensors.keys(), file)

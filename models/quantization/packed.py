@@ -118,7 +118,7 @@ def load(folder: Path, network: str, weights: str = "fp32") -> nn.Module:
         quantize_meta(made, manifest.layers)
         with safe_open(file, "pt") as tensors:
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-        paging.mark(state.values())
+        paging.mark_mapped(state.values())
         for tensor in state.values():  # mapping a file brings pages of it in
             paging.release_pages(tensor, 0, tensor.numel())
         made.load_state_dict(state, assign=True)

@@ -38,7 +38,7 @@ class BaseFiles:
         self._manifests: dict[str, bytes] = {}
         self._files: dict[tuple[str, str], Path] = {}
         for folder in folders:
-            self._add(folder, chunk_manifest.of(folder))
+            self._add(folder, chunk_manifest.build(folder))
 
     @property
     def bases(self) -> tuple[str, ...]:

@@ -49,8 +49,8 @@ def federate(
     state = saved or RunState.start(
         run=plan.run,
         private=strategy.private,
-        adapter=zero_adapter(strategy.frame)
-        if strategy.frame
+        adapter=zero_adapter(strategy.lora_xs_bases)
+        if strategy.lora_xs_bases
         else init_adapter(strategy.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
     )
     chosen, fleet = config.strategy, config.fleet

@@ -254,7 +254,7 @@ class ServerSupervisor:
         base = assets.locate(self.config.base.path)
         on_shelf = base_files.BaseFiles([base])
         (content,) = on_shelf.bases
-        size = chunk_manifest.of(base).total
+        size = chunk_manifest.build(base).total
 
         def hello() -> ServerHello:
             return ServerHello(

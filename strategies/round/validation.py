@@ -91,7 +91,7 @@ class ReplyValidator:
     """
 
     sites: Sites
-    frame: Adapter | None
+    lora_xs_bases: Adapter | None
     accept_simulated: bool
     measuring: EvaluationPolicy
 
@@ -126,9 +126,9 @@ class ReplyValidator:
             raise ReplyRejectedError("malformed", f"{reply.device}: loss must be 0 to {MOST:g}")
         sites = self.sites if plan.sites is None else plan.sites
         start = split_rank(select_sites(current, sites), plan.rank)[0]
-        frame = split_rank(self.frame, plan.rank)[0] if self.frame else None
-        found = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, frame))
-        adapter = from_trained_tensors(found, plan.trains, start, frame)
+        lora_xs_bases = split_rank(self.lora_xs_bases, plan.rank)[0] if self.lora_xs_bases else None
+        found = self._trained(reply.adapter, plan, trained_tensors(start, plan.trains, lora_xs_bases))
+        adapter = from_trained_tensors(found, plan.trains, start, lora_xs_bases)
         # Whatever the precision, a change that was decoded is finite, and with it the sum that is bounded here.
         if over := norm_violation(adapter):
             raise ReplyRejectedError("norm", f"{reply.device}: {over}")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from common.seeding import derive_seed
 from models.lora.adapter import Factors, Site, adapter_shapes, from_tensors, init_adapter, select_sites, split_rank
-from models.lora.lora_xs import frame_from_tensors, to_framed_tensors, zero_adapter
+from models.lora.lora_xs import bases_from_tensors, to_tensors_with_bases, zero_adapter
 from models.lora.trainable import trained_tensors
 from protocol import messages, quantization
 from protocol.messages import DeviceReport, TrainingPlan
@@ -37,15 +37,17 @@ REPORT = DeviceReport(
 )
 
 
-def frame_file(folder: Path) -> Path:
+def bases_file(folder: Path) -> Path:
     """A frame for these sites."""
 
     def columns(size: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(size, PLAN.rank, generator=generator)).Q.contiguous()
 
     generator = torch.Generator().manual_seed(0)
-    frame = {name: Factors(columns(site.inputs).T.contiguous(), columns(site.outputs)) for name, site in SITES.items()}
-    found = to_framed_tensors(zero_adapter(frame), frame)
+    lora_xs_bases = {
+        name: Factors(columns(site.inputs).T.contiguous(), columns(site.outputs)) for name, site in SITES.items()
+    }
+    found = to_tensors_with_bases(zero_adapter(lora_xs_bases), lora_xs_bases)
     save_file({name: part for name, part in found.items() if "lora_B" not in name}, folder / "frame.safetensors")
     return folder / "frame.safetensors"
 
@@ -81,8 +83,8 @@ def _reply(request: Any, device: FakeDevice) -> Any:
     match request:
         case messages.Train(plan=plan):
             cores = plan.trains == "cores"
-            tensors = decode(request.adapter, adapter_shapes(SITES, -1, frame=cores))
-            frame = frame_from_tensors(tensors) if cores else None
+            tensors = decode(request.adapter, adapter_shapes(SITES, -1, with_bases=cores))
+            lora_xs_bases = bases_from_tensors(tensors) if cores else None
             sent = from_tensors(tensors)
             generator = torch.Generator().manual_seed(derive_seed(device.name, plan.round))
             head, _ = split_rank(sent if plan.sites is None else select_sites(sent, plan.sites), plan.rank)
@@ -90,10 +92,10 @@ def _reply(request: Any, device: FakeDevice) -> Any:
                 site: Factors(*(part + 0.1 * torch.randn(part.shape, generator=generator) for part in factors))
                 for site, factors in head.items()
             }
-            after = trained_tensors(moved, plan.trains, frame)
+            after = trained_tensors(moved, plan.trains, lora_xs_bases)
             data = encode(after)
             if plan.update != "fp32":
-                before = trained_tensors(head, plan.trains, frame)
+                before = trained_tensors(head, plan.trains, lora_xs_bases)
                 change = {name: part - before[name] for name, part in after.items()}
                 data = quantization.encode(change, plan.update, generator, keep=plan.keep)
             return messages.Update(

@@ -24,12 +24,12 @@ from client.rounds.scheduler import run_handlers
 from common.seeding import derive_seed
 from models.base.base import Base
 from models.lora.adapter import Adapter, Factors, to_tensors
-from models.lora.lora_xs import to_framed_tensors
+from models.lora.lora_xs import to_tensors_with_bases
 from privacy.noise import CPU, NoiseSource
 from protocol import tensor_codec
 from protocol.messages import Personalize, Reply, Request, Train, TrainingPlan
 from tests.helpers.devices import PRIVACY, make_device
-from tests.helpers.reference_trainer import frame, live
+from tests.helpers.reference_trainer import live, random_bases
 from training import jobs
 from training.engine import perform
 from training.jobs import Job, Picture, Result
@@ -118,7 +118,7 @@ def adapter(base: Base, seed: int, between: Adapter | None = None) -> Adapter:
 
 def fixed(base: Base) -> Adapter:
     """A frame, as it travels."""
-    return {name: Factors(*(part.float() for part in pair)) for name, pair in frame(base, SENT, 0).items()}
+    return {name: Factors(*(part.float() for part in pair)) for name, pair in random_bases(base, SENT, 0).items()}
 
 
 def personalise(sent: Adapter, number: int) -> Personalize:
@@ -173,7 +173,7 @@ def two_rounds(
 
     def train(number: int) -> Reply:
         sent = adapter(base, number, between)
-        tensors = to_framed_tensors(sent, between) if between else to_tensors(sent)
+        tensors = to_tensors_with_bases(sent, between) if between else to_tensors(sent)
         asked = plan(base, round=number, rank=mode.rank, trains=mode.trains, privacy=privacy)
         if mode.every > 1:
             asked = dataclasses.replace(asked, sites=tuple(base.sites)[:: mode.every])

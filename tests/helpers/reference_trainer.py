@@ -46,7 +46,7 @@ def live(base: Base, rank: int, seed: int) -> Adapter:
     }
 
 
-def frame(base: Base, rank: int, seed: int) -> Adapter:
+def random_bases(base: Base, rank: int, seed: int) -> Adapter:
     """Orthonormal factors A and L for every site."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -133,16 +133,18 @@ class Reference:
                 self.parameters = [a for a, _ in self.factors.values()]
             case "b":
                 self.parameters = [b for _, b in self.factors.values()]
-        if job.frame:
-            self.parameters = [(job.frame[name].b.T @ job.start[name].b).clone().requires_grad_() for name in names]
+        if job.lora_xs_bases:
+            self.parameters = [
+                (job.lora_xs_bases[name].b.T @ job.start[name].b).clone().requires_grad_() for name in names
+            ]
         self.told: list[Tensor] = []  # losses of all entries
         self.scales: list[float] = []  # of everything that was clipped
 
     def now(self) -> Adapter:
         """The factors that the parameters stand for."""
-        if self.job.frame is None:
+        if self.job.lora_xs_bases is None:
             return {name: Factors(a, b) for name, (a, b) in self.factors.items()}
-        between = {name: self.job.frame[name] for name in self.factors}
+        between = {name: self.job.lora_xs_bases[name] for name in self.factors}
         return {
             name: Factors(a, left @ core)
             for (name, (a, left)), core in zip(between.items(), self.parameters, strict=True)
@@ -223,8 +225,8 @@ class Reference:
         given = self.job.correction
         if given is None:
             return [torch.zeros_like(p) for p in self.parameters]
-        if self.job.frame:
-            return [self.job.frame[name].b.T @ given[name].b for name in self.factors]
+        if self.job.lora_xs_bases:
+            return [self.job.lora_xs_bases[name].b.T @ given[name].b for name in self.factors]
         trained = {"both": ("a", "b"), "a": ("a",), "b": ("b",)}[self.job.trains]
         return [getattr(given[name], factor) for name in self.factors for factor in trained]
 

@@ -23,7 +23,7 @@ from strategies.build import build
 from strategies.planning.full_plan import training_plan
 from strategies.registry import AGGREGATIONS
 from strategies.strategy import Federated
-from tests.helpers.fleet import REPORT, SITES, FakeDevice, frame_file, handle, perform
+from tests.helpers.fleet import REPORT, SITES, FakeDevice, bases_file, handle, perform
 
 NAMES = "abcd"
 composed = cache(compose)
@@ -73,13 +73,13 @@ def spoilt(wrong: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
 
 
 def made(name: str, folder: Path, more: str = "") -> tuple[Federated, RunState]:
-    frame = f"adapter.frame={frame_file(folder)}" if name == "fedsb" else ""
+    option = f"adapter.frame={bases_file(folder)}" if name == "fedsb" else ""
     config = composed(
-        f"strategy={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {frame} {more}"
+        f"strategy={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {more}"
     )
     plan = training_plan(config, run="run", base="base")
     federated = build(config, plan, SITES, accept_simulated=True)
-    begun = zero_adapter(federated.frame) if federated.frame else init_adapter(SITES, 3, seed=0)
+    begun = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
     return federated, RunState.start(run="run", private=False, adapter=begun)
 
 

@@ -32,7 +32,7 @@ from strategies.selection.poisson import Poisson
 from strategies.selection.round_robin import RoundRobin
 from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM, FedOpt
-from tests.helpers.fleet import SITES, frame_file
+from tests.helpers.fleet import SITES, bases_file
 
 
 def test_the_aggregation_is_the_one_named():
@@ -43,8 +43,8 @@ def test_the_aggregation_is_the_one_named():
 
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_every_shipped_strategy_builds(strategy, tmp_path):
-    framed = f"adapter.frame={frame_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
-    config = compose(f"strategy={strategy} fleet.sample=2 {framed}")
+    option = f"adapter.frame={bases_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
+    config = compose(f"strategy={strategy} fleet.sample=2 {option}")
     build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False).summary()
     assert type(aggregation(config)) is AGGREGATIONS[strategy]
 
@@ -286,7 +286,7 @@ def test_a_plan_says_in_which_precision_updates_come_back():
 
 def test_a_frame_is_for_cores_and_cores_need_one(tmp_path):
     for text, words in (
-        (f"strategy=fedit adapter.frame={frame_file(tmp_path)}", "cores are for strategy=fedsb"),
+        (f"strategy=fedit adapter.frame={bases_file(tmp_path)}", "cores are for strategy=fedsb"),
         ("strategy=fedsb adapter.frame=null", "strategy=fedsb needs one"),
     ):
         config = compose(f"{text} adapter.shared.rank=3")

@@ -331,14 +331,14 @@ def test_cores_alone_are_clipped_and_noised(tmp_path):
     def columns(length):
         return torch.linalg.qr(torch.randn(length, size, generator=generator)).Q
 
-    frame = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
-    level = central_dp(tmp_path, frame=frame)
+    lora_xs_bases = {name: Factors(columns(site.inputs).T, columns(site.outputs)) for name, site in SITES.items()}
+    level = central_dp(tmp_path, lora_xs_bases=lora_xs_bases)
     level.open(1, ["a"], b"adapter")
-    found, _ = level.close(FedSB(), zero_adapter(frame), [], round=1)
+    found, _ = level.close(FedSB(), zero_adapter(lora_xs_bases), [], round=1)
     noise = simulated("updates", 1).rounded_gaussian(len(SITES) * size * size, Z * RESOLUTION)
-    cores = trained_layout(SITES, size, "cores", frame).pack(found.adapter)
+    cores = trained_layout(SITES, size, "cores", lora_xs_bases).pack(found.adapter)
     assert cores.numpy() == pytest.approx((noise * (CLIP / RESOLUTION) / EXPECTED).numpy(), abs=1e-6)
-    for name, (a, left) in frame.items():
+    for name, (a, left) in lora_xs_bases.items():
         assert torch.equal(found.adapter[name].a, a)
         assert torch.allclose(left @ (left.T @ found.adapter[name].b), found.adapter[name].b, atol=1e-6)
 
@@ -408,17 +408,19 @@ def test_an_optimiser_steps_from_the_noised_mean(tmp_path):
 
 
 def test_of_cores_an_optimiser_moves_the_cores_alone():
-    frame = {
+    lora_xs_bases = {
         name: Factors(torch.linalg.qr(torch.randn(site.inputs, 3)).Q.T, torch.linalg.qr(torch.randn(site.outputs, 3)).Q)
         for name, site in SITES.items()
     }
-    federated = strategy(plan=PLAN, frame=frame, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0))
+    federated = strategy(
+        plan=PLAN, lora_xs_bases=lora_xs_bases, aggregation=FedSB(), optimiser=FedAvgM(rate=0.5, momentum=0.0)
+    )
     cores = {name: torch.randn(3, 3) for name in SITES}
-    moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in frame.items()}
-    found, memory = federated._stepped(zero_adapter(frame), Aggregated(moved, {}), {}, 1)
+    moved = {name: Factors(a, left @ cores[name]) for name, (a, left) in lora_xs_bases.items()}
+    found, memory = federated._stepped(zero_adapter(lora_xs_bases), Aggregated(moved, {}), {}, 1)
     assert {name: tuple(core.shape) for name, core in memory["mean"].items()} == {
         f"{name}.core": (3, 3) for name in SITES
     }
-    for name, (a, left) in frame.items():
+    for name, (a, left) in lora_xs_bases.items():
         assert torch.equal(found.adapter[name].a, a)
         assert torch.allclose(found.adapter[name].b, left @ (0.5 * cores[name]), atol=1e-6)

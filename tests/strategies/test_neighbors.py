@@ -111,7 +111,7 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
         else Poisson(rate=mode.rate, coins=lambda number: Still(numbers, [SAMPLES[number]])),
         limits=PlanLimits(),
         measuring=EvaluationPolicy(every=0) if mode.both else EvaluationPolicy(every=1, central_noise=hidden),
-        frame=between,
+        lora_xs_bases=between,
         accept_simulated=True,
         central_dp=CentralDP(
             run=asked.run,
@@ -122,7 +122,7 @@ def strategy(base: Base, folder: Path, present: Sequence[str], mode: Mode) -> Fe
             budget=DeviceBudget(epsilon=1000.0, delta=1e-3, participations=2 if mode.rate == 1 else None),
             noise=lambda _round: Still(),
             ledger=ServerLedger(FileStorage(folder / "server")),
-            frame=between,
+            lora_xs_bases=between,
         ),
     )
 
@@ -168,7 +168,7 @@ def two_rounds(
         return found
 
     grid = CohortGrid(devices, performed, together=mode.together)
-    current = records.adapter_to_record(tensor_codec.encode(to_tensors(adapter(base, 1, federated.frame))))
+    current = records.adapter_to_record(tensor_codec.encode(to_tensors(adapter(base, 1, federated.lora_xs_bases))))
     for number in (1, 2):
         seen.adapters.append(records.adapter_from_record(current))
         asked = federated.configure_train(number, current, ConfigRecord(), grid)
@@ -185,7 +185,7 @@ def two_rounds(
             assert federated.validation is not None
             assert federated.validation.gain is not None
             seen.gains.append(federated.validation.gain * 3)
-        sent = personalise(adapter(base, number, federated.frame), number)
+        sent = personalise(adapter(base, number, federated.lora_xs_bases), number)
         told = federated.aggregate_personalise(grid.send_and_receive(federated.configure_personalise(sent, grid)))
         assert told.devices == tuple(present)
     seen.adapters.append(records.adapter_from_record(current))

@@ -213,12 +213,14 @@ def orthonormal(rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("rule", [FFA(), FedSA(), FedSB()], ids=lambda rule: type(rule).__name__)
 def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: Path, rule: Aggregation) -> None:
     """After the first round c_i = (x − y_i) / (K η) of what travels, and c is their mean."""
-    frame = None
+    lora_xs_bases = None
     if rule.trains(1) == "cores":
-        frame = {name: Factors(orthonormal(s.inputs, 2).T, orthonormal(s.outputs, 2)) for name, s in SITES.items()}
-    noted, start = Noted(), zero_adapter(frame) if frame else init_adapter(SITES, 2, seed=0)
+        lora_xs_bases = {
+            name: Factors(orthonormal(s.inputs, 2).T, orthonormal(s.outputs, 2)) for name, s in SITES.items()
+        }
+    noted, start = Noted(), zero_adapter(lora_xs_bases) if lora_xs_bases else init_adapter(SITES, 2, seed=0)
     devices = [make_device(tmp_path / name, name=name, policy=Policy()) for name in NAMES]
-    grid, strategy = CohortGrid(devices, noted), federated(aggregation=rule, frame=frame)
+    grid, strategy = CohortGrid(devices, noted), federated(aggregation=rule, lora_xs_bases=lora_xs_bases)
     arrays = records.adapter_to_record(encode(to_tensors(start)))
     for number in (1, 2):
         messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
@@ -229,7 +231,7 @@ def test_of_an_adapter_that_is_trained_in_part_it_corrects_that_part(tmp_path: P
 
     def own(job: jobs.TrainJob, adapter: Adapter) -> np.ndarray:
         """What travels of it."""
-        found = trained_tensors(adapter, rule.trains(1), job.frame)
+        found = trained_tensors(adapter, rule.trains(1), job.lora_xs_bases)
         return np.concatenate([found[name].double().numpy().ravel() for name in sorted(found)])
 
     variates = {job.client: (own(job, job.start) - own(job, found.adapter)) / (STEPS * RATE) for job, found in first}

@@ -36,7 +36,7 @@ from strategies.registry import (
     refusal_reason,
 )
 from strategies.selection import Sampling
-from tests.helpers.fleet import SITES, FakeDevice, frame_file, handle, perform
+from tests.helpers.fleet import SITES, FakeDevice, bases_file, handle, perform
 from tools.privacy_page import page
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
@@ -53,9 +53,9 @@ def composed(words: str):
 
 
 def configured(chosen: Combination, folder: Path):
-    frame = f"adapter.frame={frame_file(folder)}" if chosen.aggregation == "fedsb" else ""
+    option = f"adapter.frame={bases_file(folder)}" if chosen.aggregation == "fedsb" else ""
     found = composed(
-        f"{frame} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
+        f"{option} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
         f"adapter.shared.steps=1 strategy.robust=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
     )
     return replace(found, strategy=replace(found.strategy, timing=chosen.timing))
@@ -113,7 +113,7 @@ def test_every_cell(chosen, tmp_path, monkeypatch):
     monkeypatch.setattr("simulations.grid.cohort.handle", handle)
     federated = built(config, tmp_path)
     grid = CohortGrid([FakeDevice(name) for name in "abcd"], perform)
-    begun = zero_adapter(federated.frame) if federated.frame else init_adapter(SITES, 3, seed=0)
+    begun = zero_adapter(federated.lora_xs_bases) if federated.lora_xs_bases else init_adapter(SITES, 3, seed=0)
     start = records.adapter_to_record(encode(to_tensors(begun)))
     for number in (1, 2):
         messages = federated.configure_train(number, start, ConfigRecord(), grid)

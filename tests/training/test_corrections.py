@@ -14,10 +14,10 @@ from tests.helpers.reference_trainer import (
     Reference,
     assert_close,
     assert_same_bits,
-    frame,
     job,
     live,
     private,
+    random_bases,
     some,
     trained,
 )
@@ -34,7 +34,7 @@ def scaled(adapter: Adapter, by: float) -> Adapter:
 
 def cohort(base: Base) -> list[TrainJob]:
     pull = scaled(live(base, 2, 21), 1e-3)
-    between = frame(base, 2, 2)
+    between = random_bases(base, 2, 2)
     inside = {name: Factors(a, left @ torch.ones(2, 2).to(left)) for name, (a, left) in between.items()}
     sgd = {"optimizer": "sgd", "learning_rate": 0.3}
     return [
@@ -51,7 +51,17 @@ def cohort(base: Base) -> list[TrainJob]:
             steps=2,
             **sgd,
         ),
-        job(base, "cores", start=inside, trains="cores", frame=between, correction=pull, proximal=0.2, steps=2, **sgd),
+        job(
+            base,
+            "cores",
+            start=inside,
+            trains="cores",
+            lora_xs_bases=between,
+            correction=pull,
+            proximal=0.2,
+            steps=2,
+            **sgd,
+        ),
         job(base, "A alone", trains="a", correction=pull, proximal=0.2, steps=2, **sgd),
         private(base, "B alone, private", trains="b", correction=pull, proximal=0.2, steps=2, **sgd),
     ]

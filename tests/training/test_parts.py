@@ -16,10 +16,10 @@ from tests.helpers.reference_trainer import (
     PLENTY,
     Reference,
     assert_close,
-    frame,
     job,
     live,
     private,
+    random_bases,
     room,
     some,
     trained,
@@ -53,25 +53,25 @@ def starting(base: Base, trains: str, start: Adapter, other: Adapter) -> list[Tr
     ]
 
 
-def framed(base: Base) -> list[TrainJob]:
-    one, other = frame(base, 3, 1), frame(base, 2, 2)
+def core_jobs(base: Base) -> list[TrainJob]:
+    one, other = random_bases(base, 3, 1), random_bases(base, 2, 2)
     within, beside = inside(one, 5, base), inside(other, 6, base)
     few = some(other)
     return [
-        job(base, "plain", start=within, frame=one, trains="cores", steps=2),
-        job(base, "another frame", start=beside, frame=other, trains="cores", frozen=live(base, 2, 9), steps=2),
-        private(base, "private", count=3, start=within, frame=one, trains="cores", steps=2),
+        job(base, "plain", start=within, lora_xs_bases=one, trains="cores", steps=2),
+        job(base, "another frame", start=beside, lora_xs_bases=other, trains="cores", frozen=live(base, 2, 9), steps=2),
+        private(base, "private", count=3, start=within, lora_xs_bases=one, trains="cores", steps=2),
         private(
             base,
             "clipped by site",
             start=select_sites(beside, few),
-            frame=few,
+            lora_xs_bases=few,
             trains="cores",
             per_site=True,
             count=3,
             batch_size=4,
         ),
-        private(base, "nobody", start=within, frame=one, trains="cores", rate=0.0, steps=1),
+        private(base, "nobody", start=within, lora_xs_bases=one, trains="cores", rate=0.0, steps=1),
     ]
 
 
@@ -81,7 +81,7 @@ def cohort(base: Base) -> list[TrainJob]:
     return [
         *starting(base, "a", start, other)[::3],
         *starting(base, "b", start, other),
-        *framed(base),
+        *core_jobs(base),
         job(base, "factors", steps=2),
         job(base, "factors elsewhere", start=some(other), frozen=other, steps=2),
         job(base, "no rank", start=empty, trains="b"),
@@ -103,9 +103,9 @@ def test_parts_are_trained_as_if_alone(fine: Base) -> None:
 
 @pytest.mark.parametrize("trains", PARTS)
 def test_what_is_fixed_stays_and_the_source_of_noise_is_asked_for_the_rest_alone(fine: Base, trains: str) -> None:
-    between = frame(fine, 2, 3) if trains == "cores" else None
+    between = random_bases(fine, 2, 3) if trains == "cores" else None
     start = inside(between, 7, fine) if between else live(fine, 2, 7)
-    plan = private(fine, "p", start=start, frame=between, trains=trains, noise_multiplier=5.0)
+    plan = private(fine, "p", start=start, lora_xs_bases=between, trains=trains, noise_multiplier=5.0)
     assert plan.noise
     drawing = type(plan.noise).rounded_gaussian
     with patch.object(type(plan.noise), "rounded_gaussian", autospec=True, side_effect=drawing) as asked:
@@ -126,7 +126,7 @@ def test_what_is_fixed_stays_and_the_source_of_noise_is_asked_for_the_rest_alone
 @pytest.mark.parametrize("trains", ["both", *PARTS])
 def test_no_gradient_is_computed_of_what_is_fixed_or_left_out(fine: Base, trains: str) -> None:
     """Of the operation that adapters share with their layer: it is asked for nothing else, and at no other site."""
-    between = some(frame(fine, 2, 3)) if trains == "cores" else None
+    between = some(random_bases(fine, 2, 3)) if trains == "cores" else None
     start = inside(between, 7, fine) if between else some(live(fine, 2, 7))
     kept: list[tuple[bool, ...]] = []
 
@@ -136,7 +136,12 @@ def test_no_gradient_is_computed_of_what_is_fixed_or_left_out(fine: Base, trains
 
     backward = batched_linear._backward
     with patch.object(batched_linear, "_backward", watch):
-        train(fine, [job(fine, "p", start=start, frame=between, trains=trains, steps=1)], memory=PLENTY, timesteps=2)
+        train(
+            fine,
+            [job(fine, "p", start=start, lora_xs_bases=between, trains=trains, steps=1)],
+            memory=PLENTY,
+            timesteps=2,
+        )
     wanted = {"both": (True, True), "a": (True, False)}.get(trains, (False, True))
     assert set(kept) == {wanted}
     assert len(kept) % len(start) == 0
@@ -158,10 +163,10 @@ def test_rows_hold_what_is_trained_and_no_other_site(fine: Base) -> None:
 
 
 def test_a_frame_that_does_not_fit_fails_alone(fine: Base) -> None:
-    between = frame(fine, 2, 3)
+    between = random_bases(fine, 2, 3)
     start = inside(between, 7, fine)
-    for wrong in (frame(fine, 3, 3), some(between)):
-        jobs = [job(fine, "wrong", start=start, frame=wrong, trains="cores"), job(fine, "sound")]
+    for wrong in (random_bases(fine, 3, 3), some(between)):
+        jobs = [job(fine, "wrong", start=start, lora_xs_bases=wrong, trains="cores"), job(fine, "sound")]
         found = train(fine, jobs, memory=PLENTY, timesteps=2)
         assert isinstance(found[0], ValueError)
         assert "frame" in str(found[0])
@@ -169,4 +174,4 @@ def test_a_frame_that_does_not_fit_fails_alone(fine: Base) -> None:
     with pytest.raises(ValueError, match="cores are trained in a frame"):
         job(fine, "none", trains="cores")
     with pytest.raises(ValueError, match="cores are trained in a frame"):
-        job(fine, "not asked for", frame=between)
+        job(fine, "not asked for", lora_xs_bases=between)

@@ -22,7 +22,7 @@ from client.rounds.scheduler import run_handlers
 from client.store.store import RESIDUAL
 from common.seeding import derive_seed
 from models.lora.adapter import Adapter, Factors, adapter_shapes, split_rank, to_tensors
-from models.lora.lora_xs import to_framed_tensors
+from models.lora.lora_xs import to_tensors_with_bases
 from models.lora.trainable import trained_shapes, trained_tensors
 from privacy.ledger.ledger import SEALED
 from privacy.noise import SimulatedNoise
@@ -33,7 +33,7 @@ from protocol.messages import Train, Update
 from protocol.tensor_codec import CodecError
 from tests.helpers.devices import PRIVACY, SITES, Performer, adapter, know_epsilon, make_device, to_bytes, train_request
 from tests.models.lora.test_lora_xs import SITES as CORE_SITES
-from tests.models.lora.test_lora_xs import framed
+from tests.models.lora.test_lora_xs import random_bases
 from training import jobs
 from training.jobs import Result, TrainedAdapter
 
@@ -253,22 +253,26 @@ def test_a_training_that_went_astray_is_refused_and_forgotten(tmp_path: Path, pr
 
 
 def test_cores_travel_as_their_change(tmp_path: Path) -> None:
-    frame = framed(3)
-    sent: Adapter = {name: Factors(a, left @ torch.full((3, 3), 0.1)) for name, (a, left) in frame.items()}
+    lora_xs_bases = random_bases(3)
+    sent: Adapter = {name: Factors(a, left @ torch.full((3, 3), 0.1)) for name, (a, left) in lora_xs_bases.items()}
     asked = request(trains="cores", rank=2, precision="fp16")
-    asked = dataclasses.replace(asked, adapter=tensor_codec.encode(to_framed_tensors(sent, frame)))
+    asked = dataclasses.replace(asked, adapter=tensor_codec.encode(to_tensors_with_bases(sent, lora_xs_bases)))
 
     class Cored(Performer):
         def _perform(self, job: jobs.Job) -> Result:
             if not isinstance(job, jobs.TrainJob):
                 return super()._perform(job)
-            assert job.frame
-            return TrainedAdapter({n: Factors(a, b + 0.5 * job.frame[n].b) for n, (a, b) in job.start.items()}, 0.25, 1)
+            assert job.lora_xs_bases
+            return TrainedAdapter(
+                {n: Factors(a, b + 0.5 * job.lora_xs_bases[n].b) for n, (a, b) in job.start.items()}, 0.25, 1
+            )
 
     device = dataclasses.replace(make_device(tmp_path), sites=CORE_SITES)
     found = quantization.decode(ask(device, asked, Cored()).adapter, trained_shapes(CORE_SITES, 2, "cores"), "fp16")
-    start, frame = split_rank(sent, 2)[0], split_rank(frame, 2)[0]
-    wanted = trained_tensors({n: Factors(a, 0.5 * frame[n].b) for n, (a, b) in start.items()}, "cores", frame)
+    start, lora_xs_bases = split_rank(sent, 2)[0], split_rank(lora_xs_bases, 2)[0]
+    wanted = trained_tensors(
+        {n: Factors(a, 0.5 * lora_xs_bases[n].b) for n, (a, b) in start.items()}, "cores", lora_xs_bases
+    )
     assert near(found, wanted, atol=1e-3)
 
 

@@ -137,7 +137,9 @@ def work(wanted: str, server: Server) -> None:
 
 def test_a_cut_link_is_tried_again_and_what_came_is_kept(base: Path) -> None:
     wanted, server, waited = assets.digest(base), Server(base), []
-    big = chunk_manifest.of(base).files.index(next(file for file in chunk_manifest.of(base).files if file.size == 500))
+    big = chunk_manifest.build(base).files.index(
+        next(file for file in chunk_manifest.build(base).files if file.size == 500)
+    )
     server.tamper[str(big), 128] = [ConnectionError("cut"), TimeoutError("slow")]
     fetch(wanted, FREE, server, waits=(1, 2), sleep=waited.append)
     assert waited == [1, 2]
@@ -147,7 +149,9 @@ def test_a_cut_link_is_tried_again_and_what_came_is_kept(base: Path) -> None:
 
 def test_a_link_that_stays_cut_is_given_up_and_gone_on_with_later(base: Path) -> None:
     wanted, server = assets.digest(base), Server(base)
-    big = chunk_manifest.of(base).files.index(next(file for file in chunk_manifest.of(base).files if file.size == 500))
+    big = chunk_manifest.build(base).files.index(
+        next(file for file in chunk_manifest.build(base).files if file.size == 500)
+    )
     server.tamper[str(big), 256] = [ConnectionError("cut")] * 3
     with pytest.raises(AntherError, match="cut 3 times"):
         fetch(wanted, FREE, server, waits=(1, 2), sleep=unhurried)
@@ -159,7 +163,9 @@ def test_a_link_that_stays_cut_is_given_up_and_gone_on_with_later(base: Path) ->
 @pytest.mark.parametrize("wrong", [b"", b"x" * 64, b"short", b"y" * 10_000])
 def test_a_wrong_chunk_is_fetched_once_more_and_then_refused(wrong: bytes, base: Path, home: Path) -> None:
     wanted, server = assets.digest(base), Server(base)
-    big = chunk_manifest.of(base).files.index(next(file for file in chunk_manifest.of(base).files if file.size == 500))
+    big = chunk_manifest.build(base).files.index(
+        next(file for file in chunk_manifest.build(base).files if file.size == 500)
+    )
     server.tamper[str(big), 64] = [wrong, wrong]
     with pytest.raises(AntherError, match=r"unet/x\.safetensors: chunk 2 of 8 from the server was wrong twice"):
         fetch(wanted, FREE, server)
@@ -171,7 +177,9 @@ def test_a_wrong_chunk_is_fetched_once_more_and_then_refused(wrong: bytes, base:
 def test_what_lies_half_fetched_is_believed_as_far_as_it_is_right(base: Path, home: Path) -> None:
     """After a power cut there may be zeros where there were chunks, or more than there should be."""
     wanted, server = assets.digest(base), Server(base)
-    big = chunk_manifest.of(base).files.index(next(file for file in chunk_manifest.of(base).files if file.size == 500))
+    big = chunk_manifest.build(base).files.index(
+        next(file for file in chunk_manifest.build(base).files if file.size == 500)
+    )
     server.tamper[str(big), 448] = [b"", b""]
     with pytest.raises(AntherError):
         fetch(wanted, FREE, server)
@@ -185,11 +193,11 @@ def test_what_lies_half_fetched_is_believed_as_far_as_it_is_right(base: Path, ho
 def test_chunks_that_are_as_told_and_no_file_of_the_base(base: Path, tmp_path: Path, home: Path) -> None:
     """A sender that lies about chunks is found out by the file's own hash, which the base's hash comes from."""
     wanted = assets.digest(base)
-    honest = chunk_manifest.of(base)
+    honest = chunk_manifest.build(base)
     changed = tmp_path / "changed"
     shutil.copytree(base, changed)
     (changed / "unet" / "x.safetensors").write_bytes(b"z" * 500)
-    lies = chunk_manifest.of(changed)
+    lies = chunk_manifest.build(changed)
     files = tuple(
         chunk_manifest.ManifestFile(a.name, a.size, a.sha256, b.chunks)
         for a, b in zip(honest.files, lies.files, strict=True)

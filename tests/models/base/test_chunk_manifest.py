@@ -36,7 +36,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_comes_to_the_hash_that_devices_compare() -> None:
     folder = ROOT / "typefaces/assets/glyphs-base"
-    made = chunk_manifest.of(folder)
+    made = chunk_manifest.build(folder)
     assert made.base == assets.digest(folder)
     assert made.name == "glyphs-base"
     assert made.total == sum(file.stat().st_size for file in assets.identity_files(folder))
@@ -45,7 +45,7 @@ def test_it_comes_to_the_hash_that_devices_compare() -> None:
 
 
 def test_every_chunk_is_told_from_another(base: Path) -> None:
-    made = chunk_manifest.of(base)
+    made = chunk_manifest.build(base)
     assert made.base == assets.digest(base)
     assert [(file.name, len(file.chunks)) for file in made.files] == [
         ("a/e.txt", 0),
@@ -62,7 +62,7 @@ def test_every_chunk_is_told_from_another(base: Path) -> None:
 
 
 def told(base: Path) -> dict[str, Any]:
-    return json.loads(chunk_manifest.of(base).encode())
+    return json.loads(chunk_manifest.build(base).encode())
 
 
 def named(name: object) -> Callable[[dict[str, Any]], None]:
@@ -160,7 +160,7 @@ def test_what_is_no_json_object_is_refused(data: bytes) -> None:
 
 
 def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = chunk_manifest.of(base)
+    made = chunk_manifest.build(base)
     for limit, value in {"LONGEST": 100, "MOST_FILES": 3, "MOST_BYTES": 250}.items():
         with monkeypatch.context() as patched:
             patched.setattr(chunk_manifest, limit, value)
@@ -171,4 +171,4 @@ def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nobody_would_take_is_said_to_its_owner(base: Path) -> None:
     (base / "my notes.txt").write_text("x")
     with pytest.raises(AntherError, match=r"tiny-base: can't be handed on.*my notes\.txt"):
-        chunk_manifest.of(base)
+        chunk_manifest.build(base)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.lib.tiny import ATTENTION
 from models.base.base import Base
-from models.base.paging import _MARKED, mark, release_pages
+from models.base.paging import _MARKED, mark_mapped, release_pages
 from models.quantization.blockwise import QuantizedTensor, quantize
 from models.quantization.layers import QuantizedLinear
 from models.quantization.pack import pack
@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> Path:
 def marked(file: Path) -> Tensor:
     with safe_open(file, "pt") as tensors:
         x = tensors.get_tensor("x")
-    mark([x])
+    mark_mapped([x])
     return x
 
 
@@ -61,7 +61,7 @@ def test_released_pages_are_gone_and_come_back(file: Path) -> None:
 def test_what_is_not_a_file_is_left_alone(file: Path) -> None:
     """MADV_DONTNEED would turn it into zeros."""
     made, mapped = torch.arange(1 << 20), marked(file)
-    mark([made])
+    mark_mapped([made])
     for x in (made, mapped.clone(), mapped.long(), copy.deepcopy(mapped)):
         wanted = x.clone()
         release_pages(x, 0, len(x))
@@ -76,7 +76,7 @@ def test_small_parts_give_back_what_came_with_them(tmp_path: Path) -> None:
     )
     with safe_open(file, "pt") as tensors:
         parts = [tensors.get_tensor(name) for name in sorted(tensors.keys())]
-    mark(parts)
+    mark_mapped(parts)
     for part in parts:  # to map them has brought them all in
         release_pages(part, 0, len(part))
     for place, part in [*enumerate(parts)] * 2:
@@ -95,7 +95,7 @@ def test_a_layer_gives_back_what_it_has_read(tmp_path: Path, kind: str) -> None:
     save_file(quantize(plain.weight, kind)._asdict(), file := tmp_path / "layer.safetensors")
     with safe_open(file, "pt") as tensors:
         parts = QuantizedTensor(*(tensors.get_tensor(name) for name in QuantizedTensor._fields))
-    mark(parts)
+    mark_mapped(parts)
     layer = QuantizedLinear(plain, parts)
     stays = QuantizedLinear(plain, quantize(plain.weight, kind))
     x = torch.randn(3, 2048, requires_grad=True)

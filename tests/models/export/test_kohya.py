@@ -256,8 +256,8 @@ def test_an_export_is_the_same_bytes_each_time(tiny: Tiny, tmp_path: Path) -> No
 
 def test_a_place_is_a_whole_module_unless_said() -> None:
     assert SD3.kohya is not None
-    assert SD3.kohya.place("context_embedder") == FusedPart("context_embedder")
-    assert SD3.kohya.place("transformer_blocks.11.attn.add_k_proj") == FusedPart(
+    assert SD3.kohya.fused_part("context_embedder") == FusedPart("context_embedder")
+    assert SD3.kohya.fused_part("transformer_blocks.11.attn.add_k_proj") == FusedPart(
         "joint_blocks.11.context_block.attn.qkv", 1, (1, 1, 1)
     )
 

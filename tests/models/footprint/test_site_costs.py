@@ -41,7 +41,7 @@ def test_any_set_of_sites_takes_what_a_dry_run_of_it_does(kind: str, checkpointi
     names = [site.name for site in found.sites]
     chance = random.Random(0)
     whole = run(kind, checkpointing, names)
-    fixed = whole.base_bytes + whole.module_bytes
+    fixed = whole.base_bytes + whole.objects_bytes
     assert found.bytes(names) == whole.peak_bytes
     assert found.work(names) == pytest.approx(1.0)
     for chosen in (names[-1:], names[len(names) // 2 :], chance.sample(names, 5)):

@@ -12,9 +12,9 @@ from torch import Tensor
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Factors, Site
 from models.lora.lora_xs import (
-    frame_from_tensors,
-    load_frame,
-    to_framed_tensors,
+    bases_from_tensors,
+    load_bases,
+    to_tensors_with_bases,
     zero_adapter,
 )
 
@@ -25,7 +25,7 @@ def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q
 
 
-def framed(rank: int, seed: int = 0) -> Adapter:
+def random_bases(rank: int, seed: int = 0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: Factors(orthonormal(s.inputs, rank, generator).T.contiguous(), orthonormal(s.outputs, rank, generator))
@@ -34,41 +34,43 @@ def framed(rank: int, seed: int = 0) -> Adapter:
 
 
 def test_empty_adds_nothing_and_travels_with_its_frame() -> None:
-    frame = framed(3)
-    tensors = to_framed_tensors(zero_adapter(frame), frame)
-    found = frame_from_tensors(tensors)
+    bases = random_bases(3)
+    tensors = to_tensors_with_bases(zero_adapter(bases), bases)
+    found = bases_from_tensors(tensors)
     assert all(not tensors[f"{name}.lora_B"].any() for name in SITES)
     assert all(
-        torch.equal(found[name].b, frame[name].b) and torch.equal(found[name].a, frame[name].a) for name in SITES
+        torch.equal(found[name].b, bases[name].b) and torch.equal(found[name].a, bases[name].a) for name in SITES
     )
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "frame"])
 def test_a_frame_that_is_not_orthonormal_is_refused(factor: str) -> None:
-    frame = framed(3)
-    tensors = to_framed_tensors(zero_adapter(frame), frame)
+    bases = random_bases(3)
+    tensors = to_tensors_with_bases(zero_adapter(bases), bases)
     tensors[f"b.{factor}"] = 1.01 * tensors[f"b.{factor}"]
     with pytest.raises(AntherError, match="b: the frame's factors are not orthonormal"):
-        frame_from_tensors(tensors)
+        bases_from_tensors(tensors)
 
 
 def test_a_frame_file_is_cut_to_what_is_asked(tmp_path: Path) -> None:
-    frame, file = framed(4), tmp_path / "frame.safetensors"
-    tensors = {k: v.contiguous() for k, v in to_framed_tensors(zero_adapter(frame), frame).items() if "lora_B" not in k}
+    bases, file = random_bases(4), tmp_path / "frame.safetensors"
+    tensors = {
+        k: v.contiguous() for k, v in to_tensors_with_bases(zero_adapter(bases), bases).items() if "lora_B" not in k
+    }
     save_file(tensors, file)
-    found = load_frame(file, {"b": SITES["b"]}, 2)
+    found = load_bases(file, {"b": SITES["b"]}, 2)
     assert list(found) == ["b"]
-    assert torch.equal(found["b"].a, frame["b"].a[:2])
-    assert torch.equal(found["b"].b, frame["b"].b[:, :2])
+    assert torch.equal(found["b"].a, bases["b"].a[:2])
+    assert torch.equal(found["b"].b, bases["b"].b[:, :2])
     for sites, rank, words in (
         ({"c": Site(2, 2)}, 2, "choose sites that it has"),
         (SITES, 5, "doesn't hold rank 5"),
         ({"a": Site(8, 5)}, 2, "doesn't hold rank 2 of this base"),
     ):
         with pytest.raises(AntherError, match=words):
-            load_frame(file, sites, rank)
+            load_bases(file, sites, rank)
     file.write_bytes(b"nonsense")
     with pytest.raises(AntherError, match="can't be read as a frame"):
-        load_frame(file, SITES, 2)
+        load_bases(file, SITES, 2)
     with pytest.raises(AntherError, match="can't be read as a frame"):
-        load_frame(tmp_path / "none", SITES, 2)
+        load_bases(tmp_path / "none", SITES, 2)

@@ -19,26 +19,26 @@ from models.lora.trainable import (
     trained_tensors,
 )
 from tests.helpers.adapters import random_adapter
-from tests.models.lora.test_lora_xs import SITES, framed
+from tests.models.lora.test_lora_xs import SITES, random_bases
 
 RANK = 4
 kinds = pytest.mark.parametrize("trains", TRAINED_TENSORS)
 SOME = st.sets(st.sampled_from(sorted(SITES)))
 
 
-def between(frame: Adapter, seed: int) -> Adapter:
+def between(bases: Adapter, seed: int) -> Adapter:
     """An adapter in this frame, with random cores."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: Factors(a, left @ torch.randn(len(a), len(a), generator=generator)) for name, (a, left) in frame.items()
+        name: Factors(a, left @ torch.randn(len(a), len(a), generator=generator)) for name, (a, left) in bases.items()
     }
 
 
 def drawn(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter | None]:
     """What was sent, what was made of it, and the frame."""
     if trains == "cores":
-        frame = split_rank(framed(RANK, seed), rank)[0]
-        return between(frame, 1), between(frame, 2), frame
+        bases = split_rank(random_bases(RANK, seed), rank)[0]
+        return between(bases, 1), between(bases, 2), bases
     sent, made = random_adapter(SITES, rank, 1), random_adapter(SITES, rank, 2)
     fixed = {"b": "a", "a": "b", "split": "b"}.get(trains)
     return sent, {n: f._replace(**({fixed: getattr(sent[n], fixed)} if fixed else {})) for n, f in made.items()}, None
@@ -48,11 +48,11 @@ def drawn(trains: str, rank: int, seed: int) -> tuple[Adapter, Adapter, Adapter 
 @settings(max_examples=20, deadline=None)
 @given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
 def test_what_is_trained_travels_there_and_back(trains: str, rank: int, seed: int, there: set[str]) -> None:
-    sent, made, frame = drawn(trains, rank, seed)
-    found = trained_tensors(select_sites(made, there), trains, frame)
+    sent, made, bases = drawn(trains, rank, seed)
+    found = trained_tensors(select_sites(made, there), trains, bases)
     chosen = {name: SITES[name] for name in SITES if name in there}
     assert {name: tuple(part.shape) for name, part in found.items()} == trained_shapes(chosen, rank, trains)
-    back = from_trained_tensors(found, trains, select_sites(sent, there), frame)
+    back = from_trained_tensors(found, trains, select_sites(sent, there), bases)
     assert list(back) == list(chosen)
     for name, pair in back.items():
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(pair, made[name], strict=True))
@@ -63,14 +63,14 @@ def test_what_is_trained_travels_there_and_back(trains: str, rank: int, seed: in
 @given(rank=st.integers(0, RANK), seed=st.integers(0, 100), there=SOME)
 def test_a_row_holds_it_and_nothing_else(trains: str, rank: int, seed: int, there: set[str]) -> None:
     """Of smaller ranks and of some of the sites too; the rest of the row is zero, and its mask says so."""
-    whole, _, frame = drawn(trains, RANK, seed)
+    whole, _, bases = drawn(trains, RANK, seed)
     made = select_sites(split_rank(whole, rank)[0], there)
     if trains == "cores":
-        made = select_sites(between(split_rank(frame or {}, rank)[0], 2), there)
-    layout = trained_layout(SITES, RANK, trains, frame or whole)
+        made = select_sites(between(split_rank(bases or {}, rank)[0], 2), there)
+    layout = trained_layout(SITES, RANK, trains, bases or whole)
     assert layout.size == sum(map(prod, trained_shapes(SITES, RANK, trains).values()))
     row = layout.pack(made)
-    parts = trained_tensors(made, trains, split_rank(frame, rank)[0] if frame else None)
+    parts = trained_tensors(made, trains, split_rank(bases, rank)[0] if bases else None)
     assert row.norm() == pytest.approx(
         float(torch.cat([torch.zeros(0), *map(torch.ravel, parts.values())]).norm()), abs=1e-4
     )

@@ -30,7 +30,7 @@ def client(*folders: Path) -> TestClient:
 def test_a_base_whole_and_in_parts(base: Path) -> None:
     asked, wanted = client(base), assets.digest(base)
     manifest = asked.get(f"/v1/anther/base/{wanted}/manifest")
-    assert chunk_manifest.decode_manifest(manifest.content, wanted) == chunk_manifest.of(base)
+    assert chunk_manifest.decode_manifest(manifest.content, wanted) == chunk_manifest.build(base)
     path = f"/v1/anther/base/{wanted}/file/1"
     assert asked.get(path).content == bytes(range(200))
     part = asked.get(path, headers={"Range": "bytes=50-59"})

@@ -12,7 +12,7 @@ from common.errors import AntherError
 from conf.compose import compose
 from conf.schemas.simulation import StrategyConfig
 from models.lora.adapter import Factors, Site, to_tensors
-from models.lora.lora_xs import load_frame, zero_adapter
+from models.lora.lora_xs import load_bases, zero_adapter
 from protocol import quantization
 from protocol.messages import Update
 from server.rounds import checkpoint
@@ -34,7 +34,7 @@ from strategies.fedbuff import rebase_product
 from strategies.planning.full_plan import training_plan
 from strategies.robust.replay import ReplayFilter, draw, relative_distances, sketch
 from strategies.round.validation import ReplyRejectedError
-from tests.helpers.fleet import PLAN, FakeDevice, frame_file, fresh_state, handle, perform, strategy
+from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter
 from tests.helpers.timed_fleet import owned, timed
@@ -280,16 +280,16 @@ def dropped(state):
     return [done.train.dropped for done in state.history[1:]]
 
 
-def framed(folder):
-    return load_frame(frame_file(folder), FLEET_SITES, PLAN.rank)
+def bases_of(folder):
+    return load_bases(bases_file(folder), FLEET_SITES, PLAN.rank)
 
 
 @pytest.mark.usefixtures("_fake_logic")
 @pytest.mark.parametrize("rule", [Exact(rank=3, max_rank=None, seed=0), FedIT(), FFA(), FedSB()], ids=type)
 def test_a_run_drops_and_counts_replays(tmp_path, rule):
-    frame = framed(tmp_path) if isinstance(rule, FedSB) else None
-    state = RunState.start(run="run", private=False, adapter=zero_adapter(frame)) if frame else None
-    found = run(tmp_path / "runs", fleet(), rounds=4, rule=rule, frame=frame, state=state)
+    lora_xs_bases = bases_of(tmp_path) if isinstance(rule, FedSB) else None
+    state = RunState.start(run="run", private=False, adapter=zero_adapter(lora_xs_bases)) if lora_xs_bases else None
+    found = run(tmp_path / "runs", fleet(), rounds=4, rule=rule, lora_xs_bases=lora_xs_bases, state=state)
     assert dropped(found) == [{}, *[{"replayed": 1}] * 3]
     assert [done.train.replied for done in found.history[1:]] == [3, 2, 2, 2]
 

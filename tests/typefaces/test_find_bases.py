@@ -7,13 +7,13 @@ import torch
 from conf.compose import compose
 from models.base import assets
 from models.base.base import load
-from models.lora.lora_xs import load_frame
-from typefaces.find_frame import RANK, SITES, frame, leading_eigenvectors
+from models.lora.lora_xs import load_bases
+from typefaces.find_bases import RANK, SITES, compute_bases, leading_eigenvectors
 
 
 def test_the_frame_fits_the_base_and_is_orthonormal() -> None:
     base = load("glyphs", sites=compose("privacy=none").adapter.sites)
-    found = load_frame(assets.locate("glyphs-frame") / "frame.safetensors", base.sites, RANK)
+    found = load_bases(assets.locate("glyphs-frame") / "frame.safetensors", base.sites, RANK)
     assert found.keys() == base.sites.keys()
     assert base.sites.keys() == load("glyphs", sites=SITES).sites.keys()
 
@@ -22,7 +22,7 @@ def test_directions_are_those_of_an_svd() -> None:
     """Of one gradient G = U S Vᵀ the leading directions are the first columns of V and of U, up to their signs."""
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(gradient)
-    found = frame([{"site": gradient}], 4)
+    found = compute_bases([{"site": gradient}], 4)
     for own, wanted in ((found["site.lora_A"], vh[:4]), (found["site.frame"].T, u.T[:4])):
         assert torch.allclose((own @ wanted.T).abs(), torch.eye(4), atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Find the directions in which public designers differ:  python -m typefaces.find_frame [--families 120]
+"""Find the directions in which public designers differ:  python -m typefaces.find_bases [--families 120]
 
 For each adaptable layer W of the glyph base, the leading eigenvectors of Σ GᵀG and Σ GGᵀ, where G is the gradient that
 one public family's letters have on W: the rows of A and the columns of L between which cores are trained
@@ -49,7 +49,7 @@ def gradients(base: Base, families: Sequence[dataset.Typeface]) -> Iterator[Mapp
         yield dict(zip(layers, found, strict=True))
 
 
-def frame(found: Iterable[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
+def compute_bases(found: Iterable[Mapping[str, Tensor]], rank: int) -> dict[str, Tensor]:
     """`<site>.lora_A` [rank, in] and `<site>.frame` [out, rank] from gradients [out, in]."""
     inner: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ def main() -> None:
     base = load("glyphs", sites=SITES)
     found = gradients(base, [families[place] for place in chosen])
     FILE.parent.mkdir(exist_ok=True)
-    save_file(frame(track(found, total=len(chosen)), RANK), FILE)
+    save_file(compute_bases(track(found, total=len(chosen)), RANK), FILE)
 
 
 if __name__ == "__main__":
