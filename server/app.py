@@ -23,7 +23,7 @@ from privacy.storage import FileStorage
 from protocol.tensor_codec import largest
 from server.grid.validating_grid import ValidatingGrid
 from server.ledger import ServerLedger
-from server.report.open_trackers import open_trackers, round_metrics
+from server.report.trackers import open_trackers, round_metrics
 from server.rounds import checkpoint
 from server.rounds.federation import federate
 from server.rounds.state import Round

@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from client.store.generations import AdapterVersion, AdapterVersions, metadata, plain
 from client.store.layout import CACHE, LOCAL_FACTORS, PERSONAL, PREVIEWS, RESIDUAL, SEED, VARIATE, federation_prefix
-from client.store.personal_versions import AdapterVersion, AdapterVersions, metadata, plain
 from common.errors import AntherError
 from models.lora.adapter import Adapter, Sites, adapter_shapes, from_tensors, rank, to_tensors
 from privacy.ledger.ledger import DeviceLedger

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from client.store.personal_versions import MARK
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from client.store.generations import MARK
 from client.store.store import PersonalAdapter, Store
 from common.errors import AntherError
 from models.lora.adapter import Site, to_tensors
