@@ -234,7 +234,7 @@ def federate(
     lived: VirtualFleet | None,
 ) -> RunState:
     """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
-    from server.report.open_trackers import open_trackers
+    from server.report.trackers import open_trackers
 
     from server.rounds import checkpoint
     from server.rounds.federation import federate
@@ -276,7 +276,7 @@ def _numbers(record: Round, fleet: FleetRound | None) -> dict[str, Any]:
     Args:
         fleet: what really became of a fleet that lives on a clock of its own.
     """
-    from server.report.open_trackers import round_metrics
+    from server.report.trackers import round_metrics
 
     values, train = round_metrics(record), record.train
     if fleet:

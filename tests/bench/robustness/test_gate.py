@@ -178,7 +178,7 @@ def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Ingress], mo
     """Without its checks of numbers and of norms, the harness finds both."""
     ingress = every["Update"]
     assert ingress.honest.adapter is not None
-    monkeypatch.setattr("strategies.round.validation.excess", lambda _adapter: None)
+    monkeypatch.setattr("strategies.round.validation.norm_violation", lambda _adapter: None)
     monkeypatch.setattr(tensor_codec, "_finite", lambda _values: True)
     for value in (1e30, float("nan")):
         payload = replace_values(ingress.honest.adapter, lambda values, value=value: values * 0 + value)

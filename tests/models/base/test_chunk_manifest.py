@@ -161,7 +161,7 @@ def test_what_is_no_json_object_is_refused(data: bytes) -> None:
 
 def test_limits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = chunk_manifest.build(base)
-    for limit, value in {"LONGEST": 100, "MOST_FILES": 3, "MOST_BYTES": 250}.items():
+    for limit, value in {"MAX_MANIFEST_BYTES": 100, "MOST_FILES": 3, "MOST_BYTES": 250}.items():
         with monkeypatch.context() as patched:
             patched.setattr(chunk_manifest, limit, value)
             with pytest.raises(AntherError):

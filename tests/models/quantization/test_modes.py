@@ -95,9 +95,9 @@ def test_a_quantised_base_is_close_and_keeps_its_sites(base: Base, mode: str, er
 
 
 def test_there_is_a_key_for_every_mode() -> None:
-    from conf.schemas.simulation import Base as Key
+    from conf.schemas.simulation import BaseConfig
 
     for mode in WEIGHT_MODES:
-        Key(weights=mode)
+        BaseConfig(weights=mode)
     with pytest.raises(ValueError, match=r"base\.weights=int4"):
-        Key(weights="int4")
+        BaseConfig(weights="int4")

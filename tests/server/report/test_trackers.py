@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from server.report.open_trackers import JSONL, CompositeTracker, TensorBoard, Tracker, open_trackers
+from server.report.trackers import JSONL, CompositeTracker, TensorBoard, Tracker, open_trackers
 
 
 def log(tracker: Tracker, steps: range) -> None:
