@@ -235,7 +235,6 @@ def federate(
 ) -> RunState:
     """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
     from server.report.trackers import open_trackers
-
     from server.rounds import checkpoint
     from server.rounds.federation import federate
 

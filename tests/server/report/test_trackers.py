@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from server.report.trackers import JSONL, CompositeTracker, TensorBoard, Tracker, open_trackers
 
 
