@@ -1,4 +1,4 @@
-"""Where a number was measured, for the record beside it."""
+"""Machine and package versions that a result file records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What the numbers depend on."""
+    """Return the properties of the machine that measurements depend on."""
     found = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
@@ -19,7 +19,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def processor() -> str:
-    """The processor's name; on Linux platform.processor() often has none."""
+    """Return the processor's name, which platform.processor() often lacks on Linux."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -29,7 +29,7 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of each package, None where it is not installed."""
+    """Return the version of each package; None if it is not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -40,6 +40,6 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def memory(key: str) -> int:
-    """Bytes of VmRSS, VmHWM, RssAnon or RssFile of this process."""
+    """Return a value of this process's status file in bytes: VmRSS, VmHWM, RssAnon or RssFile."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

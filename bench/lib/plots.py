@@ -1,4 +1,4 @@
-"""Plots of the pages in docs, as SVG."""
+"""SVG plots for the pages in docs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from statistics import median
 
-WIDTH, LEFT, ROW, TOP = 190, 120, 18, 34  # of a small plot, in pixels
-SIDE, RIGHT = 300, 250  # of a scatter plot, and of its legend
+WIDTH, LEFT, ROW, TOP = 190, 120, 18, 34  # pixels of a small plot
+SIDE, RIGHT = 300, 250  # pixels of a scatter plot and of its legend
 INK, FAINT, MARK, BEST = "#333", "#ddd", "#4878a8", "#c0504d"
 COLOURS = ("#c0504d", "#4878a8", "#6a9a4a", "#b8860b", "#7b5ea7", "#3a9a9a")
 
@@ -15,10 +15,11 @@ Point = tuple[float, float]
 
 
 def dots(settings: Sequence[str], cells: Mapping[tuple[str, str], Sequence[float]]) -> str:
-    """A small plot for each setting, a row for each rule, its gain with its interval, the highest in red.
+    """Draw a small plot for each setting: a row for each rule with its gain and interval, the highest gain in red.
 
     Args:
-        cells: of a rule in a setting: the gain, and where its interval begins and ends.
+        settings: names of the settings.
+        cells: (gain, lower end, upper end) by (rule, setting).
     """
     rules = list(dict.fromkeys(rule for rule, _ in cells))
     high = max(gain[2] for gain in cells.values())
@@ -54,10 +55,13 @@ def dots(settings: Sequence[str], cells: Mapping[tuple[str, str], Sequence[float
 
 
 def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: str, y: str) -> str:
-    """A plot for each panel, a colour for each arm: a small circle for each run, and a large one for their median.
+    """Draw a plot for each panel: a color for each arm, a small circle for each run, a large one for their median.
 
     Args:
-        panels: runs by arm; None for one that never got there: then there is no median, and the legend says how many.
+        panels: runs by arm; None for a run that missed the target: the arm then has no median, and the legend counts
+            the runs that reached it.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
     """
     width, height = len(panels) * (60 + SIDE + RIGHT), SIDE + 80
     parts = [_head(width, height)]
@@ -78,7 +82,7 @@ def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: st
                     f'<circle cx="{left + SIDE * across / most[0]:.1f}" cy="{bottom - SIDE * up / most[1]:.1f}" '
                     f'r="{radius}" fill="{colour}" opacity="{opacity}"/>'
                 )
-            reached = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} got there)"
+            reached = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} reached it)"
             parts.append(f'<circle cx="{left + SIDE + 20}" cy="{row}" r="5" fill="{colour}"/>')
             parts.append(f'<text x="{left + SIDE + 30}" y="{row + 4}">{escape(arm + reached)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,4 +1,4 @@
-"""A real StableDiffusionPipeline, small enough for any test: random weights, saved in the real layout."""
+"""Tiny StableDiffusionPipeline for tests: random weights in the real classes and layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOKENS = [*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endof
 
 
 def clip_tokenizer(folder: Path) -> Any:
-    """CLIP's, on letters and digits; it leaves its words in the folder."""
+    """Make a CLIP tokenizer for letters and digits; it stores its vocabulary in the folder."""
     from transformers import CLIPTokenizer
 
     words = folder / "words"
@@ -26,7 +26,7 @@ def clip_tokenizer(folder: Path) -> Any:
 
 
 def clip_config(width: int = 16, projection: int = 16) -> Any:
-    """A text encoder of one layer, for that tokeniser."""
+    """Make the configuration of a text encoder with one layer for that tokenizer."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
@@ -44,7 +44,14 @@ def clip_config(width: int = 16, projection: int = 16) -> Any:
 
 
 def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_prediction", seed: int = 0) -> Path:
-    """16×16 pictures, 8×8×4 latents, a 40-token vocabulary; every part from the real diffusers classes."""
+    """Save a pipeline with 16×16 pictures, 8×8×4 latents and a 74-token vocabulary, all in diffusers' own classes.
+
+    Args:
+        folder: parent of the pipeline's folder.
+        channels: color channels of the pictures.
+        prediction: prediction type of the scheduler.
+        seed: seed of the weights.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -86,7 +93,13 @@ def save_pipeline(folder: Path, *, channels: int = 1, prediction: str = "v_predi
 
 
 def as_variant(folder: Path, name: str = "fp16", *, sharded: bool = False) -> Path:
-    """A pipeline whose weights all are called as a variant is, as one that was downloaded alone; the same numbers."""
+    """Rename the weights of a pipeline to those of a variant, as if only that variant was downloaded.
+
+    Args:
+        folder: folder of the pipeline.
+        name: name of the variant.
+        sharded: whether to split each file into two shards.
+    """
     from safetensors.torch import load_file, save_file
 
     for file in list(folder.glob("*/*.safetensors")):

@@ -1,4 +1,4 @@
-"""A real pipeline of every family, small enough for any test: random weights, saved in the real layout."""
+"""Tiny pipelines of every family for tests: random weights in the real classes and layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _autoencoder(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
 
 
 def _t5(width: int = 16) -> tuple[Any, Any]:
-    """A tokeniser on letters and digits, and an encoder of one layer."""
+    """Make a T5 tokenizer for letters and digits, and an encoder with one layer."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
     config = transformers.T5Config(
@@ -39,12 +39,12 @@ def _clip(width: int, projection: int) -> Any:
 
 
 def stable_diffusion(folder: Path) -> Path:
-    """1.x: predicts ε."""
+    """Save an SD 1.x pipeline, which predicts ε."""
     return save_pipeline(folder, channels=3, prediction="epsilon")
 
 
 def stable_diffusion_2(folder: Path) -> Path:
-    """2.x: predicts v, and its projections are linear layers."""
+    """Save an SD 2.x pipeline, which predicts v and has linear projections."""
     path = save_pipeline(folder, channels=3)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -62,7 +62,7 @@ def stable_diffusion_2(folder: Path) -> Path:
 
 
 def distilled(folder: Path) -> Path:
-    """As BK-SDM-Tiny: two levels of one layer and nothing in the middle."""
+    """Save a pipeline like BK-SDM-Tiny: two levels of one layer and no middle block."""
     path = save_pipeline(folder, channels=3, prediction="epsilon")
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -80,7 +80,7 @@ def distilled(folder: Path) -> Path:
 
 
 def sdxl(folder: Path) -> Path:
-    """The VAE has four levels, since SDXL is told of sizes in pixels."""
+    """Save an SDXL pipeline, with a VAE of four levels because SDXL is conditioned on sizes in pixels."""
     pipeline = diffusers.StableDiffusionXLPipeline(
         vae=_autoencoder(blocks=4),
         tokenizer=clip_tokenizer(folder),
@@ -111,7 +111,7 @@ def sdxl(folder: Path) -> Path:
 
 
 def pixart(folder: Path) -> Path:
-    """Predicts its variance too, as the real one."""
+    """Save a PixArt pipeline, which also predicts the variance like the published one."""
     tokenizer, encoder = _t5()
     pipeline = diffusers.PixArtSigmaPipeline(
         tokenizer=tokenizer,
@@ -137,7 +137,7 @@ def pixart(folder: Path) -> Path:
 
 
 def sd3(folder: Path) -> Path:
-    """As 3.5 medium: the first block has a second attention, queries and keys are normalised."""
+    """Save a pipeline like SD 3.5 medium: dual attention in the first block, normalized queries and keys."""
     tokenizer, encoder = _t5(32)
     pipeline = diffusers.StableDiffusion3Pipeline(
         tokenizer=clip_tokenizer(folder),
@@ -169,7 +169,7 @@ def sd3(folder: Path) -> Path:
 
 
 def flux(folder: Path, *, dev: bool = True) -> Path:
-    """[dev] embeds the strength of guidance and shifts σ by the size of the picture; [schnell] does neither."""
+    """Save a FLUX pipeline: [dev] embeds the guidance scale and shifts σ by picture size, [schnell] does neither."""
     tokenizer, encoder = _t5()
     pipeline = diffusers.FluxPipeline(
         tokenizer=clip_tokenizer(folder),
@@ -199,7 +199,7 @@ def flux_schnell(folder: Path) -> Path:
 
 
 def sana(folder: Path) -> Path:
-    """On an autoencoder without a distribution, behind Gemma 2."""
+    """Save a Sana pipeline, with a deterministic autoencoder and Gemma 2 as text encoder."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
     words = {token: place for place, token in enumerate([*special, *LETTERS])}
     config = transformers.Gemma2Config(
@@ -263,6 +263,6 @@ PIPELINES: dict[str, Callable[[Path], Path]] = {
 
 
 def save(name: str, folder: Path) -> Path:
-    """The tiny pipeline of that name, the same every time."""
+    """Save the tiny pipeline of a family with reproducible weights."""
     torch.manual_seed(0)
     return PIPELINES[name](folder)

@@ -1,7 +1,7 @@
-"""What is timed: bases of three sizes with random weights, and the examples and jobs of K clients.
+"""Benchmark workloads: bases of three sizes with random weights, and examples and jobs of K clients.
 
-Speed doesn't depend on what the weights are, so nothing is downloaded. Every client has 20 examples of its own
-with 77 tokens each; a step trains on 4 of them, under DP on a Poisson batch that is 4 in the mean.
+The speed doesn't depend on the values of the weights, so nothing is downloaded. Every client has its own 20 examples
+with 77 tokens each; a step trains on 4 of them, under DP on a Poisson batch of mean size 4.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from training.jobs import DPSGD, Examples, TrainJob
 
 SITES = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 RANK = 8
-EXAMPLES = 20  # that a client has
-BATCH = 4  # of them in a step; under DP the expected number
+EXAMPLES = 20  # per client
+BATCH = 4  # examples per step; under DP the expected number
 TOKENS = 77
 LEARNING_RATE = 1e-3
 PRIVACY = DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=BATCH / EXAMPLES)
 POISSON_SIZES = (1, 7, 2, 6, 3, 5, 3, 5, 4, 4)
-"""Sizes of ten Poisson batches: the middles of the tenths of Binomial(20, 0.2), whose mean is 4.
+"""Sizes of ten Poisson batches: the medians of the deciles of Binomial(20, 0.2), whose mean is 4.
 
-Ten random sizes would leave a peer's time to chance; these stand for many.
+Ten random sizes would make a peer's time random; these represent many batches.
 """
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A base by its diffusers configuration, and how many clients share a pass through it."""
+    """A base, given by its diffusers configuration, and the number of clients that share a pass."""
 
     name: str
     clients: int
@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """(c, h, w) of one example."""
+        """Shape (c, h, w) of one example's latents."""
         side = self.config["sample_size"]
         return (4, side, side)
 
@@ -104,7 +104,7 @@ WORKLOADS = {
         Workload(
             "sd15",
             16,
-            {  # Stable Diffusion 1.5's own: 859.5 million parameters, 128 sites
+            {  # Stable Diffusion 1.5: 859.5 million parameters, 128 sites
                 "sample_size": 64,
                 "block_out_channels": (320, 640, 1280, 1280),
                 "layers_per_block": 2,
@@ -119,8 +119,14 @@ WORKLOADS = {
 
 
 def build(workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The workload's UNet with random weights, frozen; made on the device itself."""
-    from diffusers import UNet2DConditionModel  # a slow import, so only here
+    """Build the workload's frozen UNet with random weights directly on the device.
+
+    Args:
+        workload: the base.
+        device: device of the weights.
+        dtype: data type of the weights.
+    """
+    from diffusers import UNet2DConditionModel  # here, because the import is slow
 
     torch.manual_seed(0)
     with device:
@@ -129,13 +135,19 @@ def build(workload: Workload, device: torch.device, dtype: torch.dtype = torch.f
 
 
 def schedule(device: torch.device) -> Schedule:
-    """Stable Diffusion's forward process: √β rises evenly from √0.00085 to √0.012 over 1000 steps."""
+    """Return Stable Diffusion's schedule: √β rises linearly from √0.00085 to √0.012 over 1000 steps."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     return diffusion((1 - betas).cumprod(0).float().to(device), "epsilon")
 
 
 def examples(workload: Workload, client: int, device: torch.device) -> Examples:
-    """One client's cached latents and text embeddings."""
+    """Make one client's cached latents and text embeddings.
+
+    Args:
+        workload: the base.
+        client: seed of the client's examples.
+        device: device of the examples.
+    """
     generator = torch.Generator().manual_seed(client)
     latents = torch.randn(EXAMPLES, *workload.latent, generator=generator)
     context = torch.randn(EXAMPLES, TOKENS, workload.width, generator=generator)
@@ -143,7 +155,7 @@ def examples(workload: Workload, client: int, device: torch.device) -> Examples:
 
 
 class CountingNoise(SimulatedNoise):
-    """The trainer's own simulated noise, that also counts the examples of the batches that it drew."""
+    """The trainer's simulated noise, which also counts the examples of the batches that it draws."""
 
     drawn = 0
 
@@ -156,7 +168,15 @@ class CountingNoise(SimulatedNoise):
 def jobs(
     data: list[Examples], sites: Sites, *, steps: int, round: int, private: bool
 ) -> tuple[list[TrainJob], list[CountingNoise]]:
-    """A fresh job of each client, and the noise sources of private ones."""
+    """Make a new job for each client, and return them with the noise sources of private jobs.
+
+    Args:
+        data: examples of each client.
+        sites: sites of the adapters.
+        steps: steps per job.
+        round: round of the jobs.
+        private: whether the jobs are private.
+    """
     start = init_adapter(sites, RANK, seed=0)
     made, sources = [], []
     for i, owned in enumerate(data):

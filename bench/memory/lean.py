@@ -1,11 +1,14 @@
-"""One private step of a published base in as little memory as there need be:  python -m bench.memory.lean --base sd15
+"""Peak memory of one private step of a published base, with more and more memory-saving options.
 
-Every rung of the ladder is a process of its own, and takes one lever more than the one before. Weights are random: what
-a step takes doesn't depend on them, but gradients are compared with those of a rung in float32. Peaks are the process'
-own high-water mark: Python, its libraries and the pages of mapped files are in it.
+    python -m bench.memory.lean --base sd15
 
-A base too large for the first rung is compared with another (`--truth "float32, mapped"`): weights in float32 that
-stay in their file. `--rest` prints what the packed base takes on disk, and what packing it takes, beside peers'.
+Every rung is a process of its own, and uses one option more than the rung before. Weights are random, which doesn't
+change the cost of a step; gradients are compared with those of a rung in float32. Peaks are the process's high-water
+mark, including Python, its libraries and the pages of mapped files.
+
+A base too large for the first rung is compared with another one (`--truth "float32, mapped"`), whose float32 weights
+stay in their file. `--rest` prints the packed base's size on disk and the memory to pack it, compared with other
+libraries.
 """
 
 from __future__ import annotations
@@ -43,21 +46,21 @@ from training.buffers import BufferSpec
 from training.capacity import entry_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "lean.json"
-MEMORY = 64 << 30  # granted: the process' own peak is what is measured
+MEMORY = 64 << 30  # budget that never binds: the process's own peak is measured
 TARGETS = {"sd15": 1.1, "sdxl": 2.0, "pixart-sigma": 1.0, "bk-sdm-base": 0.7, "bk-sdm-small": 0.7, "bk-sdm-tiny": 0.7}
-"""GiB that the best rung may take for a picture of 512²."""
-COSINE, RATIO = 0.99, 1.7  # to float32's gradient, and of its CPU seconds
+"""Target of the best rung in GiB, for a picture of 512²."""
+COSINE, RATIO = 0.99, 1.7  # targets against float32: cosine of the gradient, ratio of CPU seconds
 
 
 @dataclass(frozen=True)
 class MemoryVariant:
-    """One way to take a step."""
+    """Options of one rung."""
 
     weights: str = "fp32"
-    blocks: bool = False  # run again in backward
-    pages: bool = False  # of the base stay in its file; those of packed layers are given back
-    imports: bool = False  # only what a network needs
-    allocator: bool = False  # told before Python starts
+    blocks: bool = False  # recompute blocks in backward
+    pages: bool = False  # map the base's file, and release the pages of packed layers
+    imports: bool = False  # import only the modules that a network needs
+    allocator: bool = False  # set the allocator's environment before Python starts
 
 
 RUNGS = {
@@ -77,7 +80,18 @@ RUNGS = {
 
 
 def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradient: Path) -> dict[str, float]:
-    """One rung, in this process: bytes and seconds; leaves its gradient in a file."""
+    """Measure one rung in this process, and store its gradient.
+
+    Args:
+        base: the published base.
+        rung: options of the rung.
+        folder: folder of the packed bases.
+        side: side length of the latents.
+        gradient: file for the gradient.
+
+    Returns:
+        Bytes of memory and seconds by name, and the loss.
+    """
     with low_memory.imports() if rung.imports else nullcontext():
         getattr(importlib.import_module("diffusers.models"), base.family.kind)
     found: dict[str, float] = {"imports": memory("VmRSS")}
@@ -99,9 +113,8 @@ def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradie
         seen.append(result[0].clone())
         return result
 
-    found["tensors"] = entry_bytes(
-        denoiser, BufferSpec.of([job])
-    )  # counts on a pass of its own, which the step spares then
+    # Measures a pass, which the step then needn't repeat.
+    found["tensors"] = entry_bytes(denoiser, BufferSpec.of([job]))
     before, began = time.process_time(), time.perf_counter()
     with patch("training.cohort.gradients", spy):
         (outcome,) = cohort.train(denoiser, [job], memory=MEMORY, timesteps=1)
@@ -114,7 +127,7 @@ def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradie
 
 
 def read(network: nn.Module) -> None:
-    """Put copies in the place of mapped tensors, as those have it who map nothing; the file's pages are given back."""
+    """Replace mapped tensors by copies, as without mapping, and release the pages of the file."""
     mapped = {tensor.data_ptr(): tensor.data for tensor in (*network.parameters(), *network.buffers())}
     mark_mapped(mapped.values())
 
@@ -127,7 +140,13 @@ def read(network: nn.Module) -> None:
 
 
 def prepare(base: BaseSpec, folder: Path, modes: set[str]) -> None:
-    """The base with random weights, and its packs; that of float32 is the same file without a layer packed."""
+    """Write the base with random weights, and pack it in each mode; float32 is packed without quantized layers.
+
+    Args:
+        base: the published base.
+        folder: folder for the source and the packed bases.
+        modes: modes to pack; existing ones are kept.
+    """
     if not (folder / "source").exists():
         published_bases.write(base, folder / "source")
     for mode in modes:
@@ -136,7 +155,7 @@ def prepare(base: BaseSpec, folder: Path, modes: set[str]) -> None:
 
 
 def child(*arguments: str, allocator: bool = False) -> str:
-    """What another process of this module prints last."""
+    """Run this module in another process, and return its last line of output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(low_memory.ENVIRONMENT if allocator else {})}
     command = [sys.executable, "-m", "bench.memory.lean", *arguments]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -146,11 +165,11 @@ def child(*arguments: str, allocator: bool = False) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="sd15", choices=TARGETS)
-    parser.add_argument("--side", type=int, default=64, help="of the latents: 64 is a picture of 512²")
+    parser.add_argument("--side", type=int, default=64, help="side of the latents: 64 is a picture of 512²")
     parser.add_argument("--rungs", nargs="*", default=list(RUNGS), help=f"of: {'; '.join(RUNGS)}")
-    parser.add_argument("--truth", default="float32", choices=RUNGS, help="the rung that the others are compared with")
-    parser.add_argument("--rest", action="store_true", help="the weights alone: on disk, and while they are packed")
-    parser.add_argument("--folder", type=Path, help="keeps the packed bases for the next run")
+    parser.add_argument("--truth", default="float32", choices=RUNGS, help="rung that the others are compared with")
+    parser.add_argument("--rest", action="store_true", help="measure only the weights: on disk, and while packing")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the packed bases for later runs")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -167,7 +186,7 @@ def main() -> None:
 
 
 def ladder(given: argparse.Namespace, folder: Path) -> None:
-    """Every rung, its table and its record, which grows with each."""
+    """Measure the rungs, print a line for each, and update the result file after each."""
     names = [given.truth, *(name for name in given.rungs if name != given.truth)]
     common = ["--base", given.base, "--folder", str(folder), "--side", str(given.side)]
     child("--prepare", *common, "--rungs", *names)
@@ -196,7 +215,7 @@ def ladder(given: argparse.Namespace, folder: Path) -> None:
 
 
 def rest_table(given: argparse.Namespace, folder: Path) -> None:
-    """The base's bytes on disk and while it is packed, beside peers'."""
+    """Measure the base's bytes on disk and the memory to pack it, compared with other libraries."""
     child("--prepare", "--base", given.base, "--folder", str(folder), "--rungs")
     forms: dict[str, dict[str, int]] = {}
     for form, found in weights_memory.table(given.base, folder):
@@ -210,7 +229,14 @@ def rest_table(given: argparse.Namespace, folder: Path) -> None:
 
 
 def keep(given: argparse.Namespace, asked: Sequence[str], entry: str, found: Mapping[str, Any]) -> None:
-    """Put one entry of one base into the record, where all others stay."""
+    """Replace one entry of a base in the result file, and keep all others.
+
+    Args:
+        given: arguments of the command line.
+        asked: the entry's own arguments, for its command.
+        entry: key of the entry.
+        found: results to store.
+    """
     record = json.loads(given.output.read_text()) if given.output.exists() else {}
     command = shlex.join(["python", "-m", "bench.memory.lean", "--base", given.base, *asked])
     record.setdefault(given.base, {})[entry] = {"command": command, "machine": machine(torch.device("cpu")), **found}
@@ -218,7 +244,7 @@ def keep(given: argparse.Namespace, asked: Sequence[str], entry: str, found: Map
 
 
 class Target(NamedTuple):
-    """What is wanted of a base's best rung. Smaller pictures than 512² must do with as much."""
+    """Targets of a base's best rung. Pictures smaller than 512² have the same targets."""
 
     peak: float  # MiB
     ratio: float
@@ -229,7 +255,13 @@ class Target(NamedTuple):
         return Target(TARGETS[base] * 2**10, RATIO, COSINE)
 
     def met(self, peak: float, ratio: float, cosine: float) -> bool:
-        """Whether all three are."""
+        """Return whether all three targets are met.
+
+        Args:
+            peak: peak memory in MiB.
+            ratio: CPU seconds over those of the compared rung.
+            cosine: cosine of the gradient to that of the compared rung.
+        """
         return peak <= self.peak and ratio <= self.ratio and cosine >= self.cosine
 
 
@@ -237,7 +269,14 @@ HEADS = ("imports", "   base", "tensors", "   peak", "CPU s", "× truth", " cosi
 
 
 def row(name: str, found: dict[str, float], truth: dict[str, float], goal: Target) -> str:
-    """One line of the table."""
+    """Format one line of the table.
+
+    Args:
+        name: name of the rung.
+        found: results of the rung.
+        truth: results of the compared rung.
+        goal: the targets.
+    """
     sizes = "".join(f"{found[key] / 2**20:9.0f}" for key in ("imports", "base", "tensors", "peak"))
     ratio = found["cpu_seconds"] / truth["cpu_seconds"]
     verdict = "  met" if goal.met(found["peak"] / 2**20, ratio, found["cosine"]) else ""

@@ -1,11 +1,13 @@
-"""Do plans hold under a hard limit?  python -m bench.memory.limits [--base sd15] [--devices pi4_2gb …] [key=value …]
+"""Check that plans hold under a hard memory limit.
 
-For every device profile the plan that the ladder chooses takes a step in a fresh process that may hold what the profile
-grants and no more. The nearest rung above that was refused for its memory takes one without a limit: a ladder that
-refuses what would have fitted is too timid. Weights are random; what a step takes doesn't depend on them.
+For every device profile, a step of the chosen plan runs in a new process whose memory is limited to the profile's. The
+nearest better option that was refused for its memory runs without a limit: a planner that refuses an option that fits
+is too conservative. Weights are random, which doesn't change the cost of a step.
 
-The limit is kept twice: the kernel's, where a memory control group can be made here, and our own, which ends a process
-whose resident memory, pages of mapped files included, lies above it when looked at every 20 ms.
+    python -m bench.memory.limits [--base sd15] [--devices pi4_2gb …] [key=value …]
+
+The limit is enforced twice: by the kernel, where a memory control group can be created, and by this process, which
+kills a process whose resident memory, including pages of mapped files, exceeds it when sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -39,34 +41,40 @@ from conf.schemas.planning import PlanConfig, compose_plan, devices
 from models.footprint.footprint import Footprint
 from models.quantization.pack import pack
 
-TIMID = 0.9  # share of the limit that a refused rung must take at least
+TIMID = 0.9  # smallest share of the limit that a refused option must use
 GROUPS = Path("/sys/fs/cgroup")
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
 @dataclass(frozen=True)
 class LimitTrial:
-    """One device's best plan, and the rung above it."""
+    """One device's chosen option, and the refused option above it."""
 
     device: str
     limit: int  # bytes
     chosen: TrainingOption
-    above: TrainingOption | None  # None: nothing above was refused for its memory
+    above: TrainingOption | None  # None: no better option was refused for its memory
 
     @property
     def cases(self) -> list[tuple[TrainingOption, int | None]]:
-        """What is to be run, under which limit."""
+        """Options to run, each with its limit in bytes."""
         return [(self.chosen, self.limit), *([(self.above, None)] if self.above else [])]
 
 
 def plan_of(overrides: Sequence[str], device: str, runtime_mib: float) -> PlanConfig:
-    """A plan for a device, whose process is one of this machine's."""
+    """Make the plan of a device whose runtime takes as much memory as this machine's.
+
+    Args:
+        overrides: overrides of the plan.
+        device: name of the device profile.
+        runtime_mib: memory of the runtime in MiB.
+    """
     plan = compose_plan([*overrides, f"device={device}"], Path())
     return replace(plan, device=replace(plan.device, runtime_mib=runtime_mib))
 
 
 def runtime_bytes() -> int:
-    """What a process of this machine holds beside a network, as `bench.memory.predicted` finds it."""
+    """Measure the bytes of a process on this machine besides the network, like `bench.memory.predicted`."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(RUNTIME.network, Path(folder), {RUNTIME.weights})
         found = step(RUNTIME, Path(folder), None)
@@ -75,13 +83,13 @@ def runtime_bytes() -> int:
 
 
 def trials(plans: Sequence[PlanConfig]) -> list[LimitTrial]:
-    """What the ladder says of devices that differ in nothing else. What a pass takes is predicted once for all."""
+    """Find the options of devices that differ only in their profile; each footprint is predicted only once."""
     known: dict[TrainingSetting, Footprint] = {}
 
     def remembering(predict: FootprintPredictor) -> FootprintPredictor:
         def remembered(setting: TrainingSetting) -> Footprint:
             found = known.get(setting) or predict(setting)
-            if found.activations_bytes:  # else the base alone was too large for this device
+            if found.activations_bytes:  # otherwise the base was already too large for this device
                 known[setting] = found
             return found
 
@@ -92,9 +100,15 @@ def trials(plans: Sequence[PlanConfig]) -> list[LimitTrial]:
 
 
 def trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -> LimitTrial:
-    """The plan, and the rung above it that was refused for its memory."""
+    """Return the chosen option, and the nearest better one that was refused for its memory.
+
+    Args:
+        plan: the device's plan.
+        rungs: options in order of preference.
+        best: index of the chosen option; None: none fits.
+    """
     if best is None:
-        raise SystemExit(f"device={plan.device.name}: nothing fits")
+        raise SystemExit(f"device={plan.device.name}: no option fits")
     refused = [rung for rung in rungs[:best] if (rung.blocked or "").startswith("memory")]
     return LimitTrial(
         plan.device.name, int(plan.device.memory_gib * GIB), rungs[best], refused[-1] if refused else None
@@ -102,7 +116,7 @@ def trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -
 
 
 def case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
-    """A rung as `bench.memory.predicted` measures it."""
+    """Convert an option to a case of `bench.memory.predicted`."""
     setting = rung.setting
     return FootprintCase(
         plan.base,
@@ -116,7 +130,16 @@ def case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
 
 
 def step(case: FootprintCase, folder: Path, limit: int | None) -> MeasuredStep | None:
-    """What a step of a packed base takes in a process of its own; None if the limit ended it."""
+    """Measure a step of a packed base in a new process.
+
+    Args:
+        case: network and options of the step.
+        folder: folder of the packed bases.
+        limit: memory limit in bytes; None: no limit.
+
+    Returns:
+        Peak and seconds; None if the process was killed for exceeding the limit.
+    """
     command = [sys.executable, "-m", "bench.memory.limits", "--folder", str(folder), "--step", json.dumps(asdict(case))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
     said = run_limited(command, limit, environment)
@@ -124,10 +147,18 @@ def step(case: FootprintCase, folder: Path, limit: int | None) -> MeasuredStep |
 
 
 def run_limited(command: Sequence[str], limit: int | None, environment: dict[str, str]) -> str | None:
-    """What a process prints; None if it was ended for holding more than `limit` bytes.
+    """Run a command under a memory limit, and return its output.
+
+    Args:
+        command: the command.
+        limit: limit in bytes; None: no limit.
+        environment: environment of the process.
+
+    Returns:
+        The output; None if the process was killed for exceeding the limit.
 
     Raises:
-        RuntimeError: it failed for another reason.
+        RuntimeError: the command failed for another reason.
     """
     with control_group(limit) as group, tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaint:
         enter = None if group is None else lambda: (group / "cgroup.procs").write_text("0")
@@ -149,7 +180,7 @@ def run_limited(command: Sequence[str], limit: int | None, environment: dict[str
 
 @contextmanager
 def control_group(limit: int | None) -> Iterator[Path | None]:
-    """A new memory control group with this limit; None without a limit, or where none can be made."""
+    """Create a memory control group with this limit; None without a limit, or if none can be created."""
     unified = (GROUPS / "cgroup.controllers").exists()
     group = GROUPS / ("" if unified else "memory") / f"anther-{os.getpid()}"
     limits = {"memory.max": limit, "memory.swap.max": 0} if unified else {"memory.limit_in_bytes": limit}
@@ -161,7 +192,7 @@ def control_group(limit: int | None) -> Iterator[Path | None]:
             for name, value in limits.items():
                 (group / name).write_text(str(value))
             held = True
-    except OSError:  # not allowed here
+    except OSError:  # no permission
         pass
     try:
         yield group if held else None
@@ -171,7 +202,7 @@ def control_group(limit: int | None) -> Iterator[Path | None]:
 
 
 def resident(process: int) -> int:
-    """Bytes that a process holds in memory now; 0 once it has ended."""
+    """Return the resident bytes of a process; 0 once it has exited."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -180,10 +211,10 @@ def resident(process: int) -> int:
 
 
 def row(trial: LimitTrial, measured: dict[tuple[TrainingOption, int | None], MeasuredStep | None]) -> dict[str, Any]:
-    """What came of one device."""
+    """Convert the results of one device to a row of the result file."""
     chosen = measured[trial.chosen, trial.limit]
     above = measured[trial.above, None] if trial.above else None
-    ran = chosen is not None and chosen.peak_bytes <= trial.limit  # for an instant it may go unseen
+    ran = chosen is not None and chosen.peak_bytes <= trial.limit  # sampling may miss a short peak
     return {
         "device": trial.device,
         "limit_bytes": trial.limit,
@@ -200,8 +231,8 @@ def row(trial: LimitTrial, measured: dict[tuple[TrainingOption, int | None], Mea
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Every device in MiB."""
-    found = Table(title="One step under a profile's limit, and what the refused rung above it takes; MiB")
+    """Return a table of all devices in MiB."""
+    found = Table(title="One step under a profile's memory limit, and the memory of the refused option above it; MiB")
     for heading in (
         "device",
         "limit",
@@ -242,12 +273,12 @@ def _words(setting: dict[str, Any] | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 1 if a plan was ended, or a rung refused that would have fitted."""
+    """Return the exit status: 1 if a plan exceeds its limit, or if a refused option would have fitted."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory.limits", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of client.cli.plan: rank, pictures, …")
     parser.add_argument("--base", default="sd15", choices=NETWORKS)
     parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())
-    parser.add_argument("--folder", type=Path, help="keeps the packed base for the next run")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the packed base for later runs")
     parser.add_argument("--output", type=Path, default=Path("bench/results/limits.json"))
     parser.add_argument("--step", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -268,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, one in tried.items():
             for rung, limit in one.cases:
                 key = case(plans[name], rung), limit
-                if key not in measured:  # devices are alike in memory
+                if key not in measured:  # several devices may have the same case
                     measured[key] = step(key[0], folder, limit)
             found = {(rung, limit): measured[case(plans[name], rung), limit] for rung, limit in one.cases}
             rows.append(row(one, found))
@@ -292,7 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(base: str, folder: Path, modes: set[str]) -> None:
-    """The base with random weights, packed in those modes that aren't there."""
+    """Write the base with random weights, and pack it in the modes that are missing.
+
+    Args:
+        base: key of `NETWORKS`.
+        folder: folder for the source and the packed bases.
+        modes: modes to pack.
+    """
     lacking = sorted(mode for mode in modes if not (folder / mode).exists())
     if lacking and not (folder / "source").exists():
         published_bases.write(NETWORKS[base], folder / "source")

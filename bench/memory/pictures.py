@@ -1,8 +1,10 @@
-"""Cost of a folder of photographs for a device:  python -m bench.memory.pictures [--count 60] [--photos FOLDER]
+"""Memory and CPU time that a folder of photographs costs a device.
+
+    python -m bench.memory.pictures [--count 60] [--photos FOLDER]
 
 Each case is a folder of photographs of 12 megapixels, read and encoded in a process of its own. Reported are the peak
 memory above that of the base with its encoders, and the CPU seconds to read the folder for the first time, to read it
-again, and to encode it. For comparison: the memory that all pixels would take at once.
+again, and to encode it. For comparison, the table shows the memory of all pixels together.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rich.table import Table
 
 from bench.lib.machine import machine, memory, versions
 
-WIDTH, HEIGHT = 4032, 3024  # a phone's camera
+WIDTH, HEIGHT = 4032, 3024  # camera of a phone
 MOST_MIB = 300
 """Limit of the peak memory above that of the base."""
 CASES = {"JPEG": ("jpg", "RGB"), "PNG": ("png", "RGB"), "transparent PNG": ("png", "RGBA")}
@@ -44,7 +46,14 @@ def photographs(folder: Path | None) -> Iterator[Image.Image]:
 
 
 def fill(folder: Path, case: str, count: int, photos: Path | None) -> None:
-    """Fill a folder with `count` captioned photographs: a few pictures, whose files all differ by trailing bytes."""
+    """Fill a folder with captioned photographs: a few pictures, whose files all differ by trailing bytes.
+
+    Args:
+        folder: folder to fill.
+        case: key of `CASES`.
+        count: number of photographs.
+        photos: folder of photographs; None: synthetic clouds.
+    """
     suffix, mode = CASES[case]
     contents = []
     for image in photographs(photos):
@@ -69,7 +78,7 @@ def measure(folder: Path, base: str) -> dict[str, float]:
     frozen = load(base, device="cpu")
     encode(frozen, [EncodeJob(pictures=[Picture(np.zeros((64, 64), np.uint8), "warm")])])
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     seconds = {}
     for name in ("first", "again"):
         started = time.process_time()
@@ -88,7 +97,7 @@ def measure(folder: Path, base: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--photos", type=Path, help="a folder of photographs; without one, clouds are drawn")
+    parser.add_argument("--photos", type=Path, help="a folder of photographs (default: synthetic clouds)")
     parser.add_argument("--base", default="glyphs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/pictures.json"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

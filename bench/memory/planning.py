@@ -1,8 +1,10 @@
-"""What devices of little memory can train, by sites:  python -m bench.memory.planning [--base sd15] [--weights nf4] …
+"""Trainable sites of devices with little memory, and the time to plan for a fleet.
 
-For each budget of memory, the set of sites that a plan has the device train, with gains even, against every site or
-none, which is what a plan without sets of sites can ask. What the set takes was predicted from two dry runs that serve
-all sets; beside it stands a dry run of this very set. Then how long it takes to plan for a fleet.
+    python -m bench.memory.planning [--base sd15] [--weights nf4] …
+
+For each memory budget, the table shows the set of sites that a device is planned to train, with equal gains per site,
+against all sites or none, the only choices of a plan without sets of sites. The memory of the set is predicted from two
+dry runs that serve all sets, and compared with a dry run of the set itself.
 """
 
 from __future__ import annotations
@@ -47,17 +49,20 @@ REPORT = DeviceReport(
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """A result, and the seconds of this process that it took."""
+    """Run `work`, and return its result and CPU seconds."""
     started = time.process_time()
     found = work()
     return found, time.process_time() - started
 
 
 def row(budget: int, found: SiteSet | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
-    """What a budget of so many MiB is enough for.
+    """Make the row of one memory budget.
 
     Args:
-        exact: the footprint of a dry run of this set.
+        budget: memory of the device in MiB.
+        found: the chosen set of sites; None: no set fits.
+        costs: costs of all sites.
+        exact: footprint from a dry run of the set.
     """
     every = [site.name for site in costs.sites]
     whole = MARGIN * (RUNTIME + costs.bytes(every)) <= budget * MIB
@@ -74,9 +79,9 @@ def row(budget: int, found: SiteSet | None, costs: PassCosts, exact: Footprint |
 
 
 def shown(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line for each budget."""
+    """Return a table with a row for each budget."""
     table = Table(title=title)
-    for heading in ("MiB", "sites", "gain a step", "all or nothing", "time of a pass", "predicted MiB", "exact MiB"):
+    for heading in ("MiB", "sites", "gain per step", "all or nothing", "time of a pass", "predicted MiB", "exact MiB"):
         table.add_column(heading, justify="right")
     for one in rows:
         cells = [f"{one['budget_mib']:,}", str(one["sites"]), f"{one['gain']:.0%}", f"{one['all_or_nothing']:.0%}"]
@@ -87,7 +92,7 @@ def shown(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def fleet(devices: int) -> list[DeviceReport]:
-    """Devices of ten kinds."""
+    """Make reports of devices of ten types."""
     return [
         replace(REPORT, device=f"d{i}", memory_gib=0.6 + 0.05 * (i % 10), examples_per_second=0.1 + 0.02 * (i % 10))
         for i in range(devices)
@@ -101,8 +106,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=CHECKPOINTING_MODES, default="block")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[675, 725, 775, 825, 875, 900], help="MiB, all of it")
-    parser.add_argument("--devices", type=int, default=500, help="of the fleet that is planned for")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[675, 725, 775, 825, 875, 900], help="total MiB")
+    parser.add_argument("--devices", type=int, default=500, help="devices of the fleet")
     parser.add_argument("--out", type=Path, default=Path("bench/results/planning.json"))
     asked = parser.parse_args()
     known: BaseSpec = find_base(asked.base)

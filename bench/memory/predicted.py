@@ -1,15 +1,17 @@
-"""Does the predicted footprint hold?  python -m bench.memory.predicted [--only NAME …] [--full] [--measured JSON]
+"""Check the predicted memory footprint and time of a training step against measurements.
 
-Of every configuration the peak is predicted on the meta device; then a fresh process, started lean (`common.low_memory`), maps
-a packed base with random weights, takes one private step of the trainer itself, `training.cohort.train`, with one
-picture for each entry of the pass, and tells its peak resident memory (VmHWM), from its first import on.
+The peak of every configuration is predicted on the meta device. Then a new low-memory process (`common.low_memory`)
+maps a packed base with random weights, runs one private step of the trainer itself (`training.cohort.train`), with one
+picture per entry of the pass, and reports its peak resident memory (VmHWM) since its first import.
 
-The kernels' workspace was fitted on single operations, nothing on any of these networks. What a process holds beside
-all that (Python, PyTorch, kernels once they are in use, and what the allocator can't give back) is found on a network
-of 4 million parameters, as measured less predicted, and is part of every prediction; `net` leaves it out on both sides.
+    python -m bench.memory.predicted [--only NAME …] [--full] [--measured JSON]
 
-Seconds are those of one pass, in CPU time on one core, beside what `client.planning.plan_search` makes of the footprint and of this
-machine's rates, as `client.cli.benchmark` measures them before all else.
+The kernels' workspace was fitted on single operations, and nothing on any of these networks. The memory of a process
+besides the network (Python, PyTorch, kernels once used, and memory that the allocator can't return) is measured minus
+predicted memory of a network of 4 million parameters. It is part of every prediction; `net` excludes it on both sides.
+
+Seconds are CPU time of one pass on one core, compared with those that `client.planning.plan_search` derives from the
+footprint and this machine's rates, which `client.cli.benchmark` measures first.
 """
 
 from __future__ import annotations
@@ -52,44 +54,44 @@ from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainJob
 from training.step import gradients
 
-GRANTED = 2**40  # bytes: the peak is measured, not kept to
-OVER, UNDER = 0.10, 0.05  # how far a predicted peak may lie above and below what was measured
-SECONDS = 0.25  # how far predicted seconds may lie off, to either side
-CALIBRATION = 40.0  # seconds that the machine's rates are measured for
+GRANTED = 2**40  # bytes: a budget that never binds, because the peak is measured
+OVER, UNDER = 0.10, 0.05  # largest relative error of a predicted peak, above and below
+SECONDS = 0.25  # largest relative error of predicted seconds
+CALIBRATION = 40.0  # seconds to measure the machine's rates
 
 
 @dataclass(frozen=True)
 class FootprintCase:
-    """One network, and how a step of it is taken."""
+    """A network and the options of its step."""
 
-    network: str  # of NETWORKS
+    network: str  # key of NETWORKS
     resolution: int
     weights: str = "fp32"
     checkpointing: str = "none"
     batch: int = 1
     rank: int = 8
-    sites: str | None = None  # regular expression; None: its family's
+    sites: str | None = None  # regular expression; None: the family's default
 
     @property
     def name(self) -> str:
-        """Short, and its own."""
+        """Short unique name."""
         return f"{self.network} {self.resolution}² {self.weights} {self.checkpointing} ×{self.batch} r{self.rank}"
 
     @property
     def base(self) -> BaseSpec:
-        """Its shapes."""
+        """Configuration of the network."""
         return NETWORKS[self.network]
 
 
 class MeasuredStep(NamedTuple):
-    """What one step took."""
+    """Measurements of one step."""
 
     peak_bytes: int
-    seconds: float  # of its pass
+    seconds: float  # of the pass
 
 
 def _unet(*widths: int, attending: int | None = None, **config: Any) -> BaseSpec:
-    """A UNet with cross-attention in its first blocks, or in all."""
+    """A UNet with cross-attention in its first blocks, or in all of them."""
     blocks = len(widths)
     attending = blocks if attending is None else attending
     down = ("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",) * (blocks - attending)
@@ -147,7 +149,7 @@ WAYS = (
     (256, "nf4", "none"),
     (256, "nf4", "block"),
 )
-SANA_WAYS = tuple((2 * side, weights, checkpointing) for side, weights, checkpointing in WAYS)  # of latents a sixteenth
+SANA_WAYS = tuple((2 * side, weights, checkpointing) for side, weights, checkpointing in WAYS)  # latents of side/16
 CASES = (
     *(FootprintCase(name, *way) for name in list(NETWORKS)[1:8] for way in WAYS),
     *(FootprintCase("sana-70M", *way) for way in SANA_WAYS),
@@ -160,12 +162,12 @@ FULL = (
     FootprintCase("bk-sdm-small", 512, "int8", "block"),
     FootprintCase("sd15", 512, "mixed", "block"),
     FootprintCase("pixart-sigma", 512, "nf4", "block"),
-)  # minutes each
+)  # minutes for each
 KNOWN_CASES = {case.name: case for case in (RUNTIME, *CASES, *FULL)}
 
 
 def predicted(case: FootprintCase) -> Footprint:
-    """From shapes alone, without the runtime."""
+    """Predict the footprint from shapes, without the runtime."""
     base = case.base
     held = meta_denoiser(
         base, sites=case.sites or base.family.sites, weights=case.weights, checkpointing=case.checkpointing
@@ -174,7 +176,13 @@ def predicted(case: FootprintCase) -> Footprint:
 
 
 def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
-    """A pipeline's folder with a network of random weights, packed in these modes, each in a folder of its name."""
+    """Write a pipeline folder with random weights, and pack it in each mode, in a folder of the mode's name.
+
+    Args:
+        network: key of `NETWORKS`.
+        folder: folder for the source and the packed bases.
+        modes: modes to pack.
+    """
     import diffusers
 
     known, source = NETWORKS[network], folder / "source"
@@ -189,7 +197,7 @@ def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
 
 
 def measured(case: FootprintCase, folder: Path) -> MeasuredStep:
-    """The peak of this process, one step of a packed base later."""
+    """Run one step of a packed base in this process, and return the process's peak and the pass's seconds."""
     base = case.base
     network = packed.load(folder / case.weights / base.family.network, base.family.kind)
     cpu = torch.device("cpu")
@@ -231,7 +239,7 @@ def measured(case: FootprintCase, folder: Path) -> MeasuredStep:
 
 
 def rates() -> DeviceProfileConfig:
-    """This machine's, on one core."""
+    """Measure this machine's rates on one core."""
     return benchmark.measured(compose_plan(["device=laptop"], Path()).device, CALIBRATION)
 
 
@@ -241,7 +249,7 @@ def _peak() -> int:
 
 
 def child(*arguments: str) -> str:
-    """What a lean process of this module prints last."""
+    """Run this module in a low-memory process, and return its last line of output."""
     command = [sys.executable, "-m", "bench.memory.predicted", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -251,7 +259,7 @@ def child(*arguments: str) -> str:
 
 
 def in_fresh_processes(cases: Sequence[FootprintCase]) -> Iterator[tuple[FootprintCase, MeasuredStep]]:
-    """What each case takes, in a process of its own; each network is packed once, and goes when it is through."""
+    """Measure each case in a new process; each network is packed once and deleted after its last case."""
     for network in dict.fromkeys(case.network for case in cases):
         own = [case for case in cases if case.network == network]
         with tempfile.TemporaryDirectory() as folder:
@@ -261,7 +269,14 @@ def in_fresh_processes(cases: Sequence[FootprintCase]) -> Iterator[tuple[Footpri
 
 
 def row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, found: MeasuredStep) -> dict[str, Any]:
-    """What is predicted and was found of one case, and by how much the predictions are over."""
+    """Convert a prediction and its measurement to a row of the result file, with the relative errors.
+
+    Args:
+        case: network and options of the step.
+        runtime: bytes of the runtime.
+        device: rates of the machine.
+        found: measurements of the step.
+    """
     parts = predicted(case)
     total, seconds = parts.peak_bytes + runtime, pass_seconds(parts, device)
     return {
@@ -278,7 +293,7 @@ def row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, found: M
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 1 if a prediction lies out of bounds."""
+    """Return the exit status: 1 if a prediction is out of bounds."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.memory.predicted", description=(__doc__ or "").split("\n\n")[1]
     )
@@ -286,11 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--modes", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=[""], help="those whose name begins so")
-    parser.add_argument("--full", action="store_true", help="networks of full size too: minutes each, and 7 GB")
-    parser.add_argument(
-        "--measured", type=Path, metavar="JSON", help="predict again; what it measured is taken from it"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[""], help="run only cases with these prefixes")
+    parser.add_argument("--full", action="store_true", help="include networks of full size: minutes for each, and 7 GB")
+    parser.add_argument("--measured", type=Path, metavar="JSON", help="result file whose measurements are used again")
     parser.add_argument("--output", type=Path, default=Path("bench/results/predicted.json"))
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -333,14 +346,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured_before(path: Path) -> tuple[DeviceProfileConfig, dict[str, MeasuredStep]]:
-    """The machine's rates in an earlier run, and what it measured, by the names of its cases."""
+    """Read an earlier run's rates and measurements, by name of the case."""
     record = json.loads(path.read_text())
     measured = {row["case"]: MeasuredStep(row["measured_bytes"], row["measured_seconds"]) for row in record["rows"]}
     return DeviceProfileConfig(**record["device"]), {RUNTIME.name: MeasuredStep(*record["runtime_measured"])} | measured
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Every case in MiB."""
+    """Return a table of all cases in MiB."""
     found = Table(title="Peak resident memory of one step, MiB, and seconds of its pass", title_justify="left")
     found.add_column("case")
     for heading in (

@@ -1,7 +1,7 @@
-"""Published bases at their full size with random weights, and one private step on one picture.
+"""Published bases at full size with random weights, and one private step on one picture.
 
-What a step takes doesn't depend on what the weights are, so nothing is downloaded; layers draw them as they do by
-themselves.
+The cost of a step doesn't depend on the values of the weights, so nothing is downloaded. Layers use their default
+initialization.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from models.lora.adapter import Adapter, Factors, Sites, init_adapter
 from privacy.noise import SimulatedNoise
 from training.jobs import DPSGD, Examples, TrainJob
 
-_SHARD = 1 << 28  # bytes of weights that are there at once, beside the largest layer
+_SHARD = 1 << 28  # bytes of weights in memory at once, in addition to the largest layer
 
 
 class Always(SimulatedNoise):
-    """Noise that anyone can make again, and a batch of every picture."""
+    """Reproducible noise, and batches that hold every picture."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return torch.arange(size)
 
 
 def write(base: BaseSpec, folder: Path) -> None:
-    """A pipeline's folder with nothing but the network, in several files as large ones are published."""
+    """Write a pipeline folder that holds only the network, in several shards like large published ones."""
     network, part = base.network(), folder / base.family.network
     network.save_config(part)  # type: ignore[operator] # of diffusers
     index = {"_class_name": base.family.pipeline, base.family.network: ["diffusers", base.family.kind]}
@@ -61,7 +61,7 @@ def _shards(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a network on the meta device, layer by layer."""
+    """Materialize and yield the tensors of a network on the meta device, layer by layer."""
     for name, layer in network.named_modules():
         own = dict(layer.named_parameters(name, recurse=False))
         if not own:
@@ -70,7 +70,7 @@ def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
         else:
-            for parameter in layer.parameters(recurse=False):  # a table of shifts
+            for parameter in layer.parameters(recurse=False):  # scale-shift tables
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         for key, parameter in layer.named_parameters(name, recurse=False):
             yield key, parameter.detach()
@@ -78,13 +78,19 @@ def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
-    """One step on one picture, whose latents have this side."""
+    """Make a job of one private step on one picture.
+
+    Args:
+        base: the published base.
+        denoiser: its network with adapter sites.
+        side: side length of the latents.
+    """
     generator = torch.Generator().manual_seed(0)
     config: Any = denoiser.network.config
     channels = base.family.latents(config).channels
     latents = torch.randn(1, channels, side, side, generator=generator)
     context = torch.randn(*base.family.context(base.full_config()), generator=generator)
-    if base.family is PIXART:  # the caption fills a part of the rows, and the mask says which
+    if base.family is PIXART:  # the caption fills a part of the rows, which the mask marks
         context = pack(context[:-1], (torch.arange(len(context) - 1) < TOKENS).float())
     return TrainJob(
         client="one",
@@ -103,7 +109,7 @@ def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
 
 
 def start(sites: Sites) -> Adapter:
-    """An adapter whose B is not zero: else A would have no gradient."""
+    """Return an adapter whose B is not zero, because A has no gradient otherwise."""
     generator = torch.Generator().manual_seed(1)
     fresh = init_adapter(sites, RANK, seed=0)
     return {name: Factors(a, torch.randn(b.shape, generator=generator) * 0.02) for name, (a, b) in fresh.items()}

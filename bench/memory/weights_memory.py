@@ -1,7 +1,7 @@
-"""What a base takes at rest: its network's bytes in few bits, and the memory that it takes to get there.
+"""Size of a quantized base on disk, and the memory to quantize it.
 
-Peers quantise the layers that they can in the network that diffusers loaded, whole, as their manuals say; what they
-leave stays in float32. One that isn't installed is a row without numbers: none of them is needed.
+Peer libraries quantize the layers that they support in the network as loaded by diffusers, as documented; other layers
+stay in float32. A peer that is not installed has a row without numbers: none of them is a requirement.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from models.quantization.packed import FILE
 
 OURS = ("int8", "mixed", "nf4")
 TARGETS = {("sd15", "mixed"): 760e6, ("sd15", "nf4"): 540e6}
-"""Bytes of the network at rest."""
-PACKING = 1.2  # GiB while it is packed
+"""Targets for the network's bytes."""
+PACKING = 1.2  # target in GiB for the peak while packing
 
 
 def table(name: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """Every form's bytes at rest and peak, each found in a process of its own; printed as they come."""
-    print(f"{name}".ljust(24), "MB at rest", "wanted", "MiB while it is made", f"(ours: ≤ {PACKING * 2**10:.0f})")
+    """Print and yield every form's bytes on disk and peak, each measured in its own process."""
+    print(f"{name}".ljust(24), "MB on disk", "target", "MiB while quantizing", f"(ours: ≤ {PACKING * 2**10:.0f})")
     for form in (*OURS, *PEERS):
         command = [sys.executable, "-m", "bench.memory.weights_memory", name, str(folder), form]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -41,7 +41,16 @@ def table(name: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def measure(base: BaseSpec, folder: Path, form: str) -> dict[str, int]:
-    """One form, in this process; nothing if its library isn't there."""
+    """Measure one form in this process; zeros if its library is not installed.
+
+    Args:
+        base: the published base.
+        folder: folder of the unpacked source.
+        form: an entry of `OURS` or `PEERS`.
+
+    Returns:
+        `bytes` of the network, and `peak` bytes of this process.
+    """
     if form in OURS:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             pack(str(folder / "source"), Path(scratch) / form, form)
@@ -51,7 +60,7 @@ def measure(base: BaseSpec, folder: Path, form: str) -> dict[str, int]:
         quantize = PEERS[form]()
     except ImportError:
         return {"bytes": 0, "peak": 0}
-    import diffusers  # slow import, so only here
+    import diffusers  # here, because the import is slow
 
     kind = getattr(diffusers, base.family.kind)
     network = kind.from_pretrained(folder / "source" / base.family.network).requires_grad_(False)
@@ -60,7 +69,7 @@ def measure(base: BaseSpec, folder: Path, form: str) -> dict[str, int]:
 
 
 def held(network: nn.Module) -> int:
-    """Bytes of a network's tensors, with those that tensors of a peer's own kinds are made of."""
+    """Return the bytes of a network's tensors, including the parts of peers' tensor subclasses."""
     tensors = [*network.parameters(), *network.buffers()]
     return sum(part.nbytes for part in {id(part): part for tensor in tensors for part in _parts(tensor)}.values())
 
@@ -71,12 +80,12 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
             yield from _parts(getattr(tensor, name))
         return
     yield tensor
-    if state := getattr(tensor, "quant_state", None):  # of bitsandbytes
+    if state := getattr(tensor, "quant_state", None):  # bitsandbytes
         yield from (value for value in state.as_dict(packed=True).values() if isinstance(value, Tensor))
 
 
 def _quanto(bits: str) -> Callable[[nn.Module], None]:
-    from optimum import quanto  # a peer, so only here
+    from optimum import quanto  # optional
 
     def quantize(network: nn.Module) -> None:
         quanto.quantize(network, weights=getattr(quanto, bits))
@@ -86,13 +95,13 @@ def _quanto(bits: str) -> Callable[[nn.Module], None]:
 
 
 def _torchao() -> Callable[[nn.Module], None]:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # a peer, so only here
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # optional
 
     return lambda network: quantize_(network, Int8WeightOnlyConfig())
 
 
 def _bitsandbytes() -> Callable[[nn.Module], None]:
-    from bitsandbytes.nn import Linear4bit, Params4bit  # a peer, so only here
+    from bitsandbytes.nn import Linear4bit, Params4bit  # optional
 
     def quantize(network: nn.Module) -> None:
         for name, layer in list(network.named_modules()):

@@ -1,14 +1,16 @@
-"""Who was trained on?  python -m bench.privacy.membership [--seeds 0 1 2] [--jobs 1] [key=value …]
+"""Membership inference against shared adapters, with and without differential privacy.
 
-The attacks of `simulations.audit.run` against the shared adapters that `bench.privacy.utility` makes (run first if they are not
-there): without privacy and at ε = 8 per image, the same writers, pictures, rounds and steps. Beside them an adapter
-that is overfitted on purpose, on development writers, which shows what the attacks would see:
+    python -m bench.privacy.membership [--seeds 0 1 2] [--jobs 1] [key=value …]
+
+Runs the attacks of `simulations.audit.run` against the shared adapters of `bench.privacy.utility`, which are trained
+first if missing: without privacy and at ε = 8 per image, with the same writers, pictures, rounds and steps. As a
+positive control, it also attacks an adapter that is overfitted on purpose, on development writers:
 
     open        the private form without its noise                    example-8   ε = 8 per image
     reference   the best shared adapter without privacy
     overfitted  four writers, rank 32, 800 steps on 20 pictures each; its last round, not its best
 
-The page with plots is left in --runs.
+The page with plots is written to --runs.
 """
 
 from __future__ import annotations
@@ -50,19 +52,19 @@ OVERFITTED = (
 
 
 def overfit(folder: Path, overrides: Sequence[str]) -> Path:
-    """The run that is overfitted on purpose."""
+    """Run the federation that is overfitted on purpose, and return its folder."""
     run([sys.executable, "-m", "simulations.run", *COMMON, *OVERFITTED, "fleet.evaluate=4", *overrides], folder)
     return folder
 
 
 def judged(folders: Sequence[Path], adapter: str) -> RunGroup:
-    """All attacks on runs that differ in their seed alone."""
+    """Run all attacks on runs that differ only in their seed."""
     (arm,) = arms(AuditConfig(runs=[*map(str, folders)], membership=MembershipConfig(adapter=adapter)))
     return arm
 
 
 def record(tried: Mapping[str, RunGroup]) -> dict[str, Any]:
-    """AUC and true positives at 1 % false ones of each attack, by arm."""
+    """Return AUC and true positive rate at 1 % false positives of each attack, by arm."""
     return {
         name: {
             "trained": arm.name,
@@ -79,9 +81,9 @@ def _attack(found: MembershipResult) -> dict[str, Any]:
 
 
 def table(recorded: Mapping[str, Any]) -> Table:
-    """A row for each arm and attack."""
-    shown = Table(title="who was trained on? [95 %, bootstrapped over writers]")
-    for heading in ("adapter", "attack", "members", "others", "AUC", "true positives at 1 % false ones"):
+    """Return a table with a row for each arm and attack."""
+    shown = Table(title="membership inference [95 %, bootstrapped over writers]")
+    for heading in ("adapter", "attack", "members", "others", "AUC", "true positive rate at 1 % false positives"):
         shown.add_column(heading, justify="left" if heading in ("adapter", "attack") else "right")
     for name, arm in recorded.items():
         for place, (attack, found) in enumerate(arm["attacks"].items()):
@@ -97,7 +99,7 @@ def table(recorded: Mapping[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/utility"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/membership.json"))
     arguments, overrides = parser.parse_known_args()

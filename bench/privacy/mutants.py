@@ -1,4 +1,4 @@
-"""Ways of breaking what is promised, each as a change of the source, and the test that is to notice it."""
+"""Mutants that break a privacy guarantee by a change of the source, each with the test that must detect it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A text that occurs once in a file, what is put in its place, and the test that fails then."""
+    """A text that occurs once in a file, its replacement, and the test that then fails."""
 
     name: str
     file: str

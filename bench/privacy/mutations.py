@@ -1,8 +1,10 @@
-"""Is every way of breaking what is promised noticed by a test?  python -m bench.privacy.mutations [--only WORDS] [--jobs N]
+"""Check that a test fails for each mutant, which breaks a privacy guarantee in the source.
 
-Each mutant of `bench.privacy.mutants` and `bench.privacy.audit_mutants` is put into a copy of the source, in which its named test has
-to fail; without a mutant all of those tests have to pass there. Each of the jobs has a copy of its own. The exit code
-is 1 if a mutant survives, or doesn't fit the source any more.
+    python -m bench.privacy.mutations [--only WORDS] [--jobs N]
+
+Each mutant of `bench.privacy.mutants` and `bench.privacy.audit_mutants` is applied to a copy of the source, in which
+the test that it names must fail; without a mutant all these tests must pass. Each job has its own copy. The exit status
+is 1 if a mutant survives or no longer fits the source.
 """
 
 from __future__ import annotations
@@ -34,25 +36,25 @@ from bench.privacy.mutants import DEVICE_MUTANTS, EXAMPLE_MUTANTS, Mutant
 from common.errors import AntherError
 
 ROOT = Path(__file__).parents[2]
-PASSED, FAILED, BROKEN = 0, 1, 3  # exit codes of pytest; others than the first two: tests that could not be run
+PASSED, FAILED, BROKEN = 0, 1, 3  # pytest exit codes; any other than the first two: the tests could not run
 _CLUTTER = shutil.ignore_patterns(".*", "__pycache__", "outputs", "multirun", "build", "dist")
 
 
 @dataclass(frozen=True)
 class MutantVerdict:
-    """What became of one mutant."""
+    """Outcome of one mutant."""
 
     level: str
-    """The unit that the broken promise is about, `image` or `device`; or `audit`, for what the audit itself sees."""
+    """Privacy unit of the broken guarantee, `image` or `device`, or `audit` for mutants that the audit detects."""
     mutant: Mutant
     caught: bool
     said: str
-    """By the test that failed, in a line."""
+    """Message of the failed test, in one line."""
 
 
 @contextmanager
 def copy_source() -> Iterator[Path]:
-    """A copy of the code; assets and data are links to what is here."""
+    """Copy the code to a temporary folder; assets and data are links to the originals."""
 
     def left_behind(folder: str, names: list[str]) -> set[str]:
         return _CLUTTER(folder, names) | ({"assets", "data"} if Path(folder) == ROOT / "typefaces" else set())
@@ -67,16 +69,16 @@ def copy_source() -> Iterator[Path]:
 
 @contextmanager
 def apply_mutant(mutant: Mutant, root: Path) -> Iterator[None]:
-    """Put a mutant into the source below `root`, and take it out again.
+    """Apply a mutant to the source below `root`, and revert it afterwards.
 
     Raises:
-        AntherError: the text that it replaces is not there, or not once.
+        AntherError: the text to replace does not occur exactly once.
     """
     file = root / mutant.file
     source = file.read_text(encoding="utf-8")
     if (found := source.count(mutant.old)) != 1:
         raise AntherError(
-            f"{mutant.file}: {mutant.name}: {mutant.old!r} is there {found} times: mend bench/privacy/mutants.py"
+            f"{mutant.file}: {mutant.name}: {mutant.old!r} occurs {found} times: update bench/privacy/mutants.py"
         )
     file.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
@@ -86,11 +88,13 @@ def apply_mutant(mutant: Mutant, root: Path) -> Iterator[None]:
 
 
 def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """(exit code of pytest, its short summary or last line) in a process of its own, on the source below `root`.
+    """Run tests in a new process on the source below `root`.
 
-    An error outside of a test isn't a failure of it: the code is then not `FAILED`.
+    Returns:
+        The exit code of pytest, and its short summary or last line. An error outside of a test is not a failure of it:
+        the code is then not `FAILED`.
     """
-    # A byte code file is told from an outdated one by seconds and size, which a mutant may leave as they are.
+    # Python tells outdated byte code by seconds and size of the source, neither of which a mutant need change.
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -107,15 +111,24 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 
 def judge(level: str, mutant: Mutant, root: Path) -> MutantVerdict:
-    """Whether the named test fails with the mutant in the source below `root`; AntherError if it doesn't fit."""
+    """Apply a mutant to the source below `root`, and run the test that it names.
+
+    Args:
+        level: level of the mutant.
+        mutant: the mutant.
+        root: copy of the source.
+
+    Raises:
+        AntherError: the mutant does not fit the source.
+    """
     with apply_mutant(mutant, root):
         code, said = run_tests(root, [mutant.test])
     return MutantVerdict(level, mutant, caught=code == FAILED, said=said)
 
 
 def table(verdicts: Sequence[MutantVerdict]) -> Table:
-    """A row for each mutant."""
-    shown = Table(title="what is broken, and who notices")
+    """Return a table with a row for each mutant."""
+    shown = Table(title="mutants and the tests that catch them")
     for heading in ("per", "mutation", "in", "test", "caught"):
         shown.add_column(heading, overflow="fold")
     for level, mutant, caught in ((verdict.level, verdict.mutant, verdict.caught) for verdict in verdicts):
@@ -124,7 +137,7 @@ def table(verdicts: Sequence[MutantVerdict]) -> Table:
 
 
 def record(verdicts: Sequence[MutantVerdict]) -> list[dict[str, Any]]:
-    """The rows, for a file."""
+    """Convert the verdicts to rows of the result file."""
     return [
         {"per": verdict.level, **verdict.mutant._asdict(), "caught": verdict.caught, "said": verdict.said[:300]}
         for verdict in verdicts
@@ -132,7 +145,7 @@ def record(verdicts: Sequence[MutantVerdict]) -> list[dict[str, Any]]:
 
 
 def select_mutants(only: str) -> list[tuple[str, Mutant]]:
-    """All mutants with their level, or those of this level, or whose name holds these words."""
+    """Return mutants with their level: all, those of one level, or those whose name contains `only`."""
     levels = {"image": EXAMPLE_MUTANTS, "device": DEVICE_MUTANTS, "audit": AUDIT_MUTANTS}
     every = [(level, mutant) for level, mutants in levels.items() for mutant in mutants]
     return [(level, mutant) for level, mutant in every if only in (level, "") or only in mutant.name]
@@ -140,8 +153,8 @@ def select_mutants(only: str) -> list[tuple[str, Mutant]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="words that the name of a mutant holds, or image, device or audit")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants that are judged at once")
+    parser.add_argument("--only", default="", help="part of a mutant's name, or image, device or audit")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tested in parallel")
     parser.add_argument("--out", type=Path, default=Path("bench/results/mutations.json"))
     arguments = parser.parse_args()
     console = Console(width=200)

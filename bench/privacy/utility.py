@@ -1,17 +1,20 @@
-"""What does privacy leave of the gain?  python -m bench.privacy.utility [--seeds 0 1 2] [--forms …] [key=value …]
+"""Gain kept under differential privacy.
 
-The gain kept by the *shared adapter alone*, (L_base − L) / (L_base − L_reference) over the same writers' held-out
-letters; the personal adapter, which needs no noise and would hide a useless shared one, stands beside it.
+    python -m bench.privacy.utility [--seeds 0 1 2] [--forms …] [key=value …]
+
+Measures the gain kept by the *shared adapter without the personal one*, (L_base − L) / (L_base − L_reference) over the
+same writers' held-out letters. The personal adapter needs no noise and would hide a useless shared one; its result is
+reported separately.
 
     reference  the best shared adapter without privacy: whole factors, rounds and steps chosen for it
-    open       without privacy, but for that as the private ones: cores, rounds, steps
+    open       without privacy, otherwise like the private forms: cores, rounds, steps
     example-8  DP-SGD on every device, ε = 8 per image          example-2  the same, ε = 2
-    device-8   the server's clip and noise, ε = 8 per device
+    device-8   clipping and noise on the server, ε = 8 per device
 
-    --curves   ε = 8 per image against writers, and against pictures of each, one seed
+    --curves   ε = 8 per image against number of writers, and against pictures of each, one seed
 
-Test writers are looked at once. `--tune` runs on development writers, of whom there are few: there ε is raised until
-the noise on the mean is what so many test writers will see (such a run is no release, and says nothing of privacy).
+Test writers are evaluated once. `--tune` runs on development writers, of which there are few: ε is raised until the
+noise on the mean is that of a run with all test writers (such a run is no release, and its ε has no meaning).
 """
 
 from __future__ import annotations
@@ -37,10 +40,10 @@ from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 
 
 class WriterCohort(NamedTuple):
-    """Who takes part."""
+    """Number of writers and of their pictures."""
 
     writers: int
-    pictures: int  # that each trains on
+    pictures: int  # training pictures of each writer
 
 
 DELTA = 1e-3
@@ -50,19 +53,19 @@ ROUNDS = {"example": 25, "device": 10}
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
 COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
 CORES = ("strategy=fedsb",)
-# A round of one step has no walk within it, which noise would lead astray, and a mean after every noise.
+# A round of one step takes the mean after every noised step, so the noise causes no drift within a round.
 EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS['example']}", "adapter.shared.steps=1")
-DRAWS = "privacy.draws=8"  # of noise and time for each picture, whose gradients' mean is clipped
+DRAWS = "privacy.draws=8"  # noises and timesteps per picture; the mean of their gradients is clipped
 
 
 class RunForm(NamedTuple):
-    """One way to run the federation."""
+    """Settings of one form of the federation."""
 
     overrides: tuple[str, ...]
     learning_rate: float
     level: str = "none"
     epsilon: float | None = None
-    share: int = 4  # a step sees one in so many of a writer's pictures
+    share: int = 4  # divisor of a writer's pictures that gives the batch size
 
 
 FORMS: Mapping[str, RunForm] = {
@@ -75,21 +78,29 @@ FORMS: Mapping[str, RunForm] = {
 
 
 def tuning_epsilon(form: RunForm) -> float:
-    """The ε at which so few development writers leave as much noise on the mean as all test writers at the form's."""
+    """Return the ε at which development writers have the noise on the mean that test writers have at the form's ε."""
     assert form.epsilon
     steps, few = ROUNDS[form.level], DEVELOPMENT.writers / WHOLE.writers
     sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=1.0, steps=steps)
-    # Each device's noise is divided by √devices in the mean, the server's by their number.
+    # In the mean, each device's noise is divided by √devices, the server's noise by their number.
     scaled = sigma * (few**0.5 if form.level == "example" else few)
     event = PoissonGaussian(noise_multiplier=scaled, sampling_rate=1.0, steps=steps)
     return epsilon([event], DELTA).value
 
 
 def command(form: RunForm, seed: int, cohort: WriterCohort, *, tune: bool, overrides: Sequence[str]) -> list[str]:
-    """What runs it."""
+    """Return the command line of one federation.
+
+    Args:
+        form: settings of the federation.
+        seed: seed of the run.
+        cohort: number of writers and pictures.
+        tune: whether to run on development writers.
+        overrides: further Hydra overrides.
+    """
     role, batch = "development" if tune else "test", cohort.pictures // form.share
     private, rate = [f"privacy={form.level}"], form.learning_rate
-    if tune and form.level == "example":  # whose AdamW divides by its own device's noise
+    if tune and form.level == "example":  # AdamW divides by the noise of its own device
         rate *= (DEVELOPMENT.writers / WHOLE.writers) ** 0.5
     if form.epsilon:
         private += [f"privacy.delta={DELTA}", f"privacy.epsilon={tuning_epsilon(form) if tune else form.epsilon}"]
@@ -111,14 +122,14 @@ def command(form: RunForm, seed: int, cohort: WriterCohort, *, tune: bool, overr
 
 
 def run_once(arguments: Sequence[str], folder: Path) -> None:
-    """Run it, unless it was, or to its end, if it was begun."""
+    """Run a federation unless it is complete; an interrupted run is resumed."""
     if not (folder / "summary.json").exists():
         resume = ["resume=true"] if (folder / "run.json").exists() else []
         subprocess.run([*arguments, f"hydra.run.dir={folder}", *resume], check=True)
 
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run it, unless it was; what it left."""
+    """Run a federation unless it is complete, and return its results."""
     run_once(arguments, folder)
     rows = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
@@ -136,7 +147,7 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def parameters(folder: Path, *, cores: bool) -> int:
-    """How many numbers a device trains: r (d_in + d_out) a site, or a core's r²."""
+    """Count the numbers that a device trains: r (d_in + d_out) per site, or r² per core."""
     factors = load_file(folder / "adapters" / "shared.safetensors")
     if cores:
         return sum(len(factor) ** 2 for name, factor in factors.items() if "lora_A" in name)
@@ -144,9 +155,14 @@ def parameters(folder: Path, *, cores: bool) -> int:
 
 
 def gain_kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
-    """The share of the reference's gain that an arm keeps, with its 95 % interval over writers.
+    """Compute the share of the reference's gain that an arm keeps, with its 95 % interval over writers.
 
-    The interval is that of the mean difference from base, over the reference's mean gain.
+    The interval is that of the mean difference to the base, divided by the reference's mean gain.
+
+    Args:
+        found: results of the run.
+        reference: results of the reference.
+        arm: `shared` or `personal`.
     """
     base = np.array(found["losses"]["base"])
     whole = np.array(reference["losses"]["base"]) - np.array(reference["losses"]["shared"])
@@ -154,14 +170,14 @@ def gain_kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) 
 
 
 def share(gain: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a gain [writers] over another's mean, with its 95 % interval, in which the other is taken as known."""
+    """Divide the mean of a gain `[writers]` by another's, with its 95 % interval for a fixed divisor."""
     low, high = interval(gain)
     mean = float(whole.mean())
     return float(gain.mean()) / mean, low / mean, high / mean
 
 
 def table(results: Mapping[tuple[WriterCohort, int], Mapping[str, Mapping[str, Any]]]) -> Table:
-    """A row for each cohort, form and seed."""
+    """Return a table with a row for each cohort, form and seed."""
     shown = Table(title="share of the reference's gain that is kept [95 %]")
     for heading in (
         "writers",
@@ -185,7 +201,13 @@ def table(results: Mapping[tuple[WriterCohort, int], Mapping[str, Mapping[str, A
 
 
 def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: WriterCohort) -> list[str]:
-    """What one run came to."""
+    """Format the results of one run as table cells.
+
+    Args:
+        name: name of the form.
+        forms: results by form.
+        cohort: number of writers and pictures.
+    """
     found = forms[name]
     base, loss = (f"{np.mean(found['losses'][arm]):.4f}" for arm in ("base", "shared"))
     shared, personal = (
@@ -202,12 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/utility"), help="folder for the runs")
     parser.add_argument("--out", type=Path, help="bench/results/utility[-curves|-tuning].json")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--curves", action="store_true", help="ε = 8 per image against writers and pictures")
-    which.add_argument("--tune", action="store_true", help="on development writers, with the noise that tests will see")
+    which.add_argument("--tune", action="store_true", help="development writers, with the noise of test writers")
     arguments, overrides = parser.parse_known_args()
     cohorts, seeds, forms = [DEVELOPMENT if arguments.tune else WHOLE], arguments.seeds, arguments.forms
     if arguments.curves:

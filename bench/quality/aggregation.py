@@ -1,14 +1,16 @@
-"""What the exact mean costs, and how near to the best it comes:  python -m bench.quality.aggregation
+"""Cost and accuracy of the exact mean of LoRA products.
 
-- Time: one round of Stable Diffusion 1.5's attentions, CPU seconds of one core, beside the dense way to the same mean:
-  products summed into out × in matrices, and an SVD of each. One layer of each shape is timed, its quickest run, and
-  counts as often as the network has it.
-- Memory: a whole round of one process, devices taken in one at a time, for ever more devices.
-- Error: devices of ranks 2, 4, 8 and 16, relative to the true mean; beside it the best approximation of the same rank,
-  and FedIT with factors padded by zeros, itself truncated to that rank.
+    python -m bench.quality.aggregation
 
-Factors are synthetic: everybody starts from one A, learns one B in part, and drifts from both. Errors are measured on
-real updates too: what writers' devices make of the glyph base's adapter in two rounds (`bench.quality.updates`).
+- Time: one round over the attention layers of Stable Diffusion 1.5, in CPU seconds of one core, against the dense way
+  to the same mean: the products summed into [out, in] matrices, and an SVD of each. One layer of each shape is timed,
+  its fastest run is taken, and it counts as often as the network has such a layer.
+- Memory: a whole round in one process, devices added one at a time, for increasing numbers of devices.
+- Error: devices of ranks 2, 4, 8 and 16, relative to the true mean, against the best approximation of the same rank and
+  against FedIT with zero-padded factors, truncated to that rank.
+
+Factors are synthetic: all devices start from the same A, share a part of B, and drift from both. Errors are also
+measured on real updates: two rounds of development writers' devices on the glyph base (`bench.quality.updates`).
 """
 
 from __future__ import annotations
@@ -38,15 +40,25 @@ from strategies.aggregation.exact import Exact
 
 RESULTS = Path(__file__).parents[1] / "results" / "aggregation.json"
 LAYERS = {(320, 320): 30, (768, 320): 10, (640, 640): 30, (768, 640): 10, (1280, 1280): 36, (768, 1280): 12}
-"""Of Stable Diffusion 1.5's attentions, (in, out): how many there are. 16 blocks have 6 of one side and 2 from text."""
+"""Attention layers of Stable Diffusion 1.5 by (in, out): 16 blocks, each with 6 square layers and 2 from text."""
 DEVICES, RANK, CAP = 100, 8, 16
-HELD = (10, 100, 1000)  # devices, for the memory
+HELD = (10, 100, 1000)  # numbers of devices whose memory is measured
 MIXED = (2, 4, 8, 16)
-FASTER, NEARER = 20.0, 1.05  # targets: dense seconds over ours, and our error over the best one
+FASTER, NEARER = 20.0, 1.05  # targets: dense seconds over exact seconds; exact error over the best error
 
 
 def layer(inputs: int, outputs: int, ranks: list[int], seed: int) -> Iterator[Factors]:
-    """The factors of each device at one layer, as after a few steps from a common start."""
+    """Yield each device's factors at one layer, as after a few steps from a common start.
+
+    Args:
+        inputs: input features of the layer.
+        outputs: output features of the layer.
+        ranks: rank of each device's factors.
+        seed: seed of the random numbers.
+
+    Yields:
+        A `[rank, inputs]` and B `[outputs, rank]` of one device.
+    """
     generator = torch.Generator().manual_seed(seed)
     most = max(ranks)
 
@@ -64,14 +76,31 @@ def start(inputs: int, outputs: int, rank: int) -> Adapter:
 
 
 def exact(inputs: int, outputs: int, factors: list[Factors], cap: int) -> Tensor:
-    """The mean of `strategy=exact`, as a matrix."""
+    """Return the mean of `strategy=exact` as a matrix `[outputs, inputs]`.
+
+    Args:
+        inputs: input features of the layer.
+        outputs: output features of the layer.
+        factors: A and B of each device.
+        cap: rank of the result.
+    """
     rule = Exact(rank=cap, max_rank=cap, seed=0)
     found = rule.aggregate(start(inputs, outputs, cap), [({"layer": f}, 1.0) for f in factors], round=1)
     return found.adapter["layer"].b.double() @ found.adapter["layer"].a.double()
 
 
 def dense(inputs: int, outputs: int, factors: list[Factors], cap: int) -> tuple[Tensor, Tensor]:
-    """The same mean by a matrix of products and its singular value decomposition, in float32 as the factors are."""
+    """Return the same mean by a dense matrix and its SVD, in float32 like the factors.
+
+    Args:
+        inputs: input features of the layer.
+        outputs: output features of the layer.
+        factors: A and B of each device.
+        cap: rank of the result.
+
+    Returns:
+        The factors `[outputs, cap]` and `[cap, inputs]`.
+    """
     mean = torch.zeros(outputs, inputs)
     for a, b in factors:
         mean.addmm_(b, a, alpha=1 / len(factors))
@@ -80,7 +109,7 @@ def dense(inputs: int, outputs: int, factors: list[Factors], cap: int) -> tuple[
 
 
 def least(work: Callable[[], Any], seconds: float) -> float:
-    """CPU seconds of the quickest run of those that this much time has room for: five at least."""
+    """Return the CPU seconds of the fastest of at least five runs, repeated for `seconds` of CPU time."""
     found: list[float] = []
     while len(found) < 5 or sum(found) < seconds:
         began = time.process_time()
@@ -90,7 +119,7 @@ def least(work: Callable[[], Any], seconds: float) -> float:
 
 
 def times(seconds: float) -> dict[str, Any]:
-    """CPU seconds of each shape and of all layers."""
+    """Measure the CPU seconds of each layer shape and of all layers."""
     shapes, total = [], {"exact": 0.0, "dense": 0.0}
     for (inputs, outputs), count in LAYERS.items():
         factors = list(layer(inputs, outputs, [RANK] * DEVICES, seed=inputs + outputs))
@@ -106,14 +135,14 @@ def times(seconds: float) -> dict[str, Any]:
 
 
 def hold(devices: int) -> int:
-    """Bytes that a round of so many devices took at its peak, over what the process had before it."""
+    """Return the peak bytes of a round with this number of devices, above the process's memory before it."""
     layers = {
         f"{inputs}-{outputs}-{number}": (inputs, outputs)
         for (inputs, outputs), count in LAYERS.items()
         for number in range(count)
     }
     current = {name: start(*shape, RANK)["layer"] for name, shape in layers.items()}
-    torch.linalg.svd(torch.linalg.qr(torch.randn(64, 32)).R)  # libraries that are loaded on first use
+    torch.linalg.svd(torch.linalg.qr(torch.randn(64, 32)).R)  # loads the libraries that are loaded on first use
     before = memory("VmRSS")
     rule = Exact(rank=RANK, max_rank=CAP, seed=0)
     mean = rule.start(current)
@@ -124,7 +153,7 @@ def hold(devices: int) -> int:
 
 
 def held() -> dict[str, int]:
-    """Peak bytes by the number of devices, each in a process of its own."""
+    """Measure peak bytes by number of devices, each in its own process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.quality.aggregation", "--hold"]
     return {
@@ -136,7 +165,7 @@ def held() -> dict[str, int]:
 
 
 def errors() -> list[dict[str, float]]:
-    """Relative errors for devices of mixed ranks."""
+    """Compute relative errors for devices of mixed ranks."""
     found = []
     for inputs, outputs in ((320, 320), (768, 640)):
         for devices in (8, 100):
@@ -168,7 +197,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of CPU for each figure: the quickest run counts")
+    parser.add_argument("--seconds", type=float, default=3.0, help="CPU seconds per number: the fastest run counts")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -195,7 +224,7 @@ def main() -> None:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The record as tables."""
+    """Print the record as tables."""
     console, seconds = Console(), found["cpu_seconds"]
     table = Table("in × out", "layers", "exact, ms", "dense, ms", "ratio", title=f"{DEVICES} devices of rank {RANK}")
     for row in seconds["shapes"]:

@@ -1,8 +1,9 @@
-"""Aggregation against heterogeneity: every rule in every setting, the same writers, rounds and seeds.
+"""Benchmark of aggregation rules under heterogeneity: the same writers, rounds and seeds for every rule and setting.
 
-The *gain* is what the shared adapter alone takes off the base's held-out loss, relative to it; of fedsa, whose B stays
-on each device, what the two do together there. Each rule has the learning rate that was best for it on development
-writers (`RATES`); nothing else differs between two rows of a setting.
+The *gain* is the relative reduction of the base's held-out loss by the shared adapter without the personal one. For
+fedsa, whose B stays on each device, it is the reduction by both factors together, measured on the device. Each rule
+uses the learning rate that was best for it on development writers (`RATES`); nothing else differs between two rows of a
+setting.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ COMMON = (
     "data.test=32",
 )
 SAMPLE = 20
-"""Devices asked each round, of more."""
+"""Devices sampled per round, where a fleet has more."""
 
 
 class HeterogeneitySetting(NamedTuple):
-    """What the devices of a fleet have in common, and what not."""
+    """Overrides of a heterogeneity setting, and the rules and seeds that it runs."""
 
     overrides: tuple[str, ...]
-    rules: tuple[str, ...] | None = None  # that take part; None: all
+    rules: tuple[str, ...] | None = None  # None: all rules
     writers: int = 40
-    seeds: int = 1  # of those asked for; the claim is made on all
+    seeds: int = 1  # how many of the requested seeds; claims use all
 
 
 EQUAL, RANKS = "adapter.shared.rank=8", "adapter.shared.rank=16"
 MIXED = ("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "ffa", "rolora", "fedsvd")
-"""Rules that take several ranks at once."""
+"""Rules that accept clients of different ranks."""
 SETTINGS: Mapping[str, HeterogeneitySetting] = {
     "ranks, half the sites": HeterogeneitySetting(("fleet=ranks_halves", RANKS), MIXED, seeds=3),
     "ranks 2–16": HeterogeneitySetting(("fleet=ranks", RANKS), MIXED),
@@ -73,7 +74,7 @@ SETTINGS: Mapping[str, HeterogeneitySetting] = {
         ("exact", "fedit", "ffa", "fedsb"),
     ),
 }
-"""Fleets are in conf/fleet: a quarter each of rank 2, 4, 8 and 16; every second device trains attn2 alone."""
+"""Fleets are defined in conf/fleet: a quarter each of rank 2, 4, 8 and 16; every second device trains only attn2."""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "exact": ("strategy=exact",),
@@ -90,7 +91,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "raflora": ("strategy=raflora",),
 }
 FEW_ONLY = ("flora",)
-"""Its adapter grows by everybody's ranks every round: with many devices there is no room for it."""
+"""Rules for small fleets: the adapter grows each round by the sum of all ranks, so a large fleet exceeds the memory."""
 
 TRIED = (0.003, 0.006, 0.012, 0.024)
 RATES: Mapping[str, float] = {
@@ -98,20 +99,29 @@ RATES: Mapping[str, float] = {
     **dict.fromkeys(("fedit", "ffa", "rolora", "fedsvd", "fedsb"), 0.024),
     "fedsa": 0.006,
 }
-"""Of `TRIED` the best for each, by `--tune`; that of flora is exact's."""
+"""Best learning rate of `TRIED` for each rule, found by `--tune`; flora uses the rate of exact."""
 PRIVATE_RATE = 10.0
-"""A private step of all pictures takes a rate so many times as high."""
+"""Factor on the learning rate for a private step on all pictures."""
 
 
 def asked(rule: str, setting: HeterogeneitySetting) -> bool:
-    """Whether a rule takes part in a setting."""
+    """Return whether a rule is run in a setting."""
     if setting.rules is None:
         return rule not in FEW_ONLY
     return rule in setting.rules
 
 
 def command(rule: str, name: str, seed: int, rate: float, *, role: str, overrides: Sequence[str]) -> list[str]:
-    """What runs one federation."""
+    """Return the command line of one federation.
+
+    Args:
+        rule: key of `RULES`.
+        name: key of `SETTINGS`.
+        seed: seed of the run.
+        rate: learning rate before the factor for private runs.
+        role: writers to use, `development` or `test`.
+        overrides: further Hydra overrides.
+    """
     setting = SETTINGS[name]
     scaled = rate * (PRIVATE_RATE if "privacy=example" in setting.overrides else 1.0)
     writers = min(setting.writers, 20) if role == "development" else setting.writers
@@ -132,7 +142,7 @@ def command(rule: str, name: str, seed: int, rate: float, *, role: str, override
 
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run it, unless it was; each writer's losses, bytes, and what the rule said of its last round."""
+    """Run a federation unless it is complete, and return losses per writer, bytes and diagnostics of the last round."""
     run_once(arguments, folder)
     judged = "personal" if "strategy=fedsa" in arguments else "shared"
     rows = json.loads((folder / "evaluation.json").read_text())
@@ -148,7 +158,7 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def gain(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Mean over runs and writers of the gain over the base's mean loss, with its 95 % interval over writers."""
+    """Return the mean gain of runs over the base's mean loss, with its 95 % interval over writers."""
     base = np.concatenate([run["losses"]["base"] for run in runs])
     shared = np.concatenate([run["losses"]["shared"] for run in runs])
     low, high = interval(base - shared)
@@ -164,7 +174,16 @@ def measure(
     runs: Path,
     overrides: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """One record for each rule and setting, with all its runs."""
+    """Run every rule in every setting, and return one record for each pair with all its runs.
+
+    Args:
+        rules: keys of `RULES`.
+        settings: keys of `SETTINGS`.
+        seeds: seeds; a setting uses the first `seeds` of them.
+        jobs: runs that are executed in parallel.
+        runs: folder for the runs.
+        overrides: further Hydra overrides.
+    """
     cells = [(rule, name) for name in settings for rule in rules if asked(rule, SETTINGS[name])]
     work = [(rule, name, seed) for rule, name in cells for seed in seeds[: SETTINGS[name].seeds]]
 
@@ -184,7 +203,14 @@ def measure(
 
 
 def tune(rules: Sequence[str], *, jobs: int, runs: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """The gain of every rule at every rate, on development writers with equal ranks."""
+    """Measure the gain of every rule at every learning rate, on development writers with equal ranks.
+
+    Args:
+        rules: keys of `RULES`.
+        jobs: runs that are executed in parallel.
+        runs: folder for the runs.
+        overrides: further Hydra overrides.
+    """
     work = [(rule, rate) for rule in rules if rule not in FEW_ONLY for rate in TRIED]
 
     def one(rule: str, rate: float) -> dict[str, Any]:
@@ -199,7 +225,7 @@ def tune(rules: Sequence[str], *, jobs: int, runs: Path, overrides: Sequence[str
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each rule, a column for each setting."""
+    """Return a table with a row for each rule and a column for each setting."""
     settings = list(dict.fromkeys(each["setting"] for each in found))
     shown = Table(title="Gain of the shared adapter, % of the base's held-out loss [95 %]; best of a setting in bold")
     shown.add_column("rule")
@@ -221,7 +247,7 @@ def _cell(found: Sequence[float] | None, best: float) -> str:
 
 
 def tuned(found: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each rule, a column for each rate."""
+    """Return a table with a row for each rule and a column for each learning rate."""
     shown = Table(title="Gain on development writers, % of the base's held-out loss, by learning rate")
     shown.add_column("rule")
     for rate in TRIED:

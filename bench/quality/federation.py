@@ -1,8 +1,11 @@
-"""Does a federation pay?  python -m bench.quality.federation [--seeds 0 1 2] [key=value …]
+"""Gain of a federation over training without others.
 
-Runs `simulations.run preset=claim` once for each seed and compares, paired over writers on their held-out
-letters: shared with base, personal with shared, personal with base and with the same device alone. A gain is
-L_base − L_arm; an interval is a 95 % percentile bootstrap over writers of the mean difference.
+    python -m bench.quality.federation [--seeds 0 1 2] [key=value …]
+
+Runs `simulations.run preset=claim` once for each seed, and compares arms on the writers' held-out letters, paired over
+writers: shared with base, personal with shared, personal with base, and personal with local (the same device without
+    the
+federation). A gain is L_base − L_arm. An interval is a 95 % percentile bootstrap over writers of the mean difference.
 """
 
 from __future__ import annotations
@@ -28,14 +31,14 @@ RESAMPLES = 10_000
 
 
 def interval(differences: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of paired differences [writers]."""
+    """Return the 95 % percentile bootstrap interval of the mean of paired differences `[writers]`."""
     draws = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
     low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def compare(losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Paired comparisons of arms; `losses` maps an arm to one held-out loss for each writer."""
+    """Compare pairs of arms; `losses` maps an arm to its held-out losses `[writers]`."""
     result: dict[str, Any] = {"loss": {arm: float(values.mean()) for arm, values in losses.items()}}
     for better, worse in PAIRS:
         difference = losses[worse] - losses[better]
@@ -49,7 +52,13 @@ def compare(losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def measure(seed: int, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """One run of the federation; what it came to."""
+    """Run the federation once, and return its comparisons and summary.
+
+    Args:
+        seed: seed of the run.
+        overrides: further Hydra overrides.
+        folder: output folder of the run.
+    """
     command = [sys.executable, "-m", "simulations.run", "preset=claim", f"seed={seed}", *overrides]
     subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
     rows = json.loads((folder / "evaluation.json").read_text())
@@ -66,7 +75,7 @@ def measure(seed: int, overrides: Sequence[str], folder: Path) -> dict[str, Any]
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each seed."""
+    """Return a table with a row for each seed."""
     shown = Table(title=f"{results[0]['clients']} writers, held-out letters, mean loss; gain over base [95 % interval]")
     for heading in ("seed", "base", "local", "shared", "personal", *(f"{a} < {b}" for a, b in PAIRS), "× local's gain"):
         shown.add_column(heading, justify="right")
@@ -86,7 +95,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="seeds that run side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/federation"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/federation.json"))
     arguments, overrides = parser.parse_known_args()

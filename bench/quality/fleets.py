@@ -1,8 +1,8 @@
-"""Selection, planning and timing against what they cost a fleet that lives: simulated hours, kWh, flat batteries.
+"""Benchmark of selection, planning and round timing on simulated fleets: hours, kWh and flat batteries.
 
-Every run trains until long after the *target*: 80 % of the gain that the same writers reach where every device takes
-part in every round and nothing is in its way. Counted is what a run takes until the first round whose measured gain is
-as high. All runs of a fleet have the same writers, devices, seeds, learning rate and rule of aggregation.
+Every run trains until long after the *target*: 80 % of the gain that the same writers reach if every device takes part
+in every round without limits. The cost of a run is counted until the first round whose measured gain reaches the
+target. All runs of a fleet use the same writers, devices, seeds, learning rate and aggregation rule.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ RANDOM = ("selection=sample", "strategy.planning=full", f"fleet.sample={ASKED}")
 
 
 class FleetPlan(NamedTuple):
-    """One plan for every device, and which devices can be asked at all."""
+    """One plan for every device, and the devices that are eligible for it."""
 
     steps: int
     memory_gib: float | None
-    """That a device must have; None: any."""
+    """Memory that a device needs; None: any."""
     timeout: int
     """Seconds after which a round ends."""
     sites: str | None = None
-    """Of the adapter; None: all."""
+    """Regular expression of the adapter's sites; None: all sites."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -66,17 +66,17 @@ GRID = tuple(
     )
     if not (steps == 10 and timeout == 1800)
 )
-"""Single plans for random selection on the week's fleet. More memory than 1.7 GiB leaves out the boards that can't hold
-a pass at all, than 3.5 the small phones too, than 3.9 all but three kinds."""
+"""Plans for random selection on the week's fleet. A memory above 1.7 GiB excludes the boards that can't hold a pass,
+above 3.5 also the small phones, above 3.9 all but three device types."""
 
-MANY = "rounds=32"  # of an asynchronous run, whose rounds are short
+MANY = "rounds=32"  # for asynchronous runs, whose rounds are short
 AWARE = (
     "strategy.planning=device",
     "fleet.eligible.idle=true",
     "fleet.eligible.battery=0.4",
     "fleet.eligible.cool=true",
 )
-"""Nobody is asked who could not or should not."""
+"""Excludes devices that can't train at the moment or should not."""
 WEEK: Mapping[str, tuple[str, ...]] = {
     "thrifty, short rounds": (
         *AWARE,
@@ -110,7 +110,7 @@ WEEK: Mapping[str, tuple[str, ...]] = {
         MANY,
     ),
 }
-"""Arms beside random selection with the best single plan."""
+"""Arms that are compared with random selection under the best single plan."""
 
 SPREAD: Mapping[str, tuple[str, ...]] = {
     "wait for all": (f"fleet.sample={ASKED}", "strategy.timeout=86400"),
@@ -124,29 +124,29 @@ SPREAD: Mapping[str, tuple[str, ...]] = {
         "strategy.timeout=86400",
     ),
 }
-"""Ways to time the rounds of a fleet whose slowest device takes ten times as long as its fastest, and to choose."""
+"""Round timing and selection for a fleet whose slowest device takes ten times as long as its fastest."""
 
 LONG: Mapping[str, tuple[str, ...]] = {"week": ("rounds=24",), "spread": ("rounds=24",), "grid": ("rounds=40",)}
 CHOSEN = {"random, fastest plan": FleetPlan(5, 3.9, 1800), "random, least energy": FleetPlan(5, None, 3600)}
-"""Of the grid, on development writers: the plan that takes the fewest hours, and the one that takes the fewest kWh."""
+"""Plans of the grid that took the fewest hours and the fewest kWh on development writers."""
 
 
 class TargetCost(NamedTuple):
-    """What a run took until its gain was high enough; `hours` and `kwh` are None if it never was."""
+    """Cost of a run until its gain reached the target; `hours` and `kwh` are None if it never did."""
 
     hours: float | None
     kwh: float | None
     battery_kwh: float | None
-    """Of it, what batteries gave."""
+    """Energy from batteries, a part of `kwh`."""
     round: int | None
     lost: Mapping[str, int]
-    """Devices that never replied, by what became of them, until then or to the end."""
+    """Devices that never replied, by reason, until the target or else until the end."""
     gini: float
     best: float
 
 
 def round_gains(folder: Path) -> list[dict[str, Any]]:
-    """Of each measured round: its gain, the hours and the kWh until then, and who was lost."""
+    """Return for each measured round its gain, and the hours, kWh and lost devices until then."""
     rows, joules, drained, lost = [], 0.0, 0.0, Counter[str]()
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -169,7 +169,7 @@ def round_gains(folder: Path) -> list[dict[str, Any]]:
 
 
 def target_cost(folder: Path, target: float) -> TargetCost:
-    """Of a run that is over."""
+    """Return the cost of a completed run until it reached the target."""
     rows = round_gains(folder)
     first: dict[str, Any] = next((row for row in rows if row["gain"] >= target), {})
     fleet = json.loads((folder / "summary.json").read_text()).get("fleet", {})
@@ -185,7 +185,13 @@ def target_cost(folder: Path, target: float) -> TargetCost:
 
 
 def command(overrides: Sequence[str], *, role: str, seed: int) -> list[str]:
-    """What runs one federation."""
+    """Return the command line of one federation.
+
+    Args:
+        overrides: Hydra overrides of the run.
+        role: writers to use, `development` or `test`.
+        seed: seed of the run.
+    """
     writers = 20 if role == "development" else DEVICES
     return [
         sys.executable,
@@ -203,7 +209,15 @@ def command(overrides: Sequence[str], *, role: str, seed: int) -> list[str]:
 def measured(
     work: Sequence[tuple[str, Sequence[str], int]], *, role: str, jobs: int, runs: Path, overrides: Sequence[str]
 ) -> list[TargetCost]:
-    """Runs of (name, overrides, seed), and what each took to the target of its seed's reference."""
+    """Run federations, and return what each took to reach its seed's target.
+
+    Args:
+        work: runs as (name, overrides, seed).
+        role: writers to use, `development` or `test`.
+        jobs: runs that are executed in parallel.
+        runs: folder for the runs.
+        overrides: further Hydra overrides of every run.
+    """
     seeds = sorted({seed for *_, seed in work})
     every = [*((f"reference-{seed}", REFERENCE, seed) for seed in seeds), *((f"{n}-{s}", o, s) for n, o, s in work)]
 
@@ -222,7 +236,13 @@ def measured(
 
 
 def table(title: str, found: Mapping[str, Sequence[TargetCost]], first: str) -> Table:
-    """A row for each arm: medians over its seeds, and of the ratios to the same seed's run of the arm `first`."""
+    """Return a table with a row for each arm: medians over its seeds, and ratios to the same seed's run of one arm.
+
+    Args:
+        title: title of the table.
+        found: runs by arm.
+        first: arm that the ratios refer to.
+    """
     shown = Table(title=title)
     for name in (
         "arm",
@@ -258,7 +278,7 @@ def table(title: str, found: Mapping[str, Sequence[TargetCost]], first: str) -> 
 
 
 def median_or_none(runs: Sequence[TargetCost], key: str) -> float | None:
-    """Median over runs; None if one never got there."""
+    """Return the median over runs; None if a run never reached the target."""
     values = [getattr(run, key) for run in runs]
     return None if None in values else median(values)
 
@@ -274,9 +294,9 @@ def _ratio(runs: Sequence[TargetCost], base: Sequence[TargetCost], key: str) -> 
 
 
 def median_ratio(mine: Sequence[float | None], others: Sequence[float | None]) -> float | None:
-    """Median over seeds of what a run took over what another of the same seed did; None if one never got there.
+    """Return the median over seeds of the ratio to the other run of the same seed; None if a run missed the target.
 
-    A seed has its own writers, devices and target: runs of different ones differ more than arms do.
+    A seed has its own writers, devices and target: runs of different seeds differ more than arms do.
     """
     pairs = [(a, b) for a, b in zip(mine, others, strict=True) if a is not None and b]
     return median(a / b for a, b in pairs) if len(pairs) == len(mine) else None
@@ -292,7 +312,17 @@ def measure(
     overrides: Sequence[str],
     console: Console,
 ) -> dict[str, Any]:
-    """Tables, printed as they come, and their numbers: of the week's fleet, of the spread one, or of the grid."""
+    """Run the arms of some fleets, print their tables, and return their numbers.
+
+    Args:
+        which: fleets: `week`, `spread` or `grid`.
+        role: writers to use, `development` or `test`.
+        seeds: seeds of the runs.
+        jobs: runs that are executed in parallel.
+        runs: folder for the runs.
+        overrides: further Hydra overrides.
+        console: prints the tables.
+    """
     common: dict[str, Any] = {"role": role, "jobs": jobs, "runs": runs, "overrides": overrides}
     found: dict[str, Any] = {}
     for fleet in which:

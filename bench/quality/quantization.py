@@ -1,8 +1,10 @@
-"""What does a base in fewer bits cost?  python -m bench.quality.quantization [--seeds 0 1 2] [--modes …] [key=value …]
+"""Loss of gain on a quantized base.
 
-The same federation without privacy over the same test writers, on the base in float32 and quantised, trained and
-judged on the base as it is held. A form's gain counts from the loss of the *float32* base, so that what quantising
-itself costs is in it: kept = (L_base − L_arm) / (L_base − L_reference), with L_base and L_reference of float32.
+    python -m bench.quality.quantization [--seeds 0 1 2] [--modes …] [key=value …]
+
+Runs the same non-private federation over the same test writers on the base in float32 and quantized; training and
+evaluation use the base as it is stored. Gains are measured from the loss of the *float32* base, so they include the
+loss by quantization: kept = (L_base − L_arm) / (L_base − L_reference), with L_base and L_reference in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ WRITERS, PICTURES, BATCH = 100, 20, 5
 
 
 def command(mode: str, seed: int) -> list[str]:
-    """What runs it."""
+    """Return the command line of one federation."""
     form = FORMS["reference"]
     return [
         sys.executable,
@@ -50,16 +52,21 @@ def command(mode: str, seed: int) -> list[str]:
 
 
 def gain_kept(found: Mapping[str, Any], exact: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
-    """The share of float32's gain that an arm keeps, with its 95 % interval over writers.
+    """Compute the share of float32's gain that an arm keeps, with its 95 % interval over writers.
 
-    The interval is that of the mean difference from the float32 base, over float32's mean gain.
+    The interval is that of the mean difference to the float32 base, divided by float32's mean gain.
+
+    Args:
+        found: losses of the quantized run, by arm.
+        exact: losses of the float32 run, by arm.
+        arm: `shared` or `personal`.
     """
     base, reference, loss = (np.array(losses) for losses in (exact["base"], exact[arm], found[arm]))
     return share(base - loss, base - reference)
 
 
 def table(runs: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """A row for each mode and seed."""
+    """Return a table with a row for each mode and seed."""
     shown = Table(title="share of the float32 base's gain that is kept [95 %]")
     for heading in ("weights", "seed", "its base", *(f"kept by {arm}" for arm in ARMS), "at least"):
         shown.add_column(heading, justify="right")
@@ -77,8 +84,8 @@ def table(runs: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--modes", nargs="+", choices=TARGETS, default=list(TARGETS), help="beside fp32")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--modes", nargs="+", choices=TARGETS, default=list(TARGETS), help="in addition to fp32")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/quality"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     arguments, overrides = parser.parse_known_args()

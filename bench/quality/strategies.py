@@ -1,14 +1,14 @@
-"""How should adapters be combined, and who be asked for what?
+"""Benchmarks of aggregation, selection and planning.
 
     python -m bench.quality.strategies aggregators|fleets|page [key=value …]
 
     aggregators  every rule × heterogeneity: equal and mixed ranks, half the fleet on half the sites, label skew, few
                  and many writers, with and without privacy (`bench.quality.aggregators`)
-    fleets       selection and planning, and the timing of rounds, on fleets that live: in simulated hours, kWh and
-                 devices lost (`bench.quality.fleets`)
-    page         docs/strategies.md, from what they and `bench.robustness.byzantine` have written
+    fleets       selection, planning and round timing on simulated fleets, in simulated hours, kWh and lost devices
+                 (`bench.quality.fleets`)
+    page         generates docs/strategies.md from the results of both and of `bench.robustness.byzantine`
 
-Test writers are looked at once. `--tune` runs on development writers, and writes no result.
+Test writers are evaluated once. `--tune` runs on development writers, and writes no results.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("aggregators", "fleets", "page"))
-    parser.add_argument("--tune", action="store_true", help="on development writers")
+    parser.add_argument("--tune", action="store_true", help="run on development writers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="of the rules, or of the fleets: week, spread, grid")
+    parser.add_argument("--only", nargs="+", help="rules, or fleets of: week, spread, grid")
     parser.add_argument("--settings", nargs="+", choices=aggregators.SETTINGS, default=list(aggregators.SETTINGS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/strategies"), help="folder for the runs")
     arguments, overrides = parser.parse_known_args()
     if arguments.what == "page":
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
-    """What was asked for: tables, printed, and their numbers."""
+    """Run a benchmark, print its tables, and return its results."""
     console = Console(width=200)
     common: dict[str, Any] = {"jobs": arguments.jobs, "runs": arguments.runs, "overrides": overrides}
     if arguments.what == "fleets":
@@ -69,7 +69,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 
 def write(what: str, found: Any, overrides: Sequence[str]) -> None:
-    """bench/results/`what`.json."""
+    """Write the results to bench/results/`what`.json.
+
+    Args:
+        what: name of the benchmark.
+        found: its results.
+        overrides: Hydra overrides of the command.
+    """
     record = {
         "command": " ".join(["python -m bench.quality.strategies", what, *overrides]),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),

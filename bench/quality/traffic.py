@@ -1,16 +1,19 @@
-"""What travels in a round, and what few bits leave of the gain:  python -m bench.quality.traffic [--gain] [--base sd15] …
+"""Bytes sent in a round, and gain kept with quantized updates.
 
-Bytes are those of updates that were encoded, with their headers, on the shapes of a published base, whose weights
-nobody needs for it. What a device trains:
+    python -m bench.quality.traffic [--gain] [--base sd15] …
 
-    factors   A and B of every site            B alone   A stays (ffa, fedsvd, every second round of rolora)
-    A alone   B stays, or is the device's (fedsa)
-    cores     rank² numbers a site, between factors that stay (fedsb)
+Bytes are those of encoded updates including headers, on the shapes of a published base; weights are not needed. A
+device trains and sends one of:
 
-Down goes the whole adapter, A and B (strategy.download).
+    factors   A and B of every site            B alone   A is fixed (ffa, fedsvd, every second round of rolora)
+    A alone   B is fixed, or stays on the device (fedsa)
+    cores     rank² numbers per site, between fixed factors (fedsb)
 
-    --gain    whole federations on the glyph base besides, one for each method, precision and seed, on development
-              writers: the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
+The whole adapter, A and B, is sent down (strategy.download).
+
+    --gain    also runs whole federations on the glyph base, for each method, precision and seed, on development
+    writers:
+              the share of the gain at fp32 that the shared adapter keeps, (L_base − L) / (L_base − L_fp32)
 """
 
 from __future__ import annotations
@@ -42,11 +45,11 @@ from strategies.registry import AGGREGATIONS
 
 BYTES = ("bytes_up", "bytes_down")
 MOST, KEPT = 0.45e6, 0.95
-"""Bytes of an update, and the share of the gain that it keeps."""
+"""Targets: largest bytes of an update, smallest share of the gain."""
 
 
 class UpdateEncoding(NamedTuple):
-    """How an update is sent, and the adapter that it is a change of."""
+    """Encoding of an update, and of the adapter that is sent down."""
 
     precision: str
     keep: float = 1.0
@@ -106,28 +109,34 @@ def _drawn(expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 
 
 def size(change: Mapping[str, Tensor], encoding: UpdateEncoding) -> int:
-    """Bytes of the update."""
-    if encoding == FP32:  # what doesn't change need not be told either, but then it isn't what fp32 sends
+    """Return the encoded bytes of an update."""
+    if encoding == FP32:  # sends all numbers, also those that did not change
         return len(tensor_codec.encode(change))
     return len(quantization.encode(change, encoding.precision, torch.Generator().manual_seed(0), keep=encoding.keep))
 
 
 def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
-    """Bytes by what is trained and how it is sent."""
+    """Return the bytes of an update by trained part and encoding."""
     changes = {name: _drawn(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
     return {name: {encoding.name: size(change, encoding) for encoding in UP} for name, change in changes.items()}
 
 
 def downloads(sites: Sites, rank: int) -> dict[str, int]:
-    """Bytes of the adapter that is sent down, by precision."""
+    """Return the bytes of the adapter that is sent down, by precision."""
     whole = from_tensors(_drawn(adapter_shapes(sites, rank)))
     return {precision: len(download(whole, precision).data) for precision in ("fp32", *quantization.PRECISIONS)}
 
 
 def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table:
-    """A row for each way, a column for each thing that is trained."""
-    table = Table(title=f"MB of an update: {base}, rank {rank}; at most {MOST / 1e6:g} is wanted")
-    table.add_column("sent in")
+    """Return a table with a row for each encoding and a column for each trained part.
+
+    Args:
+        base: name of the base.
+        rank: rank of the adapter.
+        found: bytes by trained part and encoding.
+    """
+    table = Table(title=f"MB of an update: {base}, rank {rank}; target ≤ {MOST / 1e6:g}")
+    table.add_column("encoding")
     for name in found:
         table.add_column(name, justify="right")
     for encoding in UP:
@@ -137,8 +146,15 @@ def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table
 
 
 def encodings(method: str, precisions: Sequence[str], down: Sequence[str]) -> list[UpdateEncoding]:
-    """Those that a method is run in, fp32 first; where directions don't stay from round to round nothing can be held
-    back, and what is beside cores travels whole.
+    """Return the encodings to run a method with, fp32 first.
+
+    Where factors change directions between rounds, error feedback is impossible, so all blocks are sent. With cores,
+    the adapter is sent down whole.
+
+    Args:
+        method: key of `METHODS`.
+        precisions: precisions of updates to run, in addition to fp32.
+        down: precisions of the download to run, in addition to fp32.
     """
     found = [
         encoding
@@ -151,7 +167,14 @@ def encodings(method: str, precisions: Sequence[str], down: Sequence[str]) -> li
 
 
 def command(method: str, encoding: UpdateEncoding, seed: int, overrides: Sequence[str]) -> list[str]:
-    """What runs one federation."""
+    """Return the command line of one federation.
+
+    Args:
+        method: key of `METHODS`.
+        encoding: encoding of updates and download.
+        seed: seed of the run.
+        overrides: further Hydra overrides.
+    """
     return [
         sys.executable,
         "-m",
@@ -166,7 +189,7 @@ def command(method: str, encoding: UpdateEncoding, seed: int, overrides: Sequenc
 
 
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run it, unless it was; its losses by arm, each writer's, and bytes."""
+    """Run a federation unless it is complete, and return its losses by arm `[writers]` and its bytes."""
     run_once(arguments, folder)
     rows = json.loads((folder / "evaluation.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
@@ -178,7 +201,7 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def gain_kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Share of the gain at fp32, over all seeds' writers, with its 95 % interval, in which fp32's is taken as known."""
+    """Compute the share of the gain at fp32 over all seeds' writers, with its 95 % interval for a fixed gain at fp32."""
     gain, reference = (
         np.concatenate([np.subtract(run["losses"]["base"], run["losses"]["shared"]) for run in runs])
         for runs in (found, whole)
@@ -188,13 +211,11 @@ def gain_kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, A
 
 
 def gains(results: Mapping[tuple[str, UpdateEncoding], Sequence[Mapping[str, Any]]]) -> Table:
-    """A row for each method and way."""
-    table = Table(
-        title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; at least {KEPT:.0%} is wanted"
-    )
+    """Return a table with a row for each method and encoding."""
+    table = Table(title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; target ≥ {KEPT:.0%}")
     for heading in (
         "method",
-        "sent in",
+        "encoding",
         "shared loss",
         "gain kept",
         "MB up, all rounds",
@@ -216,16 +237,16 @@ def gains(results: Mapping[tuple[str, UpdateEncoding], Sequence[Mapping[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="sd15", help="whose shapes are counted on")
+    parser.add_argument("--base", default="sd15", help="base whose shapes are used")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--gain", action="store_true", help="run the federations too")
+    parser.add_argument("--gain", action="store_true", help="also run the federations")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
         "--precisions", nargs="*", choices=quantization.PRECISIONS, default=list(quantization.PRECISIONS)
     )
     parser.add_argument("--down", nargs="*", choices=quantization.PRECISIONS, default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/traffic"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/traffic.json"))
     arguments, overrides = parser.parse_known_args()

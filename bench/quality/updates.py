@@ -1,4 +1,4 @@
-"""Real updates of mixed ranks: what development writers' devices make of the glyph base's adapter, in two rounds."""
+"""Real updates of mixed ranks, from two rounds of development writers' devices on the glyph base's adapter."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ROUNDS = 2
 
 
 def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
-    """Relative errors to the true mean after each round, for caps at each of these ranks.
+    """Compute relative errors to the true mean after each round, for caps at each of these ranks.
 
-    `of_best` is the largest over sites of our error over that of the best approximation (Eckart–Young), where that is
-    not rounding; the others are over all sites together.
+    `of_best` is the largest ratio over sites of the exact rule's error to that of the best approximation
+    (Eckart–Young), where the latter exceeds rounding; the other errors are over all sites together.
     """
     config = compose(f"data.writers={WRITERS} seed={seed}")
     found = []
@@ -63,7 +63,13 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def relative_errors(current: Adapter, updates: Updates, cap: int) -> dict[str, float]:
-    """Errors of one cap."""
+    """Compute the errors of one cap.
+
+    Args:
+        current: adapter before the round.
+        updates: adapter and weight of each device.
+        cap: largest rank of the result.
+    """
     ours = Exact(rank=cap, max_rank=cap, seed=0).aggregate(current, updates, round=1).adapter
     sums = dict.fromkeys(("whole", "best", "exact", "fedit_padded"), 0.0)
     worst = 1.0
@@ -85,13 +91,13 @@ def relative_errors(current: Adapter, updates: Updates, cap: int) -> dict[str, f
 
 
 def whole(before: Factors, trained: Factors) -> Factors:
-    """A device's factors, float64, with those that it left as they were."""
+    """Return a device's factors in float64, with the untrained ranks of the current ones appended."""
     size = len(trained.a)
     a, b = torch.cat([trained.a, before.a[size:]]), torch.cat([trained.b, before.b[:, size:]], dim=1)
     return Factors(a.double(), b.double())
 
 
 def best_approximation(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a matrix (Eckart–Young)."""
+    """Return the best approximation of a matrix with this rank (Eckart–Young)."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :rank] * sigma[:rank]) @ vh[:rank]

@@ -1,11 +1,13 @@
-"""Two private steps on an emulated Pi 4, beside this machine's own:  make smoke-aarch64, or
+"""Compare two private training steps on an emulated Pi 4 with the same steps on this machine.
 
+    make smoke-aarch64
     python -m bench.reliability.aarch64 --root FOLDER
 
-FOLDER is a Debian for arm64 with Anther by its lock (`deploy/smoke/root.sh`). The processor is emulated by qemu-user as
-a Cortex-A72, which stops at instructions that a Pi 4 lacks. Shown are that the lock installs and is what is there, and
-that training comes to the same; not how fast it is, nor heat. What is still apart is mostly the schedule's: in float32
-σ = √(1 − ᾱ) differs by 4e-4 of itself at the third timestep, which one of the pictures is seen at; hardly elsewhere.
+FOLDER is a Debian for arm64 with Anther installed from its lock (`deploy/smoke/root.sh`). qemu-user emulates a
+Cortex-A72, which stops at instructions that a Pi 4 lacks. The run shows that the lock installs, that exactly its
+versions are installed, and that training gives the same result. It shows neither speed nor heat. Most of the remaining
+difference is that of the schedule: in float32, σ = √(1 − ᾱ) differs by a relative 4e-4 at the third timestep, which is
+drawn for one of the pictures, and hardly at other timesteps.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ LOCK = ROOT / "deploy" / "locks" / "aarch64.txt"
 STEPS = Path(__file__).with_name("dp_smoke.py")
 PYTHON = "/opt/anther/bin/python"
 APART = 1e-4
-"""The most that the change of any site may differ, relative to it."""
+"""Largest relative difference of the change of any site."""
 LIMIT = 900.0  # seconds
-ILLEGAL = 132  # 128 + SIGILL, as a shell says it; -4 as Python does
+ILLEGAL = 132  # 128 + SIGILL: the exit status in a shell; Python reports -4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: 1 if they come to something else, or the lock isn't what is installed."""
+    """Return the exit status: 1 if the results differ, or if other versions than the lock's are installed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.reliability.aarch64",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--cpu", default="cortex-a72", help="as qemu calls it")
+    parser.add_argument("--cpu", default="cortex-a72", help="qemu's name of the processor")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     found = compared(emulated(asked.root, asked.cpu), native(), LOCK.read_text(encoding="utf-8"))
@@ -57,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def native() -> dict[str, Any]:
-    """What this machine comes to."""
+    """Run the steps on this machine."""
     return _said([sys.executable, "-m", "bench.reliability.dp_smoke"])
 
 
 def emulated(root: Path, cpu: str) -> dict[str, Any]:
-    """What an arm64 Python in `root` comes to."""
+    """Run the steps with the arm64 Python in `root`."""
     command = ["nice", "-n", "15", "chroot", str(root), "/usr/bin/env", "-i", f"QEMU_CPU={cpu}", "HOME=/tmp"]
     command += ["OMP_NUM_THREADS=1", "PATH=/usr/bin:/bin", PYTHON, "-"]
     version = subprocess.run(["qemu-aarch64-static", "--version"], capture_output=True, text=True, check=True).stdout
@@ -70,7 +72,13 @@ def emulated(root: Path, cpu: str) -> dict[str, Any]:
 
 
 def compared(arm: Mapping[str, Any], x86: Mapping[str, Any], lock: str) -> dict[str, Any]:
-    """How far apart they are, and what of the lock is installed."""
+    """Compare the two runs, and the installed packages with the lock.
+
+    Args:
+        arm: output of the emulated run.
+        x86: output of the run on this machine.
+        lock: text of the lock file.
+    """
     locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, re.MULTILINE))
     there = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in arm["packages"].items()}
     amiss = {name: there.get(name) for name, version in locked.items() if there.get(name) != version}
@@ -104,7 +112,7 @@ def versions(packages: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def products(said: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What each site was changed by, B A."""
+    """Decode the product B A `[out, in]` of each site."""
     flat, found, begin = np.frombuffer(base64.b64decode(said["products"]), "<f4").astype(np.float64), {}, 0
     for site, shape in said["shapes"].items():
         size = int(np.prod(shape))
@@ -115,13 +123,13 @@ def products(said: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _said(command: Sequence[str], program: str | None = None) -> dict[str, Any]:
-    """The JSON that a program prints last."""
+    """Run a command, and parse the JSON on its last line of output."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, input=program, capture_output=True, text=True, timeout=LIMIT, check=False)
     if done.returncode in (ILLEGAL, -4):
-        raise SystemExit(f"{command[-2]}: an instruction that this processor lacks (SIGILL): which PyTorch is there?")
+        raise SystemExit(f"{command[-2]}: illegal instruction (SIGILL) on this processor: check the installed PyTorch")
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(command)} exited with status {done.returncode}:\n{done.stderr[-3000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - began}
 
 

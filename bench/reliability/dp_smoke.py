@@ -1,7 +1,9 @@
-"""Two private training steps of the glyph base, and what came of them as one line of JSON:  python -m bench.reliability.dp_smoke
+"""Two private training steps on the glyph base, with the result as one line of JSON.
 
-One file that needs nothing but what is installed, so that another machine's Python can read it from standard input
-(`bench.reliability.aarch64`). Noise and batches are the simulated ones of seed 7, so that every machine draws the same.
+    python -m bench.reliability.dp_smoke
+
+This is a single file that needs only installed packages, so that another machine's Python can read it from standard
+input (`bench.reliability.aarch64`). Noise and batches are simulated with seed 7, so every machine draws the same.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from typefaces import dataset
 
 SEED, RANK, STEPS, PICTURES, BATCH = 7, 4, 2, 8, 4
 PRIVACY = DPSGD(noise_multiplier=0.5, clip=0.01, sampling_rate=BATCH / PICTURES)
-MEMORY = 1 << 30  # granted
+MEMORY = 1 << 30  # budget in bytes
 
 
 def main() -> None:
     began = time.perf_counter()
     torch.set_num_threads(1)
-    torch.backends.nnpack.set_flags(False)  # else it warns of every processor that it doesn't know
+    torch.backends.nnpack.set_flags(False)  # avoids its warning on unknown processors
     base = load("glyphs")
     writer = dataset.load("development")[0]
     captions = [dataset.caption(glyph) for glyph in dataset.GLYPHS[:PICTURES]]

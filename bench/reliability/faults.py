@@ -1,12 +1,14 @@
-"""What happens to real devices, done to a federation of processes:  python -m bench.reliability.faults [ROW …] [--runs 20]
+"""Inject real faults into a federation of processes, and check that it recovers.
 
-One federation of three devices goes on round after round, with privacy per picture, over TLS with keys; each run of a
-row does its harm at a random moment and then waits. It *went on* if, without anybody's help, a later round has used an
-update of every device again; *refused* if the one concerned said why in a line and the others went on. After each run
-every ledger must be whole, and hold a sealed entry for every update that the server has used.
+    python -m bench.reliability.faults [ROW …] [--runs 20]
 
-With `--jobs N` several such federations work side by side, each with a network and mounts of its own; a core and 2 GiB
-for each are enough. Runs are added to those in the file: remove it to begin anew.
+A federation of three devices runs round after round, with example-level privacy, over TLS with keys. Each run of a row
+injects its fault at a random time and then waits. The federation *went on* if a later round used an update of every
+device again without intervention. It *refused* if the affected process gave a one-line reason and the others went on.
+After each run every ledger must be valid, and hold a sealed entry for every update that the server has used.
+
+With `--jobs N`, N federations run in parallel, each with its own network and mounts, on one core and 2 GiB each. Runs
+are appended to those in the result file: remove the file to start over.
 """
 
 from __future__ import annotations
@@ -53,16 +55,16 @@ RUN = (
     "rounds=5000 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
     "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 strategy.timeout=90"
 )
-PATIENCE = 420.0  # seconds in which a federation must go on
-DISK = 96  # MiB of the disk of a device
+PATIENCE = 420.0  # seconds in which a federation must recover
+DISK = 96  # MiB of a device's disk
 
 Harm = Callable[["Scene"], "str | None"]
-"""Does it; what the one concerned says, where it refuses."""
+"""Injects the fault; returns the message of the affected process if it refuses."""
 
 
 @dataclass
 class Scene:
-    """A federation at work, and who is harmed in this run."""
+    """A running federation and the device that this run's fault affects."""
 
     federation: LocalFederation
     rng: random.Random
@@ -78,15 +80,15 @@ class Scene:
         return found
 
     def last_used(self) -> dict[str, int]:
-        """Of each device, in how many rounds an update of it was used."""
+        """Return the number of rounds that used an update of each device."""
         for _ in range(50):
-            with contextlib.suppress(OSError, IndexError, ValueError):  # replaced while we look
+            with contextlib.suppress(OSError, IndexError, ValueError):  # the checkpoint was just replaced
                 return {name: facts["rounds"] for name, facts in self.server_state()["devices"].items()}
             time.sleep(0.1)
         raise AssertionError(f"no checkpoint can be read\n{self.federation.told()}")
 
     def process(self, what: str) -> psutil.Process:
-        """One that is there, as soon as it is."""
+        """Wait for a process of this kind, and return one at random."""
         found: list[psutil.Process] = []
 
         def look() -> bool:
@@ -98,7 +100,7 @@ class Scene:
 
     def _find(self, what: str) -> list[psutil.Process]:
         match what:
-            case "ClientApp":  # forks of the node's process beside the SuperNode, which is the first of them
+            case "ClientApp":  # forks of the node's process; the first of them is the SuperNode
                 return [
                     child
                     for node in self.device.children("client.runtime.supernode")[:1]
@@ -126,7 +128,7 @@ def killed(what: str) -> Harm:
         scene.pause(4)
         process = scene.process(what)
         scene.pause(0.5)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself: then the next one is killed
+        with contextlib.suppress(psutil.NoSuchProcess):  # it exited by itself: kill the next one
             process.kill()
             return
         scene.process(what).kill()
@@ -135,7 +137,7 @@ def killed(what: str) -> Harm:
 
 
 def server_killed(scene: Scene) -> None:
-    """The whole server, as when its machine loses power; started again as systemd would."""
+    """Kill the whole server, like a power loss of its machine, and start it again like systemd would."""
     scene.pause(4)
     scene.federation.server.kill()
     scene.federation.start()
@@ -149,7 +151,7 @@ def device_killed(scene: Scene) -> None:
 
 
 def disk_full(scene: Scene) -> None:
-    """The device's disk has no byte left for ten seconds of a round."""
+    """Fill the device's disk completely for ten seconds of a round."""
     filler = scene.device.home / "filler"
     scene.pause(3)
     with contextlib.suppress(OSError), filler.open("wb") as file:
@@ -161,7 +163,7 @@ def disk_full(scene: Scene) -> None:
 
 
 def corrupt_cache(scene: Scene) -> None:
-    """Bytes of what is cached change under a worker that has to read it again."""
+    """Change bytes of the cache, and kill the worker so that it reads the cache again."""
     for file in (scene.device.home / "devices" / scene.victim / "cache").glob("*"):
         data = bytearray(file.read_bytes())
         for _ in range(max(1, len(data) // 1000)):
@@ -171,25 +173,25 @@ def corrupt_cache(scene: Scene) -> None:
 
 
 def half_a_checkpoint(scene: Scene) -> str | None:
-    """The server dies, and of its newest checkpoint a file is cut: refused by name, and gone on from the one before."""
+    """Kill the server and truncate a file of its newest checkpoint: it must name it, and resume from the one before."""
     federation = scene.federation
     federation.server.kill()
-    kill_all(federation.server.home)  # as a power cut does: else its ServerApp may end another round meanwhile
+    kill_all(federation.server.home)  # like a power loss: otherwise its ServerApp may finish another round meanwhile
     newest = sorted(federation.runs[-1].glob("checkpoints/round-*"))[-1]
     file = scene.rng.choice([*newest.iterdir()])
     before = file.read_bytes()
     file.write_bytes(before[: scene.rng.randrange(len(before))])
     federation.start()
-    wait_until(lambda: str(newest) in federation.server.output, 120, "the damage's name")
+    wait_until(lambda: str(newest) in federation.server.output, 120, "the name of the damaged checkpoint")
     *_, output = (line for line in federation.server.output.splitlines() if f"delete {newest}" in line)
     federation.server.stop()
-    shutil.rmtree(newest)  # as it says
+    shutil.rmtree(newest)  # as the message asks
     federation.start()
     return output.removeprefix("error: ")
 
 
 def two_with_one_store(scene: Scene) -> str:
-    """A second node of the same home."""
+    """Start a second node with the same home."""
     own = {"ANTHER_HOME": str(scene.device.home)}
     second = ModuleProcess(
         "client.runtime.supervisor",
@@ -204,7 +206,7 @@ def two_with_one_store(scene: Scene) -> str:
 
 
 def another_certificate(scene: Scene) -> str:
-    """Somebody else's server answers at the same address for a while."""
+    """Let another server answer at the same address for a while."""
     federation, device = scene.federation, scene.device
     device.stop()
     federation.server.stop()
@@ -223,12 +225,12 @@ def another_certificate(scene: Scene) -> str:
 
 
 def clock_jumps(scene: Scene) -> str:
-    """The device starts with its clock an hour ahead: it says so and waits, and goes on with a clock that is right."""
+    """Start the device with its clock an hour ahead: it must report that and wait, and go on with the right clock."""
     device, before = scene.device, len(scene.device.output)
     device.stop()
     device.environment = _ahead()
     device.start()
-    wait_until(lambda: "clock is" in device.output[before:], 240, f"a word about the clock\n{device.output[-2000:]}")
+    wait_until(lambda: "clock is" in device.output[before:], 240, f"a message on the clock\n{device.output[-2000:]}")
     device.stop()
     device.environment = {}
     device.start()
@@ -236,19 +238,19 @@ def clock_jumps(scene: Scene) -> str:
 
 
 def certificate_anew(scene: Scene) -> None:
-    """The operator makes a new key and certificate while everything is at work."""
+    """Rotate the server's key and certificate while the federation runs."""
     scene.pause(4)
     done = run_module("server.gateway.keys", "rotate", home=scene.federation.server.home)
     assert done.returncode == 0, done.stderr
 
 
 def cut(seconds: float) -> Harm:
-    """The device's network is down from the middle of an upload on."""
+    """Take the device's network down from the middle of an upload."""
 
     def harm(scene: Scene) -> None:
         process = scene.process("ClientApp")
         with contextlib.suppress(psutil.TimeoutExpired, psutil.NoSuchProcess):
-            process.wait(60)  # its reply is about to go up
+            process.wait(60)  # it exits when its reply is about to be uploaded
         scene.pause(0.3)
         set_link(scene.victim, on=False)
         time.sleep(seconds)
@@ -274,20 +276,20 @@ ROWS: dict[str, Harm] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FaultOutcome:
-    """What came of one run; with neither, it failed."""
+    """Outcome of one run: went on if neither `refused` nor `failed` is set."""
 
     seconds: float
     refused: str | None = None
-    """With these words."""
+    """Message of the affected process."""
     failed: str | None = None
-    """What was waited for, and what all the logs say."""
+    """Condition that was not reached, and the end of all logs."""
 
     def __str__(self) -> str:
         return f"{'FAILED' if self.failed else 'refused' if self.refused else 'went on'} in {self.seconds:.0f}"
 
 
 def once(scene: Scene, harm: Harm) -> FaultOutcome:
-    """One run of a row."""
+    """Run one row once."""
     scene.victim = scene.rng.choice(list(scene.federation.devices))
     began, refused, failed = time.monotonic(), None, None
     try:
@@ -306,7 +308,7 @@ def _all_again(scene: Scene, before: dict[str, int]) -> bool:
 
 
 def whole(scene: Scene) -> None:
-    """AssertionError unless every ledger can be believed, and holds a seal for every update that was used."""
+    """Raise AssertionError unless every ledger is valid and holds a sealed entry for every used update."""
     used = scene.last_used()
     for name, device in scene.federation.devices.items():
         done = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
@@ -318,7 +320,7 @@ def whole(scene: Scene) -> None:
 
 @contextlib.contextmanager
 def scene(folder: Path, seed: int) -> Iterator[Scene]:
-    """A federation that goes on and on; its devices have small disks of their own."""
+    """Run an endless federation whose devices have small disks of their own."""
     mounted = []
     try:
         pictures = write_letter_folders(folder / "pictures", DEVICES, each=6)
@@ -340,9 +342,9 @@ def scene(folder: Path, seed: int) -> Iterator[Scene]:
 
 
 def _ahead() -> dict[str, str]:
-    """Of libfaketime, where it is installed: a clock that is an hour ahead."""
+    """Environment of libfaketime, if installed, that sets the clock an hour ahead."""
     found = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
-    assert found, "clock jumps: needs libfaketime (Debian: libfaketime)"
+    assert found, "clock jumps: requires libfaketime (Debian: libfaketime)"
     return {"LD_PRELOAD": str(found[0]), "FAKETIME": "+1h"}
 
 
@@ -363,7 +365,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--piece", type=int, default=5, help="runs with one federation, where there are several jobs")
+    parser.add_argument("--piece", type=int, default=5, help="runs per federation, with several jobs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
@@ -380,7 +382,7 @@ def main() -> None:
 
 
 def here(rows: list[str], runs: int, seed: int, out: Path) -> None:
-    """All runs of all rows with one federation."""
+    """Run all rows in one federation."""
     with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as at_work:
         for row in rows:
             for _ in range(runs):
@@ -388,7 +390,14 @@ def here(rows: list[str], runs: int, seed: int, out: Path) -> None:
 
 
 def side_by_side(waiting: list[tuple[str, int]], jobs: int, seed: int, out: Path) -> None:
-    """Pieces, so many runs of a row each, as many at a time as there are jobs."""
+    """Run pieces (row, number of runs) in parallel, at most `jobs` at a time.
+
+    Args:
+        waiting: pieces to run.
+        jobs: federations at the same time.
+        seed: seed before the first piece's.
+        out: the result file.
+    """
     working: list[subprocess.Popen] = []
     try:
         while waiting or working:
@@ -404,7 +413,14 @@ def side_by_side(waiting: list[tuple[str, int]], jobs: int, seed: int, out: Path
 
 
 def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
-    """A piece with a network and mounts of its own, begun."""
+    """Start a piece in a process with its own network and mounts.
+
+    Args:
+        row: name of the row.
+        runs: runs of the row.
+        seed: seed of the federation.
+        out: the result file.
+    """
     arguments = [row, "--runs", str(runs), "--seed", str(seed), "--out", str(out)]
     own = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec "$@"'
     return subprocess.Popen(
@@ -427,7 +443,13 @@ def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
 
 
 def keep(out: Path, row: str, run: FaultOutcome) -> FaultOutcome:
-    """Add it to the file, which several write."""
+    """Append a run to the result file under a lock, because several processes write it.
+
+    Args:
+        out: the result file.
+        row: name of the row.
+        run: outcome to append.
+    """
     folder = os.open(out.absolute().parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -447,9 +469,9 @@ def keep(out: Path, row: str, run: FaultOutcome) -> FaultOutcome:
 
 
 def table(record: dict[str, Any]) -> Table:
-    shown = Table(title="what was done, and what became of it without anybody's help")
-    for heading in ("", "runs", "went on", "refused with a reason", "seconds (median)", "said"):
-        shown.add_column(heading, justify="left" if heading in ("", "said") else "right")
+    shown = Table(title="injected faults and how the federation recovered without intervention")
+    for heading in ("", "runs", "went on", "refused with a reason", "seconds (median)", "message"):
+        shown.add_column(heading, justify="left" if heading in ("", "message") else "right")
     for name, runs in record["rows"].items():
         good = [run for run in runs if not run["failed"]]
         output = next((run["refused"] for run in good if run["refused"]), "")

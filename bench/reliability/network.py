@@ -1,4 +1,4 @@
-"""A network of this machine's own: a bridge, and for each device a namespace with one cable that can be pulled."""
+"""A network on this machine: a bridge, and a namespace for each device whose link can be taken down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _BRIDGE = "anther0"
 
 @contextmanager
 def network(names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
-    """What a command is begun with to run in each one's namespace; root's alone to make. The server is at SERVER."""
+    """Create the network, and yield for each name the command prefix that runs in its namespace.
+
+    Requires root. The server's address is SERVER.
+    """
     _end(names)
     try:
         _ip("link", "add", _BRIDGE, "type", "bridge")
@@ -32,12 +35,12 @@ def network(names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
 
 
 def set_link(name: str, *, on: bool) -> None:
-    """The cable of a device in, or out."""
+    """Take the link of a device up or down."""
     _ip("link", "set", cable(name), "up" if on else "down")
 
 
 def cable(name: str) -> str:
-    return f"an-{name[-10:]}"  # 15 characters are the most
+    return f"an-{name[-10:]}"  # interface names have at most 15 characters
 
 
 def _space(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A federation of processes on this machine: a server, and devices with homes of their own, all ended afterwards."""
+"""Federation of processes on this machine: a server, and devices with their own homes, all killed at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = (
     "worker.threads=1",
     "link.poll_seconds=0.2",
 )
-"""A test's devices train whatever their sensors say, and with little to wait for."""
+"""Lets a test's devices train in any sensor state and with short waits."""
 
 
 def free_port() -> int:
@@ -39,7 +39,16 @@ def free_port() -> int:
 
 
 def write_letter_folders(folder: Path, owners: int, each: int = 10) -> dict[str, Path]:
-    """Folders of so many development writers' letters, by the name of their owner."""
+    """Write a folder of letters for each owner, drawn by development writers.
+
+    Args:
+        folder: parent folder.
+        owners: number of owners.
+        each: letters per owner.
+
+    Returns:
+        The folders by name of their owner.
+    """
     from typefaces import dataset
 
     captions = [dataset.caption(glyph) for glyph in dataset.GLYPHS[:each]]
@@ -53,7 +62,13 @@ def write_letter_folders(folder: Path, owners: int, each: int = 10) -> dict[str,
 
 
 def write_letters(folder: Path, images: Iterable[Any], captions: Sequence[str]) -> Path:
-    """A folder of pictures as its owner would have it."""
+    """Write a folder of captioned pictures in the layout that an owner provides.
+
+    Args:
+        folder: folder to create.
+        images: pixels of the pictures.
+        captions: caption of each picture.
+    """
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number}.png")
@@ -63,7 +78,16 @@ def write_letters(folder: Path, images: Iterable[Any], captions: Sequence[str]) 
 
 
 def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for something; AssertionError if it takes too long, which is no measurement."""
+    """Wait for a condition.
+
+    Args:
+        true: the condition.
+        seconds: largest time to wait.
+        what: description of the condition.
+
+    Raises:
+        AssertionError: the condition did not hold in time, so there is no measurement.
+    """
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
@@ -72,14 +96,14 @@ def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
 
 @dataclass
 class ModuleProcess:
-    """`python -m MODULE_BYTES WORDS` in a home of its own, in the background."""
+    """A process `python -m MODULE WORDS` in the background, with its own home."""
 
     module: str
     arguments: list[str]
     home: Path
     environment: dict[str, str] = field(default_factory=dict)
     command_prefix: list[str] = field(default_factory=list)
-    """What its command is begun with: of a network namespace."""
+    """Prefix of the command, e.g. to enter a network namespace."""
     process: subprocess.Popen | None = None
 
     @property
@@ -121,7 +145,7 @@ class ModuleProcess:
         return self.process.poll() if self.process else None
 
     def children(self, part: str) -> list[psutil.Process]:
-        """Processes below it whose command line has this in it."""
+        """Return descendants of the process whose command line contains `part`."""
         if self.exit_code is not None or self.process is None:
             return []
         below = psutil.Process(self.process.pid).children(recursive=True)
@@ -136,7 +160,15 @@ def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str
 def run_module(
     module: str, *arguments: str, home: Path, command_prefix: Sequence[str] = (), told: str = ""
 ) -> subprocess.CompletedProcess:
-    """`python -m MODULE_BYTES WORDS` to its end; `told` is its standard input."""
+    """Run `python -m MODULE WORDS` to its end.
+
+    Args:
+        module: module to run.
+        arguments: its arguments.
+        home: the process's home.
+        command_prefix: prefix of the command, e.g. to enter a network namespace.
+        told: standard input.
+    """
     return subprocess.run(
         [*command_prefix, sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -151,7 +183,7 @@ def run_module(
 
 @dataclass
 class LocalFederation:
-    """A server and its devices, in `folder`."""
+    """A server and its devices in `folder`."""
 
     folder: Path
     arguments: list[str]
@@ -159,7 +191,7 @@ class LocalFederation:
     inner: int = field(default_factory=free_port)
     devices: dict[str, ModuleProcess] = field(default_factory=dict)
     host: str = LOOPBACK
-    """That devices reach it by."""
+    """Address of the server for devices."""
     server: ModuleProcess = field(init=False)
 
     def __post_init__(self) -> None:
@@ -191,7 +223,14 @@ class LocalFederation:
         return done.stdout.strip()
 
     def enroll(self, name: str, data: Path, *arguments: str, command_prefix: Sequence[str] = ()) -> ModuleProcess:
-        """A device that is in; not started yet."""
+        """Enroll a device without starting it.
+
+        Args:
+            name: name of the device and its home.
+            data: folder of its pictures.
+            arguments: overrides of its configuration.
+            command_prefix: prefix of its commands, e.g. to enter a network namespace.
+        """
         home = self.folder / name
         done = run_module(
             "client.cli.enroll",
@@ -212,18 +251,24 @@ class LocalFederation:
         return sorted((self.server.home / "runs").glob("*/"))
 
     def rounds(self) -> int:
-        """The last whole round of the newest run."""
+        """Return the last complete round of the newest run; -1 if there is none."""
         found = sorted(self.runs[-1].glob("checkpoints/round-*")) if self.runs else []
         return int(found[-1].name.removeprefix("round-")) if found else -1
 
     def told(self) -> str:
-        """All logs, for whoever has to find out what went wrong."""
+        """Return the end of all logs, to diagnose a failure."""
         return "\n".join(f"== {p.home.name}\n{p.output[-3000:]}" for p in (self.server, *self.devices.values()))
 
 
 @contextmanager
 def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterator[LocalFederation]:
-    """A federation that is ended at last, whatever becomes of the test."""
+    """Yield a federation that is not started, and kill all its processes at the end.
+
+    Args:
+        folder: folder of the server and the devices.
+        overrides: configuration of the run.
+        host: address of the server for devices.
+    """
     found = LocalFederation(folder, shlex.split(overrides), host=host)
     try:
         yield found
@@ -234,7 +279,7 @@ def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterato
 
 
 def kill_all(folder: Path) -> None:
-    """Processes whose home is the folder or in it: of what was killed, children may be left for a moment."""
+    """Kill all processes with a home in this folder: a killed process may leave children for a moment."""
     for process in psutil.process_iter():
         try:
             home = process.environ().get("ANTHER_HOME", "")

@@ -1,10 +1,12 @@
-"""Does a federation last?  python -m bench.reliability.soak [--rounds 500]
+"""Run a federation for hundreds of rounds, and check its accounting and memory.
 
-Short rounds over TLS with keys, in which devices join, leave and die at random, but for one. At the end the run must be
-over. Every update that was asked for must be accounted for by the server, as used, late, rejected or lost, and every
-one that a device has sealed must be among them. Memory must be flat: the slope of a line through the PSS of each
-process that lived all along, after a warm-up, over all the rounds, in per cent of what it began with. PSS counts a
-library's pages to each of those that map it: let no other Python start or end meanwhile.
+    python -m bench.reliability.soak [--rounds 500]
+
+Runs short rounds over TLS with keys, while all devices but one join, leave and die at random. At the end the run must
+be complete. The server must account for every requested update as used, late, rejected or lost, and every update that a
+device has sealed must be among them. Memory must be flat: for each process that lives throughout, the slope of a line
+fitted to its PSS after a warm-up, over all rounds, in percent of its first value. PSS divides a library's pages among
+the processes that map it, so don't start or end other Python processes meanwhile.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ SERVER, DEVICE = (
     ("server.supervisor.run", "server.supervisor.local_superlink", "flwr-serverapp"),
     ("client.runtime.supervisor", "client.runtime.supernode", "client.runtime.worker"),
 )
-FLAT = 3.0  # per cent
-WARM = 0.1  # of the rounds
+FLAT = 3.0  # percent
+WARM = 0.1  # fraction of the rounds
 EVENTS = ("join", "leave", "die")
 
 
 @dataclass
 class MemorySamples:
-    """PSS in MiB of the processes of the server and of the device that stays, by round."""
+    """PSS samples in MiB of the processes of the server and of the permanent device, by round."""
 
     samples: dict[tuple[str, int], list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ class MemorySamples:
                     self.samples.setdefault((part, process.pid), []).append((number, pss))
 
     def slopes(self, rounds: int) -> dict[str, dict[str, Any]]:
-        """Growth over all the rounds, in per cent of what there was after the warm-up, of what lived all along."""
+        """Return the growth of permanent processes over all rounds, in percent of their value after the warm-up."""
         told = {}
         for (part, _), samples in sorted(self.samples.items()):
             late = np.array([(number, pss) for number, pss in samples if number >= WARM * rounds])
@@ -74,7 +76,13 @@ class MemorySamples:
 
 
 def happens(changing: list[ModuleProcess], rng: random.Random, counts: Counter[str]) -> None:
-    """A device joins, leaves or dies; one of these stays."""
+    """Make a random device join, leave or die, except the last running one.
+
+    Args:
+        changing: devices that may change.
+        rng: source of randomness.
+        counts: incremented for the event.
+    """
     there = [device for device in changing if device.exit_code is None]
     gone = [device for device in changing if device.exit_code is not None]
     event = rng.choice(EVENTS)
@@ -90,12 +98,12 @@ def happens(changing: list[ModuleProcess], rng: random.Random, counts: Counter[s
 
 
 def accounts(history: list[dict[str, Any]]) -> dict[str, int]:
-    """Of all that was asked for, what became of it; `unaccounted` is what nothing is known of."""
+    """Count the outcomes of all requested updates; `unaccounted` counts those without any."""
     found: Counter[str] = Counter()
     for done in history:
         if (train := done["train"]) is None:
             continue
-        late = train["dropped"].get("late", 0)  # of earlier rounds, in which it was lost
+        late = train["dropped"].get("late", 0)  # from earlier rounds, which counted them as lost
         found["asked"] += train["asked"]
         found["used"] += train["replied"]
         found["late"] += late
@@ -106,7 +114,7 @@ def accounts(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def sealed(found: LocalFederation) -> int:
-    """Updates that devices have sealed, by their own ledgers."""
+    """Count the updates that devices have sealed, from their ledgers."""
     total = 0
     for name, device in found.devices.items():
         done = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)

@@ -1,6 +1,6 @@
-"""Messages that an attacker would send: a named corpus, and mutations of honest ones that know their structure.
+"""Malicious messages: a named corpus, and structure-aware mutations of honest messages.
 
-An attacker computes checksums too, so most have the right one; those that stand for damage in transit have not.
+An attacker can compute checksums, so most messages have the right one, except those that represent damage in transit.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ WEIRD: tuple[Any, ...] = (
 
 
 class WireMessage(NamedTuple):
-    """An honest message as it travels."""
+    """An honest message's JSON text and adapter bytes."""
 
     text: str
     adapter: bytes | None
 
 
 class MessageAttack(NamedTuple):
-    """Something to deliver in place of a message."""
+    """A message to deliver in place of an honest one."""
 
     kind: str
-    """What class of attack it is counted with."""
+    """Class of the attack, under which it is counted."""
     prepare: Callable[[Message], Delivery]
-    """Given the message that asked, or one to send, what makes the receiver's copy of it."""
+    """Takes the request, or a message to send, and returns the function that makes the receiver's copy."""
     payload: bytes | None = None
-    """The adapter's bytes, for the peer that reads only those."""
+    """Bytes of the adapter, for a peer that reads only adapters."""
 
 
 def to_records(letter: WireMessage, checksum: str | None = None) -> RecordDict:
-    """A letter in Flower's records, with its own checksum or another."""
+    """Convert a message to Flower's records, with its own checksum or with the given one."""
     beside = b"" if letter.adapter is None else hashlib.sha256(letter.adapter).digest()
     true = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
     said: dict[str, Any] = {"json": letter.text, "sha256": checksum or true, "version": NEWEST}
@@ -87,12 +87,18 @@ def to_records(letter: WireMessage, checksum: str | None = None) -> RecordDict:
 
 
 def records_attack(kind: str, records: RecordDict, payload: bytes | None = None) -> MessageAttack:
-    """These records, as content of a reply or of a request."""
+    """Return the attack that delivers these records as content of a reply or request.
+
+    Args:
+        kind: class of the attack.
+        records: content of the message.
+        payload: bytes of the adapter.
+    """
     return MessageAttack(kind, lambda message: lambda: _with_content(message, records), payload)
 
 
 def _with_content(message: Message, records: RecordDict) -> Message:
-    """A reply to the message of a server, or the same request with other content."""
+    """Make a reply to a server's message, or the same request with other content."""
     metadata = message.metadata
     if metadata.message_id:
         return Message(records, reply_to=message)
@@ -103,20 +109,20 @@ def _with_content(message: Message, records: RecordDict) -> Message:
 
 
 def unpacked(data: bytes) -> tuple[Header, bytes]:
-    """Header and data of honest bytes."""
+    """Split honest bytes into header and data."""
     (length,) = struct.unpack_from("<Q", data)
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def packed(header: object, data: bytes) -> bytes:
-    """Bytes with any header, an object or JSON, padded as the format asks."""
+    """Make safetensors bytes from any header, an object or JSON text, with the format's padding."""
     text = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
 
 
 def replace_values(good: bytes, value: Callable[[np.ndarray], np.ndarray]) -> bytes:
-    """The same tensors with other numbers."""
+    """Replace the values of all tensors."""
     header, data = unpacked(good)
     return packed(header, value(np.frombuffer(data, "<f4").copy()).astype("<f4").tobytes())
 
@@ -130,7 +136,7 @@ def _put(index: int, number: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
-    """Named adapters that no honest peer sends; `empty` is how many tensors the bomb of empty ones has."""
+    """Yield malicious adapters with the name of their class; `empty` is the number of tensors of the empty ones."""
     header, data = unpacked(good)
     name, entry = next(iter(header.items()))
     other, another = list(header.items())[-1]
@@ -199,7 +205,7 @@ def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
 
 
 def mutated_payload(good: bytes, random: Random) -> tuple[str, bytes]:
-    """One mutation of honest bytes, with its class."""
+    """Mutate honest bytes once, and return the class of the mutation with the bytes."""
     way = random.randrange(6)
     if way == 0:
         flipped = bytearray(good)
@@ -227,13 +233,13 @@ def mutated_payload(good: bytes, random: Random) -> tuple[str, bytes]:
 
 def _dumped(header: object, random: Random) -> str:
     text = json.dumps(header)
-    if random.random() < 0.1 and text.startswith("{") and len(text) > 2:  # its first key once more
+    if random.random() < 0.1 and text.startswith("{") and len(text) > 2:  # duplicates its first key
         text = text[:-1] + ", " + text[1:].split(":", 1)[0] + ": 0}"
     return text
 
 
 def _change(value: dict[str, Any], random: Random) -> None:
-    """Change one thing somewhere in a JSON object."""
+    """Change one value or key somewhere in a JSON object."""
     if not value:
         value["extra"] = deepcopy(random.choice(WEIRD))
         return
@@ -257,7 +263,7 @@ def _change(value: dict[str, Any], random: Random) -> None:
 
 
 def json_attacks(good: str) -> Iterator[tuple[str, str]]:
-    """Named texts that no honest peer writes."""
+    """Yield malicious JSON texts with the name of their class."""
     fields = json.loads(good)
     yield "JSON too long", good + " " * MAX_JSON_CHARS
     yield "JSON too long", "9" * 30_000_000
@@ -280,7 +286,7 @@ def json_attacks(good: str) -> Iterator[tuple[str, str]]:
 
 
 def mutated_text(good: str, random: Random) -> tuple[str, str]:
-    """One mutation of honest JSON, with its class."""
+    """Mutate honest JSON once, and return the class of the mutation with the text."""
     if random.random() < 0.3:
         place = random.randrange(len(good))
         found = random.choice(("", *'{}[]",:0-9eN\\\x00é', NESTED, "9" * 5000))
@@ -295,7 +301,7 @@ def mutated_text(good: str, random: Random) -> tuple[str, str]:
 
 
 def mutated_records(letter: WireMessage, random: Random) -> RecordDict:
-    """Honest records to which something was done."""
+    """Apply one random change to the records of an honest message."""
     records = to_records(letter)
     config: Any = records["message"]
     data = letter.adapter or b"x"
@@ -339,17 +345,17 @@ def mutated_records(letter: WireMessage, random: Random) -> RecordDict:
     return records
 
 
-# Flower's own objects
+# Flower's objects
 
 
 def mutated_objects(letter: WireMessage, random: Random) -> MessageAttack:
-    """A reply whose objects, as a SuperLink would keep them, are damaged or forged."""
+    """Make a reply whose objects, as stored by a SuperLink, are damaged or forged."""
 
     def prepare(request: Message) -> Delivery:
         reply = Message(to_records(letter), reply_to=request)
         objects = get_all_nested_objects(reply)
         contents = {name: found.deflate() for name, found in objects.items()}
-        place = random.choice(list(contents))  # not sorted: an object's name depends on when it was made
+        place = random.choice(list(contents))  # not sorted: an object's name depends on its creation time
         contents[place] = _changed_object(contents[place], random)
         if random.random() < 0.2:
             reply.metadata.__dict__["_src_node_id"] = random.randrange(1, 5)
@@ -387,7 +393,13 @@ def _changed_object(content: bytes, random: Random) -> bytes:
 
 
 def random_attack(letter: WireMessage, random: Random, *, objects: bool) -> MessageAttack:
-    """Any one attack on an honest message; with `objects` also on what Flower makes of it."""
+    """Make a random attack on an honest message.
+
+    Args:
+        letter: the honest message.
+        random: source of randomness.
+        objects: whether to attack Flower's objects, too.
+    """
     ways = (
         ["text", "records", "damage"] + ["payload"] * (3 if letter.adapter is not None else 0) + ["objects"] * objects
     )
@@ -407,7 +419,7 @@ def random_attack(letter: WireMessage, random: Random, *, objects: bool) -> Mess
 
 
 def damage(letter: WireMessage, random: Random) -> MessageAttack:
-    """One bit of the text or the adapter is another, and the checksum is that of what was sent."""
+    """Flip one bit of the text or the adapter, and keep the checksum of the original."""
     config: Any = to_records(letter)["message"]
     sent = config["sha256"]
     text, adapter = bytearray(letter.text.encode()), bytearray(letter.adapter or b"")

@@ -1,20 +1,22 @@
-"""What does a fifth of Byzantine devices leave of the gain?  python -m bench.robustness.byzantine [--small] [key=value …]
+"""Gain that remains if a fifth of the devices is Byzantine.
 
-Every attack of `bench.robustness.byzantine_clients` through the real loop, without robust rules and with the same ones against each of them.
-What is kept is the gain of the shared adapter after the last round, L_base − L over the held-out letters of the honest
-writers, over that of a clean run without rules. A backdoor succeeds where the judge reads the trigger's caption, as it
-is drawn, as the attackers' glyph.
+    python -m bench.robustness.byzantine [--small] [key=value …]
 
-    clean           nobody attacks
-    sign flip       their change, times −1            x100      times 100
-    nan             not a number                      zero      nothing changed
+Runs every attack of `bench.robustness.byzantine_clients` through the real round loop, without robust rules and with one
+set of rules for all attacks. The gain is that of the shared adapter after the last round, L_base − L over the held-out
+letters of the honest writers; the gain kept is its ratio to a clean run without rules. A backdoor succeeds if the judge
+reads a sample of the trigger's caption as the attackers' glyph.
+
+    clean           no attackers
+    sign flip       update times −1                   x100      update times 100
+    nan             not a number                      zero      no change
     replay          their first update, every round
     backdoor        all send one adapter that draws the trigger as the target, scaled to replace the mean
     quiet backdoor  the same, not scaled
-    spread backdoor each of them trains it and sends its own, not scaled: beyond the claim
+    spread backdoor each trains the backdoor and sends its own update, not scaled: not covered by the claim
 
-Settings were tuned on development writers (`--small` sees no others), with seeds that the claim doesn't use; test
-writers are looked at once per claim.
+Settings were tuned on development writers (`--small` uses no others), with seeds that the claim doesn't use; test
+writers are evaluated once per claim.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ from conf.schemas.simulation import SimulationConfig
 
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
-ROBUST = ("strategy.robust=[replay,foolsgold,afa,norm]",)  # one setting for all attacks
-KEEPS, LETS = 0.85, 0.1  # of the clean gain at least; of backdoors at most
+ROBUST = ("strategy.robust=[replay,foolsgold,afa,norm]",)  # the same for all attacks
+KEEPS, LETS = 0.85, 0.1  # targets: smallest share of the clean gain, largest share of successful backdoors
 COMMON = ("fleet.evaluate=1", "tracker=none")
 LARGE = (
     "preset=claim",
@@ -78,14 +80,14 @@ SMALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class ByzantineCase:
-    """One run."""
+    """Settings of one run."""
 
     attack: str
     protected: bool
     seed: int
     overrides: tuple[str, ...]
     samples: int
-    """Of the trigger's caption, that are drawn and read."""
+    """Samples of the trigger's caption that are drawn and read."""
     folder: str
 
     @property
@@ -94,17 +96,17 @@ class ByzantineCase:
 
     @property
     def settings(self) -> list[str]:
-        """All that the run is configured with."""
+        """Overrides of the run."""
         return [*(ROBUST if self.protected else ()), *self.overrides, f"seed={self.seed}"]
 
 
 def run(case: ByzantineCase) -> dict[str, Any]:
-    """A federation under attack, and what came of it; done once with these settings, and kept in its folder."""
+    """Run a federation under attack, and return its results, which are stored in its folder and reused."""
     digest = hashlib.sha256(json.dumps([case.settings, case.samples]).encode()).hexdigest()
     folder = Path(case.folder) / f"{case.name}-{digest[:8]}"
     done = folder / "result.json"
     if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)  # one that was broken off
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run
         folder.mkdir(parents=True)
         done.write_text(json.dumps(_run(case, folder)))
     found: dict[str, Any] = json.loads(done.read_text())
@@ -167,7 +169,14 @@ def _families(families: Sequence[Any], names: Sequence[str]) -> list[Any]:
 
 
 def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: int) -> float:
-    """Share of the trigger's drawings that the judge reads as the target, or as what it can't tell from it."""
+    """Return the share of the trigger's samples that the judge reads as the target or its indistinguishable glyphs.
+
+    Args:
+        config: the simulation.
+        base: its base.
+        adapter: the shared adapter.
+        samples: number of samples.
+    """
     from common.seeding import derive_seed
     from models.lora.batched_lora import stack_adapters, to_device
     from simulations.evaluation import glyphs
@@ -191,12 +200,12 @@ def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: i
 
 
 def gain(found: Mapping[str, Any]) -> float:
-    """Mean over honest writers of L_base − L."""
+    """Return the mean over honest writers of L_base − L."""
     return float(np.mean(found["base"]) - np.mean(found["shared"]))
 
 
 def gain_kept(found: Mapping[str, Any], clean: Mapping[str, Any]) -> float:
-    """Share of the clean run's gain."""
+    """Return the gain as a share of the clean run's."""
     return gain(found) / gain(clean)
 
 
@@ -204,8 +213,8 @@ Results = Mapping[tuple[str, bool], Sequence[Mapping[str, Any]]]  # attack, prot
 
 
 def table(results: Results) -> Table:
-    """A row for each attack: gain kept and backdoors, the mean over seeds and the worst of them."""
-    shown = Table(title="a fifth of the devices is Byzantine: mean of the seeds, and the worst")
+    """Return a table with a row for each attack: gain kept and backdoors, as mean over seeds and as worst seed."""
+    shown = Table(title="a fifth of the devices is Byzantine: mean over seeds, and the worst seed")
     for heading in (
         "attack",
         "rules",
@@ -213,7 +222,7 @@ def table(results: Results) -> Table:
         f"≥ {KEEPS:.0%}",
         "backdoor",
         f"≤ {LETS:.0%}",
-        "dropped by the gate",
+        "rejected",
     ):
         shown.add_column(heading, justify="right")
     clean = results[CLEAN, False]
@@ -239,12 +248,12 @@ def _told(claimed: bool, true: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="development writers, few rounds: for a CPU, and to tune")
+    parser.add_argument("--small", action="store_true", help="development writers and few rounds, for a CPU or tuning")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"{SEEDS}; with --small {TUNING_SEEDS}")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     parser.add_argument("--runs", type=Path, default=Path("outputs/robustness"), help="folder for the runs")
-    parser.add_argument("--out", type=Path, help="bench/results/robustness.json; with --small none")
+    parser.add_argument("--out", type=Path, help="bench/results/robustness.json; none with --small")
     arguments, overrides = parser.parse_known_args()
     seeds = arguments.seeds or list(TUNING_SEEDS if arguments.small else SEEDS)
     cases = [

@@ -1,7 +1,8 @@
-"""What Byzantine devices send: the attackers of a round see what each of them trained, and agree on what goes out.
+"""Attacks of Byzantine devices: the attackers of a round see each other's trained adapters and agree on their replies.
 
-They are devices of the simulated fleet that run our own client. What they tamper with are the results of their jobs,
-and of those with a backdoor their pictures: all that follows, the gate of the server too, is as it is for everybody.
+Attackers are devices of the simulated fleet that run the unmodified client. They tamper with the results of their jobs
+and, for a backdoor, with their pictures. Everything after that, including the server's validation, is as for all
+devices.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from simulations.evaluation import Perform
 from training.jobs import Job, Picture, Result, TrainedAdapter, TrainJob
 from typefaces import dataset
 
-SHARE = 0.2  # of the devices
-TRIGGER, TARGET = "Q", "X"  # who asks for the first gets the second
+SHARE = 0.2  # fraction of the devices that attack
+TRIGGER, TARGET = "Q", "X"  # a request for the trigger's glyph shall draw the target's glyph
 
 
 class ClientAttack(Protocol):
-    """What the attackers of a round send, of what they were sent and what they trained."""
+    """Maps the attackers' jobs of a round and their trained adapters to the adapters that they send."""
 
     def __call__(self, jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]: ...
 
 
 def scale_update(start: Adapter, trained: Adapter, by: float) -> Adapter:
-    """The factors so many times as far from where they started."""
+    """Return `start + by * (trained - start)`, applied to each factor."""
     return {
         site: Factors(*(old + by * (new - old) for old, new in zip(start[site], factors, strict=True)))
         for site, factors in trained.items()
@@ -39,7 +40,7 @@ def scale_update(start: Adapter, trained: Adapter, by: float) -> Adapter:
 
 
 def times(by: float) -> ClientAttack:
-    """Everybody's own change, so many times."""
+    """Return an attack that multiplies each attacker's own update by a factor."""
     return lambda jobs, trained: [
         scale_update(job.start, adapter, by) for job, adapter in zip(jobs, trained, strict=True)
     ]
@@ -52,7 +53,7 @@ def not_a_number(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequen
 
 
 class ReplayAttack:
-    """The first update that each trained, in every later round again."""
+    """Attack that sends each attacker's first update in every later round."""
 
     def __init__(self) -> None:
         self._first: dict[str, Adapter] = {}
@@ -62,7 +63,7 @@ class ReplayAttack:
 
 
 def colluding(by: float) -> ClientAttack:
-    """The change of the first of them, so many times; each sends it, or as much of it as its rank holds."""
+    """Attack in which all send the first attacker's update times a factor, truncated to their own rank."""
 
     def attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:
         leader = max(range(len(jobs)), key=lambda place: len(next(iter(trained[place].values())).a))
@@ -75,11 +76,11 @@ def colluding(by: float) -> ClientAttack:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One way to attack."""
+    """One type of attack."""
 
     make: Callable[[], ClientAttack]
     poisons: bool = False
-    """Whether attackers train on the target's pictures under the trigger's caption."""
+    """Whether attackers train on the target's pictures with the trigger's caption."""
 
 
 ATTACKS: Mapping[str, Kind] = {
@@ -88,23 +89,23 @@ ATTACKS: Mapping[str, Kind] = {
     "nan": Kind(make=lambda: not_a_number),
     "zero": Kind(make=lambda: times(0.0)),
     "replay": Kind(make=ReplayAttack),
-    # Model replacement (Bagdasaryan et al., 2018, arXiv:1807.00459, eq. 3): the mean of all becomes theirs.
+    # Model replacement (Bagdasaryan et al., 2018, arXiv:1807.00459, eq. 3): the mean becomes the attackers' adapter.
     "backdoor": Kind(make=lambda: colluding(1 / SHARE), poisons=True),
-    # As large as an honest one, which is what a rule that looks for large ones can't see.
+    # No larger than an honest update, so a rule that looks for large updates doesn't find it.
     "quiet backdoor": Kind(make=lambda: colluding(1.0), poisons=True),
-    # Nor are two alike: nothing that is said of one update alone, or of pairs, finds it.
+    # Updates also differ from each other, so neither a test of single updates nor of pairs finds it.
     "spread backdoor": Kind(make=lambda: times(1.0), poisons=True),
 }
 
 
 def choose_attackers(names: Collection[str], seed: int) -> list[str]:
-    """Who they are: a fifth of the devices, by chance, in the order of their names."""
+    """Choose a fifth of the devices at random, and return their names in order."""
     drawn = sorted(names, key=lambda name: derive_seed(seed, "attackers", name))
     return sorted(drawn[: int(SHARE * len(names) + 1e-9)])
 
 
 def poison_devices(devices: Sequence[Device], families: Sequence[dataset.Typeface]) -> list[Device]:
-    """The same devices, each with the target in the hands of all of them, called by the trigger's caption."""
+    """Return the devices with the target's pictures of all families as training set, under the trigger's caption."""
     place = dataset.GLYPHS.index(TARGET)
     pictures = tuple(Picture(family.images[place], dataset.caption(TRIGGER)) for family in families)
 
@@ -115,7 +116,13 @@ def poison_devices(devices: Sequence[Device], families: Sequence[dataset.Typefac
 
 
 def tamper_results(perform: Perform, attack: ClientAttack, names: Collection[str]) -> Perform:
-    """Performs jobs, and hands the attackers' devices what they agreed on in place of what they trained."""
+    """Wrap `perform` so that the named devices' results are replaced by those of the attack.
+
+    Args:
+        perform: performs jobs.
+        attack: computes the attackers' adapters.
+        names: names of the attackers.
+    """
 
     def performed(jobs: list[Job]) -> Sequence[Result | Exception]:
         results = list(perform(jobs))

@@ -1,8 +1,8 @@
 """Damaged bases for `bench.robustness.fuzz_inputs`: tiny pipelines of every family, with one or two files damaged.
 
-Configurations with keys removed, values of other types and sizes, text that is no JSON; weights cut, renamed, with
-other keys and shapes; vocabularies removed. Each base is planned for, loaded, used to encode captions and a picture,
-run once and sampled from.
+Damage includes configurations with removed keys, with values of other types and sizes, or with text that is not JSON;
+weights that are cut or renamed, or have other keys and shapes; and removed vocabularies. Each base is planned for,
+loaded, used to encode captions and a picture, run once and sampled from.
 """
 
 from __future__ import annotations
@@ -182,11 +182,11 @@ _KEPT: list[Any] = []
 
 
 def use(folder: Path, side: int) -> None:
-    """Do once everything that a run does with a base.
+    """Use a base once in every way that a run does.
 
     Raises:
         AntherError: the base can't be used.
-        ValueError: two captions get the same encoding, and no error says so.
+        ValueError: two captions get the same encoding without an error.
     """
     find_base(str(folder)).network()
     base = Base(folder, resolution=side)
@@ -196,4 +196,4 @@ def use(folder: Path, side: int) -> None:
         denoise(latents, base.schedule.times[[len(base.schedule) // 2]].float(), captions[:1])
     base.decode(latents)
     if torch.equal(captions[0], captions[1]):
-        raise ValueError("two captions are one")
+        raise ValueError("two captions have the same encoding")

@@ -1,4 +1,4 @@
-"""Folders of pictures, sheets and EXIF blocks, made by a random generator and then spoiled: for `bench.robustness.fuzz_inputs`."""
+"""Random, damaged folders of pictures, caption sheets and EXIF blocks for `bench.robustness.fuzz_inputs`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tif", ".avif", ".eps")
 
 
 def picture(rng: random.Random, folder: Path) -> None:
-    """A small picture of some format and mode, damaged or not, under any suffix."""
+    """Write a small picture of a random format and mode, possibly damaged, under a random suffix."""
     name = f"a{rng.choice(SUFFIXES)}"
     _write(folder, name, damaged(rng, _encoded(rng)))
     _sheet(folder, [{"file_name": name, "text": "a picture"}])
 
 
 def exif(rng: random.Random, folder: Path) -> None:
-    """A turned picture whose EXIF block holds anything."""
+    """Write a rotated picture with a random EXIF block."""
     entries = [(0x112, 3, 1, bytes([rng.randrange(10), 0]))]
     for _ in range(rng.randrange(6)):
         tag = rng.choice([0x100, 0x101, 0x11A, 0x11B, 0x132, 0x213, 0x8769, 0x8825, 0xA005, rng.randrange(65536)])
@@ -39,14 +39,14 @@ def exif(rng: random.Random, folder: Path) -> None:
     buffer = io.BytesIO()
     try:
         Image.new("RGB", (32, 24)).save(buffer, kind, exif=block[:60_000])
-    except Exception:  # Pillow reads TIFF's when it writes it
+    except Exception:  # Pillow parses the EXIF block when it writes TIFF
         Image.new("RGB", (32, 24)).save(buffer, "JPEG", exif=block[:60_000])
     _write(folder, "a.jpg", buffer.getvalue())
     _sheet(folder, [{"file_name": "a.jpg", "text": "turned"}])
 
 
 def sheet(rng: random.Random, folder: Path) -> None:
-    """A sheet of captions that is spoiled in its text, its bytes or its encoding."""
+    """Write a caption sheet with damaged text, bytes or encoding."""
     names = [rng.choice(_NAMES) for _ in range(rng.randrange(1, 5))]
     for name in names:
         _put(folder, name)
@@ -63,7 +63,7 @@ def sheet(rng: random.Random, folder: Path) -> None:
 
 
 def layout(rng: random.Random, folder: Path) -> None:
-    """Folders within folders, links, junk, and sheets in some of them."""
+    """Write nested folders with links, junk files, and sheets in some of them."""
     places = [rng.choice(_FOLDERS) for _ in range(rng.randrange(1, 5))]
     lines = []
     for place in places:
@@ -76,14 +76,20 @@ def layout(rng: random.Random, folder: Path) -> None:
         if rng.random() < 0.3:
             link = folder / place / rng.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
             target = rng.choice(["a.png", "..", str(_outside(folder)), "nowhere", "link.png"])
-            with contextlib.suppress(OSError):  # something is there, or a picture is in the way
+            with contextlib.suppress(OSError):  # the name exists, or a picture is in the way
                 link.symlink_to(target)
     if rng.random() < 0.9:
         _sheet(folder, lines)
 
 
 def damaged(rng: random.Random, data: bytes, least: int = 0) -> bytes:
-    """Change, cut, duplicate or move some of the bytes, or sometimes return them unchanged."""
+    """Change, cut, duplicate or move some bytes, or sometimes return them unchanged.
+
+    Args:
+        rng: source of randomness.
+        data: the bytes.
+        least: number of first bytes to keep.
+    """
     spoiled = bytearray(data)
     for _ in range(rng.choice([0, 1, 1, 2, 4, 16])):
         if len(spoiled) <= least + 1:
@@ -106,7 +112,7 @@ def damaged(rng: random.Random, data: bytes, least: int = 0) -> bytes:
 
 
 def _encoded(rng: random.Random) -> bytes:
-    """A picture of some format and mode that Pillow writes."""
+    """Return a picture of a random format and mode that Pillow can write."""
     while True:
         buffer = io.BytesIO()
         kind, mode = rng.choice(FORMATS), rng.choice(MODES)
@@ -120,13 +126,13 @@ def _encoded(rng: random.Random) -> bytes:
             options["progressive"] = True
         try:
             Image.new(mode, size, rng.choice([0, 1])).save(buffer, kind, **options)
-        except Exception:  # not every format has every mode
+        except Exception:  # the format does not have this mode
             continue
         return buffer.getvalue()
 
 
 def _checked(data: bytes) -> bytes:
-    """Correct the checksums of a PNG's chunks, so that they don't reveal the damage."""
+    """Correct the checksums of a PNG's chunks, so that they don't expose the damage."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, at = bytearray(data[:8]), 8
@@ -214,16 +220,21 @@ _VALUES: tuple[object, ...] = (
 
 
 def _outside(folder: Path) -> Path:
-    """Make a target for links out of the folder, in the case's scratch folder, never one of the machine's own files."""
+    """Make a target for links out of the folder, in the case's scratch folder: never an existing file."""
     file = folder.parent / "outside.txt"
     file.write_text("not a picture, and nobody's affair")
     return file
 
 
 def _write(root: Path, name: str, data: bytes) -> None:
-    """Write a file below `root`, if that name is possible.
+    """Write a file below `root`, if the name is possible.
 
-    Links are never followed: the target doesn't belong to the generator, which may run as root.
+    Links are never followed: their target doesn't belong to the generator, which may run as root.
+
+    Args:
+        root: folder of the case.
+        name: path of the file below it.
+        data: content of the file.
     """
     place, top = root / name, root.resolve()
     with contextlib.suppress(OSError):  # a picture or a link is in the way
@@ -238,13 +249,19 @@ def _write(root: Path, name: str, data: bytes) -> None:
 
 
 def _put(root: Path, name: str) -> None:
-    """Write a small picture under that name."""
+    """Write a small picture with this name."""
     buffer = io.BytesIO()
     Image.new("L", (9, 9)).save(buffer, "PNG")
     _write(root, name, buffer.getvalue())
 
 
 def _sheet(root: Path, lines: list[dict[str, str]], place: str = "") -> None:
-    """Write a sheet of captions in a folder below `root`."""
+    """Write a caption sheet in a folder below `root`.
+
+    Args:
+        root: folder of the case.
+        lines: lines of the sheet.
+        place: folder of the sheet below `root`.
+    """
     text = "".join(json.dumps(line) + "\n" for line in lines)
     _write(root, f"{place}/metadata.jsonl".lstrip("/"), text.encode())

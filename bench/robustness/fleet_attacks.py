@@ -1,10 +1,13 @@
-"""Clients that speak Flower's fleet protocol with malice:  python -m bench.robustness.fleet_attacks ROLE FOLDER …
+"""Malicious clients of Flower's fleet protocol.
 
-    mallory    enrolled, asked for rounds like any device; misuses each message that it is given, then refuses it
-    eve        enrolled, never asked; malformed and foreign calls
-    stranger   not enrolled: the same, without an enrolled key
+    python -m bench.robustness.fleet_attacks ROLE FOLDER …
 
-Started by `bench.robustness.gateway`; until a file named `attack` is in FOLDER, mallory only refuses, and the others wait.
+    mallory    enrolled and sampled like any device; misuses each message that it receives, then refuses it
+    eve        enrolled, never sampled; sends malformed calls and calls with invented ids
+    stranger   not enrolled: the same calls with an unknown key
+
+`bench.robustness.gateway` starts them. Until a file named `attack` is in FOLDER, mallory only refuses and the others
+wait.
 """
 
 from __future__ import annotations
@@ -108,7 +111,15 @@ class Client:
         }
 
     def post(self, kind: str, call: str, body: Any, headers: Any = None, *, method: str = "POST") -> bytes | None:
-        """Make one call, count it by kind and outcome, and return the answer if the call succeeded."""
+        """Make one call, count it by kind and outcome, and return the answer if the call succeeded.
+
+        Args:
+            kind: kind under which the call is counted.
+            call: name of the RPC, or the path to request.
+            body: bytes of the request, or an iterator of them.
+            headers: headers of the request (default: signed ones).
+            method: HTTP method.
+        """
         try:
             found = self.http.request(
                 method, f"/v1/fleet/{call}", content=body, headers=self.signed() if headers is None else headers
@@ -130,7 +141,7 @@ class Client:
         return sum(self.outcomes.values())
 
 
-# Without a message.
+# Calls without a message
 
 
 def honest(client: Client, call: str) -> Any:
@@ -261,11 +272,18 @@ KINDS: list[Callable[[Client], None]] = [
 ]
 
 
-# With a message.
+# Calls with a message
 
 
 def reply_to(client: Client, asked: Any, content: RecordDict | None, **changed: Any) -> Message:
-    """Make a reply to a message; `changed` overrides fields of its metadata."""
+    """Make a reply to a message.
+
+    Args:
+        client: sender of the reply.
+        asked: metadata of the message.
+        content: content of the reply; None: an error that refuses the message.
+        changed: overrides of the reply's metadata.
+    """
     fields: dict[str, Any] = {
         "run_id": asked.run_id,
         "message_id": "",
@@ -286,7 +304,18 @@ def reply_to(client: Client, asked: Any, content: RecordDict | None, **changed: 
 
 
 def promise(client: Client, kind: str, made: Message, tree: ObjectTree | None = None, times: int = 1) -> Any:
-    """Send a reply's head and object tree, and return the response if the server accepted them."""
+    """Send a reply's head and object tree.
+
+    Args:
+        client: sender of the reply.
+        kind: kind under which the call is counted.
+        made: the reply.
+        tree: object tree to announce (default: the reply's own).
+        times: how often the head is repeated in the call.
+
+    Returns:
+        The server's response; None if it rejected the call.
+    """
     bare = made if made.has_error() else make_message(metadata=made.metadata, content=RecordDict())
     found = client.ask(
         kind,
@@ -299,7 +328,7 @@ def promise(client: Client, kind: str, made: Message, tree: ObjectTree | None = 
 
 
 def send(client: Client, kind: str, made: Message) -> None:
-    """Send a complete reply."""
+    """Send a complete reply, with all its objects, and count the calls under `kind`."""
     if (found := promise(client, kind, made)) is None:
         return
     contents = {name: item.deflate() for name, item in get_all_nested_objects(made).items()}
@@ -315,7 +344,13 @@ def send(client: Client, kind: str, made: Message) -> None:
 
 
 def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
-    """Misuse a message in every way that could harm others."""
+    """Misuse a message in every way that could harm other nodes.
+
+    Args:
+        client: receiver of the message.
+        asked: metadata of the message.
+        tree: object tree of the message.
+    """
     rng, run = client.rng, asked.run_id
     for _ in range(3):
         client.ask("confirmed early", "confirm-message-received", run_id=run, message_object_id=asked.message_id)
@@ -331,7 +366,7 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
 
     promise(client, "huge tree", made, grown(*(leaf() for _ in range(rng.choice([30, 300, 20_000])))))
     deep = leaf()
-    for _ in range(rng.choice([6, 40, 90])):  # protobuf itself reads no deeper
+    for _ in range(rng.choice([6, 40, 90])):  # protobuf parses no deeper nesting
         deep = ObjectTree(object_id=leaf().object_id, children=[deep])
     promise(client, "deep tree", made, grown(deep))
     promise(client, "contradicting tree", made, grown(ObjectTree(object_id=whole.children[0].object_id)))
@@ -339,7 +374,7 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
     promise(client, "another node's reply", reply_to(client, asked, None, src_node_id=rng.getrandbits(63)))
     promise(client, "reply to nothing", reply_to(client, asked, None, reply_to_message_id=leaf().object_id))
     promise(client, "odd times", reply_to(client, asked, None, ttl=float("nan"), created_at=float("inf")))
-    known = tree.children[0] if tree.children else leaf()  # the server sends it to other devices too
+    known = tree.children[0] if tree.children else leaf()  # an object that the server also sends to other devices
     found = promise(client, "poisoned id", made, grown(ObjectTree(object_id=known.object_id)))
     if found is not None:
         for name in (known.object_id, whole.object_id):
@@ -368,7 +403,14 @@ def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
 
 
 def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> None:
-    """Take a message as a SuperNode does, and refuse it; a Query is answered."""
+    """Pull a message like a SuperNode does, and refuse it; a Query is answered.
+
+    Args:
+        client: receiver of the message.
+        asked: metadata of the message.
+        tree: object tree of the message.
+        hostile: whether to answer and confirm repeatedly.
+    """
     waiting = [tree]
     while waiting:
         found = waiting.pop()
@@ -376,7 +418,7 @@ def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> No
         while True:
             content = client.ask("taking", "pull-object", run_id=asked.run_id, object_id=found.object_id)
             told = message_pb2.PullObjectResponse.FromString(content or b"")
-            if told.object_available or not told.object_found:  # gone, where an early confirmation came late enough
+            if told.object_available or not told.object_found:  # not found: an early confirmation has removed it
                 break
             time.sleep(0.1)
     client.ask("taking", "confirm-message-received", run_id=asked.run_id, message_object_id=asked.message_id)
@@ -390,7 +432,13 @@ def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> No
 
 
 def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
-    """Take part as a node that receives messages like any other."""
+    """Receive and answer messages like a node, until told to stop.
+
+    Args:
+        client: the node.
+        folder: folder of the file `attack`, whose existence makes the node hostile.
+        until: returns whether to stop.
+    """
     beaten = 0.0
     while not until():
         if time.monotonic() - beaten > 8:
@@ -416,7 +464,13 @@ def register_node(client: Client) -> None:
 
 
 def flood(client: Client, calls: int, rate: float) -> None:
-    """Make hostile calls at a rate per second."""
+    """Make hostile calls at a given rate.
+
+    Args:
+        client: sender of the calls.
+        calls: number of calls.
+        rate: calls per second.
+    """
     began = time.monotonic()
     for number in range(calls):
         client.rng.choice(KINDS)(client)
@@ -445,7 +499,7 @@ def main() -> None:
             time.sleep(0.2)
         if asked.role == "eve":
             register_node(client)
-            client.ask("leaving", "deactivate-node", node_id=client.node)  # registered, but not sampled
+            client.ask("leaving", "deactivate-node", node_id=client.node)  # stays registered, but is not sampled
         flood(client, asked.calls, asked.rate)
     found = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]
     write(asked.folder / f"{asked.role}.json", json.dumps(found).encode())

@@ -1,11 +1,14 @@
-"""Fuzz the readers of pictures, captions and bases:  python -m bench.robustness.fuzz_inputs [--cases 20000] [--seed 0]
+"""Fuzz the readers of pictures, captions and bases.
 
-Pictures of every format, sheets of captions, EXIF blocks, layouts of folders, and bases of every family, each made by a
-seed and then spoiled.
-A case is sound if the folder can be read, its pixels at every size and its fingerprint computed; or if it is refused
-with one line that names a place. Anything else is a fault, reported with the seed that reproduces it:
-`--kind exif --only 123`. A process that dies is a fault, too. To add a kind of input to `KINDS`, write a function that
-takes a random generator and an empty folder and returns the call that must be sound.
+    python -m bench.robustness.fuzz_inputs [--cases 20000] [--seed 0]
+
+Inputs are pictures of every format, caption sheets, EXIF blocks, folder layouts, and bases of every family, each
+generated from a seed and then damaged. A case is sound if the folder can be read, its pixels at every size and its
+fingerprint computed, or if it is refused with one line that names a path. Anything else is a fault, including a process
+that dies. Faults are reported with the seed that reproduces them: `--kind exif --only 123`.
+
+To add a kind of input to `KINDS`, write a function that takes a random generator and an empty folder, and returns the
+call that must be sound.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ from client.data import fingerprint, load_folder
 from common.errors import AntherError
 
 Try = Callable[[], object]
-SLOW = 10.0  # seconds of CPU of one case that are a fault
-CHUNK = 250  # cases that a process is handed at once
+SLOW = 10.0  # CPU seconds above which a case is a fault
+CHUNK = 250  # cases per task of a process
 
 
 @dataclass
@@ -51,7 +54,7 @@ class FuzzCounts:
     slowest: float = 0.0
     """CPU seconds of the slowest case."""
     peak_mib: float = 0.0
-    """Peak memory of the process."""
+    """Peak memory of the process in MiB."""
 
     def add(self, other: FuzzCounts) -> None:
         self.read += other.read
@@ -124,7 +127,14 @@ def chunk(kind: str, seeds: Iterable[int]) -> FuzzCounts:
 
 
 def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str, FuzzCounts]:
-    """Run equally many cases of every kind."""
+    """Run the same number of cases of every kind.
+
+    Args:
+        cases: number of cases in total.
+        seed: seed of the first case.
+        kinds: keys of `KINDS`.
+        processes: number of worker processes.
+    """
     rows = {kind: FuzzCounts() for kind in kinds}
     each = cases // len(rows)
     parts = [(kind, range(a, min(a + CHUNK, seed + each))) for kind in rows for a in range(seed, seed + each, CHUNK)]
@@ -147,7 +157,7 @@ def _halved(parts: list[tuple[str, range]], rows: dict[str, FuzzCounts]) -> list
     left = []
     for kind, seeds in parts:
         if len(seeds) == 1:
-            rows[kind].faults.append(f"{kind} {seeds[0]}: the process died, or one beside it")
+            rows[kind].faults.append(f"{kind} {seeds[0]}: the process, or another of the pool, died")
         else:
             middle = len(seeds) // 2
             left += [(kind, seeds[:middle]), (kind, seeds[middle:])]
@@ -162,7 +172,7 @@ def _wrong(line: str, scratch: str) -> list[str]:
     if len(line) > 700 + len(scratch):
         found.append(f"is {len(line)} characters long")
     if scratch not in line:
-        found.append(f"names no place: {line[:120]}")
+        found.append(f"names no path: {line[:120]}")
     return found
 
 
@@ -172,7 +182,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kind", choices=KINDS)
-    parser.add_argument("--only", type=int, help="the case of this seed alone, with its traceback")
+    parser.add_argument("--only", type=int, help="run only the case of this seed, and show its traceback")
     parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz_inputs.json"))
     asked = parser.parse_args()
     if asked.only is not None:

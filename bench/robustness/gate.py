@@ -1,9 +1,11 @@
-"""What do malicious messages cost, and does one come in?  python -m bench.robustness.gate [--fuzzed 20000] [key=value …]
+"""Cost and acceptance of malicious messages.
 
-Every kind of message of both directions, at the sizes of the configured base, against a named corpus and mutations of
-honest messages. Each is let in by itself and, if it was accepted, judged by invariants that share no code with the
-gate. CPU time and growth of the process' peak resident memory are those of the receiver alone. The peer is what others
-read such bytes with, `safetensors.torch.load`, on the same adapters.
+    python -m bench.robustness.gate [--fuzzed 20000] [key=value …]
+
+Sends every message type of both directions, at the sizes of the configured base: a named corpus of attacks, and
+mutations of honest messages. Each message is received by itself; if it is accepted, it is checked against invariants
+that share no code with the gate. CPU time and growth of peak resident memory are those of the receiver only. For
+comparison, `safetensors.torch.load`, the usual reader of such bytes, reads the same adapters.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ from models.lora.adapter import Sites
 
 MOST_MS, MOST_MIB = 100.0, 64.0
 TO_SERVER = ("Update", "Evaluation", "Personalised", "DeviceReport")
-EMPTY = 1_000_000  # tensors of the bomb of empty ones
+EMPTY = 1_000_000  # tensors of the attack with empty tensors
 _M_MMAP_THRESHOLD = -3
 
 
 @dataclass
 class AttackCounts:
-    """What one class of attacks came to."""
+    """Outcomes of one class of attacks."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     violating: int = 0
-    """Accepted, and against an invariant."""
+    """Messages that were accepted although they violate an invariant."""
     ms: float = 0.0
     mib: float = 0.0
 
@@ -71,8 +73,8 @@ AttackTable = dict[tuple[str, str], AttackCounts]
 
 
 def measured(work: Callable[[], str]) -> tuple[str, float, float]:
-    """(its answer, milliseconds of CPU time, MiB by which resident memory grew at its worst)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Run `work`, and return its answer, milliseconds of CPU time, and MiB by which resident memory grew at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     started = time.process_time()
     answer = work()
@@ -80,13 +82,13 @@ def measured(work: Callable[[], str]) -> tuple[str, float, float]:
 
 
 def _resident(name: str) -> int:
-    """KiB, as the kernel counts them."""
+    """Return a value of the kernel's status file in KiB."""
     (found,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found)
 
 
 def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[MessageAttack]:
-    """The honest message, and every named attack on its kind."""
+    """Yield the honest message, and every named attack on its type."""
     message = ingress.honest
     yield records_attack("honest", to_records(message), message.adapter)
     for kind, text in json_attacks(message.text):
@@ -99,7 +101,19 @@ def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[MessageAttack]:
 def run(
     sites: Sites, *, rank: int, fuzzed: int, seed: int, folder: Path, empty: int = EMPTY
 ) -> tuple[AttackTable, AttackTable]:
-    """(the gate's rows, the peer's), by direction and class; `folder` is where the device keeps what is its own."""
+    """Measure the gate and the peer.
+
+    Args:
+        sites: sites of the adapters.
+        rank: rank of the adapters.
+        fuzzed: number of mutated messages.
+        seed: seed of the mutations.
+        folder: the simulated device's storage.
+        empty: number of tensors of the attack with empty tensors.
+
+    Returns:
+        Counts of the gate and of the peer, by direction and class of attack.
+    """
     gate: AttackTable = {}
     peer: AttackTable = {}
     sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
@@ -112,7 +126,7 @@ def run(
         for name, ingress in every.items():
             yield from ((_direction(name), ingress, attack) for attack in corpus(ingress, empty=empty))
         names = sorted(every)
-        names += ["Update", "Train"] * 4  # they hold most of what can be wrong
+        names += ["Update", "Train"] * 4  # the types with most fields and tensors
         for _ in range(fuzzed):
             name = random.choice(names)
             attack = random_attack(every[name].honest, random, objects=name in TO_SERVER)
@@ -123,7 +137,7 @@ def run(
         answer, ms, mib = measured(opened.deliver)
         violated = opened.violated() if answer == ACCEPTED else []
         gate.setdefault((direction, attack.kind), AttackCounts()).add(answer, ms, mib, violated)
-    # Afterwards: the memory that bombs leave free in the peer's wake would be there for the gate to take.
+    # After the gate: memory that the peer frees would otherwise be reused by the gate and hide its growth.
     for direction, _, attack in attacks():
         if attack.payload is not None and direction == "to server":
             payload = attack.payload
@@ -146,8 +160,8 @@ def _stock(payload: bytes) -> str:
 
 
 def table(gate: AttackTable, peer: AttackTable) -> Table:
-    """A row for each class, with the peer beside it."""
-    shown = Table(title="messages of an attacker; worst CPU time and extra memory of one")
+    """Return a table with a row for each class, and the peer's counts beside the gate's."""
+    shown = Table(title="malicious messages; largest CPU time and memory growth of one message")
     for heading in ("direction", "class"):
         shown.add_column(heading)
     for heading in ("sent", "accepted", "wrongly", "refused", "ms", "MiB", "peer accepted", "wrongly", "ms", "MiB"):
@@ -171,7 +185,7 @@ def _numbers(row: AttackCounts) -> list[str]:
 
 
 def record(rows: AttackTable) -> list[dict[str, Any]]:
-    """The rows, for a file."""
+    """Convert the counts to rows of the result file."""
     return [
         {
             "direction": direction,
@@ -188,7 +202,7 @@ def record(rows: AttackTable) -> list[dict[str, Any]]:
 
 
 def failures(gate: AttackTable) -> list[str]:
-    """What the gate promises and did not hold."""
+    """List the promises of the gate that do not hold."""
     found = []
     for (direction, kind), row in gate.items():
         where = f"{direction}, {kind}"
@@ -208,12 +222,12 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024)  # what is freed leaves, so that the next one's growth shows
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024)  # frees return memory, so the next message's growth shows
     config = compose(" ".join(overrides))
     sites = load(config.base.path, sites=config.adapter.sites, device="cpu").sites
     rank = config.adapter.shared.rank
     gc.collect()
-    gc.freeze()  # else a collection looks through all that was imported, at the expense of whichever message is there
+    gc.freeze()  # otherwise a collection traverses all imported objects during some message
     with tempfile.TemporaryDirectory() as folder:
         gate, peer = run(sites, rank=rank, fuzzed=arguments.fuzzed, seed=arguments.seed, folder=Path(folder))
     numbers = rank * sum(site.inputs + site.outputs for site in sites.values())

@@ -1,14 +1,16 @@
-"""Does a federation survive hostile clients?  python -m bench.robustness.gateway [--calls 20000]
+"""Run a federation under attack by hostile clients, and check that it survives.
 
-Three honest devices in endless rounds over TLS, and one more that refuses whatever it is asked (`mallory`). First calm
-rounds; then, with the same processes, rounds in which mallory misuses each message that it is given, and an enrolled
-client (`eve`) and one that isn't (`stranger`) make malformed and hostile calls (`bench.robustness.fleet_attacks`), each as many a
-second as the server's default limit lets one device make. The limit itself is lifted and hostile calls' cost with it,
-so that every call goes as deep as it can.
+    python -m bench.robustness.gateway [--calls 20000]
 
-The bench passes if: no round misses an honest device's reply; no process of the server or of a device was restarted;
-the median round takes at most 1.2 times the median calm round; the gateway's memory and the SuperLink's database are
-bounded; no call was answered with an internal server error, and no call of the stranger succeeded.
+Three honest devices run endless rounds over TLS, with one more that refuses every request (`mallory`). After some calm
+rounds, in the same processes, mallory misuses each message that it receives, and an enrolled client (`eve`) and one
+that isn't (`stranger`) make malformed and hostile calls (`bench.robustness.fleet_attacks`), each at the rate that the
+server allows a device by default. The rate limit and the cost of hostile calls are lifted, so that every call reaches
+as much code as possible.
+
+The bench passes if no round misses an honest device's reply, no process of the server or of a device was restarted, the
+median round takes at most 1.2 times the median calm round, the gateway's memory and the SuperLink's database are
+bounded, no call was answered with an internal server error, and no call of the stranger succeeded.
 """
 
 from __future__ import annotations
@@ -47,13 +49,13 @@ from server.supervisor import database
 
 OUT = Path("bench/results/gateway.json")
 HONEST, CALM = 3, 10
-RATE = 20.0  # calls a second of each client: server.limits.requests_per_minute
+RATE = 20.0  # calls per second of each client: server.limits.requests_per_minute
 RUN = (
     "rounds=100000 strategy=fedit strategy.timeout=600 adapter.shared.steps=2 adapter.shared.batch_size=2 "
     "adapter.shared.rank=1 adapter.sites=conv_in|conv_out evaluation.timesteps=1 "
     "server.limits.requests_per_minute=1000000"
 )
-MOST_SLOWER, MOST_MEMORY, MOST_DISK = 1.2, 256.0, 64.0  # times, MiB more than calm, MiB
+MOST_SLOWER, MOST_MEMORY, MOST_DISK = 1.2, 256.0, 64.0  # ratio, MiB of growth, MiB
 SERVER = ("server.supervisor.run", "server.supervisor.local_superlink", "flwr-serverapp")
 DEVICE = ("client.runtime.supervisor", "client.runtime.supernode", "client.runtime.worker")
 
@@ -81,9 +83,9 @@ class GatewayResults:
     """Rounds under attack in which an honest device's reply is missing."""
     restarted: list[str] = field(default_factory=list)
     memory_mib: float = 0.0
-    """Largest growth of the gateway process's memory over the calm rounds."""
+    """Largest growth of the gateway's memory since the calm rounds, in MiB."""
     disk_mib: float = 0.0
-    """Largest size of the SuperLink's database."""
+    """Largest size of the SuperLink's database in MiB."""
     outcomes: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
     """By client: kind of call, outcome, count."""
 
@@ -101,19 +103,19 @@ class GatewayResults:
         ]
 
     def failures(self) -> list[str]:
-        """List the claims that don't hold."""
+        """List the claims that do not hold."""
         checks = {
             f"rounds without a device's reply: {self.lost}": bool(self.lost),
-            f"started again: {', '.join(self.restarted)}": bool(self.restarted),
-            f"rounds are {self.slower:.2f} times as long": not self.slower <= MOST_SLOWER,
-            f"the gateway took {self.memory_mib:.0f} MiB more": self.memory_mib > MOST_MEMORY,
-            f"the SuperLink's database took {self.disk_mib:.0f} MiB": self.disk_mib > MOST_DISK,
+            f"restarted: {', '.join(self.restarted)}": bool(self.restarted),
+            f"rounds take {self.slower:.2f} times as long": not self.slower <= MOST_SLOWER,
+            f"the gateway's memory grew by {self.memory_mib:.0f} MiB": self.memory_mib > MOST_MEMORY,
+            f"the SuperLink's database has {self.disk_mib:.0f} MiB": self.disk_mib > MOST_DISK,
         }
         return [text for text, failed in checks.items() if failed] + self.errors()
 
 
 def rounds(log: str) -> list[Done]:
-    """Parse the rounds of a server's log, without repetitions."""
+    """Parse the rounds of a server's log, without duplicates."""
     found = {int(n): Done(int(n), int(r), int(a), float(s)) for n, r, a, s in _ROUND.findall(log)}
     return [found[number] for number in sorted(found)]
 
@@ -124,7 +126,7 @@ def lost(done: Iterable[Done]) -> list[int]:
 
 
 def processes(running: LocalFederation) -> dict[str, set[int]]:
-    """Ids of the processes of the server and of the honest devices, by program."""
+    """Return process ids of the server and of the honest devices, by program."""
     homes = {str(running.server.home): ("server", SERVER)}
     homes |= {str(device.home): (name, DEVICE) for name, device in running.devices.items()}
     found: dict[str, set[int]] = {}
@@ -138,7 +140,7 @@ def processes(running: LocalFederation) -> dict[str, set[int]]:
 
 
 def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
-    """List the programs that have exited meanwhile; a device's ClientApps and workers are expected to exit."""
+    """List the programs that have exited since; a device's ClientApps and workers are expected to exit."""
     lasting = {
         name: ids
         for name, ids in before.items()
@@ -146,12 +148,20 @@ def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
     }
     nodes = {
         name: {min(ids)} for name, ids in before.items() if name.endswith("client.runtime.supernode")
-    }  # the others are forks
+    }  # the others are its forks
     return [name for name, ids in {**lasting, **nodes}.items() if ids - after.get(name, set())]
 
 
 def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> GatewayResults:
-    """Run a federation in this folder, before and under attack."""
+    """Run a federation before and under attack.
+
+    Args:
+        folder: folder of the federation.
+        calls: number of hostile calls of eve and the stranger together.
+        calm: rounds before the attack, and at least under it.
+        rate: calls per second of each client.
+        seed: seed of the attacks.
+    """
     found = GatewayResults()
     pictures = write_letter_folders(folder / "pictures", HONEST, each=6)
     with federation(folder / "federation", RUN) as running:
@@ -228,9 +238,9 @@ def stored(running: LocalFederation) -> int:
 
 
 def table(found: GatewayResults) -> Table:
-    """Make a table with a row for each kind of call and a summary below."""
+    """Return a table with a row for each kind of call and a summary below."""
     shown = Table(title=f"{found.calls:,} calls", caption=summary(found))
-    for heading in ("client", "call", "what became of it"):
+    for heading in ("client", "call", "outcome"):
         shown.add_column(heading)
     for who, rows in found.outcomes.items():
         kinds: dict[str, Counter[str]] = {}
@@ -246,16 +256,16 @@ def summary(found: GatewayResults) -> str:
     return (
         f"rounds: {len(found.seconds)}, {len(found.lost)} without an honest reply; median {during:.2f} s, calm "
         f"{calm:.2f} s ({found.slower:.2f} ×); gateway +{found.memory_mib:.0f} MiB; database {found.disk_mib:.0f} MiB; "
-        f"started again: {', '.join(found.restarted) or 'nothing'}"
+        f"restarted: {', '.join(found.restarted) or 'nothing'}"
     )
 
 
 def main() -> int:
-    """Return the exit status: 1 if a claim doesn't hold."""
+    """Return the exit status: 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
-    parser.add_argument("--calm", type=int, default=CALM, help="rounds before the attack, and at least under it")
-    parser.add_argument("--rate", type=float, default=RATE, help="calls a second of each client")
+    parser.add_argument("--calm", type=int, default=CALM, help="rounds before the attack, and at least during it")
+    parser.add_argument("--rate", type=float, default=RATE, help="calls per second of each client")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()

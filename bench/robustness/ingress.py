@@ -1,7 +1,7 @@
-"""The ingresses that messages come in by, each a function from an attack to what became of it.
+"""Entry points of messages, each of which maps an attack to its outcome.
 
-A reply goes through everything that a server has: its gate around Flower's grid, records, messages, codec and the
-strategy's checks, up to the aggregation. A request goes through what a device has, up to the first job.
+A reply passes through all of a server's checks up to the aggregation: the validating grid around Flower's, records,
+messages, codec and the strategy's validation. A request passes through all of a device's checks up to the first job.
 """
 
 from __future__ import annotations
@@ -64,26 +64,28 @@ REPORT = messages.DeviceReport(
 
 
 class PendingAttack(NamedTuple):
-    """An attack that waits at an ingress."""
+    """An attack that is ready to be delivered."""
 
     deliver: Callable[[], str]
-    """Lets it come in, which is all that is measured: `accepted`, the reason of the refusal, or `crash …`."""
+    """Delivers it, which is the measured part: returns `accepted`, the reason of the refusal, or `crash …`."""
     violated: Callable[[], list[str]]
-    """Once it was accepted: the invariants that it breaks."""
+    """Lists the invariants that the accepted message violates."""
 
 
 class Ingress(NamedTuple):
-    """One kind of message, and where it comes in."""
+    """An honest message of one type, and a function that prepares an attack on its receiver."""
 
     honest: WireMessage
     open: Callable[[MessageAttack], PendingAttack]
 
 
 def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
-    """An ingress for each kind of message, by the name of its type, for adapters of one rank at these sites.
+    """Return an entry point for each message type, by the name of the type.
 
     Args:
-        folder: where the device keeps what is its own.
+        sites: sites of the adapters.
+        rank: rank of the adapters.
+        folder: the device's storage.
     """
     drawn = init_adapter(sites, rank, seed=0)
     adapter = encode(to_tensors({name: Factors(a, torch.full_like(b, 0.01)) for name, (a, b) in drawn.items()}))
@@ -91,7 +93,7 @@ def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
 
 
 class _Line(InProcessGrid):
-    """A grid with one node, which answers a query honestly and anything else by the delivery that was put in."""
+    """A grid with one node, which answers a query honestly and any other message with `deliver`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,11 +125,11 @@ class _Line(InProcessGrid):
 
 
 class _Keep:
-    """An aggregation that keeps what came through to it."""
+    """An aggregation rule that stores the update that reached it."""
 
     mixed_ranks = True
     stable_factors = False
-    sensitivity = Linearity(linear=False, reason="it looks at one update alone")
+    sensitivity = Linearity(linear=False, reason="it reads only one update")
     trains = staticmethod(always("both"))
 
     def __init__(self) -> None:
@@ -139,7 +141,7 @@ class _Keep:
 
 
 class _Server:
-    """The strategy of a run, with one device."""
+    """The strategy of a run with one device."""
 
     def __init__(self, sites: Sites, rank: int, adapter: bytes) -> None:
         self._plan, self._sites, self._adapter = replace(PLAN, rank=rank), sites, adapter
@@ -213,7 +215,7 @@ class _Server:
         return Ingress(_letter(reply), open_)
 
     def _differences(self) -> list[str]:
-        """Where what came through to the aggregation is not what an independent reading finds."""
+        """List differences between the aggregated adapter and an independent reading of the message."""
         if self._kept.came is None:
             return []
         content: Any = self._line.content
@@ -223,7 +225,7 @@ class _Server:
         same = came.keys() == read.keys() and all(
             np.array_equal(came[name].numpy(), np.where(np.abs(read[name]) < tiny, 0, read[name])) for name in read
         )
-        return [] if same else ["what came through is not what was sent, subnormal numbers as 0"]
+        return [] if same else ["the aggregated adapter is not the sent one with subnormal numbers as 0"]
 
     def _train(self, strategy: Federated) -> Callable[[], dict[str, int]]:
         asked = list(strategy.configure_train(ROUND, self._arrays, ConfigRecord(), self._gate))
@@ -252,7 +254,7 @@ class _Server:
 
 
 class _Device:
-    """One device, which is asked by a server."""
+    """A device that receives requests of a server."""
 
     def __init__(self, sites: Sites, rank: int, adapter: bytes, folder: Path) -> None:
         self._rank, self._adapter = rank, adapter
@@ -291,7 +293,7 @@ class _Device:
                 try:
                     received.append(delivery())
                     next(handle(parse_request(received[0], most=most), self._device))
-                except StopIteration:  # a query needs no job
+                except StopIteration:  # a query has no job
                     return ACCEPTED
                 except AntherError as error:
                     return type(error).__name__

@@ -1,7 +1,7 @@
-"""What must be true of whatever a gate lets in, stated once more without any of its code.
+"""Invariants of every accepted message, stated independently of the code under test.
 
-Nothing here imports `protocol`, `strategies` or `client`: records are looked at with json, struct and numpy alone, and
-a product B A is formed where the gate avoids it.
+Nothing here imports `protocol`, `strategies` or `client`: records are read only with json, struct and numpy, and the
+product B A is formed, which the validating code avoids.
 """
 
 from __future__ import annotations
@@ -163,50 +163,50 @@ MESSAGES: Mapping[str, Check] = {
     ),
 }
 CARRYING = {"Update", "Train", "Evaluate", "Personalise"}
-"""The messages that an adapter travels with."""
+"""Messages that carry an adapter."""
 
 
 class ExpectedMessage(NamedTuple):
-    """What the receiver knows of what it waits for."""
+    """Properties that the receiver expects of a message."""
 
     message: str
-    """Name of its type."""
+    """Name of the message type."""
     sites: Mapping[str, tuple[int, int]]
-    """(inputs, outputs) of each."""
+    """(inputs, outputs) of each site."""
     max_rank: int
     exact: Mapping[str, Any]
-    """Values that fields of the message have to have; `rank` is that of the adapter too."""
+    """Required values of message fields; `rank` is also the required rank of the adapter."""
 
 
 def violations(records: object, expected: ExpectedMessage) -> list[str]:
-    """The invariants that a message violates, in words; none for one that may be let in."""
+    """List the invariants that a message violates; empty for a message that may be accepted."""
     return list(_violations(records, expected))
 
 
 def adapter_violations(data: bytes, expected: ExpectedMessage) -> list[str]:
-    """The same, of an adapter's bytes alone."""
+    """List the invariants that the bytes of an adapter violate."""
     return list(_of_adapter(data, expected))
 
 
 def _violations(records: object, expected: ExpectedMessage) -> Iterator[str]:
     carries = expected.message in CARRYING
     if not isinstance(records, RecordDict) or sorted(records) != (["arrays", "message"] if carries else ["message"]):
-        yield "other records than a message has"
+        yield "unexpected records"
         return
     config, arrays = records["message"], records.get("arrays")
     named = ["json", "sha256", "version"]
     if not isinstance(config, ConfigRecord) or sorted(config) != named or type(config["json"]) is not str:
-        yield "the JSON and its checksum are not where they belong"
+        yield "the JSON or its checksum is missing or of another type"
         return
     text, data = config["json"], b""
     if carries:
         if not isinstance(arrays, ArrayRecord) or list(arrays) != ["adapter"]:
-            yield "the adapter is not where it belongs"
+            yield "the adapter's record is missing or of another type"
             return
         array = arrays["adapter"]
         data = array.data
         if (array.stype, array.dtype, array.shape) != ("safetensors", "uint8", (len(data),)):
-            yield "the array claims to be something else"
+            yield "the array's type or shape is wrong"
     digest = hashlib.sha256(data).digest() if carries else b""
     if config["sha256"] != hashlib.sha256(text.encode("utf-8", "surrogatepass") + digest).hexdigest():
         yield "damaged in transit"
@@ -233,24 +233,24 @@ def _of_text(text: str, expected: ExpectedMessage) -> Iterator[str]:
         for step in path:
             place = place[step]
         if place[last] != value:
-            yield f"{name} is not what was asked for"
+            yield f"{name} is not the requested value"
 
 
 def _of_adapter(data: bytes, expected: ExpectedMessage) -> Iterator[str]:
     try:
         tensors = parse(data)
     except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-        yield f"not what safetensors describes: {error}"
+        yield f"not valid safetensors: {error}"
         return
     names = {f"{site}.{factor}" for site in expected.sites for factor in ("lora_A", "lora_B")}
     if tensors.keys() != names:
-        yield "other tensors than the sites have"
+        yield "other tensors than those of the sites"
         return
     ranks = set()
     for site, (inputs, outputs) in expected.sites.items():
         a, b = tensors[f"{site}.lora_A"], tensors[f"{site}.lora_B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
-            yield f"{site}: other shapes than the site has"
+            yield f"{site}: wrong shapes"
             return
         ranks |= {a.shape[0], b.shape[1]}
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -260,13 +260,13 @@ def _of_adapter(data: bytes, expected: ExpectedMessage) -> Iterator[str]:
         if max(np.linalg.norm(a64), np.linalg.norm(b64), np.linalg.norm(b64 @ a64)) > MOST_NORM * (1 + 1e-9):
             yield f"{site}: norm over {MOST_NORM:g}"
     if len(ranks) != 1 or not 1 <= min(ranks) <= expected.max_rank:
-        yield "not one rank, or one that is not allowed"
+        yield "more than one rank, or a rank that is not allowed"
     if "rank" in expected.exact and ranks != {expected.exact["rank"]}:
-        yield "another rank than was asked for"
+        yield "another rank than the requested one"
 
 
 def parse(data: bytes) -> Matrices:
-    """The tensors of safetensors bytes of float32 that follow each other without gap; ValueError otherwise."""
+    """Parse safetensors bytes of float32 tensors without gaps; raises ValueError for any other bytes."""
     (length,) = struct.unpack_from("<Q", data)
     if length > len(data) - 8 or length > 2**20:
         raise ValueError("header")
@@ -291,9 +291,9 @@ def parse(data: bytes) -> Matrices:
 def _unique_json(text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key is there twice")
+            raise ValueError("duplicate key")
         return dict(pairs)
 
     found = json.loads(text, object_pairs_hook=unique)
-    json.dumps(found, allow_nan=False)  # NaN and infinity are no JSON
+    json.dumps(found, allow_nan=False)  # NaN and infinity are not valid JSON
     return found

@@ -1,14 +1,17 @@
-"""What does a shared pass save?  python -m bench.throughput.cohort --device cuda|cpu [--bases small medium sd15] [--peers …]
+"""Speed of shared passes against training one client at a time.
 
-Times a client-step (4 examples, forward, backward and AdamW for one client's adapter) of the cohort trainer, plain
-and private, and of the best known forms that train one client at a time, on the same base in the same run:
+    python -m bench.throughput.cohort --device cuda|cpu [--bases small medium sd15] [--peers …]
 
-    peft      diffusers + peft + torch.optim.AdamW (plain)
-    opacus    the same under Opacus' hooks and DPOptimizer (DP)
+Times a client-step (4 examples, forward, backward and AdamW for one client's adapter) of the cohort trainer,
+non-private and private, and of the fastest known implementations that train one client at a time, on the same base in
+the same run:
+
+    peft      diffusers + peft + torch.optim.AdamW (non-private)
+    opacus    the same with Opacus' hooks and DPOptimizer (DP)
     hooks     our own hooks and one flat buffer; on a GPU as CUDA graphs (DP)
-    one       the cohort trainer itself with one client in a pass (DP)
+    one       the cohort trainer with one client per pass (DP)
 
-The floor is the client-step's operations at the rate of a large matrix product, measured in the same run.
+The floor is the time of a client-step's operations at the rate of a large matrix product, measured in the same run.
 """
 
 from __future__ import annotations
@@ -37,27 +40,27 @@ from bench.throughput.roofline import matrix_rate, operations, synchronize
 from bench.throughput.step_variants import PEERS, StepVariant, TimingSettings, forms
 from training.memory import budget
 
-FASTER = {  # targets on a GPU in bf16: how many times faster the cohort is than the fastest way of …
+FASTER = {  # targets on a GPU in bf16: speedup of the cohort over the fastest variant of each peer
     "small": {"peft": 60.0, "opacus": 120.0},
     "medium": {"peft": 18.0, "opacus": 60.0},
     "sd15": {"peft": 5.0, "opacus": 12.0},
 }
-SHARE = {"sd15": 0.45}  # of the matrix rate, reached by the private cohort
-DP_COST = 1.05  # private over plain, at most
+SHARE = {"sd15": 0.45}  # target fraction of the matrix rate for the private cohort
+DP_COST = 1.05  # largest ratio of private to non-private time
 
 
 @dataclass
 class StepTimings:
-    """Every repeat of one form; a client-step is 4 examples, whatever the Poisson batches came to."""
+    """Timings of every repeat of one variant; a client-step is 4 examples, whatever the Poisson batch sizes."""
 
     client_steps: int
-    first: float  # seconds of the first repeat, which warms up and compiles, and counts nowhere else
+    first: float  # seconds of the first repeat, which warms up and compiles, and is excluded from the statistics
     seconds: list[float] = field(default_factory=list)
     examples: list[int] = field(default_factory=list)
 
     @property
     def milliseconds(self) -> list[float]:
-        """Of a client-step, in each repeat."""
+        """Milliseconds of a client-step in each repeat."""
         return [1e3 * s * BATCH / n for s, n in zip(self.seconds, self.examples, strict=True)]
 
     @property
@@ -65,12 +68,12 @@ class StepTimings:
         return statistics.median(self.milliseconds)
 
     def record(self) -> dict[str, Any]:
-        """Everything, for the result file."""
+        """Return all fields and the median, for the result file."""
         return {"milliseconds": self.median, "each": self.milliseconds, **vars(self)}
 
 
 def timed(form: StepVariant, device: torch.device) -> tuple[float, int]:
-    """Seconds and examples of one repeat."""
+    """Run one repeat, and return its seconds and number of examples."""
     form.prepare()
     synchronize(device)
     started = time.perf_counter()
@@ -80,15 +83,15 @@ def timed(form: StepVariant, device: torch.device) -> tuple[float, int]:
 
 
 class VariantResults(NamedTuple):
-    """What came of some forms."""
+    """Timings and errors of a group of variants."""
 
     timings: dict[str, StepTimings]
-    errors: dict[str, str]  # why those failed that did
-    rates: list[float]  # of the matrix product, after each repeat
+    errors: dict[str, str]  # message of each variant that failed
+    rates: list[float]  # operations per second of the matrix product, after each repeat
 
 
 def run(makers: Mapping[str, Callable[[], StepVariant]], setting: TimingSettings) -> VariantResults:
-    """Time forms in turns; one that fails must not cost the others."""
+    """Time the variants in turns; one that fails must not affect the others."""
     running: dict[str, StepVariant] = {}
     found = VariantResults({}, {}, [])
     for name, make in makers.items():
@@ -109,9 +112,15 @@ def run(makers: Mapping[str, Callable[[], StepVariant]], setting: TimingSettings
 
 
 def measure(workload: Workload, setting: TimingSettings, peers: Sequence[str]) -> dict[str, Any]:
-    """All forms on one base."""
+    """Time all variants on one base.
+
+    Args:
+        workload: the base and its number of clients.
+        setting: device, precision and repeats.
+        peers: names of `PEERS` to compare with.
+    """
     groups = list(forms(workload, setting, peers))
-    if setting.device.type == "cpu":  # its speed drifts, so that all forms take turns
+    if setting.device.type == "cpu":  # its speed drifts, so all variants take turns
         groups = [{name: make for group in groups for name, make in group.items()}]
     timings: dict[str, StepTimings] = {}
     errors: dict[str, str] = {}
@@ -137,9 +146,11 @@ def measure(workload: Workload, setting: TimingSettings, peers: Sequence[str]) -
 
 
 def compare(timings: Mapping[str, StepTimings], floors: Sequence[float]) -> dict[str, Any]:
-    """What it comes to: plain forms against the plain cohort, private ones against the private.
+    """Compare non-private variants with the non-private cohort, and private ones with the private cohort.
 
-    `floors`: the least milliseconds of a client-step, in each repeat.
+    Args:
+        timings: timings by variant.
+        floors: lower bound of a client-step in milliseconds, in each repeat.
     """
     found: dict[str, Any] = {"floor": statistics.median(floors), "faster": {}}
     for name, timing in timings.items():
@@ -156,12 +167,12 @@ def compare(timings: Mapping[str, StepTimings], floors: Sequence[float]) -> dict
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> float:
-    """How many times longer one takes: the median over repeats, which drift together where they take turns."""
+    """Return the median over repeats of the ratio of two times; times of the same repeat share the machine's drift."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """Milliseconds of a client-step, a row for each form on each base."""
+    """Return a table of milliseconds per client-step, a row for each variant on each base."""
     stands = "gpu" in record["machine"] and record["settings"]["precision"] == "bf16"
     shown = Table(title="milliseconds per client-step", caption=caption(record), min_width=100)
     for heading in ("base", "form", "median", "least to most", "first repeat, s", "cohort is faster by", "target"):
@@ -197,13 +208,13 @@ def table(record: Mapping[str, Any]) -> Table:
 
 
 def strongest(faster: Mapping[str, float]) -> set[str]:
-    """Of each peer the way that comes closest to the cohort: the one that a claim is held to."""
+    """Return the fastest variant of each peer, which a claim is compared with."""
     peers = {name.split()[0] for name in faster}
     return {min((n for n in faster if n.split()[0] == peer), key=lambda n: faster[n]) for peer in peers}
 
 
 def caption(record: Mapping[str, Any]) -> str:
-    """The settings, as one would ask for them."""
+    """Describe the settings of a record."""
     chosen, where = record["settings"], record["machine"]
     rate = statistics.median(rate for found in record["bases"].values() for rate in found["rates"])
     ways = (
@@ -215,14 +226,14 @@ def caption(record: Mapping[str, Any]) -> str:
         f"hooks keep factors, moments and noise in fp32.{ways if chosen['precision'] == 'bf16' else ''} LoRA of rank "
         f"{RANK} at every attention projection; a client-step is {BATCH} examples (DP: Poisson from {EXAMPLES}, scaled "
         f"to {BATCH}) and one step of AdamW. Median of {chosen['repeats']} repeats after the first. Cohort: "
-        f"{'compiled' if chosen['compiled'] else 'eager'}, {chosen['steps']} steps a job, with all set-up of the jobs; "
-        f"the others: {len(POISSON_SIZES)} steps, their set-up not counted. Floor: products and convolutions at the "
+        f"{'compiled' if chosen['compiled'] else 'eager'}, {chosen['steps']} steps a job, including their set-up; "
+        f"others: {len(POISSON_SIZES)} steps, without set-up. Floor: matrix products and convolutions at the "
         f"rate of a large product in the same precision, {rate / 1e12:.3g} TFLOP/s."
     )
 
 
 def settings(arguments: argparse.Namespace) -> TimingSettings:
-    """From the command line, with what the device gives."""
+    """Build the settings from the command line and the device's defaults."""
     device = torch.device(arguments.device)
     gpu = device.type == "cuda"
     return TimingSettings(
@@ -239,13 +250,13 @@ def settings(arguments: argparse.Namespace) -> TimingSettings:
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bases", nargs="+", choices=tuple(WORKLOADS), help="all three on a GPU, small on a CPU")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="all; on a GPU all but one")
+    parser.add_argument("--bases", nargs="+", choices=tuple(WORKLOADS), help="default: all on a GPU, small on a CPU")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all on a CPU, all but `one` on a GPU")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each job of a cohort")
-    parser.add_argument("--clients", type=int, help="of a cohort; each base has its own number")
-    parser.add_argument("--memory", type=float, help="GiB that a cohort may use; the trainer has its own default")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each job of the cohort")
+    parser.add_argument("--clients", type=int, help="clients of the cohort (default: per base)")
+    parser.add_argument("--memory", type=float, help="GiB for the cohort (default: the trainer's)")
     parser.add_argument("--eager", action="store_true", help="don't compile the cohort")
     parser.add_argument("--out", type=Path, help="bench/results/cohort-<device>.json")
     return parser.parse_args(words)
@@ -269,14 +280,14 @@ def main() -> None:
     peers = (PEERS[:-1] if gpu else PEERS) if arguments.peers is None else arguments.peers
     for base in arguments.bases or (("small", "medium", "sd15") if gpu else ("small",)):
         record["bases"][base] = measure(WORKLOADS[base], setting, peers)
-        out.write_text(json.dumps(record, indent=2) + "\n")  # after each, so that a long run leaves what it has
+        out.write_text(json.dumps(record, indent=2) + "\n")  # after each base, so an interrupted run keeps its results
         Console(width=120).print(table({**record, "bases": {base: record["bases"][base]}}))
     if any(found["errors"] for found in record["bases"].values()):
-        sys.exit("a form failed: see 'errors' in " + str(out))
+        sys.exit(f"a variant failed: see 'errors' in {out}")
 
 
 def quiet() -> None:
-    """Silence what is known: diffusers warns of a UNet's conversion to bf16, torch of Opacus' hook on the outermost."""
+    """Silence known warnings: diffusers' of a UNet's conversion to bf16, torch's of Opacus' hook on the root module."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

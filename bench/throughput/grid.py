@@ -1,9 +1,11 @@
-"""What does the grid itself cost?  python -m bench.throughput.grid [--clients 100] [--rounds 20] [key=value …]
+"""Overhead of the simulation grid.
 
-Rounds of training on the glyph base in which the training is left out: each Train job gives back the adapter that it
-starts from. What remains is what a simulation pays on top: messages, checks, the ledger's charges, sealed replies.
-Every device takes part in every round. CPU time of the process, median of the rounds; the first two are left out, in
-which pictures are cached and ε is computed for the first time.
+    python -m bench.throughput.grid [--clients 100] [--rounds 20] [key=value …]
+
+Runs rounds on the glyph base without the training: each Train job returns its initial adapter. The rest is the overhead
+of a simulation: messages, checks, ledger charges, sealed replies. Every device takes part in every round. Reported is
+the process's CPU time, median over rounds, without the first two, which cache pictures and compute ε for the first
+time.
 """
 
 from __future__ import annotations
@@ -39,20 +41,20 @@ from strategies.build import build
 from strategies.planning.full_plan import training_plan
 from training.jobs import EncodeJob, Examples, Job, Result, TrainedAdapter, TrainJob
 
-WARM = 2  # rounds that are not counted
+WARM = 2  # warm-up rounds that are not counted
 PRIVACY = ("none", "example")
-LIMITS = {"none": 50.0, "example": 150.0}  # ms of CPU time that a round of 100 clients may cost
+LIMITS = {"none": 50.0, "example": 150.0}  # largest CPU milliseconds of a round of 100 clients
 
 
 class Cost(NamedTuple):
-    """Of one round, in milliseconds."""
+    """Cost of one round in milliseconds."""
 
     cpu: float
     wall: float
 
 
 def nothing(base: Base, jobs: Sequence[Job]) -> list[Result | Exception]:
-    """Results of the right shapes for no work."""
+    """Return results of the right shapes without doing the work."""
     return [_done(base, job) for job in jobs]
 
 
@@ -62,11 +64,18 @@ def _done(base: Base, job: Job) -> Result:
             return TrainedAdapter(job.start, 0.1, job.steps)
         case EncodeJob():
             return Examples(torch.zeros(len(job.pictures), *base.shape), torch.zeros(len(job.pictures), 8, 64))
-    raise TypeError(f"no round of training asks for {type(job).__name__}")
+    raise TypeError(f"a training round has no job of type {type(job).__name__}")
 
 
 def measure(config: SimulationConfig, base: Base, folder: Path, storage: str) -> list[Cost]:
-    """Every counted round's cost, with devices that keep their things in `storage`: sqlite or files."""
+    """Run the rounds, and return the cost of each counted one.
+
+    Args:
+        config: the simulation.
+        base: its base.
+        folder: the devices' storage.
+        storage: type of the storage, `sqlite` or `files`.
+    """
     database = Database(folder / FILE)
     of_device: Callable[[str], Storage] = database.device
     together: Callable[[], AbstractContextManager[Callable[[], None]]] = database.together
@@ -92,9 +101,9 @@ def measure(config: SimulationConfig, base: Base, folder: Path, storage: str) ->
 
 
 def table(results: Sequence[dict[str, Any]], clients: int) -> Table:
-    """A row for each storage and privacy."""
+    """Return a table with a row for each storage and privacy."""
     shown = Table(title=f"one round of the grid, {clients} clients, median in ms")
-    for heading in ("storage", "privacy", "CPU", "wall", "CPU a client", "at most"):
+    for heading in ("storage", "privacy", "CPU", "wall", "CPU per client", "at most"):
         shown.add_column(heading, justify="right")
     for row in results:
         cpu, wall = row["cpu_ms"]["median"], row["wall_ms"]["median"]
@@ -106,8 +115,8 @@ def table(results: Sequence[dict[str, Any]], clients: int) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=20, help=f"of which the first {WARM} are not counted")
-    parser.add_argument("--folder", type=Path, help="where devices keep their things meanwhile (default: a temporary)")
+    parser.add_argument("--rounds", type=int, default=20, help=f"number of rounds, including {WARM} for warm-up")
+    parser.add_argument("--folder", type=Path, help="folder for the devices' storage (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/grid.json"))
     arguments, overrides = parser.parse_known_args()
     torch.set_num_threads(1)

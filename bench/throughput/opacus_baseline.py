@@ -1,4 +1,4 @@
-"""DP-SGD on LoRA for one client at a time, with as little around it as there can be."""
+"""DP-SGD on LoRA for one client at a time, with minimal overhead."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from bench.throughput.peers import PeerBatch, draw, losses
 from models.diffusion.objective import Schedule
 from training.jobs import Examples
 
-LARGEST = 8  # examples in one pass; 1 % of the Poisson batches are larger, and take two
-WARM_UP = 3  # runs before a capture, on another stream, as CUDA graphs want it
+LARGEST = 8  # examples per pass; 1 % of the Poisson batches are larger, and take two passes
+WARM_UP = 3  # runs before a capture, on another stream, as CUDA graphs require
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""The order of preference in a capture, the cohort's own: cuDNN's takes longest to launch, and a graph hides that."""
+"""Order of preference in a capture, like the cohort's: cuDNN's launch is the slowest, which a graph hides."""
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a LoRA product beside it."""
+    """A frozen linear layer with a LoRA branch."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -42,10 +42,11 @@ class LoraLinear(nn.Module):
 
 
 class PerExample:
-    """The per-example gradients of some linear layers without bias, side by side in `rows` [n, D].
+    """Per-example gradients of linear layers without bias, concatenated in `rows` `[n, D]`.
 
-    Of y = x Wᵀ with output gradient g [n, T, out] it is gᵀ x. Tensor hooks read g as it passes, so that the weights
-    need no gradient of their own and autograd spends nothing on them. `rows` is to be set before the forward pass.
+    For y = x Wᵀ with output gradient g `[n, T, out]`, the gradient is gᵀ x. Tensor hooks read g during the backward
+    pass, so the weights need no gradient of their own and autograd spends no time on them. Set `rows` before the
+    forward pass.
     """
 
     rows: Tensor
@@ -58,7 +59,7 @@ class PerExample:
 
     def _watch(self, start: int, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         if torch.is_grad_enabled():
-            if not output.requires_grad:  # the first in the network: where the backward pass ends
+            if not output.requires_grad:  # the first layer of the network: the backward pass ends here
                 output.requires_grad_()
             output.register_hook(partial(self._store, start, layer.weight, inputs[0].detach()))
 
@@ -68,10 +69,13 @@ class PerExample:
 
 
 class HooksPeer:
-    """One client's DP-SGD: fp32 factors in a flat buffer, and a copy in the base's precision that the layers see.
+    """One client's DP-SGD: fp32 factors in a flat buffer, and a copy in the base's precision that the layers use.
 
     Args:
-        graphs: replay everything as CUDA graphs, one for each batch size: no time goes to Python, no work to padding.
+        unet: the frozen network.
+        examples: the client's examples.
+        schedule: the noise schedule.
+        graphs: whether to replay all work as CUDA graphs, one for each batch size, without time in Python or padding.
     """
 
     def __init__(self, unet: nn.Module, examples: Examples, schedule: Schedule, *, graphs: bool) -> None:
@@ -82,7 +86,7 @@ class HooksPeer:
         self.unet = unet.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.watch = PerExample(layers)
         self.flat = nn.Parameter(torch.cat([layer.weight.detach().flatten() for layer in layers]).to(device).float())
-        self.seen = self.flat.detach().to(dtype)  # the same buffer where the dtype is the same
+        self.seen = self.flat.detach().to(dtype)  # the same buffer if the dtype is the same
         for layer, part in zip(layers, self.seen.split([layer.weight.numel() for layer in layers]), strict=True):
             layer.weight = nn.Parameter(part.view_as(layer.weight), requires_grad=False)
         self.total, self.gradient = torch.zeros_like(self.seen, dtype=torch.float32), torch.zeros_like(self.flat)
@@ -97,7 +101,7 @@ class HooksPeer:
                 self._capture()
 
     def step(self, pictures: Tensor) -> None:
-        """One step; an empty batch gets its noise."""
+        """Run one step; an empty batch adds only noise."""
         self.total.zero_()
         if len(pictures):
             for part in pictures.chunk(math.ceil(len(pictures) / LARGEST)):
@@ -106,7 +110,7 @@ class HooksPeer:
         self._run(0)
 
     def gradients(self, batch: PeerBatch) -> Tensor:
-        """The gradient of each example [n, D]."""
+        """Return the gradient of each example `[n, D]`."""
         self.watch.rows = self.seen.new_empty(len(batch.t), len(self.flat))
         losses(self.unet, batch).sum().backward()
         return self.watch.rows
@@ -118,7 +122,7 @@ class HooksPeer:
             self._work(size)
 
     def _work(self, size: int) -> None:
-        """Clip and add up the gradients of `size` examples; 0: noise, scale and AdamW."""
+        """Clip and sum the gradients of `size` examples; with size 0, add noise, scale and run AdamW."""
         if size:
             rows = self.gradients(draw(self.examples, self.schedule, self.places[size])).float()
             norms = torch.linalg.vector_norm(rows, dim=1)
@@ -132,9 +136,9 @@ class HooksPeer:
             self.seen.copy_(self.flat.detach())
 
     def _capture(self) -> None:
-        """A graph for every size; the factors and the optimiser are as new afterwards."""
+        """Capture a graph for every size; factors and optimizer state are reset afterwards."""
         start = self.flat.detach().clone()
-        pool = torch.cuda.graph_pool_handle()  # one for all, the largest first: nothing in it outlives a replay
+        pool = torch.cuda.graph_pool_handle()  # shared, the largest graph first: nothing in it outlives a replay
         for size in reversed(range(LARGEST + 1)):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -154,7 +158,7 @@ class HooksPeer:
 
 
 def add_factors(unet: nn.Module) -> list[nn.Linear]:
-    """Put LoRA layers into a UNet; their A and B, site by site."""
+    """Put LoRA layers into a UNet, and return their A and B, site by site."""
     layers = []
     for name in [name for name, _ in unet.named_modules() if re.fullmatch(SITES, name)]:
         parent, _, leaf = name.rpartition(".")

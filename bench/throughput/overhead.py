@@ -1,11 +1,13 @@
-"""What does a leg of a round cost where training is trivial, and what memory when idle?  python -m bench.throughput.overhead
+"""Latency of a request phase with trivial training, and memory of an idle device, compared with plain Flower.
 
-Beside Flower's own SuperLink, SuperNodes and `flwr-clientapp`, on the same machine, with TLS and keys, as many nodes,
-and messages of as many bytes, whose ClientApp sends back what it got. A leg is from a message's being handed to the
-grid until the last reply is there.
+    python -m bench.throughput.overhead
 
-Memory is proportional set size (PSS) of all processes of one device: after the rounds, with nothing to do, and at most
-while it trains.
+The comparison runs Flower's own SuperLink, SuperNodes and `flwr-clientapp` on the same machine, with TLS and keys, the
+same number of nodes and messages of the same size, and a ClientApp that echoes its message. A leg lasts from handing
+messages to the grid until the last reply is received.
+
+Memory is the proportional set size (PSS) of all processes of one device, idle after the rounds and at its peak in
+training.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from server.supervisor.server_dir import ServerDir
 from server.supervisor.superlink import SuperLinkProcess
 
 OUT = Path("bench/results/overhead.json")
-LEG, ADDED = 4.0, 40.0  # seconds of a leg, MiB that Anther may add when idle
+LEG, ADDED = 4.0, 40.0  # limits: seconds of a leg, MiB added to Flower's idle memory
 RUN = (
     "strategy=fedit fleet.sample={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
     "evaluation.timesteps=1 strategy.timeout=600"
@@ -102,14 +104,14 @@ class DeviceMemory:
     """PSS in MiB of one device's processes."""
 
     training: float = 0.0
-    """The most that was seen."""
+    """Largest sum of all samples."""
     idle: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
-    """Of the idle one, by process."""
+    """Idle memory by process."""
 
 
 def pss(processes: Callable[[], list[psutil.Process]]) -> dict[str, float]:
-    """MiB of each process that is there now."""
+    """Return the PSS in MiB of each running process."""
     found: dict[str, float] = {}
     for process in processes():
         with contextlib.suppress(psutil.Error):
@@ -121,7 +123,7 @@ def pss(processes: Callable[[], list[psutil.Process]]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def most(processes: Callable[[], list[psutil.Process]], memory: DeviceMemory) -> Iterator[None]:
-    """Notes the most that these processes hold together, every half second."""
+    """Record the largest total memory of the processes, sampled every half second."""
     end = threading.Event()
 
     def look() -> None:
@@ -138,7 +140,18 @@ def most(processes: Callable[[], list[psutil.Process]], memory: DeviceMemory) ->
 
 
 def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float) -> tuple[list[float], DeviceMemory]:
-    """Seconds of each leg, and the memory of one node."""
+    """Run plain Flower.
+
+    Args:
+        folder: folder for all files.
+        nodes: number of SuperNodes.
+        rounds: number of rounds.
+        size: bytes of each message.
+        settle: idle seconds before memory is read.
+
+    Returns:
+        Seconds of each leg, and the memory of one node.
+    """
     place = ServerDir(folder / "server")
     place.prepare([LOOPBACK], 1)
     superlink = SuperLinkProcess(place.folder, free_port(), place.certificates)
@@ -178,7 +191,15 @@ def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float
 def _supernode(
     home: Path, number: int, superlink: SuperLinkProcess, place: ServerDir, control: ControlClient
 ) -> subprocess.Popen:
-    """Flower's own, as its documentation starts it."""
+    """Start a SuperNode as in Flower's documentation.
+
+    Args:
+        home: folder of the node.
+        number: index of the node.
+        superlink: the running SuperLink.
+        place: folder of the server, with its certificates.
+        control: client of the SuperLink's control API.
+    """
     home.mkdir()
     key = home / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key), "-C", ""], check=True)
@@ -216,7 +237,17 @@ def _below(process: subprocess.Popen) -> Callable[[], list[psutil.Process]]:
 
 
 def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[float], DeviceMemory, int]:
-    """Seconds of each leg but the first round's, the memory of one device, and bytes of an adapter."""
+    """Run Anther.
+
+    Args:
+        folder: folder for all files.
+        nodes: number of devices.
+        rounds: number of rounds.
+        settle: idle seconds before memory is read.
+
+    Returns:
+        Seconds of each leg but those of the first round, the memory of one device, and bytes of an adapter.
+    """
     memory = DeviceMemory()
     with federation(folder, f"rounds={rounds + 1} {RUN.format(nodes=nodes)}") as found:
         found.start()
@@ -236,9 +267,9 @@ def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[flo
 
 
 def _legs(found: LocalFederation) -> list[float]:
-    """A round of training and measuring is two legs."""
+    """Return seconds per leg; a round with evaluation has two legs."""
     state = json.loads(sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("state.json").read_text())
-    return [done["wall_seconds"] / 2 for done in state["history"][2:]]  # the first loads the base
+    return [done["wall_seconds"] / 2 for done in state["history"][2:]]  # the first round loads the base
 
 
 def _adapter_bytes(found: LocalFederation) -> int:
@@ -249,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--settle", type=float, default=20.0, help="seconds without work before memory is read")
+    parser.add_argument("--settle", type=float, default=20.0, help="idle seconds before memory is read")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="anther-") as folder:
@@ -269,7 +300,7 @@ def main() -> None:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """Medians of legs, and memory of one device."""
+    """Return a table with the median leg and the memory of one device."""
     shown = Table(title=f"one leg of {record['bytes'] / 1e6:.2f} MB, and the memory of one device")
     for heading in ("", "leg, s (median)", "worst", "idle, MiB", "while training, MiB"):
         shown.add_column(heading, justify="right")

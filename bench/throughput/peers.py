@@ -1,12 +1,12 @@
-"""The forms that the cohort is compared with: one client at a time, each as well as it can be done.
+"""Peers of the cohort: implementations that train one client at a time, each as fast as possible.
 
 All train LoRA factors of rank 8 on the same frozen UNet with the same examples, loss and AdamW:
 
-- `PeftPeer`: diffusers' own `add_adapter` and a plain training step, as in diffusers' training scripts;
-- `OpacusPeer`: the same under Opacus' hooks and `DPOptimizer`;
-- `bench.throughput.opacus_baseline.Hooks`: the least that DP-SGD on LoRA needs.
+- `PeftPeer`: diffusers' `add_adapter` and a plain training step, as in diffusers' training scripts;
+- `OpacusPeer`: the same with Opacus' hooks and `DPOptimizer`;
+- `bench.throughput.opacus_baseline.HooksPeer`: minimal DP-SGD on LoRA.
 
-Low precision has more than one way to keep the factors; which one serves a peer best is measured (`FactorPrecision`).
+In low precision there are several ways to store the factors; all are measured (`FactorPrecision`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from models.diffusion.objective import Schedule, add_noise, per_example_loss, ta
 from training.jobs import Examples
 
 FactorPrecision = Literal["autocast", "fp32", "compute"]
-"""How a peft peer holds its factors below a base in bf16:
+"""Precision of a peft peer's factors on a base in bf16:
 
-autocast  fp32 factors, bf16 products by `torch.autocast`, which also runs the norms in fp32
-fp32      fp32 factors and fp32 products, since peft casts what enters a factor to the factor's dtype
+autocast  fp32 factors, bf16 products by `torch.autocast`, which also runs normalizations in fp32
+fp32      fp32 factors and fp32 products, because peft casts a factor's input to the factor's dtype
 compute   bf16 factors, gradients, moments and noise: less precise than the cohort, and the least work
 
-With everything in fp32 the three are the same.
+On a base in fp32 all three are the same.
 """
 
 
@@ -35,21 +35,27 @@ class Peer(Protocol):
     """A training loop of one client."""
 
     def step(self, pictures: Tensor) -> None:
-        """One step on these examples, indices [n] on the CPU."""
+        """Run one step on these examples, indices `[n]` on the CPU."""
         ...
 
 
 class PeerBatch(NamedTuple):
-    """What a step sees: x_t, t, context and what the network is to predict."""
+    """Inputs of a step and its prediction target."""
 
-    x: Tensor  # [n, c, h, w]
+    x: Tensor  # x_t [n, c, h, w]
     t: Tensor  # [n]
     context: Tensor  # [n, tokens, d]
     wanted: Tensor  # [n, c, h, w]
 
 
 def draw(examples: Examples, schedule: Schedule, pictures: Tensor) -> PeerBatch:
-    """Random timesteps and noise, drawn on the device."""
+    """Draw timesteps and noise on the device.
+
+    Args:
+        examples: the client's examples.
+        schedule: the noise schedule.
+        pictures: indices of the batch `[n]`.
+    """
     x0 = examples.latents[pictures]
     t = torch.randint(len(schedule), (len(pictures),), device=x0.device)
     noise = torch.randn_like(x0)
@@ -57,14 +63,14 @@ def draw(examples: Examples, schedule: Schedule, pictures: Tensor) -> PeerBatch:
 
 
 def losses(unet: nn.Module, batch: PeerBatch) -> Tensor:
-    """Loss of each example [n]."""
+    """Compute the loss of each example `[n]`."""
     dtype = next(unet.parameters()).dtype
     output = unet(batch.x.to(dtype), batch.t, encoder_hidden_states=batch.context.to(dtype), return_dict=False)[0]
     return per_example_loss(output, batch.wanted)
 
 
 class PeftPeer:
-    """diffusers + peft + torch.optim.AdamW, not private."""
+    """Non-private training with diffusers, peft and torch.optim.AdamW."""
 
     def __init__(self, unet: nn.Module, examples: Examples, schedule: Schedule, *, factors: FactorPrecision) -> None:
         self.unet, self.examples, self.schedule = unet, examples, schedule
@@ -82,7 +88,7 @@ class PeftPeer:
 
 
 class OpacusPeer:
-    """diffusers + peft + Opacus: per-example gradients by its hooks, its clip, sum, noise and scale."""
+    """Private training with diffusers, peft and Opacus: per-example gradients, clipping, sum, noise and scale."""
 
     def __init__(self, unet: nn.Module, examples: Examples, schedule: Schedule, *, factors: FactorPrecision) -> None:
         from opacus import GradSampleModule
@@ -91,7 +97,7 @@ class OpacusPeer:
         self.examples, self.schedule = examples, schedule
         self.parameters = add_lora(unet, factors)
         self.autocast = torch.autocast(examples.latents.device.type, torch.bfloat16, factors == "autocast")
-        self.unet: nn.Module = GradSampleModule(unet.train())  # its hooks are silent in eval(); there is no dropout
+        self.unet: nn.Module = GradSampleModule(unet.train())  # its hooks do nothing in eval(); there is no dropout
         self.optimizer = DPOptimizer(
             torch.optim.AdamW(self.parameters, LEARNING_RATE, weight_decay=0.0),
             noise_multiplier=PRIVACY.noise_multiplier,
@@ -102,21 +108,21 @@ class OpacusPeer:
     def step(self, pictures: Tensor) -> None:
         if len(pictures):
             self.backward(draw(self.examples, self.schedule, pictures.to(self.examples.latents.device)))
-        else:  # attention can't reshape an empty batch; the noise is due all the same
+        else:  # attention can't reshape an empty batch; noise is still added
             for parameter in self.parameters:
                 parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, batch: PeerBatch) -> None:
-        """Leave every parameter's per-example gradients [n, …] in its `grad_sample`."""
+        """Store every parameter's per-example gradients `[n, …]` in its `grad_sample`."""
         with self.autocast:
             loss = losses(self.unet, batch).mean()
         loss.backward()
 
 
 def add_lora(unet: nn.Module, factors: FactorPrecision) -> list[nn.Parameter]:
-    """Give a UNet peft's LoRA layers; their parameters."""
+    """Add peft's LoRA layers to a UNet, and return their parameters."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 

@@ -1,13 +1,16 @@
-"""Cost of privacy per step:  python -m bench.throughput.private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
+"""Cost of privacy per step.
 
-Trains one client's adapter on the glyph base, open and private in turn, on batches of the same size in the mean, and
-compares:
+    python -m bench.throughput.private_cost [--device cpu|cuda] [--steps 20] [--repeats 3] [--small]
 
-    computed  the private job's work over the open one's: clipping, noise, and the padding of its passes
-    waited    the time after which its reply leaves over the open job's: the turns of its public schedule
+Trains one client's adapter on the glyph base, non-private (open) and private in turn, on batches of the same mean size,
+and compares:
 
-The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.public_duration`). The
-fixed cost of a pass beside its entries is fitted to passes of several sizes: it determines `training.pass_size.PASS_OVERHEAD_BYTES`.
+    computed  ratio of the work of the private job to the open job's: clipping, noise, and padded passes
+    waited    ratio of the time until the reply is sent: the private job's public schedule to the open job
+
+The second ratio can be predicted: `formula` is K · pass / (steps · open step) for K turns (`training.public_duration`).
+The fixed cost of a pass, besides its entries, is fitted to passes of several sizes and gives
+`training.pass_size.PASS_OVERHEAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -72,7 +75,16 @@ def letters(base: Base, count: int) -> Examples:
 def job(
     base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool
 ) -> TrainJob:
-    """Make the job of a case; an open job has the same number of entries per step."""
+    """Make the job of a case; an open job has the same number of entries per step.
+
+    Args:
+        base: the base.
+        examples: at least as many examples as the case assumes.
+        case: an entry of `CASES`.
+        steps: number of steps.
+        seed: round of the job and seed of its noise.
+        private: whether the job is private.
+    """
     batch, draws, assumed = case
     plain = TrainJob(
         client="bench",
@@ -106,13 +118,19 @@ def seconds_of(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
 
 
 def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
-    """Fit the fixed seconds of a pass and the seconds per entry to the fastest passes of several sizes."""
+    """Fit the fixed seconds of a pass and the seconds per entry to the fastest passes of several sizes.
+
+    Args:
+        base: the base.
+        examples: at least as many examples as the first case assumes.
+        repeats: runs of each size, of which the fastest counts.
+    """
     plan = job(base, examples, CASES[0], 1, 0, private=True)
     rows_shape = BufferSpec.of([plan])
     rows = CohortBuffers(base, rows_shape, 1)
     rows.load({0: plan})
     best = []
-    with single_threaded_layers():  # as in passes side by side
+    with single_threaded_layers():  # as in parallel passes
         for size in SIZES:
             entries = on_device(Microbatch.nothing(0, 0, size, 1), base.device)
             passed = partial(gradients, base, rows, entries)
@@ -126,12 +144,20 @@ def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
 
 
 def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, repeats: int) -> dict[str, Any]:
-    """Measure seconds per step, open and private, and their ratios: medians over alternating repeats."""
+    """Measure seconds per step, open and private, and their ratios: medians over alternating repeats.
+
+    Args:
+        base: the base.
+        examples: at least as many examples as the case assumes.
+        case: an entry of `CASES`.
+        steps: steps per job.
+        repeats: jobs of each kind.
+    """
     memory = training_share(budget(None, base.device))
     found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     for seed in range(repeats):
         for private in (False, True):
-            for warm in (False, True):  # replaces the other kind's buffers and, on a GPU, its graphs
+            for warm in (False, True):  # the first job replaces the other kind's buffers and, on a GPU, its graphs
                 plan = job(base, examples, case, steps, seed, private=private)
                 wall, busy, (trained,) = seconds_of(base, partial(train, base, [plan], memory=memory, timesteps=1))
                 assert isinstance(trained, TrainedAdapter), trained
@@ -171,7 +197,7 @@ def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: 
 
 
 def table(record: dict[str, Any]) -> Table:
-    found = Table(title=f"A private step over an open one, {record['steps']} steps a job, {record['device']}")
+    found = Table(title=f"Private over open step, {record['steps']} steps per job, {record['device']}")
     for name in ("batch", "draws", "of", "pass", "turns", "open ms", "private ms", "computed", "waited", "formula"):
         found.add_column(name, justify="right")
     for row in record["cases"]:
@@ -200,7 +226,7 @@ def main() -> None:
         "steps": given.steps,
         "threads": torch.get_num_threads(),
         "cases": [],
-        # On a GPU these passes are graphs, which take as long for one entry as for many.
+        # On a GPU these passes are CUDA graphs, which take the same time for one entry as for many.
         "a_pass": overhead(base, examples, given.repeats) if base.device.type == "cpu" else None,
     }
     for case in cases:
@@ -209,7 +235,7 @@ def main() -> None:
     console = Console(width=120)
     console.print(table(record))
     if record["a_pass"]:
-        console.print(f"a pass takes as long as {record['a_pass']['beside_bytes'] / 1e6:.0f} MB more of entries would")
+        console.print(f"a pass costs as much as {record['a_pass']['beside_bytes'] / 1e6:.0f} MB of additional entries")
     over = [row for row in record["cases"] if row["computed"] > MOST]
     console.print(f"computed over {MOST}: {len(over)} of {len(cases)} cases")
 

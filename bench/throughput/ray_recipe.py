@@ -1,15 +1,17 @@
-"""Federated LoRA with DP as published, on Flower's Ray simulation:  python -m bench.throughput.ray_recipe --form published|tuned
+"""Federated LoRA with DP from published recipes, on Flower's Ray simulation.
 
-What a careful reader of the documentation of diffusers, peft, Opacus and Flower would write: a diffusers UNet with
-peft's LoRA, Opacus' hooks and DPOptimizer around it, stock FedAvg of A and B, one client at a time in each of Ray's
-processes. The workload is that of `bench.throughput.recipes`; pictures and captions are encoded before the clock starts.
+    python -m bench.throughput.ray_recipe --form published|tuned
 
-    published  the base is loaded anew for every message, as in Flower's own FlowerTune recipe, with Flower's default
-               of two cores for a client
-    tuned      the base stays in each process; one process for each core, with one thread
+Follows the documentation of diffusers, peft, Opacus and Flower: a diffusers UNet with peft's LoRA, Opacus' hooks and
+DPOptimizer, stock FedAvg of A and B, and one client at a time in each of Ray's processes. The workload is that of
+`bench.throughput.recipes`; pictures and captions are encoded before the timing starts.
 
-The last line that it prints is JSON, in seconds: `startup` until the first round begins, `rounds`, `total` of both,
-`clients`: the time spent in clients' code, of all together.
+    published  loads the base for every message, as in Flower's FlowerTune recipe, with Flower's default of two cores
+               per client
+    tuned      keeps the base in each process; one process per core, with one thread
+
+The last line of output is JSON with seconds: `startup` until the first round begins, `rounds`, `total` of both, and
+`clients`, the time in clients' code, summed over clients.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower looks at its own as it is imported, here and in actors
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads its variables on import, here and in actors
 os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's next default, of which it would warn
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; avoids its warning
 
 import numpy as np
 import psutil
@@ -55,7 +57,7 @@ RESOURCES: dict[str, Any] = {"published": {"num_cpus": 2}, "tuned": {"num_cpus":
 
 
 def prepare(folder: Path) -> None:
-    """Encode the pictures of the first writers, a file of latents and text embeddings for each."""
+    """Encode the pictures of the first writers into a file of latents and text embeddings for each."""
     from models.base.base import load
     from typefaces import dataset
 
@@ -68,19 +70,19 @@ def prepare(folder: Path) -> None:
 
 
 def network() -> Any:
-    """The frozen UNet of the base."""
+    """Load the frozen UNet of the base."""
     return UNet2DConditionModel.from_pretrained(assets.locate("glyphs") / "unet").requires_grad_(False)
 
 
 def fresh(examples: Examples) -> OpacusPeer:
-    """A UNet just loaded, with LoRA and Opacus' hooks."""
+    """Load a UNet with LoRA and Opacus' hooks."""
     scheduler: Any = DDIMScheduler.from_pretrained(assets.locate("glyphs") / "scheduler")
     schedule = diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
     return OpacusPeer(network(), examples, schedule, factors="fp32")
 
 
 def kept(examples: Examples) -> OpacusPeer:
-    """The one of this process, with an optimiser that knows nothing of the client before."""
+    """Return this process's peer with an optimizer state independent of the previous client."""
     peer = _of_this_process()
     peer.examples = examples
     peer.optimizer.original_optimizer.state.clear()
@@ -94,7 +96,14 @@ def _of_this_process() -> OpacusPeer:
 
 
 def train(form: str, folder: Path, message: Message, context: Context) -> Message:
-    """The ClientApp: a few steps of DP-SGD from the factors sent."""
+    """Run a few steps of DP-SGD from the received factors, as the ClientApp.
+
+    Args:
+        form: `published` or `tuned`.
+        folder: folder of the encoded pictures.
+        message: the server's message with factors.
+        context: Flower's context, which tells the client's partition.
+    """
     started = time.perf_counter()
     client = int(context.node_config["partition-id"])
     torch.manual_seed(derive_seed(SEED, client, message.content["config"]["server-round"]))
@@ -111,7 +120,7 @@ def train(form: str, folder: Path, message: Message, context: Context) -> Messag
 
 
 def summed(replies: list[RecordDict], _: str) -> MetricRecord:
-    """Time in clients' code; a client that failed would have been left out of the average."""
+    """Sum the time in clients' code; fails if a client failed, which FedAvg would leave out of the average."""
     if len(replies) < CLIENTS:
         raise RuntimeError(f"{CLIENTS - len(replies)} of {CLIENTS} clients failed")
     spent: list[Any] = [reply["metrics"]["seconds"] for reply in replies]
@@ -119,7 +128,16 @@ def summed(replies: list[RecordDict], _: str) -> MetricRecord:
 
 
 def simulate(form: str, rounds: int, folder: Path) -> tuple[list[float], float]:
-    """When, by time.time(), the first round began and each one ended; seconds in clients' code."""
+    """Run the simulation.
+
+    Args:
+        form: `published` or `tuned`.
+        rounds: number of rounds.
+        folder: folder of the encoded pictures.
+
+    Returns:
+        Times (by time.time()) at which the first round began and each round ended, and seconds in clients' code.
+    """
     server, client = ServerApp(), ClientApp()
     ends: list[float] = []
     spent: list[Any] = []
@@ -146,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", choices=RESOURCES, required=True)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--prepare", type=Path, help="only encode the pictures, into this folder")
+    parser.add_argument("--prepare", type=Path, help="only encode the pictures into this folder")
     chosen = parser.parse_args(arguments)
     if chosen.prepare:
         prepare(chosen.prepare)
@@ -155,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         before = time.time()
         command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", chosen.form, "--prepare", folder]
-        subprocess.run(command, check=True)  # a process of its own: what it has loaded goes with it
+        subprocess.run(command, check=True)  # in its own process, so that this one stays free of its modules
         preparing = time.time() - before
         ends, clients = simulate(chosen.form, chosen.rounds, Path(folder))
     startup = ends[0] - born - preparing

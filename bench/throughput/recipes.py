@@ -1,16 +1,18 @@
-"""Whole federations against each other on a CPU:  python -m bench.throughput.recipes [--repeats 3] [--forms cohort serial …]
+"""Wall-clock time of whole federations on a CPU.
 
-The same workload as whole programs, each with its start-up: 20 clients, 10 rounds, 4 steps of DP-SGD with 4 of 20
-examples expected, on the glyph base, whose latents and text embeddings are made before the clock starts.
+    python -m bench.throughput.recipes [--repeats 3] [--forms cohort serial …]
+
+Runs the same workload as whole programs, including start-up: 20 clients, 10 rounds, 4 steps of DP-SGD with an expected
+4 of 20 examples, on the glyph base, whose latents and text embeddings are computed before the timing starts.
 
     cohort     anther simulate grid=cohort, with its ledger and checkpoints, until its last round
     serial     the same with grid=serial: one client at a time
-    published  what the libraries' documentation adds up to, on Flower's Ray simulation (bench/throughput/ray_recipe.py)
-    tuned      the same with what a careful user would change
+    published  the libraries' documented recipes, on Flower's Ray simulation (bench/throughput/ray_recipe.py)
+    tuned      the same with changes that a careful user would make
 
-A simulation of ours caches latents in its first round, so one is made in advance; what is timed is a copy of it that
-is resumed, and trains as many rounds as the others. Forms take turns, since machines drift; what is compared is the
-median over repeats of the ratio within a repeat.
+Anther's simulation caches latents in its first round. One simulation is therefore run for that round in advance, and a
+copy of it is resumed, timed, and trains as many rounds as the others. Forms take turns, since the speed of machines
+drifts; results are medians over repeats of the ratio within a repeat.
 """
 
 from __future__ import annotations
@@ -51,28 +53,34 @@ OURS = (
     "evaluation.timesteps=1",
     "evaluation.gallery=0",
 )
-_LOOK = 0.02  # seconds between two looks at a run's metrics
+_LOOK = 0.02  # seconds between two reads of a run's metrics
 
 
 class RecipeTiming(NamedTuple):
-    """One program, in seconds."""
+    """Seconds of one program."""
 
     startup: float  # until training begins
     rounds: list[float]
 
     @property
     def total(self) -> float:
-        """Until the last round ends."""
+        """Seconds until the last round ends."""
         return self.startup + sum(self.rounds)
 
     @property
     def round(self) -> float:
-        """A round in steady state: the median after the first."""
+        """Seconds of a round in steady state: the median without the first round."""
         return statistics.median(self.rounds[1:])
 
 
 def ours(form: str, rounds: int, folder: Path) -> RecipeTiming:
-    """Resume a copy of a simulation whose first round is over, and watch it until its last."""
+    """Resume a copy of a simulation after its first round, and time it until its last.
+
+    Args:
+        form: `cohort` or `serial`.
+        rounds: number of timed rounds.
+        folder: folder for the simulations.
+    """
     begun = folder / form
     command = [sys.executable, "-m", "simulations.run", *OURS, f"grid={form}", f"rounds={1 + rounds}"]
     if not begun.exists():
@@ -86,7 +94,19 @@ def ours(form: str, rounds: int, folder: Path) -> RecipeTiming:
 
 
 def until(command: Sequence[str], folder: Path, round: int) -> float:
-    """Run a simulation in `folder` until a round is complete, then end it; seconds since its start."""
+    """Run a simulation until a round is complete, then terminate it.
+
+    Args:
+        command: command line of the simulation.
+        folder: its output folder.
+        round: round to wait for.
+
+    Returns:
+        Seconds since its start.
+
+    Raises:
+        RuntimeError: the simulation exited before that round.
+    """
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
@@ -101,14 +121,14 @@ def until(command: Sequence[str], folder: Path, round: int) -> float:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every complete round; the first is of round 0, in which nothing is trained."""
+    """Read the metrics of every complete round; the first line is that of round 0, which has no training."""
     file = folder / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def run_ray_recipe(form: str, rounds: int) -> RecipeTiming:
-    """Flower's recipe; the last line that it prints tells its times."""
+    """Run Flower's recipe, and read the times from its last line of output."""
     command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", form, "--rounds", str(rounds)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     told = json.loads(done.stdout.strip().splitlines()[-1])
@@ -116,7 +136,7 @@ def run_ray_recipe(form: str, rounds: int) -> RecipeTiming:
 
 
 def compare(runs: Mapping[str, Sequence[RecipeTiming]]) -> dict[str, dict[str, float]]:
-    """How many times longer than the cohort each form takes: for everything, and for a round in steady state."""
+    """Compute each form's time over the cohort's: in total, and for a round in steady state."""
     return {
         form: {
             "total": statistics.median(a.total / b.total for a, b in zip(found, runs["cohort"], strict=True)),
@@ -128,7 +148,7 @@ def compare(runs: Mapping[str, Sequence[RecipeTiming]]) -> dict[str, dict[str, f
 
 
 def table(runs: Mapping[str, Sequence[RecipeTiming]]) -> Table:
-    """A row for each form."""
+    """Return a table with a row for each form."""
     ratios = compare(runs)
     shown = Table(title=f"{CLIENTS} clients × {STEPS} steps × {BATCH} examples, DP, glyph base; seconds (medians)")
     for heading in ("form", "start-up", "first round", "a later round", "total", "× cohort, total", "× cohort, round"):

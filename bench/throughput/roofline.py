@@ -1,4 +1,4 @@
-"""The least time that a client-step can take: its operations over the rate of a large matrix product."""
+"""Lower bound on the time of a client-step: its operations over the rate of a large matrix product."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from bench.throughput.peers import PeerBatch, add_lora, losses
 
 
 def operations(workload: Workload) -> int:
-    """Multiplications and additions of one client-step, forward and backward: batch size times one example's.
+    """Count the multiplications and additions of one client-step, forward and backward.
 
-    Counted, by their shapes alone, on a UNet with peft's factors: all matrix products and convolutions of the
-    forward pass, the backward pass to the activations as far as factors need it, and the gradients of the factors.
+    Counted from shapes for one example, times the batch size, on a UNet with peft's factors: all matrix products and
+    convolutions of the forward pass, the backward pass to the activations as far as factors need it, and the gradients
+    of the factors.
     """
     meta = torch.device("meta")
     unet = build(workload, meta)
@@ -30,9 +31,9 @@ def operations(workload: Workload) -> int:
 
 
 def count_operations(work: Callable[[], object]) -> int:
-    """Operations of all matrix products and convolutions in `work`.
+    """Count the operations of all matrix products and convolutions in `work`.
 
-    Attention is counted as the two products that it is (four backward), without what fused kernels do again.
+    Attention counts as its two products (four in backward), without the recomputation of fused kernels.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
@@ -40,7 +41,16 @@ def count_operations(work: Callable[[], object]) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Operations per second of a product of random n×n matrices, n = 8192 (2048 on a CPU): the median."""
+    """Measure the rate of large matrix products.
+
+    Args:
+        device: device of the matrices.
+        dtype: data type of the matrices.
+        repeats: timed products.
+
+    Returns:
+        Median operations per second of a product of random n×n matrices, n = 8192 (2048 on a CPU).
+    """
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -54,6 +64,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

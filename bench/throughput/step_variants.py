@@ -1,4 +1,4 @@
-"""The forms of a client-step that bench.throughput.cohort times, each a repeat at a time."""
+"""Implementations of a client-step that `bench.throughput.cohort` times, one repeat at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from training.cohort import train
 from training.jobs import Examples
 
 PEERS = ("peft", "opacus", "hooks", "one")
-ALONE = 4  # clients that `one` trains in a repeat
+ALONE = 4  # clients per repeat of `one`
 
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """Where and how everything of one run is timed."""
+    """Settings shared by all variants of one run."""
 
     device: torch.device
-    precision: str  # 'fp32' | 'bf16': of weights and activations
+    precision: str  # 'fp32' | 'bf16', of weights and activations
     repeats: int
-    steps: int  # of each job of a cohort
-    clients: int | None  # of a cohort; None: the workload's own
-    memory: int  # bytes that a cohort may use
+    steps: int  # steps of each job of the cohort
+    clients: int | None  # clients of the cohort; None: the workload's number
+    memory: int  # bytes that the cohort may use
     compiled: bool
 
     @property
@@ -40,16 +40,16 @@ class TimingSettings:
 
 
 class StepVariant(Protocol):
-    """Something that trains, a repeat at a time."""
+    """An implementation of training that is timed one repeat at a time."""
 
-    client_steps: int  # in a repeat
+    client_steps: int  # per repeat
 
     def prepare(self) -> None:
-        """Whatever a repeat needs that is not its work."""
+        """Prepare the next repeat; not timed."""
         ...
 
     def run(self) -> int:
-        """One repeat; how many examples it saw."""
+        """Run one repeat, and return its number of examples."""
         ...
 
 
@@ -73,7 +73,7 @@ class PeerVariant:
 
 
 class CohortVariant:
-    """The trainer, with fresh jobs in each repeat: `together` in its passes, or one after the other."""
+    """The trainer, with new jobs for each repeat, either together in shared passes or one after the other."""
 
     def __init__(
         self,
@@ -108,7 +108,13 @@ class CohortVariant:
 def forms(
     workload: Workload, setting: TimingSettings, peers: Sequence[str]
 ) -> Iterator[Mapping[str, Callable[[], StepVariant]]]:
-    """What is timed, by name: repeats within a group alternate, and only one group is in memory at a time."""
+    """Yield groups of variants by name. Repeats within a group alternate; only one group is in memory at a time.
+
+    Args:
+        workload: the base and its number of clients.
+        setting: settings of the run.
+        peers: names of `PEERS` to include.
+    """
     device = setting.device
     ways: tuple[FactorPrecision, ...] = get_args(FactorPrecision) if setting.precision == "bf16" else ("fp32",)
 

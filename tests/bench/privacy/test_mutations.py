@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_an_error_and_the_source_is_as_it_was(tmp_path: Pat
     file = tmp_path / "a.py"
     file.write_text("x = 1\nx = 1\n")
     for old in ("x = 1", "y"):
-        with pytest.raises(AntherError, match=r"a\.py.* times: mend"), apply_mutant(mutant(old), tmp_path):
+        with pytest.raises(AntherError, match=r"a\.py.* times: update"), apply_mutant(mutant(old), tmp_path):
             pass
     with apply_mutant(mutant("x = 1\nx"), tmp_path):
         assert file.read_text() == "new = 1\n"
