@@ -9,7 +9,7 @@
 and of one federation, each in a folder of its own (`client.store.layout`):
 
     personal.safetensors      the personal adapter with the shared one that it sits on, behind a mark of ours
-    previous….safetensors     those that it had before, for `roll_back` (`client.store.personal_versions`)
+    previous….safetensors     those that it had before, for `roll_back` (`client.store.generations`)
     residual.safetensors      what rounding left of the last change that was sent
     variate.safetensors       SCAFFOLD's control variate, before the last round and after it
     own.safetensors           the factors B of a run that shares A alone
