@@ -161,7 +161,7 @@ def encodings(method: str, precisions: Sequence[str], down: Sequence[str]) -> li
         for encoding in WAYS
         if encoding.precision in ("fp32", *precisions) and encoding.down in ("fp32", *down)
     ]
-    if not AGGREGATIONS.get(method, FedSB).steady:
+    if not AGGREGATIONS.get(method, FedSB).stable_factors:
         return [encoding for encoding in found if encoding.keep == 1]
     return [encoding for encoding in found if encoding.down == "fp32"] if method == "cores" else found
 
