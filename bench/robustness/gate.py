@@ -48,7 +48,7 @@ from models.base.base import load
 from models.lora.adapter import Sites
 
 MOST_MS, MOST_MIB = 100.0, 64.0
-TO_SERVER = ("Update", "Evaluation", "Personalised", "DeviceReport")
+TO_SERVER = ("Update", "Evaluation", "Personalized", "DeviceReport")
 EMPTY = 1_000_000  # tensors of the attack with empty tensors
 _M_MMAP_THRESHOLD = -3
 

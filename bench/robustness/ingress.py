@@ -179,7 +179,7 @@ class _Server:
             (
                 messages.Personalized(device=REPORT.device, seconds=1.0, joules=2.0, quality="measured"),
                 origin,
-                self._personalise,
+                self._personalize,
             ),
             (REPORT, {"base": PLAN.base}, self._query),
         ]
@@ -245,8 +245,8 @@ class _Server:
 
         return receive
 
-    def _personalise(self, strategy: Federated) -> Callable[[], dict[str, int]]:
-        asked = list(strategy.configure_personalise(_personalise(self._adapter, self._plan.rank), self._gate))
+    def _personalize(self, strategy: Federated) -> Callable[[], dict[str, int]]:
+        asked = list(strategy.configure_personalise(_personalize(self._adapter, self._plan.rank), self._gate))
         return lambda: strategy.aggregate_personalise(self._gate.send_and_receive(asked)).dropped
 
     def _query(self, strategy: Federated) -> Callable[[], dict[str, int]]:
@@ -275,7 +275,7 @@ class _Device:
         told: list[tuple[messages.Request, dict[str, object]]] = [
             (messages.Train(plan=replace(PLAN, rank=self._rank), adapter=self._adapter), {"plan.base": PLAN.base}),
             (messages.Evaluate(run=PLAN.run, round=ROUND, adapter=self._adapter), {}),
-            (_personalise(self._adapter, self._rank), {}),
+            (_personalize(self._adapter, self._rank), {}),
             (messages.Query(), {}),
         ]
         return {type(request).__name__: self._ingress(request, exact) for request, exact in told}
@@ -306,7 +306,7 @@ class _Device:
         return Ingress(_letter(request), open_)
 
 
-def _personalise(adapter: bytes, rank: int) -> messages.Personalize:
+def _personalize(adapter: bytes, rank: int) -> messages.Personalize:
     return messages.Personalize(
         run=PLAN.run,
         round=ROUND,

@@ -137,7 +137,7 @@ MESSAGES: Mapping[str, Check] = {
         release=_flag,
         epsilon=_or_none(_amount),
     ),
-    "Personalised": _object(device=_text, seconds=_amount, joules=_amount, quality=_quality),
+    "Personalized": _object(device=_text, seconds=_amount, joules=_amount, quality=_quality),
     "Query": _object(adapted=_or_none(_texts)),
     "Train": _object(plan=_PLAN, rounded=_or_none(_ROUNDED), adapted=_or_none(_texts), echo=_count),
     "Evaluate": _object(
@@ -148,7 +148,7 @@ MESSAGES: Mapping[str, Check] = {
         timesteps=_count,
         privacy=_or_none(_MEASURING),
     ),
-    "Personalise": _object(
+    "Personalize": _object(
         run=_text,
         round=_count,
         rank=_count,
@@ -162,7 +162,7 @@ MESSAGES: Mapping[str, Check] = {
         timesteps=_count,
     ),
 }
-CARRYING = {"Update", "Train", "Evaluate", "Personalise"}
+CARRYING = {"Update", "Train", "Evaluate", "Personalize"}
 """Messages that carry an adapter."""
 
 

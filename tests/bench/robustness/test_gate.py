@@ -36,8 +36,8 @@ from protocol import tensor_codec
 SITES = {"down.to_q": Site(6, 4), "up.to_k": Site(3, 5)}
 SIZES = {name: (site.inputs, site.outputs) for name, site in SITES.items()}
 RANK = 2
-TO_SERVER = ("Update", "Evaluation", "Personalised", "DeviceReport")
-NAMES = ("Update", "Train", "Evaluation", "Personalised", "DeviceReport", "Evaluate", "Personalise", "Query")
+TO_SERVER = ("Update", "Evaluation", "Personalized", "DeviceReport")
+NAMES = ("Update", "Train", "Evaluation", "Personalized", "DeviceReport", "Evaluate", "Personalize", "Query")
 
 
 @pytest.fixture(autouse=True)
