@@ -11,6 +11,7 @@ import pytest
 from bench.robustness import damaged_pictures, fuzz_inputs
 from bench.robustness.fuzz_inputs import KINDS, chunk
 from client import data
+from client.data import stored_picture
 
 
 @pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout", "base"])
@@ -28,7 +29,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("a decoder's own")
 
     monkeypatch.setattr(data.StoredPicture, "_read", undecoded)
-    monkeypatch.setattr(data.stored, "_known", set())
+    monkeypatch.setattr(stored_picture, "_known", set())
     row = chunk("exif", range(5))
     assert len(row.faults) == 5
     assert row.faults[0].startswith("exif 0: NotImplementedError")

@@ -94,7 +94,7 @@ def test_a_form_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr("bench.throughput.step_variants.Opacus", broken)
+    monkeypatch.setattr("bench.throughput.step_variants.OpacusPeer", broken)
     found = cohort.measure(WORKLOADS["tiny"], SETTING, ("opacus", "hooks"))
     assert found["errors"] == {"opacus fp32": "MemoryError: none left"}
     assert set(found["forms"]) == {"hooks", "cohort", "cohort DP"}
