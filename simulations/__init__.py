@@ -1,4 +1,4 @@
-"""A fleet on one machine: profiles, the in-process grid, evaluation of the arms, run.py.
+"""Simulation of a whole federation on one machine.
 
 From Python:
 
@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simulations.run import Result, simulate
+    from simulations.run import SimulationResult, simulate
 
-__all__ = ["Result", "simulate"]
+__all__ = ["SimulationResult", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import Hydra and the display only for those who ask for `simulate`."""
+    """Import Hydra and the display only when `simulate` is used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from simulations import run

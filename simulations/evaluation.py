@@ -1,7 +1,7 @@
-"""The arms on glyphs that nobody trained on: base, local, shared, personal.
+"""Evaluation of the arms on held-out pictures: base, local, shared, personal.
 
-*local*, which may be left out, is the same device alone: the total steps and the total rank that it spends on the other
-two, a learning rate of its own, its best validation checkpoint.
+The local arm, which is optional, trains each device without the others: with the total steps and the total rank of the
+shared and personal adapters, a learning rate of its own, and its best validation checkpoint.
 """
 
 from __future__ import annotations
@@ -24,47 +24,58 @@ from training.jobs import EarlyStopping, EncodeJob, Examples, Job, MeasureJob, R
 from training.memory import inference_share
 from typefaces.judge import Judge, legible, style_match
 
-BASE, REAL = "base", "real"  # the arm without an adapter, and the pictures that were held out
+BASE, REAL = "base", "real"  # the arm without an adapter, and the held-out pictures
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 Adapters = Mapping[str, Mapping[str, Adapter]]  # arm -> device -> adapter, in the order of the arms; base has none
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """One person's gallery: real held-out pictures beside each arm's."""
+    """One person's gallery: held-out pictures and pictures generated under each arm."""
 
     captions: tuple[str, ...]
     arms: dict[str, np.ndarray]  # 'real' and every arm -> uint8 [n, H, W] or [n, H, W, 3]
 
 
 class Score(NamedTuple):
-    """What the judge says of one person's letters under one arm."""
+    """The judge's scores of one person's letters under one arm."""
 
-    legibility: float | None = None  # share read as the writer's own
-    style: float | None = None  # 1: always nearest to the writer's own; 0.5: chance
+    legibility: float | None = None  # fraction read as the writer's own letter
+    style: float | None = None  # 1: always nearest to the writer's own style; 0.5: chance
 
 
 class Pools(NamedTuple):
-    """Everybody's pictures as the denoiser sees them, by name."""
+    """Encoded pictures by person."""
 
     train: dict[str, Examples]
     validation: dict[str, Examples]
     test: dict[str, Examples]
 
 
-def encoded(people: Sequence[Participant], perform: Perform) -> Pools:
-    """All splits in one go."""
+def encode_pools(people: Sequence[Participant], perform: Perform) -> Pools:
+    """Encode all splits of all people in one call of `perform`."""
     jobs: list[Job] = [EncodeJob(pictures=pictures) for person in people for pictures in person.pictures]
-    found = iter(cast(Examples, _sound(result)) for result in perform(jobs))
-    pools = {person.name: (next(found), next(found), next(found)) for person in people}
+    examples = iter(cast(Examples, _unwrap(result)) for result in perform(jobs))
+    pools = {person.name: (next(examples), next(examples), next(examples)) for person in people}
     return Pools(*({name: splits[i] for name, splits in pools.items()} for i in range(3)))
 
 
 def train_local(
     config: SimulationConfig, base: Base, people: Sequence[Participant], pools: Pools, perform: Perform
 ) -> dict[str, Adapter]:
-    """Everybody alone, from the base."""
-    shared, personal, alone = config.adapter.shared, config.adapter.personal, config.adapter.local
+    """Train the local arm of each person, starting from the base.
+
+    Args:
+        config: configuration of the run.
+        base: base of the run.
+        people: whom to train.
+        pools: their encoded pictures.
+        perform: runs jobs.
+
+    Returns:
+        The trained adapters by person.
+    """
+    shared, personal, local = config.adapter.shared, config.adapter.personal, config.adapter.local
     jobs: list[Job] = [
         TrainJob(
             client=person.name,
@@ -75,7 +86,7 @@ def train_local(
             start=init_adapter(base.sites, shared.rank + personal.rank, derive_seed(config.seed, person.name, "local")),
             steps=config.rounds * shared.steps + personal.steps,
             batch_size=personal.batch_size,
-            learning_rate=alone.learning_rate,
+            learning_rate=local.learning_rate,
             early_stopping=EarlyStopping(
                 validation=pools.validation[person.name],
                 every=config.adapter.look_every,
@@ -84,53 +95,78 @@ def train_local(
         )
         for person in people
     ]
-    found = perform(jobs)
-    return {
-        person.name: cast(TrainedAdapter, _sound(result)).adapter for person, result in zip(people, found, strict=True)
-    }
+    results = perform(jobs)
+    return {person.name: cast(TrainedAdapter, _unwrap(result)).adapter for person, result in zip(people, results, strict=True)}
 
 
 def arms(people: Sequence[Participant], local: Mapping[str, Adapter] | None, shared: Adapter, base: Base) -> Adapters:
-    """What each arm adds to the base on each device; a personal adapter counts with the shared one it sits on."""
+    """Return each arm's adapter on each device; the personal arm is the personal adapter plus its shared one.
+
+    Args:
+        people: the people to evaluate.
+        local: adapters of the local arm by person; None: the arm is left out.
+        shared: the shared adapter as devices have it.
+        base: base of the run.
+    """
     personal = {}
     for person in people:
-        kept = person.device.store.personal(base.sites)
-        personal[person.name] = concatenate([kept.shared, kept.adapter]) if kept else shared
-    alone = {} if local is None else {"local": local}
-    return {**alone, "shared": {person.name: shared for person in people}, "personal": personal}
+        stored = person.device.store.personal(base.sites)
+        personal[person.name] = concatenate([stored.shared, stored.adapter]) if stored else shared
+    local_arm = {} if local is None else {"local": local}
+    return {**local_arm, "shared": {person.name: shared for person in people}, "personal": personal}
 
 
 def losses(
     people: Sequence[Participant], adapters: Adapters, pools: Pools, perform: Perform
 ) -> dict[str, dict[str, float]]:
-    """Held-out test loss of every person under every arm."""
-    found: dict[str, dict[str, float]] = {person.name: {} for person in people}
+    """Measure the loss of every person's test pictures under every arm.
+
+    Args:
+        people: the people to evaluate.
+        adapters: result of `arms`.
+        pools: their encoded pictures.
+        perform: runs jobs.
+
+    Returns:
+        Losses by person and arm.
+    """
+    by_person: dict[str, dict[str, float]] = {person.name: {} for person in people}
     for arm in (BASE, *adapters):
         jobs: list[Job] = [
             MeasureJob(examples=pools.test[person.name], adapter=adapters.get(arm, {}).get(person.name))
             for person in people
         ]
         for person, result in zip(people, perform(jobs), strict=True):
-            found[person.name][arm] = cast(float, _sound(result))
-    return found
+            by_person[person.name][arm] = cast(float, _unwrap(result))
+    return by_person
 
 
 def gallery(
     config: SimulationConfig, base: Base, people: Sequence[Participant], adapters: Adapters, memory: int
 ) -> dict[str, Gallery]:
-    """The first test pictures of everybody, drawn under every arm from the same noise for the same caption.
+    """Generate the captions of everyone's first test pictures under every arm, from the same noise for each caption.
 
-    Base and shared draw a caption alike for everybody, so each is drawn once.
+    Base and shared generate the same picture of a caption for all people, so it is generated once.
+
+    Args:
+        config: configuration of the run.
+        base: base of the run.
+        people: the people to evaluate.
+        adapters: result of `arms`.
+        memory: bytes that jobs may take.
+
+    Returns:
+        Galleries by person.
     """
-    chosen = {person.name: person.pictures.test[: config.evaluation.gallery] for person in people}
+    shown = {person.name: person.pictures.test[: config.evaluation.gallery] for person in people}
     wanted: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
     for person in people:
-        for picture in chosen[person.name]:
+        for picture in shown[person.name]:
             for arm in (BASE, *adapters):
                 adapter = adapters.get(arm, {}).get(person.name)
                 wanted[arm, _owner(arm, person), picture.caption] = adapter
     distinct: dict[int, Adapter | None] = {id(adapter): adapter for adapter in wanted.values()}
-    slot = {key: place for place, key in enumerate(distinct)}
+    slot = {key: index for index, key in enumerate(distinct)}
     stacks = to_device(stack_adapters(base.sites, list(distinct.values())), base.like)
     latents = draw(
         base,
@@ -146,11 +182,11 @@ def gallery(
     pictures = dict(zip(wanted, base.decode(latents), strict=True))
     return {
         person.name: Gallery(
-            captions=tuple(picture.caption for picture in chosen[person.name]),
+            captions=tuple(picture.caption for picture in shown[person.name]),
             arms={
-                REAL: np.stack([base.preprocess(picture.at_least(base.resolution)) for picture in chosen[person.name]]),
+                REAL: np.stack([base.preprocess(picture.at_least(base.resolution)) for picture in shown[person.name]]),
                 **{
-                    arm: np.stack([pictures[arm, _owner(arm, person), p.caption] for p in chosen[person.name]])
+                    arm: np.stack([pictures[arm, _owner(arm, person), p.caption] for p in shown[person.name]])
                     for arm in (BASE, *adapters)
                 },
             },
@@ -159,19 +195,30 @@ def gallery(
     }
 
 
-def scores(judge: Judge, people: Sequence[Participant], drawn: Mapping[str, Gallery]) -> dict[str, dict[str, Score]]:
-    """Legibility and style match of everybody's drawn letters, under every arm, by the writers' real letters.
+def scores(
+    judge: Judge, people: Sequence[Participant], galleries: Mapping[str, Gallery]
+) -> dict[str, dict[str, Score]]:
+    """Score the legibility and style of generated letters against the writers' real letters.
 
-    People whose pictures are not letters are left out; with one writer there is no other to match style against.
+    People whose pictures are not letters are left out. With one writer there is no style score, since there is no other
+    style to compare with.
+
+    Args:
+        judge: reads letters and embeds styles.
+        people: the people to evaluate.
+        galleries: result of `gallery`.
+
+    Returns:
+        Scores by person and arm.
     """
     writers = [person for person in people if person.kind != "own"]
     styles = {p.name: judge.embed(glyphs([picture.pixels for picture in p.pictures.test])) for p in writers}
-    found: dict[str, dict[str, Score]] = {}
+    by_person: dict[str, dict[str, Score]] = {}
     for person in writers:
-        arms = {arm: glyphs(pictures) for arm, pictures in drawn[person.name].arms.items()}
+        arms = {arm: glyphs(pictures) for arm, pictures in galleries[person.name].arms.items()}
         reading = judge.read(arms[REAL])
         others = [style for name, style in styles.items() if name != person.name]
-        found[person.name] = {
+        by_person[person.name] = {
             arm: Score(
                 legibility=float(legible(judge.read(arms[arm]), reading).mean()),
                 style=style_match(judge.embed(arms[arm]), styles[person.name], others) if others else None,
@@ -179,11 +226,11 @@ def scores(judge: Judge, people: Sequence[Participant], drawn: Mapping[str, Gall
             for arm in arms
             if arm != REAL
         }
-    return found
+    return by_person
 
 
 def glyphs(pictures: Iterable[np.ndarray]) -> np.ndarray:
-    """Pictures of any size as the judge sees them: grey uint8 [n, 64, 64]."""
+    """Convert pictures of any size to the judge's input: gray uint8 [n, 64, 64]."""
     return np.stack([np.asarray(Image.fromarray(picture).convert("L").resize((64, 64))) for picture in pictures])
 
 
@@ -191,7 +238,7 @@ def _owner(arm: str, person: Participant) -> str:
     return person.name if arm in ("local", "personal") else ""
 
 
-def _sound(result: Result | Exception) -> Result:
+def _unwrap(result: Result | Exception) -> Result:
     if isinstance(result, Exception):
         raise result
     return result

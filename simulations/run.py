@@ -1,9 +1,9 @@
-"""A whole federation on one machine:  anther simulate [key=value …]
+"""Simulate a whole federation on one machine:  anther simulate [key=value …]
 
 Composition root: configuration → base, fleet, strategy, grid → rounds → personal adapters → evaluation → report.
-Whatever is finished is on disk; killed at any moment, `resume=true` continues after the last whole round. It comes to
-the same result, but for what devices of a timed fleet were still at when that round ended (asynchronous training, and
-replies that would have come late): this is lost, and devices are asked anew.
+Finished rounds are on disk. After a kill at any time, `resume=true` continues after the last complete round, with the
+same result. The exception are tasks of a timed fleet that were running when that round ended (asynchronous training,
+late replies): they are lost, and the devices are asked again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from conf.compose import compose
 from conf.overrides import quote
 from conf.schemas.simulation import SimulationConfig
 from simulations import run_dir
-from simulations.report.display import Display, compare
-from simulations.report.time_left import after_rounds
+from simulations.report.display import PERSONALIZING, TRAINING, Display, compare
+from simulations.report.time_left import work_after_rounds
 
 if TYPE_CHECKING:
     from protocol.messages import TrainingPlan
@@ -42,47 +42,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationResult:
     """A finished run."""
 
     folder: Path
     summary: dict[str, Any]
-    """As in `summary.json`: mean losses by arm, bytes, ε, and so on."""
+    """Contents of `summary.json`: mean losses by arm, bytes, ε, and so on."""
 
     @property
     def report(self) -> Path:
-        """The page that shows it."""
+        """Path of the report page."""
         return self.folder / "report.html"
 
     @property
     def adapters(self) -> Path:
-        """The folder of `shared.safetensors` and each person's own."""
+        """Folder of `shared.safetensors` and of the personal adapters."""
         return self.folder / "adapters"
 
 
-_finished: list[tuple[list[str], Result]] = []
+_completed: list[tuple[list[str], SimulationResult]] = []
 """Overrides and result of each job of this command."""
 
 
-def across() -> None:
+def print_comparison() -> None:
     """Print the results of a multirun side by side."""
-    if len(_finished) > 1:
-        compare([(overrides, result.summary) for overrides, result in _finished])
+    if len(_completed) > 1:
+        compare([(overrides, result.summary) for overrides, result in _completed])
 
 
-@hydra_application("simulate", SimulationConfig, after=across)
+@hydra_application("simulate", SimulationConfig, after=print_comparison)
 def main(config: SimulationConfig) -> None:
     folder, overrides = Path(output_dir()), list(HydraConfig.get().overrides.task)
-    with Display(config.rounds, after=after_rounds(config)) as display:
+    with Display(config.rounds, rounds_after=work_after_rounds(config)) as display:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             display.say(f"run {HydraConfig.get().job.num}: {' '.join(overrides)}")
         try:
             result = simulate(config, folder, display=display, command=shlex.join([*_program(), *overrides]))
         except KeyboardInterrupt:
-            display.stopped(resume_command(overrides, folder) if run_dir.begun(folder) else None)
+            display.interrupted(resume_command(overrides, folder) if run_dir.is_resumable(folder) else None)
             drop_empty(str(folder))
             raise
-    _finished.append((overrides, result))
+    _completed.append((overrides, result))
 
 
 def simulate(
@@ -91,17 +91,18 @@ def simulate(
     *,
     display: Display | None = None,
     command: str | None = None,
-) -> Result:
+) -> SimulationResult:
     """Run or continue a federation.
 
     Args:
-        config: a configuration, or the words of a command line: `"rounds=3 privacy=example"`, or a list of them.
-        folder: what the run leaves comes here; it must not hold another run.
+        config: a configuration, or command line words: `"rounds=3 privacy=example"`, or a list of them.
+        folder: output folder; it must not hold another run.
         display: shows progress; None: nothing is shown.
-        command: how the report says that the run was started; None: by the words, or as a call of this function.
+        command: command that the report gives for repeating the run; None: derived from the words, or a call of this
+            function.
 
     Raises:
-        AntherError: a setting, a picture or the base can't be used, or the folder is another run's.
+        AntherError: a setting, a picture or the base can't be used, or the folder holds another run.
     """
     if not isinstance(config, SimulationConfig):
         words = shlex.split(config) if isinstance(config, str) else list(config)
@@ -112,74 +113,74 @@ def simulate(
     return _simulate(config, Path(folder), display, command)
 
 
-def _simulate(config: SimulationConfig, folder: Path, display: Display, command: str) -> Result:
+def _simulate(config: SimulationConfig, folder: Path, display: Display, command: str) -> SimulationResult:
     started = time.perf_counter()
     check_time(config)
     run_dir.check(folder, config)
     display.phase("reading pictures and loading the base" if config.data.pictures else "loading the base")
     if config.grid.name == "ray":
-        from simulations.grid import ray
+        from simulations.grid import ray  # before other imports of Flower, for which it sets environment variables
 
         ray.require()
-    from models.base import assets
+    from models.base import assets  # slow imports, after the first line was printed
     from privacy.storage import FileStorage
     from server.ledger import ServerLedger
     from simulations import setup
     from simulations.fleet import participants
-    from simulations.fleet.virtual_fleet import lives
+    from simulations.fleet.virtual_fleet import build_virtual_fleet
     from strategies.build import build
     from strategies.planning.full_plan import training_plan
 
-    frozen, people, database = here = setup.build(config, folder)
-    chosen = participants.judged(people, config.evaluation.devices)
-    plan = training_plan(config, run=run_dir.config_hash(config)[:16], base=frozen.hash)
-    lived = lives(config, people, folder / "fleet") if config.fleet.timed else None
+    base, people, database = simulation = setup.build(config, folder)
+    evaluated = participants.select_evaluated(people, config.evaluation.devices)
+    plan = training_plan(config, run=run_dir.config_hash(config)[:16], base=base.hash)
+    fleet = build_virtual_fleet(config, people, folder / "fleet") if config.fleet.timed else None
     strategy = build(
         config,
         plan,
-        frozen.sites,
+        base.sites,
         accept_simulated=True,
         ledger=ServerLedger(FileStorage(folder)),
-        clock=lived.clock if lived else None,
-        base=frozen,
+        clock=fleet.clock if fleet else None,
+        base=base,
     )
     from training.memory import budget, check_free
 
-    memory = budget(config.cohort.memory_gib, frozen.device)
-    check_free(memory, frozen.device)
-    hashes = {"base": frozen.hash, "data": assets.digest(assets.locate("typefaces"))}
-    if own := participants.identity(people):
+    memory = budget(config.cohort.memory_gib, base.device)
+    check_free(memory, base.device)
+    hashes = {"base": base.hash, "data": assets.digest(assets.locate("typefaces"))}
+    if own := participants.own_pictures_hash(people):
         hashes[run_dir.PICTURES] = own
-    memory = run_dir.claim(folder, config, hashes, memory=memory)  # whatever can be refused, was
+    memory = run_dir.claim(folder, config, hashes, memory=memory)  # last: all other checks have passed
     from simulations.report import results
 
-    perform = setup.performer(config, frozen, memory)
-    with grid(config, folder, here, perform, memory, lived) as devices:
-        state = federate(config, folder, strategy, plan, devices, people, chosen, display, lived)
-    facts = lived.log.rounds if lived else ()
+    perform = setup.make_perform(config, base, memory)
+    with open_grid(config, folder, simulation, perform, memory, fleet) as grid:
+        state = federate(config, folder, strategy, plan, grid, people, evaluated, display, fleet)
+    fleet_rounds = fleet.log.rounds if fleet else ()
     summary = results.finish(
-        config, folder, frozen, people, chosen, perform, memory, state, display, started, command, facts
+        config, folder, base, people, evaluated, perform, memory, state, display, started, command, fleet_rounds
     )
     database.close()
-    return Result(folder, summary)
+    return SimulationResult(folder, summary)
 
 
 def check_time(config: SimulationConfig) -> None:
-    """Refuse what needs devices that take time, of a fleet that answers at once, and what is more than all of it."""
+    """Refuse settings that need devices which take time if the fleet answers at once, and a quorum above all devices."""
     fleet, chosen = config.fleet, config.strategy
     mend = "choose a fleet with timed=true, such as fleet=week"
     if fleet.overselect > 1 and not fleet.timed:
         raise AntherError(f"fleet.overselect={fleet.overselect:g}: all replies of this fleet come at once; {mend}")
     if chosen.timing == "async" and not fleet.timed:
         raise AntherError(f"strategy.timing=async: training takes this fleet no time; {mend}")
-    for key in () if fleet.timed else _lived_by(config):
+    for key in () if fleet.timed else _timed_settings(config):
         raise AntherError(f"{key}: devices of this fleet have no battery, owner, heat or hours; {mend}")
     if chosen.timing == "sync" and chosen.quorum > (devices := config.data.count()):
         raise AntherError(f"strategy.quorum={chosen.quorum}: there are {devices} devices; lower it, or add some")
 
 
-def _lived_by(config: SimulationConfig) -> Iterator[str]:
-    """Settings that are given, and that only a fleet with a life of its own goes by."""
+def _timed_settings(config: SimulationConfig) -> Iterator[str]:
+    """Yield the given settings that only a timed fleet uses."""
     eligible, fleet = config.fleet.eligible, config.fleet
     if eligible.battery is not None:
         yield f"fleet.eligible.battery={eligible.battery:g}"
@@ -195,31 +196,49 @@ def _lived_by(config: SimulationConfig) -> Iterator[str]:
         yield f"fleet.jitter={fleet.jitter:g}"
 
 
-def grid(
+def open_grid(
     config: SimulationConfig,
     folder: Path,
-    here: SimulationSetup,
+    simulation: SimulationSetup,
     perform: Perform,
     memory: int,
-    lived: VirtualFleet | None,
+    fleet: VirtualFleet | None,
 ) -> AbstractContextManager[Grid]:
-    """What drives the devices, while the context lasts."""
+    """Return the grid of the devices as a context manager.
+
+    Args:
+        config: configuration of the run.
+        folder: its output folder.
+        simulation: base, participants and storage.
+        perform: runs jobs in this process.
+        memory: bytes that jobs may take.
+        fleet: state of a timed fleet; None: devices answer at once.
+    """
     if config.grid.name == "ray":
         from simulations.grid.ray import ray_grid
 
-        return ray_grid(config, folder, devices=len(here.people), device=here.base.device.type, memory=memory)
+        count, device = len(simulation.people), simulation.base.device.type
+        return ray_grid(config, folder, devices=count, device=device, memory=memory)
     from simulations.grid.cohort import CohortGrid
 
-    devices, together = [person.device for person in here.people], config.grid.name == "cohort"
-    if lived:
-        from simulations.fleet.costs import costs
+    devices, batched = [person.device for person in simulation.people], config.grid.name == "cohort"
+    group_commit = simulation.database.group_commit
+    if fleet:
+        from simulations.fleet.costs import build_costs
         from simulations.grid.timed import TimedGrid
 
-        taken, storage = costs(config, here.base), here.database.together
         return nullcontext(
-            TimedGrid(devices, perform, lives=lived, costs=taken, seed=config.seed, together=together, storage=storage)
+            TimedGrid(
+                devices,
+                perform,
+                fleet=fleet,
+                costs=build_costs(config, simulation.base),
+                seed=config.seed,
+                batched=batched,
+                group_commit=group_commit,
+            )
         )
-    return nullcontext(CohortGrid(devices, perform, together=together, storage=here.database.together))
+    return nullcontext(CohortGrid(devices, perform, batched=batched, group_commit=group_commit))
 
 
 def federate(
@@ -229,31 +248,43 @@ def federate(
     plan: TrainingPlan,
     grid: Grid,
     people: list[Participant],
-    judged: list[Participant],
+    evaluated: list[Participant],
     display: Display,
-    lived: VirtualFleet | None,
+    fleet: VirtualFleet | None,
 ) -> RunState:
-    """All rounds, and a personal adapter on each device that is judged, on top of the best shared one."""
+    """Run all rounds, then train personal adapters on top of the best shared adapter on the evaluated devices.
+
+    Args:
+        config: configuration of the run.
+        folder: its output folder, with the checkpoints of a run that is resumed.
+        strategy: strategy of the run.
+        plan: plan of an unconstrained device.
+        grid: grid of all devices.
+        people: all participants.
+        evaluated: participants that get a personal adapter.
+        display: shows each round.
+        fleet: state of a timed fleet; None: devices answer at once.
+    """
     from server.report.trackers import open_trackers
     from server.rounds import checkpoint
     from server.rounds.federation import federate
 
     saved = checkpoint.load(folder / "checkpoints", sites=strategy.sites)
-    if lived and saved:
-        lived.resume(saved.round)
+    if fleet and saved:
+        fleet.resume(saved.round)
     with open_trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
         def on_round(record: Round) -> None:
-            values = _numbers(record, lived.log.rounds[record.number] if lived else None)
+            values = _round_values(record, fleet.log.rounds[record.number] if fleet else None)
             tracker.log(record.number, values)
             if record.number:
                 display.round({**values, "guarantees": record.guarantees})
             if record.number == config.rounds:
-                display.phase("personalising")
+                display.phase(PERSONALIZING)
 
-        for record in saved.history if saved else ():  # told again: a kill may have come before its line was written
+        for record in saved.history if saved else ():  # repeated: a kill may have come before its line was logged
             on_round(record)
-        display.phase("training" if saved is None or saved.round < config.rounds else "personalising")
+        display.phase(TRAINING if saved is None or saved.round < config.rounds else PERSONALIZING)
         return federate(
             config,
             grid=grid,
@@ -262,19 +293,15 @@ def federate(
             saved=saved,
             checkpoints=folder / "checkpoints",
             on_round=on_round,
-            present=0 if lived else len(people),
-            clock=lived.clock if lived else None,
-            keep=lived.keep if lived else lambda _: None,
-            personalized_devices={person.name for person in judged},
+            present=0 if fleet else len(people),
+            clock=fleet.clock if fleet else None,
+            keep=fleet.save if fleet else lambda _: None,
+            personalized_devices={person.name for person in evaluated},
         )
 
 
-def _numbers(record: Round, fleet: FleetRound | None) -> dict[str, Any]:
-    """One round as flat numbers, for trackers and the display.
-
-    Args:
-        fleet: what really became of a fleet that lives on a clock of its own.
-    """
+def _round_values(record: Round, fleet: FleetRound | None) -> dict[str, Any]:
+    """Return one round as flat numbers for trackers and the display; `fleet`: the outcomes of a timed fleet."""
     from server.report.trackers import round_metrics
 
     values, train = round_metrics(record), record.train
@@ -285,20 +312,20 @@ def _numbers(record: Round, fleet: FleetRound | None) -> dict[str, Any]:
             "battery_joules": fleet.drained,
             "lost": sum(fleet.lost.values()),
         }
-        values |= {f"lost/{reason}": count for reason, count in fleet.lost.items()}
+        values |= {f"lost/{cause}": count for cause, count in fleet.lost.items()}
         values["late"] = train.dropped.get("late", 0) if train else 0
     return values
 
 
 def resume_command(overrides: Sequence[str], folder: Path) -> str:
-    """The command that continues a run, quoted for Hydra and for the shell.
+    """Return the command that continues a run, quoted for Hydra and the shell.
 
     Args:
-        overrides: what it was started with.
-        folder: of the run.
+        overrides: overrides with which it was started.
+        folder: its output folder.
     """
-    kept = [word for word in overrides if not word.startswith(("resume=", "hydra.run.dir="))]
-    return shlex.join([*_program(), *kept, f"hydra.run.dir={quote(str(folder))}", "resume=true"])
+    unchanged = [word for word in overrides if not word.startswith(("resume=", "hydra.run.dir="))]
+    return shlex.join([*_program(), *unchanged, f"hydra.run.dir={quote(str(folder))}", "resume=true"])
 
 
 def _program() -> list[str]:

@@ -1,4 +1,4 @@
-"""The output folder of a run: claimed once, continued only by the same run, never written over."""
+"""Output folder of a run: claimed once, resumed only by the same run, never overwritten."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from common.errors import AntherError
 from conf.schemas.simulation import SimulationConfig
 
 RUN = "run.json"
-PICTURES = "set of pictures"
-"""Key of the hash of people's own pictures, among the assets of a run."""
-_ADDED = {"data.background": "white"}
-"""Settings that were added, with what runs went by before there was a choice: these runs keep their hash."""
+PICTURES = "set of pictures"  # stored; don't change
+"""Key of the hash of users' own pictures among the assets of a run."""
+_ADDED_SETTINGS = {"data.background": "white"}
+"""Settings added later, with the values that runs used before: runs with these values keep their hash."""
 
 log = logging.getLogger(__name__)
 
 
 def config_hash(config: SimulationConfig) -> str:
-    """SHA-256 of everything that decides a run's numbers: all of the configuration but `resume`."""
+    """Return the SHA-256 of everything that determines a run's results: the configuration without `resume`."""
     return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()
 
 
 def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
-    """What `folder` says of the run of this configuration that it holds; empty if it is free for a new one.
+    """Return the record of the run in `folder`, which has this configuration; empty if the folder is free.
 
     Raises:
-        AntherError: the folder holds something else, or there is nothing to resume.
+        AntherError: the folder holds something else, or there is no run to resume.
     """
     file = folder / RUN
     if not config.resume:
@@ -43,57 +43,60 @@ def check(folder: Path, config: SimulationConfig) -> dict[str, Any]:
     if not file.exists():
         raise AntherError(f"{folder}: no run to resume here: name its folder with hydra.run.dir=…, or drop resume=true")
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        if missing := {"config", "config_hash", "assets", "memory"} - found.keys():
+        record: dict[str, Any] = json.loads(file.read_text())
+        if missing := {"config", "config_hash", "assets", "memory"} - record.keys():
             raise ValueError(f"without {', '.join(sorted(missing))}")
     except (AttributeError, ValueError) as error:
         raise AntherError(
-            f"{file}: damaged ({error}): this run can't be resumed, start anew in another folder"
+            f"{file}: damaged ({error}): this run can't be resumed, start a new one in another folder"
         ) from error
-    if found["config_hash"] != config_hash(config):
-        changed = [f"{key} was {old}, now {new}" for key, old, new in _differences(found["config"], _settings(config))]
+    if record["config_hash"] != config_hash(config):
+        differences = _differences(record["config"], _settings(config))
+        changed = [f"{key} was {old}, now {new}" for key, old, new in differences]
         raise AntherError(
             f"{folder}: holds a different run ({'; '.join(changed[:3])}): resume it with its own settings"
         )
-    return found
+    return record
 
 
-def begun(folder: Path) -> bool:
-    """Whether the folder holds a run that can be continued."""
+def is_resumable(folder: Path) -> bool:
+    """Return whether the folder holds a run that can be resumed."""
     return (folder / RUN).exists()
 
 
 def claim(folder: Path, config: SimulationConfig, assets: Mapping[str, str], *, memory: int) -> int:
-    """Make `folder` this run's own, or check that it already is; the bytes of memory that the run trains in.
+    """Claim `folder` for a run, or check that it is this run's, and return the bytes of memory that the run uses.
 
     Args:
-        assets: content hashes of the base and the data, which a resumed run must find unchanged.
-        memory: for a new run; a resumed one goes on with its own, so that it packs alike.
+        folder: output folder.
+        config: configuration of the run.
+        assets: content hashes of the base and the data; a resumed run must have the same.
+        memory: bytes for a new run; a resumed run keeps its own value, so that its jobs share passes in the same way.
 
     Raises:
-        AntherError: as for `check`, or it was run with others; nothing was written.
+        AntherError: as for `check`, or the run has other assets; nothing was written.
     """
-    found = check(folder, config)
-    if not found:
+    record = check(folder, config)
+    if not record:
         record = {"config_hash": config_hash(config), "assets": dict(assets), "memory": memory}
         atomic_files.write(folder / RUN, json.dumps({**record, "config": _settings(config)}, indent=2).encode())
         return memory
     for name, digest in assets.items():
-        began = found["assets"].get(name)
-        if began is None and name == PICTURES:
+        recorded = record["assets"].get(name)
+        if recorded is None and name == PICTURES:
             log.warning(
-                "%s: was begun before runs kept hashes of your own pictures: whether they changed isn't known", folder
+                "%s: started before runs stored hashes of your own pictures: whether they changed is unknown", folder
             )
-        elif began != digest:
-            raise AntherError(f"{folder}: was run with another {name} ({began}): restore it, or start anew")
-    return int(found["memory"])
+        elif recorded != digest:
+            raise AntherError(f"{folder}: was run with another {name} ({recorded}): restore it, or start a new run")
+    return int(record["memory"])
 
 
 def _settings(config: SimulationConfig) -> dict[str, Any]:
-    """All settings but `resume`; and but those that runs of before hadn't, where they are as those runs were."""
+    """Return all settings except `resume` and added settings that have the value of runs from before."""
     settings = dataclasses.asdict(config)
     del settings["resume"]
-    for key, before in _ADDED.items():
+    for key, before in _ADDED_SETTINGS.items():
         group, _, name = key.rpartition(".")
         if settings[group].get(name) == before:
             del settings[group][name]
@@ -102,8 +105,8 @@ def _settings(config: SimulationConfig) -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            yield f"{prefix}{key}", before, now
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after

@@ -1,6 +1,6 @@
-"""What a configuration is about: a base, people, and where their devices keep things; and who performs their jobs.
+"""Base, participants and storage of a simulation, built from its configuration.
 
-Each process of `grid=ray` makes the same world again.
+Each process of `grid=ray` builds them again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from training.engine import perform
 
 
 class SimulationSetup(NamedTuple):
+    """Base, participants and the database of their devices."""
+
     base: Base
     people: list[Participant]
     database: Database
 
 
 def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
-    """The world of the run in `folder`; mistakes in pictures are told before the base is loaded."""
+    """Build the setup of the run in `folder`; errors in pictures are reported before the base is loaded."""
     own = own_pictures(config.data)
-    frozen = base.load(
+    loaded = base.load(
         config.base.path,
         sites=config.adapter.sites,
         weights=config.base.weights,
@@ -37,10 +39,10 @@ def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
         resolution=config.base.resolution,
     )
     database = Database(folder / "devices" / FILE)
-    return SimulationSetup(frozen, participants(config, frozen, database.device, own), database)
+    return SimulationSetup(loaded, participants(config, loaded, database.device, own), database)
 
 
-def performer(config: SimulationConfig, base: Base, memory: int) -> Perform:
-    """Performs jobs on the base, in so many bytes."""
+def make_perform(config: SimulationConfig, base: Base, memory: int) -> Perform:
+    """Return a function that runs jobs on the base within `memory` bytes."""
     timesteps, compiled = config.evaluation.timesteps, config.cohort.compiled
     return partial(perform, base, memory=memory, timesteps=timesteps, compiled=compiled)

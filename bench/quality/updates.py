@@ -34,7 +34,7 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         base, people, database = setup.build(config, Path(folder))
-        perform = setup.performer(config, base, budget(None, base.device))
+        perform = setup.make_perform(config, base, budget(None, base.device))
         encoded = cast(list[Examples], perform([EncodeJob(pictures=person.pictures.train) for person in people]))
         database.close()
     current = init_adapter(base.sites, max(ranks), derive_seed(seed, "shared"))

@@ -125,7 +125,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config = compose(shlex.join(case.settings))
     base, people, database = setup.build(config, folder)
-    perform = setup.performer(config, base, budget(config.cohort.memory_gib, base.device))
+    perform = setup.make_perform(config, base, budget(config.cohort.memory_gib, base.device))
     bad = choose_attackers([person.name for person in people], case.seed)
     devices = {person.name: person.device for person in people}
     kind, performing = ATTACKS.get(case.attack), perform
@@ -138,7 +138,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     strategy = build(config, plan, base.sites, accept_simulated=True)
     state = federate(
         config,
-        grid=CohortGrid(list(devices.values()), performing, storage=database.together),
+        grid=CohortGrid(list(devices.values()), performing, group_commit=database.group_commit),
         strategy=strategy,
         plan=plan,
         saved=None,
@@ -149,7 +149,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     )
     honest = [person for person in people if person.name not in bad]
     shared = {person.name: state.adapter for person in honest}
-    losses = evaluation.losses(honest, {"shared": shared}, evaluation.encoded(honest, perform), perform)
+    losses = evaluation.losses(honest, {"shared": shared}, evaluation.encode_pools(honest, perform), perform)
     trained = [record.train for record in state.history if record.train]
     database.close()
     return {

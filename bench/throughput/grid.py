@@ -78,13 +78,13 @@ def measure(config: SimulationConfig, base: Base, folder: Path, storage: str) ->
     """
     database = Database(folder / FILE)
     of_device: Callable[[str], Storage] = database.device
-    together: Callable[[], AbstractContextManager[Callable[[], None]]] = database.together
+    together: Callable[[], AbstractContextManager[Callable[[], None]]] = database.group_commit
     if storage == "files":
         of_device, together = (lambda name: FileStorage(folder / name)), commit_each_write
     people = participants(config, base, of_device)
     plan = training_plan(config, run="bench", base=base.hash)
     strategy = build(config, plan, base.sites, accept_simulated=True)
-    grid = CohortGrid([person.device for person in people], partial(nothing, base), storage=together)
+    grid = CohortGrid([person.device for person in people], partial(nothing, base), group_commit=together)
     adapter = encode(to_tensors(init_adapter(base.sites, config.adapter.shared.rank, seed=0)))
     costs = []
     for number in range(1, config.rounds + 1):

@@ -22,7 +22,7 @@ from server.report.snippet import LoadingSnippet
 ARMS = {
     "real": ("real", "letters of the writer's own; no device trained on these"),
     "base": ("base", "the frozen base, which never saw this writer"),
-    "local": ("alone", "the same device alone, with as many steps and as much trained rank in all"),
+    "local": ("local", "the same device without the others, with the same total steps and trained rank"),
     "shared": ("shared", "the adapter that the federation made, the same for everyone"),
     "personal": ("shared + personal", "the shared adapter under the one that never left the device"),
 }

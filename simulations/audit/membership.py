@@ -111,7 +111,7 @@ def candidates(data: DataConfig, took_part: Set[str]) -> list[Candidate]:
     trained: dict[str, set[str]] = {person.name: set() for person in people}
     for device, writer, copy in assign_writers(people, data.devices or len(people)):
         if device in took_part:
-            pictures = writer.on(device) if copy else writer.pictures
+            pictures = writer.pictures_for(device) if copy else writer.pictures
             trained[writer.name] |= {picture.caption for picture in pictures.train}
     for person in people:
         for picture in (*person.pool, *person.pictures.test):

@@ -1,4 +1,4 @@
-"""When a device is plugged in, and when its owner leaves it alone: hours of the day, or recorded times."""
+"""When a device is plugged in and when its owner doesn't use it: daily hours or recorded times."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from common.seeding import derive_seed
 from common.units import HOUR
 
 DAY = 24.0 * HOUR
-_NEAR = 4  # days that are looked at for one moment
+_CACHED_DAYS = 4  # days around the current time whose spans are kept
 
 
 class Availability(Protocol):
-    """One device's habits; times are seconds of the fleet's clock."""
+    """Charging and usage habits of one device; times are seconds on the fleet's clock."""
 
     def plugged(self, time: float) -> bool: ...
 
     def idle(self, time: float) -> bool:
-        """Whether its owner doesn't use it."""
+        """Return whether the owner doesn't use the device."""
         ...
 
     def next_change(self, time: float) -> float:
-        """A later time until which neither of the two changes."""
+        """Return a later time until which neither changes."""
         ...
 
 
 class DailySchedule:
-    """The same hours every day, give or take.
+    """The same hours every day, with jitter.
 
     Args:
-        plugged, idle: from when to when, hours of the owner's clock in pairs; what ends before it begins ends the day
-            after.
-        phase: seconds that the owner's clock is behind the fleet's.
-        jitter: seconds that each beginning and end differs by at most, anew every day.
-        seed: of what is drawn.
+        plugged: start and end hours on the owner's clock, in pairs; a span whose end is not after its start ends on the
+            next day.
+        idle: the same for when the owner doesn't use the device.
+        phase: seconds by which the owner's clock is behind the fleet's.
+        jitter: largest deviation of each start and end in seconds, drawn anew every day.
+        seed: seed of the jitter.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class DailySchedule:
         return any(start <= time < end for start, end in self._around(name, time))
 
     def _around(self, name: str, time: float) -> list[tuple[float, float]]:
-        """The spans of the days about this time."""
+        """Return the spans (start, end) of the days around this time."""
         if (0.0, 24.0) in self._pairs[name]:
             return [(-math.inf, math.inf)]
         today = math.floor((time - self._phase) / DAY)
@@ -73,7 +74,7 @@ class DailySchedule:
 
     def _day(self, day: int) -> dict[str, list[tuple[float, float]]]:
         if day not in self._days:
-            self._days = {each: spans for each, spans in self._days.items() if abs(day - each) < _NEAR}
+            self._days = {other: spans for other, spans in self._days.items() if abs(day - other) < _CACHED_DAYS}
             self._days[day] = {
                 name: [self._span(day, name, *pair) for pair in self._pairs[name]] for name in self._pairs
             }
@@ -82,23 +83,23 @@ class DailySchedule:
     def _span(self, day: int, name: str, start: float, end: float) -> tuple[float, float]:
         midnight = day * DAY + self._phase
         return (
-            midnight + start * HOUR + self._drawn(day, name, start, "start"),
-            midnight + end * HOUR + DAY * (end <= start) + self._drawn(day, name, start, "end"),
+            midnight + start * HOUR + self._deviation(day, name, start, "start"),
+            midnight + end * HOUR + DAY * (end <= start) + self._deviation(day, name, start, "end"),
         )
 
-    def _drawn(self, *key: object) -> float:
+    def _deviation(self, *key: object) -> float:
         return self._jitter * uniform(self._seed, *key, low=-1.0)
 
 
 class RecordedSchedule:
-    """Times at which a device was plugged in and idle, as somebody recorded them, over and over.
+    """Recorded times at which a device was plugged in and idle, repeated cyclically.
 
     Args:
-        on: from when to when, seconds since a midnight, in order.
+        spans: (start, end) in order, in seconds since a midnight.
     """
 
-    def __init__(self, on: Sequence[tuple[float, float]]) -> None:
-        self._on = on
+    def __init__(self, spans: Sequence[tuple[float, float]]) -> None:
+        self._spans = spans
 
     def plugged(self, time: float) -> bool:
         return any(start <= time < end for start, end in self._around(time))
@@ -110,53 +111,56 @@ class RecordedSchedule:
         return min(edge for span in self._around(time) for edge in span if edge > time)
 
     def _around(self, time: float) -> list[tuple[float, float]]:
-        """What was recorded, in this repetition and in those before and after it; each has whole days."""
-        period = math.ceil(self._on[-1][1] / DAY) * DAY
-        lap = math.floor(time / period)
+        """Return the recorded spans in this repetition and the two next to it; each repetition is of whole days."""
+        period = math.ceil(self._spans[-1][1] / DAY) * DAY
+        repetition = math.floor(time / period)
         return [
-            (begun + start, begun + end)
-            for begun in (period * (lap - 1), period * lap, period * (lap + 1))
-            for start, end in self._on
+            (offset + start, offset + end)
+            for offset in (period * (repetition - 1), period * repetition, period * (repetition + 1))
+            for start, end in self._spans
         ]
 
 
 def uniform(*key: object, low: float = 0.0, high: float = 1.0) -> float:
-    """A number of the interval that follows from the key alone."""
+    """Return a pseudorandom number in the interval, determined by the key."""
     return low + (high - low) * (derive_seed(*key) % 2**32) / 2**32
 
 
 def load_traces(path: Path) -> dict[str, RecordedSchedule]:
-    """Recorded times by device: CSV with the columns device, on and off, or JSON {device: [[on, off], …]}; in seconds.
+    """Load recorded times by device, in seconds.
 
-    Raises AntherError, naming the file and the device, for anything else.
+    The file is CSV with the columns device, on and off, or JSON {device: [[on, off], …]}.
+
+    Raises:
+        AntherError: the file has another format, with the name of the file and the device.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = _from_json(text) if path.suffix == ".json" else _from_csv(text)
+        traces = _from_json(text) if path.suffix == ".json" else _from_csv(text)
     except (OSError, ValueError, TypeError, KeyError, csv.Error, RecursionError) as error:
         raise AntherError(
             f"fleet.trace={path}: can't be read as CSV with the columns device, on and off, or as JSON "
             f"{{device: [[on, off], …]}} ({' '.join(str(error).split())[:100]})"
         ) from error
-    if not found:
-        raise AntherError(f"fleet.trace={path}: names no device")
-    for name, on in found.items():
-        edges = [edge for span in on for edge in span]
+    if not traces:
+        raise AntherError(f"fleet.trace={path}: contains no device")
+    for name, spans in traces.items():
+        edges = [edge for span in spans for edge in span]
         rising = all(before < after for before, after in pairwise(edges))
         if not (edges and rising and all(map(math.isfinite, edges)) and edges[0] >= 0):
-            raise AntherError(f"fleet.trace={path}: times of {name[:50]!r} must rise from 0 on: on, off, on, off, …")
-    return {name: RecordedSchedule(on) for name, on in found.items()}
+            raise AntherError(f"fleet.trace={path}: times of {name[:50]!r} must increase from 0: on, off, on, off, …")
+    return {name: RecordedSchedule(spans) for name, spans in traces.items()}
 
 
 def _from_csv(text: str) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {}
+    traces: dict[str, list[tuple[float, float]]] = {}
     for row in csv.DictReader(text.splitlines()):
-        found.setdefault(row["device"], []).append((float(row["on"]), float(row["off"])))
-    return found
+        traces.setdefault(row["device"], []).append((float(row["on"]), float(row["off"])))
+    return traces
 
 
 def _from_json(text: str) -> dict[str, list[tuple[float, float]]]:
-    found: Any = json.loads(text)
-    if not isinstance(found, dict):
+    traces: Any = json.loads(text)
+    if not isinstance(traces, dict):
         raise ValueError("not a JSON object")
-    return {str(name): [(float(on), float(off)) for on, off in spans] for name, spans in found.items()}
+    return {str(name): [(float(on), float(off)) for on, off in spans] for name, spans in traces.items()}

@@ -1,4 +1,4 @@
-"""What a plan takes of a simulated device: the footprint of one pass, times the fleet's workload."""
+"""Memory and time of training plans on simulated devices: footprint of one pass, scaled by the fleet's workload."""
 
 from __future__ import annotations
 
@@ -19,67 +19,73 @@ from protocol.messages import TrainingPlan
 from strategies.planning.site_selection import base_pass_costs
 from training.public_duration import scheduled_examples
 
-Predict = Callable[[int], Footprint]
-"""Of a pass of one picture, whose adapter has this rank and is trained at every site."""
+PredictFootprint = Callable[[int], Footprint]
+"""Rank -> footprint of a pass over one picture with an adapter of this rank at every site."""
 
 
 class Costs:
-    """Memory and time of plans.
+    """Memory and time of training plans.
 
     Args:
         predict: footprints of the fleet's base.
-        partly: what passes cost that train at some sites; called once, when the first such plan comes.
-        workload: what they are multiplied by.
+        pass_costs: costs of passes that train some of the sites; called once, for the first such plan.
+        workload: factors by which memory and arithmetic are multiplied.
     """
 
-    def __init__(self, predict: Predict, partly: Callable[[], PassCosts], workload: WorkloadConfig) -> None:
-        self._predict, self._partly, self._workload = predict, cache(partly), workload
+    def __init__(
+        self, predict: PredictFootprint, pass_costs: Callable[[], PassCosts], workload: WorkloadConfig
+    ) -> None:
+        self._predict, self._pass_costs, self._workload = predict, cache(pass_costs), workload
 
-    def needed(self, plan: TrainingPlan) -> float:
-        """Bytes of a pass at the moment when it holds most, beside what the process takes by itself."""
+    def required_bytes(self, plan: TrainingPlan) -> float:
+        """Return the peak bytes of a pass, excluding the process' own memory."""
         if plan.sites is None:
             return self._footprint(plan.rank).peak_bytes
-        return self._workload.memory * self._partly().bytes(plan.sites)
+        return self._workload.memory * self._pass_costs().bytes(plan.sites)
 
     def fits(self, plan: TrainingPlan, device: DeviceProfileConfig) -> bool:
-        """Whether the device has them."""
-        return self.needed(plan) + device.runtime_mib * MIB <= device.memory_gib * GIB
+        """Return whether a pass of the plan and the process fit in the device's memory."""
+        return self.required_bytes(plan) + device.runtime_mib * MIB <= device.memory_gib * GIB
 
     def seconds(self, plan: TrainingPlan, device: DeviceProfileConfig) -> float:
-        """Of all its steps, at full speed."""
-        work = 1.0 if plan.sites is None else self._partly().work(plan.sites)
+        """Return the seconds of all steps of a plan at full speed."""
+        work = 1.0 if plan.sites is None else self._pass_costs().work(plan.sites)
         return scheduled_examples(plan) * work * self.example_seconds(plan.rank, device)
 
     def example_seconds(self, rank: int, device: DeviceProfileConfig) -> float:
-        """Of one training example at every site, at full speed."""
+        """Return the seconds of one training example at every site at full speed."""
         return pass_seconds(self._footprint(rank), device)
 
     def _footprint(self, rank: int) -> Footprint:
-        return scaled(self._predict(rank), self._workload)
+        return scale_footprint(self._predict(rank), self._workload)
 
 
-def scaled(found: Footprint, workload: WorkloadConfig) -> Footprint:
-    """The same pass of a base that is so many times as large."""
-    memory = {name: value for name, value in vars(found).items() if name.endswith("_bytes") and name != "moved_bytes"}
+def scale_footprint(footprint: Footprint, workload: WorkloadConfig) -> Footprint:
+    """Scale the footprint of a pass to a base that is larger by the workload's factors."""
+    memory = {
+        name: value for name, value in vars(footprint).items() if name.endswith("_bytes") and name != "moved_bytes"
+    }
     work = ("matrix_operations", "convolution_operations", "moved_bytes")
     return replace(
-        found,
+        footprint,
         **{name: round(workload.memory * value) for name, value in memory.items() if name != "runtime_bytes"},
-        **{name: round(workload.arithmetic * getattr(found, name)) for name in work},
+        **{name: round(workload.arithmetic * getattr(footprint, name)) for name in work},
     )
 
 
-def costs(config: SimulationConfig, base: Base) -> Costs:
-    """Of the base of a run, on its fleet."""
+def build_costs(config: SimulationConfig, base: Base) -> Costs:
+    """Build the costs of a run's base on its fleet."""
     sites = "|".join(re.escape(site) for site in base.sites)
     key = (str(base.folder), sites, config.base.weights, config.base.checkpointing, base.resolution)
-    partly = partial(base_pass_costs, base, config.adapter.shared.rank)
-    return Costs(lambda rank: _predicted(*key, rank), partly, config.fleet.workload)
+    pass_costs = partial(base_pass_costs, base, config.adapter.shared.rank)
+    return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, config.fleet.workload)
 
 
 @lru_cache(maxsize=64)
-def _predicted(base: str, sites: str, weights: str, checkpointing: str, resolution: int, rank: int) -> Footprint:
-    """A second or two of work."""
+def _predict_footprint(
+    base: str, sites: str, weights: str, checkpointing: str, resolution: int, rank: int
+) -> Footprint:
+    """Predict the footprint of a pass; takes a second or two."""
     known = find_base(base)
-    held = meta_denoiser(known, sites=sites, weights=weights, checkpointing=checkpointing)
-    return footprint(held, *example_shapes(known, resolution), rank=rank)
+    denoiser = meta_denoiser(known, sites=sites, weights=weights, checkpointing=checkpointing)
+    return footprint(denoiser, *example_shapes(known, resolution), rank=rank)

@@ -1,7 +1,7 @@
-"""How a device lives through time: what it draws and charges, how warm it is, and what becomes of its work.
+"""Energy, heat and progress of one device over time.
 
-Between two changes (a plug, an owner, heat, a flat battery, the end of the work) everything is linear in time: it is
-followed from one to the next, exactly.
+Between two changes (plugged in or out, owner, throttling, empty battery, end of the work) everything is linear in time,
+so the state is advanced exactly from one change to the next.
 """
 
 from __future__ import annotations
@@ -17,43 +17,45 @@ from simulations.fleet.battery import charge_after, flow, seconds_until
 from simulations.fleet.heat import Heat, heat_after, seconds_until_change
 
 WAKE_CHARGE = 0.05
-"""Share of a full battery at which a device that was flat is switched on again."""
-FLAT, LEFT = "flat", "left"
-_LEAST = 1e-6  # seconds that a step takes at least: rounding must not stop time
+"""Fraction of a full battery at which a device with an empty battery switches on again."""
+FLAT, LEFT = "flat", "left"  # stored; don't change
+"""Causes of aborted work: the battery is empty; the owner used or unplugged the device."""
+_MIN_STEP = 1e-6  # seconds: rounding must not stop time
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerModel:
-    """What one kind of device is made of."""
+    """Power and heat parameters of one kind of device; seconds for its times."""
 
     watts_idle: float
     watts_busy: float
     capacity: float | None = None
-    """Watt-hours; None without a battery: then it is on while it is plugged in."""
+    """Watt-hours; None: no battery, so the device is on only while it is plugged in."""
     charger: float = 0.0
     """Watts."""
-    hot_after: float | None = None
-    cool_after: float = 600.0
-    hot_speed: float = 1.0
+    throttle_after: float | None = None
+    cooldown: float = 600.0
+    throttled_speed: float = 1.0
 
     @staticmethod
     def of(profile: ProfileConfig, device: DeviceProfileConfig) -> PowerModel:
-        """Of a fleet's profile and its hardware."""
+        """Build the model of a fleet profile on its hardware."""
         return PowerModel(
             watts_idle=device.watts_idle,
             watts_busy=device.watts_busy,
             capacity=device.battery_wh,
             charger=profile.charger_watts,
-            hot_after=profile.hot_after,
-            cool_after=profile.cool_after,
-            hot_speed=profile.hot_speed,
+            throttle_after=profile.hot_after,
+            cooldown=profile.cool_after,
+            throttled_speed=profile.hot_speed,
         )
 
 
 class DeviceState(NamedTuple):
-    """How a device is at one time."""
+    """State of a device at one time."""
 
     time: float
+    """Time on the fleet's clock, in seconds."""
     charge: float = 0.0
     """Watt-hours."""
     heat: Heat = Heat()
@@ -61,83 +63,98 @@ class DeviceState(NamedTuple):
 
 
 class AdvanceResult(NamedTuple):
-    """How a device is after some time, and what that took."""
+    """State after some time, and the energy and work in between."""
 
     state: DeviceState
     joules: float
-    """That the whole device drew."""
-    left: float
-    """Seconds of work, at full speed, that are not done."""
+    """Energy that the device drew."""
+    remaining_work: float
+    """Seconds of work at full speed that are not done."""
     abort_reason: str = ""
-    """Why it broke off: FLAT or LEFT; empty if it didn't."""
+    """FLAT or LEFT; empty if the work was not aborted."""
     drained: float = 0.0
-    """Joules that its battery gave."""
+    """Energy drawn from the battery, in joules."""
 
 
-def live(
-    body: PowerModel,
-    hours: Availability,
+def advance(
+    power_model: PowerModel,
+    availability: Availability,
     state: DeviceState,
     *,
     until: float = math.inf,
     work: float | None = None,
-    leaves: bool = False,
-    at_task: bool = False,
+    interruptible: bool = False,
+    on_task: bool = False,
 ) -> AdvanceResult:
-    """From one moment until a time, or until the work is done or broken off.
+    """Advance a device until a time, or until its work is done or aborted.
 
-    A hot device works slower, and what it draws beyond idling falls with its speed.
+    A throttled device works slower, and its power above idle falls in proportion.
 
     Args:
-        work: seconds at full speed; None: it does nothing but be there.
-        leaves: it breaks off as soon as it is unplugged or used and was not so at first.
-        at_task: it breaks off when it is flat, also if it has nothing to compute, but to send.
+        power_model: power and heat parameters.
+        availability: when the device is plugged in and unused.
+        state: state at the start.
+        until: end on the fleet's clock, in seconds.
+        work: seconds of work at full speed; None: the device is idle.
+        interruptible: abort if the device is unplugged or used and was not at the start.
+        on_task: abort on an empty battery even without work, e.g. during a transfer.
     """
-    joules, drained, left = 0.0, 0.0, work or 0.0
-    alone, plugged_first = hours.idle(state.time), hours.plugged(state.time)
-    at_task = at_task or work is not None
-    while state.time < until and (work is None or left > 0.0):
-        time, plugged = state.time, hours.plugged(state.time)
-        state = state._replace(off=_off(body, state, plugged=plugged))
-        if at_task and state.off:
-            return AdvanceResult(state, joules, left, FLAT, drained)
-        if leaves and ((alone and not hours.idle(time)) or (plugged_first and not plugged)):
-            return AdvanceResult(state, joules, left, LEFT, drained)
-        speed = 0.0 if state.off or work is None else body.hot_speed if state.heat.hot else 1.0
-        drawn = 0.0 if state.off else body.watts_idle + speed * (body.watts_busy - body.watts_idle)
-        watts = flow(drawn, plugged=plugged, charger=body.charger)
+    joules, drained, remaining_work = 0.0, 0.0, work or 0.0
+    idle_first, plugged_first = availability.idle(state.time), availability.plugged(state.time)
+    on_task = on_task or work is not None
+    while state.time < until and (work is None or remaining_work > 0.0):
+        time, plugged = state.time, availability.plugged(state.time)
+        state = state._replace(off=_is_off(power_model, state, plugged=plugged))
+        if on_task and state.off:
+            return AdvanceResult(state, joules, remaining_work, FLAT, drained)
+        if interruptible and ((idle_first and not availability.idle(time)) or (plugged_first and not plugged)):
+            return AdvanceResult(state, joules, remaining_work, LEFT, drained)
+        speed = 0.0 if state.off or work is None else power_model.throttled_speed if state.heat.hot else 1.0
+        drawn = 0.0 if state.off else power_model.watts_idle + speed * (power_model.watts_busy - power_model.watts_idle)
+        watts = flow(drawn, plugged=plugged, charger=power_model.charger)
         seconds = min(
             until - time,
-            hours.next_change(time) - time,
-            _until_switched(body, state, watts),
-            seconds_until_change(state.heat, working=speed > 0.0, hot_after=body.hot_after, cool_after=body.cool_after),
-            left / speed if speed else math.inf,
+            availability.next_change(time) - time,
+            _until_switched(power_model, state, watts),
+            seconds_until_change(
+                state.heat,
+                working=speed > 0.0,
+                throttle_after=power_model.throttle_after,
+                cooldown=power_model.cooldown,
+            ),
+            remaining_work / speed if speed else math.inf,
         )
-        seconds = max(seconds, _LEAST)
+        seconds = max(seconds, _MIN_STEP)
         joules += drawn * seconds
-        if body.capacity is not None:
+        if power_model.capacity is not None:
             drained += max(0.0, -watts) * seconds
-        left = 0.0 if (done := speed * seconds) >= left - _LEAST / 2 else left - done
+        remaining_work = 0.0 if (done := speed * seconds) >= remaining_work - _MIN_STEP / 2 else remaining_work - done
         state = DeviceState(
             time=time + seconds,
-            charge=0.0 if body.capacity is None else charge_after(state.charge, watts, seconds, capacity=body.capacity),
+            charge=0.0
+            if power_model.capacity is None
+            else charge_after(state.charge, watts, seconds, capacity=power_model.capacity),
             heat=heat_after(
-                state.heat, seconds, working=speed > 0.0, hot_after=body.hot_after, cool_after=body.cool_after
+                state.heat,
+                seconds,
+                working=speed > 0.0,
+                throttle_after=power_model.throttle_after,
+                cooldown=power_model.cooldown,
             ),
             off=state.off,
         )
-    state = state._replace(off=_off(body, state, plugged=hours.plugged(state.time)))
-    return AdvanceResult(state, joules, left, drained=drained)
+    state = state._replace(off=_is_off(power_model, state, plugged=availability.plugged(state.time)))
+    return AdvanceResult(state, joules, remaining_work, drained=drained)
 
 
-def _off(body: PowerModel, state: DeviceState, *, plugged: bool) -> bool:
-    if body.capacity is None:
+def _is_off(power_model: PowerModel, state: DeviceState, *, plugged: bool) -> bool:
+    if power_model.capacity is None:
         return not plugged
-    return state.charge < (WAKE_CHARGE * body.capacity - _LEAST if state.off else _LEAST)
+    return state.charge < (WAKE_CHARGE * power_model.capacity - _MIN_STEP if state.off else _MIN_STEP)
 
 
-def _until_switched(body: PowerModel, state: DeviceState, watts: float) -> float:
-    """Seconds until its battery is flat, or a flat one has enough to start."""
-    if body.capacity is None:
+def _until_switched(power_model: PowerModel, state: DeviceState, watts: float) -> float:
+    """Return the seconds until the battery is empty, or until an empty one has enough charge to switch on."""
+    if power_model.capacity is None:
         return math.inf
-    return seconds_until(WAKE_CHARGE * body.capacity if state.off else 0.0, state.charge, watts)
+    return seconds_until(WAKE_CHARGE * power_model.capacity if state.off else 0.0, state.charge, watts)

@@ -1,7 +1,7 @@
-"""The hardware of a fleet's profiles: what their files state, and for the rest what conf/device says and predicts.
+"""Hardware of the fleet's profiles: stated in the profile, or else taken from `conf/device` and predicted.
 
-A rate that a file states is that of one base (`measured_on`). For others it is predicted, as `client.cli.plan` does: the
-operations of a training pass at the run's resolution, over what the device's hardware sustains.
+A stated rate is that of one base (`measured_on`). For other bases the rate is predicted as in `anther device plan`: operations
+of a training pass at the run's resolution over the device's sustained speed.
 """
 
 from __future__ import annotations
@@ -20,76 +20,81 @@ from simulations.fleet.costs import Costs
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device of a fleet: its memory, its speed, its power."""
+    """Memory, speed and power of one kind of device."""
 
     profile: ProfileConfig
     memory_gib: float
     examples_per_second: float
-    """Of the plan that a device without limits gets, at full speed."""
+    """Rate at full speed for the plan of an unconstrained device."""
     watts: float
     device: DeviceProfileConfig | None = None
-    """None: nothing but the above is known."""
-    stated_at: int | None = None
-    """Rank of the plan whose rate its file states; None: its rate is predicted."""
+    """None: only the fields above are known."""
+    stated_rank: int | None = None
+    """Rank of the plan for which the profile states its rate; None: the rate is predicted."""
 
     def seconds(self, plan: TrainingPlan, costs: Costs) -> float:
-        """Of all steps of a plan, at full speed: as predicted, or by the rate that its file states."""
-        found = costs.seconds(plan, self.known)
-        if self.stated_at is None:
-            return found
-        return found / (self.examples_per_second * costs.example_seconds(self.stated_at, self.known))
+        """Return the seconds of all steps of a plan at full speed, as predicted or by the stated rate."""
+        predicted = costs.seconds(plan, self.known_device)
+        if self.stated_rank is None:
+            return predicted
+        return predicted / (self.examples_per_second * costs.example_seconds(self.stated_rank, self.known_device))
 
     @property
     def predicted(self) -> bool:
-        """Whether its rate is, rather than stated by its file."""
-        return self.stated_at is None
+        """Whether the rate is predicted rather than stated in the profile."""
+        return self.stated_rank is None
 
     @property
-    def known(self) -> DeviceProfileConfig:
-        """Its device; ValueError if that is not known."""
+    def known_device(self) -> DeviceProfileConfig:
+        """The hardware description; ValueError if it is not known."""
         if self.device is None:
             raise ValueError(f"{self.profile.name}: its hardware is not known")
         return self.device
 
 
-def turn(fleet: FleetConfig) -> list[ProfileConfig]:
-    """The profiles in the order in which they are dealt, one for each device, again and again."""
+def profile_cycle(fleet: FleetConfig) -> list[ProfileConfig]:
+    """Return the profiles in the order in which they are assigned to devices, repeated cyclically."""
     return [profile for profile in fleet.profiles for _ in range(profile.share)]
 
 
-def hardware(fleet: FleetConfig, costs: Costs, rank: int, base: Base | None = None) -> list[Hardware]:
-    """Of every profile of the turn; AntherError if one names a device that isn't there.
+def build_hardware(fleet: FleetConfig, costs: Costs, rank: int, base: Base | None = None) -> list[Hardware]:
+    """Build the hardware of every profile of the cycle.
 
     Args:
-        rank: of the plan that a device without limits gets.
-        base: of the run; None: the one that every stated rate was measured on.
+        fleet: configuration of the fleet.
+        costs: predicted costs of the run's base.
+        rank: rank in the plan of an unconstrained device.
+        base: base of the run; None: the one that every stated rate was measured on.
+
+    Raises:
+        AntherError: a profile names an unknown device.
     """
 
     @cache
-    def of(place: int) -> Hardware:
-        return _hardware(fleet.profiles[place], costs, rank, base)
+    def build(index: int) -> Hardware:
+        return _build(fleet.profiles[index], costs, rank, base)
 
-    return [of(fleet.profiles.index(profile)) for profile in turn(fleet)]
+    return [build(fleet.profiles.index(profile)) for profile in profile_cycle(fleet)]
 
 
-def _hardware(profile: ProfileConfig, costs: Costs, rank: int, base: Base | None) -> Hardware:
+def _build(profile: ProfileConfig, costs: Costs, rank: int, base: Base | None) -> Hardware:
     memory, rate, watts = profile.memory_gib, profile.examples_per_second, profile.watts
     if profile.device is None:
         if memory is None or rate is None or watts is None:
-            raise ValueError("a profile states these or names a device")
-        return Hardware(profile, memory, rate, watts, stated_at=rank)
+            raise ValueError("a profile needs memory_gib, examples_per_second and watts, or device")
+        return Hardware(profile, memory, rate, watts, stated_rank=rank)
     try:
         device = device_profile(profile.device)
     except AntherError as error:
         raise AntherError(f"fleet.profiles: {profile.name}: {error}") from None
     device = replace(device, memory_gib=memory or device.memory_gib, watts_busy=watts or device.watts_busy)
-    if rate is not None and _measured(profile, base):
-        return Hardware(profile, device.memory_gib, rate, device.watts_busy, device, stated_at=rank)
+    if rate is not None and _rate_applies(profile, base):
+        return Hardware(profile, device.memory_gib, rate, device.watts_busy, device, stated_rank=rank)
     return Hardware(profile, device.memory_gib, 1.0 / costs.example_seconds(rank, device), device.watts_busy, device)
 
 
-def _measured(profile: ProfileConfig, base: Base | None) -> bool:
-    """Whether the rate that a profile states is that of this base, at this resolution."""
+def _rate_applies(profile: ProfileConfig, base: Base | None) -> bool:
+    """Return whether the stated rate of a profile holds for this base at this resolution."""
     if profile.measured_on is None or base is None:
         return True
     return base.resolution == base.native_resolution and assets.matches_hash(profile.measured_on, base.hash)

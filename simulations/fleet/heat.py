@@ -1,4 +1,4 @@
-"""Heat: a device at work warms up until it is hot, and works slower from then until it has rested and is cool."""
+"""Thermal throttling: a working device warms up, and once hot it works slower until it has cooled down completely."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ from typing import NamedTuple
 
 
 class Heat(NamedTuple):
-    """How warm a device is."""
+    """Thermal state of a device."""
 
     level: float = 0.0
-    """0: cool; 1: as hot as it gets."""
+    """0: cool; 1: hottest."""
     hot: bool = False
-    """It works slower: since its level was 1, until it is 0."""
+    """Whether the device is throttled: from when its level reached 1 until the level is 0 again."""
 
 
-def heat_after(heat: Heat, seconds: float, *, working: bool, hot_after: float | None, cool_after: float) -> Heat:
-    """After so long at work or at rest: from cool to hot in `hot_after` seconds (None: never), back in `cool_after`."""
-    change = -seconds / cool_after if not working else seconds / hot_after if hot_after else 0.0
+def heat_after(heat: Heat, seconds: float, *, working: bool, throttle_after: float | None, cooldown: float) -> Heat:
+    """Return the thermal state after `seconds` of constant activity.
+
+    Args:
+        heat: state at the start.
+        seconds: duration.
+        working: whether the device computes.
+        throttle_after: seconds of work from cool to hot; None: the device never gets hot.
+        cooldown: seconds of rest from hot to cool.
+    """
+    change = -seconds / cooldown if not working else seconds / throttle_after if throttle_after else 0.0
     level = min(max(heat.level + change, 0.0), 1.0)
     return Heat(level, level >= 1.0 or (heat.hot and level > 0.0))
 
 
-def seconds_until_change(heat: Heat, *, working: bool, hot_after: float | None, cool_after: float) -> float:
-    """Until it becomes hot, or is no longer; infinitely many if it goes on as it is."""
+def seconds_until_change(heat: Heat, *, working: bool, throttle_after: float | None, cooldown: float) -> float:
+    """Return the seconds until throttling starts or ends; infinity if the activity never changes it.
+
+    Args: as for `heat_after`.
+    """
     if working:
-        return math.inf if heat.hot or not hot_after else (1.0 - heat.level) * hot_after
-    return heat.level * cool_after if heat.hot else math.inf
+        return math.inf if heat.hot or not throttle_after else (1.0 - heat.level) * throttle_after
+    return heat.level * cooldown if heat.hot else math.inf

@@ -1,61 +1,63 @@
-"""What really became of a simulated fleet's work: the server sees that no reply came, and here is why."""
+"""Outcomes of the work of a simulated fleet: the server only sees missing replies, this log holds their causes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-KILLED, DROPPED, OFF = "killed: memory", "dropped out", "off"
-"""Beside `life.FLAT` and `life.LEFT`: it needed more memory than it has; it vanished for no reason; it wasn't on."""
+KILLED, DROPPED, OFF = "killed: memory", "dropped out", "off"  # stored; don't change
+"""Causes of lost work besides `device_model.FLAT` and `device_model.LEFT`: out of memory, random dropout, not switched
+on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetRound:
-    """One round of a fleet's life; of round 0, nothing."""
+    """Outcomes of one round; zeros for round 0. Stored: the field names are the format."""
 
     number: int
     ended: float
-    """Seconds of the fleet's clock."""
+    """Time on the fleet's clock, in seconds."""
     joules: float
-    """That devices drew while they were at work, also for nothing."""
+    """Energy drawn by working devices, including work that was lost."""
     drained: float = 0.0
-    """Joules that batteries gave while their devices were at work."""
+    """Energy in joules that working devices drew from their batteries."""
     lost: dict[str, int] = field(default_factory=dict)
-    """Devices that were asked and never replied, by what became of them."""
+    """Number of devices that were asked and never replied, by cause."""
 
 
 class FleetLog:
-    """Rounds that are over, and what has come of the one under way."""
+    """Outcomes of completed rounds and of the current one."""
 
     def __init__(self, rounds: tuple[FleetRound, ...] = ()) -> None:
         self.rounds = rounds
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._joules, self._drained, self._lost = 0.0, 0.0, Counter[str]()
 
-    def spent(self, joules: float, *, drained: float) -> None:
-        """So much was drawn, and so much of it from batteries."""
+    def add_energy(self, joules: float, *, drained: float) -> None:
+        """Add the energy of one task; `drained` is the part from the battery, in joules."""
         self._joules += joules
         self._drained += drained
 
-    def lost(self, reason: str) -> None:
-        self._lost[reason] += 1
+    def add_lost(self, cause: str) -> None:
+        self._lost[cause] += 1
 
     def close(self, number: int, time: float) -> None:
-        """A round is over."""
+        """Complete a round."""
         lost = dict(sorted(self._lost.items()))
-        facts = FleetRound(number=number, ended=time, joules=self._joules, drained=self._drained, lost=lost)
-        self.rounds = (*self.rounds, facts)
-        self._begin()
+        completed = FleetRound(number=number, ended=time, joules=self._joules, drained=self._drained, lost=lost)
+        self.rounds = (*self.rounds, completed)
+        self._reset()
 
 
 def gini(counts: list[int]) -> float:
-    """Of how often each took part: 0, all equally; towards 1, one alone. 0 if nobody did.
+    """Return the Gini coefficient of participation counts: 0 if all are equal, near 1 if one device does everything.
 
-    Half the mean difference of two of them over their mean (Gini, 1912), of those that never did as well.
+    Half the mean absolute difference of two counts over their mean (Gini, 1912), including devices that never
+    participated. 0 if no device participated.
     """
     ordered, total = sorted(counts), sum(counts)
     if not total:
         return 0.0
-    return sum((2 * place - len(ordered) + 1) * count for place, count in enumerate(ordered)) / (len(ordered) * total)
+    return sum((2 * rank - len(ordered) + 1) * count for rank, count in enumerate(ordered)) / (len(ordered) * total)

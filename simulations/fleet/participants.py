@@ -1,7 +1,7 @@
-"""Who takes part: writers of the typefaces world and folders of one's own, dealt to devices of many kinds.
+"""Participants of a simulated fleet: writers of the typefaces data and users' picture folders, assigned to devices.
 
-There may be far more devices than writers. A device is a few small objects: pictures are put together when it is asked
-for something, and what it keeps lies in its storage.
+There may be many more devices than writers. A device is a few small objects: its pictures are assembled on request, and
+its state is in its storage.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from privacy.noise import noise_source
 from privacy.policy import Policy
 from privacy.storage import Storage
 from protocol.messages import DeviceReport
-from simulations.fleet.costs import costs
-from simulations.fleet.hardware import Hardware, hardware
+from simulations.fleet.costs import build_costs
+from simulations.fleet.hardware import Hardware, build_hardware
 from training.jobs import Picture
 from typefaces import dataset
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Whose pictures a device holds."""
+    """Source of a device's pictures."""
 
     name: str
     kind: str  # hand | individual | own
-    pictures: Pictures  # of the first of this writer's devices
-    pool: tuple[Picture, ...] = ()  # what the others draw theirs from
+    pictures: Pictures  # of this writer's first device
+    pool: tuple[Picture, ...] = ()  # training pictures of the writer's other devices are drawn from it
 
-    def on(self, device: str) -> Pictures:
-        """The pictures of a further device: other ones to train on, by its name; the same to stop and measure by."""
-        chosen = random.Random(derive_seed("pictures", device)).sample(self.pool, len(self.pictures.train))
-        return self.pictures._replace(train=tuple(chosen))
+    def pictures_for(self, device: str) -> Pictures:
+        """Return the pictures of another device: training pictures drawn by its name, the same held-out pictures."""
+        train = random.Random(derive_seed("pictures", device)).sample(self.pool, len(self.pictures.train))
+        return self.pictures._replace(train=tuple(train))
 
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """One person of the simulated fleet."""
+    """One person of the simulated fleet, with a device."""
 
     name: str
     kind: str  # hand | individual | own
@@ -60,7 +60,7 @@ class Participant:
 
     @property
     def profile(self) -> str:
-        """The name of its kind of device."""
+        """Name of its hardware profile."""
         return self.hardware.profile.name
 
     @property
@@ -74,28 +74,33 @@ def participants(
     storage: Callable[[str], Storage],
     own: Sequence[tuple[str, Pictures]] | None = None,
 ) -> list[Participant]:
-    """The fleet, in the order of names; AntherError if two have one name.
+    """Build the fleet, sorted by name.
 
     Args:
-        storage: where the device of a name keeps what is its own.
-        own: `own_pictures` of the configuration, if they were read already.
+        config: configuration of the run.
+        base: base that every device holds.
+        storage: device name -> storage of that device.
+        own: result of `own_pictures`, if it was called already.
+
+    Raises:
+        AntherError: two devices have the same name, or as for `own_pictures` and `writers`.
     """
     people = [Writer(name, "own", pictures) for name, pictures in (own_pictures(config.data) if own is None else own)]
-    people += writers(config.data)[: max(0, config.data.writers - len(people))]  # each folder takes a writer's place
-    dealt = sorted(assign_writers(people, config.data.count()), key=lambda device: device[0])
-    names = [name for name, *_ in dealt]
+    people += writers(config.data)[: max(0, config.data.writers - len(people))]  # each folder replaces a writer
+    assigned = sorted(assign_writers(people, config.data.count()), key=lambda device: device[0])
+    names = [name for name, *_ in assigned]
     if len(set(names)) < len(names):
         raise AntherError(f"two devices are called {max(names, key=names.count)}: rename a folder of data.pictures")
     policy = owners_policy(config)
-    kinds = hardware(config.fleet, costs(config, base), config.adapter.shared.rank, base)
+    kinds = build_hardware(config.fleet, build_costs(config, base), config.adapter.shared.rank, base)
     return [
         _participant(config, base, storage(name), policy, name, writer, copy, kinds[i % len(kinds)])
-        for i, (name, writer, copy) in enumerate(dealt)
+        for i, (name, writer, copy) in enumerate(assigned)
     ]
 
 
 def owners_policy(config: SimulationConfig) -> Policy:
-    """What the simulated owners allow: exactly what the run promises them, so that a run that breaks it is refused."""
+    """Return the simulated owners' policy: it allows exactly what the run promises, so other requests are refused."""
     private = config.privacy
     if not private.of_examples:
         return Policy()
@@ -105,18 +110,19 @@ def owners_policy(config: SimulationConfig) -> Policy:
 
 
 def assign_writers(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:
-    """(name, writer, which of the writer's) of every device, the writers in turn: ada, bob, ada-0002, bob-0002, …"""
+    """Yield (name, writer, copy) of every device, the writers in turn: ada, bob, ada-0002, bob-0002, …"""
     for i in range(devices):
-        copy, place = divmod(i, len(people))
-        name = people[place].name
-        yield f"{name}-{copy + 1:04d}" if copy else name, people[place], copy
+        copy, index = divmod(i, len(people))
+        name = people[index].name
+        yield f"{name}-{copy + 1:04d}" if copy else name, people[index], copy
 
 
-def judged(people: Sequence[Participant], devices: int | None) -> list[Participant]:
-    """Those that get a personal adapter and are judged: first one device of each writer, then the further ones.
+def select_evaluated(people: Sequence[Participant], devices: int | None) -> list[Participant]:
+    """Select the participants that get a personal adapter and are evaluated: one device of each writer first.
 
     Args:
-        devices: how many; None: one of each writer.
+        people: all participants.
+        devices: how many to select; None: one of each writer.
     """
     if devices is None:
         return [person for person in people if not person.copy]
@@ -125,7 +131,7 @@ def judged(people: Sequence[Participant], devices: int | None) -> list[Participa
 
 
 def writers(data: DataConfig) -> list[Writer]:
-    """Every writer of the role, in an order that mixes kinds and favours none; AntherError if there are too few."""
+    """Load every writer of the role, in an order in which kinds are mixed; AntherError if there are too few."""
     families = sorted(
         dataset.load(data.role, assets.locate("typefaces")), key=lambda family: derive_seed("writers", family.name)
     )
@@ -134,15 +140,15 @@ def writers(data: DataConfig) -> list[Writer]:
             f"data.writers={data.writers}: there are only {len(families)} {data.role} writers; "
             "for more devices than that, set data.devices"
         )
-    found = []
-    for place, family in enumerate(families):
-        kind = dataset.GLYPH_KINDS[place % len(dataset.GLYPH_KINDS)]
+    all_writers = []
+    for index, family in enumerate(families):
+        kind = dataset.GLYPH_KINDS[index % len(dataset.GLYPH_KINDS)]
         split = dataset.split(dataset.skew_order(family.order, kind) if data.skew else family.order, data.train)
 
         def pictures(glyphs: Sequence[int], family: dataset.Typeface = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
 
-        found.append(
+        all_writers.append(
             Writer(
                 slug(family.name),
                 family.kind,
@@ -154,35 +160,39 @@ def writers(data: DataConfig) -> list[Writer]:
                 pool=pictures(dataset.split(family.order, dataset.POOL).train),
             )
         )
-    return found
+    return all_writers
 
 
 def own_pictures(data: DataConfig) -> list[tuple[str, Pictures]]:
-    """Name and pictures of one's own folders; AntherError unless each has all three splits."""
-    found = []
+    """Load users' picture folders as (name, pictures).
+
+    Raises:
+        AntherError: a folder has no pictures for one of the splits, or two folders have the same name.
+    """
+    folders = []
     for folder in data.pictures:
         pictures = load_folder(folder, background=data.background)
         for split in ("validation", "test"):
             if not getattr(pictures, split):
                 raise AntherError(
-                    f"{folder}: no pictures for {split}: some must be held out to measure by; add some, or sort them "
+                    f"{folder}: no pictures for {split}: some must be held out for evaluation; add some, or sort them "
                     "into folders train, validation and test"
                 )
-        found.append((slug(Path(folder).resolve().name), pictures))
-    names = [name for name, _ in found]
+        folders.append((slug(Path(folder).resolve().name), pictures))
+    names = [name for name, _ in folders]
     if len(set(names)) < len(names):
         raise AntherError(f"data.pictures: two folders are called {max(names, key=names.count)}: rename one")
-    return found
+    return folders
 
 
-def identity(people: Iterable[Participant]) -> str | None:
-    """SHA-256 of all pictures that are somebody's own, with whose they are; None if there are none."""
+def own_pictures_hash(people: Iterable[Participant]) -> str | None:
+    """Return the SHA-256 of all users' own pictures with their owners; None if there are none."""
     own = {person.name: [fingerprint(split) for split in person.pictures] for person in people if person.kind == "own"}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest() if own else None
 
 
 def slug(name: str) -> str:
-    """A name that is safe as a file name everywhere."""
+    """Convert a name to one that is safe as a file name on every system."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "unnamed"
 
 
@@ -214,7 +224,7 @@ def _participant(
         name=name,
         report=report,
         store=Store(storage),
-        pictures=partial(writer.on, name) if copy else partial(_first, writer),
+        pictures=partial(writer.pictures_for, name) if copy else partial(_own_pictures_of, writer),
         sites=base.sites,
         policy=policy,
         noise=partial(noise_source, client=name, seed=config.seed),
@@ -226,11 +236,11 @@ def _participant(
 
 def _sites(profile: ProfileConfig, base: Base) -> tuple[str, ...]:
     assert profile.sites is not None
-    found = tuple(name for name in base.sites if re.fullmatch(profile.sites, name))
-    if not found:
-        raise AntherError(f"fleet.profiles: sites={profile.sites} of {profile.name}: the base has none such")
-    return found
+    sites = tuple(name for name in base.sites if re.fullmatch(profile.sites, name))
+    if not sites:
+        raise AntherError(f"fleet.profiles: sites={profile.sites} of {profile.name} matches no site of the base")
+    return sites
 
 
-def _first(writer: Writer) -> Pictures:
+def _own_pictures_of(writer: Writer) -> Pictures:
     return writer.pictures

@@ -1,9 +1,9 @@
-"""What all devices of a simulated fleet keep, in one SQLite file: ten thousand ledgers without ten thousand folders.
+"""Storage of all devices of a simulated fleet in one SQLite file, instead of a folder and ledger for each device.
 
     sqlite3 devices/fleet.sqlite "SELECT line FROM journal WHERE device = 'ada' ORDER BY number"
 
-A write is durable when it returns, as with files, except within `Database.together`: there the writes of many devices
-become durable at one commit, all of them or none.
+A write is durable when it returns, as with files, except within `Database.group_commit`: there the writes of many
+devices become durable in one commit, all of them or none.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from privacy.storage import Journal, Storage
 
 FILE = "fleet.sqlite"
 
-_PAGE = 65536  # bytes, the most: adapters are hundreds of KB, and every page of one costs the same
+_PAGE = 65536  # bytes, the maximum: adapters are hundreds of KB, and each of their pages has the same overhead
 _CACHE = 8192  # KiB of pages held in memory, however large the file
-_PATIENCE = 60.0  # seconds to wait for another process to commit
+_LOCK_TIMEOUT = 60.0  # seconds to wait for another process to commit
 
 _SCHEMA = f"""
 PRAGMA page_size = {_PAGE};
-PRAGMA auto_vacuum = INCREMENTAL; -- it keeps track of whose pages are whose: a blob is then removed without reading it
-PRAGMA secure_delete = OFF; -- where it is on, removing a blob means writing it once more
+PRAGMA auto_vacuum = INCREMENTAL; -- tracks the owner of each page, so that a blob is removed without reading it
+PRAGMA secure_delete = OFF; -- if on, a removed blob is overwritten
 PRAGMA cache_size = -{_CACHE};
-PRAGMA journal_mode = DELETE; -- it keeps the pages that change, of which a new blob has none: a log would hold it twice
-PRAGMA synchronous = EXTRA; -- with less, a power cut can bring a deleted journal back, which takes back a commit
+PRAGMA journal_mode = DELETE; -- journals changed pages only, of which a new blob has none; a WAL would hold it twice
+PRAGMA synchronous = EXTRA; -- with less, a power cut can restore a deleted journal, which undoes a commit
 CREATE TABLE IF NOT EXISTS blobs (device TEXT, name TEXT, data BLOB NOT NULL, PRIMARY KEY (device, name));
 CREATE TABLE IF NOT EXISTS journal (
     device TEXT, name TEXT, number INTEGER, line BLOB NOT NULL, PRIMARY KEY (device, name, number)
@@ -47,44 +47,44 @@ UNION ALL SELECT number, line FROM journal WHERE (device, name) = (?, ?) ORDER B
 
 
 class Database:
-    """One SQLite file for the devices of a run; it is made at the first write or look.
+    """SQLite file with the storage of a run's devices; created at the first read or write.
 
     Raises:
-        AntherError: from any use of it: the file is damaged, the disk is full, another process won't let go of it.
+        AntherError: on any use: the file is damaged, the disk is full, or another process holds its lock.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._connection: sqlite3.Connection | None = None
-        self._lock = threading.RLock()  # one transaction at a time, whichever thread asks; it nests
+        self._lock = threading.RLock()  # one transaction at a time across threads; reentrant
         self._depth = 0
-        self._together = False
-        self._lost: AntherError | None = None
+        self._grouping = False
+        self._failure: AntherError | None = None
 
     def device(self, name: str) -> Storage:
-        """The part of one device."""
-        return _Part(self, name)
+        """Return the storage of one device."""
+        return _DeviceStorage(self, name)
 
     @contextmanager
-    def together(self) -> Iterator[Callable[[], None]]:
-        """Within this context only the function that it yields makes writes durable; leaving it calls that once more.
+    def group_commit(self) -> Iterator[Callable[[], None]]:
+        """Yield a function that makes writes durable; within this context nothing else does. Leaving it calls it too.
 
-        Leaving it by an exception takes back what was not committed: nothing may have been done yet on the strength
-        of it. A write that fails takes back all since the last commit, so from then on every commit fails too.
+        Leaving by an exception undoes uncommitted writes, so nothing may rely on them before the commit. A failed write
+        undoes all writes since the last commit; after it every commit fails too.
         """
-        if self._together:
-            raise RuntimeError("the writes of this database wait for a commit already")
-        self._together = True
+        if self._grouping:
+            raise RuntimeError("this database is in a group commit already")
+        self._grouping = True
         try:
             yield self._commit
             self._commit()
         finally:
-            self._together, self._lost = False, None
+            self._grouping, self._failure = False, None
             with self._lock:
                 self._roll_back()
 
     def close(self) -> None:
-        """Let go of the file; another use opens it again."""
+        """Close the file; the next use opens it again."""
         with self._lock:
             if self._connection:
                 self._connection.close()
@@ -92,22 +92,22 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The connection, with the database locked against every other writer."""
+        """Yield the connection, with the database locked against other writers."""
         with self._lock:
             self._depth += 1
             try:
-                if self._lost:
-                    raise self._lost
-                connection = self._opened()
+                if self._failure:
+                    raise self._failure
+                connection = self._open()
                 if not connection.in_transaction:
                     connection.execute("BEGIN IMMEDIATE")
                 yield connection
-                if self._depth == 1 and not self._together:
+                if self._depth == 1 and not self._grouping:
                     connection.execute("COMMIT")
             except sqlite3.Error as error:
                 raise self._fail(error) from error
             except BaseException:
-                if self._depth == 1 and not self._together:
+                if self._depth == 1 and not self._grouping:
                     self._roll_back()
                 raise
             finally:
@@ -115,8 +115,8 @@ class Database:
 
     def _commit(self) -> None:
         with self._lock:
-            if self._lost:
-                raise self._lost
+            if self._failure:
+                raise self._failure
             try:
                 if self._connection and self._connection.in_transaction:
                     self._connection.execute("COMMIT")
@@ -124,24 +124,26 @@ class Database:
                 raise self._fail(error) from error
 
     def _fail(self, error: sqlite3.Error) -> AntherError:
-        """Take back what was not committed: SQLite may have done so by itself, and half of it must not stay."""
+        """Undo uncommitted writes: SQLite may have done so by itself, and none may be kept without the others."""
         self._roll_back()
-        found = AntherError(f"{self.file}: can't be used ({error}): mend that, then resume the run")
-        if self._together:
-            self._lost = found
-        return found
+        failure = AntherError(f"{self.file}: can't be used ({error}): fix the cause, then resume the run")
+        if self._grouping:
+            self._failure = failure
+        return failure
 
     def _roll_back(self) -> None:
         if self._connection and self._connection.in_transaction:
             self._connection.rollback()
 
-    def _opened(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             atomic_files.make_folder(self.file.parent)
-            connection = sqlite3.connect(self.file, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(
+                self.file, timeout=_LOCK_TIMEOUT, isolation_level=None, check_same_thread=False
+            )
             folder = os.open(self.file.parent, os.O_RDONLY)
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX)  # of two who make it at once SQLite turns one away
+                fcntl.flock(folder, fcntl.LOCK_EX)  # SQLite rejects one of two processes that create it at once
                 connection.executescript(_SCHEMA)
                 os.fsync(folder)
             except sqlite3.Error:
@@ -153,8 +155,8 @@ class Database:
         return self._connection
 
 
-class _Part:
-    """The rows of one device."""
+class _DeviceStorage:
+    """Storage of one device: its rows of the tables."""
 
     __slots__ = ("_database", "_device")
 
@@ -163,8 +165,9 @@ class _Part:
 
     def read(self, name: str) -> bytes | None:
         with self._database.transaction() as connection:
-            found = connection.execute("SELECT data FROM blobs WHERE (device, name) = (?, ?)", (self._device, name))
-            row = found.fetchone()
+            row = connection.execute(
+                "SELECT data FROM blobs WHERE (device, name) = (?, ?)", (self._device, name)
+            ).fetchone()
         return row[0] if row else None
 
     def write(self, name: str, data: bytes) -> None:
@@ -178,14 +181,16 @@ class _Part:
     @contextmanager
     def journal(self, name: str) -> Iterator[Journal]:
         with self._database.transaction() as connection:
-            yield _Rows(connection, self._device, name, f"{self._database.file}: {self._device}'s head of {name}")
+            yield _TableJournal(
+                connection, self._device, name, f"{self._database.file}: {self._device}'s head of {name}"
+            )
 
     def where(self, name: str) -> str:
         return f"{self._database.file}: {self._device}/{name}"
 
 
-class _Rows:
-    """A journal; one that can't be read fails at once, not at its first line. Its head is in another table."""
+class _TableJournal:
+    """A journal. An unreadable one fails when it is opened, not at its first line. The head is in another table."""
 
     def __init__(self, connection: sqlite3.Connection, device: str, name: str, head_location: str) -> None:
         self._connection, self._key, self.head_location = connection, (device, name), head_location

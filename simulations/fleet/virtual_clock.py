@@ -1,4 +1,4 @@
-"""The time of a simulated fleet: it passes when somebody waits, from one event to the next."""
+"""Virtual clock of a simulated fleet: time passes only while the server waits, from event to event."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from itertools import count
 
 MAX_WAIT = 600.0
-"""Simulated seconds after which whoever waits may look again though nothing happened: a charger was plugged in, say."""
+"""Longest wait in simulated seconds. A waiting server then checks again, since a device may have been plugged in."""
 
 
 class VirtualClock:
-    """A `strategies.clock.Clock` with a queue of events; two of one moment happen in the order that they were made in.
+    """A `strategies.clock.Clock` with an event queue; events of equal time run in the order in which they were added.
 
-    It counts seconds since the midnight that the fleet's life began with.
+    Time is in seconds since the midnight at which the simulation started.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,15 @@ class VirtualClock:
         return self._now
 
     def resume(self, time: float) -> None:
-        """Go on from here; nothing is to come yet of what was to happen."""
+        """Continue at this time, with an empty event queue."""
         self._now, self._events = time, []
 
-    def at(self, time: float, event: Callable[[], bool]) -> None:
-        """Have something happen then, or at once if that is over; it says whether it is worth a look."""
+    def schedule(self, time: float, event: Callable[[], bool]) -> None:
+        """Schedule an event, immediately if its time has passed; it returns whether it should end the current wait."""
         heapq.heappush(self._events, (max(time, self._now), next(self._order), event))
 
     def wait(self, until: float) -> None:
-        """Let time pass until then, until an event that is worth a look, or for `MAX_WAIT` seconds."""
+        """Advance to `until`, to the first event that ends the wait, or by `MAX_WAIT` seconds, whichever is first."""
         until = max(self._now, min(until, self._now + MAX_WAIT))
         while self._events and self._events[0][0] <= until:
             self._now, _, event = heapq.heappop(self._events)

@@ -1,4 +1,4 @@
-"""One device of a simulated fleet on its own: how it is now, and what it is at."""
+"""State and current task of one device of a simulated fleet."""
 
 from __future__ import annotations
 
@@ -9,78 +9,87 @@ from typing import NamedTuple
 
 from protocol.messages import DeviceReport
 from simulations.fleet.availability import Availability
-from simulations.fleet.device_model import AdvanceResult, DeviceState, PowerModel, live
+from simulations.fleet.device_model import AdvanceResult, DeviceState, PowerModel, advance
 from simulations.fleet.hardware import Hardware
 
-WARM = 0.8
-"""Share of the way to being hot from which a device says that it is."""
+REPORTED_HOT_LEVEL = 0.8
+"""Heat level from which a device reports that it is hot."""
 
 
 class TaskPhase(NamedTuple):
-    """A part of a task, followed from where it began."""
+    """One part of a task: computing, or sending and receiving."""
 
-    began: DeviceState
+    start: DeviceState
     work: float | None
+    """Seconds at full speed; None: nothing is computed."""
 
 
 @dataclass(kw_only=True)
 class Task:
-    """A device's answer to one message, as far as it has come."""
+    """Progress of a device's answer to one message."""
 
-    name: str
-    """The message's id."""
-    began: float
+    message_id: str
+    started: float
+    """Time on the fleet's clock, in seconds."""
     joules: float = 0.0
     drained: float = 0.0
-    """Of its battery, joules."""
+    """Energy drawn from the battery, in joules."""
     phases: list[TaskPhase] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
 class VirtualDevice:
-    """A device in its owner's hands."""
+    """One simulated device and its owner's habits."""
 
     name: str
     hardware: Hardware
-    body: PowerModel
-    hours: Availability
+    power_model: PowerModel
+    availability: Availability
     state: DeviceState
-    """When it was last at rest."""
+    """State when it was last idle."""
     task: Task | None = None
     waiting: deque[str] = field(default_factory=deque)
-    """Ids of messages that it is going to answer."""
+    """Ids of the messages that it will answer after the current task."""
 
-    def at(self, time: float) -> DeviceState:
-        """How it is at a time not before it was last looked at, at rest or at its task."""
+    def state_at(self, time: float) -> DeviceState:
+        """Return the state at a time that is not before the last one asked for, idle or during a task."""
         if self.task is None or not self.task.phases:
-            self.state = live(self.body, self.hours, self.state, until=time).state
+            self.state = advance(self.power_model, self.availability, self.state, until=time).state
             return self.state
         phases = self.task.phases
-        phase = next((phase for phase in reversed(phases) if phase.began.time <= time), phases[0])
-        return self._lives(phase.began, until=time, work=phase.work).state
+        phase = next((phase for phase in reversed(phases) if phase.start.time <= time), phases[0])
+        return self._advance(phase.start, until=time, work=phase.work).state
 
     def run_phase(self, *, until: float = math.inf, work: float | None = None) -> AdvanceResult:
-        """The next phase of its task: computing so much, or sending and receiving until a time."""
+        """Run the next phase of the task: computing `work` seconds, or transferring data until a time."""
         assert self.task is not None
         self.task.phases.append(TaskPhase(self.state, work))
-        lived = self._lives(self.state, until=until, work=work)
-        self.state = lived.state
-        self.task.joules += lived.joules
-        self.task.drained += lived.drained
-        return lived
+        result = self._advance(self.state, until=until, work=work)
+        self.state = result.state
+        self.task.joules += result.joules
+        self.task.drained += result.drained
+        return result
 
-    def _lives(self, state: DeviceState, *, until: float, work: float | None) -> AdvanceResult:
-        leaves = self.hardware.profile.leaves
-        return live(self.body, self.hours, state, until=until, work=work, leaves=leaves, at_task=True)
+    def _advance(self, state: DeviceState, *, until: float, work: float | None) -> AdvanceResult:
+        interruptible = self.hardware.profile.leaves
+        return advance(
+            self.power_model,
+            self.availability,
+            state,
+            until=until,
+            work=work,
+            interruptible=interruptible,
+            on_task=True,
+        )
 
     def report(self, stated: DeviceReport, time: float) -> DeviceReport:
-        """What it tells of itself now, coarse as it is."""
-        state, capacity = self.at(time), self.body.capacity
+        """Return `stated` with the device's current state, in coarse steps."""
+        state, capacity = self.state_at(time), self.power_model.capacity
         return replace(
             stated,
             battery_wh=capacity,
             battery=None if capacity is None else math.floor(5 * state.charge / capacity + 1e-9) / 5,
-            charging=capacity is not None and self.hours.plugged(time),
-            busy=self.task is not None or not self.hours.idle(time),
-            hot=state.heat.hot or state.heat.level >= WARM,
+            charging=capacity is not None and self.availability.plugged(time),
+            busy=self.task is not None or not self.availability.idle(time),
+            hot=state.heat.hot or state.heat.level >= REPORTED_HOT_LEVEL,
         )

@@ -1,4 +1,4 @@
-"""The lives of a simulated fleet: how they begin, by a seed, and how they are kept from round to round."""
+"""State of a simulated fleet: initialized from the seed, saved after each round."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from simulations.fleet.participants import Participant
 from simulations.fleet.virtual_clock import VirtualClock
 from simulations.fleet.virtual_device import VirtualDevice
 
-_LEAST_CHARGED = 0.3
-"""Share of a full battery that a life begins with at least, drawn up to a full one."""
-_KEPT = 2  # newest files
+_MIN_INITIAL_CHARGE = 0.3
+"""Initial charge is uniform between this fraction of a full battery and a full one."""
+_SAVED_ROUNDS = 2  # newest files that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
-class _At:
+class _SavedDevice:  # stored: the field names are the format
     charge: float
     heat: float
     hot: bool
@@ -33,85 +33,95 @@ class _At:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Saved:
+class _SavedFleet:  # stored: the field names are the format
     time: float
-    devices: dict[str, _At]
+    devices: dict[str, _SavedDevice]
     rounds: tuple[FleetRound, ...]
 
 
 class VirtualFleet:
-    """A fleet with its clock and its log, in a folder: a file for each round.
+    """A fleet with its clock and log, saved to one file per round in a folder.
 
-    What devices were at when a run was killed is lost, as their batteries' charge is not.
+    Tasks that were running when the process was killed are lost; the battery charge that they used is not restored.
     """
 
-    def __init__(self, folder: Path, fleet: Mapping[str, VirtualDevice]) -> None:
-        self.fleet, self.clock, self.log = fleet, VirtualClock(), FleetLog()
+    def __init__(self, folder: Path, devices: Mapping[str, VirtualDevice]) -> None:
+        self.devices, self.clock, self.log = devices, VirtualClock(), FleetLog()
         self._folder = folder
 
-    def keep(self, number: int) -> None:
-        """A round is over, and is going to be what a run that was killed goes on from."""
+    def save(self, number: int) -> None:
+        """Complete a round and save the state from which a killed run resumes."""
         now = self.clock.now()
         self.log.close(number, now)
-        moments = {name: owned.at(now) for name, owned in self.fleet.items()}
-        saved = _Saved(
+        states = {name: device.state_at(now) for name, device in self.devices.items()}
+        saved = _SavedFleet(
             time=now,
             devices={
-                name: _At(charge=state.charge, heat=state.heat.level, hot=state.heat.hot, off=state.off)
-                for name, state in moments.items()
+                name: _SavedDevice(charge=state.charge, heat=state.heat.level, hot=state.heat.hot, off=state.off)
+                for name, state in states.items()
             },
             rounds=self.log.rounds,
         )
         atomic_files.write(self._file(number), strict_json.dumps(saved).encode())
-        self._file(number - _KEPT).unlink(missing_ok=True)
+        self._file(number - _SAVED_ROUNDS).unlink(missing_ok=True)
 
     def resume(self, number: int) -> None:
-        """Go on after this round.
+        """Restore the state after a round.
 
-        Raises AntherError if its file is missing, damaged, or another fleet's.
+        Raises:
+            AntherError: its file is missing, damaged, or of another fleet.
         """
         file = self._file(number)
         try:
-            saved = strict_json.from_plain(_Saved, strict_json.loads(file.read_bytes()))
-            if saved.devices.keys() != self.fleet.keys():
-                raise ValueError("it is of other devices")
+            saved = strict_json.from_plain(_SavedFleet, strict_json.loads(file.read_bytes()))
+            if saved.devices.keys() != self.devices.keys():
+                raise ValueError("it has other devices")
         except (OSError, ValueError) as error:
-            raise AntherError(f"{file}: can't be resumed from ({error}): restore it, or start anew") from error
+            raise AntherError(f"{file}: can't be resumed from ({error}): restore it, or start a new run") from error
         self.clock.resume(saved.time)
         self.log = FleetLog(saved.rounds)
-        for name, at in saved.devices.items():
-            self.fleet[name].state = DeviceState(saved.time, at.charge, Heat(at.heat, at.hot), at.off)
+        for name, saved_device in saved.devices.items():
+            heat = Heat(saved_device.heat, saved_device.hot)
+            self.devices[name].state = DeviceState(saved.time, saved_device.charge, heat, saved_device.off)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.json"
 
 
-def lives(config: SimulationConfig, people: Sequence[Participant], folder: Path) -> VirtualFleet:
-    """The beginning of everybody's life.
+def build_virtual_fleet(config: SimulationConfig, people: Sequence[Participant], folder: Path) -> VirtualFleet:
+    """Build the fleet in its initial state.
 
-    Raises AntherError if `fleet.trace` can't be read.
+    Args:
+        config: configuration of the run; its seed determines schedules and initial charge.
+        people: the participants.
+        folder: where the state is saved.
+
+    Raises:
+        AntherError: `fleet.trace` can't be read.
     """
     trace = config.fleet.trace
     recorded = list(load_traces(Path(trace)).values()) if trace else []
     return VirtualFleet(
         folder,
         {
-            person.name: _born(config, person, recorded[place % len(recorded)] if recorded else None)
-            for place, person in enumerate(people)
+            person.name: _build_device(config, person, recorded[index % len(recorded)] if recorded else None)
+            for index, person in enumerate(people)
         },
     )
 
 
-def _born(config: SimulationConfig, person: Participant, recorded: RecordedSchedule | None) -> VirtualDevice:
+def _build_device(config: SimulationConfig, person: Participant, recorded: RecordedSchedule | None) -> VirtualDevice:
     fleet, profile, name = config.fleet, person.hardware.profile, person.name
-    body = PowerModel.of(profile, person.hardware.known)
-    hours: Availability = recorded or DailySchedule(
+    power_model = PowerModel.of(profile, person.hardware.known_device)
+    availability: Availability = recorded or DailySchedule(
         profile.plugged,
         profile.idle,
         phase=uniform(config.seed, name, "zone", low=-0.5, high=0.5) * fleet.zones * HOUR,
         jitter=fleet.jitter * HOUR,
         seed=derive_seed(config.seed, name, "habits"),
     )
-    charged = uniform(config.seed, name, "charge", low=_LEAST_CHARGED) * (body.capacity or 0.0)
-    state = DeviceState(0.0, charged)
-    return VirtualDevice(name=name, hardware=person.hardware, body=body, hours=hours, state=state)
+    charge = uniform(config.seed, name, "charge", low=_MIN_INITIAL_CHARGE) * (power_model.capacity or 0.0)
+    state = DeviceState(0.0, charge)
+    return VirtualDevice(
+        name=name, hardware=person.hardware, power_model=power_model, availability=availability, state=state
+    )

@@ -1,6 +1,6 @@
-"""Flower's Grid in one process: many devices behind one `perform`, so that their jobs can share passes.
+"""Flower's Grid in one process: many devices share one `perform`, so that their jobs can share passes.
 
-Messages are made, checked and read exactly as in deployment; only the network is missing.
+Messages are built, checked and parsed exactly as in deployment; only the network is missing.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from training.jobs import Job, Result
 Perform = Callable[[list[Job]], Sequence[Result | Exception]]
 GroupCommit = Callable[[], AbstractContextManager[Callable[[], None]]]
 
-WAVE = 512
-"""Conversations that are driven at once. Whoever asks ten thousand devices holds the pictures, examples and replies of
-this many; a pass through the base is full with far fewer."""
+MAX_BATCH = 512
+"""Requests that are handled together. Memory holds the pictures, examples and replies of these devices only, and far
+fewer already fill a pass through the base."""
 
 
 @contextmanager
 def commit_each_write() -> Iterator[Callable[[], None]]:
-    """For devices whose every write is durable when it returns: there is nothing to commit."""
+    """Group commit for storage whose writes are durable when they return: there is nothing to commit."""
     yield lambda: None
 
 
-def set_message_id(message: Message, name: str) -> Message:
-    """As Flower's own grids do when they push it: there is no setter."""
-    message.metadata.__dict__["_message_id"] = name
+def set_message_id(message: Message, message_id: str) -> Message:
+    """Set a message's id, as Flower's own grids do on push; there is no setter."""
+    message.metadata.__dict__["_message_id"] = message_id
     return message
 
 
 class InProcessGrid(Grid):
-    """What every grid without a network is: Flower's own bookkeeping, done here."""
+    """Base class of grids without a network; does Flower's bookkeeping."""
 
     def __init__(self) -> None:
         self._run = Run.create_empty(run_id=1)
-        # Flower sets these in the process that it starts for a ServerApp; without them no Message can be made.
+        # Flower sets these in the process that it starts for a ServerApp. Message can't be created without them.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self._run.run_id, 1, SUPERLINK_NODE_ID
 
     def set_run(self, run: Run) -> None:
@@ -64,13 +64,14 @@ class InProcessGrid(Grid):
 
 
 class CohortGrid(InProcessGrid):
-    """A fleet of devices, with node ids 1, 2, … in the order of their names.
+    """Grid of a fleet of devices, with node ids 1, 2, … in the order of their names.
 
     Args:
-        perform: runs jobs, `training.engine.perform` on some base.
-        together: hand the jobs of many messages to `perform` at once; False: one client at a time.
-        storage: `simulations.fleet.storage.Database.together` of the storage that the devices share. What they reserve is
-            committed before their jobs are performed, and what they seal before a reply is handed out.
+        devices: the fleet.
+        perform: runs jobs; `training.engine.perform` on some base.
+        batched: pass the jobs of many devices to `perform` at once; False: of one device at a time.
+        group_commit: `simulations.fleet.storage.Database.group_commit` of the devices' shared storage. Ledger
+            reservations are committed before the jobs are performed, sealed replies before a reply is returned.
     """
 
     def __init__(
@@ -78,35 +79,38 @@ class CohortGrid(InProcessGrid):
         devices: Sequence[Device],
         perform: Perform,
         *,
-        together: bool = True,
-        storage: GroupCommit = commit_each_write,
+        batched: bool = True,
+        group_commit: GroupCommit = commit_each_write,
     ) -> None:
         super().__init__()
         ordered = sorted(devices, key=lambda device: device.name)
         self._devices = dict(enumerate(ordered, start=1))
-        self._perform, self._storage = perform, storage
-        self._wave = WAVE if together else 1
-        self._numbers = count(1)
+        self._perform, self._group_commit = perform, group_commit
+        self._max_batch = MAX_BATCH if batched else 1
+        self._message_ids = count(1)
         self._replies: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._devices)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have the devices answer; their replies wait to be pulled."""
+        """Have the devices answer and keep their replies until they are pulled."""
         pushed = []
-        for identifier, reply in self._answers(messages):
-            self._replies[identifier] = reply
-            pushed.append(identifier)
+        for message_id, reply in self._answer_all(messages):
+            self._replies[message_id] = reply
+            pushed.append(message_id)
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(identifier) for identifier in message_ids if identifier in self._replies]
+        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Nobody pulls the replies to these."""
-        for identifier in message_ids:
-            self._replies.pop(identifier, None)
+        """Drop the replies to these messages, which nobody will pull.
+
+        Part of `server.rounds.collect`'s protocol for grids that keep replies.
+        """
+        for message_id in message_ids:
+            self._replies.pop(message_id, None)
 
     def send_and_receive(
         self,
@@ -114,32 +118,32 @@ class CohortGrid(InProcessGrid):
         *,
         timeout: float | None = None,  # noqa: ARG002  # Flower's interface
     ) -> Iterable[Message]:
-        """Replies to all messages; nothing is ever late, so the timeout has no meaning.
+        """Return the replies to all messages; none is ever late, so the timeout has no effect.
 
-        Devices answer as their replies are read: no more than a wave of them is ever held.
+        Devices answer lazily while the replies are iterated: at most `MAX_BATCH` replies are in memory.
         """
-        return (reply for _, reply in self._answers(messages))
+        return (reply for _, reply in self._answer_all(messages))
 
-    def _answers(self, messages: Iterable[Message]) -> Iterator[tuple[str, Message]]:
-        """(message id, reply) for every message, a wave at a time."""
-        waiting = iter(messages)
-        while wave := list(islice(waiting, self._wave)):
-            for message in wave:
-                set_message_id(message, str(next(self._numbers)))
-            outcomes = self._converse(wave)
-            for place, message in enumerate(wave):  # each outcome is let go of as it is handed out
-                yield message.metadata.message_id, reply_message(outcomes.pop(place), message)
+    def _answer_all(self, messages: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """Yield (message id, reply) for every message, batch by batch."""
+        remaining = iter(messages)
+        while batch := list(islice(remaining, self._max_batch)):
+            for message in batch:
+                set_message_id(message, str(next(self._message_ids)))
+            outcomes = self._converse(batch)
+            for index, message in enumerate(batch):  # pop: each outcome is freed once it was returned
+                yield message.metadata.message_id, reply_message(outcomes.pop(index), message)
 
-    def _converse(self, wave: Sequence[Message]) -> dict[int, Reply | Exception]:
-        """What each device came to, by its place in the wave, once all that the devices wrote is durable."""
-        with self._storage() as commit:
+    def _converse(self, batch: Sequence[Message]) -> dict[int, Reply | Exception]:
+        """Return each device's reply or error by its index in the batch, once all that the devices wrote is durable."""
+        with self._group_commit() as commit:
 
             def perform(jobs: list[Job]) -> Sequence[Result | Exception]:
-                commit()  # no job is performed before its charge is on the disk
+                commit()  # no job runs before its ledger reservation is on disk
                 return self._perform(jobs)
 
-            return run_handlers({place: self._conversation(message) for place, message in enumerate(wave)}, perform)
+            return run_handlers({index: self._conversation(message) for index, message in enumerate(batch)}, perform)
 
     def _conversation(self, message: Message) -> RequestHandler:
-        """As on a device: a request that can't be read is that node's error, and nobody else's."""
+        """Handle a message as on a device: an unreadable request is an error of this node only."""
         return (yield from handle(parse_request(message), self._devices[message.metadata.dst_node_id]))

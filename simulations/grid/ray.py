@@ -44,7 +44,7 @@ from conf.schemas.simulation import SimulationConfig
 from server.grid.forwarding import ForwardingGrid
 from simulations.evaluation import Perform
 from simulations.fleet.participants import Participant
-from simulations.setup import build, performer
+from simulations.setup import build, make_perform
 
 _POLL = 0.05  # seconds between two looks for nodes or replies
 _RESTART = 10.0  # seconds that Ray may take to replace a process that died
@@ -200,4 +200,4 @@ def _world(config: str, folder: str, memory: int) -> tuple[list[Participant], Pe
     settings: SimulationConfig = to_object(OmegaConf.create(strict_json.loads(config)), SimulationConfig)
     base, people, _ = build(settings, Path(folder))
     sharing = int(ray.cluster_resources()["CPU"]) if base.device.type == "cpu" else 1
-    return people, performer(settings, base, memory // sharing)
+    return people, make_perform(settings, base, memory // sharing)

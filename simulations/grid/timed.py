@@ -1,8 +1,8 @@
-"""A fleet that lives: the grid in one process on a virtual clock, where training takes devices time, power and memory.
+"""In-process grid on a virtual clock, where training takes simulated time, energy and memory.
 
-The server gets what a real one would: a reply at the moment at which it would come, or none. Who was killed for want
-of memory, ran flat, was taken up by its owner or just vanished is in the fleet's own log. Querying, measuring and
-personalising are how a simulation looks at its devices: they answer at once, and it costs them nothing.
+The server sees what it would see of a real fleet: replies at the time at which they would arrive, or none. Why a reply
+is missing (out of memory, empty battery, the owner uses the device, dropout) is in the fleet's log only. Query,
+evaluation and personalization are the simulation's own measurements: they are answered at once and cost nothing.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ from simulations.grid.cohort import CohortGrid, GroupCommit, Perform, commit_eac
 
 
 class TimedGrid(CohortGrid):
-    """A `CohortGrid` whose devices need time to train, and may not get done.
+    """A `CohortGrid` whose devices need time to train and may fail.
 
-    Jobs are trained once the first of their replies is due, together with all that are under way by then and will get
-    done: those of devices that break off are never trained.
+    A job is trained when the first reply is due, together with all running jobs that will complete. Jobs of devices that
+    fail are never trained.
 
     Args:
-        lives: of the devices.
-        costs: of plans.
-        seed: of the drop-outs.
+        devices: the fleet.
+        perform: as for `CohortGrid`.
+        fleet: state of the devices.
+        costs: memory and time of plans.
+        seed: seed of dropouts.
+        batched: as for `CohortGrid`.
+        group_commit: as for `CohortGrid`.
     """
 
     def __init__(
@@ -48,140 +52,140 @@ class TimedGrid(CohortGrid):
         devices: Sequence[Device],
         perform: Perform,
         *,
-        lives: VirtualFleet,
+        fleet: VirtualFleet,
         costs: Costs,
         seed: int,
-        together: bool = True,
-        storage: GroupCommit = commit_each_write,
+        batched: bool = True,
+        group_commit: GroupCommit = commit_each_write,
     ) -> None:
-        super().__init__(devices, perform, together=together, storage=storage)
-        self._lives, self._costs, self._seed = lives, costs, seed
-        self._asked: dict[str, Message] = {}  # to train, by message id, until there is a reply
-        self._forgotten: set[str] = set()  # of them: whose reply nobody is going to pull
-        self._pending: dict[str, None] = {}  # of them, in order: who will get done, and isn't trained yet
-        self._outcomes: dict[str, Reply | Exception] = {}  # trained, and on their way
+        super().__init__(devices, perform, batched=batched, group_commit=group_commit)
+        self._fleet, self._costs, self._seed = fleet, costs, seed
+        self._asked: dict[str, Message] = {}  # Train messages without a reply, by message id
+        self._forgotten: set[str] = set()  # those whose reply nobody will pull
+        self._pending: dict[str, None] = {}  # ordered set of those that will complete and are not trained yet
+        self._outcomes: dict[str, Reply | Exception] = {}  # trained, but not sent yet
 
     def get_node_ids(self) -> Iterable[int]:
-        """Those that are on."""
-        now = self._lives.clock.now()
-        return [node for node, device in self._devices.items() if not self._lives.fleet[device.name].at(now).off]
+        """Return the ids of the devices that are on."""
+        now, states = self._fleet.clock.now(), self._fleet.devices
+        return [node for node, client in self._devices.items() if not states[client.name].state_at(now).off]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have devices train, one thing after another; whatever else is asked of them they answer at once."""
-        asked = list(messages)
-        for message in asked:
-            set_message_id(message, str(next(self._numbers)))
-            owned, name = self._owned(message), message.metadata.message_id
+        """Queue Train messages on their devices; answer all others at once."""
+        sent = list(messages)
+        for message in sent:
+            set_message_id(message, str(next(self._message_ids)))
+            device, message_id = self._device_of(message), message.metadata.message_id
             if message.metadata.message_type != TRAIN:
-                self._replies[name] = reply_message(self._converse([message])[0], message)
+                self._replies[message_id] = reply_message(self._converse([message])[0], message)
                 continue
-            self._asked[name] = message
-            owned.waiting.append(name)
-            if not owned.task:
-                self._begin(owned)
-        return [message.metadata.message_id for message in asked]
+            self._asked[message_id] = message
+            device.waiting.append(message_id)
+            if not device.task:
+                self._start_task(device)
+        return [message.metadata.message_id for message in sent]
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        names = set(message_ids)
-        super().forget(names)
-        self._forgotten |= names & self._asked.keys()
+        forgotten = set(message_ids)
+        super().forget(forgotten)
+        self._forgotten |= forgotten & self._asked.keys()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Replies as they come, until there is one to each message or `timeout` seconds of the fleet's are over."""
-        asked = list(messages)
-        if not any(message.metadata.message_type == TRAIN for message in asked):
-            return super().send_and_receive(asked)
-        clock = self._lives.clock
-        return collect(self, asked, clock, until=clock.now() + (math.inf if timeout is None else timeout))
+        """Yield replies as they arrive, until all have or `timeout` seconds of the fleet's clock have passed."""
+        sent = list(messages)
+        if not any(message.metadata.message_type == TRAIN for message in sent):
+            return super().send_and_receive(sent)
+        clock = self._fleet.clock
+        return collect(self, sent, clock, until=clock.now() + (math.inf if timeout is None else timeout))
 
-    def _begin(self, owned: VirtualDevice) -> None:
-        """A device receives its next message and trains; what is to become of that is known as soon as it begins."""
-        now = self._lives.clock.now()
-        owned.state = owned.at(now)
-        owned.task = Task(name=owned.waiting.popleft(), began=now)
+    def _start_task(self, device: VirtualDevice) -> None:
+        """Start a device's next task; download and training are computed at once, and their end is scheduled."""
+        now = self._fleet.clock.now()
+        device.state = device.state_at(now)
+        device.task = Task(message_id=device.waiting.popleft(), started=now)
         try:
-            request = parse_request(self._asked[owned.task.name])
-        except RequestRefusedError as refused:
-            return self._reply(owned, refused)
+            request = parse_request(self._asked[device.task.message_id])
+        except RequestRefusedError as refusal:
+            return self._reply(device, refusal)
         assert isinstance(request, Train)
-        plan, profile = request.plan, owned.hardware.profile
-        if owned.state.off:
-            return self._lose(owned, OFF)
-        arrived = owned.run_phase(until=now + len(request.adapter) * MEGABITS / profile.downlink_mbps)
-        if arrived.abort_reason:
-            return self._lose(owned, arrived.abort_reason)
-        if not self._costs.fits(plan, owned.hardware.known):
-            return self._lose(owned, KILLED)
-        vanishes = owned.state.time + self._lasts(owned, plan.round)
-        done = owned.run_phase(until=vanishes, work=owned.hardware.seconds(plan, self._costs))
-        if done.abort_reason or done.left:
-            return self._lose(owned, done.abort_reason or DROPPED)
-        self._pending[owned.task.name] = None
-        return self._lives.clock.at(done.state.time, partial(self._send, owned))
+        plan, profile = request.plan, device.hardware.profile
+        if device.state.off:
+            return self._lose_task(device, OFF)
+        downloaded = device.run_phase(until=now + len(request.adapter) * MEGABITS / profile.downlink_mbps)
+        if downloaded.abort_reason:
+            return self._lose_task(device, downloaded.abort_reason)
+        if not self._costs.fits(plan, device.hardware.known_device):
+            return self._lose_task(device, KILLED)
+        drops_out = device.state.time + self._seconds_until_dropout(device, plan.round)
+        trained = device.run_phase(until=drops_out, work=device.hardware.seconds(plan, self._costs))
+        if trained.abort_reason or trained.remaining_work:
+            return self._lose_task(device, trained.abort_reason or DROPPED)
+        self._pending[device.task.message_id] = None
+        return self._fleet.clock.schedule(trained.state.time, partial(self._send_update, device))
 
-    def _lasts(self, owned: VirtualDevice, round: int) -> float:
-        """Seconds until it vanishes, if it doesn't get done before: at a constant rate, so that each hour is alike."""
-        rate = owned.hardware.profile.drop_out
-        drawn = 1.0 - uniform(self._seed, owned.name, round, "drop-out")
+    def _seconds_until_dropout(self, device: VirtualDevice, round: int) -> float:
+        """Draw the seconds until the device drops out, at a constant hourly rate; infinity without dropout."""
+        rate = device.hardware.profile.drop_out
+        drawn = 1.0 - uniform(self._seed, device.name, round, "drop-out")
         return HOUR * math.log(drawn) / math.log(1.0 - rate) if rate else math.inf
 
-    def _send(self, owned: VirtualDevice) -> bool:
-        """What was trained goes up: so many bytes, over this link."""
-        assert owned.task is not None
-        name = owned.task.name
-        if name not in self._outcomes:
-            self._train(name)
-        outcome = self._outcomes.pop(name)
+    def _send_update(self, device: VirtualDevice) -> bool:
+        """Upload the trained update over the device's link."""
+        assert device.task is not None
+        message_id = device.task.message_id
+        if message_id not in self._outcomes:
+            self._train(message_id)
+        outcome = self._outcomes.pop(message_id)
         if not isinstance(outcome, Update):
-            self._reply(owned, outcome)
+            self._reply(device, outcome)
             return False
-        link = owned.hardware.profile.uplink_mbps
-        sent: AdvanceResult = owned.run_phase(until=owned.state.time + len(outcome.adapter) * MEGABITS / link)
-        if sent.abort_reason:
-            self._lose(owned, sent.abort_reason)
+        link = device.hardware.profile.uplink_mbps
+        uploaded: AdvanceResult = device.run_phase(until=device.state.time + len(outcome.adapter) * MEGABITS / link)
+        if uploaded.abort_reason:
+            self._lose_task(device, uploaded.abort_reason)
         else:
-            took = sent.state.time - owned.task.began
-            self._reply(owned, replace(outcome, seconds=took, joules=owned.task.joules))
+            seconds = uploaded.state.time - device.task.started
+            self._reply(device, replace(outcome, seconds=seconds, joules=device.task.joules))
         return False
 
     def _train(self, due: str) -> None:
-        """Train what is due, and with it what else is under way, a wave of it."""
+        """Train the job that is due, together with a batch of other pending ones."""
         del self._pending[due]
-        wave = [due, *islice(self._pending, self._wave - 1)]
-        outcomes = self._converse([self._asked[name] for name in wave])
-        self._outcomes |= zip(wave, outcomes.values(), strict=True)
-        for name in wave[1:]:
-            del self._pending[name]
+        batch = [due, *islice(self._pending, self._max_batch - 1)]
+        outcomes = self._converse([self._asked[message_id] for message_id in batch])
+        self._outcomes |= zip(batch, outcomes.values(), strict=True)
+        for message_id in batch[1:]:
+            del self._pending[message_id]
 
-    def _reply(self, owned: VirtualDevice, outcome: Reply | Exception) -> None:
-        """The task is over with this, when the device is."""
-        self._lives.clock.at(owned.state.time, partial(self._over, owned, outcome))
+    def _reply(self, device: VirtualDevice, outcome: Reply | Exception) -> None:
+        """Schedule the end of the task with this outcome."""
+        self._fleet.clock.schedule(device.state.time, partial(self._finish_task, device, outcome))
 
-    def _lose(self, owned: VirtualDevice, reason: str) -> None:
-        """The task is over, and nobody hears of it."""
-        self._lives.clock.at(owned.state.time, partial(self._over, owned, None, reason))
+    def _lose_task(self, device: VirtualDevice, cause: str) -> None:
+        """Schedule the end of the task without a reply."""
+        self._fleet.clock.schedule(device.state.time, partial(self._finish_task, device, None, cause))
 
-    def _over(self, owned: VirtualDevice, outcome: Reply | Exception | None, reason: str = "") -> bool:
-        task, owned.task = owned.task, None
+    def _finish_task(self, device: VirtualDevice, outcome: Reply | Exception | None, cause: str = "") -> bool:
+        task, device.task = device.task, None
         assert task is not None
-        message = self._asked.pop(task.name)
-        self._lives.log.spent(task.joules, drained=task.drained)
+        message = self._asked.pop(task.message_id)
+        self._fleet.log.add_energy(task.joules, drained=task.drained)
         if outcome is None:
-            self._lives.log.lost(reason)
-        elif task.name not in self._forgotten:
-            self._replies[task.name] = reply_message(outcome, message)
-        self._forgotten.discard(task.name)
-        if owned.waiting:
-            self._begin(owned)
+            self._fleet.log.add_lost(cause)
+        elif task.message_id not in self._forgotten:
+            self._replies[task.message_id] = reply_message(outcome, message)
+        self._forgotten.discard(task.message_id)
+        if device.waiting:
+            self._start_task(device)
         return outcome is not None
 
-    def _converse(self, wave: Sequence[Message]) -> dict[int, Reply | Exception]:
-        """As of every cohort; a device's report says how it is now."""
-        now = self._lives.clock.now()
+    def _converse(self, batch: Sequence[Message]) -> dict[int, Reply | Exception]:
+        """As in `CohortGrid`; a device report states the device's current state."""
+        now = self._fleet.clock.now()
         return {
-            place: self._owned(wave[place]).report(outcome, now) if isinstance(outcome, DeviceReport) else outcome
-            for place, outcome in super()._converse(wave).items()
+            index: self._device_of(batch[index]).report(outcome, now) if isinstance(outcome, DeviceReport) else outcome
+            for index, outcome in super()._converse(batch).items()
         }
 
-    def _owned(self, message: Message) -> VirtualDevice:
-        return self._lives.fleet[self._devices[message.metadata.dst_node_id].name]
+    def _device_of(self, message: Message) -> VirtualDevice:
+        return self._fleet.devices[self._devices[message.metadata.dst_node_id].name]

@@ -1,4 +1,4 @@
-"""What a person sees at the terminal while a simulation runs: a live line below the rounds, or plain lines."""
+"""Terminal output of a simulation: a live line below the completed rounds, or plain lines."""
 
 from __future__ import annotations
 
@@ -17,38 +17,43 @@ from rich.text import Text
 from privacy.accounting import STRICT
 from server.report.formatting import data, duration, number, percent, short
 
-ARMS = {"base": "base", "local": "alone", "shared": "shared", "personal": "shared + personal"}
+ARMS = {"base": "base", "local": "local", "shared": "shared", "personal": "shared + personal"}
+TRAINING, PERSONALIZING = "training", "personalizing"  # phases
 BAR = 12  # characters
-FULL = 0.3  # gain over the base that fills a bar
-NARROW = 60  # columns that the whole table of results takes
-JUDGED, ROUNDS = 10, 4  # devices and rounds under which a run says too little of its arms
+FULL_BAR_GAIN = 0.3  # gain over the base that fills a bar
+MIN_TABLE_WIDTH = 60  # columns that the complete results table needs
+MIN_DEVICES, MIN_ROUNDS = 10, 4  # smaller runs are too small to compare arms
 
 
 class Display:
-    """Live where the terminal can redraw a line, else one plain line for each phase and round.
+    """Live output if the terminal can redraw a line, else a plain line for each phase and round.
 
-    Use as a context manager: `phase` and `advance` while working, `round` after each round, then `finish`, or
-    `stopped` when interrupted. It only shows: nothing that a run computes depends on it.
+    Use it as a context manager: `phase` and `advance` while working, `round` after each round, then `finish`, or
+    `interrupted`. No result of a run depends on it.
     """
 
     def __init__(
         self,
         rounds: int,
         *,
-        after: float = 0.0,
+        rounds_after: float = 0.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        rounds: how many there will be in all, those before a resumption among them.
-        after: work that follows them, in rounds.
+        """Create a display.
+
+        Args:
+            rounds: total number of rounds, including those before a resumption.
+            rounds_after: work after the last round, in rounds.
+            console: where to print; None: the terminal.
+            clock: seconds that pass, for the elapsed time and the time left.
         """
-        self._rounds, self._after = rounds, after
+        self._rounds, self._rounds_after = rounds, rounds_after
         self._console = console or Console(highlight=False)
         self._clock = clock
         self._started = clock()
         self._last_round: int | None = None
-        self._ends: list[float] = []  # when the rounds began, and when each one that this process saw was over
+        self._round_ends: list[float] = []  # start of the first round, then the end of each round of this process
         self._phase = ""
         self._done = 0
         self._total: int | None = None
@@ -63,44 +68,44 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._settle()
+        self._stop_live()
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """What goes on now, e.g. `encoding`, `training`, `personalising`, `drawing`; of `total` parts if known."""
+        """Start a phase, e.g. `encoding`, `training`, `personalizing`; `total`: its number of parts if known."""
         if name != self._phase and not self._live:
             self._print(Text(f"{self._elapsed():>5}  {name} …"))
-        if name == "training" and not self._ends:
-            self._ends.append(self._clock())
+        if name == TRAINING and not self._round_ends:
+            self._round_ends.append(self._clock())
         self._phase, self._done, self._total = name, 0, total
 
     def say(self, words: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self._print(Text(words))
 
     def advance(self, parts: int = 1) -> None:
-        """So many parts of the phase are done."""
+        """Count parts of the phase as done."""
         self._done += parts
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """A round is over, or was before a resumption.
+        """Print a completed round, also one from before a resumption.
 
         Args:
-            record: `round`, `base` and `shared` (validation losses) or `gain` and `gain_error` (of a noised one), and
-                of a round in which devices trained `replied` or `devices`, `dropped` and how many of them `refused`,
-                `bytes_up`, `bytes_down` and `guarantees` (so far); of a fleet with a clock of its own the `hours` on
-                it, and how many devices were `lost`.
+            record: `round`; `base` and `shared` (validation losses), or `gain` and `gain_error` of a noised measurement.
+                For a round of training also `replied` or `devices`, `dropped`, `refused` (part of the dropped),
+                `bytes_up`, `bytes_down` and `guarantees` so far. For a timed fleet also `hours` on its clock and
+                `lost`, the number of lost devices.
         """
         self._last_round = int(record["round"])
-        if self._ends:
+        if self._round_ends:
             now = self._clock()
-            self._ends = [now] if self._last_round == 0 else [*self._ends, now]  # before round 1 nothing is trained
+            self._round_ends = [now] if self._last_round == 0 else [*self._round_ends, now]  # round 0 trains nothing
         self._print(self._line(record))
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
-        """The result, as in `summary.json`, and where things lie: what was written, and its path."""
-        self._settle()
+        """Print the results (contents of `summary.json`) and the output paths by name."""
+        self._stop_live()
         self._print(Text())
-        self._console.print(results(summary, self._console.width))
+        self._console.print(results_table(summary, self._console.width))
         for epsilon in filter(None, (summary.get("epsilon"), summary.get("device_epsilon"))):
             promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
             if (strict := epsilon.get("strict")) is not None:
@@ -113,52 +118,52 @@ class Display:
         counts = f"{plural(summary['clients'], 'device')}, {plural(summary['rounds'], 'round')}{strategy}"
         self._print(Text(f"{counts}, {traffic}, {duration(summary['seconds'])}"))
         if fleet := summary.get("fleet"):
-            lost = ", ".join(f"{count} {reason}" for reason, count in fleet["lost"].items()) or "none"
+            lost = ", ".join(f"{count} {cause}" for cause, count in fleet["lost"].items()) or "none"
             energy = f"{short(fleet['kwh'])} kWh, {short(fleet['battery_kwh'])} of it from batteries"
             self._print(
                 Text(
                     f"{short(fleet['hours'])} simulated hours, {energy}; devices lost: {lost}; {fleet['late']} late; "
-                    f"Gini of who took part {fleet['gini']:.2f}"
+                    f"Gini of participation {fleet['gini']:.2f}"
                 )
             )
-        if too_little(summary):
-            tried = f"{plural(summary['rounds'], 'round')} on {plural(judged(summary), 'device')}"
-            self._print(Text(f"{tried}: too little to judge an arm by; it shows the whole path once", style="yellow"))
+        if too_small(summary):
+            size = f"{plural(summary['rounds'], 'round')} on {plural(evaluated_devices(summary), 'device')}"
+            self._print(Text(f"{size}: too small to compare arms; a run to try out the whole path", style="yellow"))
         for name, path in paths.items():
             self._print(Text(f"{name}: ").append(str(path), style="bold"))
 
-    def stopped(self, resume_command: str | None) -> None:
-        """The run was interrupted.
+    def interrupted(self, resume_command: str | None) -> None:
+        """Print how to continue an interrupted run.
 
         Args:
-            resume_command: how to go on; None: nothing was begun that could be.
+            resume_command: command that continues it; None: the run had not started.
         """
-        self._settle()
+        self._stop_live()
         if resume_command is None:
-            self._print(Text("Stopped before anything was kept: there is nothing to continue."))
+            self._print(Text("Stopped before anything was saved: there is nothing to continue."))
             return
         last = self._last_round
         where = "before the first round" if last is None else f"after round {last} of {self._rounds}"
         self._print(Text(f"Stopped {where}. To continue:"))
         self._print(Text(f"  {resume_command}", style="bold"))
 
-    def _settle(self) -> None:
+    def _stop_live(self) -> None:
         if self._live:
             self._live.stop()
 
     def _print(self, line: Text) -> None:
-        """One line, never wrapped: paths and commands are there to be copied."""
+        """Print one line without wrapping, so that paths and commands can be copied."""
         self._console.print(line, soft_wrap=True)
 
     def _line(self, record: Mapping[str, Any]) -> Text:
-        fall, noised = gain(record["base"], record["shared"]), record.get("gain")
+        relative_gain, noised = gain(record["base"], record["shared"]), record.get("gain")
         line = Text() if self._live else Text(f"{self._elapsed():>5}  ")
         line.append(f"round {record['round']:>{len(str(self._rounds))}} of {self._rounds}  ")
         if noised is None:
             line.append(f"loss {number(record['shared']):<7} ", style="bold" if self._live else "")
             if self._live:
-                line.append(bar(fall / FULL), style="yellow").append(" ")
-            line.append(f"{relative_to_base(fall):<22}")
+                line.append(bar(relative_gain / FULL_BAR_GAIN), style="yellow").append(" ")
+            line.append(f"{relative_to_base(relative_gain):<22}")
         else:
             line.append(f"gain {number(noised)}", style="bold" if self._live else "")
             line.append(f" ± {number(record['gain_error'])} by its noise")
@@ -172,7 +177,7 @@ class Display:
             line.append(f"  {data(record['bytes_up'])} up, {data(record['bytes_down'])} down", style="dim")
             for guarantee in record.get("guarantees", ()):
                 line.append(f"  {guarantee}", style="magenta")
-        if not self._live and (left := self._left()) is not None:
+        if not self._live and (left := self._seconds_left()) is not None:
             line.append(f"  about {duration(left)} left")
         line.rstrip()
         if self._live:
@@ -180,16 +185,16 @@ class Display:
         return line
 
     def _status(self) -> Text:
-        """The live line, drawn anew several times a second."""
+        """Return the live line, redrawn several times a second."""
         status = Text(f"{self._elapsed():>5}  ", no_wrap=True, overflow="ellipsis")
-        if self._phase == "training":
+        if self._phase == TRAINING:
             status.append(f"round {min((self._last_round or 0) + 1, self._rounds)} of {self._rounds}  ", style="bold")
         status.append(self._phase)
         if self._total:
             status.append(f" {bar(self._done / self._total)} {self._done}/{self._total}", style="cyan")
         else:
             status.append(" …")
-        if self._phase == "training" and (left := self._left()) is not None:
+        if self._phase == TRAINING and (left := self._seconds_left()) is not None:
             status.append(f"  about {duration(left)} left", style="dim")
         return status
 
@@ -197,22 +202,22 @@ class Display:
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
         return f"{minutes}:{seconds:02}"
 
-    def _left(self) -> float | None:
-        """Seconds until all is over, by the quickest round that this process has seen: the first has more to do."""
-        if len(self._ends) < 2 or self._last_round is None:
+    def _seconds_left(self) -> float | None:
+        """Estimate the seconds to the end from this process' fastest round, since the first one has extra work."""
+        if len(self._round_ends) < 2 or self._last_round is None:
             return None
-        rounds = self._rounds - self._last_round + self._after
-        each = min(end - start for start, end in pairwise(self._ends))
-        return max(0.0, each * rounds - (self._clock() - self._ends[-1])) if rounds > 0 else None
+        rounds = self._rounds - self._last_round + self._rounds_after
+        each = min(end - start for start, end in pairwise(self._round_ends))
+        return max(0.0, each * rounds - (self._clock() - self._round_ends[-1])) if rounds > 0 else None
 
 
-def too_little(summary: Mapping[str, Any]) -> bool:
-    """Whether a run is so small that which arm comes out ahead is chance."""
-    return judged(summary) < JUDGED or summary["rounds"] < ROUNDS
+def too_small(summary: Mapping[str, Any]) -> bool:
+    """Return whether a run is so small that the best arm is a matter of chance."""
+    return evaluated_devices(summary) < MIN_DEVICES or summary["rounds"] < MIN_ROUNDS
 
 
-def judged(summary: Mapping[str, Any]) -> int:
-    """On how many devices the arms were compared."""
+def evaluated_devices(summary: Mapping[str, Any]) -> int:
+    """Return the number of devices on which the arms were compared."""
     return int(summary.get("judged", summary["clients"]))
 
 
@@ -220,56 +225,56 @@ def compare(runs: Sequence[tuple[Sequence[str], Mapping[str, Any]]], console: Co
     """Print a table of several runs, each named by the settings in which it differs from the others.
 
     Args:
-        runs: the overrides of each, and its summary.
-        console: where; None: the terminal.
+        runs: overrides and summary of each run.
+        console: where to print; None: the terminal.
     """
-    alike = set.intersection(*(set(overrides) for overrides, _ in runs))
+    common = set.intersection(*(set(overrides) for overrides, _ in runs))
     arms = [arm for arm in ARMS if any(arm in summary["loss"] for _, summary in runs)]
     table = Table(box=None, padding=(0, 2, 0, 0), title="loss on unseen pictures", title_justify="left")
     for name in ("run", *(ARMS[arm] for arm in arms), "up", "ε"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name != "run")
-    for place, (overrides, summary) in enumerate(runs):
-        name = " ".join(word for word in overrides if word not in alike) or "as given"
+    for index, (overrides, summary) in enumerate(runs):
+        name = " ".join(word for word in overrides if word not in common) or "as given"
         losses = [number(summary["loss"].get(arm)) for arm in arms]
-        promised = summary.get("epsilon") or summary.get("device_epsilon")
-        spent = short(promised["value"]) if promised else ""
-        table.add_row(f"{place}: {name}", *losses, data(summary["bytes"]["up"]), spent)
+        guarantee = summary.get("epsilon") or summary.get("device_epsilon")
+        epsilon = short(guarantee["value"]) if guarantee else ""
+        table.add_row(f"{index}: {name}", *losses, data(summary["bytes"]["up"]), epsilon)
     console = console or Console(highlight=False)
     console.print()
     console.print(table)
 
 
 def gain(base: float | None, arm: float | None) -> float:
-    """By how much of itself the base's loss has fallen; NaN where somebody measured nothing."""
+    """Return the relative decrease of the base's loss; NaN if a loss was not measured."""
     return (base - arm) / base if base and arm is not None else math.nan
 
 
-def relative_to_base(fall: float) -> str:
-    """`12 % below the base`."""
-    if math.isnan(fall):
+def relative_to_base(gain: float) -> str:
+    """Format a gain, e.g. `12 % below the base`."""
+    if math.isnan(gain):
         return "not measured"
-    if abs(fall) < 5e-4:
+    if abs(gain) < 5e-4:
         return "as the base"
-    return f"{percent(abs(fall))} {'below' if fall > 0 else 'above'} the base"
+    return f"{percent(abs(gain))} {'below' if gain > 0 else 'above'} the base"
 
 
-def bar(share: float, width: int = BAR) -> str:
-    """A bar of which `share` is filled, in eighths of a character."""
-    filled = 0.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
+def bar(fraction: float, width: int = BAR) -> str:
+    """Draw a bar filled to this fraction, in eighths of a character."""
+    filled = 0.0 if math.isnan(fraction) else min(max(fraction, 0.0), 1.0)
     full, part = divmod(round(filled * width * 8), 8)
     return ("█" * full + " ▏▎▍▌▋▊▉"[part] * (part > 0)).ljust(width, "░")
 
 
-def plural(count: int, what: str) -> str:
-    """`1 round`, `2 rounds`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str) -> str:
+    """Format a count, e.g. `1 round`, `2 rounds`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def results(summary: Mapping[str, Any], width: int) -> Table:
-    """What a run showed on pictures that nobody trained on; loss and gain alone where there is little room."""
+def results_table(summary: Mapping[str, Any], width: int) -> Table:
+    """Build the table of results on held-out pictures; on a narrow terminal with loss and gain only."""
     losses = summary["loss"]
-    judged = {name: summary.get(name) or {} for name in ("legibility", "style")}
-    measures = [name for name, by_arm in judged.items() if width >= NARROW and set(by_arm.values()) - {None}]
+    scores = {name: summary.get(name) or {} for name in ("legibility", "style")}
+    measures = [name for name, by_arm in scores.items() if width >= MIN_TABLE_WIDTH and set(by_arm.values()) - {None}]
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("unseen pictures", no_wrap=True)
     for name in ("loss", "gain", *measures):
@@ -277,6 +282,6 @@ def results(summary: Mapping[str, Any], width: int) -> Table:
     for arm, words in ARMS.items():
         if arm in losses:
             cells = [number(losses[arm]), "" if arm == "base" else percent(gain(losses["base"], losses[arm]))]
-            cells += [percent(judged[name].get(arm)) for name in measures]
+            cells += [percent(scores[name].get(arm)) for name in measures]
             table.add_row(words, *cells, style="bold" if arm == "personal" else None)
     return table

@@ -1,4 +1,4 @@
-"""What a finished run leaves: adapters, evaluation.json, summary.json, report.html."""
+"""Results of a finished run: adapters, evaluation.json, summary.json, report.html."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from typefaces import judge
 
 PERSONAL = "personal"  # folder of the personal adapters
 
-GIVEN = 40
-"""Pictures of one person that are shown of those trained on, at most."""
+MAX_TRAINING_PICTURES = 40
+"""Largest number of one person's training pictures that the report shows."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One person's result under one arm; legibility and style only for letters that were drawn."""
+class ArmScores:
+    """One person's results under one arm; legibility and style only for generated letters. Stored: see `asdict`."""
 
     loss: float
     legibility: float | None = None
@@ -58,7 +58,7 @@ def finish(
     folder: Path,
     base: Base,
     people: Sequence[Participant],
-    chosen: Sequence[Participant],
+    evaluated: Sequence[Participant],
     perform: Perform,
     memory: int,
     state: RunState,
@@ -67,97 +67,141 @@ def finish(
     command: str,
     fleet: Sequence[FleetRound] = (),
 ) -> dict[str, Any]:
-    """Train the local arm of those who were chosen, judge all their arms, write everything; the summary.
+    """Train the local arm of the evaluated participants, evaluate all their arms, and write all results.
 
     Args:
-        fleet: what became of one that lives on a clock of its own, round by round.
+        config: configuration of the run.
+        folder: its output folder.
+        base: base of the run.
+        people: all participants.
+        evaluated: participants to evaluate.
+        perform: runs jobs.
+        memory: bytes that jobs may take.
+        state: state after the last round.
+        display: shows phases and results.
+        started: `time.perf_counter()` at the start of the run.
+        command: command that repeats the run.
+        fleet: outcomes of a timed fleet by round.
+
+    Returns:
+        The contents of `summary.json`.
     """
-    pools, local = evaluation.encoded(chosen, perform), None
+    pools, local = evaluation.encode_pools(evaluated, perform), None
     if config.evaluation.local:
-        display.phase("training everyone alone, to compare")
-        local = evaluation.train_local(config, base, chosen, pools, perform)
-    shared = download(state.best_adapter, config.strategy.download).adapter  # what devices have of it
-    adapters = evaluation.arms(chosen, local, shared, base)
-    export_adapters(folder / "adapters", base, chosen, shared)
+        display.phase("training local baselines, to compare")
+        local = evaluation.train_local(config, base, evaluated, pools, perform)
+    shared = download(state.best_adapter, config.strategy.download).adapter  # as devices have it
+    adapters = evaluation.arms(evaluated, local, shared, base)
+    export_adapters(folder / "adapters", base, evaluated, shared)
     display.phase("measuring held-out pictures")
-    losses = evaluation.losses(chosen, adapters, pools, perform)
-    drawn: dict[str, Gallery] = {}
+    losses = evaluation.losses(evaluated, adapters, pools, perform)
+    galleries: dict[str, Gallery] = {}
     if config.evaluation.gallery:
         display.phase("drawing the gallery")
-        drawn = evaluation.gallery(config, base, chosen, adapters, memory)
-    judged = judge_all(base, chosen, losses, drawn)
-    report_evaluation(folder / "evaluation.json", chosen, judged)
-    summary = summarise(config, len(people), state, judged, time.perf_counter() - started)
+        galleries = evaluation.gallery(config, base, evaluated, adapters, memory)
+    scores = score_arms(base, evaluated, losses, galleries)
+    write_evaluation(folder / "evaluation.json", evaluated, scores)
+    summary = summarize(config, len(people), state, scores, time.perf_counter() - started)
     if fleet:
-        summary["fleet"] = lived(people, state, fleet)
-    atomic_files.write(folder / "summary.json", json.dumps(finite(summary), indent=2, allow_nan=False).encode())
+        summary["fleet"] = fleet_summary(people, state, fleet)
+    atomic_files.write(folder / "summary.json", json.dumps(nan_to_none(summary), indent=2, allow_nan=False).encode())
     page = folder / "report.html"
-    write(
-        build_report(config, base, folder / "adapters", people, chosen, state, judged, drawn, summary, command, fleet),
-        page,
+    adapters_folder = folder / "adapters"
+    report = build_report(
+        config, base, adapters_folder, people, evaluated, state, scores, galleries, summary, command, fleet
     )
-    display.finish(summary, {"report": page, "adapters": folder / "adapters"})
+    write(report, page)
+    display.finish(summary, {"report": page, "adapters": adapters_folder})
     return summary
 
 
-def finite(value: Any) -> Any:
-    """Plain values with None for each number that isn't finite: JSON has no NaN, and nothing was measured there."""
+def nan_to_none(value: Any) -> Any:
+    """Replace each non-finite number by None, recursively: JSON has no NaN, which stands for a missing measurement."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
+        return {key: nan_to_none(part) for key, part in value.items()}
+    return [nan_to_none(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def export_adapters(folder: Path, base: Base, people: Sequence[Participant], shared: Adapter) -> None:
-    """The shared adapter, and for everybody who has a personal one two files: with the shared one in it, and without.
+    """Write the shared adapter, and each personal adapter in two files: with the shared adapter included, and without.
 
-    Each in every layout that some tool reads (`models.export.adapter_files`).
+    Each is written in every layout of `models.export.adapter_files`.
+
+    Args:
+        folder: where to write.
+        base: base of the adapters.
+        people: whose personal adapters are written.
+        shared: the shared adapter.
     """
     adapter_files.write(folder, "shared", shared, base, "shared")
     for person in people:
-        if kept := person.device.store.personal(base.sites):
-            both = concatenate([kept.shared, kept.adapter])
+        if stored := person.device.store.personal(base.sites):
+            both = concatenate([stored.shared, stored.adapter])
             adapter_files.write(folder / PERSONAL, f"{person.name}.with_shared", both, base, "shared+personal")
-            adapter_files.write(folder / PERSONAL, f"{person.name}.without_shared", kept.adapter, base, "personal")
+            adapter_files.write(folder / PERSONAL, f"{person.name}.without_shared", stored.adapter, base, "personal")
 
 
-def judge_all(
-    base: Base, people: Sequence[Participant], losses: Mapping[str, Mapping[str, float]], drawn: Mapping[str, Gallery]
-) -> dict[str, dict[str, Judged]]:
-    """Every person under every arm."""
-    scores = evaluation.scores(judge.load(assets.locate("judge"), str(base.device)), people, drawn) if drawn else {}
+def score_arms(
+    base: Base,
+    people: Sequence[Participant],
+    losses: Mapping[str, Mapping[str, float]],
+    galleries: Mapping[str, Gallery],
+) -> dict[str, dict[str, ArmScores]]:
+    """Combine losses with the judge's scores of the galleries.
+
+    Args:
+        base: base of the run.
+        people: the people to evaluate.
+        losses: test losses by person and arm.
+        galleries: galleries by person; empty: no pictures were generated.
+
+    Returns:
+        Scores by person and arm.
+    """
+    judged = {}
+    if galleries:
+        judged = evaluation.scores(judge.load(assets.locate("judge"), str(base.device)), people, galleries)
     return {
         person.name: {
-            arm: Judged(loss, *scores.get(person.name, {}).get(arm, Score()))
+            arm: ArmScores(loss, *judged.get(person.name, {}).get(arm, Score()))
             for arm, loss in losses[person.name].items()
         }
         for person in people
     }
 
 
-def summarise(
+def summarize(
     config: SimulationConfig,
     clients: int,
     state: RunState,
-    judged: Mapping[str, Mapping[str, Judged]],
+    scores: Mapping[str, Mapping[str, ArmScores]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The numbers of `summary.json`; means over those who were judged."""
+    """Return the contents of `summary.json`.
+
+    Args:
+        config: configuration of the run.
+        clients: number of devices.
+        state: state after the last round.
+        scores: scores by person and arm; the summary has their means.
+        seconds: duration of the run.
+    """
 
     def mean(field: str) -> dict[str, float | None]:
         known: dict[str, list[float]] = {}
-        for one in judged.values():
-            for arm, result in one.items():
+        for by_arm in scores.values():
+            for arm, result in by_arm.items():
                 known.setdefault(arm, []).extend([] if getattr(result, field) is None else [getattr(result, field)])
-        return {arm: sum(found) / len(found) if found else None for arm, found in known.items()}
+        return {arm: sum(values) / len(values) if values else None for arm, values in known.items()}
 
     return {
         "strategy": config.strategy.aggregation,
         "rounds": config.rounds,
         "best_round": state.best_round,
         "clients": clients,
-        "judged": len(judged),
+        "judged": len(scores),
         "loss": mean("loss"),
         "legibility": mean("legibility"),
         "style": mean("style"),
@@ -168,29 +212,35 @@ def summarise(
     }
 
 
-def lived(people: Sequence[Participant], state: RunState, fleet: Sequence[FleetRound]) -> dict[str, Any]:
-    """What a fleet's life came to: simulated time, energy, who was lost, and how evenly devices took part."""
-    rounds = {name: facts.rounds for name, facts in state.devices.items()}
+def fleet_summary(people: Sequence[Participant], state: RunState, fleet: Sequence[FleetRound]) -> dict[str, Any]:
+    """Summarize a timed fleet: simulated time, energy, lost devices, and how evenly devices participated.
+
+    Args:
+        people: all participants.
+        state: state after the last round.
+        fleet: outcomes by round.
+    """
+    rounds = {name: metrics.rounds for name, metrics in state.devices.items()}
     rounds = {person.name: rounds.get(person.name, 0) for person in people}
     dropped = [record.train.dropped for record in state.history if record.train]
     return {
         "hours": fleet[-1].ended / 3600,
-        "kwh": sum(facts.joules for facts in fleet) / 3.6e6,
-        "battery_kwh": sum(facts.drained for facts in fleet) / 3.6e6,
-        "lost": dict(sorted(sum((Counter(facts.lost) for facts in fleet), Counter[str]()).items())),
+        "kwh": sum(outcome.joules for outcome in fleet) / 3.6e6,
+        "battery_kwh": sum(outcome.drained for outcome in fleet) / 3.6e6,
+        "lost": dict(sorted(sum((Counter(outcome.lost) for outcome in fleet), Counter[str]()).items())),
         "late": sum(counts.get("late", 0) for counts in dropped),
         "rounds": rounds,
         "gini": gini(list(rounds.values())),
     }
 
 
-def report_evaluation(file: Path, people: Sequence[Participant], judged: Mapping[str, Mapping[str, Judged]]) -> None:
-    """Every person's numbers, for paired comparisons."""
+def write_evaluation(file: Path, people: Sequence[Participant], scores: Mapping[str, Mapping[str, ArmScores]]) -> None:
+    """Write every person's scores as JSON, for paired comparisons."""
     rows = [
-        {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(one) for arm, one in judged[p.name].items()}}
+        {"name": p.name, "kind": p.kind, **{arm: dataclasses.asdict(score) for arm, score in scores[p.name].items()}}
         for p in people
     ]
-    atomic_files.write(file, json.dumps(finite(rows), indent=1, allow_nan=False).encode())
+    atomic_files.write(file, json.dumps(nan_to_none(rows), indent=1, allow_nan=False).encode())
 
 
 def build_report(
@@ -198,74 +248,95 @@ def build_report(
     base: Base,
     adapters: Path,
     people: Sequence[Participant],
-    chosen: Sequence[Participant],
+    evaluated: Sequence[Participant],
     state: RunState,
-    judged: Mapping[str, Mapping[str, Judged]],
-    drawn: Mapping[str, Gallery],
+    scores: Mapping[str, Mapping[str, ArmScores]],
+    galleries: Mapping[str, Gallery],
     summary: dict[str, Any],
     command: str,
     fleet: Sequence[FleetRound] = (),
 ) -> Report:
-    """The page's content."""
+    """Build the contents of the report page.
+
+    Args:
+        config: configuration of the run.
+        base: base of the run.
+        adapters: folder of the written adapters.
+        people: all participants.
+        evaluated: participants that were evaluated.
+        state: state after the last round.
+        scores: scores by person and arm.
+        galleries: galleries by person.
+        summary: contents of `summary.json`.
+        command: command that repeats the run.
+        fleet: outcomes of a timed fleet by round.
+    """
     rounds = totals.rows(state.history)
-    for row, facts in zip(rounds, fleet, strict=False):
-        row.update(joules=facts.joules, hours=facts.ended / 3600, lost=facts.lost)
+    for row, outcome in zip(rounds, fleet, strict=False):
+        row.update(joules=outcome.joules, hours=outcome.ended / 3600, lost=outcome.lost)
     return Report(
         title=title(people),
         command=command,
         config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
         summary=summary,
         rounds=rounds,
-        devices=[device_row(person, state, judged[person.name]) for person in chosen],
-        gallery=gallery([person for person in chosen if person.name in drawn], drawn),
+        devices=[device_row(person, state, scores[person.name]) for person in evaluated],
+        gallery=gallery([person for person in evaluated if person.name in galleries], galleries),
         use=loading_snippet(base, adapters),
         strategy=config.strategy.aggregation,
-        rates=rates(people, base),
+        rates=rate_source(people, base),
         letters=all(person.kind != "own" for person in people),
         footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
     )
 
 
-def rates(people: Sequence[Participant], base: Base) -> str:
-    """Where the devices' seconds and joules come from."""
-    words = {
+def rate_source(people: Sequence[Participant], base: Base) -> str:
+    """Say where the devices' seconds and joules come from."""
+    sources = {
         False: "from the rates that their profiles state for this base",
-        True: f"predicted from the operations of one training pass of this base at {base.resolution} pixels and what "
-        "the devices' hardware sustains, as anther device plan does",
+        True: f"predicted from the operations of one training pass of this base at {base.resolution} pixels and the "
+        "sustained speed of the devices' hardware, as anther device plan does",
     }
-    return "; ".join(words[kind] for kind in sorted({person.hardware.predicted for person in people}))
+    return "; ".join(sources[kind] for kind in sorted({person.hardware.predicted for person in people}))
 
 
-def device_row(person: Participant, state: RunState, judged: Mapping[str, Judged]) -> DeviceRow:
-    """What one device did over all rounds; nothing, if it was never asked."""
-    facts = state.devices.get(person.name, zero_metrics())
-    return totals.device_row(person.name, person.profile, facts, {arm: one.loss for arm, one in judged.items()})
+def device_row(person: Participant, state: RunState, scores: Mapping[str, ArmScores]) -> DeviceRow:
+    """Build the report's row of one device over all rounds; zeros if it was never asked."""
+    metrics = state.devices.get(person.name, zero_metrics())
+    return totals.device_row(person.name, person.profile, metrics, {arm: score.loss for arm, score in scores.items()})
 
 
-def gallery(people: Sequence[Participant], drawn: Mapping[str, Gallery]) -> list[GalleryRow]:
-    """The rows of the page's gallery, all their pictures small enough for one page."""
-    shown_of = {person.name: person.pictures.train[:GIVEN] for person in people}
-    counts = (sum(map(len, drawn[name].arms.values())) + len(given) for name, given in shown_of.items())
+def gallery(people: Sequence[Participant], galleries: Mapping[str, Gallery]) -> list[GalleryRow]:
+    """Build the rows of the report's gallery, with pictures that together fit one page."""
+    training = {person.name: person.pictures.train[:MAX_TRAINING_PICTURES] for person in people}
+    counts = (sum(map(len, galleries[name].arms.values())) + len(pictures) for name, pictures in training.items())
     thumbnail = Thumbnails(sum(counts))
-    return [gallery_row(person, shown_of[person.name], drawn[person.name], thumbnail) for person in people]
+    return [gallery_row(person, training[person.name], galleries[person.name], thumbnail) for person in people]
 
 
 def gallery_row(
-    person: Participant, given: Sequence[Picture], drawn: Gallery, thumbnail: Callable[[np.ndarray], Thumbnail]
+    person: Participant, training: Sequence[Picture], shown_arms: Gallery, thumbnail: Callable[[np.ndarray], Thumbnail]
 ) -> GalleryRow:
-    """One row of the page's gallery."""
+    """Build one row of the report's gallery.
+
+    Args:
+        person: whose row it is.
+        training: training pictures to show.
+        shown_arms: held-out and generated pictures.
+        thumbnail: converts pixels [H, W] or [H, W, 3] to a thumbnail.
+    """
     return GalleryRow(
         name=person.name,
         kind={"hand": "handwriting", "individual": "individual design"}.get(person.kind, "own pictures"),
-        given=[thumbnail(picture.at_least(SIDE)) for picture in given],
-        given_captions=[shown(picture.caption) for picture in given],
-        captions=[shown(caption) for caption in drawn.captions],
-        arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in drawn.arms.items()},
+        given=[thumbnail(picture.at_least(SIDE)) for picture in training],
+        given_captions=[shown(picture.caption) for picture in training],
+        captions=[shown(caption) for caption in shown_arms.captions],
+        arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in shown_arms.arms.items()},
         gave=len(person.pictures.train),
     )
 
 
 def title(people: Sequence[Participant]) -> str:
-    """What happened, in a line."""
+    """Return the title of the report."""
     learned = "pictures" if any(person.kind == "own" for person in people) else "letters"
     return f"{len(people)} {'device' if len(people) == 1 else 'devices'} learned their own {learned} together"

@@ -1,26 +1,26 @@
-"""Estimated duration of the work after the last round, in rounds, known before it begins."""
+"""Estimated work after the last round, in rounds, for the display of the time left."""
 
 from __future__ import annotations
 
 from conf.schemas.simulation import SimulationConfig
 
 TRAINED, DRAWN = 3.0, 1.0
-"""Work per example: forward and backward pass (which costs about twice the forward pass), or forward pass only."""
+"""Work per example: forward and backward pass (about twice the forward pass), or forward pass only."""
 
 
-def after_rounds(config: SimulationConfig) -> float:
+def work_after_rounds(config: SimulationConfig) -> float:
     """Estimate the work after the last round, in rounds: personal adapters, local baselines, the gallery.
 
     Early stopping may end training sooner, so this is more often an overestimate than an underestimate.
     """
     data, shared, personal = config.data, config.adapter.shared, config.adapter.personal
-    judged = config.evaluation.devices or max(data.writers, len(data.pictures))
+    evaluated = config.evaluation.devices or max(data.writers, len(data.pictures))
     sampled = config.fleet.sample or data.count()
     measured = (config.fleet.evaluate or sampled) * data.validation * config.evaluation.timesteps * DRAWN
     one_round = sampled * shared.steps * shared.batch_size * TRAINED + measured
     steps = personal.steps + (config.rounds * shared.steps + personal.steps if config.evaluation.local else 0)
-    trained = judged * steps * personal.batch_size * TRAINED
+    trained = evaluated * steps * personal.batch_size * TRAINED
     arms = 3 if config.evaluation.local else 2  # base and shared draw each caption once for all devices
     guided = 2 if config.evaluation.guidance > 1 else 1
-    drawn = judged * config.evaluation.gallery * arms * config.evaluation.steps * guided * DRAWN
+    drawn = evaluated * config.evaluation.gallery * arms * config.evaluation.steps * guided * DRAWN
     return (trained + drawn) / one_round

@@ -1,6 +1,6 @@
-"""A fleet that lives on a virtual clock, of devices without a base: for tests of rounds that take time.
+"""Timed fleet of fake devices without a base, for tests of rounds that take time.
 
-One training example takes a device of speed 1 a second; a pass of rank r takes r MiB.
+At speed 1, a training example takes one second. A pass of rank r takes r MiB.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ ALWAYS = DailySchedule([0.0, 24.0], [0.0, 24.0])
 RUNTIME = 256.0  # MiB
 
 
-def owned(
+def virtual_device(
     name: str,
     *,
     speed: float = 1.0,
     memory_mib: float = 1024.0,
     battery_wh: float | None = None,
     charge: float = 0.0,
-    hours: Availability = ALWAYS,
+    availability: Availability = ALWAYS,
     **profile: Any,
 ) -> VirtualDevice:
-    """A device; links take a second for 125 kB unless `uplink_mbps` or `downlink_mbps` say otherwise."""
-    kind = ProfileConfig(name="p", device="p", **{"uplink_mbps": 1.0, "downlink_mbps": 1.0} | profile)
+    """Build a device; its links transfer 125 kB a second unless `uplink_mbps` or `downlink_mbps` is given."""
+    profile_config = ProfileConfig(name="p", device="p", **{"uplink_mbps": 1.0, "downlink_mbps": 1.0} | profile)
     device = DeviceProfileConfig(
         name="p",
         memory_gib=memory_mib / 1024,
@@ -58,16 +58,23 @@ def owned(
         watts_busy=5.0,
         battery_wh=battery_wh,
     )
-    found = Hardware(kind, device.memory_gib, speed, device.watts_busy, device)
     return VirtualDevice(
-        name=name, hardware=found, body=PowerModel.of(kind, device), hours=hours, state=DeviceState(0.0, charge)
+        name=name,
+        hardware=Hardware(profile_config, device.memory_gib, speed, device.watts_busy, device),
+        power_model=PowerModel.of(profile_config, device),
+        availability=availability,
+        state=DeviceState(0.0, charge),
     )
 
 
-def timed(
-    folder: Path, *fleet: VirtualDevice, devices: list[FakeDevice] | None = None, perform: Any = perform, **more: Any
+def timed_grid(
+    folder: Path,
+    *virtual_devices: VirtualDevice,
+    devices: list[FakeDevice] | None = None,
+    perform: Any = perform,
+    seed: int = 0,
 ):
-    """The grid of a fleet, and its lives."""
-    lives = VirtualFleet(folder / "fleet", {each.name: each for each in fleet})
-    found = devices or [FakeDevice(each.name) for each in fleet]
-    return TimedGrid(found, perform, lives=lives, costs=COSTS, seed=more.pop("seed", 0)), lives  # type: ignore[arg-type]
+    """Return the grid of these devices, and the fleet."""
+    fleet = VirtualFleet(folder / "fleet", {device.name: device for device in virtual_devices})
+    clients = devices or [FakeDevice(device.name) for device in virtual_devices]
+    return TimedGrid(clients, perform, fleet=fleet, costs=COSTS, seed=seed), fleet  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 from common.errors import AntherError
 from conf.compose import compose
 from simulations import simulate
-from simulations.report.time_left import after_rounds
+from simulations.report.time_left import work_after_rounds
 from simulations.run import resume_command
 from tests.simulations.test_run import BARE, TINY, environment, run
 
@@ -70,5 +70,7 @@ def test_work_after_the_rounds_is_told_in_rounds() -> None:
     )
     config = compose(f"{few} {training} data.validation=4 evaluation.timesteps=2")
     # 10 devices × 8 steps of 5 examples, at 3 each, in rounds of 5 × 2 × 3 such, and 5 × 4 × 2 looked at, at 1 each
-    assert after_rounds(config) == pytest.approx(10 * 8 * 5 * 3 / (5 * 2 * 3 * 3 + 5 * 4 * 2))
-    assert after_rounds(compose("data.writers=10")) > after_rounds(compose("data.writers=10 evaluation.local=false"))
+    assert work_after_rounds(config) == pytest.approx(10 * 8 * 5 * 3 / (5 * 2 * 3 * 3 + 5 * 4 * 2))
+    assert work_after_rounds(compose("data.writers=10")) > work_after_rounds(
+        compose("data.writers=10 evaluation.local=false")
+    )

@@ -46,7 +46,7 @@ class Fleet:
             sqlite3.connect = lambda *args, **kwargs: self._watched(connect(*args, **kwargs))  # type: ignore[assignment]
         database = Database(folder / FILE)
         devices = [make_device(database.device(name), name=name) for name in NAMES]
-        self.grid = CohortGrid(devices, self.perform, storage=database.together)
+        self.grid = CohortGrid(devices, self.perform, group_commit=database.group_commit)
 
     def serve(self) -> None:
         asked = self.folder / "asked"  # as many bytes as rounds; after a crash the last is asked for again
@@ -184,7 +184,7 @@ def test_without_the_commits_the_checks_fail(tmp_path: Path) -> None:
     class Hasty(Fleet):
         def __init__(self, folder: Path, kill_at: int) -> None:
             super().__init__(folder, kill_at)
-            self.grid._storage = _uncommitted(self.grid._storage)  # type: ignore[assignment]
+            self.grid._group_commit = _uncommitted(self.grid._group_commit)  # type: ignore[assignment]
 
     def caught(step: int) -> bool:
         folder = tmp_path / str(step)

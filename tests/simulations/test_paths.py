@@ -70,14 +70,14 @@ def node_config(pictures, folder, owner):
     return private | {"partition-id": 0}
 
 
-def by_grid(base, pictures, folder, *, together):
+def by_grid(base, pictures, folder, *, batched):
     replies = []
     work = partial(perform, base, memory=2**28, timesteps=2)
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)  # what was shared without noise can't be followed by an ε
         devices = [from_config(node_config(pictures, folder, owner), base) for owner in "ab"]
-        grid = CohortGrid(devices, work, together=together)
+        grid = CohortGrid(devices, work, batched=batched)
         messages = [
             Message(records.request_to_records(request), node, records.message_type(request)) for node in (1, 2)
         ]
@@ -126,9 +126,9 @@ def test_all_paths_reply_alike(base, pictures, pipeline_folder, tmp_path, monkey
         monkeypatch.setenv("ANTHER_HOME", str(tmp_path / name / "home"))
         return tmp_path / name
 
-    serial = by_grid(base, pictures, afresh("serial"), together=False)
+    serial = by_grid(base, pictures, afresh("serial"), batched=False)
     assert len(serial) == 10
-    cohort = by_grid(base, pictures, afresh("cohort"), together=True)
+    cohort = by_grid(base, pictures, afresh("cohort"), batched=True)
     flower = by_app(base, pictures, afresh("flower"), pipeline_folder)
     for one, two, three in zip(serial, cohort, flower, strict=True):
         near(read(one), read(two))

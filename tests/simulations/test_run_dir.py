@@ -14,7 +14,7 @@ from conf.compose import compose
 from models.base.base import Base
 from privacy.storage import FileStorage
 from simulations import run_dir
-from simulations.fleet.participants import identity, participants
+from simulations.fleet.participants import own_pictures_hash, participants
 from tests.simulations.test_run import own_pictures
 
 FRESH, RESUMED = compose("data.writers=0 data.pictures=[x]"), compose("data.writers=0 data.pictures=[x] resume=true")
@@ -36,7 +36,7 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Calla
 
     def now() -> str:
         config = compose(f"data.writers=1 'data.pictures=[{mine}]'")
-        found = identity(participants(config, base, lambda name: FileStorage(tmp_path / name)))
+        found = own_pictures_hash(participants(config, base, lambda name: FileStorage(tmp_path / name)))
         assert found is not None
         return found
 
@@ -50,14 +50,17 @@ def test_replaced_pictures_are_refused(base: Base, tmp_path: Path, change: Calla
 
 
 def test_letters_alone_have_no_pictures_of_ones_own(base: Base, tmp_path: Path) -> None:
-    assert identity(participants(compose("data.writers=2"), base, lambda name: FileStorage(tmp_path / name))) is None
+    assert (
+        own_pictures_hash(participants(compose("data.writers=2"), base, lambda name: FileStorage(tmp_path / name)))
+        is None
+    )
 
 
 def test_runs_of_before_are_resumed_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir.claim(tmp_path / "run", FRESH, ASSETS, memory=7)
     assert "background" not in json.loads((tmp_path / "run/run.json").read_text())["config"]["data"]
     assert run_dir.claim(tmp_path / "run", RESUMED, {**ASSETS, run_dir.PICTURES: "p"}, memory=9) == 7
-    assert "isn't known" in caplog.text
+    assert "is unknown" in caplog.text
 
 
 def test_a_setting_that_was_added_counts_once_it_is_chosen(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def federated(base: Base, folder: Path, overrides: str, *, saved: RunState | Non
     strategy = build(config, plan, base.sites, accept_simulated=True, ledger=ledger)
     people = participants(config, base, lambda name: FileStorage(folder / name))
     grid = CohortGrid(
-        [person.device for person in people], partial(perform, base, memory=2**28, timesteps=1), together=True
+        [person.device for person in people], partial(perform, base, memory=2**28, timesteps=1), batched=True
     )
     state = saved or RunState.start(run="run", private=strategy.private, adapter=init_adapter(base.sites, 4, seed=0))
     return run_rounds(

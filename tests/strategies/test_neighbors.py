@@ -167,7 +167,7 @@ def two_rounds(
         seen.steps.extend(told if asked[0].client == NAMES[0] else [])
         return found
 
-    grid = CohortGrid(devices, performed, together=mode.together)
+    grid = CohortGrid(devices, performed, batched=mode.together)
     current = records.adapter_to_record(tensor_codec.encode(to_tensors(adapter(base, 1, federated.lora_xs_bases))))
     for number in (1, 2):
         seen.adapters.append(records.adapter_from_record(current))

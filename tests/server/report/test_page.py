@@ -143,7 +143,7 @@ def test_says_what_happened() -> None:
     text = text_of(render(report()))
     assert "Two devices learned together" in text
     assert "Each of 2 devices gave 2 pictures" in text
-    assert "loss falls 20 % below the base's; a device alone gets 12 %" in text
+    assert "loss falls 20 % below the base's; local training gets 12 %" in text
     assert "No differential privacy" in text
     assert "estimate" in text
     assert "anther simulate rounds=3 seed=5" in text

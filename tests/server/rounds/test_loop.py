@@ -272,7 +272,7 @@ def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
 
 
 def test_fedit_runs_the_same_loop(tmp_path):
-    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform, together=False)
+    grid = CohortGrid([FakeDevice("a"), FakeDevice("b")], perform, batched=False)
     state = run_rounds(
         grid=grid,
         strategy=strategy(aggregation=FedIT()),

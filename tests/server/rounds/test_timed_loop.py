@@ -28,7 +28,7 @@ from strategies.selection.sample import Sample
 from strategies.server_optimizers import FedAvgM
 from strategies.strategy import Federated
 from tests.helpers.fleet import PLAN, REPORT, SITES, FakeDevice, fresh_state, handle, strategy
-from tests.helpers.timed_fleet import RUNTIME, owned, timed
+from tests.helpers.timed_fleet import RUNTIME, timed_grid, virtual_device
 
 WORK = PLAN.steps * PLAN.batch_size
 PRIVATE = replace(
@@ -57,7 +57,7 @@ def run(
     **more,
 ):
     """The state after so many rounds, and the lives; asynchronous where `size` says how many updates make one."""
-    grid, lives = timed(folder, *fleet, **more)
+    grid, lives = timed_grid(folder, *fleet, **more)
     if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
@@ -73,7 +73,7 @@ def run(
         pace=pace,
         round_runner=round_runner or None,
         present=0,
-        keep=lives.keep,
+        keep=lives.save,
     )
     return found, lives
 
@@ -87,7 +87,7 @@ def times(lives):
 
 
 def speeds(*values):
-    return [owned(name, speed=value) for name, value in zip("abcdefgh", values, strict=False)]
+    return [virtual_device(name, speed=value) for name, value in zip("abcdefgh", values, strict=False)]
 
 
 def test_a_round_ends_with_enough_replies_and_counts_who_came_late(tmp_path):
@@ -120,7 +120,7 @@ def test_who_is_too_slow_for_the_deadline_is_not_waited_for(tmp_path):
 
 
 def test_whoever_needs_too_much_memory_stops_nothing(tmp_path):
-    fleet = [owned(name, memory_mib=RUNTIME + 1) for name in "ab"]
+    fleet = [virtual_device(name, memory_mib=RUNTIME + 1) for name in "ab"]
     found, lives = run(tmp_path, *fleet)
     assert torch.equal(found.adapter["x"].a, fresh_state().adapter["x"].a)
     assert [facts.lost for facts in lives.log.rounds] == [{}, {"killed: memory": 2}, {"killed: memory": 2}]
@@ -132,17 +132,17 @@ def test_whoever_needs_too_much_memory_stops_nothing(tmp_path):
 
 
 def test_a_round_waits_for_somebody_to_ask_and_goes_by_if_nobody_comes(tmp_path):
-    away = [owned("a", hours=DailySchedule([], [0.0, 24.0]))]
+    away = [virtual_device("a", availability=DailySchedule([], [0.0, 24.0]))]
     found, lives = run(tmp_path / "never", *away)
     assert [done.train.asked for done in found.history[1:]] == [0, 0]
     assert times(lives) == [0, 100, 200]
-    later = [owned("a", hours=DailySchedule([1.0, 24.0], [0.0, 24.0]))]
+    later = [virtual_device("a", availability=DailySchedule([1.0, 24.0], [0.0, 24.0]))]
     for size in (None, 1):
         found, lives = run(tmp_path / f"later {size}", *later, size=size, timeout=7200.0)
         assert [done.train.replied for done in found.history[1:]] == [1, 1]
         assert 3600 < lives.log.rounds[1].ended < 3600 + 700
     nobody = strategy(selection=Poisson(rate=0.5, coins=lambda _: Tails()))
-    found, lives = run(tmp_path / "tails", owned("a"), chosen=nobody)
+    found, lives = run(tmp_path / "tails", virtual_device("a"), chosen=nobody)
     assert times(lives) == [0, 0, 0]  # that sample is not drawn again
 
 
@@ -165,7 +165,7 @@ def test_below_the_quorum_the_adapter_is_kept(tmp_path):
 def test_the_same_seed_gives_the_same_run(tmp_path, size):
     def once(folder, seed):
         fleet = [
-            owned(name, drop_out=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
+            virtual_device(name, drop_out=0.999, speed=0.01 * (2 + ord(name) % 3), battery_wh=5.0, charge=4.0)
             for name in "abcdef"
         ]
         chosen = strategy(selection=Sample(size=4, seed=3))
@@ -178,7 +178,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path, size):
 
 def test_killed_and_resumed_it_is_the_same_run(tmp_path):
     def fleet():
-        return [owned(name, speed=0.1, battery_wh=2.0, charge=1.5, hot_after=60.0, hot_speed=0.5) for name in "abc"]
+        return [
+            virtual_device(name, speed=0.1, battery_wh=2.0, charge=1.5, hot_after=60.0, hot_speed=0.5) for name in "abc"
+        ]
 
     whole, lives = run(tmp_path / "whole", *fleet(), rounds=4, timeout=1e4)
     run(tmp_path / "parts", *fleet(), rounds=2, timeout=1e4)
@@ -220,7 +222,7 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
         return let_in(asked, *given, **named)
 
     chosen.let_in = noted
-    grid, lives = timed(tmp_path, *speeds(1.0, 0.3))
+    grid, lives = timed_grid(tmp_path, *speeds(1.0, 0.3))
     pace = RoundLimits(clock=lives.clock, timeout=1000.0)
     round_runner = FedBuffRunner(grid, chosen, pace, shift=rebase_factors, size=4, concurrency=2)
     run_rounds(
@@ -278,13 +280,13 @@ def test_a_round_that_everybody_declines_is_over(tmp_path):
 
 @pytest.mark.parametrize(("size", "rounds"), [(None, 25), (3, 60)])
 def test_who_is_given_up_is_counted_when_it_comes_and_forgotten_after_ten_rounds(tmp_path, monkeypatch, size, rounds):
-    grids, made = [], timed
+    grids, made = [], timed_grid
 
     def kept(*given, **named):
         grids.append(made(*given, **named))
         return grids[-1]
 
-    monkeypatch.setattr(f"{__name__}.timed", kept)
+    monkeypatch.setattr(f"{__name__}.timed_grid", kept)
     found, _ = run(tmp_path / "late", *speeds(8.0, 8.0, 0.6), rounds=rounds, timeout=10.0, size=size)
     assert sum(done.train.dropped.get("late", 0) for done in found.history[1:]) > 0
     run(tmp_path / "never", *speeds(8.0, 8.0, 0.01), rounds=rounds, timeout=10.0, size=size)
@@ -394,8 +396,8 @@ def test_whoever_is_left_fills_a_round_when_the_others_have_gone(tmp_path, monke
 
     seen = given(monkeypatch)
     hours = [DailySchedule([0.0, end], [0.0, 24.0]) for end in (24.0, 4 / 3600, 4 / 3600)]
-    fast = [owned(name, speed=8.0, hours=each) for name, each in zip("abc", hours, strict=True)]
-    slow = [owned(name) for name in "def"]
+    fast = [virtual_device(name, speed=8.0, availability=each) for name, each in zip("abc", hours, strict=True)]
+    slow = [virtual_device(name) for name in "def"]
     devices = [*map(FakeDevice, "abc"), *(FakeDevice(name, misbehave=fail) for name in "def")]
     _, lives = run(tmp_path, *fast, *slow, devices=devices, rounds=1, timeout=1e4, size=6, concurrency=6)
     assert seen == [{"a": 4, "b": 1, "c": 1}]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from models.families.known_device import find_base
 
 from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
@@ -10,20 +11,19 @@ from conf.compose import compose
 from conf.schemas.planning import device_profile
 from models.base.base import Base, load
 from models.families.family import ATTENTION
-from models.families.known import find_base
 from models.footprint.footprint import example_shapes, footprint, meta_denoiser
 from privacy.storage import FileStorage
-from simulations.fleet.costs import costs
-from simulations.fleet.hardware import hardware, turn
+from simulations.fleet.costs import build_costs
+from simulations.fleet.hardware import build_hardware, profile_cycle
 from simulations.fleet.participants import participants
-from simulations.fleet.virtual_fleet import lives
+from simulations.fleet.virtual_fleet import build_virtual_fleet
 from tests.helpers.fleet import PLAN
 from tests.helpers.timed_fleet import COSTS
 
 
 def test_profiles_are_dealt_by_their_shares():
     fleet = compose("fleet=week").fleet
-    dealt = turn(fleet)
+    dealt = profile_cycle(fleet)
     assert len(dealt) == sum(profile.share for profile in fleet.profiles) == 10
     assert [dealt.count(profile) for profile in fleet.profiles] == [profile.share for profile in fleet.profiles]
 
@@ -31,50 +31,51 @@ def test_profiles_are_dealt_by_their_shares():
 def test_what_a_file_does_not_state_is_its_hardwares_and_predicted():
     phone = "{name: p, device: pixel8, uplink_mbps: 1, downlink_mbps: 1"
     fleet = compose(f"'fleet.profiles=[{phone}}},{phone}, memory_gib: 1, examples_per_second: 0.5, watts: 2}}]'").fleet
-    silent, stated = hardware(fleet, COSTS, 3)
+    silent, stated = build_hardware(fleet, COSTS, 3)
     device = device_profile("pixel8")
     assert (silent.memory_gib, silent.watts) == (device.memory_gib, device.watts_busy)
     assert silent.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, device))
     assert (stated.memory_gib, stated.examples_per_second, stated.watts) == (1, 0.5, 2)
-    assert stated.known.memory_gib == 1
+    assert stated.known_device.memory_gib == 1
     assert stated.seconds(PLAN, COSTS) == pytest.approx(PLAN.steps * PLAN.batch_size / 0.5)
     with pytest.raises(AntherError, match=r"fleet\.profiles: p: device=toaster: no such device"):
-        hardware(compose(f"'fleet.profiles=[{phone.replace('pixel8', 'toaster')}}}]'").fleet, COSTS, 3)
+        build_hardware(compose(f"'fleet.profiles=[{phone.replace('pixel8', 'toaster')}}}]'").fleet, COSTS, 3)
 
 
 def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
     (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
 
     config = compose("fleet=week data.writers=10")
-    people, taken = participants(config, base, lambda name: FileStorage(tmp_path / name)), costs(config, base)
+    people, taken = participants(config, base, lambda name: FileStorage(tmp_path / name)), build_costs(config, base)
 
     def born(**changes):
-        return lives(replace(config, **changes), people, tmp_path).fleet
+        return build_virtual_fleet(replace(config, **changes), people, tmp_path).devices
 
     first, again, other = born(), born(), born(seed=1)
     assert all(
-        owned.body.capacity is None or 0.3 <= owned.moment.charge / owned.body.capacity <= 1 for owned in first.values()
+        owned.power_model.capacity is None or 0.3 <= owned.moment.charge / owned.power_model.capacity <= 1
+        for owned in first.values()
     )
     moments = [[owned.at(80_000.0) for owned in fleet.values()] for fleet in (first, again, other)]
     assert moments[0] == moments[1] != moments[2]
     for owned in first.values():
-        rate = 1 / taken.example_seconds(8, owned.hardware.known)
+        rate = 1 / taken.example_seconds(8, owned.hardware.known_device)
         assert owned.hardware.examples_per_second == pytest.approx(rate)
     traced = born(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
-    assert {owned.hours.plugged(1800.0) for owned in traced.values()} == {True}
-    assert {owned.hours.plugged(7200.0) for owned in traced.values()} == {False}
+    assert {owned.availability.plugged(1800.0) for owned in traced.values()} == {True}
+    assert {owned.availability.plugged(7200.0) for owned in traced.values()} == {False}
 
 
 def test_a_rate_counts_for_the_base_that_it_was_measured_on(base: Base):
     """For another base, or another resolution of it, it is predicted as client.cli.plan does."""
     fleet = compose("fleet=mixed").fleet
     glyphs = load("glyphs", sites=r".*\.attn[12]\.to_(q|k|v|out\.0)")
-    stated = hardware(fleet, COSTS, 3, glyphs)
+    stated = build_hardware(fleet, COSTS, 3, glyphs)
     assert [kind.examples_per_second for kind in stated] == [25, 56, 77, 47, 110, 140]
     assert not any(kind.predicted for kind in stated)
     larger = load("glyphs", sites="conv_in", resolution=2 * glyphs.resolution)
     for other in (base, larger):
-        for kind in hardware(fleet, COSTS, 3, other):
+        for kind in build_hardware(fleet, COSTS, 3, other):
             assert kind.predicted
             assert kind.device is not None
             assert kind.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, kind.device))
@@ -83,7 +84,7 @@ def test_a_rate_counts_for_the_base_that_it_was_measured_on(base: Base):
 
 def test_a_rate_of_the_runs_own_base_counts_whatever_it_is(base: Base):
     own = "{name: p, memory_gib: 1, examples_per_second: 0.5, watts: 2, uplink_mbps: 1, downlink_mbps: 1}"
-    (kind,) = hardware(compose(f"'fleet.profiles=[{own}]'").fleet, COSTS, 3, base)
+    (kind,) = build_hardware(compose(f"'fleet.profiles=[{own}]'").fleet, COSTS, 3, base)
     assert (kind.examples_per_second, kind.predicted) == (0.5, False)
     with pytest.raises(AntherError, match="measured_on=glyphs of p: name its hardware too"):
         compose(f"'fleet.profiles=[{own[:-1]}, measured_on: glyphs}}]'")

@@ -13,7 +13,7 @@ from models.base.base import Base
 from privacy.accounting import NonPrivate, PoissonGaussian
 from privacy.policy import Policy, RequestRefusedError
 from privacy.storage import FileStorage
-from simulations.fleet.participants import Participant, judged, owners_policy, participants, slug, writers
+from simulations.fleet.participants import Participant, owners_policy, participants, select_evaluated, slug, writers
 from strategies.planning.full_plan import training_plan
 from strategies.private_evaluation import evaluation_mechanisms, measuring
 from tests.simulations.test_run import own_pictures
@@ -83,7 +83,7 @@ def test_what_a_profile_trains_at_most_is_told(base: Base, tmp_path: Path) -> No
     assert half is not None
     assert set(half) == {name for name in base.sites if "attn2" in name}
     assert 2 * len(half) == len(base.sites)
-    with pytest.raises(AntherError, match=r"fleet.profiles: sites=x9 of all: the base has none such"):
+    with pytest.raises(AntherError, match=r"fleet.profiles: sites=x9 of all matches no site of the base"):
         fleet(
             base,
             tmp_path,
@@ -170,14 +170,14 @@ def test_counts_that_do_not_fit_are_one_line(overrides: str, words: str) -> None
 
 def test_one_of_each_writer_is_judged_first(base: Base, tmp_path: Path) -> None:
     people = fleet(base, tmp_path, "data.writers=4 data.devices=12")
-    assert judged(people, None) == [person for person in people if not person.copy]
-    few, more = judged(people, 2), judged(people, 6)
-    assert {person.name for person in few} < {person.name for person in judged(people, 4)}
-    assert judged(people, 4) == judged(people, None)
+    assert select_evaluated(people, None) == [person for person in people if not person.copy]
+    few, more = select_evaluated(people, 2), select_evaluated(people, 6)
+    assert {person.name for person in few} < {person.name for person in select_evaluated(people, 4)}
+    assert select_evaluated(people, 4) == select_evaluated(people, None)
     assert sorted(person.copy for person in more) == [0, 0, 0, 0, 1, 1]
     assert [person.name for person in more] == sorted(person.name for person in more)
     everybody = fleet(base, tmp_path, "data.writers=4")
-    assert judged(everybody, None) == everybody
+    assert select_evaluated(everybody, None) == everybody
 
 
 def test_names_are_safe_for_files() -> None:

@@ -66,7 +66,7 @@ def test_a_write_by_itself_is_durable_when_it_returns(database: Database) -> Non
 def test_together_they_wait_for_the_commit(database: Database) -> None:
     ada, bob = database.device("ada"), database.device("bob")
     ada.write("x", b"0")
-    with database.together() as commit:
+    with database.group_commit() as commit:
         ada.write("x", b"1")
         assert ada.read("x") == b"1"
         reader = sqlite3.connect(database.file)
@@ -85,7 +85,7 @@ def test_an_exception_takes_back_what_was_not_committed(database: Database) -> N
     ada = database.device("ada")
 
     def fail() -> None:
-        with database.together() as commit:
+        with database.group_commit() as commit:
             ada.write("x", b"1")
             commit()
             ada.write("x", b"2")
@@ -98,7 +98,7 @@ def test_an_exception_takes_back_what_was_not_committed(database: Database) -> N
 
 def test_an_exception_within_a_journal_of_one_device_harms_no_other(database: Database) -> None:
     ada, bob = database.device("ada"), database.device("bob")
-    with database.together():
+    with database.group_commit():
         ada.write("x", b"1")
         with pytest.raises(ValueError, match="no"), bob.journal("ledger.jsonl"):
             raise ValueError("no")
@@ -106,7 +106,11 @@ def test_an_exception_within_a_journal_of_one_device_harms_no_other(database: Da
 
 
 def test_together_does_not_nest(database: Database) -> None:
-    with database.together(), pytest.raises(RuntimeError, match="wait for a commit already"), database.together():
+    with (
+        database.group_commit(),
+        pytest.raises(RuntimeError, match="in a group commit already"),
+        database.group_commit(),
+    ):
         pass
 
 
@@ -127,7 +131,7 @@ def test_after_a_failed_write_nothing_is_ever_committed(database: Database) -> N
     ada.write("x", b"0")
 
     def serve() -> None:
-        with database.together() as commit:
+        with database.group_commit() as commit:
             ada.write("x", b"1")
             # As drive does: the error of one conversation ends that one alone.
             with largest_file(1 << 20), pytest.raises(AntherError, match=r"fleet\.sqlite: can't be used"):
@@ -147,7 +151,7 @@ def test_a_commit_that_fails_commits_nothing(database: Database) -> None:
     ada.write("x", b"0")
 
     def serve() -> None:
-        with database.together() as commit:
+        with database.group_commit() as commit:
             ada.write("x", bytes(100_000))
             with largest_file(database.file.stat().st_size):
                 commit()
@@ -159,7 +163,7 @@ def test_a_commit_that_fails_commits_nothing(database: Database) -> None:
 
 
 def test_another_process_that_does_not_let_go(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simulations.fleet.storage._PATIENCE", 0.05)
+    monkeypatch.setattr("simulations.fleet.storage._LOCK_TIMEOUT", 0.05)
     database.device("ada").write("x", b"0")
     other = sqlite3.connect(database.file, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -221,7 +225,7 @@ def test_a_fleet_that_goes_on_takes_no_more_room(database: Database) -> None:
     """The sealed reply of a round makes room for that of the next; what stays is a few lines of the ledger."""
     names, sizes = [f"device {number}" for number in range(20)], []
     devices = [make_device(database.device(name), name=name) for name in names]
-    grid = CohortGrid(devices, Performer(), storage=database.together)
+    grid = CohortGrid(devices, Performer(), group_commit=database.group_commit)
     for number in range(1, 13):
         content = request_to_records(train_request(number=number, private=True, sent=to_bytes(adapter(1000)), rank=900))
         replies = list(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))

@@ -52,8 +52,8 @@ def test_cohort_gathers_jobs_and_serial_does_not():
         return perform(jobs)
 
     results = []
-    for together in (True, False):
-        grid = CohortGrid(fleet(), watched, together=together)
+    for batched in (True, False):
+        grid = CohortGrid(fleet(), watched, batched=batched)
         results.append(replies_of(grid, train_messages(grid)))
     assert seen == [["a", "b", "c"], ["a"], ["b"], ["c"]]
     assert results[0] == results[1]
@@ -94,7 +94,7 @@ def test_a_request_that_can_not_be_read_is_one_nodes_error():
 
 
 def test_waves_are_bounded_and_answered_as_they_are_read(monkeypatch):
-    monkeypatch.setattr("simulations.grid.cohort.WAVE", 3)
+    monkeypatch.setattr("simulations.grid.cohort.MAX_BATCH", 3)
     live, most, batches = weakref.WeakSet(), [], []
 
     class Talk:
@@ -124,7 +124,7 @@ def test_waves_are_bounded_and_answered_as_they_are_read(monkeypatch):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_charges_are_committed_before_jobs_and_seals_before_replies(together):
+def test_charges_are_committed_before_jobs_and_seals_before_replies(batched):
     events = []
 
     @contextmanager
@@ -136,11 +136,11 @@ def test_charges_are_committed_before_jobs_and_seals_before_replies(together):
         events.append(f"perform {len(jobs)}")
         return perform(jobs)
 
-    grid = CohortGrid(fleet(), noted, together=together, storage=storage)
+    grid = CohortGrid(fleet(), noted, batched=batched, group_commit=storage)
     for _ in grid.send_and_receive(train_messages(grid)):
         events.append("reply")
     one = ["commit", "perform 1", "commit", "reply"]
-    assert events == (["commit", "perform 3", "commit", "reply", "reply", "reply"] if together else one * 3)
+    assert events == (["commit", "perform 3", "commit", "reply", "reply", "reply"] if batched else one * 3)
 
 
 def test_a_commit_that_fails_ends_the_run_before_any_job():
@@ -154,6 +154,6 @@ def test_a_commit_that_fails_ends_the_run_before_any_job():
     def never(_jobs):
         raise AssertionError("performed without a commit")
 
-    grid = CohortGrid(fleet(), never, storage=storage)
+    grid = CohortGrid(fleet(), never, group_commit=storage)
     with pytest.raises(OSError, match="disk full"):
         list(grid.send_and_receive(train_messages(grid)))

@@ -16,7 +16,7 @@ from simulations.fleet.costs import Costs
 from simulations.fleet.outcomes import DROPPED, KILLED, gini
 from simulations.fleet.virtual_fleet import VirtualFleet
 from tests.helpers.fleet import PLAN, SITES, FakeDevice, handle, perform
-from tests.helpers.timed_fleet import COSTS, RUNTIME, owned, timed
+from tests.helpers.timed_fleet import COSTS, RUNTIME, timed_grid, virtual_device
 
 SENT = encode(to_tensors(init_adapter(SITES, 3, seed=0)))
 WORK = PLAN.steps * PLAN.batch_size  # seconds at speed 1
@@ -49,7 +49,12 @@ def ends(lives):
 
 
 def test_replies_come_when_downloads_work_and_uploads_are_over(tmp_path):
-    grid, lives = timed(tmp_path, owned("a"), owned("b", speed=4.0, uplink_mbps=0.5), owned("c", downlink_mbps=0.1))
+    grid, lives = timed_grid(
+        tmp_path,
+        virtual_device("a"),
+        virtual_device("b", speed=4.0, uplink_mbps=0.5),
+        virtual_device("c", downlink_mbps=0.1),
+    )
     found = come(grid, lives, [train(node) for node in (1, 2, 3)])
     assert [node for _, node, _ in found] == [2, 1, 3]
     times = {node: time for time, node, _ in found}
@@ -70,8 +75,13 @@ def test_what_is_under_way_is_trained_together_and_the_doomed_not_at_all(tmp_pat
         seen.append([name for name, _ in jobs])
         return perform(jobs)
 
-    fleet = [owned("a"), owned("b", speed=0.5), owned("c", memory_mib=RUNTIME + 2.9), owned("d")]
-    grid, lives = timed(tmp_path, *fleet, perform=watched)
+    fleet = [
+        virtual_device("a"),
+        virtual_device("b", speed=0.5),
+        virtual_device("c", memory_mib=RUNTIME + 2.9),
+        virtual_device("d"),
+    ]
+    grid, lives = timed_grid(tmp_path, *fleet, perform=watched)
     found = come(grid, lives, [train(node) for node in (1, 2, 3, 4)], until=1000.0)
     assert [node for _, node, _ in found] == [1, 4, 2]
     assert seen == [["a", "b", "d"]]
@@ -80,13 +90,13 @@ def test_what_is_under_way_is_trained_together_and_the_doomed_not_at_all(tmp_pat
 
 def test_who_runs_flat_is_used_or_vanishes_never_replies(tmp_path):
     fleet = [
-        owned("a", battery_wh=10.0, charge=0.005),  # 18 J
-        owned("b", leaves=True, hours=DailySchedule([0.0, 24.0], [0.0, 5 / 3600])),
-        owned("c", drop_out=0.9999999, speed=1e-3),
-        owned("d", hours=DailySchedule([], [0.0, 24.0])),
-        owned("e"),
+        virtual_device("a", battery_wh=10.0, charge=0.005),  # 18 J
+        virtual_device("b", leaves=True, availability=DailySchedule([0.0, 24.0], [0.0, 5 / 3600])),
+        virtual_device("c", drop_out=0.9999999, speed=1e-3),
+        virtual_device("d", availability=DailySchedule([], [0.0, 24.0])),
+        virtual_device("e"),
     ]
-    grid, lives = timed(tmp_path, *fleet)
+    grid, lives = timed_grid(tmp_path, *fleet)
     assert list(grid.get_node_ids()) == [1, 2, 3, 5]  # what isn't plugged in, without a battery, is off
     found = come(grid, lives, [train(node) for node in (1, 2, 3, 4, 5)], until=20_000.0)
     assert [node for _, node, _ in found] == [5]
@@ -96,8 +106,8 @@ def test_who_runs_flat_is_used_or_vanishes_never_replies(tmp_path):
 
 def test_the_same_seed_loses_the_same_devices(tmp_path):
     def lost(seed):
-        fleet = [owned(name, drop_out=0.5, speed=WORK / 3600) for name in "abcdefghij"]
-        grid, lives = timed(tmp_path, *fleet, seed=seed)
+        fleet = [virtual_device(name, drop_out=0.5, speed=WORK / 3600) for name in "abcdefghij"]
+        grid, lives = timed_grid(tmp_path, *fleet, seed=seed)
         found = come(grid, lives, [train(node) for node in range(1, 11)], until=10_000.0)
         assert ends(lives).lost == {DROPPED: 10 - len(found)}
         return [(time, node) for time, node, _ in found]
@@ -108,7 +118,7 @@ def test_the_same_seed_loses_the_same_devices(tmp_path):
 
 
 def test_a_device_does_one_thing_after_another(tmp_path):
-    grid, lives = timed(tmp_path, owned("a"))
+    grid, lives = timed_grid(tmp_path, virtual_device("a"))
     found = come(grid, lives, [train(1, number) for number in (1, 2)])
     each = LINK + WORK + len(found[0][2].adapter) * 8 / 1e6
     assert [time for time, *_ in found] == pytest.approx([each, 2 * each])
@@ -117,8 +127,10 @@ def test_a_device_does_one_thing_after_another(tmp_path):
 
 def test_a_report_says_how_the_device_is_now(tmp_path):
     night = DailySchedule([0.0, 1.0], [0.0, 2.0])
-    grid, lives = timed(
-        tmp_path, owned("a", battery_wh=10.0, charge=5.0, charger_watts=5.0, hours=night, hot_after=6.0), owned("b")
+    grid, lives = timed_grid(
+        tmp_path,
+        virtual_device("a", battery_wh=10.0, charge=5.0, charger_watts=5.0, availability=night, hot_after=6.0),
+        virtual_device("b"),
     )
 
     def reports():
@@ -142,7 +154,9 @@ def test_a_refusal_and_an_unreadable_request_are_answered_at_once(tmp_path):
     def refuse(_reply):
         raise RuntimeError
 
-    grid, _ = timed(tmp_path, owned("a"), owned("b"), devices=[FakeDevice("a", misbehave=refuse), FakeDevice("b")])
+    grid, _ = timed_grid(
+        tmp_path, virtual_device("a"), virtual_device("b"), devices=[FakeDevice("a", misbehave=refuse), FakeDevice("b")]
+    )
     broken = train(2)
     broken.content["message"] = ConfigRecord({"json": "{"})
     replies = list(grid.send_and_receive([train(1), broken]))
@@ -152,25 +166,25 @@ def test_a_refusal_and_an_unreadable_request_are_answered_at_once(tmp_path):
 
 def test_a_life_goes_on_where_it_was_kept(tmp_path):
     hours = DailySchedule([10.0, 12.0], [0.0, 24.0], jitter=100.0, seed=3)
-    fleet = [owned("a", battery_wh=10.0, charge=6.0, hours=hours, hot_after=4.0), owned("b")]
-    grid, lives = timed(tmp_path, *fleet)
+    fleet = [virtual_device("a", battery_wh=10.0, charge=6.0, availability=hours, hot_after=4.0), virtual_device("b")]
+    grid, lives = timed_grid(tmp_path, *fleet)
     come(grid, lives, [train(1)])
-    lives.keep(0)
-    before = {each.name: each.at(5000.0) for each in lives.fleet.values()}
-    again = VirtualFleet(tmp_path / "fleet", {"a": replace(fleet[0], state=None), "b": owned("b")})
+    lives.save(0)
+    before = {each.name: each.at(5000.0) for each in lives.devices.values()}
+    again = VirtualFleet(tmp_path / "fleet", {"a": replace(fleet[0], state=None), "b": virtual_device("b")})
     again.resume(0)
     assert (again.clock.now(), again.log.rounds) == (lives.log.rounds[0].ended, lives.log.rounds)
-    assert {each.name: each.at(5000.0) for each in again.fleet.values()} == before
+    assert {each.name: each.at(5000.0) for each in again.devices.values()} == before
     with pytest.raises(Exception, match="other devices"):
-        VirtualFleet(tmp_path / "fleet", {"z": owned("z")}).resume(0)
+        VirtualFleet(tmp_path / "fleet", {"z": virtual_device("z")}).resume(0)
     with pytest.raises(Exception, match="can't be resumed from"):
         again.resume(1)
 
 
 def test_a_workload_makes_a_base_larger_but_for_the_process():
-    plan, device = replace(PLAN, rank=6), owned("a", memory_mib=RUNTIME + 6.0).hardware.known
+    plan, device = replace(PLAN, rank=6), virtual_device("a", memory_mib=RUNTIME + 6.0).hardware.known_device
     times = WorkloadConfig(memory=2.0, arithmetic=3.0)
-    larger = Costs(lambda rank: replace(COSTS._predict(rank), moved_bytes=10**9), COSTS._partly, times)
+    larger = Costs(lambda rank: replace(COSTS._predict(rank), moved_bytes=10**9), COSTS._pass_costs, times)
     for costs, most, seconds in ((COSTS, 6, WORK), (larger, 3, 3 * 2 * WORK)):
         assert costs.fits(replace(plan, rank=most), device)
         assert not costs.fits(replace(plan, rank=most + 1), device)
@@ -178,11 +192,11 @@ def test_a_workload_makes_a_base_larger_but_for_the_process():
 
 
 def test_some_sites_take_less_memory_and_time():
-    plan, device = replace(PLAN, rank=6), owned("a", memory_mib=RUNTIME + 6.0).hardware.known
-    larger = Costs(COSTS._predict, COSTS._partly, WorkloadConfig(memory=2.0, arithmetic=3.0))
+    plan, device = replace(PLAN, rank=6), virtual_device("a", memory_mib=RUNTIME + 6.0).hardware.known_device
+    larger = Costs(COSTS._predict, COSTS._pass_costs, WorkloadConfig(memory=2.0, arithmetic=3.0))
     for sites, mib, share in ((("x", "y"), 4, 0.8), (("x",), 3, 0.7), (("y",), 2, 0.3)):
         some = replace(plan, sites=sites)
-        assert (COSTS.needed(some), larger.needed(some)) == (mib << 20, 2 * mib << 20)
+        assert (COSTS.required_bytes(some), larger.required_bytes(some)) == (mib << 20, 2 * mib << 20)
         assert COSTS.seconds(some, device) == pytest.approx(share * COSTS.seconds(plan, device))
         assert larger.seconds(some, device) == pytest.approx(share * larger.seconds(plan, device))
         assert COSTS.fits(some, device)

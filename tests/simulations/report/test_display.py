@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from privacy.accounting import DEVICE, Guarantee
-from simulations.report.display import Display, bar, compare, gain, relative_to_base, results
+from simulations.report.display import Display, bar, compare, gain, relative_to_base, results_table
 
 SUMMARY: dict[str, Any] = {
     "rounds": 3,
@@ -66,7 +66,7 @@ def run(console: Console, *, stop: bool = False, epsilon: float | None = None) -
             promised = () if epsilon is None else (Guarantee(epsilon, 1e-3), Guarantee(7.0, 1e-4, DEVICE))
             display.round(record(number, guarantees=promised))
         if stop:
-            display.stopped("anther simulate resume=true")
+            display.interrupted("anther simulate resume=true")
         else:
             summary = SUMMARY if epsilon is None else SUMMARY | {"epsilon": PROMISE}
             display.finish(summary, {"report": PATH})
@@ -95,7 +95,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 def test_the_result_is_a_table() -> None:
     rows = {line.split("  ")[0].strip(): line.split() for line in run(console()).splitlines()}
     assert rows["shared + personal"][3:] == ["0.0960", "20", "%", "95", "%"]
-    assert rows["alone"] == ["alone", "0.105", "12", "%", "93", "%"]
+    assert rows["local"] == ["local", "0.105", "12", "%", "93", "%"]
     assert rows["base"] == ["base", "0.120", "97", "%"]
     assert "style" not in rows["unseen pictures"], "nobody judged it"
 
@@ -156,17 +156,17 @@ def test_stopped_says_where_and_how_to_go_on() -> None:
     lines = run(console(), stop=True).splitlines()
     assert lines[-2:] == ["Stopped after round 3 of 3. To continue:", "  anther simulate resume=true"]
     screen = console()
-    Display(3, console=screen).stopped("again")
+    Display(3, console=screen).interrupted("again")
     assert "Stopped before the first round." in printed(screen)
     screen = console()
-    Display(3, console=screen).stopped(None)
+    Display(3, console=screen).interrupted(None)
     assert "nothing to continue" in printed(screen)
     assert "To continue" not in printed(screen)
 
 
 def test_time_left_counts_what_follows_the_rounds() -> None:
     clock, screen = Clock(), console()
-    display = Display(2, after=1.5, console=screen, clock=clock)
+    display = Display(2, rounds_after=1.5, console=screen, clock=clock)
     display.phase("training")
     display.round({"round": 0, "base": 0.12, "shared": 0.12})
     for number in (1, 2):
@@ -188,7 +188,7 @@ def test_time_left_counts_what_follows_the_rounds() -> None:
 def test_small_runs_say_that_they_are_small(changes: dict[str, int], little: bool) -> None:
     screen = console()
     Display(2, console=screen).finish(SUMMARY | changes | {"strategy": "fedit"}, {})
-    assert ("too little to judge" in printed(screen)) == little
+    assert ("too small to compare" in printed(screen)) == little
     assert f"{changes['rounds']} rounds of fedit" in printed(screen)
 
 
@@ -221,7 +221,7 @@ def test_refusals_and_noised_gains_are_said() -> None:
 
 def test_narrow_results_keep_loss_and_gain() -> None:
     screen = console(width=40)
-    screen.print(results(SUMMARY, 40))
+    screen.print(results_table(SUMMARY, 40))
     assert "…" not in printed(screen)
     assert "legibility" not in printed(screen)
 

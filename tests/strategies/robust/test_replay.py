@@ -37,7 +37,7 @@ from strategies.round.validation import ReplyRejectedError
 from tests.helpers.fleet import PLAN, FakeDevice, bases_file, fresh_state, handle, perform, strategy
 from tests.helpers.fleet import SITES as FLEET_SITES
 from tests.helpers.means import dense, random_adapter
-from tests.helpers.timed_fleet import owned, timed
+from tests.helpers.timed_fleet import timed_grid, virtual_device
 from tests.strategies.robust.test_gram import turned
 
 SHAPES = {"x": (48, 40), "y": (30, 60), "z": (24, 24)}  # in, out
@@ -331,7 +331,13 @@ def test_below_the_quorum_what_came_is_known_too(tmp_path):
 @pytest.mark.usefixtures("_fake_logic")
 def test_asynchronous_rounds(tmp_path):
     """A quick device sends twice in a round, a slow one what it made of an older adapter."""
-    grid, lives = timed(tmp_path, owned("a", speed=4.0), owned("b", speed=0.4), owned("x", speed=4.0), devices=fleet())
+    grid, lives = timed_grid(
+        tmp_path,
+        virtual_device("a", speed=4.0),
+        virtual_device("b", speed=0.4),
+        virtual_device("x", speed=4.0),
+        devices=fleet(),
+    )
     chosen, pace = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
     found = run_rounds(
         grid=grid,
