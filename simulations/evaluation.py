@@ -96,7 +96,10 @@ def train_local(
         for person in people
     ]
     results = perform(jobs)
-    return {person.name: cast(TrainedAdapter, _unwrap(result)).adapter for person, result in zip(people, results, strict=True)}
+    return {
+        person.name: cast(TrainedAdapter, _unwrap(result)).adapter
+        for person, result in zip(people, results, strict=True)
+    }
 
 
 def arms(people: Sequence[Participant], local: Mapping[str, Adapter] | None, shared: Adapter, base: Base) -> Adapters:

@@ -116,7 +116,8 @@ def test_the_same_seed_gives_the_same_numbers(
 
 
 @pytest.mark.parametrize(
-    "moment", ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("personalizing", "local baselines"))]
+    "moment",
+    ["round 1 of 3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("personalizing", "local baselines"))],
 )
 def test_killed_and_resumed_it_comes_to_the_same(
     finished: tuple[Path, subprocess.CompletedProcess[str]],

@@ -38,7 +38,7 @@ def test_the_moment_at_which_a_level_is_reached(level, charge, watts):
 
 @given(st.floats(0, 1), st.booleans(), st.booleans(), st.floats(0, 5000))
 def test_heat_rises_at_work_and_falls_at_rest(level, hot, working, seconds):
-    limits = {"hot_after": 900.0, "cool_after": 600.0}
+    limits = {"throttle_after": 900.0, "cooldown": 600.0}
     after = heat_after(Heat(level, hot), seconds, working=working, **limits)
     assert 0 <= after.level <= 1
     assert (after.level - level) * (1 if working else -1) >= 0

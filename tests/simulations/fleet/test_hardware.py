@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from models.families.known_device import find_base
+from models.families.known import find_base
 
 from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
@@ -56,7 +56,7 @@ def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
         owned.power_model.capacity is None or 0.3 <= owned.moment.charge / owned.power_model.capacity <= 1
         for owned in first.values()
     )
-    moments = [[owned.at(80_000.0) for owned in fleet.values()] for fleet in (first, again, other)]
+    moments = [[owned.state_at(80_000.0) for owned in fleet.values()] for fleet in (first, again, other)]
     assert moments[0] == moments[1] != moments[2]
     for owned in first.values():
         rate = 1 / taken.example_seconds(8, owned.hardware.known_device)

@@ -10,7 +10,7 @@ from simulations.fleet.virtual_clock import MAX_WAIT, VirtualClock
 def test_events_happen_once_in_order_and_time_only_rises(events, waits):
     clock, seen = VirtualClock(), []
     for place, (time, worth) in enumerate(events):
-        clock.at(time, lambda time=time, place=place, worth=worth: seen.append((time, place, clock.now())) or worth)
+        clock.schedule(time, lambda time=time, place=place, worth=worth: seen.append((time, place, clock.now())) or worth)
     before = clock.now()
     for wait in waits:
         clock.wait(clock.now() + wait)
@@ -25,9 +25,9 @@ def test_events_happen_once_in_order_and_time_only_rises(events, waits):
 def test_an_event_worth_a_look_ends_the_wait():
     clock = VirtualClock()
     clock.resume(5.0)
-    clock.at(7.0, lambda: False)
-    clock.at(8.0, lambda: True)
-    clock.at(1.0, lambda: False)  # over already: at once
+    clock.schedule(7.0, lambda: False)
+    clock.schedule(8.0, lambda: True)
+    clock.schedule(1.0, lambda: False)  # over already: at once
     clock.wait(100.0)
     assert clock.now() == 8.0
     clock.wait(3.0)  # over already
@@ -38,9 +38,9 @@ def test_an_event_may_make_another():
     clock, seen = VirtualClock(), []
 
     def first():
-        clock.at(clock.now() + 1.0, lambda: seen.append(clock.now()) or False)
+        clock.schedule(clock.now() + 1.0, lambda: seen.append(clock.now()) or False)
         return False
 
-    clock.at(1.0, first)
+    clock.schedule(1.0, first)
     clock.wait(10.0)
     assert (seen, clock.now()) == ([2.0], 10.0)

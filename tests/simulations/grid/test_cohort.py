@@ -123,7 +123,7 @@ def test_waves_are_bounded_and_answered_as_they_are_read(monkeypatch):
     assert not live
 
 
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
 def test_charges_are_committed_before_jobs_and_seals_before_replies(batched):
     events = []
 

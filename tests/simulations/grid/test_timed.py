@@ -170,11 +170,11 @@ def test_a_life_goes_on_where_it_was_kept(tmp_path):
     grid, lives = timed_grid(tmp_path, *fleet)
     come(grid, lives, [train(1)])
     lives.save(0)
-    before = {each.name: each.at(5000.0) for each in lives.devices.values()}
+    before = {each.name: each.state_at(5000.0) for each in lives.devices.values()}
     again = VirtualFleet(tmp_path / "fleet", {"a": replace(fleet[0], state=None), "b": virtual_device("b")})
     again.resume(0)
     assert (again.clock.now(), again.log.rounds) == (lives.log.rounds[0].ended, lives.log.rounds)
-    assert {each.name: each.at(5000.0) for each in again.devices.values()} == before
+    assert {each.name: each.state_at(5000.0) for each in again.devices.values()} == before
     with pytest.raises(Exception, match="other devices"):
         VirtualFleet(tmp_path / "fleet", {"z": virtual_device("z")}).resume(0)
     with pytest.raises(Exception, match="can't be resumed from"):
