@@ -1,9 +1,8 @@
-"""The hardware of a fleet's profiles, and how lives begin."""
+"""Hardware of a fleet's profiles, and the initial state of its devices."""
 
 from dataclasses import replace
 
 import pytest
-from models.families.known import find_base
 
 from client.planning.plan_search import pass_seconds
 from common.errors import AntherError
@@ -11,6 +10,7 @@ from conf.compose import compose
 from conf.schemas.planning import device_profile
 from models.base.base import Base, load
 from models.families.family import ATTENTION
+from models.families.known import find_base
 from models.footprint.footprint import example_shapes, footprint, meta_denoiser
 from privacy.storage import FileStorage
 from simulations.fleet.costs import build_costs
@@ -21,20 +21,20 @@ from tests.helpers.fleet import PLAN
 from tests.helpers.timed_fleet import COSTS
 
 
-def test_profiles_are_dealt_by_their_shares():
+def test_profiles_are_assigned_by_count():
     fleet = compose("fleet=week").fleet
-    dealt = profile_cycle(fleet)
-    assert len(dealt) == sum(profile.share for profile in fleet.profiles) == 10
-    assert [dealt.count(profile) for profile in fleet.profiles] == [profile.share for profile in fleet.profiles]
+    cycle = profile_cycle(fleet)
+    assert len(cycle) == sum(profile.share for profile in fleet.profiles) == 10
+    assert [cycle.count(profile) for profile in fleet.profiles] == [profile.share for profile in fleet.profiles]
 
 
-def test_what_a_file_does_not_state_is_its_hardwares_and_predicted():
+def test_unstated_hardware_is_predicted():
     phone = "{name: p, device: pixel8, uplink_mbps: 1, downlink_mbps: 1"
     fleet = compose(f"'fleet.profiles=[{phone}}},{phone}, memory_gib: 1, examples_per_second: 0.5, watts: 2}}]'").fleet
-    silent, stated = build_hardware(fleet, COSTS, 3)
+    unstated, stated = build_hardware(fleet, COSTS, 3)
     device = device_profile("pixel8")
-    assert (silent.memory_gib, silent.watts) == (device.memory_gib, device.watts_busy)
-    assert silent.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, device))
+    assert (unstated.memory_gib, unstated.watts) == (device.memory_gib, device.watts_busy)
+    assert unstated.examples_per_second == pytest.approx(1 / COSTS.example_seconds(3, device))
     assert (stated.memory_gib, stated.examples_per_second, stated.watts) == (1, 0.5, 2)
     assert stated.known_device.memory_gib == 1
     assert stated.seconds(PLAN, COSTS) == pytest.approx(PLAN.steps * PLAN.batch_size / 0.5)
@@ -42,32 +42,32 @@ def test_what_a_file_does_not_state_is_its_hardwares_and_predicted():
         build_hardware(compose(f"'fleet.profiles=[{phone.replace('pixel8', 'toaster')}}}]'").fleet, COSTS, 3)
 
 
-def test_lives_follow_the_seed_and_the_trace(base: Base, tmp_path):
+def test_initial_state_follows_seed_and_trace(base: Base, tmp_path):
     (tmp_path / "trace.csv").write_text("device,on,off\nx,0,3600\n")
 
     config = compose("fleet=week data.writers=10")
-    people, taken = participants(config, base, lambda name: FileStorage(tmp_path / name)), build_costs(config, base)
+    people, costs = participants(config, base, lambda name: FileStorage(tmp_path / name)), build_costs(config, base)
 
-    def born(**changes):
+    def devices(**changes):
         return build_virtual_fleet(replace(config, **changes), people, tmp_path).devices
 
-    first, again, other = born(), born(), born(seed=1)
+    first, again, other = devices(), devices(), devices(seed=1)
     assert all(
-        owned.power_model.capacity is None or 0.3 <= owned.moment.charge / owned.power_model.capacity <= 1
-        for owned in first.values()
+        device.power_model.capacity is None or 0.3 <= device.state.charge / device.power_model.capacity <= 1
+        for device in first.values()
     )
-    moments = [[owned.state_at(80_000.0) for owned in fleet.values()] for fleet in (first, again, other)]
-    assert moments[0] == moments[1] != moments[2]
-    for owned in first.values():
-        rate = 1 / taken.example_seconds(8, owned.hardware.known_device)
-        assert owned.hardware.examples_per_second == pytest.approx(rate)
-    traced = born(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
-    assert {owned.availability.plugged(1800.0) for owned in traced.values()} == {True}
-    assert {owned.availability.plugged(7200.0) for owned in traced.values()} == {False}
+    states = [[device.state_at(80_000.0) for device in fleet.values()] for fleet in (first, again, other)]
+    assert states[0] == states[1] != states[2]
+    for device in first.values():
+        rate = 1 / costs.example_seconds(8, device.hardware.known_device)
+        assert device.hardware.examples_per_second == pytest.approx(rate)
+    traced = devices(fleet=replace(config.fleet, trace=str(tmp_path / "trace.csv")))
+    assert {device.availability.plugged(1800.0) for device in traced.values()} == {True}
+    assert {device.availability.plugged(7200.0) for device in traced.values()} == {False}
 
 
-def test_a_rate_counts_for_the_base_that_it_was_measured_on(base: Base):
-    """For another base, or another resolution of it, it is predicted as client.cli.plan does."""
+def test_stated_rate_holds_for_its_base_only(base: Base):
+    """For another base or resolution the rate is predicted as by `client.cli.plan`."""
     fleet = compose("fleet=mixed").fleet
     glyphs = load("glyphs", sites=r".*\.attn[12]\.to_(q|k|v|out\.0)")
     stated = build_hardware(fleet, COSTS, 3, glyphs)
@@ -82,7 +82,7 @@ def test_a_rate_counts_for_the_base_that_it_was_measured_on(base: Base):
             assert (kind.memory_gib, kind.watts) == (kind.profile.memory_gib, kind.profile.watts)
 
 
-def test_a_rate_of_the_runs_own_base_counts_whatever_it_is(base: Base):
+def test_stated_rate_without_base_always_holds(base: Base):
     own = "{name: p, memory_gib: 1, examples_per_second: 0.5, watts: 2, uplink_mbps: 1, downlink_mbps: 1}"
     (kind,) = build_hardware(compose(f"'fleet.profiles=[{own}]'").fleet, COSTS, 3, base)
     assert (kind.examples_per_second, kind.predicted) == (0.5, False)
@@ -91,10 +91,10 @@ def test_a_rate_of_the_runs_own_base_counts_whatever_it_is(base: Base):
 
 
 @pytest.mark.slow
-def test_stable_diffusion_on_a_pi_takes_what_the_plan_says():
-    """About 106 s a step at 512 pixels, where a run's page told of 0.04 s."""
+def test_stable_diffusion_on_pi_takes_planned_time():
+    """About 106 s a step at 512 pixels."""
     (pi,) = [p for p in compose("fleet=pis").fleet.profiles if p.name == "pi4_4gb"]
     known = find_base("sd15")
-    held = meta_denoiser(known, sites=ATTENTION, weights="int8", checkpointing="block")
-    predicted = footprint(held, *example_shapes(known, 512), rank=8)
+    denoiser = meta_denoiser(known, sites=ATTENTION, weights="int8", checkpointing="block")
+    predicted = footprint(denoiser, *example_shapes(known, 512), rank=8)
     assert 60 < pass_seconds(predicted, device_profile(pi.device or "")) < 200

@@ -10,7 +10,9 @@ from simulations.fleet.virtual_clock import MAX_WAIT, VirtualClock
 def test_events_happen_once_in_order_and_time_only_rises(events, waits):
     clock, seen = VirtualClock(), []
     for place, (time, worth) in enumerate(events):
-        clock.schedule(time, lambda time=time, place=place, worth=worth: seen.append((time, place, clock.now())) or worth)
+        clock.schedule(
+            time, lambda time=time, place=place, worth=worth: seen.append((time, place, clock.now())) or worth
+        )
     before = clock.now()
     for wait in waits:
         clock.wait(clock.now() + wait)
