@@ -88,9 +88,9 @@ def served(superlink: SuperLink, folders: Path) -> None:
     config = SimpleNamespace(server=ServerConfig())
     federation = ServerSupervisor(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
     federation.superlink = superlink  # type: ignore[assignment]
-    register = SimpleNamespace(look=lambda: SimpleNamespace(active_devices=dict))
-    federation.members = EnrolledNodes(register, superlink)  # type: ignore[arg-type]
-    federation._until_over(Path("app"), folders)
+    register = SimpleNamespace(snapshot=lambda: SimpleNamespace(active_devices=dict))
+    federation.nodes = EnrolledNodes(register, superlink)  # type: ignore[arg-type]
+    federation._run_until_finished(Path("app"), folders)
 
 
 def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
@@ -114,8 +114,8 @@ def test_a_superlink_that_answers_500_is_waited_for(tmp_path, passing, capsys):
     )
     served(superlink, tmp_path)
     said = capsys.readouterr().out
-    assert said.count("HTTP 500; trying on") == 1
-    assert said.count("has not answered for 10 min: it starts again") == superlink.started == 2
+    assert said.count("HTTP 500; retrying") == 1
+    assert said.count("has not answered for 10 min: restarting it") == superlink.started == 2
     assert superlink.submitted == ["rounds=3"]
 
 
