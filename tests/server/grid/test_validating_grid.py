@@ -169,10 +169,10 @@ def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
 
 LIMITED = """
 import sys
-from server.supervisor.memory_limit import memory_at_most
+from server.supervisor.memory_limit import memory_limit
 held = bytes(2**24)
 try:
-    with memory_at_most(2**26):
+    with memory_limit(2**26):
         assert len(bytearray(2**25)) == 2**25
         found = bytearray()
         while len(found) < 2**28:

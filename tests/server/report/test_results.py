@@ -17,7 +17,7 @@ from privacy.accounting import Guarantee
 from server.report.results import USAGE, main, write_results
 from server.rounds.state import Round, RunState
 from server.supervisor.run_dirs import run_folder, save_command
-from strategies.round.metrics import TrainMetrics, ValidationMetrics, nothing
+from strategies.round.metrics import TrainMetrics, ValidationMetrics, zero_metrics
 from tests.server.report.test_page import Page
 
 GUARANTEE = Guarantee(value=1.5, delta=1e-3, strict=2.5)
@@ -31,7 +31,7 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
     found = RunState.start(run="r", private=False, adapter=adapter)
     nobody = ValidationMetrics(base=None, shared=None)
     found = found.after(Round(number=0, train=None, validation=nobody, wall_seconds=1), adapter)
-    worked = replace(nothing(), rank=2, steps=4, bytes_up=10, bytes_down=20, rounds=1)
+    worked = replace(zero_metrics(), rank=2, steps=4, bytes_up=10, bytes_down=20, rounds=1)
     train = TrainMetrics(
         asked=2,
         replied=1,
@@ -43,7 +43,7 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
         loss=None,
         epsilon=None,
         guarantees=guarantees,
-        devices={"pi": worked, "phone": nothing()},
+        devices={"pi": worked, "phone": zero_metrics()},
     )
     validation = nobody if shared is None else ValidationMetrics(base=0.5, shared=shared)
     return found.after(Round(number=1, train=train, validation=validation, wall_seconds=3), adapter)
@@ -51,7 +51,9 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
 
 @pytest.mark.parametrize("test", [False, True])
 def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, test: bool) -> None:
-    page = write_results(compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), arguments="rounds=1", test=test)
+    page = write_results(
+        compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), arguments="rounds=1", test=test
+    )
     assert len(load_file(tmp_path / "adapters" / "shared.safetensors")) == 2 * len(base.sites)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["rounds"], summary["clients"], summary["seconds"], summary["test"]) == (1, 1, 4, test)
@@ -70,7 +72,7 @@ def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path:
     page = write_results(compose(""), tmp_path, base, state(base, shared=None), arguments="", test=False)
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] == {}
     said = Page(page.read_text()).text
-    assert "Pictures that nobody trained on" not in said
+    assert "Held-out pictures" not in said
     assert "No differential privacy" in said
 
 

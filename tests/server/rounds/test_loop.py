@@ -242,7 +242,9 @@ def test_losses_that_are_none_are_one_devices_rejected_reply(tmp_path, loss):
 
 def test_patience_ends_and_the_run_is_not_over(tmp_path):
     device = FakeDevice("a", misbehave=failing(10**6))
-    with pytest.raises(AntherError, match=r"round 1 had no 1 accepted replies in \d+ tries over 2 hours \(\d+ failed\)"):
+    with pytest.raises(
+        AntherError, match=r"round 1 had no 1 accepted replies in \d+ tries over 2 hours \(\d+ failed\)"
+    ):
         tried(tmp_path, device, patience=2.0)
     assert checkpoint.load(tmp_path, sites=SITES).round == 0
     resumed = run_rounds(
@@ -316,7 +318,7 @@ def test_what_measuring_cost_is_remembered(tmp_path):
 class Named:
     """Asks the first device alone."""
 
-    sensitivity = Sampling(blind=True, amplifies=False, reason="by name")
+    sensitivity = Sampling(data_independent=True, amplifies=False, reason="by name")
 
     def select(self, names, *, draw):
         return sorted(names)[:1] if draw else []

@@ -3,7 +3,7 @@
 import pytest
 
 from common.errors import AntherError
-from server.supervisor.run_dirs import is_finished, mark_finished, newest, run_folder, save_refusal, take_refusal
+from server.supervisor.run_dirs import is_finished, mark_finished, newest_run, run_folder, save_refusal, take_refusal
 
 
 def test_a_new_run_has_a_name_never_used(tmp_path):
@@ -23,13 +23,13 @@ def test_resume_finds_the_newest_run_of_the_same_configuration(tmp_path):
 
 def test_a_run_is_over_once_it_was_said(tmp_path):
     config = "rounds=2 seed=1"
-    assert newest(config, tmp_path) is None
+    assert newest_run(config, tmp_path) is None
     folder = run_folder(config, tmp_path)
-    assert newest(config, tmp_path) == folder
+    assert newest_run(config, tmp_path) == folder
     assert not is_finished(folder)
     mark_finished(folder)
     assert is_finished(folder)
-    assert newest("rounds=3", tmp_path) is None
+    assert newest_run("rounds=3", tmp_path) is None
 
 
 def test_a_refusal_is_told_once_and_to_its_own_run(tmp_path):

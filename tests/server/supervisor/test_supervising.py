@@ -95,7 +95,7 @@ def served(superlink: SuperLink, folders: Path) -> None:
 
 def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
     def over() -> None:
-        run_dirs.end(run_dirs.run_folder("rounds=3", tmp_path))
+        run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))
 
     superlink = SuperLink(iter([*[lambda: None] * 12, over]), lambda: False)
     served(superlink, tmp_path)
@@ -103,14 +103,14 @@ def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
     assert len(superlink.submitted) == 13
     pauses = [int(line.split()[-2]) for line in said.splitlines() if "the run broke off" in line]
     assert pauses == [4, 8, 16, 32, 64, 128, 256, 512, 600, 600, 600, 600]
-    folder = run_dirs.newest("rounds=3", tmp_path)
+    folder = run_dirs.newest_run("rounds=3", tmp_path)
     assert said.splitlines()[-1].endswith(f"the run is over: {folder}. Its report: page")
     assert run_dirs.read_command(folder).endswith("server.supervisor.run rounds=3 server.port=9999")
 
 
 def test_a_superlink_that_answers_500_is_waited_for(tmp_path, passing, capsys):
     superlink = SuperLink(
-        iter([lambda: run_dirs.end(run_dirs.run_folder("rounds=3", tmp_path))]), lambda: passing.at < 1500
+        iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]), lambda: passing.at < 1500
     )
     served(superlink, tmp_path)
     said = capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_a_run_that_is_at_work_is_never_begun_twice(tmp_path):
     """Its log broke off, and for a while the SuperLink answers nothing."""
     deaf = [False, False, *[True] * 5]
     superlink = SuperLink(
-        iter([lambda: run_dirs.end(run_dirs.run_folder("rounds=3", tmp_path))]),
+        iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]),
         lambda: deaf.pop(1) if len(deaf) > 2 else False,
     )
     served(superlink, tmp_path)
