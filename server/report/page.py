@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from privacy.accounting import STRICT
+from privacy.accounting import STRICT_DELTA
 from server.report import formatting
 from server.report.charts import LineSeries, ValueFormat, line_chart
 from server.report.pictures import Thumbnail, png
@@ -128,7 +128,7 @@ def render(report: Report) -> str:
         .render(
             report=report,
             summary=report.summary,
-            strict_delta=STRICT,
+            strict_delta=STRICT_DELTA,
             arms=ARMS | ({} if report.letters else PHOTO_ARMS),
             results=[arm for arm in ARMS if arm in losses],
             gains={arm: gain(losses, arm) for arm in losses},
