@@ -272,5 +272,5 @@ def test_what_a_schedule_may_cut_is_kept_back_of_delta() -> None:
 def test_a_part_of_delta_covers_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert epsilon(events(2.0, 1.0, 1), SAMPLER_DELTA).value == math.inf
     without = epsilon(events(2.125, 1.0, 1), 4e-6).value
-    monkeypatch.setattr(accounting, "SAMPLING", 4e-6)
+    monkeypatch.setattr(accounting, "SAMPLER_DELTA", 4e-6)
     assert epsilon(events(2.125, 1.0, 1), 8e-6).value == pytest.approx(without, rel=1e-9)
