@@ -178,9 +178,7 @@ class Policy:
                 )
             return
         if any(isinstance(event, NonPrivate) for event in past):
-            raise RequestRefusedError(
-                "this device has shared without privacy before, so no ε can be promised anymore"
-            )
+            raise RequestRefusedError("this device has shared without privacy before, so no ε can be promised anymore")
         cap = DEFAULT_MAX_EPSILON if self.max_epsilon is None else self.max_epsilon
         cost = epsilon([*past, new], self.delta)
         if cost.value > cap:
