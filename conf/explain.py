@@ -12,10 +12,10 @@ from typing import get_type_hints
 from conf.overrides import quote
 
 CALLED = {
-    "strategy": {
+    "aggregation": {
         "fedavg": "fedit (FedAvg of the factors)",
-        "fedprox": "fedit, with adapter.shared.proximal",
-        "scaffold": "fedit, with strategy.correction=scaffold",
+        "fedprox": "fedit, with adapter.shared.proximal_mu",
+        "scaffold": "fedit, with drift_correction=scaffold",
         "fedlora": "fedit",
         "svd": "fedsvd",
     },
@@ -23,7 +23,7 @@ CALLED = {
 }
 """Options by other names that people know them by."""
 SYNONYMS = {
-    "lr": "learning_rate",
+    "learning_rate": "lr",
     "epochs": "rounds",
     "clients": "data.writers",
     "num_clients": "data.writers",

@@ -1,8 +1,8 @@
-"""Storage of one device: blobs by name, and append-only journals.
+"""Where one device keeps what it must not forget: blobs by name, and journals that only grow.
 
-The ledger's guarantees rest on it: no effect may depend on a write before the write is durable. With `FileStorage` it is
-durable when the call returns. The storage of a simulated fleet may wait for one commit of many devices, which the driver
-makes before it performs their jobs and before it hands out their replies.
+The ledger's promises rest on it. Nothing may be done on the strength of what was written before it is durable: with
+`FileStorage` it is when the call returns; a simulated fleet's storage may wait for one commit of many devices, which whoever
+drives them makes before it performs their jobs and before it hands out their replies.
 """
 
 from __future__ import annotations
@@ -25,59 +25,58 @@ class Journal(Protocol):
 
     @property
     def lines(self) -> Sequence[bytes]:
-        """All complete lines when the lock was taken, oldest first, without line ends."""
+        """All complete lines when the lock was taken, oldest first, without their ends."""
         ...
 
     @property
     def head(self) -> bytes | None:
-        """The head that was last stored outside of the device's storage; None if there is none."""
+        """What was last kept of this journal outside of the device's storage; None if nothing ever was."""
         ...
 
     @property
     def head_location(self) -> str:
-        """Location of the head, for messages."""
+        """Where a person finds that, for messages."""
         ...
 
     def append(self, line: bytes) -> None:
-        """Append a line, completely or not at all."""
+        """Add a line, whole or not at all."""
         ...
 
     def write_head(self, head: bytes) -> None:
-        """Replace the head atomically, once the lines are durable."""
+        """Replace the head in one step, once the lines are durable."""
         ...
 
 
 class Storage(Protocol):
-    """Storage of one device. Names are relative paths, chosen by the device's own code only."""
+    """What one device keeps. Names are relative paths; nobody but the device's own code chooses them."""
 
     def read(self, name: str) -> bytes | None:
-        """Return a blob, or None if there is none."""
+        """A blob; None if there is none."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a blob atomically: a crash leaves the old content or the new, never a mixture."""
+        """Replace a blob in one step: a crash leaves the old content or the new, never a mixture."""
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a blob if it exists."""
+        """Forget a blob, if it is there."""
         ...
 
     def journal(self, name: str) -> AbstractContextManager[Journal]:
-        """Open a journal under an exclusive lock, also against other processes. Other callers wait."""
+        """A journal under an exclusive lock: whoever else opens it waits, in this process or another."""
         ...
 
     def where(self, name: str) -> str:
-        """Location of a blob or journal, for messages."""
+        """Where a person finds it, for messages."""
         ...
 
 
 class FileStorage:
-    """Storage in the files of `folder`, where each write is synced.
+    """The files of one device in `folder`, each write fsynced by itself.
 
     Args:
-        folder: the device's folder.
-        heads: folder for the heads of its journals. By default it is next to `folder`, not in it, so that restoring,
-            cloning or deleting one doesn't include the other.
+        heads: the folder for the heads of its journals, by default beside `folder`: whoever restores, clones or
+            deletes the one should not take the other along.
     """
 
     def __init__(self, folder: str | Path, *, heads: Path | None = None) -> None:
@@ -101,19 +100,16 @@ class FileStorage:
     def journal(self, name: str) -> Iterator[Journal]:
         path = self.folder / name
         atomic_files.make_folder(path.parent)
-        handle = _open_locked(path)
+        handle = _locked(path)
         try:
-            yield _FileJournal(handle, _complete_lines(path, handle), self.heads / name)
+            yield _FileJournal(handle, _whole_lines(path, handle), self.heads / name)
         finally:
-            os.close(handle)  # also unlocks
+            os.close(handle)  # and unlock
 
     def set_aside(self, journal: str, *beside: str) -> Path | None:
-        """Move a journal, the given files next to it and finally its head into a new folder, under the journal's lock.
+        """Move a journal, what lies beside it and at last its head into a new folder here, under the journal's lock.
 
-        A crash in between leaves a head without a journal; calling it again continues.
-
-        Returns:
-            The new folder, or None if there is nothing to move.
+        A crash on the way leaves a head without a journal; done again, it goes on. None if nothing is there.
         """
         moves = [(self.folder / name, name) for name in (journal, *beside)] + [(self.heads / journal, HEAD)]
         if not any(path.exists() for path, _ in moves):
@@ -151,14 +147,14 @@ class _FileJournal:
         return str(self._head)
 
     def append(self, line: bytes) -> None:
-        complete = line + b"\n"
-        if os.write(self._handle, complete) < len(complete):
+        whole = line + b"\n"
+        if os.write(self._handle, whole) < len(whole):
             raise OSError("the disk is full: the journal's line was cut short")
         self._sync()
 
     def write_head(self, head: bytes) -> None:
         if not self._synced:
-            self._sync()  # a line of a process that was killed may not be durable yet
+            self._sync()  # of a line that a process wrote before it was killed nobody knows that it is durable
         atomic_files.write(self._head, head)
 
     def _sync(self) -> None:
@@ -166,8 +162,8 @@ class _FileJournal:
         self._synced = True
 
 
-def _open_locked(path: Path) -> int:
-    """Open a journal and lock it; try again if it was set aside while waiting for the lock."""
+def _locked(path: Path) -> int:
+    """A handle on the journal that lies there once it is locked: the one waited for may have been set aside."""
     while True:
         is_new = not path.exists()
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -183,11 +179,11 @@ def _open_locked(path: Path) -> int:
         os.close(handle)
 
 
-def _complete_lines(path: Path, handle: int) -> list[bytes]:
-    """Return complete lines and cut off a torn last one: nothing depended on it yet."""
+def _whole_lines(path: Path, handle: int) -> list[bytes]:
+    """Complete lines; a torn last one is cut off: nothing was done yet on the strength of it."""
     data = path.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
-    if len(complete) < len(data):
-        os.ftruncate(handle, len(complete))
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.ftruncate(handle, len(whole))
         os.fsync(handle)
-    return complete.splitlines()
+    return whole.splitlines()

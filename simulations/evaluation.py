@@ -75,7 +75,7 @@ def train_local(
     Returns:
         The trained adapters by person.
     """
-    shared, personal, local = config.adapter.shared, config.adapter.personal, config.adapter.local
+    shared, personal, local = config.adapter.shared, config.adapter.personal, config.adapter.baseline_local
     jobs: list[Job] = [
         TrainJob(
             client=person.name,
@@ -86,10 +86,10 @@ def train_local(
             start=init_adapter(base.sites, shared.rank + personal.rank, derive_seed(config.seed, person.name, "local")),
             steps=config.rounds * shared.steps + personal.steps,
             batch_size=personal.batch_size,
-            learning_rate=local.learning_rate,
+            learning_rate=local.lr,
             early_stopping=EarlyStopping(
                 validation=pools.validation[person.name],
-                every=config.adapter.look_every,
+                every=config.adapter.eval_interval,
                 patience=config.adapter.patience,
             ),
         )
@@ -161,7 +161,7 @@ def gallery(
     Returns:
         Galleries by person.
     """
-    shown = {person.name: person.pictures.test[: config.evaluation.gallery] for person in people}
+    shown = {person.name: person.pictures.test[: config.evaluation.gallery_size] for person in people}
     wanted: dict[tuple[str, str, str], Adapter | None] = {}  # (arm, owner, caption) -> adapter
     for person in people:
         for picture in shown[person.name]:
@@ -178,8 +178,8 @@ def gallery(
         adapters=[stacks],
         slots=[slot[id(adapter)] for adapter in wanted.values()],
         sampler=config.evaluation.sampler,
-        steps=config.evaluation.steps,
-        guidance=config.evaluation.guidance,
+        steps=config.evaluation.sampling_steps,
+        guidance=config.evaluation.guidance_scale,
         memory=inference_share(memory),
     )
     pictures = dict(zip(wanted, base.decode(latents), strict=True))

@@ -146,7 +146,7 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
     )
     from training.memory import budget, check_free
 
-    memory = budget(config.cohort.memory_gib, base.device)
+    memory = budget(config.trainer.memory_gib, base.device)
     check_free(memory, base.device)
     hashes = {"base": base.hash, "data": assets.digest(assets.locate("typefaces"))}
     if own := participants.own_pictures_hash(people):
@@ -167,33 +167,33 @@ def _simulate(config: SimulationConfig, folder: Path, display: Display, command:
 
 def check_time(config: SimulationConfig) -> None:
     """Refuse settings that need devices which take time if the fleet answers at once, and a quorum above all devices."""
-    fleet, chosen = config.fleet, config.strategy
+    fleet, over, loop = config.fleet, config.cohort.overselection, config.round_loop
     mend = "choose a fleet with timed=true, such as fleet=week"
-    if fleet.overselect > 1 and not fleet.timed:
-        raise AntherError(f"fleet.overselect={fleet.overselect:g}: all replies of this fleet come at once; {mend}")
-    if chosen.timing == "async" and not fleet.timed:
-        raise AntherError(f"strategy.timing=async: training takes this fleet no time; {mend}")
+    if over > 1 and not fleet.timed:
+        raise AntherError(f"cohort.overselection={over:g}: all replies of this fleet come at once; {mend}")
+    if loop.mode == "async" and not fleet.timed:
+        raise AntherError(f"round_loop.mode=async: training takes this fleet no time; {mend}")
     for key in () if fleet.timed else _timed_settings(config):
         raise AntherError(f"{key}: devices of this fleet have no battery, owner, heat or hours; {mend}")
-    if chosen.timing == "sync" and chosen.quorum > (devices := config.data.count()):
-        raise AntherError(f"strategy.quorum={chosen.quorum}: there are {devices} devices; lower it, or add some")
+    if loop.mode == "sync" and loop.quorum > (devices := config.data.count()):
+        raise AntherError(f"round_loop.quorum={loop.quorum}: there are {devices} devices; lower it, or add some")
 
 
 def _timed_settings(config: SimulationConfig) -> Iterator[str]:
     """Yield the given settings that only a timed fleet uses."""
-    eligible, fleet = config.fleet.eligible, config.fleet
-    if eligible.battery is not None:
-        yield f"fleet.eligible.battery={eligible.battery:g}"
+    eligible, fleet = config.cohort.eligibility, config.fleet
+    if eligible.min_battery is not None:
+        yield f"cohort.eligibility.min_battery={eligible.min_battery:g}"
     if eligible.idle:
-        yield "fleet.eligible.idle=true"
+        yield "cohort.eligibility.idle=true"
     if eligible.cool:
-        yield "fleet.eligible.cool=true"
-    if config.strategy.battery_share is not None:
-        yield f"strategy.battery_share={config.strategy.battery_share:g}"
-    if fleet.zones:
-        yield f"fleet.zones={fleet.zones:g}"
-    if fleet.jitter != type(fleet).jitter:
-        yield f"fleet.jitter={fleet.jitter:g}"
+        yield "cohort.eligibility.cool=true"
+    if config.planning.max_battery_fraction is not None:
+        yield f"planning.max_battery_fraction={config.planning.max_battery_fraction:g}"
+    if fleet.timezone_spread:
+        yield f"fleet.timezone_spread={fleet.timezone_spread:g}"
+    if fleet.schedule_jitter != type(fleet).schedule_jitter:
+        yield f"fleet.schedule_jitter={fleet.schedule_jitter:g}"
 
 
 def open_grid(
@@ -293,9 +293,9 @@ def federate(
             saved=saved,
             checkpoints=folder / "checkpoints",
             on_round=on_round,
-            min_devices=0 if fleet else len(people),
+            present=0 if fleet else len(people),
             clock=fleet.clock if fleet else None,
-            before_checkpoint=fleet.save if fleet else lambda _: None,
+            keep=fleet.save if fleet else lambda _: None,
             personalized_devices={person.name for person in evaluated},
         )
 

@@ -34,8 +34,8 @@ def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
         sites=config.adapter.sites,
         weights=config.base.weights,
         device=config.base.device,
-        compute=config.base.compute,
-        checkpointing=config.base.checkpointing,
+        compute=config.base.compute_dtype,
+        checkpointing=config.base.gradient_checkpointing,
         resolution=config.base.resolution,
     )
     database = Database(folder / "devices" / FILE)
@@ -44,5 +44,5 @@ def build(config: SimulationConfig, folder: Path) -> SimulationSetup:
 
 def make_perform(config: SimulationConfig, base: Base, memory: int) -> Perform:
     """Return a function that runs jobs on the base within `memory` bytes."""
-    timesteps, compiled = config.evaluation.timesteps, config.cohort.compiled
+    timesteps, compiled = config.evaluation.timesteps, config.trainer.compile
     return partial(perform, base, memory=memory, timesteps=timesteps, compiled=compiled)

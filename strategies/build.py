@@ -8,6 +8,7 @@ from functools import partial
 
 from common.errors import AntherError
 from common.seeding import derive_seed
+from conf.schemas.cohort import EligibilityConfig
 from conf.schemas.simulation import SimulationConfig
 from models.base import assets
 from models.base.base import Base
@@ -41,14 +42,14 @@ def build(
     clock: Clock | None = None,
     base: Base | None = None,
 ) -> Federated:
-    """The strategy that `config.strategy`, `config.fleet` and `config.privacy` describe.
+    """The strategy that a configuration describes.
 
     Args:
         accept_simulated: this is a test or a simulation: take private updates made with reproducible noise, and make
             the server's own so; False in a real federation.
         ledger: of the server, where privacy per device is to be charged.
         clock: that the run goes by; None: the wall's.
-        base: of the run, which strategy.planning=device predicts passes of.
+        base: of the run, which planning.name=device predicts passes of.
 
     Raises AntherError for what can't be private together (`strategies.registry`), or does not fit together.
     """
@@ -57,40 +58,42 @@ def build(
         raise AntherError(reason)
     if reason := refusal_reason(chosen):
         fit = " or ".join(name for name in AGGREGATIONS if refusal_reason(replace(chosen, aggregation=name)) is None)
-        mend = f"use strategy={fit}" if fit else "use privacy=none"
+        mend = f"use aggregation={fit}" if fit else "use privacy=none"
         raise AntherError(f"privacy={chosen.level}: {reason}; {mend} (docs/privacy.md)")
     refuse_ignored(config)
     _check_timing(config)
     rule = aggregation(config)
     lora_xs_bases = _lora_xs_bases(config, sites)
     if (lora_xs_bases is not None) != (rule.trains(1) == "cores"):
-        mend = "cores are for strategy=fedsb" if lora_xs_bases else "strategy=fedsb needs one, such as glyphs-frame"
-        raise AntherError(f"adapter.frame={config.adapter.frame}: {mend}")
-    if config.strategy.download != "fp32" and (lora_xs_bases or plan.scaffold):
+        mend = (
+            "cores are for aggregation=fedsb" if lora_xs_bases else "aggregation=fedsb needs one, such as glyphs-frame"
+        )
+        raise AntherError(f"adapter.lora_xs_bases={config.adapter.lora_xs_bases}: {mend}")
+    if config.compression.download != "fp32" and (lora_xs_bases or plan.scaffold):
         raise AntherError(
-            f"strategy.download={config.strategy.download}: the factors of adapter.frame and SCAFFOLD's control "
-            "variate travel beside the adapter, whole; use strategy.download=fp32"
+            f"compression.download={config.compression.download}: the factors of adapter.lora_xs_bases and SCAFFOLD's control "
+            "variate travel beside the adapter, whole; use compression.download=fp32"
         )
     seed = config.seed if accept_simulated else None
     # A control variate is of every direction, and under privacy per device a link is part of what is private.
     cut = rule.mixed_ranks and not plan.scaffold and not config.privacy.of_devices
     limits = PlanLimits(
-        metered_rank=config.strategy.metered_rank if cut else None,
-        metered_update=config.strategy.metered_update,
+        metered_rank=config.planning.metered_rank if cut else None,
+        metered_update=config.compression.metered_upload,
         feedback=rule.stable_factors,
-        deadline=config.strategy.deadline,
-        joules=config.strategy.joules,
-        battery_share=config.strategy.battery_share,
+        deadline=config.planning.deadline,
+        joules=config.planning.max_joules,
+        battery_share=config.planning.max_battery_fraction,
     )
     if limits.uses_transient_state and config.privacy.of_devices:
         raise AntherError(
-            f"strategy.battery_share={limits.battery_share}: what is left of a battery belongs to a device, and "
-            f"privacy={chosen.level} hides all of one; use strategy.joules"
+            f"planning.max_battery_fraction={limits.battery_share}: what is left of a battery belongs to a device, and "
+            f"privacy={chosen.level} hides all of one; use planning.max_joules"
         )
     if limits.metered_update is not None and config.privacy.of_devices:
         raise AntherError(
-            f"strategy.metered_update={limits.metered_update}: what link a device is on belongs to it, and "
-            f"privacy={chosen.level} hides all of one; use strategy.update"
+            f"compression.metered_upload={limits.metered_update}: what link a device is on belongs to it, and "
+            f"privacy={chosen.level} hides all of one; use compression.upload"
         )
     level = _device_level(config, plan.run, sites, lora_xs_bases, seed, ledger) if config.privacy.of_devices else None
     return Federated(
@@ -101,86 +104,101 @@ def build(
         evaluation=evaluation(config),
         measuring=measuring(config, simulated=accept_simulated),
         optimiser=optimiser(config, rule),
-        download=config.strategy.download,
+        download=config.compression.download,
         limits=limits,
         lora_xs_bases=lora_xs_bases,
-        decay=CosineDecay(rounds=config.rounds) if config.strategy.decay else None,
+        decay=CosineDecay(rounds=config.rounds) if config.adapter.shared.lr_schedule == "cosine" else None,
         accept_simulated=accept_simulated,
         central_dp=level,
         replay=replay(config, rule, sites, seed=None if seed is None else derive_seed(seed, "replay")),
-        quorum=config.strategy.quorum,
+        quorum=config.round_loop.quorum,
         fitting=_fitting(config, base),
-        eligible=Eligibility(**vars(config.fleet.eligible)),
+        eligible=_eligibility(config.cohort.eligibility),
         clock=clock,
-        report_age=config.fleet.report_age,
+        report_age=config.cohort.max_state_age,
         adapted=None if config.adapter.sites is None else tuple(sites),
         timesteps=config.evaluation.timesteps,
     )
 
 
+def _eligibility(conditions: EligibilityConfig) -> Eligibility:
+    return Eligibility(
+        idle=conditions.idle,
+        battery=conditions.min_battery,
+        cool=conditions.cool,
+        unmetered=conditions.unmetered,
+        memory_gib=conditions.min_memory_gib,
+        pictures=conditions.has_pictures,
+    )
+
+
 def _fitting(config: SimulationConfig, base: Base | None) -> SiteSelector | None:
     """What chooses each device's sites, unless all of them train at all."""
-    if config.strategy.planning == "full":
+    if config.planning.name == "full":
         return None
     if base is None:
-        raise ValueError("base: planning=device predicts its passes")
-    return SiteSelector(costs=base_pass_costs(base, config.adapter.shared.rank), memory=config.fleet.workload.memory)
+        raise ValueError("base: planning.name=device predicts its passes")
+    return SiteSelector(
+        costs=base_pass_costs(base, config.adapter.shared.rank), memory=config.fleet.workload.memory_factor
+    )
 
 
 def _lora_xs_bases(config: SimulationConfig, sites: Sites) -> Adapter | None:
     """The factors that stay, if only cores are trained."""
-    if config.adapter.frame is None:
+    if config.adapter.lora_xs_bases is None:
         return None
-    file = assets.locate(config.adapter.frame)
+    file = assets.locate(config.adapter.lora_xs_bases)
     return load_bases(file / "frame.safetensors" if file.is_dir() else file, sites, config.adapter.shared.rank)
 
 
 def _check_timing(config: SimulationConfig) -> None:
     """Refuse how rounds are timed if it doesn't go with what they promise."""
-    chosen, fleet = config.strategy, config.fleet
-    if chosen.timing == "async" and chosen.weights != "device":
+    loop, cohort, weighting = config.round_loop, config.cohort, config.aggregation.weighting
+    if loop.mode == "async" and weighting != "device":
         raise AntherError(
-            f"strategy.weights={chosen.weights}: an update of an older adapter comes with that one's directions, which "
-            "are no slices of it; leave it device, or use strategy.timing=sync"
+            f"aggregation.weighting={weighting}: an update of an older adapter comes with that one's directions, which "
+            "are no slices of it; leave it device, or use round_loop.mode=sync"
         )
-    if chosen.timing == "async" and fleet.overselect > 1:
+    if loop.mode == "async" and cohort.overselection > 1:
         raise AntherError(
-            f"fleet.overselect={fleet.overselect:g}: with strategy.timing=async nobody's reply is waited for, and none "
+            f"cohort.overselection={cohort.overselection:g}: with round_loop.mode=async nobody's reply is waited for, and none "
             "too late; leave it 1"
         )
     most = (
-        ("strategy.buffer", chosen.buffer or BUFFER_SIZE)
-        if chosen.timing == "async"
-        else ("fleet.sample", fleet.sample)
+        ("round_loop.buffer_size", loop.buffer_size or BUFFER_SIZE)
+        if loop.mode == "async"
+        else ("cohort.size", cohort.size)
     )
-    if most[1] is not None and chosen.quorum > most[1]:
+    if most[1] is not None and loop.quorum > most[1]:
         raise AntherError(
-            f"strategy.quorum={chosen.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "
+            f"round_loop.quorum={loop.quorum}: no round has more replies than {most[0]}={most[1]}; lower the one or "
             "raise the other"
         )
     if config.privacy.of_devices:
-        if fleet.overselect > 1:
+        if cohort.overselection > 1:
             raise AntherError(
-                f"fleet.overselect={fleet.overselect:g}: whose reply counts would follow from its time, and privacy "
+                f"cohort.overselection={cohort.overselection:g}: whose reply counts would follow from its time, and privacy "
                 "per device charges those that are asked; leave it 1"
             )
-        if chosen.quorum > 1:
+        if loop.quorum > 1:
             raise AntherError(
-                f"strategy.quorum={chosen.quorum}: what is private per device is released whatever came back: to keep "
+                f"round_loop.quorum={loop.quorum}: what is private per device is released whatever came back: to keep "
                 "the adapter would tell; leave it 1"
             )
 
 
 def combination(config: SimulationConfig) -> Combination:
     """What a configuration chooses on each axis."""
-    fleet = config.fleet
-    chosen = config.selection.name if fleet.sample is not None else "everyone" if fleet.rate is None else "poisson"
+    cohort = config.cohort
+    chosen = (
+        config.selection.name if cohort.size is not None else "everyone" if cohort.sampling_rate is None else "poisson"
+    )
     return Combination(
-        aggregation=config.strategy.aggregation,
-        robust=tuple(config.strategy.robust),
+        aggregation=config.aggregation.name,
+        robust=tuple(config.robust.rules),
         selection=chosen,
-        timing=config.strategy.timing,
-        optimiser=config.strategy.optimiser,
+        timing=config.round_loop.mode,
+        optimiser=config.server_optimizer.name,
         level=config.privacy.level,
     )
 
@@ -196,18 +214,18 @@ def _device_level(
     """The server's clip and noise, σ solved for what one device can be charged for in all."""
     if ledger is None:
         raise ValueError("ledger: privacy per device is charged for in one")
-    chosen, fleet, devices = config.privacy.device, config.fleet, config.data.count()
-    most = None if fleet.rate is not None else min(chosen.participations or config.rounds, config.rounds)
-    if most is None and chosen.participations is not None:
+    chosen, cohort, devices = config.privacy.device, config.cohort, config.data.count()
+    most = None if cohort.sampling_rate is not None else min(chosen.max_participations or config.rounds, config.rounds)
+    if most is None and chosen.max_participations is not None:
         raise AntherError(
-            f"privacy.device.participations={chosen.participations}: with fleet.rate every device pays for every "
+            f"privacy.device.max_participations={chosen.max_participations}: with cohort.sampling_rate every device pays for every "
             "round; leave it null"
         )
-    asked = devices if fleet.sample is None else fleet.sample
+    asked = devices if cohort.size is None else cohort.size
     if most is not None and devices * most < asked * config.rounds:
         raise AntherError(
-            f"privacy.device.participations={most}: {devices} devices can't fill {config.rounds} rounds of {asked}; "
-            "lower fleet.sample or rounds, or raise it"
+            f"privacy.device.max_participations={most}: {devices} devices can't fill {config.rounds} rounds of {asked}; "
+            "lower cohort.size or rounds, or raise it"
         )
     beside = evaluation_mechanisms(config)
     budget = DeviceBudget(
@@ -216,20 +234,20 @@ def _device_level(
         beside=beside,
         participations=most,
     )
-    rate = 1.0 if fleet.rate is None else fleet.rate
+    rate = 1.0 if cohort.sampling_rate is None else cohort.sampling_rate
     z = noise_multiplier_for(
-        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=most or config.rounds, other_events=beside
+        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=most or config.rounds, beside=beside
     )
-    expected = asked if fleet.rate is None else rate * devices
+    expected = asked if cohort.sampling_rate is None else rate * devices
     adaptive = None
-    if chosen.quantile is not None:
-        adaptive = AdaptiveClip(quantile=chosen.quantile, rate=chosen.clip_rate, noise_stddev=expected / 20)
+    if chosen.target_quantile is not None:
+        adaptive = AdaptiveClip(quantile=chosen.target_quantile, rate=chosen.clip_norm_lr, noise_stddev=expected / 20)
     return CentralDP(
         run=run,
         sites=sites,
         mechanism=GaussianMechanism(noise_multiplier=z, expected=expected, adaptive=adaptive),
         sampling_rate=rate,
-        clip=chosen.clip,
+        clip=chosen.clip_norm,
         budget=budget,
         noise=_noise("updates", seed),
         ledger=ledger,

@@ -100,26 +100,26 @@ class EvaluationPolicy:
 
 
 def measuring(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
-    """How a run is measured: openly without privacy, else as `privacy.bounded_sum` says.
+    """How a run is measured: openly without privacy, else as `private_eval` says.
 
     Args:
         simulated: have the server's own noise reproducible, for tests and simulations only.
 
     Raises AntherError for privacy=both: a gain that was noised on the device shows nothing once it is clipped again.
     """
-    chosen, level = config.privacy.measuring, config.privacy
+    chosen, level = config.private_eval, config.privacy
     if not (level.of_examples or level.of_devices):
         return EvaluationPolicy()
-    if not chosen.every:
+    if not chosen.interval:
         return EvaluationPolicy(every=0)
     if level.of_examples and level.of_devices:
         raise AntherError(
-            f"privacy.measuring.every={chosen.every}: with privacy=both a gain is noised on the device, and clipping "
+            f"private_eval.interval={chosen.interval}: with privacy=both a gain is noised on the device, and clipping "
             "it again at the server leaves nothing to see: set it to 0"
         )
     if level.of_examples:
         return EvaluationPolicy(
-            every=chosen.every,
+            every=chosen.interval,
             local_noise=EvaluationPrivacy(
                 noise_multiplier=chosen.noise_multiplier,
                 clip=chosen.clip,
@@ -127,10 +127,10 @@ def measuring(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
                 delta=config.privacy.delta,
             ),
         )
-    fleet = config.fleet
-    asked = fleet.sample if fleet.evaluate is None else fleet.evaluate
+    cohort = config.cohort
+    asked = cohort.size if cohort.eval_size is None else cohort.eval_size
     return EvaluationPolicy(
-        every=chosen.every,
+        every=chosen.interval,
         central_noise=CentralDPEvaluation(
             noise_multiplier=chosen.noise_multiplier,
             clip=chosen.clip,
@@ -142,8 +142,8 @@ def measuring(config: SimulationConfig, *, simulated: bool) -> EvaluationPolicy:
 
 def evaluation_mechanisms(config: SimulationConfig) -> tuple[PoissonGaussian, ...]:
     """What the measurements of a whole run release of one unit: paid from the same ε as training."""
-    chosen, level = config.privacy.measuring, config.privacy
-    times = config.rounds // chosen.every if chosen.every and (level.of_examples or level.of_devices) else 0
+    chosen, level = config.private_eval, config.privacy
+    times = config.rounds // chosen.interval if chosen.interval and (level.of_examples or level.of_devices) else 0
     if not times:
         return ()
     return (PoissonGaussian(noise_multiplier=chosen.noise_multiplier, sampling_rate=1.0, steps=times),)

@@ -79,24 +79,24 @@ AGGREGATIONS: dict[str, Any] = {
 }
 ROBUST_RULES: dict[str, Any] = {
     "replay": ReplayFilter,
-    "norm": NormBound,
+    "norm_bound": NormBound,
     "krum": MultiKrum,
     "foolsgold": FoolsGold,
     "afa": AFA,
-    "geometric": GeometricMedian,
+    "geometric_median": GeometricMedian,
     "median": Median,
-    "trimmed": TrimmedMean,
+    "trimmed_mean": TrimmedMean,
 }
 SELECTIONS: dict[str, Any] = {
     "everyone": Everyone,
-    "sample": Sample,
+    "random": Sample,
     "poisson": Poisson,
     "round_robin": RoundRobin,
     "oort": Oort,
-    "energy": Energy,
+    "eafl": Energy,
     "deadline": Deadline,
-    "loss_fair": PowerOfChoice,
-    "thrifty": EnergyDelay,
+    "power_of_choice": PowerOfChoice,
+    "energy_delay": EnergyDelay,
 }
 OPTIMIZERS: dict[str, Any] = {
     "none": BuiltIn(PostProcessing(reason="what a round released is the next adapter")),
@@ -184,22 +184,22 @@ def incompatibility(chosen: Combination) -> str | None:
     """Why a combination does not go together, whatever it promises; None if it does."""
     for name in chosen.robust:
         if reason := robust_conflict(chosen.aggregation, name):
-            return f"strategy.robust: {reason}"
+            return f"robust.rules: {reason}"
     reason = _unfit_for_async(chosen) if chosen.timing == "async" else None
-    return reason and f"strategy.timing=async: {reason}"
+    return reason and f"round_loop.mode=async: {reason}"
 
 
 def robust_conflict(aggregation: str, rule: str) -> str | None:
     """Why a robust rule protects nothing before an aggregation; None if it does."""
     if aggregation == "fedsa":
         return (
-            f"{rule} compares products, and with strategy=fedsa every device keeps its own B: there is none to judge; "
-            "leave it out, or use strategy=fedit"
+            f"{rule} compares products, and with aggregation=fedsa every device keeps its own B: there is none to judge; "
+            "leave it out, or use aggregation=fedit"
         )
-    if aggregation == "hetlora" and rule in ("norm", "geometric"):
+    if aggregation == "hetlora" and rule in ("norm_bound", "geometric_median"):
         return (
             f"{rule} holds down what is large, and hetlora weighs devices by the norm of their product, which undoes "
-            "it; use krum, or strategy=exact"
+            "it; use krum, or aggregation=exact"
         )
     return None
 
@@ -207,10 +207,10 @@ def robust_conflict(aggregation: str, rule: str) -> str | None:
 def _unfit_for_async(chosen: Combination) -> str | None:
     """Why rounds of these may not overlap."""
     if chosen.aggregation not in REBASES:
-        fit = " or ".join(f"strategy={name}" for name in REBASES)
+        fit = " or ".join(f"aggregation={name}" for name in REBASES)
         return f"{chosen.aggregation} can't take an update of an older adapter; use {fit}"
     if chosen.selection == "poisson":
-        return "a coin for each device and round needs rounds that don't overlap; leave fleet.rate null"
+        return "a coin for each device and round needs rounds that don't overlap; leave cohort.sampling_rate null"
     return None
 
 
@@ -220,11 +220,11 @@ def refusal_reason(chosen: Combination) -> str | None:
     Raises AntherError for a name that is not registered.
     """
     for key, axis, names in (
-        ("strategy.aggregation", AGGREGATIONS, (chosen.aggregation,)),
-        ("strategy.robust", ROBUST_RULES, chosen.robust),
+        ("aggregation.name", AGGREGATIONS, (chosen.aggregation,)),
+        ("robust.rules", ROBUST_RULES, chosen.robust),
         ("selection", SELECTIONS, (chosen.selection,)),
-        ("strategy.timing", TIMINGS, (chosen.timing,)),
-        ("strategy.optimiser", OPTIMIZERS, (chosen.optimiser,)),
+        ("round_loop.mode", TIMINGS, (chosen.timing,)),
+        ("server_optimizer.name", OPTIMIZERS, (chosen.optimiser,)),
     ):
         for name in names:
             lookup(axis, key, name)

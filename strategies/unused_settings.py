@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.errors import AntherError
-from conf.schemas.simulation import OortConfig, SimulationConfig, WorkloadConfig
+from conf.schemas.cohort import OortConfig
+from conf.schemas.fleet import WorkloadConfig
+from conf.schemas.simulation import SimulationConfig
 
 
 def refuse_ignored(config: SimulationConfig) -> None:
@@ -23,22 +25,30 @@ def _ignored(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 def _settings(config: SimulationConfig) -> Iterator[tuple[str, object, bool, str]]:
     """Key, value (None: not given), whether it is read, and by whom it would be."""
-    chosen, fleet, selection = config.strategy, config.fleet, config.selection
-    robust, adaptive = set(chosen.robust), chosen.optimiser in ("fedadam", "fedyogi")
-    by_median, chooses = "norm" in robust and chosen.norm_bound is None, fleet.sample is not None
-    draws, oort = selection.name in ("deadline", "loss_fair", "thrifty"), selection.name in ("oort", "energy")
-    overlap = chosen.timing == "async"
-    yield "strategy.outliers", chosen.outliers, bool(robust & {"krum", "trimmed"}), "krum and trimmed (strategy.robust)"
-    yield "strategy.norm_factor", chosen.norm_factor, by_median, "norm (strategy.robust) without strategy.norm_bound"
-    yield "strategy.momentum", chosen.momentum, chosen.optimiser != "none", "a strategy.optimiser"
-    yield "strategy.second_moment", chosen.second_moment, adaptive, "strategy.optimiser=fedadam and fedyogi"
-    yield "strategy.tau", chosen.tau, adaptive, "strategy.optimiser=fedadam and fedyogi"
-    yield "strategy.buffer", chosen.buffer, overlap, "strategy.timing=async"
-    yield "fleet.concurrency", fleet.concurrency, overlap, "strategy.timing=async"
-    yield "selection.more", selection.more, draws and chooses, "selection=deadline, loss_fair and thrifty"
-    yield "selection.weight", selection.weight, selection.name == "energy" and chooses, "selection=energy"
+    robust, rules, optimizer = config.robust, set(config.robust.rules), config.server_optimizer
+    fleet, selection, loop = config.fleet, config.selection, config.round_loop
+    by_median, chooses = "norm_bound" in rules and robust.norm_bound is None, config.cohort.size is not None
+    draws = selection.name in ("deadline", "power_of_choice", "energy_delay")
+    oort, overlap = selection.name in ("oort", "eafl"), loop.mode == "async"
+    adaptive = optimizer.name in ("fedadam", "fedyogi")
+    cuts = bool(rules & {"krum", "trimmed_mean"})
+    yield "robust.outlier_fraction", robust.outlier_fraction, cuts, "krum and trimmed_mean (robust.rules)"
+    yield "robust.norm_factor", robust.norm_factor, by_median, "norm_bound (robust.rules) without robust.norm_bound"
+    yield "server_optimizer.momentum", optimizer.momentum, optimizer.name != "none", "a server_optimizer.name"
+    yield "server_optimizer.beta2", optimizer.beta2, adaptive, "server_optimizer.name=fedadam and fedyogi"
+    yield "server_optimizer.tau", optimizer.tau, adaptive, "server_optimizer.name=fedadam and fedyogi"
+    yield "round_loop.buffer_size", loop.buffer_size, overlap, "round_loop.mode=async"
+    yield "round_loop.concurrency", loop.concurrency, overlap, "round_loop.mode=async"
+    yield (
+        "selection.candidate_factor",
+        selection.candidate_factor,
+        draws and chooses,
+        "selection=deadline, power_of_choice and energy_delay",
+    )
+    weighs = selection.name == "eafl" and chooses
+    yield "selection.utility_weight", selection.utility_weight, weighs, "selection=eafl"
     given = None if selection.oort == OortConfig() else "given"
-    yield "selection.oort", given, oort and chooses, "selection=oort and energy"
+    yield "selection.oort", given, oort and chooses, "selection=oort and eafl"
     given = None if fleet.workload == WorkloadConfig() else "given"
-    felt = fleet.timed or chosen.planning == "device"
-    yield "fleet.workload", given, felt, "a fleet with timed=true, and strategy.planning=device"
+    felt = fleet.timed or config.planning.name == "device"
+    yield "fleet.workload", given, felt, "a fleet with timed=true, and planning.name=device"

@@ -47,7 +47,7 @@ def capacity(base: Denoiser, jobs: Sequence[TrainJob], limit: int) -> Capacity:
     if row + entry > limit:
         least = row + entry + granted - limit
         raise InsufficientMemoryError(
-            f"cohort.memory_gib={granted / GIB:.3g}: one picture of one device takes {least / GIB:.3g} here: "
+            f"trainer.memory_gib={granted / GIB:.3g}: one picture of one device takes {least / GIB:.3g} here: "
             "give more, or train fewer sites"
         )
     step = max(map(expected_entries, jobs))

@@ -24,7 +24,7 @@ def budget(memory_gib: float | None, device: torch.device) -> int:
     return int(memory_gib * GIB) if memory_gib else int(SHARE[device.type] * total_and_free(device)[0])
 
 
-def check_free(wanted: int, device: torch.device, *, key: str = "cohort.memory_gib") -> None:
+def check_free(wanted: int, device: torch.device, *, key: str = "trainer.memory_gib") -> None:
     """Raises AntherError, naming the `key` that asked for it, if less than `wanted` bytes are free on `device` now."""
     total, free = total_and_free(device)
     if wanted > free:

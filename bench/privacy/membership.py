@@ -37,13 +37,13 @@ from simulations.audit.run import arms
 
 TRIED = ("open", "example-8", "reference")
 OVERFITTED = (
-    "strategy=fedit",
-    "strategy.decay=true",
+    "aggregation=fedit",
+    "adapter.shared.lr_schedule=cosine",
     "rounds=40",
     "adapter.shared.steps=20",
     "adapter.shared.rank=32",
     "adapter.shared.batch_size=5",
-    "adapter.shared.learning_rate=0.003",
+    "adapter.shared.lr=0.003",
     "data.role=development",
     "data.writers=4",
     "data.train=20",
@@ -53,7 +53,7 @@ OVERFITTED = (
 
 def overfit(folder: Path, overrides: Sequence[str]) -> Path:
     """Run the federation that is overfitted on purpose, and return its folder."""
-    run([sys.executable, "-m", "simulations.run", *COMMON, *OVERFITTED, "fleet.evaluate=4", *overrides], folder)
+    run([sys.executable, "-m", "simulations.run", *COMMON, *OVERFITTED, "cohort.eval_size=4", *overrides], folder)
     return folder
 
 

@@ -51,11 +51,17 @@ WHOLE, DEVELOPMENT = WriterCohort(200, 20), WriterCohort(20, 20)
 CURVES = (WriterCohort(50, 20), WriterCohort(100, 20), WHOLE, WriterCohort(200, 12), WriterCohort(200, 4))
 ROUNDS = {"example": 25, "device": 10}
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
-COMMON = ("evaluation.local=false", "evaluation.gallery=0", "fleet.evaluate=20", "tracker=none", "base.compute=bf16")
-CORES = ("strategy=fedsb",)
+COMMON = (
+    "evaluation.baseline_local=false",
+    "evaluation.gallery_size=0",
+    "cohort.eval_size=20",
+    "tracker=none",
+    "base.compute_dtype=bf16",
+)
+CORES = ("aggregation=fedsb",)
 # A round of one step takes the mean after every noised step, so the noise causes no drift within a round.
-EXAMPLE = (*CORES, "strategy.decay=true", f"rounds={ROUNDS['example']}", "adapter.shared.steps=1")
-DRAWS = "privacy.draws=8"  # noises and timesteps per picture; the mean of their gradients is clipped
+EXAMPLE = (*CORES, "adapter.shared.lr_schedule=cosine", f"rounds={ROUNDS['example']}", "adapter.shared.steps=1")
+DRAWS = "privacy.noise_multiplicity=8"  # noises and timesteps per picture; the mean of their gradients is clipped
 
 
 class RunForm(NamedTuple):
@@ -69,7 +75,9 @@ class RunForm(NamedTuple):
 
 
 FORMS: Mapping[str, RunForm] = {
-    "reference": RunForm(("strategy=fedit", "strategy.decay=true", "rounds=60", "adapter.shared.steps=5"), 0.012),
+    "reference": RunForm(
+        ("aggregation=fedit", "adapter.shared.lr_schedule=cosine", "rounds=60", "adapter.shared.steps=5"), 0.012
+    ),
     "open": RunForm(EXAMPLE, 0.08, share=1),
     "example-8": RunForm((*EXAMPLE, DRAWS), 0.3, "example", 8.0, share=1),
     "example-2": RunForm((*EXAMPLE, DRAWS), 0.3, "example", 2.0, share=1),
@@ -115,7 +123,7 @@ def command(form: RunForm, seed: int, cohort: WriterCohort, *, tune: bool, overr
         f"data.writers={cohort.writers}",
         f"data.train={cohort.pictures}",
         f"adapter.shared.batch_size={batch}",
-        f"adapter.shared.learning_rate={rate}",
+        f"adapter.shared.lr={rate}",
         f"seed={seed}",
         *overrides,
     ]

@@ -76,7 +76,7 @@ def start(inputs: int, outputs: int, rank: int) -> Adapter:
 
 
 def exact(inputs: int, outputs: int, factors: list[Factors], cap: int) -> Tensor:
-    """Return the mean of `strategy=exact` as a matrix `[outputs, inputs]`.
+    """Return the mean of `aggregation=exact` as a matrix `[outputs, inputs]`.
 
     Args:
         inputs: input features of the layer.

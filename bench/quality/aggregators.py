@@ -23,15 +23,15 @@ from bench.quality.federation import interval
 from simulations.fleet.participants import slug
 
 COMMON = (
-    "evaluation.local=false",
-    "evaluation.gallery=0",
-    "fleet.evaluate=8",
+    "evaluation.baseline_local=false",
+    "evaluation.gallery_size=0",
+    "cohort.eval_size=8",
     "tracker=none",
     "rounds=15",
     "adapter.shared.steps=5",
     "adapter.personal.steps=1",
-    "adapter.personal.learning_rate=1e-6",
-    "strategy.decay=true",
+    "adapter.personal.lr=1e-6",
+    "adapter.shared.lr_schedule=cosine",
     "data.validation=10",
     "data.test=32",
 )
@@ -57,7 +57,7 @@ SETTINGS: Mapping[str, HeterogeneitySetting] = {
     "equal ranks": HeterogeneitySetting(("fleet=laptops", EQUAL)),
     "half the sites": HeterogeneitySetting(("fleet=halves", EQUAL), ("exact", "fedit", "ffa", "hetlora")),
     "label skew": HeterogeneitySetting(
-        ("fleet=laptops", EQUAL, "data.skew=true"), ("exact", "fedit", "ffa", "fedsa", "fedsvd")
+        ("fleet=laptops", EQUAL, "data.label_skew=true"), ("exact", "fedit", "ffa", "fedsa", "fedsvd")
     ),
     "100 writers": HeterogeneitySetting(("fleet=laptops", EQUAL), ("exact", "fedit", "ffa"), writers=100),
     "8 writers": HeterogeneitySetting(("fleet=laptops", EQUAL), ("exact", "fedit", "flora", "hetlora"), writers=8),
@@ -66,7 +66,7 @@ SETTINGS: Mapping[str, HeterogeneitySetting] = {
             "fleet=laptops",
             EQUAL,
             "privacy=example",
-            "privacy.draws=4",
+            "privacy.noise_multiplicity=4",
             "data.train=20",
             "adapter.shared.batch_size=20",
             "adapter.shared.steps=1",
@@ -77,18 +77,18 @@ SETTINGS: Mapping[str, HeterogeneitySetting] = {
 """Fleets are defined in conf/fleet: a quarter each of rank 2, 4, 8 and 16; every second device trains only attn2."""
 
 RULES: Mapping[str, tuple[str, ...]] = {
-    "exact": ("strategy=exact",),
-    "exact, by slices": ("strategy=exact", "strategy.weights=rank_slice"),
-    "fedit": ("strategy=fedit",),
-    "ffa": ("strategy=ffa",),
-    "rolora": ("strategy=rolora",),
-    "fedsa": ("strategy=fedsa",),
-    "fedsvd": ("strategy=fedsvd",),
-    "fedsb": ("strategy=fedsb",),
-    "flora": ("strategy=flora",),
-    "flexlora": ("strategy=flexlora",),
-    "hetlora": ("strategy=hetlora",),
-    "raflora": ("strategy=raflora",),
+    "exact": ("aggregation=exact",),
+    "exact, by slices": ("aggregation=exact", "aggregation.weighting=rank_slice"),
+    "fedit": ("aggregation=fedit",),
+    "ffa": ("aggregation=ffa",),
+    "rolora": ("aggregation=rolora",),
+    "fedsa": ("aggregation=fedsa",),
+    "fedsvd": ("aggregation=fedsvd",),
+    "fedsb": ("aggregation=fedsb",),
+    "flora": ("aggregation=flora",),
+    "flexlora": ("aggregation=flexlora",),
+    "hetlora": ("aggregation=hetlora",),
+    "raflora": ("aggregation=raflora",),
 }
 FEW_ONLY = ("flora",)
 """Rules for small fleets: the adapter grows each round by the sum of all ranks, so a large fleet exceeds the memory."""
@@ -134,8 +134,8 @@ def command(rule: str, name: str, seed: int, rate: float, *, role: str, override
         *setting.overrides,
         f"data.role={role}",
         f"data.writers={writers}",
-        *([f"fleet.sample={SAMPLE}"] if writers > SAMPLE else []),
-        f"adapter.shared.learning_rate={scaled:g}",
+        *([f"cohort.size={SAMPLE}"] if writers > SAMPLE else []),
+        f"adapter.shared.lr={scaled:g}",
         f"seed={seed}",
         *overrides,
     ]
@@ -144,7 +144,7 @@ def command(rule: str, name: str, seed: int, rate: float, *, role: str, override
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a federation unless it is complete, and return losses per writer, bytes and diagnostics of the last round."""
     run_once(arguments, folder)
-    judged = "personal" if "strategy=fedsa" in arguments else "shared"
+    judged = "personal" if "aggregation=fedsa" in arguments else "shared"
     rows = json.loads((folder / "evaluation.json").read_text())
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())

@@ -25,19 +25,19 @@ from bench.privacy.utility import run_once
 SHARE = 0.8
 DEVICES, ASKED = 40, 8
 COMMON = (
-    "evaluation.local=false",
-    "evaluation.gallery=0",
+    "evaluation.baseline_local=false",
+    "evaluation.gallery_size=0",
     "evaluation.devices=1",
-    "fleet.evaluate=20",
+    "cohort.eval_size=20",
     "tracker=none",
-    "strategy=exact",
+    "aggregation=exact",
     "adapter.shared.rank=8",
-    "adapter.shared.learning_rate=0.006",
+    "adapter.shared.lr=0.006",
     "adapter.personal.steps=1",
     "data.validation=10",
 )
 REFERENCE = ("fleet=laptops", "rounds=30", "adapter.shared.steps=5")
-RANDOM = ("selection=sample", "strategy.planning=full", f"fleet.sample={ASKED}")
+RANDOM = ("selection=random", "planning.name=full", f"cohort.size={ASKED}")
 
 
 class FleetPlan(NamedTuple):
@@ -53,9 +53,9 @@ class FleetPlan(NamedTuple):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        found: tuple[str, ...] = (f"adapter.shared.steps={self.steps}", f"strategy.timeout={self.timeout}")
+        found: tuple[str, ...] = (f"adapter.shared.steps={self.steps}", f"round_loop.timeout={self.timeout}")
         if self.memory_gib is not None:
-            found += (f"fleet.eligible.memory_gib={self.memory_gib:g}",)
+            found += (f"cohort.eligibility.min_memory_gib={self.memory_gib:g}",)
         return found if self.sites is None else (*found, f"adapter.sites={self.sites}")
 
 
@@ -71,57 +71,57 @@ above 3.5 also the small phones, above 3.9 all but three device types."""
 
 MANY = "rounds=32"  # for asynchronous runs, whose rounds are short
 AWARE = (
-    "strategy.planning=device",
-    "fleet.eligible.idle=true",
-    "fleet.eligible.battery=0.4",
-    "fleet.eligible.cool=true",
+    "planning.name=device",
+    "cohort.eligibility.idle=true",
+    "cohort.eligibility.min_battery=0.4",
+    "cohort.eligibility.cool=true",
 )
 """Excludes devices that can't train at the moment or should not."""
 WEEK: Mapping[str, tuple[str, ...]] = {
     "thrifty, short rounds": (
         *AWARE,
-        "selection=thrifty",
-        "selection.more=2",
-        f"fleet.sample={ASKED}",
+        "selection=energy_delay",
+        "selection.candidate_factor=2",
+        f"cohort.size={ASKED}",
         "adapter.shared.steps=3",
-        "strategy.timeout=1000",
-        "strategy.deadline=800",
+        "round_loop.timeout=1000",
+        "planning.deadline=800",
     ),
     "energy-aware, over-selection": (
         *AWARE,
-        "selection=energy",
-        "selection.weight=0",
-        f"fleet.sample={ASKED}",
-        "fleet.overselect=1.25",
+        "selection=eafl",
+        "selection.utility_weight=0",
+        f"cohort.size={ASKED}",
+        "cohort.overselection=1.25",
         "adapter.shared.steps=5",
-        "strategy.timeout=1400",
-        "strategy.deadline=1200",
+        "round_loop.timeout=1400",
+        "planning.deadline=1200",
     ),
     "thrifty, asynchronous": (
         *AWARE,
-        "selection=thrifty",
-        "selection.more=2",
-        "strategy.timing=async",
-        f"strategy.buffer={ASKED}",
-        "fleet.concurrency=24",
+        "selection=energy_delay",
+        "selection.candidate_factor=2",
+        "round_loop.mode=async",
+        f"round_loop.buffer_size={ASKED}",
+        "round_loop.concurrency=24",
         "adapter.shared.steps=3",
-        "strategy.deadline=1300",
-        f"fleet.sample={ASKED}",
+        "planning.deadline=1300",
+        f"cohort.size={ASKED}",
         MANY,
     ),
 }
 """Arms that are compared with random selection under the best single plan."""
 
 SPREAD: Mapping[str, tuple[str, ...]] = {
-    "wait for all": (f"fleet.sample={ASKED}", "strategy.timeout=86400"),
-    "deadline, over-selection": (f"fleet.sample={ASKED}", "fleet.overselect=1.5", "strategy.timeout=3600"),
-    "asynchronous": ("strategy.timing=async", "strategy.buffer=8", "fleet.concurrency=24", MANY),
+    "wait for all": (f"cohort.size={ASKED}", "round_loop.timeout=86400"),
+    "deadline, over-selection": (f"cohort.size={ASKED}", "cohort.overselection=1.5", "round_loop.timeout=3600"),
+    "asynchronous": ("round_loop.mode=async", "round_loop.buffer_size=8", "round_loop.concurrency=24", MANY),
     "thrifty": (
-        f"fleet.sample={ASKED}",
-        "selection=thrifty",
-        "selection.more=3",
-        "strategy.planning=device",
-        "strategy.timeout=86400",
+        f"cohort.size={ASKED}",
+        "selection=energy_delay",
+        "selection.candidate_factor=3",
+        "planning.name=device",
+        "round_loop.timeout=86400",
     ),
 }
 """Round timing and selection for a fleet whose slowest device takes ten times as long as its fastest."""

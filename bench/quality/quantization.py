@@ -46,7 +46,7 @@ def command(mode: str, seed: int) -> list[str]:
         f"data.writers={WRITERS}",
         f"data.train={PICTURES}",
         f"adapter.shared.batch_size={BATCH}",
-        f"adapter.shared.learning_rate={form.learning_rate}",
+        f"adapter.shared.lr={form.learning_rate}",
         f"seed={seed}",
     ]
 

@@ -9,7 +9,7 @@ device trains and sends one of:
     A alone   B is fixed, or stays on the device (fedsa)
     cores     rank² numbers per site, between fixed factors (fedsb)
 
-The whole adapter, A and B, is sent down (strategy.download).
+The whole adapter, A and B, is sent down (compression.download).
 
     --gain    also runs whole federations on the glyph base, for each method, precision and seed, on development
     writers:
@@ -62,7 +62,11 @@ class UpdateEncoding(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        return [f"strategy.update={self.precision}", f"strategy.keep={self.keep}", f"strategy.download={self.down}"]
+        return [
+            f"compression.upload={self.precision}",
+            f"compression.keep_fraction={self.keep}",
+            f"compression.download={self.down}",
+        ]
 
 
 FP32 = UpdateEncoding("fp32")
@@ -83,22 +87,22 @@ WAYS = (
 )
 TRAINED = {"factors": "both", "B alone": "b", "A alone": "a", "cores": "cores"}
 METHODS: Mapping[str, tuple[str, ...]] = {
-    "fedit": ("strategy=fedit",),
-    "exact": ("strategy=exact",),
-    "ffa": ("strategy=ffa",),
-    "rolora": ("strategy=rolora",),
-    "cores": ("strategy=fedsb",),
+    "fedit": ("aggregation=fedit",),
+    "exact": ("aggregation=exact",),
+    "ffa": ("aggregation=ffa",),
+    "rolora": ("aggregation=rolora",),
+    "cores": ("aggregation=fedsb",),
 }
 RATES = {"fedit": 0.006, "exact": 0.006, "ffa": 0.006, "rolora": 0.006, "cores": 0.02}
 COMMON = (
     "data.role=development",
     "adapter.shared.steps=5",
     "adapter.personal.steps=1",
-    "adapter.look_every=1",
-    "evaluation.local=false",
-    "evaluation.gallery=0",
+    "adapter.eval_interval=1",
+    "evaluation.baseline_local=false",
+    "evaluation.gallery_size=0",
     "evaluation.timesteps=4",
-    "strategy.decay=true",
+    "adapter.shared.lr_schedule=cosine",
     "tracker=none",
 )
 
@@ -182,7 +186,7 @@ def command(method: str, encoding: UpdateEncoding, seed: int, overrides: Sequenc
         *COMMON,
         *METHODS[method],
         *encoding.overrides,
-        f"adapter.shared.learning_rate={RATES[method]}",
+        f"adapter.shared.lr={RATES[method]}",
         f"seed={seed}",
         *overrides,
     ]

@@ -52,8 +52,8 @@ from common.atomic_files import write
 OUT = Path("bench/results/faults.json")
 DEVICES = 3
 RUN = (
-    "rounds=5000 strategy=fedit fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
-    "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 strategy.timeout=90"
+    "rounds=5000 aggregation=fedit cohort.size=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
+    "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 round_loop.timeout=90"
 )
 PATIENCE = 420.0  # seconds in which a federation must recover
 DISK = 96  # MiB of a device's disk

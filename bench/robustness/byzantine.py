@@ -56,16 +56,16 @@ from conf.schemas.simulation import SimulationConfig
 
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
-ROBUST = ("strategy.robust=[replay,foolsgold,afa,norm]",)  # the same for all attacks
+ROBUST = ("robust.rules=[replay,foolsgold,afa,norm_bound]",)  # the same for all attacks
 KEEPS, LETS = 0.85, 0.1  # targets: smallest share of the clean gain, largest share of successful backdoors
-COMMON = ("fleet.evaluate=1", "tracker=none")
+COMMON = ("cohort.eval_size=1", "tracker=none")
 LARGE = (
     "preset=claim",
     "data.role=test",
     "data.writers=60",
     "rounds=12",
-    "base.compute=bf16",
-    "cohort.memory_gib=8",
+    "base.compute_dtype=bf16",
+    "trainer.memory_gib=8",
     *COMMON,
 )
 SMALL = (
@@ -125,7 +125,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config = compose(shlex.join(case.settings))
     base, people, database = setup.build(config, folder)
-    perform = setup.make_perform(config, base, budget(config.cohort.memory_gib, base.device))
+    perform = setup.make_perform(config, base, budget(config.trainer.memory_gib, base.device))
     bad = choose_attackers([person.name for person in people], case.seed)
     devices = {person.name: person.device for person in people}
     kind, performing = ATTACKS.get(case.attack), perform
@@ -144,7 +144,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
         saved=None,
         checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
-        min_devices=len(people),
+        present=len(people),
         personalized_devices=(),
     )
     honest = [person for person in people if person.name not in bad]
@@ -191,9 +191,9 @@ def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: i
         adapters=[to_device(stack_adapters(base.sites, [adapter]), base.like)],
         slots=[0] * samples,
         sampler=config.evaluation.sampler,
-        steps=config.evaluation.steps,
-        guidance=config.evaluation.guidance,
-        memory=inference_share(budget(config.cohort.memory_gib, base.device)),
+        steps=config.evaluation.sampling_steps,
+        guidance=config.evaluation.guidance_scale,
+        memory=inference_share(budget(config.trainer.memory_gib, base.device)),
     )
     reading = judge.load().read(glyphs(base.decode(latents)))
     return float((judge.merge_classes(reading) == judge.merge_classes([dataset.GLYPHS.index(TARGET)])).mean())

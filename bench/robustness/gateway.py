@@ -51,7 +51,7 @@ OUT = Path("bench/results/gateway.json")
 HONEST, CALM = 3, 10
 RATE = 20.0  # calls per second of each client: server.limits.requests_per_minute
 RUN = (
-    "rounds=100000 strategy=fedit strategy.timeout=600 adapter.shared.steps=2 adapter.shared.batch_size=2 "
+    "rounds=100000 aggregation=fedit round_loop.timeout=600 adapter.shared.steps=2 adapter.shared.batch_size=2 "
     "adapter.shared.rank=1 adapter.sites=conv_in|conv_out evaluation.timesteps=1 "
     "server.limits.requests_per_minute=1000000"
 )

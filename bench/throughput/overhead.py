@@ -42,8 +42,8 @@ from server.supervisor.superlink import SuperLinkProcess
 OUT = Path("bench/results/overhead.json")
 LEG, ADDED = 4.0, 40.0  # limits: seconds of a leg, MiB added to Flower's idle memory
 RUN = (
-    "strategy=fedit fleet.sample={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
-    "evaluation.timesteps=1 strategy.timeout=600"
+    "aggregation=fedit cohort.size={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
+    "evaluation.timesteps=1 round_loop.timeout=600"
 )
 
 SERVER_APP = """

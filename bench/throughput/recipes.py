@@ -41,7 +41,7 @@ TARGETS = {"published": ("total", 5.0), "tuned": ("total", 1.5), "serial": ("rou
 CLIENTS, EXAMPLES, STEPS, BATCH = 20, 20, 4, 4
 OURS = (
     "privacy=example",
-    "strategy=fedit",
+    "aggregation=fedit",
     "tracker=none",
     f"data.writers={CLIENTS}",
     f"data.train={EXAMPLES}",
@@ -49,9 +49,9 @@ OURS = (
     f"adapter.shared.batch_size={BATCH}",
     "data.validation=1",
     "data.test=1",
-    "fleet.evaluate=1",
+    "cohort.eval_size=1",
     "evaluation.timesteps=1",
-    "evaluation.gallery=0",
+    "evaluation.gallery_size=0",
 )
 _LOOK = 0.02  # seconds between two reads of a run's metrics
 

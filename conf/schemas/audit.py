@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from conf.schemas.simulation import require, require_choice
+from conf.schemas.checks import require, require_choice
 
 
 @dataclass

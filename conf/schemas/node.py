@@ -18,7 +18,7 @@ from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.key_value import parse_override
-from conf.schemas.simulation import require, require_choice, require_color
+from conf.schemas.checks import require, require_choice, require_color
 
 METERS = ("auto", "none", "pi5", "battery", "rapl", "nvml", "termux", "file")
 

@@ -17,7 +17,7 @@ from common.errors import AntherError
 from conf.cli import to_object
 from conf.explain import explain, known_keys
 from conf.key_value import parse_override
-from conf.schemas.simulation import require
+from conf.schemas.checks import require
 
 DEVICES = Path(__file__).parents[1] / "device"
 THIS = "this"  # the name of the device that we run on

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from conf.schemas.simulation import SimulationConfig, require
+from conf.schemas.checks import require
+from conf.schemas.simulation import SimulationConfig
 
 
 @dataclass

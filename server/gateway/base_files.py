@@ -1,9 +1,9 @@
-"""HTTP routes that serve bases to the devices of the federation; `server.gateway` authenticates the devices.
+"""The bases that a server hands to the devices of its federation: routes for `server.gateway`, which knows who asks.
 
-    GET /v1/anther/base/<hash>/manifest     chunk manifest, as JSON
-    GET /v1/anther/base/<hash>/file/<n>     n-th file of the base, or a part of it with `Range`
+    GET /v1/anther/base/<hash>/manifest     models.base.chunk_manifest, as JSON
+    GET /v1/anther/base/<hash>/file/<n>     the n-th file of it, or by `Range` a part
 
-Values from a request are looked up in tables made at the start of the server; they never become a path.
+What a client says is looked up in tables of what the server was started with, and never becomes a path.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ FILE_PATH = "/v1/anther/base/{base}/file/{number}"
 
 
 class BaseFiles:
-    """Files of bases by content hash. Construction reads all files once; devices reject files that change later.
+    """Bases by their content hashes. Making it reads all of them, once; what changes afterwards devices refuse.
 
     Args:
-        folders: folders of bases, as `models.base.assets.locate` finds them.
+        folders: of bases, as `models.base.assets.locate` finds them.
 
     Raises:
-        AntherError: a base can't be read or distributed.
+        AntherError: one can't be read or handed on.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -42,15 +42,15 @@ class BaseFiles:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """Content hashes of the bases."""
+        """Content hashes of those that are here."""
         return tuple(self._manifests)
 
     def manifest(self, base: str) -> bytes | None:
-        """Return the manifest of the base with this hash; None if there is none."""
+        """The manifest of the base of this hash; None if it isn't here."""
         return self._manifests.get(base)
 
     def file(self, base: str, number: str) -> Path | None:
-        """Return the path of the file with this number; None if there is none."""
+        """The file of this number, as it was asked for; None if there is none."""
         return self._files.get((base, number))
 
     def _add(self, folder: Path, manifest: ChunkManifest) -> None:
@@ -59,26 +59,26 @@ class BaseFiles:
             self._files[manifest.base, str(number)] = (folder / file.name).resolve()
 
 
-def routes(base_files: BaseFiles) -> list[Route]:
-    """Make Starlette's routes for these bases; they don't authenticate."""
-    from starlette.responses import FileResponse, PlainTextResponse  # not installed on every device
+def routes(shelf: BaseFiles) -> list[Route]:
+    """Starlette's routes for what is on the shelf; they ask nobody who they are."""
+    from starlette.responses import FileResponse, PlainTextResponse  # not on a device that only learns
     from starlette.responses import Response as Plain
     from starlette.routing import Route
 
     async def manifest(request: Request) -> Response:
-        content = base_files.manifest(request.path_params["base"])
-        if content is None:
+        found = shelf.manifest(request.path_params["base"])
+        if found is None:
             return PlainTextResponse("no such base here", 404)
-        return Plain(content, media_type="application/json")
+        return Plain(found, media_type="application/json")
 
     async def file(request: Request) -> Response:
-        path = base_files.file(request.path_params["base"], request.path_params["number"])
-        if path is None:
+        found = shelf.file(request.path_params["base"], request.path_params["number"])
+        if found is None:
             return PlainTextResponse("no such file here", 404)
-        if not path.is_file():
+        if not found.is_file():
             return PlainTextResponse("this file is gone from the server", 410)
-        if "," in "".join(request.headers.getlist("range")):  # thousands of ranges would cost seconds per request
+        if "," in "".join(request.headers.getlist("range")):  # thousands of them cost seconds each
             return PlainTextResponse("one range at a time", 416)
-        return FileResponse(path, media_type="application/octet-stream")
+        return FileResponse(found, media_type="application/octet-stream")
 
     return [Route(MANIFEST_PATH, manifest, methods=["GET"]), Route(FILE_PATH, file, methods=["GET"])]

@@ -1,4 +1,4 @@
-"""A complete federation over any grid: all rounds, then personal adapters."""
+"""A whole federation over some grid: all rounds, then personal adapters."""
 
 from __future__ import annotations
 
@@ -32,29 +32,19 @@ def federate(
     saved: RunState | None,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    min_devices: int = 1,
+    present: int = 1,
     wait_forever: bool = False,
     patience: float = math.inf,
     clock: Clock | None = None,
-    before_checkpoint: Callable[[int], None] = lambda _: None,
+    keep: Callable[[int], None] = lambda _: None,
     personalized_devices: Collection[str] | None = None,
 ) -> RunState:
-    """Start a run, or continue it from `saved`; then train personal adapters on top of the best shared one.
+    """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
 
     Args:
-        config: configuration of the run.
-        grid: connection to the devices.
-        strategy: strategy of the run.
-        plan: training plan of the run.
-        saved: state to continue from; None: a new run.
-        checkpoints: folder of the checkpoints.
-        on_round: called after each round's checkpoint.
-        min_devices, wait_forever, patience, before_checkpoint: as in `run_rounds`.
-        clock: clock of `RoundLimits`.
-        personalized_devices: names of the devices that train a personal adapter; None: all.
-
-    Returns:
-        The state after the last round.
+        present, waits, patience, keep: as for `run_rounds`.
+        clock: as of its pace.
+        personal_on: names of the devices that are asked for a personal adapter; None: every device.
     """
     state = saved or RunState.start(
         run=plan.run,
@@ -63,9 +53,9 @@ def federate(
         if strategy.lora_xs_bases
         else init_adapter(strategy.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
     )
-    strategy_config, fleet = config.strategy, config.fleet
-    target = fleet.sample if fleet.overselect > 1 else None
-    limits = RoundLimits(clock=clock, timeout=strategy_config.timeout, target_replies=target, seed=config.seed)
+    timeout, cohort = config.round_loop.timeout, config.cohort
+    enough = cohort.size if cohort.overselection > 1 else None
+    pace = RoundLimits(clock=clock, timeout=timeout, enough=enough, seed=config.seed)
     state = run_rounds(
         grid=grid,
         strategy=strategy,
@@ -73,12 +63,12 @@ def federate(
         rounds=config.rounds,
         checkpoints=checkpoints,
         on_round=on_round,
-        limits=limits,
-        round_runner=round_runner(config, grid, strategy, limits),
-        min_devices=min_devices,
+        pace=pace,
+        round_runner=round_runner(config, grid, strategy, pace),
+        present=present,
         wait_forever=wait_forever,
         patience=patience,
-        before_checkpoint=before_checkpoint,
+        keep=keep,
     )
     personal = config.adapter.personal
     request = Personalize(
@@ -88,22 +78,20 @@ def federate(
         rank=personal.rank,
         steps=personal.steps,
         batch_size=personal.batch_size,
-        learning_rate=personal.learning_rate,
-        look_every=config.adapter.look_every,
+        learning_rate=personal.lr,
+        look_every=config.adapter.eval_interval,
         patience=config.adapter.patience,
     )
-    personalize(
-        grid=grid, strategy=strategy, request=request, devices=personalized_devices, timeout=strategy_config.timeout
-    )
+    personalize(grid=grid, strategy=strategy, request=request, devices=personalized_devices, timeout=timeout)
     return state
 
 
-def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, limits: RoundLimits) -> RoundRunner:
-    """Make the round runner of this configuration."""
-    strategy_config = config.strategy
-    if strategy_config.timing == "sync":
-        return SyncRunner(grid, strategy, limits)
-    size, concurrency = strategy_config.buffer or BUFFER_SIZE, config.fleet.concurrency or CONCURRENCY
+def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, pace: RoundLimits) -> RoundRunner:
+    """How the rounds of this configuration train."""
+    loop = config.round_loop
+    if loop.mode == "sync":
+        return SyncRunner(grid, strategy, pace)
+    size, concurrency = loop.buffer_size or BUFFER_SIZE, loop.concurrency or CONCURRENCY
     return FedBuffRunner(
-        grid, strategy, limits, shift=REBASES[strategy_config.aggregation], size=size, concurrency=concurrency
+        grid, strategy, pace, shift=REBASES[config.aggregation.name], size=size, concurrency=concurrency
     )

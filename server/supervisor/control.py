@@ -1,4 +1,4 @@
-"""Client of the SuperLink's control API, which is faster than its command line, where each call takes seconds."""
+"""The SuperLink's control API, where its command line would take seconds for each word: who is in, how a run does."""
 
 from __future__ import annotations
 
@@ -22,33 +22,29 @@ from server.gateway.identity import to_openssh
 
 
 class ControlClient:
-    """Client of one SuperLink's control API.
+    """Asks one SuperLink.
 
     Args:
-        authority: certificate of the SuperLink's authority; None: it listens without TLS.
+        authority: whose certificate it has to show; None: it listens without TLS.
     """
 
     def __init__(self, address: str, authority: Path | None) -> None:
         self._address, self._authority = address, authority
 
     def check(self) -> None:
-        """Check that the SuperLink and its database answer.
-
-        Raises:
-            AntherError: they don't.
-        """
+        """AntherError unless the SuperLink, and its database, answer."""
         with self._client() as client:
             client.ListNodes(ListNodesRequest())
 
     def nodes(self) -> dict[str, int]:
-        """Return ids of the registered nodes, by public key in OpenSSH's form."""
+        """Ids of the nodes that are registered, by their public keys as OpenSSH writes them."""
         with self._client() as client:
-            nodes = client.ListNodes(ListNodesRequest()).nodes_info
-        registered = [node for node in nodes if node.status != "unregistered" and node.public_key]
-        return {to_openssh(load_pem_public_key(node.public_key)): node.node_id for node in registered}
+            found = client.ListNodes(ListNodesRequest()).nodes_info
+        there = [node for node in found if node.status != "unregistered" and node.public_key]
+        return {to_openssh(load_pem_public_key(node.public_key)): node.node_id for node in there}
 
     def register(self, key: str, name: str) -> int:
-        """Register a node with this public key, and return its id."""
+        """Let a node with this public key in; its id."""
         public = load_ssh_public_key(key.encode())
         pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         with self._client() as client:
@@ -59,17 +55,17 @@ class ControlClient:
             client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def status(self, run: int) -> str:
-        """Return `pending`, `starting`, `running`, or `finished` with the outcome: `finished:completed`, …"""
+        """`pending`, `starting`, `running`, or `finished` with how: `finished:completed`, `finished:failed`, …"""
         with self._client() as client:
-            runs = client.ListRuns(ListRunsRequest(run_id=run)).run_dict
-        if run not in runs:
+            found = client.ListRuns(ListRunsRequest(run_id=run)).run_dict
+        if run not in found:
             return "unknown"
-        status = runs[run].status
+        status = found[run].status
         return f"{status.status}:{status.sub_status}" if status.sub_status else str(status.status)
 
     @contextmanager
     def _client(self) -> Iterator[ControlHttpClient]:
-        """Open a client; errors of the SuperLink become AntherError."""
+        """AntherError where the SuperLink doesn't answer, or says no."""
         client = ControlHttpClient.from_server_address(
             server_address=self._address,
             insecure=self._authority is None,

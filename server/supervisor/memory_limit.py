@@ -1,4 +1,4 @@
-"""Limit on the memory of a block of code."""
+"""A limit on the memory that a piece of work takes."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _tried(run: FinishedRun, config: MembershipConfig) -> tuple[list[Candidate],
         sites=settings.adapter.sites,
         weights=settings.base.weights,
         device=settings.base.device,
-        compute=settings.base.compute,
+        compute=settings.base.compute_dtype,
     )
     if frozen.hash != run.base:
         raise AntherError(f"{run.folder}: was trained on another base ({run.base[:12]}): restore it")

@@ -9,8 +9,9 @@ from functools import cache, lru_cache, partial
 
 from client.planning.plan_search import pass_seconds
 from common.units import GIB, MIB
+from conf.schemas.fleet import WorkloadConfig
 from conf.schemas.planning import DeviceProfileConfig
-from conf.schemas.simulation import SimulationConfig, WorkloadConfig
+from conf.schemas.simulation import SimulationConfig
 from models.base.base import Base
 from models.families.known import find_base
 from models.footprint.footprint import Footprint, example_shapes, footprint, meta_denoiser
@@ -41,7 +42,7 @@ class Costs:
         """Return the peak bytes of a pass, excluding the process' own memory."""
         if plan.sites is None:
             return self._footprint(plan.rank).peak_bytes
-        return self._workload.memory * self._pass_costs().bytes(plan.sites)
+        return self._workload.memory_factor * self._pass_costs().bytes(plan.sites)
 
     def fits(self, plan: TrainingPlan, device: DeviceProfileConfig) -> bool:
         """Return whether a pass of the plan and the process fit in the device's memory."""
@@ -68,15 +69,15 @@ def scale_footprint(footprint: Footprint, workload: WorkloadConfig) -> Footprint
     work = ("matrix_operations", "convolution_operations", "moved_bytes")
     return replace(
         footprint,
-        **{name: round(workload.memory * value) for name, value in memory.items() if name != "runtime_bytes"},
-        **{name: round(workload.arithmetic * getattr(footprint, name)) for name in work},
+        **{name: round(workload.memory_factor * value) for name, value in memory.items() if name != "runtime_bytes"},
+        **{name: round(workload.compute_factor * getattr(footprint, name)) for name in work},
     )
 
 
 def build_costs(config: SimulationConfig, base: Base) -> Costs:
     """Build the costs of a run's base on its fleet."""
     sites = "|".join(re.escape(site) for site in base.sites)
-    key = (str(base.folder), sites, config.base.weights, config.base.checkpointing, base.resolution)
+    key = (str(base.folder), sites, config.base.weights, config.base.gradient_checkpointing, base.resolution)
     pass_costs = partial(base_pass_costs, base, config.adapter.shared.rank)
     return Costs(lambda rank: _predict_footprint(*key, rank), pass_costs, config.fleet.workload)
 

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from conf.schemas.fleet import ProfileConfig
 from conf.schemas.planning import DeviceProfileConfig
-from conf.schemas.simulation import ProfileConfig
 from simulations.fleet.availability import Availability
 from simulations.fleet.battery import charge_after, flow, seconds_until
 from simulations.fleet.heat import Heat, heat_after, seconds_until_change
@@ -45,9 +45,9 @@ class PowerModel:
             watts_busy=device.watts_busy,
             capacity=device.battery_wh,
             charger=profile.charger_watts,
-            throttle_after=profile.hot_after,
-            cooldown=profile.cool_after,
-            throttled_speed=profile.hot_speed,
+            throttle_after=profile.throttle_after,
+            cooldown=profile.cooldown,
+            throttled_speed=profile.throttled_speed,
         )
 
 

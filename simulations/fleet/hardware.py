@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from common.errors import AntherError
+from conf.schemas.fleet import FleetConfig, ProfileConfig
 from conf.schemas.planning import DeviceProfileConfig, device_profile
-from conf.schemas.simulation import FleetConfig, ProfileConfig
 from models.base import assets
 from models.base.base import Base
 from protocol.messages import TrainingPlan
@@ -54,7 +54,7 @@ class Hardware:
 
 def profile_cycle(fleet: FleetConfig) -> list[ProfileConfig]:
     """Return the profiles in the order in which they are assigned to devices, repeated cyclically."""
-    return [profile for profile in fleet.profiles for _ in range(profile.share)]
+    return [profile for profile in fleet.profiles for _ in range(profile.count)]
 
 
 def build_hardware(fleet: FleetConfig, costs: Costs, rank: int, base: Base | None = None) -> list[Hardware]:

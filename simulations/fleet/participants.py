@@ -20,7 +20,9 @@ from client.device import Device
 from client.store.store import Store
 from common.errors import AntherError
 from common.seeding import derive_seed
-from conf.schemas.simulation import DataConfig, ProfileConfig, SimulationConfig
+from conf.schemas.fleet import ProfileConfig
+from conf.schemas.simulation import SimulationConfig
+from conf.schemas.training import DataConfig
 from models.base import assets
 from models.base.base import Base
 from privacy.noise import noise_source
@@ -104,9 +106,8 @@ def owners_policy(config: SimulationConfig) -> Policy:
     private = config.privacy
     if not private.of_examples:
         return Policy()
-    return Policy(
-        max_epsilon=private.epsilon, delta=private.delta, measures="noised" if private.measuring.every else "none"
-    )
+    measures = "noised" if config.private_eval.interval else "none"
+    return Policy(max_epsilon=private.epsilon, delta=private.delta, measures=measures)
 
 
 def assign_writers(people: Sequence[Writer], devices: int) -> Iterator[tuple[str, Writer, int]]:
@@ -143,7 +144,7 @@ def writers(data: DataConfig) -> list[Writer]:
     all_writers = []
     for index, family in enumerate(families):
         kind = dataset.GLYPH_KINDS[index % len(dataset.GLYPH_KINDS)]
-        split = dataset.split(dataset.skew_order(family.order, kind) if data.skew else family.order, data.train)
+        split = dataset.split(dataset.skew_order(family.order, kind) if data.label_skew else family.order, data.train)
 
         def pictures(glyphs: Sequence[int], family: dataset.Typeface = family) -> tuple[Picture, ...]:
             return tuple(Picture(family.images[i], dataset.caption(dataset.GLYPHS[i])) for i in glyphs)
@@ -217,7 +218,7 @@ def _participant(
         uplink_mbps=profile.uplink_mbps,
         downlink_mbps=profile.downlink_mbps,
         metered=profile.metered,
-        rank=profile.rank,
+        rank=profile.max_rank,
         sites=None if profile.sites is None else _sites(profile, base),
     )
     device = Device(

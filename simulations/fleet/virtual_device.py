@@ -71,7 +71,7 @@ class VirtualDevice:
         return result
 
     def _advance(self, state: DeviceState, *, until: float, work: float | None) -> AdvanceResult:
-        interruptible = self.hardware.profile.leaves
+        interruptible = self.hardware.profile.interruptible
         return advance(
             self.power_model,
             self.availability,

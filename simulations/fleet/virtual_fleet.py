@@ -114,10 +114,10 @@ def _build_device(config: SimulationConfig, person: Participant, recorded: Recor
     fleet, profile, name = config.fleet, person.hardware.profile, person.name
     power_model = PowerModel.of(profile, person.hardware.known_device)
     availability: Availability = recorded or DailySchedule(
-        profile.plugged,
-        profile.idle,
-        phase=uniform(config.seed, name, "zone", low=-0.5, high=0.5) * fleet.zones * HOUR,
-        jitter=fleet.jitter * HOUR,
+        profile.plugged_hours,
+        profile.idle_hours,
+        phase=uniform(config.seed, name, "zone", low=-0.5, high=0.5) * fleet.timezone_spread * HOUR,
+        jitter=fleet.schedule_jitter * HOUR,
         seed=derive_seed(config.seed, name, "habits"),
     )
     charge = uniform(config.seed, name, "charge", low=_MIN_INITIAL_CHARGE) * (power_model.capacity or 0.0)

@@ -125,7 +125,7 @@ class TimedGrid(CohortGrid):
 
     def _seconds_until_dropout(self, device: VirtualDevice, round: int) -> float:
         """Draw the seconds until the device drops out, at a constant hourly rate; infinity without dropout."""
-        rate = device.hardware.profile.drop_out
+        rate = device.hardware.profile.dropout_per_hour
         drawn = 1.0 - uniform(self._seed, device.name, round, "drop-out")
         return HOUR * math.log(drawn) / math.log(1.0 - rate) if rate else math.inf
 

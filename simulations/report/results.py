@@ -87,16 +87,16 @@ def finish(
         The contents of `summary.json`.
     """
     pools, local = evaluation.encode_pools(evaluated, perform), None
-    if config.evaluation.local:
+    if config.evaluation.baseline_local:
         display.phase("training local baselines, to compare")
         local = evaluation.train_local(config, base, evaluated, pools, perform)
-    shared = download(state.best_adapter, config.strategy.download).adapter  # as devices have it
+    shared = download(state.best_adapter, config.compression.download).adapter  # as devices have it
     adapters = evaluation.arms(evaluated, local, shared, base)
     export_adapters(folder / "adapters", base, evaluated, shared)
     display.phase("measuring held-out pictures")
     losses = evaluation.losses(evaluated, adapters, pools, perform)
     galleries: dict[str, Gallery] = {}
-    if config.evaluation.gallery:
+    if config.evaluation.gallery_size:
         display.phase("drawing the gallery")
         galleries = evaluation.gallery(config, base, evaluated, adapters, memory)
     scores = score_arms(base, evaluated, losses, galleries)
@@ -197,7 +197,7 @@ def summarize(
         return {arm: sum(values) / len(values) if values else None for arm, values in known.items()}
 
     return {
-        "strategy": config.strategy.aggregation,
+        "strategy": config.aggregation.name,
         "rounds": config.rounds,
         "best_round": state.best_round,
         "clients": clients,
@@ -271,7 +271,7 @@ def build_report(
         command: command that repeats the run.
         fleet: outcomes of a timed fleet by round.
     """
-    rounds = totals.round_rows(state.history)
+    rounds = totals.rows(state.history)
     for row, outcome in zip(rounds, fleet, strict=False):
         row.update(joules=outcome.joules, hours=outcome.ended / 3600, lost=outcome.lost)
     return Report(
@@ -283,7 +283,7 @@ def build_report(
         devices=[device_row(person, state, scores[person.name]) for person in evaluated],
         gallery=gallery([person for person in evaluated if person.name in galleries], galleries),
         use=loading_snippet(base, adapters),
-        strategy=config.strategy.aggregation,
+        strategy=config.aggregation.name,
         rates=rate_source(people, base),
         letters=all(person.kind != "own" for person in people),
         footer=f"Seed {config.seed} · configuration {summary['config_hash'][:12]}",
@@ -332,7 +332,7 @@ def gallery_row(
         given_captions=[shown(picture.caption) for picture in training],
         captions=[shown(caption) for caption in shown_arms.captions],
         arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in shown_arms.arms.items()},
-        training_count=len(person.pictures.train),
+        gave=len(person.pictures.train),
     )
 
 

@@ -15,12 +15,12 @@ def work_after_rounds(config: SimulationConfig) -> float:
     """
     data, shared, personal = config.data, config.adapter.shared, config.adapter.personal
     evaluated = config.evaluation.devices or max(data.writers, len(data.pictures))
-    sampled = config.fleet.sample or data.count()
-    measured = (config.fleet.evaluate or sampled) * data.validation * config.evaluation.timesteps * DRAWN
+    sampled = config.cohort.size or data.count()
+    measured = (config.cohort.eval_size or sampled) * data.validation * config.evaluation.timesteps * DRAWN
     one_round = sampled * shared.steps * shared.batch_size * TRAINED + measured
-    steps = personal.steps + (config.rounds * shared.steps + personal.steps if config.evaluation.local else 0)
+    steps = personal.steps + (config.rounds * shared.steps + personal.steps if config.evaluation.baseline_local else 0)
     trained = evaluated * steps * personal.batch_size * TRAINED
-    arms = 3 if config.evaluation.local else 2  # base and shared draw each caption once for all devices
-    guided = 2 if config.evaluation.guidance > 1 else 1
-    drawn = evaluated * config.evaluation.gallery * arms * config.evaluation.steps * guided * DRAWN
+    arms = 3 if config.evaluation.baseline_local else 2  # base and shared draw each caption once for all devices
+    guided = 2 if config.evaluation.guidance_scale > 1 else 1
+    drawn = evaluated * config.evaluation.gallery_size * arms * config.evaluation.sampling_steps * guided * DRAWN
     return (trained + drawn) / one_round

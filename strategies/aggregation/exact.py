@@ -86,7 +86,7 @@ class Exact:
         self, *, rank: int, max_rank: int | None, energy: float | None = None, by_slice: bool = False, seed: int
     ) -> None:
         if max_rank is not None and max_rank < rank:
-            raise AntherError(f"strategy.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
+            raise AntherError(f"aggregation.max_rank={max_rank}: must be at least adapter.shared.rank={rank}, or null")
         self._rank, self._max_rank, self._energy, self._seed = rank, max_rank, energy, seed
         self._by_slice = by_slice
         self._ranks: Collection[int] = ()

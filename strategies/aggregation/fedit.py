@@ -31,7 +31,7 @@ class FedIT:
             ranks = sorted({len(factors.a) for factors, _ in there} | {len(before.a)})
             if len(ranks) > 1:
                 raise AntherError(
-                    f"fedit averages adapters of one rank, got {ranks}: use strategy=exact for mixed ranks"
+                    f"fedit averages adapters of one rank, got {ranks}: use aggregation=exact for mixed ranks"
                 )
             if there:
                 found[site] = mean_factors(there)

@@ -2,7 +2,7 @@
 
 ΔW = L C A with C [r, r], so that Σ p_k L C_k A = L (Σ p_k C_k) A is exact, r² numbers a site travel, and under privacy
 that much less noise. The paper takes L and A from the first gradient on the devices' own data; here they are a frame
-that is public (`adapter.frame`), which costs no ε.
+that is public (`adapter.lora_xs_bases`), which costs no ε.
 """
 
 from __future__ import annotations

@@ -25,24 +25,25 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
             delta=config.privacy.delta,
             sampling_rate=rate,
             steps=config.rounds * shared.steps,
-            other_events=evaluation_mechanisms(config),
+            beside=evaluation_mechanisms(config),
         )
         privacy = ExamplePrivacy(
             noise_multiplier=sigma,
-            clip=config.privacy.clip,
+            clip=config.privacy.clip_norm,
             sampling_rate=rate,
-            draws=config.privacy.draws,
+            draws=config.privacy.noise_multiplicity,
             delta=config.privacy.delta,
         )
-    chosen, rule = config.strategy, aggregation(config)
-    if chosen.keep < 1 and not rule.stable_factors:
+    compression, rule = config.compression, aggregation(config)
+    if compression.keep_fraction < 1 and not rule.stable_factors:
         raise AntherError(
-            f"strategy.keep={chosen.keep}: what is held back fits no later round, since {chosen.aggregation} turns or "
-            "changes the factors; use strategy=fedit, or leave it 1"
+            f"compression.keep_fraction={compression.keep_fraction}: what is held back fits no later round, since "
+            f"{config.aggregation.name} turns or "
+            "changes the factors; use aggregation=fedit, or leave it 1"
         )
-    scaffold = chosen.correction == "scaffold"
+    scaffold = config.drift_correction == "scaffold"
     if scaffold and (reason := _uncorrected(config, rule)):
-        raise AntherError(f"strategy.correction=scaffold: {reason}")
+        raise AntherError(f"drift_correction=scaffold: {reason}")
     return TrainingPlan(
         run=run,
         round=0,
@@ -50,46 +51,45 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
         rank=shared.rank,
         steps=shared.steps,
         batch_size=shared.batch_size,
-        learning_rate=shared.learning_rate,
-        optimiser=shared.optimiser,
-        proximal=shared.proximal,
+        learning_rate=shared.lr,
+        optimiser=shared.optimizer,
+        proximal=shared.proximal_mu,
         scaffold=scaffold,
         privacy=privacy,
-        update=chosen.update,
-        keep=chosen.keep,
-        feedback=rule.stable_factors and chosen.update != "fp32",
+        update=compression.upload,
+        keep=compression.keep_fraction,
+        feedback=rule.stable_factors and compression.upload != "fp32",
     )
 
 
 def _uncorrected(config: SimulationConfig, rule: Aggregation) -> str | None:
     """Why SCAFFOLD's control variates would mean nothing, and how to mend it; None if they go with all the rest."""
-    chosen = config.strategy
+    name = config.aggregation.name
     if not rule.stable_factors:
         return (
-            f"a control variate fits no later round, since {chosen.aggregation} turns or changes the factors; use "
-            "strategy=fedit"
+            f"a control variate fits no later round, since {name} turns or changes the factors; use aggregation=fedit"
         )
     if not rule.sensitivity.linear:
-        return f"the server's control variate is a plain mean, and {chosen.aggregation} is none; use strategy=fedit"
-    if config.adapter.shared.optimiser != "sgd":
+        return f"the server's control variate is a plain mean, and {name} is none; use aggregation=fedit"
+    if config.adapter.shared.optimizer != "sgd":
         return (
-            "only with plain SGD are a device's steps a sum of gradients; set adapter.shared.optimiser=sgd, and a "
-            "higher adapter.shared.learning_rate"
+            "only with plain SGD are a device's steps a sum of gradients; set adapter.shared.optimizer=sgd, and a "
+            "higher adapter.shared.lr"
         )
     if config.privacy.of_devices:
         return (
             f"with privacy={config.privacy.level} the server's control variate would be made of updates before they "
             "are noised; use privacy=example or none"
         )
-    if chosen.robust:
+    if config.robust.rules:
         return (
-            "every update enters the server's control variate, also one that strategy.robust leaves out, and from "
+            "every update enters the server's control variate, also one that robust.rules leaves out, and from "
             "there all devices; leave one of them out"
         )
-    if chosen.planning == "device":
-        return "a control variate is of every site that was sent; use strategy.planning=full"
-    if chosen.timing == "async":
+    if config.planning.name == "device":
+        return "a control variate is of every site that was sent; use planning.name=full"
+    if config.round_loop.mode == "async":
         return (
-            "a control variate belongs to one round's adapter, and with strategy.timing=async rounds overlap; use sync"
+            "a control variate belongs to one round's adapter, and with round_loop.mode=async rounds overlap; use sync"
         )
     return None

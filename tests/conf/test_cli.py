@@ -14,10 +14,10 @@ from conf.schemas import simulation
 from conf.schemas.server import ServerConfig
 
 APP = """
-from conf.cli import application, output_dir
-from conf.schemas.simulation import Simulation
+from conf.cli import hydra_application, output_dir
+from conf.schemas.simulation import SimulationConfig
 
-@application("simulate", Simulation)
+@hydra_application("simulate", SimulationConfig)
 def main(config):
     print(config.rounds, config.privacy.level, config.fleet.profiles[0].name, output_dir())
 
@@ -56,10 +56,10 @@ MISTAKES = {
     "roundz=3": "roundz: no such key; did you mean rounds?",
     "adapter.shared.rnk=3": "adapter.shared.rnk: no such key; did you mean adapter.shared.rank?",
     "rank=3": "rank: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
-    "cohort.zzz=3": "cohort.zzz: no such key; known here: memory_gib, compiled",
+    "trainer.zzz=3": "trainer.zzz: no such key; known here: memory_gib, compile",
     "+adapter.rnk=3": "adapter.rnk: no such key; did you mean adapter.shared.rank or adapter.personal.rank?",
     "++sede=3": "sede: no such key; did you mean seed?",
-    "fleet.profiles=[{nam: a}]": "fleet.profiles: 'nam' is no key of a Profile",
+    "fleet.profiles=[{nam: a}]": "fleet.profiles: 'nam' is no key of a ProfileConfig",
     "rounds=abc": "rounds=abc: must be a whole number",
     "rounds=null": "rounds=null: must not be null",
     "privacy.epsilon=": "privacy.epsilon=: must be a number",
@@ -68,34 +68,33 @@ MISTAKES = {
     "adapter.shared=4": "adapter.shared=4: is a group of keys, not a value",
     "adapter.sites=[": "adapter.sites=[: can't be read as key=value; quote the value, and all of it for the shell: "
     """'adapter.sites='"'"'['"'"''""",
-    "strategy=fedavg": "strategy=fedavg: no such option; did you mean fedit (FedAvg of the factors)?; strategy is one "
+    "aggregation=fedavg": "aggregation=fedavg: no such option; did you mean fedit (FedAvg of the factors)?; aggregation is one "
     "of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
     "privacy=exampel": "privacy=exampel: no such option; did you mean example?; privacy is one of: both, device, "
     "example, none",
-    "lr=1e-4": "lr: no such key; did you mean adapter.shared.learning_rate or adapter.personal.learning_rate or "
-    "adapter.local.learning_rate?",
-    "adapter.shared.lr=1e-4": "adapter.shared.lr: no such key; did you mean adapter.shared.learning_rate?",
+    "lr=1e-4": "lr: no such key; did you mean server_optimizer.lr or adapter.shared.lr or adapter.personal.lr or "
+    "adapter.baseline_local.lr?",
     "epochs=3": "epochs: no such key; did you mean rounds?",
-    "adapter.shared.learning_rate=inf": "adapter.shared.learning_rate=inf: must be a finite number",
+    "adapter.shared.lr=inf": "adapter.shared.lr=inf: must be a finite number",
     "privacy.epsilon=inf": "privacy.epsilon=inf: must be a finite number",
-    "strategy.timeout=nan": "strategy.timeout=nan: must be a finite number",
+    "round_loop.timeout=nan": "round_loop.timeout=nan: must be a finite number",
     "data.background=pinkish": "data.background=pinkish: must be white, black, gray or '#rrggbb'",
     "hydra.run.dir=/proc/nowhere/x": "/proc/nowhere: No such file or directory: name another file or folder",
     "adapter.sites='['": "adapter.sites=[: not a regular expression",
     "rounds=0": "rounds=0: must be 1 or more",
     "adapter.shared.rank=0": "adapter.shared.rank=0: must be 1 or more",
-    "adapter.shared.proximal=-1": "adapter.shared.proximal=-1.0: must be 0 or more",
-    "adapter.shared.optimiser=lion": "adapter.shared.optimiser=lion: must be one of: adamw, sgd",
-    "strategy.optimiser=lion": "strategy.optimiser=lion: must be one of: none, fedavgm, fedadam, fedyogi",
-    "strategy.momentum=1": "strategy.momentum=1.0: must be 0 or more, and under 1",
-    "strategy.weights=all": "strategy.weights=all: must be one of: device, rank_slice",
-    "strategy.tau=0": "strategy.tau=0.0: must be over 0",
+    "adapter.shared.proximal_mu=-1": "adapter.shared.proximal_mu=-1.0: must be 0 or more",
+    "adapter.shared.optimizer=lion": "adapter.shared.optimizer=lion: must be one of: adamw, sgd",
+    "server_optimizer.name=lion": "server_optimizer.name=lion: must be one of: none, fedavgm, fedadam, fedyogi",
+    "server_optimizer.momentum=1": "server_optimizer.momentum=1.0: must be 0 or more, and under 1",
+    "aggregation.weighting=all": "aggregation.weighting=all: must be one of: device, rank_slice",
+    "server_optimizer.tau=0": "server_optimizer.tau=0.0: must be over 0",
     "adapter.personal.steps=0": "adapter.personal.steps=0: must be 1 or more",
-    "strategy.aggregation=best": "strategy.aggregation=best: "
+    "aggregation.name=best": "aggregation.name=best: "
     "must be one of: exact, fedit, fedsa, fedsb, fedsvd, ffa, flexlora, flora, hetlora, raflora, rolora",
-    "fleet.sample=21": "fleet.sample=21: there are only 20 devices",
+    "cohort.size=21": "cohort.size=21: there are only 20 devices",
     "data=folder": "data.pictures[0]: needs a value",
-    "~strategy": "strategy.aggregation: needs a value",
+    "~aggregation": "aggregation.name: needs a value",
     "base.path=${nowhere}": "base.path: Interpolation key 'nowhere' not found",
     "seed=13": "seed=13: unlucky",
 }

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from conf.schemas.fleet import ProfileConfig, WorkloadConfig
 from conf.schemas.planning import DeviceProfileConfig
-from conf.schemas.simulation import ProfileConfig, WorkloadConfig
 from models.footprint.footprint import Footprint
 from models.footprint.site_costs import PassCosts, SiteCost
 from simulations.fleet.availability import Availability, DailySchedule

@@ -70,8 +70,8 @@ def test_flower_runs_the_bundle(tmp_path, environment, pipeline_folder):
         lines = [json.dumps({"file_name": name, "text": name}) for name in names]
         (folder / "metadata.jsonl").write_text("\n".join(lines))
     overrides = (
-        f"rounds=2 base.path={pipeline_folder} base.device=cpu adapter.shared.rank=2 strategy.metered_rank=1 "
-        "evaluation.timesteps=1 adapter.personal.steps=1 adapter.look_every=1"
+        f"rounds=2 base.path={pipeline_folder} base.device=cpu adapter.shared.rank=2 planning.metered_rank=1 "
+        "evaluation.timesteps=1 adapter.personal.steps=1 adapter.eval_interval=1"
     )
     done = subprocess.run(
         [

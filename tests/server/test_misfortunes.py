@@ -73,9 +73,9 @@ def spoilt(wrong: Callable[[Update], Update], in_rounds: tuple[int, ...] = (1, 2
 
 
 def made(name: str, folder: Path, more: str = "") -> tuple[Federated, RunState]:
-    option = f"adapter.frame={bases_file(folder)}" if name == "fedsb" else ""
+    option = f"adapter.lora_xs_bases={bases_file(folder)}" if name == "fedsb" else ""
     config = composed(
-        f"strategy={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {more}"
+        f"aggregation={name} adapter.shared.rank=3 adapter.shared.steps=2 rounds=3 data.writers=4 {option} {more}"
     )
     plan = training_plan(config, run="run", base="base")
     federated = build(config, plan, SITES, accept_simulated=True)
@@ -140,7 +140,7 @@ def test_devices_of_different_ranks_and_sites(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_nobody_may_be_asked(name: str, tmp_path: Path) -> None:
-    federated, state = made(name, tmp_path, "fleet.eligible.idle=true")
+    federated, state = made(name, tmp_path, "cohort.eligibility.idle=true")
     devices = [FakeDevice(each, report=replace(REPORT, device=each, busy=True)) for each in NAMES]
     found = run(federated, state, devices, tmp_path / "checkpoints")
     assert [(done.train.asked, done.train.replied) for done in found.history if done.train] == 3 * [(0, 0)]

@@ -64,7 +64,7 @@ def test_old_terminals_are_no_error(
 
 
 def test_work_after_the_rounds_is_told_in_rounds() -> None:
-    few = "data.writers=10 rounds=4 evaluation.gallery=0 evaluation.local=false fleet.sample=5"
+    few = "data.writers=10 rounds=4 evaluation.gallery_size=0 evaluation.baseline_local=false cohort.size=5"
     training = (
         "adapter.shared.steps=2 adapter.shared.batch_size=3 adapter.personal.steps=8 adapter.personal.batch_size=5"
     )
@@ -72,5 +72,5 @@ def test_work_after_the_rounds_is_told_in_rounds() -> None:
     # 10 devices × 8 steps of 5 examples, at 3 each, in rounds of 5 × 2 × 3 such, and 5 × 4 × 2 looked at, at 1 each
     assert work_after_rounds(config) == pytest.approx(10 * 8 * 5 * 3 / (5 * 2 * 3 * 3 + 5 * 4 * 2))
     assert work_after_rounds(compose("data.writers=10")) > work_after_rounds(
-        compose("data.writers=10 evaluation.local=false")
+        compose("data.writers=10 evaluation.baseline_local=false")
     )

@@ -87,7 +87,7 @@ def by_grid(base, pictures, folder, *, batched):
 
 def by_app(base, pictures, folder, pipeline_folder):
     replies = []
-    hostile = "adapter.sites='(.*.*)*!' cohort.memory_gib=9999 hydra.searchpath=[file:///] seed=${oc.env:HOME}"
+    hostile = "adapter.sites='(.*.*)*!' trainer.memory_gib=9999 hydra.searchpath=[file:///] seed=${oc.env:HOME}"
     for request in requests(base):
         if isinstance(request, Train) and request.plan.privacy:
             shutil.rmtree(folder)

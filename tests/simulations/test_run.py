@@ -27,13 +27,13 @@ TINY = [
     "adapter.shared.rank=4",
     "adapter.personal.steps=4",
     "adapter.personal.rank=2",
-    "adapter.look_every=2",
+    "adapter.eval_interval=2",
     "evaluation.timesteps=2",
-    "evaluation.gallery=2",
-    "evaluation.steps=2",
+    "evaluation.gallery_size=2",
+    "evaluation.sampling_steps=2",
     "base.device=cpu",
 ]
-BARE = ["evaluation.gallery=0", "evaluation.local=false"]
+BARE = ["evaluation.gallery_size=0", "evaluation.baseline_local=false"]
 """For runs of which nobody looks at what they drew."""
 ROOT = Path(__file__).parents[2]
 
@@ -164,21 +164,24 @@ def test_interrupted_it_says_how_to_go_on(pipeline_folder: Path, environment: di
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("fleet.sample=2 fleet.overselect=1.5", "fleet.overselect=1.5: all replies of this fleet come at once; choose"),
         (
-            "strategy.timing=async",
-            "strategy.timing=async: training takes this fleet no time; choose a fleet with timed",
+            "cohort.size=2 cohort.overselection=1.5",
+            "cohort.overselection=1.5: all replies of this fleet come at once; choose",
         ),
-        ("strategy.quorum=4 data.writers=3", "strategy.quorum=4: there are 3 devices"),
         (
-            "fleet.eligible.battery=0.4",
-            "fleet.eligible.battery=0.4: devices of this fleet have no battery, .*fleet=week",
+            "round_loop.mode=async",
+            "round_loop.mode=async: training takes this fleet no time; choose a fleet with timed",
         ),
-        ("fleet.eligible.idle=true", "fleet.eligible.idle=true: devices of this fleet"),
-        ("fleet.eligible.cool=true", "fleet.eligible.cool=true: devices of this fleet"),
-        ("strategy.battery_share=0.1", "strategy.battery_share=0.1: devices of this fleet"),
-        ("fleet.zones=3", "fleet.zones=3: devices of this fleet"),
-        ("fleet.jitter=2", "fleet.jitter=2: devices of this fleet"),
+        ("round_loop.quorum=4 data.writers=3", "round_loop.quorum=4: there are 3 devices"),
+        (
+            "cohort.eligibility.min_battery=0.4",
+            "cohort.eligibility.min_battery=0.4: devices of this fleet have no battery, .*fleet=week",
+        ),
+        ("cohort.eligibility.idle=true", "cohort.eligibility.idle=true: devices of this fleet"),
+        ("cohort.eligibility.cool=true", "cohort.eligibility.cool=true: devices of this fleet"),
+        ("planning.max_battery_fraction=0.1", "planning.max_battery_fraction=0.1: devices of this fleet"),
+        ("fleet.timezone_spread=3", "fleet.timezone_spread=3: devices of this fleet"),
+        ("fleet.schedule_jitter=2", "fleet.schedule_jitter=2: devices of this fleet"),
     ],
 )
 def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said: str) -> None:
@@ -189,9 +192,9 @@ def test_rounds_that_a_simulation_can_not_time_are_refused(overrides: str, said:
 @pytest.mark.parametrize(
     "timed",
     [
-        "fleet.overselect=2 fleet.sample=2",
-        "strategy.timing=async strategy.quorum=9",
-        "fleet.eligible.battery=0.4 fleet.eligible.idle=true strategy.battery_share=0.1",
+        "cohort.overselection=2 cohort.size=2",
+        "round_loop.mode=async round_loop.quorum=9",
+        "cohort.eligibility.min_battery=0.4 cohort.eligibility.idle=true planning.max_battery_fraction=0.1",
     ],
 )
 def test_what_a_timed_fleet_can(timed: str) -> None:
@@ -252,7 +255,7 @@ class TestRefused:
             ("adapter.shared.rank=0", ("adapter.shared.rank=0",)),
             ("base.path=/nowhere", ("/nowhere", "no such folder")),
             ("data.pictures=[/nowhere]", ("/nowhere", "no such folder")),
-            ("strategy.max_rank=2", ("strategy.max_rank=2",)),
+            ("aggregation.max_rank=2", ("aggregation.max_rank=2",)),
         ],
     )
     def test_bad_settings(
@@ -291,7 +294,7 @@ def test_a_folder_of_ones_own_takes_the_place_of_a_writer(
 def test_private_training_reports_what_it_promises(
     pipeline_folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    measuring = ["privacy.measuring.every=3", "privacy.measuring.noise_multiplier=5"]
+    measuring = ["private_eval.interval=3", "private_eval.noise_multiplier=5"]
     done = run(
         pipeline_folder, tmp_path / "run", environment, "privacy=example", "privacy.epsilon=4", *measuring, *BARE
     )
@@ -310,7 +313,13 @@ def test_private_training_reports_what_it_promises(
 
 
 def test_two_promises_stand_side_by_side(pipeline_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    chosen = ["privacy=both", "privacy.epsilon=4", "privacy.device.epsilon=6", "strategy=fedit", "fleet.rate=0.7"]
+    chosen = [
+        "privacy=both",
+        "privacy.epsilon=4",
+        "privacy.device.epsilon=6",
+        "aggregation=fedit",
+        "cohort.sampling_rate=0.7",
+    ]
     done = run(pipeline_folder, tmp_path / "run", environment, *chosen, *BARE)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

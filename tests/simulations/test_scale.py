@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = (
     "base.device=cpu data.writers=20 data.validation=2 data.test=2 adapter.shared.steps=1 adapter.shared.rank=2 "
-    "adapter.personal.steps=1 adapter.personal.rank=2 adapter.look_every=1 adapter.patience=1 evaluation.timesteps=1 "
-    "evaluation.gallery=0 evaluation.devices=3 tracker.tensorboard=false"
+    "adapter.personal.steps=1 adapter.personal.rank=2 adapter.eval_interval=1 adapter.patience=1 evaluation.timesteps=1 "
+    "evaluation.gallery_size=0 evaluation.devices=3 tracker.tensorboard=false"
 )
 
 STEADY = {
@@ -48,7 +48,7 @@ def simulate(base: Path, folder: Path, overrides: str) -> list[dict[str, Any]]:
 def test_a_fleet_is_no_more_than_who_is_asked(pipeline_folder: Path, tmp_path: Path) -> None:
     count = 300
     rounds = simulate(
-        pipeline_folder, tmp_path, f"data.devices={count} fleet.sample=15 rounds=6 privacy=example data.train=8"
+        pipeline_folder, tmp_path, f"data.devices={count} cohort.size=15 rounds=6 privacy=example data.train=8"
     )
     assert [(held["asked"], held["replied"]) for held in rounds] == [(15, 15)] * 6
     assert {held["conversations"] for held in rounds} == {0}
@@ -66,7 +66,7 @@ def test_a_fleet_is_no_more_than_who_is_asked(pipeline_folder: Path, tmp_path: P
 @pytest.mark.slow
 def test_ten_thousand_devices(pipeline_folder: Path, tmp_path: Path) -> None:
     rounds = simulate(
-        pipeline_folder, tmp_path, "data.devices=10000 fleet.sample=500 rounds=20 privacy=example data.train=8"
+        pipeline_folder, tmp_path, "data.devices=10000 cohort.size=500 rounds=20 privacy=example data.train=8"
     )
     assert [(held["asked"], held["replied"]) for held in rounds] == [(500, 500)] * 20
     third, last = rounds[2]["resident"], rounds[-1]["resident"]

@@ -14,10 +14,10 @@ from tests.simulations.test_run import ROOT, command, numbers, run
 
 WEEK = [
     "fleet=week",
-    "fleet.sample=3",
+    "cohort.size=3",
     "data.writers=6",
-    "evaluation.gallery=0",
-    "evaluation.local=false",
+    "evaluation.gallery_size=0",
+    "evaluation.baseline_local=false",
     "adapter.personal.steps=2",
     "tracker.tensorboard=false",
 ]

@@ -24,7 +24,7 @@ from training.engine import perform
 
 TINY = (
     "data.writers=2 data.validation=1 rounds=3 adapter.shared.rank=4 adapter.shared.steps=2 "
-    "adapter.shared.batch_size=2 adapter.shared.learning_rate=1e-2"
+    "adapter.shared.batch_size=2 adapter.shared.lr=1e-2"
 )
 PROMISES = {"open": "privacy=none", "example": "privacy=example", "device": "privacy=device"}
 
@@ -69,7 +69,7 @@ def test_a_run_comes_to_the_same_in_fewer_bytes(base: Base, tmp_path: Path, prom
     if (strategy, promise) == ("exact", "device"):
         pytest.skip("not linear in the updates")
     start = flat(init_adapter(base.sites, 4, seed=0))
-    chosen = f"strategy={strategy} {PROMISES[promise]} strategy.update="
+    chosen = f"aggregation={strategy} {PROMISES[promise]} compression.upload="
     whole = federated(base, tmp_path / "fp32", f"{chosen}fp32")
     for precision, least, apart in (("fp16", 1.9, 0.01), ("int8", 3.5, 0.05), ("int4", 6.5, 0.5)):
         found = federated(base, tmp_path / precision, chosen + precision)
@@ -80,14 +80,14 @@ def test_a_run_comes_to_the_same_in_fewer_bytes(base: Base, tmp_path: Path, prom
 
 
 def test_a_share_of_the_blocks_takes_a_share_of_the_bytes(base: Base, tmp_path: Path) -> None:
-    chosen = "strategy=fedit privacy=none strategy.update=int4"
+    chosen = "aggregation=fedit privacy=none compression.upload=int4"
     whole = federated(base, tmp_path / "whole", chosen, rounds=2)
-    half = federated(base, tmp_path / "half", f"{chosen} strategy.keep=0.5", rounds=2)
+    half = federated(base, tmp_path / "half", f"{chosen} compression.keep_fraction=0.5", rounds=2)
     assert 0.5 < sent(half) / sent(whole) < 0.6
 
 
 def test_downloads_in_few_bits_can_be_resumed(base: Base, tmp_path: Path) -> None:
-    chosen = "strategy=fedit strategy.download=int8"
+    chosen = "aggregation=fedit compression.download=int8"
     found = federated(base, tmp_path / "few", chosen, rounds=2)
     numbers = flat(init_adapter(base.sites, 4, seed=0)).numel()
     assert 0.7 < received(found) / (2 * 2 * numbers) < 1.04  # at first B is 0
@@ -104,7 +104,7 @@ def received(state: RunState) -> int:
 @pytest.mark.parametrize("promise", PROMISES)
 def test_a_server_that_begins_a_round_again_comes_to_the_same(base: Base, tmp_path: Path, promise: str) -> None:
     """It died after the replies had come and before its checkpoint: devices answer as they did."""
-    chosen = f"strategy=fedit {PROMISES[promise]} strategy.update=int4"
+    chosen = f"aggregation=fedit {PROMISES[promise]} compression.upload=int4"
     rounds = 2 if promise == "device" else 3  # the server charges for a round as often as it begins it
     whole = federated(base, tmp_path / "whole", chosen, rounds=rounds)
     broken = tmp_path / "broken"

@@ -174,11 +174,11 @@ def test_a_metered_link_decides_nothing_where_it_is_the_unit(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="part of what is private"):
         private(tmp_path, aggregation=FFA(), limits=PlanLimits(metered_update="int4"))
     for level, most in (("device", None), ("none", 4)):
-        config = compose(f"strategy=ffa privacy={level} adapter.shared.rank=3")
+        config = compose(f"aggregation=ffa privacy={level} adapter.shared.rank=3")
         ledger = central_dp(tmp_path).ledger
         assert build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)._limits.metered_rank == most
-    config = compose("strategy=ffa privacy=device adapter.shared.rank=3 strategy.metered_update=int4")
-    with pytest.raises(AntherError, match=r"strategy\.metered_update=int4: what link a device is on belongs to it"):
+    config = compose("aggregation=ffa privacy=device adapter.shared.rank=3 compression.metered_upload=int4")
+    with pytest.raises(AntherError, match=r"compression\.metered_upload=int4: what link a device is on belongs to it"):
         build(config, PLAN, SITES, accept_simulated=True, ledger=ledger)
 
 

@@ -36,70 +36,75 @@ from tests.helpers.fleet import SITES, bases_file
 
 
 def test_the_aggregation_is_the_one_named():
-    assert isinstance(aggregation(compose("strategy=exact")), Exact)
-    assert isinstance(aggregation(compose("strategy=fedit")), FedIT)
-    assert isinstance(aggregation(compose("strategy=fedit strategy.max_rank=8 adapter.shared.rank=8")), FedIT)
+    assert isinstance(aggregation(compose("aggregation=exact")), Exact)
+    assert isinstance(aggregation(compose("aggregation=fedit")), FedIT)
+    assert isinstance(aggregation(compose("aggregation=fedit aggregation.max_rank=8 adapter.shared.rank=8")), FedIT)
 
 
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_every_shipped_strategy_builds(strategy, tmp_path):
-    option = f"adapter.frame={bases_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
-    config = compose(f"strategy={strategy} fleet.sample=2 {option}")
+    option = f"adapter.lora_xs_bases={bases_file(tmp_path)} adapter.shared.rank=3" if strategy == "fedsb" else ""
+    config = compose(f"aggregation={strategy} cohort.size=2 {option}")
     build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False).summary()
     assert type(aggregation(config)) is AGGREGATIONS[strategy]
 
 
 @pytest.mark.parametrize("strategy", AGGREGATIONS)
 def test_a_cap_below_the_rank_is_refused(strategy):
-    with pytest.raises(AntherError, match=r"strategy\.max_rank=2: .*adapter\.shared\.rank=8"):
-        aggregation(compose(f"strategy={strategy} strategy.max_rank=2 adapter.shared.rank=8"))
+    with pytest.raises(AntherError, match=r"aggregation\.max_rank=2: .*adapter\.shared\.rank=8"):
+        aggregation(compose(f"aggregation={strategy} aggregation.max_rank=2 adapter.shared.rank=8"))
 
 
 @pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys() - {"exact"}))
 def test_a_share_of_energy_is_for_the_rule_that_has_one(strategy):
-    with pytest.raises(AntherError, match=r"strategy\.energy=0\.9: .*use strategy=exact"):
-        aggregation(compose(f"strategy={strategy} strategy.energy=0.9"))
+    with pytest.raises(AntherError, match=r"aggregation\.energy_fraction=0\.9: .*use aggregation=exact"):
+        aggregation(compose(f"aggregation={strategy} aggregation.energy_fraction=0.9"))
 
 
 def test_slices_of_rank_are_weighed_by_the_rule_that_has_them():
-    assert aggregation(compose("strategy=exact strategy.weights=rank_slice"))._by_slice
-    assert not aggregation(compose("strategy=exact"))._by_slice
-    with pytest.raises(AntherError, match=r"strategy\.weights=rank_slice: hetlora weighs .*use strategy=exact"):
-        aggregation(compose("strategy=hetlora strategy.weights=rank_slice"))
+    assert aggregation(compose("aggregation=exact aggregation.weighting=rank_slice"))._by_slice
+    assert not aggregation(compose("aggregation=exact"))._by_slice
+    with pytest.raises(AntherError, match=r"aggregation\.weighting=rank_slice: hetlora weighs .*use aggregation=exact"):
+        aggregation(compose("aggregation=hetlora aggregation.weighting=rank_slice"))
 
 
 @pytest.mark.parametrize(("name", "kind", "rate"), [("fedavgm", FedAvgM, 1.0), ("fedyogi", FedOpt, 0.003)])
 def test_the_servers_optimiser_is_the_one_named(name, kind, rate):
-    config = compose(f"strategy=exact strategy.optimiser={name}")
+    config = compose(f"aggregation=exact server_optimizer.name={name}")
     found = optimiser(config, aggregation(config))
     assert type(found) is kind
     assert found._rate == rate
-    with pytest.raises(AntherError, match=rf"strategy\.optimiser={name}: .*use strategy=exact or strategy=fedit"):
+    with pytest.raises(
+        AntherError, match=rf"server_optimizer\.name={name}: .*use aggregation=exact or aggregation=fedit"
+    ):
         optimiser(config, FLoRA(rank=8, seed=0))
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        ("strategy=exact adapter.shared.optimiser=sgd", "exact turns or changes the factors; use strategy=fedit"),
-        ("strategy=fedsvd adapter.shared.optimiser=sgd", "fedsvd turns or changes the factors"),
-        ("strategy=rolora adapter.shared.optimiser=sgd", "rolora turns or changes the factors"),
-        ("strategy=hetlora adapter.shared.optimiser=sgd", "a plain mean, and hetlora is none"),
-        ("strategy=fedit", r"set adapter\.shared\.optimiser=sgd"),
-        ("strategy=fedit adapter.shared.optimiser=sgd privacy=device", "use privacy=example or none"),
-        ("strategy=fedit adapter.shared.optimiser=sgd strategy.robust=[norm]", "one that strategy.robust leaves out"),
-        ("strategy=fedit adapter.shared.optimiser=sgd strategy.timing=async", "rounds overlap; use sync"),
-        ("strategy=fedit adapter.shared.optimiser=sgd strategy.planning=device", r"use strategy\.planning=full"),
+        ("aggregation=exact adapter.shared.optimizer=sgd", "exact turns or changes the factors; use aggregation=fedit"),
+        ("aggregation=fedsvd adapter.shared.optimizer=sgd", "fedsvd turns or changes the factors"),
+        ("aggregation=rolora adapter.shared.optimizer=sgd", "rolora turns or changes the factors"),
+        ("aggregation=hetlora adapter.shared.optimizer=sgd", "a plain mean, and hetlora is none"),
+        ("aggregation=fedit", r"set adapter\.shared\.optimizer=sgd"),
+        ("aggregation=fedit adapter.shared.optimizer=sgd privacy=device", "use privacy=example or none"),
+        (
+            "aggregation=fedit adapter.shared.optimizer=sgd robust.rules=[norm_bound]",
+            "one that robust.rules leaves out",
+        ),
+        ("aggregation=fedit adapter.shared.optimizer=sgd round_loop.mode=async", "rounds overlap; use sync"),
+        ("aggregation=fedit adapter.shared.optimizer=sgd planning.name=device", r"use planning\.name=full"),
     ],
 )
 def test_scaffold_is_refused_where_it_means_nothing(overrides, complaint):
-    with pytest.raises(AntherError, match=rf"strategy\.correction=scaffold: .*{complaint}"):
-        training_plan(compose(f"strategy.correction=scaffold {overrides}"), run="r", base="b")
+    with pytest.raises(AntherError, match=rf"drift_correction=scaffold: .*{complaint}"):
+        training_plan(compose(f"drift_correction=scaffold {overrides}"), run="r", base="b")
 
 
 def test_a_plan_says_how_devices_take_their_steps():
     plan = training_plan(
-        compose("strategy=fedit strategy.correction=scaffold adapter.shared={optimiser:sgd,proximal:0.5}"),
+        compose("aggregation=fedit drift_correction=scaffold adapter.shared={optimizer:sgd,proximal_mu:0.5}"),
         run="r",
         base="b",
     )
@@ -107,40 +112,40 @@ def test_a_plan_says_how_devices_take_their_steps():
 
 
 def test_a_control_variate_is_sent_whole():
-    shared = "strategy=fedit strategy.correction=scaffold adapter.shared.optimiser=sgd"
-    config = compose(f"{shared} strategy.download=int8")
-    with pytest.raises(AntherError, match=r"strategy\.download=int8: .*use strategy\.download=fp32"):
+    shared = "aggregation=fedit drift_correction=scaffold adapter.shared.optimizer=sgd"
+    config = compose(f"{shared} compression.download=int8")
+    with pytest.raises(AntherError, match=r"compression\.download=int8: .*use compression\.download=fp32"):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
 
 def test_a_robust_rule_that_goes_by_entries_leaves_no_direction_as_it_was():
-    config = compose("strategy=fedit strategy.optimiser=fedavgm strategy.robust=[krum]")
+    config = compose("aggregation=fedit server_optimizer.name=fedavgm robust.rules=[krum]")
     assert isinstance(optimiser(config, aggregation(config)), FedAvgM)
-    config = compose("strategy=fedit strategy.optimiser=fedavgm strategy.robust=[krum,median]")
-    with pytest.raises(AntherError, match=r"strategy\.optimiser=fedavgm: .*without median or trimmed"):
+    config = compose("aggregation=fedit server_optimizer.name=fedavgm robust.rules=[krum,median]")
+    with pytest.raises(AntherError, match=r"server_optimizer\.name=fedavgm: .*without median or trimmed_mean"):
         optimiser(config, aggregation(config))
 
 
 def test_no_optimiser_unless_one_is_named():
     assert optimiser(compose(""), FLoRA(rank=8, seed=0)) is None
-    with pytest.raises(AntherError, match=r"strategy\.server_rate=0\.1: without an optimiser .* or leave it null"):
-        optimiser(compose("strategy.server_rate=0.1"), FLoRA(rank=8, seed=0))
+    with pytest.raises(AntherError, match=r"server_optimizer\.lr=0\.1: without an optimizer .* or leave it null"):
+        optimiser(compose("server_optimizer.lr=0.1"), FLoRA(rank=8, seed=0))
 
 
-@pytest.mark.parametrize("robust", ["", "strategy.robust=[krum]"])
+@pytest.mark.parametrize("robust", ["", "robust.rules=[krum]"])
 def test_a_bound_that_nothing_holds_is_refused(robust):
-    with pytest.raises(AntherError, match=r"strategy\.norm_bound=2: .*add norm to strategy\.robust"):
-        aggregation(compose(f"strategy.norm_bound=2 {robust}"))
-    assert aggregation(compose("strategy.norm_bound=2 strategy.robust=[norm]"))
+    with pytest.raises(AntherError, match=r"robust\.norm_bound=2: .*add norm_bound to robust\.rules"):
+        aggregation(compose(f"robust.norm_bound=2 {robust}"))
+    assert aggregation(compose("robust.norm_bound=2 robust.rules=[norm_bound]"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "trained", "measured"),
     [
         ("", 20, 20),
-        ("fleet.sample=5", 5, 5),
-        ("fleet.sample=5 fleet.evaluate=7", 5, 7),
-        ("fleet.evaluate=7", 20, 7),
+        ("cohort.size=5", 5, 5),
+        ("cohort.size=5 cohort.eval_size=7", 5, 7),
+        ("cohort.eval_size=7", 20, 7),
     ],
 )
 def test_how_many_are_asked(overrides, trained, measured):
@@ -185,7 +190,9 @@ def private(overrides, folder, *, accept_simulated=True):
 )
 def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
     """A hundred devices, ten a round, fifty rounds, δ = 1e-3. The slow ones: pytest -m slow tests/strategies."""
-    asked = f"strategy=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 fleet.rate=0.1"
+    asked = (
+        f"aggregation=fedit privacy=device privacy.epsilon={target} rounds=50 data.writers=100 cohort.sampling_rate=0.1"
+    )
     level = private(asked, tmp_path).central_dp
     assert level.mechanism.noise_multiplier == pytest.approx(sigma, rel=0.05)
     assert level.mechanism.expected == pytest.approx(10)
@@ -196,24 +203,24 @@ def test_anchor_of_a_secret_sample(tmp_path, target, sigma):
     ("overrides", "steps", "expected"),
     [
         ("rounds=10", 10, 20),
-        ("rounds=10 fleet.sample=5", 10, 5),
-        ("rounds=10 fleet.sample=5 privacy.device.participations=5", 5, 5),
-        ("rounds=5 fleet.sample=5 privacy.device.participations=10", 5, 5),
+        ("rounds=10 cohort.size=5", 10, 5),
+        ("rounds=10 cohort.size=5 privacy.device.max_participations=5", 5, 5),
+        ("rounds=5 cohort.size=5 privacy.device.max_participations=10", 5, 5),
     ],
 )
 def test_without_a_secret_sample_every_participation_is_paid_for_in_full(tmp_path, overrides, steps, expected):
     """Anchors for ε = 8 and δ = 1e-3: 5 participations 1.07, 10 of them 1.52."""
-    level = private(f"strategy=fedit privacy=device {overrides}", tmp_path).central_dp
+    level = private(f"aggregation=fedit privacy=device {overrides}", tmp_path).central_dp
     assert level.mechanism.noise_multiplier == pytest.approx({5: 1.07, 10: 1.52}[steps], rel=0.05)
     assert (level.mechanism.expected, level.sampling_rate, level.budget.participations) == (expected, 1.0, steps)
 
 
-MEASURED = "rounds=4 privacy.measuring.every=2 privacy.measuring.noise_multiplier=2"
+MEASURED = "rounds=4 private_eval.interval=2 private_eval.noise_multiplier=2"
 MEASUREMENTS = PoissonGaussian(noise_multiplier=2.0, sampling_rate=1.0, steps=2)
 
 
 def test_what_is_measured_among_devices_is_paid_for_beside(tmp_path):
-    level = private(f"strategy=fedit privacy=device {MEASURED}", tmp_path).central_dp
+    level = private(f"aggregation=fedit privacy=device {MEASURED}", tmp_path).central_dp
     assert level.budget.beside == (MEASUREMENTS,)
     training = PoissonGaussian(noise_multiplier=level.mechanism.noise_multiplier, sampling_rate=1.0, steps=4)
     assert 0.99 * 8 <= epsilon([training, MEASUREMENTS], 1e-3, DEVICE).value <= 8
@@ -228,12 +235,12 @@ def test_what_is_measured_among_pictures_is_paid_for_beside():
 
 def test_each_level_has_its_own_epsilon_and_delta(tmp_path):
     chosen = "privacy.epsilon=4 privacy.delta=1e-3 privacy.device.epsilon=6 privacy.device.delta=1e-4"
-    budget = private(f"strategy=fedit privacy=device {chosen}", tmp_path).central_dp.budget
+    budget = private(f"aggregation=fedit privacy=device {chosen}", tmp_path).central_dp.budget
     assert (budget.epsilon, budget.delta) == (6, 1e-4)
 
 
 def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
-    overrides = "strategy=fedit privacy=device fleet.rate=0.5"
+    overrides = "aggregation=fedit privacy=device cohort.sampling_rate=0.5"
     for accept_simulated, kind in ((True, SimulatedNoise), (False, SecureNoise)):
         federated = private(overrides, tmp_path, accept_simulated=accept_simulated)
         assert isinstance(federated.central_dp._noise(1), kind)
@@ -247,10 +254,13 @@ def test_only_a_test_has_noise_that_can_be_repeated(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("strategy=exact", r"exact is not linear in the updates: .*docs/privacy\.md"),
-        ("strategy=fedit fleet.rate=0.5 privacy.device.participations=2", r"participations=2: with fleet\.rate .*null"),
-        ("strategy=fedit privacy.device.participations=2 rounds=4", r"2: 20 devices can't fill 4 rounds of 20"),
-        ("strategy=fedit privacy.device.quantile=0.5 fleet.sample=4", r"quantile=0\.5: too few devices"),
+        ("aggregation=exact", r"exact is not linear in the updates: .*docs/privacy\.md"),
+        (
+            "aggregation=fedit cohort.sampling_rate=0.5 privacy.device.max_participations=2",
+            r"participations=2: with cohort\.sampling_rate .*null",
+        ),
+        ("aggregation=fedit privacy.device.max_participations=2 rounds=4", r"2: 20 devices can't fill 4 rounds of 20"),
+        ("aggregation=fedit privacy.device.target_quantile=0.5 cohort.size=4", r"quantile=0\.5: too few devices"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_a_line(tmp_path, overrides, said):
@@ -260,12 +270,12 @@ def test_what_does_not_fit_together_is_refused_in_a_line(tmp_path, overrides, sa
 
 
 def test_a_secret_sample_and_a_fixed_one():
-    with pytest.raises(AntherError, match=r"fleet\.rate=0\.5 fleet\.sample=2: choose one"):
-        compose("fleet.rate=0.5 fleet.sample=2")
+    with pytest.raises(AntherError, match=r"cohort\.sampling_rate=0\.5 cohort\.size=2: choose one"):
+        compose("cohort.sampling_rate=0.5 cohort.size=2")
 
 
 def test_nothing_is_private_per_device_without_a_ledger():
-    config = compose("strategy=fedit privacy=device")
+    config = compose("aggregation=fedit privacy=device")
     with pytest.raises(ValueError, match="ledger"):
         build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
 
@@ -276,18 +286,18 @@ def test_a_plan_says_in_which_precision_updates_come_back():
         return found.update, found.keep, found.feedback
 
     assert plan("") == ("fp32", 1.0, False)
-    assert plan("strategy=fedit") == ("fp32", 1.0, False)
-    assert plan("strategy=exact strategy.update=int8") == ("int8", 1.0, False)  # directions turn
-    assert plan("strategy=fedit strategy.update=fp16") == ("fp16", 1.0, True)
-    assert plan("strategy=fedit strategy.update=int4 strategy.keep=0.5") == ("int4", 0.5, True)
-    with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: .*; use strategy=fedit"):
-        plan("strategy=exact strategy.update=int4 strategy.keep=0.5")
+    assert plan("aggregation=fedit") == ("fp32", 1.0, False)
+    assert plan("aggregation=exact compression.upload=int8") == ("int8", 1.0, False)  # directions turn
+    assert plan("aggregation=fedit compression.upload=fp16") == ("fp16", 1.0, True)
+    assert plan("aggregation=fedit compression.upload=int4 compression.keep_fraction=0.5") == ("int4", 0.5, True)
+    with pytest.raises(AntherError, match=r"compression\.keep_fraction=0\.5: .*; use aggregation=fedit"):
+        plan("aggregation=exact compression.upload=int4 compression.keep_fraction=0.5")
 
 
 def test_a_frame_is_for_cores_and_cores_need_one(tmp_path):
     for text, words in (
-        (f"strategy=fedit adapter.frame={bases_file(tmp_path)}", "cores are for strategy=fedsb"),
-        ("strategy=fedsb adapter.frame=null", "strategy=fedsb needs one"),
+        (f"aggregation=fedit adapter.lora_xs_bases={bases_file(tmp_path)}", "cores are for aggregation=fedsb"),
+        ("aggregation=fedsb adapter.lora_xs_bases=null", "aggregation=fedsb needs one"),
     ):
         config = compose(f"{text} adapter.shared.rank=3")
         with pytest.raises(AntherError, match=words):
@@ -296,11 +306,13 @@ def test_a_frame_is_for_cores_and_cores_need_one(tmp_path):
 
 @pytest.mark.parametrize("strategy", sorted(AGGREGATIONS.keys()))
 def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
-    config = compose(f"strategy={strategy} strategy.update=int4 strategy.keep=0.5")
+    config = compose(f"aggregation={strategy} compression.upload=int4 compression.keep_fraction=0.5")
     if AGGREGATIONS[strategy].stable_factors:
         assert training_plan(config, run="r", base="b").feedback
     else:
-        with pytest.raises(AntherError, match=r"strategy\.keep=0\.5: what is held back fits no later round"):
+        with pytest.raises(
+            AntherError, match=r"compression\.keep_fraction=0\.5: what is held back fits no later round"
+        ):
             training_plan(config, run="r", base="b")
 
 
@@ -308,14 +320,14 @@ def test_what_is_held_back_is_for_rules_whose_directions_stay(strategy):
     ("overrides", "kind"),
     [
         ("", Everyone),
-        ("fleet.sample=2", Sample),
-        ("fleet.rate=0.5", Poisson),
-        ("fleet.sample=2 selection=oort", Oort),
-        ("fleet.sample=2 selection=round_robin", RoundRobin),
-        ("fleet.sample=2 selection=energy", Energy),
-        ("fleet.sample=2 selection=deadline strategy.deadline=9", Deadline),
-        ("fleet.sample=2 selection=loss_fair", PowerOfChoice),
-        ("fleet.sample=2 selection=thrifty", EnergyDelay),
+        ("cohort.size=2", Sample),
+        ("cohort.sampling_rate=0.5", Poisson),
+        ("cohort.size=2 selection=oort", Oort),
+        ("cohort.size=2 selection=round_robin", RoundRobin),
+        ("cohort.size=2 selection=eafl", Energy),
+        ("cohort.size=2 selection=deadline planning.deadline=9", Deadline),
+        ("cohort.size=2 selection=power_of_choice", PowerOfChoice),
+        ("cohort.size=2 selection=energy_delay", EnergyDelay),
     ],
 )
 def test_the_selection_is_the_one_named(overrides, kind):
@@ -325,14 +337,14 @@ def test_the_selection_is_the_one_named(overrides, kind):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("selection=oort", r"selection=oort: .*fleet\.sample"),
-        ("selection=energy fleet.rate=0.5", r"selection=energy: .*fleet\.sample"),
-        ("selection=deadline fleet.sample=2", r"give strategy\.deadline"),
-        ("privacy=example selection=loss_fair fleet.sample=2", "losses that devices told"),
-        ("privacy=device strategy=fedit selection=energy fleet.sample=2", "left of batteries"),
+        ("selection=oort", r"selection=oort: .*cohort\.size"),
+        ("selection=eafl cohort.sampling_rate=0.5", r"selection=eafl: .*cohort\.size"),
+        ("selection=deadline cohort.size=2", r"give planning\.deadline"),
+        ("privacy=example selection=power_of_choice cohort.size=2", "losses that devices told"),
+        ("privacy=device aggregation=fedit selection=eafl cohort.size=2", "left of batteries"),
         (
-            "privacy=device strategy=fedit strategy.battery_share=0.1",
-            r"privacy=device hides all .*; use strategy\.joules",
+            "privacy=device aggregation=fedit planning.max_battery_fraction=0.1",
+            r"privacy=device hides all .*; use planning\.max_joules",
         ),
     ],
 )
@@ -343,8 +355,10 @@ def test_a_selection_without_what_it_goes_by_is_refused(tmp_path, overrides, sai
 
 
 def test_limits_and_eligibility_are_what_the_configuration_says():
-    chosen = "fleet.eligible.battery=0.4 fleet.eligible.idle=true fleet.report_age=30 strategy.joules=7"
-    config = compose(f"{chosen} strategy.battery_share=0.1 strategy.deadline=9")
+    chosen = (
+        "cohort.eligibility.min_battery=0.4 cohort.eligibility.idle=true cohort.max_state_age=30 planning.max_joules=7"
+    )
+    config = compose(f"{chosen} planning.max_battery_fraction=0.1 planning.deadline=9")
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=False)
     assert found._eligible == Eligibility(idle=True, battery=0.4)
     assert found._report_age == 30
@@ -354,9 +368,9 @@ def test_limits_and_eligibility_are_what_the_configuration_says():
 
 
 def test_sites_are_fitted_by_what_passes_of_the_base_cost(tmp_path):
-    config = compose("strategy.planning=device adapter.shared.rank=4")
+    config = compose("planning.name=device adapter.shared.rank=4")
     plan = training_plan(config, run="r", base="b")
-    with pytest.raises(ValueError, match="planning=device"):
+    with pytest.raises(ValueError, match=r"planning\.name=device"):
         build(config, plan, SITES, accept_simulated=False)
     base = load(str(save_pipeline(tmp_path)), sites=ATTENTION)
     found = build(config, plan, base.sites, accept_simulated=False, base=base)._planner.fitting.costs
@@ -366,16 +380,16 @@ def test_sites_are_fitted_by_what_passes_of_the_base_cost(tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "rules"),
-    [("fedsa", sorted(ROBUST_RULES)), ("hetlora", ["geometric", "norm"])],
+    [("fedsa", sorted(ROBUST_RULES)), ("hetlora", ["geometric_median", "norm_bound"])],
 )
 def test_a_rule_that_would_protect_nothing_is_refused(strategy, rules):
     """Of a B that stays on devices there is no product; what hetlora weighs by its norm nobody holds down."""
     for rule in rules:
-        config = compose(f"strategy={strategy} 'strategy.robust=[{rule}]'")
-        with pytest.raises(AntherError, match=rf"strategy\.robust: {rule} .*; (leave it out, or )?use "):
+        config = compose(f"aggregation={strategy} 'robust.rules=[{rule}]'")
+        with pytest.raises(AntherError, match=rf"robust\.rules: {rule} .*; (leave it out, or )?use "):
             build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
         assert refusal_reason(combination(config)) is not None
-    assert isinstance(aggregation(compose("strategy=hetlora 'strategy.robust=[krum]'")), RobustAggregation)
+    assert isinstance(aggregation(compose("aggregation=hetlora 'robust.rules=[krum]'")), RobustAggregation)
 
 
 def test_the_last_check_says_so_too():

@@ -46,12 +46,12 @@ def central_noise(drawn: list[int] | None = None, **changes: Any) -> EvaluationP
 @pytest.mark.parametrize(("every", "due"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (7, [])])
 def test_rounds_that_are_due(every: int, due: list[int]) -> None:
     assert [number for number in range(1, 7) if EvaluationPolicy(every=every).due(number)] == due
-    paid = evaluation_mechanisms(private(f"privacy.measuring.every={every}"))
+    paid = evaluation_mechanisms(private(f"private_eval.interval={every}"))
     assert sum(event.steps for event in paid) == len(due)
 
 
 def test_training_and_measuring_are_paid_from_one_epsilon() -> None:
-    overrides = "privacy.epsilon=4 privacy.measuring.every=2 privacy.measuring.noise_multiplier=6"
+    overrides = "privacy.epsilon=4 private_eval.interval=2 private_eval.noise_multiplier=6"
     config = private(overrides)
     plan = training_plan(config, run="r", base="b").privacy
     assert plan is not None
@@ -65,34 +65,34 @@ def test_training_and_measuring_are_paid_from_one_epsilon() -> None:
 
 
 def test_measuring_that_takes_all_of_it_is_refused() -> None:
-    config = private("privacy.epsilon=1 privacy.measuring.every=1 privacy.measuring.noise_multiplier=1")
+    config = private("privacy.epsilon=1 private_eval.interval=1 private_eval.noise_multiplier=1")
     with pytest.raises(AntherError, match="measure less often"):
         training_plan(config, run="r", base="b")
 
 
 def test_what_a_configuration_asks_for() -> None:
-    assert measuring(compose("privacy=none privacy.measuring.every=3"), simulated=True) == EvaluationPolicy()
-    assert evaluation_mechanisms(compose("privacy=none privacy.measuring.every=3")) == ()
+    assert measuring(compose("privacy=none private_eval.interval=3"), simulated=True) == EvaluationPolicy()
+    assert evaluation_mechanisms(compose("privacy=none private_eval.interval=3")) == ()
     for level in ("example", "device", "both"):
         assert not measuring(compose(f"privacy={level}"), simulated=True).due(1)
-    config = private("privacy.measuring.every=2 data.validation=7 privacy.measuring.clip=0.2")
+    config = private("private_eval.interval=2 data.validation=7 private_eval.clip=0.2")
     assert measuring(config, simulated=False) == EvaluationPolicy(
         every=2, local_noise=EvaluationPrivacy(noise_multiplier=10.0, clip=0.2, pictures=7, delta=1e-3)
     )
     with pytest.raises(AntherError, match="privacy=both"):
-        measuring(compose("privacy=both privacy.measuring.every=2"), simulated=True)
+        measuring(compose("privacy=both private_eval.interval=2"), simulated=True)
 
 
 @pytest.mark.parametrize(
     ("overrides", "devices"),
     [
         ("", 20),
-        ("fleet.sample=8", 8),
-        ("fleet.sample=8 fleet.evaluate=5", 5),
+        ("cohort.size=8", 8),
+        ("cohort.size=8 cohort.eval_size=5", 5),
     ],
 )
 def test_the_servers_noise_is_divided_by_how_many_are_asked(overrides: str, devices: int) -> None:
-    config = compose(f"privacy=device privacy.measuring.every=2 {overrides}")
+    config = compose(f"privacy=device private_eval.interval=2 {overrides}")
     hidden = measuring(config, simulated=False).central_noise
     assert hidden is not None
     assert hidden.devices == devices

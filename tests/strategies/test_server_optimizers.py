@@ -173,7 +173,7 @@ def test_a_step_that_devices_would_refuse_is_not_taken_and_not_remembered(tmp_pa
 
 
 def built(name):
-    given = f"strategy={name} adapter.shared.rank=3"
+    given = f"aggregation={name} adapter.shared.rank=3"
     return aggregation(compose(given))
 
 

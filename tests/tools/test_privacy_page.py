@@ -40,9 +40,16 @@ from tests.helpers.fleet import SITES, FakeDevice, bases_file, handle, perform
 from tools.privacy_page import page
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "privacy.md"
-ASKED = {"everyone": "", "poisson": "fleet.rate=0.5"} | {
-    name: f"selection={name} fleet.sample=2 strategy.deadline=60"
-    for name in ("sample", "round_robin", "oort", "energy", "deadline", "loss_fair", "thrifty")
+ASKED = {"everyone": "", "poisson": "cohort.sampling_rate=0.5"} | {
+    name: f"selection={name} cohort.size=2 planning.deadline=60"
+    for name in ("random", "round_robin", "oort", "eafl", "deadline", "power_of_choice", "energy_delay")
+}
+KEYS = {
+    "aggregation": "aggregation.name",
+    "robust": "robust.rules",
+    "selection": "selection",
+    "timing": "round_loop.mode",
+    "optimiser": "server_optimizer.name",
 }
 PRIVATE = [level for level in LEVELS if level != "none"]
 
@@ -53,12 +60,12 @@ def composed(words: str):
 
 
 def configured(chosen: Combination, folder: Path):
-    option = f"adapter.frame={bases_file(folder)}" if chosen.aggregation == "fedsb" else ""
+    option = f"adapter.lora_xs_bases={bases_file(folder)}" if chosen.aggregation == "fedsb" else ""
     found = composed(
-        f"{option} strategy={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
-        f"adapter.shared.steps=1 strategy.robust=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
+        f"{option} aggregation={chosen.aggregation} privacy={chosen.level} rounds=2 data.writers=4 adapter.shared.rank=3 "
+        f"adapter.shared.steps=1 robust.rules=[{','.join(chosen.robust)}] {ASKED[chosen.selection]}"
     )
-    return replace(found, strategy=replace(found.strategy, timing=chosen.timing))
+    return replace(found, round_loop=replace(found.round_loop, mode=chosen.timing))
 
 
 def built(config, folder):
@@ -133,9 +140,9 @@ class Silent(FedIT):
 
 PLANTED = {
     "aggregation": ("AGGREGATIONS", Silent),
-    "robust": ("ROBUST", object()),
+    "robust": ("ROBUST_RULES", object()),
     "selection": ("SELECTIONS", BuiltIn(TimingDeclaration(prechargeable=True, reason="of another axis"))),
-    "optimiser": ("OPTIMISERS", object()),
+    "optimiser": ("OPTIMIZERS", object()),
     "timing": ("TIMINGS", BuiltIn(Filtering(bounded=True, reason="of another axis"))),
 }
 
@@ -152,8 +159,8 @@ def test_a_new_piece_that_declares_no_sensitivity_is_refused_under_privacy(monke
 
 def test_and_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", Silent)
-    config = compose("strategy=fedit privacy=example")
-    config.strategy.aggregation = "new"
+    config = compose("aggregation=fedit privacy=example")
+    config.aggregation.name = "new"
     with pytest.raises(AntherError, match="aggregation new declares no sensitivity"):
         built(config, tmp_path)
 
@@ -162,24 +169,25 @@ def test_and_is_not_built(monkeypatch, tmp_path):
 @pytest.mark.parametrize("axis", PLANTED)
 def test_what_is_not_registered_is_refused(axis, level):
     """With the list of those that are: nothing else runs in its place."""
-    key = {"selection": "selection", "optimiser": "strategy.optimiser"}.get(axis, f"strategy.{axis}")
+    key = KEYS[axis]
     listed = ", ".join(getattr(registry, PLANTED[axis][0]))
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered .* known are {listed}"):
         refusal_reason(combination_with(axis, "fedavg", level=level))
 
 
-@pytest.mark.parametrize("key", ["aggregation", "optimiser", "robust"])
+@pytest.mark.parametrize("key", ["aggregation.name", "server_optimizer.name", "robust.rules"])
 def test_an_unknown_piece_is_not_built(key, tmp_path):
-    config = compose("strategy=fedit")
-    setattr(config.strategy, key, ["fedavg"] if key == "robust" else "fedavg")
+    config = compose("aggregation=fedit")
+    group, _, name = key.partition(".")
+    setattr(getattr(config, group), name, ["fedavg"] if name == "rules" else "fedavg")
     with pytest.raises(AntherError, match=f"{key}=fedavg: nothing is registered"):
         built(config, tmp_path)
 
 
 def test_a_registered_rule_is_the_one_that_runs(monkeypatch, tmp_path):
     monkeypatch.setitem(AGGREGATIONS, "new", Silent)
-    config = compose("strategy=fedit")
-    config.strategy.aggregation = "new"
+    config = compose("aggregation=fedit")
+    config.aggregation.name = "new"
     assert type(built(config, tmp_path)._aggregation) is Silent
 
 
@@ -189,8 +197,8 @@ def test_a_rule_that_takes_what_there_is_not_is_refused(monkeypatch, tmp_path):
             self.rank, self.temperature = rank, temperature
 
     monkeypatch.setitem(AGGREGATIONS, "new", Greedy)
-    config = compose("strategy=fedit")
-    config.strategy.aggregation = "new"
+    config = compose("aggregation=fedit")
+    config.aggregation.name = "new"
     with pytest.raises(AntherError, match="it takes temperature, and is given rank, seed"):
         built(config, tmp_path)
 
@@ -204,7 +212,7 @@ def test_a_rule_that_takes_what_there_is_not_is_refused(monkeypatch, tmp_path):
             Linearity(linear=False, reason="its rank follows from data"),
             ["device", "both"],
         ),
-        ("robust", "ROBUST", Filtering(bounded=False, reason="it drops outliers"), ["device", "both"]),
+        ("robust", "ROBUST_RULES", Filtering(bounded=False, reason="it drops outliers"), ["device", "both"]),
         (
             "selection",
             "SELECTIONS",

@@ -66,7 +66,7 @@ def some_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    monkeypatch.setattr(cohort, "TrainedAdapter", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
+    monkeypatch.setattr(cohort, "Trained", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
 
 
 def check_peak(base: Base, seed: int) -> None:
@@ -174,9 +174,9 @@ def test_too_little_memory_is_told_with_the_key_to_change(base: Base) -> None:
     jobs = [private(base, "a"), private(base, "b", rank=16)]
     found = capacity(base, jobs, least(base, jobs))
     assert (found.jobs, found.entries) == (1, 1)
-    with pytest.raises(InsufficientMemoryError, match=r"cohort\.memory_gib=.*one picture of one device takes"):
+    with pytest.raises(InsufficientMemoryError, match=r"trainer\.memory_gib=.*one picture of one device takes"):
         capacity(base, jobs, least(base, jobs) - 1)
-    with pytest.raises(AntherError, match=r"cohort\.memory_gib"):
+    with pytest.raises(AntherError, match=r"trainer\.memory_gib"):
         train(base, jobs, memory=least(base, jobs) - 1, timesteps=2)
 
 

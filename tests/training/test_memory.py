@@ -139,7 +139,7 @@ def test_a_container_is_the_machine(machine: Callable[..., None], files: dict[st
     machine(16, 10, **files)
     assert memory.budget(None, CPU) == total * GIB * memory.SHARE["cpu"]
     memory.check_free(free * GIB, CPU)
-    with pytest.raises(AntherError, match=rf"cohort\.memory_gib.* only {free} of {total} GiB are free"):
+    with pytest.raises(AntherError, match=rf"trainer\.memory_gib.* only {free} of {total} GiB are free"):
         memory.check_free(free * GIB + 1, CPU)
 
 

@@ -52,4 +52,4 @@ def test_ratios_are_seed_by_seed():
 def test_every_plan_is_a_configuration(plan):
     config = compose(" ".join(("fleet=week", *plan.overrides)))
     assert config.adapter.shared.steps == plan.steps
-    assert config.fleet.eligible.memory_gib == plan.memory_gib
+    assert config.cohort.eligibility.min_memory_gib == plan.memory_gib

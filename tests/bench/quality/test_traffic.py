@@ -84,4 +84,4 @@ def test_down_goes_the_whole_adapter() -> None:
     found, numbers = downloads(SITES, 8), 8 * (320 + 320 + 768 + 320)
     assert 0 < found["fp32"] - 4 * numbers < 500
     assert [found[precision] * 8 / numbers for precision in ("fp16", "int8", "int4")] == [16.25, 8.25, 4.25]
-    assert UpdateEncoding("int4", down="int8").overrides[-1] == "strategy.download=int8"
+    assert UpdateEncoding("int4", down="int8").overrides[-1] == "compression.download=int8"

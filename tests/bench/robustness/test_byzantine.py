@@ -63,7 +63,7 @@ def test_what_is_tuned_is_not_what_is_claimed() -> None:
     assert compose(" ".join([*SMALL, *ROBUST])).data.role == "development"
     large = compose(" ".join([*LARGE, *ROBUST]))
     assert (large.data.role, large.data.writers) == ("test", 60)
-    assert large.strategy.robust
+    assert large.robust.rules
 
 
 def test_a_run_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

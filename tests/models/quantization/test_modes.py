@@ -95,7 +95,7 @@ def test_a_quantised_base_is_close_and_keeps_its_sites(base: Base, mode: str, er
 
 
 def test_there_is_a_key_for_every_mode() -> None:
-    from conf.schemas.simulation import BaseConfig
+    from conf.schemas.training import BaseConfig
 
     for mode in WEIGHT_MODES:
         BaseConfig(weights=mode)

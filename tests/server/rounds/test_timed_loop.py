@@ -61,8 +61,8 @@ def run(
     if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
-    limits = RoundLimits(clock=lives.clock, timeout=timeout, target_replies=enough, seed=order)
-    round_runner = size and FedBuffRunner(grid, chosen, limits, shift=shift, size=size, concurrency=concurrency)
+    pace = RoundLimits(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
+    round_runner = size and FedBuffRunner(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
     found = run_rounds(
         grid=grid,
         strategy=chosen,
@@ -70,10 +70,10 @@ def run(
         rounds=rounds,
         checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
-        limits=limits,
+        pace=pace,
         round_runner=round_runner or None,
-        min_devices=0,
-        before_checkpoint=lives.save,
+        present=0,
+        keep=lives.save,
     )
     return found, lives
 
@@ -223,8 +223,8 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
 
     chosen.let_in = noted
     grid, lives = timed_grid(tmp_path, *speeds(1.0, 0.3))
-    limits = RoundLimits(clock=lives.clock, timeout=1000.0)
-    round_runner = FedBuffRunner(grid, chosen, limits, shift=rebase_factors, size=4, concurrency=2)
+    pace = RoundLimits(clock=lives.clock, timeout=1000.0)
+    round_runner = FedBuffRunner(grid, chosen, pace, shift=rebase_factors, size=4, concurrency=2)
     run_rounds(
         grid=grid,
         strategy=chosen,
@@ -232,9 +232,9 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
         rounds=3,
         checkpoints=tmp_path,
         on_round=lambda _: None,
-        limits=limits,
+        pace=pace,
         round_runner=round_runner,
-        min_devices=0,
+        present=0,
     )
     assert len(set(numbers)) == len(numbers) == 12
     of_a = [number for name, number in numbers if name == "a"]
@@ -459,21 +459,27 @@ def test_a_private_round_with_an_earlier_one_s_update_is_over_when_nobody_is_lef
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("strategy=hetlora strategy.timing=async", "strategy.timing=async: hetlora can't take an update of an older"),
-        ("strategy.timing=async fleet.rate=0.5", "leave fleet.rate null"),
-        ("strategy.weights=rank_slice strategy.timing=async", "leave it device, or use strategy.timing=sync"),
-        ("strategy=fedit strategy.timing=async privacy=device", "timing async can't be charged ahead"),
         (
-            "strategy=fedit privacy=device fleet.sample=2 fleet.overselect=1.5",
-            "fleet.overselect=1.5: whose reply counts",
+            "aggregation=hetlora round_loop.mode=async",
+            "round_loop.mode=async: hetlora can't take an update of an older",
+        ),
+        ("round_loop.mode=async cohort.sampling_rate=0.5", "leave cohort.sampling_rate null"),
+        ("aggregation.weighting=rank_slice round_loop.mode=async", "leave it device, or use round_loop.mode=sync"),
+        ("aggregation=fedit round_loop.mode=async privacy=device", "timing async can't be charged ahead"),
+        (
+            "aggregation=fedit privacy=device cohort.size=2 cohort.overselection=1.5",
+            "cohort.overselection=1.5: whose reply counts",
         ),
         (
-            "strategy.timing=async fleet.sample=2 fleet.overselect=1.5",
-            "fleet.overselect=1.5: with strategy.timing=async",
+            "round_loop.mode=async cohort.size=2 cohort.overselection=1.5",
+            "cohort.overselection=1.5: with round_loop.mode=async",
         ),
-        ("strategy.timing=async strategy.buffer=3 strategy.quorum=4", "strategy.quorum=4: .* than strategy.buffer=3"),
-        ("fleet.sample=3 fleet.overselect=2 strategy.quorum=4", "strategy.quorum=4: .* than fleet.sample=3"),
-        ("strategy=fedit privacy=device strategy.quorum=2", "strategy.quorum=2: what is private per device"),
+        (
+            "round_loop.mode=async round_loop.buffer_size=3 round_loop.quorum=4",
+            "round_loop.quorum=4: .* than round_loop.buffer_size=3",
+        ),
+        ("cohort.size=3 cohort.overselection=2 round_loop.quorum=4", "round_loop.quorum=4: .* than cohort.size=3"),
+        ("aggregation=fedit privacy=device round_loop.quorum=2", "round_loop.quorum=2: what is private per device"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(overrides, said):
@@ -483,6 +489,6 @@ def test_what_does_not_go_together_is_one_line(overrides, said):
 
 
 def test_over_selection_asks_more_than_it_needs():
-    config = compose("fleet.sample=5 fleet.overselect=1.3")
+    config = compose("cohort.size=5 cohort.overselection=1.3")
     found = build(config, training_plan(config, run="r", base="b"), SITES, accept_simulated=True)
     assert len(found._selection.select([str(number) for number in range(20)], draw=1)) == 7

@@ -38,8 +38,8 @@ from strategies.planning.full_plan import training_plan
 from training.engine import perform
 
 RUN = (
-    "rounds=3 fleet.sample=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 adapter.shared.rank=4 "
-    "adapter.shared.steps=2 adapter.personal.steps=1 evaluation.timesteps=1 strategy.timeout=300"
+    "rounds=3 cohort.size=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 adapter.shared.rank=4 "
+    "adapter.shared.steps=2 adapter.personal.steps=1 evaluation.timesteps=1 round_loop.timeout=300"
 )
 OWNERS = ("owner-0", "owner-1", "owner-2")
 DEVICE = ("test=true", "seed=7", "device=cpu")  # as the simulation, to be compared, also where there is a GPU
@@ -135,7 +135,7 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
         saved=None,
         checkpoints=tmp_path / "checkpoints",
         on_round=lambda _: None,
-        min_devices=3,
+        present=3,
         personalized_devices=(),
     )
     (run,) = running.runs
@@ -157,7 +157,7 @@ def what_was_noised_reproducibly_is_no_release(running):
 
 
 def strangers_are_refused(refusals):
-    assert "works only once" in refusals["used"]
+    assert "works once" in refusals["used"]
     assert "isn't enrolled there, or was revoked" in refusals["stranger"]
     assert "is in use by process" in refusals["second"]
     assert "200" not in refusals["plain"]

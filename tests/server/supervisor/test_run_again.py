@@ -14,7 +14,7 @@ from server.supervisor import run_dirs
 from server.supervisor.run import run_overrides
 
 ROOT = Path(__file__).parents[3]
-WORDS = ["rounds=1", "fleet.sample=1"]
+WORDS = ["rounds=1", "cohort.size=1"]
 
 
 @pytest.mark.parametrize(("words", "refused"), [([], True), (["server.again=true"], False)])

@@ -14,9 +14,9 @@ def test_a_new_run_has_a_name_never_used(tmp_path):
 def test_resume_finds_the_newest_run_of_the_same_configuration(tmp_path):
     for _ in range(2):
         run_folder("rounds=2", tmp_path)
-    newest = max(tmp_path.iterdir())
+    newest_run = max(tmp_path.iterdir())
     run_folder("rounds=3", tmp_path)
-    assert run_folder("rounds=2 resume=true", tmp_path) == newest
+    assert run_folder("rounds=2 resume=true", tmp_path) == newest_run
     with pytest.raises(AntherError, match="holds no run of this configuration"):
         run_folder("rounds=4 resume=true", tmp_path)
 

@@ -145,7 +145,7 @@ def test_a_run_on_another_base_is_refused(base: Base, runs: list[Path], tmp_path
 def test_a_run_on_the_shipped_base_is_put_on_trial(tmp_path: Path) -> None:
     """python -m pytest -m slow tests/simulations/audit/test_run.py: a real federation, and the command on what it left."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    few = ["rounds=2", "data.writers=4", "data.train=10", "evaluation.gallery=0", "evaluation.devices=1"]
+    few = ["rounds=2", "data.writers=4", "data.train=10", "evaluation.gallery_size=0", "evaluation.devices=1"]
     short = ["adapter.shared.steps=2", "adapter.personal.steps=2", "tracker=none"]
     for module, *arguments in (
         ("simulations.run", *few, *short, f"hydra.run.dir={tmp_path / 'run'}"),

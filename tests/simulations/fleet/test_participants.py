@@ -28,7 +28,7 @@ def names(base: Base, folder: Path, overrides: str) -> list[str]:
 
 
 def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
-    config = compose("privacy=example privacy.epsilon=4 rounds=3 privacy.measuring.every=3")
+    config = compose("privacy=example privacy.epsilon=4 rounds=3 private_eval.interval=3")
     policy, plan, measured = (
         owners_policy(config),
         training_plan(config, run="r", base="b"),
@@ -37,7 +37,7 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
     private = plan.privacy
     assert private is not None
     policy.check_plan(plan)
-    policy.check_evaluation(measuring(config, simulated=True).local_noise)
+    policy.check_measure(measuring(config, simulated=True).local_noise)
     round_ = PoissonGaussian(
         noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
     )
@@ -45,10 +45,8 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
     for refused in (
         lambda: policy.check_spending([round_, round_, round_, *measured], round_),
         lambda: policy.check_spending([], NonPrivate()),
-        lambda: policy.check_evaluation(None),
-        lambda: owners_policy(compose("privacy=example")).check_evaluation(
-            measuring(config, simulated=True).local_noise
-        ),
+        lambda: policy.check_measure(None),
+        lambda: owners_policy(compose("privacy=example")).check_measure(measuring(config, simulated=True).local_noise),
     ):
         with pytest.raises(RequestRefusedError):
             refused()
@@ -157,9 +155,9 @@ def test_a_further_device_has_its_own_pictures_and_streams(base: Base, tmp_path:
     [
         ("data.devices=19", "data.devices=19: fewer than data.writers=20"),
         ("data.devices=30 'data.pictures=[x]'", "leave data.devices or data.pictures out"),
-        ("data.devices=30 fleet.sample=31", "fleet.sample=31: there are only 30 devices"),
-        ("fleet.evaluate=21", "fleet.evaluate=21: there are only 20 devices"),
-        ("fleet.evaluate=0", "fleet.evaluate=0"),
+        ("data.devices=30 cohort.size=31", "cohort.size=31: there are only 30 devices"),
+        ("cohort.eval_size=21", "cohort.eval_size=21: there are only 20 devices"),
+        ("cohort.eval_size=0", "cohort.eval_size=0"),
         ("evaluation.devices=21", "evaluation.devices=21: there are only 20 devices"),
         ("evaluation.devices=0", "evaluation.devices=0"),
     ],
@@ -188,7 +186,7 @@ def test_names_are_safe_for_files() -> None:
 
 
 def test_label_skew_gives_writers_glyphs_of_one_kind_and_holds_out_the_same() -> None:
-    plain, skewed = (writers(compose(f"data.train=3 data.skew={skew}").data) for skew in ("false", "true"))
+    plain, skewed = (writers(compose(f"data.train=3 data.label_skew={skew}").data) for skew in ("false", "true"))
     words = ("digit", "capital", "lowercase")
     for place, (before, after) in enumerate(zip(plain, skewed, strict=True)):
         (kind,) = [word for word in words if words[place % 3] == word]
@@ -196,5 +194,5 @@ def test_label_skew_gives_writers_glyphs_of_one_kind_and_holds_out_the_same() ->
         assert sum(p.caption.startswith(kind) for p in after.pictures.train) == min(3, available)
         held_out = [[p.caption for p in who.pictures.test + who.pictures.validation] for who in (before, after)]
         assert held_out[0] == held_out[1]
-    with pytest.raises(AntherError, match=r"data\.skew"):
-        compose("data.devices=40 data.skew=true")
+    with pytest.raises(AntherError, match=r"data\.label_skew"):
+        compose("data.devices=40 data.label_skew=true")

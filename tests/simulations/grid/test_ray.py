@@ -33,9 +33,9 @@ TINY = [
     "adapter.shared.rank=4",
     "adapter.personal.steps=4",
     "adapter.personal.rank=2",
-    "adapter.look_every=2",
+    "adapter.eval_interval=2",
     "evaluation.timesteps=2",
-    "evaluation.gallery=0",
+    "evaluation.gallery_size=0",
     "base.device=cpu",
     "tracker=none",
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from flwr.app import ConfigRecord, Message
 
-from conf.schemas.simulation import WorkloadConfig
+from conf.schemas.fleet import WorkloadConfig
 from models.lora.adapter import init_adapter, to_tensors
 from protocol import records
 from protocol.messages import Query, Train
@@ -183,7 +183,7 @@ def test_a_life_goes_on_where_it_was_kept(tmp_path):
 
 def test_a_workload_makes_a_base_larger_but_for_the_process():
     plan, device = replace(PLAN, rank=6), virtual_device("a", memory_mib=RUNTIME + 6.0).hardware.known_device
-    times = WorkloadConfig(memory=2.0, arithmetic=3.0)
+    times = WorkloadConfig(memory_factor=2.0, compute_factor=3.0)
     larger = Costs(lambda rank: replace(COSTS._predict(rank), moved_bytes=10**9), COSTS._pass_costs, times)
     for costs, most, seconds in ((COSTS, 6, WORK), (larger, 3, 3 * 2 * WORK)):
         assert costs.fits(replace(plan, rank=most), device)
@@ -193,7 +193,7 @@ def test_a_workload_makes_a_base_larger_but_for_the_process():
 
 def test_some_sites_take_less_memory_and_time():
     plan, device = replace(PLAN, rank=6), virtual_device("a", memory_mib=RUNTIME + 6.0).hardware.known_device
-    larger = Costs(COSTS._predict, COSTS._pass_costs, WorkloadConfig(memory=2.0, arithmetic=3.0))
+    larger = Costs(COSTS._predict, COSTS._pass_costs, WorkloadConfig(memory_factor=2.0, compute_factor=3.0))
     for sites, mib, share in ((("x", "y"), 4, 0.8), (("x",), 3, 0.7), (("y",), 2, 0.3)):
         some = replace(plan, sites=sites)
         assert (COSTS.required_bytes(some), larger.required_bytes(some)) == (mib << 20, 2 * mib << 20)

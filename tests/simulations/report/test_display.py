@@ -194,10 +194,10 @@ def test_small_runs_say_that_they_are_small(changes: dict[str, int], little: boo
 
 def test_runs_are_compared_by_what_differs() -> None:
     screen = console(width=120)
-    compare([(["preset=quick", f"strategy={name}"], SUMMARY) for name in ("exact", "fedit")], screen)
+    compare([(["preset=quick", f"aggregation={name}"], SUMMARY) for name in ("exact", "fedit")], screen)
     rows = printed(screen).splitlines()
-    assert any(row.startswith("0: strategy=exact") and "0.0960" in row for row in rows)
-    assert any(row.startswith("1: strategy=fedit") for row in rows)
+    assert any(row.startswith("0: aggregation=exact") and "0.0960" in row for row in rows)
+    assert any(row.startswith("1: aggregation=fedit") for row in rows)
     assert "preset" not in printed(screen)
 
 

@@ -29,5 +29,5 @@ def test_each_factor_is_averaged_over_those_that_trained_the_site(round):
 
 
 def test_mixed_ranks_are_refused_with_a_way_out():
-    with pytest.raises(AntherError, match=r"got \[2, 4\]: use strategy=exact"):
+    with pytest.raises(AntherError, match=r"got \[2, 4\]: use aggregation=exact"):
         FedIT().aggregate(random_adapter(4, 0), [(random_adapter(4, 1), 1.0), (random_adapter(2, 2), 1.0)], round=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import AntherError
 from conf.compose import compose
-from conf.schemas.simulation import StrategyConfig
+from conf.schemas.rounds import RobustConfig
 from models.lora.adapter import Factors, Site, to_tensors
 from models.lora.lora_xs import load_bases, zero_adapter
 from protocol import quantization
@@ -338,7 +338,7 @@ def test_asynchronous_rounds(tmp_path):
         virtual_device("x", speed=4.0),
         devices=fleet(),
     )
-    chosen, limits = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
+    chosen, pace = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
     found = run_rounds(
         grid=grid,
         strategy=chosen,
@@ -346,9 +346,9 @@ def test_asynchronous_rounds(tmp_path):
         rounds=4,
         checkpoints=tmp_path,
         on_round=lambda _: None,
-        limits=limits,
-        round_runner=FedBuffRunner(grid, chosen, limits, shift=rebase_product, size=4, concurrency=3),
-        min_devices=0,
+        pace=pace,
+        round_runner=FedBuffRunner(grid, chosen, pace, shift=rebase_product, size=4, concurrency=3),
+        present=0,
     )
     assert dropped(found) == [{"replayed": 1}] * 4  # then it is left alone for the round
     assert found.devices["x"].rounds == 1
@@ -358,13 +358,13 @@ def test_asynchronous_rounds(tmp_path):
 
 def test_what_it_does_not_go_with_is_refused():
     with pytest.raises(ValueError, match="put it first"):
-        StrategyConfig(aggregation="exact", robust=["norm", "replay"])
-    config = compose("strategy=fedsa 'strategy.robust=[replay]'")
-    with pytest.raises(AntherError, match=r"strategy\.robust: .* strategy=fedsa every device keeps its own B"):
+        RobustConfig(rules=["norm_bound", "replay"])
+    config = compose("aggregation=fedsa 'robust.rules=[replay]'")
+    with pytest.raises(AntherError, match=r"robust\.rules: .* aggregation=fedsa every device keeps its own B"):
         replay(config, aggregation(config), FLEET_SITES, seed=1)
     with pytest.raises(ValueError, match="no device sends one"):
         strategy(aggregation=FedSA(), replay=ReplayFilter(FLEET_SITES))
-    config = compose("strategy=fedit privacy=device 'strategy.robust=[replay]'")
+    config = compose("aggregation=fedit privacy=device 'robust.rules=[replay]'")
     with pytest.raises(AntherError, match="robust rule replay inside the bound: what anybody sent before"):
         build(config, training_plan(config, run="r", base="b"), FLEET_SITES, accept_simulated=True)
     with pytest.raises(ValueError, match="under 1"):
@@ -372,8 +372,8 @@ def test_what_it_does_not_go_with_is_refused():
 
 
 def test_it_is_built_where_it_is_named_and_judges_no_round():
-    config = compose("strategy=exact 'strategy.robust=[replay]'")
+    config = compose("aggregation=exact 'robust.rules=[replay]'")
     rule = aggregation(config)
     assert isinstance(rule, Exact)
     assert isinstance(replay(config, rule, FLEET_SITES, seed=1), ReplayFilter)
-    assert replay(compose("strategy=exact"), rule, FLEET_SITES, seed=1) is None
+    assert replay(compose("aggregation=exact"), rule, FLEET_SITES, seed=1) is None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from common.errors import AntherError
 from conf.compose import compose
-from conf.schemas.simulation import StrategyConfig
+from conf.schemas.rounds import RobustConfig
 from models.lora.adapter import Factors, adapter_shapes, from_tensors, init_adapter, to_tensors
 from protocol.tensor_codec import decode, encode
 from server.rounds.loop import run_rounds
@@ -86,13 +86,13 @@ def test_a_held_device_moves_the_mean_product_by_its_share_of_the_bound(rule, si
 
 
 BEHIND = {
-    "norm": guarded(exact(), NormBound()),
+    "norm_bound": guarded(exact(), NormBound()),
     "krum": guarded(exact(), MultiKrum(outliers=0.2)),
     "foolsgold": guarded(exact(), FoolsGold()),
     "afa": guarded(exact(), AFA()),
-    "geometric": guarded(exact(), GeometricMedian()),
+    "geometric_median": guarded(exact(), GeometricMedian()),
     "median": guarded(exact(), entrywise=Median()),
-    "trimmed": guarded(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),
+    "trimmed_mean": guarded(exact(), NormBound(), entrywise=TrimmedMean(outliers=0.2)),
 }
 
 
@@ -133,20 +133,20 @@ def test_an_attacker_is_left_out_of_every_aggregation(rule):
 
 
 def test_a_configuration_is_built_and_what_does_not_fit_is_refused():
-    rule = aggregation(compose("strategy=fedit 'strategy.robust=[norm,geometric]' strategy.norm_factor=2"))
+    rule = aggregation(compose("aggregation=fedit 'robust.rules=[norm_bound,geometric_median]' robust.norm_factor=2"))
     assert isinstance(rule, RobustAggregation)
     assert rule.sensitivity.linear
-    assert not aggregation(compose("strategy=fedit strategy.robust=[median]")).sensitivity.linear
+    assert not aggregation(compose("aggregation=fedit robust.rules=[median]")).sensitivity.linear
     for wrong, told in (
-        ({"robust": ["mean"]}, "must be one of"),
-        ({"robust": ["median", "krum"]}, "put it last"),
-        ({"outliers": 0.5}, "less than half"),
+        ({"rules": ["mean"]}, "must be one of"),
+        ({"rules": ["median", "krum"]}, "put it last"),
+        ({"outlier_fraction": 0.5}, "under 0.5"),
         ({"norm_bound": 0.0}, "must be over 0"),
     ):
         with pytest.raises(ValueError, match=told):
-            StrategyConfig(aggregation="exact", **wrong)
-    with pytest.raises(AntherError, match="median turns the factors, strategy=fedsb"):
-        aggregation(compose("strategy=fedsb strategy.robust=[median] adapter.frame=glyphs-frame"))
+            RobustConfig(**wrong)
+    with pytest.raises(AntherError, match="median turns the factors, aggregation=fedsb"):
+        aggregation(compose("aggregation=fedsb robust.rules=[median] adapter.lora_xs_bases=glyphs-frame"))
 
 
 def test_before_anything_was_learned():
