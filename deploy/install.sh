@@ -1,17 +1,17 @@
 #!/bin/sh
 # Install Anther on Raspberry Pi OS (64-bit) or Debian, 12 or later:  sudo deploy/install.sh [SOURCE]
 #
-# SOURCE and TORCH are as for deploy/venv.sh, which see: on a Pi neither has to be said. It makes
+# SOURCE and TORCH are those of deploy/venv.sh; a Pi needs neither. It creates
 #
-#   /opt/anther              a virtual environment, root's
-#   anther                   a user without a password, in the group video (for a Pi's sensors) if there is one
-#   /var/lib/anther          that user's: keys, adapters, ledger; never touched by this script once it is there
-#   /etc/anther              server.conf: the words of `anther serve`; yours to change
-#   anther-client, -server   units of systemd; enabled by you, once there is something to do
+#   /opt/anther              a virtual environment, owned by root
+#   anther                   a user without a password, in the group video (for a Pi's sensors) if it exists
+#   /var/lib/anther          that user's keys, adapters and ledger; this script never changes an existing one
+#   /etc/anther              server.conf: arguments of `anther serve`, for you to edit
+#   anther-client, -server   systemd units; enable them when there is something to run
 #   /usr/local/bin/anther    runs a command as that user: sudo anther device enroll data=FOLDER
 #
-# Done again it upgrades; what runs is started again. `deploy/install.sh --remove` removes all but /var/lib/anther,
-# /etc/anther and the user.
+# Running it again upgrades, and restarts running units. `deploy/install.sh --remove` removes everything except
+# /var/lib/anther, /etc/anther and the user.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -23,8 +23,8 @@ refuse() {
 }
 booted() { [ -d /run/systemd/system ]; }
 
-[ "$(id -u)" = 0 ] || refuse "sudo deploy/install.sh: it makes a user and units of systemd"
-command -v apt-get >/dev/null || refuse "this is not Debian: deploy/venv.sh installs Anther alone, anywhere"
+[ "$(id -u)" = 0 ] || refuse "run sudo deploy/install.sh: it creates a user and systemd units"
+command -v apt-get >/dev/null || refuse "this is not Debian: deploy/venv.sh installs only Anther, on any system"
 
 if [ "${1:-}" = --remove ]; then
     # shellcheck disable=SC2086 # two units
@@ -32,7 +32,7 @@ if [ "${1:-}" = --remove ]; then
     for unit in $units; do rm -f "/etc/systemd/system/$unit"; done
     ! booted || systemctl daemon-reload
     rm -rf /opt/anther /usr/local/bin/anther
-    echo "Removed. /var/lib/anther and /etc/anther are still there: what was learnt, the ledger, keys."
+    echo "Removed. Kept /var/lib/anther and /etc/anther: adapters, the ledger, keys."
     exit
 fi
 
@@ -66,7 +66,7 @@ fi
 cat <<'END'
 Installed. A device:  sudo anther device enroll data=FOLDER
                       sudo systemctl enable --now anther-client
-The server:           say in /etc/anther/server.conf what is to run, then
+The server:           edit /etc/anther/server.conf, then
                       sudo systemctl enable --now anther-server
                       sudo anther keys ticket --holder NAME
 END

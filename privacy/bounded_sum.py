@@ -1,13 +1,13 @@
-"""A noised gain: by how much an adapter lowers a loss, with no one unit's part to be seen in it.
+"""Noised gain: how much an adapter lowers a loss, released under differential privacy.
 
-A unit is one picture, where a device noises the gains of its own before it tells anything, or one device, where the
-trusted server noises what the devices told it. Either is the Gaussian mechanism (Dwork & Roth, 2014,
-doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: to the accountant a
+The unit of privacy is one picture if a device noises the gains of its own pictures before it reports anything, or one
+device if the trusted server noises the gains that devices reported. Both are the Gaussian mechanism (Dwork & Roth, 2014,
+doi:10.1561/0400000042, appendix A) on a sum of gains, each clipped to [−clip, clip]: for the accountant a
 `PoissonGaussian` with a sampling rate of 1 and one step.
 
-The sum is counted in whole steps of clip / STEPS, and its noise is a rounded Gaussian in the same steps
-(`privacy.noise`): the sensitivity holds exactly, and a gain is released as a whole number of steps, any of which is
-possible whatever the gains were.
+The sum is counted in whole steps of clip / `STEPS_PER_CLIP`, and its noise is a rounded Gaussian in the same steps
+(`privacy.noise`). So the sensitivity holds exactly, and a released gain is a whole number of steps, each of which is
+possible whatever the gains are.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.noise import NoiseSource
 
 STEPS_PER_CLIP = 1024
-"""Of a clip: far finer than any noise that hides a unit."""
+"""Resolution of a gain: far finer than any noise that hides a unit."""
 
 
 class BoundedGainSum(NamedTuple):
-    """A sum of clipped gains in whole steps, with what bounds it."""
+    """A sum of clipped gains in whole steps, with its sensitivity."""
 
     steps: int
     sensitivity: int
-    """By how many steps, at most, one gain more or less changes the sum."""
+    """Largest change of `steps` when one gain is added or removed."""
     step: float
-    """What one step is worth, in units of the loss."""
+    """Value of one step, in units of the loss."""
     relation: str = ADD_OR_REMOVE_ONE
 
 
 def clipped_sum(gains: Iterable[float], clip: float) -> BoundedGainSum:
-    """The sum of the gains, each clipped to [−clip, clip] and rounded to a step; one that is no number counts as zero.
+    """Sum the gains, each clipped to [−clip, clip] and rounded to a whole step. NaN counts as zero.
 
     Formal guarantee: adding or removing one gain changes `steps` by at most `sensitivity`, whatever the others are.
 
     Raises:
-        ValueError: `clip` is not a number over 0.
+        ValueError: `clip` is not positive and finite.
     """
     if not 0 < clip < math.inf:
-        raise ValueError(f"clip={clip}: must be a number over 0")
+        raise ValueError(f"clip={clip}: must be positive and finite")
     shares = (min(max(gain / clip, -1.0), 1.0) for gain in gains if not math.isnan(gain))
     return BoundedGainSum(sum(round(share * STEPS_PER_CLIP) for share in shares), STEPS_PER_CLIP, clip / STEPS_PER_CLIP)
 
@@ -51,23 +51,37 @@ def clipped_sum(gains: Iterable[float], clip: float) -> BoundedGainSum:
 def noised_mean(
     gains: Iterable[float], *, clip: float, noise_multiplier: float, count: int, noise: NoiseSource
 ) -> float:
-    """(sum of clipped gains + N(0, (σ·clip)²)) / count, where the noise follows from the sum's own sensitivity.
+    """Release (sum of clipped gains + N(0, (σ·clip)²)) / count. The noise is derived from the sum's own sensitivity.
 
-    No gains at all give noise alone, so that not even their number is told.
+    Without any gain the result is noise only, so that not even the number of gains is revealed.
 
     Args:
-        count: the public constant that the sum is divided by, never the number of gains.
+        gains: one gain for each unit.
+        clip: bound on the absolute value of a gain.
+        noise_multiplier: σ.
+        count: public constant that the sum is divided by; never the number of gains.
+        noise: source of the noise.
+
+    Returns:
+        Noised mean gain, in units of the loss.
 
     Raises:
-        ValueError: `clip`, `noise_multiplier` or `count` is not over 0.
+        ValueError: `clip`, `noise_multiplier` or `count` is not positive.
     """
     if not 0 < noise_multiplier < math.inf or count < 1:
-        raise ValueError(f"noise_multiplier={noise_multiplier}, count={count}: each must be a number over 0")
+        raise ValueError(f"noise_multiplier={noise_multiplier}, count={count}: each must be positive and finite")
     bounded = clipped_sum(gains, clip)
-    drawn = int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))
-    return (bounded.steps + drawn) * bounded.step / count
+    sample = int(noise.rounded_gaussian(1, noise_multiplier * bounded.sensitivity))
+    return (bounded.steps + sample) * bounded.step / count
 
 
 def noise_error(*, clip: float, noise_multiplier: float, count: int, means: int = 1) -> float:
-    """Standard error that the noise alone gives to the mean of so many noised means."""
+    """Standard error due to the noise of the average of several noised means.
+
+    Args:
+        clip: bound on the absolute value of a gain.
+        noise_multiplier: σ.
+        count: public constant that each sum is divided by.
+        means: number of noised means in the average.
+    """
     return noise_multiplier * clip / (count * math.sqrt(means))

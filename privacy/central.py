@@ -1,11 +1,11 @@
-"""Device-level privacy: every device's update is clipped, and their sum is noised once a round.
+"""Device-level privacy: the updates of a round are clipped, and their sum is noised once.
 
-McMahan et al. (2018, arXiv:1710.06963), algorithm 1, with the estimator whose denominator is fixed (f̃_f); and, where
-the clip follows a quantile, Andrew et al. (2021, arXiv:1905.03871), algorithm 1. The unit is all that one device sends
-in a round, so a promise to a person who owns one device holds for everything on it.
+Implements algorithm 1 of McMahan et al. (2018, arXiv:1710.06963) with the fixed-denominator estimator f̃_f and, for a
+clip that follows a quantile, algorithm 1 of Andrew et al. (2021, arXiv:1905.03871). The unit is everything that one
+device sends in a round, so a guarantee to a person who owns one device covers all data on it.
 
-Sensitivity: in `clip_and_sum`, C for the sum and ½ for the centred count. Noise: in `GaussianMechanism.release`. Sampling, which
-decides what this adds up to over rounds: `strategies.selection`.
+Sensitivity: `clip_and_sum`, C for the sum and ½ for the centered count. Noise: `GaussianMechanism.release`. Sampling,
+which determines the composition over rounds: `strategies.selection`.
 """
 
 from __future__ import annotations
@@ -25,35 +25,41 @@ from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION, BoundedVectorS
 from privacy.snr import signal_to_noise
 
 MIN_CLIP, MAX_CLIP = 1e-12, 1e12
-"""A clip lies between, wherever it adapts to."""
+"""Range of the clip C, also of an adaptive one."""
 
-_WITHIN = 1 - 2.0**-24
-"""What norms are scaled to, in C: more than the rounding of a norm of 2²⁸ numbers in float64 can make up for, whatever
-the order of summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of what is computed of it."""
+_SAFETY_FACTOR = 1 - 2.0**-24
+"""Norms are scaled to this fraction of C. It exceeds the rounding error of a float64 norm of 2²⁸ numbers in any order of
+summation (2²⁸ · 2⁻⁵⁴ of the norm at most), and of the values computed from it."""
 
 
 class ClippedUpdates(NamedTuple):
-    """What a round's updates come to."""
+    """Sums over the clipped updates of a round."""
 
     total: BoundedVectorSum
-    """Σ clip(u_k), [D]; of sensitivity C."""
+    """Σ clip(u_k), [D], of sensitivity C."""
     below: BoundedVectorSum
-    """Σ (b_k − ½), [1], b_k = 1 where ‖u_k‖ ≤ C and 0 elsewhere; of sensitivity ½."""
+    """Σ (b_k − ½), [1], with b_k = 1 if ‖u_k‖ ≤ C and 0 otherwise, of sensitivity ½."""
     dropped: int
-    """Updates whose norm is not finite; they count as if their devices had not been there."""
+    """Number of updates with a non-finite norm. They count as if their devices had not taken part."""
 
 
 def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUpdates:
-    """Σ u_k · min(1, C / ‖u_k‖), each with the weight 1, norms in float64.
+    """Compute Σ u_k · min(1, C / ‖u_k‖) with weight 1 for every update and norms in float64.
 
-    Formal guarantee: adding or removing one update, whatever it holds, moves `total` by at most C and `below` by at
-    most ½. It is exact, as sums of floating point numbers are not (Casacuberta et al., 2022, arXiv:2207.10635): clipped
-    updates are cut to whole steps of C / `RESOLUTION`, which add up without rounding and in any order.
+    Formal guarantee: adding or removing one update, whatever it contains, changes `total` by at most C and `below` by at
+    most ½ in L2 norm. This is exact, unlike for floating point sums (Casacuberta et al., 2022, arXiv:2207.10635): clipped
+    updates are truncated to whole steps of C / `RESOLUTION`, which add up without rounding in any order.
 
     Args:
-        updates: [D] each.
-        clip: C, from `LEAST` to `MOST`.
+        updates: updates u_k [D].
+        clip: C, from `MIN_CLIP` to `MAX_CLIP`.
         size: D.
+
+    Returns:
+        Bounded sums, not yet noised, and the number of dropped updates.
+
+    Raises:
+        ValueError: `clip` is out of range.
     """
     if not MIN_CLIP <= clip <= MAX_CLIP:
         raise ValueError(f"{clip=}: must be {MIN_CLIP:g} to {MAX_CLIP:g}")
@@ -62,11 +68,11 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUp
     for update in updates:
         values = update.double()
         norm = float(torch.linalg.vector_norm(values))
-        if not math.isfinite(norm):  # min(1, C / NaN) is 1: it would pass whole
+        if not math.isfinite(norm):  # min(1, C / NaN) is 1, so the update would not be clipped
             dropped += 1
             continue
         below += 1 if norm <= clip else -1
-        scale = _WITHIN * min(1.0, clip / norm if norm else 1.0)
+        scale = _SAFETY_FACTOR * min(1.0, clip / norm if norm else 1.0)
         total += (values * scale / clip * RESOLUTION).long()  # towards zero, so that no norm grows
     return ClippedUpdates(
         BoundedVectorSum(total, Sensitivity(norm=clip, unit=DEVICE)),
@@ -77,83 +83,92 @@ def clip_and_sum(updates: Iterable[Tensor], clip: float, size: int) -> ClippedUp
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveClip:
-    """A clip that follows a quantile of the updates' norms."""
+    """A clip that follows a quantile of the updates' norms (Andrew et al., 2021)."""
 
     quantile: float
-    """γ: the share of updates that is to lie below the clip."""
+    """γ: target share of updates with a norm below the clip."""
     rate: float
-    """η_C: how fast it follows, as a power of e."""
+    """η_C: learning rate of the geometric update."""
     noise_stddev: float
-    """σ_b: of the noise on the count of updates below the clip."""
+    """σ_b: standard deviation of the noise on the count of updates below the clip."""
 
     def noise_multiplier(self, z: float) -> float:
-        """z_Δ = (z⁻² − (2σ_b)⁻²)^(−½): with it the sum and the count together cost what z alone would (theorem 1).
+        """Noise multiplier of the sum, z_Δ = (z⁻² − (2σ_b)⁻²)^(−½).
+
+        With it, sum and count together cost as much as a single release with z (theorem 1).
 
         Raises:
-            AntherError: the count alone costs more than z allows: z ≥ 2σ_b.
+            AntherError: the count by itself costs more than z allows: z ≥ 2σ_b.
         """
-        of_count = 2 * self.noise_stddev
-        if z >= of_count:
+        count_multiplier = 2 * self.noise_stddev
+        if z >= count_multiplier:
             raise AntherError(
                 f"privacy.device.target_quantile={self.quantile:g}: too few devices to adapt the clip: the noise multiplier "
-                f"{z:.3g} must be under {of_count:.3g}, a tenth of the devices expected in a round; ask more devices, "
+                f"{z:.3g} must be under {count_multiplier:.3g}, a tenth of the devices expected in a round; ask more devices, "
                 "allow a larger privacy.device.epsilon, or set privacy.device.target_quantile=null"
             )
-        return float((z**-2 - of_count**-2) ** -0.5)
+        return float((z**-2 - count_multiplier**-2) ** -0.5)
 
     def next(self, clip: float, below: float) -> float:
-        """C · exp(−η_C (b̃ − γ)), where b̃ is the noised share of updates below the clip."""
-        step = min(max(self.rate * (self.quantile - below), -100.0), 100.0)  # of which e to the power is a number
+        """Return the next clip, C · exp(−η_C (b̃ − γ)), where b̃ is the noised share of updates below the clip."""
+        step = min(max(self.rate * (self.quantile - below), -100.0), 100.0)  # so that exp neither overflows nor is 0
         return min(max(clip * math.exp(step), MIN_CLIP), MAX_CLIP)
 
 
 @dataclass(frozen=True, eq=False)
 class NoisedMean:
-    """One round's noised mean, and what may be told beside it at no further cost."""
+    """The noised mean of one round, and values that follow from it by post-processing."""
 
     mean: Tensor
     """[D], float64."""
     noise_stddev: float
-    """Standard deviation of the noise on each of its numbers."""
+    """Standard deviation of the noise on each number of `mean`."""
     snr: float
-    """Signal to noise, estimated from the noised mean (`privacy.snr`)."""
+    """Signal-to-noise ratio, estimated from the noised mean (`privacy.snr`)."""
     next_clip: float
-    """C of the next round: the same, or the adapted one."""
+    """C of the next round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianMechanism:
-    """The Gaussian mechanism on a round's updates.
+    """The Gaussian mechanism on the updates of a round.
 
     Raises:
-        ValueError: a value outside its range.
-        AntherError: too few devices are expected to adapt the clip, or so much noise that integers don't hold it.
+        ValueError: a value is out of range.
+        AntherError: too few devices are expected for an adaptive clip, or the noise is too large for exact integers.
     """
 
     noise_multiplier: float
-    """z: what the whole round costs, its count for the clip included."""
+    """z: cost of the whole round, including the count for an adaptive clip."""
     expected: float
-    """m: devices expected in a round, a public constant. Dividing by the number of replies would tell of it, and a mean
-    over fewer has a higher sensitivity."""
+    """m: number of devices expected in a round, a public constant. Dividing by the number of replies would reveal it,
+    and a mean over fewer updates has a higher sensitivity."""
     adaptive: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.expected < math.inf:
-            raise ValueError(f"expected={self.expected}: must be a number over 0")
-        if (of_sum := self._of_sum) > MAX_NOISE_MULTIPLIER:
-            raise AntherError(f"noise multiplier {of_sum:.3g}: over {MAX_NOISE_MULTIPLIER:g}, allow a larger epsilon")
+            raise ValueError(f"expected={self.expected}: must be positive and finite")
+        if (sum_multiplier := self._sum_multiplier) > MAX_NOISE_MULTIPLIER:
+            raise AntherError(
+                f"noise multiplier {sum_multiplier:.3g}: over {MAX_NOISE_MULTIPLIER:g}, allow a larger epsilon"
+            )
 
     @property
-    def _of_sum(self) -> float:
-        """Noise multiplier of the sum: all of z, or what the count for the clip leaves of it."""
+    def _sum_multiplier(self) -> float:
+        """Noise multiplier of the sum: z, or the remainder of z after the count for an adaptive clip."""
         z = self.noise_multiplier
         return self.adaptive.noise_multiplier(z) if self.adaptive else z
 
     def release(self, clipped: ClippedUpdates, noise: NoiseSource) -> NoisedMean:
-        """(Σ clip(u_k) + N(0, (zC)² I)) / m, and with an adaptive clip the noised count; also if no device replied."""
-        clip, of_sum = clipped.total.sensitivity.norm, self._of_sum
-        mean = clipped.total.add_noise(of_sum, noise) / self.expected
-        noise_stddev = clipped.total.sensitivity.noise_stddev(of_sum) / self.expected
+        """Release (Σ clip(u_k) + N(0, (zC)² I)) / m, and the noised count for an adaptive clip, even without replies.
+
+        Args:
+            clipped: sums over the round's updates.
+            noise: source of the noise.
+        """
+        clip, sum_multiplier = clipped.total.sensitivity.norm, self._sum_multiplier
+        mean = clipped.total.add_noise(sum_multiplier, noise) / self.expected
+        noise_stddev = clipped.total.sensitivity.noise_stddev(sum_multiplier) / self.expected
         next_clip = clip
         if self.adaptive:
             count = clipped.below.add_noise(2 * self.adaptive.noise_stddev, noise)  # ½ · 2σ_b = σ_b

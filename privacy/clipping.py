@@ -1,14 +1,14 @@
 """Per-example clipping whose result carries its own guarantee.
 
-Abadi et al. (2016, arXiv:1607.00133), algorithm 1: g ← g · min(1, C / ‖g‖₂), summed over the examples of a batch. Each
-clipped gradient is cut towards zero to whole steps of C / `RESOLUTION`, and their noise is whole steps too. The bound
-stays with the sums, and the noise is derived from it, so that neither can be meant for another:
+Implements algorithm 1 of Abadi et al. (2016, arXiv:1607.00133): g ← g · min(1, C / ‖g‖₂), summed over the examples of
+a batch. Each clipped gradient is truncated towards zero to whole steps of C / `RESOLUTION`, and the noise is a whole
+number of steps too. The bound stays with the sums, and the noise is derived from it, so that the two can't disagree:
 
-    sums = BoundedSums(clients, segments, like=rows, private=True)
-    sums.open(client, bounds, noise_multiplier)
-    sums.add(clients, sums.clip(clients, gradients, counts))  # for each micro-batch
+    sums = BoundedGradientSums(clients, segments, like=buffer, private=True)
+    sums.reset(clients, bounds, noise_multipliers)
+    sums.add(clients, sums.clip(clients, gradients, counts))  # for each microbatch
     noise = source.rounded_gaussian(size, sums.stddev(client))
-    noised = sums.take(clients, noises)  # the sums + N(0, (σC)²), rounded to a step, and empty again
+    noised = sums.pop_noised(clients, noises)  # sums + N(0, (σC)²), rounded to a step; the sums are then zero
 """
 
 from __future__ import annotations
@@ -23,56 +23,63 @@ from torch import Tensor
 from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.sensitivity import MAX_NOISE_MULTIPLIER, RESOLUTION
 
-_CHUNK = 32  # numbers whose squares are added in float32 before float64 takes over
-_WITHIN = 1 - 2.0**-18
-"""What norms are scaled to, in their bounds: makes up for all rounding, see `clip_and_sum`."""
-_SMALLEST = 1e-12  # a bound under it would be lost among squares that float32 can't hold
-_AT_ONCE = 1 << 22  # numbers that are copied in float64 at once
+_CHUNK = 32  # numbers whose squares are summed in float32, before float64 takes over
+_SAFETY_FACTOR = 1 - 2.0**-18
+"""Norms are scaled to this fraction of their bounds. It covers all rounding errors, see `clip_and_sum`."""
+_MIN_BOUND = 1e-12  # smaller bounds would vanish among squares that float32 can't represent
+_MAX_COPIED = 1 << 22  # numbers that are copied to float64 at a time
 
 
 class ClippedGradients(NamedTuple):
-    """Sums [R, D] of clipped gradients, one for each owner, and how many gradients of each [R] were not finite."""
+    """Sums of clipped gradients, one for each owner."""
 
     values: Tensor
-    """With steps float64, each a whole number of its owner's steps; without, of the gradients' type."""
+    """Sums [R, D]. With steps: float64, each a whole number of its owner's steps. Without: the gradients' dtype."""
     dropped: Tensor
+    """Number of non-finite gradients of each owner [R]."""
 
 
 def clip_and_sum(
     gradients: Tensor, counts: Tensor, bounds: Tensor, segments: Sequence[int], steps: Tensor | None = None
 ) -> ClippedGradients:
-    """Scale every part of every gradient to its owner's bound, cut it to whole steps, and sum those of each owner.
+    """Clip each part of each gradient to its owner's bound, truncate it to whole steps, and sum the gradients by owner.
 
-    It is done in place. A gradient whose norm is not finite counts as zero: a NaN survives min(1, C / NaN) and would
-    carry an unbounded row past the clip.
+    `gradients` are overwritten. A gradient whose norm is not finite counts as zero: a NaN survives min(1, C / NaN) and
+    would carry an unbounded row past the clip.
 
-    Formal guarantee, with steps: adding or removing one row of `gradients` changes the sum of its owner by at most the
-    L2 norm of the owner's bounds, exactly and whatever the row holds, and no other sum at all.
+    Formal guarantee (with steps): adding or removing one row of `gradients` changes its owner's sum by at most the L2
+    norm of the owner's bounds, exactly and whatever the row contains, and leaves all other sums unchanged.
 
     Proof. Let n be the norm of a part as `_norm` computes it. Squares of float32 numbers are added in float32 in groups
-    of 32, in any order, so that each group's norm is at least 1 − 17·2⁻²⁴ of the true one, but for squares under 2⁻¹²⁶
-    that may count as zero: in 2²⁸ numbers less than 2⁻⁹⁸ of squares, less than 2⁻¹⁹ of a bound (10⁻¹² or more) or of n
+    of 32, in any order, so each group's norm is at least 1 − 17·2⁻²⁴ of the true one, except for squares under 2⁻¹²⁶,
+    which may count as zero: in 2²⁸ numbers less than 2⁻⁹⁸ of squares, less than 2⁻¹⁹ of a bound (10⁻¹² or more) or of n
     where that is larger. So ‖g‖ ≤ max(n, bound) (1 + 2⁻¹⁹·⁸ + 2⁻¹⁹), and the scale, its conversion to float32 and each
-    product add 2⁻²⁴ apiece. `_WITHIN` is less than all of that takes. A scale that float32 can't hold exactly is so
-    small that every product is under one step. Cutting towards zero lets no number grow. Sums of integers under 2⁵³ are
-    exact in float64.
+    product add 2⁻²⁴ each. `_SAFETY_FACTOR` is smaller than the total of these errors allows. A scale that float32 can't
+    represent exactly is so small that every product is under one step. Truncation towards zero never increases a
+    number. Sums of integers under 2⁵³ are exact in float64.
 
     Args:
-        gradients: [N, D], one for each example, those of one owner side by side; float32 or float64.
-        counts: [R], how many each of the owners has.
-        bounds: [R, L], C ≥ 0 of each part: 0 gives zeros, ∞ changes no finite gradient.
-        segments: widths of the L parts of a gradient, which sum to D; one part is flat clipping.
-        steps: [R], the value of a step for each owner; None for gradients without privacy, which are not cut.
+        gradients: [N, D], one for each example, grouped by owner; float32 or float64. Overwritten.
+        counts: [R], number of gradients of each owner.
+        bounds: [R, L], clipping norm C ≥ 0 of each part. 0 gives zeros; ∞ leaves finite gradients unchanged.
+        segments: widths of the L parts of a gradient, which sum to D. One part is flat clipping.
+        steps: [R], value of a step for each owner. None for non-private gradients, which are not truncated.
+
+    Returns:
+        Sums [R, D] and the number of non-finite gradients [R].
+
+    Raises:
+        TypeError: the gradients are neither float32 nor float64.
     """
     if gradients.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"gradients in {gradients.dtype}: clip them in float32")
     owner_bounds = bounds.repeat_interleave(counts, dim=0, output_size=len(gradients))
     parts = gradients.split(list(segments), dim=1)
     norms = torch.stack([_norm(part) for part in parts], dim=1)
-    finite = (norms < torch.finfo(gradients.dtype).max ** 0.5).all(1, keepdim=True)  # of less, C / norm is exact enough
+    finite = (norms < torch.finfo(gradients.dtype).max ** 0.5).all(1, keepdim=True)  # below it, C / norm is accurate
     scales = (owner_bounds / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
     if steps is not None:
-        scales = scales * (_WITHIN / steps).repeat_interleave(counts, output_size=len(gradients))[:, None]
+        scales = scales * (_SAFETY_FACTOR / steps).repeat_interleave(counts, output_size=len(gradients))[:, None]
     scales = torch.where(finite, scales, 0.0).to(gradients.dtype)
     gradients.nan_to_num_(0.0, 0.0, 0.0)  # 0 · NaN would be NaN
     for part, scale in zip(parts, scales.T, strict=True):
@@ -81,18 +88,18 @@ def clip_and_sum(
     if steps is None:
         return ClippedGradients(sum_segments(gradients, counts), dropped)
     gradients.trunc_()
-    columns = max(1, _AT_ONCE // max(1, len(gradients)))
+    columns = max(1, _MAX_COPIED // max(1, len(gradients)))
     sums = [sum_segments(part.double(), counts) for part in gradients.split(columns, dim=1)]
     return ClippedGradients(torch.cat(sums, dim=1), dropped)
 
 
 def sum_segments(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums over the first axis of `counts` [R] neighbours each, which add up to its length: always in one order."""
-    return torch.segment_reduce(values, "sum", lengths=counts, axis=0, unsafe=True)  # checks would wait for the device
+    """Sum groups of `counts` [R] consecutive entries of the first axis, always in the same order."""
+    return torch.segment_reduce(values, "sum", lengths=counts, axis=0, unsafe=True)  # checks would synchronize
 
 
 def _norm(rows: Tensor) -> Tensor:
-    """L2 norms [N] of rows [N, d], float64: long sums in float32 would lose digits, a copy in float64 takes longer."""
+    """L2 norms [N] of rows [N, d], float64. Long float32 sums would lose digits; a float64 copy would take longer."""
     whole = rows.shape[1] // _CHUNK * _CHUNK
     norms = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, _CHUNK)), dim=2)
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
@@ -100,19 +107,22 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 class BoundedGradientSums:
-    """Sums of clipped gradients, a row [D] for each client, gathered over the micro-batches of its logical batch.
+    """Sums [S, D] of clipped gradients, one row for each client, over the microbatches of its logical batch.
 
-    Formal guarantee of private sums: adding or removing one example changes the sum of its client by at most the L2
-    norm of its `bounds`, whatever the other examples are, and the noise is the client's σ times that norm. Sums and
-    noise are whole steps of that norm / `RESOLUTION`, so that each whole step is a possible release whatever the
+    Formal guarantee of private sums: adding or removing one example changes its client's sum by at most the L2 norm of
+    the client's `bounds`, whatever the other examples are, and the noise is the client's σ times that norm. Sums and
+    noise are whole steps of that norm / `RESOLUTION`, so that every whole step is a possible release whatever the
     examples are.
 
     Args:
-        private: whether the clients are private; if not, none is clipped, cut or noised.
+        clients: number of rows S.
+        segments: widths of the L parts of a gradient, which sum to D.
+        like: tensor with the device and dtype of the gradients.
+        private: whether the clients are private. If not, gradients are neither clipped, truncated nor noised.
 
     Attributes:
-        bounds: [S, L], what each part of an example's gradient is clipped to; ∞ for a client without privacy.
-        dropped: [S], examples whose gradient was not finite, since the client was opened.
+        bounds: [S, L], clipping norm of each part of an example's gradient; ∞ for non-private clients.
+        dropped: [S], number of examples with a non-finite gradient since the client's last `reset`.
     """
 
     relation = ADD_OR_REMOVE_ONE
@@ -128,17 +138,22 @@ class BoundedGradientSums:
     def reset(
         self, clients: Sequence[int], bounds: Sequence[Sequence[float]], noise_multipliers: Sequence[float]
     ) -> None:
-        """Begin anew for these clients [R], each with the bounds [L] of its clip and its σ; 0 asks for no noise.
+        """Set the sums of clients to zero, and set their bounds and noise.
+
+        Args:
+            clients: rows of the clients [R].
+            bounds: clipping norms [R, L].
+            noise_multipliers: σ of each client [R]; 0 for no noise.
 
         Raises:
-            ValueError: a bound is negative, NaN or too small, or no noise could hide the sum.
+            ValueError: a bound is negative, NaN or too small, or the sum can't be noised.
         """
         if self._steps is None and any(noise_multipliers):
             raise ValueError("noise on sums that are not private")
         steps = []
         for client, parts, sigma in zip(clients, bounds, noise_multipliers, strict=True):
             self._stddevs[client] = stddev(parts, sigma)
-            steps.append(math.hypot(*parts) / RESOLUTION or 1.0)  # no bound at all: there are zeros alone
+            steps.append(math.hypot(*parts) / RESOLUTION or 1.0)  # all bounds 0: every gradient becomes zero
         index = torch.tensor(clients, device=self._values.device)
         self._values[index] = 0.0
         self.dropped[index] = 0.0
@@ -149,27 +164,42 @@ class BoundedGradientSums:
             self._steps[index] = torch.tensor(steps, dtype=torch.float64).to(self._steps)
 
     def clip(self, clients: Tensor, gradients: Tensor, counts: Tensor) -> ClippedGradients:
-        """`clip_and_sum` of gradients [N, D], of which each of the clients [R] has `counts` [R], to their bounds."""
+        """Clip and sum gradients by client.
+
+        Args:
+            clients: rows of the clients [R].
+            gradients: [N, D], grouped by client. Overwritten.
+            counts: number of gradients of each client [R].
+
+        Returns:
+            The result of `clip_and_sum` under the clients' bounds and steps.
+        """
         steps = None if self._steps is None else self._steps[clients]
         return clip_and_sum(gradients, counts, self.bounds[clients], self._segments, steps)
 
     def add(self, clients: Tensor, clipped: ClippedGradients) -> None:
-        """Add what `clip` made for these clients [R], which are distinct."""
+        """Add a result of `clip` for distinct clients [R]."""
         self._values.index_add_(0, clients, clipped.values)
         self.dropped.index_add_(0, clients, clipped.dropped)
 
     def stddev(self, client: int) -> float:
-        """Standard deviation of a client's noise, in steps: σ times its sensitivity. 0: none is asked for."""
+        """Standard deviation of a client's noise, in steps: σ times its sensitivity. 0 if it has no noise."""
         return self._stddevs[client]
 
     def pop_noised(self, clients: Sequence[int], noises: Mapping[int, Tensor]) -> Tensor:
-        """The sums of distinct clients [R, D], each with its own noise [D]: whole steps, of the client's `stddev`.
+        """Return the noised sums of distinct clients, and set the sums to zero, so that none is released twice.
 
-        A private release is a function of the noised integers alone. The sums are empty afterwards: none is released
-        twice.
+        A private release is a function of the noised integers only.
+
+        Args:
+            clients: rows of the clients [R].
+            noises: noise [D] of each client with noise, in whole steps, with the client's `stddev`.
+
+        Returns:
+            Noised sums [R, D], in the gradients' dtype.
 
         Raises:
-            KeyError: no noise was given for a client that asked for some.
+            KeyError: the noise of a client that has a `stddev` is missing.
         """
         index = torch.tensor(clients, device=self._values.device)
         noised = self._values[index]
@@ -183,14 +213,16 @@ class BoundedGradientSums:
 
 
 def stddev(bounds: Sequence[float], noise_multiplier: float) -> float:
-    """Standard deviation, in steps, of the noise that hides one example: σ times the sensitivity, the L2 norm of the
-    bounds, which is `RESOLUTION` steps. 0: there is nothing to hide, or σ is 0.
+    """Standard deviation, in steps, of the noise that hides one example.
+
+    It is σ times the sensitivity, the L2 norm of the bounds, which is `RESOLUTION` steps. It is 0 if σ is 0 or there is
+    nothing to hide because all bounds are 0.
 
     Raises:
-        ValueError: a bound is negative, NaN or too small, or no noise could hide the sum.
+        ValueError: a bound is negative, NaN or too small, or the sum can't be noised.
     """
-    if not all(bound == 0 or bound >= _SMALLEST for bound in bounds):
-        raise ValueError(f"clip={min(bounds)}: must be 0, or {_SMALLEST:g} or more")
+    if not all(bound == 0 or bound >= _MIN_BOUND for bound in bounds):
+        raise ValueError(f"clip={min(bounds)}: must be 0, or {_MIN_BOUND:g} or more")
     if not 0 <= noise_multiplier <= MAX_NOISE_MULTIPLIER:
         raise ValueError(f"noise_multiplier={noise_multiplier}: must be 0 to {MAX_NOISE_MULTIPLIER:g}")
     if math.inf in bounds and noise_multiplier:
@@ -199,5 +231,5 @@ def stddev(bounds: Sequence[float], noise_multiplier: float) -> float:
 
 
 def even_bounds(clip: float, parts: Sequence[bool]) -> list[float]:
-    """Bounds of parts that together make `clip`: C / √L for each of the L parts that an adapter has, 0 for others."""
+    """Return equal bounds with joint L2 norm `clip`: C / √L for each of the L present parts, 0 for the others."""
     return [clip / math.sqrt(sum(parts)) if present else 0.0 for present in parts]

@@ -1,13 +1,13 @@
-"""What a device keeps, encrypted as it lies on the disk: AES-256-GCM around `FileStorage`, under a key that lies elsewhere.
+"""Encryption at rest of a device's store: AES-256-GCM around `FileStorage`, with the key stored elsewhere.
 
-Each blob, each line of a journal and each head is sealed by itself, together with the store's id, its name and, for a
-line, its number: none can be changed, or put in the place of another, without being found out. That all of it was
-taken back to an earlier state the ledger's anchors tell, as they do without encryption.
+Each blob, each line of a journal and each head is encrypted separately, with the store's id, its name and, for a line,
+its number as associated data: none can be changed or swapped without detection. A rollback of the whole store is
+detected by the ledger's anchors, as without encryption.
 
-*Not covered*: what is there and how large it is; policy.toml, which its owner writes by hand; the marker `enrolled`,
-which holds an id and a path; previews, which are there to be looked at; the pictures themselves, which lie where their
-owner put them; and what the system keeps of this process' memory, in swap or in a dump. Whoever can run code as the
-owner while the key is there reads all of it: it is for a card or a disk that is taken away.
+*Not covered*: names and sizes of files; policy.toml, which its owner edits; the marker `enrolled`, which holds an id and
+a path; previews, which are meant to be looked at; the pictures themselves, which stay where their owner put them; and
+copies of this process' memory in swap or in a dump. Anyone who can run code as the owner while the key is available
+reads everything: encryption protects a card or a disk that is taken away.
 """
 
 from __future__ import annotations
@@ -26,41 +26,44 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from common.errors import AntherError
 from privacy.storage import FileStorage, Journal
 
-HEADER_FILE = "sealed"  # the file that says that a store is encrypted, and with which key
+# Stored values of these constants can't change: existing stores use them.
+HEADER_FILE = "sealed"  # its presence says that a store is encrypted, its content with which key
 ENCRYPTING, ENCRYPTED = "sealing", "sealed"
-KEY_BYTES = 32  # bytes
+KEY_BYTES = 32
 BLOB, LINE, HEAD = "blob", "line", "head"
 
-_MAGIC, _LINE = b"anther sealed 1\n", b"~"  # JSON and safetensors begin otherwise
+_MAGIC, _LINE = b"anther sealed 1\n", b"~"  # JSON and safetensors begin with other bytes
 _NONCE = 12
 
 
 class DamagedDataError(AntherError, ValueError):
-    """It isn't what was sealed under this key and name. A ValueError too: what can be found again is."""
+    """Data that was not encrypted under this key and name. Also a ValueError, which callers of recoverable data catch."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionHeader:
-    """That a store is encrypted, or about to be: kept in it, in the open, as `sealed`."""
+    """Header of a store that is encrypted, or being encrypted. Stored in plaintext as `sealed`."""
 
-    store: str  # drawn at random, so that nothing of another store under the same key is taken for this one's
-    state: str  # SEALING until all that was there before is encrypted
-    proof: str  # that a key is the one
+    store: str  # random id, so that data of another store under the same key is rejected
+    state: str  # ENCRYPTING until all existing data is encrypted
+    proof: str  # authentication tag that verifies a key
 
     @staticmethod
     def create(key: bytes, state: str, store: str | None = None) -> EncryptionHeader:
         store = store or secrets.token_hex(16)
         nonce = secrets.token_bytes(_NONCE)
-        return EncryptionHeader(store, state, (nonce + AESGCM(key).encrypt(nonce, b"", _about(store, state))).hex())
+        return EncryptionHeader(
+            store, state, (nonce + AESGCM(key).encrypt(nonce, b"", _associated_data(store, state))).hex()
+        )
 
     @staticmethod
     def read(data: bytes, where: str) -> EncryptionHeader:
-        """Raises AntherError for what `to_json` hasn't written."""
+        """Parse the result of `to_json`; AntherError for anything else."""
         try:
-            told = json.loads(data)
-            if told["format"] != 1 or told["state"] not in (ENCRYPTING, ENCRYPTED):
-                raise ValueError("of another version")
-            return EncryptionHeader(str(told["store"]), told["state"], bytes.fromhex(told["proof"]).hex())
+            fields = json.loads(data)
+            if fields["format"] != 1 or fields["state"] not in (ENCRYPTING, ENCRYPTED):
+                raise ValueError("another version")
+            return EncryptionHeader(str(fields["store"]), fields["state"], bytes.fromhex(fields["proof"]).hex())
         except (ValueError, KeyError, TypeError) as error:
             raise AntherError(f"{where}: can't be read ({error}): restore it from a backup of the store") from None
 
@@ -68,79 +71,99 @@ class EncryptionHeader:
         return json.dumps({"format": 1, "store": self.store, "state": self.state, "proof": self.proof}).encode()
 
     def check(self, key: bytes, where: str) -> None:
-        """Raises AntherError for another key than the store was encrypted with."""
+        """Raise AntherError unless `key` is the key of this store."""
         proof = bytes.fromhex(self.proof)
         try:
-            AESGCM(key).decrypt(proof[:_NONCE], proof[_NONCE:], _about(self.store, self.state))
+            AESGCM(key).decrypt(proof[:_NONCE], proof[_NONCE:], _associated_data(self.store, self.state))
         except (InvalidTag, ValueError):
             raise AntherError(
-                f"{where}: the store was encrypted with another key than the one there is: bring that one back"
+                f"{where}: the store was encrypted with another key than the given one: restore that key"
             ) from None
 
 
 class StoreCipher:
-    """Seals and opens what belongs to one store.
+    """Encrypts and decrypts the data of one store.
 
-    A nonce is drawn for each: up to 2³² of them under one key, which a device doesn't come to in its life.
+    Every nonce is random: good for 2³² messages under one key, more than a device writes in its lifetime.
     """
 
     def __init__(self, key: bytes, store: str) -> None:
         self._cipher, self._store = AESGCM(key), store
 
-    def seal(self, data: bytes, *about: object) -> bytes:
+    def encrypt(self, data: bytes, *context: object) -> bytes:
+        """Encrypt `data` with `context` as associated data."""
         nonce = secrets.token_bytes(_NONCE)
-        return _MAGIC + nonce + self._cipher.encrypt(nonce, data, _about(self._store, *about))
+        return _MAGIC + nonce + self._cipher.encrypt(nonce, data, _associated_data(self._store, *context))
 
-    def open(self, data: bytes, where: str, *about: object) -> bytes:
-        """Raises Damaged for anything but what was sealed as this."""
+    def decrypt(self, data: bytes, where: str, *context: object) -> bytes:
+        """Decrypt data that was encrypted with the same context; DamagedDataError for anything else.
+
+        Args:
+            data: ciphertext.
+            where: location of the data, for the message.
+            context: associated data.
+        """
         body = data.removeprefix(_MAGIC)
         try:
             if len(body) == len(data):
                 raise InvalidTag
-            return self._cipher.decrypt(body[:_NONCE], body[_NONCE:], _about(self._store, *about))
+            return self._cipher.decrypt(body[:_NONCE], body[_NONCE:], _associated_data(self._store, *context))
         except (InvalidTag, ValueError):
             raise DamagedDataError(
-                f"{where}: not what was sealed under this key and name: it was damaged or swapped; restore it from a "
-                "backup"
+                f"{where}: not what was encrypted under this key and name: it was damaged or swapped; restore it from "
+                "a backup"
             ) from None
 
-    def seal_line(self, line: bytes, name: str, number: int) -> bytes:
-        """A line of a journal as one line."""
-        sealed = self.seal(line, LINE, name, number).removeprefix(_MAGIC)
+    def encrypt_line(self, line: bytes, name: str, number: int) -> bytes:
+        """Encrypt one line of a journal to one line.
+
+        Args:
+            line: plaintext.
+            name: name of the journal.
+            number: number of the line, from 1.
+        """
+        sealed = self.encrypt(line, LINE, name, number).removeprefix(_MAGIC)
         return _LINE + base64.b64encode(sealed)
 
-    def open_line(self, line: bytes, where: str, name: str, number: int) -> bytes:
+    def decrypt_line(self, line: bytes, where: str, name: str, number: int) -> bytes:
+        """Inverse of `encrypt_line`; DamagedDataError for anything else."""
         try:
             body = base64.b64decode(line.removeprefix(_LINE), validate=True)
         except ValueError:
             body = b""
-        return self.open((_MAGIC if is_encrypted(line) else b"") + body, f"{where}:{number}", LINE, name, number)
+        return self.decrypt((_MAGIC if is_encrypted(line) else b"") + body, f"{where}:{number}", LINE, name, number)
 
 
 def is_encrypted(data: bytes) -> bool:
-    """Whether a blob, a head or a line begins as a sealed one does."""
+    """Whether a blob, head or line begins like an encrypted one."""
     return data.startswith((_MAGIC, _LINE))
 
 
 class EncryptedStorage:
-    """The encrypted storage of one device: `FileStorage` whose content is sealed.
+    """Storage of one device that encrypts the content of a `FileStorage`.
 
     Args:
-        is_plaintext: whether the blob of a name is not.
+        files: the underlying storage.
+        cipher: cipher of the store.
+        is_plaintext: whether the blob of a given name is stored in plaintext.
 
     Raises:
-        Damaged: from any look at what is not as it was sealed.
+        DamagedDataError: on reading data that was not encrypted for its place.
     """
 
-    def __init__(self, files: FileStorage, box: StoreCipher, is_plaintext: Callable[[str], bool]) -> None:
-        self._files, self._box, self._is_plaintext = files, box, is_plaintext
+    def __init__(self, files: FileStorage, cipher: StoreCipher, is_plaintext: Callable[[str], bool]) -> None:
+        self._files, self._cipher, self._is_plaintext = files, cipher, is_plaintext
 
     def read(self, name: str) -> bytes | None:
         data = self._files.read(name)
-        return data if data is None or self._is_plaintext(name) else self._box.open(data, self.where(name), BLOB, name)
+        return (
+            data
+            if data is None or self._is_plaintext(name)
+            else self._cipher.decrypt(data, self.where(name), BLOB, name)
+        )
 
     def write(self, name: str, data: bytes) -> None:
-        self._files.write(name, data if self._is_plaintext(name) else self._box.seal(data, BLOB, name))
+        self._files.write(name, data if self._is_plaintext(name) else self._cipher.encrypt(data, BLOB, name))
 
     def remove(self, name: str) -> None:
         self._files.remove(name)
@@ -148,34 +171,34 @@ class EncryptedStorage:
     @contextmanager
     def journal(self, name: str) -> Iterator[Journal]:
         with self._files.journal(name) as journal:
-            yield _SealedJournal(journal, self._box, name, self.where(name))
+            yield _EncryptedJournal(journal, self._cipher, name, self.where(name))
 
     def where(self, name: str) -> str:
         return self._files.where(name)
 
 
-class _SealedJournal:
-    def __init__(self, journal: Journal, box: StoreCipher, name: str, where: str) -> None:
-        self._journal, self._box, self._name = journal, box, name
+class _EncryptedJournal:
+    def __init__(self, journal: Journal, cipher: StoreCipher, name: str, where: str) -> None:
+        self._journal, self._cipher, self._name = journal, cipher, name
         self.head_location = journal.head_location
         self.lines: Sequence[bytes] = [
-            box.open_line(line, where, name, number) for number, line in enumerate(journal.lines, start=1)
+            cipher.decrypt_line(line, where, name, number) for number, line in enumerate(journal.lines, start=1)
         ]
         self._count = len(self.lines)
 
     @property
     def head(self) -> bytes | None:
         data = self._journal.head
-        return None if data is None else self._box.open(data, self.head_location, HEAD, self._name)
+        return None if data is None else self._cipher.decrypt(data, self.head_location, HEAD, self._name)
 
     def append(self, line: bytes) -> None:
-        self._journal.append(self._box.seal_line(line, self._name, self._count + 1))
+        self._journal.append(self._cipher.encrypt_line(line, self._name, self._count + 1))
         self._count += 1
 
     def write_head(self, head: bytes) -> None:
-        self._journal.write_head(self._box.seal(head, HEAD, self._name))
+        self._journal.write_head(self._cipher.encrypt(head, HEAD, self._name))
 
 
-def _about(*parts: object) -> bytes:
-    """What is sealed along, with no two lists of parts alike."""
+def _associated_data(*parts: object) -> bytes:
+    """Encode associated data injectively."""
     return hashlib.sha256(json.dumps(["anther", *parts]).encode()).digest()

@@ -1,16 +1,16 @@
-"""The device's own floor: the server can ask for less, never for weaker privacy.
+"""The owner's policy on a device: the server may ask for less, never for weaker privacy.
 
-It is `policy.toml` beside the device's store, written by its owner's hand. What is not in it has these defaults, which
-are also those of a device without the file:
+The policy is `policy.toml` next to the device's store, edited by its owner. Missing keys, and a missing file, mean these
+defaults:
 
-- It takes part in runs without privacy until it has first taken part in one with privacy. From then on it shares
-  nothing without noise, whatever it is asked for, and nothing that would bring it over ε = EPSILON_UNSAID per picture.
-  So the first run decides, and no later one can take back what that promised.
-- Whoever writes `max_epsilon` has asked for privacy from the beginning: nothing at all is shared without noise.
+- The device takes part in runs without privacy until it first takes part in one with privacy. From then on it shares
+  nothing without noise, whatever is requested, and nothing that would exceed ε = `DEFAULT_MAX_EPSILON` per picture. So
+  the first run decides, and no later one can revoke its guarantee.
+- An owner who sets `max_epsilon` requires privacy from the beginning: nothing at all is shared without noise.
 
-A refusal says what was asked for and what is allowed, both of which are the server's business, and of the pictures
-nothing. With fewer than `min_pictures` a device refuses to share without noise; asked with noise it trains on none, and
-replies with noise alone (`client.rounds.train`).
+A refusal states what was requested and what is allowed, which the server may know, and nothing about the pictures. With
+fewer than `min_pictures`, a device refuses to share without noise; if asked with noise, it trains on no picture and
+replies with noise only (`client.rounds.train`).
 """
 
 from __future__ import annotations
@@ -30,55 +30,55 @@ from privacy.accounting import Mechanism, NonPrivate, PoissonGaussian, epsilon
 from protocol.messages import EvaluationPrivacy, ExamplePrivacy, TrainingPlan
 
 DEFAULT_MAX_EPSILON = 16.0
-"""Cap of an owner who named none: at δ = 1e-5 it is room for one run of ε = 8 at δ = 1e-3, and not for two."""
+"""Cap on ε if the owner sets none: at δ = 1e-5 enough for one run of ε = 8 at δ = 1e-3, and not for two."""
 
 MEASURES = ("none", "noised", "raw")
-MOST_PICTURES = 100_000
-"""That a private request may assume a device to have: it takes memory and time for as many, whatever it has."""
-_LOUDEST = 1e6  # σ: more drowns everything, and much more overflows
+MAX_PICTURES = 100_000
+"""Number of pictures that a private request may assume at most: it determines memory and time, whatever the device has."""
+_MAX_NOISE_MULTIPLIER = 1e6  # more noise hides every signal, and much more overflows
 
 
 class RequestRefusedError(AntherError):
-    """A device's no, with its reason. The reason tells nothing of the pictures and may go to the server."""
+    """A device's refusal of a request. The reason reveals nothing about the pictures and may be sent to the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the owner of a device allows. A request beyond it is refused, never silently weakened.
+    """Limits that the owner of a device sets. A request beyond them is refused, never silently weakened.
 
     Raises:
-        AntherError: a value outside its range.
+        AntherError: a value is out of range.
     """
 
     max_epsilon: float | None = None
-    """Cap on ε per picture of everything that the device ever shares: with one, nothing is shared without noise,
-    neither an adapter nor a loss on its pictures. None: see above."""
+    """Cap on ε per picture of everything that the device ever shares. With a cap, nothing is shared without noise,
+    neither an adapter nor a loss on its pictures. None: see the module's docstring."""
     delta: float = 1e-5
-    """δ at which the cap is meant, whatever δ a plan asks for."""
+    """δ at which the cap is meant, for any δ of a plan."""
     min_noise_multiplier: float = 0.05
-    """σ below it promises nothing, and its ε takes long to compute."""
+    """Minimum σ. A smaller one gives no meaningful guarantee, and its ε takes long to compute."""
     max_clip: float = 100.0
-    """Bound on the clip of a gradient, and of a gain."""
+    """Maximum clip of a gradient, and of a gain."""
     min_pictures: int = 1
-    """Training pictures below which none of them enters what is shared."""
+    """Minimum number of training pictures: with fewer, none of them enters what is shared."""
     sites: str = ".*"
-    """Regular expression on the whole names of the layers that an adapter may sit at, e.g. `.*attn[12].*`."""
+    """Regular expression for the full names of layers that may have an adapter, e.g. `.*attn[12].*`."""
     bases: tuple[str, ...] = ()
-    """Content hashes of the bases that may be adapted; none: whichever the device holds."""
+    """Content hashes of the bases that may be adapted. Empty: any base that the device holds."""
     measures: str = "raw"
-    """The most that may be told of how an adapter does on its pictures: nothing (`none`), a gain with noise, paid from
-    the same ε (`noised`), or losses as they are (`raw`), if nothing forbids sharing without noise."""
+    """The most that may be reported about an adapter's loss on the pictures: nothing (`none`), a noised gain, charged
+    to the same ε (`noised`), or exact losses (`raw`), if nothing forbids sharing without noise."""
     max_rank: int = 1024
     max_steps: int = 10_000
-    """In one round."""
+    """Per round."""
     max_batch: int = 1024
-    """Examples in one step, counting every draw."""
+    """Examples per step, counting every draw."""
     max_learning_rate: float = 10.0
-    """Of either optimizer: AdamW takes steps of about its rate, and plain SGD seldom needs more."""
+    """For both optimizers: AdamW takes steps of about its learning rate, and plain SGD seldom needs more."""
     max_timesteps: int = 32
-    """At which the loss of a picture is measured."""
+    """Timesteps at which the loss of a picture is measured."""
     min_sampling_rate: float = 1e-4
-    """q below it hides nothing more, and its ε takes long to compute."""
+    """Minimum q. A smaller one gives no further amplification, and its ε takes long to compute."""
 
     def __post_init__(self) -> None:
         cap = self.max_epsilon
@@ -96,13 +96,13 @@ class Policy:
             ("max_batch", self.max_batch >= 1, "1 or more"),
             ("max_learning_rate", 0 < self.max_learning_rate < math.inf, "over 0"),
             ("max_timesteps", self.max_timesteps >= 1, "1 or more"),
-            ("min_sampling_rate", 0 < self.min_sampling_rate <= 1, "over 0, and 1 at most"),
+            ("min_sampling_rate", 0 < self.min_sampling_rate <= 1, "over 0 and at most 1"),
         ):
             if not valid:
                 raise AntherError(f"policy: {name}={getattr(self, name)} must be {rule}")
 
     def check_adaptable(self, base: str, sites: Iterable[str]) -> None:
-        """Raises Refusal unless adapters may be had for this base, and sit at all of these sites."""
+        """Raise RequestRefusedError unless adapters of this base at all of these sites are allowed."""
         if self.bases and base not in self.bases:
             raise RequestRefusedError(f"base {base[:12]} is not among those that this device allows")
         allowed = re.compile(self.sites)
@@ -110,7 +110,7 @@ class Policy:
             raise RequestRefusedError(f"site {forbidden}: this device allows {self.sites}")
 
     def check_plan(self, plan: TrainingPlan) -> None:
-        """Raises Refusal unless this plan alone is allowed; what it adds up to is for `check_spending`."""
+        """Raise RequestRefusedError unless this plan is allowed by itself; `check_spending` checks its composition."""
         draws = plan.privacy.draws if plan.privacy else 1
         self.check_work(
             rank=plan.rank, steps=plan.steps, examples=plan.batch_size * draws, learning_rate=plan.learning_rate
@@ -121,47 +121,54 @@ class Policy:
             raise RequestRefusedError("this device shares nothing without example privacy")
 
     def check_work(self, *, rank: int, steps: int, examples: int, learning_rate: float) -> None:
-        """Raises Refusal for more work than the owner allows."""
-        for name, value, most in (
+        """Raise RequestRefusedError for more work than the owner allows.
+
+        Args:
+            rank: rank of the adapter.
+            steps: steps of the round.
+            examples: examples per step, counting every draw.
+            learning_rate: learning rate.
+        """
+        for name, value, limit in (
             ("rank", rank, self.max_rank),
             ("steps", steps, self.max_steps),
-            ("examples a step", examples, self.max_batch),
+            ("examples per step", examples, self.max_batch),
         ):
-            if not 1 <= value <= most:
-                raise RequestRefusedError(f"{name}: {value} asked, this device allows 1 to {most}")
+            if not 1 <= value <= limit:
+                raise RequestRefusedError(f"{name}={value}: this device allows 1 to {limit}")
         if not 0 < learning_rate <= self.max_learning_rate:
             raise RequestRefusedError(
-                f"learning_rate: {learning_rate} asked, this device allows up to {self.max_learning_rate:g}"
+                f"learning_rate={learning_rate}: this device allows up to {self.max_learning_rate:g}"
             )
 
     def check_timesteps(self, timesteps: int) -> None:
-        """Raises Refusal for more looks at each picture than the owner allows."""
+        """Raise RequestRefusedError for more timesteps per picture than the owner allows."""
         if not 1 <= timesteps <= self.max_timesteps:
-            raise RequestRefusedError(f"timesteps: {timesteps} asked, this device allows 1 to {self.max_timesteps}")
+            raise RequestRefusedError(f"timesteps={timesteps}: this device allows 1 to {self.max_timesteps}")
 
-    def check_measure(self, privacy: EvaluationPrivacy | None) -> None:
-        """Raises Refusal if so much may not be told of an adapter's losses; None: all, without noise."""
+    def check_evaluation(self, privacy: EvaluationPrivacy | None) -> None:
+        """Raise RequestRefusedError unless losses on the pictures may be reported so. None: exact losses."""
         if self.measures == "none":
-            raise RequestRefusedError("this device tells no measure of its pictures")
+            raise RequestRefusedError("this device reports no losses on its pictures")
         if privacy is None:
             if self.measures != "raw" or self.max_epsilon is not None:
-                raise RequestRefusedError("this device tells no measure of its pictures without noise")
+                raise RequestRefusedError("this device reports no losses on its pictures without noise")
             return
         self._check_noise(privacy)
-        if not 1 <= privacy.pictures <= MOST_PICTURES:
-            raise RequestRefusedError(f"privacy.pictures: {privacy.pictures} asked, must be 1 to {MOST_PICTURES:,}")
+        if not 1 <= privacy.pictures <= MAX_PICTURES:
+            raise RequestRefusedError(f"privacy.pictures={privacy.pictures}: must be 1 to {MAX_PICTURES:,}")
 
     def check_pictures(self, count: int) -> None:
-        """Raises Refusal for fewer training pictures than the owner wants to hide each one among."""
+        """Raise RequestRefusedError for fewer training pictures than the owner's minimum."""
         if count < self.min_pictures:
             raise RequestRefusedError("this device's own minimum of pictures is not met")
 
-    def promises(self, past: Iterable[Mechanism]) -> bool:
-        """Whether privacy is promised: by the owner's cap, or by what was shared before."""
+    def promises_privacy(self, past: Iterable[Mechanism]) -> bool:
+        """Whether privacy is guaranteed: by the owner's cap, or by an earlier private release."""
         return self.max_epsilon is not None or any(isinstance(event, PoissonGaussian) for event in past)
 
     def check_spending(self, past: Sequence[Mechanism], new: Mechanism) -> None:
-        """Raises Refusal if `new` would bring the whole above the cap, or is less than what was promised before."""
+        """Raise RequestRefusedError if `new` exceeds the cap together with `past`, or breaks an earlier guarantee."""
         if isinstance(new, NonPrivate):
             if self.max_epsilon is not None:
                 raise RequestRefusedError("this device shares nothing without example privacy")
@@ -171,41 +178,39 @@ class Policy:
                 )
             return
         if any(isinstance(event, NonPrivate) for event in past):
-            raise RequestRefusedError("this device has shared without privacy before, so no ε can be promised any more")
+            raise RequestRefusedError("this device has shared without privacy before, so no ε can be promised anymore")
         cap = DEFAULT_MAX_EPSILON if self.max_epsilon is None else self.max_epsilon
         cost = epsilon([*past, new], self.delta)
         if cost.value > cap:
             raise RequestRefusedError(f"it would bring this device to {cost}; it allows {cap:g}")
 
     def _check_privacy(self, plan: TrainingPlan, privacy: ExamplePrivacy) -> None:
-        """Raises Refusal for parameters with which DP-SGD would promise nothing."""
+        """Raise RequestRefusedError for parameters with which DP-SGD gives no meaningful guarantee."""
         self._check_noise(privacy)
         rate = privacy.sampling_rate
         if not self.min_sampling_rate <= rate <= 1:
             raise RequestRefusedError(
-                f"privacy.sampling_rate: {rate} asked, this device allows {self.min_sampling_rate:g} to 1"
+                f"privacy.sampling_rate={rate}: this device allows {self.min_sampling_rate:g} to 1"
             )
-        if plan.batch_size > MOST_PICTURES * rate:
-            raise RequestRefusedError(f"batch_size, privacy.sampling_rate: they assume over {MOST_PICTURES:,} pictures")
+        if plan.batch_size > MAX_PICTURES * rate:
+            raise RequestRefusedError(f"batch_size, privacy.sampling_rate: imply over {MAX_PICTURES:,} pictures")
         if privacy.draws < 1:
-            raise RequestRefusedError(f"privacy.noise_multiplicity: {privacy.draws} asked, which promises nothing")
+            raise RequestRefusedError(f"privacy.noise_multiplicity={privacy.draws}: must be 1 or more")
 
     def _check_noise(self, privacy: ExamplePrivacy | EvaluationPrivacy) -> None:
-        sigma, least = privacy.noise_multiplier, self.min_noise_multiplier
-        if not least <= sigma <= _LOUDEST:
+        sigma, minimum = privacy.noise_multiplier, self.min_noise_multiplier
+        if not minimum <= sigma <= _MAX_NOISE_MULTIPLIER:
             raise RequestRefusedError(
-                f"privacy.noise_multiplier: {sigma} asked, this device allows {least:g} to {_LOUDEST:g}"
+                f"privacy.noise_multiplier={sigma}: this device allows {minimum:g} to {_MAX_NOISE_MULTIPLIER:g}"
             )
         if not 0 < privacy.clip <= self.max_clip:
-            raise RequestRefusedError(
-                f"privacy.clip_norm: {privacy.clip} asked, this device allows up to {self.max_clip:g}"
-            )
+            raise RequestRefusedError(f"privacy.clip_norm={privacy.clip}: this device allows up to {self.max_clip:g}")
         if not 0 < privacy.delta < 1:
-            raise RequestRefusedError(f"privacy.delta: {privacy.delta} asked, which promises nothing")
+            raise RequestRefusedError(f"privacy.delta={privacy.delta}: must be between 0 and 1")
 
 
 def load(path: Path) -> Policy:
-    """The policy in a TOML file, `max_epsilon = 4.0` and so on; the default one if there is no file.
+    """Load a policy from a TOML file (`max_epsilon = 4.0` and so on), or the default policy if there is no file.
 
     Raises:
         AntherError: the file is not TOML, or has an unknown key or a value of another type or out of range.
@@ -217,7 +222,7 @@ def load(path: Path) -> Policy:
         return strict_json.from_plain(Policy, default | tomllib.loads(path.read_text(encoding="utf-8")), "policy")
     except AntherError as error:
         raise AntherError(f"{path}: {error}") from error
-    except ValueError as error:  # of TOML, of UTF-8, of a type
+    except ValueError as error:  # from TOML, UTF-8 or a type
         raise AntherError(f"{path}: {error}; the keys are {', '.join(default)}") from error
 
 

@@ -1,10 +1,11 @@
-"""What bounds a sum travels with the sum, and noise is derived from that alone, so that no number is typed twice.
+"""Sums that carry their sensitivity, from which their noise is derived.
 
-After the bounded functions of jax-privacy: a step that clips and adds up gives a `BoundedVectorSum`, and only a `BoundedVectorSum` can be
-noised. Everything in it has the weight 1: a weight that one unit could choose would be outside of every bound.
+The design follows the bounded functions of jax-privacy: clipping and summing returns a `BoundedVectorSum`, and only a
+`BoundedVectorSum` can be noised, so that sum and noise can't disagree on the bound. Every unit has weight 1: no bound
+would hold for a weight that a unit could choose.
 
-Sums are integers, whole steps of a grid that depends on public numbers alone, and so is their noise. The set of
-possible releases is then the same whatever the data are (`privacy.noise`).
+Sums and their noise are integers, in steps of a grid that depends on public numbers only. So the set of possible
+releases is the same whatever the data are (`privacy.noise`).
 """
 
 from __future__ import annotations
@@ -18,46 +19,50 @@ from privacy.accounting import ADD_OR_REMOVE_ONE
 from privacy.noise import MAX_STDDEV_STEPS, NoiseSource
 
 RESOLUTION = 2**20
-"""Steps of the grid in the sensitivity of a sum, which both its units' parts and its noise are whole steps of.
+"""Number of grid steps in the sensitivity of a sum. Every unit's contribution and the noise are whole steps.
 
-Cutting a part towards zero takes half a step of each number on average. Of a part of norm C with D numbers that is
-about 0.4 √D / 2²⁰ of its norm: 0.01 % for 10⁵ numbers, 0.1 % for 10⁷. Each number loses less than 10⁻⁶ C, where the
-noise has σC. A finer grid would only make it rarer that 53 random bits decide a number (`privacy.noise.SecureNoise`).
+Truncation towards zero removes half a step of each number on average. For a contribution of norm C with D numbers that
+is about 0.4 √D / 2²⁰ of its norm: 0.01 % for 10⁵ numbers, 0.1 % for 10⁷. Each number loses less than 10⁻⁶ C, while the
+noise is σC. A finer grid would only make it rarer that 53 random bits decide a number (`privacy.noise.SecureNoise`).
 """
 
 MAX_NOISE_MULTIPLIER = MAX_STDDEV_STEPS / RESOLUTION
-"""The largest noise multiplier: of larger ones the integers would leave float64."""
+"""Largest noise multiplier. With larger ones the integers would not be exact in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """By how much a value moves, in L2 norm, when one unit is added to the data or removed from it.
+    """L2 sensitivity: the largest change of a value when one unit is added to the data or removed from it.
 
     Raises:
-        ValueError: the norm is not a number over 0: no noise follows from it.
+        ValueError: `norm` is not positive and finite, so that no noise follows from it.
     """
 
     norm: float
     unit: str
-    """`image` or `device`."""
+    """Unit of privacy: `image` or `device`."""
     relation: str = ADD_OR_REMOVE_ONE
 
     def __post_init__(self) -> None:
         if not 0 < self.norm < math.inf:
-            raise ValueError(f"sensitivity={self.norm}: must be a number over 0")
+            raise ValueError(f"sensitivity={self.norm}: must be positive and finite")
 
     def noise_stddev(self, noise_multiplier: float) -> float:
-        """σ times the norm: the standard deviation of the noise on each number that hides one unit."""
+        """Standard deviation of the noise on each number: σ times the norm.
+
+        Raises:
+            ValueError: `noise_multiplier` is not in (0, `MAX_NOISE_MULTIPLIER`].
+        """
         if not 0 < noise_multiplier <= MAX_NOISE_MULTIPLIER:
-            raise ValueError(f"{noise_multiplier=}: must be a number over 0, {MAX_NOISE_MULTIPLIER:g} at most")
+            raise ValueError(f"{noise_multiplier=}: must be over 0 and at most {MAX_NOISE_MULTIPLIER:g}")
         return noise_multiplier * self.norm
 
 
 @dataclass(frozen=True, eq=False)
 class BoundedVectorSum:
-    """A sum over units in whole steps of a grid, int64 [D], and what bounds each unit's part in it.
+    """A sum of clipped contributions in whole grid steps, int64 [D], with its sensitivity.
 
-    It must not leave before it is noised.
+    It is not private: only the result of `add_noise` may be shared.
     """
 
     steps: Tensor
@@ -65,13 +70,21 @@ class BoundedVectorSum:
 
     @property
     def step(self) -> float:
-        """The value of one step."""
+        """Value of one grid step."""
         return self.sensitivity.norm / RESOLUTION
 
     def add_noise(self, noise_multiplier: float, noise: NoiseSource) -> Tensor:
-        """(steps + round(N(0, (σ·`RESOLUTION`)² I))) · step, float64 [D]: a release, and each call is one more.
+        """Release (steps + round(N(0, (σ·`RESOLUTION`)² I))) · step.
 
-        It is a function of the noised integers, and so as private as they are: of the sum nothing else enters it.
+        The result is a function of the noised integers only, and so as private as they are (post-processing). Every
+        call is another release.
+
+        Args:
+            noise_multiplier: σ.
+            noise: source of the noise.
+
+        Returns:
+            Noised sum, float64 [D].
         """
         stddev = self.sensitivity.noise_stddev(noise_multiplier) / self.step
         noised = self.steps + noise.rounded_gaussian(len(self.steps), stddev)

@@ -1,7 +1,7 @@
-"""How much of a noised mean is signal.
+"""Estimates of the signal-to-noise ratio of a noised mean.
 
-Both estimates are functions of what was noised already, and so cost nothing. The exact norm of a mean before its noise
-would be a release of its own, without noise.
+Both estimates are functions of values that are already noised, so they cost nothing (post-processing). The exact norm
+of a mean before its noise would be another release, without noise.
 """
 
 from __future__ import annotations
@@ -14,20 +14,30 @@ from torch import Tensor
 
 
 def signal_to_noise(mean: Tensor, noise_stddev: float) -> float:
-    """√(‖x̃‖² − D s²)₊ / (s √D) of x̃ = x + N(0, s² I_D).
+    """Estimate √(‖x̃‖² − D s²)₊ / (s √D) for x̃ = x + N(0, s² I_D).
 
-    Its square is an unbiased estimate where it is not cut off at 0; below about (2/D)^¼ it can't be told from 0.
+    The square is an unbiased estimate where it is not truncated at 0. Below about (2/D)^¼ it can't be told from 0.
+
+    Args:
+        mean: noised mean x̃ [D].
+        noise_stddev: s.
     """
     noise = noise_stddev * math.sqrt(mean.numel())
     return math.sqrt(max(0.0, float(mean.double().square().sum()) - noise**2)) / noise
 
 
 def signal_to_spread(updates: Iterable[Tensor]) -> float | None:
-    """The same of the mean of K updates that were noised one by one, by noise that nobody knows the size of.
+    """Estimate the same ratio for the mean of K updates that were noised separately, by noise of unknown size.
 
-    An optimiser that normalises its gradients stands between the noise of DP-SGD and an update. What the updates differ
-    by takes its place: with s² = Σ‖u_k − ū‖² / (K − 1), √(‖ū‖² − s²/K)₊ / √(s²/K). That people differ counts as noise
-    here, so it is a low estimate. None for fewer than two updates, or where they hardly differ.
+    An optimizer that normalizes its gradients stands between the noise of DP-SGD and an update, so the spread of the
+    updates takes the noise's place: √(‖ū‖² − s²/K)₊ / √(s²/K) with s² = Σ‖u_k − ū‖² / (K − 1). Differences between
+    people count as noise here, so the estimate is low.
+
+    Args:
+        updates: noised updates u_k [D] each.
+
+    Returns:
+        The estimate. None for fewer than two updates, or if they hardly differ.
     """
     total, squares, count = torch.zeros(()), 0.0, 0
     for update in updates:
@@ -35,6 +45,10 @@ def signal_to_spread(updates: Iterable[Tensor]) -> float | None:
         total, squares, count = total + values, squares + float(values.square().sum()), count + 1
     if count < 2:
         return None
-    whole = float(total.square().sum()) / count  # K ‖ū‖²
-    of_mean = (squares - whole) / (count - 1) / count
-    return math.sqrt(max(0.0, whole / count - of_mean) / of_mean) if of_mean > 1e-12 * whole else None
+    mean_energy = float(total.square().sum()) / count  # K ‖ū‖²
+    mean_variance = (squares - mean_energy) / (count - 1) / count
+    return (
+        math.sqrt(max(0.0, mean_energy / count - mean_variance) / mean_variance)
+        if mean_variance > 1e-12 * mean_energy
+        else None
+    )

@@ -1,8 +1,8 @@
-"""Where one device keeps what it must not forget: blobs by name, and journals that only grow.
+"""Storage of one device: blobs by name, and append-only journals.
 
-The ledger's promises rest on it. Nothing may be done on the strength of what was written before it is durable: with
-`FileStorage` it is when the call returns; a simulated fleet's storage may wait for one commit of many devices, which whoever
-drives them makes before it performs their jobs and before it hands out their replies.
+The ledger's guarantees rest on it: no effect may depend on a write before the write is durable. With `FileStorage` it is
+durable when the call returns. The storage of a simulated fleet may wait for one commit of many devices, which the driver
+makes before it performs their jobs and before it hands out their replies.
 """
 
 from __future__ import annotations
@@ -25,58 +25,59 @@ class Journal(Protocol):
 
     @property
     def lines(self) -> Sequence[bytes]:
-        """All complete lines when the lock was taken, oldest first, without their ends."""
+        """All complete lines when the lock was taken, oldest first, without line ends."""
         ...
 
     @property
     def head(self) -> bytes | None:
-        """What was last kept of this journal outside of the device's storage; None if nothing ever was."""
+        """The head that was last stored outside of the device's storage; None if there is none."""
         ...
 
     @property
     def head_location(self) -> str:
-        """Where a person finds that, for messages."""
+        """Location of the head, for messages."""
         ...
 
     def append(self, line: bytes) -> None:
-        """Add a line, whole or not at all."""
+        """Append a line, completely or not at all."""
         ...
 
     def write_head(self, head: bytes) -> None:
-        """Replace the head in one step, once the lines are durable."""
+        """Replace the head atomically, once the lines are durable."""
         ...
 
 
 class Storage(Protocol):
-    """What one device keeps. Names are relative paths; nobody but the device's own code chooses them."""
+    """Storage of one device. Names are relative paths, chosen by the device's own code only."""
 
     def read(self, name: str) -> bytes | None:
-        """A blob; None if there is none."""
+        """Return a blob, or None if there is none."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a blob in one step: a crash leaves the old content or the new, never a mixture."""
+        """Replace a blob atomically: a crash leaves the old content or the new, never a mixture."""
         ...
 
     def remove(self, name: str) -> None:
-        """Forget a blob, if it is there."""
+        """Remove a blob if it exists."""
         ...
 
     def journal(self, name: str) -> AbstractContextManager[Journal]:
-        """A journal under an exclusive lock: whoever else opens it waits, in this process or another."""
+        """Open a journal under an exclusive lock, also against other processes. Other callers wait."""
         ...
 
     def where(self, name: str) -> str:
-        """Where a person finds it, for messages."""
+        """Location of a blob or journal, for messages."""
         ...
 
 
 class FileStorage:
-    """The files of one device in `folder`, each write fsynced by itself.
+    """Storage in the files of `folder`, where each write is synced.
 
     Args:
-        heads: the folder for the heads of its journals, by default beside `folder`: whoever restores, clones or
-            deletes the one should not take the other along.
+        folder: the device's folder.
+        heads: folder for the heads of its journals. By default it is next to `folder`, not in it, so that restoring,
+            cloning or deleting one doesn't include the other.
     """
 
     def __init__(self, folder: str | Path, *, heads: Path | None = None) -> None:
@@ -100,16 +101,19 @@ class FileStorage:
     def journal(self, name: str) -> Iterator[Journal]:
         path = self.folder / name
         atomic_files.make_folder(path.parent)
-        handle = _locked(path)
+        handle = _open_locked(path)
         try:
-            yield _FileJournal(handle, _whole_lines(path, handle), self.heads / name)
+            yield _FileJournal(handle, _complete_lines(path, handle), self.heads / name)
         finally:
-            os.close(handle)  # and unlock
+            os.close(handle)  # also unlocks
 
     def set_aside(self, journal: str, *beside: str) -> Path | None:
-        """Move a journal, what lies beside it and at last its head into a new folder here, under the journal's lock.
+        """Move a journal, the given files next to it and finally its head into a new folder, under the journal's lock.
 
-        A crash on the way leaves a head without a journal; done again, it goes on. None if nothing is there.
+        A crash in between leaves a head without a journal; calling it again continues.
+
+        Returns:
+            The new folder, or None if there is nothing to move.
         """
         moves = [(self.folder / name, name) for name in (journal, *beside)] + [(self.heads / journal, HEAD)]
         if not any(path.exists() for path, _ in moves):
@@ -147,14 +151,14 @@ class _FileJournal:
         return str(self._head)
 
     def append(self, line: bytes) -> None:
-        whole = line + b"\n"
-        if os.write(self._handle, whole) < len(whole):
+        complete = line + b"\n"
+        if os.write(self._handle, complete) < len(complete):
             raise OSError("the disk is full: the journal's line was cut short")
         self._sync()
 
     def write_head(self, head: bytes) -> None:
         if not self._synced:
-            self._sync()  # of a line that a process wrote before it was killed nobody knows that it is durable
+            self._sync()  # a line of a process that was killed may not be durable yet
         atomic_files.write(self._head, head)
 
     def _sync(self) -> None:
@@ -162,8 +166,8 @@ class _FileJournal:
         self._synced = True
 
 
-def _locked(path: Path) -> int:
-    """A handle on the journal that lies there once it is locked: the one waited for may have been set aside."""
+def _open_locked(path: Path) -> int:
+    """Open a journal and lock it; try again if it was set aside while waiting for the lock."""
     while True:
         is_new = not path.exists()
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -179,11 +183,11 @@ def _locked(path: Path) -> int:
         os.close(handle)
 
 
-def _whole_lines(path: Path, handle: int) -> list[bytes]:
-    """Complete lines; a torn last one is cut off: nothing was done yet on the strength of it."""
+def _complete_lines(path: Path, handle: int) -> list[bytes]:
+    """Return complete lines and cut off a torn last one: nothing depended on it yet."""
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.ftruncate(handle, len(whole))
+    complete = data[: data.rfind(b"\n") + 1]
+    if len(complete) < len(data):
+        os.ftruncate(handle, len(complete))
         os.fsync(handle)
-    return whole.splitlines()
+    return complete.splitlines()

@@ -1,7 +1,6 @@
 """The ServerApp: `flwr run . -c 'overrides="rounds=3 privacy=example"'`.
 
-Everything that it leaves lies in ANTHER_HOME/runs/<run>: a ServerApp's working directory is whatever its SuperLink was
-started in.
+All output is in ANTHER_HOME/runs/<run>: the working directory of a ServerApp is that of its SuperLink.
 """
 
 from __future__ import annotations
@@ -41,50 +40,50 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation of the run configuration's `overrides`, then have every device personalise.
+    """Run the federation with the `overrides` of the run configuration, then personalize on every device.
 
-    `resume=true` continues the newest run of the same configuration. ANTHER_TEST=true makes it a test: updates made
-    with reproducible noise are accepted, and nothing of the run is a private release.
+    `resume=true` continues the newest run of the same configuration. ANTHER_TEST=true makes it a test: updates with
+    reproducible noise are accepted, and no part of the run is a private release.
     """
     log_through_flower("server", "strategies")
-    folders = assets.home() / "runs"
+    runs = assets.home() / "runs"
     try:
-        _federate(grid, context, folders)
-    except AntherError as error:  # what a person has to mend, no other try will
-        save_refusal(folders, context.run_id, str(error))
+        _federate(grid, context, runs)
+    except AntherError as error:  # the user has to act: a retry can't succeed
+        save_refusal(runs, context.run_id, str(error))
         raise
 
 
-def _federate(grid: Grid, context: Context, folders: Path) -> None:
+def _federate(grid: Grid, context: Context, runs: Path) -> None:
     overrides = str(context.run_config.get("overrides", ""))
     config = compose(overrides)
     base = load(config.base.path, sites=config.adapter.sites, weights=config.base.weights)
-    folder = run_folder(overrides, folders)
+    folder = run_folder(overrides, runs)
     plan = training_plan(config, run=folder.name, base=base.hash)
     test = os.environ.get("ANTHER_TEST") == "true"
     ledger = ServerLedger(FileStorage(folder))
     strategy = build(config, plan, base.sites, accept_simulated=test, ledger=ledger, base=base)
     saved = checkpoint.load(folder / "checkpoints", sites=base.sites)
-    save_largest_adapter(most := largest(adapter_shapes(base.sites, plan.rank)))
+    save_largest_adapter(max_bytes := largest(adapter_shapes(base.sites, plan.rank)))
     log.info("run %s in %s, from round %d", plan.run, folder, saved.round + 1 if saved else 0)
     settings = context.run_config
     with open_trackers(folder, tensorboard=config.tracker.tensorboard) as tracker:
 
         def on_round(done: Round) -> None:
             tracker.log(done.number, round_metrics(done))
-            _tell(done, config.rounds)
+            _log_round(done, config.rounds)
 
-        for done in saved.history if saved else ():  # a kill may have come before its line was written
+        for done in saved.history if saved else ():  # a kill may have come before a line was written
             tracker.log(done.number, round_metrics(done))
         state = federate(
             config,
-            grid=ValidatingGrid(grid, largest=most),
+            grid=ValidatingGrid(grid, largest=max_bytes),
             strategy=strategy,
             plan=plan,
             saved=saved,
             checkpoints=folder / "checkpoints",
             on_round=on_round,
-            present=max(config.cohort.size or 1, int(settings.get("min_devices", 1))),
+            min_devices=max(config.cohort.size or 1, int(settings.get("min_devices", 1))),
             wait_forever=True,
             patience=float(settings.get("patience", math.inf)),
             clock=WallClock(),
@@ -94,16 +93,16 @@ def _federate(grid: Grid, context: Context, folders: Path) -> None:
     log.info("done: %d round%s, best round %d", state.round, "" if state.round == 1 else "s", best)
 
 
-def _tell(done: Round, rounds: int) -> None:
-    """One line in the log for a round."""
+def _log_round(done: Round, rounds: int) -> None:
+    """Log one line for a round."""
     train, validation = done.train, done.validation
     if train is None:
         return
     dropped = ", ".join(f"{count} {reason}" for reason, count in train.dropped.items())
-    said = f"{train.replied} of {train.asked} replied" + (f" ({dropped})" if dropped else "")
+    text = f"{train.replied} of {train.asked} replied" + (f" ({dropped})" if dropped else "")
     if validation.score is not None:
-        said += f", {validation.score:.1%} off the base's loss ({validation.base:.4f} to {validation.shared:.4f})"
+        text += f", {validation.score:.1%} off the base's loss ({validation.base:.4f} to {validation.shared:.4f})"
     if validation.gain is not None:
-        said += f", gain {validation.gain:.5f} ± {validation.gain_error:.5f} by its noise"
-    said += "".join(f", {guarantee}" for guarantee in done.guarantees)
-    log.info("round %d of %d: %s, %.1f s", done.number, rounds, said, done.wall_seconds)
+        text += f", gain {validation.gain:.5f} ± {validation.gain_error:.5f} by its noise"
+    text += "".join(f", {guarantee}" for guarantee in done.guarantees)
+    log.info("round %d of %d: %s, %.1f s", done.number, rounds, text, done.wall_seconds)

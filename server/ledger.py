@@ -1,12 +1,13 @@
-"""What a run has promised its devices, kept beside its checkpoints: `ledger.jsonl`, reserved → released.
+"""Ledger of a run's device-level privacy, next to its checkpoints: `ledger.jsonl`, reserved → released.
 
-A hash-chained journal that only grows. A round is charged when it is reserved, before a message leaves, and never
-refunded: one that was broken off is run again under a second reservation, and both are paid for. Each checkpoint names
-the events that were there (`Anchor`), so that a ledger that is missing, shortened or edited is told from a new one.
+It is an append-only, hash-chained journal. A round is charged when it is reserved, before any message is sent, and
+never refunded: an aborted round is repeated under a second reservation, and both are charged. Each checkpoint records
+the events at its time (`Anchor`), so that a missing, shortened or edited ledger is distinguished from a new one.
 
-It is the trusted server's own, as are the checkpoints. Where no sample is secret it holds who was asked; of a secret
-sample it holds nothing. Claimed: accidents, rollback and careless edits are found; not an operator who forges it all.
-One run has one ledger: what several runs promise the same device adds up, and is for whoever starts them to add.
+The ledger belongs to the trusted server, as do the checkpoints. Without secret sampling it contains the names of the
+sampled devices; with it, no names. It detects accidents, rollback and careless edits, but not an operator who forges
+the whole ledger. Each run has its own ledger: guarantees of several runs for the same device add up, which is left to
+the operator.
 """
 
 from __future__ import annotations
@@ -41,19 +42,22 @@ class ServerLedger:
         self._storage = storage
 
     def charges(self) -> list[Charge]:
-        """Every reservation, in the order made."""
+        """Return all reservations, in order."""
         with self._storage.journal(JOURNAL) as journal:
             return list(self._charges(journal.lines))
 
     def participations(self) -> Mapping[str, int]:
-        """In how many rounds each device was picked to train, those that were broken off among them."""
+        """Count the rounds in which each device was sampled for training, including aborted ones."""
         return Counter(name for charge in self.charges() if charge.purpose == TRAIN for name in charge.asked or ())
 
     def reserve(self, charge: Charge, budget: DeviceBudget) -> Guarantee:
-        """Charge for a round; what the device that paid most has spent, with all that `budget.beside` will cost it.
+        """Charge for a round.
+
+        Returns:
+            The guarantee of the device that has paid most, including the planned cost of `budget.beside`.
 
         Raises:
-            Exhausted: the round would exceed the budget; nothing was written.
+            BudgetExhausted: the round would exceed the budget; nothing was written.
         """
         with self._storage.journal(JOURNAL) as journal:
             spent = spent_guarantee([*self._charges(journal.lines), charge], budget)
@@ -66,7 +70,7 @@ class ServerLedger:
             return spent
 
     def release(self, run: str, round: int) -> None:
-        """Note, once, that a round's adapter is in a checkpoint. It changes nothing of what is charged."""
+        """Record, once, that a checkpoint contains a round's adapter. This doesn't change the charges."""
         with self._storage.journal(JOURNAL) as journal:
             events = self._events(journal.lines)
             of_round = [
@@ -79,25 +83,29 @@ class ServerLedger:
                 journal.append(hash_chain.encode_event(event, hash_chain.chain_head(journal.lines)))
 
     def anchor(self) -> Anchor:
-        """Where the ledger stands, to be kept with a checkpoint."""
+        """Return the ledger's state, to be stored with a checkpoint."""
         with self._storage.journal(JOURNAL) as journal:
             return Anchor(events=len(journal.lines), head=hash_chain.chain_head(journal.lines))
 
     def check(self, anchor: Anchor | None) -> None:
-        """Raises AntherError unless the ledger still begins with what it held at this anchor."""
+        """Check that the ledger starts with the events of this anchor.
+
+        Raises:
+            AntherError: it doesn't.
+        """
         with self._storage.journal(JOURNAL) as journal:
             self._events(journal.lines)
             if anchor is None or hash_chain.starts_with(journal.lines, anchor.events, anchor.head):
                 return
             where = self._storage.where(JOURNAL)
-            found = len(journal.lines)
+            events = len(journal.lines)
         state = (
-            f"holds {found} of the {anchor.events} events that the checkpoint names"
-            if found < anchor.events
+            f"holds {events} of the {anchor.events} events that the checkpoint names"
+            if events < anchor.events
             else "is not the one that the checkpoint names"
         )
         raise AntherError(
-            f"{where}: {state}: without it nobody knows what was promised; restore it from a backup, or begin a new "
+            f"{where}: {state}: the privacy guarantee is unknown without it; restore it from a backup, or start a new "
             "run in another folder"
         )
 
@@ -119,39 +127,39 @@ class ServerLedger:
 
 
 def spent_guarantee(charges: Iterable[Charge], budget: DeviceBudget) -> Guarantee:
-    """ε of the device that paid most, with what is left to measure of `budget.beside`.
+    """Compose the charges of the device that has paid most, with the evaluations of `budget.beside` that are planned.
 
-    Without a secret sample a device pays for the rounds that it was asked in. With one every device pays for every
-    round: that it may not have been asked is what the sampling rate accounts for. Beside it stands what it comes to for
-    who sees who is asked.
+    Without secret sampling, a device pays for the rounds in which it was sampled. With secret sampling, every device
+    pays for every round: the sampling rate accounts for the chance that it wasn't sampled. `seen` is the ε against an
+    observer who sees the sample.
     """
-    everybody: Counter[PoissonGaussian] = Counter()
+    common: Counter[PoissonGaussian] = Counter()
     planned = Counter({replace(event, steps=1): event.steps for event in budget.beside})
     of_device: dict[str, Counter[PoissonGaussian]] = {}
     for charge in charges:
         if charge.purpose != TRAIN:
             planned[charge.mechanism] -= 1
         if charge.asked is None:
-            everybody[charge.mechanism] += 1
+            common[charge.mechanism] += 1
         for name in charge.asked or ():
             of_device.setdefault(name, Counter())[charge.mechanism] += 1
     histories = [Counter[PoissonGaussian](), *of_device.values()]
-    everybody += +planned  # only what is left of them
-    events = [list((everybody + history).elements()) for history in _longest(histories)]
-    found = [with_strict(epsilon(one, budget.delta, DEVICE), one) for one in events]
-    strict = max((guarantee.strict for guarantee in found if guarantee.strict is not None), default=None)
-    seen = max(filter(None, (_seen(one, budget.delta) for one in events)), default=None)
-    return replace(max(found, key=lambda guarantee: guarantee.value), strict=strict, seen=seen)
+    common += +planned  # only those that are still to come
+    events = [list((common + history).elements()) for history in _maximal(histories)]
+    guarantees = [with_strict(epsilon(history, budget.delta, DEVICE), history) for history in events]
+    strict = max((guarantee.strict for guarantee in guarantees if guarantee.strict is not None), default=None)
+    seen = max(filter(None, (_unsampled_epsilon(history, budget.delta) for history in events)), default=None)
+    return replace(max(guarantees, key=lambda guarantee: guarantee.value), strict=strict, seen=seen)
 
 
-def _seen(events: Sequence[PoissonGaussian], delta: float) -> float | None:
-    """ε of a device that was asked in every round, for who sees that; None if it was no secret."""
+def _unsampled_epsilon(events: Sequence[PoissonGaussian], delta: float) -> float | None:
+    """Compute ε of a device that was asked in every round, against an observer of that; None without sampling."""
     if all(event.sampling_rate == 1 for event in events):
         return None
     return epsilon([replace(event, sampling_rate=1.0) for event in events], delta, DEVICE).value
 
 
-def _longest(histories: Iterable[Counter[PoissonGaussian]]) -> list[Counter[PoissonGaussian]]:
-    """Those that no other one contains: the others can't have cost more."""
+def _maximal(histories: Iterable[Counter[PoissonGaussian]]) -> list[Counter[PoissonGaussian]]:
+    """Drop histories that another one contains: they can't have cost more."""
     distinct = {frozenset(history.items()): history for history in histories}.values()
-    return [one for one in distinct if not any(one != other and one <= other for other in distinct)]
+    return [history for history in distinct if not any(history != other and history <= other for other in distinct)]

@@ -293,9 +293,9 @@ def federate(
             saved=saved,
             checkpoints=folder / "checkpoints",
             on_round=on_round,
-            present=0 if fleet else len(people),
+            min_devices=0 if fleet else len(people),
             clock=fleet.clock if fleet else None,
-            keep=fleet.save if fleet else lambda _: None,
+            before_checkpoint=fleet.save if fleet else lambda _: None,
             personalized_devices={person.name for person in evaluated},
         )
 

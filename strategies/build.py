@@ -236,7 +236,7 @@ def _device_level(
     )
     rate = 1.0 if cohort.sampling_rate is None else cohort.sampling_rate
     z = noise_multiplier_for(
-        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=most or config.rounds, beside=beside
+        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=most or config.rounds, other_events=beside
     )
     expected = asked if cohort.sampling_rate is None else rate * devices
     adaptive = None

@@ -24,7 +24,7 @@ from models.lora.lora_xs import to_tensors_with_bases
 from models.lora.norm_bound import norm_violation
 from models.lora.scaffold import to_control_tensors
 from models.lora.trainable import from_trained_tensors, trained_layout, trained_tensors
-from privacy.accounting import STRICT, PoissonGaussian
+from privacy.accounting import STRICT_DELTA, PoissonGaussian
 from privacy.snr import signal_to_spread
 from protocol import records
 from protocol.messages import (
@@ -456,7 +456,7 @@ class Federated(Strategy):
             private=self._plan.privacy,
             spent=self._history.spent,
             told=found.told,
-            strict=self._explained(server_round, measured=server_round, delta=STRICT),
+            strict=self._explained(server_round, measured=server_round, delta=STRICT_DELTA),
             central=central,
             diagnostics=aggregated.diagnostics if aggregated else {},
         )

@@ -46,7 +46,7 @@ FLOWER = {
     "server/grid/inquiries.py",
     "server/supervisor/control.py",  # of a SuperLink
     "server/gateway/calls.py",  # Flower's fleet protocol, as a table
-    "server/gateway/conversations.py",
+    "server/gateway/exchange.py",
     "server/gateway/fleet.py",
     "server/gateway/replies.py",
     "server/supervisor/local_superlink.py",  # its command, with a socket of ours

@@ -155,8 +155,8 @@ AUDIT_MUTANTS = (
     Mutant(
         "a large delta told alone",
         "privacy/accounting.py",
-        "    if found.delta <= STRICT:\n        return found\n",
-        "    return found\n",
+        "    if guarantee.delta <= STRICT_DELTA:\n        return guarantee\n",
+        "    return guarantee\n",
         "tests/privacy/test_accounting.py::test_a_large_delta_is_not_told_alone",
     ),
     Mutant(

@@ -179,29 +179,29 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "noise that repeats every 65,536 numbers",
         "privacy/noise.py",
-        "torch.from_numpy(drawn[:size])",
-        "torch.from_numpy(np.resize(drawn[:65536], size))",
+        "torch.from_numpy(samples[:size])",
+        "torch.from_numpy(np.resize(samples[:65536], size))",
         f"{_NOISE}::test_noise_is_white_at_every_lag[secure]",
     ),
     Mutant(
         "noise that comes back with another sign",
         "privacy/noise.py",
-        "torch.from_numpy(drawn[:size])",
-        "torch.from_numpy(np.concatenate([drawn[: -(-size // 2)], -drawn[: size // 2]]))",
+        "torch.from_numpy(samples[:size])",
+        "torch.from_numpy(np.concatenate([samples[: -(-size // 2)], -samples[: size // 2]]))",
         f"{_NOISE}::test_noise_is_white_at_every_lag[secure]",
     ),
     Mutant(
         "float16 noise",
         "privacy/noise.py",
-        "torch.from_numpy(drawn[:size])",
-        "torch.from_numpy(np.rint((drawn[:size] / stddev).astype(np.float16).astype(float) * stddev).astype(np.int64))",
+        "torch.from_numpy(samples[:size])",
+        "torch.from_numpy(np.rint((samples[:size] / stddev).astype(np.float16).astype(float) * stddev).astype(np.int64))",
         f"{_NOISE}::test_no_number_is_drawn_twice[secure]",
     ),
     Mutant(
         "float32 noise",
         "privacy/noise.py",
-        "torch.from_numpy(drawn[:size])",
-        "torch.from_numpy(np.rint((drawn[:size] / stddev).astype(np.float32).astype(float) * stddev).astype(np.int64))",
+        "torch.from_numpy(samples[:size])",
+        "torch.from_numpy(np.rint((samples[:size] / stddev).astype(np.float32).astype(float) * stddev).astype(np.int64))",
         f"{_NOISE}::test_no_number_is_drawn_twice[secure]",
     ),
     Mutant(
@@ -221,7 +221,7 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "coins of 53 bits",
         "privacy/noise.py",
-        "joins[index] = _happens(rate / _CELL - whole)",
+        "joins[index] = _bernoulli(rate / _CELL - whole)",
         "joins[index] = True",
         f"{_NOISE}::test_a_coin_is_exact",
     ),
@@ -256,7 +256,7 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "nothing of delta kept for the sampler",
         "privacy/accounting.py",
-        "uncut = delta - SAMPLING",
+        "uncut = delta - SAMPLER_DELTA",
         "uncut = delta",
         "tests/privacy/test_accounting.py::test_a_part_of_delta_covers_the_sampler",
     ),
@@ -361,8 +361,8 @@ EXAMPLE_MUTANTS = (
     Mutant(
         "gain told without noise",
         "privacy/bounded_sum.py",
-        "return (bounded.steps + drawn) *",
-        "return (bounded.steps + 0 * drawn) *",
+        "return (bounded.steps + sample) *",
+        "return (bounded.steps + 0 * sample) *",
         "tests/privacy/test_bounded_sum.py::test_the_noise_is_of_the_size_that_was_paid_for",
     ),
     Mutant(
@@ -400,8 +400,8 @@ DEVICE_MUTANTS = (
     Mutant(
         "clip off",
         "privacy/central.py",
-        "scale = _WITHIN * min(1.0, clip / norm if norm else 1.0)",
-        "scale = _WITHIN",
+        "scale = _SAFETY_FACTOR * min(1.0, clip / norm if norm else 1.0)",
+        "scale = _SAFETY_FACTOR",
         "tests/privacy/test_central.py::test_one_device_more_or_less_moves_the_sum_by_its_clip_at_most",
     ),
     Mutant(

@@ -144,7 +144,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
         saved=None,
         checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
-        present=len(people),
+        min_devices=len(people),
         personalized_devices=(),
     )
     honest = [person for person in people if person.name not in bad]

@@ -28,7 +28,7 @@ AT_ONCE = 256
 def answer(request: messages.Evaluate, device: Device) -> Generator[Job, Result, messages.Evaluation]:
     """How the adapter sent does on the device's validation pictures: losses as they are, or a noised gain."""
     device.policy.check_adaptable(device.report.base, device.sites)
-    device.policy.check_measure(request.privacy)
+    device.policy.check_evaluation(request.privacy)
     device.policy.check_timesteps(request.timesteps)
     sent = receive_adapter(request.adapter, device, rounded=request.rounded)
     if request.privacy is None:

@@ -91,7 +91,7 @@ def _learn(request: messages.Personalize, identity: str, sent: Adapter, device: 
     if pictures.validation:
         judges = yield from encode_split(device, "validation", pictures.validation)
         every = min(request.look_every, request.steps)
-        promised = device.policy.promises(device.store.ledger.history().mechanisms)
+        promised = device.policy.promises_privacy(device.store.ledger.history().mechanisms)
         patience = request.steps if promised else request.patience  # the step at which it ends would tell of pictures
         stopping = jobs.EarlyStopping(validation=judges, every=every, patience=patience)
     shared = yield from _better(sent, stored, judges)

@@ -84,15 +84,15 @@ def seal(files: FileStorage, key: bytes) -> EncryptionHeader:
         begun.check(key, files.where(HEADER_FILE))
     if begun.state == ENCRYPTED:
         return begun
-    box = StoreCipher(key, begun.store)
+    cipher = StoreCipher(key, begun.store)
     with files.journal(JOURNAL) if (files.folder / JOURNAL).exists() else nullcontext():  # none may mend it meanwhile
         for name in layout.private(files.folder):
             data = files.read(name) or b""
             if not is_encrypted(data):
-                files.write(name, _sealed(box, name, data))
+                files.write(name, _sealed(cipher, name, data))
         for head, journal in _heads(files):
             if not is_encrypted(data := head.read_bytes()):
-                atomic_files.write(head, box.seal(data, HEAD, journal))
+                atomic_files.write(head, cipher.encrypt(data, HEAD, journal))
     done = EncryptionHeader.create(key, ENCRYPTED, begun.store)
     files.write(HEADER_FILE, done.to_json())
     return done
@@ -105,13 +105,13 @@ def in_the_open(files: FileStorage) -> bool:
     return not any(is_encrypted(_begin(path)) for path in paths)
 
 
-def _sealed(box: StoreCipher, name: str, data: bytes) -> bytes:
+def _sealed(cipher: StoreCipher, name: str, data: bytes) -> bytes:
     """A blob, or all lines of a journal; a torn last line is left out, as whoever opens it would cut it off."""
     original = layout.original(name)
     if original != JOURNAL:
-        return box.seal(data, BLOB, original)
+        return cipher.encrypt(data, BLOB, original)
     lines = data[: data.rfind(_WHOLE) + 1].splitlines()
-    return b"".join(box.seal_line(line, original, number) + _WHOLE for number, line in enumerate(lines, start=1))
+    return b"".join(cipher.encrypt_line(line, original, number) + _WHOLE for number, line in enumerate(lines, start=1))
 
 
 def _heads(files: FileStorage) -> list[tuple[Path, str]]:

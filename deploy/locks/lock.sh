@@ -1,29 +1,29 @@
 #!/bin/sh
-# Lock what a server and a device install:  make locks
+# Lock the packages of a server and a device:  make locks
 #
-# Of every package the version that .venv holds, which is what the tests ran with; of PyTorch the one for the kind of
-# machine: aarch64.txt has its CPU build, x86_64.txt has none, since there the registry's is made for CUDA, and
-# deploy/venv.sh takes it from where it is told (TORCH=…). No package is CUDA's. build.txt is what builds wheels of the
-# two packages that come as source: ANTLR's runtime, and Anther.
+# Every package has the version in .venv, with which the tests ran. PyTorch depends on the machine: aarch64.txt has its
+# CPU build; x86_64.txt has none, since the registry's build for x86-64 is made for CUDA, and deploy/venv.sh installs the
+# one that TORCH=… names. No CUDA package is included. build.txt has the packages that build wheels of the two packages
+# that come as source: ANTLR's runtime, and Anther.
 #
-# Resolved for Python 3.11, the oldest; hashes are those of all of a version's files, so 3.12 and 3.13 take the same.
+# Versions are resolved for Python 3.11, the oldest. Hashes cover all files of a version, so 3.12 and 3.13 use the same.
 set -eu
 cd "$(dirname "$0")/../.."
 
 PYTHON=3.11
-ON_ARM=2.9.1 # 2.10 has instructions that cores of a Pi 4 lack, later ones need CUDA's libraries
+ON_ARM=2.9.1 # 2.10 uses instructions that a Pi 4 lacks; later versions need CUDA's libraries
 ON_X86=2.13.0
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-.venv/bin/python -m pip freeze --exclude-editable --exclude anther --exclude torch --exclude setuptools >"$work/held"
+.venv/bin/python -m pip freeze --exclude-editable --exclude anther --exclude torch --exclude setuptools >"$work/installed"
 
-compile() { # compile INPUT MORE…: a lock of INPUT on standard output
-    .venv/bin/uv pip compile --quiet --no-config --python-version "$PYTHON" --constraint "$work/held" \
+compile() { # compile INPUT OPTIONS…: print a lock of INPUT
+    .venv/bin/uv pip compile --quiet --no-config --python-version "$PYTHON" --constraint "$work/installed" \
         --generate-hashes --no-annotate --no-header --only-binary :all: --no-binary antlr4-python3-runtime "$@"
 }
 
-lock() { # lock FILE INPUT MORE…
+lock() { # lock FILE INPUT OPTIONS…
     file=deploy/locks/$1 && shift
     echo "# Made by \`make locks\`." >"$work/lock"
     compile "$@" >>"$work/lock"

@@ -1,13 +1,13 @@
 #!/bin/sh
-# An arm64 Debian with Anther as its lock has it, on another machine:  sudo deploy/smoke/root.sh FOLDER
+# Set up an arm64 Debian with the locked Anther on another machine:  sudo deploy/smoke/root.sh FOLDER
 #
-# What is installed there is installed by deploy/termux/install.sh, under a processor like a Pi 4's. Needs Debian's
-# debootstrap, qemu-user-static and binfmt-support; takes half an hour and 2 GB. For `make smoke-aarch64`. Where Anther is
-# already, it only mounts what that needs: remove FOLDER/opt/anther to have it installed anew.
+# It runs deploy/termux/install.sh under an emulated Pi 4 processor, for `make smoke-aarch64`. It needs Debian's
+# debootstrap, qemu-user-static and binfmt-support, half an hour and 2 GB. If Anther is already installed there, it only
+# mounts the required file systems: remove FOLDER/opt/anther to install again.
 set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
-root=${1:?"say where: deploy/smoke/root.sh FOLDER"}
+root=${1:?"name a folder: deploy/smoke/root.sh FOLDER"}
 
 [ -e "$root/etc/debian_version" ] || debootstrap --arch=arm64 --variant=minbase \
     --include=python3,python3-venv,ca-certificates,libgomp1 bookworm "$root"

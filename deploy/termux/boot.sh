@@ -1,6 +1,6 @@
 #!/data/data/com.termux/files/usr/bin/sh
-# What Termux:Boot runs when the phone starts: this device's part, kept awake, and started again whatever ends it, but
-# for what its owner has to do first (2; ~/anther.log says what).
+# Termux:Boot runs this when the phone starts: `anther device run` with a wake lock, restarted after any exit except
+# status 2, after which the owner has to act (~/anther.log says how).
 termux-wake-lock
 trap 'termux-wake-unlock' EXIT
 while :; do

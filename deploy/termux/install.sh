@@ -1,14 +1,14 @@
 #!/bin/sh
-# Install Anther on an Android phone, inside a Debian that Termux's PRoot runs (docs/deploy.md has the whole way):
+# Install Anther on an Android phone, in a Debian under Termux's PRoot (docs/deploy.md has all steps):
 #
 #   in Termux     pkg install proot-distro termux-api && proot-distro install debian
 #                 git clone … anther && proot-distro login debian --bind "$PWD/anther:/srv/anther"
 #   in Debian     /srv/anther/deploy/termux/install.sh
 #                 anther device enroll data=FOLDER
 #
-# SOURCE and TORCH are as for deploy/venv.sh; the lock's PyTorch runs on any 64-bit ARM. It makes /opt/anther,
-# /usr/local/bin/anther (which keeps its state in ~/.anther), and where it sees Termux's home a script there that
-# Termux:Boot runs when the phone starts. Done again it upgrades.
+# SOURCE and TORCH are those of deploy/venv.sh; the lock's PyTorch runs on any 64-bit ARM. It creates /opt/anther,
+# /usr/local/bin/anther (with its state in ~/.anther), and, if Termux's home is visible, a script there that Termux:Boot
+# runs when the phone starts. Running it again upgrades.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -16,7 +16,7 @@ termux=/data/data/com.termux/files
 boot=${BOOT:-$termux/home/.termux/boot}
 
 [ "$(id -u)" = 0 ] || {
-    echo "error: log in to PRoot's Debian as it does by itself, as root: proot-distro login debian" >&2
+    echo "error: log in to PRoot's Debian as root, the default: proot-distro login debian" >&2
     exit 2
 }
 missing=
@@ -33,7 +33,7 @@ fi
 
 cat >/usr/local/bin/anther <<'END'
 #!/bin/sh
-# One of Anther's commands:  anther device enroll data=FOLDER
+# Run an Anther command:  anther device enroll data=FOLDER
 export ANTHER_HOME="$HOME/.anther" PYTHONUNBUFFERED=1
 exec /opt/anther/bin/anther "$@"
 END
@@ -42,7 +42,7 @@ chmod 755 /usr/local/bin/anther
 if [ -d "$termux/home" ] || [ -n "${BOOT:-}" ]; then
     mkdir -p "$boot"
     install -m 0755 "$here/boot.sh" "$boot/anther"
-    echo "Termux:Boot will start it with the phone: $boot/anther; run that in Termux to start it now."
+    echo "Termux:Boot will run $boot/anther when the phone starts; run it in Termux to start now."
 else
-    echo "Termux's home isn't visible here: copy $here/boot.sh to ~/.termux/boot/anther in Termux yourself."
+    echo "Termux's home isn't visible here: copy $here/boot.sh to ~/.termux/boot/anther in Termux."
 fi

@@ -1,16 +1,17 @@
-"""How private a mechanism is at best, from guesses about what went in.
+"""Empirical lower bounds on ε, from guesses about which canaries were included.
 
-m canaries each go in with probability 1/2. Whoever sees what is released scores them, guesses for some, and abstains
-for the rest. A private mechanism allows only so many correct guesses: more of them refute the claim.
+Each of m canaries is included with probability 1/2. The auditor sees the release, scores the canaries, guesses for some
+of them, and abstains for the rest. A private mechanism bounds the number of correct guesses: more of them refute the
+claim.
 
-- One canary at a time, if canaries don't depend on each other, as under independent noise they do not: the share of
-  right guesses is bounded by the total variation distance. It sees most, and the independence is tested elsewhere.
-- With (ε, δ), whatever depends on what: Steinke, Nasr & Jagielski (2023, arXiv:2305.08846), theorem 5.2.
-- With the whole trade-off function, as generally: Mahloujifar, Melis & Chaudhuri (2024, arXiv:2410.22235).
+- Canary by canary, if canaries are independent of each other, as they are under independent noise: the share of correct
+  guesses is bounded by the total variation distance. This bound is the strongest; the independence is tested elsewhere.
+- By (ε, δ), for any dependence: Steinke, Nasr & Jagielski (2023, arXiv:2305.08846), theorem 5.2.
+- By the whole trade-off function, for any dependence: Mahloujifar, Melis & Chaudhuri (2024, arXiv:2410.22235).
 - From cosines of canary clients, an estimate rather than a bound: Andrew et al. (2023, arXiv:2302.03098).
 
-A bound catches mistakes; it never certifies an ε. One above the claim, at 95 %, comes by chance in 1 audit of 20: so a
-claim is called refuted only at a significance of its own, which is meant to be far smaller.
+A bound detects mistakes; it never certifies an ε. A bound at 95 % confidence exceeds a true claim by chance in 1 audit of
+20. So a claim counts as refuted only at a separate significance, which is meant to be far smaller.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from privacy.accounting import Guarantee, PoissonGaussian
 from privacy.audit import tradeoff
 from privacy.audit.tradeoff import Inverse
 
-# Shares of the canaries, of highest score said to be in and of lowest said to be out. Which of them shows most depends
-# on the mechanism, so all are tried, and each has its part of the significance.
+# Shares of the canaries with the highest scores, guessed to be in, and with the lowest, guessed to be out. The best pair
+# depends on the mechanism, so all are tried, and each gets its part of the significance.
 SHARES = ((1 / 4, 1 / 4), (1 / 16, 1 / 16), (1 / 4, 0.0))
-_HALVINGS, _DOUBLINGS, _BISECTIONS = 3, 7, 5  # of σ, in search of the smallest one that is refuted
-_LARGEST = 64.0  # an ε that no number of guesses tells from a larger one
+_HALVINGS, _DOUBLINGS, _BISECTIONS = 3, 7, 5  # of σ, when searching for the smallest refuted one
+_MAX_EPSILON = 64.0  # no number of guesses distinguishes it from a larger ε
 
 
 class Guesses(NamedTuple):
-    """Of `canaries`, each in with probability 1/2, about some a guess was `made`, and was `correct`."""
+    """Number of canaries, of guesses about them, and of correct guesses. Field names are stored in reports."""
 
     canaries: int
     made: int
@@ -44,24 +45,24 @@ class Guesses(NamedTuple):
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What an audit found out about a claim."""
+    """Result of auditing a claim. Field names are stored in reports."""
 
     claim: PoissonGaussian
     claimed: Guarantee
     refuted: bool
-    """Whether the claim can't be true, but for a false alarm."""
+    """Whether the claim is refuted, up to the probability of a false alarm."""
     independent: float
-    """ε is at least this, if canaries are independent of each other."""
+    """Lower bound on ε if canaries are independent of each other."""
     one_run: float
-    """ε is at least this, by the guesses and (ε, δ) alone."""
+    """Lower bound on ε by the guesses and (ε, δ) only."""
     f_dp: float
-    """The same by the whole trade-off function: ε of the smallest σ that the guesses refute."""
+    """Lower bound on ε by the whole trade-off function: ε of the smallest σ that the guesses refute."""
     noise_multiplier: float | None
-    """The smallest σ that is refuted in either way; None if none is."""
+    """The smallest σ that is refuted by f-DP or under independence; None if none is."""
     ceiling: float
-    """What f-DP would show were every guess right: a claim above it can't be refuted with so few canaries."""
+    """`f_dp` if every guess were correct: a claim above it can't be refuted with this number of canaries."""
     attack: str
-    """Whose guesses showed most."""
+    """The attack with the most correct guesses."""
     guesses: Guesses
 
     @property
@@ -70,26 +71,36 @@ class AuditResult:
 
 
 def guess(scores: np.ndarray, included: np.ndarray, top: float, bottom: float) -> Guesses:
-    """Guess "in" for the share `top` of highest score [m], "out" for the share `bottom` of lowest."""
+    """Guess "in" for the highest scores and "out" for the lowest.
+
+    Args:
+        scores: score of each canary [m].
+        included: whether each canary was in, bool [m].
+        top: share of canaries guessed to be in.
+        bottom: share of canaries guessed to be out.
+    """
     m = len(scores)
     order = np.argsort(scores, kind="stable")
-    ins, outs = order[m - int(top * m) :], order[: int(bottom * m)]
-    return Guesses(m, len(ins) + len(outs), int(included[ins].sum() + (~included[outs]).sum()))
+    top_indices, bottom_indices = order[m - int(top * m) :], order[: int(bottom * m)]
+    return Guesses(
+        m, len(top_indices) + len(bottom_indices), int(included[top_indices].sum() + (~included[bottom_indices]).sum())
+    )
 
 
 def guess_all(scores: np.ndarray, included: np.ndarray) -> Guesses:
-    """Guess "in" for every canary [m] whose score is over 0.
+    """Guess "in" for every canary [m] with a positive score, and "out" for the others.
 
-    Of log-likelihood ratios no rule is right more often. A rule that looked at the guesses would be no fair one.
+    For log-likelihood ratios no rule is correct more often. A rule that depends on which guesses are correct would be
+    invalid.
     """
     return Guesses(len(scores), len(scores), int(((scores > 0) == included).sum()))
 
 
 def log_likelihood_ratio(seen: np.ndarray, claim: PoissonGaussian) -> np.ndarray:
-    """log p(seen | in) / p(seen | out) of canaries, summed over the steps: [steps, m] -> [m].
+    """Sum log p(seen | in) / p(seen | out) of canaries over the steps: [steps, m] -> [m].
 
-    `seen` is what was released along a canary's direction, in units of the clip: N(joined, σ²), where it joined with
-    probability q. No other function of it tells in from out better (Neyman & Pearson, 1933).
+    `seen` is the release along a canary's direction, in units of the clip: N(joined, σ²), where the canary joined with
+    probability q. It is the most powerful statistic (Neyman & Pearson, 1933).
     """
     q, variance = claim.sampling_rate, claim.noise_multiplier**2
     joined = (2 * seen - 1) / (2 * variance) + math.log(q)
@@ -98,14 +109,19 @@ def log_likelihood_ratio(seen: np.ndarray, claim: PoissonGaussian) -> np.ndarray
 
 
 def summed(seen: np.ndarray, claim: PoissonGaussian) -> np.ndarray:
-    """Σ seen − q · steps / 2: [steps, m] -> [m]. Over 0 where a canary is in rather than out, whatever the noise."""
+    """Compute Σ seen − q · steps / 2: [steps, m] -> [m]. Positive if "in" is likelier than "out", for any noise."""
     return np.asarray(seen.sum(0) - claim.sampling_rate * claim.steps / 2)
 
 
 def one_run_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """Probability, at most, of so many correct guesses under (ε, δ)-DP (Steinke et al., theorem 5.2).
+    """Upper bound on the probability of this many correct guesses under (ε, δ)-DP (Steinke et al., theorem 5.2).
 
     P[V ≥ v] ≤ P[W ≥ v] + 2 m δ max_i P[v > W ≥ v − i] / i, with W ~ Binomial(r, e^ε / (e^ε + 1)).
+
+    Args:
+        guesses: m, r and v.
+        epsilon: ε.
+        delta: δ.
     """
     from scipy.stats import binom
 
@@ -118,8 +134,14 @@ def one_run_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
 
 
 def one_run_epsilon(guesses: Guesses, delta: float, significance: float) -> float:
-    """The largest ε, up to 64, that so many correct guesses refute; 0 if none."""
-    low, high = 0.0, _LARGEST
+    """Return the largest ε, up to 64, that this many correct guesses refute; 0 if none.
+
+    Args:
+        guesses: counts of guesses.
+        delta: δ.
+        significance: probability of refuting a true ε.
+    """
+    low, high = 0.0, _MAX_EPSILON
     if one_run_p_value(guesses, low, delta) > significance:
         return 0.0
     for _ in range(40):
@@ -132,12 +154,18 @@ def one_run_epsilon(guesses: Guesses, delta: float, significance: float) -> floa
 
 
 def refutes(guesses: Guesses, inverse: Inverse, significance: float) -> bool:
-    """Whether under this trade-off function so many guesses are correct with a probability below `significance`.
+    """Whether this many correct guesses have a probability below `significance` under a trade-off function.
 
-    Mahloujifar et al., algorithm 3, for canaries that are in or out. With p_j the probability of j correct guesses,
-    r_i = Σ_{j≥i} j p_j / m and h_i = Σ_{j≥i} (r − j) p_j / m: a random canary is guessed, rightly or wrongly, while i
-    or more guesses are right. Were that canary changed, its right guess would be a wrong one and one fewer would be
-    right, hence h_{i−1} ≥ inverse(r_i). From P[V ≥ v] = significance on, r_0 + h_0 must not grow above r / m.
+    Algorithm 3 of Mahloujifar et al., for canaries that are in or out. With p_j the probability of j correct guesses,
+    r_i = Σ_{j≥i} j p_j / m and h_i = Σ_{j≥i} (r − j) p_j / m are the probabilities that a random canary is guessed
+    correctly or incorrectly while i or more guesses are correct. If that canary were changed, its correct guess would be
+    incorrect and one fewer would be correct, hence h_{i−1} ≥ inverse(r_i). Starting from P[V ≥ v] = significance,
+    r_0 + h_0 must not exceed r / m.
+
+    Args:
+        guesses: m, r and v.
+        inverse: inverse trade-off function.
+        significance: probability of refuting a true mechanism.
     """
     m, made, correct = guesses
     right, wrong = significance * correct / m, significance * (made - correct) / m
@@ -151,9 +179,14 @@ def refutes(guesses: Guesses, inverse: Inverse, significance: float) -> bool:
 
 
 def refutes_each(guesses: Guesses, event: PoissonGaussian, significance: float) -> bool:
-    """Whether independent guesses are right as often as they are with a probability below `significance`.
+    """Whether this many correct independent guesses have a probability below `significance` under a mechanism.
 
-    Each is right with probability (1 + advantage) / 2 at most, however it is made.
+    Each guess is correct with probability (1 + advantage) / 2 at most, however it is made.
+
+    Args:
+        guesses: counts of guesses.
+        event: the mechanism.
+        significance: probability of refuting a true mechanism.
     """
     from scipy.stats import binom
 
@@ -162,9 +195,9 @@ def refutes_each(guesses: Guesses, event: PoissonGaussian, significance: float) 
 
 
 def smallest_refuted(claim: PoissonGaussian, refuted: Callable[[PoissonGaussian], bool]) -> float | None:
-    """The smallest σ, to 2 %, that is refuted with the claim's q and steps; None if none is.
+    """Return the smallest σ, to 2 %, that is refuted with the claim's q and steps; None if none is.
 
-    Not sought below 1/8 of the claim's: a bound that far above the claim says enough.
+    It is not searched below 1/8 of the claim's σ: such a bound is far enough above the claim.
     """
 
     def holds(sigma: float) -> bool:
@@ -201,28 +234,32 @@ def audit(
     confidence: float,
     false_alarms: float,
 ) -> AuditResult:
-    """What the scores of some attacks show together.
+    """Audit a claim by the scores of several attacks, with a Bonferroni correction over all tests.
 
     Args:
-        attacks: scores [m] of the canaries, over 0 for those that are rather in, by the name of the attack.
-        included: which canaries were in [m].
-        confidence: of the bounds on ε.
-        false_alarms: probability, at most, that a true claim is called refuted.
+        claim: the mechanism that is claimed.
+        delta: δ of all ε.
+        attacks: scores of the canaries [m] by name of the attack; positive if "in" is likelier.
+        included: whether each canary was in, bool [m].
+        confidence: confidence of the bounds on ε.
+        false_alarms: upper bound on the probability that a true claim is refuted.
     """
-    shared = {(name, shares): guess(scores, included, *shares) for name, scores in attacks.items() for shares in SHARES}
-    single = {name: guess_all(scores, included) for name, scores in attacks.items()}
-    tests = 2 * len(shared) + len(single)  # two bounds from each of the first
+    partial = {
+        (name, shares): guess(scores, included, *shares) for name, scores in attacks.items() for shares in SHARES
+    }
+    complete = {name: guess_all(scores, included) for name, scores in attacks.items()}
+    tests = 2 * len(partial) + len(complete)  # two bounds from each partial guess
 
-    def jointly(event: PoissonGaussian, significance: float, *, perfect: bool = False) -> bool:
-        """Whether some guesses refute this event by f-DP, or would if all were right."""
+    def refuted_by_f_dp(event: PoissonGaussian, significance: float, *, perfect: bool = False) -> bool:
+        """Whether some guesses refute this event by f-DP, or would if all of them were correct."""
         inverse = tradeoff.inverse(event)
         return any(
             refutes(made._replace(correct=made.made) if perfect else made, inverse, significance)
-            for made in shared.values()
+            for made in partial.values()
         )
 
-    def singly(event: PoissonGaussian, significance: float) -> bool:
-        return any(refutes_each(made, event, significance) for made in single.values())
+    def refuted_independently(event: PoissonGaussian, significance: float) -> bool:
+        return any(refutes_each(made, event, significance) for made in complete.values())
 
     def epsilon(sigma: float | None) -> float:
         if sigma is None:
@@ -230,39 +267,44 @@ def audit(
         return accounting.epsilon([replace(claim, noise_multiplier=sigma)], delta).value
 
     claimed, level, strict = accounting.epsilon([claim], delta), (1 - confidence) / tests, false_alarms / tests
-    one_run = max(one_run_epsilon(made, delta, level) for made in shared.values())
-    sigma = smallest_refuted(claim, lambda event: jointly(event, level))
-    of_each = smallest_refuted(claim, lambda event: singly(event, level))
-    best = max(single, key=lambda name: single[name].correct)
+    one_run = max(one_run_epsilon(made, delta, level) for made in partial.values())
+    sigma = smallest_refuted(claim, lambda event: refuted_by_f_dp(event, level))
+    independent_sigma = smallest_refuted(claim, lambda event: refuted_independently(event, level))
+    best = max(complete, key=lambda name: complete[name].correct)
     return AuditResult(
         claim=claim,
         claimed=claimed,
-        refuted=jointly(claim, strict)
-        or singly(claim, strict)
-        or any(one_run_p_value(made, claimed.value, delta) <= strict for made in shared.values()),
-        independent=epsilon(of_each),
+        refuted=refuted_by_f_dp(claim, strict)
+        or refuted_independently(claim, strict)
+        or any(one_run_p_value(made, claimed.value, delta) <= strict for made in partial.values()),
+        independent=epsilon(independent_sigma),
         one_run=one_run,
         f_dp=epsilon(sigma),
-        noise_multiplier=min((found for found in (sigma, of_each) if found is not None), default=None),
-        ceiling=epsilon(smallest_refuted(claim, lambda event: jointly(event, level, perfect=True))),
+        noise_multiplier=min((value for value in (sigma, independent_sigma) if value is not None), default=None),
+        ceiling=epsilon(smallest_refuted(claim, lambda event: refuted_by_f_dp(event, level, perfect=True))),
         attack=best,
-        guesses=single[best],
+        guesses=complete[best],
     )
 
 
 def cosine_epsilon(cosines: Sequence[float] | np.ndarray, dimension: int, delta: float) -> float:
-    """ε estimated from the cosines of canary clients with what was released (Andrew et al., algorithms 1 and 2).
+    """Estimate ε from the cosines of canary clients with the release (Andrew et al., algorithms 1 and 2).
 
-    A canary that had not taken part would have a cosine of N(0, 1/d); those that did are fitted by a normal. An
-    estimate: it has no confidence, and sees only what such canaries see.
+    The cosine of a canary that did not participate is N(0, 1/d); a normal distribution is fitted to the cosines of those
+    that did. The estimate has no confidence level, and covers only effects that are visible to such canaries.
+
+    Args:
+        cosines: cosine of each participating canary.
+        dimension: d, size of an update.
+        delta: δ.
     """
-    found = np.asarray(cosines, np.float64)
-    taking_part = (float(found.mean()), max(float(found.std(ddof=1)), 1e-12))
+    values = np.asarray(cosines, np.float64)
+    participating = (float(values.mean()), max(float(values.std(ddof=1)), 1e-12))
     absent = (0.0, dimension**-0.5)
 
     def cost(epsilon: float) -> float:
         return max(
-            tradeoff.hockey_stick(taking_part, absent, epsilon), tradeoff.hockey_stick(absent, taking_part, epsilon)
+            tradeoff.hockey_stick(participating, absent, epsilon), tradeoff.hockey_stick(absent, participating, epsilon)
         )
 
     low, high = 0.0, 1.0

@@ -1,12 +1,12 @@
-"""Exact tests of a mechanism whose inputs are all known: do its noise and its batches match the claim?
+"""Exact goodness-of-fit tests of noise and batches, for a mechanism whose inputs are all known.
 
-Every observation is first turned into a number that is standard normal, independent of all others, if the mechanism is
-the claimed one: the residual of a release divided by the standard deviation of the noise, or the randomized quantile
-residual of a batch (Dunn & Smyth, 1996). One battery then tests these numbers: their distribution, variance and
+Every observation is first transformed to a number that is standard normal and independent of all others if the mechanism
+is the claimed one: the residual of a release divided by the standard deviation of the noise, or the randomized quantile
+residual of a batch (Dunn & Smyth, 1996). A common battery then tests these numbers: their distribution, variance and
 extremes, and their dependence at every lag.
 
-Each test returns a p-value that holds for finite samples: an honest mechanism gets one of at most p with probability at
-most p. So a Bonferroni bound over all tests of an audit is a bound on its false alarms.
+Each test returns a p-value that is valid for finite samples: for an honest mechanism it is at most p with probability at
+most p. So a Bonferroni bound over all tests of an audit bounds its false alarms.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-_FEWEST = 64  # products in a sum of an autocorrelation
-_CANDIDATES = 200  # lags whose p-value is computed: those of largest normalized sum
-_BEYOND = 1e3  # no honest number is larger; an infinite number would make statistics undefined
-_WINDOW = 8  # numbers in a row that no two releases share by chance
+_MIN_PRODUCTS = 64  # minimum number of products in a sum of an autocorrelation
+_CANDIDATES = 200  # lags with the largest normalized sums, whose p-values are computed
+_MAX_NUMBER = 1e3  # no honest number is larger; an infinite number would make statistics undefined
+_WINDOW = 8  # consecutive numbers that no two releases share by chance
 
 
 class Check(NamedTuple):
-    """One test of one set of numbers."""
+    """Result of one test of one set of numbers. Field names are stored in reports."""
 
     name: str
     p_value: float
@@ -39,27 +39,32 @@ def battery(releases: Sequence[np.ndarray]) -> list[Check]:
     The autocorrelations are computed over the concatenated vectors, so that they detect a dependence within a vector,
     at any lag, and between any two vectors. Autocorrelations of the squares detect it even if signs were flipped.
     """
-    releases = [np.nan_to_num(np.ravel(release), nan=_BEYOND).clip(-_BEYOND, _BEYOND) for release in releases]
+    releases = [
+        np.nan_to_num(np.ravel(release), nan=_MAX_NUMBER).clip(-_MAX_NUMBER, _MAX_NUMBER) for release in releases
+    ]
     numbers = np.concatenate(releases)
-    found = [distribution(numbers), variance(numbers), extremes(numbers)]
-    found += [autocorrelation(numbers, "autocorrelation"), autocorrelation(_sizes(numbers), "of the squares")]
-    alike: dict[int, list[np.ndarray]] = {}
+    checks = [distribution(numbers), variance(numbers), extremes(numbers)]
+    checks += [
+        autocorrelation(numbers, "autocorrelation"),
+        autocorrelation(_normal_from_squares(numbers), "of the squares"),
+    ]
+    by_size: dict[int, list[np.ndarray]] = {}
     for release in releases:
-        alike.setdefault(release.size, []).append(release)
-    found += [between(np.stack(rows)) for rows in alike.values() if len(rows) > 1]
-    return found
+        by_size.setdefault(release.size, []).append(release)
+    checks += [between(np.stack(rows)) for rows in by_size.values() if len(rows) > 1]
+    return checks
 
 
 def distribution(numbers: np.ndarray) -> Check:
-    """Kolmogorov and Smirnov's test of numbers [n] against N(0, 1)."""
+    """Kolmogorov-Smirnov test of numbers [n] against N(0, 1)."""
     from scipy.stats import kstest
 
-    found = kstest(numbers, "norm")
-    return Check("distribution", float(found.pvalue), f"KS distance {found.statistic:.2g} of {len(numbers)} numbers")
+    result = kstest(numbers, "norm")
+    return Check("distribution", float(result.pvalue), f"KS distance {result.statistic:.2g} of {len(numbers)} numbers")
 
 
 def variance(numbers: np.ndarray) -> Check:
-    """Σ x² of numbers [n] against χ² with n degrees of freedom, on both sides."""
+    """Two-sided test of Σ x² of numbers [n] against χ² with n degrees of freedom."""
     from scipy.stats import chi2
 
     total = float(np.square(numbers).sum())
@@ -68,9 +73,14 @@ def variance(numbers: np.ndarray) -> Check:
 
 
 def shortfall(count: int, significance: float, power: float) -> float:
-    """The smallest relative shortfall of σ that `variance` finds in this many numbers with probability `power`.
+    """Return the smallest relative shortfall of σ that `variance` detects.
 
-    Noise of standard deviation f σ gives Σ x² = f² χ²: the shortfall is found if this is below the critical value.
+    Noise with standard deviation f σ gives Σ x² = f² χ²: the shortfall is detected if this is below the critical value.
+
+    Args:
+        count: number of tested numbers.
+        significance: significance of the test.
+        power: probability of detection.
     """
     from scipy.stats import chi2
 
@@ -88,14 +98,14 @@ def extremes(numbers: np.ndarray) -> Check:
 
 
 def autocorrelation(numbers: np.ndarray, name: str) -> Check:
-    """The largest |Σ_i x_i x_{i+k}| over all lags k, for independent standard normal numbers [n]."""
+    """Test the largest |Σ_i x_i x_{i+k}| over all lags k of independent standard normal numbers [n]."""
     n = len(numbers)
-    if n <= 2 * _FEWEST:
+    if n <= 2 * _MIN_PRODUCTS:
         return Check(name, 1.0, "too few numbers")
     padded = 1 << (2 * n - 1).bit_length()
     spectrum = np.fft.rfft(numbers, padded)
-    sums = np.fft.irfft(np.square(spectrum.real) + np.square(spectrum.imag), padded)[1 : n - _FEWEST]
-    counts = n - np.arange(1, n - _FEWEST)
+    sums = np.fft.irfft(np.square(spectrum.real) + np.square(spectrum.imag), padded)[1 : n - _MIN_PRODUCTS]
+    counts = n - np.arange(1, n - _MIN_PRODUCTS)
     scores = np.abs(sums) / np.sqrt(counts)
     lags = np.argsort(scores)[-_CANDIDATES:]
     p_values = [products_p_value(abs(float(sums[lag])), int(counts[lag])) for lag in lags]
@@ -106,7 +116,7 @@ def autocorrelation(numbers: np.ndarray, name: str) -> Check:
 
 
 def between(rows: np.ndarray) -> Check:
-    """The largest |Σ_i x_i y_i| over all pairs of releases [R, d]."""
+    """Test the largest |Σ_i x_i y_i| over all pairs of releases [R, d]."""
     count, size = rows.shape
     sums = np.abs(np.triu(rows @ rows.T, 1))
     one, other = np.unravel_index(int(np.argmax(sums)), sums.shape)
@@ -115,7 +125,7 @@ def between(rows: np.ndarray) -> Check:
 
 
 def products_p_value(total: float, count: int) -> float:
-    """Upper bound on P(Σ x_i x_{i+k} ≥ total) of `count` products, for any lag k. Chernoff's.
+    """Upper bound on P(Σ x_i x_{i+k} ≥ total) of `count` products, for any lag k (Chernoff bound).
 
     The products of a lag form paths. For a path of L numbers, E exp(t Σ x_i x_{i+1}) = D_L^(−½) with the determinants
     D_L = D_{L−1} − t² D_{L−2}, D_0 = D_1 = 1. Their ratios fall from 1 to r = (1 + √(1 − 4t²)) / 2, so that
@@ -134,9 +144,14 @@ def products_p_value(total: float, count: int) -> float:
 
 
 def alignment(residuals: Sequence[np.ndarray], directions: Sequence[np.ndarray], name: str) -> Check:
-    """Σ ⟨x, v⟩ / √Σ ‖v‖² of residuals x and fixed vectors v, against N(0, 1).
+    """Test Σ ⟨x, v⟩ / √Σ ‖v‖² of residuals x and fixed vectors v against N(0, 1).
 
-    This detects anything added to a release beside its noise, if the direction to test is known.
+    It detects anything that is added to a release besides its noise, if its direction is known.
+
+    Args:
+        residuals: residuals x [d].
+        directions: directions v [d], one for each residual.
+        name: name of the check.
     """
     from scipy.special import log_ndtr
 
@@ -148,9 +163,14 @@ def alignment(residuals: Sequence[np.ndarray], directions: Sequence[np.ndarray],
 
 
 def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repeats") -> Check:
-    """Whether eight numbers in a row occur twice in integer noise of this standard deviation, anywhere.
+    """Test whether eight consecutive numbers occur twice in integer noise, anywhere.
 
-    Two of the honest integers are equal with probability at most 1 / (√(2π) deviation).
+    Two honest integers are equal with probability at most 1 / (√(2π) deviation).
+
+    Args:
+        releases: integers of each release [d].
+        deviation: standard deviation of the noise.
+        name: name of the check.
     """
     windows = [np.lib.stride_tricks.sliding_window_view(release, _WINDOW) for release in releases]
     factors = np.random.default_rng(0).integers(1, 2**63, _WINDOW, dtype=np.uint64) | np.uint64(1)
@@ -161,9 +181,9 @@ def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repea
     same = np.nonzero(hashes[order][1:] == hashes[order][:-1])[0]
     starts = np.cumsum([0, *map(len, keys)])
 
-    def window(place: int) -> np.ndarray:
-        release = int(np.searchsorted(starts, place, side="right")) - 1
-        return windows[release][place - int(starts[release])]
+    def window(position: int) -> np.ndarray:
+        release = int(np.searchsorted(starts, position, side="right")) - 1
+        return windows[release][position - int(starts[release])]
 
     count = sum(bool(np.array_equal(window(order[i]), window(order[i + 1]))) for i in same)
     pairs = len(hashes) * (len(hashes) - 1) / 2
@@ -172,22 +192,28 @@ def repeats(releases: Sequence[np.ndarray], deviation: float, name: str = "repea
 
 
 def residues(integers: np.ndarray, name: str = "last digits") -> Check:
-    """Remainders of integers [n] by 16 against the uniform distribution, by χ².
+    """χ² test of the remainders of integers [n] modulo 16 against the uniform distribution.
 
-    If the noise's standard deviation exceeds 1000, they are uniform up to 10⁻¹⁰⁰⁰, regardless of the sum that they
-    contain. Noise on a coarser lattice misses some remainders.
+    If the noise's standard deviation exceeds 1000, they are uniform up to 10⁻¹⁰⁰⁰, for any noised sum. Noise on a coarser
+    lattice misses some remainders.
     """
     from scipy.stats import chisquare
 
-    found = chisquare(np.bincount(np.mod(integers, 16).astype(np.int64).ravel(), minlength=16))
-    return Check(name, float(found.pvalue), f"χ² {found.statistic:.1f} of 15 degrees of freedom")
+    result = chisquare(np.bincount(np.mod(integers, 16).astype(np.int64).ravel(), minlength=16))
+    return Check(name, float(result.pvalue), f"χ² {result.statistic:.1f} of 15 degrees of freedom")
 
 
 def collisions(integers: np.ndarray, deviation: float, name: str = "equal numbers") -> Check:
-    """How many pairs of n integers that are round(N(0, deviation²)) are equal, where n² is not far over the deviation.
+    """Test the number of equal pairs among integers [n] that are round(N(0, deviation²)).
 
-    Two are equal with probability at most 1 / (2√π deviation). Pairs are then nearly independent, and their number is
-    nearly Poisson. The test detects any lattice that is coarser than the integers, regardless of its spacing.
+    Two are equal with probability at most 1 / (2√π deviation). If n² is not far above the deviation, pairs are nearly
+    independent, and their number is nearly Poisson. The test detects any lattice that is coarser than the integers,
+    regardless of its spacing.
+
+    Args:
+        integers: noise [n].
+        deviation: standard deviation of the noise.
+        name: name of the check.
     """
     from scipy.stats import poisson
 
@@ -198,19 +224,27 @@ def collisions(integers: np.ndarray, deviation: float, name: str = "equal number
 
 
 def on_grid(values: np.ndarray, name: str = "on the grid") -> Check:
-    """Whether all values, in steps of the grid, are whole."""
+    """Check that all values, in steps of the grid, are whole."""
     off = int((np.abs(values - np.rint(values)) > 1e-6).sum())
     return Check(name, 0.0 if off else 1.0, f"{off} of {values.size} numbers are no whole steps")
 
 
 def normal_from_integers(integers: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers [n] for integers that are round(N(0, deviation²)), exactly.
+    """Transform integers that are round(N(0, deviation²)) to standard normal numbers, exactly.
 
-    Each is spread over its interval: x = Φ⁻¹(u), u uniform between Φ((k − ½) / s) and Φ((k + ½) / s).
+    Each integer is spread over its interval: x = Φ⁻¹(u), u uniform between Φ((k − ½) / s) and Φ((k + ½) / s).
+
+    Args:
+        integers: noise [n].
+        deviation: standard deviation s of the noise.
+        generator: source of the randomization.
+
+    Returns:
+        Numbers [n].
     """
     from scipy.special import ndtr, ndtri
 
-    sizes = np.abs(np.asarray(integers, np.float64))  # in the lower tail, where Φ has all its digits
+    sizes = np.abs(np.asarray(integers, np.float64))  # in the lower tail, where Φ is accurate
     low, high = ndtr((-sizes - 0.5) / deviation), ndtr((-sizes + 0.5) / deviation)
     spread = ndtri(low + (high - low) * generator.random(sizes.shape))
     signs = np.where(integers == 0, generator.choice([-1.0, 1.0], sizes.shape), -np.sign(integers))
@@ -218,7 +252,16 @@ def normal_from_integers(integers: np.ndarray, deviation: float, generator: np.r
 
 
 def normal_from_membership(joined: np.ndarray, rate: float, generator: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers for members of Poisson batches, bool of any shape, each true with probability `rate`."""
+    """Transform memberships in Poisson batches to standard normal numbers.
+
+    Args:
+        joined: memberships, bool of any shape, each true with probability `rate`.
+        rate: sampling rate q.
+        generator: source of the randomization.
+
+    Returns:
+        Numbers of the same shape.
+    """
     from scipy.special import ndtri
 
     uniform = generator.random(joined.shape)
@@ -226,16 +269,26 @@ def normal_from_membership(joined: np.ndarray, rate: float, generator: np.random
 
 
 def normal_from_batch_sizes(sizes: np.ndarray, count: int, rate: float, generator: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers for sizes [n] of Poisson batches of `count` pictures: Binomial(count, rate)."""
+    """Transform sizes of Poisson batches, which are Binomial(count, rate), to standard normal numbers.
+
+    Args:
+        sizes: batch sizes [n].
+        count: number of pictures.
+        rate: sampling rate q.
+        generator: source of the randomization.
+
+    Returns:
+        Numbers [n].
+    """
     from scipy.special import ndtri
     from scipy.stats import binom
 
-    below, upto = binom.cdf(sizes - 1, count, rate), binom.cdf(sizes, count, rate)
-    return np.asarray(ndtri(below + (upto - below) * generator.random(len(sizes))))
+    below, up_to = binom.cdf(sizes - 1, count, rate), binom.cdf(sizes, count, rate)
+    return np.asarray(ndtri(below + (up_to - below) * generator.random(len(sizes))))
 
 
-def _sizes(numbers: np.ndarray) -> np.ndarray:
-    """Standard normal numbers that follow from the squares of standard normal ones: Φ⁻¹(2 Φ(|x|) − 1)."""
+def _normal_from_squares(numbers: np.ndarray) -> np.ndarray:
+    """Transform the squares of standard normal numbers to standard normal ones: Φ⁻¹(2 Φ(|x|) − 1)."""
     from scipy.special import ndtr, ndtri
 
     tails = 2 * ndtr(-np.abs(numbers))

@@ -1,8 +1,8 @@
-"""Who was trained on, by a score of every picture: ROC, AUC and their intervals.
+"""Evaluation of membership inference attacks: ROC curve, AUC, TPR and their confidence intervals.
 
-Pictures of one writer are alike, so intervals come from drawing whole writers anew. And some letters are easier than
-others, so members are compared with others *of the same letter*: where membership was drawn without looking at the
-pictures, an attack that knows nothing has an AUC of 0.5, however many more small letters than digits were trained on.
+Pictures of one writer are alike, so intervals come from resampling whole writers. Some letters are easier than others, so
+members are compared with non-members *of the same letter*: if membership is independent of the pictures, an attack
+without any information has an AUC of 0.5, even if many more small letters than digits were trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FPR = 0.01  # the rate of false alarms at which an attack is also judged
+FPR = 0.01  # false positive rate at which an attack is evaluated too
 
 
 class Interval(NamedTuple):
@@ -25,100 +25,118 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttackTrial:
-    """One attack on n pictures: everything is [n].
+    """The scores of one attack on n pictures. All arrays are [n].
 
     Raises:
-        ValueError: lengths differ, a score is not finite, or there is nobody to tell apart.
+        ValueError: lengths differ, a score is not finite, or there are no members and non-members of one letter.
     """
 
     scores: np.ndarray
-    """Higher for a picture that seems to be a member."""
+    """Higher for a picture that is more likely a member."""
     members: np.ndarray
-    """bool: whether it is one."""
+    """bool: whether the picture is a member."""
     writers: np.ndarray
-    """int: whose picture it is."""
+    """int: writer of the picture."""
     letters: np.ndarray
-    """int: what it shows; members are compared with others that show the same."""
+    """int: letter that the picture shows. Members are compared with non-members of the same letter."""
 
     def __post_init__(self) -> None:
         if not len(self.scores) == len(self.members) == len(self.writers) == len(self.letters):
-            raise ValueError("scores, members, writers and letters must be of one length")
+            raise ValueError("scores, members, writers and letters must have the same length")
         if not np.isfinite(self.scores).all():
             raise ValueError("a score is not finite")
         if not matched_weights(np.ones(len(self.scores)), self.members, self.letters)[self.members].any():
-            raise ValueError("no member shows what somebody else's picture shows too")
+            raise ValueError("no letter is shown by both a member and a non-member")
 
 
 class RocCurve(NamedTuple):
-    """The curve through (0, 0) and (1, 1), a point at each distinct score."""
+    """ROC curve through (0, 0) and (1, 1), with a point at each distinct score."""
 
     fpr: np.ndarray
     tpr: np.ndarray
 
     @property
     def auc(self) -> float:
-        """Area under the curve: the probability that a member scores higher than another, ties counted half."""
+        """Area under the curve: probability that a member scores higher than a non-member; ties count half."""
         return float(np.sum(np.diff(self.fpr) * (self.tpr[1:] + self.tpr[:-1]) / 2))
 
     def tpr_at(self, fpr: float) -> float:
-        """The largest share of members found with at most this share of false alarms."""
+        """Return the largest true positive rate at a false positive rate of at most `fpr`."""
         return float(self.tpr[np.searchsorted(self.fpr, fpr, side="right") - 1])
 
 
 @dataclass(frozen=True)
 class MembershipResult:
-    """How well an attack tells members."""
+    """Performance of a membership inference attack."""
 
     auc: Interval
     tpr: Interval
-    """True positives at 1 % false ones."""
+    """True positive rate at a false positive rate of 1 %."""
     roc: RocCurve
     members: int
     others: int
 
 
 def matched_weights(weights: np.ndarray, members: np.ndarray, letters: np.ndarray) -> np.ndarray:
-    """Weights [n] under which members and others show the same letters; what only one side shows counts nothing."""
+    """Reweight pictures so that members and non-members have the same distribution of letters.
+
+    Letters that only one side shows get weight 0.
+
+    Args:
+        weights: weights before matching [n].
+        members: whether each picture is a member, bool [n].
+        letters: letter of each picture, int [n].
+
+    Returns:
+        Weights [n].
+    """
     size = int(letters.max()) + 1
-    inside = np.bincount(letters, weights * members, size)
-    outside = np.bincount(letters, weights * ~members, size)
-    ratio = np.divide(inside, outside, out=np.zeros(size), where=outside > 0)
-    return weights * np.where(members, (outside > 0)[letters], ratio[letters])
+    member_counts = np.bincount(letters, weights * members, size)
+    other_counts = np.bincount(letters, weights * ~members, size)
+    ratio = np.divide(member_counts, other_counts, out=np.zeros(size), where=other_counts > 0)
+    return weights * np.where(members, (other_counts > 0)[letters], ratio[letters])
 
 
 def roc(trial: AttackTrial, weights: np.ndarray | None = None) -> RocCurve:
-    """The curve of an attack, each picture counted with its weight [n] (default: 1) and matched by letter."""
+    """Compute the ROC curve of an attack, with pictures weighted by `weights` [n] (default: 1) and matched by letter."""
     order = np.argsort(-trial.scores, kind="stable")
-    last = np.append(np.diff(trial.scores[order]) != 0, True)  # of each run of equal scores
-    return _roc(trial, np.ones(len(order)) if weights is None else weights, order, last)
+    is_last = np.append(np.diff(trial.scores[order]) != 0, True)  # of a run of equal scores
+    return _roc(trial, np.ones(len(order)) if weights is None else weights, order, is_last)
 
 
 def judge(trial: AttackTrial, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> MembershipResult:
-    """AUC and TPR at 1 % FPR with percentile intervals over writers drawn anew, with replacement (Efron, 1979)."""
+    """Estimate AUC and TPR at 1 % FPR, with percentile bootstrap intervals over writers (Efron, 1979).
+
+    Args:
+        trial: the attack's scores.
+        resamples: number of bootstrap samples.
+        confidence: confidence of the intervals.
+        seed: seed of the bootstrap.
+    """
     order = np.argsort(-trial.scores, kind="stable")
-    last = np.append(np.diff(trial.scores[order]) != 0, True)
+    is_last = np.append(np.diff(trial.scores[order]) != 0, True)
     _, owner = np.unique(trial.writers, return_inverse=True)
     count, generator = int(owner.max()) + 1, np.random.default_rng(seed)
-    drawn: list[tuple[float, float]] = []
-    while len(drawn) < resamples:
-        times = generator.multinomial(count, np.full(count, 1 / count)).astype(float)[owner]
-        if not (matched_weights(times, trial.members, trial.letters) * trial.members).any():
-            continue  # no two pictures of one letter: only where there are hardly any
-        curve = _roc(trial, times, order, last)
-        drawn.append((curve.auc, curve.tpr_at(FPR)))
-    ends = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    whole = _roc(trial, np.ones(len(order)), order, last)
+    resampled: list[tuple[float, float]] = []
+    while len(resampled) < resamples:
+        draws = generator.multinomial(count, np.full(count, 1 / count)).astype(float)[owner]
+        if not (matched_weights(draws, trial.members, trial.letters) * trial.members).any():
+            continue  # no member and non-member of one letter: happens with very few writers only
+        curve = _roc(trial, draws, order, is_last)
+        resampled.append((curve.auc, curve.tpr_at(FPR)))
+    ends = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    point = _roc(trial, np.ones(len(order)), order, is_last)
     return MembershipResult(
-        auc=Interval(whole.auc, *map(float, ends[:, 0])),
-        tpr=Interval(whole.tpr_at(FPR), *map(float, ends[:, 1])),
-        roc=whole,
+        auc=Interval(point.auc, *map(float, ends[:, 0])),
+        tpr=Interval(point.tpr_at(FPR), *map(float, ends[:, 1])),
+        roc=point,
         members=int(trial.members.sum()),
         others=int((~trial.members).sum()),
     )
 
 
-def _roc(trial: AttackTrial, weights: np.ndarray, order: np.ndarray, last: np.ndarray) -> RocCurve:
+def _roc(trial: AttackTrial, weights: np.ndarray, order: np.ndarray, is_last: np.ndarray) -> RocCurve:
     weights = matched_weights(weights, trial.members, trial.letters)[order]
     members = trial.members[order]
-    found, alarms = np.cumsum(weights * members)[last], np.cumsum(weights * ~members)[last]
-    return RocCurve(np.append(0.0, alarms / alarms[-1]), np.append(0.0, found / found[-1]))
+    hits, alarms = np.cumsum(weights * members)[is_last], np.cumsum(weights * ~members)[is_last]
+    return RocCurve(np.append(0.0, alarms / alarms[-1]), np.append(0.0, hits / hits[-1]))

@@ -1,13 +1,13 @@
-"""How a fresh ledger is told from one that was lost, cut short, edited or brought from elsewhere.
+"""Anchors of a ledger: tell a fresh ledger from one that was lost, truncated, edited or copied from another device.
 
-Beside the journal, whose first line holds an id drawn at random, there are
+Besides the journal, whose first line holds a random id, there are
 
 - a *head* outside of the ledger's folder: the id, the number of lines and the digest of the last one;
-- a *marker* inside of it: the id, and where the head lies.
+- a *marker* inside of it: the id, and the location of the head.
 
-Each event is made durable in the journal first, then in the head; an enrolment last in the marker. So whatever a
-crash comes between, the journal is an extension of what the head names, by one line if all went on by itself: the
-head is then mended silently. A head that names lines which aren't there, or other ones, is no crash.
+Each event is made durable in the journal first, then in the head; at an enrollment the marker comes last. So wherever a
+crash happens, the journal extends the lines that the head names, by one line unless further ones were added meanwhile:
+the head is then repaired silently. A head that names missing or different lines is not the result of a crash.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from common.errors import AntherError
 from privacy.ledger import hash_chain
 
 RECOVERY_HINT = (
-    "restore what is missing from a backup, or give up what the ledger counted: anther device ledger reset --forget"
+    "restore the missing part from a backup, or discard the ledger's record: anther device ledger reset --forget"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class JournalHead:
-    """What is known of a journal elsewhere."""
+    """Head of a journal: what is known of it outside of its folder."""
 
     ledger: str
     events: int
     sha256: str
-    """Of line number `events`."""
+    """Digest of line number `events`."""
 
     def to_json(self) -> bytes:
         return json.dumps({"ledger": self.ledger, "events": self.events, "sha256": self.sha256}).encode()
@@ -39,21 +39,21 @@ class JournalHead:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """That a device was enrolled."""
+    """Marker that a device is enrolled."""
 
     ledger: str
     head: str
-    """Where the head of its journal lies."""
+    """Location of the journal's head."""
 
     def to_json(self) -> bytes:
         return json.dumps({"ledger": self.ledger, "head": self.head}).encode()
 
 
 def parse_head(data: bytes, where: str) -> JournalHead:
-    """Raises AntherError for what `JournalHead.to_json` hasn't written."""
+    """Parse the result of `JournalHead.to_json`; AntherError for anything else."""
     try:
-        found = json.loads(data)
-        head = JournalHead(str(found["ledger"]), int(found["events"]), str(found["sha256"]))
+        fields = json.loads(data)
+        head = JournalHead(str(fields["ledger"]), int(fields["events"]), str(fields["sha256"]))
         if head.events < 1:
             raise ValueError("no events")
         return head
@@ -62,10 +62,10 @@ def parse_head(data: bytes, where: str) -> JournalHead:
 
 
 def parse_marker(data: bytes, where: str) -> Marker:
-    """Raises AntherError for what `Marker.to_json` hasn't written."""
+    """Parse the result of `Marker.to_json`; AntherError for anything else."""
     try:
-        found = json.loads(data)
-        return Marker(str(found["ledger"]), str(found["head"]))
+        fields = json.loads(data)
+        return Marker(str(fields["ledger"]), str(fields["head"]))
     except (ValueError, KeyError, TypeError) as error:
         raise AntherError(f"{where}: not the marker of a ledger: {RECOVERY_HINT}") from error
 
@@ -73,32 +73,35 @@ def parse_marker(data: bytes, where: str) -> Marker:
 def check(
     ledger: str | None, lines: Sequence[bytes], head: JournalHead | None, marker: Marker | None, where: str
 ) -> None:
-    """That journal, head and marker are of one ledger, and the journal is all that the head has ever known.
+    """Check that journal, head and marker belong to one ledger, and that the journal holds all lines the head names.
 
-    A marker that alone is missing is no harm: the other two agree.
+    A missing marker is accepted if journal and head agree.
 
     Args:
-        ledger: the id in the journal's first line; None without lines.
+        ledger: id in the journal's first line; None without lines.
+        lines: lines of the journal.
+        head: its head, if there is one.
+        marker: its marker, if there is one.
+        where: location of the journal, for messages.
 
     Raises:
-        AntherError: they aren't: says what was found, and how to recover.
+        AntherError: they disagree; says how, and how to recover.
     """
     if not lines:
-        if known := head or marker:
+        if anchor := head or marker:
             count = f" of {head.events} events" if head else ""
-            raise AntherError(f"{where}: the ledger {known.ledger[:8]}{count} is missing: {RECOVERY_HINT}")
+            raise AntherError(f"{where}: the ledger {anchor.ledger[:8]}{count} is missing: {RECOVERY_HINT}")
         return
-    for kept, what in ((head, "head"), (marker, "marker")):
-        if kept and kept.ledger != ledger:
+    for anchor, name in ((head, "head"), (marker, "marker")):
+        if anchor and anchor.ledger != ledger:
             raise AntherError(
-                f"{where}: is the ledger {str(ledger)[:8]}, and this device's {what} is of {kept.ledger[:8]}: "
+                f"{where}: is the ledger {str(ledger)[:8]}, and this device's {name} is of {anchor.ledger[:8]}: "
                 f"it was brought from elsewhere: {RECOVERY_HINT}"
             )
     if head is None:
         if len(lines) > 1 or marker:
             raise AntherError(
-                f"{where}: its head is missing: whether this is all of the ledger or a copy of it, nobody knows: "
-                f"{RECOVERY_HINT}"
+                f"{where}: its head is missing, so the ledger may be incomplete or a copy: {RECOVERY_HINT}"
             )
     elif head.events > len(lines):
         raise AntherError(

@@ -1,7 +1,7 @@
-"""A journal whose every line names the one before it, so that one that was changed, moved or taken out is found.
+"""Hash chain: each line of a journal contains the hash of the line before it, so that changes are detected.
 
-Each line is a JSON object with `previous`, the SHA-256 of the line before. It shows accidents and careless edits;
-whoever can write the file can also write another chain, which is why heads are kept elsewhere too.
+Each line is a JSON object with `previous`, the SHA-256 of the line before. This detects accidents and careless edits.
+Anyone who can write the file can also write another chain, so heads are also stored elsewhere.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ _encoder = json.JSONEncoder(separators=(",", ":"))
 
 
 def chain_head(lines: Sequence[bytes]) -> str:
-    """What the next line will name: it stands for all of these, in their order."""
+    """Return the `previous` of the next line, which identifies all of these lines in their order."""
     return hashlib.sha256(lines[-1]).hexdigest() if lines else START
 
 
 def starts_with(lines: Sequence[bytes], count: int, digest: str) -> bool:
-    """Whether the first `count` of these lines are those that this head stood for."""
+    """Whether the chain head of the first `count` lines is `digest`."""
     return count <= len(lines) and chain_head(lines[:count]) == digest
 
 
 def encode_event(event: Mapping[str, Any], previous: str) -> bytes:
-    """An event as the line that follows the one of this head."""
+    """Encode an event as a line that links to the chain head `previous`."""
     return _encoder.encode({**event, "previous": previous}).encode()
 
 
 def parse_events(lines: Sequence[bytes], where: str) -> list[dict[str, Any]]:
-    """The events of lines whose links hold.
+    """Parse the events of lines and verify their links.
 
     Raises:
-        AntherError: a line is no event, or doesn't follow the one before it; names `where` and the line.
+        AntherError: a line is not an event, or its link is wrong; names `where` and the line.
     """
-    found = []
+    parsed = []
     previous = START
     for number, text in enumerate(lines, start=1):
         try:
@@ -49,9 +49,9 @@ def parse_events(lines: Sequence[bytes], where: str) -> list[dict[str, Any]]:
             raise AntherError(f"{where}:{number}: not an event; restore the file from a backup") from None
         if link != previous:
             raise AntherError(
-                f"{where}:{number}: doesn't follow the line before it: lines were changed, moved or taken out; restore "
+                f"{where}:{number}: doesn't follow the line before it: lines were changed, moved or removed; restore "
                 "the file from a backup"
             )
-        found.append(event)
+        parsed.append(event)
         previous = hashlib.sha256(text).hexdigest()
-    return found
+    return parsed

@@ -1,20 +1,20 @@
-"""What this device has promised, kept in its own storage: reserved → sealed → sent.
+"""The privacy ledger of a device, in its own storage: reserved → sealed → sent.
 
-A hash-chained journal that only grows. A round is charged when it is reserved, before training, and never refunded.
-Once the reply is sealed, only those bytes are ever sent: a second, differently noised reply would be a second release.
+The ledger is a hash-chained, append-only journal. A round is charged when it is reserved, before training, and never
+refunded. Once the reply is sealed, only those bytes are ever sent: a second, differently noised reply would be a second
+release.
 
-*A crash while reserved* discards everything derived and trains again under the same reservation, on the pictures that
-are there then. When they changed meanwhile it is still one release of one mechanism, for a picture in both sets, in
-one or in none; the seal records which pictures it was made from. To refuse the round, or to charge it twice, would
-tell the server, without noise, that a picture was added or removed. For the same reason a device whose pictures change
-from round to round goes on: ε of all events bounds what was shared of each picture, for however few it was there. That
-one event was charged for a picture which it never touched only makes the bound larger.
+*After a crash while reserved*, all derived data is discarded, and training is repeated under the same reservation, on
+the pictures that exist then. If they changed meanwhile, this is still one release of one mechanism, for a picture in
+both sets, in one or in none; the seal records which pictures it was made from. Refusing the round, or charging it twice,
+would tell the server, without noise, that a picture was added or removed. For the same reason a device whose pictures
+change between rounds continues: ε of all events bounds what is released of each picture, however few rounds it was in. An
+event that is charged to a picture which it never touched only makes the bound larger.
 
-*What is claimed*: charged ≥ released and one reply for each key through crashes at any point, power cuts, two processes
-at once; and that a ledger which is missing, shortened, rolled back, copied from another device or carelessly edited is
-found before anything more is shared (`privacy.ledger.anchors`; the server's echo besides). Not claimed: anything against an
-owner who forges journal, head and marker together, or who holds the same pictures on two devices, whose ledgers don't
-know of each other.
+*Guarantees*: charged ≥ released, and one reply for each key, through crashes at any point, power cuts, and two processes
+at once. A ledger that is missing, truncated, rolled back, copied from another device or carelessly edited is detected
+before anything more is shared (`privacy.ledger.anchors`; also the server's echo). *Not covered*: an owner who forges
+journal, head and marker together, or who holds the same pictures on two devices, whose ledgers don't know each other.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class DeviceLedger:
     Every method reads the journal again under its lock, so that processes on one device see each other's events.
 
     Raises:
-        AntherError: the journal is damaged other than by a torn last line, or its anchors don't agree with it.
+        AntherError: the journal is damaged other than by a torn last line, or contradicts its anchors.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -84,87 +84,95 @@ class DeviceLedger:
         *,
         settles: bool = False,
     ) -> LedgerHistory:
-        """Charge for a round, unless it is charged for already; enrol the device at its first.
+        """Charge for a round unless it is already charged. The first reservation enrolls the device.
 
         Args:
-            admit: given the mechanisms so far and the new one, raises to refuse it; called under the lock, so that
-                two processes can't both take the last of a budget, and before anything is charged.
-            settles: the server, that asks for this round, has moved past the run's earlier ones of this purpose, whose
-                numbers are of one kind: they are noted as sent, and the bytes of their replies are removed.
+            reservation: the charge.
+            check_budget: called with the mechanisms so far and the new one; raises to refuse it. It is called under
+                the lock, so that two processes can't both take the last of a budget, and before anything is charged.
+            settles: whether the request for this round implies that the server is done with the run's earlier rounds
+                of this purpose (round numbers of one purpose are comparable). These are then marked as sent, and the
+                bytes of their replies are removed.
 
         Returns:
-            What the ledger holds now.
+            The history after the reservation.
 
         Raises:
-            Refusal: this key is reserved for another plan.
+            RequestRefusedError: this key is reserved for another plan.
         """
-        with self._opened(charging=True) as book:
+        with self._lock_ledger(charging=True) as locked:
             if settles:
-                self._settle(book, reservation)
-            if _of_plan(book.history, reservation.key, reservation.plan) is None:
-                check_budget(book.history.mechanisms, reservation.mechanism)
-                book.append(entries.reserved_event(reservation))
-            return book.history
+                self._settle(locked, reservation)
+            if _entry_of_plan(locked.history, reservation.key, reservation.plan) is None:
+                check_budget(locked.history.mechanisms, reservation.mechanism)
+                locked.append(entries.reserved_event(reservation))
+            return locked.history
 
     def seal(self, reservation: Reservation, reply: bytes) -> bytes:
-        """Fix the reply to a reserved round; returns the bytes to send: an earlier seal's, if there is one.
+        """Fix the reply to a reserved round.
 
         Args:
-            reservation: as reserved, with the pictures, adapter and noise that the reply was really made from.
+            reservation: as reserved, with the pictures, adapter and noise source that the reply was made from.
+            reply: the bytes to send.
+
+        Returns:
+            The bytes to send: `reply`, or those of an earlier seal.
         """
-        with self._opened() as book:
-            entry = book.history.entries[reservation.key]
+        with self._lock_ledger() as locked:
+            entry = locked.history.entries[reservation.key]
             if entry.state == RESERVED:
                 self._storage.write(_outbox(reservation.key), reply)
-                book.append(entries.sealed_event(reservation, hashlib.sha256(reply).hexdigest()))
+                locked.append(entries.sealed_event(reservation, hashlib.sha256(reply).hexdigest()))
                 return reply
             return self._read_sealed(entry)
 
     def sealed(self, key: Key, plan: str, *, echo: int = 0) -> bytes | None:
-        """The bytes to send (again) for this round; None if it is not sealed yet.
+        """Return the sealed bytes of a round, to be sent or sent again, or None if it is not sealed yet.
 
         Args:
-            echo: how many events the server has heard of (`protocol.messages.Train.echo`).
+            key: run, round and purpose.
+            plan: fingerprint of the plan.
+            echo: number of events that the server knows of (`protocol.messages.Train.echo`).
 
         Raises:
-            Refusal: the ledger has fewer events than that, the key belongs to another plan, or its reply was removed
-                as sent.
+            RequestRefusedError: the ledger has fewer events than `echo`, the key belongs to another plan, or its reply
+                was removed as sent.
             AntherError: the sealed reply is damaged.
         """
-        with self._opened() as book:
-            if echo > (events := book.history.events):
+        with self._lock_ledger() as locked:
+            if echo > (events := locked.history.events):
                 raise RequestRefusedError(
                     f"this device's ledger holds {events} events and the server heard of {echo}: it was rolled back or "
                     "begun anew; its owner has to restore it"
                 )
-            entry = _of_plan(book.history, key, plan)
+            entry = _entry_of_plan(locked.history, key, plan)
             return None if entry is None or entry.state == RESERVED else self._read_sealed(entry)
 
     def history(self) -> LedgerHistory:
-        """All of it."""
-        with self._opened() as book:
-            return book.history
+        """Return the whole history."""
+        with self._lock_ledger() as locked:
+            return locked.history
 
     def entries(self) -> tuple[LedgerEntry, ...]:
-        """Every reservation in the order made."""
+        """All entries in the order of their reservation."""
         return tuple(self.history().entries.values())
 
     def spent(self, delta: float) -> Guarantee:
         """ε of everything reserved so far, whether or not it was sent."""
         return self.history().spent(delta)
 
-    def _settle(self, book: _Book, later: Reservation) -> None:
-        for key, entry in book.history.entries.items():
-            made = entry.reservation
-            is_earlier = (made.run, made.purpose) == (later.run, later.purpose) and made.round < later.round
+    def _settle(self, locked: _LockedLedger, later: Reservation) -> None:
+        for key, entry in locked.history.entries.items():
+            other = entry.reservation
+            is_earlier = (other.run, other.purpose) == (later.run, later.purpose) and other.round < later.round
             if entry.state == SEALED and is_earlier:
-                book.append(entries.sent_event(key))
+                locked.append(entries.sent_event(key))
                 self._storage.remove(_outbox(key))
 
     def _read_sealed(self, entry: LedgerEntry) -> bytes:
         if entry.state == SENT:
             raise RequestRefusedError(
-                f"{_named(entry)} was answered, and a later round after it: it can't be sent again"
+                f"{_describe(entry)} was answered, and a later round after it: it can't be sent again"
             )
         name = _outbox(entry.reservation.key)
         reply = self._storage.read(name) or b""
@@ -176,29 +184,31 @@ class DeviceLedger:
         return reply
 
     @contextmanager
-    def _opened(self, *, charging: bool = False) -> Iterator[_Book]:
-        """What the ledger holds, to be read and appended to, under an exclusive lock.
+    def _lock_ledger(self, *, charging: bool = False) -> Iterator[_LockedLedger]:
+        """Lock the ledger, verify it, and yield it for reading and appending.
 
-        Raises AntherError unless chain and anchors hold; mends what a crash has left of them. The marker is looked at
-        where there is nothing else to tell by, and before anything is charged.
+        Repairs the anchors after a crash. The marker is read only if there is no head, and before anything is charged.
+
+        Raises:
+            AntherError: chain or anchors are wrong.
         """
         where = self._storage.where(JOURNAL)
         with self._storage.journal(JOURNAL) as journal:
             try:
-                book = _Book(journal, where, self._mark)
+                locked = _LockedLedger(journal, where, self._mark)
             except AntherError as error:
                 raise AntherError(f"{error}; {RECOVERY_HINT}") from error
-            ledger, events = book.history.ledger, book.history.events
+            ledger, events = locked.history.ledger, locked.history.events
             head = None if (data := journal.head) is None else anchors.parse_head(data, journal.head_location)
             asks_marker = charging or head is None
             marker = self._marker() if asks_marker else None
             anchors.check(ledger, journal.lines, head, marker, where)
             if ledger:
                 if head is None or head.events < events:
-                    book.keep_head()
+                    locked.write_head()
                 if asks_marker and marker is None:
                     self._mark(ledger, journal)
-            yield book
+            yield locked
 
     def _marker(self) -> Marker | None:
         data = self._storage.read(MARKER)
@@ -208,20 +218,22 @@ class DeviceLedger:
         self._storage.write(MARKER, Marker(ledger, journal.head_location).to_json())
 
 
-class _Book:
-    """A journal whose lock is held, and the history that it leads to; after every line the head follows.
+class _LockedLedger:
+    """A ledger whose lock is held. The head is updated after every line.
 
     Args:
-        mark: called with the id and the journal once the ledger is enrolled, at its first event.
+        journal: the locked journal.
+        where: location of the journal, for messages.
+        mark: called with the id and the journal at enrollment, after the first event.
 
     Raises:
-        AntherError: a line is no event, is out of turn, or doesn't follow the one before it.
+        AntherError: a line is not an event, has a wrong link, or comes out of turn.
     """
 
     def __init__(self, journal: Journal, where: str, mark: Callable[[str, Journal], None]) -> None:
         self._journal, self._mark = journal, mark
         self._digest, self._last = _digest(journal.lines), hash_chain.chain_head(journal.lines)
-        self.history = _replayed(self._digest.digest(), journal.lines, where)
+        self.history = _histories(self._digest.digest(), journal.lines, where)
 
     def append(self, event: Mapping[str, Any]) -> None:
         if self.history.ledger is None:
@@ -230,7 +242,7 @@ class _Book:
             self._mark(ledger, self._journal)
         self._append(event)
 
-    def keep_head(self) -> None:
+    def write_head(self) -> None:
         self._journal.write_head(JournalHead(str(self.history.ledger), self.history.events, self._last).to_json())
 
     def _append(self, event: Mapping[str, Any]) -> None:
@@ -240,63 +252,63 @@ class _Book:
         self._journal.append(line)
         self._digest.update(line + b"\n")
         self._last, self.history = hash_chain.chain_head([line]), history
-        _replayed.go_on(before, self._digest.digest(), history)
-        self.keep_head()
+        _histories.replace(before, self._digest.digest(), history)
+        self.write_head()
 
 
-class _Replayed:
-    """The histories that journals lead to; those last read are kept, under a digest of their lines.
+class _HistoryCache:
+    """Least-recently-used cache of histories, by a digest of the journal's lines.
 
-    A device looks at its ledger several times a round, mostly after events of its own: a look then costs no parsing.
+    A device reads its ledger several times a round, mostly after its own events. With the cache that needs no parsing.
     """
 
     def __init__(self, most: int) -> None:
-        self._kept: dict[bytes, LedgerHistory] = {}  # least recently read first
+        self._cached: dict[bytes, LedgerHistory] = {}  # least recently read first
         self._most, self._lock = most, threading.Lock()
 
     def __call__(self, digest: bytes, lines: Sequence[bytes], where: str) -> LedgerHistory:
-        """Raises AntherError for a line that is no event, one out of turn, or one that doesn't follow."""
+        """Return the history of the given lines; AntherError as from `entries.replay`."""
         with self._lock:
-            history = self._kept.pop(digest, None)
+            history = self._cached.pop(digest, None)
         if history is None:
             history = entries.replay(lines, where)
-        self.go_on(digest, digest, history)
+        self.replace(digest, digest, history)
         return history
 
-    def go_on(self, before: bytes, digest: bytes, history: LedgerHistory) -> None:
-        """Keep the history of these lines instead of that of those before."""
+    def replace(self, before: bytes, digest: bytes, history: LedgerHistory) -> None:
+        """Cache the history of extended lines in place of the one before."""
         with self._lock:
-            self._kept.pop(before, None)
-            self._kept[digest] = history
-            if len(self._kept) > self._most:
-                del self._kept[next(iter(self._kept))]
+            self._cached.pop(before, None)
+            self._cached[digest] = history
+            if len(self._cached) > self._most:
+                del self._cached[next(iter(self._cached))]
 
 
-_replayed = _Replayed(most=1024)
-"""More than the devices that a simulation drives at once (`simulations.grid.cohort.WAVE`)."""
+_histories = _HistoryCache(most=1024)
+"""More than the devices that a simulation runs at once (`simulations.grid.cohort.WAVE`)."""
 
 
 def _digest(lines: Sequence[bytes]) -> hashlib._Hash:
-    """Of all lines with their ends, to be updated with the next."""
+    """SHA-256 of all lines with their line ends, to be updated with further lines."""
     return hashlib.sha256(b"\n".join([*lines, b""]))
 
 
 def _outbox(key: Key) -> str:
-    """Where a reply lies: named by a hash, since the server chooses the name of the run."""
+    """Name of a reply's blob. It is a hash, since the server chooses the name of the run."""
     run, number, purpose = key
     return f"{OUTBOX}/{hashlib.sha256(run.encode()).hexdigest()[:16]}-{number}-{purpose}.reply"
 
 
-def _of_plan(history: LedgerHistory, key: Key, plan: str) -> LedgerEntry | None:
-    """The entry of this key, which must be for the same plan."""
+def _entry_of_plan(history: LedgerHistory, key: Key, plan: str) -> LedgerEntry | None:
+    """Return the entry of a key, if any; RequestRefusedError if it was reserved for another plan."""
     entry = history.entries.get(key)
     if entry and entry.reservation.plan != plan:
         raise RequestRefusedError(
-            f"{_named(entry)} was reserved for another plan: a second one would be a second release"
+            f"{_describe(entry)} was reserved for another plan: a second one would be a second release"
         )
     return entry
 
 
-def _named(entry: LedgerEntry) -> str:
+def _describe(entry: LedgerEntry) -> str:
     purpose = "" if entry.reservation.purpose == TRAIN else f"the {entry.reservation.purpose} of "
     return f"{purpose}round {entry.reservation.round} of run {entry.reservation.run!r}"

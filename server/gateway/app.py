@@ -2,7 +2,7 @@
 
     GET  /v1/anther/ca       the authority's certificate, whose fingerprint a ticket names
     GET  /v1/anther/hello    protocol versions, base, clock: a device's first request
-    POST /v1/anther/enrol    enrol with a ticket and a public key
+    POST /v1/anther/enrol    enroll with a ticket and a public key
     GET  /v1/anther/in       whether the caller is enrolled
     /v1/anther/base/…        the base in pieces, for enrolled devices (`server.gateway.base_files`)
     POST /v1/fleet/…         Flower's fleet protocol, for enrolled devices (`server.gateway.fleet`)
@@ -49,7 +49,7 @@ from server.gateway.superlink_client import PROTOBUF, SuperLinkClient
 
 log = logging.getLogger(__name__)
 
-_ENROLMENT = 16 << 10  # bytes
+_MAX_ENROLLMENT = 16 << 10  # bytes
 _PIECE = 64 << 10  # bytes of an answer written at once: the most that a slow connection buffers
 _ADAPTER = 64 << 20  # bytes of the largest adapter, until a ServerApp sets it
 _QUIET = 60.0  # seconds between two lines of the log about one device
@@ -61,26 +61,28 @@ class Gateway:
     """HTTP application with every endpoint that devices can reach.
 
     Args:
-        inside: base URL of the SuperLink.
+        superlink_url: base URL of the SuperLink.
+        registry: registry of enrolled devices.
+        hello: returns the greeting of devices.
         authority: the federation's certificate authority, in PEM; empty without TLS: then any key may take part.
-        welcome: called with the public key and the name of a newly enrolled device; returns once the SuperLink knows
-            it.
-        node_of: id of the node with this public key; None if the SuperLink doesn't know it yet.
-        largest: bytes of the largest adapter of the run.
-        shelf: routes of the base, for enrolled devices.
+        register_node: called with the public key and the name of a newly enrolled device; returns once the SuperLink
+            knows it.
+        node_of: returns the id of the node with this public key; None if the SuperLink doesn't know it yet.
+        largest: returns the size in bytes of the run's largest adapter.
+        base_routes: routes of the base, for enrolled devices.
         verify: TLS verification of the SuperLink.
         folder: spool folder for incoming replies.
-        proved: called with the address of a connection and the enrolled key that has authenticated on it.
+        on_authenticated: called with the address of a connection and the enrolled key that has authenticated on it.
     """
 
-    inside: str
-    register: DeviceRegistry
+    superlink_url: str
+    registry: DeviceRegistry
     hello: Callable[[], ServerHello]
     authority: bytes
     register_node: Callable[[str, str], None]
     node_of: Callable[[str], int | None] = lambda _: None
     largest: Callable[[], int] = lambda: _ADAPTER
-    shelf: Sequence[BaseRoute] = ()
+    base_routes: Sequence[BaseRoute] = ()
     verify: ssl.SSLContext | bool = True
     folder: Path = field(default_factory=lambda: Path(gettempdir()))
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -88,36 +90,36 @@ class Gateway:
     transport: httpx.AsyncBaseTransport | None = None
     budget: RequestBudget = field(init=False)
     fleet: FleetService = field(init=False)
-    _complained: dict[str, float] = field(default_factory=dict, init=False)
+    _logged: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.budget = RequestBudget(self.limits)
         self.fleet = FleetService(
-            SuperLinkClient(self.inside, self.verify, self.transport),
+            SuperLinkClient(self.superlink_url, self.verify, self.transport),
             lambda: ReplyLimits.of(self.largest()),
             self.folder,
             registering=not self.authority,
         )
 
     def app(self) -> Starlette:
-        inside = Starlette(routes=[Route("/v1/anther/in", self._is_in), *self.shelf])
+        enrolled_app = Starlette(routes=[Route("/v1/anther/in", self._is_in), *self.base_routes])
         app = Starlette(
             routes=[
                 Route("/v1/anther/ca", self._ca),
-                Route("/v1/anther/hello", self._greet),
-                Route("/v1/anther/enrol", self._enrol, methods=["POST"]),
+                Route("/v1/anther/hello", self._hello),
+                Route("/v1/anther/enrol", self._enroll, methods=["POST"]),
                 *(Route(call.path, _Endpoint(self, call), methods=["POST"]) for call in calls.CALLS),
-                Mount("", app=_Enrolled(inside, self)),
+                Mount("", app=_Enrolled(enrolled_app, self)),
             ]
         )
-        app.router.redirect_slashes = inside.router.redirect_slashes = False
+        app.router.redirect_slashes = enrolled_app.router.redirect_slashes = False
         return app
 
     async def _ca(self, request: Request) -> Response:
         del request
         return PlainTextResponse(self.authority.decode())
 
-    async def _greet(self, request: Request) -> Response:
+    async def _hello(self, request: Request) -> Response:
         del request
         return _json(self.hello())
 
@@ -125,15 +127,15 @@ class Gateway:
         del request
         return PlainTextResponse("in")
 
-    async def _enrol(self, request: Request) -> Response:
+    async def _enroll(self, request: Request) -> Response:
         try:
-            body = await _body(request, _ENROLMENT)
-            asked = strict_json.from_plain(Enrollment, strict_json.loads(body))
-            check_version(asked.protocol)
-            key = identity.canonical(asked.key)
-            if not (0 < len(asked.name) <= 64 and asked.name.isprintable()):
+            body = await _body(request, _MAX_ENROLLMENT)
+            request_body = strict_json.from_plain(Enrollment, strict_json.loads(body))
+            check_version(request_body.protocol)
+            key = identity.canonical(request_body.key)
+            if not (0 < len(request_body.name) <= 64 and request_body.name.isprintable()):
                 raise AntherError("a device's name has 1 to 64 printable characters: choose another with name=…")
-            member = await run_in_threadpool(self.register.enroll, asked.secret, key, asked.name)
+            member = await run_in_threadpool(self.registry.enroll, request_body.secret, key, request_body.name)
             await run_in_threadpool(self.register_node, key, member.name)
         except RequestRefused as refusal:
             return _refused(refusal, request)
@@ -152,17 +154,22 @@ class Gateway:
     def member(self, key: str) -> EnrolledDevice | None:
         """Return the enrolled device with this key."""
         try:
-            return self.register.look().find(key)
+            return self.registry.snapshot().find(key)
         except AntherError as error:
             log.error("%s", error)
-            raise RequestRefused(LATER, "the server has to be looked after") from None
+            raise RequestRefused(LATER, "the server needs its operator") from None
 
     async def answer(self, call: Call, request: Request, *, sending: Callable[[Response], Awaitable[None]]) -> None:
-        """Carry out one call of the fleet protocol, and send its answer.
+        """Execute one call of the fleet protocol, and send its answer.
 
         A request counts against the device's concurrency limit until the device has read the answer. Otherwise a slow
         reader could make the gateway hold one answer per open connection. Heartbeats are counted separately, since
         they can't wait for a large object.
+
+        Args:
+            call: the call.
+            request: its HTTP request.
+            sending: sends the response.
         """
         key = ""
         try:
@@ -171,27 +178,31 @@ class Gateway:
             self.on_authenticated(request.scope.get("client"), key)
             self.budget.count_request(key, ACTIVATION_COST if call in (calls.ACTIVATE, calls.DEACTIVATE) else 1.0)
             with self.budget.request_slot(key if call is not calls.HEARTBEAT else f"{key} heartbeat"):
-                await sending(await self._carried_out(call, request, claim))
+                await sending(await self._execute(call, request, claim))
         except RequestRefused as refusal:
             if refusal.hostile:
-                self._complain(key, refusal.reason)
+                self._count_hostile(key, refusal.reason)
             await sending(_refused(refusal, request))
 
-    async def _carried_out(self, call: Call, request: Request, claim: Claim) -> Response:
+    async def _execute(self, call: Call, request: Request, claim: Claim) -> Response:
         message = await self._message(request, call, claim.name)
         try:
             answer = await self.fleet.execute_call(call, message, self._caller(claim))
-        except SuperLinkError as passed:
-            return Response(passed.answer.content, passed.answer.status, media_type=passed.answer.kind)
+        except SuperLinkError as error:
+            return Response(error.answer.content, error.answer.status, media_type=error.answer.kind)
         return _pieces(answer.SerializeToString())
 
     def _claim(self, request: Request) -> Claim:
-        """Authenticate the sender of a request. Refusal if it isn't enrolled."""
+        """Authenticate the sender of a request.
+
+        Raises:
+            RequestRefused: the sender isn't enrolled, or the signature is invalid.
+        """
         claim = identity.parse_claim(request.headers)
         if claim is None or (self.authority and self.member(claim.name) is None):
             raise RequestRefused(UNKNOWN, _NOT_ENROLLED)
         if not claim.verify_signature(claim.time):
-            raise RequestRefused(UNKNOWN, "the signature is wrong, or the clock")
+            raise RequestRefused(UNKNOWN, "the signature or the clock is wrong")
         return claim
 
     def _caller(self, claim: Claim) -> Caller:
@@ -213,19 +224,19 @@ class Gateway:
         try:
             message = call.request.FromString(body)
         except DecodeError:
-            raise hostile("a request that is no message of Flower's", MALFORMED) from None
+            raise hostile("a request that isn't a message of Flower's protocol", MALFORMED) from None
         message.DiscardUnknownFields()
         return message
 
-    def _complain(self, key: str, reason: str) -> None:
+    def _count_hostile(self, key: str, reason: str) -> None:
         """Count a hostile request against its sender, and log the sender at most once per interval."""
         self.budget.penalize(key)
         now = time.monotonic()
-        if now - self._complained.get(key, -_QUIET) < _QUIET:
+        if now - self._logged.get(key, -_QUIET) < _QUIET:
             return
-        if len(self._complained) > 4096:
-            self._complained.clear()
-        self._complained[key] = now
+        if len(self._logged) > 4096:
+            self._logged.clear()
+        self._logged[key] = now
         member = self.member(key)
         name = f"{member.name} of {member.holder}" if member else "a node"
         log.warning("%s: refused: %s", name, reason)
@@ -284,15 +295,15 @@ def now() -> str:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    found = bytearray()
+    body = bytearray()
     try:
         async for part in request.stream():
-            found += part
-            if len(found) > most:
+            body += part
+            if len(body) > most:
                 raise hostile(f"a request of more than {most} bytes", TOO_LARGE)
     except ClientDisconnect:
         raise RequestRefused(MALFORMED, "cut off") from None
-    return bytes(found)
+    return bytes(body)
 
 
 def _pieces(content: bytes) -> Response:

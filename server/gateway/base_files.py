@@ -1,9 +1,9 @@
-"""The bases that a server hands to the devices of its federation: routes for `server.gateway`, which knows who asks.
+"""HTTP routes that serve bases to the devices of the federation; `server.gateway` authenticates the devices.
 
-    GET /v1/anther/base/<hash>/manifest     models.base.chunk_manifest, as JSON
-    GET /v1/anther/base/<hash>/file/<n>     the n-th file of it, or by `Range` a part
+    GET /v1/anther/base/<hash>/manifest     chunk manifest, as JSON
+    GET /v1/anther/base/<hash>/file/<n>     n-th file of the base, or a part of it with `Range`
 
-What a client says is looked up in tables of what the server was started with, and never becomes a path.
+Values from a request are looked up in tables made at the start of the server; they never become a path.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ FILE_PATH = "/v1/anther/base/{base}/file/{number}"
 
 
 class BaseFiles:
-    """Bases by their content hashes. Making it reads all of them, once; what changes afterwards devices refuse.
+    """Files of bases by content hash. Construction reads all files once; devices reject files that change later.
 
     Args:
-        folders: of bases, as `models.base.assets.locate` finds them.
+        folders: folders of bases, as `models.base.assets.locate` finds them.
 
     Raises:
-        AntherError: one can't be read or handed on.
+        AntherError: a base can't be read or distributed.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -42,15 +42,15 @@ class BaseFiles:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """Content hashes of those that are here."""
+        """Content hashes of the bases."""
         return tuple(self._manifests)
 
     def manifest(self, base: str) -> bytes | None:
-        """The manifest of the base of this hash; None if it isn't here."""
+        """Return the manifest of the base with this hash; None if there is none."""
         return self._manifests.get(base)
 
     def file(self, base: str, number: str) -> Path | None:
-        """The file of this number, as it was asked for; None if there is none."""
+        """Return the path of the file with this number; None if there is none."""
         return self._files.get((base, number))
 
     def _add(self, folder: Path, manifest: ChunkManifest) -> None:
@@ -59,26 +59,26 @@ class BaseFiles:
             self._files[manifest.base, str(number)] = (folder / file.name).resolve()
 
 
-def routes(shelf: BaseFiles) -> list[Route]:
-    """Starlette's routes for what is on the shelf; they ask nobody who they are."""
-    from starlette.responses import FileResponse, PlainTextResponse  # not on a device that only learns
+def routes(base_files: BaseFiles) -> list[Route]:
+    """Make Starlette's routes for these bases; they don't authenticate."""
+    from starlette.responses import FileResponse, PlainTextResponse  # not installed on every device
     from starlette.responses import Response as Plain
     from starlette.routing import Route
 
     async def manifest(request: Request) -> Response:
-        found = shelf.manifest(request.path_params["base"])
-        if found is None:
+        content = base_files.manifest(request.path_params["base"])
+        if content is None:
             return PlainTextResponse("no such base here", 404)
-        return Plain(found, media_type="application/json")
+        return Plain(content, media_type="application/json")
 
     async def file(request: Request) -> Response:
-        found = shelf.file(request.path_params["base"], request.path_params["number"])
-        if found is None:
+        path = base_files.file(request.path_params["base"], request.path_params["number"])
+        if path is None:
             return PlainTextResponse("no such file here", 404)
-        if not found.is_file():
+        if not path.is_file():
             return PlainTextResponse("this file is gone from the server", 410)
-        if "," in "".join(request.headers.getlist("range")):  # thousands of them cost seconds each
+        if "," in "".join(request.headers.getlist("range")):  # thousands of ranges would cost seconds per request
             return PlainTextResponse("one range at a time", 416)
-        return FileResponse(found, media_type="application/octet-stream")
+        return FileResponse(path, media_type="application/octet-stream")
 
     return [Route(MANIFEST_PATH, manifest, methods=["GET"]), Route(FILE_PATH, file, methods=["GET"])]

@@ -17,7 +17,7 @@ from conf.schemas.server import LimitsConfig
 
 _GRACE = 60.0  # seconds in which a request's speed isn't checked
 _PER_KEY = 32  # connections of one device
-_JUST_COME = 0.5  # seconds in which a new connection isn't evicted for another
+_MIN_AGE = 0.5  # seconds in which a new connection isn't evicted for another
 
 
 class ConnectionPhase(Enum):
@@ -37,7 +37,7 @@ class Connection:
     """
 
     address: Any
-    came: float
+    opened: float
     since: float
     """Start of the phase."""
     end: Callable[[], None]
@@ -66,12 +66,12 @@ def network(address: Any) -> str:
     """Return the network of one sender: an IPv4 address, or a /64 of IPv6."""
     host = str(address[0]) if isinstance(address, tuple) else str(address)
     try:
-        found = ipaddress.ip_address(host.partition("%")[0])
+        parsed = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return host
-    if found.version == 4:
+    if parsed.version == 4:
         return host
-    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def _key(address: Any) -> Any:
@@ -91,7 +91,7 @@ class ConnectionTable:
     settings: LimitsConfig
     clock: Callable[[], float] = time.monotonic
     total: int = 0
-    """Most connections; 0: derived from the settings and the limit on open files."""
+    """Maximum number of connections; 0: derived from the settings and the limit on open files."""
     _open: dict[Any, Connection] = field(default_factory=dict)
     _strangers: Counter[str] = field(default_factory=Counter)  # unauthenticated connections by network
 
@@ -106,8 +106,8 @@ class ConnectionTable:
     def admit(self, address: Any, end: Callable[[], None]) -> bool:
         """Admit a connection, evicting the oldest unauthenticated one if there are too many; False: close it.
 
-        A device authenticates within a fraction of a second, so an unauthenticated
-        connection makes room, also for devices behind the same address.
+        A device authenticates within a fraction of a second, so an unauthenticated connection makes room, also for
+        devices behind the same address.
         """
         where, now, key = network(address), self.clock(), _key(address)
         if key in self._open:
@@ -120,7 +120,8 @@ class ConnectionTable:
         self._strangers[where] += 1
         return True
 
-    def found(self, address: Any) -> Connection | None:
+    def get(self, address: Any) -> Connection | None:
+        """Return the open connection of this address."""
         return self._open.get(_key(address))
 
     def mark_authenticated(self, address: Any, key: str) -> None:
@@ -171,9 +172,9 @@ class ConnectionTable:
 
     def _evict(self, where: str, now: float) -> bool:
         """Close a network's oldest unauthenticated connection; False if all of them are too new to be closed."""
-        for connection in self._open.values():  # in the order in which they came
+        for connection in self._open.values():  # in order of arrival
             if connection.key is None and connection.network == where:
-                if now - connection.came < _JUST_COME:
+                if now - connection.opened < _MIN_AGE:
                     return False
                 connection.end()
                 self.release(connection.address)

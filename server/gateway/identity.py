@@ -62,11 +62,11 @@ class Claim:
 def parse_claim(headers: Headers) -> Claim | None:
     """Return the identity that a request claims; None if a header is missing, duplicate or not a valid key."""
     values = [headers.getlist(name) for name in (KEY, TIME, SIGNATURE)]
-    if any(len(found) != 1 or len(found[0]) > _LONGEST for found in values):
+    if any(len(header) != 1 or len(header[0]) > _LONGEST for header in values):
         return None
     (key,), (time,), (signature,) = values
-    found = _key(key)
-    return None if found is None else Claim(found, to_openssh(found), time, signature)
+    public_key = _load_key(key)
+    return None if public_key is None else Claim(public_key, to_openssh(public_key), time, signature)
 
 
 def authenticate(headers: Headers, path: str, *, now: datetime | None = None) -> str | None:
@@ -82,29 +82,29 @@ def canonical(key: str) -> str:
         AntherError: the key isn't an EC key of 384 bits.
     """
     try:
-        found = load_ssh_public_key(key.encode())
+        public_key = load_ssh_public_key(key.encode())
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        found = None
-    if not isinstance(found, ec.EllipticCurvePublicKey) or found.curve.name != _CURVE:
+        public_key = None
+    if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.curve.name != _CURVE:
         raise AntherError("the public key must be ecdsa-sha2-nistp384, as anther device enroll makes it")
-    return to_openssh(found)
+    return to_openssh(public_key)
 
 
 def to_openssh(key: Any) -> str:
-    """A public key in OpenSSH's form, without a comment."""
+    """Return a public key in OpenSSH's form, without a comment."""
     text: bytes = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return text.decode()
 
 
 @functools.lru_cache(maxsize=1024)
-def _key(header: str) -> ec.EllipticCurvePublicKey | None:
+def _load_key(header: str) -> ec.EllipticCurvePublicKey | None:
     try:
-        found = load_pem_public_key(base64.b64decode(header, validate=True))
+        public_key = load_pem_public_key(base64.b64decode(header, validate=True))
     except (ValueError, TypeError, UnsupportedAlgorithm):
         return None
-    return found if isinstance(found, ec.EllipticCurvePublicKey) and found.curve.name == _CURVE else None
+    return public_key if isinstance(public_key, ec.EllipticCurvePublicKey) and public_key.curve.name == _CURVE else None
 
 
 def pem(key: ec.EllipticCurvePublicKey) -> bytes:
-    """A public key as Flower knows it."""
+    """Return a public key in PEM, as Flower uses it."""
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,13 +1,13 @@
-"""Who may take part in a federation, and its certificates:  anther keys COMMAND
+"""Enrollment and certificates of a federation:  anther keys COMMAND
 
-    init [--host NAME …] [--port P]     make certificates, for these names and addresses of this server
-    ticket --holder WHO [--days 7]      print what one device needs to come in; it works once
-    list                                all devices and open tickets
-    revoke DEVICE|TICKET                shut a device out, or void a ticket, at once, also while the server runs
-    rotate [--host NAME …]              a new key and certificate for the server, which shows them at once
+    init [--host NAME …] [--port P]     create certificates for these names and addresses of this server
+    ticket --holder NAME [--days 7]     print a ticket with which one device enrolls; it works once
+    list                                list devices and open tickets
+    revoke DEVICE|TICKET                exclude a device, or void a ticket, immediately, even while the server runs
+    rotate [--host NAME …]              create a new key and certificate for the server, which presents them immediately
 
-Devices trust the federation's own authority, whose key is FOLDER/authority.key: keep a copy elsewhere. Whoever has it
-can pose as this server, and without it certificates can't be renewed.
+Devices trust the federation's own authority, whose key is FOLDER/authority.key: keep a copy elsewhere. With this key,
+anyone can pose as this server; without it, certificates can't be renewed.
 """
 
 from __future__ import annotations
@@ -29,72 +29,86 @@ DONE, USAGE = 0, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process' exit status: USAGE with one line on standard error where something is wrong."""
+    """Run the command, and return its exit status: USAGE, with one line on standard error, if something is wrong."""
     parser = argparse.ArgumentParser(
         prog="anther keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("init", "ticket", "list", "revoke", "rotate"))
-    parser.add_argument("device", nargs="?", help="with revoke: its name, or an open ticket's, as in the list")
+    parser.add_argument("device", nargs="?", help="with revoke: name of a device or an open ticket, as in the list")
     parser.add_argument("--folder", help="the federation's folder (server.folder; default: in ANTHER_HOME)")
-    parser.add_argument("--host", nargs="+", default=[], help="names and addresses that devices reach this server by")
+    parser.add_argument("--host", nargs="+", default=[], help="names and addresses at which devices reach this server")
     parser.add_argument("--port", type=int, default=ServerConfig.port)
-    parser.add_argument("--holder", help="with ticket: whose device it is for")
-    parser.add_argument("--days", type=float, default=7.0, help="with ticket: how long it is good for")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--holder", help="with ticket: owner of the device")
+    parser.add_argument("--days", type=float, default=7.0, help="with ticket: validity in days")
+    options = parser.parse_args(arguments)
     try:
-        print(_act(server_dir.of(asked.folder), asked))
+        print(_run(server_dir.of(options.folder), options))
     except REPORTED_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return USAGE
     return DONE
 
 
-def _act(here: ServerDir, asked: argparse.Namespace) -> str:
-    if asked.command == "init":
-        here.prepare(asked.host, asked.port)
-        hosts = ", ".join(pki.hosts_of(here.certificates.certificate.read_bytes()))
-        return f"{here.folder}: certificates for {hosts}. Keep a copy of authority.key elsewhere."
-    register = DeviceRegistry(here.folder, per_holder=here.address().per_holder)
-    match asked.command:
+def _run(directory: ServerDir, options: argparse.Namespace) -> str:
+    if options.command == "init":
+        directory.prepare(options.host, options.port)
+        hosts = ", ".join(pki.hosts_of(directory.certificates.certificate.read_bytes()))
+        return f"{directory.folder}: certificates for {hosts}. Keep a copy of authority.key elsewhere."
+    registry = DeviceRegistry(directory.folder, per_holder=directory.address().per_holder)
+    match options.command:
         case "ticket":
-            if not asked.holder:
-                raise AntherError("ticket: say --holder, whose device it is for: so many devices each holder may have")
-            return ticket(here, register, asked.holder, asked.days)
+            if not options.holder:
+                raise AntherError(
+                    "ticket: add --holder, the device's owner: the number of devices per holder is limited"
+                )
+            return issue_ticket(directory, registry, options.holder, options.days)
         case "list":
-            return listed(register)
+            return list_devices(registry)
         case "revoke":
-            if not asked.device:
-                raise AntherError("revoke: say which device or ticket; anther keys list shows all")
-            was_in = any(member.name == asked.device for member in register.look().active_devices().values())
-            register.revoke(asked.device)
-            if not was_in:
-                return f"{asked.device} lets nobody in any more."
-            return f"{asked.device} is shut out from now on. What it shared before stays in the adapter."
+            if not options.device:
+                raise AntherError("revoke: name a device or ticket; anther keys list shows all")
+            was_enrolled = any(
+                member.name == options.device for member in registry.snapshot().active_devices().values()
+            )
+            registry.revoke(options.device)
+            if not was_enrolled:
+                return f"{options.device} can no longer be used to enroll."
+            return f"{options.device} is excluded from now on. What it shared before stays in the adapter."
         case _:
-            here.rotate(asked.host)
-            return "a new certificate is there, and a server that runs shows it at once. Devices need nothing."
+            directory.rotate(options.host)
+            return "created a new certificate; a running server presents it immediately. Devices need no change."
 
 
-def ticket(here: ServerDir, register: DeviceRegistry, holder: str, days: float) -> str:
-    """What one device needs to come in."""
+def issue_ticket(directory: ServerDir, registry: DeviceRegistry, holder: str, days: float) -> str:
+    """Create a ticket for one device.
+
+    Args:
+        directory: folder of the federation.
+        registry: registry that stores the ticket.
+        holder: owner of the device.
+        days: validity.
+
+    Raises:
+        AntherError: `days` is not positive, or the holder has too many devices and tickets.
+    """
     if not days > 0:
-        raise AntherError(f"--days {days:g}: must be over 0")
-    address = here.address()
+        raise AntherError(f"--days {days:g}: must be greater than 0")
+    address = directory.address()
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return str(Ticket(f"{host}:{address.port}", register.issue(holder, days=days), here.fingerprint()))
+    return str(Ticket(f"{host}:{address.port}", registry.issue(holder, days=days), directory.fingerprint()))
 
 
-def listed(register: DeviceRegistry) -> str:
-    """A line for each device and each open ticket."""
-    found, now = register.look(), datetime.now(UTC).isoformat()
+def list_devices(registry: DeviceRegistry) -> str:
+    """List devices and open tickets, one per line."""
+    contents, now = registry.snapshot(), datetime.now(UTC).isoformat()
     lines = [
         f"{member.name}  of {member.holder}, since {member.since[:16]}"
         + (f", REVOKED {member.revoked[:16]}" if member.revoked else "")
-        for member in found.members.values()
+        for member in contents.members.values()
     ]
     lines += [
         f"{ticket_name(hashed)}  open, of {ticket.holder}, until {ticket.expires[:16]}"
-        for hashed, ticket in found.tickets.items()
+        for hashed, ticket in contents.tickets.items()
         if ticket.used_by is None and ticket.expires > now
     ]
     return "\n".join(lines) or "no devices, and no open tickets"

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from conf.schemas.server import LimitsConfig
 from server.gateway.refusal import LATER, RequestRefused
 
-HOSTILE_COST = 30.0  # requests that a hostile one (never sent by our SuperNodes) counts as
-PIECE_COST = 0.1  # requests that one for a piece of the base counts as: a large base has thousands
-ACTIVATION_COST = 30.0  # requests that coming or leaving counts as: the server must query the node each time
+HOSTILE_COST = 30.0  # cost of a hostile request, which our SuperNodes never send, in requests
+PIECE_COST = 0.1  # cost of a request for a piece of the base, in requests: a large base has thousands of pieces
+ACTIVATION_COST = (
+    30.0  # cost of activating or deactivating a node, in requests: the server must query the node each time
+)
 
-SHARE = 0.25  # largest share of the memory for bodies for one key
+SHARE = 0.25  # maximum fraction of the memory for bodies that one key may use
 
-_FORGOTTEN = 4096  # keys
+_MAX_KEYS = 4096  # keys
 
 
 @dataclass
@@ -37,14 +39,14 @@ class RequestBudget:
     def __init__(self, settings: LimitsConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
         self._buckets: dict[str, _Bucket] = {}
-        self._working: Counter[str] = Counter()
-        self._reading: Counter[str] = Counter()
+        self._concurrent: Counter[str] = Counter()
+        self._reserved: Counter[str] = Counter()
 
     def count_request(self, key: str, amount: float = 1.0) -> None:
         """Count a request of a key.
 
         Raises:
-            Refusal: the key's rate limit is exhausted for now.
+            RequestRefused: the key's rate limit is exhausted for now.
         """
         bucket = self._refilled(key)
         if bucket.left <= 0:
@@ -58,38 +60,42 @@ class RequestBudget:
 
     @contextmanager
     def request_slot(self, key: str) -> Iterator[None]:
-        """Hold one of the requests that a key may have at once. Refusal if it holds all of them."""
-        if self._working[key] >= self._settings.concurrent:
+        """Hold one of the key's concurrent requests.
+
+        Raises:
+            RequestRefused: the key already has the maximum number of them.
+        """
+        if self._concurrent[key] >= self._settings.concurrent:
             raise RequestRefused(LATER, "too many requests at once")
-        self._working[key] += 1
+        self._concurrent[key] += 1
         try:
             yield
         finally:
-            self._working[key] -= 1
-            if not self._working[key]:
-                del self._working[key]
+            self._concurrent[key] -= 1
+            if not self._concurrent[key]:
+                del self._concurrent[key]
 
     @contextmanager
     def reserve_memory(self, key: str, size: int) -> Iterator[None]:
         """Reserve memory for a body of this many bytes.
 
         Raises:
-            Refusal: other bodies use all memory, or this body would exceed the key's share and isn't its only one.
+            RequestRefused: other bodies use all memory, or this body would exceed the key's share and isn't its only one.
         """
-        most, own = self._settings.body_mib * 2**20, self._reading[key]
-        if self._reading.total() + size > most or (own and own + size > most * SHARE):
+        most, own = self._settings.body_mib * 2**20, self._reserved[key]
+        if self._reserved.total() + size > most or (own and own + size > most * SHARE):
             raise RequestRefused(LATER, "the server is busy")
-        self._reading[key] += size
+        self._reserved[key] += size
         try:
             yield
         finally:
-            self._reading[key] -= size
-            if not self._reading[key]:
-                del self._reading[key]
+            self._reserved[key] -= size
+            if not self._reserved[key]:
+                del self._reserved[key]
 
     def _refilled(self, key: str) -> _Bucket:
         most, now = float(self._settings.requests_per_minute), self._clock()
-        if len(self._buckets) > _FORGOTTEN:
+        if len(self._buckets) > _MAX_KEYS:
             self._buckets = {name: bucket for name, bucket in self._buckets.items() if now - bucket.at < 60.0}
         bucket = self._buckets.setdefault(key, _Bucket(most, now))
         bucket.left = min(most, bucket.left + (now - bucket.at) * most / 60.0)

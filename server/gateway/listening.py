@@ -30,8 +30,8 @@ class WatchedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.watched = self.admitted.found(transport.get_extra_info("peername"))
-        if self.watched is None:  # it has been closed meanwhile
+        self.watched = self.admitted.get(transport.get_extra_info("peername"))
+        if self.watched is None:  # it was closed in the meantime
             transport.abort()
         else:
             self.watched.unsent = transport.get_write_buffer_size
@@ -86,7 +86,17 @@ class _Server(uvicorn.Server):
 
 
 def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates | None) -> uvicorn.Server:
-    """Open the gateway in a thread of its own; AntherError if nothing can listen at that address."""
+    """Open the gateway in a thread of its own.
+
+    Args:
+        gateway: application.
+        host: address to listen on.
+        port: port to listen on.
+        certificates: None: without TLS.
+
+    Raises:
+        AntherError: the address is not available.
+    """
     connections = ConnectionTable(gateway.limits)
     gateway.on_authenticated = connections.mark_authenticated
     protocol = type("Protocol", (WatchedProtocol,), {"admitted": connections})
@@ -121,7 +131,7 @@ def serve(gateway: Gateway, *, host: str, port: int, certificates: Certificates 
 
 
 def reload_certificate(server: uvicorn.Server, certificates: Certificates) -> None:
-    """Use this certificate from the next connection on."""
+    """Use the certificate in these files from the next connection on."""
     assert isinstance(server.config.ssl, ssl.SSLContext)
     server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
 

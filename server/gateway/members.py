@@ -16,7 +16,7 @@ class EnrolledNodes:
     Without certificates, the SuperLink doesn't authenticate nodes, and has no names.
     """
 
-    register: DeviceRegistry
+    registry: DeviceRegistry
     superlink: SuperLinkProcess
     _ids: dict[str, int] = field(default_factory=dict)  # by public key
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -25,25 +25,25 @@ class EnrolledNodes:
         return len(self._ids)
 
     def node_of(self, key: str) -> int | None:
-        """The id of the node with this public key."""
+        """Return the id of the node with this public key."""
         return self._ids.get(key)
 
     def reconcile(self) -> None:
-        """Make the SuperLink's nodes equal the enrolled devices of the register."""
+        """Make the SuperLink's nodes equal the enrolled devices of the registry."""
         if self.superlink.certificates is None:
             return
         with self._lock:
             control = self.superlink.control
-            there, members = control.nodes(), self.register.look().active_devices()
-            for key in there.keys() - members.keys():
-                control.unregister(there.pop(key))
-            for key in members.keys() - there.keys():
-                there[key] = control.register(key, members[key].name)
-            self._ids = there
+            nodes, devices = control.nodes(), self.registry.snapshot().active_devices()
+            for key in nodes.keys() - devices.keys():
+                control.unregister(nodes.pop(key))
+            for key in devices.keys() - nodes.keys():
+                nodes[key] = control.register(key, devices[key].name)
+            self._ids = nodes
 
     def remove_revoked(self) -> None:
         """Remove revoked devices from the SuperLink; the gateway refuses them already."""
-        if self._ids.keys() - self.register.look().active_devices().keys():
+        if self._ids.keys() - self.registry.snapshot().active_devices().keys():
             self.reconcile()
 
     def register_node(self, key: str, name: str) -> None:

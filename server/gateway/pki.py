@@ -1,7 +1,7 @@
-"""Certificates: one authority of a federation's own, which devices know by its fingerprint, and its server's.
+"""Certificates: a federation's own authority, which devices identify by its fingerprint, and its server's certificate.
 
-EC P-256. The authority's key signs nothing but server certificates; it may lie elsewhere than on the server, and is
-needed again only when its certificate is renewed.
+Keys are EC P-256. The authority's key signs only server certificates. It may be kept elsewhere, and is needed again only
+to renew a server certificate.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _SKEW = timedelta(hours=24)  # clocks of small boards without a battery run behi
 
 
 class KeyPair(NamedTuple):
-    """A certificate and its private key, as PEM."""
+    """A certificate and its private key, in PEM."""
 
     certificate: bytes
     key: bytes
 
 
-def authority(name: str) -> KeyPair:
-    """A new authority."""
+def create_authority(name: str) -> KeyPair:
+    """Create a new authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     certificate = (
-        _begun(subject, subject, key.public_key(), AUTHORITY_DAYS)
+        _builder(subject, subject, key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -51,21 +51,26 @@ def authority(name: str) -> KeyPair:
 
 
 def issue(by: KeyPair, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> KeyPair:
-    """A certificate for a server that is reached under these names and addresses.
+    """Create a certificate for a server with these names and addresses.
+
+    Args:
+        by: certificate and key of the authority.
+        hosts: names and addresses.
+        days: validity.
 
     Raises:
-        AntherError: none is given, or one is neither a name nor an address.
+        AntherError: `hosts` is empty, or one of them is neither a name nor an address.
     """
     if not hosts:
-        raise AntherError("a certificate needs the names or addresses under which devices reach this server")
+        raise AntherError("a certificate needs the names or addresses at which devices reach this server: server.hosts")
     signer = x509.load_pem_x509_certificate(by.certificate)
     signing = load_pem_private_key(by.key, password=None)
     if not isinstance(signing, ec.EllipticCurvePrivateKey):
-        raise AntherError("the authority's key is of another kind than Anther makes: anther keys init")
+        raise AntherError("the authority's key is not of the kind that Anther creates: run anther keys init")
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     certificate = (
-        _begun(subject, signer.subject, key.public_key(), days)
+        _builder(subject, signer.subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -77,22 +82,25 @@ def issue(by: KeyPair, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> KeyP
 
 
 def fingerprint(certificate: bytes) -> str:
-    """SHA-256 of a certificate in PEM, in hex: what a ticket names the authority by."""
+    """SHA-256 of a certificate (PEM) in hexadecimal, by which a ticket identifies the authority."""
     return hashlib.sha256(x509.load_pem_x509_certificate(certificate).public_bytes(Encoding.DER)).hexdigest()
 
 
 def days_left(certificate: bytes, now: datetime) -> float:
+    """Return the days until a certificate (PEM) expires."""
     return (x509.load_pem_x509_certificate(certificate).not_valid_after_utc - now) / timedelta(days=1)
 
 
 def hosts_of(certificate: bytes) -> list[str]:
-    """The names and addresses that a server's certificate is for."""
-    found = x509.load_pem_x509_certificate(certificate).extensions
-    names = found.get_extension_for_class(x509.SubjectAlternativeName).value
+    """List the names and addresses in a server's certificate."""
+    extensions = x509.load_pem_x509_certificate(certificate).extensions
+    names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
 
 
-def _begun(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -127,7 +135,7 @@ def _name(host: str) -> x509.GeneralName:
     try:
         return x509.DNSName(host)
     except ValueError:
-        raise AntherError(f"{host!r}: neither a host's name nor an address") from None
+        raise AntherError(f"{host!r}: neither a host name nor an address") from None
 
 
 def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> KeyPair:

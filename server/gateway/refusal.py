@@ -22,5 +22,5 @@ class RequestRefused(Exception):  # noqa: N818 - nothing is wrong with the serve
 
 
 def hostile(reason: str, status: int = NOT_YOURS) -> RequestRefused:
-    """Make the refusal of a request that our SuperNodes never send."""
+    """Return the refusal of a request that our SuperNodes never send."""
     return RequestRefused(status, reason, hostile=True)

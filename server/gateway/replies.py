@@ -43,28 +43,28 @@ class ReplyLimits(NamedTuple):
 
     @classmethod
     def of(cls, adapter: int) -> ReplyLimits:
-        """Make the limits for adapters of at most this many bytes."""
+        """Return the limits for adapters up to this size in bytes."""
         size = adapter + _BESIDE
         return cls(objects=_WITHOUT_DATA + -(-size // CHUNK), bytes=size)
 
 
-class Promised(NamedTuple):
+class TreeObject(NamedTuple):
     """One object of a tree."""
 
     depth: int
     children: frozenset[str]
 
 
-def tree_objects(tree: ObjectTree, most: int) -> dict[str, Promised]:
+def tree_objects(tree: ObjectTree, most: int) -> dict[str, TreeObject]:
     """List the objects that a tree names, children before their parents.
 
     Args:
         most: maximum number of names in the tree, repetitions counted.
 
     Raises:
-        Refusal: none of our replies has such a tree.
+        RequestRefused: none of our replies has such a tree.
     """
-    found: dict[str, Promised] = {}
+    objects: dict[str, TreeObject] = {}
     order: list[tuple[ObjectTree, int]] = []
     waiting = [(tree, 0)]
     while waiting:
@@ -77,20 +77,29 @@ def tree_objects(tree: ObjectTree, most: int) -> dict[str, Promised]:
         waiting += [(child, depth + 1) for child in node.children]
     for node, depth in reversed(order):
         if not _ID.fullmatch(node.object_id):
-            raise hostile("an object's id that is no hash")
+            raise hostile("an object's id that isn't a hash")
         children = [child.object_id for child in node.children]
-        entry = Promised(depth, frozenset(children))
-        if len(entry.children) != len(children) or found.setdefault(node.object_id, entry) != entry:
+        entry = TreeObject(depth, frozenset(children))
+        if len(entry.children) != len(children) or objects.setdefault(node.object_id, entry) != entry:
             raise hostile("a tree of objects that contradicts itself")
-    return found
+    return objects
 
 
-def check_object(identifier: str, content: bytes, expected: Promised) -> None:
-    """Refuse an object that doesn't match its id or its position in the tree."""
+def check_object(identifier: str, content: bytes, expected: TreeObject) -> None:
+    """Check that an object matches its id and its position in the tree.
+
+    Args:
+        identifier: id of the object.
+        content: received bytes.
+        expected: its entry in the tree.
+
+    Raises:
+        RequestRefused: it doesn't.
+    """
     if len(content) > (CHUNK + HEAD if expected.depth == _DATA else HEAD):
         raise hostile("an object that is too large")
     if hashlib.sha256(content).hexdigest() != identifier:
-        raise hostile("an object that its hash isn't of")
+        raise hostile("an object that doesn't match its hash")
     end = content.find(_DIVIDER, 0, HEAD)
     try:
         kind, children, size = content[: max(end, 0)].decode().split(" ")
@@ -98,21 +107,21 @@ def check_object(identifier: str, content: bytes, expected: Promised) -> None:
         raise hostile("an object without a head") from None
     named = children.split(",") if children else []
     if kind not in _KINDS[expected.depth] or len(named) != len(set(named)) or set(named) != expected.children:
-        raise hostile("an object that isn't what its tree says")
+        raise hostile("an object that contradicts its tree")
     if size != str(len(content) - end - 1):
-        raise hostile("an object of another length than its head says")
+        raise hostile("an object whose length differs from its head")
 
 
 def check_root(content: bytes, head: Message) -> None:
-    """Refuse a reply's root object if its metadata isn't that of the head: the ServerApp reads the object's."""
+    """Refuse a reply's root object if its metadata differs from the head's: the ServerApp reads the object's."""
     try:
         body = Message.FromString(content[content.find(_DIVIDER) + 1 :])
     except DecodeError:
-        raise hostile("a reply whose root is no message") from None
+        raise hostile("a reply whose root isn't a message") from None
     same = all(getattr(body.metadata, name) == getattr(head.metadata, name) for name in _SAME)
-    errors = [(found.HasField("error"), found.error.code, found.error.reason) for found in (body, head)]
+    errors = [(message.HasField("error"), message.error.code, message.error.reason) for message in (body, head)]
     if not same or errors[0] != errors[1] or body.content.ByteSize():
-        raise hostile("a reply whose root says otherwise than its head")
+        raise hostile("a reply whose root contradicts its head")
 
 
 @dataclass
@@ -130,8 +139,8 @@ class Reply:
     head: Message
     tree: ObjectTree
     runtime: float
-    objects: dict[str, Promised]
-    bound: ReplyLimits
+    objects: dict[str, TreeObject]
+    limits: ReplyLimits
     folder: Path
     session: str = field(default_factory=lambda: secrets.token_hex(16))
     attempts: int = 0
@@ -156,10 +165,10 @@ class Reply:
         """Add one object; if it has arrived before, it is only checked again.
 
         Raises:
-            Refusal: the object doesn't belong to this reply, or doesn't match its id.
+            RequestRefused: the object doesn't belong to this reply, or doesn't match its id.
         """
         if (expected := self.objects.get(identifier)) is None:
-            raise hostile("an object that is none of this reply's")
+            raise hostile("an object that doesn't belong to this reply")
         self._pushes[identifier] += 1
         if self._pushes[identifier] > _PUSHES:
             raise hostile("the same object again and again")
@@ -168,8 +177,8 @@ class Reply:
             check_root(content, self.head)
         if identifier in self._places:
             return
-        if self.size + len(content) > self.bound.bytes:
-            raise hostile(f"a reply of more than {self.bound.bytes} bytes")
+        if self.size + len(content) > self.limits.bytes:
+            raise hostile(f"a reply of more than {self.limits.bytes} bytes")
         if self._spool is None:
             self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(self.folder))  # noqa: SIM115
         self._spool.seek(self.size)

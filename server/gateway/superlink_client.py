@@ -16,7 +16,7 @@ from server.gateway.refusal import LATER, RequestRefused
 
 PROTOBUF = "application/protobuf"
 _TIMEOUT = 60.0  # seconds
-_AT_ONCE = 32  # requests; a SuperLink works on 40
+_AT_ONCE = 32  # concurrent requests; a SuperLink serves 40
 
 
 class Answer(NamedTuple):
@@ -47,10 +47,12 @@ class SuperLinkClient:
         """Make one call.
 
         Args:
+            call: the call.
+            message: its request.
             headers: signature headers of the node.
 
         Raises:
-            Refusal: the SuperLink is unavailable.
+            RequestRefused: the SuperLink is unavailable.
         """
         if self._client is None or self._slots is None:  # in the gateway's own event loop
             self._client = httpx.AsyncClient(
@@ -65,9 +67,9 @@ class SuperLinkClient:
         own = {"content-type": PROTOBUF, "accept": PROTOBUF}
         try:
             async with self._slots:
-                found = await self._client.post(
+                response = await self._client.post(
                     call.path, content=message.SerializeToString(), headers={**headers, **own}
                 )
         except httpx.TransportError:
             raise RequestRefused(LATER, "the federation is starting again") from None
-        return Answer(found.status_code, found.content, found.headers.get("content-type", PROTOBUF))
+        return Answer(response.status_code, response.content, response.headers.get("content-type", PROTOBUF))

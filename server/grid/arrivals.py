@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import httpx
 from flwr.app import Message
 
-from server.grid.runtime_grid import ReplyHead, RuntimeGrid, unpacked
+from server.grid.runtime_grid import ReplyHead, RuntimeGrid, unpack
 
 
 class IncomingReplies:
@@ -31,15 +31,15 @@ class IncomingReplies:
         Raises:
             httpx.TransportError: the SuperLink doesn't answer, which is not a device's fault.
         """
-        asked = [name for name in identifiers if name not in self._heads]
-        if not asked:
+        unknown = [name for name in identifiers if name not in self._heads]
+        if not unknown:
             return {}
         try:
-            self._keep(self._grid.heads(asked, most=self._most), asked)
+            self._keep(self._grid.heads(unknown, most=self._most), unknown)
         except httpx.TransportError:
             raise
         except Exception:  # one invalid reply fails the whole call: ask for each separately
-            return self._one_by_one(asked)
+            return self._one_by_one(unknown)
         return {}
 
     def with_head(self, identifiers: Iterable[str]) -> list[str]:
@@ -51,7 +51,7 @@ class IncomingReplies:
 
         Raises:
             httpx.TransportError: as for `poll_heads`.
-            Exception: the reply can't be fetched or unpacked, and is dropped.
+            Exception: the reply can't be fetched or unpack, and is dropped.
         """
         head = self._heads[identifier]
         try:
@@ -65,7 +65,7 @@ class IncomingReplies:
                     self._heads[identifier] = head._replace(objects=(name, *rest))
                     return None
                 contents[name] = content
-            message = unpacked(head, contents)
+            message = unpack(head, contents)
         except httpx.TransportError:
             raise
         except Exception:
@@ -84,16 +84,16 @@ class IncomingReplies:
     def _objects(self, name: str) -> tuple[str, ...]:
         return self._heads[name].objects
 
-    def _one_by_one(self, asked: Iterable[str]) -> dict[str, Exception]:
-        wrong: dict[str, Exception] = {}
-        for name in asked:
+    def _one_by_one(self, identifiers: Iterable[str]) -> dict[str, Exception]:
+        errors: dict[str, Exception] = {}
+        for name in identifiers:
             try:
                 self._keep(self._grid.heads([name], most=self._most), [name])
             except httpx.TransportError:
                 raise
             except Exception as error:
-                wrong[name] = error
-        return wrong
+                errors[name] = error
+        return errors
 
-    def _keep(self, heads: Iterable[ReplyHead], asked: Collection[str]) -> None:
-        self._heads |= {head.request: head for head in heads if head.request in asked}
+    def _keep(self, heads: Iterable[ReplyHead], identifiers: Collection[str]) -> None:
+        self._heads |= {head.request: head for head in heads if head.request in identifiers}

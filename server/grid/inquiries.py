@@ -14,7 +14,7 @@ from server.rounds.collect import TimeLimitedGrid
 log = logging.getLogger(__name__)
 
 
-class Asking(TimeLimitedGrid, Protocol):
+class _QueryGrid(TimeLimitedGrid, Protocol):
     """Operations that queries need from a grid (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def forget(self, message_ids: Iterable[str]) -> None:
@@ -22,7 +22,7 @@ class Asking(TimeLimitedGrid, Protocol):
         ...
 
     def exclude_node(self, node: int) -> None:
-        """Leave a node out for a while."""
+        """Exclude a node for a while."""
         ...
 
 
@@ -34,29 +34,29 @@ class PendingQueries:
         slack: additional seconds that a poll may take.
     """
 
-    def __init__(self, grid: Asking, *, poll: float, slack: float) -> None:
+    def __init__(self, grid: _QueryGrid, *, poll: float, slack: float) -> None:
         self._grid, self._poll, self._slack = grid, poll, slack
-        self._asked: dict[int, tuple[str, float]] = {}  # by node: the message's id, and when it was sent
+        self._pending: dict[int, tuple[str, float]] = {}  # by node: the message's id, and when it was sent
 
-    def ask(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
-        """Send queries, and yield answers to these and to earlier ones, as `server.grid.validating_grid.ValidatingGrid.query_nodes`."""
-        new = [message for message in messages if message.metadata.dst_node_id not in self._asked]
+    def query(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
+        """Send queries, and yield answers to these and to earlier ones; see `ValidatingGrid.query_nodes`."""
+        new = [message for message in messages if message.metadata.dst_node_id not in self._pending]
         now = time.monotonic()
         for message, name in zip(new, self._grid.push(new, timeout), strict=True):
-            self._asked[message.metadata.dst_node_id] = name, now
+            self._pending[message.metadata.dst_node_id] = name, now
         while True:
-            nodes = {name: node for node, (name, _) in self._asked.items()}
+            nodes = {name: node for node, (name, _) in self._pending.items()}
             for name, reply in self._grid.pull(nodes, self._poll + self._slack):
-                del self._asked[nodes[name]]
+                del self._pending[nodes[name]]
                 yield reply
             now = time.monotonic()
-            for node, (name, since) in list(self._asked.items()):
-                if now >= since + timeout:
+            for node, (name, sent) in list(self._pending.items()):
+                if now >= sent + timeout:
                     log.warning("node %d did not answer in %.0f s", node, timeout)
                     self._grid.exclude_node(node)
                     self._grid.forget([name])
-                    del self._asked[node]
-            left = max((since + wait - now for _, since in self._asked.values()), default=0.0)
-            if left <= 0:
+                    del self._pending[node]
+            remaining = max((sent + wait - now for _, sent in self._pending.values()), default=0.0)
+            if remaining <= 0:
                 return
-            time.sleep(min(self._poll, left))
+            time.sleep(min(self._poll, remaining))

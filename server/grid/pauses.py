@@ -7,7 +7,7 @@ from time import monotonic
 
 FIRST, LONGEST = 30.0, 1800.0
 """Seconds that a node is excluded after its first failure, and at most; the time doubles with each further failure."""
-TIMES = 4.0
+WAIT_FACTOR = 4.0
 """Exclusion as a multiple of the time waited in vain, so that a node costs at most a fifth of the others' time."""
 
 
@@ -30,12 +30,12 @@ class NodeBackoff:
             waited: seconds that others waited for the node in vain.
         """
         usual = min(LONGEST, 2 * self._length[node]) if node in self._length else FIRST
-        self._length[node] = max(usual, TIMES * waited)
+        self._length[node] = max(usual, WAIT_FACTOR * waited)
         self._until[node] = self._now() + self._length[node]
         return self._length[node]
 
     def clear(self, node: int) -> None:
-        """Forget a node's failures: it sent a good reply."""
+        """Forget a node's failures: it sent a valid reply."""
         self._until.pop(node, None)
         self._length.pop(node, None)
 

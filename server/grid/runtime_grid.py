@@ -24,7 +24,7 @@ CALL = 30.0
 """Time limit of one call, in seconds."""
 
 
-class ReplyDiscarded(Exception):  # noqa: N818  # of one reply, and no error of ours
+class ReplyDiscarded(Exception):  # noqa: N818 - a fact about one reply, not an error of the server
     """A promised object will no longer be sent."""
 
 
@@ -57,9 +57,9 @@ class RuntimeGrid(HttpGrid):
         self._runtime_client._client.timeout = httpx.Timeout(min(CALL, max(0.2, seconds)))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        found = list(super().get_nodes())
-        self._names |= {node.node_id: node.name for node in found if node.name}
-        return found
+        nodes = list(super().get_nodes())
+        self._names |= {node.node_id: node.name for node in nodes if node.name}
+        return nodes
 
     def names(self) -> Mapping[int, str]:
         """Names of all nodes that were ever listed; empty if the SuperLink doesn't authenticate nodes.
@@ -78,7 +78,7 @@ class RuntimeGrid(HttpGrid):
         with no_object_id_recompute():
             (identifier,) = self.push_messages([message])
         if not identifier:
-            raise ValueError("the SuperLink did not take the message")
+            raise ValueError("the SuperLink did not accept the message")
         return identifier
 
     def heads(self, identifiers: Iterable[str], *, most: int) -> Iterator[ReplyHead]:
@@ -87,8 +87,8 @@ class RuntimeGrid(HttpGrid):
         Args:
             most: maximum number of object ids listed per reply.
         """
-        found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(identifiers)))
-        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+        response = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(identifiers)))
+        for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             meta = message.metadata
             yield ReplyHead(meta.reply_to_message_id, meta.message_id, object_ids(tree, most + 1))
 
@@ -99,10 +99,10 @@ class RuntimeGrid(HttpGrid):
             Gone: the device stopped sending for too long, and the SuperLink has discarded the object.
         """
         run = self.run.run_id
-        found = self._runtime_client.PullObject(PullObjectRequest(node=self.node, run_id=run, object_id=identifier))
-        if not found.object_found:
-            raise ReplyDiscarded("the device stopped sending it half-way")
-        return found.object_content if found.object_available else None
+        response = self._runtime_client.PullObject(PullObjectRequest(node=self.node, run_id=run, object_id=identifier))
+        if not response.object_found:
+            raise ReplyDiscarded("the device stopped sending it")
+        return response.object_content if response.object_available else None
 
     def confirm(self, reply: str) -> None:
         """Have the SuperLink delete a reply's objects."""
@@ -110,7 +110,7 @@ class RuntimeGrid(HttpGrid):
         self._runtime_client.ConfirmMessageReceived(request)
 
 
-def unpacked(head: ReplyHead, contents: dict[str, bytes]) -> Message:
+def unpack(head: ReplyHead, contents: dict[str, bytes]) -> Message:
     """Assemble a message from its objects.
 
     Raises:
@@ -125,10 +125,10 @@ def unpacked(head: ReplyHead, contents: dict[str, bytes]) -> Message:
 
 def object_ids(tree: ObjectTree, most: int) -> tuple[str, ...]:
     """Return ids of a tree's objects, the outermost first, at most `most`."""
-    found: dict[str, None] = {}
+    ids: dict[str, None] = {}
     waiting = [tree]
-    while waiting and len(found) < most:
+    while waiting and len(ids) < most:
         node = waiting.pop()
-        found[node.object_id] = None
+        ids[node.object_id] = None
         waiting.extend(node.children)
-    return tuple(found)
+    return tuple(ids)

@@ -1,20 +1,22 @@
-"""Flower's grid with a gate: every message is sent and every reply is pulled by itself, in a limited time.
+"""Grid that validates replies: every message is sent and every reply is pulled separately, with a time limit.
 
-A SuperLink keeps the objects of a reply as a device pushed them and looks at their heads only. Flower's grid (flwr
-1.42, `superlink/grid`) unpacks them in the ServerApp's process, all replies of a leg in one go: a body that is no JSON,
-or the number of a chunk that isn't there, is an exception that ends the run and takes the other replies with it; a few
-bytes that name one chunk a million times are terabytes; the sender that a message names is what the sender wrote; and a
-reply whose objects never come holds up all others for hours. Here each of these is one node's failure, and that node
-is left out for a while:
+A SuperLink stores the objects of a reply as a device pushed them, and checks only their heads. Flower's grid (flwr
+1.42, `superlink/grid`) unpacks all replies of a step at once, in the ServerApp's process:
+
+- A body that is not JSON, or a missing chunk, raises an exception that ends the run and loses the other replies.
+- A few bytes that name one chunk a million times expand to terabytes.
+- The sender of a message is the one that the sender claims.
+- A reply whose objects never arrive blocks all others for hours.
+
+Here each of these is the failure of one node, which is excluded for a while:
 
     malformed      the reply can't be unpacked, or names another sender
-    unreachable    the message could not be sent, or no more than a part of the reply came
-    silent         nothing came in time, several times in a row: others wait for it, round after round
+    unreachable    the message could not be sent, or only a part of the reply arrived
+    silent         no reply arrived in time, several times in a row: others would wait for the node in every round
 
-What lies outside our reach: what a SuperLink and a SuperNode do with bytes before they hand them on (`server.gateway`
-limits what devices may send); that a SuperNode runs the app bundle of whoever may start runs on its federation, so its
-owner must trust that one with code, or isolate it; and whose node a node is, which Flower's node authentication
-decides.
+Out of scope: processing of bytes inside a SuperLink and a SuperNode (`server.gateway` limits what devices may send).
+A SuperNode runs the app bundle of anyone who may start runs on its federation, so its owner must trust them with code
+or isolate it. Flower's node authentication decides who owns a node.
 """
 
 from __future__ import annotations
@@ -48,15 +50,15 @@ from strategies.clock import WallClock
 
 log = logging.getLogger(__name__)
 
-_MEMORY = 2**25  # bytes to pull and unpack a reply with, most of them stacks of the threads that do it
-_COPIES = 16  # of an adapter: as pulled, as unpacked, in chunks, whole
-_OBJECTS = 64  # of a reply, beside the chunks of its adapter
-_POLL = 3.0  # seconds between two looks for replies, as in Flower's own
-_TRIES = 3  # looks that may fail until a reply is given up
-_MISSES = 3  # messages in a row that may have no reply at the end of their time until a node is left out
-_PATIENCE = 60.0  # seconds that the SuperLink may be away when it is asked who is there
-_SLACK = 0.5  # seconds after the end of its time that a call may end
-_UNPACKING = (  # what Flower raises over content, where it pulls and unpacks in one
+_MEMORY = 2**25  # bytes to pull and unpack a reply, mostly stacks of the threads that do it
+_COPIES = 16  # copies of an adapter in memory: as pulled, as unpacked, in chunks, whole
+_OBJECTS = 64  # objects of a reply besides the chunks of its adapter
+_POLL = 3.0  # seconds between two polls for replies, as in Flower's own grid
+_TRIES = 3  # failed polls after which a reply is abandoned
+_MISSES = 3  # messages in a row without a reply in time after which a node is excluded
+_PATIENCE = 60.0  # seconds to retry listing the nodes while the SuperLink is unavailable
+_SLACK = 0.5  # seconds after the end of its time limit within which a call may end
+_UNPACKING = (  # errors that Flower raises over content, for a grid that pulls and unpacks in one step
     ValueError,
     TypeError,
     LookupError,
@@ -70,15 +72,16 @@ _UNPACKING = (  # what Flower raises over content, where it pulls and unpacks in
 
 
 class ValidatingGrid(ForwardingGrid):
-    """A grid that no node can hold up or break.
+    """A grid that no node can block or break.
 
-    A message that can't be sent, or a reply that can't be had or read, arrives as an error of its node.
+    A message that can't be sent, or a reply that can't be received or read, arrives as an error of its node.
 
     Args:
-        grid: of a ServerApp; of another kind of grid, which pulls and unpacks in one, single calls are not limited.
-        largest: bytes of the largest adapter that a reply may hold: pulling and unpacking one may take a multiple of
-            it, where the operating system can be told (Linux).
-        poll: seconds between two looks for replies.
+        grid: the grid of a ServerApp. Any other kind of grid pulls and unpacks in one step, without a limit on single
+            calls.
+        largest: size in bytes of the largest adapter in a reply. Pulling and unpacking may use a multiple of it, where
+            the operating system can enforce this (Linux).
+        poll: seconds between two polls for replies.
     """
 
     def __init__(self, grid: Grid, *, largest: int, poll: float = _POLL) -> None:
@@ -87,161 +90,164 @@ class ValidatingGrid(ForwardingGrid):
         self._arrivals = IncomingReplies(self._calls, most=_OBJECTS + 2 * largest // CHUNK) if self._calls else None
         self._poll = poll
         self._memory = _MEMORY + _COPIES * largest
-        self._asked: dict[str, Message] = {}  # what no reply has come to yet, by message id
-        self._unsent: dict[str, Message] = {}  # errors in place of replies to what could not be sent
-        self._left: set[str] = set()  # given-up messages that the SuperLink still holds
-        self._failed: Counter[str] = Counter()  # looks for each reply that failed
-        self._sent: dict[str, float] = {}  # when each message was sent
-        self._missed: Counter[int] = Counter()  # messages to each node, since its last reply, that had none in time
-        self._inquiries = PendingQueries(self, poll=poll, slack=_SLACK)
-        self._pauses = NodeBackoff()
-        self._silent = False  # the SuperLink did not answer the last time
+        self._pending: dict[str, Message] = {}  # messages without a reply, by message id
+        self._unsent: dict[str, Message] = {}  # error replies to messages that could not be sent
+        self._abandoned: set[str] = set()  # abandoned messages that the SuperLink still stores
+        self._failed: Counter[str] = Counter()  # number of failed polls for each reply
+        self._sent: dict[str, float] = {}  # time at which each message was sent
+        self._missed: Counter[int] = Counter()  # messages to each node without a reply in time, since its last reply
+        self._queries = PendingQueries(self, poll=poll, slack=_SLACK)
+        self._backoff = NodeBackoff()
+        self._unavailable = False  # whether the SuperLink failed to answer the last call
         self._numbers = count(1)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Nodes that are there, but for those that are left out for a while."""
+        """List the connected nodes that are not excluded."""
         until = time.monotonic() + _PATIENCE
         while True:
             try:
                 self._limit(_PATIENCE)
-                found = self._pauses.available(self._grid.get_node_ids())
-                self._clear()  # before a round, and not within its time limit
-                return found
+                nodes = self._backoff.available(self._grid.get_node_ids())
+                self._clear()  # before a round, outside its time limit
+                return nodes
             except httpx.HTTPError as error:
                 if time.monotonic() >= until:
                     raise
-                log.warning("the SuperLink doesn't say who is there (%s); asking again", error)
+                log.warning("the SuperLink doesn't list its nodes (%s); retrying", error)
                 time.sleep(self._poll)
 
     def names(self) -> Mapping[int, str]:
-        """Names that the nodes which `get_node_ids` has found were registered under, as far as it is known."""
+        """Return registered names of the nodes that `get_node_ids` has listed, as far as known."""
         return self._calls.names() if self._calls else {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self.push(messages, math.inf)
 
     def push(self, messages: Iterable[Message], seconds: float) -> list[str]:
-        """Send each message by itself; their ids, also of those that could not be sent.
+        """Send each message separately, and return their ids, including those that could not be sent.
 
         Args:
-            seconds: after which no further one is sent.
+            seconds: time after which no further message is sent.
         """
         until = time.monotonic() + seconds
-        return [self._pushed(message, until) for message in messages]
+        return [self._push(message, until) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return (reply for _, reply in self.pull(message_ids, math.inf))
 
     def pull(self, message_ids: Iterable[str], seconds: float, *, last: bool = False) -> Iterator[tuple[str, Message]]:
-        """Replies that are whole, each with the id of the message that it answers, small ones first.
+        """Yield complete replies, each with the id of its request, small ones first.
 
         Args:
-            seconds: for all of it.
-            last: nobody looks again: a reply that is not whole by now is its node's error.
+            message_ids: ids of the requests.
+            seconds: time limit of the whole call.
+            last: whether there is no further poll: an incomplete reply becomes its node's error.
         """
         until = time.monotonic() + seconds
-        waiting = [name for name in dict.fromkeys(message_ids) if name in self._asked]
+        waiting = [name for name in dict.fromkeys(message_ids) if name in self._pending]
         for name in waiting:
             if name in self._unsent:
-                yield name, self._over(name, self._unsent.pop(name))
-        waiting = [name for name in waiting if name in self._asked]
-        found = self._whole(waiting, until) if self._arrivals else self._unpacked(waiting)
-        for name, reply in found:
-            yield name, self._over(name, reply)
+                yield name, self._take(name, self._unsent.pop(name))
+        waiting = [name for name in waiting if name in self._pending]
+        replies = self._pull_complete(waiting, until) if self._arrivals else self._pull_unpacked(waiting)
+        for name, reply in replies:
+            yield name, self._take(name, reply)
         if last and self._arrivals:
             for name in self._arrivals.with_head(waiting):
                 self._arrivals.drop([name])
-                yield name, self._over(name, self._unreachable(name, "it promised a reply and did not send all of it"))
-        if last and not self._silent:
+                yield name, self._take(name, self._unreachable(name, "it promised a reply but did not send all of it"))
+        if last and not self._unavailable:
             for name in waiting:
-                if name in self._asked:
-                    self._miss(name)
+                if name in self._pending:
+                    self._count_miss(name)
 
-    def came(self, message_ids: Iterable[str]) -> set[str]:
-        """Those of these messages that there is a reply to, which is thrown away."""
-        names = [name for name in message_ids if name in self._asked]
+    def discard_replies(self, message_ids: Iterable[str]) -> set[str]:
+        """Discard the replies that have arrived for these messages, and return the ids of their requests."""
+        names = [name for name in message_ids if name in self._pending]
         if self._arrivals is None:
-            came = {name for name, _ in self.pull(names, math.inf)}
+            arrived = {name for name, _ in self.pull(names, math.inf)}
         else:
             try:
                 self._limit(_SLACK)
                 self._arrivals.poll_heads(names)
             except httpx.TransportError:
                 return set()
-            came = set(self._arrivals.with_head(names))
-        self.forget(came)
-        return came
+            arrived = set(self._arrivals.with_head(names))
+        self.forget(arrived)
+        return arrived
 
     def forget(self, message_ids: Iterable[str]) -> None:
+        """Note that no reply to these messages will be pulled."""
         names = set(message_ids)
-        self._left |= names & (self._asked.keys() - self._unsent.keys())
-        for kept in (self._asked, self._unsent, self._failed, self._sent):
-            for name in names & kept.keys():
-                del kept[name]
+        self._abandoned |= names & (self._pending.keys() - self._unsent.keys())
+        for table in (self._pending, self._unsent, self._failed, self._sent):
+            for name in names & table.keys():
+                del table[name]
         if self._arrivals:
             self._arrivals.drop(names)
         super().forget(names)
 
     def _clear(self) -> None:
-        """Have the SuperLink delete messages whose replies are given up: nodes that never take any fill its disk."""
+        """Have the SuperLink delete abandoned messages: otherwise nodes that never pull would fill its disk."""
         until = time.monotonic() + _SLACK
-        with suppress(httpx.HTTPError):  # the rest next time
-            while self._calls and self._left and time.monotonic() < until:
-                identifier = next(iter(self._left))
+        with suppress(httpx.HTTPError):  # the others at the next call
+            while self._calls and self._abandoned and time.monotonic() < until:
+                identifier = next(iter(self._abandoned))
                 self._calls.confirm(identifier)
-                self._left.remove(identifier)
+                self._abandoned.remove(identifier)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Replies as they come, until there is one to each message or `timeout` seconds are over (None: no limit)."""
+        """Yield replies as they arrive, until every message has one or after `timeout` seconds (None: no limit)."""
         clock = WallClock(poll=self._poll)
         return collect(self, messages, clock, until=clock.now() + (math.inf if timeout is None else timeout))
 
     def query_nodes(self, messages: Iterable[Message], *, timeout: float, wait: float) -> Iterator[Message]:
-        """Replies to questions that nobody has to wait for: one that comes later is handed out by a later call.
+        """Send queries without blocking on slow nodes, and yield answers to these and to earlier queries.
 
-        A node that has not answered after `timeout` is left out for a while. While it hasn't, it is not asked again.
+        A node that doesn't answer within `timeout` is excluded for a while. Until then, it isn't queried again.
 
         Args:
-            timeout: seconds that an answer may take.
-            wait: seconds after a question that are waited for its answer.
+            messages: at most one query per node.
+            timeout: maximum seconds for an answer.
+            wait: seconds to wait after sending a query.
         """
-        return self._inquiries.ask(messages, timeout=timeout, wait=wait)
+        return self._queries.query(messages, timeout=timeout, wait=wait)
 
     def exclude_node(self, node: int, waited: float = 0.0) -> None:
-        """Leave a node out for a while, for which others waited so many seconds in vain."""
-        log.warning("node %d is left out for %.0f s", node, self._pauses.add(node, waited))
+        """Exclude a node for a while, depending on the seconds that others waited for it in vain."""
+        log.warning("node %d is excluded for %.0f s", node, self._backoff.add(node, waited))
 
-    def _miss(self, name: str) -> None:
-        """Count a message that has no reply at the end of its time."""
-        node = self._asked[name].metadata.dst_node_id
+    def _count_miss(self, name: str) -> None:
+        """Count a message without a reply at the end of its time."""
+        node = self._pending[name].metadata.dst_node_id
         self._missed[node] += 1
         if self._missed[node] >= _MISSES:
             log.warning("node %d has not replied in time %d times in a row", node, self._missed[node])
             self.exclude_node(node, time.monotonic() - self._sent[name])
 
-    def _pushed(self, message: Message, until: float) -> str:
-        """The id of a message that was sent, or of one in whose place its node's error is going to arrive."""
+    def _push(self, message: Message, until: float) -> str:
+        """Send a message and return its id; if that fails, return an id to which the node's error will arrive."""
         request = _without_content(message)
         try:
             if time.monotonic() > until:
-                raise TimeoutError("no time was left to send it")
+                raise TimeoutError("no time left to send it")
             self._limit(until - time.monotonic() + _SLACK)
             identifier = self._calls.push(message) if self._calls else next(iter(self._grid.push_messages([message])))
         except Exception as error:
             identifier = f"unsent-{next(self._numbers)}"
             blamed = not isinstance(error, (httpx.TransportError, TimeoutError))
-            self._asked[identifier] = request
-            self._unsent[identifier] = self._unreachable(identifier, f"sending: {_said(error)}", blamed=blamed)
+            self._pending[identifier] = request
+            self._unsent[identifier] = self._unreachable(identifier, f"sending: {_describe(error)}", blamed=blamed)
         request.metadata.__dict__["_message_id"] = identifier  # there is no setter
-        self._asked[identifier], self._sent[identifier] = request, time.monotonic()
+        self._pending[identifier], self._sent[identifier] = request, time.monotonic()
         return identifier
 
-    def _whole(self, waiting: list[str], until: float) -> Iterator[tuple[str, Message]]:
-        """Replies from a SuperLink: heads first, then the objects of those that are all there."""
+    def _pull_complete(self, waiting: list[str], until: float) -> Iterator[tuple[str, Message]]:
+        """Yield replies from a SuperLink: heads first, then the replies whose objects have all arrived."""
         assert self._arrivals is not None
         try:
             self._limit(until - time.monotonic() + _SLACK)
-            wrong = self._arrivals.poll_heads(waiting)
+            errors = self._arrivals.poll_heads(waiting)
             for name in self._arrivals.with_head(waiting):
                 if time.monotonic() > until + _SLACK:
                     break
@@ -252,65 +258,65 @@ class ValidatingGrid(ForwardingGrid):
                 except httpx.TransportError:
                     raise
                 except (ReplyDiscarded, httpx.HTTPError) as error:
-                    yield name, self._unreachable(name, _said(error))
+                    yield name, self._unreachable(name, _describe(error))
                 except Exception as error:
                     yield name, self._unreadable(name, f"{type(error).__name__} as Flower unpacked it")
                 else:
                     if reply is not None:
-                        yield name, self._attributed(name, reply)
-        except httpx.TransportError as error:  # of the SuperLink itself: no node's doing
-            if not self._silent:
-                log.warning("the SuperLink doesn't answer (%s); looking again", _said(error))
-            self._silent = True
+                        yield name, self._check_sender(name, reply)
+        except httpx.TransportError as error:  # the SuperLink itself fails: no node is to blame
+            if not self._unavailable:
+                log.warning("the SuperLink doesn't answer (%s); retrying", _describe(error))
+            self._unavailable = True
             return
-        self._silent = False
-        yield from self._given_up(wrong)
+        self._unavailable = False
+        yield from self._abandon(errors)
 
-    def _unpacked(self, waiting: list[str]) -> Iterator[tuple[str, Message]]:
-        """Replies from a grid that unpacks what it pulls."""
+    def _pull_unpacked(self, waiting: list[str]) -> Iterator[tuple[str, Message]]:
+        """Yield replies from a grid that unpacks while it pulls."""
         for name in waiting:
             try:
                 with memory_limit(self._memory):
-                    found = list(self._grid.pull_messages([name]))
+                    replies = list(self._grid.pull_messages([name]))
             except _UNPACKING as error:
                 yield name, self._unreadable(name, f"{type(error).__name__} as Flower unpacked it")
             except Exception as error:
-                yield from self._given_up({name: error})
+                yield from self._abandon({name: error})
             else:
-                if found:
-                    yield name, self._attributed(name, found[0])
+                if replies:
+                    yield name, self._check_sender(name, replies[0])
 
-    def _given_up(self, wrong: Mapping[str, Exception]) -> Iterator[tuple[str, Message]]:
-        """Of looks that failed, those that failed too often."""
-        for name, error in wrong.items():
+    def _abandon(self, errors: Mapping[str, Exception]) -> Iterator[tuple[str, Message]]:
+        """Count failed polls, and yield errors for messages that failed too often."""
+        for name, error in errors.items():
             self._failed[name] += 1
             if self._failed[name] >= _TRIES:
-                yield name, self._unreachable(name, f"its reply can't be had: {_said(error)}")
+                yield name, self._unreachable(name, f"its reply can't be pulled: {_describe(error)}")
 
-    def _attributed(self, name: str, reply: Message) -> Message:
-        """A reply, if it is of the node that was asked."""
-        node = self._asked[name].metadata.dst_node_id
+    def _check_sender(self, name: str, reply: Message) -> Message:
+        """Return a reply if its sender is the node that was asked; otherwise an error."""
+        node = self._pending[name].metadata.dst_node_id
         if reply.has_error():
-            return Message(reply.error, reply_to=self._asked[name])
+            return Message(reply.error, reply_to=self._pending[name])
         if reply.metadata.src_node_id != node:
             return self._unreadable(name, f"it names node {reply.metadata.src_node_id} as its sender")
-        self._pauses.clear(node)
+        self._backoff.clear(node)
         self._missed.pop(node, None)
         return reply
 
-    def _over(self, name: str, reply: Message) -> Message:
-        self._asked.pop(name, None)
+    def _take(self, name: str, reply: Message) -> Message:
+        self._pending.pop(name, None)
         self._failed.pop(name, None)
         self._sent.pop(name, None)
         return reply
 
     def _unreadable(self, name: str, reason: str) -> Message:
-        request = self._asked[name]
+        request = self._pending[name]
         log.warning("reply of node %d: %s", request.metadata.dst_node_id, reason)
         return Message(Error(UNREADABLE, reason), reply_to=request)
 
     def _unreachable(self, name: str, reason: str, *, blamed: bool = True) -> Message:
-        request = self._asked[name]
+        request = self._pending[name]
         node = request.metadata.dst_node_id
         log.warning("node %d is unreachable: %s", node, reason)
         if blamed:
@@ -322,12 +328,12 @@ class ValidatingGrid(ForwardingGrid):
             self._calls.limit(seconds)
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {summary(error)}"
 
 
 def _without_content(message: Message) -> Message:
-    """What a reply is a reply to; an adapter for each device that never answers would be too much to keep."""
-    kept = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
-    kept.metadata.__dict__["_message_id"] = message.metadata.message_id  # there is no setter
-    return kept
+    """Return a message's metadata, enough to reply to it; keeping an adapter per silent device would take too much."""
+    bare = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
+    bare.metadata.__dict__["_message_id"] = message.metadata.message_id  # there is no setter
+    return bare

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the page's own style sheet so that they follow light and dark."""
+"""Line charts as inline SVG, colored by the page's style sheet, so that they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 480, 250
 LEFT, TOP, BOTTOM = 62, 14, 36
-LABELS = 84  # room at the right for the names of curves
-DOTS = 60  # rounds up to which each is a dot that says its value
-LABEL_GAP = 16  # least distance between two labels at line ends
+LABELS = 84  # space at the right for the names of curves
+DOTS = 60  # largest number of rounds with a dot, and a tooltip, for each value
+LABEL_GAP = 16  # minimum distance between two labels at line ends
 
 ValueFormat = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class LineSeries:
-    """One curve: a value for every x, None where there is none."""
+    """One curve: a value for each x; None: no value."""
 
     label: str
     values: Sequence[float | None]
@@ -31,11 +31,22 @@ class LineSeries:
 def line_chart(
     x: Sequence[int], lines: Sequence[LineSeries], show: ValueFormat, *, from_zero: bool, x_label: str
 ) -> Markup:
-    """Curves over rounds, several labelled at their ends; `show` words a value, in ticks and tooltips."""
+    """Draw curves over rounds; several curves are labeled at their ends.
+
+    Args:
+        x: numbers of the rounds.
+        lines: curves.
+        show: formats a value for ticks and tooltips.
+        from_zero: whether the axis includes 0.
+        x_label: title of the x axis.
+
+    Returns:
+        The SVG; empty if there is no value, or only zeros from zero.
+    """
     lines = [line for line in lines if any(value is not None for value in line.values)]
     present = [value for line in lines for value in line.values if value is not None]
     if not present or (from_zero and not any(present)):
-        return Markup("")  # nothing was told, or nothing happened
+        return Markup("")  # no values, or only zeros
     ticks = nice_ticks(min([0.0, *present] if from_zero else present), max(present))
     low, high = ticks[0], ticks[-1]
     right = WIDTH - (LABELS if len(lines) > 1 else 14)
@@ -85,7 +96,7 @@ def line_chart(
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round values that enclose [low, high], about so many."""
+    """Return round values that enclose [low, high], about `about` of them."""
     if high <= low:
         low, high = (0.0, high) if high > 0 else (low - 1, low + 1)
     raw = (high - low) / about
@@ -96,31 +107,31 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def whole_ticks(low: int, high: int, most: int = 8) -> list[int]:
-    """Whole numbers from low to high, thinned out evenly."""
+    """Return integers from low to high, evenly spaced, at most about `most` of them."""
     step = max(1, math.ceil((high - low) / most))
     return list(range(low, high + 1, step))
 
 
-def spread(wanted: Sequence[float]) -> list[float]:
-    """Positions near the wanted ones, in their order, at least LABEL_GAP apart."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = [wanted[i] for i in order]
+def spread(positions: Sequence[float]) -> list[float]:
+    """Return positions near the given ones, in the same order, at least LABEL_GAP apart."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    placed = [positions[i] for i in order]
     for _ in range(len(placed)):
         for above, below in pairwise(range(len(placed))):
-            if (lack := LABEL_GAP - (placed[below] - placed[above])) > 0:
-                placed[above] -= lack / 2
-                placed[below] += lack / 2
-    result = [0.0] * len(wanted)
+            if (overlap := LABEL_GAP - (placed[below] - placed[above])) > 0:
+                placed[above] -= overlap / 2
+                placed[below] += overlap / 2
+    result = [0.0] * len(positions)
     for i, position in zip(order, placed, strict=True):
         result[i] = position
     return result
 
 
 def first(values: Sequence[float | None]) -> float:
-    """The first value that is there; NaN if none is."""
+    """Return the first value that is not None; NaN if there is none."""
     return next((value for value in values if value is not None), math.nan)
 
 
 def last(values: Sequence[float | None]) -> float:
-    """The last value that is there; NaN if none is."""
+    """Return the last value that is not None; NaN if there is none."""
     return first(list(reversed(values)))

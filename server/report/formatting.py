@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Human-readable numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A few significant digits, without an exponent for everyday sizes: 0.0893, 12.4, 1,530."""
+    """Format with a few significant digits, without an exponent for common magnitudes: 0.0893, 12.4, 1,530."""
     if value is None or math.isnan(value):
         return "–"
     if value == 0:
@@ -18,20 +18,20 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """`number` without zeros that say nothing: 40, 7.5."""
-    words = number(value, digits)
-    return words.rstrip("0").rstrip(".") if "." in words and "e" not in words else words
+    """Format as `number`, without trailing zeros: 40, 7.5."""
+    text = number(value, digits)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def percent(fraction: float | None) -> str:
-    """0.184 is 18 %; one decimal below 10 %."""
+    """Format a fraction: 0.184 is 18 %; one decimal below 10 %."""
     if fraction is None or math.isnan(fraction):
         return "–"
     return f"{100 * fraction:.{1 if abs(fraction) < 0.0995 else 0}f} %"
 
 
 def data(count: float) -> str:
-    """Bytes in the largest unit that leaves a number over one."""
+    """Format bytes in the largest unit with a value above one."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 999.5 or unit == "GB":
             break
@@ -40,12 +40,12 @@ def data(count: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Joules, kilojoules from 1000 on."""
+    """Format joules, as kilojoules from 1000 on."""
     return f"{short(joules)} J" if abs(joules) < 999.5 else f"{short(joules / 1000)} kJ"
 
 
 def duration(seconds: float) -> str:
-    """8.2 s, 2 min 5 s, 3 h 10 min."""
+    """Format seconds: 8.2 s, 2 min 5 s, 3 h 10 min."""
     if seconds < 59.95:
         return f"{short(seconds, 2)} s"
     minutes, rest = divmod(round(seconds), 60)

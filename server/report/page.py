@@ -1,4 +1,4 @@
-"""`report.html`: what a run did, in one page that needs no other file, no script and no network."""
+"""The report of a run, `report.html`: one page without other files, scripts or network access."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from privacy.accounting import STRICT
+from privacy.accounting import STRICT_DELTA
 from server.report import formatting
 from server.report.charts import LineSeries, ValueFormat, line_chart
 from server.report.pictures import Thumbnail, png
 from server.report.snippet import LoadingSnippet
 
 ARMS = {
-    "real": ("real", "letters of the writer's own; no device trained on these"),
+    "real": ("real", "the writer's own letters, held out from training"),
     "base": ("base", "the frozen base, which never saw this writer"),
-    "local": ("local", "the same device without the others, with the same total steps and trained rank"),
-    "shared": ("shared", "the adapter that the federation made, the same for everyone"),
-    "personal": ("shared + personal", "the shared adapter under the one that never left the device"),
+    "local": ("local", "local training on the same device, with the same total steps and trained rank"),
+    "shared": ("shared", "the federated adapter, the same for all devices"),
+    "personal": ("shared + personal", "the shared adapter plus the device's own, which never left it"),
 }
 PHOTO_ARMS = {
-    "real": ("real", "the pictures themselves; no device trained on these"),
+    "real": ("real", "the pictures themselves, held out from training"),
     "base": ("base", "the frozen base, which never saw pictures of this device"),
 }
 Picture = np.ndarray | Thumbnail
-HIGHLIGHTS = 4  # writers shown in the first screens
+HIGHLIGHTS = 4  # number of writers at the top of the page
 
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """One device: what it is, what its training cost, and how well each arm does on its test pictures."""
+    """One device: profile, cost of its training, and test loss of each arm."""
 
     name: str
     profile: str
@@ -48,7 +48,7 @@ class DeviceRow:
     bytes_down: int
     epsilon: float | None
     rounds: int
-    """In how many its update was used."""
+    """Number of rounds that used its update."""
     loss: dict[str, float]
     """Held-out test loss by arm: base, local, shared, personal."""
 
@@ -59,26 +59,26 @@ class GalleryRow:
 
     name: str
     kind: str
-    """What the writer is, e.g. `handwriting`; empty if there is nothing to say."""
+    """Kind of writer, e.g. `handwriting`; empty if unknown."""
     given: Sequence[Picture]
-    """Those that are shown of what was trained on."""
+    """Training pictures on the page."""
     given_captions: list[str]
     captions: list[str]
-    """Of the held-out pictures, one for each column of every arm."""
+    """Captions of the held-out pictures, one for each column of every arm."""
     arms: Mapping[str, Sequence[Picture]]
-    """By arm, in the order real, base, local, shared, personal; an arm may be missing."""
-    gave: int | None = None
-    """How many were trained on; None: as many as are shown."""
+    """Held-out pictures by arm, in the order real, base, local, shared, personal; an arm may be missing."""
+    training_count: int | None = None
+    """Number of training pictures; None: all of them are on the page."""
 
     @property
     def count(self) -> int:
-        """How many pictures were trained on."""
-        return len(self.given) if self.gave is None else self.gave
+        """Number of training pictures."""
+        return len(self.given) if self.training_count is None else self.training_count
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says."""
+    """Contents of the page."""
 
     title: str
     command: str
@@ -86,28 +86,28 @@ class Report:
     summary: dict[str, Any]
     """As in `summary.json`; legibility and style may be missing, or None for an arm."""
     rounds: list[dict[str, Any]]
-    """One of each round: round, base and shared (mean validation losses, or None), gain and gain_error (of a noised
-    one, or None), bytes_up, bytes_down and joules (of this round, over all devices), seconds (of its slowest), epsilon
-    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason); and of a fleet with a
-    clock of its own hours (on it when the round was over) and lost (devices by what became of them)."""
+    """One entry per round: round, base and shared (mean validation losses, or None), gain and gain_error (noised, or
+    None), bytes_up, bytes_down and joules (of this round, over all devices), seconds (of the slowest device), epsilon
+    and device_epsilon (so far, per image and per device, or None), dropped (replies by reason). For a fleet with its own
+    clock also hours (at the end of the round) and lost (devices by reason)."""
     devices: list[DeviceRow]
     gallery: list[GalleryRow] = field(default_factory=list)
     use: LoadingSnippet | None = None
-    """How its adapters are loaded into diffusers; None: not shown."""
+    """Code for loading the adapters into diffusers; None: omitted."""
     strategy: str = ""
-    """How updates were aggregated, in a word or two."""
+    """Name of the aggregation."""
     letters: bool = True
-    """Whether the pictures are letters that people write."""
+    """Whether the pictures are letters of writers."""
     quality: str = "estimate"
-    """How the devices' seconds and joules were had: `estimate` from their profiles, or else in words."""
+    """Source of the devices' seconds and joules: `estimate` (from their profiles), or a description."""
     rates: str = "from the profile of the device"
-    """Where estimated seconds and joules come from."""
+    """Source of estimated seconds and joules."""
     test: bool = True
-    """Noise can be made again, so that nothing is a release."""
+    """Whether the noise is reproducible, so that nothing is a release."""
     footer: str = ""
-    """What tells this run from others."""
+    """Identification of the run."""
     hidden: str = ""
-    """Why nothing is told of single devices and rounds, where it isn't."""
+    """Why single devices and rounds are omitted; empty: they are on the page."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Chart:
 
 
 def render(report: Report) -> str:
-    """The whole page as HTML."""
+    """Render the page as HTML."""
     losses = report.summary["loss"]
     return (
         environment()
@@ -128,7 +128,7 @@ def render(report: Report) -> str:
         .render(
             report=report,
             summary=report.summary,
-            strict_delta=STRICT,
+            strict_delta=STRICT_DELTA,
             arms=ARMS | ({} if report.letters else PHOTO_ARMS),
             results=[arm for arm in ARMS if arm in losses],
             gains={arm: gain(losses, arm) for arm in losses},
@@ -149,21 +149,21 @@ def render(report: Report) -> str:
 
 
 def adapter(report: Report) -> str:
-    """The file that the page shows how to use."""
+    """Return the adapter file of the page's code example."""
     own = [device.name for device in report.devices if "personal" in device.loss]
     return f"personal/{own[0]}.with_shared.safetensors" if own else "shared.safetensors"
 
 
 def environment(*folders: Path) -> Environment:
-    """Where templates of pages are found, here and in further folders, with the words that they use."""
-    found = Environment(
+    """Make the environment of page templates, in this folder and in further ones, with the filters for numbers."""
+    templates = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(
+    templates.filters.update(
         number=formatting.number,
         short=formatting.short,
         percent=formatting.percent,
@@ -172,7 +172,7 @@ def environment(*folders: Path) -> Environment:
         duration=formatting.duration,
         png=png,
     )
-    return found
+    return templates
 
 
 def write(report: Report, path: Path) -> None:
@@ -183,20 +183,20 @@ def write(report: Report, path: Path) -> None:
 
 
 def gain(losses: Mapping[str, float], arm: str) -> float | None:
-    """(L_base - L_arm) / L_base: by how much of itself the base's loss falls."""
+    """Relative loss reduction of an arm over the base: (L_base - L_arm) / L_base."""
     if arm not in losses or not losses.get("base"):
         return None
     return (losses["base"] - losses[arm]) / losses["base"]
 
 
 def highlights(gallery: Sequence[GalleryRow], devices: Sequence[DeviceRow]) -> list[GalleryRow]:
-    """Those whose loss fell most from base to personal, most first."""
+    """Return the writers with the largest gain of `personal`, in descending order."""
     gains = {device.name: gain(device.loss, "personal") or 0.0 for device in devices}
     return sorted(gallery, key=lambda row: -gains.get(row.name, 0.0))[:HIGHLIGHTS]
 
 
 def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | None = None) -> list[Chart]:
-    """The curves of a run; ε only where there was a promise."""
+    """Make the charts of a run; ε only if there is a guarantee."""
     if not rounds:
         return []
     x = [int(row["round"]) for row in rounds]
@@ -212,7 +212,7 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         LineSeries("shared", [row["shared"] for row in rounds], "shared"),
     ]
     traffic = [LineSeries("up", so_far("bytes_up"), "shared"), LineSeries("down", so_far("bytes_down"), "local")]
-    chosen = "" if best_round is None else f"; the adapter of round {best_round} is the one that stays"
+    best = "" if best_round is None else f"; the adapter of round {best_round} is kept"
     elapsed = so_far("seconds")
     unit, length = ("s", 1) if elapsed[-1] < 300 else ("min", 60) if elapsed[-1] < 18000 else ("h", 3600)
     time = LineSeries("time", [seconds / length for seconds in elapsed], "ink")
@@ -220,10 +220,10 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     noised = [LineSeries("gain", [row["gain"] for row in rounds], "shared")]
     errors = [row["gain_error"] for row in rounds if row["gain_error"] is not None]
     drawn = [
-        chart("Validation loss", f"trimmed mean over devices{chosen}", loss, formatting.number, from_zero=False),
+        chart("Validation loss", f"trimmed mean over devices{best}", loss, formatting.number, from_zero=False),
         chart(
             "Gain on validation, noised",
-            f"what the adapter takes off the base's loss, ± {formatting.number(max(errors, default=None))} by its noise",
+            f"reduction of the base's loss by the adapter, ± {formatting.number(max(errors, default=None))} by its noise",
             noised,
             formatting.number,
         ),
@@ -242,9 +242,9 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
         ),
     ]
     if rounds[-1].get("hours") is not None:
-        ended = [LineSeries("time", [row["hours"] for row in rounds], "ink")]
-        note = "on the fleet's clock, when a round was over"
-        drawn[3] = chart("Simulated time", note, ended, lambda value: f"{formatting.short(value)} h")
+        hours = [LineSeries("time", [row["hours"] for row in rounds], "ink")]
+        note = "on the fleet's clock, at the end of each round"
+        drawn[3] = chart("Simulated time", note, hours, lambda value: f"{formatting.short(value)} h")
     spent = [
         LineSeries(f"per {unit}", [row.get(key) for row in rounds], tone)
         for key, unit, tone in (("epsilon", "image", "personal"), ("device_epsilon", "device", "shared"))
@@ -252,11 +252,11 @@ def charts(rounds: Sequence[Mapping[str, Any]], quality: str, best_round: int | 
     ]
     if spent:
         drawn.insert(2, chart("ε so far", "the largest of any device", spent, formatting.short))
-    return [one for one in drawn if one.svg]  # nobody measured, or all are hidden in noise
+    return [figure for figure in drawn if figure.svg]  # without measurements, or all hidden in noise
 
 
 def span(counts: Sequence[int]) -> str:
-    """`5`, or `3 to 8`; empty for none."""
+    """Format a range of counts: `5`, or `3 to 8`; empty for no counts."""
     low, high = min(counts, default=0), max(counts, default=0)
     if high == 0:
         return ""
@@ -264,6 +264,6 @@ def span(counts: Sequence[int]) -> str:
 
 
 def label(caption: str) -> str:
-    """The letter that a caption ends with, where it names one; else nothing, for a column has little room."""
+    """Return the letter at the end of a caption; empty if there is none, since a column is narrow."""
     final = caption.rsplit(" ", 1)[-1]
     return final if len(final) == 1 else ""

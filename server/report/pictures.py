@@ -1,4 +1,4 @@
-"""Pictures as data URIs, so that a page needs no file beside it: small copies, as large as a page shows them."""
+"""Pictures as data URIs, so that a page needs no other file: small copies, at the size of the page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 SIDE = 128
-"""Pixels on the longer side, at most: twice what the page shows them at."""
+"""Maximum pixels on the longer side: twice the size on the page."""
 EXACT = 64
-"""Up to so many pixels on a side a picture is kept as it is, if there is room for it."""
+"""Pixels on the longer side up to which a picture is embedded unchanged, if its share of the page allows it."""
 PAGE = 3_600_000
-"""Characters that all pictures of a page take together, at most."""
+"""Maximum characters of all pictures of a page."""
 LARGEST = 16_000
-"""Characters that one takes, at most: some are on the page twice."""
+"""Maximum characters of one picture: some are on the page twice."""
 _QUALITIES = (85, 70, 50, 30)
 
 
@@ -27,35 +27,37 @@ class Thumbnail:
 
     uri: str
     shape: tuple[int, ...]
-    """[H, W] or [H, W, 3], as it is shown."""
+    """[H, W] or [H, W, 3], as displayed."""
 
 
 class Thumbnails:
-    """Encodes the pictures of one page, each in an equal share of what the page has room for."""
+    """Encodes the pictures of one page, each within an equal share of `PAGE`."""
 
     def __init__(self, count: int, *, page: int = PAGE) -> None:
-        """Args:
-        count: how many there will be.
-        page: characters for all of them.
+        """Set the limit per picture.
+
+        Args:
+            count: number of pictures.
+            page: characters for all of them.
         """
-        self._most = min(LARGEST, page // max(1, count))
+        self._max_chars = min(LARGEST, page // max(1, count))
 
     def __call__(self, pixels: np.ndarray) -> Thumbnail:
-        """The largest and best copy that its share has room for; the last resort is 8 pixels wide."""
+        """Return the largest and best copy within the share of one picture; at least 8 pixels wide."""
         for copy, uri in _copies(Image.fromarray(pixels)):
-            last = Thumbnail(uri, (copy.height, copy.width, *pixels.shape[2:]))
-            if len(uri) <= self._most:
+            thumbnail = Thumbnail(uri, (copy.height, copy.width, *pixels.shape[2:]))
+            if len(uri) <= self._max_chars:
                 break
-        return last
+        return thumbnail
 
 
 def png(pixels: np.ndarray | Thumbnail) -> str:
-    """The data URI of a picture: of a thumbnail as it is, of uint8 [H, W] gray or [H, W, 3] color exactly."""
+    """Return the data URI of a thumbnail, or the lossless one of uint8 [H, W] gray or [H, W, 3] color pixels."""
     return pixels.uri if isinstance(pixels, Thumbnail) else _uri(Image.fromarray(pixels), "PNG", optimize=True)
 
 
 def _copies(image: Image.Image) -> Iterator[tuple[Image.Image, str]]:
-    """Copies of a picture with their URIs, each smaller than the one before."""
+    """Yield copies of a picture with their URIs, each smaller than the previous one."""
     if max(image.size) <= EXACT:
         yield image, _uri(image, "PNG", optimize=True)
     side = SIDE

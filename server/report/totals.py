@@ -1,4 +1,4 @@
-"""What the rounds of a run came to, as `summary.json` and the page have it: alike for real devices and simulated."""
+"""Totals of a run for `summary.json` and the page, for real and simulated devices."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from strategies.round.metrics import DeviceMetrics, device_epsilon
 
 
 def run_totals(history: Sequence[Round]) -> dict[str, Any]:
-    """Bytes, energy and ε of all rounds, and this process' memory."""
+    """Return bytes, energy and ε of all rounds, and the peak memory of this process."""
     trained = [record.train for record in history if record.train]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "bytes": {"up": sum(t.bytes_up for t in trained), "down": sum(t.bytes_down for t in trained)},
         "joules": {"value": sum(t.joules for t in trained), "quality": "estimate"},
-        "epsilon": _most(history, IMAGE),
-        "device_epsilon": _most(history, DEVICE),
+        "epsilon": _largest_guarantee(history, IMAGE),
+        "device_epsilon": _largest_guarantee(history, DEVICE),
         "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
     }
 
 
 def validation_losses(state: RunState) -> dict[str, float]:
-    """Mean validation loss of the base and of the best shared adapter on the same devices, where these told any."""
+    """Return mean validation losses of the base and the best shared adapter on the same devices, if they reported any."""
     validation = state.history[state.best_round].validation
-    found = {"base": validation.base, "shared": validation.shared}
-    return {arm: loss for arm, loss in found.items() if loss is not None} if validation.shared is not None else {}
+    losses = {"base": validation.base, "shared": validation.shared}
+    return {arm: loss for arm, loss in losses.items() if loss is not None} if validation.shared is not None else {}
 
 
-def rows(history: Sequence[Round], *, secret: bool = False) -> list[dict[str, Any]]:
-    """Of each round, what the page draws of it.
+def round_rows(history: Sequence[Round], *, secret: bool = False) -> list[dict[str, Any]]:
+    """Return each round's values for the charts of the page.
 
     Args:
-        secret: leave out what would tell how many devices were asked in it.
+        history: all rounds.
+        secret: omit values that would reveal how many devices were asked in a round.
     """
     base = _base(history)
-    found = [
+    rows = [
         {
             "round": record.number,
             "base": record.validation.base if record.number else base,
@@ -59,23 +60,30 @@ def rows(history: Sequence[Round], *, secret: bool = False) -> list[dict[str, An
         for record in history
     ]
     if secret:
-        for row in found:
+        for row in rows:
             row |= dict.fromkeys(("bytes_up", "bytes_down"), 0) | dict.fromkeys(("seconds", "joules"), 0.0)
-    return found
+    return rows
 
 
-def device_row(name: str, profile: str, facts: DeviceMetrics, loss: dict[str, float]) -> DeviceRow:
-    """What one device did over all rounds."""
-    told = dataclasses.asdict(facts)
-    for remembered in ("events", "asked", "last", "loss"):  # what the server remembers: no cost of anything
-        del told[remembered]
-    return DeviceRow(name=name, profile=profile, loss=loss, **told)
+def device_row(name: str, profile: str, metrics: DeviceMetrics, loss: dict[str, float]) -> DeviceRow:
+    """Return one device's row of the page.
+
+    Args:
+        name: name of the device.
+        profile: its profile, in a simulation; otherwise empty.
+        metrics: its sums over all rounds.
+        loss: its held-out test loss by arm.
+    """
+    values = dataclasses.asdict(metrics)
+    for key in ("events", "asked", "last", "loss"):  # records of the server, not costs
+        del values[key]
+    return DeviceRow(name=name, profile=profile, loss=loss, **values)
 
 
 def _base(history: Sequence[Round]) -> float | None:
     return next((record.validation.base for record in history if record.validation.base is not None), None)
 
 
-def _most(history: Sequence[Round], unit: str) -> dict[str, Any] | None:
-    found = [guarantee for record in history for guarantee in record.guarantees if guarantee.unit == unit]
-    return dataclasses.asdict(max(found, key=lambda guarantee: guarantee.value)) if found else None
+def _largest_guarantee(history: Sequence[Round], unit: str) -> dict[str, Any] | None:
+    guarantees = [guarantee for record in history for guarantee in record.guarantees if guarantee.unit == unit]
+    return dataclasses.asdict(max(guarantees, key=lambda guarantee: guarantee.value)) if guarantees else None

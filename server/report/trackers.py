@@ -1,4 +1,4 @@
-"""Where the numbers of a run go, round by round."""
+"""Trackers: per-round metrics to JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Values = Mapping[str, float | None]
 
 
 class Tracker(Protocol):
-    """Takes the numbers of each step; a step may be logged in several parts."""
+    """Records metrics of each step; a step may be logged in several parts."""
 
     def log(self, step: int, values: Values) -> None:
-        """Record values by their names; None says that there is none at this step."""
+        """Record values by name; None means that there is no value at this step."""
         ...
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write remaining data."""
         ...
 
 
 class JSONL:
-    """`metrics.jsonl`: one object a line, each line on disk when `log` returns.
+    """`metrics.jsonl`: one object per line; each line is on disk when `log` returns.
 
-    A run that goes on with step s drops the lines from s on, also a half-written last one, so that its file ends up
-    as that of a run which never stopped.
+    A run that resumes at step s drops the lines from s on, including an incomplete last line, so that its file equals
+    that of an uninterrupted run.
     """
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
-        """`start`: the first step to come; of a file that exists, what lies before it is kept."""
+        """Open the file; lines of steps before `start`, the next step, are kept."""
         kept = _lines_before(start, path) if path.exists() else []
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_text("".join(kept), encoding="utf-8")
@@ -52,44 +52,44 @@ class JSONL:
 
 
 class TensorBoard:
-    """TensorBoard events, through tensorboardX."""
+    """TensorBoard events, written by tensorboardX."""
 
     def __init__(self, folder: Path, *, start: int = 0) -> None:
-        """Events from step `start` on, left by a run that was killed, are hidden from view."""
-        from tensorboardX import SummaryWriter  # only runs that want events pay for the import
+        """Open the folder; events from step `start` on, from an earlier process, are hidden."""
+        from tensorboardX import SummaryWriter  # slow import, so only for runs that write events
 
         self._writer = SummaryWriter(str(folder), purge_step=start or None)
 
     def log(self, step: int, values: Values) -> None:
-        """One scalar per value."""
+        """Write one scalar per value."""
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write remaining data."""
         self._writer.close()
 
 
 class CompositeTracker:
     """Several trackers as one."""
 
-    def __init__(self, open_trackers: Sequence[Tracker]) -> None:
-        self._trackers = tuple(open_trackers)
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
 
     def log(self, step: int, values: Values) -> None:
-        """Record in every one."""
+        """Record in every tracker."""
         for tracker in self._trackers:
             tracker.log(step, values)
 
     def close(self) -> None:
-        """Close every one."""
+        """Close every tracker."""
         for tracker in self._trackers:
             tracker.close()
 
 
 def round_metrics(record: Round) -> dict[str, Any]:
-    """One round as flat numbers, for trackers and displays."""
+    """Return one round's metrics by name, for trackers and displays."""
     values: dict[str, Any] = {
         "round": record.number,
         "base": record.validation.base,
@@ -119,7 +119,7 @@ def round_metrics(record: Round) -> dict[str, Any]:
 
 @contextmanager
 def open_trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterator[Tracker]:
-    """What `conf/tracker` asks for, in the output folder of a run that goes on (or begins) with step `start`."""
+    """Open the trackers of `conf/tracker` in a run's output folder, for a run that starts or resumes at step `start`."""
     opened: list[Tracker] = [JSONL(folder / "metrics.jsonl", start=start)]
     try:
         if tensorboard:
@@ -131,13 +131,13 @@ def open_trackers(folder: Path, *, tensorboard: bool, start: int = 0) -> Iterato
 
 
 def _lines_before(start: int, path: Path) -> list[str]:
-    """The whole lines of the steps before `start`."""
+    """Return the complete lines of steps before `start`."""
     kept = []
     for data in path.read_bytes().splitlines(keepends=True):
         try:
             line = data.decode("utf-8")
             step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):  # torn by a kill, or the disk: what follows is newer
+        except (ValueError, KeyError, TypeError):  # torn by a kill or a disk error: the following lines are newer
             break
         if step >= start or not line.endswith("\n"):
             break

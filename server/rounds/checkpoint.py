@@ -1,14 +1,14 @@
-"""A checkpoint for each round: whole or not there at all.
+"""Checkpoints, one folder per round: complete or absent.
 
     round-000012/
         adapter.safetensors    the shared adapter after the round
-        best.safetensors       the best so far
-        memory.safetensors     what the server remembers beside them
+        best.safetensors       the best adapter so far
+        memory.safetensors     strategy state (e.g. moments of the server optimizer)
         state.json             everything else
         manifest.json          SHA-256 of the other four
 
-A round is written into a hidden folder, made durable and then renamed, so whenever the process or the power dies, the
-newest `round-…` is the last complete round.
+A round is written to a hidden folder, synced, and then renamed. Whenever the process or the power fails, the newest
+`round-…` folder is the last completed round.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from strategies.server_optimizers import StrategyState
 
 _ADAPTER, _BEST, _MEMORY = "adapter.safetensors", "best.safetensors", "memory.safetensors"
 _STATE, _MANIFEST = "state.json", "manifest.json"
-_KEPT = 2  # newest checkpoints; the best adapter is in each
+_KEPT = 2  # number of newest checkpoints that are kept; each contains the best adapter
 _HIDDEN = ".partial-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Saved:
+    """Contents of state.json; the field names are the stored format."""
+
     run: str
     private: bool
     best_round: int
@@ -47,19 +49,20 @@ class _Saved:
     devices: dict[str, DeviceMetrics]
     ledger: Anchor | None
     memory: dict[str, tuple[int, ...]]
-    """Names, as `<part>/<tensor>`, and shapes."""
+    """Shapes of the tensors in memory.safetensors, by name `<part>/<tensor>`."""
 
 
 def save(folder: Path, state: RunState) -> Path:
-    """Write the state's last round; the folder of the new checkpoint.
+    """Write the state's last round, and return the folder of the new checkpoint.
 
-    Raises AntherError if `folder` already holds this round or a later one: of another run.
+    Raises:
+        AntherError: `folder` already contains this round or a later one, of another run.
     """
     make_folder(folder)
     path = folder / f"round-{state.round:06d}"
     if (rounds := _rounds(folder)) and rounds[-1] >= path:
         raise AntherError(f"{folder}: holds {rounds[-1].name} already: resume that run, or choose an empty folder")
-    for leftover in folder.glob(f"{_HIDDEN}*"):  # of a process that was killed
+    for leftover in folder.glob(f"{_HIDDEN}*"):  # from a process that was killed
         shutil.rmtree(leftover)
     memory = {f"{part}/{name}": tensor for part, of in state.memory.items() for name, tensor in of.items()}
     saved = _Saved(
@@ -87,16 +90,17 @@ def save(folder: Path, state: RunState) -> Path:
     sync_folder(folder)
     for old in _rounds(folder)[:-_KEPT]:
         hidden = folder / f"{_HIDDEN}old-{old.name}"
-        old.rename(hidden)  # at once: half a deleted checkpoint must not look like one
+        old.rename(hidden)  # atomic: a partly deleted checkpoint must not look like a complete one
         shutil.rmtree(hidden)
     return path
 
 
 def load(folder: Path, *, sites: Sites) -> RunState | None:
-    """The last complete round, verified; None if there is none.
+    """Load and verify the last completed round; None if there is none.
 
-    Raises AntherError, naming the file and what to do, if a file is missing, cut off or edited, or the adapters do not
-    fit these sites.
+    Raises:
+        AntherError: a file is missing, cut off or edited, or the adapters don't fit these sites. The message names the
+            file and the fix.
     """
     rounds = _rounds(folder)
     if not rounds:
@@ -108,7 +112,7 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
         files = {name: _read(path / name) for name in (_ADAPTER, _BEST, _MEMORY, _STATE)}
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != manifest.get(name):
-                raise AntherError(f"{path / name} is not as it was written (SHA-256 differs)")
+                raise AntherError(f"{path / name} was changed after it was written (SHA-256 differs)")
         saved = strict_json.from_plain(_Saved, _of_today(strict_json.loads(files[_STATE])))
         return RunState(
             run=saved.run,
@@ -128,9 +132,9 @@ def load(folder: Path, *, sites: Sites) -> RunState | None:
 
 
 def _of_today(state: Any) -> Any:
-    """A state as this release writes it, of one that an earlier one wrote: what is new since is not known of it."""
+    """Add the fields that a checkpoint of an earlier release doesn't have, as unknown."""
     if not isinstance(state, dict) or not isinstance(state.get("history"), list):
-        return state  # `from_plain` says what is wrong
+        return state  # `from_plain` reports the error
     for record in state["history"]:
         validation, train = record.get("validation") or {}, record.get("train") or {}
         validation.setdefault("improved", None)
@@ -142,7 +146,7 @@ def _of_today(state: Any) -> Any:
 
 
 def _rounds(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """List complete checkpoints, oldest first."""
     return sorted(folder.glob("round-*"))
 
 
@@ -154,12 +158,12 @@ def _read(file: Path) -> bytes:
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> StrategyState:
-    """Inverse of the names that parts are written under."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """Group tensors by the part in their name `<part>/<tensor>`."""
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
-        found.setdefault(part, {})[name] = tensor
-    return found
+        parts.setdefault(part, {})[name] = tensor
+    return parts
 
 
 def _adapter(data: bytes, sites: Sites, file: Path) -> Adapter:

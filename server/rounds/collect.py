@@ -1,4 +1,4 @@
-"""Replies to what was asked, as they come, for as long as they are waited for."""
+"""Collect replies as they arrive, within a time limit."""
 
 from __future__ import annotations
 
@@ -10,56 +10,64 @@ from flwr.serverapp import Grid
 
 from strategies.clock import Clock
 
-_FORGOTTEN = 10  # rounds
+_MAX_AGE = 10  # rounds after which a late reply is no longer expected
 FINAL_POLL = 1.0
-"""Seconds that are left, once it is too late, to take what is there."""
+"""Seconds for a final poll after the time limit, which takes the replies that have arrived."""
 
 
 @runtime_checkable
 class Forgetful(Protocol):
-    """A grid that keeps something of every message until its reply is pulled."""
+    """Grid that keeps state for every message until its reply is pulled."""
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """No reply to these is going to be pulled."""
+        """Note that no reply to these messages will be pulled."""
         ...
 
 
 @runtime_checkable
 class TimeLimitedGrid(Protocol):
-    """A grid that does in a given time what can be done in it (`server.grid.validating_grid.ValidatingGrid`)."""
+    """Grid whose operations have a time limit (`server.grid.validating_grid.ValidatingGrid`)."""
 
     def push(self, messages: Iterable[Message], seconds: float) -> list[str]:
-        """Send messages; their ids."""
+        """Send messages, and return their ids."""
         ...
 
     def pull(self, message_ids: Iterable[str], seconds: float, *, last: bool = False) -> Iterator[tuple[str, Message]]:
-        """Replies that are there, with the ids of what they answer; at the last look also what is wrong with others."""
+        """Yield replies that have arrived, each with the id of its request.
+
+        Args:
+            message_ids: ids of the requests.
+            seconds: time limit.
+            last: also report failed replies: there is no further poll.
+        """
         ...
 
-    def came(self, message_ids: Iterable[str]) -> set[str]:
-        """Those of these messages that there is a reply to, which is thrown away."""
+    def discard_replies(self, message_ids: Iterable[str]) -> set[str]:
+        """Discard the replies that have arrived for these messages, and return the ids of their requests."""
         ...
 
 
 def abandon_messages(grid: Grid, message_ids: Iterable[str]) -> None:
-    """Have a grid forget messages that nobody asks for any more; Flower's own keep nothing."""
+    """Have a grid forget messages whose replies are no longer expected; Flower's own grids keep no state."""
     if isinstance(grid, Forgetful):
         grid.forget(message_ids)
 
 
 def push(grid: Grid, messages: Iterable[Message], seconds: float) -> list[str]:
-    """Send messages; their ids."""
+    """Send messages, and return their ids."""
     return grid.push(messages, seconds) if isinstance(grid, TimeLimitedGrid) else list(grid.push_messages(messages))
 
 
 def pull(
     grid: Grid, message_ids: Iterable[str], seconds: float, *, last: bool = False
 ) -> Iterator[tuple[str, Message]]:
-    """Replies that are there, each with the id of the message that it answers.
+    """Yield replies that have arrived, each with the id of its request.
 
     Args:
-        seconds: that it may take, where the grid goes by the wall's clock.
-        last: nobody looks for these again.
+        grid: any grid.
+        message_ids: ids of the requests.
+        seconds: time limit, for a grid with time limits.
+        last: whether this is the last poll for these messages.
     """
     if isinstance(grid, TimeLimitedGrid):
         yield from grid.pull(message_ids, seconds, last=last)
@@ -70,26 +78,27 @@ def pull(
 
 
 class StragglerTracker:
-    """Messages that are not waited for any more: replies that still come are counted, for some rounds."""
+    """Messages that are no longer waited for; replies that still arrive are counted, for some rounds."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._rounds: dict[str, int] = {}  # that each was given up in, by its id
+        self._rounds: dict[str, int] = {}  # round in which each message was abandoned, by message id
 
     def add(self, message_ids: Iterable[str], *, round: int) -> None:
+        """Track messages that were abandoned in a round."""
         self._rounds |= dict.fromkeys(message_ids, round)
 
-    def came(self, *, round: int) -> int:
-        """How many replies have come since; those that take too long are not looked for any more."""
+    def count(self, *, round: int) -> int:
+        """Count the replies that have arrived since the last call, and forget messages after some rounds."""
         grid = self._grid
         if isinstance(grid, TimeLimitedGrid):
-            came = grid.came(self._rounds)
+            arrived = grid.discard_replies(self._rounds)
         else:
-            came = {name for name, _ in pull(grid, list(self._rounds), 0.0)}
-        old = {name for name, before in self._rounds.items() if before <= round - _FORGOTTEN} - came
-        abandon_messages(grid, old)
-        self._rounds = {name: before for name, before in self._rounds.items() if name not in came | old}
-        return len(came)
+            arrived = {name for name, _ in pull(grid, list(self._rounds), 0.0)}
+        expired = {name for name, sent in self._rounds.items() if sent <= round - _MAX_AGE} - arrived
+        abandon_messages(grid, expired)
+        self._rounds = {name: sent for name, sent in self._rounds.items() if name not in arrived | expired}
+        return len(arrived)
 
 
 def collect(
@@ -98,27 +107,31 @@ def collect(
     clock: Clock,
     *,
     until: float,
-    enough: Callable[[], bool] = lambda: False,
+    is_complete: Callable[[], bool] = lambda: False,
     late: set[str] | None = None,
 ) -> Iterator[Message]:
-    """Replies as they come: until there is one to each message, there are enough, or it is too late.
+    """Send messages, and yield replies as they arrive.
 
-    At the end of the time one more look takes what is there, which is over `FINAL_POLL` seconds later.
+    It ends when every message has a reply, when there are enough, or when the time is over. At the end of the time, a
+    final poll of at most `FINAL_POLL` seconds takes the replies that have arrived.
 
     Args:
-        until: on the clock.
-        enough: asked after each reply.
-        late: ids of messages whose replies are not waited for any longer are put here; None: they are given up.
+        grid: any grid.
+        messages: requests to send.
+        clock: clock of the time limit.
+        until: end of the time, on the clock.
+        is_complete: called after each reply; True ends the collection.
+        late: receives the ids of messages without a reply; None: the grid forgets them.
     """
     waiting = dict.fromkeys(push(grid, messages, max(FINAL_POLL, until - clock.now())))
     try:
-        while waiting and not enough():
+        while waiting and not is_complete():
             last = clock.now() >= until
             seconds = until - clock.now() + (FINAL_POLL if last else 0.0)
             for name, reply in pull(grid, list(waiting), seconds, last=last):
                 del waiting[name]
                 yield reply
-                if enough():
+                if is_complete():
                     return
             if not waiting or last:
                 return

@@ -1,4 +1,4 @@
-"""A whole federation over some grid: all rounds, then personal adapters."""
+"""A complete federation over any grid: all rounds, then personal adapters."""
 
 from __future__ import annotations
 
@@ -32,19 +32,29 @@ def federate(
     saved: RunState | None,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    present: int = 1,
+    min_devices: int = 1,
     wait_forever: bool = False,
     patience: float = math.inf,
     clock: Clock | None = None,
-    keep: Callable[[int], None] = lambda _: None,
+    before_checkpoint: Callable[[int], None] = lambda _: None,
     personalized_devices: Collection[str] | None = None,
 ) -> RunState:
-    """Begin a run, or continue it from `saved`; personal adapters sit on the best shared one.
+    """Start a run, or continue it from `saved`; then train personal adapters on top of the best shared one.
 
     Args:
-        present, waits, patience, keep: as for `run_rounds`.
-        clock: as of its pace.
-        personal_on: names of the devices that are asked for a personal adapter; None: every device.
+        config: configuration of the run.
+        grid: connection to the devices.
+        strategy: strategy of the run.
+        plan: training plan of the run.
+        saved: state to continue from; None: a new run.
+        checkpoints: folder of the checkpoints.
+        on_round: called after each round's checkpoint.
+        min_devices, wait_forever, patience, before_checkpoint: as in `run_rounds`.
+        clock: clock of `RoundLimits`.
+        personalized_devices: names of the devices that train a personal adapter; None: all.
+
+    Returns:
+        The state after the last round.
     """
     state = saved or RunState.start(
         run=plan.run,
@@ -54,8 +64,8 @@ def federate(
         else init_adapter(strategy.sites, config.adapter.shared.rank, derive_seed(config.seed, "shared")),
     )
     timeout, cohort = config.round_loop.timeout, config.cohort
-    enough = cohort.size if cohort.overselection > 1 else None
-    pace = RoundLimits(clock=clock, timeout=timeout, enough=enough, seed=config.seed)
+    target = cohort.size if cohort.overselection > 1 else None
+    limits = RoundLimits(clock=clock, timeout=timeout, target_replies=target, seed=config.seed)
     state = run_rounds(
         grid=grid,
         strategy=strategy,
@@ -63,12 +73,12 @@ def federate(
         rounds=config.rounds,
         checkpoints=checkpoints,
         on_round=on_round,
-        pace=pace,
-        round_runner=round_runner(config, grid, strategy, pace),
-        present=present,
+        limits=limits,
+        round_runner=round_runner(config, grid, strategy, limits),
+        min_devices=min_devices,
         wait_forever=wait_forever,
         patience=patience,
-        keep=keep,
+        before_checkpoint=before_checkpoint,
     )
     personal = config.adapter.personal
     request = Personalize(
@@ -86,12 +96,12 @@ def federate(
     return state
 
 
-def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, pace: RoundLimits) -> RoundRunner:
-    """How the rounds of this configuration train."""
+def round_runner(config: SimulationConfig, grid: Grid, strategy: Federated, limits: RoundLimits) -> RoundRunner:
+    """Make the round runner of this configuration."""
     loop = config.round_loop
     if loop.mode == "sync":
-        return SyncRunner(grid, strategy, pace)
+        return SyncRunner(grid, strategy, limits)
     size, concurrency = loop.buffer_size or BUFFER_SIZE, loop.concurrency or CONCURRENCY
     return FedBuffRunner(
-        grid, strategy, pace, shift=REBASES[config.aggregation.name], size=size, concurrency=concurrency
+        grid, strategy, limits, shift=REBASES[config.aggregation.name], size=size, concurrency=concurrency
     )

@@ -1,7 +1,7 @@
-"""The round loop: ask, train, aggregate, evaluate, checkpoint.
+"""The round loop: select, train, aggregate, evaluate, checkpoint.
 
-Flower's own `Strategy.start` begins at round 1 every time and keeps its result in memory; this one continues from
-wherever a State stands.
+Flower's own `Strategy.start` always begins at round 1 and keeps its result in memory; this loop continues from any
+`RunState`.
 """
 
 from __future__ import annotations
@@ -39,32 +39,40 @@ def run_rounds(
     rounds: int,
     checkpoints: Path,
     on_round: Callable[[Round], None],
-    pace: RoundLimits = RoundLimits(),  # noqa: B008  # it is frozen
+    limits: RoundLimits = RoundLimits(),  # noqa: B008  # it is frozen
     round_runner: RoundRunner | None = None,
-    present: int = 1,
+    min_devices: int = 1,
     wait_forever: bool = False,
     patience: float = math.inf,
-    keep: Callable[[int], None] = lambda _: None,
+    before_checkpoint: Callable[[int], None] = lambda _: None,
 ) -> RunState:
     """Continue a run until `rounds` rounds of training are complete.
 
+    Under device-level privacy, the run ends early before a round that the budget doesn't pay for.
+
     Args:
-        state: fresh, or as `checkpoint.load` gave it. Round 0 is only what training starts from.
-        on_round: called after each round's checkpoint. A kill between the two loses the call, so whoever resumes
-            should first replay `state.history`.
-        pace: for how long, and for how many, a round waits.
-        leg: how a round trains (default: it ends before the next begins).
-        present: devices that must be there before the first of these rounds; of the others whoever is there is enough,
-            if it is one, or none where `present` is 0.
-        waits: for them for as long as it takes, as a real federation does whose owners sleep. A round that has too few
-            good replies then doesn't count, and is tried again after a while, unless its sample was charged for.
-        patience: hours without a good round after which such a run stops, unfinished.
-        keep: called before each round's checkpoint: what it keeps is there for whoever resumes from that.
+        grid: connection to the devices.
+        strategy: selection, aggregation and privacy of the run.
+        state: initial state, or the one that `checkpoint.load` returned. Round 0 is the state before training.
+        rounds: total number of rounds.
+        checkpoints: folder of the checkpoints.
+        on_round: called after each round's checkpoint. A kill between the two loses the call, so the caller should
+            replay `state.history` when it resumes.
+        limits: when a round stops waiting.
+        round_runner: runs the training of a round (default: rounds run one after another).
+        min_devices: number of devices that must be connected before the first of these rounds. Later rounds need one,
+            or none if `min_devices` is 0.
+        wait_forever: wait for devices without limit, as in a real federation, whose owners sleep. A round with too few
+            accepted replies then doesn't count and is retried after a while, unless its sample was charged.
+        patience: hours without a successful round after which such a run stops unfinished.
+        before_checkpoint: called before each round's checkpoint, to store data that belongs to it.
 
-    With privacy per device, a round that its budget doesn't pay for is not begun: the run ends with those that it has.
+    Returns:
+        The state after the last completed round.
 
-    Raises AntherError if fewer devices are there after the pace's timeout than must be, unless it `wait_forever`; if its
-    patience is at its end; or if the server's ledger is not the one of this state.
+    Raises:
+        AntherError: too few devices are connected after `limits.timeout` seconds (without `wait_forever`), there was
+            no successful round for `patience` hours, or the server's ledger is not the one of this state.
     """
     strategy.summary()
     strategy.remember(state.devices, (done.train for done in state.history))
@@ -72,26 +80,26 @@ def run_rounds(
     ledger = strategy.central_dp.ledger if strategy.central_dp else None
     if ledger:
         ledger.check(state.ledger)
-        ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this line
-    round_runner = round_runner or SyncRunner(grid, strategy, pace)
-    begun, clock = state.round, pace.clock or WallClock()
-    tries = RoundRetries(clock, patience)
+        ledger.release(state.run, state.round)  # a kill may have come between a checkpoint and this call
+    round_runner = round_runner or SyncRunner(grid, strategy, limits)
+    first, clock = state.round, limits.clock or WallClock()
+    retries = RoundRetries(clock, patience)
     while state.round < rounds:
         number = state.round + 1
-        needed = present if state.round == begun else min(present, 1)
-        wait_for_devices(grid, strategy, needed, clock, pace.timeout, wait_forever=wait_forever)
-        needs = strategy.quorum if wait_forever and strategy.can_redraw else 0
+        needed = min_devices if state.round == first else min(min_devices, 1)
+        wait_for_devices(grid, strategy, needed, clock, limits.timeout, wait_forever=wait_forever)
+        quorum = strategy.quorum if wait_forever and strategy.can_redraw else 0
         try:
-            after = _one_round(number, grid, strategy, state, round_runner, pace.timeout, needs=needs)
-        except BudgetExhausted as over:
-            log.warning("the run ends after round %d of %d: %s", state.round, rounds, over)
+            after = _one_round(number, grid, strategy, state, round_runner, limits.timeout, quorum=quorum)
+        except BudgetExhausted as error:
+            log.warning("the run ends after round %d of %d: %s", state.round, rounds, error)
             break
         if after is None:
-            tries.again(number, strategy.trained, needed=needs)
+            retries.wait(number, strategy.trained, quorum=quorum)
             continue
-        tries.done()
+        retries.reset()
         state = after
-        keep(number)
+        before_checkpoint(number)
         checkpoint.save(checkpoints, state)
         if ledger:
             ledger.release(state.run, number)
@@ -107,10 +115,14 @@ def personalize(
     devices: Collection[str] | None = None,
     timeout: float,
 ) -> PersonalizationMetrics:
-    """Ask devices, by name or all of them, to train their personal adapters on top of the one in `request`.
+    """Ask devices, by name or all of them, to train their personal adapters on top of the adapter in `request`.
 
     Args:
-        timeout: seconds that their replies are waited for.
+        grid: connection to the devices.
+        strategy: strategy of the run.
+        request: request for all of these devices.
+        devices: names of the devices; None: all.
+        timeout: seconds to wait for their replies.
     """
     return strategy.aggregate_personalise(
         grid.send_and_receive(strategy.configure_personalise(request, grid, devices), timeout=timeout)
@@ -125,12 +137,12 @@ def _one_round(
     round_runner: RoundRunner,
     timeout: float,
     *,
-    needs: int,
+    quorum: int,
 ) -> RunState | None:
-    """The state after one more round; None, with the state as it was, if it had fewer good replies than it needs."""
+    """Run one round, and return the state after it; None if it has fewer accepted replies than it needs."""
     started = time.perf_counter()
     arrays = adapter_to_record(encode(to_tensors(state.adapter)))
-    config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
+    config = ConfigRecord()  # Flower's record for settings; ours are in the messages
     train = None
     if strategy.central_dp:
         last = state.history[-1].train if state.history else None
@@ -139,10 +151,10 @@ def _one_round(
         aggregated = round_runner.train(number, arrays)
         arrays = arrays if aggregated is None else aggregated
         train = strategy.trained
-        if train is None or train.replied < needs:
+        if train is None or train.replied < quorum:
             return None
     validation = ValidationMetrics(base=None, shared=None)
-    if number > 0 and strategy.is_evaluated(number):  # before training an adapter adds nothing: it measures as the base
+    if number > 0 and strategy.is_evaluated(number):  # before training, an adapter's loss is the base's
         replies = grid.send_and_receive(strategy.configure_evaluate(number, arrays, config, grid), timeout=timeout)
         strategy.aggregate_evaluate(number, replies)
         validation = strategy.validation or validation

@@ -17,39 +17,44 @@ from strategies.strategy import Federated
 
 log = logging.getLogger(__name__)
 
-_SHORT, _LONG = 30.0, 600.0  # seconds before a round is tried again, first and at most
+_SHORT, _LONG = 30.0, 600.0  # seconds before a round is retried, at first and at most
 
 
 def wait_for_devices(
-    grid: Grid, strategy: Federated, present: int, clock: Clock, timeout: float, *, wait_forever: bool
+    grid: Grid, strategy: Federated, min_devices: int, clock: Clock, timeout: float, *, wait_forever: bool
 ) -> None:
     """Wait until enough devices are connected that hold the run's base and have pictures.
 
     The connected devices are logged whenever they change, and every `timeout` seconds.
 
     Args:
-        waits: whether to wait without limit.
+        grid: connection to the devices.
+        strategy: queries the devices.
+        min_devices: number of devices to wait for.
+        clock: clock of the time limit.
+        timeout: seconds.
+        wait_forever: whether to wait without limit.
 
     Raises:
         AntherError: too few devices are connected after `timeout` seconds, and `wait_forever` is false.
     """
     until = clock.now() + timeout
-    told: str | None = None
-    while len(found := _able(strategy.query(grid))) < present:
-        over = clock.now() >= until
-        short = f"{len(found)} of {present} devices are there"
-        if over and not wait_forever:
+    logged: str | None = None
+    while len(names := _with_pictures(strategy.query(grid))) < min_devices:
+        expired = clock.now() >= until
+        short = f"{len(names)} of {min_devices} devices are connected"
+        if expired and not wait_forever:
             raise AntherError(
                 f"{short} after {timeout:g} s: check that they are connected and hold the base of this run"
             )
-        line = f"{short}{': ' if found else ''}{', '.join(found)}; waiting for {present - len(found)} more"
-        if wait_forever and (over or line != told):
+        line = f"{short}{': ' if names else ''}{', '.join(names)}; waiting for {min_devices - len(names)} more"
+        if wait_forever and (expired or line != logged):
             log.warning("%s that hold this run's base and have pictures (server.min_devices, cohort.size)", line)
-            told, until = line, clock.now() + timeout
+            logged, until = line, clock.now() + timeout
         clock.wait(until)
 
 
-def _able(reports: Mapping[int, DeviceReport]) -> list[str]:
+def _with_pictures(reports: Mapping[int, DeviceReport]) -> list[str]:
     """Return names of the devices that have pictures; under a privacy guarantee, every device reports that it has."""
     return sorted(report.device for report in reports.values() if report.pictures)
 
@@ -59,7 +64,7 @@ class RoundRetries:
     """Retry policy for failed rounds.
 
     Args:
-        hours: time without a good round after which the run stops, unfinished.
+        hours: time without a successful round after which the run stops, unfinished.
     """
 
     clock: Clock
@@ -68,36 +73,41 @@ class RoundRetries:
     _tries: int = 0
     _reasons: dict[str, int] = field(default_factory=dict)
 
-    def again(self, number: int, train: TrainMetrics | None, *, needed: int) -> None:
-        """Wait before retrying a round that had too few good replies.
+    def wait(self, number: int, train: TrainMetrics | None, *, quorum: int) -> None:
+        """Wait before retrying a round that had too few accepted replies.
+
+        Args:
+            number: number of the round.
+            train: metrics of the failed attempt.
+            quorum: number of accepted replies that the round needs.
 
         Raises:
-            AntherError: there was no good round for `hours`.
+            AntherError: there was no successful round for `hours`.
         """
         now = self.clock.now()
         self._since = now if self._since is None else self._since
         self._tries += 1
         for reason, count in train.dropped.items() if train else ():
             self._reasons[reason] = self._reasons.get(reason, 0) + count
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(self._reasons.items())) or "nobody to ask"
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(self._reasons.items())) or "no device to ask"
         if now - self._since >= self.hours * HOUR:
             raise AntherError(
-                f"round {number} had no {needed} good replies in {self._tries} tries over {self.hours:g} hours ({why})."
-                " The run stops, unfinished: look at its devices' logs, and start the server again to go on"
+                f"round {number} had no {quorum} accepted replies in {self._tries} tries over {self.hours:g} hours ({why})."
+                " The run stops unfinished: check the devices' logs, and start the server again to continue"
             )
         pause = min(_LONG, _SHORT * 2 ** min(self._tries - 1, 10))
         log.warning(
-            "round %d: %s (%s), %d needed: it doesn't count, and is tried again in %.0f s",
+            "round %d: %s (%s), %d needed: it doesn't count; retrying in %.0f s",
             number,
-            f"{train.replied} good replies of {train.asked}" if train else "no replies",
+            f"{train.replied} accepted replies of {train.asked}" if train else "no replies",
             why,
-            needed,
+            quorum,
             pause,
         )
         until = now + pause
         while self.clock.now() < until:
             self.clock.wait(until)
 
-    def done(self) -> None:
-        """Note that a round was good."""
+    def reset(self) -> None:
+        """Forget failures: a round was successful."""
         self._since, self._tries, self._reasons = None, 0, {}

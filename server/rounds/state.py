@@ -1,4 +1,4 @@
-"""Where a run stands: the shared adapter, the rounds so far, and the best of them."""
+"""State of a run: the shared adapter, the completed rounds, and the best of them."""
 
 from __future__ import annotations
 
@@ -14,97 +14,108 @@ from strategies.server_optimizers import StrategyState
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One complete round."""
+    """One completed round."""
 
     number: int
     train: TrainMetrics | None
-    """None for round 0, before any."""
+    """None for round 0, before training."""
     validation: ValidationMetrics
-    """Of the adapter after this round."""
+    """Measured with the adapter after this round."""
     wall_seconds: float
-    """On the server's clock."""
+    """Duration in seconds, on the server's clock."""
 
     @property
     def epsilon(self) -> float | None:
-        """The largest that a device's ledger has composed to by the end of the round, per picture; None without DP."""
+        """Largest ε per picture in any device's ledger by the end of the round; None without DP."""
         trained = self.train.epsilon if self.train else None
         return max((e for e in (trained, self.validation.epsilon) if e is not None), default=None)
 
     @property
     def guarantees(self) -> tuple[Guarantee, ...]:
-        """What is promised at the end of the round, per picture, per device, or both at once, which don't add."""
-        promised, spent = self.train.guarantees if self.train else (), self.epsilon
+        """Guarantees at the end of the round: per picture, per device, or both, which don't add up."""
+        guarantees, spent = self.train.guarantees if self.train else (), self.epsilon
         return tuple(
-            one if one.unit != IMAGE or spent is None else replace(one, value=max(one.value, spent)) for one in promised
+            one if one.unit != IMAGE or spent is None else replace(one, value=max(one.value, spent))
+            for one in guarantees
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunState:
-    """A run after its last complete round; `start` makes the first."""
+    """A run after its last completed round; `start` makes the first state."""
 
     run: str
     private: bool
-    """Whether the best round is fixed beforehand (the last): to choose by validation would look at the pictures."""
+    """Whether the best round is fixed beforehand (the last one): choosing by validation would use the pictures."""
     adapter: Adapter
     history: tuple[Round, ...] = ()
     devices: Mapping[str, DeviceMetrics] = field(default_factory=dict)
-    """What all rounds together took of each device that took part. Of single rounds nothing is kept by device: in a
-    large fleet that would be most of the memory."""
+    """Sums over all rounds of each device that took part. Metrics of single rounds are not kept per device: in a large
+    fleet they would take most of the memory."""
     best_round: int = 0
     best_adapter: Adapter
     ledger: Anchor | None = None
-    """Where the server's ledger stood when the last round was made; None without privacy per device."""
+    """State of the server's ledger after the last round; None without device-level privacy."""
     memory: StrategyState = field(default_factory=dict)
-    """What the server remembers of earlier rounds beside the adapter: the moments of its optimiser."""
+    """State that the strategy keeps across rounds besides the adapter, such as moments of the server optimizer."""
 
     @staticmethod
     def start(*, run: str, private: bool, adapter: Adapter) -> RunState:
-        """Before round 0."""
+        """Return the state before round 0."""
         return RunState(run=run, private=private, adapter=adapter, best_adapter=adapter)
 
     @property
     def round(self) -> int:
-        """The last complete round; -1 before round 0."""
+        """Number of the last completed round; -1 before round 0."""
         return len(self.history) - 1
 
     @property
     def best_score(self) -> float | None:
-        """What the best adapter takes off the base's loss, as a share of it; None where nobody measured it."""
+        """Relative loss reduction of the best adapter over the base; None if it wasn't measured."""
         return self.history[self.best_round].validation.score if self.history else None
 
     def after(
         self, round: Round, adapter: Adapter, ledger: Anchor | None = None, memory: StrategyState | None = None
     ) -> RunState:
-        """The state with one more round."""
+        """Return the state with one more round.
+
+        Args:
+            round: the new round, with its per-device metrics, which are added to the sums.
+            adapter: the shared adapter after the round.
+            ledger: state of the server's ledger, under device-level privacy.
+            memory: strategy state after the round.
+
+        Raises:
+            ValueError: the round doesn't follow the last one.
+        """
         if round.number != self.round + 1:
             raise ValueError(f"round {round.number} can't follow round {self.round}")
         train, validation = round.train, round.validation
         record = replace(
             round, train=train and replace(train, devices={}), validation=replace(validation, devices={}, spent={})
         )
-        devices, history = _measured(_summed(self.devices, train), validation), (*self.history, record)
+        devices, history = _add_evaluation(_add_training(self.devices, train), validation), (*self.history, record)
         state = replace(self, adapter=adapter, history=history, devices=devices, ledger=ledger, memory=memory or {})
         score, best = round.validation.score, self.best_score
         if score is not None and best is None and self.best_round == 0:
-            best = 0.0  # the adapter that training starts from adds nothing to the base
+            best = 0.0  # the initial adapter doesn't change the base's output
         if self.private or best is None or (score is not None and score > best):
             state = replace(state, best_round=round.number, best_adapter=adapter)
         return state
 
 
-def _summed(before: Mapping[str, DeviceMetrics], train: TrainMetrics | None) -> Mapping[str, DeviceMetrics]:
-    """The devices' sums with one more round."""
+def _add_training(before: Mapping[str, DeviceMetrics], train: TrainMetrics | None) -> Mapping[str, DeviceMetrics]:
+    """Add one round's training metrics to the sums per device."""
     if train is None:
         return before
     return {
         **before,
-        **{name: before[name].then(facts) if name in before else facts for name, facts in train.devices.items()},
+        **{name: before[name].then(metrics) if name in before else metrics for name, metrics in train.devices.items()},
     }
 
 
-def _measured(before: Mapping[str, DeviceMetrics], validation: ValidationMetrics) -> Mapping[str, DeviceMetrics]:
-    """The devices' sums with what measuring cost them: of a device that never trained, that alone."""
+def _add_evaluation(before: Mapping[str, DeviceMetrics], validation: ValidationMetrics) -> Mapping[str, DeviceMetrics]:
+    """Add the privacy cost of an evaluation to the sums per device; a device that never trained has only this cost."""
     idle = zero_metrics()
     return {
         **before,

@@ -1,4 +1,4 @@
-"""How a round trains: all that were asked, or as many as are enough, in the time that there is."""
+"""Round runners: send requests, collect replies until a limit is reached, aggregate them."""
 
 from __future__ import annotations
 
@@ -17,68 +17,83 @@ from strategies.strategy import Federated
 
 @dataclass(frozen=True, kw_only=True)
 class RoundLimits:
-    """How long rounds wait, and for whom."""
+    """When a round stops waiting for replies."""
 
     clock: Clock | None = None
-    """Whose time goes by; None: a round's replies are waited for as long as the grid sees fit."""
+    """Clock of the waiting time; None: the grid decides how long a round waits for replies."""
     timeout: float = 3600.0
-    """Seconds that are waited for devices which can be asked, and for their replies."""
-    enough: int | None = None
-    """Good replies that end a round; None: all."""
+    """Seconds to wait for devices that can be asked, and for their replies."""
+    target_replies: int | None = None
+    """Number of accepted replies that ends a round; None: all replies."""
     seed: int = 0
-    """Of who goes first where several of these replies come at once."""
+    """Seed of the order among replies that arrive at the same time."""
 
 
 class RoundRunner(Protocol):
-    """Trains for one round; what came of it is in `Federated.trained`."""
+    """Train for one round; metrics are in `Federated.trained` afterwards."""
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        """The adapter after the round; None to keep the one before."""
+        """Return the adapter after the round; None to keep the previous one."""
         ...
 
 
 class SyncRunner:
-    """A round ends before the next begins.
+    """Run rounds one after another.
 
-    A reply that comes after its round is dropped, and counted as `late` in the round in which it came.
+    A reply that arrives after its round is discarded, and counted as `late` in the round in which it arrived.
     """
 
-    def __init__(self, grid: Grid, strategy: Federated, pace: RoundLimits) -> None:
-        self._grid, self._strategy, self._pace = grid, strategy, pace
-        self._late = StragglerTracker(grid)
+    def __init__(self, grid: Grid, strategy: Federated, limits: RoundLimits) -> None:
+        self._grid, self._strategy, self._limits = grid, strategy, limits
+        self._stragglers = StragglerTracker(grid)
 
     def train(self, number: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        pace, strategy = self._pace, self._strategy
-        messages = ask(strategy, self._grid, number, arrays, pace)
-        if pace.clock is None and pace.enough is None:
-            found, _ = strategy.aggregate_train(number, self._grid.send_and_receive(messages, timeout=pace.timeout))
-            return found
-        clock, left = pace.clock or WallClock(), set[str]()
-        if pace.enough is not None:  # of replies that come at once names must not decide whose count
-            random.Random(derive_seed(pace.seed, number, "replies")).shuffle(messages)
+        limits, strategy = self._limits, self._strategy
+        messages = request_training(strategy, self._grid, number, arrays, limits)
+        if limits.clock is None and limits.target_replies is None:
+            aggregated, _ = strategy.aggregate_train(
+                number, self._grid.send_and_receive(messages, timeout=limits.timeout)
+            )
+            return aggregated
+        clock, missing = limits.clock or WallClock(), set[str]()
+        if limits.target_replies is not None:  # among simultaneous replies, names must not decide which ones count
+            random.Random(derive_seed(limits.seed, number, "replies")).shuffle(messages)
         replies = collect(
             self._grid,
             messages,
             clock,
-            until=clock.now() + pace.timeout,
-            enough=lambda: pace.enough is not None and strategy.accepted >= pace.enough,
-            late=left,
+            until=clock.now() + limits.timeout,
+            is_complete=lambda: limits.target_replies is not None and strategy.accepted >= limits.target_replies,
+            late=missing,
         )
-        found, _ = strategy.aggregate_train(number, replies)
-        if (late := self._late.came(round=number)) and strategy.trained:
+        aggregated, _ = strategy.aggregate_train(number, replies)
+        if (late := self._stragglers.count(round=number)) and strategy.trained:
             dropped = {**strategy.trained.dropped, "late": late}
             strategy.trained = replace(strategy.trained, dropped=dropped)
-        self._late.add(left, round=number)
-        return found
+        self._stragglers.add(missing, round=number)
+        return aggregated
 
 
-def ask(strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, pace: RoundLimits) -> list[Message]:
-    """Messages for whoever is to train; where nobody can be asked yet, after a while, and none if it takes too long."""
-    config = ConfigRecord()  # Flower's own place for settings: ours travel in the messages
+def request_training(
+    strategy: Federated, grid: Grid, number: int, arrays: ArrayRecord, limits: RoundLimits
+) -> list[Message]:
+    """Select devices and return their messages.
+
+    Args:
+        strategy: selects the devices.
+        grid: connection to the devices.
+        number: number of the round.
+        arrays: the shared adapter.
+        limits: if no device can be asked yet, wait for up to `limits.timeout` seconds.
+
+    Returns:
+        One message per device; none if no device could be asked in time.
+    """
+    config = ConfigRecord()  # Flower's record for settings; ours are in the messages
     messages = list(strategy.configure_train(number, arrays, config, grid))
-    if (clock := pace.clock) is None:
+    if (clock := limits.clock) is None:
         return messages
-    until = clock.now() + pace.timeout
+    until = clock.now() + limits.timeout
     while not messages and strategy.can_redraw and clock.now() < until:
         clock.wait(until)
         messages = list(strategy.configure_train(number, arrays, config, grid))

@@ -1,6 +1,6 @@
-"""The app bundle that a SuperLink runs: the rooms as they are installed here, in a folder of their own.
+"""App bundle of a run: copies of the installed packages in a folder, for the SuperLink.
 
-Devices run what they have installed themselves; of the bundle only the ServerApp is ever run.
+Devices run their own installed packages; only the ServerApp runs from the bundle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from common.errors import AntherError
 
 PACKAGES = ("client", "common", "conf", "models", "privacy", "protocol", "server", "strategies", "training")
-_KEPT = {".py", ".yaml", ".json", ".toml"}
+_SUFFIXES = {".py", ".yaml", ".json", ".toml"}
 
 PROJECT = """[project]
 name = "anther"
@@ -36,13 +36,13 @@ patience = 48.0
 
 
 def assemble(folder: Path) -> Path:
-    """Put the bundle's files into `folder`, in place of what is there."""
+    """Write the bundle into `folder`, replacing its contents."""
     shutil.rmtree(folder, ignore_errors=True)
-    for room in PACKAGES:
-        source = _room(room)
+    for package in PACKAGES:
+        source = _package_folder(package)
         for file in source.rglob("*"):
-            if file.suffix in _KEPT and file.is_file() and "__pycache__" not in file.parts:
-                target = folder / room / file.relative_to(source)
+            if file.suffix in _SUFFIXES and file.is_file() and "__pycache__" not in file.parts:
+                target = folder / package / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
     (folder / "pyproject.toml").write_text(PROJECT.format(version=version()), encoding="utf-8")
@@ -50,14 +50,15 @@ def assemble(folder: Path) -> Path:
 
 
 def version() -> str:
+    """Return the installed version of Anther."""
     try:
         return importlib.metadata.version("anther")
     except importlib.metadata.PackageNotFoundError:
         return "0.0.0"
 
 
-def _room(name: str) -> Path:
-    spec = importlib.util.find_spec(name)  # finds a room without importing it
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)  # finds a package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise AntherError(f"{name}: not installed beside the others; install Anther again")
+        raise AntherError(f"{name}: not installed with the other packages; install Anther again")
     return Path(next(iter(spec.submodule_search_locations)))

@@ -1,4 +1,4 @@
-"""The SuperLink's control API, where its command line would take seconds for each word: who is in, how a run does."""
+"""Client of the SuperLink's control API, which is faster than its command line, where each call takes seconds."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ from server.gateway.identity import to_openssh
 
 
 class ControlClient:
-    """Asks one SuperLink.
+    """Client of one SuperLink's control API.
 
     Args:
-        authority: whose certificate it has to show; None: it listens without TLS.
+        authority: certificate of the SuperLink's authority; None: it listens without TLS.
     """
 
     def __init__(self, address: str, authority: Path | None) -> None:
         self._address, self._authority = address, authority
 
     def check(self) -> None:
-        """AntherError unless the SuperLink, and its database, answer."""
+        """Check that the SuperLink and its database answer.
+
+        Raises:
+            AntherError: they don't.
+        """
         with self._client() as client:
             client.ListNodes(ListNodesRequest())
 
     def nodes(self) -> dict[str, int]:
-        """Ids of the nodes that are registered, by their public keys as OpenSSH writes them."""
+        """Return ids of the registered nodes, by public key in OpenSSH's form."""
         with self._client() as client:
-            found = client.ListNodes(ListNodesRequest()).nodes_info
-        there = [node for node in found if node.status != "unregistered" and node.public_key]
-        return {to_openssh(load_pem_public_key(node.public_key)): node.node_id for node in there}
+            nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        registered = [node for node in nodes if node.status != "unregistered" and node.public_key]
+        return {to_openssh(load_pem_public_key(node.public_key)): node.node_id for node in registered}
 
     def register(self, key: str, name: str) -> int:
-        """Let a node with this public key in; its id."""
+        """Register a node with this public key, and return its id."""
         public = load_ssh_public_key(key.encode())
         pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         with self._client() as client:
@@ -55,17 +59,17 @@ class ControlClient:
             client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def status(self, run: int) -> str:
-        """`pending`, `starting`, `running`, or `finished` with how: `finished:completed`, `finished:failed`, …"""
+        """Return `pending`, `starting`, `running`, or `finished` with the outcome: `finished:completed`, …"""
         with self._client() as client:
-            found = client.ListRuns(ListRunsRequest(run_id=run)).run_dict
-        if run not in found:
+            runs = client.ListRuns(ListRunsRequest(run_id=run)).run_dict
+        if run not in runs:
             return "unknown"
-        status = found[run].status
+        status = runs[run].status
         return f"{status.status}:{status.sub_status}" if status.sub_status else str(status.status)
 
     @contextmanager
     def _client(self) -> Iterator[ControlHttpClient]:
-        """AntherError where the SuperLink doesn't answer, or says no."""
+        """Open a client; errors of the SuperLink become AntherError."""
         client = ControlHttpClient.from_server_address(
             server_address=self._address,
             insecure=self._authority is None,

@@ -54,4 +54,5 @@ def size(file: Path) -> int:
 
 
 def _files(file: Path) -> list[Path]:
+    """List a database's files."""
     return [file, *(file.with_name(f"{file.name}{end}") for end in ("-wal", "-shm", "-journal"))]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 UNGUARDED = "ANTHER_UNGUARDED"
-"""Set to 1 to admit every local user, on systems that can't tell users apart."""
+"""Set to 1 to admit every local user, on systems that can't distinguish users."""
 
 _TABLE = Path("/proc/net/tcp")  # of our own network namespace
 _ESTABLISHED, _NO_INODE = "01", "0"
@@ -39,7 +39,7 @@ def owner(peer: Address, ours: Address, table: str) -> int | None:
     Returns:
         None if the other end isn't on this machine, or has closed its socket: then it belongs to no user any more.
     """
-    wanted = [_written(peer), _written(ours)]
+    wanted = [_kernel_form(peer), _kernel_form(ours)]
     for line in table.splitlines()[1:]:
         fields = line.split()
         if fields[1:3] == wanted and fields[3] == _ESTABLISHED and fields[9] != _NO_INODE:
@@ -55,7 +55,7 @@ class OwnUserListener(socket.socket):
 
     def __init__(self, family: int, kind: int) -> None:
         super().__init__(family, kind)
-        self._told: dict[int | None, float] = {}  # when each user was last logged
+        self._logged: dict[int | None, float] = {}  # when each user was last logged
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept one connection of our own user, or of root.
@@ -68,14 +68,14 @@ class OwnUserListener(socket.socket):
         user = owner(address, connection.getsockname(), _TABLE.read_text())
         if user is None or user not in (os.geteuid(), _ROOT):
             connection.close()
-            self._tell(user)
+            self._log(user)
             raise ConnectionAbortedError("a connection of another user")
         return connection, address
 
-    def _tell(self, user: int | None) -> None:
+    def _log(self, user: int | None) -> None:
         now = time.monotonic()
-        if now - self._told.get(user, -_QUIET) >= _QUIET:
-            self._told[user] = now
+        if now - self._logged.get(user, -_QUIET) >= _QUIET:
+            self._logged[user] = now
             print(f"closed a connection of user {'unknown' if user is None else user}", file=sys.stderr, flush=True)
 
 
@@ -106,10 +106,10 @@ def _listener() -> socket.socket:
         return OwnUserListener(socket.AF_INET, socket.SOCK_STREAM)
     if os.environ.get(UNGUARDED) == "1":
         return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sys.exit(f"{_TABLE} is missing, so that local users can't be told apart: server.unguarded=true accepts all of them")
+    sys.exit(f"{_TABLE} is missing, so local users can't be distinguished: server.unguarded=true accepts all of them")
 
 
-def _written(address: Address) -> str:
+def _kernel_form(address: Address) -> str:
     """An IPv4 address and port as the kernel writes them."""
     number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
     return f"{number:08X}:{address[1]:04X}"

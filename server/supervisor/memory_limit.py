@@ -1,4 +1,4 @@
-"""A limit on the memory that a piece of work takes."""
+"""Limit on the memory of a block of code."""
 
 from __future__ import annotations
 

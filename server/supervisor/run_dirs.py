@@ -1,4 +1,4 @@
-"""Runs by their folders: which one the same words continue, and which are over."""
+"""Folders of runs: which run the same arguments continue, and which runs are finished."""
 
 from __future__ import annotations
 
@@ -10,85 +10,98 @@ from pathlib import Path
 from common.atomic_files import write
 from common.errors import AntherError
 
-_WORDS, _OVER, _COMMAND, _REFUSED = "words", "over", "command", "refused-"
+# File names in a run's folder, and for refusals in its parent (stored; don't change).
+_ARGUMENTS, _FINISHED, _COMMAND, _REFUSED = "words", "over", "command", "refused-"
 _RESUME = "resume=true"
 
 
 def run_folder(overrides: str, runs: Path) -> Path:
-    """A new folder for the run of these words, or with `resume=true` among them the newest one that was made for them.
+    """Create the folder of a new run, or with `resume=true` return the newest one with the same arguments.
 
-    It goes by the words, not by all that they are composed to: a release that adds a key continues the run all the
-    same. A device answers for a run and round only once, so a new run must have a name that was never used.
+    Runs are identified by their arguments, not by the composed configuration: after a release that adds a key, the run
+    still continues. A device answers only once per run and round, so a new run needs a name that was never used.
 
-    Raises AntherError if there is nothing to resume.
+    Raises:
+        AntherError: there is nothing to resume.
     """
     if _RESUME in shlex.split(overrides):
-        if (found := newest_run(overrides, runs)) is None:
+        if (folder := newest_run(overrides, runs)) is None:
             raise AntherError(f"resume=true: {runs} holds no run of this configuration: leave it out to start one")
-        return found
+        return folder
     folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    write(folder / _WORDS, _identity(overrides))
+    write(folder / _ARGUMENTS, _identity(overrides))
     return folder
 
 
 def newest_run(overrides: str, runs: Path) -> Path | None:
-    """The newest run that was made for the same words."""
+    """Return the newest run with the same arguments."""
     identity = _identity(overrides)
     for folder in sorted(runs.glob("*/"), reverse=True):
-        if (folder / _WORDS).is_file() and (folder / _WORDS).read_bytes() == identity:
+        if (folder / _ARGUMENTS).is_file() and (folder / _ARGUMENTS).read_bytes() == identity:
             return folder
     return None
 
 
 def mark_finished(folder: Path) -> None:
-    """Note that nothing of this run is left to do."""
-    write(folder / _OVER, b"")
+    """Record that the run is finished."""
+    write(folder / _FINISHED, b"")
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / _OVER).is_file()
+    """Return whether `mark_finished` was called."""
+    return (folder / _FINISHED).is_file()
 
 
-def save_refusal(runs: Path, flower: int, reason: str) -> None:
-    """Note why a ServerApp can't go on before somebody has done something, by the id that Flower gave its run."""
-    write(runs / f"{_REFUSED}{flower}", reason.encode())
+def save_refusal(runs: Path, flower_run: int, reason: str) -> None:
+    """Record why a ServerApp can't continue without action by the operator.
+
+    Args:
+        runs: folder of all runs.
+        flower_run: id of the Flower run.
+        reason: one line.
+    """
+    write(runs / f"{_REFUSED}{flower_run}", reason.encode())
 
 
-def take_refusal(runs: Path, flower: int) -> str | None:
-    """What `save_refusal` has noted; None: nothing, so that whatever ended it may go better the next time."""
-    file = runs / f"{_REFUSED}{flower}"
+def take_refusal(runs: Path, flower_run: int) -> str | None:
+    """Return and remove the reason that `save_refusal` recorded; None if there is none, so that a retry may succeed."""
+    file = runs / f"{_REFUSED}{flower_run}"
     if not file.is_file():
         return None
-    found = file.read_text(encoding="utf-8", errors="replace")
+    reason = file.read_text(encoding="utf-8", errors="replace")
     file.unlink()
-    return found
+    return reason
 
 
 def read_overrides(folder: Path) -> str:
-    """What a run was begun with; AntherError if the folder holds none."""
+    """Return the arguments of a run.
+
+    Raises:
+        AntherError: the folder contains no run.
+    """
     try:
-        return shlex.join((folder / _WORDS).read_text(encoding="utf-8").splitlines())
+        return shlex.join((folder / _ARGUMENTS).read_text(encoding="utf-8").splitlines())
     except OSError as error:
         raise AntherError(f"{folder}: holds no run ({error.strerror}): name its folder, in ANTHER_HOME/runs") from error
 
 
 def last_round(folder: Path | None) -> int:
-    """The last whole round of a run; -1: none."""
-    found = sorted(folder.glob("checkpoints/round-*")) if folder else []
-    return int(found[-1].name.removeprefix("round-")) if found else -1
+    """Return the number of a run's last completed round; -1 if there is none."""
+    checkpoints = sorted(folder.glob("checkpoints/round-*")) if folder else []
+    return int(checkpoints[-1].name.removeprefix("round-")) if checkpoints else -1
 
 
 def save_command(folder: Path, command: str) -> None:
-    """Note what its operator typed to start a run."""
+    """Record the command that started a run."""
     write(folder / _COMMAND, command.encode())
 
 
 def read_command(folder: Path) -> str | None:
-    """What `save_command` has noted."""
+    """Return the command that `save_command` recorded."""
     file = folder / _COMMAND
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _identity(overrides: str) -> bytes:
-    """A word a line, whether or not a run is continued."""
+    """Encode the arguments, one per line, whether or not a run is resumed."""
     return "".join(f"{word}\n" for word in shlex.split(overrides) if word != _RESUME).encode()

@@ -16,7 +16,7 @@ _NOISE = ("Using SuperLink: ", "Successfully installed ")
 _LEVEL = re.compile(r"\s*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d[-\d :,.]*)?:\s*")
 
 
-class Marked(logging.Handler):
+class MarkingHandler(logging.Handler):
     """Handler that marks our records and passes them to a handler of Flower, to distinguish them from Flower's own.
 
     Args:
@@ -33,29 +33,29 @@ class Marked(logging.Handler):
         self._inner.handle(copied)
 
 
-class Said(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """Handler that prints records of the server's own process."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(_leveled(record.levelname, record.getMessage()))
+        say(_with_level(record.levelname, record.getMessage()))
 
 
-def log_to_console(*rooms: str) -> None:
+def log_to_console(*loggers: str) -> None:
     """Print records of these loggers from INFO on, in this process."""
-    for room in rooms:
-        logger = logging.getLogger(room)
+    for name in loggers:
+        logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        logger.addHandler(Said())
+        logger.addHandler(ConsoleHandler())
 
 
-def log_through_flower(*rooms: str) -> None:
+def log_through_flower(*loggers: str) -> None:
     """Pass records of these loggers, from INFO on, to Flower's handlers, whose output `flwr run --stream` shows."""
-    for room in rooms:
-        logger = logging.getLogger(room)
+    for name in loggers:
+        logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         for handler in logging.getLogger("flwr").handlers:
-            logger.addHandler(Marked(handler))
+            logger.addHandler(MarkingHandler(handler))
 
 
 def print_log(lines: Iterable[str]) -> None:
@@ -71,11 +71,11 @@ def format_line(line: str) -> str | None:
     level = match[1] if (match := _LEVEL.match(plain)) else None
     text = plain[match.end() :] if match else plain
     if text.startswith(MARK):
-        return _leveled(level or "INFO", text.removeprefix(MARK))
+        return _with_level(level or "INFO", text.removeprefix(MARK))
     if not text.strip() or level in ("DEBUG", "INFO") or text.startswith(_NOISE):
         return None
-    return _leveled(level or "INFO", text)
+    return _with_level(level or "INFO", text)
 
 
-def _leveled(level: str, text: str) -> str:
+def _with_level(level: str, text: str) -> str:
     return text if level == "INFO" else f"{level.lower()}: {text}"

@@ -1,7 +1,7 @@
-"""Flower's SuperLink as a child process, and the commands of Flower's that are given to it.
+"""Flower's SuperLink as a child process, and the Flower commands that it is given.
 
-It listens on loopback, for its own user only (`server.supervisor.local_superlink`): its control API, by which runs are started and
-nodes registered, knows no passwords. Devices reach of it what `server.gateway` lets through.
+It listens on loopback, for its own user only (`server.supervisor.local_superlink`): its control API, which starts runs
+and registers nodes, has no passwords. Devices reach only what `server.gateway` lets through.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from server.supervisor.local_superlink import UNGUARDED
 
 LOOPBACK = "127.0.0.1"
 SERVER_FOLDER = "ANTHER_SERVER"
-"""Environment variable that tells a ServerApp where its server's folder is."""
+"""Environment variable with the server's folder, for the ServerApp."""
 
 _LARGEST = "largest"  # file in a server's folder
-_ADAPTER = 64 << 20  # bytes, where no ServerApp has told
+_ADAPTER = 64 << 20  # bytes, until a ServerApp has stored the size
 
-_LONG = 64 << 20  # bytes of a log that is begun anew at the next start
+_MAX_LOG = 64 << 20  # bytes of a log file above which the next start begins a new one
 
-_READY = 60.0  # seconds that it may take to start
+_READY = 60.0  # seconds for the start
 
 
 class Certificates(NamedTuple):
-    """Files that Flower reads."""
+    """Certificate files, in the order of Flower's options."""
 
     authority: Path
     certificate: Path
@@ -49,11 +49,11 @@ class Certificates(NamedTuple):
 
 @dataclass
 class SuperLinkProcess:
-    """One SuperLink with its database in `folder`.
+    """One SuperLink process, with its database in `folder`.
 
     Args:
         certificates: None: without TLS, and then without authentication of nodes.
-        unguarded: whether other local users may connect, where the system can't tell users apart.
+        unguarded: whether other local users may connect, if the system can't tell users apart.
     """
 
     folder: Path
@@ -68,6 +68,7 @@ class SuperLinkProcess:
 
     @property
     def home(self) -> Path:
+        """FLWR_HOME of the process."""
         return self.folder / "flower"
 
     @property
@@ -79,15 +80,19 @@ class SuperLinkProcess:
         return self.folder / "superlink.db"
 
     def stored_bytes(self) -> int:
-        """Bytes of its database on disk."""
+        """Return the size of the database on disk, in bytes."""
         return database.size(self._database)
 
     def start(self) -> None:
-        """Start it and return when it answers; AntherError if it doesn't."""
-        self._describe()
+        """Start the process, and return when it answers.
+
+        Raises:
+            AntherError: it doesn't answer in time.
+        """
+        self._write_flower_config()
         database.prepare(self._database)
-        own = {SERVER_FOLDER: str(self.folder), **({UNGUARDED: "1"} if self.unguarded else {})}
-        if self._log.exists() and self._log.stat().st_size > _LONG:
+        variables = {SERVER_FOLDER: str(self.folder), **({UNGUARDED: "1"} if self.unguarded else {})}
+        if self._log.exists() and self._log.stat().st_size > _MAX_LOG:
             self._log.replace(self._log.with_suffix(".log.1"))
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -102,7 +107,7 @@ class SuperLinkProcess:
                     "--disable-runtime-dependency-installation",
                     *self._tls(),
                 ),
-                env=environment(self.home) | own,
+                env=environment(self.home) | variables,
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -110,10 +115,10 @@ class SuperLinkProcess:
                 preexec_fn=end_with_parent,
             )
         until = time.monotonic() + _READY
-        while not self._answers():
+        while not self._is_healthy():
             if not self.alive or time.monotonic() > until:
                 self.stop()
-                raise AntherError(f"the SuperLink did not start: {self._last_words()}")
+                raise AntherError(f"the SuperLink did not start: {self._end_of_log()}")
             time.sleep(0.1)
 
     @property
@@ -121,6 +126,7 @@ class SuperLinkProcess:
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
+        """End the process, by force if it takes too long."""
         if self._process is None:
             return
         self._process.terminate()
@@ -131,16 +137,25 @@ class SuperLinkProcess:
             self._process.wait()
 
     def submit(self, app: Path, overrides: str, settings: Mapping[str, float]) -> int:
-        """Start a run with this configuration and these settings of its server; its id."""
-        written = f"overrides={json.dumps(overrides)}"  # a TOML basic string is written like one of JSON
-        written += "".join(f" {key}={value!r}" for key, value in settings.items())
-        found = self._flwr("run", str(app), "anther", "--run-config", written, "--format", "json")
-        if not found.get("success") or not str(found.get("run-id", "")).isdecimal():
-            raise AntherError(f"the SuperLink did not take the run: {found}")
-        return int(found["run-id"])
+        """Start a run, and return its id.
+
+        Args:
+            app: folder of the app bundle.
+            overrides: overrides of the run's configuration.
+            settings: settings of the server for the run.
+
+        Raises:
+            AntherError: the SuperLink refused the run.
+        """
+        run_config = f"overrides={json.dumps(overrides)}"  # a TOML basic string has the syntax of a JSON string
+        run_config += "".join(f" {key}={value!r}" for key, value in settings.items())
+        response = self._flwr("run", str(app), "anther", "--run-config", run_config, "--format", "json")
+        if not response.get("success") or not str(response.get("run-id", "")).isdecimal():
+            raise AntherError(f"the SuperLink did not accept the run: {response}")
+        return int(response["run-id"])
 
     def watch(self, run: int) -> subprocess.Popen:
-        """A process that prints the run's log and ends with it, or when the SuperLink does."""
+        """Start a process that prints the run's log, and ends with the run or the SuperLink."""
         return subprocess.Popen(
             ["flwr", "log", str(run), "anther", "--stream"],
             env=environment(self.home),
@@ -157,7 +172,7 @@ class SuperLinkProcess:
         return ControlClient(self.address, self.certificates and self.certificates.authority)
 
     def _flwr(self, *words: str) -> dict[str, Any]:
-        done = subprocess.run(
+        process = subprocess.run(
             ["flwr", *words],
             env=environment(self.home),
             cwd=self.folder,
@@ -168,20 +183,20 @@ class SuperLinkProcess:
             stdin=subprocess.DEVNULL,
         )
         try:
-            found: dict[str, Any] = json.loads(done.stdout)
+            response: dict[str, Any] = json.loads(process.stdout)
         except ValueError:
-            said = " ".join((done.stdout + done.stderr).split())[-300:]
-            raise AntherError(f"flwr {words[0]}: {said or f'ended with {done.returncode}'}") from None
-        if found.get("success") is False:
-            raise AntherError(f"flwr {words[0]}: {found.get('error-message', found)}")
-        return found
+            output = " ".join((process.stdout + process.stderr).split())[-300:]
+            raise AntherError(f"flwr {words[0]}: {output or f'ended with {process.returncode}'}") from None
+        if response.get("success") is False:
+            raise AntherError(f"flwr {words[0]}: {response.get('error-message', response)}")
+        return response
 
-    def _describe(self) -> None:
-        """Tell Flower's command line where this SuperLink is."""
-        safe = "insecure = true"
+    def _write_flower_config(self) -> None:
+        """Write the address of this SuperLink for Flower's command line."""
+        security = "insecure = true"
         if self.certificates:
-            safe = f"root-certificates = {json.dumps(str(self.certificates.authority))}"
-        text = f'[superlink]\ndefault = "anther"\n\n[superlink.anther]\naddress = "{self.address}"\n{safe}\n'
+            security = f"root-certificates = {json.dumps(str(self.certificates.authority))}"
+        text = f'[superlink]\ndefault = "anther"\n\n[superlink.anther]\naddress = "{self.address}"\n{security}\n'
         write(self.home / "config.toml", text.encode())
 
     def _tls(self) -> Sequence[str]:
@@ -198,7 +213,7 @@ class SuperLinkProcess:
             "--enable-supernode-auth",
         ]
 
-    def _answers(self) -> bool:
+    def _is_healthy(self) -> bool:
         scheme, context = "http", None
         if self.certificates:
             scheme, context = "https", ssl.create_default_context(cafile=str(self.certificates.authority))
@@ -208,19 +223,19 @@ class SuperLinkProcess:
         except (urllib.error.URLError, OSError):
             return False
 
-    def _last_words(self) -> str:
+    def _end_of_log(self) -> str:
         text = self._log.read_text(errors="replace")
         return " ".join(text.split())[-300:]
 
 
 def save_largest_adapter(size: int) -> None:
-    """Tell the gateway, from a ServerApp, how many bytes the largest adapter of its run has."""
+    """Store the size in bytes of the run's largest adapter, for the gateway; called in the ServerApp."""
     if folder := os.environ.get(SERVER_FOLDER):
         write(Path(folder) / _LARGEST, str(size).encode())
 
 
 def largest_adapter(folder: Path) -> int:
-    """Bytes of the largest adapter of the run of this server's folder."""
+    """Read the size in bytes of the run's largest adapter from the server's folder."""
     with contextlib.suppress(OSError, ValueError):
         return int((folder / _LARGEST).read_text())
     return _ADAPTER

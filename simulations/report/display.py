@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from privacy.accounting import STRICT
+from privacy.accounting import STRICT_DELTA
 from server.report.formatting import data, duration, number, percent, short
 
 ARMS = {"base": "base", "local": "local", "shared": "shared", "personal": "shared + personal"}
@@ -109,7 +109,7 @@ class Display:
         for epsilon in filter(None, (summary.get("epsilon"), summary.get("device_epsilon"))):
             promise = f"ε = {short(epsilon['value'])} per {epsilon['unit']}, δ = {short(epsilon['delta'])}"
             if (strict := epsilon.get("strict")) is not None:
-                promise += f" (ε = {short(strict)} at δ = {short(STRICT)})"
+                promise += f" (ε = {short(strict)} at δ = {short(STRICT_DELTA)})"
             if (seen := epsilon.get("seen")) is not None:
                 promise += f" (ε = {short(seen)} if the network sees who was asked)"
             self._print(Text(f"{promise}, {epsilon['relation'].replace('_', ' ')}; simulated noise, so not a release"))

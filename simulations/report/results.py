@@ -271,7 +271,7 @@ def build_report(
         command: command that repeats the run.
         fleet: outcomes of a timed fleet by round.
     """
-    rounds = totals.rows(state.history)
+    rounds = totals.round_rows(state.history)
     for row, outcome in zip(rounds, fleet, strict=False):
         row.update(joules=outcome.joules, hours=outcome.ended / 3600, lost=outcome.lost)
     return Report(
@@ -332,7 +332,7 @@ def gallery_row(
         given_captions=[shown(picture.caption) for picture in training],
         captions=[shown(caption) for caption in shown_arms.captions],
         arms={arm: [thumbnail(pixels) for pixels in pictures] for arm, pictures in shown_arms.arms.items()},
-        gave=len(person.pictures.train),
+        training_count=len(person.pictures.train),
     )
 
 

@@ -25,7 +25,7 @@ def training_plan(config: SimulationConfig, *, run: str, base: str) -> TrainingP
             delta=config.privacy.delta,
             sampling_rate=rate,
             steps=config.rounds * shared.steps,
-            beside=evaluation_mechanisms(config),
+            other_events=evaluation_mechanisms(config),
         )
         privacy = ExamplePrivacy(
             noise_multiplier=sigma,

@@ -79,11 +79,11 @@ class GatewayHarness:
         self.state = self.superlink.state.linkstate_factory.state()
         self.state.object_store.clear()
         self.run = self.new_run()
-        self.register, self.seen, self.down = DeviceRegistry(folder, per_holder=99), [], False
+        self.registry, self.seen, self.down = DeviceRegistry(folder, per_holder=99), [], False
         self.ids: dict[str, int] = {}
         self.gateway = Gateway(
-            inside="http://inside",
-            register=self.register,
+            superlink_url="http://inside",
+            registry=self.registry,
             hello=hello,
             authority=b"an authority",
             register_node=lambda *_: None,
@@ -105,7 +105,7 @@ class GatewayHarness:
     def node(self, name: str) -> Node:
         """An enrolled node that has come."""
         found = Node(self, new_key())
-        self.register.enroll(self.register.issue("ada"), found.name, name)
+        self.registry.enroll(self.registry.issue("ada"), found.name, name)
         self.ids[found.name] = self.state.create_node("", "", pem(found.key), 30.0)
         found.activate()
         return found

@@ -20,7 +20,7 @@ from scipy import fft
 from common.errors import AntherError
 from privacy import accounting
 from privacy.accounting import (
-    SAMPLING,
+    SAMPLER_DELTA,
     TRUNCATION_DELTA,
     Guarantee,
     NonPrivate,
@@ -170,7 +170,7 @@ def test_solved_noise_keeps_the_promise_and_wastes_little(target: float, delta: 
 
 
 def test_unsolvable_targets_say_so() -> None:
-    with pytest.raises(AntherError, match="promises nothing"):
+    with pytest.raises(AntherError, match="no meaningful guarantee"):
         noise_multiplier_for(epsilon=1e6, delta=1e-3, sampling_rate=0.5, steps=10)
     with pytest.raises(AntherError, match="smaller delta"):
         noise_multiplier_for(epsilon=1, delta=0.5, sampling_rate=1e-4, steps=1)
@@ -270,7 +270,7 @@ def test_what_a_schedule_may_cut_is_kept_back_of_delta() -> None:
 
 
 def test_a_part_of_delta_covers_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert epsilon(events(2.0, 1.0, 1), SAMPLING).value == math.inf
+    assert epsilon(events(2.0, 1.0, 1), SAMPLER_DELTA).value == math.inf
     without = epsilon(events(2.125, 1.0, 1), 4e-6).value
-    monkeypatch.setattr(accounting, "SAMPLING", 4e-6)
+    monkeypatch.setattr(accounting, "SAMPLER_DELTA", 4e-6)
     assert epsilon(events(2.125, 1.0, 1), 8e-6).value == pytest.approx(without, rel=1e-9)

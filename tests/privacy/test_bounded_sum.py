@@ -120,5 +120,5 @@ def test_it_costs_what_the_gaussian_mechanism_costs() -> None:
     ],
 )
 def test_what_would_hide_nothing_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be a number over 0"):
+    with pytest.raises(ValueError, match="must be positive and finite"):
         mean([0.1], Fixed(0.0), **wrong)  # type: ignore[arg-type]

@@ -50,39 +50,39 @@ def test_a_ledger_lives_in_it_as_in_any_storage(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=300), st.text(max_size=20), st.integers(0, 10**6))
 def test_what_is_sealed_comes_back_and_only_as_what_it_was(data: bytes, name: str, number: int) -> None:
-    box = StoreCipher(SECRET, "s")
-    sealed = box.seal(data, "blob", name)
-    assert box.open(sealed, "", "blob", name) == data
-    assert sealed != box.seal(data, "blob", name)  # no nonce comes twice
-    line = box.seal_line(data, name, number)
+    cipher = StoreCipher(SECRET, "s")
+    sealed = cipher.encrypt(data, "blob", name)
+    assert cipher.decrypt(sealed, "", "blob", name) == data
+    assert sealed != cipher.encrypt(data, "blob", name)  # no nonce comes twice
+    line = cipher.encrypt_line(data, name, number)
     assert b"\n" not in line
-    assert box.open_line(line, "", name, number) == data
+    assert cipher.decrypt_line(line, "", name, number) == data
     for other in (
-        lambda: box.open(sealed, "", "blob", name + "x"),
-        lambda: box.open(sealed, "", "head", name),
-        lambda: box.open(sealed, "", "blob", name, ""),
-        lambda: box.open(sealed[:-1], "", "blob", name),
-        lambda: box.open(sealed[:16], "", "blob", name),
-        lambda: box.open(data, "", "blob", name),
-        lambda: StoreCipher(SECRET, "t").open(sealed, "", "blob", name),
-        lambda: StoreCipher(bytes(32), "s").open(sealed, "", "blob", name),
-        lambda: box.open_line(line, "", name, number + 1),
-        lambda: box.open_line(data, "", name, number),
-        lambda: box.open_line(line[:-3], "", name, number),
-        lambda: box.open(sealed, "", LINE, name, number),
+        lambda: cipher.decrypt(sealed, "", "blob", name + "x"),
+        lambda: cipher.decrypt(sealed, "", "head", name),
+        lambda: cipher.decrypt(sealed, "", "blob", name, ""),
+        lambda: cipher.decrypt(sealed[:-1], "", "blob", name),
+        lambda: cipher.decrypt(sealed[:16], "", "blob", name),
+        lambda: cipher.decrypt(data, "", "blob", name),
+        lambda: StoreCipher(SECRET, "t").decrypt(sealed, "", "blob", name),
+        lambda: StoreCipher(bytes(32), "s").decrypt(sealed, "", "blob", name),
+        lambda: cipher.decrypt_line(line, "", name, number + 1),
+        lambda: cipher.decrypt_line(data, "", name, number),
+        lambda: cipher.decrypt_line(line[:-3], "", name, number),
+        lambda: cipher.decrypt(sealed, "", LINE, name, number),
     ):
         with pytest.raises(DamagedDataError):
             other()
 
 
 def test_every_byte_of_a_blob_counts() -> None:
-    box = StoreCipher(SECRET, "s")
-    sealed = box.seal(b"an adapter", "blob", "x")
+    cipher = StoreCipher(SECRET, "s")
+    sealed = cipher.encrypt(b"an adapter", "blob", "x")
     for index in range(len(sealed)):
         changed = bytearray(sealed)
         changed[index] ^= 1
         with pytest.raises(DamagedDataError):
-            box.open(bytes(changed), "", "blob", "x")
+            cipher.decrypt(bytes(changed), "", "blob", "x")
 
 
 def test_swapped_blobs_are_found_out(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_swapped_blobs_are_found_out(tmp_path: Path) -> None:
     shutil.copy(folder / "previous.safetensors", folder / "federations/a/personal.safetensors")
     for name in ("personal.safetensors", "federations/a/personal.safetensors"):
         with pytest.raises(
-            DamagedDataError, match=r"personal\.safetensors: not what was sealed under this key and name"
+            DamagedDataError, match=r"personal\.safetensors: not what was encrypted under this key and name"
         ):
             kept.read(name)
     assert kept.read("previous.safetensors") == b"previous.safetensors"
@@ -123,7 +123,7 @@ def test_lines_that_were_moved_are_found_out(change: str, tmp_path: Path) -> Non
         "none": [],
     }[change]
     (tmp_path / "store" / JOURNAL).write_bytes(b"".join(changed))
-    with pytest.raises(AntherError, match=r"not what was sealed|rolled back|is missing"):
+    with pytest.raises(AntherError, match=r"not what was encrypted|rolled back|is missing"):
         DeviceLedger(storage(tmp_path)).entries()
 
 
@@ -170,5 +170,5 @@ def test_the_reply_is_the_one_that_was_sealed(tmp_path: Path) -> None:
     (reply,) = (tmp_path / "store" / "outbox").iterdir()
     data = reply.read_bytes()
     reply.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(AntherError, match="not what was sealed"):
+    with pytest.raises(AntherError, match="not what was encrypted"):
         ledger.sealed(KEY, PLAN)

@@ -39,7 +39,7 @@ def test_an_ordinary_plan_passes() -> None:
     ],
 )
 def test_too_much_work_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(RequestRefusedError, match="asked"):
+    with pytest.raises(RequestRefusedError, match="this device allows"):
         Policy().check_plan(replace(PLAN, **wrong))  # type: ignore[arg-type]
 
 
@@ -79,8 +79,8 @@ def test_a_cap_forbids_everything_without_noise() -> None:
     with pytest.raises(RequestRefusedError, match="without example privacy"):
         strict.check_spending([], NonPrivate())
     with pytest.raises(RequestRefusedError, match="without noise"):
-        strict.check_measure(None)
-    strict.check_measure(MEASURE)
+        strict.check_evaluation(None)
+    strict.check_evaluation(MEASURE)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
     policy = Policy(measures=measures)
     for privacy, allowed in ((MEASURE, noised), (None, raw)):
         if allowed:
-            policy.check_measure(privacy)
+            policy.check_evaluation(privacy)
         else:
-            with pytest.raises(RequestRefusedError, match="measure"):
-                policy.check_measure(privacy)
+            with pytest.raises(RequestRefusedError, match="losses"):
+                policy.check_evaluation(privacy)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_what_may_be_measured(measures: str, noised: bool, raw: bool) -> None:
 )
 def test_a_measure_whose_noise_promises_nothing_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(RequestRefusedError):
-        Policy().check_measure(replace(MEASURE, **wrong))  # type: ignore[arg-type]
+        Policy().check_evaluation(replace(MEASURE, **wrong))  # type: ignore[arg-type]
 
 
 def test_bases_and_sites() -> None:

@@ -10,28 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import accounting, step_kinds
-from privacy.accounting import INTERVALS, POINTS, PoissonGaussian, epsilon
-from privacy.step_kinds import MOST, Kind, merge_kinds
+from privacy.accounting import INTERVALS, MAX_POINTS, PoissonGaussian, epsilon
+from privacy.step_kinds import MAX_KINDS, StepKind, merge_kinds
 
 
-def events(*found: Kind) -> list[PoissonGaussian]:
+def events(*found: StepKind) -> list[PoissonGaussian]:
     return [PoissonGaussian(noise_multiplier=sigma, sampling_rate=q, steps=n) for sigma, q, n in found]
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """Kinds and points of every grid that was computed."""
-    found, losses = [], accounting._losses
+    found, losses = [], accounting._composed_losses
 
-    def counted(asked: tuple[Kind, ...], interval: float) -> accounting._Level:
+    def counted(asked: tuple[StepKind, ...], interval: float) -> accounting._Level:
         level = losses(asked, interval)
         found.append((len(asked), level.points))
         return level
 
-    accounting._composed.cache_clear()
-    monkeypatch.setattr(accounting, "_losses", counted)
+    accounting._composed_epsilon.cache_clear()
+    monkeypatch.setattr(accounting, "_composed_losses", counted)
     yield found
-    accounting._composed.cache_clear()
+    accounting._composed_epsilon.cache_clear()
 
 
 HOSTILE = [
@@ -49,11 +49,11 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("asked", HOSTILE, ids=map(str, range(len(HOSTILE))))
-def test_work_is_bounded(asked: list[Kind], work: list[tuple[int, int]]) -> None:
+def test_work_is_bounded(asked: list[StepKind], work: list[tuple[int, int]]) -> None:
     assert epsilon(events(*asked), 1e-5).value >= 0
     of_asked = [points for count, points in work if count == max(count for count, _ in work)]  # none: infinite
-    assert sum(of_asked) <= 1.5 * POINTS
-    assert max((count for count, _ in work), default=0) <= MOST
+    assert sum(of_asked) <= 1.5 * MAX_POINTS
+    assert max((count for count, _ in work), default=0) <= MAX_KINDS
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_work_is_bounded_of_anything(work: list[tuple[int, int]]) -> None:
         work.clear()
         epsilon(events(*asked), 1e-5)
         most = max(count for count, _ in work)
-        assert sum(points for count, points in work if count == most) <= 1.5 * POINTS, asked
+        assert sum(points for count, points in work if count == most) <= 1.5 * MAX_POINTS, asked
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_work_is_bounded_of_anything(work: list[tuple[int, int]]) -> None:
         ([(0.5, 1e-4, 10_000)], 1e-5, 1.175602986551216),
     ],
 )
-def test_ordinary_runs_cost_what_they_did(asked: list[Kind], delta: float, before: float) -> None:
+def test_ordinary_runs_cost_what_they_did(asked: list[StepKind], delta: float, before: float) -> None:
     """Numbers of before work was bounded: no lower, and no more than two thousandths higher."""
     found = epsilon(events(*asked), delta).value
     assert before * (1 - 1e-4) <= found <= before * 1.002
 
 
 def test_few_kinds_are_untouched() -> None:
-    few = [(1.0 + number, 0.1, 5) for number in range(MOST)]
+    few = [(1.0 + number, 0.1, 5) for number in range(MAX_KINDS)]
     assert merge_kinds(few) == tuple(few)
 
 
@@ -104,10 +104,10 @@ KIND = st.tuples(st.floats(0.05, 1e6), st.floats(1e-9, 1.0), st.integers(1, 10_0
 
 @settings(max_examples=20)
 @given(st.lists(KIND, max_size=60))
-def test_merging_is_towards_the_worse(asked: list[Kind]) -> None:
+def test_merging_is_towards_the_worse(asked: list[StepKind]) -> None:
     """Each kind is counted as one of no more noise and no less sampling: some assignment covers all steps."""
     found = merge_kinds(asked)
-    assert len(found) <= MOST or len(asked) <= MOST
+    assert len(found) <= MAX_KINDS or len(asked) <= MAX_KINDS
     assert sum(n for _, _, n in found) == sum(n for _, _, n in asked)
     for sigma, rate, _ in asked:
         assert any(other <= sigma and q >= rate for other, q, _ in found)
@@ -116,15 +116,17 @@ def test_merging_is_towards_the_worse(asked: list[Kind]) -> None:
 
 @given(st.floats(1e-9, 1e9), st.sampled_from([2.0**-9, 2.0**-5, 0.5, 1.0, 4.0, 64.0]))
 def test_grids_are_nested(value: float, width: float) -> None:
-    found = step_kinds._down(value, width)
+    found = step_kinds._round_down(value, width)
     assert found <= value < found * 2.0**width * (1 + 1e-9)
-    assert step_kinds._down(found, width) == found
-    assert step_kinds._down(step_kinds._down(value, width), 2 * width) == step_kinds._down(value, 2 * width)
+    assert step_kinds._round_down(found, width) == found
+    assert step_kinds._round_down(step_kinds._round_down(value, width), 2 * width) == step_kinds._round_down(
+        value, 2 * width
+    )
 
 
 def test_merged_kinds_never_understate() -> None:
     generator = random.Random(2)
     asked = [(generator.uniform(0.8, 3), generator.uniform(0.05, 0.3), generator.randint(5, 30)) for _ in range(40)]
-    exact = accounting._losses(tuple(asked), INTERVALS[2]).losses.get_epsilon_for_delta(1e-5)
+    exact = accounting._composed_losses(tuple(asked), INTERVALS[2]).losses.get_epsilon_for_delta(1e-5)
     found = epsilon(events(*asked), 1e-5).value
     assert 0.99 * exact <= found <= 2 * exact  # the exact one is of a coarser grid

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 from privacy.accounting import Guarantee
-from server.app import _tell
+from server.app import _log_round
 from server.report.trackers import round_metrics
 from server.rounds.state import Round
 from strategies.round.metrics import TrainMetrics, ValidationMetrics
@@ -29,9 +29,9 @@ def test_a_round_is_one_line(caplog):
     done = Round(number=1, train=TRAIN, validation=MEASURED, wall_seconds=12.34)
     private = replace(TRAIN, dropped={}, guarantees=(Guarantee(1.5, 1e-5),))
     hidden = replace(NOBODY, gain=0.1, gain_error=0.01)
-    _tell(Round(number=0, train=None, validation=NOBODY, wall_seconds=1.0), 3)
-    _tell(done, 3)
-    _tell(replace(done, train=private, validation=hidden), 3)
+    _log_round(Round(number=0, train=None, validation=NOBODY, wall_seconds=1.0), 3)
+    _log_round(done, 3)
+    _log_round(replace(done, train=private, validation=hidden), 3)
     assert caplog.messages == [
         "round 1 of 3: 2 of 4 replied (1 refused, 1 unreachable), 20.0% off the base's loss (0.5000 to 0.4000), 12.3 s",
         "round 1 of 3: 2 of 4 replied, gain 0.10000 ± 0.01000 by its noise, ε=1.5 per image (δ=1e-05, add or remove "

@@ -164,7 +164,7 @@ def test_who_is_silent_again_and_again_is_left_out(link, passing):
     assert answering_all(gate, mallory, ada) == {mallory.node: 0, ada.node: 0}
     rounds(2)  # counted anew since it replied
     assert there(gate, mallory, ada) == ["mallory", "ada"]
-    gate._pauses = NodeBackoff(lambda: passing.passed)
+    gate._backoff = NodeBackoff(lambda: passing.passed)
     rounds(1)
     assert there(gate, mallory, ada) == ["ada"]
     passing.passed += 4 * LIMIT - 1
@@ -236,12 +236,12 @@ def test_who_comes_late_is_counted_and_never_pulled(link):
     ada, gate = link.device("ada"), link.grid()
     late, calls = StragglerTracker(gate), []
     late.add(gate.push(asked(ada), 1.0), round=1)
-    assert late.came(round=2) == 0
+    assert late.count(round=2) == 0
     ada.push(ada.reply(ada.pull(), content(ada)), objects=0)
     link.calls = calls.append
-    assert late.came(round=2) == 1
+    assert late.count(round=2) == 1
     assert "PullObject" not in calls
-    assert late.came(round=3) == 0
+    assert late.count(round=3) == 0
 
 
 @pytest.mark.parametrize("seconds", [0.5, 10.0, 3600.0])
@@ -295,7 +295,7 @@ def gate_pulled(gate, name):
 def test_a_question_is_not_waited_for_and_its_answer_comes_later(link, passing):
     ada, slow, gate = link.device("ada"), link.device("slow"), link.grid()
     for message in asked(ada, slow):
-        gate._inquiries._asked[message.metadata.dst_node_id] = gate.push([message], 1.0)[0], passing.monotonic()
+        gate._queries._pending[message.metadata.dst_node_id] = gate.push([message], 1.0)[0], passing.monotonic()
     ada.push(ada.reply(ada.pull(), content(ada)))
     assert outcome(gate.query_nodes([], timeout=60.0, wait=0.0)) == {ada.node: 0}
     assert outcome(gate.query_nodes(asked(slow), timeout=60.0, wait=0.0)) == {}  # it is not asked again
@@ -358,8 +358,8 @@ def test_an_asynchronous_round_is_over_in_time_too(link, passing):
     for device in (mallory, silent, ada):
         federated._roster.update_report(device.node, replace(REPORT, device=device.name), now=0.0)
     federated.query = lambda _: {n: r for n, r in federated._roster.reports.items() if n in gate.get_node_ids()}
-    pace = RoundLimits(clock=WallClock(), timeout=LIMIT)
-    round_runner = FedBuffRunner(gate, federated, pace, shift=REBASES["fedit"], size=3, concurrency=3)
+    limits = RoundLimits(clock=WallClock(), timeout=LIMIT)
+    round_runner = FedBuffRunner(gate, federated, limits, shift=REBASES["fedit"], size=3, concurrency=3)
     pushed, arrays = gate.push, records.adapter_to_record(encode(to_tensors(init_adapter(SITES, PLAN.rank, seed=0))))
 
     def push(messages, left):

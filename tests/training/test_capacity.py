@@ -66,7 +66,7 @@ def some_memory(base: Base, jobs: list[TrainJob], pick: Pick) -> int:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass at a time, and nobody keeps what was trained: results are the caller's memory."""
     monkeypatch.setattr(parallel_passes, "_cores", lambda: 1)
-    monkeypatch.setattr(cohort, "Trained", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
+    monkeypatch.setattr(cohort, "TrainedAdapter", lambda _, loss, steps, idle: TrainedAdapter({}, loss, steps, idle))
 
 
 def check_peak(base: Base, seed: int) -> None:

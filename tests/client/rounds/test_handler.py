@@ -402,7 +402,7 @@ def test_an_adapter_of_a_rank_that_the_owner_forbids(tmp_path: Path) -> None:
         (Policy(max_clip=0.001), "clip"),
         (Policy(min_noise_multiplier=2.5), "noise_multiplier"),
         (Policy(max_steps=4), "steps"),
-        (Policy(max_batch=3), "examples a step"),
+        (Policy(max_batch=3), "examples per step"),
         (Policy(max_rank=1), "rank"),
     ],
 )

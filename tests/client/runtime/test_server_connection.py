@@ -23,7 +23,7 @@ from protocol.ticket import Ticket
 from server.gateway import pki
 from server.gateway.app import Gateway
 from server.gateway.device_registry import DeviceRegistry
-from server.gateway.keys import ticket
+from server.gateway.keys import issue_ticket
 from server.gateway.listening import serve
 from server.supervisor.server_dir import ServerDir
 
@@ -36,11 +36,11 @@ class Server:
     def __init__(self, folder, port):
         self.place, self.port = ServerDir(folder), port
         self.place.prepare(["127.0.0.1"], port)
-        self.register = DeviceRegistry(folder)
+        self.registry = DeviceRegistry(folder)
         self.newest, self.off, self.said = messages.NEWEST, timedelta(0), {}
         gateway = Gateway(
-            inside="https://127.0.0.1:1",
-            register=self.register,
+            superlink_url="https://127.0.0.1:1",
+            registry=self.registry,
             hello=self.hello,
             authority=self.place.certificates.authority.read_bytes(),
             register_node=lambda *_: None,
@@ -60,7 +60,7 @@ class Server:
         return ServerHello(**told | self.said)
 
     def ticket(self):
-        return ticket(self.place, self.register, "ada", 7.0)
+        return issue_ticket(self.place, self.registry, "ada", 7.0)
 
     def close(self):
         self.uvicorn.should_exit = True
@@ -119,7 +119,7 @@ def test_who_answers_in_its_place_is_not_believed_and_not_told_the_secret(server
         with pytest.raises(AntherError, match="another server answers than this ticket is for"):
             enroll(meant, "pi")
         assert not (home / "link" / "node.key").exists()
-        assert other.register.look().members == {}
+        assert other.registry.snapshot().members == {}
         link, _ = enroll(Ticket(f"127.0.0.1:{server.port}", *given.rsplit("/", 2)[1:]), "pi")
         with pytest.raises(AntherError, match="another server answers than the one"):
             ServerConnection(f"127.0.0.1:{other.port}").hello()
@@ -130,7 +130,7 @@ def test_who_answers_in_its_place_is_not_believed_and_not_told_the_secret(server
 
 def test_who_was_revoked_is_told(server):
     come(server.ticket(), "name=pi")
-    server.register.revoke("pi")
+    server.registry.revoke("pi")
     with pytest.raises(AntherError, match="isn't enrolled there, or was revoked"):
         ServerConnection(f"127.0.0.1:{server.port}").check_in()
     assert issubclass(Unauthorized, AntherError)
@@ -140,7 +140,7 @@ def test_a_lost_reply_costs_no_ticket(server):
     written = server.ticket()
     first = come(written, "name=pi"), come(written, "name=pi")
     assert first == (0, 0)
-    assert len(server.register.look().inside()) == 1
+    assert len(server.registry.snapshot().active_devices()) == 1
 
 
 def test_nobody_there_is_waited_for():
@@ -153,7 +153,7 @@ def test_an_older_device_is_told_what_to_do(server, capsys):
     server.newest = messages.NEWEST + 1
     assert come(server.ticket(), "name=pi") == 2
     assert "update Anther here" in capsys.readouterr().err
-    assert server.register.look().members == {}
+    assert server.registry.snapshot().members == {}
 
 
 def test_a_clock_that_is_off_is_noticed(server):
@@ -169,7 +169,7 @@ def test_what_is_no_ticket_or_no_key_is_refused(server, capsys):
     assert "not a whole ticket" in capsys.readouterr().err
     assert come(server.ticket(), "guard.batery=1") == 2
     assert "did you mean guard.battery" in capsys.readouterr().err
-    assert server.register.look().members == {}
+    assert server.registry.snapshot().members == {}
 
 
 @pytest.mark.parametrize("damage", [b"", b"no pem"])
@@ -188,7 +188,7 @@ def test_a_ticket_on_the_command_line_is_refused(server, capsys):
     """Whoever runs ps would have it."""
     assert enroll_command.main([server.ticket(), "name=pi"]) == 2
     assert "--ticket-file FILE" in capsys.readouterr().err
-    assert server.register.look().members == {}
+    assert server.registry.snapshot().members == {}
 
 
 def test_a_ticket_may_lie_in_a_file(server, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_pictures_are_looked_at_before_the_ticket_is_used(server, tmp_path, wher
     ticket = server.ticket()
     assert come(ticket, f"data={tmp_path / where}", "name=pi") == 2
     assert str(tmp_path / where) in capsys.readouterr().err
-    assert server.register.look().members == {}
+    assert server.registry.snapshot().members == {}
     assert come(ticket, "name=pi") == 0
 
 
@@ -259,7 +259,7 @@ class Stranger:
 
     def __init__(self, folder, answer):
         folder.mkdir(exist_ok=True)
-        made = pki.authority("stranger")
+        made = pki.create_authority("stranger")
         cert = pki.issue(made, ["127.0.0.1"])
         (folder / "c").write_bytes(cert.certificate)
         (folder / "k").write_bytes(cert.key)

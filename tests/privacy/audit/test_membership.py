@@ -115,9 +115,9 @@ def test_a_real_difference_is_found() -> None:
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="same length"):
         AttackTrial(np.zeros(2), np.zeros(3, bool), np.zeros(3, int), np.zeros(3, int))
     with pytest.raises(ValueError, match="not finite"):
         trial([np.nan, 1.0], [True, False])
-    with pytest.raises(ValueError, match="somebody else's"):
+    with pytest.raises(ValueError, match="both a member and a non-member"):
         trial([0.0, 1.0], [True, False], None, [0, 1])

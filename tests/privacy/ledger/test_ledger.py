@@ -24,7 +24,7 @@ from privacy.ledger.ledger import (
     LedgerEntry,
     LedgerHistory,
     Reservation,
-    _Replayed,
+    _HistoryCache,
 )
 from privacy.policy import Policy, RequestRefusedError
 from tests.helpers.storages import FORMS, Kept, KeptFiles
@@ -166,14 +166,14 @@ def test_what_is_kept_of_events_is_what_their_lines_say(kept: Kept) -> None:
 
 
 def test_more_ledgers_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("privacy.ledger.ledger._replayed", _Replayed(most=2))
+    monkeypatch.setattr("privacy.ledger.ledger._histories", _HistoryCache(most=2))
     ledgers = [DeviceLedger(KeptFiles(tmp_path / str(number)).storage()) for number in range(4)]
     for number in (1, 2, 3):
         for ledger in ledgers:
             ledger.reserve(replace(FIRST, round=number), free)
             ledger.seal(replace(FIRST, round=number), b"reply")
             assert [entry.state for entry in ledger.entries()] == [SEALED] * number
-    assert len(privacy.ledger.ledger._replayed._kept) == 2
+    assert len(privacy.ledger.ledger._histories._cached) == 2
 
 
 def test_simulated_noise_is_charged_all_the_same(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ PULL = calls.PULL_MESSAGES.path
 
 @pytest.fixture
 def served(tmp_path):
-    found = GatewayHarness(tmp_path, shelf=[Route(BASE, lambda _: PlainTextResponse("a base"))])
+    found = GatewayHarness(tmp_path, base_routes=[Route(BASE, lambda _: PlainTextResponse("a base"))])
     with found.client:
         yield found
 
@@ -38,7 +38,7 @@ def client(served):
 
 
 def enrolled(served, key, name="pi"):
-    asked = Enrollment(protocol=NEWEST, secret=served.register.issue("ada"), key=openssh(key), name=name)
+    asked = Enrollment(protocol=NEWEST, secret=served.registry.issue("ada"), key=openssh(key), name=name)
     found = served.client.post("/v1/anther/enrol", content=strict_json.dumps(asked))
     assert found.status_code == 200, found.text
     return key
@@ -141,7 +141,7 @@ def test_keys_of_other_curves(client, curve):
 def test_a_revoked_device_is_out_from_the_next_request_on(served, client):
     pi = served.node("pi")
     assert pi.pull() is None
-    served.register.revoke("pi")
+    served.registry.revoke("pi")
     before = len(served.seen)
     assert pi.call(calls.PULL_MESSAGES)[0] == 401
     assert client.get(IN, headers=signed(pi.key, IN)).status_code == 401
@@ -157,7 +157,7 @@ def test_a_damaged_register_lets_nobody_in_and_is_told(served, client, caplog):
 
 
 def test_a_used_ticket_an_old_device_and_another_kind_of_key_are_told_why(served, client):
-    secret = served.register.issue("ada")
+    secret = served.registry.issue("ada")
 
     def come(**changed):
         said = {"protocol": NEWEST, "secret": secret, "key": openssh(new_key()), "name": "pi"} | changed
@@ -170,7 +170,7 @@ def test_a_used_ticket_an_old_device_and_another_kind_of_key_are_told_why(served
     assert come(secret="guessed" * 5)[1].startswith("no such ticket")
     assert come(protocol="1")[0] == 403
     assert come()[0] == 200
-    assert "works once" in come()[1]
+    assert "works only once" in come()[1]
     assert client.post("/v1/anther/enrol", content=b"[" * 9000).status_code == 403
     assert client.post("/v1/anther/enrol", content=b" " * (1 << 20)).status_code == 413
 
@@ -260,8 +260,8 @@ def test_a_device_holds_a_request_until_it_has_read_the_answer(tmp_path):
 def test_without_tls_a_node_registers_itself(tmp_path):
     served = GatewayHarness(tmp_path)
     gateway = Gateway(
-        inside="http://inside",
-        register=served.register,
+        superlink_url="http://inside",
+        registry=served.registry,
         hello=hello,
         authority=b"",
         register_node=lambda *_: None,

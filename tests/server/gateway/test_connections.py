@@ -59,7 +59,7 @@ def test_of_ipv6_one_sender_has_a_64(connections, come):
     assert come("2001:db8:0:1::1", 1)
     connections.mark_authenticated(("2001:db8::0", 0), "key")
     connections.release(("2001:db8::0", 0, 0, 0))
-    assert connections.found(("2001:db8::1", 1, 0, 0)).key is None
+    assert connections.get(("2001:db8::1", 1, 0, 0)).key is None
     assert len(connections) == 3
     assert network(("::ffff:192.0.2.1", 5)) == "192.0.2.1"
     assert network("") == ""
@@ -89,7 +89,7 @@ def test_of_one_device_the_oldest_of_too_many_is_closed(ended):
 
 def test_a_head_has_to_come_in_time_however_it_drips(connections, clock, come, ended):
     come("192.0.2.1", 1)
-    connection = connections.found(("192.0.2.1", 1))
+    connection = connections.get(("192.0.2.1", 1))
     for _ in range(20):
         clock.now += 1
         connection.moved = clock.now
@@ -111,7 +111,7 @@ def drip(connections, clock, connection, rate, seconds):
 def test_a_body_may_be_slow_but_not_endless(connections, clock, come, ended):
     for port, rate in ((1, 30_000), (2, 5000), (3, 100)):
         come("192.0.2.1", port)
-        connection = connections.found(("192.0.2.1", port))
+        connection = connections.get(("192.0.2.1", port))
         connection.enter(ConnectionPhase.BODY, clock.now)
         drip(connections, clock, connection, rate, 600)
         connections.release(("192.0.2.1", port))
@@ -120,7 +120,7 @@ def test_a_body_may_be_slow_but_not_endless(connections, clock, come, ended):
 
 def test_a_body_that_stops_coming(connections, clock, come, ended):
     come("192.0.2.1", 1)
-    connection = connections.found(("192.0.2.1", 1))
+    connection = connections.get(("192.0.2.1", 1))
     connection.enter(ConnectionPhase.BODY, clock.now)
     connection.bytes = 10 << 20
     clock.now += 59
@@ -133,7 +133,7 @@ def test_a_body_that_stops_coming(connections, clock, come, ended):
 
 def test_an_answer_over_a_slow_line_is_waited_for_and_one_that_nobody_reads_is_not(connections, clock, come, ended):
     come("192.0.2.1", 1)
-    connection = connections.found(("192.0.2.1", 1))
+    connection = connections.get(("192.0.2.1", 1))
     connection.enter(ConnectionPhase.ANSWER, clock.now)
     left = [5 << 20]
     connection.unsent = lambda: left[0]
@@ -154,7 +154,7 @@ def test_an_answer_over_a_slow_line_is_waited_for_and_one_that_nobody_reads_is_n
 
 def test_the_server_may_take_its_time(connections, clock, come, ended):
     come("192.0.2.1", 1)
-    connections.found(("192.0.2.1", 1)).enter(ConnectionPhase.ANSWER, clock.now)
+    connections.get(("192.0.2.1", 1)).enter(ConnectionPhase.ANSWER, clock.now)
     clock.now += 1000
     connections.sweep()
     assert ended == []

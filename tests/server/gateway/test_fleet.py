@@ -314,6 +314,6 @@ def test_a_reply_to_a_run_that_is_over_is_dropped(served, pi):
 
 
 def test_while_the_gateway_knows_nothing_yet_nodes_are_told_to_wait(served, pi):
-    del served.gateway.fleet.conversations[pi.name]
+    del served.gateway.fleet.exchanges[pi.name]
     served.ids[pi.name] = None
     assert pi.post(calls.HEARTBEAT.path, b"").status_code == 503

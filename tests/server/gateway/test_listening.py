@@ -38,8 +38,8 @@ def port(place):
 
 def gateway(place):
     return Gateway(
-        inside="http://inside",
-        register=DeviceRegistry(place.folder),
+        superlink_url="http://inside",
+        registry=DeviceRegistry(place.folder),
         hello=hello,
         authority=b"an authority",
         register_node=lambda *_: None,
@@ -129,8 +129,8 @@ def test_an_answer_over_a_slow_line_is_sent_to_its_end(place):
     size, port, key = 3 << 20, free_port(), new_key()
     place.prepare([LOOPBACK], port)
     served = gateway(place)
-    served.register.enroll(served.register.issue("ada"), openssh(key), "pi")
-    served.shelf = [Route("/big", lambda _: Response(bytes(size)))]
+    served.registry.enroll(served.registry.issue("ada"), openssh(key), "pi")
+    served.base_routes = [Route("/big", lambda _: Response(bytes(size)))]
     opened = serve(served, host=LOOPBACK, port=port, certificates=place.certificates)
     try:
         with line(port) as found:

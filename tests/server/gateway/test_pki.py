@@ -32,7 +32,7 @@ def shake(server: pki.KeyPair, trusted: bytes, name: str, folder) -> None:
 
 @pytest.fixture(scope="module")
 def authority():
-    return pki.authority("a test's")
+    return pki.create_authority("a test's")
 
 
 def test_who_trusts_the_authority_trusts_its_server_and_no_other(authority, tmp_path):
@@ -42,7 +42,7 @@ def test_who_trusts_the_authority_trusts_its_server_and_no_other(authority, tmp_
     with pytest.raises(ssl.SSLCertVerificationError):
         shake(server, authority.certificate, "elsewhere.local", tmp_path)
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(server, pki.authority("another").certificate, "pi.local", tmp_path)
+        shake(server, pki.create_authority("another").certificate, "pi.local", tmp_path)
 
 
 def test_a_servers_certificate_signs_nothing(authority, tmp_path):

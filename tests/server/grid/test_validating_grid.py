@@ -147,7 +147,7 @@ def test_a_reply_that_can_never_be_had_is_that_nodes_failure(caplog: pytest.LogC
 
     gate = ValidatingGrid(Broken([FakeDevice("a"), FakeDevice("b")], perform), largest=0, poll=0.0)
     assert [report.device for report in strategy().query(gate).values()] == ["b"]
-    assert "node 1 is unreachable: its reply can't be had: ConnectionError: HTTP 500" in caplog.text
+    assert "node 1 is unreachable: its reply can't be pulled: ConnectionError: HTTP 500" in caplog.text
     assert list(gate.get_node_ids()) == [2]  # the other is left out for a while
 
 
@@ -164,15 +164,15 @@ def test_what_never_comes_is_not_waited_for_after_the_timeout() -> None:
     gate = ValidatingGrid(grid, largest=0, poll=0.01)
     assert list(gate.send_and_receive([message], timeout=0.05)) == []
     assert grid.looks >= 1
-    assert (gate._asked, grid._replies) == ({}, {})  # and forgotten, here and below
+    assert (gate._pending, grid._replies) == ({}, {})  # and forgotten, here and below
 
 
 LIMITED = """
 import sys
-from server.supervisor.memory_limit import memory_at_most
+from server.supervisor.memory_limit import memory_limit
 held = bytes(2**24)
 try:
-    with memory_at_most(2**26):
+    with memory_limit(2**26):
         assert len(bytearray(2**25)) == 2**25
         found = bytearray()
         while len(found) < 2**28:

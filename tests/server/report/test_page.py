@@ -150,7 +150,7 @@ def test_says_what_happened() -> None:
     assert "aggregated by exact" in text
     assert "from diffusers import DiffusionPipeline pipe = DiffusionPipeline.from_pretrained('/bases/b')" in text
     assert "pipe.load_lora_weights('/runs/r/adapters/personal/Ada <hand>.with_shared.safetensors')" in text
-    assert "load it alone, or the shared one counts twice" in text
+    assert "load only this file, or the shared one counts twice" in text
 
 
 def test_a_promise_is_printed_with_unit_delta_and_relation() -> None:
@@ -212,7 +212,7 @@ def test_a_noised_gain_is_shown_with_the_error_of_its_noise() -> None:
 def test_without_pictures_or_judge(judged: dict[str, None] | None) -> None:
     summary = report().summary | {"legibility": judged, "style": judged}
     text = text_of(render(report(summary=summary, gallery=[])))
-    assert "Everybody's pictures" not in text
+    assert "Pictures of all devices" not in text
     assert "legible" not in text
     assert "2 devices trained small adapters" in text
 
@@ -318,11 +318,11 @@ def test_words(said: str, words_said: str) -> None:
 
 def test_words_of_photographs_are_not_those_of_letters() -> None:
     letters, photographs = text_of(render(report())), text_of(render(report(letters=False)))
-    assert "letters of the writer's own" in letters
+    assert "the writer's own letters" in letters
     assert "the pictures themselves" in photographs
     assert "Q" in letters
     assert "Q" not in photographs  # the letter that a caption ends with heads no column of photographs
-    assert "writer" not in photographs.replace("Style: nearer to this writer's", "").replace("the writer's own are", "")
+    assert "writer" not in photographs.replace("nearer to this writer's", "").replace("the writer's own letter", "")
 
 
 @pytest.mark.parametrize(
@@ -330,9 +330,9 @@ def test_words_of_photographs_are_not_those_of_letters() -> None:
     [
         ({"loads": False}, "reads no adapters, so it is added to the weights"),
         ({"kohya": False}, "There is no kohya layout of this base's family"),
-        ({"ignored": 3}, "sd-scripts leaves out 3 of the layers"),
+        ({"ignored": 3}, "sd-scripts ignores 3 of the layers"),
         ({"packed": True}, "FOLDER OF THE BASE THAT WAS PACKED"),
-        ({}, "….kohya.safetensors for ComfyUI, A1111, Forge and sd-scripts"),
+        ({}, "….kohya.safetensors is for ComfyUI, A1111, Forge and sd-scripts"),
     ],
 )
 def test_says_what_reads_an_adapter(changes: dict[str, Any], said: str) -> None:
@@ -346,7 +346,7 @@ def test_sentences_on_the_adapters_keep_apart(loads: bool, personal: bool) -> No
     text = text_of(render(report(summary=summary, use=dataclasses.replace(USE, loads=loads))))
     told = text[text.index("Use the adapters") : text.index("from diffusers import")]
     assert " diffusers" in told
-    assert " The same as" in told
+    assert " The same adapter as" in told
     assert re.findall(r"[a-z)]\.[A-Zd](?=[a-z]+ )", told) == []
 
 
@@ -377,5 +377,5 @@ def test_photo_keeps_its_proportions() -> None:
 def test_one_device_is_not_called_several() -> None:
     one = report(summary=report().summary | {"clients": 1}, gallery=[writer("Ada <hand>", 20)])
     assert "One device gave 2 pictures and trained small adapters" in text_of(render(one))
-    assert "The 1 whose" not in text_of(render(one))
+    assert "The 1 with" not in text_of(render(one))
     assert "1 device trained small adapters" in text_of(render(dataclasses.replace(one, gallery=[])))

@@ -51,14 +51,16 @@ def state(base: Base, *, guarantees: tuple[Guarantee, ...] = (), shared: float |
 
 @pytest.mark.parametrize("test", [False, True])
 def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, test: bool) -> None:
-    page = write_results(compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), words="rounds=1", test=test)
+    page = write_results(
+        compose(""), tmp_path, base, state(base, guarantees=(GUARANTEE,)), arguments="rounds=1", test=test
+    )
     assert len(load_file(tmp_path / "adapters" / "shared.safetensors")) == 2 * len(base.sites)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["rounds"], summary["clients"], summary["seconds"], summary["test"]) == (1, 1, 4, test)
     assert summary["loss"] == {"base": 0.5, "shared": 0.25}
     assert summary["bytes"] == {"up": 10, "down": 20}
     said = Page(page.read_text()).text
-    assert "1 device learned together" in said
+    assert "1 device trained together" in said
     assert "ε = 1.5 per image, δ = 0.001, add or remove one; ε = 2.5 at δ = 1.00e-05" in said
     assert ("so not a release" in said) == test
     assert "anther serve rounds=1" in said
@@ -67,10 +69,10 @@ def test_it_leaves_an_adapter_numbers_and_a_page(base: Base, tmp_path: Path, tes
 
 
 def test_a_run_that_nobody_measured_says_nothing_of_losses(base: Base, tmp_path: Path) -> None:
-    page = write_results(compose(""), tmp_path, base, state(base, shared=None), words="", test=False)
+    page = write_results(compose(""), tmp_path, base, state(base, shared=None), arguments="", test=False)
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] == {}
     said = Page(page.read_text()).text
-    assert "Pictures that nobody trained on" not in said
+    assert "Held-out pictures" not in said
     assert "No differential privacy" in said
 
 
@@ -81,7 +83,7 @@ def test_a_secret_sample_stays_secret(base: Base, tmp_path: Path, rate: bool) ->
     config = compose(f"privacy=device aggregation=fedit data.devices=100 data.writers=1 {sampled}")
     seen = replace(GUARANTEE, unit="device", seen=9.25)
     found = state(base, guarantees=(seen,), shared=None)
-    page = write_results(config, tmp_path, base, found, words="", test=False).read_text()
+    page = write_results(config, tmp_path, base, found, arguments="", test=False).read_text()
     said, summary = Page(page).text, (tmp_path / "summary.json").read_text()
     told = [name for name in ("pi", "phone") if f'class="text">{name}</th>' in page or f'"{name}"' in summary]
     assert told == ([] if rate else ["pi", "phone"])
@@ -94,7 +96,7 @@ def test_a_secret_sample_stays_secret(base: Base, tmp_path: Path, rate: bool) ->
 
 def test_the_command_that_was_typed_is_shown(base: Base, tmp_path: Path) -> None:
     save_command(tmp_path, "anther serve rounds=1 server.port=9999")
-    page = write_results(compose(""), tmp_path, base, state(base), words="rounds=1 data.writers=1", test=False)
+    page = write_results(compose(""), tmp_path, base, state(base), arguments="rounds=1 data.writers=1", test=False)
     assert "anther serve rounds=1 server.port=9999" in Page(page.read_text()).text
 
 
@@ -102,7 +104,7 @@ def test_nothing_happened_and_nothing_is_drawn(base: Base, tmp_path: Path) -> No
     found = state(base, shared=None)
     train = replace(found.history[1].train, seconds=0.0, joules=0.0, bytes_up=0, bytes_down=0)
     nothing_done = replace(found, history=(found.history[0], replace(found.history[1], train=train)))
-    said = Page(write_results(compose(""), tmp_path, base, nothing_done, words="", test=False).read_text()).text
+    said = Page(write_results(compose(""), tmp_path, base, nothing_done, arguments="", test=False).read_text()).text
     assert "-1 s" not in said
     assert "Device time so far" not in said
 
@@ -117,4 +119,4 @@ def test_the_command_says_what_is_missing(
     assert "holds no run (" in capsys.readouterr().err
     folder = run_folder("rounds=1", tmp_path / "runs")
     assert main([]) == USAGE
-    assert f"{folder}: no round of this run is over yet" in capsys.readouterr().err
+    assert f"{folder}: no round of this run is complete yet" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_damage_is_named_with_a_way_out(tmp_path, name, damage):
 def test_an_edited_history_is_found_even_if_it_is_json(tmp_path):
     file = checkpoint.save(tmp_path, states(1.0)[0]) / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text())))
-    with pytest.raises(AntherError, match=r"state\.json is not as it was written .*go back to the start"):
+    with pytest.raises(AntherError, match=r"state\.json was changed after it was written .*go back to the start"):
         checkpoint.load(tmp_path, sites=SITES)
 
 

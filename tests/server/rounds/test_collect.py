@@ -44,7 +44,7 @@ def test_until_there_are_enough_or_it_is_too_late(enough, expected, left):
         asked(grid),
         clock,
         until=clock.now() + (0.3 if enough is None else 60.0),
-        enough=lambda: enough is not None and len(found) >= enough,
+        is_complete=lambda: enough is not None and len(found) >= enough,
         late=late,
     )
     for reply in replies:

@@ -120,8 +120,8 @@ def test_no_good_reply_keeps_the_adapter(tmp_path):
 
 
 def test_too_few_devices(tmp_path):
-    with pytest.raises(AntherError, match="1 of 3 devices are there after 0 s"):
-        run(tmp_path, devices="a", present=3, pace=RoundLimits(timeout=0.0))
+    with pytest.raises(AntherError, match="1 of 3 devices are connected after 0 s"):
+        run(tmp_path, devices="a", min_devices=3, limits=RoundLimits(timeout=0.0))
 
 
 class Leaving(CohortGrid):
@@ -156,7 +156,7 @@ def left(folder, there, **settings):
     def on_round(done):
         grid.there = there if done.number else grid.there
 
-    chosen = {"present": 4, "pace": RoundLimits(timeout=0.0)} | settings
+    chosen = {"min_devices": 4, "limits": RoundLimits(timeout=0.0)} | settings
     return run_rounds(
         grid=grid, strategy=strategy(), state=fresh_state(), rounds=3, checkpoints=folder, on_round=on_round, **chosen
     )
@@ -169,13 +169,13 @@ def test_devices_that_leave_end_no_run(tmp_path):
 
 
 def test_a_run_without_anybody_waits_on_or_ends_with_an_error(tmp_path, caplog):
-    with pytest.raises(AntherError, match="0 of 1 devices are there after 0 s"):
+    with pytest.raises(AntherError, match="0 of 1 devices are connected after 0 s"):
         left(tmp_path / "dead", [0])
     clock = Ticks()
     gone = [0] * 130 + [2]  # looks, a minute from each other
-    found = left(tmp_path / "night", gone, wait_forever=True, pace=RoundLimits(timeout=3600.0, clock=clock))
+    found = left(tmp_path / "night", gone, wait_forever=True, limits=RoundLimits(timeout=3600.0, clock=clock))
     assert [done.train.replied for done in found.history[1:]] == [4, 2, 2]
-    told = [line for line in caplog.messages if line.startswith("0 of 1 devices are there; waiting for 1 more")]
+    told = [line for line in caplog.messages if line.startswith("0 of 1 devices are connected; waiting for 1 more")]
     assert len(told) == 3  # at once, and each hour
 
 
@@ -202,7 +202,7 @@ def tried(folder, *devices, clock=None, **settings):
         checkpoints=folder,
         on_round=heard.append,
         wait_forever=True,
-        pace=RoundLimits(timeout=60.0, clock=clock),
+        limits=RoundLimits(timeout=60.0, clock=clock),
         **settings,
     )
     return state, [done.number for done in heard]
@@ -216,7 +216,7 @@ def test_a_round_without_a_good_reply_does_not_count(tmp_path, caplog):
     assert device.heard.count("Train") == 5
     assert device.heard.count("Evaluate") == 2  # of an adapter that nobody trained nothing is measured
     told = [line for line in caplog.messages if "it doesn't count" in line]
-    assert told[0] == "round 1: 0 good replies of 1 (1 failed), 1 needed: it doesn't count, and is tried again in 30 s"
+    assert told[0] == "round 1: 0 accepted replies of 1 (1 failed), 1 needed: it doesn't count; retrying in 30 s"
     assert [line.rsplit(" ", 2)[1] for line in told] == ["30", "60", "120"]
     assert torch.isfinite(state.adapter["x"].a).all()
 
@@ -242,7 +242,9 @@ def test_losses_that_are_none_are_one_devices_rejected_reply(tmp_path, loss):
 
 def test_patience_ends_and_the_run_is_not_over(tmp_path):
     device = FakeDevice("a", misbehave=failing(10**6))
-    with pytest.raises(AntherError, match=r"round 1 had no 1 good replies in \d+ tries over 2 hours \(\d+ failed\)"):
+    with pytest.raises(
+        AntherError, match=r"round 1 had no 1 accepted replies in \d+ tries over 2 hours \(\d+ failed\)"
+    ):
         tried(tmp_path, device, patience=2.0)
     assert checkpoint.load(tmp_path, sites=SITES).round == 0
     resumed = run_rounds(
@@ -258,7 +260,7 @@ def test_patience_ends_and_the_run_is_not_over(tmp_path):
 
 def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
     empty = FakeDevice("a", report=replace(REPORT, device="a", pictures=False))
-    with pytest.raises(AntherError, match="1 of 2 devices are there"):
+    with pytest.raises(AntherError, match="1 of 2 devices are connected"):
         run_rounds(
             grid=CohortGrid([empty, FakeDevice("b")], perform),
             strategy=strategy(),
@@ -266,8 +268,8 @@ def test_a_device_without_pictures_does_not_count_as_there(tmp_path):
             rounds=1,
             checkpoints=tmp_path,
             on_round=lambda _: None,
-            present=2,
-            pace=RoundLimits(timeout=0.0),
+            min_devices=2,
+            limits=RoundLimits(timeout=0.0),
         )
 
 
@@ -316,7 +318,7 @@ def test_what_measuring_cost_is_remembered(tmp_path):
 class Named:
     """Asks the first device alone."""
 
-    sensitivity = Sampling(blind=True, amplifies=False, reason="by name")
+    sensitivity = Sampling(data_independent=True, amplifies=False, reason="by name")
 
     def select(self, names, *, draw):
         return sorted(names)[:1] if draw else []

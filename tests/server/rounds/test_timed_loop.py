@@ -61,8 +61,8 @@ def run(
     if state and state.history:
         lives.resume(state.round)
     chosen = chosen or strategy()
-    pace = RoundLimits(clock=lives.clock, timeout=timeout, enough=enough, seed=order)
-    round_runner = size and FedBuffRunner(grid, chosen, pace, shift=shift, size=size, concurrency=concurrency)
+    limits = RoundLimits(clock=lives.clock, timeout=timeout, target_replies=enough, seed=order)
+    round_runner = size and FedBuffRunner(grid, chosen, limits, shift=shift, size=size, concurrency=concurrency)
     found = run_rounds(
         grid=grid,
         strategy=chosen,
@@ -70,10 +70,10 @@ def run(
         rounds=rounds,
         checkpoints=folder / "checkpoints",
         on_round=lambda _: None,
-        pace=pace,
+        limits=limits,
         round_runner=round_runner or None,
-        present=0,
-        keep=lives.save,
+        min_devices=0,
+        before_checkpoint=lives.save,
     )
     return found, lives
 
@@ -223,8 +223,8 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
 
     chosen.let_in = noted
     grid, lives = timed_grid(tmp_path, *speeds(1.0, 0.3))
-    pace = RoundLimits(clock=lives.clock, timeout=1000.0)
-    round_runner = FedBuffRunner(grid, chosen, pace, shift=rebase_factors, size=4, concurrency=2)
+    limits = RoundLimits(clock=lives.clock, timeout=1000.0)
+    round_runner = FedBuffRunner(grid, chosen, limits, shift=rebase_factors, size=4, concurrency=2)
     run_rounds(
         grid=grid,
         strategy=chosen,
@@ -232,9 +232,9 @@ def test_plans_of_a_device_have_numbers_of_their_own(tmp_path):
         rounds=3,
         checkpoints=tmp_path,
         on_round=lambda _: None,
-        pace=pace,
+        limits=limits,
         round_runner=round_runner,
-        present=0,
+        min_devices=0,
     )
     assert len(set(numbers)) == len(numbers) == 12
     of_a = [number for name, number in numbers if name == "a"]

@@ -135,7 +135,7 @@ def it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, t
         saved=None,
         checkpoints=tmp_path / "checkpoints",
         on_round=lambda _: None,
-        present=3,
+        min_devices=3,
         personalized_devices=(),
     )
     (run,) = running.runs
@@ -157,7 +157,7 @@ def what_was_noised_reproducibly_is_no_release(running):
 
 
 def strangers_are_refused(refusals):
-    assert "works once" in refusals["used"]
+    assert "works only once" in refusals["used"]
     assert "isn't enrolled there, or was revoked" in refusals["stranger"]
     assert "is in use by process" in refusals["second"]
     assert "200" not in refusals["plain"]

@@ -88,14 +88,14 @@ def served(superlink: SuperLink, folders: Path) -> None:
     config = SimpleNamespace(server=ServerConfig())
     federation = ServerSupervisor(config, WORDS, [*WORDS, "server.port=9999"])  # type: ignore[arg-type]
     federation.superlink = superlink  # type: ignore[assignment]
-    register = SimpleNamespace(look=lambda: SimpleNamespace(active_devices=dict))
-    federation.members = EnrolledNodes(register, superlink)  # type: ignore[arg-type]
-    federation._until_over(Path("app"), folders)
+    register = SimpleNamespace(snapshot=lambda: SimpleNamespace(active_devices=dict))
+    federation.nodes = EnrolledNodes(register, superlink)  # type: ignore[arg-type]
+    federation._run_until_finished(Path("app"), folders)
 
 
 def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
     def over() -> None:
-        run_dirs.end(run_dirs.run_folder("rounds=3", tmp_path))
+        run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))
 
     superlink = SuperLink(iter([*[lambda: None] * 12, over]), lambda: False)
     served(superlink, tmp_path)
@@ -103,19 +103,19 @@ def test_a_run_that_fails_and_fails_is_tried_on(tmp_path, capsys):
     assert len(superlink.submitted) == 13
     pauses = [int(line.split()[-2]) for line in said.splitlines() if "the run broke off" in line]
     assert pauses == [4, 8, 16, 32, 64, 128, 256, 512, 600, 600, 600, 600]
-    folder = run_dirs.newest("rounds=3", tmp_path)
+    folder = run_dirs.newest_run("rounds=3", tmp_path)
     assert said.splitlines()[-1].endswith(f"the run is over: {folder}. Its report: page")
     assert run_dirs.read_command(folder).endswith("server.supervisor.run rounds=3 server.port=9999")
 
 
 def test_a_superlink_that_answers_500_is_waited_for(tmp_path, passing, capsys):
     superlink = SuperLink(
-        iter([lambda: run_dirs.end(run_dirs.run_folder("rounds=3", tmp_path))]), lambda: passing.at < 1500
+        iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]), lambda: passing.at < 1500
     )
     served(superlink, tmp_path)
     said = capsys.readouterr().out
-    assert said.count("HTTP 500; trying on") == 1
-    assert said.count("has not answered for 10 min: it starts again") == superlink.started == 2
+    assert said.count("HTTP 500; retrying") == 1
+    assert said.count("has not answered for 10 min: restarting it") == superlink.started == 2
     assert superlink.submitted == ["rounds=3"]
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_is_at_work_is_never_begun_twice(tmp_path):
     """Its log broke off, and for a while the SuperLink answers nothing."""
     deaf = [False, False, *[True] * 5]
     superlink = SuperLink(
-        iter([lambda: run_dirs.end(run_dirs.run_folder("rounds=3", tmp_path))]),
+        iter([lambda: run_dirs.mark_finished(run_dirs.run_folder("rounds=3", tmp_path))]),
         lambda: deaf.pop(1) if len(deaf) > 2 else False,
     )
     served(superlink, tmp_path)

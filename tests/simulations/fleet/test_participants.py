@@ -37,7 +37,7 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
     private = plan.privacy
     assert private is not None
     policy.check_plan(plan)
-    policy.check_measure(measuring(config, simulated=True).local_noise)
+    policy.check_evaluation(measuring(config, simulated=True).local_noise)
     round_ = PoissonGaussian(
         noise_multiplier=private.noise_multiplier, sampling_rate=private.sampling_rate, steps=plan.steps
     )
@@ -45,8 +45,10 @@ def test_simulated_owners_allow_what_the_run_promises_and_no_more() -> None:
     for refused in (
         lambda: policy.check_spending([round_, round_, round_, *measured], round_),
         lambda: policy.check_spending([], NonPrivate()),
-        lambda: policy.check_measure(None),
-        lambda: owners_policy(compose("privacy=example")).check_measure(measuring(config, simulated=True).local_noise),
+        lambda: policy.check_evaluation(None),
+        lambda: owners_policy(compose("privacy=example")).check_evaluation(
+            measuring(config, simulated=True).local_noise
+        ),
     ):
         with pytest.raises(RequestRefusedError):
             refused()

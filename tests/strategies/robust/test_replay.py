@@ -338,7 +338,7 @@ def test_asynchronous_rounds(tmp_path):
         virtual_device("x", speed=4.0),
         devices=fleet(),
     )
-    chosen, pace = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
+    chosen, limits = strategy(replay=ReplayFilter(FLEET_SITES, seed=1)), RoundLimits(clock=lives.clock, timeout=1000.0)
     found = run_rounds(
         grid=grid,
         strategy=chosen,
@@ -346,9 +346,9 @@ def test_asynchronous_rounds(tmp_path):
         rounds=4,
         checkpoints=tmp_path,
         on_round=lambda _: None,
-        pace=pace,
-        round_runner=FedBuffRunner(grid, chosen, pace, shift=rebase_product, size=4, concurrency=3),
-        present=0,
+        limits=limits,
+        round_runner=FedBuffRunner(grid, chosen, limits, shift=rebase_product, size=4, concurrency=3),
+        min_devices=0,
     )
     assert dropped(found) == [{"replayed": 1}] * 4  # then it is left alone for the round
     assert found.devices["x"].rounds == 1

@@ -19,10 +19,10 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from server.gateway.refusal import NOT_YOURS, RequestRefused, hostile
 from server.gateway.replies import Reply, ReplyLimits, tree_objects
 
-_REMEMBERED = 8  # messages; a SuperNode is given one at a time
-_OUTSTANDING = 4  # most replies of one node that the SuperLink keeps, such as late replies
+_REMEMBERED = 8  # messages; a SuperNode gets one at a time
+_OUTSTANDING = 4  # maximum replies of one node in the SuperLink, such as late replies
 _PULLS = 32  # pulls of one object, since connections break
-_PROMISES = 16  # replies begun to one message: after a server error the node begins again
+_PROMISES = 16  # replies begun to one message: after a server error, the node begins again
 _FETCHES = 16  # fetches of one run's description: a SuperNode caches it
 _AHEAD = 600.0  # seconds that a device's clock may be ahead
 _LONGEST_TTL = 1e9  # seconds
@@ -50,7 +50,7 @@ class NodeExchange:
     """The exchange with one node."""
 
     node: int
-    given: OrderedDict[str, DeliveredMessage] = field(default_factory=OrderedDict)
+    delivered: OrderedDict[str, DeliveredMessage] = field(default_factory=OrderedDict)
     reply: Reply | None = None
     outstanding: deque[tuple[int, str]] = field(default_factory=deque)
     """Run and id of each reply that was handed on, the oldest first."""
@@ -64,65 +64,86 @@ class NodeExchange:
         """Note that the node has pulled a message."""
         names, waiting = set(), [tree]
         while waiting:
-            found = waiting.pop()
-            names.add(found.object_id)
-            waiting += found.children
-        self.given[head.metadata.message_id] = DeliveredMessage(head.metadata, frozenset(names))
-        while len(self.given) > _REMEMBERED:
-            self.given.popitem(last=False)
+            node = waiting.pop()
+            names.add(node.object_id)
+            waiting += node.children
+        self.delivered[head.metadata.message_id] = DeliveredMessage(head.metadata, frozenset(names))
+        while len(self.delivered) > _REMEMBERED:
+            self.delivered.popitem(last=False)
 
     def message(self, identifier: str, run: int) -> DeliveredMessage:
-        """Return a message that this node was given in this run. Refusal if there is none."""
-        found = self.given.get(identifier)
-        if found is None or found.head.run_id != run:
-            raise RequestRefused(NOT_YOURS, "a message that this node wasn't given")
-        return found
+        """Return a message that this node was given in this run.
 
-    def check_run(self, run: int, what: str) -> None:
-        """Refuse to describe a run that this node doesn't take part in, or to describe a run too often."""
-        if not any(given.head.run_id == run for given in self.given.values()):
+        Raises:
+            RequestRefused: there is none.
+        """
+        delivered = self.delivered.get(identifier)
+        if delivered is None or delivered.head.run_id != run:
+            raise RequestRefused(NOT_YOURS, "a message that this node wasn't given")
+        return delivered
+
+    def check_run(self, run: int, kind: str) -> None:
+        """Count a request for the description of a run.
+
+        Args:
+            run: id of the run.
+            kind: `run` or `app`.
+
+        Raises:
+            RequestRefused: this node doesn't take part in the run, or has asked too often.
+        """
+        if not any(delivered.head.run_id == run for delivered in self.delivered.values()):
             raise RequestRefused(NOT_YOURS, "a run that this node takes no part in")
-        self.fetched[what, run] += 1
-        if self.fetched[what, run] > _FETCHES:
+        self.fetched[kind, run] += 1
+        if self.fetched[kind, run] > _FETCHES:
             raise hostile("the same run again and again")
 
     def find_object(self, identifier: str, run: int) -> DeliveredMessage:
-        """Find the message of an object that the node asks for. Refusal if there is none."""
-        for given in reversed(self.given.values()):
-            if given.head.run_id == run and identifier in given.objects:
-                if given.pulls[identifier] >= _PULLS:
-                    raise hostile("the same object again and again")
-                return given
-        raise RequestRefused(NOT_YOURS, "an object of no message of this node's")
-
-    def begin(self, request: PushMessagesRequest, bound: ReplyLimits, folder: Path) -> Reply | None:
-        """Begin a reply that a node starts to send; None if this reply was handed on already.
+        """Find the message of an object that the node asks for.
 
         Raises:
-            Refusal: it doesn't answer a message of this node, or is malformed.
+            RequestRefused: there is none, or the node has pulled the object too often.
+        """
+        for delivered in reversed(self.delivered.values()):
+            if delivered.head.run_id == run and identifier in delivered.objects:
+                if delivered.pulls[identifier] >= _PULLS:
+                    raise hostile("the same object again and again")
+                return delivered
+        raise RequestRefused(NOT_YOURS, "an object of none of this node's messages")
+
+    def begin(self, request: PushMessagesRequest, limits: ReplyLimits, folder: Path) -> Reply | None:
+        """Begin a reply that a node starts to send; None if this reply was already handed on.
+
+        Args:
+            request: head of the reply and the tree of its objects.
+            limits: limits on the reply.
+            folder: spool folder.
+
+        Raises:
+            RequestRefused: it doesn't answer a message of this node, or is malformed.
         """
         if (len(request.messages_list), len(request.message_object_trees)) != (1, 1):
             raise hostile("other than one reply at a time")
         head, tree = request.messages_list[0], request.message_object_trees[0]
-        given = self.message(head.metadata.reply_to_message_id, head.metadata.run_id)
-        _check_head(head, given.head, self.node)
-        objects = tree_objects(tree, bound.objects)
+        delivered = self.message(head.metadata.reply_to_message_id, head.metadata.run_id)
+        _check_head(head, delivered.head, self.node)
+        objects = tree_objects(tree, limits.objects)
         if head.metadata.message_id != tree.object_id:
             raise hostile("a reply whose id isn't that of its root")
-        if given.answered is not None:
-            if given.answered != tree.object_id:
+        if delivered.answered is not None:
+            if delivered.answered != tree.object_id:
                 raise hostile("a second reply to one message")
             return None
         if self.reply is not None and self.reply.identifier == tree.object_id and self.reply.tree == tree:
             return self.reply  # the answer was lost, or the node resumes
-        given.promises += 1
-        if given.promises > _PROMISES:
+        delivered.promises += 1
+        if delivered.promises > _PROMISES:
             raise hostile("one reply begun after another")
         if self.reply is not None:
             self.drop(self.reply)
         runtime = request.clientapp_runtime_list[0] if len(request.clientapp_runtime_list) == 1 else 0.0
         runtime = runtime if math.isfinite(runtime) and 0 <= runtime < _LONGEST_TTL else 0.0
-        self.reply = Reply(_rebuilt(head), tree, runtime, objects, bound, folder)
+        self.reply = Reply(_copy_head(head), tree, runtime, objects, limits, folder)
         return self.reply
 
     def mark_forwarded(self, reply: Reply) -> tuple[int, str] | None:
@@ -134,8 +155,8 @@ class NodeExchange:
         metadata = reply.head.metadata
         self.drop(reply)
         self.forwarded_session = reply.session
-        if (given := self.given.get(metadata.reply_to_message_id)) is not None:
-            given.answered = reply.identifier
+        if (delivered := self.delivered.get(metadata.reply_to_message_id)) is not None:
+            delivered.answered = reply.identifier
         self.outstanding.append((metadata.run_id, reply.identifier))
         return self.outstanding.popleft() if len(self.outstanding) > _OUTSTANDING else None
 
@@ -150,22 +171,22 @@ class NodeExchange:
             self.drop(self.reply)
 
 
-def _check_head(head: Message, asked: Metadata, node: int) -> None:
+def _check_head(head: Message, request: Metadata, node: int) -> None:
     metadata = head.metadata
-    if metadata.src_node_id != node or metadata.dst_node_id != asked.src_node_id:
+    if metadata.src_node_id != node or metadata.dst_node_id != request.src_node_id:
         raise hostile("a reply in the name of another node")
-    if (metadata.message_type, metadata.group_id) != (asked.message_type, asked.group_id):
+    if (metadata.message_type, metadata.group_id) != (request.message_type, request.group_id):
         raise hostile("a reply of another kind than its message")
     if head.content.ByteSize():
         raise hostile("a reply with its content in its head")
-    near = asked.created_at - _AHEAD <= metadata.created_at <= time.time() + _AHEAD
+    near = request.created_at - _AHEAD <= metadata.created_at <= time.time() + _AHEAD
     if not (near and 0 < metadata.ttl <= _LONGEST_TTL):
-        raise RequestRefused(NOT_YOURS, "a reply whose times can't be: set the device's clock")
+        raise RequestRefused(NOT_YOURS, "a reply with impossible times: set the device's clock")
 
 
-def _rebuilt(head: Message) -> Message:
+def _copy_head(head: Message) -> Message:
     """Copy the fields of a reply's head, and no others."""
-    kept, metadata = Message(), head.metadata
+    copy, metadata = Message(), head.metadata
     for name in (
         "run_id",
         "message_id",
@@ -177,9 +198,9 @@ def _rebuilt(head: Message) -> Message:
         "created_at",
         "ttl",
     ):
-        setattr(kept.metadata, name, getattr(metadata, name))
+        setattr(copy.metadata, name, getattr(metadata, name))
     if head.HasField("error"):
-        kept.error.CopyFrom(head.error)
+        copy.error.CopyFrom(head.error)
     else:
-        kept.content.SetInParent()
-    return kept
+        copy.content.SetInParent()
+    return copy
