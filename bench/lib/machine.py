@@ -12,10 +12,10 @@ import torch
 
 def machine(device: torch.device) -> dict[str, object]:
     """Return the properties of the machine that measurements depend on."""
-    found = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    properties = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return {**found, "python": platform.python_version()}
+        properties |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return {**properties, "python": platform.python_version()}
 
 
 def processor() -> str:
@@ -30,13 +30,13 @@ def processor() -> str:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Return the version of each package; None if it is not installed."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def memory(key: str) -> int:

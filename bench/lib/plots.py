@@ -27,8 +27,8 @@ def dots(settings: Sequence[str], cells: Mapping[tuple[str, str], Sequence[float
     lines = -(-len(settings) // columns)
     width, height = LEFT + columns * WIDTH, lines * (TOP + len(rules) * ROW + 26)
     parts = [_head(width, height)]
-    for place, name in enumerate(settings):
-        line, column = divmod(place, columns)
+    for index, name in enumerate(settings):
+        line, column = divmod(index, columns)
         x, y = LEFT + column * WIDTH, line * (TOP + len(rules) * ROW + 26)
         scale = (WIDTH - 30) / high
         parts.append(f'<text x="{x}" y="{y + 20}" font-weight="bold">{escape(name)}</text>')
@@ -68,34 +68,36 @@ def scatter(panels: Mapping[str, Mapping[str, Sequence[Point | None]]], *, x: st
     for number, (name, arms) in enumerate(panels.items()):
         left, bottom = 60 + number * (60 + SIDE + RIGHT), SIDE + 40
         points = [point for runs in arms.values() for point in runs if point]
-        most = [1.1 * max(point[axis] for point in points) for axis in (0, 1)]
+        limits = [1.1 * max(point[axis] for point in points) for axis in (0, 1)]
         parts.append(f'<text x="{left}" y="24" font-weight="bold">{escape(name)}</text>')
-        parts += _axes(left, bottom, most, x, y)
-        for place, (arm, runs) in enumerate(arms.items()):
-            colour, row = COLOURS[place % len(COLOURS)], 50 + place * ROW
-            there = [run for run in runs if run]
-            circles = [(3, 0.6, run) for run in there]
-            if there and len(there) == len(runs):
-                circles.append((6, 1.0, (median(run[0] for run in there), median(run[1] for run in there))))
+        parts += _axes(left, bottom, limits, x, y)
+        for index, (arm, runs) in enumerate(arms.items()):
+            colour, row = COLOURS[index % len(COLOURS)], 50 + index * ROW
+            reached_runs = [run for run in runs if run]
+            circles = [(3, 0.6, run) for run in reached_runs]
+            if reached_runs and len(reached_runs) == len(runs):
+                circles.append(
+                    (6, 1.0, (median(run[0] for run in reached_runs), median(run[1] for run in reached_runs)))
+                )
             for radius, opacity, (across, up) in circles:
                 parts.append(
-                    f'<circle cx="{left + SIDE * across / most[0]:.1f}" cy="{bottom - SIDE * up / most[1]:.1f}" '
+                    f'<circle cx="{left + SIDE * across / limits[0]:.1f}" cy="{bottom - SIDE * up / limits[1]:.1f}" '
                     f'r="{radius}" fill="{colour}" opacity="{opacity}"/>'
                 )
-            reached = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} reached it)"
+            reached = "" if len(reached_runs) == len(runs) else f" ({len(reached_runs)} of {len(runs)} reached it)"
             parts.append(f'<circle cx="{left + SIDE + 20}" cy="{row}" r="5" fill="{colour}"/>')
             parts.append(f'<text x="{left + SIDE + 30}" y="{row + 4}">{escape(arm + reached)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _axes(left: int, bottom: int, most: Sequence[float], x: str, y: str) -> Iterator[str]:
+def _axes(left: int, bottom: int, limits: Sequence[float], x: str, y: str) -> Iterator[str]:
     for part in range(5):
         share = part / 4
         across, up = left + SIDE * share, bottom - SIDE * share
         yield f'<line x1="{across:.1f}" y1="{bottom}" x2="{across:.1f}" y2="{bottom - SIDE}" stroke="{FAINT}"/>'
         yield f'<line x1="{left}" y1="{up:.1f}" x2="{left + SIDE}" y2="{up:.1f}" stroke="{FAINT}"/>'
-        yield f'<text x="{across:.1f}" y="{bottom + 14}" text-anchor="middle">{share * most[0]:.1f}</text>'
-        yield f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{share * most[1]:.2f}</text>'
+        yield f'<text x="{across:.1f}" y="{bottom + 14}" text-anchor="middle">{share * limits[0]:.1f}</text>'
+        yield f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{share * limits[1]:.2f}</text>'
     yield f'<text x="{left + SIDE / 2}" y="{bottom + 30}" text-anchor="middle">{escape(x)}</text>'
     yield f'<text x="{left + 6}" y="{bottom - SIDE - 4}">{escape(y)}</text>'
 

@@ -108,12 +108,12 @@ def as_variant(folder: Path, name: str = "fp16", *, sharded: bool = False) -> Pa
             file.rename(file.with_name(f"{stem}.{name}.safetensors"))
             continue
         tensors = load_file(file)
-        places = {key: place % 2 for place, key in enumerate(sorted(tensors))}
-        names = [f"{stem}.{name}-0000{place + 1}-of-00002.safetensors" for place in range(2)]
-        for place, shard in enumerate(names):
-            part = {key: tensors[key] for key in tensors if places[key] == place}
+        shard_of = {key: number % 2 for number, key in enumerate(sorted(tensors))}
+        names = [f"{stem}.{name}-0000{number + 1}-of-00002.safetensors" for number in range(2)]
+        for number, shard in enumerate(names):
+            part = {key: tensors[key] for key in tensors if shard_of[key] == number}
             save_file(part, file.with_name(shard), metadata={"format": "pt"})
-        index = {"metadata": {}, "weight_map": {key: names[place] for key, place in places.items()}}
+        index = {"metadata": {}, "weight_map": {key: names[number] for key, number in shard_of.items()}}
         file.with_name(f"{stem}.safetensors.index.{name}.json").write_text(json.dumps(index))
         file.unlink()
     return folder

@@ -201,7 +201,7 @@ def flux_schnell(folder: Path) -> Path:
 def sana(folder: Path) -> Path:
     """Save a Sana pipeline, with a deterministic autoencoder and Gemma 2 as text encoder."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
-    words = {token: place for place, token in enumerate([*special, *LETTERS])}
+    words = {token: index for index, token in enumerate([*special, *LETTERS])}
     config = transformers.Gemma2Config(
         vocab_size=len(words),
         hidden_size=16,

@@ -178,11 +178,11 @@ def jobs(
         private: whether the jobs are private.
     """
     start = init_adapter(sites, RANK, seed=0)
-    made, sources = [], []
+    train_jobs, sources = [], []
     for i, owned in enumerate(data):
         client = f"client-{i}"
         noise = CountingNoise(seed=0, client=client, round=round, purpose="shared") if private else None
-        made.append(
+        train_jobs.append(
             TrainJob(
                 client=client,
                 round=round,
@@ -199,4 +199,4 @@ def jobs(
             )
         )
         sources += [noise] if noise else []
-    return made, sources
+    return train_jobs, sources

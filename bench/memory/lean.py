@@ -94,11 +94,11 @@ def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradie
     """
     with low_memory.imports() if rung.imports else nullcontext():
         getattr(importlib.import_module("diffusers.models"), base.family.kind)
-    found: dict[str, float] = {"imports": memory("VmRSS")}
+    results: dict[str, float] = {"imports": memory("VmRSS")}
     network = packed.load(folder / rung.weights / base.family.network, base.family.kind)
     if not rung.pages:
-        read(network)
-    found["base"] = memory("VmRSS") - found["imports"]
+        copy_mapped_tensors(network)
+    results["base"] = memory("VmRSS") - results["imports"]
     denoiser = Denoiser(
         network,
         schedule(torch.device("cpu")),
@@ -106,7 +106,7 @@ def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradie
         forward=base.family.forward,
         checkpointing="block" if rung.blocks else "none",
     )
-    job, plain, seen = published_bases.private_step(base, denoiser, side), cohort.gradients, []
+    job, plain, seen = published_bases.private_step_job(base, denoiser, side), cohort.gradients, []
 
     def spy(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         result = plain(*arguments, **options)
@@ -114,19 +114,19 @@ def measure(base: BaseSpec, rung: MemoryVariant, folder: Path, side: int, gradie
         return result
 
     # Measures a pass, which the step then needn't repeat.
-    found["tensors"] = entry_bytes(denoiser, BufferSpec.of([job]))
-    before, began = time.process_time(), time.perf_counter()
+    results["tensors"] = entry_bytes(denoiser, BufferSpec.of([job]))
+    cpu_started, started = time.process_time(), time.perf_counter()
     with patch("training.cohort.gradients", spy):
         (outcome,) = cohort.train(denoiser, [job], memory=MEMORY, timesteps=1)
-    found |= {"cpu_seconds": time.process_time() - before, "seconds": time.perf_counter() - began}
+    results |= {"cpu_seconds": time.process_time() - cpu_started, "seconds": time.perf_counter() - started}
     if isinstance(outcome, Exception):
         raise outcome
-    found |= {"peak": memory("VmHWM"), "loss": outcome.loss}
+    results |= {"peak": memory("VmHWM"), "loss": outcome.loss}
     torch.save(seen[0], gradient)
-    return found
+    return results
 
 
-def read(network: nn.Module) -> None:
+def copy_mapped_tensors(network: nn.Module) -> None:
     """Replace mapped tensors by copies, as without mapping, and release the pages of the file."""
     mapped = {tensor.data_ptr(): tensor.data for tensor in (*network.parameters(), *network.buffers())}
     mark_mapped(mapped.values())
@@ -148,18 +148,18 @@ def prepare(base: BaseSpec, folder: Path, modes: set[str]) -> None:
         modes: modes to pack; existing ones are kept.
     """
     if not (folder / "source").exists():
-        published_bases.write(base, folder / "source")
+        published_bases.write_base(base, folder / "source")
     for mode in modes:
         if not (folder / mode).exists():
             pack(str(folder / "source"), folder / mode, mode)
 
 
-def child(*arguments: str, allocator: bool = False) -> str:
+def run_child(*arguments: str, allocator: bool = False) -> str:
     """Run this module in another process, and return its last line of output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(low_memory.ENVIRONMENT if allocator else {})}
     command = [sys.executable, "-m", "bench.memory.lean", *arguments]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    process = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return process.stdout.strip().splitlines()[-1] if process.stdout.strip() else ""
 
 
 def main() -> None:
@@ -173,74 +173,74 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    base = find_base(given.base)
-    if given.prepare:
-        prepare(base, given.folder, {RUNGS[name].weights for name in given.rungs})
-    elif given.one:
-        gradient = given.folder / f"{given.one}-{given.side}.pt"
-        print(json.dumps(measure(base, RUNGS[given.one], given.folder, given.side, gradient)))
+    args = parser.parse_args()
+    base = find_base(args.base)
+    if args.prepare:
+        prepare(base, args.folder, {RUNGS[name].weights for name in args.rungs})
+    elif args.one:
+        gradient = args.folder / f"{args.one}-{args.side}.pt"
+        print(json.dumps(measure(base, RUNGS[args.one], args.folder, args.side, gradient)))
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            (rest_table if given.rest else ladder)(given, (given.folder or Path(scratch)) / given.base)
+            (measure_weights if args.rest else measure_rungs)(args, (args.folder or Path(scratch)) / args.base)
 
 
-def ladder(given: argparse.Namespace, folder: Path) -> None:
+def measure_rungs(args: argparse.Namespace, folder: Path) -> None:
     """Measure the rungs, print a line for each, and update the result file after each."""
-    names = [given.truth, *(name for name in given.rungs if name != given.truth)]
-    common = ["--base", given.base, "--folder", str(folder), "--side", str(given.side)]
-    child("--prepare", *common, "--rungs", *names)
-    goal = Target.of(given.base)
-    print(f"{given.base}, latents of {given.side}², MiB".ljust(30), *HEADS, sep="  ")
-    print("wanted".ljust(30) + f"{goal.peak:36.0f}{goal.ratio:16.2f}{goal.cosine:10.5f}")
+    names = [args.truth, *(name for name in args.rungs if name != args.truth)]
+    common = ["--base", args.base, "--folder", str(folder), "--side", str(args.side)]
+    run_child("--prepare", *common, "--rungs", *names)
+    target = Target.of(args.base)
+    print(f"{args.base}, latents of {args.side}², MiB".ljust(30), *HEADS, sep="  ")
+    print("wanted".ljust(30) + f"{target.peak:36.0f}{target.ratio:16.2f}{target.cosine:10.5f}")
     rungs: dict[str, dict[str, float]] = {}
     for name in names:
-        found = json.loads(child("--one", name, *common, allocator=RUNGS[name].allocator))
-        one, truth = (torch.load(folder / f"{each}-{given.side}.pt").double().flatten() for each in (name, given.truth))
-        found["cosine"] = float(one @ truth / (one.norm() * truth.norm()))
-        rungs[name] = found
-        print(row(name, found, rungs[given.truth], goal), flush=True)
-        asked = ["--side", str(given.side), "--truth", given.truth, "--rungs", *names]
-        keep(
-            given,
-            asked,
-            str(given.side),
+        results = json.loads(run_child("--one", name, *common, allocator=RUNGS[name].allocator))
+        one, truth = (torch.load(folder / f"{each}-{args.side}.pt").double().flatten() for each in (name, args.truth))
+        results["cosine"] = float(one @ truth / (one.norm() * truth.norm()))
+        rungs[name] = results
+        print(format_row(name, results, rungs[args.truth], target), flush=True)
+        options = ["--side", str(args.side), "--truth", args.truth, "--rungs", *names]
+        store_entry(
+            args,
+            options,
+            str(args.side),
             {
                 "versions": versions("torch", "diffusers"),
-                "truth": given.truth,
-                "target": goal._asdict(),
+                "truth": args.truth,
+                "target": target._asdict(),
                 "rungs": {each: {**asdict(RUNGS[each]), **rungs[each]} for each in RUNGS if each in rungs},
             },
         )
 
 
-def rest_table(given: argparse.Namespace, folder: Path) -> None:
+def measure_weights(args: argparse.Namespace, folder: Path) -> None:
     """Measure the base's bytes on disk and the memory to pack it, compared with other libraries."""
-    child("--prepare", "--base", given.base, "--folder", str(folder), "--rungs")
+    run_child("--prepare", "--base", args.base, "--folder", str(folder), "--rungs")
     forms: dict[str, dict[str, int]] = {}
-    for form, found in weights_memory.table(given.base, folder):
-        forms[form] = found
-        keep(
-            given,
+    for form, sizes in weights_memory.table(args.base, folder):
+        forms[form] = sizes
+        store_entry(
+            args,
             ["--rest"],
             "rest",
             {"versions": versions("torch", "diffusers", *weights_memory.PACKAGES), "forms": forms},
         )
 
 
-def keep(given: argparse.Namespace, asked: Sequence[str], entry: str, found: Mapping[str, Any]) -> None:
+def store_entry(args: argparse.Namespace, options: Sequence[str], entry: str, results: Mapping[str, Any]) -> None:
     """Replace one entry of a base in the result file, and keep all others.
 
     Args:
-        given: arguments of the command line.
-        asked: the entry's own arguments, for its command.
+        args: arguments of the command line.
+        options: the entry's own arguments, for its command.
         entry: key of the entry.
-        found: results to store.
+        results: results to store.
     """
-    record = json.loads(given.output.read_text()) if given.output.exists() else {}
-    command = shlex.join(["python", "-m", "bench.memory.lean", "--base", given.base, *asked])
-    record.setdefault(given.base, {})[entry] = {"command": command, "machine": machine(torch.device("cpu")), **found}
-    given.output.write_text(json.dumps(record, indent=1) + "\n")
+    record = json.loads(args.output.read_text()) if args.output.exists() else {}
+    command = shlex.join(["python", "-m", "bench.memory.lean", "--base", args.base, *options])
+    record.setdefault(args.base, {})[entry] = {"command": command, "machine": machine(torch.device("cpu")), **results}
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 class Target(NamedTuple):
@@ -268,19 +268,19 @@ class Target(NamedTuple):
 HEADS = ("imports", "   base", "tensors", "   peak", "CPU s", "× truth", " cosine")
 
 
-def row(name: str, found: dict[str, float], truth: dict[str, float], goal: Target) -> str:
+def format_row(name: str, results: dict[str, float], truth: dict[str, float], target: Target) -> str:
     """Format one line of the table.
 
     Args:
         name: name of the rung.
-        found: results of the rung.
+        results: results of the rung.
         truth: results of the compared rung.
-        goal: the targets.
+        target: the targets.
     """
-    sizes = "".join(f"{found[key] / 2**20:9.0f}" for key in ("imports", "base", "tensors", "peak"))
-    ratio = found["cpu_seconds"] / truth["cpu_seconds"]
-    verdict = "  met" if goal.met(found["peak"] / 2**20, ratio, found["cosine"]) else ""
-    return f"{name:30}{sizes}{found['cpu_seconds']:7.1f}{ratio:9.2f}{found['cosine']:10.5f}{verdict}"
+    sizes = "".join(f"{results[key] / 2**20:9.0f}" for key in ("imports", "base", "tensors", "peak"))
+    ratio = results["cpu_seconds"] / truth["cpu_seconds"]
+    verdict = "  met" if target.met(results["peak"] / 2**20, ratio, results["cosine"]) else ""
+    return f"{name:30}{sizes}{results['cpu_seconds']:7.1f}{ratio:9.2f}{results['cosine']:10.5f}{verdict}"
 
 
 if __name__ == "__main__":

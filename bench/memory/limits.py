@@ -41,7 +41,7 @@ from conf.schemas.planning import PlanConfig, compose_plan, devices
 from models.footprint.footprint import Footprint
 from models.quantization.pack import pack
 
-TIMID = 0.9  # smallest share of the limit that a refused option must use
+MIN_REFUSED_SHARE = 0.9  # smallest share of the limit that a refused option must use
 GROUPS = Path("/sys/fs/cgroup")
 SECONDS_BETWEEN_LOOKS = 0.02
 
@@ -61,7 +61,7 @@ class LimitTrial:
         return [(self.chosen, self.limit), *([(self.above, None)] if self.above else [])]
 
 
-def plan_of(overrides: Sequence[str], device: str, runtime_mib: float) -> PlanConfig:
+def compose_device_plan(overrides: Sequence[str], device: str, runtime_mib: float) -> PlanConfig:
     """Make the plan of a device whose runtime takes as much memory as this machine's.
 
     Args:
@@ -76,30 +76,30 @@ def plan_of(overrides: Sequence[str], device: str, runtime_mib: float) -> PlanCo
 def runtime_bytes() -> int:
     """Measure the bytes of a process on this machine besides the network, like `bench.memory.predicted`."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare(RUNTIME.network, Path(folder), {RUNTIME.weights})
-        found = step(RUNTIME, Path(folder), None)
-    assert found is not None
-    return found.peak_bytes - predicted.predicted(RUNTIME).peak_bytes
+        prepare_base(RUNTIME.network, Path(folder), {RUNTIME.weights})
+        measured_step = measure_step(RUNTIME, Path(folder), None)
+    assert measured_step is not None
+    return measured_step.peak_bytes - predicted.predict(RUNTIME).peak_bytes
 
 
-def trials(plans: Sequence[PlanConfig]) -> list[LimitTrial]:
+def find_trials(plans: Sequence[PlanConfig]) -> list[LimitTrial]:
     """Find the options of devices that differ only in their profile; each footprint is predicted only once."""
     known: dict[TrainingSetting, Footprint] = {}
 
-    def remembering(predict: FootprintPredictor) -> FootprintPredictor:
-        def remembered(setting: TrainingSetting) -> Footprint:
-            found = known.get(setting) or predict(setting)
-            if found.activations_bytes:  # otherwise the base was already too large for this device
-                known[setting] = found
-            return found
+    def cached(predict: FootprintPredictor) -> FootprintPredictor:
+        def cached_predict(setting: TrainingSetting) -> Footprint:
+            footprint = known.get(setting) or predict(setting)
+            if footprint.activations_bytes:  # otherwise the base was already too large for this device
+                known[setting] = footprint
+            return footprint
 
-        return remembered
+        return cached_predict
 
     base = NETWORKS[plans[0].base]
-    return [trial(plan, *search_plans(ways(base), plan, remembering(predictor(base, plan)))) for plan in plans]
+    return [select_trial(plan, *search_plans(ways(base), plan, cached(predictor(base, plan)))) for plan in plans]
 
 
-def trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -> LimitTrial:
+def select_trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -> LimitTrial:
     """Return the chosen option, and the nearest better one that was refused for its memory.
 
     Args:
@@ -115,7 +115,7 @@ def trial(plan: PlanConfig, rungs: Sequence[TrainingOption], best: int | None) -
     )
 
 
-def case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
+def footprint_case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
     """Convert an option to a case of `bench.memory.predicted`."""
     setting = rung.setting
     return FootprintCase(
@@ -129,21 +129,29 @@ def case(plan: PlanConfig, rung: TrainingOption) -> FootprintCase:
     )
 
 
-def step(case: FootprintCase, folder: Path, limit: int | None) -> MeasuredStep | None:
+def measure_step(footprint_case: FootprintCase, folder: Path, limit: int | None) -> MeasuredStep | None:
     """Measure a step of a packed base in a new process.
 
     Args:
-        case: network and options of the step.
+        footprint_case: network and options of the step.
         folder: folder of the packed bases.
         limit: memory limit in bytes; None: no limit.
 
     Returns:
         Peak and seconds; None if the process was killed for exceeding the limit.
     """
-    command = [sys.executable, "-m", "bench.memory.limits", "--folder", str(folder), "--step", json.dumps(asdict(case))]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.memory.limits",
+        "--folder",
+        str(folder),
+        "--step",
+        json.dumps(asdict(footprint_case)),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
-    said = run_limited(command, limit, environment)
-    return None if said is None else MeasuredStep(*json.loads(said.strip().splitlines()[-1]))
+    output = run_limited(command, limit, environment)
+    return None if output is None else MeasuredStep(*json.loads(output.strip().splitlines()[-1]))
 
 
 def run_limited(command: Sequence[str], limit: int | None, environment: dict[str, str]) -> str | None:
@@ -160,9 +168,9 @@ def run_limited(command: Sequence[str], limit: int | None, environment: dict[str
     Raises:
         RuntimeError: the command failed for another reason.
     """
-    with control_group(limit) as group, tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaint:
+    with control_group(limit) as group, tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         enter = None if group is None else lambda: (group / "cgroup.procs").write_text("0")
-        process = subprocess.Popen(command, stdout=said, stderr=complaint, env=environment, preexec_fn=enter)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment, preexec_fn=enter)
         ended = False
         while process.poll() is None:
             if limit is not None and resident(process.pid) > limit:
@@ -171,11 +179,11 @@ def run_limited(command: Sequence[str], limit: int | None, environment: dict[str
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if ended or (limit is not None and process.returncode == -9):
             return None
-        for file in (said, complaint):
+        for file in (output, errors):
             file.seek(0)
         if process.returncode:
-            raise RuntimeError(f"{shlex.join(command)}: {complaint.read()[-2000:]}")
-        return said.read()
+            raise RuntimeError(f"{shlex.join(command)}: {errors.read()[-2000:]}")
+        return output.read()
 
 
 @contextmanager
@@ -184,20 +192,20 @@ def control_group(limit: int | None) -> Iterator[Path | None]:
     unified = (GROUPS / "cgroup.controllers").exists()
     group = GROUPS / ("" if unified else "memory") / f"anther-{os.getpid()}"
     limits = {"memory.max": limit, "memory.swap.max": 0} if unified else {"memory.limit_in_bytes": limit}
-    made = held = False
+    created = limited = False
     try:
         if limit is not None:
             group.mkdir()
-            made = True
+            created = True
             for name, value in limits.items():
                 (group / name).write_text(str(value))
-            held = True
+            limited = True
     except OSError:  # no permission
         pass
     try:
-        yield group if held else None
+        yield group if limited else None
     finally:
-        if made:
+        if created:
             group.rmdir()
 
 
@@ -210,29 +218,31 @@ def resident(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
-def row(trial: LimitTrial, measured: dict[tuple[TrainingOption, int | None], MeasuredStep | None]) -> dict[str, Any]:
+def result_row(
+    trial: LimitTrial, measured: dict[tuple[TrainingOption, int | None], MeasuredStep | None]
+) -> dict[str, Any]:
     """Convert the results of one device to a row of the result file."""
-    chosen = measured[trial.chosen, trial.limit]
+    step = measured[trial.chosen, trial.limit]
     above = measured[trial.above, None] if trial.above else None
-    ran = chosen is not None and chosen.peak_bytes <= trial.limit  # sampling may miss a short peak
+    ran = step is not None and step.peak_bytes <= trial.limit  # sampling may miss a short peak
     return {
         "device": trial.device,
         "limit_bytes": trial.limit,
         "chosen": asdict(trial.chosen.setting),
         "predicted_bytes": trial.chosen.footprint.peak_bytes,
         "ran": ran,
-        "peak_bytes": chosen.peak_bytes if chosen else None,
+        "peak_bytes": step.peak_bytes if step else None,
         "above": asdict(trial.above.setting) if trial.above else None,
         "above_predicted_bytes": trial.above.footprint.peak_bytes if trial.above else None,
         "above_peak_bytes": above.peak_bytes if above else None,
         "above_share": above.peak_bytes / trial.limit if above else None,
-        "sound": ran and (above is None or above.peak_bytes > TIMID * trial.limit),
+        "sound": ran and (above is None or above.peak_bytes > MIN_REFUSED_SHARE * trial.limit),
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of all devices in MiB."""
-    found = Table(title="One step under a profile's memory limit, and the memory of the refused option above it; MiB")
+    result = Table(title="One step under a profile's memory limit, and the memory of the refused option above it; MiB")
     for heading in (
         "device",
         "limit",
@@ -245,28 +255,28 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         "of limit",
         "",
     ):
-        found.add_column(heading, justify="left" if heading in ("device", "plan", "refused above") else "right")
-    for each in rows:
-        found.add_row(
-            each["device"],
-            _mib(each["limit_bytes"]),
-            _words(each["chosen"]),
-            _mib(each["predicted_bytes"]),
-            _mib(each["peak_bytes"]) if each["ran"] else "ended",
-            _words(each["above"]),
-            _mib(each["above_predicted_bytes"]),
-            _mib(each["above_peak_bytes"]),
-            f"{each['above_share']:.0%}" if each["above"] else "",
-            "sound" if each["sound"] else "NOT SOUND",
+        result.add_column(heading, justify="left" if heading in ("device", "plan", "refused above") else "right")
+    for row in rows:
+        result.add_row(
+            row["device"],
+            _mib(row["limit_bytes"]),
+            _describe(row["chosen"]),
+            _mib(row["predicted_bytes"]),
+            _mib(row["peak_bytes"]) if row["ran"] else "ended",
+            _describe(row["above"]),
+            _mib(row["above_predicted_bytes"]),
+            _mib(row["above_peak_bytes"]),
+            f"{row['above_share']:.0%}" if row["above"] else "",
+            "sound" if row["sound"] else "NOT SOUND",
         )
-    return found
+    return result
 
 
 def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / MIB:,.0f}"
 
 
-def _words(setting: dict[str, Any] | None) -> str:
+def _describe(setting: dict[str, Any] | None) -> str:
     if setting is None:
         return "–"
     return "{resolution}² {sites} {weights} {checkpointing} ×{batch}".format(**setting)
@@ -281,28 +291,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="folder that keeps the packed base for later runs")
     parser.add_argument("--output", type=Path, default=Path("bench/results/limits.json"))
     parser.add_argument("--step", help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
-    if asked.step:
+    args = parser.parse_args(arguments)
+    if args.step:
         torch.set_num_threads(1)
         with low_memory.imports():
-            print(json.dumps(predicted.measured(FootprintCase(**json.loads(asked.step)), asked.folder)))
+            print(json.dumps(predicted.measure_case(FootprintCase(**json.loads(args.step)), args.folder)))
         return 0
     runtime = runtime_bytes() / MIB
-    plans = {name: plan_of([f"base={asked.base}", *asked.overrides], name, runtime) for name in asked.devices}
-    tried = dict(zip(plans, trials(list(plans.values())), strict=True))
+    plans = {name: compose_device_plan([f"base={args.base}", *args.overrides], name, runtime) for name in args.devices}
+    tried = dict(zip(plans, find_trials(list(plans.values())), strict=True))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = asked.folder or Path(scratch)
-        modes = {rung.setting.weights for one in tried.values() for rung, _ in one.cases}
-        prepare(asked.base, folder, modes)
+        folder = args.folder or Path(scratch)
+        modes = {rung.setting.weights for limit_trial in tried.values() for rung, _ in limit_trial.cases}
+        prepare_base(args.base, folder, modes)
         measured: dict[tuple[FootprintCase, int | None], MeasuredStep | None] = {}
         rows = []
-        for name, one in tried.items():
-            for rung, limit in one.cases:
-                key = case(plans[name], rung), limit
+        for name, limit_trial in tried.items():
+            for rung, limit in limit_trial.cases:
+                key = footprint_case(plans[name], rung), limit
                 if key not in measured:  # several devices may have the same case
-                    measured[key] = step(key[0], folder, limit)
-            found = {(rung, limit): measured[case(plans[name], rung), limit] for rung, limit in one.cases}
-            rows.append(row(one, found))
+                    measured[key] = measure_step(key[0], folder, limit)
+            measured_options = {
+                (rung, limit): measured[footprint_case(plans[name], rung), limit] for rung, limit in limit_trial.cases
+            }
+            rows.append(result_row(limit_trial, measured_options))
             print(json.dumps(rows[-1]), file=sys.stderr)
     Console(width=170).print(table(rows))
     sound = all(each["sound"] for each in rows)
@@ -318,11 +330,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sound": sound,
         "rows": rows,
     }
-    asked.output.write_text(json.dumps(record, indent=1) + "\n")
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if sound else 1
 
 
-def prepare(base: str, folder: Path, modes: set[str]) -> None:
+def prepare_base(base: str, folder: Path, modes: set[str]) -> None:
     """Write the base with random weights, and pack it in the modes that are missing.
 
     Args:
@@ -330,10 +342,10 @@ def prepare(base: str, folder: Path, modes: set[str]) -> None:
         folder: folder for the source and the packed bases.
         modes: modes to pack.
     """
-    lacking = sorted(mode for mode in modes if not (folder / mode).exists())
-    if lacking and not (folder / "source").exists():
-        published_bases.write(NETWORKS[base], folder / "source")
-    for mode in lacking:
+    missing = sorted(mode for mode in modes if not (folder / mode).exists())
+    if missing and not (folder / "source").exists():
+        published_bases.write_base(NETWORKS[base], folder / "source")
+    for mode in missing:
         pack(str(folder / "source"), folder / mode, mode)
 
 

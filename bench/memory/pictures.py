@@ -35,11 +35,11 @@ CASES = {"JPEG": ("jpg", "RGB"), "PNG": ("png", "RGB"), "transparent PNG": ("png
 
 def photographs(folder: Path | None) -> Iterator[Image.Image]:
     """Yield photographs of 12 megapixels: a folder's pictures, enlarged, or without a folder, synthetic clouds."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")) if folder else []
-    for path in found[:4]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")) if folder else []
+    for path in paths[:4]:
         with Image.open(path) as image:
             yield image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    if not found:
+    if not paths:
         for seed in range(4):
             small = np.random.default_rng(seed).integers(0, 256, (HEIGHT // 64, WIDTH // 64, 3), np.uint8)
             yield Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
@@ -77,7 +77,7 @@ def measure(folder: Path, base: str) -> dict[str, float]:
     torch.set_num_threads(1)
     frozen = load(base, device="cpu")
     encode(frozen, [EncodeJob(pictures=[Picture(np.zeros((64, 64), np.uint8), "warm")])])
-    before = memory("VmRSS")
+    base_bytes = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     seconds = {}
     for name in ("first", "again"):
@@ -90,7 +90,7 @@ def measure(folder: Path, base: str) -> dict[str, float]:
         (examples,) = encode(frozen, [EncodeJob(pictures=split)])
         assert isinstance(examples, Examples)
     seconds["encoding"] = time.process_time() - started
-    peak = (memory("VmHWM") - before) / 2**20
+    peak = (memory("VmHWM") - base_bytes) / 2**20
     return {"pictures": sum(map(len, pictures)), "resolution": frozen.resolution, "peak_mib": peak, **seconds}
 
 
@@ -101,9 +101,9 @@ def main() -> None:
     parser.add_argument("--base", default="glyphs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/pictures.json"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.measure:
-        print(json.dumps(measure(asked.measure, asked.base)))
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.base)))
         return
     rows = {}
     shown = Table(
@@ -118,12 +118,12 @@ def main() -> None:
     )
     for case in CASES:
         with tempfile.TemporaryDirectory() as scratch:
-            fill(Path(scratch), case, asked.count, asked.photos)
+            fill(Path(scratch), case, args.count, args.photos)
             stored = sum(file.stat().st_size for file in Path(scratch).iterdir()) / 1e6
-            command = [sys.executable, "-m", "bench.memory.pictures", "--measure", scratch, "--base", asked.base]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-        row |= {"stored_mb": stored, "pixels_mib": asked.count * WIDTH * HEIGHT * 3 / 2**20}
+            command = [sys.executable, "-m", "bench.memory.pictures", "--measure", scratch, "--base", args.base]
+            process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        row = json.loads(process.stdout.strip().splitlines()[-1])
+        row |= {"stored_mb": stored, "pixels_mib": args.count * WIDTH * HEIGHT * 3 / 2**20}
         rows[case] = row
         shown.add_row(
             case,
@@ -135,16 +135,16 @@ def main() -> None:
             f"{row['again']:.1f}",
             f"{row['encoding']:.1f}",
         )
-    command = ["python -m bench.memory.pictures", f"--count {asked.count}", "--photos FOLDER" if asked.photos else ""]
+    command = ["python -m bench.memory.pictures", f"--count {args.count}", "--photos FOLDER" if args.photos else ""]
     result = {
         "command": " ".join(command).strip(),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "pillow"),
         "most_mib": MOST_MIB,
-        "base": asked.base,
+        "base": args.base,
         "cases": rows,
     }
-    asked.out.write_text(json.dumps(result, indent=2) + "\n")
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
     Console(width=160).print(shown)
     if over := [case for case, row in rows.items() if row["peak_mib"] > MOST_MIB]:
         sys.exit(f"over {MOST_MIB} MiB: {', '.join(over)}")

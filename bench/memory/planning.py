@@ -48,50 +48,50 @@ REPORT = DeviceReport(
 )
 
 
-def timed(work: Callable[[], T]) -> tuple[T, float]:
+def time_cpu(work: Callable[[], T]) -> tuple[T, float]:
     """Run `work`, and return its result and CPU seconds."""
     started = time.process_time()
-    found = work()
-    return found, time.process_time() - started
+    result = work()
+    return result, time.process_time() - started
 
 
-def row(budget: int, found: SiteSet | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
+def result_row(budget: int, site_set: SiteSet | None, costs: PassCosts, exact: Footprint | None) -> dict[str, Any]:
     """Make the row of one memory budget.
 
     Args:
         budget: memory of the device in MiB.
-        found: the chosen set of sites; None: no set fits.
+        site_set: the chosen set of sites; None: no set fits.
         costs: costs of all sites.
         exact: footprint from a dry run of the set.
     """
-    every = [site.name for site in costs.sites]
-    whole = MARGIN * (RUNTIME + costs.bytes(every)) <= budget * MIB
-    told = {"budget_mib": budget, "all_or_nothing": float(whole), "sites": 0, "gain": 0.0}
-    if found is None or exact is None:
-        return told
-    return told | {
-        "sites": len(found.sites),
-        "gain": found.gain,
-        "work": found.work,
-        "predicted_mib": (RUNTIME + found.bytes) / MIB,
+    names = [site.name for site in costs.sites]
+    all_fit = MARGIN * (RUNTIME + costs.bytes(names)) <= budget * MIB
+    result = {"budget_mib": budget, "all_or_nothing": float(all_fit), "sites": 0, "gain": 0.0}
+    if site_set is None or exact is None:
+        return result
+    return result | {
+        "sites": len(site_set.sites),
+        "gain": site_set.gain,
+        "work": site_set.work,
+        "predicted_mib": (RUNTIME + site_set.bytes) / MIB,
         "exact_mib": (RUNTIME + exact.peak_bytes) / MIB,
     }
 
 
-def shown(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def result_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with a row for each budget."""
     table = Table(title=title)
     for heading in ("MiB", "sites", "gain per step", "all or nothing", "time of a pass", "predicted MiB", "exact MiB"):
         table.add_column(heading, justify="right")
-    for one in rows:
-        cells = [f"{one['budget_mib']:,}", str(one["sites"]), f"{one['gain']:.0%}", f"{one['all_or_nothing']:.0%}"]
-        if one["sites"]:
-            cells += [f"{one['work']:.0%}", f"{one['predicted_mib']:,.0f}", f"{one['exact_mib']:,.0f}"]
+    for row in rows:
+        cells = [f"{row['budget_mib']:,}", str(row["sites"]), f"{row['gain']:.0%}", f"{row['all_or_nothing']:.0%}"]
+        if row["sites"]:
+            cells += [f"{row['work']:.0%}", f"{row['predicted_mib']:,.0f}", f"{row['exact_mib']:,.0f}"]
         table.add_row(*cells)
     return table
 
 
-def fleet(devices: int) -> list[DeviceReport]:
+def make_fleet(devices: int) -> list[DeviceReport]:
     """Make reports of devices of ten types."""
     return [
         replace(REPORT, device=f"d{i}", memory_gib=0.6 + 0.05 * (i % 10), examples_per_second=0.1 + 0.02 * (i % 10))
@@ -109,47 +109,45 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[675, 725, 775, 825, 875, 900], help="total MiB")
     parser.add_argument("--devices", type=int, default=500, help="devices of the fleet")
     parser.add_argument("--out", type=Path, default=Path("bench/results/planning.json"))
-    asked = parser.parse_args()
-    known: BaseSpec = find_base(asked.base)
-    sizes = example_shapes(known, asked.resolution)
+    args = parser.parse_args()
+    known: BaseSpec = find_base(args.base)
+    sizes = example_shapes(known, args.resolution)
 
     def base() -> Denoiser:
-        return meta_denoiser(known, sites=known.family.sites, weights=asked.weights, checkpointing=asked.checkpointing)
+        return meta_denoiser(known, sites=known.family.sites, weights=args.weights, checkpointing=args.checkpointing)
 
-    costs, costs_seconds = timed(lambda: pass_costs(base(), *sizes, rank=asked.rank))
+    costs, costs_seconds = time_cpu(lambda: pass_costs(base(), *sizes, rank=args.rank))
     sites = base().sites
-    adapter: Adapter = init_adapter(sites, asked.rank, seed=0)
+    adapter: Adapter = init_adapter(sites, args.rank, seed=0)
     fitting = SiteSelector(costs=costs)
-    found, choices_seconds = timed(lambda: fitting.choices(adapter))
-    plan = TrainingPlan(run="r", round=1, base="b", rank=asked.rank, steps=20, batch_size=1, learning_rate=1e-3)
+    site_sets, choices_seconds = time_cpu(lambda: fitting.choices(adapter))
+    plan = TrainingPlan(run="r", round=1, base="b", rank=args.rank, steps=20, batch_size=1, learning_rate=1e-3)
     rows = []
-    for budget in asked.budgets:
+    for budget in args.budgets:
         report = replace(REPORT, memory_gib=budget * MIB / GIB)
-        best = fitted(report, plan, PlanLimits(), fitting, found, sites=sites, download=0)
+        best = fitted(report, plan, PlanLimits(), fitting, site_sets, sites=sites, download=0)
         trained = best and (best[0].sites or tuple(sites))
-        choice = next((one for one in found if set(one.sites) == set(trained or ())), None)
-        exact = footprint(base(), *sizes, rank=asked.rank, sites=trained) if trained else None
-        rows.append(row(budget, choice, costs, exact))
+        choice = next((one for one in site_sets if set(one.sites) == set(trained or ())), None)
+        exact = footprint(base(), *sizes, rank=args.rank, sites=trained) if trained else None
+        rows.append(result_row(budget, choice, costs, exact))
     planner = Planner(sites=sites, limits=PlanLimits(deadline=150.0), fitting=fitting)
-    _, plans_seconds = timed(lambda: planner.plans(fleet(asked.devices), plan, adapter=adapter, download=10**6))
+    _, plans_seconds = time_cpu(lambda: planner.plans(make_fleet(args.devices), plan, adapter=adapter, download=10**6))
     seconds = {"costs, once a run": costs_seconds, "sets, once a round": choices_seconds, "a round": plans_seconds}
-    title = (
-        f"{asked.base} in {asked.weights}, {asked.resolution}², rank {asked.rank}, checkpoints {asked.checkpointing}"
-    )
-    Console().print(shown(title, rows))
-    Console().print(f"CPU seconds for {asked.devices} devices:", ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+    title = f"{args.base} in {args.weights}, {args.resolution}², rank {args.rank}, checkpoints {args.checkpointing}"
+    Console().print(result_table(title, rows))
+    Console().print(f"CPU seconds for {args.devices} devices:", ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
     record = {
-        "command": f"python -m bench.memory.planning --base {asked.base} --weights {asked.weights} --checkpointing "
-        f"{asked.checkpointing} --resolution {asked.resolution} --rank {asked.rank} --budgets "
-        f"{' '.join(map(str, asked.budgets))} --devices {asked.devices}",
+        "command": f"python -m bench.memory.planning --base {args.base} --weights {args.weights} --checkpointing "
+        f"{args.checkpointing} --resolution {args.resolution} --rank {args.rank} --budgets "
+        f"{' '.join(map(str, args.budgets))} --devices {args.devices}",
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "diffusers"),
         "margin": MARGIN,
         "rows": rows,
         "seconds": seconds,
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ from training.cohort import train
 from training.jobs import DPSGD, Examples, TrainJob
 from training.step import gradients
 
-GRANTED = 2**40  # bytes: a budget that never binds, because the peak is measured
-OVER, UNDER = 0.10, 0.05  # largest relative error of a predicted peak, above and below
-SECONDS = 0.25  # largest relative error of predicted seconds
+MEMORY_BUDGET = 2**40  # bytes: a budget that never binds, because the peak is measured
+MAX_OVER, MAX_UNDER = 0.10, 0.05  # largest relative error of a predicted peak, above and below
+MAX_SECONDS_ERROR = 0.25  # largest relative error of predicted seconds
 CALIBRATION = 40.0  # seconds to measure the machine's rates
 
 
@@ -141,7 +141,7 @@ NETWORKS: Mapping[str, BaseSpec] = {
     **KNOWN_BASES,
 }
 RUNTIME = FootprintCase("runtime", 256, "int8", "block")
-WAYS = (
+OPTIONS = (
     (512, "fp32", "none"),
     (512, "fp32", "block"),
     (512, "int8", "none"),
@@ -149,10 +149,12 @@ WAYS = (
     (256, "nf4", "none"),
     (256, "nf4", "block"),
 )
-SANA_WAYS = tuple((2 * side, weights, checkpointing) for side, weights, checkpointing in WAYS)  # latents of side/16
+SANA_OPTIONS = tuple(
+    (2 * side, weights, checkpointing) for side, weights, checkpointing in OPTIONS
+)  # latents of side/16
 CASES = (
-    *(FootprintCase(name, *way) for name in list(NETWORKS)[1:8] for way in WAYS),
-    *(FootprintCase("sana-70M", *way) for way in SANA_WAYS),
+    *(FootprintCase(name, *options) for name in list(NETWORKS)[1:8] for options in OPTIONS),
+    *(FootprintCase("sana-70M", *options) for options in SANA_OPTIONS),
     FootprintCase("unet-34M", 256, "fp32", "none", batch=3),
     FootprintCase("unet-34M", 384, "int8", "block", batch=2, rank=32),
     FootprintCase("pixart-60M", 256, "mixed", "none", batch=4),
@@ -166,13 +168,13 @@ FULL = (
 KNOWN_CASES = {case.name: case for case in (RUNTIME, *CASES, *FULL)}
 
 
-def predicted(case: FootprintCase) -> Footprint:
+def predict(case: FootprintCase) -> Footprint:
     """Predict the footprint from shapes, without the runtime."""
     base = case.base
-    held = meta_denoiser(
+    denoiser = meta_denoiser(
         base, sites=case.sites or base.family.sites, weights=case.weights, checkpointing=case.checkpointing
     )
-    return footprint(held, *example_shapes(base, case.resolution), rank=case.rank, batch=case.batch)
+    return footprint(denoiser, *example_shapes(base, case.resolution), rank=case.rank, batch=case.batch)
 
 
 def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
@@ -187,16 +189,16 @@ def prepare(network: str, folder: Path, modes: Iterable[str]) -> None:
 
     known, source = NETWORKS[network], folder / "source"
     torch.manual_seed(0)
-    made: Any = getattr(diffusers, known.family.kind)(**known.config)
-    made.save_pretrained(source / known.family.network)
+    model: Any = getattr(diffusers, known.family.kind)(**known.config)
+    model.save_pretrained(source / known.family.network)
     index = {"_class_name": known.family.pipeline, known.family.network: ["diffusers", known.family.kind]}
     (source / "model_index.json").write_text(json.dumps(index))
-    del made
+    del model
     for mode in modes:
         pack(str(source), folder / mode, mode)
 
 
-def measured(case: FootprintCase, folder: Path) -> MeasuredStep:
+def measure_case(case: FootprintCase, folder: Path) -> MeasuredStep:
     """Run one step of a packed base in this process, and return the process's peak and the pass's seconds."""
     base = case.base
     network = packed.load(folder / case.weights / base.family.network, base.family.kind)
@@ -232,13 +234,13 @@ def measured(case: FootprintCase, folder: Path) -> MeasuredStep:
         return result
 
     with patch("training.cohort.gradients", timed):
-        found = train(denoiser, [job], memory=GRANTED, timesteps=1)[0]
-    if isinstance(found, Exception):
-        raise found
+        outcome = train(denoiser, [job], memory=MEMORY_BUDGET, timesteps=1)[0]
+    if isinstance(outcome, Exception):
+        raise outcome
     return MeasuredStep(_peak(), sum(seconds))
 
 
-def rates() -> DeviceProfileConfig:
+def measure_rates() -> DeviceProfileConfig:
     """Measure this machine's rates on one core."""
     return benchmark.measured(compose_plan(["device=laptop"], Path()).device, CALIBRATION)
 
@@ -248,47 +250,47 @@ def _peak() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def child(*arguments: str) -> str:
+def run_child(*arguments: str) -> str:
     """Run this module in a low-memory process, and return its last line of output."""
     command = [sys.executable, "-m", "bench.memory.predicted", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **low_memory.ENVIRONMENT}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(arguments)}: {done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(arguments)}: {process.stderr[-2000:]}")
+    return process.stdout.strip().splitlines()[-1] if process.stdout.strip() else ""
 
 
-def in_fresh_processes(cases: Sequence[FootprintCase]) -> Iterator[tuple[FootprintCase, MeasuredStep]]:
+def measure_in_processes(cases: Sequence[FootprintCase]) -> Iterator[tuple[FootprintCase, MeasuredStep]]:
     """Measure each case in a new process; each network is packed once and deleted after its last case."""
     for network in dict.fromkeys(case.network for case in cases):
-        own = [case for case in cases if case.network == network]
+        network_cases = [case for case in cases if case.network == network]
         with tempfile.TemporaryDirectory() as folder:
-            child("--prepare", network, "--folder", folder, "--modes", *{case.weights for case in own})
-            for case in own:
-                yield case, MeasuredStep(*json.loads(child("--measure", case.name, "--folder", folder)))
+            run_child("--prepare", network, "--folder", folder, "--modes", *{case.weights for case in network_cases})
+            for case in network_cases:
+                yield case, MeasuredStep(*json.loads(run_child("--measure", case.name, "--folder", folder)))
 
 
-def row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, found: MeasuredStep) -> dict[str, Any]:
+def result_row(case: FootprintCase, runtime: int, device: DeviceProfileConfig, step: MeasuredStep) -> dict[str, Any]:
     """Convert a prediction and its measurement to a row of the result file, with the relative errors.
 
     Args:
         case: network and options of the step.
         runtime: bytes of the runtime.
         device: rates of the machine.
-        found: measurements of the step.
+        step: measurements of the step.
     """
-    parts = predicted(case)
+    parts = predict(case)
     total, seconds = parts.peak_bytes + runtime, pass_seconds(parts, device)
     return {
         "case": case.name,
         "parts": vars(parts) | {"runtime_bytes": runtime},
         "predicted_bytes": total,
-        "measured_bytes": found.peak_bytes,
-        "error": total / found.peak_bytes - 1,
-        "net_error": parts.peak_bytes / (found.peak_bytes - runtime) - 1,
+        "measured_bytes": step.peak_bytes,
+        "error": total / step.peak_bytes - 1,
+        "net_error": parts.peak_bytes / (step.peak_bytes - runtime) - 1,
         "predicted_seconds": seconds,
-        "measured_seconds": found.seconds,
-        "seconds_error": seconds / found.seconds - 1,
+        "measured_seconds": step.seconds,
+        "seconds_error": seconds / step.seconds - 1,
     }
 
 
@@ -305,29 +307,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="include networks of full size: minutes for each, and 7 GB")
     parser.add_argument("--measured", type=Path, metavar="JSON", help="result file whose measurements are used again")
     parser.add_argument("--output", type=Path, default=Path("bench/results/predicted.json"))
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if asked.prepare:
-        prepare(asked.prepare, Path(asked.folder), asked.modes)
+    if args.prepare:
+        prepare(args.prepare, Path(args.folder), args.modes)
         return 0
-    if asked.calibrate:
-        print(json.dumps(dataclasses.asdict(rates())))
+    if args.calibrate:
+        print(json.dumps(dataclasses.asdict(measure_rates())))
         return 0
-    if asked.measure:
+    if args.measure:
         with low_memory.imports():
-            print(json.dumps(measured(KNOWN_CASES[asked.measure], Path(asked.folder))))
+            print(json.dumps(measure_case(KNOWN_CASES[args.measure], Path(args.folder))))
         return 0
-    wanted = [case for case in (*CASES, *(FULL if asked.full else ())) if case.name.startswith(tuple(asked.only))]
-    device, found = _measured_before(asked.measured) if asked.measured else (None, {})
-    device = device or DeviceProfileConfig(**json.loads(child("--calibrate")))
-    lacking = [case for case in (RUNTIME, *wanted) if case.name not in found]
-    for case, one in in_fresh_processes(lacking):
-        found[case.name] = one
-        print(f"{case.name}: {one.peak_bytes / MIB:,.0f} MiB, {one.seconds:.1f} s", file=sys.stderr)
-    runtime = found[RUNTIME.name].peak_bytes - predicted(RUNTIME).peak_bytes
-    rows = [row(case, runtime, device, found[case.name]) for case in wanted]
+    selected = [case for case in (*CASES, *(FULL if args.full else ())) if case.name.startswith(tuple(args.only))]
+    device, steps = _read_measurements(args.measured) if args.measured else (None, {})
+    device = device or DeviceProfileConfig(**json.loads(run_child("--calibrate")))
+    missing = [case for case in (RUNTIME, *selected) if case.name not in steps]
+    for case, step in measure_in_processes(missing):
+        steps[case.name] = step
+        print(f"{case.name}: {step.peak_bytes / MIB:,.0f} MiB, {step.seconds:.1f} s", file=sys.stderr)
+    runtime = steps[RUNTIME.name].peak_bytes - predict(RUNTIME).peak_bytes
+    rows = [result_row(case, runtime, device, steps[case.name]) for case in selected]
     Console(width=140).print(table(rows))
-    sound = all(-UNDER <= each["error"] <= OVER and abs(each["seconds_error"]) <= SECONDS for each in rows)
+    sound = all(
+        -MAX_UNDER <= entry["error"] <= MAX_OVER and abs(entry["seconds_error"]) <= MAX_SECONDS_ERROR for entry in rows
+    )
     record = {
         "command": shlex.join(
             ["python", "-m", "bench.memory.predicted", *(sys.argv[1:] if arguments is None else arguments)]
@@ -336,16 +340,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions("torch", "diffusers"),
         "environment": low_memory.ENVIRONMENT,
         "runtime_bytes": runtime,
-        "runtime_measured": found[RUNTIME.name],
+        "runtime_measured": steps[RUNTIME.name],
         "device": dataclasses.asdict(device),
         "within_bounds": sound,
         "rows": rows,
     }
-    asked.output.write_text(json.dumps(record, indent=1) + "\n")
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if sound else 1
 
 
-def _measured_before(path: Path) -> tuple[DeviceProfileConfig, dict[str, MeasuredStep]]:
+def _read_measurements(path: Path) -> tuple[DeviceProfileConfig, dict[str, MeasuredStep]]:
     """Read an earlier run's rates and measurements, by name of the case."""
     record = json.loads(path.read_text())
     measured = {row["case"]: MeasuredStep(row["measured_bytes"], row["measured_seconds"]) for row in record["rows"]}
@@ -354,8 +358,8 @@ def _measured_before(path: Path) -> tuple[DeviceProfileConfig, dict[str, Measure
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of all cases in MiB."""
-    found = Table(title="Peak resident memory of one step, MiB, and seconds of its pass", title_justify="left")
-    found.add_column("case")
+    result = Table(title="Peak resident memory of one step, MiB, and seconds of its pass", title_justify="left")
+    result.add_column("case")
     for heading in (
         "base",
         "activations",
@@ -369,17 +373,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "seconds",
         "error",
     ):
-        found.add_column(heading, justify="right")
-    for each in rows:
-        parts = each["parts"]
+        result.add_column(heading, justify="right")
+    for row in rows:
+        parts = row["parts"]
         adapter = parts["adapter_bytes"] + parts["optimiser_bytes"]
         runtime = parts["objects_bytes"] + parts["runtime_bytes"]
         bytes_ = [parts["base_bytes"], parts["activations_bytes"], parts["workspace_bytes"], adapter]
-        bytes_ += [runtime, each["predicted_bytes"], each["measured_bytes"]]
+        bytes_ += [runtime, row["predicted_bytes"], row["measured_bytes"]]
         mib = [f"{value / MIB:,.0f}" for value in bytes_]
-        errors = [f"{each[key]:+.1%}" for key in ("error", "net_error", "seconds_error")]
-        found.add_row(each["case"], *mib, *errors[:2], f"{each['measured_seconds']:.1f}", errors[2])
-    return found
+        errors = [f"{row[key]:+.1%}" for key in ("error", "net_error", "seconds_error")]
+        result.add_row(row["case"], *mib, *errors[:2], f"{row['measured_seconds']:.1f}", errors[2])
+    return result
 
 
 if __name__ == "__main__":

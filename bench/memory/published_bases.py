@@ -27,32 +27,32 @@ from training.jobs import DPSGD, Examples, TrainJob
 _SHARD = 1 << 28  # bytes of weights in memory at once, in addition to the largest layer
 
 
-class Always(SimulatedNoise):
+class FullBatchNoise(SimulatedNoise):
     """Reproducible noise, and batches that hold every picture."""
 
     def poisson_batch(self, size: int, rate: float) -> Tensor:  # noqa: ARG002
         return torch.arange(size)
 
 
-def write(base: BaseSpec, folder: Path) -> None:
+def write_base(base: BaseSpec, folder: Path) -> None:
     """Write a pipeline folder that holds only the network, in several shards like large published ones."""
     network, part = base.network(), folder / base.family.network
     network.save_config(part)  # type: ignore[operator] # of diffusers
     index = {"_class_name": base.family.pipeline, base.family.network: ["diffusers", base.family.kind]}
     (folder / "model_index.json").write_text(json.dumps(index))
     torch.manual_seed(0)
-    places: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for number, shard in enumerate(_shards(network)):
         file = f"diffusion_pytorch_model-{number:05d}.safetensors"
         save_file(shard, part / file)
-        places |= dict.fromkeys(shard, file)
+        shard_of |= dict.fromkeys(shard, file)
     index_file = part / "diffusion_pytorch_model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
 
 
 def _shards(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
-    for name, tensor in _drawn(network):
+    for name, tensor in _materialize(network):
         shard[name] = tensor
         if sum(value.nbytes for value in shard.values()) > _SHARD:
             yield shard
@@ -60,11 +60,11 @@ def _shards(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _materialize(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Materialize and yield the tensors of a network on the meta device, layer by layer."""
     for name, layer in network.named_modules():
-        own = dict(layer.named_parameters(name, recurse=False))
-        if not own:
+        own_parameters = dict(layer.named_parameters(name, recurse=False))
+        if not own_parameters:
             continue
         layer.to_empty(device="cpu", recurse=False)
         if hasattr(layer, "reset_parameters"):
@@ -77,7 +77,7 @@ def _drawn(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         layer.to("meta")
 
 
-def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
+def private_step_job(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
     """Make a job of one private step on one picture.
 
     Args:
@@ -98,17 +98,17 @@ def private_step(base: BaseSpec, denoiser: Denoiser, side: int) -> TrainJob:
         purpose="shared",
         seed=0,
         examples=Examples(latents, context[None]),
-        start=start(denoiser.sites),
+        start=nonzero_adapter(denoiser.sites),
         steps=1,
         batch_size=1,
         learning_rate=1e-3,
         names=("one",),
         privacy=DPSGD(noise_multiplier=1.0, clip=0.01, sampling_rate=1.0),
-        noise=Always(seed=0, client="one", round=0, purpose="shared"),
+        noise=FullBatchNoise(seed=0, client="one", round=0, purpose="shared"),
     )
 
 
-def start(sites: Sites) -> Adapter:
+def nonzero_adapter(sites: Sites) -> Adapter:
     """Return an adapter whose B is not zero, because A has no gradient otherwise."""
     generator = torch.Generator().manual_seed(1)
     fresh = init_adapter(sites, RANK, seed=0)

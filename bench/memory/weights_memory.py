@@ -32,12 +32,12 @@ def table(name: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
     print(f"{name}".ljust(24), "MB on disk", "target", "MiB while quantizing", f"(ours: ≤ {PACKING * 2**10:.0f})")
     for form in (*OURS, *PEERS):
         command = [sys.executable, "-m", "bench.memory.weights_memory", name, str(folder), form]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        goal = TARGETS.get((name, form))
-        sizes = f"{found['bytes'] / 1e6:10.0f} {goal / 1e6 if goal else '':>6} {found['peak'] / 2**20:20.0f}"
-        print(form.ljust(24), sizes if found["bytes"] else "not installed", flush=True)
-        yield form, found
+        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        measured = json.loads(process.stdout.strip().splitlines()[-1])
+        target = TARGETS.get((name, form))
+        cells = f"{measured['bytes'] / 1e6:10.0f} {target / 1e6 if target else '':>6} {measured['peak'] / 2**20:20.0f}"
+        print(form.ljust(24), cells if measured["bytes"] else "not installed", flush=True)
+        yield form, measured
 
 
 def measure(base: BaseSpec, folder: Path, form: str) -> dict[str, int]:
@@ -65,10 +65,10 @@ def measure(base: BaseSpec, folder: Path, form: str) -> dict[str, int]:
     kind = getattr(diffusers, base.family.kind)
     network = kind.from_pretrained(folder / "source" / base.family.network).requires_grad_(False)
     quantize(network)
-    return {"bytes": held(network), "peak": memory("VmHWM")}
+    return {"bytes": tensor_bytes(network), "peak": memory("VmHWM")}
 
 
-def held(network: nn.Module) -> int:
+def tensor_bytes(network: nn.Module) -> int:
     """Return the bytes of a network's tensors, including the parts of peers' tensor subclasses."""
     tensors = [*network.parameters(), *network.buffers()]
     return sum(part.nbytes for part in {id(part): part for tensor in tensors for part in _parts(tensor)}.values())
@@ -106,11 +106,13 @@ def _bitsandbytes() -> Callable[[nn.Module], None]:
     def quantize(network: nn.Module) -> None:
         for name, layer in list(network.named_modules()):
             if type(layer) is nn.Linear:
-                made = Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta")
-                made.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
-                made.bias = layer.bias
+                quantized = Linear4bit(
+                    layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta"
+                )
+                quantized.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+                quantized.bias = layer.bias
                 parent, _, leaf = name.rpartition(".")
-                network.get_submodule(parent).register_module(leaf, made.to("cpu"))
+                network.get_submodule(parent).register_module(leaf, quantized.to("cpu"))
 
     return quantize
 

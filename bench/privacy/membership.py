@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.lib.machine import machine, versions
-from bench.privacy.utility import COMMON, FORMS, WHOLE, command, run
+from bench.privacy.utility import COMMON, FORMS, TEST, command, run
 from conf.schemas.audit import AuditConfig, MembershipConfig
 from privacy.audit.membership import MembershipResult
 from simulations.audit.membership import RunGroup
 from simulations.audit.page import AuditResults, write
 from simulations.audit.run import arms
 
-TRIED = ("open", "example-8", "reference")
+FORMS_ATTACKED = ("open", "example-8", "reference")
 OVERFITTED = (
     "aggregation=fedit",
     "adapter.shared.lr_schedule=cosine",
@@ -51,13 +51,13 @@ OVERFITTED = (
 )
 
 
-def overfit(folder: Path, overrides: Sequence[str]) -> Path:
+def run_overfitted(folder: Path, overrides: Sequence[str]) -> Path:
     """Run the federation that is overfitted on purpose, and return its folder."""
     run([sys.executable, "-m", "simulations.run", *COMMON, *OVERFITTED, "cohort.eval_size=4", *overrides], folder)
     return folder
 
 
-def judged(folders: Sequence[Path], adapter: str) -> RunGroup:
+def run_attacks(folders: Sequence[Path], adapter: str) -> RunGroup:
     """Run all attacks on runs that differ only in their seed."""
     (arm,) = arms(AuditConfig(runs=[*map(str, folders)], membership=MembershipConfig(adapter=adapter)))
     return arm
@@ -75,9 +75,9 @@ def record(tried: Mapping[str, RunGroup]) -> dict[str, Any]:
     }
 
 
-def _attack(found: MembershipResult) -> dict[str, Any]:
-    numbers = {"auc": found.auc._asdict(), "tpr_at_1_percent_fpr": found.tpr._asdict()}
-    return {"members": found.members, "others": found.others, **numbers}
+def _attack(membership: MembershipResult) -> dict[str, Any]:
+    numbers = {"auc": membership.auc._asdict(), "tpr_at_1_percent_fpr": membership.tpr._asdict()}
+    return {"members": membership.members, "others": membership.others, **numbers}
 
 
 def table(recorded: Mapping[str, Any]) -> Table:
@@ -86,12 +86,12 @@ def table(recorded: Mapping[str, Any]) -> Table:
     for heading in ("adapter", "attack", "members", "others", "AUC", "true positive rate at 1 % false positives"):
         shown.add_column(heading, justify="left" if heading in ("adapter", "attack") else "right")
     for name, arm in recorded.items():
-        for place, (attack, found) in enumerate(arm["attacks"].items()):
+        for index, (attack, result) in enumerate(arm["attacks"].items()):
             numbers = (
-                f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-                for one in (found["auc"], found["tpr_at_1_percent_fpr"])
+                f"{run_form['value']:.3f} [{run_form['low']:.3f}, {run_form['high']:.3f}]"
+                for run_form in (result["auc"], result["tpr_at_1_percent_fpr"])
             )
-            shown.add_row("" if place else name, attack, str(found["members"]), str(found["others"]), *numbers)
+            shown.add_row("" if index else name, attack, str(result["members"]), str(result["others"]), *numbers)
         shown.add_section()
     return shown
 
@@ -104,23 +104,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/membership.json"))
     arguments, overrides = parser.parse_known_args()
 
-    def one(name: str, seed: int) -> Path:
-        folder: Path = arguments.runs / "test" / f"{WHOLE.writers}x{WHOLE.pictures}" / f"{name}-{seed}"
-        run(command(FORMS[name], seed, WHOLE, tune=False, overrides=overrides), folder)
+    def run_form(name: str, seed: int) -> Path:
+        folder: Path = arguments.runs / "test" / f"{TEST.writers}x{TEST.pictures}" / f"{name}-{seed}"
+        run(command(FORMS[name], seed, TEST, tune=False, overrides=overrides), folder)
         return folder
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        overfitted = pool.submit(overfit, arguments.runs / "overfitted", overrides)
-        folders = {name: list(pool.map(one, [name] * len(arguments.seeds), arguments.seeds)) for name in TRIED}
+        overfitted = pool.submit(run_overfitted, arguments.runs / "overfitted", overrides)
+        folders = {
+            name: list(pool.map(run_form, [name] * len(arguments.seeds), arguments.seeds)) for name in FORMS_ATTACKED
+        }
         folders["overfitted"] = [overfitted.result()]
-    tried = {name: judged(found, "last" if name == "overfitted" else "best") for name, found in folders.items()}
-    asked = " ".join(["python -m bench.privacy.membership", *sys.argv[1:]])
-    write(AuditResults(arms=list(tried.values())), AuditConfig(), arguments.runs, asked)
-    recorded = record(tried)
+    groups = {
+        name: run_attacks(run_folders, "last" if name == "overfitted" else "best")
+        for name, run_folders in folders.items()
+    }
+    command_line = " ".join(["python -m bench.privacy.membership", *sys.argv[1:]])
+    write(AuditResults(arms=list(groups.values())), AuditConfig(), arguments.runs, command_line)
+    recorded = record(groups)
     arguments.out.write_text(
         json.dumps(
             {
-                "command": asked,
+                "command": command_line,
                 "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
                 "versions": versions("torch", "diffusers", "flwr"),
                 "arms": recorded,

@@ -37,7 +37,7 @@ from common.errors import AntherError
 
 ROOT = Path(__file__).parents[2]
 PASSED, FAILED, BROKEN = 0, 1, 3  # pytest exit codes; any other than the first two: the tests could not run
-_CLUTTER = shutil.ignore_patterns(".*", "__pycache__", "outputs", "multirun", "build", "dist")
+_IGNORED = shutil.ignore_patterns(".*", "__pycache__", "outputs", "multirun", "build", "dist")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MutantVerdict:
     """Privacy unit of the broken guarantee, `image` or `device`, or `audit` for mutants that the audit detects."""
     mutant: Mutant
     caught: bool
-    said: str
+    message: str
     """Message of the failed test, in one line."""
 
 
@@ -56,12 +56,12 @@ class MutantVerdict:
 def copy_source() -> Iterator[Path]:
     """Copy the code to a temporary folder; assets and data are links to the originals."""
 
-    def left_behind(folder: str, names: list[str]) -> set[str]:
-        return _CLUTTER(folder, names) | ({"assets", "data"} if Path(folder) == ROOT / "typefaces" else set())
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return _IGNORED(folder, names) | ({"assets", "data"} if Path(folder) == ROOT / "typefaces" else set())
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "anther"
-        shutil.copytree(ROOT, copy, ignore=left_behind)
+        shutil.copytree(ROOT, copy, ignore=ignored)
         for name in ("assets", "data"):
             (copy / "typefaces" / name).symlink_to(ROOT / "typefaces" / name)
         yield copy
@@ -76,9 +76,9 @@ def apply_mutant(mutant: Mutant, root: Path) -> Iterator[None]:
     """
     file = root / mutant.file
     source = file.read_text(encoding="utf-8")
-    if (found := source.count(mutant.old)) != 1:
+    if (occurrences := source.count(mutant.old)) != 1:
         raise AntherError(
-            f"{mutant.file}: {mutant.name}: {mutant.old!r} occurs {found} times: update bench/privacy/mutants.py"
+            f"{mutant.file}: {mutant.name}: {mutant.old!r} occurs {occurrences} times: update bench/privacy/mutants.py"
         )
     file.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
@@ -102,12 +102,12 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
         "COLUMNS": "250",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
-    found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    lines = found.stdout.strip().splitlines() or found.stderr.strip().splitlines() or ["nothing was said"]
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    lines = process.stdout.strip().splitlines() or process.stderr.strip().splitlines() or ["nothing was said"]
     failures = [line for line in lines if line.startswith("FAILED")]
-    if found.returncode == FAILED and not failures:
+    if process.returncode == FAILED and not failures:
         return BROKEN, lines[-1]
-    return found.returncode, re.sub(r"^FAILED .*? - ", "", failures[0]) if failures else lines[-1]
+    return process.returncode, re.sub(r"^FAILED .*? - ", "", failures[0]) if failures else lines[-1]
 
 
 def judge(level: str, mutant: Mutant, root: Path) -> MutantVerdict:
@@ -122,8 +122,8 @@ def judge(level: str, mutant: Mutant, root: Path) -> MutantVerdict:
         AntherError: the mutant does not fit the source.
     """
     with apply_mutant(mutant, root):
-        code, said = run_tests(root, [mutant.test])
-    return MutantVerdict(level, mutant, caught=code == FAILED, said=said)
+        code, message = run_tests(root, [mutant.test])
+    return MutantVerdict(level, mutant, caught=code == FAILED, message=message)
 
 
 def table(verdicts: Sequence[MutantVerdict]) -> Table:
@@ -139,7 +139,7 @@ def table(verdicts: Sequence[MutantVerdict]) -> Table:
 def record(verdicts: Sequence[MutantVerdict]) -> list[dict[str, Any]]:
     """Convert the verdicts to rows of the result file."""
     return [
-        {"per": verdict.level, **verdict.mutant._asdict(), "caught": verdict.caught, "said": verdict.said[:300]}
+        {"per": verdict.level, **verdict.mutant._asdict(), "caught": verdict.caught, "said": verdict.message[:300]}
         for verdict in verdicts
     ]
 
@@ -147,8 +147,8 @@ def record(verdicts: Sequence[MutantVerdict]) -> list[dict[str, Any]]:
 def select_mutants(only: str) -> list[tuple[str, Mutant]]:
     """Return mutants with their level: all, those of one level, or those whose name contains `only`."""
     levels = {"image": EXAMPLE_MUTANTS, "device": DEVICE_MUTANTS, "audit": AUDIT_MUTANTS}
-    every = [(level, mutant) for level, mutants in levels.items() for mutant in mutants]
-    return [(level, mutant) for level, mutant in every if only in (level, "") or only in mutant.name]
+    candidates = [(level, mutant) for level, mutants in levels.items() for mutant in mutants]
+    return [(level, mutant) for level, mutant in candidates if only in (level, "") or only in mutant.name]
 
 
 def main() -> None:
@@ -160,27 +160,27 @@ def main() -> None:
     console = Console(width=200)
     mutants, copies = select_mutants(arguments.only), SimpleQueue[Path]()
 
-    def judged(one: tuple[str, Mutant]) -> MutantVerdict:
+    def judge_one(one: tuple[str, Mutant]) -> MutantVerdict:
         root = copies.get()
         try:
             verdict = judge(*one, root)
         finally:
             copies.put(root)
-        console.print(f"{'caught' if verdict.caught else 'SURVIVED'}: {verdict.mutant.name}: {verdict.said}")
+        console.print(f"{'caught' if verdict.caught else 'SURVIVED'}: {verdict.mutant.name}: {verdict.message}")
         return verdict
 
-    with ExitStack() as held, ThreadPoolExecutor(arguments.jobs) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor(arguments.jobs) as pool:
         for _ in range(arguments.jobs):
-            copies.put(held.enter_context(copy_source()))
-        untouched = held.enter_context(copy_source())
+            copies.put(stack.enter_context(copy_source()))
+        untouched = stack.enter_context(copy_source())
         honest = pool.submit(run_tests, untouched, sorted({mutant.test for _, mutant in mutants}))
         try:
-            verdicts = list(pool.map(judged, mutants))
+            verdicts = list(pool.map(judge_one, mutants))
         except AntherError as error:
             sys.exit(str(error))
-        code, said = honest.result()
+        code, message = honest.result()
     if code != PASSED:
-        sys.exit(f"without a mutant: {said}")
+        sys.exit(f"without a mutant: {message}")
     survivors = [verdict.mutant.name for verdict in verdicts if not verdict.caught]
     result = {
         "command": f"python -m bench.privacy.mutations --jobs {arguments.jobs} --only {shlex.quote(arguments.only)}",

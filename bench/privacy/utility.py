@@ -35,7 +35,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from bench.lib.machine import machine, versions
-from bench.quality.federation import interval
+from bench.quality.federation import bootstrap_interval
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 
 
@@ -47,8 +47,8 @@ class WriterCohort(NamedTuple):
 
 
 DELTA = 1e-3
-WHOLE, DEVELOPMENT = WriterCohort(200, 20), WriterCohort(20, 20)
-CURVES = (WriterCohort(50, 20), WriterCohort(100, 20), WHOLE, WriterCohort(200, 12), WriterCohort(200, 4))
+TEST, DEVELOPMENT = WriterCohort(200, 20), WriterCohort(20, 20)
+CURVES = (WriterCohort(50, 20), WriterCohort(100, 20), TEST, WriterCohort(200, 12), WriterCohort(200, 4))
 ROUNDS = {"example": 25, "device": 10}
 TARGETS = {"example-8": 0.6, "example-2": 0.35, "device-8": 0.5}
 COMMON = (
@@ -88,7 +88,7 @@ FORMS: Mapping[str, RunForm] = {
 def tuning_epsilon(form: RunForm) -> float:
     """Return the ε at which development writers have the noise on the mean that test writers have at the form's ε."""
     assert form.epsilon
-    steps, few = ROUNDS[form.level], DEVELOPMENT.writers / WHOLE.writers
+    steps, few = ROUNDS[form.level], DEVELOPMENT.writers / TEST.writers
     sigma = noise_multiplier_for(epsilon=form.epsilon, delta=DELTA, sampling_rate=1.0, steps=steps)
     # In the mean, each device's noise is divided by √devices, the server's noise by their number.
     scaled = sigma * (few**0.5 if form.level == "example" else few)
@@ -109,7 +109,7 @@ def command(form: RunForm, seed: int, cohort: WriterCohort, *, tune: bool, overr
     role, batch = "development" if tune else "test", cohort.pictures // form.share
     private, rate = [f"privacy={form.level}"], form.learning_rate
     if tune and form.level == "example":  # AdamW divides by the noise of its own device
-        rate *= (DEVELOPMENT.writers / WHOLE.writers) ** 0.5
+        rate *= (DEVELOPMENT.writers / TEST.writers) ** 0.5
     if form.epsilon:
         private += [f"privacy.delta={DELTA}", f"privacy.epsilon={tuning_epsilon(form) if tune else form.epsilon}"]
     return [
@@ -162,25 +162,25 @@ def parameters(folder: Path, *, cores: bool) -> int:
     return sum(factor.numel() for factor in factors.values())
 
 
-def gain_kept(found: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
+def gain_kept(result: Mapping[str, Any], reference: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
     """Compute the share of the reference's gain that an arm keeps, with its 95 % interval over writers.
 
     The interval is that of the mean difference to the base, divided by the reference's mean gain.
 
     Args:
-        found: results of the run.
+        result: results of the run.
         reference: results of the reference.
         arm: `shared` or `personal`.
     """
-    base = np.array(found["losses"]["base"])
-    whole = np.array(reference["losses"]["base"]) - np.array(reference["losses"]["shared"])
-    return share(base - np.array(found["losses"][arm]), whole)
+    base = np.array(result["losses"]["base"])
+    reference_gain = np.array(reference["losses"]["base"]) - np.array(reference["losses"]["shared"])
+    return share(base - np.array(result["losses"][arm]), reference_gain)
 
 
-def share(gain: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
+def share(gain: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """Divide the mean of a gain `[writers]` by another's, with its 95 % interval for a fixed divisor."""
-    low, high = interval(gain)
-    mean = float(whole.mean())
+    low, high = bootstrap_interval(gain)
+    mean = float(reference.mean())
     return float(gain.mean()) / mean, low / mean, high / mean
 
 
@@ -216,16 +216,16 @@ def cells(name: str, forms: Mapping[str, Mapping[str, Any]], cohort: WriterCohor
         forms: results by form.
         cohort: number of writers and pictures.
     """
-    found = forms[name]
-    base, loss = (f"{np.mean(found['losses'][arm]):.4f}" for arm in ("base", "shared"))
+    result = forms[name]
+    base, loss = (f"{np.mean(result['losses'][arm]):.4f}" for arm in ("base", "shared"))
     shared, personal = (
         f"{mean:.0%} [{low:.0%}, {high:.0%}]"
-        for mean, low, high in (gain_kept(found, forms["reference"], arm) for arm in ("shared", "personal"))
+        for mean, low, high in (gain_kept(result, forms["reference"], arm) for arm in ("shared", "personal"))
     )
-    target = f"{TARGETS[name]:.0%}" if name in TARGETS and cohort == WHOLE else ""
-    spent = found["epsilon"] or found["device_epsilon"]
+    target = f"{TARGETS[name]:.0%}" if name in TARGETS and cohort == TEST else ""
+    spent = result["epsilon"] or result["device_epsilon"]
     promise = f"{spent['value']:.2f} per {spent['unit']}" if spent else "∞"
-    return [f"{found['parameters']:,}", base, loss, shared, target, personal, promise]
+    return [f"{result['parameters']:,}", base, loss, shared, target, personal, promise]
 
 
 def main() -> None:
@@ -239,21 +239,21 @@ def main() -> None:
     which.add_argument("--curves", action="store_true", help="ε = 8 per image against writers and pictures")
     which.add_argument("--tune", action="store_true", help="development writers, with the noise of test writers")
     arguments, overrides = parser.parse_known_args()
-    cohorts, seeds, forms = [DEVELOPMENT if arguments.tune else WHOLE], arguments.seeds, arguments.forms
+    cohorts, seeds, forms = [DEVELOPMENT if arguments.tune else TEST], arguments.seeds, arguments.forms
     if arguments.curves:
         cohorts, seeds, forms = list(CURVES), seeds[:1], ["example-8"]
-    chosen = list(dict.fromkeys(["reference", *forms]))
-    asked = [(cohort, seed, name) for seed in seeds for cohort in cohorts for name in chosen]
+    names = list(dict.fromkeys(["reference", *forms]))
+    work = [(cohort, seed, name) for seed in seeds for cohort in cohorts for name in names]
 
     def one(cohort: WriterCohort, seed: int, name: str) -> dict[str, Any]:
-        made = command(FORMS[name], seed, cohort, tune=arguments.tune, overrides=overrides)
+        arguments_of_run = command(FORMS[name], seed, cohort, tune=arguments.tune, overrides=overrides)
         kind = "tune" if arguments.tune else "test"
-        return run(made, arguments.runs / kind / f"{cohort.writers}x{cohort.pictures}" / f"{name}-{seed}")
+        return run(arguments_of_run, arguments.runs / kind / f"{cohort.writers}x{cohort.pictures}" / f"{name}-{seed}")
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(lambda which: one(*which), asked))
+        results_of_runs = list(pool.map(lambda which: one(*which), work))
     results: dict[tuple[WriterCohort, int], dict[str, Any]] = {}
-    for (cohort, seed, name), result in zip(asked, found, strict=True):
+    for (cohort, seed, name), result in zip(work, results_of_runs, strict=True):
         results.setdefault((cohort, seed), {})[name] = result
     record = {
         "command": " ".join(["python -m bench.privacy.utility", *sys.argv[1:]]),

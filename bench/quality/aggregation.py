@@ -42,12 +42,12 @@ RESULTS = Path(__file__).parents[1] / "results" / "aggregation.json"
 LAYERS = {(320, 320): 30, (768, 320): 10, (640, 640): 30, (768, 640): 10, (1280, 1280): 36, (768, 1280): 12}
 """Attention layers of Stable Diffusion 1.5 by (in, out): 16 blocks, each with 6 square layers and 2 from text."""
 DEVICES, RANK, CAP = 100, 8, 16
-HELD = (10, 100, 1000)  # numbers of devices whose memory is measured
+MEMORY_DEVICES = (10, 100, 1000)  # numbers of devices whose memory is measured
 MIXED = (2, 4, 8, 16)
-FASTER, NEARER = 20.0, 1.05  # targets: dense seconds over exact seconds; exact error over the best error
+TARGET_RATIO, TARGET_ERROR = 20.0, 1.05  # targets: dense seconds over exact seconds; exact error over the best error
 
 
-def layer(inputs: int, outputs: int, ranks: list[int], seed: int) -> Iterator[Factors]:
+def layer_factors(inputs: int, outputs: int, ranks: list[int], seed: int) -> Iterator[Factors]:
     """Yield each device's factors at one layer, as after a few steps from a common start.
 
     Args:
@@ -60,12 +60,12 @@ def layer(inputs: int, outputs: int, ranks: list[int], seed: int) -> Iterator[Fa
         A `[rank, inputs]` and B `[outputs, rank]` of one device.
     """
     generator = torch.Generator().manual_seed(seed)
-    most = max(ranks)
+    max_rank = max(ranks)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    a, b = normal(most, inputs) / inputs**0.5, normal(outputs, most)
+    a, b = normal(max_rank, inputs) / inputs**0.5, normal(outputs, max_rank)
     for rank in ranks:
         drift = normal(rank, inputs) / inputs**0.5
         yield Factors(a[:rank] + 0.5 * drift, b[:, :rank] + normal(outputs, rank))
@@ -85,11 +85,11 @@ def exact(inputs: int, outputs: int, factors: list[Factors], cap: int) -> Tensor
         cap: rank of the result.
     """
     rule = Exact(rank=cap, max_rank=cap, seed=0)
-    found = rule.aggregate(start(inputs, outputs, cap), [({"layer": f}, 1.0) for f in factors], round=1)
-    return found.adapter["layer"].b.double() @ found.adapter["layer"].a.double()
+    result = rule.aggregate(start(inputs, outputs, cap), [({"layer": f}, 1.0) for f in factors], round=1)
+    return result.adapter["layer"].b.double() @ result.adapter["layer"].a.double()
 
 
-def dense(inputs: int, outputs: int, factors: list[Factors], cap: int) -> tuple[Tensor, Tensor]:
+def dense_mean(inputs: int, outputs: int, factors: list[Factors], cap: int) -> tuple[Tensor, Tensor]:
     """Return the same mean by a dense matrix and its SVD, in float32 like the factors.
 
     Args:
@@ -108,33 +108,33 @@ def dense(inputs: int, outputs: int, factors: list[Factors], cap: int) -> tuple[
     return u[:, :cap] * sigma[:cap], vh[:cap]
 
 
-def least(work: Callable[[], Any], seconds: float) -> float:
+def fastest_run(work: Callable[[], Any], seconds: float) -> float:
     """Return the CPU seconds of the fastest of at least five runs, repeated for `seconds` of CPU time."""
-    found: list[float] = []
-    while len(found) < 5 or sum(found) < seconds:
-        began = time.process_time()
+    seconds_of_runs: list[float] = []
+    while len(seconds_of_runs) < 5 or sum(seconds_of_runs) < seconds:
+        started = time.process_time()
         work()
-        found.append(time.process_time() - began)
-    return min(found)
+        seconds_of_runs.append(time.process_time() - started)
+    return min(seconds_of_runs)
 
 
-def times(seconds: float) -> dict[str, Any]:
+def measure_times(seconds: float) -> dict[str, Any]:
     """Measure the CPU seconds of each layer shape and of all layers."""
     shapes, total = [], {"exact": 0.0, "dense": 0.0}
     for (inputs, outputs), count in LAYERS.items():
-        factors = list(layer(inputs, outputs, [RANK] * DEVICES, seed=inputs + outputs))
-        rule, before = Exact(rank=RANK, max_rank=CAP, seed=0), start(inputs, outputs, RANK)
+        factors = list(layer_factors(inputs, outputs, [RANK] * DEVICES, seed=inputs + outputs))
+        rule, adapter = Exact(rank=RANK, max_rank=CAP, seed=0), start(inputs, outputs, RANK)
         updates = [({"layer": f}, 1.0) for f in factors]
-        one = {
-            "exact": least(lambda: rule.aggregate(before, updates, round=1), seconds),  # noqa: B023
-            "dense": least(lambda: dense(inputs, outputs, factors, CAP), seconds),  # noqa: B023
+        seconds_of = {
+            "exact": fastest_run(lambda: rule.aggregate(adapter, updates, round=1), seconds),  # noqa: B023
+            "dense": fastest_run(lambda: dense_mean(inputs, outputs, factors, CAP), seconds),  # noqa: B023
         }
-        shapes.append({"inputs": inputs, "outputs": outputs, "layers": count, **one})
-        total = {way: total[way] + count * one[way] for way in total}
+        shapes.append({"inputs": inputs, "outputs": outputs, "layers": count, **seconds_of})
+        total = {way: total[way] + count * seconds_of[way] for way in total}
     return {"shapes": shapes, **total, "ratio": total["dense"] / total["exact"]}
 
 
-def hold(devices: int) -> int:
+def measure_peak(devices: int) -> int:
     """Return the peak bytes of a round with this number of devices, above the process's memory before it."""
     layers = {
         f"{inputs}-{outputs}-{number}": (inputs, outputs)
@@ -143,16 +143,16 @@ def hold(devices: int) -> int:
     }
     current = {name: start(*shape, RANK)["layer"] for name, shape in layers.items()}
     torch.linalg.svd(torch.linalg.qr(torch.randn(64, 32)).R)  # loads the libraries that are loaded on first use
-    before = memory("VmRSS")
+    bytes_before = memory("VmRSS")
     rule = Exact(rank=RANK, max_rank=CAP, seed=0)
     mean = rule.start(current)
     for device in range(devices):
-        mean.add({name: next(layer(*shape, [RANK], seed=device)) for name, shape in layers.items()}, 1.0)
+        mean.add({name: next(layer_factors(*shape, [RANK], seed=device)) for name, shape in layers.items()}, 1.0)
     rule.finish(mean, round=1)
-    return memory("VmHWM") - before
+    return memory("VmHWM") - bytes_before
 
 
-def held() -> dict[str, int]:
+def peak_by_devices() -> dict[str, int]:
     """Measure peak bytes by number of devices, each in its own process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.quality.aggregation", "--hold"]
@@ -160,16 +160,16 @@ def held() -> dict[str, int]:
         str(devices): int(
             subprocess.run([*command, str(devices)], env=environment, check=True, stdout=subprocess.PIPE).stdout
         )
-        for devices in HELD
+        for devices in MEMORY_DEVICES
     }
 
 
-def errors() -> list[dict[str, float]]:
+def measure_errors() -> list[dict[str, float]]:
     """Compute relative errors for devices of mixed ranks."""
-    found = []
+    rows = []
     for inputs, outputs in ((320, 320), (768, 640)):
         for devices in (8, 100):
-            factors = list(layer(inputs, outputs, list(MIXED) * (devices // len(MIXED)), seed=devices))
+            factors = list(layer_factors(inputs, outputs, list(MIXED) * (devices // len(MIXED)), seed=devices))
             mean = torch.stack([b.double() @ a.double() for a, b in factors]).mean(0)
             padded_a, padded_b = torch.zeros(max(MIXED), inputs), torch.zeros(outputs, max(MIXED))
             for a, b in factors:
@@ -177,7 +177,7 @@ def errors() -> list[dict[str, float]]:
                 padded_b[:, : len(a)] += b / devices
             fedit = padded_b.double() @ padded_a.double()
             for cap in MIXED:
-                found.append(
+                rows.append(
                     {
                         "inputs": inputs,
                         "outputs": outputs,
@@ -188,11 +188,11 @@ def errors() -> list[dict[str, float]]:
                         "fedit_padded": _error(best_approximation(fedit, cap), mean),
                     }
                 )
-    return found
+    return rows
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    return float(torch.linalg.norm(found - wanted) / torch.linalg.norm(wanted))
+def _error(matrix: Tensor, mean: Tensor) -> float:
+    return float(torch.linalg.norm(matrix - mean) / torch.linalg.norm(mean))
 
 
 def main() -> None:
@@ -200,32 +200,32 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="CPU seconds per number: the fastest run counts")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    if given.hold:
-        print(hold(given.hold))
+    if args.hold:
+        print(measure_peak(args.hold))
         return
-    found = {
+    record = {
         "command": shlex.join(["python", "-m", "bench.quality.aggregation", *sys.argv[1:]]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch"),
-        "target": {"ratio": FASTER, "error": NEARER},
+        "target": {"ratio": TARGET_RATIO, "error": TARGET_ERROR},
         "devices": DEVICES,
         "rank": RANK,
         "cap": CAP,
-        "cpu_seconds": times(given.seconds),
-        "bytes": held(),
-        "errors": errors(),
-        "typefaces": updates.errors(MIXED),
+        "cpu_seconds": measure_times(args.seconds),
+        "bytes": peak_by_devices(),
+        "errors": measure_errors(),
+        "typefaces": updates.measure_errors(MIXED),
     }
-    show(found)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    show(record)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def show(found: dict[str, Any]) -> None:
+def show(record: dict[str, Any]) -> None:
     """Print the record as tables."""
-    console, seconds = Console(), found["cpu_seconds"]
+    console, seconds = Console(), record["cpu_seconds"]
     table = Table("in × out", "layers", "exact, ms", "dense, ms", "ratio", title=f"{DEVICES} devices of rank {RANK}")
     for row in seconds["shapes"]:
         shape, ratio = f"{row['inputs']} × {row['outputs']}", row["dense"] / row["exact"]
@@ -236,11 +236,11 @@ def show(found: dict[str, Any]) -> None:
     table.add_row("all", str(sum(LAYERS.values())), *sums, f"{seconds['ratio']:.1f}")
     console.print(table)
     table = Table("devices", "peak, MiB", title="Memory of a round")
-    for devices, taken in found["bytes"].items():
+    for devices, taken in record["bytes"].items():
         table.add_row(devices, f"{taken / MIB:.0f}")
     console.print(table)
     table = Table("in × out", "devices", "rank", "best", "exact", "of best", "fedit, padded", title="Relative error")
-    for row in found["errors"]:
+    for row in record["errors"]:
         table.add_row(
             f"{row['inputs']} × {row['outputs']}",
             str(row["devices"]),
@@ -252,7 +252,7 @@ def show(found: dict[str, Any]) -> None:
         )
     console.print(table)
     table = Table("round", "rank", "best", "exact", "of best, worst site", "fedit, padded", title="On typefaces")
-    for row in found["typefaces"]:
+    for row in record["typefaces"]:
         table.add_row(
             str(row["round"]),
             str(row["rank"]),

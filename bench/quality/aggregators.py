@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from bench.privacy.utility import run_once
-from bench.quality.federation import interval
+from bench.quality.federation import bootstrap_interval
 from simulations.fleet.participants import slug
 
 COMMON = (
@@ -93,18 +93,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
 FEW_ONLY = ("flora",)
 """Rules for small fleets: the adapter grows each round by the sum of all ranks, so a large fleet exceeds the memory."""
 
-TRIED = (0.003, 0.006, 0.012, 0.024)
+RATES_TRIED = (0.003, 0.006, 0.012, 0.024)
 RATES: Mapping[str, float] = {
     **dict.fromkeys(("exact", "exact, by slices", "flexlora", "hetlora", "raflora", "flora"), 0.012),
     **dict.fromkeys(("fedit", "ffa", "rolora", "fedsvd", "fedsb"), 0.024),
     "fedsa": 0.006,
 }
-"""Best learning rate of `TRIED` for each rule, found by `--tune`; flora uses the rate of exact."""
+"""Best learning rate of `RATES_TRIED` for each rule, found by `--tune`; flora uses the rate of exact."""
 PRIVATE_RATE = 10.0
 """Factor on the learning rate for a private step on all pictures."""
 
 
-def asked(rule: str, setting: HeterogeneitySetting) -> bool:
+def is_run(rule: str, setting: HeterogeneitySetting) -> bool:
     """Return whether a rule is run in a setting."""
     if setting.rules is None:
         return rule not in FEW_ONLY
@@ -144,12 +144,12 @@ def command(rule: str, name: str, seed: int, rate: float, *, role: str, override
 def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a federation unless it is complete, and return losses per writer, bytes and diagnostics of the last round."""
     run_once(arguments, folder)
-    judged = "personal" if "aggregation=fedsa" in arguments else "shared"
+    evaluated = "personal" if "aggregation=fedsa" in arguments else "shared"
     rows = json.loads((folder / "evaluation.json").read_text())
     rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     return {
-        "losses": {name: [row[arm]["loss"] for row in rows] for name, arm in (("base", "base"), ("shared", judged))},
+        "losses": {name: [row[arm]["loss"] for row in rows] for name, arm in (("base", "base"), ("shared", evaluated))},
         "bytes": summary["bytes"],
         "best_round": summary["best_round"],
         "residual": rounds[-1].get("residual"),
@@ -161,7 +161,7 @@ def gain(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
     """Return the mean gain of runs over the base's mean loss, with its 95 % interval over writers."""
     base = np.concatenate([run["losses"]["base"] for run in runs])
     shared = np.concatenate([run["losses"]["shared"] for run in runs])
-    low, high = interval(base - shared)
+    low, high = bootstrap_interval(base - shared)
     return tuple(float(value / base.mean()) for value in ((base - shared).mean(), low, high))  # type: ignore[return-value]
 
 
@@ -184,21 +184,21 @@ def measure(
         runs: folder for the runs.
         overrides: further Hydra overrides.
     """
-    cells = [(rule, name) for name in settings for rule in rules if asked(rule, SETTINGS[name])]
+    cells = [(rule, name) for name in settings for rule in rules if is_run(rule, SETTINGS[name])]
     work = [(rule, name, seed) for rule, name in cells for seed in seeds[: SETTINGS[name].seeds]]
 
-    def one(rule: str, name: str, seed: int) -> dict[str, Any]:
+    def run_one(rule: str, name: str, seed: int) -> dict[str, Any]:
         folder = runs / "aggregators" / slug(name) / f"{slug(rule)}-{seed}"
-        made = command(rule, name, seed, RATES[rule], role="test", overrides=overrides)
-        return {"seed": seed, **run(made, folder)}
+        arguments = command(rule, name, seed, RATES[rule], role="test", overrides=overrides)
+        return {"seed": seed, **run(arguments, folder)}
 
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    results_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for (rule, name, _), result in zip(work, pool.map(lambda which: one(*which), work), strict=True):
-            found.setdefault((rule, name), []).append(result)
+        for (rule, name, _), result in zip(work, pool.map(lambda which: run_one(*which), work), strict=True):
+            results_of.setdefault((rule, name), []).append(result)
     return [
-        {"rule": rule, "setting": name, "rate": RATES[rule], "gain": gain(done), "runs": done}
-        for (rule, name), done in found.items()
+        {"rule": rule, "setting": name, "rate": RATES[rule], "gain": gain(results), "runs": results}
+        for (rule, name), results in results_of.items()
     ]
 
 
@@ -211,48 +211,48 @@ def tune(rules: Sequence[str], *, jobs: int, runs: Path, overrides: Sequence[str
         runs: folder for the runs.
         overrides: further Hydra overrides.
     """
-    work = [(rule, rate) for rule in rules if rule not in FEW_ONLY for rate in TRIED]
+    work = [(rule, rate) for rule in rules if rule not in FEW_ONLY for rate in RATES_TRIED]
 
-    def one(rule: str, rate: float) -> dict[str, Any]:
-        made = command(rule, "equal ranks", 0, rate, role="development", overrides=overrides)
-        return run(made, runs / "tune" / f"{slug(rule)}-{rate:g}")
+    def run_one(rule: str, rate: float) -> dict[str, Any]:
+        arguments = command(rule, "equal ranks", 0, rate, role="development", overrides=overrides)
+        return run(arguments, runs / "tune" / f"{slug(rule)}-{rate:g}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda which: one(*which), work))
+        results = list(pool.map(lambda which: run_one(*which), work))
     return [
         {"rule": rule, "rate": rate, "gain": gain([result])} for (rule, rate), result in zip(work, results, strict=True)
     ]
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Table:
+def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with a row for each rule and a column for each setting."""
-    settings = list(dict.fromkeys(each["setting"] for each in found))
+    settings = list(dict.fromkeys(record["setting"] for record in records))
     shown = Table(title="Gain of the shared adapter, % of the base's held-out loss [95 %]; best of a setting in bold")
     shown.add_column("rule")
     for name in settings:
         shown.add_column(name, justify="right")
-    best = {name: max(each["gain"][0] for each in found if each["setting"] == name) for name in settings}
-    for rule in dict.fromkeys(each["rule"] for each in found):
-        cells = {each["setting"]: each["gain"] for each in found if each["rule"] == rule}
+    best = {name: max(record["gain"][0] for record in records if record["setting"] == name) for name in settings}
+    for rule in dict.fromkeys(record["rule"] for record in records):
+        cells = {record["setting"]: record["gain"] for record in records if record["rule"] == rule}
         shown.add_row(rule, *(_cell(cells.get(name), best[name]) for name in settings))
     return shown
 
 
-def _cell(found: Sequence[float] | None, best: float) -> str:
-    if found is None:
+def _cell(gain: Sequence[float] | None, best: float) -> str:
+    if gain is None:
         return ""
-    mean, low, high = found
+    mean, low, high = gain
     text = f"{100 * mean:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
     return f"[bold]{text}[/bold]" if mean == best else text
 
 
-def tuned(found: Sequence[Mapping[str, Any]]) -> Table:
+def rate_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with a row for each rule and a column for each learning rate."""
     shown = Table(title="Gain on development writers, % of the base's held-out loss, by learning rate")
     shown.add_column("rule")
-    for rate in TRIED:
+    for rate in RATES_TRIED:
         shown.add_column(f"{rate:g}", justify="right")
-    for rule in dict.fromkeys(each["rule"] for each in found):
-        cells = {each["rate"]: each["gain"][0] for each in found if each["rule"] == rule}
-        shown.add_row(rule, *(f"{100 * cells[rate]:.2f}" for rate in TRIED))
+    for rule in dict.fromkeys(record["rule"] for record in records):
+        cells = {record["rate"]: record["gain"][0] for record in records if record["rule"] == rule}
+        shown.add_row(rule, *(f"{100 * cells[rate]:.2f}" for rate in RATES_TRIED))
     return shown

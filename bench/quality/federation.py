@@ -30,7 +30,7 @@ PAIRS = (("shared", "base"), ("personal", "shared"), ("personal", "base"), ("per
 RESAMPLES = 10_000
 
 
-def interval(differences: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(differences: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the mean of paired differences `[writers]`."""
     draws = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
     low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
@@ -44,7 +44,7 @@ def compare(losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
         difference = losses[worse] - losses[better]
         result[f"{better} < {worse}"] = {
             "mean": float(difference.mean()),
-            "interval": interval(difference),
+            "interval": bootstrap_interval(difference),
             "writers": float((difference > 0).mean()),
         }
     gains = {arm: result["loss"]["base"] - result["loss"][arm] for arm in ("local", "shared", "personal")}
@@ -65,12 +65,12 @@ def measure(seed: int, overrides: Sequence[str], folder: Path) -> dict[str, Any]
     summary = json.loads((folder / "summary.json").read_text())
     losses = {arm: np.array([row[arm]["loss"] for row in rows]) for arm in ("base", "local", "shared", "personal")}
     hands = np.array([row["kind"] == "hand" for row in rows])
-    kept = ("rounds", "best_round", "clients", "legibility", "style", "bytes", "seconds", "peak_rss_mib")
+    keys = ("rounds", "best_round", "clients", "legibility", "style", "bytes", "seconds", "peak_rss_mib")
     return {
         "seed": seed,
         **compare(losses),
         "hands only": compare({arm: values[hands] for arm, values in losses.items()}) if hands.any() else None,
-        **{key: summary[key] for key in kept},
+        **{key: summary[key] for key in keys},
     }
 
 

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from bench.privacy.utility import run_once
 
-SHARE = 0.8
-DEVICES, ASKED = 40, 8
+TARGET_SHARE = 0.8
+DEVICES, COHORT_SIZE = 40, 8
 COMMON = (
     "evaluation.baseline_local=false",
     "evaluation.gallery_size=0",
@@ -37,7 +37,7 @@ COMMON = (
     "data.validation=10",
 )
 REFERENCE = ("fleet=laptops", "rounds=30", "adapter.shared.steps=5")
-RANDOM = ("selection=random", "planning.name=full", f"cohort.size={ASKED}")
+RANDOM = ("selection=random", "planning.name=full", f"cohort.size={COHORT_SIZE}")
 
 
 class FleetPlan(NamedTuple):
@@ -53,10 +53,10 @@ class FleetPlan(NamedTuple):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        found: tuple[str, ...] = (f"adapter.shared.steps={self.steps}", f"round_loop.timeout={self.timeout}")
+        result: tuple[str, ...] = (f"adapter.shared.steps={self.steps}", f"round_loop.timeout={self.timeout}")
         if self.memory_gib is not None:
-            found += (f"cohort.eligibility.min_memory_gib={self.memory_gib:g}",)
-        return found if self.sites is None else (*found, f"adapter.sites={self.sites}")
+            result += (f"cohort.eligibility.min_memory_gib={self.memory_gib:g}",)
+        return result if self.sites is None else (*result, f"adapter.sites={self.sites}")
 
 
 GRID = tuple(
@@ -69,7 +69,7 @@ GRID = tuple(
 """Plans for random selection on the week's fleet. A memory above 1.7 GiB excludes the boards that can't hold a pass,
 above 3.5 also the small phones, above 3.9 all but three device types."""
 
-MANY = "rounds=32"  # for asynchronous runs, whose rounds are short
+ASYNC_ROUNDS = "rounds=32"  # for asynchronous runs, whose rounds are short
 AWARE = (
     "planning.name=device",
     "cohort.eligibility.idle=true",
@@ -82,7 +82,7 @@ WEEK: Mapping[str, tuple[str, ...]] = {
         *AWARE,
         "selection=energy_delay",
         "selection.candidate_factor=2",
-        f"cohort.size={ASKED}",
+        f"cohort.size={COHORT_SIZE}",
         "adapter.shared.steps=3",
         "round_loop.timeout=1000",
         "planning.deadline=800",
@@ -91,7 +91,7 @@ WEEK: Mapping[str, tuple[str, ...]] = {
         *AWARE,
         "selection=eafl",
         "selection.utility_weight=0",
-        f"cohort.size={ASKED}",
+        f"cohort.size={COHORT_SIZE}",
         "cohort.overselection=1.25",
         "adapter.shared.steps=5",
         "round_loop.timeout=1400",
@@ -102,22 +102,22 @@ WEEK: Mapping[str, tuple[str, ...]] = {
         "selection=energy_delay",
         "selection.candidate_factor=2",
         "round_loop.mode=async",
-        f"round_loop.buffer_size={ASKED}",
+        f"round_loop.buffer_size={COHORT_SIZE}",
         "round_loop.concurrency=24",
         "adapter.shared.steps=3",
         "planning.deadline=1300",
-        f"cohort.size={ASKED}",
-        MANY,
+        f"cohort.size={COHORT_SIZE}",
+        ASYNC_ROUNDS,
     ),
 }
 """Arms that are compared with random selection under the best single plan."""
 
 SPREAD: Mapping[str, tuple[str, ...]] = {
-    "wait for all": (f"cohort.size={ASKED}", "round_loop.timeout=86400"),
-    "deadline, over-selection": (f"cohort.size={ASKED}", "cohort.overselection=1.5", "round_loop.timeout=3600"),
-    "asynchronous": ("round_loop.mode=async", "round_loop.buffer_size=8", "round_loop.concurrency=24", MANY),
+    "wait for all": (f"cohort.size={COHORT_SIZE}", "round_loop.timeout=86400"),
+    "deadline, over-selection": (f"cohort.size={COHORT_SIZE}", "cohort.overselection=1.5", "round_loop.timeout=3600"),
+    "asynchronous": ("round_loop.mode=async", "round_loop.buffer_size=8", "round_loop.concurrency=24", ASYNC_ROUNDS),
     "thrifty": (
-        f"cohort.size={ASKED}",
+        f"cohort.size={COHORT_SIZE}",
         "selection=energy_delay",
         "selection.candidate_factor=3",
         "planning.name=device",
@@ -126,8 +126,8 @@ SPREAD: Mapping[str, tuple[str, ...]] = {
 }
 """Round timing and selection for a fleet whose slowest device takes ten times as long as its fastest."""
 
-LONG: Mapping[str, tuple[str, ...]] = {"week": ("rounds=24",), "spread": ("rounds=24",), "grid": ("rounds=40",)}
-CHOSEN = {"random, fastest plan": FleetPlan(5, 3.9, 1800), "random, least energy": FleetPlan(5, None, 3600)}
+ROUNDS: Mapping[str, tuple[str, ...]] = {"week": ("rounds=24",), "spread": ("rounds=24",), "grid": ("rounds=40",)}
+BEST_PLANS = {"random, fastest plan": FleetPlan(5, 3.9, 1800), "random, least energy": FleetPlan(5, None, 3600)}
 """Plans of the grid that took the fewest hours and the fewest kWh on development writers."""
 
 
@@ -206,7 +206,7 @@ def command(overrides: Sequence[str], *, role: str, seed: int) -> list[str]:
     ]
 
 
-def measured(
+def run_arms(
     work: Sequence[tuple[str, Sequence[str], int]], *, role: str, jobs: int, runs: Path, overrides: Sequence[str]
 ) -> list[TargetCost]:
     """Run federations, and return what each took to reach its seed's target.
@@ -219,28 +219,28 @@ def measured(
         overrides: further Hydra overrides of every run.
     """
     seeds = sorted({seed for *_, seed in work})
-    every = [*((f"reference-{seed}", REFERENCE, seed) for seed in seeds), *((f"{n}-{s}", o, s) for n, o, s in work)]
+    all_runs = [*((f"reference-{seed}", REFERENCE, seed) for seed in seeds), *((f"{n}-{s}", o, s) for n, o, s in work)]
 
-    def one(name: str, chosen: Sequence[str], seed: int) -> Path:
+    def run_one(name: str, arm: Sequence[str], seed: int) -> Path:
         folder = runs / role / name
-        run_once(command([*chosen, *overrides], role=role, seed=seed), folder)
+        run_once(command([*arm, *overrides], role=role, seed=seed), folder)
         return folder
 
     with ThreadPoolExecutor(jobs) as pool:
-        folders = list(pool.map(lambda which: one(*which), every))
+        folders = list(pool.map(lambda which: run_one(*which), all_runs))
     targets = {
-        seed: SHARE * max(row["gain"] for row in round_gains(folder))
+        seed: TARGET_SHARE * max(row["gain"] for row in round_gains(folder))
         for seed, folder in zip(seeds, folders[: len(seeds)], strict=True)
     }
     return [target_cost(folder, targets[seed]) for (*_, seed), folder in zip(work, folders[len(seeds) :], strict=True)]
 
 
-def table(title: str, found: Mapping[str, Sequence[TargetCost]], first: str) -> Table:
+def table(title: str, runs_of: Mapping[str, Sequence[TargetCost]], first: str) -> Table:
     """Return a table with a row for each arm: medians over its seeds, and ratios to the same seed's run of one arm.
 
     Args:
         title: title of the table.
-        found: runs by arm.
+        runs_of: runs by arm.
         first: arm that the ratios refer to.
     """
     shown = Table(title=title)
@@ -258,8 +258,8 @@ def table(title: str, found: Mapping[str, Sequence[TargetCost]], first: str) -> 
         "best gain, %",
     ):
         shown.add_column(name, justify="left" if name in ("arm", "lost") else "right")
-    base = found[first]
-    for name, runs in found.items():
+    base = runs_of[first]
+    for name, runs in runs_of.items():
         lost = sum((Counter(run.lost) for run in runs), Counter())
         shown.add_row(
             name,
@@ -284,22 +284,22 @@ def median_or_none(runs: Sequence[TargetCost], key: str) -> float | None:
 
 
 def _middle(runs: Sequence[TargetCost], key: str, digits: int) -> str:
-    found = median_or_none(runs, key)
-    return "—" if found is None else f"{found:.{digits}f}"
+    value = median_or_none(runs, key)
+    return "—" if value is None else f"{value:.{digits}f}"
 
 
 def _ratio(runs: Sequence[TargetCost], base: Sequence[TargetCost], key: str) -> str:
-    found = median_ratio([getattr(run, key) for run in runs], [getattr(run, key) for run in base])
-    return "—" if found is None else f"{found:.2f}"
+    value = median_ratio([getattr(run, key) for run in runs], [getattr(run, key) for run in base])
+    return "—" if value is None else f"{value:.2f}"
 
 
-def median_ratio(mine: Sequence[float | None], others: Sequence[float | None]) -> float | None:
+def median_ratio(values: Sequence[float | None], others: Sequence[float | None]) -> float | None:
     """Return the median over seeds of the ratio to the other run of the same seed; None if a run missed the target.
 
     A seed has its own writers, devices and target: runs of different seeds differ more than arms do.
     """
-    pairs = [(a, b) for a, b in zip(mine, others, strict=True) if a is not None and b]
-    return median(a / b for a, b in pairs) if len(pairs) == len(mine) else None
+    pairs = [(a, b) for a, b in zip(values, others, strict=True) if a is not None and b]
+    return median(a / b for a, b in pairs) if len(pairs) == len(values) else None
 
 
 def measure(
@@ -324,21 +324,21 @@ def measure(
         console: prints the tables.
     """
     common: dict[str, Any] = {"role": role, "jobs": jobs, "runs": runs, "overrides": overrides}
-    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     for fleet in which:
         arms = {
-            "week": {**{name: (*RANDOM, *plan.overrides) for name, plan in CHOSEN.items()}, **WEEK},
+            "week": {**{name: (*RANDOM, *plan.overrides) for name, plan in BEST_PLANS.items()}, **WEEK},
             "spread": SPREAD,
             "grid": {str(plan): (*RANDOM, *plan.overrides) for plan in GRID},
         }[fleet]
         on = f"fleet={'week' if fleet == 'grid' else fleet}"
         work = [
-            (f"{fleet}-{place}", (on, *LONG[fleet], *arm), seed)
-            for place, arm in enumerate(arms.values())
+            (f"{fleet}-{index}", (on, *ROUNDS[fleet], *arm), seed)
+            for index, arm in enumerate(arms.values())
             for seed in seeds
         ]
-        results = iter(measured(work, **common))
+        results = iter(run_arms(work, **common))
         by_arm = {name: [next(results) for _ in seeds] for name in arms}
-        console.print(table(f"fleet={fleet}: to {SHARE:.0%} of the reference gain", by_arm, next(iter(arms))))
-        found[fleet] = {name: [run._asdict() for run in done] for name, done in by_arm.items()}
-    return found
+        console.print(table(f"fleet={fleet}: to {TARGET_SHARE:.0%} of the reference gain", by_arm, next(iter(arms))))
+        record[fleet] = {name: [run._asdict() for run in runs_of_arm] for name, runs_of_arm in by_arm.items()}
+    return record

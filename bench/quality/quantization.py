@@ -51,17 +51,21 @@ def command(mode: str, seed: int) -> list[str]:
     ]
 
 
-def gain_kept(found: Mapping[str, Any], exact: Mapping[str, Any], arm: str) -> tuple[float, float, float]:
+def gain_kept(
+    quantized_losses: Mapping[str, Any], fp32_losses: Mapping[str, Any], arm: str
+) -> tuple[float, float, float]:
     """Compute the share of float32's gain that an arm keeps, with its 95 % interval over writers.
 
     The interval is that of the mean difference to the float32 base, divided by float32's mean gain.
 
     Args:
-        found: losses of the quantized run, by arm.
-        exact: losses of the float32 run, by arm.
+        quantized_losses: losses of the quantized run, by arm.
+        fp32_losses: losses of the float32 run, by arm.
         arm: `shared` or `personal`.
     """
-    base, reference, loss = (np.array(losses) for losses in (exact["base"], exact[arm], found[arm]))
+    base, reference, loss = (
+        np.array(losses) for losses in (fp32_losses["base"], fp32_losses[arm], quantized_losses[arm])
+    )
     return share(base - loss, base - reference)
 
 
@@ -74,9 +78,9 @@ def table(runs: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
         for seed, modes in runs.items():
             if mode in modes:
                 shares = (gain_kept(modes[mode], modes["fp32"], arm) for arm in ARMS)
-                told = (f"{mean:.1%} [{low:.0%}, {high:.0%}]" for mean, low, high in shares)
+                cells = (f"{mean:.1%} [{low:.0%}, {high:.0%}]" for mean, low, high in shares)
                 least = f"{TARGETS[mode]:.0%}" if mode in TARGETS else ""
-                shown.add_row(mode, str(seed), f"{np.mean(modes[mode]['base']):.4f}", *told, least)
+                shown.add_row(mode, str(seed), f"{np.mean(modes[mode]['base']):.4f}", *cells, least)
         shown.add_section()
     return shown
 
@@ -89,9 +93,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/quality"), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     arguments, overrides = parser.parse_known_args()
-    asked = [(seed, mode) for seed in arguments.seeds for mode in ("fp32", *arguments.modes)]
+    work = [(seed, mode) for seed in arguments.seeds for mode in ("fp32", *arguments.modes)]
 
-    def one(seed: int, mode: str) -> dict[str, list[float]]:
+    def run_one(seed: int, mode: str) -> dict[str, list[float]]:
         losses: dict[str, list[float]] = run([*command(mode, seed), *overrides], arguments.runs / f"{mode}-{seed}")[
             "losses"
         ]
@@ -99,7 +103,7 @@ def main() -> None:
 
     runs: dict[int, dict[str, dict[str, list[float]]]] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for (seed, mode), losses in zip(asked, pool.map(lambda which: one(*which), asked), strict=True):
+        for (seed, mode), losses in zip(work, pool.map(lambda which: run_one(*which), work), strict=True):
             runs.setdefault(seed, {})[mode] = losses
     record = {
         "command": " ".join(["python -m bench.quality.quantization", *sys.argv[1:]]),
@@ -109,7 +113,8 @@ def main() -> None:
             {
                 "seed": seed,
                 "kept": {
-                    mode: {arm: gain_kept(found, modes["fp32"], arm) for arm in ARMS} for mode, found in modes.items()
+                    mode: {arm: gain_kept(losses_of_mode, modes["fp32"], arm) for arm in ARMS}
+                    for mode, losses_of_mode in modes.items()
                 },
                 "losses": modes,
             }

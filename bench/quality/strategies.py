@@ -41,9 +41,9 @@ def main() -> None:
     if arguments.what == "page":
         strategies_page.write()
     else:
-        found = run(arguments, overrides)
+        results = run(arguments, overrides)
         if not arguments.tune:
-            write(arguments.what, found, overrides)
+            write(arguments.what, results, overrides)
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -61,26 +61,26 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
     rules = arguments.only or list(aggregators.RULES)
     if arguments.tune:
         rates = aggregators.tune(rules, **common)
-        console.print(aggregators.tuned(rates))
+        console.print(aggregators.rate_table(rates))
         return rates
-    found = aggregators.measure(rules, arguments.settings, arguments.seeds, **common)
-    console.print(aggregators.table(found))
-    return found
+    results = aggregators.measure(rules, arguments.settings, arguments.seeds, **common)
+    console.print(aggregators.table(results))
+    return results
 
 
-def write(what: str, found: Any, overrides: Sequence[str]) -> None:
+def write(what: str, results: Any, overrides: Sequence[str]) -> None:
     """Write the results to bench/results/`what`.json.
 
     Args:
         what: name of the benchmark.
-        found: its results.
+        results: its results.
         overrides: Hydra overrides of the command.
     """
     record = {
         "command": " ".join(["python -m bench.quality.strategies", what, *overrides]),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers", "flwr"),
-        "results": found,
+        "results": results,
     }
     (RESULTS / f"{what}.json").write_text(json.dumps(record, indent=1) + "\n")
 

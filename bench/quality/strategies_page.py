@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.lib import plots
-from bench.quality.federation import interval
+from bench.quality.federation import bootstrap_interval
 from bench.quality.fleets import median_ratio
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -30,16 +30,16 @@ and settings were chosen on development writers; fleets and seeds were fixed bef
 def write() -> None:
     """Write the page and its plots."""
     parts = [HEAD]
-    if found := read("aggregators"):
-        settings, cells = _cells(found)
+    if results := read("aggregators"):
+        settings, cells = _cells(results)
         shared = {key: gain for key, gain in cells.items() if key[0] != "fedsa"}
         (DOCS / "aggregators.svg").write_text(plots.dots(settings, shared), encoding="utf-8")
-        parts += ["\n".join(aggregators(found))]
-    if found := read("fleets"):
-        (DOCS / "fleets.svg").write_text(plots.scatter(_took(found), x="hours", y="kWh"), encoding="utf-8")
-        parts += ["\n".join(fleets(found))]
-    if found := read("robustness"):
-        parts += ["\n".join(robustness(found))]
+        parts += ["\n".join(aggregators(results))]
+    if results := read("fleets"):
+        (DOCS / "fleets.svg").write_text(plots.scatter(_hours_and_kwh(results), x="hours", y="kWh"), encoding="utf-8")
+        parts += ["\n".join(fleets(results))]
+    if results := read("robustness"):
+        parts += ["\n".join(robustness(results))]
     (DOCS / "strategies.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -49,9 +49,9 @@ def read(name: str) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else None
 
 
-def aggregators(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def aggregators(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the section on aggregation rules by setting."""
-    settings, cells = _cells(found)
+    settings, cells = _cells(records)
     yield "## Aggregation × heterogeneity\n"
     yield (
         "Gain of the shared adapter: the relative reduction of the base's loss on held-out letters, in %; the best of "
@@ -77,33 +77,37 @@ def aggregators(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     mixed = [name for name in settings if name.startswith("ranks")]
     yield "| rule | " + " | ".join(mixed) + " |"
     yield "|---|" + "---:|" * len(mixed)
-    for rule in dict.fromkeys(each["rule"] for each in found if each["setting"] in mixed and each["rule"] != "exact"):
-        ahead = [_ahead(found, rule, name) for name in mixed]
-        yield f"| {rule} | " + " | ".join("" if each is None else _interval(each) for each in ahead) + " |"
+    for rule in dict.fromkeys(
+        record["rule"] for record in records if record["setting"] in mixed and record["rule"] != "exact"
+    ):
+        differences = [_difference_to_exact(records, rule, name) for name in mixed]
+        yield f"| {rule} | " + " | ".join("" if record is None else _interval(record) for record in differences) + " |"
     yield ""
 
 
-def _ahead(found: Sequence[Mapping[str, Any]], rule: str, setting: str) -> tuple[float, float, float] | None:
+def _difference_to_exact(
+    records: Sequence[Mapping[str, Any]], rule: str, setting: str
+) -> tuple[float, float, float] | None:
     """Return the mean paired difference of a rule's gain to that of exact, over the base's mean loss.
 
     Args:
-        found: results of the benchmark.
+        records: results of the benchmark.
         rule: the rule to compare.
         setting: setting of the runs.
 
     Returns:
         The difference and its 95 % interval over writers; None if the rule was not run in this setting.
     """
-    runs = {each["rule"]: each["runs"] for each in found if each["setting"] == setting}
+    runs = {record["rule"]: record["runs"] for record in records if record["setting"] == setting}
     if rule not in runs:
         return None
-    mine, other, base = (
+    rule_losses, exact_losses, base_losses = (
         np.concatenate([run["losses"][arm] for run in runs[which]])
         for which, arm in ((rule, "shared"), ("exact", "shared"), ("exact", "base"))
     )
-    low, high = interval(other - mine)
-    mean = float(base.mean())
-    return float((other - mine).mean()) / mean, low / mean, high / mean
+    low, high = bootstrap_interval(exact_losses - rule_losses)
+    mean = float(base_losses.mean())
+    return float((exact_losses - rule_losses).mean()) / mean, low / mean, high / mean
 
 
 def _interval(values: tuple[float, float, float]) -> str:
@@ -111,7 +115,7 @@ def _interval(values: tuple[float, float, float]) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterator[str]:
+def fleets(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterator[str]:
     """Yield the section on the cost of each arm by fleet."""
     yield "## Simulated fleets\n"
     yield (
@@ -123,7 +127,7 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
         "each device took part. In the plot, small circles are runs and large ones their medians.\n"
     )
     yield "![Hours and kWh of each arm](fleets.svg)\n"
-    for fleet, arms in found.items():
+    for fleet, arms in results.items():
         yield f"### fleet={fleet}\n"
         yield "| arm | reached | rounds | hours | × | kWh | × | from batteries | lost | Gini |"
         yield "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|"
@@ -132,12 +136,12 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
             lost = sum((Counter(run["lost"]) for run in runs), Counter())
             cells = [
                 f"{sum(run['hours'] is not None for run in runs)} of {len(runs)}",
-                _told(runs, "round", ".0f"),
-                _told(runs, "hours", ".1f"),
+                _format_median(runs, "round", ".0f"),
+                _format_median(runs, "hours", ".1f"),
                 _ratio(runs, first, "hours"),
-                _told(runs, "kwh", ".2f"),
+                _format_median(runs, "kwh", ".2f"),
                 _ratio(runs, first, "kwh"),
-                _told(runs, "battery_kwh", ".2f"),
+                _format_median(runs, "battery_kwh", ".2f"),
                 ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items())) or "none",
                 f"{median(run['gini'] for run in runs):.2f}",
             ]
@@ -145,7 +149,7 @@ def fleets(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> It
         yield ""
 
 
-def robustness(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def robustness(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the section on the gain kept under each attack."""
     yield "## Robustness × attack\n"
     yield (
@@ -158,19 +162,21 @@ def robustness(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
     yield "| attack | kept, no rule | kept | backdoor, no rule | backdoor |"
     yield "|---|---:|---:|---:|---:|"
-    for attack in dict.fromkeys(each["attack"] for each in found):
+    for attack in dict.fromkeys(record["attack"] for record in records):
         cells = []
         for key in ("kept", "backdoor"):
             for protected in (False, True):
-                of = [each[key] for each in found if (each["attack"], each["protected"]) == (attack, protected)]
-                worst = max(of) if key == "backdoor" else min(of)
-                cells.append(f"{fmean(of):.0%} [{worst:.0%}]")
+                values = [
+                    record[key] for record in records if (record["attack"], record["protected"]) == (attack, protected)
+                ]
+                worst = max(values) if key == "backdoor" else min(values)
+                cells.append(f"{fmean(values):.0%} [{worst:.0%}]")
         yield f"| {attack} | " + " | ".join(cells) + " |"
     yield ""
 
 
-def _took(
-    found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+def _hours_and_kwh(
+    results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
 ) -> dict[str, dict[str, list[plots.Point | None]]]:
     """Return hours and kWh of each run; None for a run that missed the target."""
     return {
@@ -178,29 +184,29 @@ def _took(
             arm: [None if run["hours"] is None else (run["hours"], run["kwh"]) for run in runs]
             for arm, runs in arms.items()
         }
-        for fleet, arms in found.items()
+        for fleet, arms in results.items()
     }
 
 
-def _cells(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, str], Sequence[float]]]:
-    settings = list(dict.fromkeys(each["setting"] for each in found))
-    return settings, {(each["rule"], each["setting"]): each["gain"] for each in found}
+def _cells(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[tuple[str, str], Sequence[float]]]:
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    return settings, {(record["rule"], record["setting"]): record["gain"] for record in records}
 
 
 def _best(cells: Mapping[tuple[str, str], Sequence[float]], setting: str) -> str:
     """Return the rule with the highest gain among those that share the whole adapter."""
-    here = {rule: gain[0] for (rule, name), gain in cells.items() if name == setting and rule != "fedsa"}
-    return max(here, key=lambda rule: here[rule])
+    gains = {rule: gain[0] for (rule, name), gain in cells.items() if name == setting and rule != "fedsa"}
+    return max(gains, key=lambda rule: gains[rule])
 
 
-def _told(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-    found = _middle(runs, key)
-    return "—" if found is None else f"{found:{form}}"
+def _format_median(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    value = _middle(runs, key)
+    return "—" if value is None else f"{value:{form}}"
 
 
 def _ratio(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], key: str) -> str:
-    found = median_ratio([run[key] for run in runs], [run[key] for run in first])
-    return "—" if found is None else f"{found:.2f}"
+    value = median_ratio([run[key] for run in runs], [run[key] for run in first])
+    return "—" if value is None else f"{value:.2f}"
 
 
 def _middle(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:

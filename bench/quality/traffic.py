@@ -44,7 +44,7 @@ from strategies.download import download
 from strategies.registry import AGGREGATIONS
 
 BYTES = ("bytes_up", "bytes_down")
-MOST, KEPT = 0.45e6, 0.95
+MAX_BYTES, MIN_GAIN_KEPT = 0.45e6, 0.95
 """Targets: largest bytes of an update, smallest share of the gain."""
 
 
@@ -70,7 +70,7 @@ class UpdateEncoding(NamedTuple):
 
 
 FP32 = UpdateEncoding("fp32")
-UP = (
+UPLOAD_ENCODINGS = (
     FP32,
     UpdateEncoding("fp16"),
     UpdateEncoding("int8"),
@@ -78,8 +78,8 @@ UP = (
     UpdateEncoding("int4", 0.5),
     UpdateEncoding("int4", 0.25),
 )
-WAYS = (
-    *UP,
+ENCODINGS = (
+    *UPLOAD_ENCODINGS,
     UpdateEncoding("fp32", down="int8"),
     UpdateEncoding("fp32", down="int4"),
     UpdateEncoding("int4", down="int8"),
@@ -107,45 +107,48 @@ COMMON = (
 )
 
 
-def _drawn(expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def _random_tensors(expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(tuple(shape), generator=generator) for name, shape in expected.items()}
 
 
-def size(change: Mapping[str, Tensor], encoding: UpdateEncoding) -> int:
+def update_bytes(change: Mapping[str, Tensor], encoding: UpdateEncoding) -> int:
     """Return the encoded bytes of an update."""
     if encoding == FP32:  # sends all numbers, also those that did not change
         return len(tensor_codec.encode(change))
     return len(quantization.encode(change, encoding.precision, torch.Generator().manual_seed(0), keep=encoding.keep))
 
 
-def sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
+def update_sizes(sites: Sites, rank: int) -> dict[str, dict[str, int]]:
     """Return the bytes of an update by trained part and encoding."""
-    changes = {name: _drawn(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
-    return {name: {encoding.name: size(change, encoding) for encoding in UP} for name, change in changes.items()}
+    changes = {name: _random_tensors(trained_shapes(sites, rank, trains)) for name, trains in TRAINED.items()}
+    return {
+        name: {encoding.name: update_bytes(change, encoding) for encoding in UPLOAD_ENCODINGS}
+        for name, change in changes.items()
+    }
 
 
 def downloads(sites: Sites, rank: int) -> dict[str, int]:
     """Return the bytes of the adapter that is sent down, by precision."""
-    whole = from_tensors(_drawn(adapter_shapes(sites, rank)))
-    return {precision: len(download(whole, precision).data) for precision in ("fp32", *quantization.PRECISIONS)}
+    adapter = from_tensors(_random_tensors(adapter_shapes(sites, rank)))
+    return {precision: len(download(adapter, precision).data) for precision in ("fp32", *quantization.PRECISIONS)}
 
 
-def shown(base: str, rank: int, found: Mapping[str, Mapping[str, int]]) -> Table:
+def size_table(base: str, rank: int, sizes_of: Mapping[str, Mapping[str, int]]) -> Table:
     """Return a table with a row for each encoding and a column for each trained part.
 
     Args:
         base: name of the base.
         rank: rank of the adapter.
-        found: bytes by trained part and encoding.
+        sizes_of: bytes by trained part and encoding.
     """
-    table = Table(title=f"MB of an update: {base}, rank {rank}; target ≤ {MOST / 1e6:g}")
+    table = Table(title=f"MB of an update: {base}, rank {rank}; target ≤ {MAX_BYTES / 1e6:g}")
     table.add_column("encoding")
-    for name in found:
+    for name in sizes_of:
         table.add_column(name, justify="right")
-    for encoding in UP:
-        cells = [found[name][encoding.name] for name in found]
-        table.add_row(encoding.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MOST else ''}" for count in cells))
+    for encoding in UPLOAD_ENCODINGS:
+        cells = [sizes_of[name][encoding.name] for name in sizes_of]
+        table.add_row(encoding.name, *(f"{count / 1e6:.3f}{' ✓' if count <= MAX_BYTES else ''}" for count in cells))
     return table
 
 
@@ -160,14 +163,14 @@ def encodings(method: str, precisions: Sequence[str], down: Sequence[str]) -> li
         precisions: precisions of updates to run, in addition to fp32.
         down: precisions of the download to run, in addition to fp32.
     """
-    found = [
+    candidates = [
         encoding
-        for encoding in WAYS
+        for encoding in ENCODINGS
         if encoding.precision in ("fp32", *precisions) and encoding.down in ("fp32", *down)
     ]
     if not AGGREGATIONS.get(method, FedSB).stable_factors:
-        return [encoding for encoding in found if encoding.keep == 1]
-    return [encoding for encoding in found if encoding.down == "fp32"] if method == "cores" else found
+        return [encoding for encoding in candidates if encoding.keep == 1]
+    return [encoding for encoding in candidates if encoding.down == "fp32"] if method == "cores" else candidates
 
 
 def command(method: str, encoding: UpdateEncoding, seed: int, overrides: Sequence[str]) -> list[str]:
@@ -204,19 +207,21 @@ def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     }
 
 
-def gain_kept(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+def gain_kept(
+    encoded_runs: Sequence[Mapping[str, Any]], fp32_runs: Sequence[Mapping[str, Any]]
+) -> tuple[float, float, float]:
     """Compute the share of the gain at fp32 over all seeds' writers, with its 95 % interval for a fixed gain at fp32."""
     gain, reference = (
         np.concatenate([np.subtract(run["losses"]["base"], run["losses"]["shared"]) for run in runs])
-        for runs in (found, whole)
+        for runs in (encoded_runs, fp32_runs)
     )
     difference, low, high = share(gain - reference, reference)  # paired: writers differ far more than precisions
     return 1 + difference, 1 + low, 1 + high
 
 
-def gains(results: Mapping[tuple[str, UpdateEncoding], Sequence[Mapping[str, Any]]]) -> Table:
+def gain_table(results: Mapping[tuple[str, UpdateEncoding], Sequence[Mapping[str, Any]]]) -> Table:
     """Return a table with a row for each method and encoding."""
-    table = Table(title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; target ≥ {KEPT:.0%}")
+    table = Table(title=f"share of the gain at fp32 that the shared adapter keeps [95 %]; target ≥ {MIN_GAIN_KEPT:.0%}")
     for heading in (
         "method",
         "encoding",
@@ -228,11 +233,13 @@ def gains(results: Mapping[tuple[str, UpdateEncoding], Sequence[Mapping[str, Any
         "× fewer",
     ):
         table.add_column(heading, justify="right")
-    for (method, encoding), found in results.items():
-        whole = results[method, FP32]
-        mean, low, high = gain_kept(found, whole)
-        up, all_up, down, all_down = (sum(run[key] for run in runs) for key in BYTES for runs in (found, whole))
-        loss = np.mean([run["losses"]["shared"] for run in found])
+    for (method, encoding), encoded_runs in results.items():
+        fp32_runs = results[method, FP32]
+        mean, low, high = gain_kept(encoded_runs, fp32_runs)
+        up, all_up, down, all_down = (
+            sum(run[key] for run in runs) for key in BYTES for runs in (encoded_runs, fp32_runs)
+        )
+        loss = np.mean([run["losses"]["shared"] for run in encoded_runs])
         of_gain = f"{loss:.4f}", f"{mean:.1%} [{low:.1%}, {high:.1%}]"
         of_bytes = f"{up / 1e6:.2f}", f"{all_up / up:.1f}", f"{down / 1e6:.2f}", f"{all_down / down:.1f}"
         table.add_row(method, encoding.name, *of_gain, *of_bytes)
@@ -256,14 +263,14 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     known = find_base(arguments.base)
     sites = find_sites(known.network(), known.family.sites)
-    counted = sizes(sites, arguments.rank)
-    Console().print(shown(arguments.base, arguments.rank, counted))
+    counted = update_sizes(sites, arguments.rank)
+    Console().print(size_table(arguments.base, arguments.rank, counted))
     down = downloads(sites, arguments.rank)
-    told = ", ".join(f"{precision} {count / 1e6:.3f}" for precision, count in down.items())
-    Console().print(f"MB of the adapter that is sent down: {told}")
-    asked = ["--base", arguments.base, "--rank", str(arguments.rank)]
+    sizes_down = ", ".join(f"{precision} {count / 1e6:.3f}" for precision, count in down.items())
+    Console().print(f"MB of the adapter that is sent down: {sizes_down}")
+    options = ["--base", arguments.base, "--rank", str(arguments.rank)]
     if arguments.gain:
-        asked += [
+        options += [
             "--gain",
             "--methods",
             *arguments.methods,
@@ -272,12 +279,12 @@ def main() -> None:
             "--down",
             *arguments.down,
         ]
-        asked += ["--seeds", *map(str, arguments.seeds), *overrides]
+        options += ["--seeds", *map(str, arguments.seeds), *overrides]
     record: dict[str, Any] = {
-        "command": " ".join(["python -m bench.quality.traffic", *asked]),
+        "command": " ".join(["python -m bench.quality.traffic", *options]),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions("torch", "diffusers"),
-        "wanted": {"bytes": MOST, "kept": KEPT},
+        "wanted": {"bytes": MAX_BYTES, "kept": MIN_GAIN_KEPT},
         "bytes": {"base": arguments.base, "rank": arguments.rank, "sites": len(sites), **counted, "down": down},
     }
     results: dict[tuple[str, UpdateEncoding], list[dict[str, Any]]] = {}
@@ -289,18 +296,18 @@ def main() -> None:
             for seed in arguments.seeds
         ]
 
-        def one(method: str, encoding: UpdateEncoding, seed: int) -> dict[str, Any]:
+        def run_one(method: str, encoding: UpdateEncoding, seed: int) -> dict[str, Any]:
             folder = arguments.runs / f"{method}-{encoding.precision}-{encoding.keep}-{encoding.down}-{seed}"
             return run(command(method, encoding, seed, overrides), folder)
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for (method, encoding, _), found in zip(work, pool.map(lambda which: one(*which), work), strict=True):
-                results.setdefault((method, encoding), []).append(found)
+            for (method, encoding, _), result in zip(work, pool.map(lambda which: run_one(*which), work), strict=True):
+                results.setdefault((method, encoding), []).append(result)
         record["gain"] = [
-            {"method": method, "sent": encoding.name, "kept": gain_kept(found, results[method, FP32]), "runs": found}
-            for (method, encoding), found in results.items()
+            {"method": method, "sent": encoding.name, "kept": gain_kept(result, results[method, FP32]), "runs": result}
+            for (method, encoding), result in results.items()
         ]
-        Console().print(gains(results))
+        Console().print(gain_table(results))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -20,18 +20,18 @@ from strategies.aggregation.exact import Exact
 from training.jobs import EncodeJob, Examples, TrainedAdapter, TrainJob
 from training.memory import budget
 
-WRITERS, STEPS, BATCH, RATE = 16, 10, 4, 4e-3
+WRITERS, STEPS, BATCH, LEARNING_RATE = 16, 10, 4, 4e-3
 ROUNDS = 2
 
 
-def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+def measure_errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     """Compute relative errors to the true mean after each round, for caps at each of these ranks.
 
     `of_best` is the largest ratio over sites of the exact rule's error to that of the best approximation
     (Eckart–Young), where the latter exceeds rounding; the other errors are over all sites together.
     """
     config = compose(f"data.writers={WRITERS} seed={seed}")
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         base, people, database = setup.build(config, Path(folder))
         perform = setup.make_perform(config, base, budget(None, base.device))
@@ -51,15 +51,15 @@ def errors(ranks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
                 frozen=frozen if rank(frozen) else None,
                 steps=STEPS,
                 batch_size=BATCH,
-                learning_rate=RATE,
+                learning_rate=LEARNING_RATE,
             )
             for person, examples, (start, frozen, _) in zip(people, encoded, parts, strict=True)
         ]
         updates = [(cast(TrainedAdapter, trained).adapter, 1.0) for trained in perform(list(jobs))]
         for cap in ranks:
-            found.append({"round": number, "rank": cap, **relative_errors(current, updates, cap)})
+            rows.append({"round": number, "rank": cap, **relative_errors(current, updates, cap)})
         current = Exact(rank=max(ranks), max_rank=max(ranks), seed=seed).aggregate(current, updates, round=number)[0]
-    return found
+    return rows
 
 
 def relative_errors(current: Adapter, updates: Updates, cap: int) -> dict[str, float]:
@@ -70,17 +70,17 @@ def relative_errors(current: Adapter, updates: Updates, cap: int) -> dict[str, f
         updates: adapter and weight of each device.
         cap: largest rank of the result.
     """
-    ours = Exact(rank=cap, max_rank=cap, seed=0).aggregate(current, updates, round=1).adapter
+    result = Exact(rank=cap, max_rank=cap, seed=0).aggregate(current, updates, round=1).adapter
     sums = dict.fromkeys(("whole", "best", "exact", "fedit_padded"), 0.0)
     worst = 1.0
-    for site, before in current.items():
-        padded = [whole(before, adapter[site]) for adapter, _ in updates]
+    for site, factors in current.items():
+        padded = [complete_factors(factors, adapter[site]) for adapter, _ in updates]
         mean = torch.stack([b @ a for a, b in padded]).mean(0)
         fedit = torch.stack([b for _, b in padded]).mean(0) @ torch.stack([a for a, _ in padded]).mean(0)
         squares = {
             "whole": mean.square().sum(),
             "best": (best_approximation(mean, cap) - mean).square().sum(),
-            "exact": (ours[site].b.double() @ ours[site].a.double() - mean).square().sum(),
+            "exact": (result[site].b.double() @ result[site].a.double() - mean).square().sum(),
             "fedit_padded": (best_approximation(fedit, cap) - mean).square().sum(),
         }
         sums = {name: total + float(squares[name]) for name, total in sums.items()}
@@ -90,10 +90,10 @@ def relative_errors(current: Adapter, updates: Updates, cap: int) -> dict[str, f
     return {**relative, "of_best": worst}
 
 
-def whole(before: Factors, trained: Factors) -> Factors:
+def complete_factors(current: Factors, trained: Factors) -> Factors:
     """Return a device's factors in float64, with the untrained ranks of the current ones appended."""
     size = len(trained.a)
-    a, b = torch.cat([trained.a, before.a[size:]]), torch.cat([trained.b, before.b[:, size:]], dim=1)
+    a, b = torch.cat([trained.a, current.a[size:]]), torch.cat([trained.b, current.b[:, size:]], dim=1)
     return Factors(a.double(), b.double())
 
 

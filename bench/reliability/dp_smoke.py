@@ -31,7 +31,7 @@ MEMORY = 1 << 30  # budget in bytes
 
 
 def main() -> None:
-    began = time.perf_counter()
+    started = time.perf_counter()
     torch.set_num_threads(1)
     torch.backends.nnpack.set_flags(False)  # avoids its warning on unknown processors
     base = load("glyphs")
@@ -66,10 +66,10 @@ def main() -> None:
                 "base": base.hash,
                 "loss": trained.loss,
                 "steps": trained.steps,
-                "seconds_to_load": loaded - began,
+                "seconds_to_load": loaded - started,
                 "seconds_to_train": time.perf_counter() - loaded,
                 "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "packages": {found.name: found.version for found in distributions()},
+                "packages": {package.name: package.version for package in distributions()},
                 "shapes": {site: product.shape for site, product in products.items()},
                 "products": base64.b64encode(b"".join(p.astype("<f4").tobytes() for p in products.values())).decode(),
             }

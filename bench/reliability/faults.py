@@ -55,15 +55,15 @@ RUN = (
     "rounds=5000 aggregation=fedit cohort.size=3 privacy=example privacy.epsilon=8 privacy.delta=1e-3 "
     "adapter.shared.rank=2 adapter.shared.steps=2 evaluation.timesteps=1 round_loop.timeout=90"
 )
-PATIENCE = 420.0  # seconds in which a federation must recover
-DISK = 96  # MiB of a device's disk
+TIMEOUT = 420.0  # seconds in which a federation must recover
+DISK_MIB = 96  # MiB of a device's disk
 
-Harm = Callable[["Scene"], "str | None"]
+Fault = Callable[["FaultScene"], "str | None"]
 """Injects the fault; returns the message of the affected process if it refuses."""
 
 
 @dataclass
-class Scene:
+class FaultScene:
     """A running federation and the device that this run's fault affects."""
 
     federation: LocalFederation
@@ -76,27 +76,27 @@ class Scene:
 
     def server_state(self) -> dict[str, Any]:
         newest = sorted(self.federation.runs[-1].glob("checkpoints/round-*"))[-1]
-        found: dict[str, Any] = json.loads((newest / "state.json").read_text())
-        return found
+        state: dict[str, Any] = json.loads((newest / "state.json").read_text())
+        return state
 
-    def last_used(self) -> dict[str, int]:
+    def used_rounds(self) -> dict[str, int]:
         """Return the number of rounds that used an update of each device."""
         for _ in range(50):
             with contextlib.suppress(OSError, IndexError, ValueError):  # the checkpoint was just replaced
                 return {name: facts["rounds"] for name, facts in self.server_state()["devices"].items()}
             time.sleep(0.1)
-        raise AssertionError(f"no checkpoint can be read\n{self.federation.told()}")
+        raise AssertionError(f"no checkpoint can be read\n{self.federation.logs()}")
 
     def process(self, what: str) -> psutil.Process:
         """Wait for a process of this kind, and return one at random."""
-        found: list[psutil.Process] = []
+        processes: list[psutil.Process] = []
 
         def look() -> bool:
-            found[:] = self._find(what)
-            return bool(found)
+            processes[:] = self._find(what)
+            return bool(processes)
 
-        wait_until(look, 120, f"{what}\n{self.federation.told()}")
-        return self.rng.choice(found)
+        wait_until(look, 120, f"{what}\n{self.federation.logs()}")
+        return self.rng.choice(processes)
 
     def _find(self, what: str) -> list[psutil.Process]:
         match what:
@@ -117,14 +117,16 @@ class Scene:
             case "SuperLink":
                 return self.federation.server.children("server.supervisor.local_superlink")
             case _:
-                return [p for p in psutil.process_iter() if _is_of(p, self.federation.server.home, "flwr-serverapp")]
+                return [
+                    p for p in psutil.process_iter() if _belongs_to(p, self.federation.server.home, "flwr-serverapp")
+                ]
 
     def pause(self, seconds: float) -> None:
         time.sleep(self.rng.uniform(0, seconds))
 
 
-def killed(what: str) -> Harm:
-    def harm(scene: Scene) -> None:
+def kill_process(what: str) -> Fault:
+    def fault(scene: FaultScene) -> None:
         scene.pause(4)
         process = scene.process(what)
         scene.pause(0.5)
@@ -133,24 +135,24 @@ def killed(what: str) -> Harm:
             return
         scene.process(what).kill()
 
-    return harm
+    return fault
 
 
-def server_killed(scene: Scene) -> None:
+def kill_server(scene: FaultScene) -> None:
     """Kill the whole server, like a power loss of its machine, and start it again like systemd would."""
     scene.pause(4)
     scene.federation.server.kill()
     scene.federation.start()
 
 
-def device_killed(scene: Scene) -> None:
+def kill_device(scene: FaultScene) -> None:
     scene.pause(4)
     scene.device.kill()
     time.sleep(1)
     scene.device.start()
 
 
-def disk_full(scene: Scene) -> None:
+def fill_disk(scene: FaultScene) -> None:
     """Fill the device's disk completely for ten seconds of a round."""
     filler = scene.device.home / "filler"
     scene.pause(3)
@@ -162,7 +164,7 @@ def disk_full(scene: Scene) -> None:
     filler.unlink()
 
 
-def corrupt_cache(scene: Scene) -> None:
+def corrupt_cache(scene: FaultScene) -> None:
     """Change bytes of the cache, and kill the worker so that it reads the cache again."""
     for file in (scene.device.home / "devices" / scene.victim / "cache").glob("*"):
         data = bytearray(file.read_bytes())
@@ -172,32 +174,32 @@ def corrupt_cache(scene: Scene) -> None:
     scene.process("worker").kill()
 
 
-def half_a_checkpoint(scene: Scene) -> str | None:
+def truncate_checkpoint(scene: FaultScene) -> str | None:
     """Kill the server and truncate a file of its newest checkpoint: it must name it, and resume from the one before."""
     federation = scene.federation
     federation.server.kill()
     kill_all(federation.server.home)  # like a power loss: otherwise its ServerApp may finish another round meanwhile
     newest = sorted(federation.runs[-1].glob("checkpoints/round-*"))[-1]
     file = scene.rng.choice([*newest.iterdir()])
-    before = file.read_bytes()
-    file.write_bytes(before[: scene.rng.randrange(len(before))])
+    content = file.read_bytes()
+    file.write_bytes(content[: scene.rng.randrange(len(content))])
     federation.start()
     wait_until(lambda: str(newest) in federation.server.output, 120, "the name of the damaged checkpoint")
-    *_, output = (line for line in federation.server.output.splitlines() if f"delete {newest}" in line)
+    *_, message = (line for line in federation.server.output.splitlines() if f"delete {newest}" in line)
     federation.server.stop()
     shutil.rmtree(newest)  # as the message asks
     federation.start()
-    return output.removeprefix("error: ")
+    return message.removeprefix("error: ")
 
 
-def two_with_one_store(scene: Scene) -> str:
+def start_second_node(scene: FaultScene) -> str:
     """Start a second node with the same home."""
-    own = {"ANTHER_HOME": str(scene.device.home)}
+    environment = {"ANTHER_HOME": str(scene.device.home)}
     second = ModuleProcess(
         "client.runtime.supervisor",
         scene.device.arguments,
         scene.device.home / "second",
-        own,
+        environment,
         scene.device.command_prefix,
     )
     second.start()
@@ -205,7 +207,7 @@ def two_with_one_store(scene: Scene) -> str:
     return second.output.strip().splitlines()[-1].removeprefix("error: ")
 
 
-def another_certificate(scene: Scene) -> str:
+def replace_server(scene: FaultScene) -> str:
     """Let another server answer at the same address for a while."""
     federation, device = scene.federation, scene.device
     device.stop()
@@ -215,39 +217,39 @@ def another_certificate(scene: Scene) -> str:
     )
     other.start()
     wait_until(lambda: "listening on" in other.output, 120, other.output)
-    before = len(device.output)
+    offset = len(device.output)
     device.start()
     wait_until(lambda: device.exit_code is not None, 120, f"a refusal\n{device.output}")
     other.stop()
     federation.start()
     device.start()
-    return device.output[before:].split("error: ")[-1].splitlines()[0]
+    return device.output[offset:].split("error: ")[-1].splitlines()[0]
 
 
-def clock_jumps(scene: Scene) -> str:
+def shift_clock(scene: FaultScene) -> str:
     """Start the device with its clock an hour ahead: it must report that and wait, and go on with the right clock."""
-    device, before = scene.device, len(scene.device.output)
+    device, offset = scene.device, len(scene.device.output)
     device.stop()
-    device.environment = _ahead()
+    device.environment = _shifted_clock()
     device.start()
-    wait_until(lambda: "clock is" in device.output[before:], 240, f"a message on the clock\n{device.output[-2000:]}")
+    wait_until(lambda: "clock is" in device.output[offset:], 240, f"a message on the clock\n{device.output[-2000:]}")
     device.stop()
     device.environment = {}
     device.start()
-    return next(line for line in device.output[before:].splitlines() if "clock is" in line)
+    return next(line for line in device.output[offset:].splitlines() if "clock is" in line)
 
 
-def certificate_anew(scene: Scene) -> None:
+def rotate_certificate(scene: FaultScene) -> None:
     """Rotate the server's key and certificate while the federation runs."""
     scene.pause(4)
-    done = run_module("server.gateway.keys", "rotate", home=scene.federation.server.home)
-    assert done.returncode == 0, done.stderr
+    process = run_module("server.gateway.keys", "rotate", home=scene.federation.server.home)
+    assert process.returncode == 0, process.stderr
 
 
-def cut(seconds: float) -> Harm:
+def cut_network(seconds: float) -> Fault:
     """Take the device's network down from the middle of an upload."""
 
-    def harm(scene: Scene) -> None:
+    def fault(scene: FaultScene) -> None:
         process = scene.process("ClientApp")
         with contextlib.suppress(psutil.TimeoutExpired, psutil.NoSuchProcess):
             process.wait(60)  # it exits when its reply is about to be uploaded
@@ -256,21 +258,24 @@ def cut(seconds: float) -> Harm:
         time.sleep(seconds)
         set_link(scene.victim, on=True)
 
-    return harm
+    return fault
 
 
-ROWS: dict[str, Harm] = {
-    **{f"kill -9 {what}": killed(what) for what in ("ClientApp", "worker", "SuperNode", "SuperLink", "server app")},
-    "kill -9 server": server_killed,
-    "kill -9 device": device_killed,
-    "disk full": disk_full,
+ROWS: dict[str, Fault] = {
+    **{
+        f"kill -9 {what}": kill_process(what)
+        for what in ("ClientApp", "worker", "SuperNode", "SuperLink", "server app")
+    },
+    "kill -9 server": kill_server,
+    "kill -9 device": kill_device,
+    "disk full": fill_disk,
     "corrupt cache": corrupt_cache,
-    "half a checkpoint": half_a_checkpoint,
-    "two with one store": two_with_one_store,
-    "another certificate": another_certificate,
-    "clock jumps": clock_jumps,
-    "certificate rotated": certificate_anew,
-    "network cut": cut(120),
+    "half a checkpoint": truncate_checkpoint,
+    "two with one store": start_second_node,
+    "another certificate": replace_server,
+    "clock jumps": shift_clock,
+    "certificate rotated": rotate_certificate,
+    "network cut": cut_network(120),
 }
 
 
@@ -288,64 +293,64 @@ class FaultOutcome:
         return f"{'FAILED' if self.failed else 'refused' if self.refused else 'went on'} in {self.seconds:.0f}"
 
 
-def once(scene: Scene, harm: Harm) -> FaultOutcome:
+def run_fault(scene: FaultScene, fault: Fault) -> FaultOutcome:
     """Run one row once."""
     scene.victim = scene.rng.choice(list(scene.federation.devices))
-    began, refused, failed = time.monotonic(), None, None
+    started, refused, failed = time.monotonic(), None, None
     try:
-        refused = harm(scene)
-        before = scene.last_used()
-        wait_until(lambda: _all_again(scene, before), PATIENCE, scene.federation.told())
-        whole(scene)
+        refused = fault(scene)
+        used = scene.used_rounds()
+        wait_until(lambda: _all_used_again(scene, used), TIMEOUT, scene.federation.logs())
+        check_ledgers(scene)
     except AssertionError as error:
         failed = str(error)[-4000:]
-    return FaultOutcome(seconds=time.monotonic() - began, refused=refused, failed=failed)
+    return FaultOutcome(seconds=time.monotonic() - started, refused=refused, failed=failed)
 
 
-def _all_again(scene: Scene, before: dict[str, int]) -> bool:
-    now = scene.last_used()
-    return all(now.get(name, 0) > before.get(name, 0) for name in scene.federation.devices)
+def _all_used_again(scene: FaultScene, used: dict[str, int]) -> bool:
+    used_now = scene.used_rounds()
+    return all(used_now.get(name, 0) > used.get(name, 0) for name in scene.federation.devices)
 
 
-def whole(scene: Scene) -> None:
+def check_ledgers(scene: FaultScene) -> None:
     """Raise AssertionError unless every ledger is valid and holds a sealed entry for every used update."""
-    used = scene.last_used()
+    used = scene.used_rounds()
     for name, device in scene.federation.devices.items():
-        done = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
-        assert done.returncode == 0, done.stderr
-        entries = json.loads(done.stdout)["entries"]
+        process = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
+        assert process.returncode == 0, process.stderr
+        entries = json.loads(process.stdout)["entries"]
         sealed = sum(entry["state"] != "reserved" for entry in entries if entry["mechanism"])
         assert sealed >= used.get(name, 0), f"{name}: {sealed} sealed, {used.get(name)} used"
 
 
 @contextlib.contextmanager
-def scene(folder: Path, seed: int) -> Iterator[Scene]:
+def scene(folder: Path, seed: int) -> Iterator[FaultScene]:
     """Run an endless federation whose devices have small disks of their own."""
     mounted = []
     try:
         pictures = write_letter_folders(folder / "pictures", DEVICES, each=6)
-        with network(list(pictures)) as command_prefix, federation(folder, RUN, host=SERVER) as found:
-            found.start()
+        with network(list(pictures)) as command_prefix, federation(folder, RUN, host=SERVER) as running:
+            running.start()
             for name, data in pictures.items():
                 home = folder / name
                 home.mkdir()
-                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(home)], check=True)
+                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(home)], check=True)
                 mounted.append(home)
-                device = found.enroll(name, data, "test=true", "seed=1", command_prefix=command_prefix[name])
+                device = running.enroll(name, data, "test=true", "seed=1", command_prefix=command_prefix[name])
                 device.start()
-            at_work = Scene(found, random.Random(seed))
-            wait_until(lambda: found.rounds() >= 1, 600, found.told())
+            at_work = FaultScene(running, random.Random(seed))
+            wait_until(lambda: running.rounds() >= 1, 600, running.logs())
             yield at_work
     finally:
         for home in mounted:
             subprocess.run(["umount", "--lazy", str(home)], check=False)
 
 
-def _ahead() -> dict[str, str]:
+def _shifted_clock() -> dict[str, str]:
     """Environment of libfaketime, if installed, that sets the clock an hour ahead."""
-    found = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
-    assert found, "clock jumps: requires libfaketime (Debian: libfaketime)"
-    return {"LD_PRELOAD": str(found[0]), "FAKETIME": "+1h"}
+    libraries = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
+    assert libraries, "clock jumps: requires libfaketime (Debian: libfaketime)"
+    return {"LD_PRELOAD": str(libraries[0]), "FAKETIME": "+1h"}
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -354,7 +359,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _is_of(process: psutil.Process, home: Path, part: str) -> bool:
+def _belongs_to(process: psutil.Process, home: Path, part: str) -> bool:
     with contextlib.suppress(psutil.Error):
         return part in " ".join(process.cmdline()) and process.environ().get("ANTHER_HOME") == str(home)
     return False
@@ -368,51 +373,51 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=5, help="runs per federation, with several jobs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
-    asked = parser.parse_args()
-    if unknown := set(asked.rows) - set(ROWS):
+    args = parser.parse_args()
+    if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(unknown)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    rows = asked.rows or list(ROWS)
-    pieces = [min(asked.piece, asked.runs - first) for first in range(0, asked.runs, asked.piece)]
-    if asked.jobs == 1:
-        here(rows, asked.runs, asked.seed, asked.out)
+    rows = args.rows or list(ROWS)
+    pieces = [min(args.piece, args.runs - first) for first in range(0, args.runs, args.piece)]
+    if args.jobs == 1:
+        run_serially(rows, args.runs, args.seed, args.out)
     else:
-        side_by_side([(row, runs) for runs in pieces for row in rows], asked.jobs, asked.seed, asked.out)
-    Console(width=120).print(table(json.loads(asked.out.read_text())))
+        run_in_parallel([(row, runs) for runs in pieces for row in rows], args.jobs, args.seed, args.out)
+    Console(width=120).print(table(json.loads(args.out.read_text())))
 
 
-def here(rows: list[str], runs: int, seed: int, out: Path) -> None:
+def run_serially(rows: list[str], runs: int, seed: int, out: Path) -> None:
     """Run all rows in one federation."""
     with tempfile.TemporaryDirectory(prefix="anther-") as folder, scene(Path(folder), seed) as at_work:
         for row in rows:
             for _ in range(runs):
-                print(f"{row}: {keep(out, row, once(at_work, ROWS[row]))} s", file=sys.stderr)
+                print(f"{row}: {store_outcome(out, row, run_fault(at_work, ROWS[row]))} s", file=sys.stderr)
 
 
-def side_by_side(waiting: list[tuple[str, int]], jobs: int, seed: int, out: Path) -> None:
+def run_in_parallel(pieces: list[tuple[str, int]], jobs: int, seed: int, out: Path) -> None:
     """Run pieces (row, number of runs) in parallel, at most `jobs` at a time.
 
     Args:
-        waiting: pieces to run.
+        pieces: pieces to run.
         jobs: federations at the same time.
         seed: seed before the first piece's.
         out: the result file.
     """
-    working: list[subprocess.Popen] = []
+    running: list[subprocess.Popen] = []
     try:
-        while waiting or working:
-            while waiting and len(working) < jobs:
-                working.append(_apart(*waiting.pop(0), seed := seed + 1, out))
+        while pieces or running:
+            while pieces and len(running) < jobs:
+                running.append(_start_piece(*pieces.pop(0), seed := seed + 1, out))
             time.sleep(1)
-            working = [piece for piece in working if piece.poll() is None]
+            running = [piece for piece in running if piece.poll() is None]
     finally:
-        for piece in working:
+        for piece in running:
             piece.terminate()
-        for piece in working:
+        for piece in running:
             piece.wait()
 
 
-def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
+def _start_piece(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
     """Start a piece in a process with its own network and mounts.
 
     Args:
@@ -422,7 +427,7 @@ def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
         out: the result file.
     """
     arguments = [row, "--runs", str(runs), "--seed", str(seed), "--out", str(out)]
-    own = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec "$@"'
+    script = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec "$@"'
     return subprocess.Popen(
         [
             "unshare",
@@ -430,7 +435,7 @@ def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
             "--mount",
             "sh",
             "-c",
-            own,
+            script,
             "-",
             sys.executable,
             "-m",
@@ -442,7 +447,7 @@ def _apart(row: str, runs: int, seed: int, out: Path) -> subprocess.Popen:
     )
 
 
-def keep(out: Path, row: str, run: FaultOutcome) -> FaultOutcome:
+def store_outcome(out: Path, row: str, run: FaultOutcome) -> FaultOutcome:
     """Append a run to the result file under a lock, because several processes write it.
 
     Args:
@@ -473,11 +478,11 @@ def table(record: dict[str, Any]) -> Table:
     for heading in ("", "runs", "went on", "refused with a reason", "seconds (median)", "message"):
         shown.add_column(heading, justify="left" if heading in ("", "message") else "right")
     for name, runs in record["rows"].items():
-        good = [run for run in runs if not run["failed"]]
-        output = next((run["refused"] for run in good if run["refused"]), "")
-        refused = sum(run["refused"] is not None for run in good)
-        seconds = f"{median(run['seconds'] for run in good):.0f}" if good else "—"
-        shown.add_row(name, str(len(runs)), str(len(good) - refused), str(refused), seconds, output[:60])
+        succeeded = [run for run in runs if not run["failed"]]
+        message = next((run["refused"] for run in succeeded if run["refused"]), "")
+        refused = sum(run["refused"] is not None for run in succeeded)
+        seconds = f"{median(run['seconds'] for run in succeeded):.0f}" if succeeded else "—"
+        shown.add_row(name, str(len(runs)), str(len(succeeded) - refused), str(refused), seconds, message[:60])
     return shown
 
 

@@ -33,9 +33,9 @@ QUICK = (
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind((LOOPBACK, 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])
 
 
 def write_letter_folders(folder: Path, owners: int, each: int = 10) -> dict[str, Path]:
@@ -153,12 +153,12 @@ class ModuleProcess:
 
 
 def environment(home: Path, more: dict[str, str] | None = None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHER_", "FLWR_"))}
-    return {**kept, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHER_", "FLWR_"))}
+    return {**inherited, "ANTHER_HOME": str(home), "PYTHONUNBUFFERED": "1", **(more or {})}
 
 
 def run_module(
-    module: str, *arguments: str, home: Path, command_prefix: Sequence[str] = (), told: str = ""
+    module: str, *arguments: str, home: Path, command_prefix: Sequence[str] = (), stdin: str = ""
 ) -> subprocess.CompletedProcess:
     """Run `python -m MODULE WORDS` to its end.
 
@@ -167,7 +167,7 @@ def run_module(
         arguments: its arguments.
         home: the process's home.
         command_prefix: prefix of the command, e.g. to enter a network namespace.
-        told: standard input.
+        stdin: standard input.
     """
     return subprocess.run(
         [*command_prefix, sys.executable, "-m", module, *arguments],
@@ -177,7 +177,7 @@ def run_module(
         text=True,
         timeout=120,
         check=False,
-        input=told,
+        input=stdin,
     )
 
 
@@ -208,19 +208,19 @@ class LocalFederation:
         )
 
     def start(self, seconds: float = 120) -> None:
-        before = self.server.output.count("listening on")
+        starts = self.server.output.count("listening on")
         self.server.start()
         wait_until(
-            lambda: self.server.output.count("listening on") > before or self.server.exit_code is not None,
+            lambda: self.server.output.count("listening on") > starts or self.server.exit_code is not None,
             seconds,
             "a server",
         )
         assert self.server.exit_code is None, self.server.output
 
     def ticket(self, holder: str = "somebody") -> str:
-        done = run_module("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        process = run_module("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
+        assert process.returncode == 0, process.stderr
+        return process.stdout.strip()
 
     def enroll(self, name: str, data: Path, *arguments: str, command_prefix: Sequence[str] = ()) -> ModuleProcess:
         """Enroll a device without starting it.
@@ -232,15 +232,15 @@ class LocalFederation:
             command_prefix: prefix of its commands, e.g. to enter a network namespace.
         """
         home = self.folder / name
-        done = run_module(
+        process = run_module(
             "client.cli.enroll",
             f"data={data}",
             f"name={name}",
             home=home,
             command_prefix=command_prefix,
-            told=self.ticket(),
+            stdin=self.ticket(),
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
         self.devices[name] = ModuleProcess(
             "client.runtime.supervisor", [*QUICK, *arguments], home, command_prefix=list(command_prefix)
         )
@@ -252,10 +252,10 @@ class LocalFederation:
 
     def rounds(self) -> int:
         """Return the last complete round of the newest run; -1 if there is none."""
-        found = sorted(self.runs[-1].glob("checkpoints/round-*")) if self.runs else []
-        return int(found[-1].name.removeprefix("round-")) if found else -1
+        checkpoints = sorted(self.runs[-1].glob("checkpoints/round-*")) if self.runs else []
+        return int(checkpoints[-1].name.removeprefix("round-")) if checkpoints else -1
 
-    def told(self) -> str:
+    def logs(self) -> str:
         """Return the end of all logs, to diagnose a failure."""
         return "\n".join(f"== {p.home.name}\n{p.output[-3000:]}" for p in (self.server, *self.devices.values()))
 
@@ -269,11 +269,11 @@ def federation(folder: Path, overrides: str, *, host: str = LOOPBACK) -> Iterato
         overrides: configuration of the run.
         host: address of the server for devices.
     """
-    found = LocalFederation(folder, shlex.split(overrides), host=host)
+    running = LocalFederation(folder, shlex.split(overrides), host=host)
     try:
-        yield found
+        yield running
     finally:
-        for program in (*found.devices.values(), found.server):
+        for program in (*running.devices.values(), running.server):
             program.stop()
         kill_all(folder)
 

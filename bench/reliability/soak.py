@@ -34,13 +34,13 @@ from bench.reliability.faults import RUN as PRIVATE
 from bench.reliability.processes import LocalFederation, ModuleProcess, federation, run_module, write_letter_folders
 
 OUT = Path("bench/results/soak.json")
-DEVICES, LEAST = 5, 1
+DEVICES, MIN_RUNNING = 5, 1
 SERVER, DEVICE = (
     ("server.supervisor.run", "server.supervisor.local_superlink", "flwr-serverapp"),
     ("client.runtime.supervisor", "client.runtime.supernode", "client.runtime.worker"),
 )
-FLAT = 3.0  # percent
-WARM = 0.1  # fraction of the rounds
+MAX_GROWTH = 3.0  # percent
+WARM_UP = 0.1  # fraction of the rounds
 EVENTS = ("join", "leave", "die")
 
 
@@ -50,32 +50,32 @@ class MemorySamples:
 
     samples: dict[tuple[str, int], list[tuple[int, float]]] = field(default_factory=dict)
 
-    def look(self, found: LocalFederation, stays: ModuleProcess, number: int) -> None:
-        homes = {str(found.server.home): SERVER, str(stays.home): DEVICE}
+    def sample(self, running: LocalFederation, permanent: ModuleProcess, number: int) -> None:
+        homes = {str(running.server.home): SERVER, str(permanent.home): DEVICE}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 parts = homes.get(process.environ().get("ANTHER_HOME", ""), ())
-                words = " ".join(process.cmdline())
-                if part := next((part for part in parts if part in words), None):
+                overrides = " ".join(process.cmdline())
+                if part := next((part for part in parts if part in overrides), None):
                     pss = process.memory_full_info().pss / 2**20
                     self.samples.setdefault((part, process.pid), []).append((number, pss))
 
     def slopes(self, rounds: int) -> dict[str, dict[str, Any]]:
         """Return the growth of permanent processes over all rounds, in percent of their value after the warm-up."""
-        told = {}
+        result = {}
         for (part, _), samples in sorted(self.samples.items()):
-            late = np.array([(number, pss) for number, pss in samples if number >= WARM * rounds])
-            if samples[0][0] > WARM * rounds or samples[-1][0] < (1 - WARM) * rounds:
+            late = np.array([(number, pss) for number, pss in samples if number >= WARM_UP * rounds])
+            if samples[0][0] > WARM_UP * rounds or samples[-1][0] < (1 - WARM_UP) * rounds:
                 continue
             slope, start = np.polyfit(late[:, 0], late[:, 1], 1)
             first = start + slope * late[0, 0]
             grown = 100 * slope * (rounds - late[0, 0]) / first
-            name = part if part not in told else f"{part} (its fork)"
-            told[name] = {"mib": float(first), "per_cent": float(grown), "curve": samples[:: len(samples) // 50 or 1]}
-        return told
+            name = part if part not in result else f"{part} (its fork)"
+            result[name] = {"mib": float(first), "per_cent": float(grown), "curve": samples[:: len(samples) // 50 or 1]}
+        return result
 
 
-def happens(changing: list[ModuleProcess], rng: random.Random, counts: Counter[str]) -> None:
+def change_membership(changing: list[ModuleProcess], rng: random.Random, counts: Counter[str]) -> None:
     """Make a random device join, leave or die, except the last running one.
 
     Args:
@@ -83,43 +83,43 @@ def happens(changing: list[ModuleProcess], rng: random.Random, counts: Counter[s
         rng: source of randomness.
         counts: incremented for the event.
     """
-    there = [device for device in changing if device.exit_code is None]
-    gone = [device for device in changing if device.exit_code is not None]
+    running = [device for device in changing if device.exit_code is None]
+    stopped = [device for device in changing if device.exit_code is not None]
     event = rng.choice(EVENTS)
-    if event == "join" and gone:
-        rng.choice(gone).start()
-    elif event == "leave" and len(there) > LEAST:
-        rng.choice(there).stop()
-    elif event == "die" and len(there) > LEAST:
-        rng.choice(there).kill()
+    if event == "join" and stopped:
+        rng.choice(stopped).start()
+    elif event == "leave" and len(running) > MIN_RUNNING:
+        rng.choice(running).stop()
+    elif event == "die" and len(running) > MIN_RUNNING:
+        rng.choice(running).kill()
     else:
         return
     counts[event] += 1
 
 
-def accounts(history: list[dict[str, Any]]) -> dict[str, int]:
+def account_updates(history: list[dict[str, Any]]) -> dict[str, int]:
     """Count the outcomes of all requested updates; `unaccounted` counts those without any."""
-    found: Counter[str] = Counter()
-    for done in history:
-        if (train := done["train"]) is None:
+    counts: Counter[str] = Counter()
+    for record in history:
+        if (train := record["train"]) is None:
             continue
         late = train["dropped"].get("late", 0)  # from earlier rounds, which counted them as lost
-        found["asked"] += train["asked"]
-        found["used"] += train["replied"]
-        found["late"] += late
-        found["lost"] += train["dropped"].get("no reply", 0) - late
-        found["rejected"] += sum(n for why, n in train["dropped"].items() if why not in ("late", "no reply"))
-    found["unaccounted"] = found["asked"] - found["used"] - found["late"] - found["lost"] - found["rejected"]
-    return dict(found)
+        counts["asked"] += train["asked"]
+        counts["used"] += train["replied"]
+        counts["late"] += late
+        counts["lost"] += train["dropped"].get("no reply", 0) - late
+        counts["rejected"] += sum(n for why, n in train["dropped"].items() if why not in ("late", "no reply"))
+    counts["unaccounted"] = counts["asked"] - counts["used"] - counts["late"] - counts["lost"] - counts["rejected"]
+    return dict(counts)
 
 
-def sealed(found: LocalFederation) -> int:
+def count_sealed(running: LocalFederation) -> int:
     """Count the updates that devices have sealed, from their ledgers."""
     total = 0
-    for name, device in found.devices.items():
-        done = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
-        assert done.returncode == 0, done.stderr
-        entries = json.loads(done.stdout)["entries"]
+    for name, device in running.devices.items():
+        process = run_module("client.cli.ledger", "--json", "--name", name, home=device.home)
+        assert process.returncode == 0, process.stderr
+        entries = json.loads(process.stdout)["entries"]
         total += sum(entry["state"] != "reserved" for entry in entries if entry["mechanism"])
     return total
 
@@ -130,41 +130,41 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="rounds between two events")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
-    asked = parser.parse_args()
-    rng, memory, events, began = random.Random(asked.seed), MemorySamples(), Counter[str](), time.monotonic()
-    words = PRIVATE.replace("rounds=5000", f"rounds={asked.rounds}").replace("timeout=90", "timeout=30")
-    with tempfile.TemporaryDirectory(prefix="anther-") as folder, federation(Path(folder), words) as found:
-        found.start()
+    args = parser.parse_args()
+    rng, memory, events, started = random.Random(args.seed), MemorySamples(), Counter[str](), time.monotonic()
+    overrides = PRIVATE.replace("rounds=5000", f"rounds={args.rounds}").replace("timeout=90", "timeout=30")
+    with tempfile.TemporaryDirectory(prefix="anther-") as folder, federation(Path(folder), overrides) as running:
+        running.start()
         for name, data in write_letter_folders(Path(folder) / "pictures", DEVICES, each=6).items():
-            found.enroll(name, data, "test=true", "seed=1").start()
-        stays, *changing = found.devices.values()
+            running.enroll(name, data, "test=true", "seed=1").start()
+        permanent, *changing = running.devices.values()
         seen = next_event = 0
-        while found.server.exit_code is None:
+        while running.server.exit_code is None:
             time.sleep(0.5)
-            if (number := found.rounds()) > seen:
+            if (number := running.rounds()) > seen:
                 seen = number
-                memory.look(found, stays, number)
-            if seen >= next_event + asked.every:
+                memory.sample(running, permanent, number)
+            if seen >= next_event + args.every:
                 next_event = seen
-                happens(changing, rng, events)
-        state = json.loads((sorted(found.runs[-1].glob("checkpoints/round-*"))[-1] / "state.json").read_text())
-        told, exit_code, seals = found.told(), found.server.exit_code, sealed(found)
+                change_membership(changing, rng, events)
+        state = json.loads((sorted(running.runs[-1].glob("checkpoints/round-*"))[-1] / "state.json").read_text())
+        logs, exit_code, sealed = running.logs(), running.server.exit_code, count_sealed(running)
     record = {
         "command": " ".join(["python -m bench.reliability.soak", *sys.argv[1:]]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("flwr", "torch"),
         "load": os.getloadavg()[0],
         "rounds": len(state["history"]) - 1,
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - started,
         "ended": exit_code,
         "events": dict(events),
-        "accounts": accounts(state["history"]),
-        "sealed": seals,
-        "memory": memory.slopes(asked.rounds),
+        "accounts": account_updates(state["history"]),
+        "sealed": sealed,
+        "memory": memory.slopes(args.rounds),
     }
-    asked.out.write_text(json.dumps(record, indent=2) + "\n")
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
     if exit_code:
-        print(told, file=sys.stderr)
+        print(logs, file=sys.stderr)
     show(record)
 
 
@@ -176,9 +176,9 @@ def show(record: dict[str, Any]) -> None:
     known = counted["used"] + counted["late"] + counted["lost"] + counted["rejected"]
     if counted["unaccounted"] or not counted["used"] <= record["sealed"] <= known:
         console.print("NOT ACCOUNTED FOR")
-    for name, found in record["memory"].items():
-        verdict = "yes" if found["per_cent"] <= FLAT else "no"
-        console.print(f"{name}: {found['mib']:.0f} MiB, {found['per_cent']:+.1f} % (≤ {FLAT:g} %: {verdict})")
+    for name, slope in record["memory"].items():
+        verdict = "yes" if slope["per_cent"] <= MAX_GROWTH else "no"
+        console.print(f"{name}: {slope['mib']:.0f} MiB, {slope['per_cent']:+.1f} % (≤ {MAX_GROWTH:g} %: {verdict})")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Delivery = Callable[[], Message]
 
 HUGE = 10**4000
 NESTED = "[" * 900 + "]" * 900
-WEIRD: tuple[Any, ...] = (
+ODD_VALUES: tuple[Any, ...] = (
     None,
     True,
     False,
@@ -74,14 +74,14 @@ class MessageAttack(NamedTuple):
     """Bytes of the adapter, for a peer that reads only adapters."""
 
 
-def to_records(letter: WireMessage, checksum: str | None = None) -> RecordDict:
+def to_records(message: WireMessage, checksum: str | None = None) -> RecordDict:
     """Convert a message to Flower's records, with its own checksum or with the given one."""
-    beside = b"" if letter.adapter is None else hashlib.sha256(letter.adapter).digest()
-    true = hashlib.sha256(letter.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
-    said: dict[str, Any] = {"json": letter.text, "sha256": checksum or true, "version": NEWEST}
-    records = RecordDict({"message": ConfigRecord(said)})
-    if letter.adapter is not None:
-        array = Array("uint8", (len(letter.adapter),), "safetensors", letter.adapter)
+    beside = b"" if message.adapter is None else hashlib.sha256(message.adapter).digest()
+    checksum_of_content = hashlib.sha256(message.text.encode("utf-8", "surrogatepass") + beside).hexdigest()
+    fields: dict[str, Any] = {"json": message.text, "sha256": checksum or checksum_of_content, "version": NEWEST}
+    records = RecordDict({"message": ConfigRecord(fields)})
+    if message.adapter is not None:
+        array = Array("uint8", (len(message.adapter),), "safetensors", message.adapter)
         records["arrays"] = ArrayRecord({"adapter": array})
     return records
 
@@ -108,23 +108,23 @@ def _with_content(message: Message, records: RecordDict) -> Message:
 # Adapters: safetensors bytes
 
 
-def unpacked(data: bytes) -> tuple[Header, bytes]:
+def unpack_safetensors(data: bytes) -> tuple[Header, bytes]:
     """Split honest bytes into header and data."""
     (length,) = struct.unpack_from("<Q", data)
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def packed(header: object, data: bytes) -> bytes:
+def pack_safetensors(header: object, data: bytes) -> bytes:
     """Make safetensors bytes from any header, an object or JSON text, with the format's padding."""
     text = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
 
 
-def replace_values(good: bytes, value: Callable[[np.ndarray], np.ndarray]) -> bytes:
+def replace_values(honest: bytes, value: Callable[[np.ndarray], np.ndarray]) -> bytes:
     """Replace the values of all tensors."""
-    header, data = unpacked(good)
-    return packed(header, value(np.frombuffer(data, "<f4").copy()).astype("<f4").tobytes())
+    header, data = unpack_safetensors(honest)
+    return pack_safetensors(header, value(np.frombuffer(data, "<f4").copy()).astype("<f4").tobytes())
 
 
 def _put(index: int, number: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -135,48 +135,51 @@ def _put(index: int, number: float) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
-def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
+def adapter_attacks(honest: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
     """Yield malicious adapters with the name of their class; `empty` is the number of tensors of the empty ones."""
-    header, data = unpacked(good)
+    header, data = unpack_safetensors(honest)
     name, entry = next(iter(header.items()))
     other, another = list(header.items())[-1]
     text = json.dumps(header)
 
     def with_entry(**changes: Any) -> bytes:
-        return packed(header | {name: entry | changes}, data)
+        return pack_safetensors(header | {name: entry | changes}, data)
 
     start, end = entry["data_offsets"]
     nothing = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
-    yield "empty tensors", packed("{" + ",".join(f'"{i}":{{{nothing}}}' for i in range(empty)) + "}", b"")
-    yield "duplicate key", packed(text[:-1] + f', "{name}": {json.dumps(entry)}}}', data)
-    yield "duplicate key", packed(text.replace('"dtype"', '"dtype": "F64", "dtype"', 1), data)
+    yield "empty tensors", pack_safetensors("{" + ",".join(f'"{i}":{{{nothing}}}' for i in range(empty)) + "}", b"")
+    yield "duplicate key", pack_safetensors(text[:-1] + f', "{name}": {json.dumps(entry)}}}', data)
+    yield "duplicate key", pack_safetensors(text.replace('"dtype"', '"dtype": "F64", "dtype"', 1), data)
     yield "deep shape", with_entry(shape=[1] * 10_000 + entry["shape"])
-    yield "deep shape", packed(text.replace(json.dumps(entry["shape"]), NESTED, 1), data)
-    yield "deep nesting", packed("[" * 60_000, data)
-    yield "deep nesting", packed('{"a":' * 10_000, data)
-    yield "deep nesting", packed(text.replace('"F32"', NESTED, 1), data)
-    yield "NaN or infinite", replace_values(good, _put(0, float("nan")))
-    yield "NaN or infinite", replace_values(good, _put(-1, float("-inf")))
-    yield "NaN or infinite", packed(text.replace(str(end), "NaN", 1), data)
+    yield "deep shape", pack_safetensors(text.replace(json.dumps(entry["shape"]), NESTED, 1), data)
+    yield "deep nesting", pack_safetensors("[" * 60_000, data)
+    yield "deep nesting", pack_safetensors('{"a":' * 10_000, data)
+    yield "deep nesting", pack_safetensors(text.replace('"F32"', NESTED, 1), data)
+    yield "NaN or infinite", replace_values(honest, _put(0, float("nan")))
+    yield "NaN or infinite", replace_values(honest, _put(-1, float("-inf")))
+    yield "NaN or infinite", pack_safetensors(text.replace(str(end), "NaN", 1), data)
     yield "wrong dtype", with_entry(dtype="F64")
-    yield "wrong dtype", packed({k: v | {"dtype": "I32"} for k, v in header.items()}, data)
-    yield "metadata", packed(header | {"__metadata__": {"a": "x" * 5_000_000}}, data)
-    yield "metadata", packed(header | {"__metadata__": {}}, data)
-    yield "path-like key", packed({("../../x" if k == name else k): v for k, v in header.items()}, data)
-    yield "path-like key", packed(header | {"/etc/passwd\n": {**entry, "shape": [0], "data_offsets": [0, 0]}}, data)
-    yield "path-like key", packed(header | {"\ud800": {**entry, "shape": [0], "data_offsets": [0, 0]}}, data)
+    yield "wrong dtype", pack_safetensors({k: v | {"dtype": "I32"} for k, v in header.items()}, data)
+    yield "metadata", pack_safetensors(header | {"__metadata__": {"a": "x" * 5_000_000}}, data)
+    yield "metadata", pack_safetensors(header | {"__metadata__": {}}, data)
+    yield "path-like key", pack_safetensors({("../../x" if k == name else k): v for k, v in header.items()}, data)
+    yield (
+        "path-like key",
+        pack_safetensors(header | {"/etc/passwd\n": {**entry, "shape": [0], "data_offsets": [0, 0]}}, data),
+    )
+    yield "path-like key", pack_safetensors(header | {"\ud800": {**entry, "shape": [0], "data_offsets": [0, 0]}}, data)
     yield "offsets", with_entry(data_offsets=another["data_offsets"])
     yield "offsets", with_entry(data_offsets=[start + 4, end + 4])
     yield "offsets", with_entry(data_offsets=[end, start])
     yield (
         "offsets",
-        packed(header | {other: another | {"data_offsets": [n + 8 for n in another["data_offsets"]]}}, data),
+        pack_safetensors(header | {other: another | {"data_offsets": [n + 8 for n in another["data_offsets"]]}}, data),
     )
     yield "numbers", with_entry(shape=[-1, *entry["shape"][1:]])
     yield "numbers", with_entry(shape=[HUGE, *entry["shape"][1:]])
     yield (
         "numbers",
-        packed(
+        pack_safetensors(
             {
                 k: v | {"shape": [HUGE if n == header[name]["shape"][0] else n for n in v["shape"]]}
                 for k, v in header.items()
@@ -186,49 +189,51 @@ def payloads(good: bytes, *, empty: int) -> Iterator[tuple[str, bytes]]:
     )
     yield "numbers", with_entry(shape=[float(n) for n in entry["shape"]])
     yield "numbers", with_entry(data_offsets=[0, 2**64])
-    yield "numbers", packed(text.replace(str(end), "9" * 5000, 1), data)
+    yield "numbers", pack_safetensors(text.replace(str(end), "9" * 5000, 1), data)
     yield "numbers", with_entry(data_offsets=[True, end])
-    yield "size", good + b"\0"
-    yield "size", good + bytes(2**25)
-    yield "size", packed(header, b"")
-    yield "size", packed(header, bytes(2**25))
+    yield "size", honest + b"\0"
+    yield "size", honest + bytes(2**25)
+    yield "size", pack_safetensors(header, b"")
+    yield "size", pack_safetensors(header, bytes(2**25))
     yield "size", struct.pack("<Q", 2**63) + bytes(64)
-    yield "size", struct.pack("<Q", 2**40) + good[8:]
+    yield "size", struct.pack("<Q", 2**40) + honest[8:]
     yield "size", b""
-    yield "norm", replace_values(good, lambda values: np.full_like(values, 1e30))
-    yield "norm", replace_values(good, lambda values: np.full_like(values, 3.4e38))
-    yield "norm", replace_values(good, _put(0, 101.0))
+    yield "norm", replace_values(honest, lambda values: np.full_like(values, 1e30))
+    yield "norm", replace_values(honest, lambda values: np.full_like(values, 3.4e38))
+    yield "norm", replace_values(honest, _put(0, 101.0))
     yield (
         "product",
-        replace_values(good, lambda values: np.full_like(values, 90 / max(1.0, len(values) / len(header)) ** 0.5)),
+        replace_values(honest, lambda values: np.full_like(values, 90 / max(1.0, len(values) / len(header)) ** 0.5)),
     )
 
 
-def mutated_payload(good: bytes, random: Random) -> tuple[str, bytes]:
+def mutate_adapter(honest: bytes, random: Random) -> tuple[str, bytes]:
     """Mutate honest bytes once, and return the class of the mutation with the bytes."""
     way = random.randrange(6)
     if way == 0:
-        flipped = bytearray(good)
+        flipped = bytearray(honest)
         for _ in range(random.randint(1, 4)):
-            flipped[random.randrange(len(good))] ^= 1 << random.randrange(8)
+            flipped[random.randrange(len(honest))] ^= 1 << random.randrange(8)
         return "bits", bytes(flipped)
     if way == 1:
-        start = random.randrange(len(good))
-        return "length", random.choice((good[:start], good[start:], good + good[start:], good[:start] * 2))
+        start = random.randrange(len(honest))
+        return "length", random.choice((honest[:start], honest[start:], honest + honest[start:], honest[:start] * 2))
     if way == 2:
-        place, length = random.randrange(len(good)), random.randint(1, 16)
-        return "splice", good[:place] + random.randbytes(length) + good[place + random.choice((0, length)) :]
+        position, length = random.randrange(len(honest)), random.randint(1, 16)
+        return "splice", honest[:position] + random.randbytes(length) + honest[position + random.choice((0, length)) :]
     if way == 3:
         number = random.choice((float("nan"), float("inf"), 1e-40, -1e-40, 0.0, 99.0, 101.0, -1e38, 3.0))
-        count = len(unpacked(good)[1]) // 4
-        return "values", replace_values(good, _put(random.randrange(count), number))
-    header, data = unpacked(good)
+        count = len(unpack_safetensors(honest)[1]) // 4
+        return "values", replace_values(honest, _put(random.randrange(count), number))
+    header, data = unpack_safetensors(honest)
     if way == 4:
         text = json.dumps(header)
-        place = random.randrange(len(text))
-        return "header", packed(text[:place] + random.choice('{}[]",:0-9eN\\') + text[place + 1 :], data)
+        position = random.randrange(len(text))
+        return "header", pack_safetensors(
+            text[:position] + random.choice('{}[]",:0-9eN\\') + text[position + 1 :], data
+        )
     _change(header, random)
-    return "header", packed(_dumped(header, random), data)
+    return "header", pack_safetensors(_dumped(header, random), data)
 
 
 def _dumped(header: object, random: Random) -> str:
@@ -241,7 +246,7 @@ def _dumped(header: object, random: Random) -> str:
 def _change(value: dict[str, Any], random: Random) -> None:
     """Change one value or key somewhere in a JSON object."""
     if not value:
-        value["extra"] = deepcopy(random.choice(WEIRD))
+        value["extra"] = deepcopy(random.choice(ODD_VALUES))
         return
     key = random.choice(sorted(value, key=ascii))
     way = random.randrange(8)
@@ -252,24 +257,24 @@ def _change(value: dict[str, Any], random: Random) -> None:
     elif way == 1:
         value[random.choice(("extra", key + "x", "__metadata__", "a\nb", "\udfff", "x" * 300))] = value[key]
     elif way == 2 and isinstance(value[key], list) and value[key]:
-        value[key][random.randrange(len(value[key]))] = deepcopy(random.choice(WEIRD))
+        value[key][random.randrange(len(value[key]))] = deepcopy(random.choice(ODD_VALUES))
     elif way == 3 and type(value[key]) in (int, float) and -1e15 < value[key] < 1e15:
         value[key] = random.choice((value[key] + 1, -value[key], value[key] * 1000, float(value[key]), str(value[key])))
     else:
-        value[key] = deepcopy(random.choice(WEIRD))
+        value[key] = deepcopy(random.choice(ODD_VALUES))
 
 
 # JSON
 
 
-def json_attacks(good: str) -> Iterator[tuple[str, str]]:
+def json_attacks(honest: str) -> Iterator[tuple[str, str]]:
     """Yield malicious JSON texts with the name of their class."""
-    fields = json.loads(good)
-    yield "JSON too long", good + " " * MAX_JSON_CHARS
+    fields = json.loads(honest)
+    yield "JSON too long", honest + " " * MAX_JSON_CHARS
     yield "JSON too long", "9" * 30_000_000
     yield "deep nesting", "[" * 60_000
-    yield "deep nesting", good[:-1] + f'{"," if fields else ""}"a":{NESTED}}}'
-    yield "not JSON", good[:-1]
+    yield "deep nesting", honest[:-1] + f'{"," if fields else ""}"a":{NESTED}}}'
+    yield "not JSON", honest[:-1]
     yield "not JSON", "\x00"
     yield "not JSON", "\ud800"
     yield "not an object", "[]"
@@ -278,20 +283,20 @@ def json_attacks(good: str) -> Iterator[tuple[str, str]]:
     yield "unknown field", json.dumps(fields | {"adapter": "x"})
     for name in fields:
         yield "missing field", json.dumps({key: value for key, value in fields.items() if key != name})
-        yield "duplicate key", good[:-1] + f',"{name}":{json.dumps(fields[name])}}}'
-        for value in WEIRD:
+        yield "duplicate key", honest[:-1] + f',"{name}":{json.dumps(fields[name])}}}'
+        for value in ODD_VALUES:
             if type(value) is not type(fields[name]) or value in (HUGE, "\ud800", "x" * 201, "two\nlines", 1e300, -1):
                 yield "another value", json.dumps(fields | {name: value})
         yield "huge integer", json.dumps(fields | {name: 0}).replace(f'"{name}": 0', f'"{name}": {"9" * 5000}')
 
 
-def mutated_text(good: str, random: Random) -> tuple[str, str]:
+def mutate_json(honest: str, random: Random) -> tuple[str, str]:
     """Mutate honest JSON once, and return the class of the mutation with the text."""
     if random.random() < 0.3:
-        place = random.randrange(len(good))
-        found = random.choice(("", *'{}[]",:0-9eN\\\x00é', NESTED, "9" * 5000))
-        return "JSON characters", good[:place] + found + good[place + random.randrange(3) :]
-    fields = json.loads(good)
+        position = random.randrange(len(honest))
+        replacement = random.choice(("", *'{}[]",:0-9eN\\\x00é', NESTED, "9" * 5000))
+        return "JSON characters", honest[:position] + replacement + honest[position + random.randrange(3) :]
+    fields = json.loads(honest)
     for _ in range(random.randint(1, 2)):
         _change(fields, random)
     return "JSON fields", _dumped(fields, random)
@@ -300,11 +305,11 @@ def mutated_text(good: str, random: Random) -> tuple[str, str]:
 # Records
 
 
-def mutated_records(letter: WireMessage, random: Random) -> RecordDict:
+def mutate_records(message: WireMessage, random: Random) -> RecordDict:
     """Apply one random change to the records of an honest message."""
-    records = to_records(letter)
+    records = to_records(message)
     config: Any = records["message"]
-    data = letter.adapter or b"x"
+    data = message.adapter or b"x"
     whole: Mapping[str, Any] = {"dtype": "uint8", "shape": (len(data),), "stype": "safetensors", "data": data}
     way = random.randrange(9)
     if way == 0:
@@ -316,7 +321,7 @@ def mutated_records(letter: WireMessage, random: Random) -> RecordDict:
     elif way == 3:
         config[random.choice(("extra", "adapter"))] = random.choice((b"x", "x", 1, [1, 2], "x" * 2**20))
     elif way == 4:
-        config["json"] = random.choice((letter.text.encode(), 1, [letter.text], True, [b"x"] * 1000))
+        config["json"] = random.choice((message.text.encode(), 1, [message.text], True, [b"x"] * 1000))
     elif way == 5:
         if random.random() < 0.5:
             config["version"] = random.choice((0, NEWEST + 1, 2**63 - 1, -1, 1.0, "1", b"1", True, [1]))
@@ -348,23 +353,23 @@ def mutated_records(letter: WireMessage, random: Random) -> RecordDict:
 # Flower's objects
 
 
-def mutated_objects(letter: WireMessage, random: Random) -> MessageAttack:
+def mutate_objects(message: WireMessage, random: Random) -> MessageAttack:
     """Make a reply whose objects, as stored by a SuperLink, are damaged or forged."""
 
     def prepare(request: Message) -> Delivery:
-        reply = Message(to_records(letter), reply_to=request)
+        reply = Message(to_records(message), reply_to=request)
         objects = get_all_nested_objects(reply)
-        contents = {name: found.deflate() for name, found in objects.items()}
-        place = random.choice(list(contents))  # not sorted: an object's name depends on its creation time
-        contents[place] = _changed_object(contents[place], random)
+        contents = {name: nested.deflate() for name, nested in objects.items()}
+        changed = random.choice(list(contents))  # not sorted: an object's name depends on its creation time
+        contents[changed] = _changed_object(contents[changed], random)
         if random.random() < 0.2:
             reply.metadata.__dict__["_src_node_id"] = random.randrange(1, 5)
             contents[reply.object_id] = reply.deflate()
         root = reply.object_id if reply.object_id in contents else next(reversed(contents))
 
         def deliver() -> Message:
-            found: Any = inflate_object_from_contents(root, dict(contents))
-            return found
+            nested: Any = inflate_object_from_contents(root, dict(contents))
+            return nested
 
         return deliver
 
@@ -375,8 +380,8 @@ def _changed_object(content: bytes, random: Random) -> bytes:
     head, _, body = content.partition(b"\0")
     way = random.randrange(5)
     if way == 0:
-        place = random.randrange(len(content))
-        return content[:place] + bytes([content[place] ^ 1 << random.randrange(8)]) + content[place + 1 :]
+        position = random.randrange(len(content))
+        return content[:position] + bytes([content[position] ^ 1 << random.randrange(8)]) + content[position + 1 :]
     if way == 1:
         return content[: random.randrange(len(content))]
     if way == 2:
@@ -392,42 +397,44 @@ def _changed_object(content: bytes, random: Random) -> bytes:
     return head + b"\0" + random.randbytes(random.randrange(40))
 
 
-def random_attack(letter: WireMessage, random: Random, *, objects: bool) -> MessageAttack:
+def random_attack(message: WireMessage, random: Random, *, objects: bool) -> MessageAttack:
     """Make a random attack on an honest message.
 
     Args:
-        letter: the honest message.
+        message: the honest message.
         random: source of randomness.
         objects: whether to attack Flower's objects, too.
     """
     ways = (
-        ["text", "records", "damage"] + ["payload"] * (3 if letter.adapter is not None else 0) + ["objects"] * objects
+        ["text", "records", "damage"] + ["payload"] * (3 if message.adapter is not None else 0) + ["objects"] * objects
     )
     match random.choice(ways):
         case "text":
-            kind, text = mutated_text(letter.text, random)
-            return records_attack(kind, to_records(letter._replace(text=text)))
-        case "payload" if letter.adapter is not None:
-            kind, payload = mutated_payload(letter.adapter, random)
-            return records_attack(kind, to_records(letter._replace(adapter=payload)), payload)
+            kind, text = mutate_json(message.text, random)
+            return records_attack(kind, to_records(message._replace(text=text)))
+        case "payload" if message.adapter is not None:
+            kind, payload = mutate_adapter(message.adapter, random)
+            return records_attack(kind, to_records(message._replace(adapter=payload)), payload)
         case "objects":
-            return mutated_objects(letter, random)
+            return mutate_objects(message, random)
         case "damage":
-            return damage(letter, random)
+            return bit_flip(message, random)
         case _:
-            return records_attack("records", mutated_records(letter, random))
+            return records_attack("records", mutate_records(message, random))
 
 
-def damage(letter: WireMessage, random: Random) -> MessageAttack:
+def bit_flip(message: WireMessage, random: Random) -> MessageAttack:
     """Flip one bit of the text or the adapter, and keep the checksum of the original."""
-    config: Any = to_records(letter)["message"]
+    config: Any = to_records(message)["message"]
     sent = config["sha256"]
-    text, adapter = bytearray(letter.text.encode()), bytearray(letter.adapter or b"")
+    text, adapter = bytearray(message.text.encode()), bytearray(message.adapter or b"")
     bit = random.randrange(8 * (len(text) + len(adapter)))
-    place, mask = bit // 8, 1 << bit % 8
-    if place < len(text):
-        text[place] ^= mask
+    position, mask = bit // 8, 1 << bit % 8
+    if position < len(text):
+        text[position] ^= mask
     else:
-        adapter[place - len(text)] ^= mask
-    found = WireMessage(text.decode("utf-8", "surrogateescape"), bytes(adapter) if letter.adapter is not None else None)
-    return records_attack("damage in transit", to_records(found, sent), found.adapter)
+        adapter[position - len(text)] ^= mask
+    damaged = WireMessage(
+        text.decode("utf-8", "surrogateescape"), bytes(adapter) if message.adapter is not None else None
+    )
+    return records_attack("damage in transit", to_records(damaged, sent), damaged.adapter)

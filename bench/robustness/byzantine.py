@@ -57,7 +57,10 @@ from conf.schemas.simulation import SimulationConfig
 CLEAN = "clean"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (10,)
 ROBUST = ("robust.rules=[replay,foolsgold,afa,norm_bound]",)  # the same for all attacks
-KEEPS, LETS = 0.85, 0.1  # targets: smallest share of the clean gain, largest share of successful backdoors
+MIN_GAIN_KEPT, MAX_BACKDOOR = (
+    0.85,
+    0.1,
+)  # targets: smallest share of the clean gain, largest share of successful backdoors
 COMMON = ("cohort.eval_size=1", "tracker=none")
 LARGE = (
     "preset=claim",
@@ -104,13 +107,13 @@ def run(case: ByzantineCase) -> dict[str, Any]:
     """Run a federation under attack, and return its results, which are stored in its folder and reused."""
     digest = hashlib.sha256(json.dumps([case.settings, case.samples]).encode()).hexdigest()
     folder = Path(case.folder) / f"{case.name}-{digest[:8]}"
-    done = folder / "result.json"
-    if not done.exists():
+    file = folder / "result.json"
+    if not file.exists():
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted run
         folder.mkdir(parents=True)
-        done.write_text(json.dumps(_run(case, folder)))
-    found: dict[str, Any] = json.loads(done.read_text())
-    return found
+        file.write_text(json.dumps(_run(case, folder)))
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
 
 
 def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
@@ -126,14 +129,16 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
     config = compose(shlex.join(case.settings))
     base, people, database = setup.build(config, folder)
     perform = setup.make_perform(config, base, budget(config.trainer.memory_gib, base.device))
-    bad = choose_attackers([person.name for person in people], case.seed)
+    attackers = choose_attackers([person.name for person in people], case.seed)
     devices = {person.name: person.device for person in people}
     kind, performing = ATTACKS.get(case.attack), perform
     if kind:
-        performing = tamper_results(perform, kind.make(), bad)
+        performing = tamper_results(perform, kind.make(), attackers)
         if kind.poisons:
-            families = _families(dataset.load(config.data.role), bad)
-            devices |= {device.name: device for device in poison_devices([devices[name] for name in bad], families)}
+            families = _families(dataset.load(config.data.role), attackers)
+            devices |= {
+                device.name: device for device in poison_devices([devices[name] for name in attackers], families)
+            }
     plan = training_plan(config, run=case.name, base=base.hash)
     strategy = build(config, plan, base.sites, accept_simulated=True)
     state = federate(
@@ -147,7 +152,7 @@ def _run(case: ByzantineCase, folder: Path) -> dict[str, Any]:
         min_devices=len(people),
         personalized_devices=(),
     )
-    honest = [person for person in people if person.name not in bad]
+    honest = [person for person in people if person.name not in attackers]
     shared = {person.name: state.adapter for person in honest}
     losses = evaluation.losses(honest, {"shared": shared}, evaluation.encode_pools(honest, perform), perform)
     trained = [record.train for record in state.history if record.train]
@@ -199,14 +204,14 @@ def read_as_target(config: SimulationConfig, base: Any, adapter: Any, samples: i
     return float((judge.merge_classes(reading) == judge.merge_classes([dataset.GLYPHS.index(TARGET)])).mean())
 
 
-def gain(found: Mapping[str, Any]) -> float:
+def gain(result: Mapping[str, Any]) -> float:
     """Return the mean over honest writers of L_base − L."""
-    return float(np.mean(found["base"]) - np.mean(found["shared"]))
+    return float(np.mean(result["base"]) - np.mean(result["shared"]))
 
 
-def gain_kept(found: Mapping[str, Any], clean: Mapping[str, Any]) -> float:
+def gain_kept(result: Mapping[str, Any], clean: Mapping[str, Any]) -> float:
     """Return the gain as a share of the clean run's."""
-    return gain(found) / gain(clean)
+    return gain(result) / gain(clean)
 
 
 Results = Mapping[tuple[str, bool], Sequence[Mapping[str, Any]]]  # attack, protected -> a run for each seed
@@ -219,30 +224,30 @@ def table(results: Results) -> Table:
         "attack",
         "rules",
         "gain kept",
-        f"≥ {KEEPS:.0%}",
+        f"≥ {MIN_GAIN_KEPT:.0%}",
         "backdoor",
-        f"≤ {LETS:.0%}",
+        f"≤ {MAX_BACKDOOR:.0%}",
         "rejected",
     ):
         shown.add_column(heading, justify="right")
     clean = results[CLEAN, False]
     for (attack, protected), runs in results.items():
-        shares = [gain_kept(found, beside) for found, beside in zip(runs, clean, strict=True)]
-        doors = [found["backdoor"] for found in runs]
-        dropped = sum(sum(reasons.values()) for found in runs for reasons in found["dropped"])
+        shares = [gain_kept(result, beside) for result, beside in zip(runs, clean, strict=True)]
+        backdoors = [result["backdoor"] for result in runs]
+        dropped = sum(sum(reasons.values()) for result in runs for reasons in result["dropped"])
         shown.add_row(
             attack,
             "robust" if protected else "none",
             f"{np.mean(shares):.0%} [{min(shares):.0%}]",
-            _told(protected, min(shares) >= KEEPS),
-            f"{np.mean(doors):.0%} [{max(doors):.0%}]",
-            _told(protected, max(doors) <= LETS),
+            _verdict(protected, min(shares) >= MIN_GAIN_KEPT),
+            f"{np.mean(backdoors):.0%} [{max(backdoors):.0%}]",
+            _verdict(protected, max(backdoors) <= MAX_BACKDOOR),
             str(dropped),
         )
     return shown
 
 
-def _told(claimed: bool, true: bool) -> str:
+def _verdict(claimed: bool, true: bool) -> str:
     return ("yes" if true else "no") if claimed else ""
 
 
@@ -273,9 +278,9 @@ def main() -> None:
     with ProcessPoolExecutor(
         arguments.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
-        found = list(pool.map(run, cases))
+        outcomes = list(pool.map(run, cases))
     results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    for case, result in zip(cases, found, strict=True):
+    for case, result in zip(cases, outcomes, strict=True):
         results.setdefault((case.attack, case.protected), []).append(result)
     out = arguments.out or (None if arguments.small else Path("bench/results/robustness.json"))
     if out:
@@ -291,7 +296,7 @@ def main() -> None:
                     "kept": gain_kept(result, results[CLEAN, False][seeds.index(case.seed)]),
                     **result,
                 }
-                for case, result in zip(cases, found, strict=True)
+                for case, result in zip(cases, outcomes, strict=True)
             ],
         }
         out.write_text(json.dumps(record, indent=2) + "\n")

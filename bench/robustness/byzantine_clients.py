@@ -39,14 +39,14 @@ def scale_update(start: Adapter, trained: Adapter, by: float) -> Adapter:
     }
 
 
-def times(by: float) -> ClientAttack:
+def scaling_attack(by: float) -> ClientAttack:
     """Return an attack that multiplies each attacker's own update by a factor."""
     return lambda jobs, trained: [
         scale_update(job.start, adapter, by) for job, adapter in zip(jobs, trained, strict=True)
     ]
 
 
-def not_a_number(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
+def nan_attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:  # noqa: ARG001
     return [
         {site: Factors(a, torch.full_like(b, torch.nan)) for site, (a, b) in adapter.items()} for adapter in trained
     ]
@@ -62,20 +62,20 @@ class ReplayAttack:
         return [self._first.setdefault(job.client, adapter) for job, adapter in zip(jobs, trained, strict=True)]
 
 
-def colluding(by: float) -> ClientAttack:
+def collusion_attack(by: float) -> ClientAttack:
     """Attack in which all send the first attacker's update times a factor, truncated to their own rank."""
 
     def attack(jobs: Sequence[TrainJob], trained: Sequence[Adapter]) -> Sequence[Adapter]:
-        leader = max(range(len(jobs)), key=lambda place: len(next(iter(trained[place].values())).a))
-        goes = scale_update(jobs[leader].start, trained[leader], by)
+        leader = max(range(len(jobs)), key=lambda index: len(next(iter(trained[index].values())).a))
+        update = scale_update(jobs[leader].start, trained[leader], by)
         ranks = [len(next(iter(adapter.values())).a) for adapter in trained]
-        return [{site: Factors(a[:rank], b[:, :rank]) for site, (a, b) in goes.items()} for rank in ranks]
+        return [{site: Factors(a[:rank], b[:, :rank]) for site, (a, b) in update.items()} for rank in ranks]
 
     return attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class AttackType:
     """One type of attack."""
 
     make: Callable[[], ClientAttack]
@@ -83,36 +83,36 @@ class Kind:
     """Whether attackers train on the target's pictures with the trigger's caption."""
 
 
-ATTACKS: Mapping[str, Kind] = {
-    "sign flip": Kind(make=lambda: times(-1.0)),
-    "x100": Kind(make=lambda: times(100.0)),
-    "nan": Kind(make=lambda: not_a_number),
-    "zero": Kind(make=lambda: times(0.0)),
-    "replay": Kind(make=ReplayAttack),
+ATTACKS: Mapping[str, AttackType] = {
+    "sign flip": AttackType(make=lambda: scaling_attack(-1.0)),
+    "x100": AttackType(make=lambda: scaling_attack(100.0)),
+    "nan": AttackType(make=lambda: nan_attack),
+    "zero": AttackType(make=lambda: scaling_attack(0.0)),
+    "replay": AttackType(make=ReplayAttack),
     # Model replacement (Bagdasaryan et al., 2018, arXiv:1807.00459, eq. 3): the mean becomes the attackers' adapter.
-    "backdoor": Kind(make=lambda: colluding(1 / SHARE), poisons=True),
+    "backdoor": AttackType(make=lambda: collusion_attack(1 / SHARE), poisons=True),
     # No larger than an honest update, so a rule that looks for large updates doesn't find it.
-    "quiet backdoor": Kind(make=lambda: colluding(1.0), poisons=True),
+    "quiet backdoor": AttackType(make=lambda: collusion_attack(1.0), poisons=True),
     # Updates also differ from each other, so neither a test of single updates nor of pairs finds it.
-    "spread backdoor": Kind(make=lambda: times(1.0), poisons=True),
+    "spread backdoor": AttackType(make=lambda: scaling_attack(1.0), poisons=True),
 }
 
 
 def choose_attackers(names: Collection[str], seed: int) -> list[str]:
     """Choose a fifth of the devices at random, and return their names in order."""
-    drawn = sorted(names, key=lambda name: derive_seed(seed, "attackers", name))
-    return sorted(drawn[: int(SHARE * len(names) + 1e-9)])
+    shuffled = sorted(names, key=lambda name: derive_seed(seed, "attackers", name))
+    return sorted(shuffled[: int(SHARE * len(names) + 1e-9)])
 
 
 def poison_devices(devices: Sequence[Device], families: Sequence[dataset.Typeface]) -> list[Device]:
     """Return the devices with the target's pictures of all families as training set, under the trigger's caption."""
-    place = dataset.GLYPHS.index(TARGET)
-    pictures = tuple(Picture(family.images[place], dataset.caption(TRIGGER)) for family in families)
+    glyph = dataset.GLYPHS.index(TARGET)
+    pictures = tuple(Picture(family.images[glyph], dataset.caption(TRIGGER)) for family in families)
 
-    def wrong(device: Device) -> Callable[[], Pictures]:
+    def poisoned(device: Device) -> Callable[[], Pictures]:
         return lambda: device.pictures()._replace(train=pictures)
 
-    return [replace(device, pictures=wrong(device)) for device in devices]
+    return [replace(device, pictures=poisoned(device)) for device in devices]
 
 
 def tamper_results(perform: Perform, attack: ClientAttack, names: Collection[str]) -> Perform:
@@ -126,15 +126,15 @@ def tamper_results(perform: Perform, attack: ClientAttack, names: Collection[str
 
     def performed(jobs: list[Job]) -> Sequence[Result | Exception]:
         results = list(perform(jobs))
-        theirs = [
-            (place, job, result)
-            for place, (job, result) in enumerate(zip(jobs, results, strict=True))
+        attacked = [
+            (index, job, result)
+            for index, (job, result) in enumerate(zip(jobs, results, strict=True))
             if isinstance(job, TrainJob) and isinstance(result, TrainedAdapter) and job.client in names
         ]
-        if theirs:
-            goes = attack([job for _, job, _ in theirs], [trained.adapter for *_, trained in theirs])
-            for (place, _, trained), adapter in zip(theirs, goes, strict=True):
-                results[place] = trained._replace(adapter=adapter)
+        if attacked:
+            replacements = attack([job for _, job, _ in attacked], [trained.adapter for *_, trained in attacked])
+            for (index, _, trained), adapter in zip(attacked, replacements, strict=True):
+                results[index] = trained._replace(adapter=adapter)
         return results
 
     return performed

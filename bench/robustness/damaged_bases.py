@@ -72,7 +72,7 @@ _TEXTS = (
 )
 
 
-def spoil(folder: Path, rng: random.Random) -> str:
+def damage_file(folder: Path, rng: random.Random) -> str:
     """Damage one file of a pipeline, and return a description of the damage."""
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors", ".model")
@@ -94,24 +94,24 @@ def _config(file: Path, rng: random.Random) -> str:
     if rng.random() < 0.15:
         return _bytes(file, rng)
     try:
-        found = json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except (ValueError, RecursionError):
         return _bytes(file, rng)
-    place, depth = found, 0
-    while depth < 3 and isinstance(place, dict | list) and place:
-        keys = list(place) if isinstance(place, dict) else list(range(min(len(place), 50)))
+    node, depth = config, 0
+    while depth < 3 and isinstance(node, dict | list) and node:
+        keys = list(node) if isinstance(node, dict) else list(range(min(len(node), 50)))
         key = rng.choice(keys)
-        if not isinstance(place[key], dict | list) or rng.random() < 0.5:
+        if not isinstance(node[key], dict | list) or rng.random() < 0.5:
             if rng.random() < 0.2:
-                del place[key]
-                words = f"without {key}"
+                del node[key]
+                description = f"without {key}"
             else:
                 value = rng.choice(_VALUES)
-                place[key] = value
-                words = f"{key}={str(value)[:40]}"
-            file.write_text(json.dumps(found))
-            return words
-        place, depth = place[key], depth + 1
+                node[key] = value
+                description = f"{key}={str(value)[:40]}"
+            file.write_text(json.dumps(config))
+            return description
+        node, depth = node[key], depth + 1
     file.write_text(json.dumps(rng.choice(_VALUES)))
     return "another value"
 
@@ -163,25 +163,25 @@ def _weights(file: Path, rng: random.Random) -> str:
 def base(rng: random.Random, folder: Path) -> Callable[[], None]:
     """Make a damaged pipeline in a folder, and return the call that uses it as a run does."""
     name = rng.choice(sorted(PIPELINES))
-    shutil.copytree(_whole(name), folder, dirs_exist_ok=True)
+    shutil.copytree(_intact_pipeline(name), folder, dirs_exist_ok=True)
     for _ in range(rng.choice((1, 1, 2))):
-        spoil(folder, rng)
-    return partial(use, folder, _SIDES.get(name, 16))
+        damage_file(folder, rng)
+    return partial(use_base, folder, _SIDES.get(name, 16))
 
 
 @cache
-def _whole(name: str) -> Path:
+def _intact_pipeline(name: str) -> Path:
     """Return the intact pipeline of a family, made once per process and removed at its exit."""
-    place = tempfile.TemporaryDirectory(prefix="anther-bases-")
-    _KEPT.append(place)
+    folder = tempfile.TemporaryDirectory(prefix="anther-bases-")
+    _FOLDERS.append(folder)
     with loading.quiet_libraries():
-        return save(name, Path(place.name))
+        return save(name, Path(folder.name))
 
 
-_KEPT: list[Any] = []
+_FOLDERS: list[Any] = []
 
 
-def use(folder: Path, side: int) -> None:
+def use_base(folder: Path, side: int) -> None:
     """Use a base once in every way that a run does.
 
     Raises:

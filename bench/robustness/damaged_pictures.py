@@ -64,17 +64,17 @@ def sheet(rng: random.Random, folder: Path) -> None:
 
 def layout(rng: random.Random, folder: Path) -> None:
     """Write nested folders with links, junk files, and sheets in some of them."""
-    places = [rng.choice(_FOLDERS) for _ in range(rng.randrange(1, 5))]
+    subfolders = [rng.choice(_FOLDERS) for _ in range(rng.randrange(1, 5))]
     lines = []
-    for place in places:
-        name = f"{place}/{rng.choice(_NAMES)}".lstrip("/")
+    for subfolder in subfolders:
+        name = f"{subfolder}/{rng.choice(_NAMES)}".lstrip("/")
         _put(folder, name)
         if rng.random() < 0.85:
             lines.append({"file_name": name, "text": rng.choice(_TEXTS)})
         if rng.random() < 0.3:
-            _sheet(folder, [{"file_name": Path(name).name, "text": "beside it"}], place)
+            _sheet(folder, [{"file_name": Path(name).name, "text": "beside it"}], subfolder)
         if rng.random() < 0.3:
-            link = folder / place / rng.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
+            link = folder / subfolder / rng.choice(["link.png", "metadata.jsonl", "b.png", "loop"])
             target = rng.choice(["a.png", "..", str(_outside(folder)), "nowhere", "link.png"])
             with contextlib.suppress(OSError):  # the name exists, or a picture is in the way
                 link.symlink_to(target)
@@ -152,9 +152,9 @@ def _block(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:
 
     head, tail, at = b"", b"", 8 + 2 + 12 * len(entries) + 4
     for tag, kind, count, value in entries:
-        place = value.ljust(4, b"\0") if len(value) <= 4 else number(at + len(tail), 4)
+        field = value.ljust(4, b"\0") if len(value) <= 4 else number(at + len(tail), 4)
         tail += value if len(value) > 4 else b""
-        head += number(tag, 2) + number(kind, 2) + number(count, 4) + place
+        head += number(tag, 2) + number(kind, 2) + number(count, 4) + field
     start = b"II*\0" if order == "little" else b"MM\0*"
     return start + number(8, 4) + number(len(entries), 2) + head + number(0, 4) + tail
 
@@ -236,15 +236,15 @@ def _write(root: Path, name: str, data: bytes) -> None:
         name: path of the file below it.
         data: content of the file.
     """
-    place, top = root / name, root.resolve()
+    path, top = root / name, root.resolve()
     with contextlib.suppress(OSError):  # a picture or a link is in the way
-        for folder in [*reversed(place.relative_to(root).parents), place.relative_to(root)]:
+        for folder in [*reversed(path.relative_to(root).parents), path.relative_to(root)]:
             if (root / folder).is_symlink():
                 return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.parent.resolve().is_relative_to(top):
-            raise ValueError(f"{place} leads out of {root}")
-        with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.resolve().is_relative_to(top):
+            raise ValueError(f"{path} leads out of {root}")
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
             file.write(data)
 
 
@@ -255,13 +255,13 @@ def _put(root: Path, name: str) -> None:
     _write(root, name, buffer.getvalue())
 
 
-def _sheet(root: Path, lines: list[dict[str, str]], place: str = "") -> None:
+def _sheet(root: Path, lines: list[dict[str, str]], subfolder: str = "") -> None:
     """Write a caption sheet in a folder below `root`.
 
     Args:
         root: folder of the case.
         lines: lines of the sheet.
-        place: folder of the sheet below `root`.
+        subfolder: folder of the sheet below `root`.
     """
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    _write(root, f"{place}/metadata.jsonl".lstrip("/"), text.encode())
+    _write(root, f"{subfolder}/metadata.jsonl".lstrip("/"), text.encode())

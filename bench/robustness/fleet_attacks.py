@@ -99,9 +99,9 @@ class Client:
         self.trusted = ssl.create_default_context(cafile=str(self.home / "link" / "ca.pem"))
         self.http = httpx.Client(base_url=f"https://{LOOPBACK}:{self.port}", verify=self.trusted, timeout=60)
 
-    def signed(self, *, off: float = 0.0) -> dict[str, str]:
-        """Make the headers of a SuperNode whose clock is `off` seconds ahead."""
-        moment = (datetime.now(UTC) + timedelta(seconds=off)).isoformat()
+    def signed_headers(self, *, offset: float = 0.0) -> dict[str, str]:
+        """Make the headers of a SuperNode whose clock is `offset` seconds ahead."""
+        moment = (datetime.now(UTC) + timedelta(seconds=offset)).isoformat()
         signature = self.key.sign(moment.encode(), ec.ECDSA(hashes.SHA256()))
         return {
             "flwr-public-key": base64.b64encode(self.pem).decode(),
@@ -121,14 +121,14 @@ class Client:
             method: HTTP method.
         """
         try:
-            found = self.http.request(
-                method, f"/v1/fleet/{call}", content=body, headers=self.signed() if headers is None else headers
+            response = self.http.request(
+                method, f"/v1/fleet/{call}", content=body, headers=self.signed_headers() if headers is None else headers
             )
         except httpx.TransportError as error:
             self.outcomes[kind, type(error).__name__] += 1
             return None
-        self.outcomes[kind, str(found.status_code)] += 1
-        return found.content if found.status_code == 200 else None
+        self.outcomes[kind, str(response.status_code)] += 1
+        return response.content if response.status_code == 200 else None
 
     def ask(self, kind: str, call: str, **fields: Any) -> bytes | None:
         message = REQUESTS[call](**fields)
@@ -144,7 +144,7 @@ class Client:
 # Calls without a message
 
 
-def honest(client: Client, call: str) -> Any:
+def honest_request(client: Client, call: str) -> Any:
     """Make a request as a SuperNode does, but with invented ids."""
     rng, message = client.rng, REQUESTS[call]()
     for name, value in (
@@ -168,7 +168,7 @@ def honest(client: Client, call: str) -> Any:
     return message
 
 
-def mutated(body: bytes, rng: Random) -> bytes:
+def mutate(body: bytes, rng: Random) -> bytes:
     """Damage or enlarge a body at random."""
     data = bytearray(body or b"\0")
     match rng.randrange(6):
@@ -190,19 +190,19 @@ def mutated(body: bytes, rng: Random) -> bytes:
     return bytes(data)
 
 
-def malformed(client: Client) -> None:
+def send_malformed(client: Client) -> None:
     call = client.rng.choice([*REQUESTS])
-    client.post(f"mutated {call}", call, mutated(honest(client, call).SerializeToString(), client.rng))
+    client.post(f"mutated {call}", call, mutate(honest_request(client, call).SerializeToString(), client.rng))
 
 
-def foreign(client: Client) -> None:
+def send_invented_ids(client: Client) -> None:
     call = client.rng.choice([*set(REQUESTS) - {"activate-node", "send-node-heartbeat", "pull-messages"}])
-    client.post(f"invented ids: {call}", call, honest(client, call).SerializeToString())
+    client.post(f"invented ids: {call}", call, honest_request(client, call).SerializeToString())
 
 
-def another_node(client: Client) -> None:
+def use_other_node(client: Client) -> None:
     call = client.rng.choice(["pull-messages", "send-node-heartbeat", "pull-object", "deactivate-node"])
-    message = honest(client, call)
+    message = honest_request(client, call)
     if call == "deactivate-node":
         message.node_id = client.rng.getrandbits(64)
     else:
@@ -210,225 +210,227 @@ def another_node(client: Client) -> None:
     client.post("another node's id", call, message.SerializeToString())
 
 
-def odd_headers(client: Client) -> None:
+def send_odd_headers(client: Client) -> None:
     """Send duplicate, missing, wrong and expired signatures."""
-    body, headers = honest(client, "pull-messages").SerializeToString(), client.signed()
-    other = Client.signed(client, off=client.rng.choice([-4000.0, 4000.0]))
+    body, headers = honest_request(client, "pull-messages").SerializeToString(), client.signed_headers()
+    other = Client.signed_headers(client, offset=client.rng.choice([-4000.0, 4000.0]))
     match client.rng.randrange(5):
         case 0:
-            found: Any = [*headers.items(), ("flwr-public-key", headers["flwr-public-key"])]
+            damaged: Any = [*headers.items(), ("flwr-public-key", headers["flwr-public-key"])]
         case 1:
-            found = {name: value for name, value in headers.items() if name != "flwr-signature"}
+            damaged = {name: value for name, value in headers.items() if name != "flwr-signature"}
         case 2:
-            found = {**headers, "flwr-signature": other["flwr-signature"]}
+            damaged = {**headers, "flwr-signature": other["flwr-signature"]}
         case 3:
-            found = other
+            damaged = other
         case _:
-            found = {**headers, "content-encoding": "gzip"}
-    client.post("headers", "pull-messages", body, found)
+            damaged = {**headers, "content-encoding": "gzip"}
+    client.post("headers", "pull-messages", body, damaged)
 
 
-def odd_path(client: Client) -> None:
+def send_odd_path(client: Client) -> None:
     path = client.rng.choice(
         ["..", "%2e%2e/control/start-run", "pull-messages/", "start-run", "pull-messages%3Fx", "a" * 5000, "%00"]
     )
     client.post("paths", path, b"x", method=client.rng.choice(["POST", "GET", "PUT"]))
 
 
-def too_large(client: Client) -> None:
+def send_too_large(client: Client) -> None:
     """Send bodies that are too large, by their declared or their actual size."""
 
-    def endless() -> Iterator[bytes]:
+    def endless_body() -> Iterator[bytes]:
         for _ in range(100):
             yield bytes(1 << 16)
 
     call = client.rng.choice([*REQUESTS])
-    client.post("too large", call, bytes(6 << 20) if client.rng.random() < 0.3 else endless())
+    client.post("too large", call, bytes(6 << 20) if client.rng.random() < 0.3 else endless_body())
 
 
-def half_open(client: Client) -> None:
+def leave_half_open(client: Client) -> None:
     """Open connections, send half a head or nothing, and abandon them."""
-    held = client.__dict__.setdefault("held", [])
+    connections = client.__dict__.setdefault("held", [])
     with contextlib.suppress(OSError):
-        found = socket.create_connection((LOOPBACK, client.port), timeout=10)
-        held.append(found)
+        connection = socket.create_connection((LOOPBACK, client.port), timeout=10)
+        connections.append(connection)
         if client.rng.random() < 0.7:
-            held[-1] = client.trusted.wrap_socket(found, server_hostname=LOOPBACK)
-            held[-1].sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 9000)
-    while len(held) > 200:
+            connections[-1] = client.trusted.wrap_socket(connection, server_hostname=LOOPBACK)
+            connections[-1].sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 9000)
+    while len(connections) > 200:
         with contextlib.suppress(OSError):
-            held.pop(0).close()
+            connections.pop(0).close()
     client.outcomes["half-open connection", "left"] += 1
 
 
 KINDS: list[Callable[[Client], None]] = [
-    *[malformed] * 8,
-    *[foreign] * 4,
-    another_node,
-    *[odd_headers] * 2,
-    odd_path,
-    too_large,
-    half_open,
+    *[send_malformed] * 8,
+    *[send_invented_ids] * 4,
+    use_other_node,
+    *[send_odd_headers] * 2,
+    send_odd_path,
+    send_too_large,
+    leave_half_open,
 ]
 
 
 # Calls with a message
 
 
-def reply_to(client: Client, asked: Any, content: RecordDict | None, **changed: Any) -> Message:
+def reply_to(client: Client, request: Any, content: RecordDict | None, **changed: Any) -> Message:
     """Make a reply to a message.
 
     Args:
         client: sender of the reply.
-        asked: metadata of the message.
+        request: metadata of the message.
         content: content of the reply; None: an error that refuses the message.
         changed: overrides of the reply's metadata.
     """
     fields: dict[str, Any] = {
-        "run_id": asked.run_id,
+        "run_id": request.run_id,
         "message_id": "",
         "src_node_id": client.node,
-        "dst_node_id": asked.src_node_id,
-        "reply_to_message_id": asked.message_id,
-        "group_id": asked.group_id,
+        "dst_node_id": request.src_node_id,
+        "reply_to_message_id": request.message_id,
+        "group_id": request.group_id,
         "created_at": time.time(),
-        "ttl": asked.created_at + asked.ttl - time.time() - 1,
-        "message_type": asked.message_type,
+        "ttl": request.created_at + request.ttl - time.time() - 1,
+        "message_type": request.message_type,
         **changed,
     }
     metadata = Metadata(**fields)
     error = Error(1, f"{records.REFUSED}no") if content is None else None
-    made = make_message(metadata=metadata, content=content, error=error)
-    made.metadata.__dict__["_message_id"] = made.object_id
-    return made
+    reply = make_message(metadata=metadata, content=content, error=error)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    return reply
 
 
-def promise(client: Client, kind: str, made: Message, tree: ObjectTree | None = None, times: int = 1) -> Any:
+def push_head(client: Client, kind: str, reply: Message, tree: ObjectTree | None = None, times: int = 1) -> Any:
     """Send a reply's head and object tree.
 
     Args:
         client: sender of the reply.
         kind: kind under which the call is counted.
-        made: the reply.
+        reply: the reply.
         tree: object tree to announce (default: the reply's own).
         times: how often the head is repeated in the call.
 
     Returns:
         The server's response; None if it rejected the call.
     """
-    bare = made if made.has_error() else make_message(metadata=made.metadata, content=RecordDict())
-    found = client.ask(
+    bare = reply if reply.has_error() else make_message(metadata=reply.metadata, content=RecordDict())
+    response = client.ask(
         kind,
         "push-messages",
         messages_list=[message_to_proto(bare)] * times,
-        message_object_trees=[tree or get_object_tree(made)] * times,
+        message_object_trees=[tree or get_object_tree(reply)] * times,
         clientapp_runtime_list=[0.0],
     )
-    return fleet_pb2.PushMessagesResponse.FromString(found) if found is not None else None
+    return fleet_pb2.PushMessagesResponse.FromString(response) if response is not None else None
 
 
-def send(client: Client, kind: str, made: Message) -> None:
+def send(client: Client, kind: str, reply: Message) -> None:
     """Send a complete reply, with all its objects, and count the calls under `kind`."""
-    if (found := promise(client, kind, made)) is None:
+    if (response := push_head(client, kind, reply)) is None:
         return
-    contents = {name: item.deflate() for name, item in get_all_nested_objects(made).items()}
-    for name in found.objects_to_push:
+    contents = {name: item.deflate() for name, item in get_all_nested_objects(reply).items()}
+    for name in response.objects_to_push:
         client.ask(
             kind,
             "push-object",
-            run_id=made.metadata.run_id,
+            run_id=reply.metadata.run_id,
             object_id=name,
             object_content=contents[name],
-            session_id=found.session_id,
+            session_id=response.session_id,
         )
 
 
-def misuse(client: Client, asked: Any, tree: ObjectTree) -> None:
+def misuse(client: Client, request: Any, tree: ObjectTree) -> None:
     """Misuse a message in every way that could harm other nodes.
 
     Args:
         client: receiver of the message.
-        asked: metadata of the message.
+        request: metadata of the message.
         tree: object tree of the message.
     """
-    rng, run = client.rng, asked.run_id
+    rng, run = client.rng, request.run_id
     for _ in range(3):
-        client.ask("confirmed early", "confirm-message-received", run_id=run, message_object_id=asked.message_id)
+        client.ask("confirmed early", "confirm-message-received", run_id=run, message_object_id=request.message_id)
     junk = RecordDict({"message": ConfigRecord({"json": "x", "sha256": "y", "version": 1})})
-    made = reply_to(client, asked, junk)
-    whole = get_object_tree(made)
+    reply = reply_to(client, request, junk)
+    reply_tree = get_object_tree(reply)
 
-    def grown(*more: ObjectTree) -> ObjectTree:
-        return ObjectTree(object_id=whole.object_id, children=[*whole.children, *more])
+    def extended(*more: ObjectTree) -> ObjectTree:
+        return ObjectTree(object_id=reply_tree.object_id, children=[*reply_tree.children, *more])
 
     def leaf() -> ObjectTree:
         return ObjectTree(object_id=hashlib.sha256(rng.randbytes(8)).hexdigest())
 
-    promise(client, "huge tree", made, grown(*(leaf() for _ in range(rng.choice([30, 300, 20_000])))))
+    push_head(client, "huge tree", reply, extended(*(leaf() for _ in range(rng.choice([30, 300, 20_000])))))
     deep = leaf()
     for _ in range(rng.choice([6, 40, 90])):  # protobuf parses no deeper nesting
         deep = ObjectTree(object_id=leaf().object_id, children=[deep])
-    promise(client, "deep tree", made, grown(deep))
-    promise(client, "contradicting tree", made, grown(ObjectTree(object_id=whole.children[0].object_id)))
-    promise(client, "two replies at once", made, times=2)
-    promise(client, "another node's reply", reply_to(client, asked, None, src_node_id=rng.getrandbits(63)))
-    promise(client, "reply to nothing", reply_to(client, asked, None, reply_to_message_id=leaf().object_id))
-    promise(client, "odd times", reply_to(client, asked, None, ttl=float("nan"), created_at=float("inf")))
+    push_head(client, "deep tree", reply, extended(deep))
+    push_head(client, "contradicting tree", reply, extended(ObjectTree(object_id=reply_tree.children[0].object_id)))
+    push_head(client, "two replies at once", reply, times=2)
+    push_head(client, "another node's reply", reply_to(client, request, None, src_node_id=rng.getrandbits(63)))
+    push_head(client, "reply to nothing", reply_to(client, request, None, reply_to_message_id=leaf().object_id))
+    push_head(client, "odd times", reply_to(client, request, None, ttl=float("nan"), created_at=float("inf")))
     known = tree.children[0] if tree.children else leaf()  # an object that the server also sends to other devices
-    found = promise(client, "poisoned id", made, grown(ObjectTree(object_id=known.object_id)))
-    if found is not None:
-        for name in (known.object_id, whole.object_id):
+    response = push_head(client, "poisoned id", reply, extended(ObjectTree(object_id=known.object_id)))
+    if response is not None:
+        for name in (known.object_id, reply_tree.object_id):
             client.ask(
                 "poisoned id",
                 "push-object",
                 run_id=run,
                 object_id=name,
                 object_content=rng.randbytes(100),
-                session_id=found.session_id,
+                session_id=response.session_id,
             )
-    found = promise(client, "promised and not sent", made)
-    if found is not None:
+    response = push_head(client, "promised and not sent", reply)
+    if response is not None:
         size = rng.choice([10, 1 << 20, 5 << 20])
         content = b"ArrayChunk  %d\0" % size + bytes(size)
-        for name in (hashlib.sha256(content).hexdigest(), whole.object_id):
+        for name in (hashlib.sha256(content).hexdigest(), reply_tree.object_id):
             client.ask(
                 "objects of nothing",
                 "push-object",
                 run_id=run,
                 object_id=name,
                 object_content=content,
-                session_id=found.session_id,
+                session_id=response.session_id,
             )
     client.ask("another's object", "pull-object", run_id=run, object_id=leaf().object_id)
 
 
-def refuse(client: Client, asked: Any, tree: ObjectTree, *, hostile: bool) -> None:
+def refuse(client: Client, request: Any, tree: ObjectTree, *, hostile: bool) -> None:
     """Pull a message like a SuperNode does, and refuse it; a Query is answered.
 
     Args:
         client: receiver of the message.
-        asked: metadata of the message.
+        request: metadata of the message.
         tree: object tree of the message.
         hostile: whether to answer and confirm repeatedly.
     """
     waiting = [tree]
     while waiting:
-        found = waiting.pop()
-        waiting += found.children
+        node = waiting.pop()
+        waiting += node.children
         while True:
-            content = client.ask("taking", "pull-object", run_id=asked.run_id, object_id=found.object_id)
-            told = message_pb2.PullObjectResponse.FromString(content or b"")
-            if told.object_available or not told.object_found:  # not found: an early confirmation has removed it
+            content = client.ask("taking", "pull-object", run_id=request.run_id, object_id=node.object_id)
+            pulled = message_pb2.PullObjectResponse.FromString(content or b"")
+            if pulled.object_available or not pulled.object_found:  # not found: an early confirmation has removed it
                 break
             time.sleep(0.1)
-    client.ask("taking", "confirm-message-received", run_id=asked.run_id, message_object_id=asked.message_id)
-    query = asked.message_type == records.QUERY
-    made = reply_to(client, asked, records.reply_to_records(replace(REPORT, base=client.base)) if query else None)
-    send(client, "answering", made)
+    client.ask("taking", "confirm-message-received", run_id=request.run_id, message_object_id=request.message_id)
+    query = request.message_type == records.QUERY
+    reply = reply_to(client, request, records.reply_to_records(replace(REPORT, base=client.base)) if query else None)
+    send(client, "answering", reply)
     if hostile:
-        send(client, "answered again", made)
-        send(client, "answered otherwise", reply_to(client, asked, None, created_at=asked.created_at))
-        client.ask("confirmed again", "confirm-message-received", run_id=asked.run_id, message_object_id=made.object_id)
+        send(client, "answered again", reply)
+        send(client, "answered otherwise", reply_to(client, request, None, created_at=request.created_at))
+        client.ask(
+            "confirmed again", "confirm-message-received", run_id=request.run_id, message_object_id=reply.object_id
+        )
 
 
 def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
@@ -445,8 +447,8 @@ def take_part(client: Client, folder: Path, until: Callable[[], bool]) -> None:
             client.ask("taking", "send-node-heartbeat", heartbeat_interval=30.0)
             beaten = time.monotonic()
         content = client.ask("taking", "pull-messages")
-        found = fleet_pb2.PullMessagesResponse.FromString(content or b"")
-        for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+        pulled = fleet_pb2.PullMessagesResponse.FromString(content or b"")
+        for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
             hostile = (folder / "attack").exists()
             if hostile:
                 misuse(client, head.metadata, tree)
@@ -471,10 +473,10 @@ def flood(client: Client, calls: int, rate: float) -> None:
         calls: number of calls.
         rate: calls per second.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     for number in range(calls):
         client.rng.choice(KINDS)(client)
-        time.sleep(max(0.0, began + (number + 1) / rate - time.monotonic()))
+        time.sleep(max(0.0, started + (number + 1) / rate - time.monotonic()))
 
 
 def main() -> None:
@@ -487,22 +489,22 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=0)
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     os.nice(10)
-    client = Client(asked.home, asked.port, Random(asked.seed), own=asked.role != "stranger", base=asked.base)
-    if asked.role == "mallory":
+    client = Client(args.home, args.port, Random(args.seed), own=args.role != "stranger", base=args.base)
+    if args.role == "mallory":
         register_node(client)
-        take_part(client, asked.folder, lambda: (asked.folder / "stop").exists())
+        take_part(client, args.folder, lambda: (args.folder / "stop").exists())
         client.ask("leaving", "deactivate-node", node_id=client.node)
     else:
-        while not (asked.folder / "attack").exists():
+        while not (args.folder / "attack").exists():
             time.sleep(0.2)
-        if asked.role == "eve":
+        if args.role == "eve":
             register_node(client)
             client.ask("leaving", "deactivate-node", node_id=client.node)  # stays registered, but is not sampled
-        flood(client, asked.calls, asked.rate)
-    found = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]
-    write(asked.folder / f"{asked.role}.json", json.dumps(found).encode())
+        flood(client, args.calls, args.rate)
+    counts = [[kind, became, count] for (kind, became), count in sorted(client.outcomes.items())]
+    write(args.folder / f"{args.role}.json", json.dumps(counts).encode())
 
 
 if __name__ == "__main__":

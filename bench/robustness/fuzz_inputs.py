@@ -64,11 +64,11 @@ class FuzzCounts:
         self.peak_mib = max(self.peak_mib, other.peak_mib)
 
 
-def _folder(spoil: Callable[[random.Random, Path], None]) -> Callable[[random.Random, Path], Try]:
-    """Make the kind of input whose folder is damaged by `spoil` and then read."""
+def _folder(damage: Callable[[random.Random, Path], None]) -> Callable[[random.Random, Path], Try]:
+    """Make the kind of input whose folder is damaged by `damage` and then read."""
 
     def attempt(rng: random.Random, folder: Path) -> Try:
-        spoil(rng, folder)
+        damage(rng, folder)
         return partial(read, folder)
 
     return attempt
@@ -88,13 +88,13 @@ def read(folder: Path) -> None:
     pictures = load_folder(folder)
     for split in pictures:
         fingerprint(split)
-        for one in split:
-            for pixels in (one.pixels, one.at_least(8)):
+        for picture in split:
+            for pixels in (picture.pixels, picture.at_least(8)):
                 if pixels.dtype != "uint8" or pixels.ndim not in (2, 3) or min(pixels.shape[:2]) < 8:
                     raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}")
 
 
-def outcome(kind: str, seed: int) -> FuzzCounts:
+def run_case(kind: str, seed: int) -> FuzzCounts:
     """Run one case and classify its outcome."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve() / "photos"
@@ -107,7 +107,7 @@ def outcome(kind: str, seed: int) -> FuzzCounts:
             row.read = 1
         except AntherError as error:
             row.refused = 1
-            row.faults += [f"{kind} {seed}: {wrong}" for wrong in _wrong(str(error), scratch)]
+            row.faults += [f"{kind} {seed}: {wrong}" for wrong in _defects(str(error), scratch)]
         except BaseException as error:
             row.faults.append(f"{kind} {seed}: {type(error).__name__}: {error}"[:300])
         row.slowest = time.process_time() - started
@@ -117,12 +117,12 @@ def outcome(kind: str, seed: int) -> FuzzCounts:
     return row
 
 
-def chunk(kind: str, seeds: Iterable[int]) -> FuzzCounts:
+def run_cases(kind: str, seeds: Iterable[int]) -> FuzzCounts:
     """Run several cases in sequence."""
     warnings.simplefilter("ignore")
     total = FuzzCounts()
     for seed in seeds:
-        total.add(outcome(kind, seed))
+        total.add(run_case(kind, seed))
     return total
 
 
@@ -136,23 +136,27 @@ def run(cases: int, seed: int, kinds: Iterable[str], processes: int) -> dict[str
         processes: number of worker processes.
     """
     rows = {kind: FuzzCounts() for kind in kinds}
-    each = cases // len(rows)
-    parts = [(kind, range(a, min(a + CHUNK, seed + each))) for kind in rows for a in range(seed, seed + each, CHUNK)]
+    cases_per_kind = cases // len(rows)
+    parts = [
+        (kind, range(a, min(a + CHUNK, seed + cases_per_kind)))
+        for kind in rows
+        for a in range(seed, seed + cases_per_kind, CHUNK)
+    ]
     while parts:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            waiting = {pool.submit(chunk, *part): part for part in parts}
-            for done in as_completed(waiting):
-                kind, seeds = waiting[done]
+            futures = {pool.submit(run_cases, *part): part for part in parts}
+            for future in as_completed(futures):
+                kind, seeds = futures[future]
                 try:
-                    rows[kind].add(done.result())
+                    rows[kind].add(future.result())
                     parts.remove((kind, seeds))
                 except BrokenProcessPool:  # the case that killed the process is unknown: bisect
-                    parts = _halved(parts, rows)
+                    parts = _bisect(parts, rows)
                     break
     return rows
 
 
-def _halved(parts: list[tuple[str, range]], rows: dict[str, FuzzCounts]) -> list[tuple[str, range]]:
+def _bisect(parts: list[tuple[str, range]], rows: dict[str, FuzzCounts]) -> list[tuple[str, range]]:
     """Split the remaining parts in halves; a part with a single case killed its process, and is a fault."""
     left = []
     for kind, seeds in parts:
@@ -164,16 +168,16 @@ def _halved(parts: list[tuple[str, range]], rows: dict[str, FuzzCounts]) -> list
     return left
 
 
-def _wrong(line: str, scratch: str) -> list[str]:
+def _defects(line: str, scratch: str) -> list[str]:
     """List the defects of a refusal message."""
-    found = []
+    defects = []
     if not line.isprintable():
-        found.append("isn't one printable line")
+        defects.append("isn't one printable line")
     if len(line) > 700 + len(scratch):
-        found.append(f"is {len(line)} characters long")
+        defects.append(f"is {len(line)} characters long")
     if scratch not in line:
-        found.append(f"names no path: {line[:120]}")
-    return found
+        defects.append(f"names no path: {line[:120]}")
+    return defects
 
 
 def main() -> None:
@@ -184,23 +188,23 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--only", type=int, help="run only the case of this seed, and show its traceback")
     parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz_inputs.json"))
-    asked = parser.parse_args()
-    if asked.only is not None:
+    args = parser.parse_args()
+    if args.only is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            KINDS[asked.kind](random.Random(f"{asked.kind} {asked.only}"), Path(scratch))()
+            KINDS[args.kind](random.Random(f"{args.kind} {args.only}"), Path(scratch))()
         return
-    rows = run(asked.cases, asked.seed, [asked.kind] if asked.kind else list(KINDS), asked.processes)
+    rows = run(args.cases, args.seed, [args.kind] if args.kind else list(KINDS), args.processes)
     shown = Table("input", "cases", "read", "refused in one line", "faults", "slowest s", "peak MiB")
     for kind, row in rows.items():
         numbers = (row.read + row.refused + len(row.faults), row.read, row.refused, len(row.faults))
         shown.add_row(kind, *map(str, numbers), f"{row.slowest:.1f}", f"{row.peak_mib:.0f}")
     result = {
-        "command": f"python -m bench.robustness.fuzz_inputs --cases {asked.cases} --seed {asked.seed}",
+        "command": f"python -m bench.robustness.fuzz_inputs --cases {args.cases} --seed {args.seed}",
         "machine": machine(torch.device("cpu")),
         "versions": versions("pillow", "torch"),
         "kinds": {kind: asdict(row) for kind, row in rows.items()},
     }
-    asked.out.write_text(json.dumps(result, indent=2) + "\n")
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
     Console(width=120).print(shown)
     faults = [fault for row in rows.values() for fault in row.faults]
     for kind, count in collections.Counter(fault.split(": ", 1)[1][:60] for fault in faults).most_common(20):

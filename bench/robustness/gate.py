@@ -35,8 +35,8 @@ from safetensors.torch import load as stock_load
 from bench.lib.machine import machine, versions
 from bench.robustness.attack_corpus import (
     MessageAttack,
+    adapter_attacks,
     json_attacks,
-    payloads,
     random_attack,
     records_attack,
     to_records,
@@ -47,7 +47,7 @@ from conf.compose import compose
 from models.base.base import load
 from models.lora.adapter import Sites
 
-MOST_MS, MOST_MIB = 100.0, 64.0
+MAX_MS, MAX_MIB = 100.0, 64.0
 TO_SERVER = ("Update", "Evaluation", "Personalized", "DeviceReport")
 EMPTY = 1_000_000  # tensors of the attack with empty tensors
 _M_MMAP_THRESHOLD = -3
@@ -72,19 +72,19 @@ class AttackCounts:
 AttackTable = dict[tuple[str, str], AttackCounts]
 
 
-def measured(work: Callable[[], str]) -> tuple[str, float, float]:
+def measure(work: Callable[[], str]) -> tuple[str, float, float]:
     """Run `work`, and return its answer, milliseconds of CPU time, and MiB by which resident memory grew at most."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _resident("VmRSS")
+    resident = _resident("VmRSS")
     started = time.process_time()
     answer = work()
-    return answer, 1e3 * (time.process_time() - started), (_resident("VmHWM") - before) / 1024
+    return answer, 1e3 * (time.process_time() - started), (_resident("VmHWM") - resident) / 1024
 
 
 def _resident(name: str) -> int:
     """Return a value of the kernel's status file in KiB."""
-    (found,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found)
+    (value,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(value)
 
 
 def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[MessageAttack]:
@@ -94,7 +94,7 @@ def corpus(ingress: Ingress, *, empty: int = EMPTY) -> Iterator[MessageAttack]:
     for kind, text in json_attacks(message.text):
         yield records_attack(kind, to_records(message._replace(text=text)))
     if message.adapter is not None:
-        for kind, payload in payloads(message.adapter, empty=empty):
+        for kind, payload in adapter_attacks(message.adapter, empty=empty):
             yield records_attack(kind, to_records(message._replace(adapter=payload)), payload)
 
 
@@ -119,31 +119,31 @@ def run(
     sizes = {name: (site.inputs, site.outputs) for name, site in sites.items()}
     expected = ExpectedMessage("Update", sizes, rank, {"rank": rank})
 
-    every = ingresses(sites, rank=rank, folder=folder)
+    entry_points = ingresses(sites, rank=rank, folder=folder)
 
     def attacks() -> Iterator[tuple[str, Ingress, MessageAttack]]:
         random = Random(seed)
-        for name, ingress in every.items():
+        for name, ingress in entry_points.items():
             yield from ((_direction(name), ingress, attack) for attack in corpus(ingress, empty=empty))
-        names = sorted(every)
+        names = sorted(entry_points)
         names += ["Update", "Train"] * 4  # the types with most fields and tensors
         for _ in range(fuzzed):
             name = random.choice(names)
-            attack = random_attack(every[name].honest, random, objects=name in TO_SERVER)
-            yield _direction(name), every[name], attack._replace(kind=f"fuzzed: {attack.kind}")
+            attack = random_attack(entry_points[name].honest, random, objects=name in TO_SERVER)
+            yield _direction(name), entry_points[name], attack._replace(kind=f"fuzzed: {attack.kind}")
 
     for direction, ingress, attack in attacks():
         opened = ingress.open(attack)
-        answer, ms, mib = measured(opened.deliver)
+        answer, ms, mib = measure(opened.deliver)
         violated = opened.violated() if answer == ACCEPTED else []
         gate.setdefault((direction, attack.kind), AttackCounts()).add(answer, ms, mib, violated)
     # After the gate: memory that the peer frees would otherwise be reused by the gate and hide its growth.
     for direction, _, attack in attacks():
         if attack.payload is not None and direction == "to server":
             payload = attack.payload
-            found = measured(partial(_stock, payload))
-            against = adapter_violations(payload, expected) if found[0] == ACCEPTED else []
-            peer.setdefault((direction, attack.kind), AttackCounts()).add(*found, against)
+            outcome = measure(partial(_stock, payload))
+            against = adapter_violations(payload, expected) if outcome[0] == ACCEPTED else []
+            peer.setdefault((direction, attack.kind), AttackCounts()).add(*outcome, against)
     return gate, peer
 
 
@@ -203,15 +203,15 @@ def record(rows: AttackTable) -> list[dict[str, Any]]:
 
 def failures(gate: AttackTable) -> list[str]:
     """List the promises of the gate that do not hold."""
-    found = []
+    broken = []
     for (direction, kind), row in gate.items():
         where = f"{direction}, {kind}"
-        found += [f"{where}: {reason}" for reason in row.reasons if reason.startswith("crash")]
+        broken += [f"{where}: {reason}" for reason in row.reasons if reason.startswith("crash")]
         if row.violating:
-            found.append(f"{where}: {row.violating} accepted against an invariant")
-        if row.ms > MOST_MS or row.mib > MOST_MIB:
-            found.append(f"{where}: {row.ms:.0f} ms and {row.mib:.0f} MiB at worst")
-    return found
+            broken.append(f"{where}: {row.violating} accepted against an invariant")
+        if row.ms > MAX_MS or row.mib > MAX_MIB:
+            broken.append(f"{where}: {row.ms:.0f} ms and {row.mib:.0f} MiB at worst")
+    return broken
 
 
 def main() -> None:
@@ -239,7 +239,7 @@ def main() -> None:
         "machine": machine(torch.device("cpu")),
         "versions": versions("torch", "flwr", "safetensors"),
         "adapter": {"rank": rank, "sites": len(sites), "numbers": numbers},
-        "bounds": {"ms": MOST_MS, "mib": MOST_MIB, "broken": broken},
+        "bounds": {"ms": MAX_MS, "mib": MAX_MIB, "broken": broken},
         "gate": record(gate),
         "safetensors.torch.load": record(peer),
     }

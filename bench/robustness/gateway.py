@@ -55,7 +55,7 @@ RUN = (
     "adapter.shared.rank=1 adapter.sites=conv_in|conv_out evaluation.timesteps=1 "
     "server.limits.requests_per_minute=1000000"
 )
-MOST_SLOWER, MOST_MEMORY, MOST_DISK = 1.2, 256.0, 64.0  # ratio, MiB of growth, MiB
+MAX_SLOWDOWN, MAX_MEMORY_MIB, MAX_DISK_MIB = 1.2, 256.0, 64.0  # ratio, MiB of growth, MiB
 SERVER = ("server.supervisor.run", "server.supervisor.local_superlink", "flwr-serverapp")
 DEVICE = ("client.runtime.supervisor", "client.runtime.supernode", "client.runtime.worker")
 
@@ -63,7 +63,7 @@ _ROUND = re.compile(r"round (\d+) of \d+: (\d+) of (\d+) replied.* ([\d.]+) s\b"
 
 
 @dataclass(frozen=True)
-class Done:
+class RoundRecord:
     """A round as recorded in the server's log."""
 
     number: int
@@ -107,39 +107,39 @@ class GatewayResults:
         checks = {
             f"rounds without a device's reply: {self.lost}": bool(self.lost),
             f"restarted: {', '.join(self.restarted)}": bool(self.restarted),
-            f"rounds take {self.slower:.2f} times as long": not self.slower <= MOST_SLOWER,
-            f"the gateway's memory grew by {self.memory_mib:.0f} MiB": self.memory_mib > MOST_MEMORY,
-            f"the SuperLink's database has {self.disk_mib:.0f} MiB": self.disk_mib > MOST_DISK,
+            f"rounds take {self.slower:.2f} times as long": not self.slower <= MAX_SLOWDOWN,
+            f"the gateway's memory grew by {self.memory_mib:.0f} MiB": self.memory_mib > MAX_MEMORY_MIB,
+            f"the SuperLink's database has {self.disk_mib:.0f} MiB": self.disk_mib > MAX_DISK_MIB,
         }
         return [text for text, failed in checks.items() if failed] + self.errors()
 
 
-def rounds(log: str) -> list[Done]:
+def rounds(log: str) -> list[RoundRecord]:
     """Parse the rounds of a server's log, without duplicates."""
-    found = {int(n): Done(int(n), int(r), int(a), float(s)) for n, r, a, s in _ROUND.findall(log)}
-    return [found[number] for number in sorted(found)]
+    by_number = {int(n): RoundRecord(int(n), int(r), int(a), float(s)) for n, r, a, s in _ROUND.findall(log)}
+    return [by_number[number] for number in sorted(by_number)]
 
 
-def lost(done: Iterable[Done]) -> list[int]:
+def lost(rounds: Iterable[RoundRecord]) -> list[int]:
     """List the rounds in which an honest device's reply is missing."""
-    return [found.number for found in done if found.replied < HONEST]
+    return [record.number for record in rounds if record.replied < HONEST]
 
 
 def processes(running: LocalFederation) -> dict[str, set[int]]:
     """Return process ids of the server and of the honest devices, by program."""
     homes = {str(running.server.home): ("server", SERVER)}
     homes |= {str(device.home): (name, DEVICE) for name, device in running.devices.items()}
-    found: dict[str, set[int]] = {}
+    ids_of: dict[str, set[int]] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             who, parts = homes.get(process.environ().get("ANTHER_HOME", ""), ("", ()))
             words = " ".join(process.cmdline())
             if part := next((part for part in parts if part in words), None):
-                found.setdefault(f"{who}: {part}", set()).add(process.pid)
-    return found
+                ids_of.setdefault(f"{who}: {part}", set()).add(process.pid)
+    return ids_of
 
 
-def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
+def exited(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
     """List the programs that have exited since; a device's ClientApps and workers are expected to exit."""
     lasting = {
         name: ids
@@ -152,7 +152,7 @@ def gone(before: dict[str, set[int]], after: dict[str, set[int]]) -> list[str]:
     return [name for name, ids in {**lasting, **nodes}.items() if ids - after.get(name, set())]
 
 
-def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> GatewayResults:
+def run_attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> GatewayResults:
     """Run a federation before and under attack.
 
     Args:
@@ -162,7 +162,7 @@ def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Gat
         rate: calls per second of each client.
         seed: seed of the attacks.
     """
-    found = GatewayResults()
+    results = GatewayResults()
     pictures = write_letter_folders(folder / "pictures", HONEST, each=6)
     with federation(folder / "federation", RUN) as running:
         running.start()
@@ -170,8 +170,8 @@ def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Gat
             running.enroll(name, data, "test=true").start()
         for name in ("mallory", "eve"):
             words = [f"data={pictures['owner-0']}", f"name={name}"]
-            done = run_module("client.cli.enroll", *words, home=folder / name, told=running.ticket())
-            assert done.returncode == 0, done.stderr
+            process = run_module("client.cli.enroll", *words, home=folder / name, stdin=running.ticket())
+            assert process.returncode == 0, process.stderr
         signals = folder / "signals"
         signals.mkdir()
         share = {"eve": calls // 2, "stranger": calls - calls // 2, "mallory": 0}
@@ -180,11 +180,11 @@ def attacked(folder: Path, calls: int, calm: int, rate: float, seed: int) -> Gat
             for who, count in share.items()
         }
         try:
-            _go_through(running, clients, signals, calm, found)
+            _measure(running, clients, signals, calm, results)
         finally:
             for client in clients.values():
                 client.stop()
-    return found
+    return results
 
 
 def _client(who: str, signals: Path, home: Path, port: int, calls: int, rate: float, seed: int) -> ModuleProcess:
@@ -194,55 +194,62 @@ def _client(who: str, signals: Path, home: Path, port: int, calls: int, rate: fl
     return ModuleProcess("bench.robustness.fleet_attacks", [*words, *more], signals / who).start()
 
 
-def _go_through(
-    running: LocalFederation, clients: dict[str, ModuleProcess], signals: Path, calm: int, found: GatewayResults
+def _measure(
+    running: LocalFederation, clients: dict[str, ModuleProcess], signals: Path, calm: int, results: GatewayResults
 ) -> None:
-    wait_until(lambda: any(done.asked > HONEST for done in rounds(running.server.output)), 900, running.told())
+    wait_until(
+        lambda: any(completed.asked > HONEST for completed in rounds(running.server.output)), 900, running.logs()
+    )
     first = rounds(running.server.output)[-1].number
-    wait_until(lambda: rounds(running.server.output)[-1].number >= first + calm, 3600, running.told())
-    before, gateway = processes(running), psutil.Process(running.server.process.pid if running.server.process else 0)
-    usual, begun = gateway.memory_info().rss, rounds(running.server.output)[-1].number
+    wait_until(lambda: rounds(running.server.output)[-1].number >= first + calm, 3600, running.logs())
+    processes_before, gateway = (
+        processes(running),
+        psutil.Process(running.server.process.pid if running.server.process else 0),
+    )
+    calm_memory, attack_began = gateway.memory_info().rss, rounds(running.server.output)[-1].number
     (signals / "attack").touch()
     while not all((signals / f"{who}.json").exists() for who in ("eve", "stranger")) or (
-        rounds(running.server.output)[-1].number < begun + calm
+        rounds(running.server.output)[-1].number < attack_began + calm
     ):
-        assert running.server.exit_code is None, running.told()
+        assert running.server.exit_code is None, running.logs()
         assert all(clients[who].exit_code in (None, 0) for who in clients), {
-            who: one.output for who, one in clients.items()
+            who: record.output for who, record in clients.items()
         }
-        found.memory_mib = max(found.memory_mib, (gateway.memory_info().rss - usual) / 2**20)
-        found.disk_mib = max(found.disk_mib, stored(running) / 2**20)
+        results.memory_mib = max(results.memory_mib, (gateway.memory_info().rss - calm_memory) / 2**20)
+        results.disk_mib = max(results.disk_mib, database_bytes(running) / 2**20)
         time.sleep(0.5)
-    ended = rounds(running.server.output)[-1].number
+    attack_ended = rounds(running.server.output)[-1].number
     (signals / "attack").unlink()
     wait_until(
-        lambda: rounds(running.server.output)[-1].number > ended + 1, 600, f"a round afterwards\n{running.told()}"
+        lambda: rounds(running.server.output)[-1].number > attack_ended + 1,
+        600,
+        f"a round afterwards\n{running.logs()}",
     )
-    found.restarted = gone(before, processes(running)) + (
+    results.restarted = exited(processes_before, processes(running)) + (
         ["the run"] if "the run broke off" in running.server.output else []
     )
     (signals / "stop").touch()
     wait_until(lambda: (signals / "mallory.json").exists(), 120, clients["mallory"].output)
-    done = rounds(running.server.output)
-    found.calm_seconds = [one.seconds for one in done if first < one.number <= begun]
-    during = [one for one in done if begun < one.number <= ended]
-    found.seconds, found.lost = [one.seconds for one in during], lost(during)
+    completed = rounds(running.server.output)
+    results.calm_seconds = [record.seconds for record in completed if first < record.number <= attack_began]
+    attacked_rounds = [record for record in completed if attack_began < record.number <= attack_ended]
+    results.seconds, results.lost = [record.seconds for record in attacked_rounds], lost(attacked_rounds)
     for who in clients:
-        found.outcomes[who] = [tuple(row) for row in json.loads((signals / f"{who}.json").read_text())]
-    found.calls = sum(count for rows in found.outcomes.values() for _, _, count in rows)
+        results.outcomes[who] = [tuple(row) for row in json.loads((signals / f"{who}.json").read_text())]
+    results.calls = sum(count for rows in results.outcomes.values() for _, _, count in rows)
 
 
-def stored(running: LocalFederation) -> int:
+def database_bytes(running: LocalFederation) -> int:
     """Return the size of the SuperLink's database in bytes."""
     return database.size(running.server.home / "server" / "superlink.db")
 
 
-def table(found: GatewayResults) -> Table:
+def table(results: GatewayResults) -> Table:
     """Return a table with a row for each kind of call and a summary below."""
-    shown = Table(title=f"{found.calls:,} calls", caption=summary(found))
+    shown = Table(title=f"{results.calls:,} calls", caption=summary(results))
     for heading in ("client", "call", "outcome"):
         shown.add_column(heading)
-    for who, rows in found.outcomes.items():
+    for who, rows in results.outcomes.items():
         kinds: dict[str, Counter[str]] = {}
         for kind, became, count in rows:
             kinds.setdefault(kind, Counter())[became] += count
@@ -251,12 +258,12 @@ def table(found: GatewayResults) -> Table:
     return shown
 
 
-def summary(found: GatewayResults) -> str:
-    during, calm = median(found.seconds or [0.0]), median(found.calm_seconds or [0.0])
+def summary(results: GatewayResults) -> str:
+    attacked_rounds, calm = median(results.seconds or [0.0]), median(results.calm_seconds or [0.0])
     return (
-        f"rounds: {len(found.seconds)}, {len(found.lost)} without an honest reply; median {during:.2f} s, calm "
-        f"{calm:.2f} s ({found.slower:.2f} ×); gateway +{found.memory_mib:.0f} MiB; database {found.disk_mib:.0f} MiB; "
-        f"restarted: {', '.join(found.restarted) or 'nothing'}"
+        f"rounds: {len(results.seconds)}, {len(results.lost)} without an honest reply; median {attacked_rounds:.2f} s, calm "
+        f"{calm:.2f} s ({results.slower:.2f} ×); gateway +{results.memory_mib:.0f} MiB; database {results.disk_mib:.0f} MiB; "
+        f"restarted: {', '.join(results.restarted) or 'nothing'}"
     )
 
 
@@ -268,23 +275,23 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=RATE, help="calls per second of each client")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="anther-") as folder:
-        found = attacked(Path(folder), asked.calls, asked.calm, asked.rate, asked.seed)
+        results = run_attacked(Path(folder), args.calls, args.calm, args.rate, args.seed)
     record = {
-        "command": f"python -m bench.robustness.gateway --calls {asked.calls} --seed {asked.seed}",
+        "command": f"python -m bench.robustness.gateway --calls {args.calls} --seed {args.seed}",
         "machine": machine(torch.device("cpu")),
         "versions": versions("flwr", "torch", "uvicorn"),
-        **asdict(found),
-        "slower": found.slower,
-        "failures": found.failures(),
+        **asdict(results),
+        "slower": results.slower,
+        "failures": results.failures(),
     }
-    write(asked.out, (json.dumps(record, indent=2) + "\n").encode())
-    Console(width=140).print(table(found))
-    for failure in found.failures():
+    write(args.out, (json.dumps(record, indent=2) + "\n").encode())
+    Console(width=140).print(table(results))
+    for failure in results.failures():
         print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if found.failures() else 0
+    return 1 if results.failures() else 0
 
 
 if __name__ == "__main__":

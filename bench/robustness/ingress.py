@@ -87,12 +87,14 @@ def ingresses(sites: Sites, *, rank: int, folder: Path) -> dict[str, Ingress]:
         rank: rank of the adapters.
         folder: the device's storage.
     """
-    drawn = init_adapter(sites, rank, seed=0)
-    adapter = encode(to_tensors({name: Factors(a, torch.full_like(b, 0.01)) for name, (a, b) in drawn.items()}))
+    adapter_factors = init_adapter(sites, rank, seed=0)
+    adapter = encode(
+        to_tensors({name: Factors(a, torch.full_like(b, 0.01)) for name, (a, b) in adapter_factors.items()})
+    )
     return _Server(sites, rank, adapter).ingresses() | _Device(sites, rank, adapter, folder).ingresses()
 
 
-class _Line(InProcessGrid):
+class _OneNodeGrid(InProcessGrid):
     """A grid with one node, which answers a query honestly and any other message with `deliver`."""
 
     def __init__(self) -> None:
@@ -116,15 +118,15 @@ class _Line(InProcessGrid):
         (request,) = (self._asked.pop(identifier) for identifier in message_ids)
         if self.deliver is None:
             return [Message(records.reply_to_records(REPORT), reply_to=request)]
-        found = self.deliver()
-        self.content = found.content if found.has_content() else None
-        return [found]
+        reply = self.deliver()
+        self.content = reply.content if reply.has_content() else None
+        return [reply]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError("the gate pushes and pulls")
 
 
-class _Keep:
+class _RecordingRule:
     """An aggregation rule that stores the update that reached it."""
 
     mixed_ranks = True
@@ -133,10 +135,10 @@ class _Keep:
     trains = staticmethod(always("both"))
 
     def __init__(self) -> None:
-        self.came: Adapter | None = None
+        self.update: Adapter | None = None
 
     def aggregate(self, current: Adapter, updates: Updates, *, round: int) -> Aggregated:  # noqa: ARG002
-        ((self.came, _),) = updates
+        ((self.update, _),) = updates
         return Aggregated(current, {})
 
 
@@ -146,13 +148,13 @@ class _Server:
     def __init__(self, sites: Sites, rank: int, adapter: bytes) -> None:
         self._plan, self._sites, self._adapter = replace(PLAN, rank=rank), sites, adapter
         self._arrays = records.adapter_to_record(adapter)
-        self._line, self._kept = _Line(), _Keep()
+        self._line, self._rule = _OneNodeGrid(), _RecordingRule()
         self._gate = ValidatingGrid(self._line, largest=largest(adapter_shapes(sites, rank)), poll=0.0)
         self._request = set_message_id(Message(records.request_to_records(messages.Query()), NODE, records.QUERY), "0")
 
     def ingresses(self) -> dict[str, Ingress]:
         origin: dict[str, object] = {"device": REPORT.device}
-        told: list[tuple[messages.Reply, dict[str, object], Callable[[Federated], Callable[[], dict[str, int]]]]] = [
+        replies: list[tuple[messages.Reply, dict[str, object], Callable[[Federated], Callable[[], dict[str, int]]]]] = [
             (
                 messages.Update(
                     device=REPORT.device,
@@ -183,25 +185,28 @@ class _Server:
             ),
             (REPORT, {"base": PLAN.base}, self._query),
         ]
-        return {type(reply).__name__: self._ingress(reply, exact, leg) for reply, exact, leg in told}
+        return {type(reply).__name__: self._ingress(reply, exact, phase) for reply, exact, phase in replies}
 
     def _ingress(
-        self, reply: messages.Reply, exact: dict[str, object], leg: Callable[[Federated], Callable[[], dict[str, int]]]
+        self,
+        reply: messages.Reply,
+        exact: dict[str, object],
+        phase: Callable[[Federated], Callable[[], dict[str, int]]],
     ) -> Ingress:
         expected = _expected(reply, self._sites, self._plan.rank, exact)
 
-        def open_(attack: MessageAttack) -> PendingAttack:
+        def prepare_attack(attack: MessageAttack) -> PendingAttack:
             self._line.deliver = None
             strategy = Federated(
                 plan=self._plan,
                 sites=self._sites,
-                aggregation=self._kept,
+                aggregation=self._rule,
                 selection=Everyone(),
                 limits=PlanLimits(),
                 measuring=EvaluationPolicy(local_noise=MEASURING),
             )
-            receive = leg(strategy)
-            self._line.deliver, self._line.content, self._kept.came = attack.prepare(self._request), None, None
+            receive = phase(strategy)
+            self._line.deliver, self._line.content, self._rule.update = attack.prepare(self._request), None, None
 
             def deliver() -> str:
                 try:
@@ -212,42 +217,42 @@ class _Server:
 
             return PendingAttack(deliver, lambda: violations(self._line.content, expected) + self._differences())
 
-        return Ingress(_letter(reply), open_)
+        return Ingress(_wire_message(reply), prepare_attack)
 
     def _differences(self) -> list[str]:
         """List differences between the aggregated adapter and an independent reading of the message."""
-        if self._kept.came is None:
+        if self._rule.update is None:
             return []
         content: Any = self._line.content
         read = parse(content["arrays"]["adapter"].data)
-        came = to_tensors(self._kept.came)
+        update = to_tensors(self._rule.update)
         tiny = np.finfo(np.float32).tiny
-        same = came.keys() == read.keys() and all(
-            np.array_equal(came[name].numpy(), np.where(np.abs(read[name]) < tiny, 0, read[name])) for name in read
+        same = update.keys() == read.keys() and all(
+            np.array_equal(update[name].numpy(), np.where(np.abs(read[name]) < tiny, 0, read[name])) for name in read
         )
         return [] if same else ["the aggregated adapter is not the sent one with subnormal numbers as 0"]
 
     def _train(self, strategy: Federated) -> Callable[[], dict[str, int]]:
-        asked = list(strategy.configure_train(ROUND, self._arrays, ConfigRecord(), self._gate))
+        requests = list(strategy.configure_train(ROUND, self._arrays, ConfigRecord(), self._gate))
 
         def receive() -> dict[str, int]:
-            strategy.aggregate_train(ROUND, self._gate.send_and_receive(asked))
+            strategy.aggregate_train(ROUND, self._gate.send_and_receive(requests))
             return strategy.trained.dropped if strategy.trained else {}
 
         return receive
 
     def _evaluate(self, strategy: Federated) -> Callable[[], dict[str, int]]:
-        asked = list(strategy.configure_evaluate(ROUND, self._arrays, ConfigRecord(), self._gate))
+        requests = list(strategy.configure_evaluate(ROUND, self._arrays, ConfigRecord(), self._gate))
 
         def receive() -> dict[str, int]:
-            strategy.aggregate_evaluate(ROUND, self._gate.send_and_receive(asked))
+            strategy.aggregate_evaluate(ROUND, self._gate.send_and_receive(requests))
             return strategy.validation.dropped if strategy.validation else {}
 
         return receive
 
     def _personalize(self, strategy: Federated) -> Callable[[], dict[str, int]]:
-        asked = list(strategy.configure_personalise(_personalize(self._adapter, self._plan.rank), self._gate))
-        return lambda: strategy.aggregate_personalise(self._gate.send_and_receive(asked)).dropped
+        requests = list(strategy.configure_personalise(_personalize(self._adapter, self._plan.rank), self._gate))
+        return lambda: strategy.aggregate_personalise(self._gate.send_and_receive(requests)).dropped
 
     def _query(self, strategy: Federated) -> Callable[[], dict[str, int]]:
         return lambda: {} if strategy.query(self._gate) else {"refused": 1}
@@ -272,21 +277,21 @@ class _Device:
         )
 
     def ingresses(self) -> dict[str, Ingress]:
-        told: list[tuple[messages.Request, dict[str, object]]] = [
+        requests: list[tuple[messages.Request, dict[str, object]]] = [
             (messages.Train(plan=replace(PLAN, rank=self._rank), adapter=self._adapter), {"plan.base": PLAN.base}),
             (messages.Evaluate(run=PLAN.run, round=ROUND, adapter=self._adapter), {}),
             (_personalize(self._adapter, self._rank), {}),
             (messages.Query(), {}),
         ]
-        return {type(request).__name__: self._ingress(request, exact) for request, exact in told}
+        return {type(request).__name__: self._ingress(request, exact) for request, exact in requests}
 
     def _ingress(self, request: messages.Request, exact: dict[str, object]) -> Ingress:
         expected = _expected(request, self._device.sites, self._device.policy.max_rank, exact)
-        asked = Message(RecordDict(), NODE, records.message_type(request))
+        message = Message(RecordDict(), NODE, records.message_type(request))
         most = largest(adapter_shapes(self._device.sites, -1), free=self._device.policy.max_rank)
 
-        def open_(attack: MessageAttack) -> PendingAttack:
-            delivery = attack.prepare(asked)
+        def prepare_attack(attack: MessageAttack) -> PendingAttack:
+            delivery = attack.prepare(message)
             received: list[Message] = []
 
             def deliver() -> str:
@@ -303,7 +308,7 @@ class _Device:
 
             return PendingAttack(deliver, lambda: violations(received[0].content, expected))
 
-        return Ingress(_letter(request), open_)
+        return Ingress(_wire_message(request), prepare_attack)
 
 
 def _personalize(adapter: bytes, rank: int) -> messages.Personalize:
@@ -320,7 +325,7 @@ def _personalize(adapter: bytes, rank: int) -> messages.Personalize:
     )
 
 
-def _letter(message: messages.Request | messages.Reply) -> WireMessage:
+def _wire_message(message: messages.Request | messages.Reply) -> WireMessage:
     return WireMessage(messages.to_json(message), messages.payloads(message).get("adapter"))
 
 

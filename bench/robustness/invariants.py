@@ -220,19 +220,19 @@ def _of_text(text: str, expected: ExpectedMessage) -> Iterator[str]:
         yield "JSON too long"
         return
     try:
-        found = _unique_json(text)
+        fields = _unique_json(text)
     except (ValueError, RecursionError):
         yield "not JSON with unique keys"
         return
-    if not MESSAGES[expected.message](found):
+    if not MESSAGES[expected.message](fields):
         yield "a field is missing, unknown, of another type or out of range"
         return
     for name, value in expected.exact.items():
         *path, last = name.split(".")
-        place = found
+        node = fields
         for step in path:
-            place = place[step]
-        if place[last] != value:
+            node = node[step]
+        if node[last] != value:
             yield f"{name} is not the requested value"
 
 
@@ -294,6 +294,6 @@ def _unique_json(text: str) -> Any:
             raise ValueError("duplicate key")
         return dict(pairs)
 
-    found = json.loads(text, object_pairs_hook=unique)
-    json.dumps(found, allow_nan=False)  # NaN and infinity are not valid JSON
-    return found
+    result = json.loads(text, object_pairs_hook=unique)
+    json.dumps(result, allow_nan=False)  # NaN and infinity are not valid JSON
+    return result

@@ -37,16 +37,16 @@ from rich.table import Table
 from bench.lib.machine import machine, versions
 from bench.lib.workloads import BATCH, EXAMPLES, POISSON_SIZES, RANK, WORKLOADS, Workload, build
 from bench.throughput.roofline import matrix_rate, operations, synchronize
-from bench.throughput.step_variants import PEERS, StepVariant, TimingSettings, forms
+from bench.throughput.step_variants import PEERS, StepVariant, TimingSettings, step_variants
 from training.memory import budget
 
-FASTER = {  # targets on a GPU in bf16: speedup of the cohort over the fastest variant of each peer
+TARGET_SPEEDUP = {  # targets on a GPU in bf16: speedup of the cohort over the fastest variant of each peer
     "small": {"peft": 60.0, "opacus": 120.0},
     "medium": {"peft": 18.0, "opacus": 60.0},
     "sd15": {"peft": 5.0, "opacus": 12.0},
 }
-SHARE = {"sd15": 0.45}  # target fraction of the matrix rate for the private cohort
-DP_COST = 1.05  # largest ratio of private to non-private time
+TARGET_SHARE = {"sd15": 0.45}  # target fraction of the matrix rate for the private cohort
+MAX_DP_COST = 1.05  # largest ratio of private to non-private time
 
 
 @dataclass
@@ -72,7 +72,7 @@ class StepTimings:
         return {"milliseconds": self.median, "each": self.milliseconds, **vars(self)}
 
 
-def timed(form: StepVariant, device: torch.device) -> tuple[float, int]:
+def time_repeat(form: StepVariant, device: torch.device) -> tuple[float, int]:
     """Run one repeat, and return its seconds and number of examples."""
     form.prepare()
     synchronize(device)
@@ -90,25 +90,25 @@ class VariantResults(NamedTuple):
     rates: list[float]  # operations per second of the matrix product, after each repeat
 
 
-def run(makers: Mapping[str, Callable[[], StepVariant]], setting: TimingSettings) -> VariantResults:
+def run(variants: Mapping[str, Callable[[], StepVariant]], setting: TimingSettings) -> VariantResults:
     """Time the variants in turns; one that fails must not affect the others."""
     running: dict[str, StepVariant] = {}
-    found = VariantResults({}, {}, [])
-    for name, make in makers.items():
+    results = VariantResults({}, {}, [])
+    for name, make in variants.items():
         try:
             form = make()
-            found.timings[name] = StepTimings(form.client_steps, timed(form, setting.device)[0])
+            results.timings[name] = StepTimings(form.client_steps, time_repeat(form, setting.device)[0])
             running[name] = form
         except Exception as error:
-            found.errors[name] = f"{type(error).__name__}: {error}"[:1000]
+            results.errors[name] = f"{type(error).__name__}: {error}"[:1000]
             traceback.print_exc()
     for _ in range(setting.repeats):
         for name, form in running.items():
-            seconds, seen = timed(form, setting.device)
-            found.timings[name].seconds.append(seconds)
-            found.timings[name].examples.append(seen)
-        found.rates.append(matrix_rate(setting.device, setting.dtype))
-    return found
+            seconds, seen = time_repeat(form, setting.device)
+            results.timings[name].seconds.append(seconds)
+            results.timings[name].examples.append(seen)
+        results.rates.append(matrix_rate(setting.device, setting.dtype))
+    return results
 
 
 def measure(workload: Workload, setting: TimingSettings, peers: Sequence[str]) -> dict[str, Any]:
@@ -119,17 +119,17 @@ def measure(workload: Workload, setting: TimingSettings, peers: Sequence[str]) -
         setting: device, precision and repeats.
         peers: names of `PEERS` to compare with.
     """
-    groups = list(forms(workload, setting, peers))
+    groups = list(step_variants(workload, setting, peers))
     if setting.device.type == "cpu":  # its speed drifts, so all variants take turns
         groups = [{name: make for group in groups for name, make in group.items()}]
     timings: dict[str, StepTimings] = {}
     errors: dict[str, str] = {}
     rates: list[float] = []
     for group in groups:
-        found = run(group, setting)
-        timings |= found.timings
-        errors |= found.errors
-        rates = found.rates  # the last group is the cohort's
+        results = run(group, setting)
+        timings |= results.timings
+        errors |= results.errors
+        rates = results.rates  # the last group is the cohort's
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -152,21 +152,21 @@ def compare(timings: Mapping[str, StepTimings], floors: Sequence[float]) -> dict
         timings: timings by variant.
         floors: lower bound of a client-step in milliseconds, in each repeat.
     """
-    found: dict[str, Any] = {"floor": statistics.median(floors), "faster": {}}
+    result: dict[str, Any] = {"floor": statistics.median(floors), "faster": {}}
     for name, timing in timings.items():
-        ours = timings.get("cohort" if name.startswith("peft") else "cohort DP")
-        if ours and not name.startswith("cohort"):
-            found["faster"][name] = paired(timing.milliseconds, ours.milliseconds)
+        cohort = timings.get("cohort" if name.startswith("peft") else "cohort DP")
+        if cohort and not name.startswith("cohort"):
+            result["faster"][name] = median_paired_ratio(timing.milliseconds, cohort.milliseconds)
     if plain := timings.get("cohort"):
-        found["share"] = paired(floors, plain.milliseconds)
+        result["share"] = median_paired_ratio(floors, plain.milliseconds)
     if private := timings.get("cohort DP"):
-        found["share DP"] = paired(floors, private.milliseconds)
+        result["share DP"] = median_paired_ratio(floors, private.milliseconds)
     if plain and private:
-        found["DP over plain"] = paired(private.milliseconds, plain.milliseconds)
-    return found
+        result["DP over plain"] = median_paired_ratio(private.milliseconds, plain.milliseconds)
+    return result
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> float:
+def median_paired_ratio(one: Sequence[float], other: Sequence[float]) -> float:
     """Return the median over repeats of the ratio of two times; times of the same repeat share the machine's drift."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
@@ -177,11 +177,13 @@ def table(record: Mapping[str, Any]) -> Table:
     shown = Table(title="milliseconds per client-step", caption=caption(record), min_width=100)
     for heading in ("base", "form", "median", "least to most", "first repeat, s", "cohort is faster by", "target"):
         shown.add_column(heading, justify="left" if heading in ("base", "form") else "right")
-    for base, found in record["bases"].items():
-        for name, form in found["forms"].items():
-            faster = found["faster"].get(name)
+    for base, base_results in record["bases"].items():
+        for name, form in base_results["forms"].items():
+            faster = base_results["faster"].get(name)
             wanted = (
-                FASTER.get(base, {}).get(name.split()[0]) if stands and name in strongest(found["faster"]) else None
+                TARGET_SPEEDUP.get(base, {}).get(name.split()[0])
+                if stands and name in strongest(base_results["faster"])
+                else None
             )
             least, most = min(form["each"]), max(form["each"])
             shown.add_row(
@@ -193,15 +195,23 @@ def table(record: Mapping[str, Any]) -> Table:
                 f"{faster:.3g} ×" if faster else "",
                 f"≥ {wanted:.3g} ×" if wanted else "",
             )
-        for name, error in found["errors"].items():
+        for name, error in base_results["errors"].items():
             shown.add_row(base, name, "failed", error[:40])
         for name in ("share", "share DP"):
-            if name in found:
-                goal = f"≥ {SHARE[base]:.0%}" if stands and name == "share DP" and base in SHARE else ""
-                shown.add_row(base, f"floor, {name}", f"{found['floor']:.3g}", "", "", f"{found[name]:.1%}", goal)
-        if "DP over plain" in found:
+            if name in base_results:
+                target = f"≥ {TARGET_SHARE[base]:.0%}" if stands and name == "share DP" and base in TARGET_SHARE else ""
+                shown.add_row(
+                    base, f"floor, {name}", f"{base_results['floor']:.3g}", "", "", f"{base_results[name]:.1%}", target
+                )
+        if "DP over plain" in base_results:
             shown.add_row(
-                base, "DP over plain", "", "", "", f"{found['DP over plain']:.3f}", f"≤ {DP_COST}" if stands else ""
+                base,
+                "DP over plain",
+                "",
+                "",
+                "",
+                f"{base_results['DP over plain']:.3f}",
+                f"≤ {MAX_DP_COST}" if stands else "",
             )
         shown.add_section()
     return shown
@@ -215,18 +225,18 @@ def strongest(faster: Mapping[str, float]) -> set[str]:
 
 def caption(record: Mapping[str, Any]) -> str:
     """Describe the settings of a record."""
-    chosen, where = record["settings"], record["machine"]
-    rate = statistics.median(rate for found in record["bases"].values() for rate in found["rates"])
+    settings, where = record["settings"], record["machine"]
+    rate = statistics.median(rate for base_results in record["bases"].values() for rate in base_results["rates"])
     ways = (
         " autocast: fp32 factors under torch.autocast; fp32: fp32 factors, no autocast; compute: factors, moments and "
         "noise in bf16."
     )
     return (
-        f"{where.get('gpu') or where['processor']}. Weights and activations in {chosen['precision']}; the cohort and "
-        f"hooks keep factors, moments and noise in fp32.{ways if chosen['precision'] == 'bf16' else ''} LoRA of rank "
+        f"{where.get('gpu') or where['processor']}. Weights and activations in {settings['precision']}; the cohort and "
+        f"hooks keep factors, moments and noise in fp32.{ways if settings['precision'] == 'bf16' else ''} LoRA of rank "
         f"{RANK} at every attention projection; a client-step is {BATCH} examples (DP: Poisson from {EXAMPLES}, scaled "
-        f"to {BATCH}) and one step of AdamW. Median of {chosen['repeats']} repeats after the first. Cohort: "
-        f"{'compiled' if chosen['compiled'] else 'eager'}, {chosen['steps']} steps a job, including their set-up; "
+        f"to {BATCH}) and one step of AdamW. Median of {settings['repeats']} repeats after the first. Cohort: "
+        f"{'compiled' if settings['compiled'] else 'eager'}, {settings['steps']} steps a job, including their set-up; "
         f"others: {len(POISSON_SIZES)} steps, without set-up. Floor: matrix products and convolutions at the "
         f"rate of a large product in the same precision, {rate / 1e12:.3g} TFLOP/s."
     )
@@ -247,7 +257,7 @@ def settings(arguments: argparse.Namespace) -> TimingSettings:
     )
 
 
-def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_command_line(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bases", nargs="+", choices=tuple(WORKLOADS), help="default: all on a GPU, small on a CPU")
@@ -263,8 +273,8 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parsed()
-    quiet()
+    arguments = parse_command_line()
+    silence_warnings()
     setting = settings(arguments)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
     record: dict[str, Any] = {
@@ -282,11 +292,11 @@ def main() -> None:
         record["bases"][base] = measure(WORKLOADS[base], setting, peers)
         out.write_text(json.dumps(record, indent=2) + "\n")  # after each base, so an interrupted run keeps its results
         Console(width=120).print(table({**record, "bases": {base: record["bases"][base]}}))
-    if any(found["errors"] for found in record["bases"].values()):
+    if any(base_results["errors"] for base_results in record["bases"].values()):
         sys.exit(f"a variant failed: see 'errors' in {out}")
 
 
-def quiet() -> None:
+def silence_warnings() -> None:
     """Silence known warnings: diffusers' of a UNet's conversion to bf16, torch's of Opacus' hook on the root module."""
     from diffusers.utils import logging
 

@@ -41,7 +41,7 @@ from strategies.build import build
 from strategies.planning.full_plan import training_plan
 from training.jobs import EncodeJob, Examples, Job, Result, TrainedAdapter, TrainJob
 
-WARM = 2  # warm-up rounds that are not counted
+WARM_UP = 2  # warm-up rounds that are not counted
 PRIVACY = ("none", "example")
 LIMITS = {"none": 50.0, "example": 150.0}  # largest CPU milliseconds of a round of 100 clients
 
@@ -53,12 +53,12 @@ class Cost(NamedTuple):
     wall: float
 
 
-def nothing(base: Base, jobs: Sequence[Job]) -> list[Result | Exception]:
+def skip_training(base: Base, jobs: Sequence[Job]) -> list[Result | Exception]:
     """Return results of the right shapes without doing the work."""
-    return [_done(base, job) for job in jobs]
+    return [_empty_result(base, job) for job in jobs]
 
 
-def _done(base: Base, job: Job) -> Result:
+def _empty_result(base: Base, job: Job) -> Result:
     match job:
         case TrainJob():
             return TrainedAdapter(job.start, 0.1, job.steps)
@@ -84,20 +84,20 @@ def measure(config: SimulationConfig, base: Base, folder: Path, storage: str) ->
     people = participants(config, base, of_device)
     plan = training_plan(config, run="bench", base=base.hash)
     strategy = build(config, plan, base.sites, accept_simulated=True)
-    grid = CohortGrid([person.device for person in people], partial(nothing, base), group_commit=together)
+    grid = CohortGrid([person.device for person in people], partial(skip_training, base), group_commit=together)
     adapter = encode(to_tensors(init_adapter(base.sites, config.adapter.shared.rank, seed=0)))
     costs = []
     for number in range(1, config.rounds + 1):
         gc.collect()
         cpu, wall = time.process_time(), time.perf_counter()
-        asked = strategy.configure_train(number, records.adapter_to_record(adapter), records.ConfigRecord(), grid)
-        for reply in grid.send_and_receive(asked):
+        requests = strategy.configure_train(number, records.adapter_to_record(adapter), records.ConfigRecord(), grid)
+        for reply in grid.send_and_receive(requests):
             if reply.has_error():
                 raise RuntimeError(reply.error.reason)
             records.reply_from_records(reply.metadata.message_type, reply.content)
         costs.append(Cost(1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)))
     database.close()
-    return costs[WARM:]
+    return costs[WARM_UP:]
 
 
 def table(results: Sequence[dict[str, Any]], clients: int) -> Table:
@@ -115,7 +115,7 @@ def table(results: Sequence[dict[str, Any]], clients: int) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=20, help=f"number of rounds, including {WARM} for warm-up")
+    parser.add_argument("--rounds", type=int, default=20, help=f"number of rounds, including {WARM_UP} for warm-up")
     parser.add_argument("--folder", type=Path, help="folder for the devices' storage (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/grid.json"))
     arguments, overrides = parser.parse_known_args()

@@ -41,7 +41,7 @@ class LoraLinear(nn.Module):
         return self.base(x) + self.b(self.a(x))
 
 
-class PerExample:
+class PerExampleGradients:
     """Per-example gradients of linear layers without bias, concatenated in `rows` `[n, D]`.
 
     For y = x Wᵀ with output gradient g `[n, T, out]`, the gradient is gᵀ x. Tensor hooks read g during the backward
@@ -64,8 +64,8 @@ class PerExample:
             output.register_hook(partial(self._store, start, layer.weight, inputs[0].detach()))
 
     def _store(self, start: int, weight: Tensor, x: Tensor, g: Tensor) -> None:
-        place = self.rows[:, start : start + weight.numel()].unflatten(1, weight.shape)
-        torch.bmm(g.mT, x, out=place)
+        gradient = self.rows[:, start : start + weight.numel()].unflatten(1, weight.shape)
+        torch.bmm(g.mT, x, out=gradient)
 
 
 class HooksPeer:
@@ -84,17 +84,22 @@ class HooksPeer:
         layers = add_factors(unet)
         layout = torch.channels_last if graphs else torch.preserve_format
         self.unet = unet.to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.watch = PerExample(layers)
+        self.per_example = PerExampleGradients(layers)
         self.flat = nn.Parameter(torch.cat([layer.weight.detach().flatten() for layer in layers]).to(device).float())
-        self.seen = self.flat.detach().to(dtype)  # the same buffer if the dtype is the same
-        for layer, part in zip(layers, self.seen.split([layer.weight.numel() for layer in layers]), strict=True):
+        self.compute_flat = self.flat.detach().to(dtype)  # the same buffer if the dtype is the same
+        for layer, part in zip(
+            layers, self.compute_flat.split([layer.weight.numel() for layer in layers]), strict=True
+        ):
             layer.weight = nn.Parameter(part.view_as(layer.weight), requires_grad=False)
-        self.total, self.gradient = torch.zeros_like(self.seen, dtype=torch.float32), torch.zeros_like(self.flat)
+        self.total, self.gradient = (
+            torch.zeros_like(self.compute_flat, dtype=torch.float32),
+            torch.zeros_like(self.flat),
+        )
         self.flat.grad = self.gradient
         self.optimizer = torch.optim.AdamW(
             [self.flat], LEARNING_RATE, weight_decay=0.0, fused=True, capturable=device.type == "cuda"
         )
-        self.places = [torch.zeros(size, dtype=torch.long, device=device) for size in range(LARGEST + 1)]
+        self.index_buffers = [torch.zeros(size, dtype=torch.long, device=device) for size in range(LARGEST + 1)]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if graphs:
             with sdpa_kernel(ATTENTION, set_priority=True):
@@ -105,15 +110,15 @@ class HooksPeer:
         self.total.zero_()
         if len(pictures):
             for part in pictures.chunk(math.ceil(len(pictures) / LARGEST)):
-                self.places[len(part)].copy_(part)
+                self.index_buffers[len(part)].copy_(part)
                 self._run(len(part))
         self._run(0)
 
     def gradients(self, batch: PeerBatch) -> Tensor:
         """Return the gradient of each example `[n, D]`."""
-        self.watch.rows = self.seen.new_empty(len(batch.t), len(self.flat))
+        self.per_example.rows = self.compute_flat.new_empty(len(batch.t), len(self.flat))
         losses(self.unet, batch).sum().backward()
-        return self.watch.rows
+        return self.per_example.rows
 
     def _run(self, size: int) -> None:
         if self.graphs:
@@ -124,7 +129,7 @@ class HooksPeer:
     def _work(self, size: int) -> None:
         """Clip and sum the gradients of `size` examples; with size 0, add noise, scale and run AdamW."""
         if size:
-            rows = self.gradients(draw(self.examples, self.schedule, self.places[size])).float()
+            rows = self.gradients(draw(self.examples, self.schedule, self.index_buffers[size])).float()
             norms = torch.linalg.vector_norm(rows, dim=1)
             self.total += (PRIVACY.clip / (norms + 1e-6)).clamp_max(1.0) @ rows
             return
@@ -132,8 +137,8 @@ class HooksPeer:
         torch.add(self.total, torch.randn_like(self.total), alpha=deviation, out=self.gradient)
         self.gradient /= BATCH
         self.optimizer.step()
-        if self.seen.dtype != self.flat.dtype:
-            self.seen.copy_(self.flat.detach())
+        if self.compute_flat.dtype != self.flat.dtype:
+            self.compute_flat.copy_(self.flat.detach())
 
     def _capture(self) -> None:
         """Capture a graph for every size; factors and optimizer state are reset afterwards."""
@@ -154,7 +159,7 @@ class HooksPeer:
             tensor.zero_()
         with torch.no_grad():
             self.flat.copy_(start)
-            self.seen.copy_(start)
+            self.compute_flat.copy_(start)
 
 
 def add_factors(unet: nn.Module) -> list[nn.Linear]:

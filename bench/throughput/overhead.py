@@ -40,7 +40,7 @@ from server.supervisor.server_dir import ServerDir
 from server.supervisor.superlink import SuperLinkProcess
 
 OUT = Path("bench/results/overhead.json")
-LEG, ADDED = 4.0, 40.0  # limits: seconds of a leg, MiB added to Flower's idle memory
+MAX_LEG_SECONDS, MAX_ADDED_MIB = 4.0, 40.0  # limits: seconds of a leg, MiB added to Flower's idle memory
 RUN = (
     "aggregation=fedit cohort.size={nodes} adapter.shared.steps=1 adapter.shared.batch_size=1 adapter.personal.steps=1 "
     "evaluation.timesteps=1 round_loop.timeout=600"
@@ -112,25 +112,25 @@ class DeviceMemory:
 
 def pss(processes: Callable[[], list[psutil.Process]]) -> dict[str, float]:
     """Return the PSS in MiB of each running process."""
-    found: dict[str, float] = {}
+    mib_of: dict[str, float] = {}
     for process in processes():
         with contextlib.suppress(psutil.Error):
             words = [word for word in process.cmdline() if not word.startswith("-")]
             name = next((Path(w).name for w in words if "flower-" in w or "flwr-" in w or w.startswith("client.")), "?")
-            found[f"{name} {process.pid}"] = process.memory_full_info().pss / 2**20
-    return found
+            mib_of[f"{name} {process.pid}"] = process.memory_full_info().pss / 2**20
+    return mib_of
 
 
 @contextlib.contextmanager
-def most(processes: Callable[[], list[psutil.Process]], memory: DeviceMemory) -> Iterator[None]:
+def track_peak(processes: Callable[[], list[psutil.Process]], memory: DeviceMemory) -> Iterator[None]:
     """Record the largest total memory of the processes, sampled every half second."""
     end = threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not end.wait(0.5):
             memory.training = max(memory.training, sum(pss(processes).values()))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield
@@ -139,7 +139,7 @@ def most(processes: Callable[[], list[psutil.Process]], memory: DeviceMemory) ->
         thread.join()
 
 
-def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float) -> tuple[list[float], DeviceMemory]:
+def run_flower(folder: Path, nodes: int, rounds: int, size: int, settle: float) -> tuple[list[float], DeviceMemory]:
     """Run plain Flower.
 
     Args:
@@ -152,9 +152,9 @@ def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float
     Returns:
         Seconds of each leg, and the memory of one node.
     """
-    place = ServerDir(folder / "server")
-    place.prepare([LOOPBACK], 1)
-    superlink = SuperLinkProcess(place.folder, free_port(), place.certificates)
+    server_dir = ServerDir(folder / "server")
+    server_dir.prepare([LOOPBACK], 1)
+    superlink = SuperLinkProcess(server_dir.folder, free_port(), server_dir.certificates)
     app, out = folder / "peer-app", folder / "legs.json"
     (app / "peer").mkdir(parents=True)
     for name, text in (("server", SERVER_APP), ("client", CLIENT_APP), ("__init__", "")):
@@ -164,14 +164,14 @@ def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float
     memory = DeviceMemory()
     superlink.start()
     try:
-        control = ControlClient(superlink.address, place.certificates.authority)
+        control = ControlClient(superlink.address, server_dir.certificates.authority)
         for number in range(nodes):
-            started.append(_supernode(folder / f"node-{number}", number, superlink, place, control))
-        below = _below(started[0])
+            started.append(_supernode(folder / f"node-{number}", number, superlink, server_dir, control))
+        below = _descendants(started[0])
         settings = f'nodes={nodes} rounds={rounds} size={size} out="{out}"'
-        done = superlink._flwr("run", str(app), "anther", "--run-config", settings, "--format", "json")
-        run = int(done["run-id"])
-        with most(below, memory):
+        response = superlink._flwr("run", str(app), "anther", "--run-config", settings, "--format", "json")
+        run = int(response["run-id"])
+        with track_peak(below, memory):
             while not control.status(run).startswith("finished"):
                 time.sleep(0.5)
         time.sleep(settle)
@@ -189,7 +189,7 @@ def flower_alone(folder: Path, nodes: int, rounds: int, size: int, settle: float
 
 
 def _supernode(
-    home: Path, number: int, superlink: SuperLinkProcess, place: ServerDir, control: ControlClient
+    home: Path, number: int, superlink: SuperLinkProcess, server_dir: ServerDir, control: ControlClient
 ) -> subprocess.Popen:
     """Start a SuperNode as in Flower's documentation.
 
@@ -197,7 +197,7 @@ def _supernode(
         home: folder of the node.
         number: index of the node.
         superlink: the running SuperLink.
-        place: folder of the server, with its certificates.
+        server_dir: folder of the server, with its certificates.
         control: client of the SuperLink's control API.
     """
     home.mkdir()
@@ -209,7 +209,7 @@ def _supernode(
             [
                 "flower-supernode",
                 "--root-certificates",
-                str(place.certificates.authority),
+                str(server_dir.certificates.authority),
                 "--superlink",
                 superlink.address,
                 "--auth-supernode-private-key",
@@ -225,18 +225,18 @@ def _supernode(
         )
 
 
-def _below(process: subprocess.Popen) -> Callable[[], list[psutil.Process]]:
-    own = psutil.Process(process.pid)
+def _descendants(process: subprocess.Popen) -> Callable[[], list[psutil.Process]]:
+    root = psutil.Process(process.pid)
 
-    def found() -> list[psutil.Process]:
+    def descendants() -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
-            return [own, *own.children(recursive=True)]
+            return [root, *root.children(recursive=True)]
         return []
 
-    return found
+    return descendants
 
 
-def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[float], DeviceMemory, int]:
+def run_anther(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[float], DeviceMemory, int]:
     """Run Anther.
 
     Args:
@@ -249,31 +249,31 @@ def ours(folder: Path, nodes: int, rounds: int, settle: float) -> tuple[list[flo
         Seconds of each leg but those of the first round, the memory of one device, and bytes of an adapter.
     """
     memory = DeviceMemory()
-    with federation(folder, f"rounds={rounds + 1} {RUN.format(nodes=nodes)}") as found:
-        found.start()
+    with federation(folder, f"rounds={rounds + 1} {RUN.format(nodes=nodes)}") as running:
+        running.start()
         pictures = write_letter_folders(folder / "pictures", nodes)
         for name, data in pictures.items():
-            found.enroll(name, data, f"worker.idle_seconds={settle / 2:g}").start()
-        process = next(iter(found.devices.values())).process
+            running.enroll(name, data, f"worker.idle_seconds={settle / 2:g}").start()
+        process = next(iter(running.devices.values())).process
         assert process is not None
-        below = _below(process)
-        with most(below, memory):
-            while found.server.exit_code is None and found.rounds() < rounds + 1:
+        below = _descendants(process)
+        with track_peak(below, memory):
+            while running.server.exit_code is None and running.rounds() < rounds + 1:
                 time.sleep(0.5)
         time.sleep(settle)
         memory.parts = pss(below)
         memory.idle = sum(memory.parts.values())
-        return _legs(found), memory, _adapter_bytes(found)
+        return _legs(running), memory, _adapter_bytes(running)
 
 
-def _legs(found: LocalFederation) -> list[float]:
+def _legs(running: LocalFederation) -> list[float]:
     """Return seconds per leg; a round with evaluation has two legs."""
-    state = json.loads(sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("state.json").read_text())
-    return [done["wall_seconds"] / 2 for done in state["history"][2:]]  # the first round loads the base
+    state = json.loads(sorted(running.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("state.json").read_text())
+    return [record["wall_seconds"] / 2 for record in state["history"][2:]]  # the first round loads the base
 
 
-def _adapter_bytes(found: LocalFederation) -> int:
-    return sorted(found.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("adapter.safetensors").stat().st_size
+def _adapter_bytes(running: LocalFederation) -> int:
+    return sorted(running.runs[-1].glob("checkpoints/round-*"))[-1].joinpath("adapter.safetensors").stat().st_size
 
 
 def main() -> None:
@@ -282,20 +282,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--settle", type=float, default=20.0, help="idle seconds before memory is read")
     parser.add_argument("--out", type=Path, default=OUT)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="anther-") as folder:
-        legs, held, size = ours(Path(folder) / "ours", asked.nodes, asked.rounds, asked.settle)
-        alone, without = flower_alone(Path(folder) / "flower", asked.nodes, asked.rounds, size, asked.settle)
+        legs, memory, size = run_anther(Path(folder) / "ours", args.nodes, args.rounds, args.settle)
+        flower_legs, flower_memory = run_flower(Path(folder) / "flower", args.nodes, args.rounds, size, args.settle)
     record: dict[str, Any] = {
         "command": " ".join(["python -m bench.throughput.overhead", *sys.argv[1:]]),
         "machine": machine(torch.device("cpu")),
         "versions": versions("flwr", "torch"),
         "load": os.getloadavg()[0],
         "bytes": size,
-        "anther": {"legs": legs, **vars(held)},
-        "flower": {"legs": alone, **vars(without)},
+        "anther": {"legs": legs, **vars(memory)},
+        "flower": {"legs": flower_legs, **vars(flower_memory)},
     }
-    asked.out.write_text(json.dumps(record, indent=2) + "\n")
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
     Console(width=110).print(table(record))
 
 
@@ -305,17 +305,19 @@ def table(record: dict[str, Any]) -> Table:
     for heading in ("", "leg, s (median)", "worst", "idle, MiB", "while training, MiB"):
         shown.add_column(heading, justify="right")
     for name in ("anther", "flower"):
-        found = record[name]
+        results = record[name]
         shown.add_row(
             name,
-            f"{median(found['legs']):.2f}",
-            f"{max(found['legs']):.2f}",
-            f"{found['idle']:.0f}",
-            f"{found['training']:.0f}",
+            f"{median(results['legs']):.2f}",
+            f"{max(results['legs']):.2f}",
+            f"{results['idle']:.0f}",
+            f"{results['training']:.0f}",
         )
     added = record["anther"]["idle"] - record["flower"]["idle"]
-    quick = median(record["anther"]["legs"]) <= LEG
-    shown.caption = f"leg ≤ {LEG:g} s: {'yes' if quick else 'no'}; idle {added:+.0f} MiB (≤ +{ADDED:g})"
+    quick = median(record["anther"]["legs"]) <= MAX_LEG_SECONDS
+    shown.caption = (
+        f"leg ≤ {MAX_LEG_SECONDS:g} s: {'yes' if quick else 'no'}; idle {added:+.0f} MiB (≤ +{MAX_ADDED_MIB:g})"
+    )
     return shown
 
 

@@ -45,7 +45,7 @@ class PeerBatch(NamedTuple):
     x: Tensor  # x_t [n, c, h, w]
     t: Tensor  # [n]
     context: Tensor  # [n, tokens, d]
-    wanted: Tensor  # [n, c, h, w]
+    prediction_target: Tensor  # [n, c, h, w]
 
 
 def draw(examples: Examples, schedule: Schedule, pictures: Tensor) -> PeerBatch:
@@ -66,7 +66,7 @@ def losses(unet: nn.Module, batch: PeerBatch) -> Tensor:
     """Compute the loss of each example `[n]`."""
     dtype = next(unet.parameters()).dtype
     output = unet(batch.x.to(dtype), batch.t, encoder_hidden_states=batch.context.to(dtype), return_dict=False)[0]
-    return per_example_loss(output, batch.wanted)
+    return per_example_loss(output, batch.prediction_target)
 
 
 class PeftPeer:

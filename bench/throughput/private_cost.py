@@ -47,7 +47,7 @@ from training.public_duration import TurnCount, scheduled_turns
 from training.step import gradients, on_device
 from typefaces import dataset
 
-RANK, MOST = 8, 1.15
+RANK, MAX_RATIO = 8, 1.15
 CASES = [  # mean pictures per batch, draws per picture, assumed number of pictures
     (4, 1, 20),
     (4, 4, 20),
@@ -62,17 +62,17 @@ SMALL = CASES[:2] + CASES[6:7]
 SIZES = (1, 2, 4, 8, 16, 32)
 
 
-def letters(base: Base, count: int) -> Examples:
+def letter_examples(base: Base, count: int) -> Examples:
     """Make `count` examples by repeating a few letters."""
     writer = dataset.load("development")[0]
     order = writer.order[:20]
-    latents = base.encode_images([writer.images[place] for place in order]).cpu()
-    context = base.encode_captions([dataset.caption(dataset.GLYPHS[place]) for place in order]).cpu()
+    latents = base.encode_images([writer.images[glyph] for glyph in order]).cpu()
+    context = base.encode_captions([dataset.caption(dataset.GLYPHS[glyph]) for glyph in order]).cpu()
     index = torch.arange(count) % len(order)
     return Examples(latents[index], context[index])
 
 
-def job(
+def make_job(
     base: Base, examples: Examples, case: tuple[int, int, int], steps: int, seed: int, *, private: bool
 ) -> TrainJob:
     """Make the job of a case; an open job has the same number of entries per step.
@@ -108,16 +108,16 @@ def job(
     )
 
 
-def seconds_of(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
+def time_work(base: Base, work: Callable[[], Any]) -> tuple[float, float, Any]:
     """Run `work`, and return its wall-clock seconds, its CPU seconds and its result."""
     synchronize(base.device)
     wall, busy = time.perf_counter(), time.process_time()
-    found = work()
+    result = work()
     synchronize(base.device)
-    return time.perf_counter() - wall, time.process_time() - busy, found
+    return time.perf_counter() - wall, time.process_time() - busy, result
 
 
-def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
+def fit_overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
     """Fit the fixed seconds of a pass and the seconds per entry to the fastest passes of several sizes.
 
     Args:
@@ -125,7 +125,7 @@ def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
         examples: at least as many examples as the first case assumes.
         repeats: runs of each size, of which the fastest counts.
     """
-    plan = job(base, examples, CASES[0], 1, 0, private=True)
+    plan = make_job(base, examples, CASES[0], 1, 0, private=True)
     rows_shape = BufferSpec.of([plan])
     rows = CohortBuffers(base, rows_shape, 1)
     rows.load({0: plan})
@@ -134,16 +134,16 @@ def overhead(base: Base, examples: Examples, repeats: int) -> dict[str, float]:
         for size in SIZES:
             entries = on_device(Microbatch.nothing(0, 0, size, 1), base.device)
             passed = partial(gradients, base, rows, entries)
-            best.append(min(seconds_of(base, passed)[base.device.type == "cpu"] for _ in range(repeats + 1)))
-    each, beside = np.polyfit(SIZES, best, 1, w=1 / np.array(best))
+            best.append(min(time_work(base, passed)[base.device.type == "cpu"] for _ in range(repeats + 1)))
+    per_entry, fixed = np.polyfit(SIZES, best, 1, w=1 / np.array(best))
     return {
-        "pass": float(beside),
-        "entry": float(each),
-        "beside_bytes": float(beside / each) * entry_bytes(base, rows_shape),
+        "pass": float(fixed),
+        "entry": float(per_entry),
+        "beside_bytes": float(fixed / per_entry) * entry_bytes(base, rows_shape),
     }
 
 
-def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, repeats: int) -> dict[str, Any]:
+def measure(base: Base, examples: Examples, case: tuple[int, int, int], steps: int, repeats: int) -> dict[str, Any]:
     """Measure seconds per step, open and private, and their ratios: medians over alternating repeats.
 
     Args:
@@ -154,33 +154,33 @@ def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: 
         repeats: jobs of each kind.
     """
     memory = training_share(budget(None, base.device))
-    found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+    timings: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     for seed in range(repeats):
         for private in (False, True):
             for warm in (False, True):  # the first job replaces the other kind's buffers and, on a GPU, its graphs
-                plan = job(base, examples, case, steps, seed, private=private)
-                wall, busy, (trained,) = seconds_of(base, partial(train, base, [plan], memory=memory, timesteps=1))
+                plan = make_job(base, examples, case, steps, seed, private=private)
+                wall, busy, (trained,) = time_work(base, partial(train, base, [plan], memory=memory, timesteps=1))
                 assert isinstance(trained, TrainedAdapter), trained
                 if warm:
-                    found[private].append((wall / steps, busy / steps, (wall + trained.idle) / steps))
+                    timings[private].append((wall / steps, busy / steps, (wall + trained.idle) / steps))
     (open_wall, open_busy, _), (wall, busy, lasts) = (
-        [statistics.median(values) for values in zip(*found[private], strict=True)] for private in (False, True)
+        [statistics.median(values) for values in zip(*timings[private], strict=True)] for private in (False, True)
     )
     batch, draws, assumed = case
-    plan = job(base, examples, case, steps, 0, private=True)
-    room = capacity(base, [plan], memory)
-    most = max_pass_size(base.device, room.entries)
+    plan = make_job(base, examples, case, steps, 0, private=True)
+    available = capacity(base, [plan], memory)
+    max_entries = max_pass_size(base.device, available.entries)
     entry = entry_bytes(base, BufferSpec.of([plan]))
     size = fixed_pass_size(
-        base.device, [plan], most if base.device.type == "cpu" else max(1, training_share(most)), entry
+        base.device, [plan], max_entries if base.device.type == "cpu" else max(1, training_share(max_entries)), entry
     )
-    turns = TurnCount.of(plan, size, min(workers(base.device), room.entries))
+    turns = TurnCount.of(plan, size, min(workers(base.device), available.entries))
     beside, planned = (
         PASS_OVERHEAD_BYTES[base.device.type] / entry,
         scheduled_turns(assumed, batch / assumed, steps, turns),
     )
-    alone = -(-batch * draws // most)  # passes of the open step
-    expected = planned * turns.at_once * (beside + size) / (steps * (alone * beside + batch * draws))
+    open_passes = -(-batch * draws // max_entries)  # passes of the open step
+    expected = planned * turns.at_once * (beside + size) / (steps * (open_passes * beside + batch * draws))
     return {
         "batch": batch,
         "draws": draws,
@@ -197,15 +197,15 @@ def measured(base: Base, examples: Examples, case: tuple[int, int, int], steps: 
 
 
 def table(record: dict[str, Any]) -> Table:
-    found = Table(title=f"Private over open step, {record['steps']} steps per job, {record['device']}")
+    result = Table(title=f"Private over open step, {record['steps']} steps per job, {record['device']}")
     for name in ("batch", "draws", "of", "pass", "turns", "open ms", "private ms", "computed", "waited", "formula"):
-        found.add_column(name, justify="right")
+        result.add_column(name, justify="right")
     for row in record["cases"]:
         numbers = [row[name] for name in ("batch", "draws", "pictures", "size", "turns")]
         times = [f"{row[name]:.1f}" for name in ("open_ms", "private_ms")]
         ratios = [f"{row[name]:.2f}" for name in ("computed", "waited", "formula")]
-        found.add_row(*map(str, numbers), *times, *ratios)
-    return found
+        result.add_row(*map(str, numbers), *times, *ratios)
+    return result
 
 
 def main() -> None:
@@ -215,29 +215,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="three cases")
     parser.add_argument("--out", type=Path, default=Path("bench/results/private-cost.json"))
-    given = parser.parse_args()
-    base = load("glyphs", device=given.device)
-    cases = SMALL if given.small else CASES
-    examples = letters(base, max(assumed for _, _, assumed in cases))
+    args = parser.parse_args()
+    base = load("glyphs", device=args.device)
+    cases = SMALL if args.small else CASES
+    examples = letter_examples(base, max(assumed for _, _, assumed in cases))
     record: dict[str, Any] = {
         "machine": machine(base.device),
         "versions": versions("torch"),
-        "device": given.device,
-        "steps": given.steps,
+        "device": args.device,
+        "steps": args.steps,
         "threads": torch.get_num_threads(),
         "cases": [],
         # On a GPU these passes are CUDA graphs, which take the same time for one entry as for many.
-        "a_pass": overhead(base, examples, given.repeats) if base.device.type == "cpu" else None,
+        "a_pass": fit_overhead(base, examples, args.repeats) if base.device.type == "cpu" else None,
     }
     for case in cases:
-        record["cases"].append(measured(base, examples, case, given.steps, given.repeats))
-        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record["cases"].append(measure(base, examples, case, args.steps, args.repeats))
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console = Console(width=120)
     console.print(table(record))
     if record["a_pass"]:
         console.print(f"a pass costs as much as {record['a_pass']['beside_bytes'] / 1e6:.0f} MB of additional entries")
-    over = [row for row in record["cases"] if row["computed"] > MOST]
-    console.print(f"computed over {MOST}: {len(over)} of {len(cases)} cases")
+    over = [row for row in record["cases"] if row["computed"] > MAX_RATIO]
+    console.print(f"computed over {MAX_RATIO}: {len(over)} of {len(cases)} cases")
 
 
 if __name__ == "__main__":

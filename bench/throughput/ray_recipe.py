@@ -63,9 +63,9 @@ def prepare(folder: Path) -> None:
 
     base = load("glyphs", sites=SITES)
     for client, writer in enumerate(dataset.load("development", assets.locate("typefaces"))[:CLIENTS]):
-        chosen = dataset.split(writer.order, EXAMPLES).train
-        latents = base.encode_images([writer.images[i] for i in chosen])
-        context = base.encode_captions([dataset.caption(dataset.GLYPHS[i]) for i in chosen])
+        indices = dataset.split(writer.order, EXAMPLES).train
+        latents = base.encode_images([writer.images[i] for i in indices])
+        context = base.encode_captions([dataset.caption(dataset.GLYPHS[i]) for i in indices])
         np.savez(folder / f"{client}.npz", latents=latents.numpy(), context=context.numpy())
 
 
@@ -74,25 +74,25 @@ def network() -> Any:
     return UNet2DConditionModel.from_pretrained(assets.locate("glyphs") / "unet").requires_grad_(False)
 
 
-def fresh(examples: Examples) -> OpacusPeer:
+def new_peer(examples: Examples) -> OpacusPeer:
     """Load a UNet with LoRA and Opacus' hooks."""
     scheduler: Any = DDIMScheduler.from_pretrained(assets.locate("glyphs") / "scheduler")
     schedule = diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
     return OpacusPeer(network(), examples, schedule, factors="fp32")
 
 
-def kept(examples: Examples) -> OpacusPeer:
+def process_peer(examples: Examples) -> OpacusPeer:
     """Return this process's peer with an optimizer state independent of the previous client."""
-    peer = _of_this_process()
+    peer = _cached_peer()
     peer.examples = examples
     peer.optimizer.original_optimizer.state.clear()
     return peer
 
 
 @functools.cache
-def _of_this_process() -> OpacusPeer:
+def _cached_peer() -> OpacusPeer:
     torch.set_num_threads(1)
-    return fresh(Examples(torch.empty(0), torch.empty(0)))
+    return new_peer(Examples(torch.empty(0), torch.empty(0)))
 
 
 def train(form: str, folder: Path, message: Message, context: Context) -> Message:
@@ -109,7 +109,7 @@ def train(form: str, folder: Path, message: Message, context: Context) -> Messag
     torch.manual_seed(derive_seed(SEED, client, message.content["config"]["server-round"]))
     with np.load(folder / f"{client}.npz") as file:
         examples = Examples(torch.from_numpy(file["latents"]), torch.from_numpy(file["context"]))
-    peer = kept(examples) if form == "tuned" else fresh(examples)
+    peer = process_peer(examples) if form == "tuned" else new_peer(examples)
     unet: Any = peer.unet._module
     set_peft_model_state_dict(unet, message.content.array_records["arrays"].to_torch_state_dict())
     for _ in range(STEPS):
@@ -119,7 +119,7 @@ def train(form: str, folder: Path, message: Message, context: Context) -> Messag
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def summed(replies: list[RecordDict], _: str) -> MetricRecord:
+def sum_seconds(replies: list[RecordDict], _: str) -> MetricRecord:
     """Sum the time in clients' code; fails if a client failed, which FedAvg would leave out of the average."""
     if len(replies) < CLIENTS:
         raise RuntimeError(f"{CLIENTS - len(replies)} of {CLIENTS} clients failed")
@@ -149,7 +149,7 @@ def simulate(form: str, rounds: int, folder: Path) -> tuple[list[float], float]:
     def main(grid: Grid, _: Context) -> None:
         unet = network()
         add_lora(unet, "fp32")
-        strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=CLIENTS, train_metrics_aggr_fn=summed)
+        strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=CLIENTS, train_metrics_aggr_fn=sum_seconds)
         result = strategy.start(
             grid, ArrayRecord(get_peft_model_state_dict(unet)), num_rounds=rounds, evaluate_fn=clock
         )
@@ -165,19 +165,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--form", choices=RESOURCES, required=True)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--prepare", type=Path, help="only encode the pictures into this folder")
-    chosen = parser.parse_args(arguments)
-    if chosen.prepare:
-        prepare(chosen.prepare)
+    args = parser.parse_args(arguments)
+    if args.prepare:
+        prepare(args.prepare)
         return
     born = psutil.Process().create_time()
     with tempfile.TemporaryDirectory() as folder:
-        before = time.time()
-        command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", chosen.form, "--prepare", folder]
+        started = time.time()
+        command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", args.form, "--prepare", folder]
         subprocess.run(command, check=True)  # in its own process, so that this one stays free of its modules
-        preparing = time.time() - before
-        ends, clients = simulate(chosen.form, chosen.rounds, Path(folder))
+        preparing = time.time() - started
+        ends, clients = simulate(args.form, args.rounds, Path(folder))
     startup = ends[0] - born - preparing
-    rounds = [after - before for before, after in pairwise(ends)]
+    rounds = [after - started for started, after in pairwise(ends)]
     print(json.dumps({"startup": startup, "rounds": rounds, "total": startup + sum(rounds), "clients": clients}))
 
 

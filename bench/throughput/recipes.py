@@ -53,7 +53,7 @@ OURS = (
     "evaluation.timesteps=1",
     "evaluation.gallery_size=0",
 )
-_LOOK = 0.02  # seconds between two reads of a run's metrics
+_POLL_SECONDS = 0.02  # seconds between two reads of a run's metrics
 
 
 class RecipeTiming(NamedTuple):
@@ -73,7 +73,7 @@ class RecipeTiming(NamedTuple):
         return statistics.median(self.rounds[1:])
 
 
-def ours(form: str, rounds: int, folder: Path) -> RecipeTiming:
+def run_simulation(form: str, rounds: int, folder: Path) -> RecipeTiming:
     """Resume a copy of a simulation after its first round, and time it until its last.
 
     Args:
@@ -81,19 +81,19 @@ def ours(form: str, rounds: int, folder: Path) -> RecipeTiming:
         rounds: number of timed rounds.
         folder: folder for the simulations.
     """
-    begun = folder / form
+    prepared = folder / form
     command = [sys.executable, "-m", "simulations.run", *OURS, f"grid={form}", f"rounds={1 + rounds}"]
-    if not begun.exists():
-        until([*command, f"hydra.run.dir={begun}"], begun, 1)
+    if not prepared.exists():
+        run_until_round([*command, f"hydra.run.dir={prepared}"], prepared, 1)
     resumed = folder / "resumed"
-    shutil.copytree(begun, resumed)
-    total = until([*command, f"hydra.run.dir={resumed}", "resume=true"], resumed, 1 + rounds)
-    seconds = [line["seconds"] for line in lines(resumed)[2:]]
+    shutil.copytree(prepared, resumed)
+    total = run_until_round([*command, f"hydra.run.dir={resumed}", "resume=true"], resumed, 1 + rounds)
+    seconds = [line["seconds"] for line in read_metrics(resumed)[2:]]
     shutil.rmtree(resumed)
     return RecipeTiming(total - sum(seconds), seconds)
 
 
-def until(command: Sequence[str], folder: Path, round: int) -> float:
+def run_until_round(command: Sequence[str], folder: Path, round: int) -> float:
     """Run a simulation until a round is complete, then terminate it.
 
     Args:
@@ -110,17 +110,17 @@ def until(command: Sequence[str], folder: Path, round: int) -> float:
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
-            while (complete := len(lines(folder))) <= round:
+            while (complete := len(read_metrics(folder))) <= round:
                 if process.poll() is not None:
-                    done = f"round {complete - 1}" if complete else "no round"
-                    raise RuntimeError(f"the simulation ended with {process.returncode} after {done}")
-                time.sleep(_LOOK)
+                    last = f"round {complete - 1}" if complete else "no round"
+                    raise RuntimeError(f"the simulation ended with {process.returncode} after {last}")
+                time.sleep(_POLL_SECONDS)
             return time.perf_counter() - started
         finally:
             process.terminate()
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the metrics of every complete round; the first line is that of round 0, which has no training."""
     file = folder / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -130,19 +130,19 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def run_ray_recipe(form: str, rounds: int) -> RecipeTiming:
     """Run Flower's recipe, and read the times from its last line of output."""
     command = [sys.executable, "-m", "bench.throughput.ray_recipe", "--form", form, "--rounds", str(rounds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    return RecipeTiming(told["startup"], told["rounds"])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    times = json.loads(process.stdout.strip().splitlines()[-1])
+    return RecipeTiming(times["startup"], times["rounds"])
 
 
 def compare(runs: Mapping[str, Sequence[RecipeTiming]]) -> dict[str, dict[str, float]]:
     """Compute each form's time over the cohort's: in total, and for a round in steady state."""
     return {
         form: {
-            "total": statistics.median(a.total / b.total for a, b in zip(found, runs["cohort"], strict=True)),
-            "round": statistics.median(a.round / b.round for a, b in zip(found, runs["cohort"], strict=True)),
+            "total": statistics.median(a.total / b.total for a, b in zip(form_runs, runs["cohort"], strict=True)),
+            "round": statistics.median(a.round / b.round for a, b in zip(form_runs, runs["cohort"], strict=True)),
         }
-        for form, found in runs.items()
+        for form, form_runs in runs.items()
         if form != "cohort"
     }
 
@@ -153,8 +153,8 @@ def table(runs: Mapping[str, Sequence[RecipeTiming]]) -> Table:
     shown = Table(title=f"{CLIENTS} clients × {STEPS} steps × {BATCH} examples, DP, glyph base; seconds (medians)")
     for heading in ("form", "start-up", "first round", "a later round", "total", "× cohort, total", "× cohort, round"):
         shown.add_column(heading, justify="left" if heading == "form" else "right")
-    for form, found in runs.items():
-        columns = zip(*((r.startup, r.rounds[0], r.round, r.total) for r in found), strict=True)
+    for form, form_runs in runs.items():
+        columns = zip(*((r.startup, r.rounds[0], r.round, r.total) for r in form_runs), strict=True)
         cells = [f"{statistics.median(column):.1f}" for column in columns]
         wanted, least = TARGETS.get(form, ("", 0.0))
         for kind in ("total", "round"):
@@ -177,8 +177,12 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             turn = repeat % len(forms)
             for form in (*forms[turn:], *forms[:turn]):
-                own = form in ("cohort", "serial")
-                run = ours(form, arguments.rounds, Path(folder)) if own else run_ray_recipe(form, arguments.rounds)
+                is_simulation = form in ("cohort", "serial")
+                run = (
+                    run_simulation(form, arguments.rounds, Path(folder))
+                    if is_simulation
+                    else run_ray_recipe(form, arguments.rounds)
+                )
                 runs[form].append(run)
                 print(f"repeat {repeat + 1}, {form}: {run.total:.1f} s", file=sys.stderr)
     record: dict[str, Any] = {
@@ -187,7 +191,9 @@ def main() -> None:
         "versions": versions("torch", "diffusers", "flwr", "ray", "opacus", "peft"),
         "settings": {"clients": CLIENTS, "rounds": arguments.rounds, "overrides": OURS},
         "slower": compare(runs),
-        "runs": {form: [{**run._asdict(), "total": run.total} for run in found] for form, found in runs.items()},
+        "runs": {
+            form: [{**run._asdict(), "total": run.total} for run in form_runs] for form, form_runs in runs.items()
+        },
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -19,7 +19,7 @@ from training.cohort import train
 from training.jobs import Examples
 
 PEERS = ("peft", "opacus", "hooks", "one")
-ALONE = 4  # clients per repeat of `one`
+CLIENTS_OF_ONE = 4  # clients per repeat of `one`
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class CohortVariant:
         return sum(noise.drawn for noise in self.noise) if self.private else self.client_steps * BATCH
 
 
-def forms(
+def step_variants(
     workload: Workload, setting: TimingSettings, peers: Sequence[str]
 ) -> Iterator[Mapping[str, Callable[[], StepVariant]]]:
     """Yield groups of variants by name. Repeats within a group alternate; only one group is in memory at a time.
@@ -152,5 +152,5 @@ def forms(
     clients = setting.clients or workload.clients
     group = {"cohort": partial(cohort, clients, False), "cohort DP": partial(cohort, clients, True)}
     if "one" in peers:
-        group["one"] = partial(cohort, ALONE, True, together=False)
+        group["one"] = partial(cohort, CLIENTS_OF_ONE, True, together=False)
     yield group

@@ -60,7 +60,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         run(monkeypatch, *arguments)
         return (capsys.readouterr().out.splitlines() or [""])[-1]
 
-    monkeypatch.setattr(lean, "child", here)
+    monkeypatch.setattr(lean, "run_child", here)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -102,7 +102,7 @@ def test_random_weights_are_a_pipelines_as_diffusers_reads_and_draws_them(
 ) -> None:
     monkeypatch.setattr(published_bases, "_SHARD", 1000)
     base = TINY[name]
-    published_bases.write(base, tmp_path)
+    published_bases.write_base(base, tmp_path)
     part = tmp_path / base.family.network
     assert len(list(part.glob("*.safetensors"))) > 1
     ours, theirs = kind.from_pretrained(part), kind(**base.config)  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def test_random_weights_are_a_pipelines_as_diffusers_reads_and_draws_them(
 
 
 def test_weights_at_rest_are_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
-    published_bases.write(TINY["sd15"], tmp_path / "source")
+    published_bases.write_base(TINY["sd15"], tmp_path / "source")
     sizes = {form: weights_memory.measure(TINY["sd15"], tmp_path, form) for form in weights_memory.OURS}
     whole = sum(tensor.nbytes for file in tmp_path.glob("*/*/*.safetensors") for tensor in load_file(file).values())
     assert 0 < sizes["nf4"]["bytes"] < sizes["mixed"]["bytes"] < sizes["int8"]["bytes"] < whole
@@ -130,4 +130,4 @@ def test_tensors_that_are_shared_or_made_of_others_are_counted_once() -> None:
     layer = torch.nn.Linear(3, 5)
     other = torch.nn.Linear(3, 5)
     other.weight = layer.weight
-    assert weights_memory.held(torch.nn.Sequential(layer, other)) == 4 * (15 + 5 + 5)
+    assert weights_memory.tensor_bytes(torch.nn.Sequential(layer, other)) == 4 * (15 + 5 + 5)

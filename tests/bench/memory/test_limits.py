@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.memory import limits
-from bench.memory.limits import LimitTrial, MeasuredStep, row, run_limited
+from bench.memory.limits import LimitTrial, MeasuredStep, result_row, run_limited
 from client.planning.plan_search import TrainingOption, TrainingSetting
 from common.units import GIB, MIB
 from models.footprint.footprint import Footprint
@@ -48,7 +48,7 @@ def test_what_fails_otherwise_is_no_verdict() -> None:
 def test_a_plan_that_is_ended_or_a_timid_ladder_is_not_sound(peak: int | None, above: int, sound: bool) -> None:
     """920 MiB are nine tenths of the limit, and a little less."""
     chosen = None if peak is None else MeasuredStep(peak * MIB, 1.0)
-    found = row(TRIAL, {(CHOSEN, GIB): chosen, (ABOVE, None): MeasuredStep(above * MIB, 1.0)})
+    found = result_row(TRIAL, {(CHOSEN, GIB): chosen, (ABOVE, None): MeasuredStep(above * MIB, 1.0)})
     assert found["sound"] is sound
     assert found["ran"] is (peak is not None)
     assert found["above_share"] == above / 1024
@@ -64,9 +64,9 @@ def test_every_device_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return MeasuredStep(300 * MIB, 1.0)
 
     monkeypatch.setattr(limits, "NETWORKS", SMALL)
-    monkeypatch.setattr(limits, "prepare", lambda *_: None)
+    monkeypatch.setattr(limits, "prepare_base", lambda *_: None)
     monkeypatch.setattr(limits, "runtime_bytes", lambda: 200 * MIB)
-    monkeypatch.setattr(limits, "step", step)
+    monkeypatch.setattr(limits, "measure_step", step)
     output = tmp_path / "limits.json"
     devices = ["pi4_4gb", "pi5_4gb", "laptop"]
     assert limits.main(["--base", "unet", "--output", str(output), "--devices", *devices]) == 0

@@ -50,14 +50,14 @@ def test_a_prediction_out_of_bounds_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """500 MiB and a second are predicted in all."""
-    monkeypatch.setattr(predicted, "predicted", lambda _: PREDICTED)
+    monkeypatch.setattr(predicted, "predict", lambda _: PREDICTED)
 
     def told(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
         for case in cases:
             yield case, MeasuredStep((RUNTIME + 200 if case is predicted.RUNTIME else measured) * MIB, seconds)
 
-    monkeypatch.setattr(predicted, "in_fresh_processes", told)
-    monkeypatch.setattr(predicted, "child", lambda _: json.dumps(asdict(DEVICE)))
+    monkeypatch.setattr(predicted, "measure_in_processes", told)
+    monkeypatch.setattr(predicted, "run_child", lambda _: json.dumps(asdict(DEVICE)))
     output = tmp_path / "predicted.json"
     assert predicted.main(["--only", NAME, "--output", str(output)]) == status
     record = json.loads(output.read_text())
@@ -74,7 +74,7 @@ def test_a_prediction_out_of_bounds_fails(
 
 def test_what_was_measured_once_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a process for it; of a case that is new there is one."""
-    monkeypatch.setattr(predicted, "predicted", lambda _: PREDICTED)
+    monkeypatch.setattr(predicted, "predict", lambda _: PREDICTED)
     first, second = predicted.CASES[:2]
     earlier, output = tmp_path / "earlier.json", tmp_path / "again.json"
     row = {"case": first.name, "measured_bytes": 510 * MIB, "measured_seconds": 1.1}
@@ -86,7 +86,7 @@ def test_what_was_measured_once_is_judged_again(tmp_path: Path, monkeypatch: pyt
         asked.extend(cases)
         yield from ((case, MeasuredStep(505 * MIB, 0.9)) for case in cases)
 
-    monkeypatch.setattr(predicted, "in_fresh_processes", told)
+    monkeypatch.setattr(predicted, "measure_in_processes", told)
     words = ["--only", first.name, second.name, "--measured", str(earlier), "--output", str(output)]
     assert predicted.main(words) == 0
     assert asked == [second]
@@ -101,6 +101,6 @@ def test_a_real_step_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(predicted, "NETWORKS", SMALL)
     case = predicted.FootprintCase(kind, 128, "int8", "block", batch=2)
     predicted.prepare(kind, tmp_path, ["int8"])
-    found = predicted.measured(case, tmp_path)
-    assert found.peak_bytes > predicted.predicted(case).peak_bytes
+    found = predicted.measure_case(case, tmp_path)
+    assert found.peak_bytes > predicted.predict(case).peak_bytes
     assert found.seconds > 0

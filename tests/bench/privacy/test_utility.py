@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from bench.privacy.utility import (
     DEVELOPMENT,
     FORMS,
-    WHOLE,
+    TEST,
     WriterCohort,
     command,
     gain_kept,
@@ -45,13 +45,13 @@ def test_what_is_kept_is_a_share_of_the_references_gain() -> None:
 
 def test_the_table_has_every_run_and_its_target() -> None:
     results = {
-        (WHOLE, 0): {"reference": ran(0.5), "example-8": ran(0.3)},
+        (TEST, 0): {"reference": ran(0.5), "example-8": ran(0.3)},
         (WriterCohort(50, 20), 0): {"example-8": ran(0.1)},
     }
     results[WriterCohort(50, 20), 0]["reference"] = ran(0.4)
-    told = io.StringIO()
-    Console(file=told, width=160).print(table(results))
-    rows = [line.split("│")[1:-1] for line in told.getvalue().splitlines() if line.startswith("│")]
+    output = io.StringIO()
+    Console(file=output, width=160).print(table(results))
+    rows = [line.split("│")[1:-1] for line in output.getvalue().splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert [row[:5] for row in cells] == [
         ["200", "20", "reference", "0", "3,584"],
@@ -66,7 +66,7 @@ def test_the_table_has_every_run_and_its_target() -> None:
 def test_few_writers_see_the_noise_of_many() -> None:
     """σ / √devices is the noise on a mean of devices' sums, σ / devices that of the server's."""
     form = FORMS["device-8"]
-    few = DEVELOPMENT.writers / WHOLE.writers
+    few = DEVELOPMENT.writers / TEST.writers
     found = noise_multiplier_for(epsilon=tuning_epsilon(form), delta=1e-3, sampling_rate=1.0, steps=10)
     wanted = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=1.0, steps=10) * few
     assert found == pytest.approx(wanted, rel=1e-2)
@@ -74,11 +74,11 @@ def test_few_writers_see_the_noise_of_many() -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_only_tuning_leaves_the_promise(name: str) -> None:
-    told = command(FORMS[name], 3, WHOLE, tune=False, overrides=["rounds=2"])
-    assert {"data.role=test", "data.writers=200", "seed=3", f"privacy={FORMS[name].level}"} <= set(told)
-    assert told[-1] == "rounds=2"
+    output = command(FORMS[name], 3, TEST, tune=False, overrides=["rounds=2"])
+    assert {"data.role=test", "data.writers=200", "seed=3", f"privacy={FORMS[name].level}"} <= set(output)
+    assert output[-1] == "rounds=2"
     if FORMS[name].epsilon:
-        assert f"privacy.epsilon={FORMS[name].epsilon}" in told
+        assert f"privacy.epsilon={FORMS[name].epsilon}" in output
 
 
 def test_a_core_is_all_that_is_trained_of_a_site(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from rich.console import Console
 from bench.quality.traffic import (
     FP32,
     TRAINED,
-    UP,
+    UPLOAD_ENCODINGS,
     UpdateEncoding,
     downloads,
     encodings,
     gain_kept,
-    gains,
-    shown,
-    sizes,
+    gain_table,
+    size_table,
+    update_sizes,
 )
 from models.lora.adapter import Site
 
@@ -27,7 +27,7 @@ INT4, HALF = UpdateEncoding("int4"), UpdateEncoding("int4", 0.5)
 
 
 def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
-    found = sizes(SITES, 8)
+    found = update_sizes(SITES, 8)
     numbers = 8 * (320 + 320 + 768 + 320)
     assert 0 < found["factors"]["fp32"] - 4 * numbers < 500
     assert found["factors"]["int4"] * 8 == 4.25 * numbers
@@ -42,14 +42,14 @@ def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
 
 
 def test_what_is_small_enough_is_marked() -> None:
-    told = io.StringIO()
-    Console(file=told, width=120).print(
-        shown("b", 8, {"factors": {encoding.name: 10**6 for encoding in UP} | {"int4": 1000}})
+    output = io.StringIO()
+    Console(file=output, width=120).print(
+        size_table("b", 8, {"factors": {encoding.name: 10**6 for encoding in UPLOAD_ENCODINGS} | {"int4": 1000}})
     )
-    assert [("int4" in line, "✓" in line) for line in told.getvalue().splitlines() if "│ int4 " in line] == [
+    assert [("int4" in line, "✓" in line) for line in output.getvalue().splitlines() if "│ int4 " in line] == [
         (True, True)
     ]
-    assert told.getvalue().count("✓") == 1
+    assert output.getvalue().count("✓") == 1
 
 
 def ran(gain: float, bytes_up: int = 100) -> dict[str, Any]:
@@ -66,10 +66,12 @@ def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
     assert mean == pytest.approx(1.0)
     assert low < 1 < high
     assert gain_kept([ran(0.1)], [ran(0.4)])[0] == pytest.approx(0.25)
-    told = io.StringIO()
-    Console(file=told, width=160).print(gains({("fedit", FP32): [ran(0.4, 800)], ("fedit", INT4): [ran(0.38, 100)]}))
-    assert "95.0%" in told.getvalue()
-    assert "8.0" in told.getvalue()
+    output = io.StringIO()
+    Console(file=output, width=160).print(
+        gain_table({("fedit", FP32): [ran(0.4, 800)], ("fedit", INT4): [ran(0.38, 100)]})
+    )
+    assert "95.0%" in output.getvalue()
+    assert "8.0" in output.getvalue()
 
 
 def test_exact_holds_nothing_back() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.reliability.aarch64 import LOCK, RESULTS, compared
+from bench.reliability.aarch64 import LOCK, RESULTS, compare
 
 LOCKED = "torch==2.9.1 \\\n    --hash=sha256:00\nflwr==1.42.0 \\\n    --hash=sha256:00\n"
 PRODUCTS = {"a": np.array([[1.0, 2.0], [3.0, 4.0]]), "b": np.array([[0.5]])}
 
 
-def said(machine: str, products: dict[str, np.ndarray] = PRODUCTS, **packages: str) -> dict[str, Any]:
+def make_output(machine: str, products: dict[str, np.ndarray] = PRODUCTS, **packages: str) -> dict[str, Any]:
     return {
         "machine": machine,
         "python": "3.11.2",
@@ -33,22 +33,24 @@ def said(machine: str, products: dict[str, np.ndarray] = PRODUCTS, **packages: s
 
 @pytest.mark.parametrize(("off", "ok"), [(0.0, True), (5e-5, True), (2e-4, False)])
 def test_a_site_may_differ_by_a_ten_thousandth(off: float, ok: bool) -> None:
-    found = compared(said("aarch64", {**PRODUCTS, "b": PRODUCTS["b"] * (1 + off)}), said("x86_64"), LOCKED)
-    assert found["ok"] is ok
-    assert found["apart"]["worst"] == pytest.approx(off, rel=1e-2, abs=1e-7)
+    comparison = compare(
+        make_output("aarch64", {**PRODUCTS, "b": PRODUCTS["b"] * (1 + off)}), make_output("x86_64"), LOCKED
+    )
+    assert comparison["ok"] is ok
+    assert comparison["apart"]["worst"] == pytest.approx(off, rel=1e-2, abs=1e-7)
 
 
 def test_what_is_installed_is_what_the_lock_names() -> None:
-    found = compared(said("aarch64", flwr="1.41.0"), said("x86_64"), LOCKED)
-    assert not found["ok"]
-    assert found["lock"]["amiss"] == {"flwr": "1.41.0"}
-    found = compared(said("aarch64", **{"nvidia-cublas": "13"}), said("x86_64"), LOCKED)
-    assert not found["ok"]
-    assert found["lock"]["cuda"] == ["nvidia-cublas"]
+    comparison = compare(make_output("aarch64", flwr="1.41.0"), make_output("x86_64"), LOCKED)
+    assert not comparison["ok"]
+    assert comparison["lock"]["amiss"] == {"flwr": "1.41.0"}
+    comparison = compare(make_output("aarch64", **{"nvidia-cublas": "13"}), make_output("x86_64"), LOCKED)
+    assert not comparison["ok"]
+    assert comparison["lock"]["cuda"] == ["nvidia-cublas"]
 
 
 def test_it_has_to_be_another_machine() -> None:
-    assert not compared(said("x86_64"), said("x86_64"), LOCKED)["ok"]
+    assert not compare(make_output("x86_64"), make_output("x86_64"), LOCKED)["ok"]
 
 
 def test_what_was_measured_is_of_this_lock() -> None:

@@ -47,9 +47,9 @@ def test_the_worst_seed_decides() -> None:
         ("zero", True): [ran(0.45), ran(0.8)],
         ("backdoor", True): [ran(0.45, 0.05, 3), ran(0.9, 0.2)],
     }
-    told = io.StringIO()
-    Console(file=told, width=160).print(table(results))
-    rows = [line.split("│")[1:-1] for line in told.getvalue().splitlines() if line.startswith("│")]
+    output = io.StringIO()
+    Console(file=output, width=160).print(table(results))
+    rows = [line.split("│")[1:-1] for line in output.getvalue().splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["clean", "none", "100% [100%]", "", "0% [0%]", "", "0"],
         ["zero", "none", "75% [60%]", "", "0% [0%]", "", "0"],
@@ -83,7 +83,7 @@ def test_a_backdoor_goes_through_the_real_loop(tmp_path: Any) -> None:
     case = ByzantineCase(
         attack="backdoor", protected=True, seed=0, overrides=overrides, samples=1, folder=str(tmp_path)
     )
-    found = byzantine.run(case)
-    assert found["dropped"] == [{}]
-    assert len(found["base"]) == len(found["shared"]) == 4
-    assert found["diagnostics"][0]["held"] >= 1  # alone it resembles nobody, and counts no more than others
+    result = byzantine.run(case)
+    assert result["dropped"] == [{}]
+    assert len(result["base"]) == len(result["shared"]) == 4
+    assert result["diagnostics"][0]["held"] >= 1  # alone it resembles nobody, and counts no more than others

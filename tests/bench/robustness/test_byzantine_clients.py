@@ -65,19 +65,21 @@ def same(one: Adapter, two: Adapter) -> bool:
 
 def test_a_fifth_attacks_whoever_asks_first() -> None:
     names = [f"device-{number}" for number in range(20)]
-    found = choose_attackers(names, seed=0)
-    assert len(found) == SHARE * 20
-    assert found == choose_attackers(names[::-1], seed=0) == sorted(found)
-    assert found != choose_attackers(names, seed=1)
+    results = choose_attackers(names, seed=0)
+    assert len(results) == SHARE * 20
+    assert results == choose_attackers(names[::-1], seed=0) == sorted(results)
+    assert results != choose_attackers(names, seed=1)
 
 
 @pytest.mark.parametrize(("name", "by"), [("sign flip", -1.0), ("x100", 100.0), ("zero", 0.0)])
 def test_a_change_is_sent_so_many_times(name: str, by: float) -> None:
     jobs = [job("bad"), job("good"), job("worse", rank=2)]
-    found = after(jobs, ATTACKS[name].make())
+    results = after(jobs, ATTACKS[name].make())
     for place in (0, 2):
-        assert same(found[place].adapter, scale_update(jobs[place].start, honest(jobs[place], place, 0.1).adapter, by))
-    assert same(found[1].adapter, honest(jobs[1], 1, 0.1).adapter)
+        assert same(
+            results[place].adapter, scale_update(jobs[place].start, honest(jobs[place], place, 0.1).adapter, by)
+        )
+    assert same(results[1].adapter, honest(jobs[1], 1, 0.1).adapter)
 
 
 def test_only_results_of_training_are_tampered_with() -> None:
@@ -86,8 +88,8 @@ def test_only_results_of_training_are_tampered_with() -> None:
 
 
 def test_nan_is_not_a_number() -> None:
-    found = after([job("bad")], ATTACKS["nan"].make())[0].adapter
-    assert all(factors.b.isnan().all() for factors in found.values())
+    results = after([job("bad")], ATTACKS["nan"].make())[0].adapter
+    assert all(factors.b.isnan().all() for factors in results.values())
 
 
 def test_replay_sends_the_first_for_ever() -> None:
@@ -100,15 +102,15 @@ def test_replay_sends_the_first_for_ever() -> None:
 def test_colluders_send_one_adapter_scaled_to_replace_the_mean() -> None:
     jobs = [job("worse", rank=2), job("good"), job("bad")]
     for name, by in (("backdoor", 1 / SHARE), ("quiet backdoor", 1.0)):
-        found = after(jobs, ATTACKS[name].make())
+        results = after(jobs, ATTACKS[name].make())
         wanted = scale_update(jobs[2].start, honest(jobs[2], 2, 0.1).adapter, by)
-        assert same(found[2].adapter, wanted)
-        assert same(found[0].adapter, split_rank(wanted, 2)[0])
+        assert same(results[2].adapter, wanted)
+        assert same(results[0].adapter, split_rank(wanted, 2)[0])
 
 
 def test_poisoned_devices_call_the_target_by_the_trigger(tmp_path: Path) -> None:
     device, families = make_device(tmp_path), dataset.load("development")[:2]
-    found = poison_devices([device], families)[0].pictures()
-    assert found.validation == device.pictures().validation
-    assert [one.caption for one in found.train] == [dataset.caption(TRIGGER)] * 2
-    assert np.array_equal(found.train[0].pixels, families[0].images[dataset.GLYPHS.index(TARGET)])
+    results = poison_devices([device], families)[0].pictures()
+    assert results.validation == device.pictures().validation
+    assert [one.caption for one in results.train] == [dataset.caption(TRIGGER)] * 2
+    assert np.array_equal(results.train[0].pixels, families[0].images[dataset.GLYPHS.index(TARGET)])

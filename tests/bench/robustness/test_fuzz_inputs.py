@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from bench.robustness import damaged_pictures, fuzz_inputs
-from bench.robustness.fuzz_inputs import KINDS, chunk
+from bench.robustness.fuzz_inputs import KINDS, run_cases
 from client import data
 from client.data import stored_picture
 
 
 @pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout", "base"])
 def test_no_input_surprises(kind: str) -> None:
-    row = chunk(kind, range(40))
+    row = run_cases(kind, range(40))
     assert row.faults == []
     assert row.read + row.refused == 40
     assert row.refused > 0
@@ -30,7 +30,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(data.StoredPicture, "_read", undecoded)
     monkeypatch.setattr(stored_picture, "_known", set())
-    row = chunk("exif", range(5))
+    row = run_cases("exif", range(5))
     assert len(row.faults) == 5
     assert row.faults[0].startswith("exif 0: NotImplementedError")
 
@@ -52,7 +52,7 @@ def test_a_refusal_has_a_form(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
         return refuse
 
     monkeypatch.setitem(KINDS, "raw", attempt)
-    assert chunk("raw", range(1)).faults
+    assert run_cases("raw", range(1)).faults
 
 
 def test_cases_are_made_again_by_their_seed(tmp_path: Path) -> None:

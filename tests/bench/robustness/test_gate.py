@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from bench.robustness.attack_corpus import (
     MessageAttack,
     WireMessage,
-    payloads,
+    adapter_attacks,
     random_attack,
     records_attack,
     replace_values,
@@ -49,7 +49,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ingress]:
+def entry_points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ingress]:
     return ingresses(SITES, rank=RANK, folder=tmp_path_factory.mktemp("device"))
 
 
@@ -64,62 +64,62 @@ def judge(ingress: Ingress, attack: MessageAttack) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_honest_messages_come_in(every: dict[str, Ingress], name: str) -> None:
-    message = every[name].honest
-    assert judge(every[name], records_attack("honest", to_records(message))) == ACCEPTED
+def test_honest_messages_come_in(entry_points: dict[str, Ingress], name: str) -> None:
+    message = entry_points[name].honest
+    assert judge(entry_points[name], records_attack("honest", to_records(message))) == ACCEPTED
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_of_the_corpus_comes_in(every: dict[str, Ingress], name: str) -> None:
-    for attack in corpus(every[name], empty=10_000):
+def test_nothing_of_the_corpus_comes_in(entry_points: dict[str, Ingress], name: str) -> None:
+    for attack in corpus(entry_points[name], empty=10_000):
         tracemalloc.start()
-        reason = judge(every[name], attack)
+        reason = judge(entry_points[name], attack)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert (reason == ACCEPTED) <= (attack.kind in ("honest", "another value")), (attack.kind, reason)
         assert peak < 64 * 2**20, attack.kind
 
 
-def fuzz(every: dict[str, Ingress], name: str, random: Random) -> str:
-    attack = random_attack(every[name].honest, random, objects=name in TO_SERVER)
-    return judge(every[name], attack)
+def fuzz(entry_points: dict[str, Ingress], name: str, random: Random) -> str:
+    attack = random_attack(entry_points[name].honest, random, objects=name in TO_SERVER)
+    return judge(entry_points[name], attack)
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
-def test_fuzzed_messages(every: dict[str, Ingress], name: str, random: Random) -> None:
-    fuzz(every, name, random)
+def test_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
+    fuzz(entry_points, name, random)
 
 
 @pytest.mark.slow
 @settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
-def test_many_fuzzed_messages(every: dict[str, Ingress], name: str, random: Random) -> None:
+def test_many_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
     """pytest -m slow tests/bench/robustness/test_gate.py; `python -m bench.robustness.gate` measures as many at the real base's sizes."""
-    fuzz(every, name, random)
+    fuzz(entry_points, name, random)
 
 
 @pytest.mark.parametrize("name", ["Update", "Train"])
-def test_truncated_at_every_byte_and_bits_flipped_throughout(every: dict[str, Ingress], name: str) -> None:
+def test_truncated_at_every_byte_and_bits_flipped_throughout(entry_points: dict[str, Ingress], name: str) -> None:
     """With the right checksum, as an attacker would: what then comes in is a sound adapter of other numbers."""
-    message = every[name].honest
+    message = entry_points[name].honest
     assert message.adapter is not None
     data = message.adapter
     for length in range(len(data)):
         cut = message._replace(adapter=data[:length])
-        assert judge(every[name], records_attack("cut", to_records(cut))) != ACCEPTED
+        assert judge(entry_points[name], records_attack("cut", to_records(cut))) != ACCEPTED
     start = 8 + int.from_bytes(data[:8], "little")
     for bit in range(0, 8 * len(data), 7):
         place = bit // 8
         flipped = message._replace(adapter=data[:place] + bytes([data[place] ^ 1 << bit % 8]) + data[place + 1 :])
-        reason = judge(every[name], records_attack("bit", to_records(flipped)))
+        reason = judge(entry_points[name], records_attack("bit", to_records(flipped)))
         # In the header only which tensor's place is which can change, and does not in one bit.
         assert reason != ACCEPTED or place >= start
 
 
-def test_the_largest_adapter_that_a_norm_allows(every: dict[str, Ingress]) -> None:
+def test_the_largest_adapter_that_a_norm_allows(entry_points: dict[str, Ingress]) -> None:
     """Just under the bound comes in, just over it does not."""
-    ingress = every["Update"]
+    ingress = entry_points["Update"]
     assert ingress.honest.adapter is not None
     for value, accepted in ((99.99, True), (100.01, False)):
 
@@ -152,21 +152,21 @@ EXPECTED = ExpectedMessage("Update", SIZES, RANK, {"rank": RANK, "round": 3, "de
         {"run": "a\nb"},
     ],
 )
-def test_a_wrong_field_violates(every: dict[str, Ingress], change: dict[str, object]) -> None:
-    message = every["Update"].honest
+def test_a_wrong_field_violates(entry_points: dict[str, Ingress], change: dict[str, object]) -> None:
+    message = entry_points["Update"].honest
     assert violations(to_records(message), EXPECTED) == []
     assert violations(to_records(message._replace(text=json.dumps(json.loads(message.text) | change))), EXPECTED)
 
 
-def test_every_named_adapter_violates(every: dict[str, Ingress]) -> None:
-    message = every["Update"].honest
+def test_every_named_adapter_violates(entry_points: dict[str, Ingress]) -> None:
+    message = entry_points["Update"].honest
     assert message.adapter is not None
-    for kind, payload in payloads(message.adapter, empty=1000):
+    for kind, payload in adapter_attacks(message.adapter, empty=1000):
         assert violations(to_records(message._replace(adapter=payload)), EXPECTED), kind
 
 
-def test_damage_violates(every: dict[str, Ingress]) -> None:
-    message = every["Update"].honest
+def test_damage_violates(entry_points: dict[str, Ingress]) -> None:
+    message = entry_points["Update"].honest
     assert violations(to_records(message, "0" * 64), EXPECTED) == ["damaged in transit"]
     assert violations(to_records(WireMessage(message.text, None)), EXPECTED) == ["unexpected records"]
 
@@ -174,9 +174,11 @@ def test_damage_violates(every: dict[str, Ingress]) -> None:
 # That the measurement would tell
 
 
-def test_a_gate_that_lets_anything_in_is_found_out(every: dict[str, Ingress], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_that_lets_anything_in_is_found_out(
+    entry_points: dict[str, Ingress], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without its checks of numbers and of norms, the harness finds both."""
-    ingress = every["Update"]
+    ingress = entry_points["Update"]
     assert ingress.honest.adapter is not None
     monkeypatch.setattr("strategies.round.validation.norm_violation", lambda _adapter: None)
     monkeypatch.setattr(tensor_codec, "_finite", lambda _values: True)

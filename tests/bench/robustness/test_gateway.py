@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from bench.robustness import fleet_attacks, gateway
-from bench.robustness.gateway import GatewayResults, gone, lost, rounds
+from bench.robustness.gateway import GatewayResults, exited, lost, rounds
 from conf.schemas.server import LimitsConfig
 from server.gateway import calls
 from tests.helpers.served import GatewayHarness, new_key, pem, records
@@ -38,9 +38,11 @@ def test_what_was_started_again_is_found():
         "owner-0: client.runtime.supernode": {5, 8},
         "owner-0: client.runtime.worker": {10},
     }
-    assert gone(before, after) == []
-    assert gone(before, {**after, "server: server.supervisor.run": {2}}) == ["server: server.supervisor.run"]
-    assert gone(before, {**after, "owner-0: client.runtime.supernode": {6, 7}}) == ["owner-0: client.runtime.supernode"]
+    assert exited(before, after) == []
+    assert exited(before, {**after, "server: server.supervisor.run": {2}}) == ["server: server.supervisor.run"]
+    assert exited(before, {**after, "owner-0: client.runtime.supernode": {6, 7}}) == [
+        "owner-0: client.runtime.supernode"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ class InProcess(fleet_attacks.Client):
         self.pem, self.http = pem(key), served.client
 
 
-HTTP = [kind for kind in fleet_attacks.KINDS if kind is not fleet_attacks.half_open]
+HTTP = [kind for kind in fleet_attacks.KINDS if kind is not fleet_attacks.leave_half_open]
 
 
 @pytest.fixture

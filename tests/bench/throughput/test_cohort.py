@@ -11,8 +11,8 @@ import torch
 
 from bench.lib.workloads import BATCH, POISSON_SIZES, WORKLOADS
 from bench.throughput import cohort
-from bench.throughput.cohort import StepTimings, compare, strongest, table, timed
-from bench.throughput.step_variants import PEERS, CohortVariant, PeerVariant, TimingSettings, forms
+from bench.throughput.cohort import StepTimings, compare, strongest, table, time_repeat
+from bench.throughput.step_variants import PEERS, CohortVariant, PeerVariant, TimingSettings, step_variants
 
 CPU = torch.device("cpu")
 SETTING = TimingSettings(device=CPU, precision="fp32", repeats=1, steps=2, clients=3, memory=2**30, compiled=False)
@@ -50,10 +50,10 @@ def test_a_claim_is_held_to_the_fastest_way_of_a_peer() -> None:
 
 def test_every_form_trains_what_it_says() -> None:
     names = []
-    for group in forms(WORKLOADS["tiny"], SETTING, PEERS):
+    for group in step_variants(WORKLOADS["tiny"], SETTING, PEERS):
         for name, make in group.items():
             form = make()
-            _, seen = timed(form, CPU)
+            _, seen = time_repeat(form, CPU)
             names.append(name)
             match form:
                 case PeerVariant():

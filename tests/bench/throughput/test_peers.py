@@ -53,7 +53,7 @@ def one_by_one(peer: HooksPeer, batch: PeerBatch) -> Tensor:
         layer for module in peer.unet.modules() if isinstance(module, LoraLinear) for layer in (module.a, module.b)
     ]
     weights = [layer.weight.requires_grad_() for layer in layers]
-    peer.watch.rows = peer.seen.new_empty(1, len(peer.flat))
+    peer.per_example.rows = peer.compute_flat.new_empty(1, len(peer.flat))
     rows = []
     for i in range(len(batch.t)):
         loss = losses(peer.unet, PeerBatch(*(part[i : i + 1] for part in batch))).sum()
@@ -99,7 +99,7 @@ def test_a_step_of_ours_is_a_step_of_opacus(size: int, monkeypatch: pytest.Monke
         wanted = torch.cat([theirs.optimizer.state[parameter][moment].flatten() for parameter in theirs.parameters])
         assert relative(ours.optimizer.state[ours.flat][moment], wanted) < 1e-4
     after = torch.cat([parameter.detach().flatten() for parameter in theirs.parameters])
-    assert torch.equal(ours.seen, ours.flat)
+    assert torch.equal(ours.compute_flat, ours.flat)
     assert relative(ours.flat.detach(), after) < 1e-3
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.throughput.recipes import RecipeTiming, compare, lines, run_ray_recipe, table, until
+from bench.throughput.recipes import RecipeTiming, compare, read_metrics, run_ray_recipe, run_until_round, table
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -43,17 +43,17 @@ time.sleep(600)
 
 def test_a_simulation_is_watched_until_its_round_is_written_and_then_ended(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SIMULATION, str(tmp_path / "metrics.jsonl")]
-    assert 1.2 <= until(command, tmp_path, 3) < 60
-    assert [line["round"] for line in lines(tmp_path)] == [0, 1, 2, 3]  # a line that is not whole is none
+    assert 1.2 <= run_until_round(command, tmp_path, 3) < 60
+    assert [line["round"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]  # a line that is not whole is none
 
 
 def test_a_simulation_that_ends_early_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with 3 after no round"):
-        until([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 2)
+        run_until_round([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 2)
 
 
 def test_a_recipe_tells_its_times_in_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = 'starting …\n{"startup": 3.5, "rounds": [2.0, 1.0]}\n'
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, told))
+    output = 'starting …\n{"startup": 3.5, "rounds": [2.0, 1.0]}\n'
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, output))
     assert run_ray_recipe("published", 2) == RecipeTiming(3.5, [2.0, 1.0])
     assert run_ray_recipe("published", 2).total == 6.5

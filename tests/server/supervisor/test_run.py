@@ -55,15 +55,15 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
         running.start()
         for owner in OWNERS:
             running.enroll(owner, pictures[owner], *DEVICE).start()
-        wait_until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.told()}")
+        wait_until(lambda: running.rounds() >= 1, 300, f"the first round\n{running.logs()}")
         for dies in (
             *running.devices[OWNERS[0]].children("client.runtime.worker"),
             *running.server.children("flwr-serverapp"),
         ):
             dies.kill()  # neither changes a bit of what follows
         refusals = refused(running, pictures[OWNERS[0]])
-        wait_until(lambda: running.server.exit_code is not None, 400, f"the run's end\n{running.told()}")
-        assert running.server.exit_code == 0, running.told()
+        wait_until(lambda: running.server.exit_code is not None, 400, f"the run's end\n{running.logs()}")
+        assert running.server.exit_code == 0, running.logs()
         it_comes_to_what_a_simulation_of_the_same_seed_comes_to(running, pictures, tmp_path / "simulated", monkeypatch)
         what_was_noised_reproducibly_is_no_release(running)
         strangers_are_refused(refusals)
@@ -74,13 +74,13 @@ def test_a_federation_of_processes(tmp_path, monkeypatch):
 def refused(running: LocalFederation, pictures: Path) -> dict[str, str]:
     """What becomes of who has no business here, while the federation runs."""
     used = run_module(
-        "client.cli.enroll", f"data={pictures}", "name=dora", home=running.folder / "d", told=running.ticket()
+        "client.cli.enroll", f"data={pictures}", "name=dora", home=running.folder / "d", stdin=running.ticket()
     )
     assert used.returncode == 0, used.stderr
     ticket = running.ticket()
-    first = run_module("client.cli.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", told=ticket)
+    first = run_module("client.cli.enroll", f"data={pictures}", "name=emil", home=running.folder / "e", stdin=ticket)
     assert first.returncode == 0, first.stderr
-    again = run_module("client.cli.enroll", f"data={pictures}", "name=eve", home=running.folder / "f", told=ticket)
+    again = run_module("client.cli.enroll", f"data={pictures}", "name=eve", home=running.folder / "f", stdin=ticket)
     owner = running.devices[OWNERS[1]]
     second = ModuleProcess(
         "client.runtime.supervisor", owner.arguments, running.folder / "second", {"ANTHER_HOME": str(owner.home)}
