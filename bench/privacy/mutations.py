@@ -94,7 +94,7 @@ def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
         The exit code of pytest, and its short summary or last line. An error outside of a test is not a failure of it:
         the code is then not `FAILED`.
     """
-    # Python tells outdated byte code by seconds and size of the source, neither of which a mutant need change.
+    # Python detects outdated byte code by time in seconds and size of the source, which a mutant may leave unchanged.
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -13,7 +13,7 @@ reported separately.
 
     --curves   ε = 8 per image against number of writers, and against pictures of each, one seed
 
-Test writers are evaluated once. `--tune` runs on development writers, of which there are few: ε is raised until the
+Test writers are evaluated once. `--tune` runs on the few development writers, with ε raised until the
 noise on the mean is that of a run with all test writers (such a run is no release, and its ε has no meaning).
 """
 

@@ -217,7 +217,7 @@ class LocalFederation:
         )
         assert self.server.exit_code is None, self.server.output
 
-    def ticket(self, holder: str = "somebody") -> str:
+    def ticket(self, holder: str = "owner") -> str:
         process = run_module("server.gateway.keys", "ticket", "--holder", holder, home=self.server.home)
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()

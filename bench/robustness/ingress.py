@@ -1,4 +1,4 @@
-"""Entry points of messages, each of which maps an attack to its outcome.
+"""Entry points of messages, which map attacks to outcomes.
 
 A reply passes through all of a server's checks up to the aggregation: the validating grid around Flower's, records,
 messages, codec and the strategy's validation. A request passes through all of a device's checks up to the first job.

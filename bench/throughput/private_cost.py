@@ -123,7 +123,7 @@ def fit_overhead(base: Base, examples: Examples, repeats: int) -> dict[str, floa
     Args:
         base: the base.
         examples: at least as many examples as the first case assumes.
-        repeats: runs of each size, of which the fastest counts.
+        repeats: runs of each size; the fastest counts.
     """
     plan = make_job(base, examples, CASES[0], 1, 0, private=True)
     rows_shape = BufferSpec.of([plan])

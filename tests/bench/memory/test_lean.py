@@ -1,4 +1,4 @@
-"""The ladder of memory, and weights at rest, on a base that is small enough for any test."""
+"""Tests of the memory rungs and packed sizes on a tiny base."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bases' tiny relatives, and no other processes."""
+    """Replace bases by tiny ones, and run in this process."""
     for name, base in TINY.items():
         monkeypatch.setitem(KNOWN_BASES, name, base)
 
-    def here(*arguments: str, allocator: bool = False) -> str:  # noqa: ARG001 - another process is spared
+    def run_here(*arguments: str, allocator: bool = False) -> str:  # noqa: ARG001 - another process is spared
         run(monkeypatch, *arguments)
         return (capsys.readouterr().out.splitlines() or [""])[-1]
 
-    monkeypatch.setattr(lean, "run_child", here)
+    monkeypatch.setattr(lean, "run_child", run_here)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -70,9 +70,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_ladder_is_written_with_every_rung_beside_the_truth(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_rung_is_compared_with_the_truth(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "lean.json"
     command = ["--base", name, "--side", "8", "--folder", str(tmp_path), "--output", str(output)]
     run(monkeypatch, *command, "--truth", "float32, mapped", "--rungs", "float32", "mixed", "mixed, pages, blocks")
@@ -81,12 +79,12 @@ def test_the_ladder_is_written_with_every_rung_beside_the_truth(
     float32, mapped, mixed, last = rungs.values()
     assert [mapped["cosine"], float32["cosine"]] == pytest.approx([1.0, 1.0], abs=1e-9)
     assert 0.9 < mixed["cosine"] < 1 - 1e-6
-    assert last["cosine"] == mixed["cosine"]  # levers that only save memory leave the gradient as it is
+    assert last["cosine"] == mixed["cosine"]  # these options only save memory and don't change the gradient
     assert 0 < last["tensors"] < mixed["tensors"]
-    assert all(found["peak"] > found["imports"] for found in rungs.values())
+    assert all(results["peak"] > results["imports"] for results in rungs.values())
 
 
-def test_a_run_replaces_nothing_but_its_own_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_replaces_only_its_own_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "lean.json"
     output.write_text(json.dumps({"sdxl": {"8": 1}, "sd15": {"8": 2, "64": 3}}))
     run(monkeypatch, "--side", "8", "--output", str(output), "--rungs")
@@ -97,7 +95,7 @@ def test_a_run_replaces_nothing_but_its_own_entry(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sdxl", UNet2DConditionModel), ("pixart-sigma", PixArtTransformer2DModel)])
-def test_random_weights_are_a_pipelines_as_diffusers_reads_and_draws_them(
+def test_random_weights_match_diffusers_initialization(
     name: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(published_bases, "_SHARD", 1000)
@@ -105,28 +103,30 @@ def test_random_weights_are_a_pipelines_as_diffusers_reads_and_draws_them(
     published_bases.write_base(base, tmp_path)
     part = tmp_path / base.family.network
     assert len(list(part.glob("*.safetensors"))) > 1
-    ours, theirs = kind.from_pretrained(part), kind(**base.config)  # type: ignore[attr-defined]
+    written, initialized = kind.from_pretrained(part), kind(**base.config)  # type: ignore[attr-defined]
     torch.manual_seed(1)
-    for (key, found), (_, wanted) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
-        assert found.shape == wanted.shape, key
-        assert found.float().std(correction=0) == pytest.approx(wanted.std(correction=0).item(), rel=0.6, abs=1e-6)
+    for (key, tensor), (_, reference) in zip(
+        written.state_dict().items(), initialized.state_dict().items(), strict=True
+    ):
+        assert tensor.shape == reference.shape, key
+        assert tensor.float().std(correction=0) == pytest.approx(reference.std(correction=0).item(), rel=0.6, abs=1e-6)
 
 
-def test_weights_at_rest_are_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
+def test_packed_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     published_bases.write_base(TINY["sd15"], tmp_path / "source")
     sizes = {form: weights_memory.measure(TINY["sd15"], tmp_path, form) for form in weights_memory.OURS}
-    whole = sum(tensor.nbytes for file in tmp_path.glob("*/*/*.safetensors") for tensor in load_file(file).values())
-    assert 0 < sizes["nf4"]["bytes"] < sizes["mixed"]["bytes"] < sizes["int8"]["bytes"] < whole
-    assert all(found["peak"] > 0 for found in sizes.values())
+    total = sum(tensor.nbytes for file in tmp_path.glob("*/*/*.safetensors") for tensor in load_file(file).values())
+    assert 0 < sizes["nf4"]["bytes"] < sizes["mixed"]["bytes"] < sizes["int8"]["bytes"] < total
+    assert all(size["peak"] > 0 for size in sizes.values())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_peer_that_is_not_installed_is_a_row_without_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peer_has_zero_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     assert weights_memory.measure(TINY["sd15"], tmp_path, "torchao int8") == {"bytes": 0, "peak": 0}
 
 
-def test_tensors_that_are_shared_or_made_of_others_are_counted_once() -> None:
+def test_shared_tensors_are_counted_once() -> None:
     layer = torch.nn.Linear(3, 5)
     other = torch.nn.Linear(3, 5)
     other.weight = layer.weight

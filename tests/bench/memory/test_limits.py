@@ -1,4 +1,4 @@
-"""A limit that ends what exceeds it, and a verdict that can go either way."""
+"""Tests of the memory limit and of the verdict on plans."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def python(text: str, limit: int | None) -> str | None:
 
 
 @linux
-def test_what_holds_more_than_the_limit_is_ended() -> None:
+def test_process_above_the_limit_is_killed() -> None:
     grows = "import time; x = bytearray(200 << 20); time.sleep(0.5); print(len(x))"
     assert python(grows, 100 * MIB) is None
     assert python(grows, 400 * MIB) == python(grows, None) == f"{200 << 20}\n"
 
 
 @linux
-def test_what_fails_otherwise_is_no_verdict() -> None:
+def test_other_failures_raise() -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         python("1 / 0", GIB)
 
@@ -45,18 +45,18 @@ def test_what_fails_otherwise_is_no_verdict() -> None:
 @pytest.mark.parametrize(
     ("peak", "above", "sound"), [(900, 1000, True), (None, 1000, False), (900, 930, True), (900, 920, False)]
 )
-def test_a_plan_that_is_ended_or_a_timid_ladder_is_not_sound(peak: int | None, above: int, sound: bool) -> None:
-    """920 MiB are nine tenths of the limit, and a little less."""
-    chosen = None if peak is None else MeasuredStep(peak * MIB, 1.0)
-    found = result_row(TRIAL, {(CHOSEN, GIB): chosen, (ABOVE, None): MeasuredStep(above * MIB, 1.0)})
-    assert found["sound"] is sound
-    assert found["ran"] is (peak is not None)
-    assert found["above_share"] == above / 1024
+def test_killed_plan_or_needless_refusal_is_unsound(peak: int | None, above: int, sound: bool) -> None:
+    """The threshold is 921.6 MiB, nine tenths of the limit."""
+    step = None if peak is None else MeasuredStep(peak * MIB, 1.0)
+    row_of_device = result_row(TRIAL, {(CHOSEN, GIB): step, (ABOVE, None): MeasuredStep(above * MIB, 1.0)})
+    assert row_of_device["sound"] is sound
+    assert row_of_device["ran"] is (peak is not None)
+    assert row_of_device["above_share"] == above / 1024
 
 
 @pytest.mark.slow
-def test_every_device_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are alike run once; where the top rung fits there is none above."""
+def test_equal_cases_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the best option fits, there is none above it."""
     ran: list[Any] = []
 
     def step(case: limits.FootprintCase, folder: Path, limit: int | None) -> MeasuredStep:  # noqa: ARG001
@@ -71,5 +71,5 @@ def test_every_device_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     devices = ["pi4_4gb", "pi5_4gb", "laptop"]
     assert limits.main(["--base", "unet", "--output", str(output), "--devices", *devices]) == 0
     record = json.loads(output.read_text())
-    assert [(each["device"], each["above"]) for each in record["rows"]] == [(name, None) for name in devices]
+    assert [(row["device"], row["above"]) for row in record["rows"]] == [(name, None) for name in devices]
     assert len(ran) == 2

@@ -1,4 +1,4 @@
-"""Rows of a table whose sets are known."""
+"""Tests of the table on known sets of sites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COSTS = table({"x": (100 * MIB, 10 * MIB), "y": (60 * MIB, 10 * MIB)})
 CHOICE = SiteSet(bytes=70 * MIB, work=0.9, gain=0.5, sites=("y",))
 
 
-def test_a_row_says_what_all_or_nothing_would_be() -> None:
+def test_row_shows_the_all_or_nothing_choice() -> None:
     needed = MARGIN * (RUNTIME / MIB + 120)
     exact = Footprint(base_bytes=69 * MIB)
     little, enough = (result_row(int(needed) + more, CHOICE, COSTS, exact) for more in (0, 1))
@@ -31,7 +31,7 @@ def test_a_row_says_what_all_or_nothing_would_be() -> None:
     assert "50%" in output.getvalue()
 
 
-def test_a_fleet_has_ten_kinds() -> None:
+def test_fleet_has_ten_device_types() -> None:
     assert len({(report.memory_gib, report.examples_per_second) for report in make_fleet(40)}) == 10
     assert len({report.device for report in make_fleet(40)}) == 40
     assert time_cpu(lambda: 3)[0] == 3

@@ -1,4 +1,4 @@
-"""Predictions against measurements: enough of them, each by its own name, and a bound that can fail."""
+"""Tests of the predicted cases and of the bounds on their errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conf.schemas.planning import compose_plan
 from models.footprint.footprint import Footprint
 from tests.helpers.networks import SMALL
 
-# 200 MiB, and at 10 gflops a second
+# 200 MiB, and one second at 10 GFLOP/s
 PREDICTED = Footprint(
     base_bytes=100 * MIB,
     activations_bytes=50 * MIB,
@@ -29,19 +29,19 @@ RUNTIME = 300
 NAME = "unet-142M 512² fp32 none"
 
 
-def test_there_are_enough_cases_of_enough_families() -> None:
+def test_cases_cover_families_and_precisions() -> None:
     assert len(predicted.CASES) >= 24
     assert len({case.base.family.name for case in predicted.CASES}) >= 5
     assert {case.weights for case in predicted.CASES} == {"fp32", "int8", "mixed", "nf4"}
     assert len(predicted.KNOWN_CASES) == len(predicted.CASES) + len(predicted.FULL) + 1
-    assert predicted.RUNTIME.network not in {case.network for case in predicted.CASES}  # which it is fitted on
+    assert predicted.RUNTIME.network not in {case.network for case in predicted.CASES}  # the runtime is fitted on it
 
 
 @pytest.mark.parametrize(
     ("measured", "seconds", "status"),
     [(500, 1.0, 0), (526, 1.0, 0), (527, 1.0, 1), (455, 1.0, 0), (454, 1.0, 1), (500, 0.79, 1), (500, 1.34, 1)],
 )
-def test_a_prediction_out_of_bounds_fails(
+def test_prediction_out_of_bounds_fails(
     measured: int,
     seconds: float,
     status: int,
@@ -49,14 +49,14 @@ def test_a_prediction_out_of_bounds_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """500 MiB and a second are predicted in all."""
+    """The prediction is 500 MiB and one second."""
     monkeypatch.setattr(predicted, "predict", lambda _: PREDICTED)
 
-    def told(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
+    def measure(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
         for case in cases:
             yield case, MeasuredStep((RUNTIME + 200 if case is predicted.RUNTIME else measured) * MIB, seconds)
 
-    monkeypatch.setattr(predicted, "measure_in_processes", told)
+    monkeypatch.setattr(predicted, "measure_in_processes", measure)
     monkeypatch.setattr(predicted, "run_child", lambda _: json.dumps(asdict(DEVICE)))
     output = tmp_path / "predicted.json"
     assert predicted.main(["--only", NAME, "--output", str(output)]) == status
@@ -67,40 +67,40 @@ def test_a_prediction_out_of_bounds_fails(
     assert row["error"] == pytest.approx(500 / measured - 1)
     assert row["net_error"] == pytest.approx(200 / (measured - RUNTIME) - 1)
     assert row["seconds_error"] == pytest.approx(1 / seconds - 1)
-    shown = capsys.readouterr().out
-    assert NAME in shown
-    assert f"{measured}" in shown
+    output = capsys.readouterr().out
+    assert NAME in output
+    assert f"{measured}" in output
 
 
-def test_what_was_measured_once_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a process for it; of a case that is new there is one."""
+def test_earlier_measurements_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only new cases are measured in a process."""
     monkeypatch.setattr(predicted, "predict", lambda _: PREDICTED)
     first, second = predicted.CASES[:2]
     earlier, output = tmp_path / "earlier.json", tmp_path / "again.json"
     row = {"case": first.name, "measured_bytes": 510 * MIB, "measured_seconds": 1.1}
     known = {"runtime_measured": ((RUNTIME + 200) * MIB, 0.5), "device": asdict(DEVICE)}
     earlier.write_text(json.dumps({**known, "rows": [row]}))
-    asked: list[predicted.FootprintCase] = []
+    measured_cases: list[predicted.FootprintCase] = []
 
-    def told(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
-        asked.extend(cases)
+    def measure(cases: Sequence[predicted.FootprintCase]) -> Iterator[tuple[predicted.FootprintCase, MeasuredStep]]:
+        measured_cases.extend(cases)
         yield from ((case, MeasuredStep(505 * MIB, 0.9)) for case in cases)
 
-    monkeypatch.setattr(predicted, "measure_in_processes", told)
+    monkeypatch.setattr(predicted, "measure_in_processes", measure)
     words = ["--only", first.name, second.name, "--measured", str(earlier), "--output", str(output)]
     assert predicted.main(words) == 0
-    assert asked == [second]
-    found = {row["case"]: row["measured_bytes"] for row in json.loads(output.read_text())["rows"]}
-    assert found == {first.name: 510 * MIB, second.name: 505 * MIB}
+    assert measured_cases == [second]
+    peaks = {row["case"]: row["measured_bytes"] for row in json.loads(output.read_text())["rows"]}
+    assert peaks == {first.name: 510 * MIB, second.name: 505 * MIB}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read as Linux tells them")
 @pytest.mark.parametrize("kind", ["unet", "flux"])
-def test_a_real_step_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, which holds much beside it."""
+def test_real_step_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has more memory than the step."""
     monkeypatch.setattr(predicted, "NETWORKS", SMALL)
     case = predicted.FootprintCase(kind, 128, "int8", "block", batch=2)
     predicted.prepare(kind, tmp_path, ["int8"])
-    found = predicted.measure_case(case, tmp_path)
-    assert found.peak_bytes > predicted.predict(case).peak_bytes
-    assert found.seconds > 0
+    step = predicted.measure_case(case, tmp_path)
+    assert step.peak_bytes > predicted.predict(case).peak_bytes
+    assert step.seconds > 0

@@ -1,4 +1,4 @@
-"""The table of who was trained on, from attacks whose outcome is known."""
+"""Tests of the membership table on attacks with known outcome."""
 
 from __future__ import annotations
 
@@ -20,37 +20,35 @@ from simulations.audit.membership import RunGroup
 WRITERS, LETTERS = 30, 20
 
 
-def arm(knows: float) -> RunGroup:
-    """Attacked by someone who sees members so many standard deviations higher."""
+def arm(advantage: float) -> RunGroup:
+    """Make a group whose members score higher by `advantage` standard deviations."""
     draw = np.random.default_rng(0)
     member = draw.random(WRITERS * LETTERS) < 0.5
     writer, letter = np.divmod(np.arange(WRITERS * LETTERS), LETTERS)
-    trial = AttackTrial(draw.normal(size=len(member)) + knows * member, member, writer, letter)
-    found = judge(trial, resamples=200, confidence=0.95, seed=0)
-    return RunGroup("no differential privacy", [], WRITERS, {"loss": found}, {"loss": trial})
+    trial = AttackTrial(draw.normal(size=len(member)) + advantage * member, member, writer, letter)
+    membership_result = judge(trial, resamples=200, confidence=0.95, seed=0)
+    return RunGroup("no differential privacy", [], WRITERS, {"loss": membership_result}, {"loss": trial})
 
 
-def test_the_record_says_how_well_members_are_told() -> None:
+def test_record_holds_auc_and_rates() -> None:
     recorded = membership.record({"open": arm(0.0), "overfitted": arm(2.0)})
     unknown, known = (recorded[name]["attacks"]["loss"] for name in ("open", "overfitted"))
     assert unknown["members"] + unknown["others"] == WRITERS * LETTERS
     assert unknown["auc"]["low"] < 0.5 < unknown["auc"]["high"]
     assert known["auc"]["value"] == pytest.approx(0.921, abs=0.03)  # Φ(2 / √2)
     assert known["tpr_at_1_percent_fpr"]["value"] > 0.2
-    told = io.StringIO()
-    Console(file=told, width=160).print(membership.table(recorded))
-    assert "overfitted" in told.getvalue()
-    assert f"{known['auc']['value']:.3f} [" in told.getvalue()
+    output = io.StringIO()
+    Console(file=output, width=160).print(membership.table(recorded))
+    assert "overfitted" in output.getvalue()
+    assert f"{known['auc']['value']:.3f} [" in output.getvalue()
 
 
-def test_the_same_writers_privately_and_not_and_one_that_is_overfitted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_all_arms_are_attacked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: dict[Path, Sequence[str]] = {}
-    asked: list[AuditConfig] = []
+    configs: list[AuditConfig] = []
 
     def arms(config: AuditConfig) -> list[RunGroup]:
-        asked.append(config)
+        configs.append(config)
         return [arm(0.0)]
 
     monkeypatch.setattr(membership, "run", lambda command, folder: ran.update({folder: command}))
@@ -59,13 +57,13 @@ def test_the_same_writers_privately_and_not_and_one_that_is_overfitted(
     out = tmp_path / "membership.json"
     monkeypatch.setattr(sys, "argv", ["membership", "--seeds", "0", "1", "--runs", str(tmp_path), "--out", str(out)])
     membership.main()
-    assert [(len(config.runs), config.membership.adapter) for config in asked] == [
+    assert [(len(config.runs), config.membership.adapter) for config in configs] == [
         (2, "best"),
         (2, "best"),
         (2, "best"),
         (1, "last"),
     ]
-    assert {run for config in asked for run in config.runs} == set(map(str, ran))
+    assert {run for config in configs for run in config.runs} == set(map(str, ran))
     roles = {
         folder.name: [word for word in command if word.startswith("data.role=")] for folder, command in ran.items()
     }

@@ -1,4 +1,4 @@
-"""Every mutant is caught by the test that it names, and one that is not would be seen."""
+"""Tests that mutants are caught by the tests that they name, and that survivors are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.errors import AntherError
 
 EVERY = select_mutants("")
 SAMPLE = {"batches of fixed size accounted as Poisson", "weights by the order of arrival"}
-WANTED = {  # what the table has to hold at least: a promise broken, and the mutants that break it
+REQUIRED = {  # broken guarantee -> mutants that must exist for it
     "noise off": {"noise off"},
     "noise × 0.25": {"noise × 0.25"},
     "clip off": {"clip off"},
@@ -47,16 +47,16 @@ def copied() -> Iterator[Path]:
         yield root
 
 
-def test_all_that_was_asked_for_is_there() -> None:
+def test_required_mutants_exist() -> None:
     names = {mutant.name for _, mutant in EVERY}
-    assert set().union(*WANTED.values()) <= names
+    assert set().union(*REQUIRED.values()) <= names
     for shared in ("noise off", "noise × 0.25", "clip off"):
         assert {level for level, mutant in EVERY if mutant.name == shared} == {"image", "device"}
     assert len(EVERY) == len({(level, mutant.name) for level, mutant in EVERY}) >= 20
 
 
 @pytest.mark.parametrize("mutant", [*EXAMPLE_MUTANTS, *DEVICE_MUTANTS, *AUDIT_MUTANTS], ids=lambda mutant: mutant.name)
-def test_a_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
+def test_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
     assert mutant.new != mutant.old
     assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
     file, *_, name = mutant.test.split("::")
@@ -64,30 +64,30 @@ def test_a_mutant_fits_the_source_and_names_a_test(mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLE))
-def test_a_sample_is_caught(copied: Path, name: str) -> None:
+def test_sample_mutants_are_caught(copied: Path, name: str) -> None:
     ((level, mutant),) = select_mutants(name)
     verdict = judge(level, mutant, copied)
     assert verdict.caught, verdict.said
 
 
 @pytest.mark.slow
-def test_every_other_mutant_is_caught(copied: Path) -> None:
-    """Some minutes: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
+def test_all_other_mutants_are_caught(copied: Path) -> None:
+    """Takes minutes: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
     verdicts = [judge(level, mutant, copied) for level, mutant in EVERY if mutant.name not in SAMPLE]
     assert [verdict.mutant.name for verdict in verdicts if not verdict.caught] == []
 
 
 @pytest.mark.slow
-def test_a_survivor_and_a_broken_test_are_not_called_caught(copied: Path) -> None:
-    """Half a minute: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
+def test_survivors_and_broken_tests_are_not_caught(copied: Path) -> None:
+    """Takes half a minute: python -m pytest -m slow tests/bench/privacy/test_mutations.py"""
     _, mutant = select_mutants("noise redrawn at a resend")[0]
     assert run_tests(copied, [mutant.test])[0] == PASSED
     assert not judge("image", mutant._replace(new=f"{mutant.old} "), copied).caught  # changes nothing
-    assert not judge("image", mutant._replace(new="if ("), copied).caught  # no test runs at all
+    assert not judge("image", mutant._replace(new="if ("), copied).caught  # no test runs
     assert not judge("image", mutant._replace(test="tests/privacy/ledger/test_ledger.py::test_missing"), copied).caught
 
 
-def test_what_does_not_fit_is_an_error_and_the_source_is_as_it_was(tmp_path: Path) -> None:
+def test_misfit_mutant_raises_and_source_is_restored(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text("x = 1\nx = 1\n")
     for old in ("x = 1", "y"):

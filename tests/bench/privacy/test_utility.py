@@ -1,4 +1,4 @@
-"""What privacy leaves of a gain, from numbers that are known."""
+"""Tests of the gain kept under privacy, on known numbers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from privacy.accounting import noise_multiplier_for
 
 
 def ran(gain: float, writers: int = 40, spread: float = 0.0) -> dict[str, Any]:
-    """A run in which everybody's loss fell from 1 by so much, more or less, and by twice that with the personal one."""
+    """Make a run whose losses fall from 1 by `gain` ± `spread`, and by twice that with the personal adapter."""
     gains = gain + spread * np.linspace(-1, 1, writers)
     losses = {"base": [1.0] * writers, "shared": list(1 - gains), "personal": list(1 - 2 * gains)}
     promise = {"value": 7.99, "delta": 1e-3, "unit": "image", "relation": "add_or_remove_one"}
     return {"losses": losses, "epsilon": promise, "device_epsilon": None, "parameters": 3584}
 
 
-def test_what_is_kept_is_a_share_of_the_references_gain() -> None:
+def test_gain_kept_is_relative_to_the_reference() -> None:
     share, low, high = gain_kept(ran(0.3, spread=0.1), ran(0.5, spread=0.2), "shared")
     assert share == pytest.approx(0.6)
     spread = 0.1 * np.linspace(-1, 1, 40)
@@ -43,7 +43,7 @@ def test_what_is_kept_is_a_share_of_the_references_gain() -> None:
     assert gain_kept(ran(0.3), ran(0.5), "personal")[0] == pytest.approx(1.2)
 
 
-def test_the_table_has_every_run_and_its_target() -> None:
+def test_table_shows_every_run_and_its_target() -> None:
     results = {
         (TEST, 0): {"reference": ran(0.5), "example-8": ran(0.3)},
         (WriterCohort(50, 20), 0): {"example-8": ran(0.1)},
@@ -63,17 +63,17 @@ def test_the_table_has_every_run_and_its_target() -> None:
     assert [row[8] for row in cells] == ["", "", "60%", ""]
 
 
-def test_few_writers_see_the_noise_of_many() -> None:
-    """σ / √devices is the noise on a mean of devices' sums, σ / devices that of the server's."""
+def test_tuning_noise_equals_test_noise() -> None:
+    """The mean of devices' noised sums has noise σ / √devices, the server's noised sum σ / devices."""
     form = FORMS["device-8"]
     few = DEVELOPMENT.writers / TEST.writers
-    found = noise_multiplier_for(epsilon=tuning_epsilon(form), delta=1e-3, sampling_rate=1.0, steps=10)
-    wanted = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=1.0, steps=10) * few
-    assert found == pytest.approx(wanted, rel=1e-2)
+    tuning = noise_multiplier_for(epsilon=tuning_epsilon(form), delta=1e-3, sampling_rate=1.0, steps=10)
+    expected = noise_multiplier_for(epsilon=8.0, delta=1e-3, sampling_rate=1.0, steps=10) * few
+    assert tuning == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_only_tuning_leaves_the_promise(name: str) -> None:
+def test_test_runs_keep_their_epsilon(name: str) -> None:
     output = command(FORMS[name], 3, TEST, tune=False, overrides=["rounds=2"])
     assert {"data.role=test", "data.writers=200", "seed=3", f"privacy={FORMS[name].level}"} <= set(output)
     assert output[-1] == "rounds=2"
@@ -81,7 +81,7 @@ def test_only_tuning_leaves_the_promise(name: str) -> None:
         assert f"privacy.epsilon={FORMS[name].epsilon}" in output
 
 
-def test_a_core_is_all_that_is_trained_of_a_site(tmp_path: Path) -> None:
+def test_cores_have_rank_squared_parameters(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     factors = {"unet.one.lora_A.weight": torch.zeros(4, 10), "unet.one.lora_B.weight": torch.zeros(20, 4)}
     save_file(factors, tmp_path / "adapters" / "shared.safetensors")

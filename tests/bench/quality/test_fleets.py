@@ -1,4 +1,4 @@
-"""What a run took of its fleet, from what runs leave behind."""
+"""Tests of the cost of runs, from their output files."""
 
 import json
 
@@ -23,33 +23,33 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_energy_and_losses_add_up_over_rounds_that_were_not_measured(folder):
+def test_unmeasured_rounds_add_energy_and_losses(folder):
     rows = round_gains(folder)
     assert [row["round"] for row in rows] == [0, 1, 3]
     assert [row["gain"] for row in rows] == pytest.approx([0.0, 0.1, 0.25])
     assert [row["kwh"] for row in rows] == pytest.approx([0.0, 1.0, 3.0])
-    found = target_cost(folder, 0.2)
-    assert (found.hours, found.kwh, found.battery_kwh, found.round) == (3.0, 3.0, 1.0, 3)
-    assert found.lost == {"flat": 2, "left": 1}
-    assert (found.gini, found.best) == (0.25, 0.25)
+    cost = target_cost(folder, 0.2)
+    assert (cost.hours, cost.kwh, cost.battery_kwh, cost.round) == (3.0, 3.0, 1.0, 3)
+    assert cost.lost == {"flat": 2, "left": 1}
+    assert (cost.gini, cost.best) == (0.25, 0.25)
 
 
-def test_who_never_gets_there_took_no_time_and_lost_what_it_lost_in_all(folder):
-    found = target_cost(folder, 0.3)
-    assert (found.hours, found.kwh, found.round) == (None, None, None)
-    assert found.lost == {"flat": 2, "left": 1}
-    assert median_or_none([found], "hours") is None
-    assert table("", {"one": [found], "other": [target_cost(folder, 0.1)]}, "one").row_count == 2
+def test_missed_target_has_no_cost(folder):
+    cost = target_cost(folder, 0.3)
+    assert (cost.hours, cost.kwh, cost.round) == (None, None, None)
+    assert cost.lost == {"flat": 2, "left": 1}
+    assert median_or_none([cost], "hours") is None
+    assert table("", {"one": [cost], "other": [target_cost(folder, 0.1)]}, "one").row_count == 2
 
 
-def test_ratios_are_seed_by_seed():
+def test_ratios_are_paired_by_seed():
     assert median_ratio([1.0, 9.0, 2.0], [2.0, 10.0, 8.0]) == 0.5
     assert median_ratio([1.0, None], [2.0, 2.0]) is None
     assert median_ratio([1.0, 1.0], [2.0, None]) is None
 
 
 @pytest.mark.parametrize("plan", [GRID[0], GRID[-1], FleetPlan(5, None, 60)], ids=str)
-def test_every_plan_is_a_configuration(plan):
+def test_plans_are_valid_configurations(plan):
     config = compose(" ".join(("fleet=week", *plan.overrides)))
     assert config.adapter.shared.steps == plan.steps
     assert config.cohort.eligibility.min_memory_gib == plan.memory_gib

@@ -1,4 +1,4 @@
-"""The page says what the benchmarks wrote."""
+"""Tests of the generated strategies page."""
 
 import pytest
 
@@ -21,15 +21,15 @@ ATTACKS = [{"attack": "nan", "protected": False, "seed": seed, "kept": 0.5, "bac
 ]
 
 
-def test_the_best_that_is_shared_is_bold_and_what_is_personal_has_a_star():
+def test_best_shared_rule_is_bold_and_personal_starred():
     rows = list(strategies_page.aggregators(CELLS))
     assert "| exact | **12.00** | **-1.00** |" in rows
     assert "| hetlora | 10.00 |  |" in rows
     assert "| fedsa |  | 20.00* |" in rows
-    assert rows[-2] == "| hetlora | -5.00 [-5.00, -5.00] |"  # writer by writer
+    assert rows[-2] == "| hetlora | -5.00 [-5.00, -5.00] |"  # paired by writer
 
 
-def test_ratios_are_to_the_first_arm_and_an_arm_that_did_not_always_get_there_has_none():
+def test_missed_targets_have_no_ratio():
     never = {**RUN, "hours": None, "kwh": None, "battery_kwh": None, "round": None}
     arms = {"random": [RUN, RUN], "ours": [{**RUN, "hours": 1.0}] * 2, "other": [RUN, never]}
     rows = list(strategies_page.fleets({"week": arms}))
@@ -37,11 +37,11 @@ def test_ratios_are_to_the_first_arm_and_an_arm_that_did_not_always_get_there_ha
     assert "| other | 1 of 2 | — | — | — | — | — | — | 2 flat | 0.30 |" in rows
 
 
-def test_attacks_stand_beside_what_they_do_without_rules():
+def test_attacks_are_compared_with_no_rules():
     assert "| nan | 50% [50%] | 90% [90%] | 75% [75%] | 0% [0%] |" in list(strategies_page.robustness(ATTACKS))
 
 
-def test_everything_that_was_measured_is_on_it(tmp_path, monkeypatch):
+def test_page_is_up_to_date(tmp_path, monkeypatch):
     monkeypatch.setattr(strategies_page, "DOCS", tmp_path)
     strategies_page.write()
     for name in ("strategies.md", "aggregators.svg", "fleets.svg"):
@@ -51,6 +51,6 @@ def test_everything_that_was_measured_is_on_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["aggregators", "robustness", "fleets"])
-def test_what_was_not_measured_is_left_out(name, tmp_path, monkeypatch):
+def test_missing_results_are_left_out(name, tmp_path, monkeypatch):
     monkeypatch.setattr(strategies_page, "RESULTS", tmp_path)
     assert strategies_page.read(name) is None

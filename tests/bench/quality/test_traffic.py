@@ -1,4 +1,4 @@
-"""Bytes on the shapes of a published base, and shares of a gain that are known."""
+"""Tests of update sizes on a published base's shapes, and of known gains."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ SITES = {"x": Site(320, 320), "y": Site(768, 320)}
 INT4, HALF = UpdateEncoding("int4"), UpdateEncoding("int4", 0.5)
 
 
-def test_bytes_are_those_of_numbers_scales_and_headers() -> None:
-    found = update_sizes(SITES, 8)
+def test_update_bytes_include_scales_and_headers() -> None:
+    sizes_of = update_sizes(SITES, 8)
     numbers = 8 * (320 + 320 + 768 + 320)
-    assert 0 < found["factors"]["fp32"] - 4 * numbers < 500
-    assert found["factors"]["int4"] * 8 == 4.25 * numbers
-    assert found["factors"]["int8"] * 8 == 8.25 * numbers
-    assert found["factors"]["fp16"] * 8 == 16.25 * numbers
-    assert found["factors"][HALF.name] * 8 == 2.25 * numbers
+    assert 0 < sizes_of["factors"]["fp32"] - 4 * numbers < 500
+    assert sizes_of["factors"]["int4"] * 8 == 4.25 * numbers
+    assert sizes_of["factors"]["int8"] * 8 == 8.25 * numbers
+    assert sizes_of["factors"]["fp16"] * 8 == 16.25 * numbers
+    assert sizes_of["factors"][HALF.name] * 8 == 2.25 * numbers
     outputs = 8 * (320 + 320)
-    assert found["B alone"]["int4"] * 8 == 4.25 * outputs
-    assert found["A alone"]["int4"] * 8 == 4.25 * (numbers - outputs)
-    assert found["cores"]["int4"] * 8 == 4.25 * 2 * 64
-    assert found.keys() == TRAINED.keys()
+    assert sizes_of["B alone"]["int4"] * 8 == 4.25 * outputs
+    assert sizes_of["A alone"]["int4"] * 8 == 4.25 * (numbers - outputs)
+    assert sizes_of["cores"]["int4"] * 8 == 4.25 * 2 * 64
+    assert sizes_of.keys() == TRAINED.keys()
 
 
-def test_what_is_small_enough_is_marked() -> None:
+def test_sizes_below_the_target_are_marked() -> None:
     output = io.StringIO()
     Console(file=output, width=120).print(
         size_table("b", 8, {"factors": {encoding.name: 10**6 for encoding in UPLOAD_ENCODINGS} | {"int4": 1000}})
@@ -53,7 +53,7 @@ def test_what_is_small_enough_is_marked() -> None:
 
 
 def ran(gain: float, bytes_up: int = 100) -> dict[str, Any]:
-    """A run whose first writer gains so much, and whose second twice that."""
+    """Make a run whose first writer gains `gain`, and whose second twice that."""
     return {
         "losses": {"base": [1.0, 2.0], "shared": [1 - gain, 2 - 2 * gain]},
         "bytes_up": bytes_up,
@@ -61,7 +61,7 @@ def ran(gain: float, bytes_up: int = 100) -> dict[str, Any]:
     }
 
 
-def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
+def test_gain_kept_is_relative_to_fp32() -> None:
     mean, low, high = gain_kept([ran(0.3), ran(0.3)], [ran(0.4), ran(0.2)])
     assert mean == pytest.approx(1.0)
     assert low < 1 < high
@@ -74,7 +74,7 @@ def test_what_is_kept_is_a_share_of_the_gain_at_fp32() -> None:
     assert "8.0" in output.getvalue()
 
 
-def test_exact_holds_nothing_back() -> None:
+def test_exact_sends_all_blocks() -> None:
     down = [UpdateEncoding("fp32", down="int4"), UpdateEncoding("int4", down="int4")]
     assert encodings("exact", ["int4"], ["int4"]) == [FP32, INT4, *down]
     assert encodings("fedit", ["int4"], ["int4"]) == [FP32, INT4, HALF, UpdateEncoding("int4", 0.25), *down]
@@ -82,8 +82,8 @@ def test_exact_holds_nothing_back() -> None:
     assert encodings("fedit", [], ["int4"]) == [FP32, down[0]]
 
 
-def test_down_goes_the_whole_adapter() -> None:
-    found, numbers = downloads(SITES, 8), 8 * (320 + 320 + 768 + 320)
-    assert 0 < found["fp32"] - 4 * numbers < 500
-    assert [found[precision] * 8 / numbers for precision in ("fp16", "int8", "int4")] == [16.25, 8.25, 4.25]
+def test_whole_adapter_is_sent_down() -> None:
+    sizes_of, numbers = downloads(SITES, 8), 8 * (320 + 320 + 768 + 320)
+    assert 0 < sizes_of["fp32"] - 4 * numbers < 500
+    assert [sizes_of[precision] * 8 / numbers for precision in ("fp16", "int8", "int4")] == [16.25, 8.25, 4.25]
     assert UpdateEncoding("int4", down="int8").overrides[-1] == "compression.download=int8"

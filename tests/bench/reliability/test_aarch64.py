@@ -1,4 +1,4 @@
-"""What the smoke of aarch64 compares: products site by site, and what is installed with the lock."""
+"""Tests of the aarch64 comparison: products by site, and installed packages with the lock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_output(machine: str, products: dict[str, np.ndarray] = PRODUCTS, **pack
 
 
 @pytest.mark.parametrize(("off", "ok"), [(0.0, True), (5e-5, True), (2e-4, False)])
-def test_a_site_may_differ_by_a_ten_thousandth(off: float, ok: bool) -> None:
+def test_site_may_differ_by_1e_4(off: float, ok: bool) -> None:
     comparison = compare(
         make_output("aarch64", {**PRODUCTS, "b": PRODUCTS["b"] * (1 + off)}), make_output("x86_64"), LOCKED
     )
@@ -40,7 +40,7 @@ def test_a_site_may_differ_by_a_ten_thousandth(off: float, ok: bool) -> None:
     assert comparison["apart"]["worst"] == pytest.approx(off, rel=1e-2, abs=1e-7)
 
 
-def test_what_is_installed_is_what_the_lock_names() -> None:
+def test_installed_packages_must_match_the_lock() -> None:
     comparison = compare(make_output("aarch64", flwr="1.41.0"), make_output("x86_64"), LOCKED)
     assert not comparison["ok"]
     assert comparison["lock"]["amiss"] == {"flwr": "1.41.0"}
@@ -49,11 +49,11 @@ def test_what_is_installed_is_what_the_lock_names() -> None:
     assert comparison["lock"]["cuda"] == ["nvidia-cublas"]
 
 
-def test_it_has_to_be_another_machine() -> None:
+def test_emulated_machine_must_be_aarch64() -> None:
     assert not compare(make_output("x86_64"), make_output("x86_64"), LOCKED)["ok"]
 
 
-def test_what_was_measured_is_of_this_lock() -> None:
+def test_results_belong_to_this_lock() -> None:
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert result["ok"]
     assert result["apart"]["worst"] <= 1e-4

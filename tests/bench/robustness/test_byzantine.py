@@ -1,4 +1,4 @@
-"""What is kept under attack, from numbers that are known."""
+"""Tests of the gain kept under attack, on known numbers."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def ran(gained: float, backdoor: float = 0.0, dropped: int = 0) -> dict[str, Any
     }
 
 
-def test_a_share_of_the_clean_gain() -> None:
+def test_gain_kept_is_relative_to_the_clean_run() -> None:
     assert gain(ran(0.5)) == pytest.approx(0.5)
     assert gain_kept(ran(0.4), ran(0.5)) == pytest.approx(0.8)
     assert gain_kept(ran(-0.5), ran(0.5)) == pytest.approx(-1.0)
 
 
-def test_the_worst_seed_decides() -> None:
+def test_worst_seed_decides() -> None:
     results = {
         (CLEAN, False): [ran(0.5), ran(1.0)],
         ("zero", False): [ran(0.3), ran(0.9)],
@@ -58,7 +58,7 @@ def test_the_worst_seed_decides() -> None:
     ]
 
 
-def test_what_is_tuned_is_not_what_is_claimed() -> None:
+def test_tuning_and_claim_use_different_data() -> None:
     assert not set(SEEDS) & set(TUNING_SEEDS)
     assert compose(" ".join([*SMALL, *ROBUST])).data.role == "development"
     large = compose(" ".join([*LARGE, *ROBUST]))
@@ -66,7 +66,7 @@ def test_what_is_tuned_is_not_what_is_claimed() -> None:
     assert large.robust.rules
 
 
-def test_a_run_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_completed_run_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     calls: list[str] = []
     monkeypatch.setattr(byzantine, "_run", lambda case, _: calls.append(case.name) or ran(0.5))
     for _ in range(2):
@@ -78,7 +78,7 @@ def test_a_run_is_done_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
 
 
 @pytest.mark.slow
-def test_a_backdoor_goes_through_the_real_loop(tmp_path: Any) -> None:
+def test_backdoor_runs_through_the_real_loop(tmp_path: Any) -> None:
     overrides = (*SMALL, "data.writers=5", "rounds=1", "adapter.shared.steps=1", "data.test=1")
     case = ByzantineCase(
         attack="backdoor", protected=True, seed=0, overrides=overrides, samples=1, folder=str(tmp_path)
@@ -86,4 +86,6 @@ def test_a_backdoor_goes_through_the_real_loop(tmp_path: Any) -> None:
     result = byzantine.run(case)
     assert result["dropped"] == [{}]
     assert len(result["base"]) == len(result["shared"]) == 4
-    assert result["diagnostics"][0]["held"] >= 1  # alone it resembles nobody, and counts no more than others
+    assert (
+        result["diagnostics"][0]["held"] >= 1
+    )  # a single attacker resembles no other client and gets no larger weight

@@ -1,4 +1,4 @@
-"""The fuzzer of inputs: nothing that it makes is a fault, and a fault is found."""
+"""Tests that the input fuzzer finds no faults in the code, and does report planted ones."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from client.data import stored_picture
 
 
 @pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout", "base"])
-def test_no_input_surprises(kind: str) -> None:
+def test_damaged_inputs_are_read_or_refused(kind: str) -> None:
     row = run_cases(kind, range(40))
     assert row.faults == []
     assert row.read + row.refused == 40
     assert row.refused > 0
 
 
-def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what turns a decoder's exceptions into a line, the fuzzer has something to say."""
+def test_faults_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a decoder's exceptions are not converted to one-line errors, the fuzzer reports them."""
 
     def undecoded(self: data.StoredPicture, side: int | None) -> object:
         raise NotImplementedError("a decoder's own")
@@ -36,7 +36,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("line", ["two\nlines", "an error that names no place"])
-def test_a_refusal_has_a_form(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_refusals_are_faults(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from common.errors import AntherError
 
     class RawError(AntherError):
@@ -55,18 +55,18 @@ def test_a_refusal_has_a_form(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run_cases("raw", range(1)).faults
 
 
-def test_cases_are_made_again_by_their_seed(tmp_path: Path) -> None:
-    made = []
+def test_cases_are_reproducible(tmp_path: Path) -> None:
+    contents = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         KINDS["picture"](random.Random("picture 7"), tmp_path / name)
-        made.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
-    assert made[0] == made[1]
+        contents.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("kind", ["picture", "exif", "sheet", "layout"])
-def test_generators_write_nowhere_else(tmp_path: Path, kind: str) -> None:
-    """They may run as root: no link leads to a file of the machine, and nothing is written through one."""
+def test_generators_write_only_to_their_folder(tmp_path: Path, kind: str) -> None:
+    """They may run as root, so no link may lead to a file of the machine."""
     for seed in range(60):
         folder = tmp_path / str(seed) / "photos"
         folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_generators_write_nowhere_else(tmp_path: Path, kind: str) -> None:
         assert all(lead.is_relative_to(folder.parent) for lead in leads)
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_links_are_not_followed(tmp_path: Path) -> None:
     folder, victim = tmp_path / "photos", tmp_path / "outside.txt"
     folder.mkdir()
     victim.write_text("precious")

@@ -1,7 +1,7 @@
-"""Whatever an attacker sends, in both directions: nothing crashes, nothing comes in that breaks a stated invariant.
+"""Tests of attacks in both directions: nothing crashes, and no accepted message violates an invariant.
 
-The invariants are those of `bench.robustness.invariants`, which shares no code with what is tested; that they can be broken is
-tested too.
+The invariants are those of `bench.robustness.invariants`, which shares no code with the code under test; tests also show
+that they can be violated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES = ("Update", "Train", "Evaluation", "Personalized", "DeviceReport", "Evalu
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Thousands of refusals are logged as they should be."""
+    """Silence the log of thousands of refusals."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -54,7 +54,7 @@ def entry_points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ingress]
 
 
 def judge(ingress: Ingress, attack: MessageAttack) -> str:
-    """What became of it; fails if it crashed something or came in against an invariant."""
+    """Return the outcome of an attack; fails on a crash, or if an invariant is violated by an accepted message."""
     opened = ingress.open(attack)
     reason = opened.deliver()
     assert not reason.startswith("crash"), (attack.kind, reason)
@@ -64,13 +64,13 @@ def judge(ingress: Ingress, attack: MessageAttack) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_honest_messages_come_in(entry_points: dict[str, Ingress], name: str) -> None:
+def test_honest_messages_are_accepted(entry_points: dict[str, Ingress], name: str) -> None:
     message = entry_points[name].honest
     assert judge(entry_points[name], records_attack("honest", to_records(message))) == ACCEPTED
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_of_the_corpus_comes_in(entry_points: dict[str, Ingress], name: str) -> None:
+def test_corpus_is_rejected(entry_points: dict[str, Ingress], name: str) -> None:
     for attack in corpus(entry_points[name], empty=10_000):
         tracemalloc.start()
         reason = judge(entry_points[name], attack)
@@ -95,13 +95,13 @@ def test_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Ra
 @settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(name=st.sampled_from(NAMES[:2] * 4 + NAMES), random=st.randoms(use_true_random=False))
 def test_many_fuzzed_messages(entry_points: dict[str, Ingress], name: str, random: Random) -> None:
-    """pytest -m slow tests/bench/robustness/test_gate.py; `python -m bench.robustness.gate` measures as many at the real base's sizes."""
+    """Run with `pytest -m slow`; `python -m bench.robustness.gate` sends as many messages at the real base's sizes."""
     fuzz(entry_points, name, random)
 
 
 @pytest.mark.parametrize("name", ["Update", "Train"])
-def test_truncated_at_every_byte_and_bits_flipped_throughout(entry_points: dict[str, Ingress], name: str) -> None:
-    """With the right checksum, as an attacker would: what then comes in is a sound adapter of other numbers."""
+def test_truncations_and_bit_flips(entry_points: dict[str, Ingress], name: str) -> None:
+    """With the right checksum, as an attacker would send: an accepted message is a valid adapter of other values."""
     message = entry_points[name].honest
     assert message.adapter is not None
     data = message.adapter
@@ -110,15 +110,17 @@ def test_truncated_at_every_byte_and_bits_flipped_throughout(entry_points: dict[
         assert judge(entry_points[name], records_attack("cut", to_records(cut))) != ACCEPTED
     start = 8 + int.from_bytes(data[:8], "little")
     for bit in range(0, 8 * len(data), 7):
-        place = bit // 8
-        flipped = message._replace(adapter=data[:place] + bytes([data[place] ^ 1 << bit % 8]) + data[place + 1 :])
+        position = bit // 8
+        flipped = message._replace(
+            adapter=data[:position] + bytes([data[position] ^ 1 << bit % 8]) + data[position + 1 :]
+        )
         reason = judge(entry_points[name], records_attack("bit", to_records(flipped)))
-        # In the header only which tensor's place is which can change, and does not in one bit.
-        assert reason != ACCEPTED or place >= start
+        # A flip in the header could only exchange tensors' positions, which takes more than one bit.
+        assert reason != ACCEPTED or position >= start
 
 
-def test_the_largest_adapter_that_a_norm_allows(entry_points: dict[str, Ingress]) -> None:
-    """Just under the bound comes in, just over it does not."""
+def test_norm_bound_is_sharp(entry_points: dict[str, Ingress]) -> None:
+    """An adapter just below the bound is accepted, one just above is not."""
     ingress = entry_points["Update"]
     assert ingress.honest.adapter is not None
     for value, accepted in ((99.99, True), (100.01, False)):
@@ -132,7 +134,7 @@ def test_the_largest_adapter_that_a_norm_allows(entry_points: dict[str, Ingress]
         assert (judge(ingress, records_attack("edge", to_records(message))) == ACCEPTED) == accepted
 
 
-# That the invariants can be broken
+# The invariants can be violated
 
 
 EXPECTED = ExpectedMessage("Update", SIZES, RANK, {"rank": RANK, "round": 3, "device": "d"})
@@ -152,13 +154,13 @@ EXPECTED = ExpectedMessage("Update", SIZES, RANK, {"rank": RANK, "round": 3, "de
         {"run": "a\nb"},
     ],
 )
-def test_a_wrong_field_violates(entry_points: dict[str, Ingress], change: dict[str, object]) -> None:
+def test_wrong_field_violates(entry_points: dict[str, Ingress], change: dict[str, object]) -> None:
     message = entry_points["Update"].honest
     assert violations(to_records(message), EXPECTED) == []
     assert violations(to_records(message._replace(text=json.dumps(json.loads(message.text) | change))), EXPECTED)
 
 
-def test_every_named_adapter_violates(entry_points: dict[str, Ingress]) -> None:
+def test_named_adapters_violate(entry_points: dict[str, Ingress]) -> None:
     message = entry_points["Update"].honest
     assert message.adapter is not None
     for kind, payload in adapter_attacks(message.adapter, empty=1000):
@@ -171,13 +173,11 @@ def test_damage_violates(entry_points: dict[str, Ingress]) -> None:
     assert violations(to_records(WireMessage(message.text, None)), EXPECTED) == ["unexpected records"]
 
 
-# That the measurement would tell
+# The benchmark detects a broken gate
 
 
-def test_a_gate_that_lets_anything_in_is_found_out(
-    entry_points: dict[str, Ingress], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without its checks of numbers and of norms, the harness finds both."""
+def test_broken_gate_is_detected(entry_points: dict[str, Ingress], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without checks of finiteness and norms, the benchmark detects both."""
     ingress = entry_points["Update"]
     assert ingress.honest.adapter is not None
     monkeypatch.setattr("strategies.round.validation.norm_violation", lambda _adapter: None)
@@ -189,7 +189,7 @@ def test_a_gate_that_lets_anything_in_is_found_out(
         assert opened.violated() != []
 
 
-def test_a_crash_is_told_of() -> None:
+def test_crashes_are_failures() -> None:
     rows: AttackTable = {
         ("to server", "a"): AttackCounts(),
         ("to server", "b"): AttackCounts(),
@@ -207,11 +207,11 @@ def test_a_crash_is_told_of() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_measurement(tmp_path: Path) -> None:
-    """pytest -m slow tests/bench/robustness/test_gate.py; small sizes and few messages: the bounds hold, generously."""
+def test_whole_measurement(tmp_path: Path) -> None:
+    """Run with `pytest -m slow`; with small sizes and few messages the bounds hold with a large margin."""
     torch.set_num_threads(1)
     gate, peer = run(SITES, rank=RANK, fuzzed=500, seed=1, folder=tmp_path, empty=10_000)
     assert [line for line in failures(gate) if " at worst" not in line] == []
     assert sum(row.reasons.total() for row in gate.values()) > 1000
     assert max(row.mib for row in gate.values()) < 64
-    assert sum(row.violating for row in peer.values()) > 0  # what others let in
+    assert sum(row.violating for row in peer.values()) > 0  # the peer accepts violating messages

@@ -1,4 +1,4 @@
-"""The judgement of a federation under attack, and the attacks against a gateway in this process."""
+"""Tests of the verdict on a federation under attack, and of the attacks on a gateway in this process."""
 
 from collections import Counter
 from random import Random
@@ -19,15 +19,15 @@ LOG = """2026-11-30 19:48:14 run 7 began
 """
 
 
-def test_rounds_are_read_from_the_log():
-    assert [(done.number, done.replied, done.asked, done.seconds) for done in rounds(LOG)] == [
+def test_rounds_are_parsed_from_the_log():
+    assert [(record.number, record.replied, record.asked, record.seconds) for record in rounds(LOG)] == [
         (1, 3, 4, 12.6),
         (2, 2, 4, 6.3),
     ]
     assert lost(rounds(LOG)) == [2]
 
 
-def test_what_was_started_again_is_found():
+def test_restarted_programs_are_listed():
     before = {
         "server: server.supervisor.run": {1},
         "owner-0: client.runtime.supernode": {5, 6, 7},
@@ -58,18 +58,18 @@ def test_what_was_started_again_is_found():
         ({"outcomes": {"stranger": [("paths", "200", 1)], "eve": [("mutated", "500", 2), ("mutated", "200", 2)]}}, 2),
     ],
 )
-def test_each_claim_can_fail(changed, failures):
-    found = GatewayResults(calls=10, calm_seconds=[6.0, 5.0, 6.0], seconds=[7.0, 7.1])
+def test_every_claim_can_fail(changed, failures):
+    results = GatewayResults(calls=10, calm_seconds=[6.0, 5.0, 6.0], seconds=[7.0, 7.1])
     for name, value in changed.items():
-        setattr(found, name, value)
-    assert len(found.failures()) == failures
-    assert gateway.table(found).row_count == len(
-        {(who, row[0]) for who, rows in found.outcomes.items() for row in rows}
+        setattr(results, name, value)
+    assert len(results.failures()) == failures
+    assert gateway.table(results).row_count == len(
+        {(who, row[0]) for who, rows in results.outcomes.items() for row in rows}
     )
 
 
-class InProcess(fleet_attacks.Client):
-    """A client of a gateway that is in this process."""
+class _InProcessClient(fleet_attacks.Client):
+    """A client of a gateway in this process."""
 
     def __init__(self, served, key, node, rng):
         self.key, self.rng, self.node, self.outcomes, self.base = key, rng, node, Counter(), "0" * 64
@@ -81,36 +81,36 @@ HTTP = [kind for kind in fleet_attacks.KINDS if kind is not fleet_attacks.leave_
 
 @pytest.fixture
 def served(tmp_path):
-    found = GatewayHarness(tmp_path, limits=LimitsConfig(requests_per_minute=10**9))
-    with found.client:
-        yield found
+    gateway_under_test = GatewayHarness(tmp_path, limits=LimitsConfig(requests_per_minute=10**9))
+    with gateway_under_test.client:
+        yield gateway_under_test
 
 
 @pytest.mark.parametrize("enrolled", [True, False])
-def test_hostile_calls_are_answered_and_change_nothing(served, enrolled):
+def test_hostile_calls_change_nothing(served, enrolled):
     pi, eve = served.node("pi"), served.node("eve")
-    asked = served.ask(pi, records())
-    before = len(served.state.object_store)
-    client = InProcess(served, eve.key if enrolled else new_key(), eve.id, Random(enrolled))
+    request = served.ask(pi, records())
+    stored = len(served.state.object_store)
+    client = _InProcessClient(served, eve.key if enrolled else new_key(), eve.id, Random(enrolled))
     for _ in range(150):
         client.rng.choice(HTTP)(client)
     became = Counter(status for (_, status), count in client.outcomes.items() for _ in range(count))
-    told = {"200", "412"} if enrolled else set()  # it comes and leaves as it likes
-    assert set(became) <= {"400", "401", "403", "404", "405", "413", *told}, client.outcomes
-    assert len(served.state.object_store) == before
+    allowed = {"200", "412"} if enrolled else set()  # an enrolled client may activate and deactivate its node
+    assert set(became) <= {"400", "401", "403", "404", "405", "413", *allowed}, client.outcomes
+    assert len(served.state.object_store) == stored
     assert set(pi.send(pi.reply(pi.receive(), records(text="done")))) == {200}
-    assert len(served.replies(asked)) == 1
+    assert len(served.replies(request)) == 1
 
 
-def test_a_misused_message_harms_no_other(served):
+def test_misused_message_harms_no_other_node(served):
     pi, mallory = served.node("pi"), served.node("mallory")
     for seed in range(3):
         for node in (pi, mallory):
             served.ask(node, records(text="the same for both"), pushed=node is pi)
-        client = InProcess(served, mallory.key, mallory.id, Random(seed))
+        client = _InProcessClient(served, mallory.key, mallory.id, Random(seed))
         head, tree = mallory.pull()
         fleet_attacks.misuse(client, head.metadata, tree)
-        served.push_the_rest()  # the ServerApp's own push, which an early confirmation would break
+        served.push_the_rest()  # the ServerApp's push, which an early confirmation must not break
         fleet_attacks.refuse(client, head.metadata, tree, hostile=True)
         assert set(pi.send(pi.reply(pi.receive(), records(text=str(seed))))) == {200}
         answered = {kind: status for kind, status in client.outcomes if kind == "answering"}

@@ -1,4 +1,4 @@
-"""The table of the cohort: what is timed is what is compared, and each claim is held to the strongest form."""
+"""Tests of the cohort benchmark: comparisons, timed variants and the result file."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def timing(seconds: list[float], examples: list[int]) -> StepTimings:
     return StepTimings(10, 1.0, seconds, examples)
 
 
-def test_a_client_step_is_four_examples_whatever_was_drawn() -> None:
+def test_client_step_is_four_examples() -> None:
     assert timing([1.0, 3.0, 8.0], [40, 80, 40]).milliseconds == [100.0, 150.0, 800.0]
     assert timing([1.0, 3.0, 8.0], [40, 80, 40]).median == 150.0
 
 
-def test_plain_forms_meet_the_plain_cohort_and_private_ones_the_private() -> None:
-    found = compare(
+def test_variants_are_compared_with_their_cohort() -> None:
+    comparison = compare(
         {
             "peft fp32": timing([4.0], [40]),
             "opacus fp32": timing([9.0], [40]),
@@ -38,17 +38,17 @@ def test_plain_forms_meet_the_plain_cohort_and_private_ones_the_private() -> Non
         },
         floors=[30.0],
     )
-    assert found["faster"] == pytest.approx({"peft fp32": 4.0, "opacus fp32": 6.0, "hooks": 4.0})
-    assert found["DP over plain"] == pytest.approx(1.5)
-    assert (found["share"], found["share DP"]) == pytest.approx((0.3, 0.2))
+    assert comparison["faster"] == pytest.approx({"peft fp32": 4.0, "opacus fp32": 6.0, "hooks": 4.0})
+    assert comparison["DP over plain"] == pytest.approx(1.5)
+    assert (comparison["share"], comparison["share DP"]) == pytest.approx((0.3, 0.2))
 
 
-def test_a_claim_is_held_to_the_fastest_way_of_a_peer() -> None:
-    found = strongest({"peft autocast": 9.0, "peft fp32": 7.0, "opacus fp32": 3.0, "opacus compute": 2.0})
-    assert found == {"peft fp32", "opacus compute"}
+def test_fastest_variant_of_each_peer_counts() -> None:
+    fastest = strongest({"peft autocast": 9.0, "peft fp32": 7.0, "opacus fp32": 3.0, "opacus compute": 2.0})
+    assert fastest == {"peft fp32", "opacus compute"}
 
 
-def test_every_form_trains_what_it_says() -> None:
+def test_every_variant_trains_its_examples() -> None:
     names = []
     for group in step_variants(WORKLOADS["tiny"], SETTING, PEERS):
         for name, make in group.items():
@@ -66,14 +66,14 @@ def test_every_form_trains_what_it_says() -> None:
     assert names == ["peft fp32", "opacus fp32", "hooks", "cohort", "cohort DP", "one"]
 
 
-def test_the_record_holds_all_repeats_and_makes_a_table(
+def test_record_holds_all_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--device", "cpu", "--bases", "tiny", "--peers", "hooks", "--repeats", "2", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["bench.throughput.cohort", *words, "--out", str(tmp_path / "found.json")])
     cohort.main()
     record = json.loads((tmp_path / "found.json").read_text())
-    found = record["bases"]["tiny"]
+    results = record["bases"]["tiny"]
     assert record["settings"] == {
         "device": "cpu",
         "precision": "fp32",
@@ -83,18 +83,18 @@ def test_the_record_holds_all_repeats_and_makes_a_table(
         "compiled": False,
         "memory": record["settings"]["memory"],
     }
-    assert set(found["forms"]) == {"hooks", "cohort", "cohort DP"}
-    assert all(len(form["seconds"]) == len(form["examples"]) == 2 for form in found["forms"].values())
-    assert found["errors"] == {}
+    assert set(results["forms"]) == {"hooks", "cohort", "cohort DP"}
+    assert all(len(form["seconds"]) == len(form["examples"]) == 2 for form in results["forms"].values())
+    assert results["errors"] == {}
     assert "cohort DP" in capsys.readouterr().out
-    assert table(record).row_count == len(found["forms"]) + 3
+    assert table(record).row_count == len(results["forms"]) + 3
 
 
-def test_a_form_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_variant_affects_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("none left")
 
     monkeypatch.setattr("bench.throughput.step_variants.OpacusPeer", broken)
-    found = cohort.measure(WORKLOADS["tiny"], SETTING, ("opacus", "hooks"))
-    assert found["errors"] == {"opacus fp32": "MemoryError: none left"}
-    assert set(found["forms"]) == {"hooks", "cohort", "cohort DP"}
+    results = cohort.measure(WORKLOADS["tiny"], SETTING, ("opacus", "hooks"))
+    assert results["errors"] == {"opacus fp32": "MemoryError: none left"}
+    assert set(results["forms"]) == {"hooks", "cohort", "cohort DP"}

@@ -1,4 +1,4 @@
-"""The peers do the work that they are timed for: the same gradients, clipped and noised, and the operations counted."""
+"""Tests that peers do the timed work: equal gradients, clipping and noise, and counted operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = WORKLOADS["tiny"]
 
 
 def hooks() -> HooksPeer:
-    """A peer whose B is not zero, so that every factor has a gradient."""
+    """Make a peer with nonzero B, so that every factor has a gradient."""
     torch.manual_seed(1)
     peer = HooksPeer(build(TINY, CPU), examples(TINY, 0, CPU), schedule(CPU), graphs=False)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def hooks() -> HooksPeer:
 
 
 def opacus(like: HooksPeer) -> OpacusPeer:
-    """Opacus with the same factors."""
+    """Make an Opacus peer with the same factors."""
     peer = OpacusPeer(build(TINY, CPU), examples(TINY, 0, CPU), schedule(CPU), factors="fp32")
     layers = [
         layer for module in like.unet.modules() if isinstance(module, LoraLinear) for layer in (module.a, module.b)
@@ -48,7 +48,7 @@ def batch(size: int) -> PeerBatch:
 
 
 def one_by_one(peer: HooksPeer, batch: PeerBatch) -> Tensor:
-    """Gradients [n, D] by autograd, one example at a time."""
+    """Compute gradients `[n, D]` by autograd, one example at a time."""
     layers = [
         layer for module in peer.unet.modules() if isinstance(module, LoraLinear) for layer in (module.a, module.b)
     ]
@@ -61,51 +61,53 @@ def one_by_one(peer: HooksPeer, batch: PeerBatch) -> Tensor:
     return torch.stack(rows)
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def relative(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
 
 
-def test_our_hooks_find_the_gradients_that_opacus_and_a_loop_find() -> None:
-    ours, seen = hooks(), batch(5)
-    theirs = opacus(ours)
-    theirs.backward(seen)
-    wanted = torch.cat([parameter.grad_sample.flatten(1) for parameter in theirs.parameters], dim=1)
-    found = ours.gradients(seen)
-    assert relative(found, wanted) < 2e-5
-    assert relative(found, one_by_one(ours, seen)) < 2e-5
+def test_hooks_match_opacus_and_a_loop() -> None:
+    hooks_peer, examples_seen = hooks(), batch(5)
+    opacus_peer = opacus(hooks_peer)
+    opacus_peer.backward(examples_seen)
+    expected = torch.cat([parameter.grad_sample.flatten(1) for parameter in opacus_peer.parameters], dim=1)
+    gradients_of_hooks = hooks_peer.gradients(examples_seen)
+    assert relative(gradients_of_hooks, expected) < 2e-5
+    assert relative(gradients_of_hooks, one_by_one(hooks_peer, examples_seen)) < 2e-5
 
 
 def fixed(examples: Examples, schedule: Schedule, pictures: Tensor) -> PeerBatch:
-    """A draw that depends on the pictures alone."""
+    """Draw a batch that depends only on the pictures."""
     t = (pictures * 137) % len(schedule)
     x0, noise = examples.latents[pictures], examples.latents[pictures].flip(-1)
     return PeerBatch(add_noise(schedule, x0, noise, t), t, examples.context[pictures], noise)
 
 
 @pytest.mark.parametrize("size", [1, 4, LARGEST + 3])
-def test_a_step_of_ours_is_a_step_of_opacus(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clip, sum and scale reach AdamW alike; the largest batch takes two passes."""
-    ours = hooks()
-    norms = ours.gradients(fixed(ours.examples, ours.schedule, torch.arange(size))).norm(dim=1)
-    quiet = dataclasses.replace(PRIVACY, clip=float(norms.median()), noise_multiplier=0.0)
+def test_hooks_step_matches_opacus(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping, sum and scale give AdamW the same gradient; the largest batch takes two passes."""
+    hooks_peer = hooks()
+    norms = hooks_peer.gradients(fixed(hooks_peer.examples, hooks_peer.schedule, torch.arange(size))).norm(dim=1)
+    noiseless = dataclasses.replace(PRIVACY, clip=float(norms.median()), noise_multiplier=0.0)
     for module in ("bench.throughput.peers", "bench.throughput.opacus_baseline"):
-        monkeypatch.setattr(f"{module}.PRIVACY", quiet)
+        monkeypatch.setattr(f"{module}.PRIVACY", noiseless)
         monkeypatch.setattr(f"{module}.draw", fixed)
-    theirs = opacus(ours)
-    for _ in range(2):  # nothing may be left of the first in the second
-        ours.step(torch.arange(size))
-        theirs.step(torch.arange(size))
+    opacus_peer = opacus(hooks_peer)
+    for _ in range(2):  # the second step must not see state of the first
+        hooks_peer.step(torch.arange(size))
+        opacus_peer.step(torch.arange(size))
     for moment in ("exp_avg", "exp_avg_sq"):
-        wanted = torch.cat([theirs.optimizer.state[parameter][moment].flatten() for parameter in theirs.parameters])
-        assert relative(ours.optimizer.state[ours.flat][moment], wanted) < 1e-4
-    after = torch.cat([parameter.detach().flatten() for parameter in theirs.parameters])
-    assert torch.equal(ours.compute_flat, ours.flat)
-    assert relative(ours.flat.detach(), after) < 1e-3
+        expected = torch.cat(
+            [opacus_peer.optimizer.state[parameter][moment].flatten() for parameter in opacus_peer.parameters]
+        )
+        assert relative(hooks_peer.optimizer.state[hooks_peer.flat][moment], expected) < 1e-4
+    after = torch.cat([parameter.detach().flatten() for parameter in opacus_peer.parameters])
+    assert torch.equal(hooks_peer.compute_flat, hooks_peer.flat)
+    assert relative(hooks_peer.flat.detach(), after) < 1e-3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_steps_are_eager_steps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_match_eager_steps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.throughput.opacus_baseline.PRIVACY", dataclasses.replace(PRIVACY, noise_multiplier=0.0))
     monkeypatch.setattr("bench.throughput.opacus_baseline.draw", fixed)
     gpu = torch.device("cuda")
@@ -120,48 +122,50 @@ def test_captured_steps_are_eager_steps(dtype: torch.dtype, monkeypatch: pytest.
     assert relative(*moments) < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
-def test_an_empty_batch_is_noised_alike() -> None:
-    ours = hooks()
-    theirs = opacus(ours)
-    for peer in (ours, theirs):
+def test_empty_batch_is_noised() -> None:
+    hooks_peer = hooks()
+    opacus_peer = opacus(hooks_peer)
+    for peer in (hooks_peer, opacus_peer):
         peer.step(torch.arange(0))
-    wanted = PRIVACY.noise_multiplier * PRIVACY.clip / BATCH
-    first = torch.cat([theirs.optimizer.state[parameter]["exp_avg"].flatten() for parameter in theirs.parameters])
-    assert float(ours.gradient.std()) == pytest.approx(wanted, rel=0.05)
-    assert float(first.std()) == pytest.approx(0.1 * wanted, rel=0.05)
+    expected = PRIVACY.noise_multiplier * PRIVACY.clip / BATCH
+    first = torch.cat(
+        [opacus_peer.optimizer.state[parameter]["exp_avg"].flatten() for parameter in opacus_peer.parameters]
+    )
+    assert float(hooks_peer.gradient.std()) == pytest.approx(expected, rel=0.05)
+    assert float(first.std()) == pytest.approx(0.1 * expected, rel=0.05)
 
 
 @pytest.mark.parametrize("factors", ["autocast", "fp32", "compute"])
-def test_every_way_to_keep_factors_trains_them(factors: FactorPrecision) -> None:
+def test_every_factor_precision_trains(factors: FactorPrecision) -> None:
     data, steps = examples(TINY, 0, CPU), schedule(CPU)
     for kind in (PeftPeer, OpacusPeer):
         peer = kind(build(TINY, CPU, torch.bfloat16), data, steps, factors=factors)
-        before = [parameter.detach().clone() for parameter in peer.parameters]
+        initial = [parameter.detach().clone() for parameter in peer.parameters]
         peer.step(torch.arange(BATCH))
         assert {parameter.dtype for parameter in peer.parameters} == {
             torch.bfloat16 if factors == "compute" else torch.float32
         }
         assert len(peer.parameters) == 2 * sites(peer.unet)
-        assert any(not torch.equal(a, b) for a, b in zip(before, peer.parameters, strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(initial, peer.parameters, strict=True))
 
 
-def test_poisson_sizes_stand_for_many_batches() -> None:
+def test_poisson_sizes_are_decile_medians() -> None:
     middles = [(i + 0.5) / len(POISSON_SIZES) for i in range(len(POISSON_SIZES))]
     assert sorted(POISSON_SIZES) == [int(n) for n in binom.ppf(middles, EXAMPLES, PRIVACY.sampling_rate)]
     assert sum(POISSON_SIZES) == BATCH * len(POISSON_SIZES)
 
 
-def test_operations_are_those_that_one_counts_by_hand() -> None:
-    """Self-attention of T tokens, width d, with factors at all four projections; x itself needs no gradient."""
+def test_operation_count_matches_a_manual_count() -> None:
+    """Self-attention of T tokens and width d, with factors at all four projections; x needs no gradient."""
     tokens, d, r = 24, 32, RANK
     block = Attention(d, heads=4, dim_head=d // 4, bias=False).requires_grad_(False).to("meta")
     for name in ("to_q", "to_k", "to_v"):
         setattr(block, name, LoraLinear(getattr(block, name)).to("meta"))
     block.to_out[0] = LoraLinear(block.to_out[0]).to("meta")
     projection, factor, attention = 2 * tokens * d * d, 2 * tokens * d * r, 2 * tokens * tokens * d
-    forward = 4 * (projection + 2 * factor) + 2 * attention  # scores, and values by them
+    forward = 4 * (projection + 2 * factor) + 2 * attention  # scores, and their product with values
     backward = (
-        3 * (factor + factor + factor)  # q, k, v: ∂B, what reaches A, ∂A; nothing flows on to x
+        3 * (factor + factor + factor)  # q, k, v: ∂B, the gradient to A, ∂A; none to x
         + (projection + 4 * factor)  # out: through the base and through B and A; ∂B and ∂A
         + 4 * attention  # values, weights, queries, keys
     )
@@ -169,7 +173,7 @@ def test_operations_are_those_that_one_counts_by_hand() -> None:
     assert count_operations(lambda: block(x).sum().backward()) == forward + backward
 
 
-def test_the_matrix_rate_is_plausible() -> None:
+def test_matrix_rate_is_plausible() -> None:
     assert 1e8 < matrix_rate(CPU, torch.float32, repeats=1) < 1e14
 
 

@@ -1,4 +1,4 @@
-"""Whole programs against each other: when rounds end, and what the medians come to."""
+"""Tests of the recipe benchmark: ends of rounds and medians of ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from bench.throughput.recipes import RecipeTiming, compare, read_metrics, run_ray_recipe, run_until_round, table
 
 
-def test_ratios_are_taken_within_a_repeat() -> None:
+def test_ratios_are_paired_by_repeat() -> None:
     runs = {
         "cohort": [
             RecipeTiming(1.0, [2.0, 1.0, 1.0]),
@@ -24,9 +24,9 @@ def test_ratios_are_taken_within_a_repeat() -> None:
             RecipeTiming(1.0, [1.0, 9.0, 9.0]),
         ],
     }
-    found = compare(runs)["serial"]
-    assert found["total"] == pytest.approx(2.0)
-    assert found["round"] == pytest.approx(2.0)
+    ratios = compare(runs)["serial"]
+    assert ratios["total"] == pytest.approx(2.0)
+    assert ratios["round"] == pytest.approx(2.0)
     assert table(runs).row_count == 2
 
 
@@ -41,18 +41,18 @@ time.sleep(600)
 """
 
 
-def test_a_simulation_is_watched_until_its_round_is_written_and_then_ended(tmp_path: Path) -> None:
+def test_simulation_is_ended_after_its_round(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SIMULATION, str(tmp_path / "metrics.jsonl")]
     assert 1.2 <= run_until_round(command, tmp_path, 3) < 60
-    assert [line["round"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]  # a line that is not whole is none
+    assert [line["round"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]  # incomplete lines are ignored
 
 
-def test_a_simulation_that_ends_early_is_an_error(tmp_path: Path) -> None:
+def test_early_exit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with 3 after no round"):
         run_until_round([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 2)
 
 
-def test_a_recipe_tells_its_times_in_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_times_are_read_from_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     output = 'starting …\n{"startup": 3.5, "rounds": [2.0, 1.0]}\n'
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, output))
     assert run_ray_recipe("published", 2) == RecipeTiming(3.5, [2.0, 1.0])
